@@ -1,0 +1,177 @@
+"""Checkpoint folders on disk: committed atomically, verified by SHA-256 before use, the newest good one wins.
+
+    .tmp-step_000120-<run>/  --write shards, fsync-->  MANIFEST.json last  --rename-->  step_000120/  -->  LATEST
+
+A crash at any point leaves the checkpoints before it untouched. Files hold tensors (safetensors) and JSON, no pickle.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from orchestrator import faults
+from orchestrator.errors import CheckpointError, OutputError
+from orchestrator.records import Progress
+
+FORMAT = 1
+
+
+@dataclass(frozen=True, slots=True)
+class FileEntry:
+    """A file of a checkpoint: path relative to its folder, size in bytes, SHA-256 in hex."""
+
+    path: str
+    size: int
+    sha256: str
+
+    @classmethod
+    def of(cls, path: Path, root: Path) -> "FileEntry":
+        return cls(str(path.relative_to(root)), path.stat().st_size, sha256(path))
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """A verified checkpoint: where it is and what the controller needs to go on."""
+
+    directory: Path
+    progress: Progress
+    run: str
+    facts: Mapping[str, Any]
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fsync_file(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def fsync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Writes a text file so that a reader sees the old content or the new, never a part."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    with temporary.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    fsync_directory(path.parent)
+
+
+class CheckpointStore:
+    """The `checkpoints/` folder of one run. run: fingerprint of what decides the result; other runs' are refused."""
+
+    def __init__(self, root: Path, *, run: str, keep: int, note: Callable[[str], None]) -> None:
+        self.root, self.run, self.keep, self.note = root, run, keep, note
+
+    def save(self, progress: Progress, facts: Mapping[str, Any], write: Callable[[Path], Sequence[FileEntry]]) -> Path:
+        """Commits a checkpoint; `write` puts the tensor files into the folder it is given. Older ones go after."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        name = f"step_{progress.step:08d}"
+        temporary = self.root / f".tmp-{name}-{uuid.uuid4().hex[:8]}"
+        temporary.mkdir()
+        try:
+            entries = list(write(temporary))
+            faults.inject("checkpoint.written", step=progress.step)
+            self._write_manifest(temporary, progress, facts, entries)
+            faults.inject("checkpoint.manifest", step=progress.step)
+            self._publish(temporary, self.root / name, progress.step)
+        except (OSError, RuntimeError) as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise OutputError(
+                f"checkpoint of step {progress.step} could not be written to {self.root}",
+                why=str(error),
+                fix="free disk space or fix the permissions, then run the same command: it goes on from the last checkpoint",
+            ) from error
+        self._purge(name)
+        return self.root / name
+
+    def newest(self) -> Saved | None:
+        """The newest checkpoint that verifies; each one passed over is named with its reason."""
+        for directory in sorted(self.root.glob("step_*"), reverse=True):
+            try:
+                saved = verify(directory)
+            except CheckpointError as error:
+                self.note(f"checkpoint {directory.name} is not used: {error.what} ({error.why})")
+                continue
+            if saved.run != self.run:
+                raise OutputError(
+                    f"{self.root.parent} holds another run's checkpoints",
+                    why=f"{directory.name} was written by run {saved.run[:12]}, this recipe is run {self.run[:12]}",
+                    fix="choose another --output, or use the recipe this folder was started with (its recipe.yaml)",
+                )
+            return saved
+        return None
+
+    def _write_manifest(self, folder: Path, progress: Progress, facts: Mapping[str, Any], entries: Sequence[FileEntry]) -> None:
+        manifest = {
+            "format": FORMAT,
+            "run": self.run,
+            "progress": asdict(progress),
+            "facts": dict(facts),
+            "files": [asdict(entry) for entry in sorted(entries, key=lambda e: e.path)],
+        }
+        body = json.dumps(manifest, indent=1, sort_keys=True)
+        write_atomically(folder / "MANIFEST.json", json.dumps({"sha256": _digest(body), "manifest": manifest}, indent=1, sort_keys=True))
+
+    def _publish(self, temporary: Path, final: Path, step: int) -> None:
+        if final.exists():  # the same step written again after a resume from an older checkpoint
+            shutil.rmtree(final)
+        os.rename(temporary, final)
+        fsync_directory(self.root)
+        faults.inject("checkpoint.renamed", step=step)
+        write_atomically(self.root / "LATEST", final.name + "\n")
+
+    def _purge(self, newest: str) -> None:
+        folders = sorted(d for d in self.root.glob("step_*") if d.name <= newest)
+        for folder in [*folders[: -self.keep], *self.root.glob(".tmp-*")]:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def verify(directory: Path) -> Saved:
+    """Checks every file of a checkpoint against its manifest; CheckpointError names the first that differs."""
+    manifest = _read_manifest(directory)
+    for entry in (FileEntry(**e) for e in manifest["files"]):
+        path = directory / entry.path
+        if not path.resolve().is_relative_to(directory.resolve()):
+            raise CheckpointError(f"{entry.path} leaves the checkpoint folder", why="the manifest was tampered with")
+        if not path.is_file():
+            raise CheckpointError(f"{entry.path} is missing", why=f"{directory} is incomplete")
+        if path.stat().st_size != entry.size:
+            raise CheckpointError(f"{entry.path} is truncated", why=f"{path.stat().st_size} bytes instead of {entry.size}")
+        if sha256(path) != entry.sha256:
+            raise CheckpointError(f"{entry.path} is damaged", why="its SHA-256 is not the one in the manifest")
+    return Saved(directory, Progress(**manifest["progress"]), manifest["run"], manifest["facts"])
+
+
+def _read_manifest(directory: Path) -> dict[str, Any]:
+    path = directory / "MANIFEST.json"
+    try:
+        outer = json.loads(path.read_text())
+        manifest = outer["manifest"]
+        intact = outer["sha256"] == _digest(json.dumps(manifest, indent=1, sort_keys=True))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError("MANIFEST.json cannot be read", why=str(error)) from error
+    if not intact or manifest.get("format") != FORMAT:
+        raise CheckpointError("MANIFEST.json is damaged", why="its own SHA-256 or format does not match")
+    return manifest
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

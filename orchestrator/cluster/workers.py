@@ -1,0 +1,276 @@
+"""Learner workers: one Ray actor per DeepSpeed rank, and the group that speaks to all of them at once."""
+
+import os
+import socket
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+
+from orchestrator.checkpoints import FileEntry
+from orchestrator.cluster.placement import Placement
+from orchestrator.config import Learners, Recipe
+from orchestrator.errors import OrchestratorError, OutOfMemory, WorkerLost
+from orchestrator.learner.learner import LearnerSpec
+from orchestrator.records import LearnReport, Mean, PackedBatch, StepApplied
+from orchestrator.roles import PerMicroBatch, TokenLists
+
+
+class LearnerActor:
+    """One rank. Holds a RankLearner (or, before it, the reference policy) and forwards verbs to it."""
+
+    def __init__(self, rank: int, log: str | None, threads: int) -> None:
+        if log is not None:
+            _redirect_output(Path(log))
+        import torch
+
+        torch.set_num_threads(threads)
+        self.rank = rank
+        self.device = torch.device("cuda" if ray.get_gpu_ids() else "cpu")
+        self.learner: Any = None
+        self.group: Any = None
+
+    def address(self) -> tuple[str, int]:
+        """This node's address and a free port, for the rendezvous at rank 0."""
+        with socket.socket() as free:
+            free.bind(("", 0))
+            return ray.util.get_node_ip_address(), free.getsockname()[1]
+
+    def join(self, world: int, address: str, port: int, timeout_s: float) -> int:
+        from orchestrator.learner.engine import ProcessGroup
+
+        self.group = ProcessGroup(self.rank, world, address, port, timeout_s)
+        self.group.join(self.device)
+        return os.getpid()
+
+    def reference_logprobs(self, recipe: Recipe, micro_batches: Sequence[Any]) -> tuple[Any, ...]:
+        from orchestrator.learner.learner import RankReference
+
+        if not isinstance(self.learner, RankReference):
+            self.learner = RankReference(recipe, self.device)
+        return self.learner.token_logprobs(micro_batches)
+
+    def build(self, spec: LearnerSpec) -> None:
+        from orchestrator.learner.learner import RankLearner
+
+        self.learner = None  # frees the reference or the previous learner first
+        self.learner = RankLearner(spec, self.group, self.device)
+
+    def forward_backward(self, micro_batches: Sequence[Any], units: Any, step: int) -> LearnReport:
+        return self.learner.forward_backward(micro_batches, units, step)
+
+    def optim_step(self, step: int) -> StepApplied:
+        return self.learner.optim_step(step)
+
+    def discard(self) -> None:
+        self.learner.discard()
+
+    def token_logprobs(self, micro_batches: Sequence[Any], reference: bool) -> tuple[Any, ...]:
+        return self.learner.token_logprobs(micro_batches, reference=reference)
+
+    def evaluate(self, micro_batches: Sequence[Any], units: Any) -> Any:
+        return self.learner.evaluate(micro_batches, units)
+
+    def generate(self, prompts: TokenLists, max_new_tokens: int) -> TokenLists:
+        return self.learner.generate(prompts, max_new_tokens)
+
+    def sync_reference(self, alpha: float) -> None:
+        self.learner.sync_reference(alpha)
+
+    def save_state(self, directory: str) -> list[FileEntry]:
+        from orchestrator.learner.state import save_state
+
+        return save_state(self.learner, Path(directory))
+
+    def load_state(self, directory: str, optimizer_step: int) -> None:
+        from orchestrator.learner.state import load_state
+
+        load_state(self.learner, Path(directory), optimizer_step)
+
+    def export(self, directory: str, card: str) -> str:
+        from orchestrator.learner.export import export_learner
+
+        return str(export_learner(self.learner, Path(directory), card))
+
+    def call(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Runs function(rank_learner, *args): for checks that are not verbs (weights, digests, probes)."""
+        return function(self.learner, *args)
+
+
+def _redirect_output(path: Path) -> None:
+    """Sends this process's stdout and stderr to the run folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+
+
+@dataclass(frozen=True, slots=True)
+class _Deadlines:
+    start_s: float
+    verb_s: float
+
+
+class LearnerGroup:
+    """roles.Learner over all ranks. Every call has a deadline and names the worker that is late or lost."""
+
+    def __init__(self, learners: Learners, *, logs: Path | None = None) -> None:
+        self.learners, self.logs = learners, logs
+        self.world = learners.workers
+        self.deadlines = _Deadlines(learners.start_timeout_s, learners.timeout_s)
+        self.placement = Placement.reserve(learners)
+        self.actors: list[Any] = []
+        self.spec: LearnerSpec | None = None
+        self._start()
+
+    def _start(self) -> None:
+        threads = max(1, int(self.learners.cpus_per_worker))
+        self.actors = [
+            self.placement.actor(LearnerActor, rank, name=f"learner-{rank}", environment=_environment(threads)).remote(
+                rank, str(self.logs / f"learner-{rank}.log") if self.logs else None, threads
+            )
+            for rank in range(self.world)
+        ]
+        address, port = self._collect([self.actors[0].address.remote()], "start", self.deadlines.start_s)[0]
+        joins = [a.join.remote(self.world, address, port, self.deadlines.verb_s) for a in self.actors]
+        self.pids: list[int] = self._collect(joins, "join the process group", self.deadlines.start_s)
+
+    def build(self, spec: LearnerSpec) -> None:
+        """Builds model and optimizer on every rank; again for another cut or after a reference pass."""
+        self.spec = spec
+        self._all("build", spec)
+
+    def reference_logprobs(self, recipe: Recipe, batch: PackedBatch) -> PerMicroBatch:
+        """Log-probs under the start weights, without a learner: fills the reference cache."""
+        return tuple(self._each("reference_logprobs", [(recipe, share) for share in batch.micro_batches]))
+
+    def forward_backward(self, batch: PackedBatch, step: int) -> LearnReport:
+        units = ray.put(batch.units)
+        reports = self._each("forward_backward", [(share, units, step) for share in batch.micro_batches])
+        return merge_reports(reports)
+
+    def optim_step(self, step: int) -> StepApplied:
+        return self._all("optim_step", step)[0]
+
+    def discard(self) -> None:
+        self._all("discard")
+
+    def token_logprobs(self, batch: PackedBatch, *, reference: bool = False) -> PerMicroBatch:
+        return tuple(self._each("token_logprobs", [(share, reference) for share in batch.micro_batches]))
+
+    def evaluate(self, batch: PackedBatch) -> tuple[LearnReport, PerMicroBatch]:
+        results = self._each("evaluate", [(share, batch.units) for share in batch.micro_batches])
+        return merge_reports([r[0] for r in results]), tuple(r[1] for r in results)
+
+    def generate(self, prompts: TokenLists, max_new_tokens: int) -> TokenLists:
+        shares = [list(prompts[rank :: self.world]) or [prompts[0]] for rank in range(self.world)]
+        answers = self._each("generate", [(share, max_new_tokens) for share in shares])
+        return [answers[i % self.world][i // self.world] for i in range(len(prompts))]
+
+    def sync_reference(self, alpha: float) -> None:
+        self._all("sync_reference", alpha)
+
+    def save_state(self, directory: Path) -> list[FileEntry]:
+        return [entry for entries in self._all("save_state", str(directory)) for entry in entries]
+
+    def load_state(self, directory: Path, optimizer_step: int) -> None:
+        self._all("load_state", str(directory), optimizer_step)
+
+    def export(self, directory: Path, card: str) -> Path:
+        return Path(self._all("export", str(directory), card)[0])
+
+    def call(self, function: Callable[..., Any], *args: Any) -> list[Any]:
+        """function(rank_learner, *args) on every rank, results by rank."""
+        return self._all("call", function, *args)
+
+    def close(self) -> None:
+        """Ends the workers and gives their resources back."""
+        for actor in self.actors:
+            ray.kill(actor)
+        self.actors = []
+        self.placement.release()
+
+    def __enter__(self) -> "LearnerGroup":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _all(self, verb: str, *args: Any) -> list[Any]:
+        return self._each(verb, [args] * self.world)
+
+    def _each(self, verb: str, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
+        refs = [getattr(actor, verb).remote(*args) for actor, args in zip(self.actors, arguments, strict=True)]
+        return self._collect(refs, verb, self.deadlines.verb_s)
+
+    def _collect(self, refs: list[Any], verb: str, timeout_s: float) -> list[Any]:
+        """Results by rank; raises at the first failure, or WorkerLost naming who did not answer in time."""
+        deadline = time.monotonic() + timeout_s
+        waiting, memory_error = list(refs), None
+        while waiting:
+            done, waiting = ray.wait(waiting, timeout=max(0.0, deadline - time.monotonic()))
+            if not done:
+                late = [f"learner-{refs.index(ref)}" for ref in waiting]
+                raise WorkerLost(
+                    f"{', '.join(late)} did not answer `{verb}` within {timeout_s:.0f} s",
+                    why="the process hangs, is stopped, or waits for another rank",
+                    fix="see logs/ in the run folder; raise learners.timeout_s if steps really take longer",
+                )
+            try:
+                ray.get(done[0])
+            except (RayTaskError, RayActorError, GetTimeoutError) as error:
+                failure = _translate(error, refs.index(done[0]), verb)
+                if not isinstance(failure, OutOfMemory):
+                    raise failure from error
+                failure.in_place = self._holds_back()
+                if not failure.in_place:
+                    raise failure from error
+                memory_error = failure
+        if memory_error is not None:
+            raise memory_error
+        return ray.get(refs)
+
+    def _holds_back(self) -> bool:
+        """True where a rank that stops early leaves no other rank waiting in a collective."""
+        if self.spec is None:
+            return True
+        cut = self.spec.cut
+        return cut.workers == 1 or cut.sync == "no_sync" or (cut.sync == "coalesced" and cut.zero_stage < 3)
+
+
+def _environment(threads: int) -> dict[str, str]:
+    return {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+
+
+def _translate(error: Exception, rank: int, verb: str) -> OrchestratorError:
+    """What a user can read from what Ray raised."""
+    if isinstance(error, RayTaskError):
+        if isinstance(error.cause, OrchestratorError):
+            return error.cause
+        return WorkerLost(f"learner-{rank} failed in `{verb}`", why=str(error).strip(), fix="see logs/ in the run folder")
+    return WorkerLost(
+        f"learner-{rank} died during `{verb}`",
+        why=str(error).strip().splitlines()[0],
+        fix="the run goes on from its last checkpoint; if it repeats, look for out-of-memory kills on that node",
+    )
+
+
+def merge_reports(reports: Sequence[LearnReport]) -> LearnReport:
+    """One report of all ranks: sums add up, the slowest rank gives the time and the largest the memory."""
+    means: dict[str, Mean] = {}
+    for report in reports:
+        for name, mean in report.means.items():
+            means[name] = means[name] + mean if name in means else mean
+    return LearnReport(
+        loss=sum(r.loss for r in reports),
+        means=means,
+        micro_batches=max(r.micro_batches for r in reports),
+        tokens=sum(r.tokens for r in reports),
+        positions=sum(r.positions for r in reports),
+        seconds=max(r.seconds for r in reports),
+        peak_bytes=max(r.peak_bytes for r in reports),
+    )

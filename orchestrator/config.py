@@ -1,0 +1,203 @@
+"""Every knob of a recipe on one page: strict, typed, without torch.
+
+A recipe names WHAT an optimizer step is (`batch.effective`, `algorithm`, `optimizer`) and WHERE it runs
+(`learners`). Only the first half may change a result. Loading (YAML, `extends`, overrides) is in `recipe.py`.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+
+
+class Section(BaseModel):
+    """A part of the recipe; unknown keys are errors and values cannot be changed after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class Run(Section):
+    name: str = Field("run", pattern=NAME_PATTERN, description="names the run in the output folder and in wandb")
+    seed: int = Field(0, ge=0, description="decides data order, initial weights of tiny models and dropout")
+    max_steps: int | None = Field(None, ge=1, description="optimizer steps; None: `epochs` passes over the data")
+    epochs: float = Field(1.0, gt=0, description="passes over the training data when max_steps is not set")
+
+
+class TinyModel(Section):
+    """A random-weight model of a named architecture with a byte-level tokenizer: nothing to download."""
+
+    architecture: str = Field("llama", description="a transformers model type: llama, qwen2, gpt2, gemma, mistral, phi …")
+    hidden_size: int = Field(64, ge=8)
+    layers: int = Field(2, ge=1)
+    heads: int = Field(4, ge=1)
+    kv_heads: int | None = Field(None, ge=1)
+    intermediate_size: int | None = Field(None, ge=8)
+    max_positions: int = Field(1024, ge=8)
+    vocab_size: int | None = Field(None, ge=300, description="default: the byte tokenizer's size; larger pads the embedding")
+
+
+class Lora(Section):
+    rank: int = Field(16, ge=1)
+    alpha: float = Field(32.0, gt=0)
+    dropout: float = Field(0.0, ge=0, lt=1)
+    target_modules: Literal["all-linear"] | list[str] = "all-linear"
+
+
+class Model(Section):
+    path: str | None = Field(None, description="a folder or a Hugging Face hub name")
+    revision: str | None = Field(None, description="hub revision; pin a commit for a reproducible run")
+    trust_remote_code: bool = Field(False, description="runs code from the model repository: leave off")
+    tiny: TinyModel | None = None
+    lora: Lora | None = None
+    chat_template: str | None = Field(None, description="a file with a Jinja chat template, for tokenizers without one")
+    reference: str | None = Field(None, description="folder or hub name of the reference policy; default: the start weights")
+
+    @model_validator(mode="after")
+    def _one_model(self) -> "Model":
+        if (self.path is None) == (self.tiny is None):
+            raise ValueError("set exactly one of model.path (a folder or hub name) and model.tiny")
+        return self
+
+
+class Columns(Section):
+    """Maps the recipe's field names to the names in the user's file, e.g. `chosen: preferred_answer`."""
+
+    messages: str | None = None
+    text: str | None = None
+    prompt: str | None = None
+    completion: str | None = None
+    chosen: str | None = None
+    rejected: str | None = None
+    label: str | None = None
+    margin: str | None = None
+    answer: str | None = None
+
+
+class Source(Section):
+    path: str = Field(description="JSONL(.gz) or Parquet file, a folder of them, `toy:NAME`, or a hub data set")
+    weight: float = Field(1.0, gt=0, description="passes over this source per epoch: 0.5 takes half of it, 2 takes it twice")
+    split: str = "train"
+    subset: str | None = None
+    revision: str | None = Field(None, description="hub revision; required for hub data sets")
+    columns: Columns | None = Field(None, description="overrides data.columns for this source")
+    max_rows: int | None = Field(None, ge=1)
+
+
+class Data(Section):
+    train: str | list[Source]
+    eval: str | list[Source] | None = None
+    max_bad_rows: int = Field(0, ge=0)
+    columns: Columns = Columns()
+    max_length: int = Field(1024, ge=2, description="tokens of prompt plus one completion")
+    overlong: Literal["error", "drop", "truncate_prompt_left", "truncate_end"] = "truncate_prompt_left"
+    remainder: Literal["drop", "use", "carry"] = Field("carry", description="what becomes of an epoch's last partial batch")
+    append_eos: bool = Field(True, description="end plain-text completions with the eos token, as TRL does")
+
+
+class Algorithm(Section):
+    name: Literal["sft", "reward", "dpo", "kto", "simpo", "orpo", "cpo"]
+    loss: str | dict[str, float] | None = Field(
+        None, description="one loss by name or a weighted mix, e.g. {sigmoid: 0.8, sft: 1.0}; default: the algorithm's own"
+    )
+    beta: float = Field(0.1, gt=0)
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5)
+    f_divergence: Literal["reverse_kl", "forward_kl", "js", "alpha"] = "reverse_kl"
+    f_alpha: float = Field(0.5, description="the alpha of the alpha divergence")
+    ld_alpha: float | None = Field(None, ge=0, le=1, description="LD-DPO: weight of tokens beyond the shared length")
+    wpo: bool = Field(False, description="WPO: weight pairs by their probability under the policy")
+    ipo_length_average: bool = Field(True, description="IPO on per-token mean log-probs (TRL) or on their sums (paper)")
+    simpo_gamma: float = Field(0.5, description="SimPO target reward margin")
+    discopop_tau: float = Field(0.05, gt=0)
+    reward_centring: float = Field(0.0, ge=0, description="reward model: coefficient of (r_chosen + r_rejected)^2")
+    kto_desirable_weight: float = Field(1.0, gt=0)
+    kto_undesirable_weight: float = Field(1.0, gt=0)
+    reference_sync_every: int | None = Field(None, ge=1, description="TR-DPO: steps between updates of the reference")
+    reference_sync_alpha: float = Field(0.6, gt=0, le=1, description="TR-DPO: ref <- alpha*policy + (1-alpha)*ref")
+
+
+class Batch(Section):
+    effective: int = Field(256, ge=1, description="examples (pairs for DPO) in ONE optimizer step over all workers")
+    micro_batch: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
+        "auto", description="examples a worker holds at once; auto: a token budget found by a probe step"
+    )
+    micro_batch_tokens: int | None = Field(None, ge=1, description="token budget of a micro-batch, instead of micro_batch")
+    memory_utilisation: float = Field(0.8, gt=0, le=1)
+    memory_limit_gb: float | None = Field(None, gt=0, description="device memory per worker; default: the GPU's, on a CPU its share of RAM")
+    layout: Literal["auto", "prefix_shared", "packed", "padded"] = "auto"
+
+
+class Optimizer(Section):
+    learning_rate: float = Field(gt=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float | None = Field(1.0, gt=0, description="clips the gradient norm of the whole step; null: off")
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_steps: int = Field(0, ge=0, description="optimizer steps, never micro-batches")
+    min_learning_rate: float = Field(0.0, ge=0)
+
+
+class Offload(Section):
+    optimizer: Literal["none", "cpu"] = "none"
+    parameters: Literal["none", "cpu"] = "none"
+
+
+class Learners(Section):
+    workers: int = Field(1, ge=1, description="DeepSpeed ranks, each a Ray actor")
+    gpus_per_worker: float = Field(0, ge=0)
+    cpus_per_worker: float = Field(1, gt=0)
+    zero_stage: Literal["auto", 0, 1, 2, 3] = "auto"
+    precision: Literal["fp32", "bf16", "fp16", "bf16_autocast"] = "fp32"
+    sync: Literal["auto", "no_sync", "coalesced", "per_micro_batch"] = "auto"
+    offload: Offload = Offload()
+    activation_checkpointing: bool = False
+    timeout_s: float = Field(600.0, gt=0, description="deadline of one verb on every worker")
+    start_timeout_s: float = Field(180.0, gt=0, description="deadline for the placement group and the process group")
+    max_restarts: int = Field(3, ge=0, description="times a lost worker group is rebuilt from the last checkpoint")
+
+
+class Reference(Section):
+    cache_dir: str | None = Field(None, description="where reference log-probs are kept; default ~/.cache/orchestrator")
+
+
+class Checkpoint(Section):
+    every: int | None = Field(None, ge=1, description="optimizer steps between checkpoints; None: only at the end")
+    keep: int = Field(2, ge=1)
+
+
+class Generation(Section):
+    max_new_tokens: int = Field(64, ge=1)
+    max_prompts: int = Field(64, ge=1)
+    checker: Literal["exact_match", "last_number"] = Field("exact_match", description="how a completion is compared with `answer`")
+
+
+class Evaluation(Section):
+    every: int | None = Field(None, ge=1)
+    at_start: bool = True
+    max_examples: int | None = Field(None, ge=1)
+    generate: Generation | None = Field(None, description="greedy generation on held-out prompts that have an answer")
+    worst_pairs: int = Field(8, ge=0, description="rows of the table of most-wrong pairs")
+
+
+class Tracking(Section):
+    wandb: Literal["online", "offline", "off"] = "offline"
+    project: str = "orchestrator"
+    entity: str | None = None
+    group: str | None = None
+    init_timeout_s: float = Field(30.0, gt=0)
+    finish_timeout_s: float = Field(60.0, gt=0)
+
+
+class Recipe(Section):
+    run: Run = Run()  # pyright: ignore[reportCallIssue]
+    model: Model
+    data: Data
+    algorithm: Algorithm
+    batch: Batch = Batch()  # pyright: ignore[reportCallIssue]
+    optimizer: Optimizer
+    learners: Learners = Learners()  # pyright: ignore[reportCallIssue]
+    reference: Reference = Reference()  # pyright: ignore[reportCallIssue]
+    checkpoint: Checkpoint = Checkpoint()  # pyright: ignore[reportCallIssue]
+    evaluation: Evaluation = Evaluation()  # pyright: ignore[reportCallIssue]
+    tracking: Tracking = Tracking()  # pyright: ignore[reportCallIssue]

@@ -1,0 +1,83 @@
+"""Losses that couple the examples of a batch (AOT's sort, KTO's KL term) over the EFFECTIVE batch, in two passes.
+
+    pass 1  token log-probs of all micro-batches, no gradient
+            the loss once over the whole effective batch  ->  d loss / d log-prob of every token
+    pass 2  micro-batch by micro-batch: gradient of sum(coefficient * log-prob), exactly that of one large batch
+"""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from orchestrator.algorithms import Algorithm
+from orchestrator.objectives.coupling import coefficients
+from orchestrator.objectives.scores import LossSum, TokenScores
+from orchestrator.records import Floats, LearnReport, Mean, MicroBatch, PackedBatch
+from orchestrator.roles import Learner, PerMicroBatch
+
+
+@dataclass(frozen=True, slots=True)
+class WholeLoss:
+    """The loss and metrics of pass 1: those of the step, since pass 2 only carries the gradient."""
+
+    loss: float
+    means: dict[str, Mean]
+
+    def merged_into(self, report: LearnReport) -> LearnReport:
+        return replace(report, loss=self.loss, means=self.means)
+
+
+def with_coefficients(batch: PackedBatch, policy: Learner, algorithm: Algorithm) -> tuple[PackedBatch, WholeLoss]:
+    """Pass 1: the batch with d loss / d log-prob in every micro-batch, and the loss of the whole effective batch."""
+    scores = whole_scores(batch, policy.token_logprobs(batch))
+    loss, gradient = coefficients(algorithm.objective, scores, batch.units)
+    return batch.with_coefficients(_split(batch, gradient.float().numpy())), _whole(loss)
+
+
+def whole_scores(batch: PackedBatch, logprobs: PerMicroBatch) -> TokenScores:
+    """All examples of the effective batch as one TokenScores, fillers left out, in the order of the micro-batches."""
+    parts = [(mb, lp) for rank, values in zip(batch.micro_batches, logprobs, strict=True) for mb, lp in zip(rank, values, strict=True)]
+    parts = [(mb, lp) for mb, lp in parts if mb.weight]
+    offset, sequences = 0, []
+    for mb, _ in parts:
+        sequences.append(mb.sequence + offset)
+        offset += len(mb) * mb.branches
+    return TokenScores(
+        logps=torch.from_numpy(np.concatenate([lp for _, lp in parts])).double(),
+        ref_logps=_column([mb.ref_logprobs for mb, _ in parts]),
+        sequence=torch.from_numpy(np.concatenate(sequences)),
+        examples=sum(len(mb) for mb, _ in parts),
+        branches=parts[0][0].branches,
+        label=_column([mb.label for mb, _ in parts]),
+        margin=_column([mb.margin for mb, _ in parts]),
+    )
+
+
+def _column(values: list[Floats | None]) -> torch.Tensor | None:
+    present = [v for v in values if v is not None]
+    if not present:
+        return None
+    assert len(present) == len(values), "a column is in some micro-batches of a step and not in others"
+    return torch.from_numpy(np.concatenate(present)).double()
+
+
+def _split(batch: PackedBatch, gradient: Floats) -> PerMicroBatch:
+    start, ranks = 0, []
+    for rank in batch.micro_batches:
+        values = []
+        for mb in rank:
+            values.append(gradient[start : start + len(mb.targets)] if mb.weight else np.zeros(len(mb.targets), np.float32))
+            start += len(mb.targets) if mb.weight else 0
+        ranks.append(tuple(values))
+    assert start == len(gradient)
+    return tuple(ranks)
+
+
+def _whole(loss: LossSum) -> WholeLoss:
+    return WholeLoss(float(loss.total), {name: Mean(float(total), count) for name, (total, count) in loss.means.items()})
+
+
+def scored_micro_batches(batch: PackedBatch) -> list[MicroBatch]:
+    """All micro-batches that carry data, rank by rank."""
+    return [mb for rank in batch.micro_batches for mb in rank if mb.weight]

@@ -1,0 +1,48 @@
+"""Counts the bytes a rank sends through collectives, so that the plan's traffic can be checked against the fact."""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+_SMALL = 1024
+"""Norms, overflow flags and the like: collectives of at most this many bytes are not traffic."""
+
+
+class CollectiveCounter:
+    """Bytes of gradient reductions and parameter gathers on DeepSpeed's communication backend since the last take()."""
+
+    def __init__(self) -> None:
+        self.reduced = 0
+        self.gathered = 0
+
+    @classmethod
+    def install(cls, backend: Any) -> "CollectiveCounter":
+        """The counter of this process's DeepSpeed backend, wrapping its methods once."""
+        existing = getattr(backend, "_orchestrator_counter", None)
+        if existing is not None:
+            return existing
+        counter = cls()
+        backend.all_reduce = counter._counted(backend.all_reduce, 0, "reduced")
+        backend.reduce = counter._counted(backend.reduce, 0, "reduced")
+        backend.reduce_scatter_function = counter._counted(backend.reduce_scatter_function, 1, "reduced")
+        backend.all_gather_function = counter._counted(backend.all_gather_function, 0, "gathered")
+        backend._orchestrator_counter = counter
+        return counter
+
+    def take(self) -> tuple[int, int]:
+        """(reduced, gathered) bytes since the last call."""
+        taken = (self.reduced, self.gathered)
+        self.reduced = self.gathered = 0
+        return taken
+
+    def _counted(self, function: Callable[..., Any], position: int, kind: str) -> Callable[..., Any]:
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            tensor = args[position] if len(args) > position else list(kwargs.values())[position - len(args)]
+            if isinstance(tensor, Tensor):
+                size = tensor.numel() * tensor.element_size()
+                if size > _SMALL:
+                    setattr(self, kind, getattr(self, kind) + size)
+            return function(*args, **kwargs)
+
+        return counted

@@ -1,0 +1,273 @@
+"""One DeepSpeed rank: the only file that imports deepspeed, and the keeper of the accumulation contract.
+
+    backward(loss) × K   ->   step(): reduce (once, unless the policy says per micro-batch), clip, apply
+
+`loss` is a share of a global mean: a sum over this micro-batch already divided by the count of the whole effective
+batch. DeepSpeed averages gradients over ranks, so it is multiplied by the world size once. The traps this file steps
+around are in docs/design.md: default clipping of 1.0, bf16 accumulation and wire, a phantom Adam step at bf16 stage 0,
+NaN parameters at fp32 stage 0, lost micro-batches when the boundary is not set.
+"""
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from orchestrator.config import Learners, Optimizer
+from orchestrator.learner.collectives import CollectiveCounter
+from orchestrator.records import StepApplied
+
+BUCKET_ELEMENTS = 25_000_000
+"""DeepSpeed's default of 5e8 allocates a 2 GB buffer per rank; 25 M elements (100 MB in fp32) lose no bandwidth."""
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessGroup:
+    """Where this rank stands. address, port: rank 0's rendezvous."""
+
+    rank: int
+    world: int
+    address: str
+    port: int
+    timeout_s: float
+
+    def join(self, device: torch.device) -> None:
+        """Enters the process group; blocks until all ranks came or the deadline passed."""
+        os.environ.update(
+            RANK=str(self.rank),
+            WORLD_SIZE=str(self.world),
+            LOCAL_RANK=os.environ.get("LOCAL_RANK", "0") if device.type == "cuda" else str(self.rank),
+            LOCAL_SIZE=str(self.world),
+            MASTER_ADDR=self.address,
+            MASTER_PORT=str(self.port),
+        )
+        os.environ.setdefault("DS_ACCELERATOR", device.type)
+        deepspeed = _deepspeed()
+        deepspeed.init_distributed(
+            dist_backend="nccl" if device.type == "cuda" else "gloo",
+            auto_mpi_discovery=False,
+            verbose=False,
+            timeout=timedelta(seconds=self.timeout_s),
+        )
+
+
+def _deepspeed() -> Any:
+    """Imports deepspeed without its start-up noise and without compiling anything.
+
+    TorchBackend would build a shared-memory op with g++ for a minute (and fail without g++); only inference uses it.
+    """
+    os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
+    import deepspeed
+    import deepspeed.comm.comm
+    import deepspeed.ops
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+def _fragments() -> Any:
+    """DeepSpeed's reads and writes of whole values by parameter."""
+    from deepspeed.utils import tensor_fragment
+
+    return tensor_fragment
+
+
+def _whole(tensor: Tensor | None, what: str) -> Tensor:
+    if tensor is None:
+        raise AssertionError(f"DeepSpeed has no {what} for a trainable parameter")
+    return tensor.detach().float().cpu().clone().contiguous()
+
+
+class GuardedAdamW(torch.optim.AdamW):
+    """Fused AdamW that clips and refuses a non-finite step itself, for ZeRO stage 0, where DeepSpeed does neither safely.
+
+    DeepSpeed reads `overflow` and `_global_grad_norm` from the optimizer after each step.
+    """
+
+    def __init__(self, params: Any, *, max_norm: float, **options: Any) -> None:
+        super().__init__(params, fused=True, **options)
+        self.max_norm = max_norm
+        self.overflow = False
+        self._global_grad_norm = 0.0
+
+    def step(self, closure: Any = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        parameters = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+        self._global_grad_norm = float(norm)
+        self.overflow = not bool(torch.isfinite(norm))
+        if self.overflow:
+            return
+        if self.max_norm > 0:
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.max_norm, norm)
+        super().step(closure)
+
+
+def deepspeed_config(learners: Learners, optimizer: Optimizer, stage: int, sync: str) -> dict[str, Any]:
+    """Every key that DeepSpeed would otherwise default in silence, written out."""
+    zero: dict[str, Any] = {
+        "stage": stage,
+        "reduce_bucket_size": BUCKET_ELEMENTS,
+        "allgather_bucket_size": BUCKET_ELEMENTS,
+        "overlap_comm": False,
+    }
+    if learners.offload.optimizer != "none":
+        zero["offload_optimizer"] = {"device": learners.offload.optimizer, "pin_memory": True}
+    if learners.offload.parameters != "none":
+        zero["offload_param"] = {"device": learners.offload.parameters, "pin_memory": True}
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,  # nominal: the caller owns the boundary
+        "gradient_accumulation_steps": 1,
+        "managed_gradient_accumulation": sync != "no_sync",
+        "gradient_clipping": 0.0 if stage == 0 else (optimizer.max_grad_norm or 0.0),
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 10**9,
+        "zero_optimization": zero,
+    }
+    if learners.precision == "bf16":
+        config["bf16"] = {"enabled": True}
+    elif learners.precision == "fp16":
+        config["fp16"] = {"enabled": True, "loss_scale": 0, "initial_scale_power": 16}
+    elif learners.precision == "bf16_autocast":
+        config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
+    return config
+
+
+class Engine:
+    """A module under DeepSpeed with one explicit sync policy.
+
+    sync: "no_sync" (stages 0, 1: one all-reduce at the step), "coalesced" (stages 1-3, fp32: one reduction at the
+    end of `accumulation()`), "per_micro_batch" (stages 2, 3: a reduction in every backward).
+    """
+
+    def __init__(
+        self, module: nn.Module, *, learners: Learners, optimizer: Optimizer, stage: int, sync: str, world: int
+    ) -> None:
+        deepspeed = _deepspeed()
+        self.stage, self.sync, self.world = stage, sync, world
+        trainable = [p for p in module.parameters() if p.requires_grad]
+        options = dict(lr=optimizer.learning_rate, betas=optimizer.betas, eps=optimizer.eps, weight_decay=optimizer.weight_decay)
+        base: torch.optim.Optimizer
+        if stage == 0:
+            base = GuardedAdamW(trainable, max_norm=optimizer.max_grad_norm or 0.0, **options)
+        else:
+            base = torch.optim.AdamW(trainable, fused=True, **options)
+        config = deepspeed_config(learners, optimizer, stage, sync)
+        self.ds, self.zero, _, _ = deepspeed.initialize(model=module, model_parameters=trainable, optimizer=base, config=config)
+        self.module: nn.Module = self.ds.module
+        self.counter = CollectiveCounter.install(deepspeed.comm.comm.cdb)
+        self._assert_fp32_master()
+
+    @property
+    def managed(self) -> bool:
+        return self.sync != "no_sync"
+
+    def __call__(self, *inputs: Any) -> Any:
+        return self.ds(*inputs)
+
+    def accumulation(self) -> AbstractContextManager[None]:
+        """Holds all backwards of one optimizer step."""
+        return self.ds.coalesce_grad_reduction() if self.sync == "coalesced" else nullcontext()
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Adds the gradient of this micro-batch's share of the global mean."""
+        if self.managed:
+            self.ds.set_gradient_accumulation_boundary(last)
+        self.ds.backward(loss * self.world, scale_wrt_gas=False)
+
+    def step(self, learning_rate: float) -> StepApplied:
+        """Reduces what is left to reduce, clips by the global norm, applies once; refuses a non-finite gradient."""
+        for group in self.ds.basic_optimizer.param_groups:
+            group["lr"] = learning_rate
+        if self.managed:
+            self.ds.set_gradient_accumulation_boundary(True)
+        self.ds.step()
+        applied = bool(self.ds.was_step_applied())
+        reduced, gathered = self.counter.take()
+        norm = float(self.ds.get_global_grad_norm() or 0.0)
+        return StepApplied(applied, norm if applied else float("nan"), learning_rate, reduced, gathered)
+
+    def discard(self) -> None:
+        """Drops the accumulated gradient of the step, leaving weights and moments bitwise as they are.
+
+        Partitioned gradients live in DeepSpeed's private buffers: an infinite one makes its own overflow path clear
+        them all, on every rank, which no release can forget to do.
+        """
+        if self.sync == "no_sync":
+            (self.zero if self.stage else self.ds).zero_grad()
+        else:
+            for partition in self.zero.averaged_gradients.values():
+                if partition:
+                    partition[0].fill_(float("inf"))
+            self.ds.set_gradient_accumulation_boundary(True)
+            self.ds.step()
+            if self.ds.was_step_applied():
+                raise AssertionError("discard() applied a step: DeepSpeed's overflow path has changed")
+        self.counter.take()
+
+    @contextmanager
+    def full_parameters(self, parameters: list[nn.Parameter], *, writable: bool = False) -> Iterator[None]:
+        """Makes whole parameters visible on every rank (a collective at ZeRO-3); writable: rank 0's values win."""
+        if self.stage < 3:
+            yield
+            return
+        gathered = _deepspeed().zero.GatheredParameters(parameters, modifier_rank=0 if writable else None)
+        with gathered:
+            yield
+
+    def weight(self, parameter: nn.Parameter) -> Tensor:
+        """The whole fp32 master weight, on the CPU. A collective, as are the three below."""
+        full = parameter if self.stage == 0 else _fragments().safe_get_full_fp32_param(parameter)
+        return _whole(full, "fp32 master weight")
+
+    def moment(self, parameter: nn.Parameter, name: str) -> Tensor:
+        """One of Adam's moments ("exp_avg", "exp_avg_sq"), whole, fp32, on the CPU."""
+        if self.stage > 0:
+            return _whole(_fragments().safe_get_full_optimizer_state(parameter, name), name)
+        state = self.ds.basic_optimizer.state[parameter]
+        return _whole(state[name] if name in state else torch.zeros_like(parameter), name)
+
+    def set_weight(self, parameter: nn.Parameter, value: Tensor) -> None:
+        """Sets the fp32 master weight and the copy that the model computes with."""
+        if self.stage > 0:
+            _fragments().safe_set_full_fp32_param(parameter, value)
+        with self.full_parameters([parameter], writable=True), torch.no_grad():
+            if self.stage < 3 or self.ds.global_rank == 0:
+                parameter.data.copy_(value.to(parameter.dtype))
+
+    def set_moment(self, parameter: nn.Parameter, name: str, value: Tensor) -> None:
+        """Sets one of Adam's moments, which must exist (see `has_moments`)."""
+        if self.stage > 0:
+            _fragments().safe_set_full_optimizer_state(parameter, value, name)
+        else:
+            state = self.ds.basic_optimizer.state[parameter]
+            if name in state:  # a parameter that never had a gradient has no state, here and when it was saved
+                state[name].copy_(value)
+
+    def has_moments(self) -> bool:
+        """True once Adam's state exists: after the first step."""
+        return any("exp_avg" in state for state in self.ds.basic_optimizer.state.values())
+
+    def set_optimizer_step(self, step: int) -> None:
+        """Sets the step counter of Adam's bias correction."""
+        for state in self.ds.basic_optimizer.state.values():
+            if torch.is_tensor(state.get("step")):
+                state["step"].fill_(float(step))
+            elif "step" in state:
+                state["step"] = step
+
+    def _assert_fp32_master(self) -> None:
+        """fp32 master weights are the contract; DeepSpeed decides them from several keys, so look."""
+        for group in self.ds.basic_optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter.dtype != torch.float32:
+                    raise AssertionError(f"the optimizer holds {parameter.dtype} master weights, not fp32 (ZeRO stage {self.stage})")

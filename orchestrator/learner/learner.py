@@ -1,0 +1,285 @@
+"""A learner on one rank: the verbs of roles.Learner for this rank's share of a PackedBatch.
+
+    micro-batch --ScoringModel--> token log-probs --objective--> loss sum / global count --Engine--> gradient
+
+Losses are sums divided once by the count of the whole effective batch, so the rank, the number of micro-batches and
+the layout cannot be seen in the result.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from orchestrator import faults
+from orchestrator.algorithms import Algorithm, build
+from orchestrator.config import Recipe
+from orchestrator.data.packing import pack
+from orchestrator.errors import OutOfMemory
+from orchestrator.learner.engine import Engine, ProcessGroup
+from orchestrator.learner.memory import current_bytes, is_out_of_memory, peak_bytes, reset_peak
+from orchestrator.learner.schedule import learning_rate
+from orchestrator.models.load import Loaded, load
+from orchestrator.models.scoring import MicroBatchTensors, Scored, ScoringModel
+from orchestrator.objectives.coupling import linear
+from orchestrator.objectives.scores import LossSum, TokenScores
+from orchestrator.records import Branch, Cut, Floats, LearnReport, LossUnits, Mean, MicroBatch, SequenceGroup, StepApplied
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "bf16_autocast": torch.float32}
+
+
+@dataclass(frozen=True, slots=True)
+class LearnerSpec:
+    """All a rank needs to build itself: the recipe, how the step is cut, and how long the schedule is."""
+
+    recipe: Recipe
+    cut: Cut
+    total_steps: int
+
+
+class Sums:
+    """Loss and metric sums of one step, kept on the device and read once."""
+
+    def __init__(self) -> None:
+        self._names: list[str] = ["loss"]
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, float] = {}
+
+    def add(self, loss: LossSum, weight: float) -> None:
+        if not weight:
+            return  # a filler micro-batch: computed for the collectives only
+        self._add("loss", loss.total.detach(), 1.0)
+        for name, (total, count) in loss.means.items():
+            self._add(name, total.detach(), count)
+
+    def _add(self, name: str, total: Tensor, count: float) -> None:
+        total = total.to(torch.float64)
+        self._sums[name] = self._sums[name] + total if name in self._sums else total
+        self._counts[name] = self._counts.get(name, 0.0) + count
+
+    def read(self) -> tuple[float, dict[str, Mean]]:
+        """(loss, means), with one transfer from the device."""
+        if not self._sums:
+            return 0.0, {}
+        values = torch.stack(list(self._sums.values())).tolist()
+        means = {name: Mean(value, self._counts[name]) for name, value in zip(self._sums, values, strict=True)}
+        return means.pop("loss").total, means
+
+
+class RankLearner:
+    """One rank's model, optimizer and verbs. Build it after ProcessGroup.join()."""
+
+    def __init__(self, spec: LearnerSpec, group: ProcessGroup, device: torch.device) -> None:
+        self.spec, self.group, self.device = spec, group, device
+        recipe = spec.recipe
+        self.algorithm: Algorithm = build(recipe.algorithm)
+        self.bytes_before_model = current_bytes(device)
+        self.loaded: Loaded = load(recipe.model, seed=recipe.run.seed, head=self.algorithm.head)
+        disable_dropout(self.loaded.model)
+        self.scoring = ScoringModel(self.loaded.model, head=self.algorithm.head, want_wpo=self.algorithm.needs_wpo)
+        if recipe.learners.activation_checkpointing:
+            self.scoring.enable_activation_checkpointing()
+        self.scoring.to(device)
+        self.engine = Engine(
+            self.scoring,
+            learners=recipe.learners,
+            optimizer=recipe.optimizer,
+            stage=spec.cut.zero_stage,
+            sync=spec.cut.sync,
+            world=group.world,
+        )
+        self.reference: ScoringModel | None = None
+        if recipe.algorithm.reference_sync_every is not None:
+            self.reference = load_reference(recipe, device)
+
+    def forward_backward(self, micro_batches: Sequence[MicroBatch], units: LossUnits, step: int) -> LearnReport:
+        """Adds the gradient of this rank's share of the step's loss; `loss` in the report is that share."""
+        started = time.perf_counter()
+        reset_peak(self.device)
+        self.scoring.train()
+        sums = Sums()
+        with self.engine.accumulation():
+            for index, micro_batch in enumerate(micro_batches):
+                with self._located(micro_batch, index):
+                    fault = faults.inject("micro_batch", step=step, rank=self.group.rank)
+                    if fault == "oom":
+                        raise torch.OutOfMemoryError("injected")
+                    self._seed(step, index)
+                    loss = self._loss(micro_batch, units)
+                    share = loss.total * (float("nan") if fault == "nan" else micro_batch.weight)
+                    self.engine.backward(share, last=index == len(micro_batches) - 1)
+                    sums.add(loss, float("nan") if fault == "nan" else micro_batch.weight)
+        total, means = sums.read()
+        return LearnReport(
+            loss=total,
+            means=means,
+            micro_batches=len(micro_batches),
+            tokens=sum(m.unshared_tokens for m in micro_batches if m.weight),
+            positions=sum(m.positions for m in micro_batches),
+            seconds=time.perf_counter() - started,
+            peak_bytes=peak_bytes(self.device) - self.bytes_before_model,
+        )
+
+    def optim_step(self, step: int) -> StepApplied:
+        """Applies the accumulated gradient with the learning rate of 0-based optimizer step `step`."""
+        return self.engine.step(learning_rate(self.spec.recipe.optimizer, step, self.spec.total_steps))
+
+    def discard(self) -> None:
+        """Drops the accumulated gradient."""
+        self.engine.discard()
+
+    @torch.no_grad()
+    def token_logprobs(self, micro_batches: Sequence[MicroBatch], *, reference: bool = False) -> tuple[Floats, ...]:
+        """fp32 log-probs of the scored tokens of each micro-batch, under the policy or the reference."""
+        self.scoring.eval()
+        scores, scope = self._scorer(reference)
+        with scope:
+            return tuple(_logps(scores(MicroBatchTensors.of(mb, self.device))).cpu().numpy() for mb in micro_batches)
+
+    @torch.no_grad()
+    def evaluate(self, micro_batches: Sequence[MicroBatch], units: LossUnits) -> tuple[LearnReport, tuple[Floats, ...]]:
+        """The objective on held-out micro-batches without gradients, and the sums of each example: Float[n, branches]."""
+        started = time.perf_counter()
+        self.scoring.eval()
+        sums = Sums()
+        per_example = []
+        for micro_batch in micro_batches:
+            scores = self._token_scores(micro_batch, self._forward(micro_batch))
+            sums.add(self.algorithm.objective(scores, units), micro_batch.weight)
+            values = scores.rewards if scores.rewards is not None else scores.sums()
+            per_example.append(values.float().cpu().numpy())
+        total, means = sums.read()
+        seconds = time.perf_counter() - started
+        report = LearnReport(total, means, len(micro_batches), sum(m.tokens for m in micro_batches), 0, seconds)
+        return report, tuple(per_example)
+
+    @torch.no_grad()
+    def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[list[int]]:
+        """Greedy continuations of this rank's prompts (every rank must call it with at least one prompt at ZeRO-3)."""
+        self.scoring.eval()
+        return self.scoring.generate(prompts, max_new_tokens, synced=self.spec.cut.zero_stage == 3)
+
+    @torch.no_grad()
+    def sync_reference(self, alpha: float) -> None:
+        """TR-DPO (arXiv 2404.09656), eq. 5: reference <- alpha * policy + (1 - alpha) * reference."""
+        assert self.reference is not None, "sync_reference needs algorithm.reference_sync_every"
+        for policy, reference in zip(self.scoring.parameters(), self.reference.parameters(), strict=True):
+            with self.engine.full_parameters([policy]):
+                reference.lerp_(policy.to(reference.dtype), alpha)
+
+    def idle_loss(self) -> Tensor:
+        """A zero that depends on every parameter through the smallest possible forward, on all ranks alike."""
+        token = np.zeros(1, dtype=np.int64)
+        branch = Branch(token, np.ones(1, dtype=np.bool_))
+        group = SequenceGroup(0, token, (branch,) * self.algorithm.branches)
+        scored = self._forward(pack([group], self.spec.cut.layout))
+        values = scored.logps if scored.logps is not None else scored.rewards
+        assert values is not None
+        return values.sum() * 0.0
+
+    def _loss(self, micro_batch: MicroBatch, units: LossUnits) -> LossSum:
+        scores = self._token_scores(micro_batch, self._forward(micro_batch))
+        if self.algorithm.couples_batch:
+            assert micro_batch.coefficients is not None, "a loss that couples the batch needs the coefficients of pass 1"
+            coefficients = torch.from_numpy(micro_batch.coefficients).to(self.device)
+            return LossSum(linear(scores.logps, coefficients), {})
+        return self.algorithm.objective(scores, units)
+
+    def _forward(self, micro_batch: MicroBatch) -> Scored:
+        return self.engine(MicroBatchTensors.of(micro_batch, self.device))
+
+    def _token_scores(self, micro_batch: MicroBatch, scored: Scored) -> TokenScores:
+        def column(values: Floats | None) -> Tensor | None:
+            return None if values is None else torch.from_numpy(values).to(self.device)
+
+        empty = torch.zeros(0, device=self.device)
+        return TokenScores(
+            logps=empty if scored.logps is None else scored.logps,
+            ref_logps=column(micro_batch.ref_logprobs),
+            sequence=torch.from_numpy(micro_batch.sequence).to(self.device),
+            examples=len(micro_batch),
+            branches=micro_batch.branches,
+            label=column(micro_batch.label),
+            margin=column(micro_batch.margin),
+            wpo=scored.wpo,
+            rewards=scored.rewards,
+        )
+
+    def _scorer(self, reference: bool) -> tuple[Callable[[MicroBatchTensors], Scored], AbstractContextManager[None]]:
+        if not reference:
+            return self.engine, nullcontext()
+        if self.reference is not None:
+            return self.reference, nullcontext()
+        return self.engine, self.scoring.reference()
+
+    def _seed(self, step: int, index: int) -> None:
+        """Randomness (LoRA dropout) is a function of (seed, step, rank, micro-batch): a resume needs no saved state."""
+        torch.manual_seed(hash((self.spec.recipe.run.seed, step, self.group.rank, index)) & 0x7FFF_FFFF)
+
+    def _located(self, micro_batch: MicroBatch, index: int) -> "_OutOfMemoryLocator":
+        return _OutOfMemoryLocator(self.group.rank, index, micro_batch.positions)
+
+
+class _OutOfMemoryLocator:
+    """Turns an allocator's error into OutOfMemory with the place it happened."""
+
+    def __init__(self, rank: int, index: int, positions: int) -> None:
+        self.rank, self.index, self.positions = rank, index, positions
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        if error is not None and is_out_of_memory(error):
+            raise OutOfMemory(
+                f"worker {self.rank} ran out of memory in micro-batch {self.index} ({self.positions} positions)",
+                why=str(error).splitlines()[0],
+                fix="set a smaller batch.micro_batch, or learners.activation_checkpointing=true",
+            ) from None
+
+
+def _logps(scored: Scored) -> Tensor:
+    assert scored.logps is not None, "token_logprobs needs a language-model head"
+    return scored.logps.float()
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Sets dropout to 0, as TRL does for preference losses: a loss must not depend on the cut through random masks."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Dropout) and "lora_dropout" not in name:
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
+
+
+def load_reference(recipe: Recipe, device: torch.device) -> ScoringModel:
+    """The frozen reference policy: `model.reference`, else the start weights, never a resumed policy."""
+    loaded = load(recipe.model, seed=recipe.run.seed, head="lm", reference=True)
+    scoring = ScoringModel(loaded.model, head="lm").to(device=device, dtype=_DTYPES[recipe.learners.precision])
+    scoring.requires_grad_(False)
+    return scoring.eval()
+
+
+class RankReference:
+    """The reference policy alone on one rank, to fill the cache of reference log-probs before the learner is built."""
+
+    def __init__(self, recipe: Recipe, device: torch.device) -> None:
+        self.recipe, self.device = recipe, device
+        self.scoring = load_reference(recipe, device)
+
+    @torch.no_grad()
+    def token_logprobs(self, micro_batches: Sequence[MicroBatch]) -> tuple[Floats, ...]:
+        autocast = self.recipe.learners.precision == "bf16_autocast"
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=autocast):
+            return tuple(_logps(self.scoring(MicroBatchTensors.of(mb, self.device))).cpu().numpy() for mb in micro_batches)
+
+
+def iterate_trainable(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """(name, parameter) of everything that learns, in the same order on every rank."""
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            yield name, parameter

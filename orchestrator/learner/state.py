@@ -1,0 +1,113 @@
+"""The learner's state by parameter name, the same for every ZeRO stage and number of ranks.
+
+Per trainable parameter: the fp32 master weight and Adam's two moments, in safetensors, no pickle. Parameter i is
+written by rank i mod world, so no rank ever holds the whole state; every rank reads all files back, one parameter at a
+time. Saved on one number of ranks or stage, it is put back on any other (docs/design.md has the measurements).
+"""
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from orchestrator.checkpoints import FileEntry, fsync_file
+from orchestrator.learner.engine import Engine
+from orchestrator.learner.learner import RankLearner, iterate_trainable
+
+SHARD_BYTES = 1 << 30
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def save_state(learner: RankLearner, directory: Path) -> list[FileEntry]:
+    """Writes this rank's shards and returns them with size and SHA-256. A collective: call it on all ranks."""
+    group, engine = learner.group, learner.engine
+    entries: list[FileEntry] = []
+    pending: dict[str, Tensor] = {}
+
+    def flush() -> None:
+        if pending:
+            path = directory / f"state-rank{group.rank:04d}-{len(entries):04d}.safetensors"
+            save_file(pending, path)
+            fsync_file(path)
+            entries.append(FileEntry.of(path, directory))
+            pending.clear()
+
+    for index, (name, tensor) in enumerate(_named_state(learner, engine)):
+        if index % group.world == group.rank:
+            pending[name] = tensor
+            if sum(t.numel() * t.element_size() for t in pending.values()) >= SHARD_BYTES:
+                flush()
+    flush()
+    return entries
+
+
+def load_state(learner: RankLearner, directory: Path, optimizer_step: int) -> None:
+    """Puts weights, moments and Adam's step counter back on every rank. A collective."""
+    engine = learner.engine
+    if optimizer_step > 0:
+        _materialise_moments(learner)
+    with _Shards(directory) as shards:
+        for name, parameter in iterate_trainable(engine.module):
+            engine.set_weight(parameter, shards.read(f"weight.{name}"))
+            for moment in MOMENTS if optimizer_step > 0 else ():
+                engine.set_moment(parameter, moment, shards.read(f"{moment}.{name}"))
+        if learner.reference is not None:
+            for name, parameter in learner.reference.named_parameters():
+                with torch.no_grad():
+                    parameter.copy_(shards.read(f"reference.{name}"))
+    engine.set_optimizer_step(optimizer_step)
+
+
+def full_weights(learner: RankLearner) -> Iterator[tuple[str, Tensor]]:
+    """(parameter name, fp32 weight) of every trainable parameter, whole on every rank. A collective."""
+    for name, parameter in iterate_trainable(learner.engine.module):
+        yield name, learner.engine.weight(parameter)
+
+
+def weights_digest(learner: RankLearner) -> str:
+    """SHA-256 over all trainable fp32 weights in order: equal iff the weights are bit-identical. A collective."""
+    digest = hashlib.sha256()
+    for name, weight in full_weights(learner):
+        digest.update(name.encode())
+        digest.update(weight.contiguous().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _named_state(learner: RankLearner, engine: Engine) -> Iterator[tuple[str, Tensor]]:
+    has_moments = engine.has_moments()
+    for name, parameter in iterate_trainable(engine.module):
+        yield f"weight.{name}", engine.weight(parameter)
+        for moment in MOMENTS if has_moments else ():
+            yield f"{moment}.{name}", engine.moment(parameter, moment)
+    if learner.reference is not None:
+        for name, parameter in learner.reference.named_parameters():
+            yield f"reference.{name}", parameter.detach().cpu().clone()
+
+
+def _materialise_moments(learner: RankLearner) -> None:
+    """Makes Adam's state exist, by a step with a zero gradient and learning rate 0: every value is overwritten next."""
+    with learner.engine.accumulation():
+        learner.engine.backward(learner.idle_loss(), last=True)
+    learner.engine.step(0.0)
+
+
+class _Shards:
+    """Reads a tensor by name from all safetensors files of a folder, without loading the rest."""
+
+    def __init__(self, directory: Path) -> None:
+        self._files = [safe_open(path, framework="pt") for path in sorted(directory.glob("state-*.safetensors"))]
+        self._where = {name: file for file in self._files for name in file.keys()}  # noqa: SIM118 (not a dict)
+
+    def __enter__(self) -> "_Shards":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._files.clear()
+        self._where.clear()
+
+    def read(self, name: str) -> Tensor:
+        return self._where[name].get_tensor(name)

@@ -1,0 +1,299 @@
+"""What flows: frozen records, made once by one room and never filled in later by another.
+
+    offline   Row -> SequenceGroup -> PackedBatch -> MicroBatch -> LearnReport -> StepReport
+
+Arrays are numpy so that records cross processes without copies and without torch.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+Ints = NDArray[np.int64]
+Floats = NDArray[np.float32]
+Bools = NDArray[np.bool_]
+Layout = Literal["prefix_shared", "packed", "padded"]
+DataKind = Literal["sft", "preference", "unpaired"]
+Sync = Literal["no_sync", "coalesced", "per_micro_batch"]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One validated row of a data source, in TRL's terms, before any tokenizer.
+
+    Texts are strings or lists of {"role", "content"} messages. SFT: prompt (may be "") + completion, or `messages`
+    alone; preference: prompt, chosen, rejected; unpaired: prompt, completion, label.
+    where: "file:line" for messages to the user; source: index of the source in the recipe.
+    """
+
+    id: int
+    where: str
+    source: int
+    prompt: Any = None
+    completion: Any = None
+    chosen: Any = None
+    rejected: Any = None
+    messages: Any = None
+    text: str | None = None
+    label: bool | None = None
+    margin: float | None = None
+    answer: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Branch:
+    """Tokens that follow a prompt. ids: Int[T]; scored: Bool[T], True where a token counts in the loss."""
+
+    ids: Ints
+    scored: Bools
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceGroup:
+    """The atom of packing: a prompt and the branches that share it. Never split over micro-batches.
+
+    SFT and KTO have 1 branch (KTO a second, mismatched one for its KL term), a pair has 2: (chosen, rejected).
+    The prompt holds at least one token, so every branch token has a position that predicts it.
+
+    Example: prompt [1, 7, 8], branches ([9, 2], [5, 6, 2]): 3 + 2 + 3 = 8 tokens with a shared prompt, 11 without.
+    """
+
+    id: int
+    prompt: Ints
+    branches: tuple[Branch, ...]
+    source: int = 0
+    label: float | None = None
+    margin: float | None = None
+
+    @property
+    def shared_tokens(self) -> int:
+        """Tokens with the prompt stored once."""
+        return len(self.prompt) + sum(len(b.ids) for b in self.branches)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens with the prompt repeated for each branch: what TRL counts."""
+        return sum(len(self.prompt) + len(b.ids) for b in self.branches)
+
+    @property
+    def longest(self) -> int:
+        return len(self.prompt) + max(len(b.ids) for b in self.branches)
+
+    @property
+    def scored_tokens(self) -> int:
+        return sum(int(b.scored.sum()) for b in self.branches)
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """How the hardware cuts an optimizer step. Nothing in here may change a result.
+
+    A micro-batch holds at most `examples` examples or, if that is None, `positions` computed token positions.
+    Example: 256 pairs, Cut(workers=2, examples=8, …): 2 workers x 16 micro-batches x 8 pairs.
+    """
+
+    workers: int
+    examples: int | None
+    positions: int | None
+    layout: Layout
+    zero_stage: int
+    sync: Sync
+
+    def halved(self) -> "Cut":
+        """The cut to try after an out-of-memory error."""
+        if self.examples is not None:
+            return replace(self, examples=max(1, self.examples // 2))
+        return replace(self, positions=max(1, (self.positions or 2) // 2))
+
+
+@dataclass(frozen=True, slots=True)
+class LossUnits:
+    """The GLOBAL counts of one optimizer step, taken before the first backward: what loss sums are divided by.
+
+    examples: pairs (or conversations); branch_tokens[k]: scored tokens of branch k over all examples.
+    Example: the group above, both branches wholly scored: LossUnits(1, (2, 3)), `.tokens` 5.
+    """
+
+    examples: int
+    branch_tokens: tuple[int, ...]
+
+    @property
+    def tokens(self) -> int:
+        return sum(self.branch_tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatch:
+    """A few rows that one worker takes through the model at once.
+
+    input_ids, position_ids: Int[R, T]. segment: Int[R, T], which sequence group (or sequence) a token belongs to,
+    -1 for padding; branch: Int[R, T], 0 for tokens every branch may see (the prompt), k >= 1 for branch k.
+    Token i sees token j iff j <= i, same segment, and branch[j] is 0 or branch[i].
+    score_at: Int[N], flat positions r*T + t whose hidden state predicts targets: Int[N];
+    sequence: Int[N], the sequence (example * branches + branch) of each; sequences run 0 .. n*branches - 1.
+    last_at: Int[n*branches], flat position of the last token of each sequence (where reward heads read).
+    examples: Int[n], group ids. weight: 0.0 for a filler that only keeps ranks in step.
+    ref_logprobs: Float[N]; coefficients: Float[N], d loss / d token log-prob of losses that couple the whole batch.
+    label, margin: Float[n].
+    """
+
+    layout: Layout
+    input_ids: Ints
+    position_ids: Ints
+    segment: Ints
+    branch: Ints
+    score_at: Ints
+    targets: Ints
+    sequence: Ints
+    last_at: Ints
+    examples: Ints
+    branches: int
+    unshared_tokens: int
+    weight: float = 1.0
+    ref_logprobs: Floats | None = None
+    coefficients: Floats | None = None
+    label: Floats | None = None
+    margin: Floats | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Positions the model computes that are not padding."""
+        return int((self.segment >= 0).sum())
+
+    @property
+    def positions(self) -> int:
+        """Positions the model computes, padding included: what memory grows with."""
+        return int(self.input_ids.size)
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+
+@dataclass(frozen=True, slots=True)
+class PackedBatch:
+    """One optimizer step for all ranks: micro_batches[rank][i], the same number on every rank.
+
+    groups: the examples themselves in batch order, for tables and for cutting the step again after an
+    out-of-memory error.
+    """
+
+    groups: tuple[SequenceGroup, ...]
+    micro_batches: tuple[tuple[MicroBatch, ...], ...]
+    units: LossUnits
+
+    @property
+    def tokens(self) -> int:
+        """Unshared tokens, as TRL counts them."""
+        return sum(g.tokens for g in self.groups)
+
+    def with_reference(self, logprobs: tuple[tuple[Floats, ...], ...]) -> "PackedBatch":
+        """A copy whose micro-batches carry reference log-probs: logprobs[rank][i]: Float[N]."""
+        return self._with("ref_logprobs", logprobs)
+
+    def with_coefficients(self, coefficients: tuple[tuple[Floats, ...], ...]) -> "PackedBatch":
+        """A copy whose micro-batches carry d loss / d token log-prob: coefficients[rank][i]: Float[N]."""
+        return self._with("coefficients", coefficients)
+
+    def _with(self, name: str, columns: tuple[tuple[Floats, ...], ...]) -> "PackedBatch":
+        ranks = tuple(
+            tuple(replace(mb, **{name: column}) for mb, column in zip(row, values, strict=True))
+            for row, values in zip(self.micro_batches, columns, strict=True)
+        )
+        return replace(self, micro_batches=ranks)
+
+
+@dataclass(frozen=True, slots=True)
+class Mean:
+    """A metric on its way: sum and count, so that partial values add up exactly. Example: Mean(3.0, 4) is 0.75."""
+
+    total: float
+    count: float
+
+    def __add__(self, other: "Mean") -> "Mean":
+        return Mean(self.total + other.total, self.count + other.count)
+
+    @property
+    def value(self) -> float:
+        return self.total / self.count if self.count else float("nan")
+
+
+@dataclass(frozen=True, slots=True)
+class LearnReport:
+    """What forward_backward over one PackedBatch found: loss (already divided once by the global count) and means."""
+
+    loss: float
+    means: Mapping[str, Mean]
+    micro_batches: int
+    tokens: int
+    positions: int
+    seconds: float
+    peak_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class StepApplied:
+    """What optim_step did. applied is False where a non-finite gradient was refused: then nothing advanced.
+
+    reduced_bytes: gradient bytes this rank sent into reductions; gathered_bytes: parameter bytes gathered.
+    """
+
+    applied: bool
+    grad_norm: float
+    learning_rate: float
+    reduced_bytes: int = 0
+    gathered_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """The whole resume state of a controller, with the learner's own.
+
+    step: optimizer steps taken; examples: GLOBAL examples consumed (the data cursor); tokens: unshared tokens seen;
+    skipped: steps refused by the non-finite guard; best: best evaluation value so far.
+    """
+
+    step: int = 0
+    examples: int = 0
+    tokens: int = 0
+    skipped: int = 0
+
+    def after(self, batch: PackedBatch) -> "Progress":
+        return replace(self, step=self.step + 1, examples=self.examples + batch.units.examples, tokens=self.tokens + batch.tokens)
+
+    def after_skip(self, batch: PackedBatch) -> "Progress":
+        """The batch is consumed, but no step was taken: the schedule does not advance."""
+        return replace(self, examples=self.examples + batch.units.examples, skipped=self.skipped + 1)
+
+
+@dataclass(frozen=True, slots=True)
+class StepReport:
+    """One line of metrics.jsonl: `step` and flat metrics by the names TRL users know."""
+
+    step: int
+    metrics: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One line of samples.jsonl: a pair or a greedy completion with its scores."""
+
+    step: int
+    kind: Literal["pair", "generation"]
+    prompt: str
+    completion: str | None = None
+    chosen: str | None = None
+    rejected: str | None = None
+    answer: str | None = None
+    scores: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluationReport:
+    """Held-out results after `step` optimizer steps: metrics named `eval/...` and the samples worth looking at."""
+
+    step: int
+    metrics: Mapping[str, float]
+    samples: tuple[Sample, ...] = ()

@@ -1,0 +1,58 @@
+"""What a controller may ask of the others. Controllers import these Protocols and never ray, deepspeed or wandb."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+from orchestrator.records import EvaluationReport, Floats, LearnReport, PackedBatch, Progress, StepApplied, StepReport
+
+PerMicroBatch = tuple[tuple[Floats, ...], ...]
+"""Values [rank][i]: Float[N] for the scored tokens of each micro-batch of a PackedBatch."""
+
+TokenLists = Sequence[Sequence[int]]
+
+
+class Learner(Protocol):
+    """A model that scores and learns, on any number of ranks. Every verb acts on all ranks and has a deadline."""
+
+    def token_logprobs(self, batch: PackedBatch, *, reference: bool = False) -> PerMicroBatch:
+        """Log-probs of the scored tokens, without gradients; reference=True: under the live reference policy."""
+        ...
+
+    def forward_backward(self, batch: PackedBatch, step: int) -> LearnReport:
+        """Adds the gradient of the batch's loss, every sum divided once by the batch's global count."""
+        ...
+
+    def optim_step(self, step: int) -> StepApplied:
+        """Clips and applies the gradient with the learning rate of optimizer step `step` (0-based)."""
+        ...
+
+    def discard(self) -> None:
+        """Drops the accumulated gradient, so that a step can be played again."""
+        ...
+
+    def evaluate(self, batch: PackedBatch) -> tuple[LearnReport, PerMicroBatch]:
+        """The objective without gradients, and [rank][i]: Float[n, branches] log-prob sums (or rewards) per example."""
+        ...
+
+    def sync_reference(self, alpha: float) -> None:
+        """TR-DPO: reference <- alpha * policy + (1 - alpha) * reference."""
+        ...
+
+    def generate(self, prompts: TokenLists, max_new_tokens: int) -> TokenLists:
+        """Greedy continuations, one list of token ids per prompt, the eos token left out."""
+        ...
+
+
+class Reporter(Protocol):
+    def step(self, report: StepReport) -> None: ...
+    def evaluation(self, report: EvaluationReport) -> None: ...
+    def note(self, message: str) -> None: ...
+
+
+class Checkpoints(Protocol):
+    def restore(self) -> Progress:
+        """Puts the newest verified checkpoint back; step 0 where there is none."""
+        ...
+
+    def save(self, progress: Progress) -> Path: ...
