@@ -161,7 +161,8 @@ class RankLearner:
     def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[list[int]]:
         """Greedy continuations of this rank's prompts (every rank must call it with at least one prompt at ZeRO-3)."""
         self.scoring.eval()
-        return self.scoring.generate(prompts, max_new_tokens, synced=self.spec.cut.zero_stage == 3)
+        eos = self.loaded.tokenizer.eos_token_id
+        return self.scoring.generate(prompts, max_new_tokens, eos=eos, synced=self.spec.cut.zero_stage == 3)
 
     @torch.no_grad()
     def sync_reference(self, alpha: float) -> None:

@@ -1,0 +1,91 @@
+"""The order of examples as a function of (seed, epoch, cursor in GLOBAL examples).
+
+Nothing about workers enters it, so a run resumed on another world size sees the same examples in the same order.
+"""
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Literal
+
+import numpy as np
+
+from orchestrator.records import SequenceGroup
+
+
+def permutation(size: int, *key: int) -> np.ndarray:
+    """A permutation of range(size) drawn from a counter-based generator keyed by up to four numbers."""
+    words = np.array([*key, 0, 0, 0, 0][:4], np.uint64)
+    packed = words[:2] ^ (words[2:] << np.uint64(32))
+    return np.random.Generator(np.random.Philox(key=packed)).permutation(size)
+
+
+class Order:
+    """A weighted mixture of sources. sizes, weights: one per source; weight w passes over a source w times an epoch.
+
+    In epoch e source s gives its next floor(w n (e+1)) - floor(w n e) items of the endless concatenation of its own
+    permutations; the items of the epoch are then shuffled together.
+    """
+
+    def __init__(self, sizes: Sequence[int], weights: Sequence[float], seed: int) -> None:
+        self.sizes, self.weights, self.seed = tuple(sizes), tuple(weights), seed
+        self._offsets = np.cumsum([0, *self.sizes])
+        self.epoch = lru_cache(maxsize=4)(self._epoch)
+
+    def _epoch(self, epoch: int) -> np.ndarray:
+        """Example indices of one epoch, in order."""
+        drawn = [self._draw(s, epoch) for s in range(len(self.sizes))]
+        items = np.concatenate(drawn)
+        return items[permutation(len(items), self.seed, epoch, 0, 1)]
+
+    def _draw(self, source: int, epoch: int) -> np.ndarray:
+        size, weight = self.sizes[source], self.weights[source]
+        first, last = math.floor(weight * size * epoch), math.floor(weight * size * (epoch + 1))
+        at = np.arange(first, last)
+        result = np.empty(len(at), np.int64)
+        for lap in np.unique(at // size) if size else ():
+            here = at // size == lap
+            result[here] = permutation(size, self.seed, int(lap), source, 2)[at[here] % size]
+        return result + self._offsets[source]
+
+
+class Batches:
+    """Batches of `effective` examples at any cursor.
+
+    cursor: GLOBAL examples consumed so far; the next cursor is cursor + len(batch). remainder: an epoch's last partial
+    batch is dropped, used as it is (a smaller step, divided by its own count), or carried into the next epoch.
+    """
+
+    def __init__(self, groups: Sequence[SequenceGroup], order: Order, effective: int, remainder: Literal["drop", "use", "carry"]) -> None:
+        self.groups, self.order, self.effective, self.remainder = groups, order, effective, remainder
+
+    def at(self, cursor: int) -> tuple[SequenceGroup, ...]:
+        """The batch that starts at `cursor`."""
+        epoch, start = self._locate(cursor)
+        indices = self._usable(epoch)[start : start + self.effective]
+        while self.remainder == "carry" and len(indices) < self.effective:
+            epoch += 1
+            indices = np.concatenate([indices, self._usable(epoch)[: self.effective - len(indices)]])
+        return tuple(self.groups[i] for i in indices)
+
+    def steps_in(self, epochs: float) -> int:
+        """Optimizer steps in `epochs` passes, at least one."""
+        whole = math.floor(epochs)
+        sizes = [len(self._usable(e)) for e in range(whole)]
+        part = (epochs - whole) * len(self._usable(whole))
+        if self.remainder == "carry":
+            return max(1, math.ceil((sum(sizes) + part) / self.effective - 1e-9))
+        return max(1, sum(math.ceil(n / self.effective) for n in sizes) + math.ceil(part / self.effective))
+
+    def _locate(self, cursor: int) -> tuple[int, int]:
+        epoch = 0
+        while cursor >= (size := len(self._usable(epoch))):
+            cursor -= size
+            epoch += 1
+        return epoch, cursor
+
+    def _usable(self, epoch: int) -> np.ndarray:
+        items = self.order.epoch(epoch)
+        if self.remainder == "drop" and len(items) > self.effective:
+            return items[: len(items) // self.effective * self.effective]
+        return items

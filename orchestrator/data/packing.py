@@ -1,0 +1,160 @@
+"""Rows a micro-batch is made of: padded, packed, or with the prompt stored once for its branches.
+
+    prefix_shared   [prompt | chosen | rejected] [prompt | chosen | rejected] …   positions restart after each prompt
+    packed          [prompt chosen] [prompt rejected] …                           several sequences in a row
+    padded          [prompt chosen . . .]                                         one sequence a row
+
+All three compute the same log-probs: a token sees the earlier tokens of its own sequence and nothing else.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from orchestrator.records import Bools, Floats, Ints, Layout, MicroBatch, SequenceGroup
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """What is laid down in one go: tokens of one segment. branch: Int[t]; scores: (sequence, index of each scored token)."""
+
+    ids: Ints
+    positions: Ints
+    branch: Ints
+    scored: Bools
+    sequence: Ints
+    previous: Ints
+    last: tuple[tuple[int, int], ...]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+def pack(groups: Sequence[SequenceGroup], layout: Layout, *, row_tokens: int | None = None, weight: float = 1.0) -> MicroBatch:
+    """One MicroBatch holding `groups` in `layout`.
+
+    row_tokens: length of a packed or prefix-shared row, default the longest piece, so that rows stay short (attention
+    over one long row is slower than padding on a CPU).
+    """
+    branches = len(groups[0].branches)
+    pieces = [p for index, group in enumerate(groups) for p in _pieces(group, index * branches, layout)]
+    rows = _rows([len(p) for p in pieces], layout, row_tokens)
+    length = max(sum(len(pieces[i]) for i in row) for row in rows)
+    shape = (len(rows), length)
+    ids, branch = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
+    segment = np.full(shape, -1, np.int64)
+    positions = np.zeros(shape, np.int64)
+    score_at, targets, sequence = [], [], []
+    last_at = np.zeros(len(groups) * branches, np.int64)
+    for r, row in enumerate(rows):
+        start = 0
+        for i in row:
+            piece = pieces[i]
+            end, base = start + len(piece), r * length + start
+            ids[r, start:end], positions[r, start:end] = piece.ids, piece.positions
+            segment[r, start:end], branch[r, start:end] = i, piece.branch
+            score_at.append(base + piece.previous[piece.scored])
+            targets.append(piece.ids[piece.scored])
+            sequence.append(piece.sequence[piece.scored])
+            for which, at in piece.last:
+                last_at[which] = base + at
+            start = end
+        if layout == "padded":  # without a mask, transformers reads a position that does not count up as a new sequence
+            positions[r, start:] = np.arange(start, length)
+    return MicroBatch(
+        layout=layout,
+        input_ids=ids,
+        position_ids=positions,
+        segment=segment,
+        branch=branch,
+        score_at=np.concatenate(score_at),
+        targets=np.concatenate(targets),
+        sequence=np.concatenate(sequence),
+        last_at=last_at,
+        examples=np.array([g.id for g in groups], np.int64),
+        branches=branches,
+        unshared_tokens=sum(g.tokens for g in groups),
+        weight=weight,
+        label=_column([g.label for g in groups]),
+        margin=_column([g.margin for g in groups]),
+    )
+
+
+def filler(groups: Sequence[SequenceGroup], layout: Layout) -> MicroBatch:
+    """The cheapest micro-batch made of one of `groups`, with weight 0: it only keeps ranks in step."""
+    return pack([min(groups, key=lambda g: (g.tokens, g.id))], layout, weight=0.0)
+
+
+def cost(groups: Sequence[SequenceGroup], layout: Layout) -> int:
+    """Positions that the model computes for these groups in one micro-batch, padding included."""
+    lengths = [n for g in groups for n in _lengths(g, layout)]
+    rows = _rows(lengths, layout, None)
+    return len(rows) * max(sum(lengths[i] for i in row) for row in rows)
+
+
+def _lengths(group: SequenceGroup, layout: Layout) -> list[int]:
+    if layout == "prefix_shared":
+        return [group.shared_tokens]
+    return [len(group.prompt) + len(b.ids) for b in group.branches]
+
+
+def _rows(lengths: Sequence[int], layout: Layout, row_tokens: int | None) -> list[list[int]]:
+    """First-fit decreasing into rows; padded rows hold one piece each."""
+    if layout == "padded":
+        return [[i] for i in range(len(lengths))]
+    capacity = max(row_tokens or 0, max(lengths))
+    rows: list[list[int]] = []
+    free: list[int] = []
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        row = next((r for r, room in enumerate(free) if room >= lengths[i]), None)
+        if row is None:
+            rows.append([])
+            free.append(capacity)
+            row = len(rows) - 1
+        rows[row].append(i)
+        free[row] -= lengths[i]
+    return rows
+
+
+def _pieces(group: SequenceGroup, first_sequence: int, layout: Layout) -> Iterator[_Piece]:
+    if layout == "prefix_shared":
+        yield _shared_piece(group, first_sequence)
+        return
+    for k, branch in enumerate(group.branches):
+        size, prompt = len(group.prompt) + len(branch.ids), len(group.prompt)
+        scored = np.concatenate([np.zeros(prompt, np.bool_), branch.scored])
+        yield _Piece(
+            ids=np.concatenate([group.prompt, branch.ids]),
+            positions=np.arange(size),
+            branch=np.zeros(size, np.int64),
+            scored=scored,
+            sequence=np.full(size, first_sequence + k),
+            previous=np.arange(size) - 1,
+            last=((first_sequence + k, size - 1),),
+        )
+
+
+def _shared_piece(group: SequenceGroup, first_sequence: int) -> _Piece:
+    prompt = len(group.prompt)
+    sizes = [len(b.ids) for b in group.branches]
+    starts = prompt + np.cumsum([0, *sizes])
+    previous = np.arange(starts[-1]) - 1
+    previous[starts[:-1][np.array(sizes) > 0]] = prompt - 1  # a branch's first token is predicted by the prompt's last
+    return _Piece(
+        ids=np.concatenate([group.prompt, *(b.ids for b in group.branches)]),
+        positions=np.concatenate([np.arange(prompt), *(np.arange(prompt, prompt + n) for n in sizes)]),
+        branch=np.concatenate([np.zeros(prompt, np.int64), *(np.full(n, k + 1) for k, n in enumerate(sizes))]),
+        scored=np.concatenate([np.zeros(prompt, np.bool_), *(b.scored for b in group.branches)]),
+        sequence=np.concatenate([np.zeros(prompt, np.int64), *(np.full(n, first_sequence + k) for k, n in enumerate(sizes))]),
+        previous=previous,
+        last=tuple((first_sequence + k, int(starts[k + 1]) - 1) for k in range(len(sizes))),
+    )
+
+
+def _column(values: Sequence[float | None]) -> Floats | None:
+    present = [v for v in values if v is not None]
+    if not present:
+        return None
+    assert len(present) == len(values), "a column is given for some examples of a step and not for others"
+    return np.array(present, np.float32)

@@ -1,0 +1,154 @@
+"""Rows from local files, folders, the hub or the built-in toy task; bad rows named as file:line: reason."""
+
+import difflib
+import gzip
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from orchestrator.config import Columns, Data, Source
+from orchestrator.data.rows import BadRecord, describe, to_rows
+from orchestrator.data.toy import DEFAULT_ROWS, toy_rows
+from orchestrator.errors import ConfigError, DataError, MissingInput
+from orchestrator.records import DataKind, Row
+
+SUFFIXES = (".jsonl", ".jsonl.gz", ".json.gz", ".parquet")
+
+
+@dataclass(frozen=True, slots=True)
+class BadRow:
+    """where: "file:line"."""
+
+    where: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedRows:
+    """Validated rows of all sources in order. sizes, weights, names, formats: one per source."""
+
+    rows: tuple[Row, ...]
+    bad: tuple[BadRow, ...]
+    sizes: tuple[int, ...]
+    weights: tuple[float, ...]
+    names: tuple[str, ...]
+    formats: tuple[str, ...]
+    fingerprint: str
+
+
+def load_rows(spec: str | list[Source], data: Data, kind: DataKind) -> LoadedRows:
+    """All rows of `spec`; DataError when more than data.max_bad_rows are bad, before anything expensive starts."""
+    sources = [Source(path=spec)] if isinstance(spec, str) else spec  # pyright: ignore[reportCallIssue]
+    rows: list[Row] = []
+    bad: list[BadRow] = []
+    sizes: list[int] = []
+    formats: list[str] = []
+    digest = hashlib.sha256()
+    for index, source in enumerate(sources):
+        start = len(rows)
+        for fields, where in _read(source, source.columns or data.columns, kind, bad):
+            digest.update(json.dumps(fields, sort_keys=True, ensure_ascii=False).encode())
+            rows.append(Row(id=len(rows), where=where, source=index, **fields))
+            if source.max_rows is not None and len(rows) - start >= source.max_rows:
+                break
+        sizes.append(len(rows) - start)
+        formats.append(describe(rows[start]) if len(rows) > start else "empty")
+    _check_bad(bad, data.max_bad_rows)
+    if not rows:
+        raise DataError("the data holds no usable row", why=", ".join(s.path for s in sources), fix="check data.train and data.columns")
+    return LoadedRows(
+        tuple(rows),
+        tuple(bad),
+        tuple(sizes),
+        tuple(s.weight for s in sources),
+        tuple(Path(s.path).stem for s in sources),
+        tuple(formats),
+        digest.hexdigest(),
+    )
+
+
+def _check_bad(bad: list[BadRow], allowed: int) -> None:
+    if len(bad) <= allowed:
+        return
+    shown = "\n".join(f"    {b.where}: {b.reason}" for b in bad[:10])
+    more = f"\n    … and {len(bad) - 10} more" if len(bad) > 10 else ""
+    raise DataError(
+        f"{len(bad)} bad rows, data.max_bad_rows allows {allowed}",
+        why=f"\n{shown}{more}",
+        fix="mend the rows, map their names with data.columns, or raise data.max_bad_rows to leave them out",
+    )
+
+
+def _read(source: Source, columns: Columns, kind: DataKind, bad: list[BadRow]) -> Iterator[tuple[dict[str, Any], str]]:
+    for record, where in _records(source, bad):
+        try:
+            for fields in to_rows(record, columns, kind):
+                yield fields, where
+        except BadRecord as error:
+            bad.append(BadRow(where, str(error)))
+
+
+def _records(source: Source, bad: list[BadRow]) -> Iterator[tuple[Any, str]]:
+    if source.path.startswith("toy:"):
+        name = source.path.removeprefix("toy:")
+        for i, record in enumerate(toy_rows(name, source.split, source.max_rows or DEFAULT_ROWS[source.split])):
+            yield record, f"{source.path}:{i + 1}"
+        return
+    path = Path(source.path)
+    if path.is_dir():
+        files = sorted(p for p in path.iterdir() if p.name.endswith(SUFFIXES))
+        if not files:
+            raise MissingInput(f"{path} holds no data file", fix=f"put {', '.join(SUFFIXES)} files there")
+        for file in files:
+            yield from _file(file, bad)
+    elif path.is_file():
+        yield from _file(path, bad)
+    elif path.name.endswith(SUFFIXES) or path.is_absolute() or source.path.startswith(".") or source.path.count("/") > 1:
+        near = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        close = difflib.get_close_matches(path.name, near, n=3)
+        raise MissingInput(f"no data file {path}", fix=f"did you mean {', '.join(close)}?" if close else "check data.train and data.eval")
+    else:
+        yield from _hub(source)
+
+
+def _file(path: Path, bad: list[BadRow]) -> Iterator[tuple[Any, str]]:
+    if path.suffix == ".parquet":
+        from datasets import Dataset
+
+        for i, record in enumerate(Dataset.from_parquet(str(path))):
+            yield record, f"{path}:{i + 1}"
+        return
+    if not path.name.endswith(SUFFIXES):
+        raise ConfigError(f"{path}: unknown kind of data file", fix=f"use one of {', '.join(SUFFIXES)}")
+    opener = gzip.open if path.suffix == ".gz" else open
+    with opener(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            where = f"{path}:{number}"
+            try:
+                yield json.loads(line.decode("utf-8")), where
+            except UnicodeDecodeError as error:
+                bad.append(BadRow(where, f"not UTF-8 at byte {error.start}"))
+            except json.JSONDecodeError as error:
+                bad.append(BadRow(where, f"broken JSON: {error.msg} at column {error.colno}"))
+
+
+def _hub(source: Source) -> Iterator[tuple[Any, str]]:
+    if source.revision is None:
+        raise ConfigError(
+            f"data: {source.path} is no local file, and a hub data set needs a pinned revision",
+            why="a branch may change under a run",
+            fix="write it as {path: ORG/NAME, revision: COMMIT}, or check the file name",
+        )
+    from datasets import load_dataset
+
+    try:
+        dataset = load_dataset(source.path, source.subset, split=source.split, revision=source.revision)
+    except (OSError, ValueError) as error:
+        raise MissingInput(f"data set {source.path} cannot be loaded", why=str(error).splitlines()[0]) from error
+    for i, record in enumerate(dataset):
+        yield record, f"{source.path}:{i + 1}"

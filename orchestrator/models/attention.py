@@ -1,0 +1,86 @@
+"""Who may see whom: attention masks for rows that hold several sequences, and which architectures can take them."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from orchestrator.records import Layout
+
+_ONE_MASK = frozenset(
+    {"llama", "mistral", "gemma", "phi", "phi3", "gpt2", "gpt_neox", "olmo2", "granite", "cohere", "falcon", "mixtral"}
+)
+_MASK_PER_KIND = frozenset({"qwen2", "qwen2_moe", "qwen3", "gemma2", "gemma3_text"})
+"""Architectures measured to give the same log-probs under a 4-D mask (tests/invariants/test_layouts.py), the second
+set with one mask per kind of layer. Every other one gets padded rows, which need no mask of ours."""
+
+_ALL: frozenset[Layout] = frozenset({"prefix_shared", "packed", "padded"})
+Mask = Tensor | dict[str, Tensor] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Capabilities:
+    """layouts an architecture can take, and why not all. window: sliding-window size; kinds: its kinds of attention layers."""
+
+    layouts: frozenset[Layout]
+    reason: str
+    window: int | None
+    kinds: tuple[str, ...]
+
+
+def capabilities(config: PretrainedConfig) -> Capabilities:
+    """What rows a model of this configuration can take."""
+    kind = config.model_type
+    layers = tuple(sorted(set(getattr(config, "layer_types", None) or ())))
+    window = getattr(config, "sliding_window", None)
+    if not getattr(config, "use_sliding_window", True):
+        window = None
+    unknown = [layer for layer in layers if layer not in ("full_attention", "sliding_attention")]
+    if kind not in _ONE_MASK | _MASK_PER_KIND:
+        return Capabilities(frozenset({"padded"}), f"{kind} has not been shown to take a 4-D attention mask", window, ())
+    if unknown:
+        return Capabilities(frozenset({"padded"}), f"{kind} has {', '.join(unknown)} layers, which no mask keeps apart", window, ())
+    if kind == "falcon" and getattr(config, "alibi", False):
+        return Capabilities(frozenset({"padded"}), "falcon with alibi takes no position ids", None, ())
+    return Capabilities(_ALL, f"{kind} takes a 4-D mask", window, layers if kind in _MASK_PER_KIND else ())
+
+
+def attention_mask(segment: Tensor, branch: Tensor, positions: Tensor, layout: Layout, can: Capabilities, dtype: torch.dtype) -> Mask:
+    """The additive mask of a micro-batch: Float[R, 1, T, T], one per kind of layer where the model mixes kinds.
+
+    Token i sees token j iff j <= i, same segment, branch[j] in {0, branch[i]} and, in sliding layers, the POSITION
+    distance is below the window (rows hold several sequences, so the distance in the row would be wrong).
+    None for padded rows: padding is on the right, so plain causal attention is exact and fastest.
+    """
+    if layout == "padded":
+        return None
+    size = segment.shape[1]
+    causal = torch.ones(size, size, dtype=torch.bool, device=segment.device).tril()
+    same = segment[:, :, None] == segment[:, None, :]
+    shared = (branch[:, None, :] == 0) | (branch[:, None, :] == branch[:, :, None])
+    full = causal & same & shared
+    if can.window is None:
+        return _additive(full, dtype)
+    near = (positions[:, :, None] - positions[:, None, :]) < can.window
+    if not can.kinds:
+        return _additive(full & near, dtype)
+    masks = {"full_attention": full, "sliding_attention": full & near}
+    return {kind: _additive(masks[kind], dtype) for kind in can.kinds}
+
+
+def _additive(allowed: Tensor, dtype: torch.dtype) -> Tensor:
+    mask = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device)
+    return mask.masked_fill_(~allowed, torch.finfo(dtype).min)[:, None]
+
+
+def flex_mask(segment: Tensor, branch: Tensor, positions: Tensor, window: int | None):  # noqa: ANN201 (BlockMask is lazily imported)
+    """The same rule as a FlexAttention BlockMask, for models with attn_implementation="flex_attention" on a GPU."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    def visible(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        seen = (j <= i) & (segment[b, i] == segment[b, j]) & ((branch[b, j] == 0) | (branch[b, j] == branch[b, i]))
+        return seen if window is None else seen & (positions[b, i] - positions[b, j] < window)
+
+    rows, size = segment.shape
+    return create_block_mask(visible, rows, None, size, size, device=str(segment.device))

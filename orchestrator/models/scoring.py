@@ -1,0 +1,198 @@
+"""The one way through a model in training: rows in, log-probs of scored positions (or rewards) out.
+
+    input ids, positions, mask --backbone--> hidden states --pick scored positions--> head in chunks --> log-probs
+
+Logits exist only for scored positions and only a chunk at a time.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from orchestrator.errors import ConfigError
+from orchestrator.models.attention import Capabilities, attention_mask, capabilities, flex_mask
+from orchestrator.objectives.logprobs import chunked_logprobs
+from orchestrator.records import Layout, MicroBatch
+
+CHUNK_LOGITS = 1 << 24
+"""Logits alive at once in the head: 16 M values, 64 MB in fp32."""
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatchTensors:
+    """A MicroBatch's arrays on the device; see records.MicroBatch for the shapes."""
+
+    layout: Layout
+    input_ids: Tensor
+    position_ids: Tensor
+    segment: Tensor
+    branch: Tensor
+    score_at: Tensor
+    targets: Tensor
+    last_at: Tensor
+    branches: int
+
+    @classmethod
+    def of(cls, mb: MicroBatch, device: torch.device) -> "MicroBatchTensors":
+        def move(array: Any) -> Tensor:
+            return torch.tensor(array, device=device)
+
+        return cls(
+            mb.layout,
+            move(mb.input_ids),
+            move(mb.position_ids),
+            move(mb.segment),
+            move(mb.branch),
+            move(mb.score_at),
+            move(mb.targets),
+            move(mb.last_at),
+            mb.branches,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """logps: Float[N] of the scored tokens (language-model head); wpo: Float[N] without gradient; rewards: Float[n, branches]."""
+
+    logps: Tensor | None = None
+    wpo: Tensor | None = None
+    rewards: Tensor | None = None
+
+
+class ScoredHead(nn.Module):
+    """Output embedding applied to scored positions only, by chunks with recomputation.
+
+    Holds the weight as its own parameter (shared with the model's lm_head), because DeepSpeed ZeRO-3 gathers
+    parameters module by module; it is called exactly once per forward.
+    """
+
+    def __init__(self, linear: nn.Linear, *, soft_cap: float | None, scale: float, want_wpo: bool) -> None:
+        super().__init__()
+        self.weight, self.bias = linear.weight, linear.bias
+        self.soft_cap, self.scale, self.want_wpo = soft_cap, scale, want_wpo
+        self.chunk = max(64, CHUNK_LOGITS // linear.out_features)
+
+    def forward(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor | None]:
+        return chunked_logprobs(
+            hidden, self.weight, self.bias, targets, chunk=self.chunk, soft_cap=self.soft_cap, scale=self.scale, want_wpo=self.want_wpo
+        )
+
+
+class ScoringModel(nn.Module):
+    """A Hugging Face model behind the one training forward. head: "lm" gives log-probs, "scalar" rewards."""
+
+    def __init__(self, model: nn.Module, *, head: Literal["lm", "scalar"], want_wpo: bool = False) -> None:
+        super().__init__()
+        self.model = model
+        hugging_face: PreTrainedModel = model.get_base_model() if hasattr(model, "peft_config") else model  # pyright: ignore
+        self.can: Capabilities = capabilities(hugging_face.config.get_text_config())
+        self.kind = head
+        if head == "lm":
+            linear = hugging_face.get_output_embeddings()
+            if not isinstance(linear, nn.Linear):
+                raise ConfigError(
+                    f"the output layer of {type(hugging_face).__name__} is {type(linear).__name__}, not a plain linear layer",
+                    why="log-probs are computed from its weight, chunk by chunk",
+                    fix="leave lm_head out of model.lora.target_modules",
+                )
+            soft_cap, scale = logit_transform(hugging_face.config.get_text_config())
+            self.head = ScoredHead(linear, soft_cap=soft_cap, scale=scale, want_wpo=want_wpo)
+
+    @property
+    def hugging_face(self) -> PreTrainedModel:
+        """The model without a LoRA wrapper (its adapted layers stay in place)."""
+        return self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model  # pyright: ignore
+
+    @property
+    def backbone(self) -> nn.Module:
+        return getattr(self.hugging_face, self.hugging_face.base_model_prefix)
+
+    def forward(self, rows: MicroBatchTensors) -> Scored:
+        hidden = self.hidden_states(rows)
+        if self.kind == "lm":
+            logps, wpo = self.head(hidden[rows.score_at], rows.targets)
+            return Scored(logps=logps, wpo=wpo)
+        rewards: Tensor = self.hugging_face.score(hidden[rows.last_at])  # pyright: ignore[reportCallIssue]
+        return Scored(rewards=rewards.float().view(-1, rows.branches))
+
+    def hidden_states(self, rows: MicroBatchTensors) -> Tensor:
+        """Final hidden states Float[R*T, H]."""
+        dtype = torch.get_autocast_dtype(rows.input_ids.device.type) if torch.is_autocast_enabled() else self._dtype()
+        if self.hugging_face.config._attn_implementation == "flex_attention" and rows.layout != "padded":
+            mask = flex_mask(rows.segment, rows.branch, rows.position_ids, self.can.window)
+        else:
+            mask = attention_mask(rows.segment, rows.branch, rows.position_ids, rows.layout, self.can, dtype)
+        output = self.backbone(input_ids=rows.input_ids, position_ids=rows.position_ids, attention_mask=mask, use_cache=False)
+        return output.last_hidden_state.flatten(0, 1)
+
+    def enable_activation_checkpointing(self) -> None:
+        """Recomputes each layer in the backward: less memory, about a third more time."""
+        self.hugging_face.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if hasattr(self.model, "peft_config"):
+            self.hugging_face.enable_input_require_grads()
+
+    @contextmanager
+    def reference(self) -> Iterator[None]:
+        """The reference policy of a LoRA model: the same weights with the adapter off."""
+        if not hasattr(self.model, "peft_config"):
+            raise ValueError("only a LoRA model holds its own reference")
+        with self.model.disable_adapter():  # pyright: ignore[reportCallIssue]
+            yield
+
+    def hf_names(self) -> dict[str, str]:
+        """Our parameter names -> the names in the Hugging Face (or adapter) folder."""
+        return {name: name.removeprefix("model.") for name, _ in self.named_parameters()}
+
+    def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, *, eos: int, synced: bool) -> list[list[int]]:
+        """Greedy continuations without the eos token. Prompts are padded on the left and masked by position."""
+        device = next(self.parameters()).device
+        width = max(len(p) for p in prompts)
+        ids = torch.full((len(prompts), width), eos, dtype=torch.long, device=device)
+        mask = torch.zeros_like(ids)
+        for row, prompt in enumerate(prompts):
+            ids[row, width - len(prompt) :] = torch.tensor(list(prompt), device=device)
+            mask[row, width - len(prompt) :] = 1
+        output = self.model.generate(  # pyright: ignore[reportCallIssue]
+            input_ids=ids,
+            attention_mask=mask,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            eos_token_id=eos,
+            pad_token_id=eos,
+            synced_gpus=synced,
+        )
+        return [_until(row[width:].tolist(), eos) for row in output]
+
+    def _dtype(self) -> torch.dtype:
+        return next(p.dtype for p in self.parameters() if p.is_floating_point())
+
+
+def _until(tokens: list[int], eos: int) -> list[int]:
+    return tokens[: tokens.index(eos)] if eos in tokens else tokens
+
+
+def logit_transform(config: Any) -> tuple[float | None, float]:
+    """(soft cap, factor) that the architecture applies to its logits.
+
+    Gemma 2 and 3 cap: c * tanh(logits / c); Cohere multiplies by logit_scale; Granite divides by logits_scaling.
+    """
+    soft_cap = getattr(config, "final_logit_softcapping", None)
+    scale = getattr(config, "logit_scale", None)
+    divisor = getattr(config, "logits_scaling", None)
+    return soft_cap, (scale if scale is not None else 1.0) / (divisor if divisor is not None else 1.0)
+
+
+@torch.no_grad()
+def head_gap(scoring: ScoringModel, rows: MicroBatchTensors) -> float:
+    """Largest difference of our log-probs from the model's own forward on the same padded rows: the start-up check."""
+    assert rows.layout == "padded"
+    own = scoring.hugging_face(input_ids=rows.input_ids, position_ids=rows.position_ids, use_cache=False).logits
+    plain = torch.log_softmax(own.flatten(0, 1)[rows.score_at].float(), -1).gather(1, rows.targets[:, None])[:, 0]
+    ours = scoring(rows).logps
+    assert ours is not None
+    return float((ours - plain).abs().max()) if len(plain) else 0.0

@@ -1,0 +1,58 @@
+"""What an objective sees and what it returns: sums, never means."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from orchestrator.records import LossUnits
+
+
+@dataclass(frozen=True, slots=True)
+class TokenScores:
+    """Scores of a micro-batch, or of a whole effective batch: the same objective takes either.
+
+    logps: Float[N], policy log-probs of the scored tokens (carries the gradient); ref_logps: Float[N], the reference's.
+    sequence: Int[N], which sequence (example * branches + branch) a token belongs to. label, margin: Float[n].
+    wpo: Float[N], log p(token) - log sum p^2, without gradient. rewards: Float[n, branches] of a scalar head.
+    """
+
+    logps: Tensor
+    sequence: Tensor
+    examples: int
+    branches: int
+    ref_logps: Tensor | None = None
+    label: Tensor | None = None
+    margin: Tensor | None = None
+    wpo: Tensor | None = None
+    rewards: Tensor | None = None
+
+    def per_sequence(self, values: Tensor) -> Tensor:
+        """Sums Float[N] token values into Float[n, branches]."""
+        total = torch.zeros(self.examples * self.branches, dtype=values.dtype, device=values.device)
+        return total.index_add(0, self.sequence, values).view(self.examples, self.branches)
+
+    def sums(self) -> Tensor:
+        """Float[n, branches]: log-prob of each branch under the policy."""
+        return self.per_sequence(self.logps)
+
+    def ref_sums(self) -> Tensor:
+        """Float[n, branches]: log-prob of each branch under the reference."""
+        assert self.ref_logps is not None, "this objective needs reference log-probs"
+        return self.per_sequence(self.ref_logps.to(self.logps.dtype))
+
+    def lengths(self) -> Tensor:
+        """Float[n, branches]: scored tokens of each branch."""
+        return self.per_sequence(torch.ones_like(self.logps))
+
+
+@dataclass(frozen=True, slots=True)
+class LossSum:
+    """total: scalar, a sum of losses already divided by the GLOBAL count of its unit. means: name -> (sum, count)."""
+
+    total: Tensor
+    means: dict[str, tuple[Tensor, float]]
+
+
+Objective = Callable[[TokenScores, LossUnits], LossSum]
