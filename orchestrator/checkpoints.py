@@ -15,11 +15,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from orchestrator import faults
 from orchestrator.errors import CheckpointError, OutputError
 from orchestrator.records import Progress
 
 FORMAT = 1
+REPLACED = ".replaced"
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,11 +69,14 @@ def fsync_directory(path: Path) -> None:
 def write_atomically(path: Path, text: str) -> None:
     """Writes a text file so that a reader sees the old content or the new, never a part."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-    with temporary.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with temporary.open("w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
     fsync_directory(path.parent)
 
 
@@ -82,17 +88,17 @@ class CheckpointStore:
 
     def save(self, progress: Progress, facts: Mapping[str, Any], write: Callable[[Path], Sequence[FileEntry]]) -> Path:
         """Commits a checkpoint; `write` puts the tensor files into the folder it is given. Older ones go after."""
-        self.root.mkdir(parents=True, exist_ok=True)
         name = f"step_{progress.step:08d}"
         temporary = self.root / f".tmp-{name}-{uuid.uuid4().hex[:8]}"
-        temporary.mkdir()
         try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            temporary.mkdir()
             entries = list(write(temporary))
             faults.inject("checkpoint.written", step=progress.step)
             self._write_manifest(temporary, progress, facts, entries)
             faults.inject("checkpoint.manifest", step=progress.step)
             self._publish(temporary, self.root / name, progress.step)
-        except (OSError, RuntimeError) as error:
+        except (OSError, RuntimeError, SafetensorError) as error:
             shutil.rmtree(temporary, ignore_errors=True)
             raise OutputError(
                 f"checkpoint of step {progress.step} could not be written to {self.root}",
@@ -104,7 +110,7 @@ class CheckpointStore:
 
     def newest(self) -> Saved | None:
         """The newest checkpoint that verifies; each one passed over is named with its reason."""
-        for directory in sorted(self.root.glob("step_*"), reverse=True):
+        for directory in sorted(self.root.glob("step_*"), key=_age, reverse=True):
             try:
                 saved = verify(directory)
             except CheckpointError as error:
@@ -127,21 +133,32 @@ class CheckpointStore:
             "facts": dict(facts),
             "files": [asdict(entry) for entry in sorted(entries, key=lambda e: e.path)],
         }
+        manifest = json.loads(json.dumps(manifest))  # tuples and integer keys as a reader will see them
         body = json.dumps(manifest, indent=1, sort_keys=True)
         write_atomically(folder / "MANIFEST.json", json.dumps({"sha256": _digest(body), "manifest": manifest}, indent=1, sort_keys=True))
 
     def _publish(self, temporary: Path, final: Path, step: int) -> None:
-        if final.exists():  # the same step written again after a resume from an older checkpoint
-            shutil.rmtree(final)
+        replaced = final.with_name(final.name + REPLACED)
+        if final.exists():  # the same step written again: kept under another name until the new one is in place
+            shutil.rmtree(replaced, ignore_errors=True)
+            os.rename(final, replaced)
+            faults.inject("checkpoint.replaced", step=step)
         os.rename(temporary, final)
         fsync_directory(self.root)
         faults.inject("checkpoint.renamed", step=step)
         write_atomically(self.root / "LATEST", final.name + "\n")
 
     def _purge(self, newest: str) -> None:
-        folders = sorted(d for d in self.root.glob("step_*") if d.name <= newest)
-        for folder in [*folders[: -self.keep], *self.root.glob(".tmp-*")]:
+        folders = sorted(d for d in self.root.glob("step_*") if d.name <= newest and d.suffix != REPLACED)
+        for folder in [*folders[: -self.keep], *self.root.glob(".tmp-*"), *self.root.glob(f"step_*{REPLACED}")]:
             shutil.rmtree(folder, ignore_errors=True)
+        for file in self.root.glob(".LATEST.*"):
+            file.unlink(missing_ok=True)
+
+
+def _age(directory: Path) -> tuple[str, bool]:
+    """Sorts by step; of one step, the folder that was replaced is the older one."""
+    return directory.name.removesuffix(REPLACED), directory.suffix != REPLACED
 
 
 def verify(directory: Path) -> Saved:

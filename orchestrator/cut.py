@@ -9,7 +9,7 @@ import heapq
 from collections.abc import Sequence
 
 from orchestrator.data.packing import cost, filler, pack
-from orchestrator.records import Cut, LossUnits, MicroBatch, PackedBatch, SequenceGroup
+from orchestrator.records import Cut, LossUnits, PackedBatch, SequenceGroup
 
 
 def loss_units(groups: Sequence[SequenceGroup]) -> LossUnits:
@@ -78,8 +78,3 @@ def micro_batches_per_worker(effective: int, cut: Cut) -> int | None:
     if cut.examples is None:
         return None
     return -(-effective // (cut.workers * cut.examples))
-
-
-def scored_order(batch: PackedBatch) -> list[MicroBatch]:
-    """All micro-batches that carry data, rank by rank."""
-    return [mb for rank in batch.micro_batches for mb in rank if mb.weight]

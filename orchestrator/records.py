@@ -222,12 +222,19 @@ class Mean:
 
 @dataclass(frozen=True, slots=True)
 class LearnReport:
-    """What forward_backward over one PackedBatch found: loss (already divided once by the global count) and means."""
+    """What forward_backward over one PackedBatch found: loss (already divided once by the global count) and means.
+
+    tokens: with the prompt repeated for each branch, as TRL counts; computed: positions that are not padding, prompts
+    shared; scored: positions the head ran on; positions: all, padding and fillers included. peak_bytes: highest memory
+    in use minus what the process held before it built the model.
+    """
 
     loss: float
     means: Mapping[str, Mean]
     micro_batches: int
     tokens: int
+    computed: int
+    scored: int
     positions: int
     seconds: float
     peak_bytes: int = 0
@@ -252,7 +259,7 @@ class Progress:
     """The whole resume state of a controller, with the learner's own.
 
     step: optimizer steps taken; examples: GLOBAL examples consumed (the data cursor); tokens: unshared tokens seen;
-    skipped: steps refused by the non-finite guard; best: best evaluation value so far.
+    skipped: steps refused by the non-finite guard.
     """
 
     step: int = 0

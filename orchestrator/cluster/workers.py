@@ -47,12 +47,11 @@ class LearnerActor:
         self.group.join(self.device)
         return os.getpid()
 
-    def reference_logprobs(self, recipe: Recipe, micro_batches: Sequence[Any]) -> tuple[Any, ...]:
+    def build_reference(self, recipe: Recipe) -> str:
         from orchestrator.learner.learner import RankReference
 
-        if not isinstance(self.learner, RankReference):
-            self.learner = RankReference(recipe, self.device)
-        return self.learner.token_logprobs(micro_batches)
+        self.learner = RankReference(recipe, self.device)
+        return self.learner.fingerprint
 
     def build(self, spec: LearnerSpec) -> None:
         from orchestrator.learner.learner import RankLearner
@@ -144,9 +143,9 @@ class LearnerGroup:
         self.spec = spec
         self._all("build", spec)
 
-    def reference_logprobs(self, recipe: Recipe, batch: PackedBatch) -> PerMicroBatch:
-        """Log-probs under the start weights, without a learner: fills the reference cache."""
-        return tuple(self._each("reference_logprobs", [(recipe, share) for share in batch.micro_batches]))
+    def build_reference(self, recipe: Recipe) -> str:
+        """Loads only the reference policy on every rank, to fill the cache through `token_logprobs`; its fingerprint."""
+        return self._all("build_reference", recipe)[0]
 
     def forward_backward(self, batch: PackedBatch, step: int) -> LearnReport:
         units = ray.put(batch.units)
@@ -270,6 +269,8 @@ def merge_reports(reports: Sequence[LearnReport]) -> LearnReport:
         means=means,
         micro_batches=max(r.micro_batches for r in reports),
         tokens=sum(r.tokens for r in reports),
+        computed=sum(r.computed for r in reports),
+        scored=sum(r.scored for r in reports),
         positions=sum(r.positions for r in reports),
         seconds=max(r.seconds for r in reports),
         peak_bytes=max(r.peak_bytes for r in reports),

@@ -13,7 +13,7 @@ import torch
 from orchestrator.algorithms import Algorithm
 from orchestrator.objectives.coupling import coefficients
 from orchestrator.objectives.scores import LossSum, TokenScores
-from orchestrator.records import Floats, LearnReport, Mean, MicroBatch, PackedBatch
+from orchestrator.records import Floats, LearnReport, Mean, PackedBatch
 from orchestrator.roles import Learner, PerMicroBatch
 
 
@@ -77,7 +77,3 @@ def _split(batch: PackedBatch, gradient: Floats) -> PerMicroBatch:
 def _whole(loss: LossSum) -> WholeLoss:
     return WholeLoss(float(loss.total), {name: Mean(float(total), count) for name, (total, count) in loss.means.items()})
 
-
-def scored_micro_batches(batch: PackedBatch) -> list[MicroBatch]:
-    """All micro-batches that carry data, rank by rank."""
-    return [mb for rank in batch.micro_batches for mb in rank if mb.weight]

@@ -14,8 +14,8 @@ from orchestrator.controllers.coupled import with_coefficients
 from orchestrator.controllers.evaluation import Evaluator
 from orchestrator.cut import cut_step
 from orchestrator.data.order import Batches
-from orchestrator.errors import ConfigError, Diverged, OutOfMemory
-from orchestrator.observe.metrics import flatten
+from orchestrator.errors import ConfigError, Diverged, Interrupted, OutOfMemory
+from orchestrator.observe.metrics import Throughput, flatten
 from orchestrator.records import Cut, LearnReport, PackedBatch, Progress, StepReport
 from orchestrator.roles import Checkpoints, Learner, Reporter
 
@@ -25,7 +25,8 @@ Attach = Callable[[PackedBatch], PackedBatch]
 
 @dataclass(frozen=True, slots=True)
 class OfflinePlan:
-    """What the loop has to know. anchor_tolerance: how far the first loss may be from the algorithm's anchor."""
+    """What the loop has to know. anchor_tolerance: how far the first loss may be from
+    the algorithm's anchor, relative to it where it is above 1."""
 
     algorithm: Algorithm
     total_steps: int
@@ -64,10 +65,13 @@ class OfflineTrainer:
         evaluator: Evaluator,
         report: Reporter,
         checkpoints: Checkpoints,
+        throughput: Throughput,
+        should_stop: Callable[[], bool],
     ) -> None:
         self.plan, self.cut, self.policy = plan, cut, policy
         self.attach_reference, self.batches, self.evaluator = attach_reference, batches, evaluator
         self.report, self.checkpoints = report, checkpoints
+        self.throughput, self.should_stop = throughput, should_stop
 
     def run(self) -> Progress:
         """Trains to the plan's last step and returns where it ended."""
@@ -81,8 +85,7 @@ class OfflineTrainer:
             with clock.phase("data"):
                 groups = self.batches.at(progress.examples)
                 batch = cut_step(groups, self.cut)
-            with clock.phase("learn"):
-                batch, learned = self._learn(batch, progress, clock)
+            batch, learned = self._learn(batch, progress, clock)
             self._check_anchor(progress, learned)
             if not math.isfinite(learned.loss):
                 self.policy.discard()
@@ -95,8 +98,7 @@ class OfflineTrainer:
                 continue
             progress, skipped_in_a_row = progress.after(batch), 0
             self._after_step(progress, clock)
-            metrics = flatten(learned, applied, clock.phases)
-            self.report.step(StepReport(progress.step, {**metrics, "examples": progress.examples, "skipped": progress.skipped}))
+            self.report.step(StepReport(progress.step, flatten(progress, learned, applied, clock.phases, self.throughput)))
             self._evaluate_and_save(progress)
         return progress
 
@@ -107,9 +109,12 @@ class OfflineTrainer:
                 with clock.phase("reference"):
                     ready = self.attach_reference(batch)
                 if not self.plan.algorithm.couples_batch:
-                    return ready, self.policy.forward_backward(ready, progress.step)
-                ready, whole = with_coefficients(ready, self.policy, self.plan.algorithm)
-                return ready, whole.merged_into(self.policy.forward_backward(ready, progress.step))
+                    with clock.phase("forward_backward"):
+                        return ready, self.policy.forward_backward(ready, progress.step)
+                with clock.phase("first_pass"):
+                    ready, whole = with_coefficients(ready, self.policy, self.plan.algorithm)
+                with clock.phase("forward_backward"):
+                    return ready, whole.merged_into(self.policy.forward_backward(ready, progress.step))
             except OutOfMemory as error:
                 finer = self.cut.halved()
                 if not error.in_place or finer == self.cut:
@@ -126,11 +131,16 @@ class OfflineTrainer:
                 self.policy.sync_reference(self.plan.reference_sync_alpha)
 
     def _evaluate_and_save(self, progress: Progress) -> None:
-        last = progress.step == self.plan.total_steps
+        last, stopping = progress.step == self.plan.total_steps, self.should_stop()
         if _due(self.plan.evaluate_every, progress.step) or last:
             self.report.evaluation(self.evaluator.evaluate(self.cut, progress.step))
-        if _due(self.plan.save_every, progress.step) or last:
+        if _due(self.plan.save_every, progress.step) or last or stopping:
             self.checkpoints.save(progress)
+        if stopping and not last:
+            raise Interrupted(
+                f"stopped by request after step {progress.step} of {self.plan.total_steps}; a checkpoint was written",
+                fix="run the same command again to go on",
+            )
 
     def _skip(self, progress: Progress, batch: PackedBatch, in_a_row: int, what: str) -> tuple[Progress, int]:
         """Nothing advances but the data cursor; the examples are named, and too many in a row end the run."""
@@ -149,7 +159,7 @@ class OfflineTrainer:
         anchor, tolerance = self.plan.algorithm.anchor, self.plan.anchor_tolerance
         if anchor is None or tolerance is None or progress.step > 0 or not math.isfinite(learned.loss):
             return
-        if abs(learned.loss - anchor) > tolerance:
+        if abs(learned.loss - anchor) > tolerance * max(1.0, abs(anchor)):
             raise ConfigError(
                 f"the first loss is {learned.loss:.7f}, but policy == reference must give {anchor:.7f}",
                 why="the reference log-probs are not those of the start weights: a stale cache, or a model with random layers",

@@ -86,7 +86,7 @@ class Encoder:
         if shared < len(prompt):
             self.not_prefix.append(row.where)
         if shared == 0:  # something must predict the first token
-            shared = min(self._lead(wholes), min(len(w) for w in wholes) - 1)
+            shared = _lead(wholes, row)
         branches = tuple(_branch(whole[shared:]) for whole in wholes)
         label = None if row.label is None else float(row.label)
         return SequenceGroup(row.id, np.array(wholes[0][:shared], np.int64), branches, row.source, label, row.margin)
@@ -114,7 +114,7 @@ class Encoder:
 
         template = self._chat_template(row)
         if has_generation_markers(template):
-            output = self.tokenizer.apply_chat_template(row.messages, return_dict=True, return_assistant_tokens_mask=True)
+            output = self._render(row.messages, row, return_assistant_tokens_mask=True)
             return list(output["input_ids"]), [bool(m) for m in output["assistant_masks"]]
         messages, ids, mask = row.messages, [], []
         assert messages is not None
@@ -149,9 +149,18 @@ class Encoder:
     def _tokens(self, text: Any, row: Row, *, generation: bool = False) -> list[int]:
         if isinstance(text, str):
             return list(self.tokenizer(text=text)["input_ids"])
+        return list(self._render(text, row, add_generation_prompt=generation)["input_ids"])
+
+    def _render(self, messages: Any, row: Row, **options: bool) -> Any:
+        from jinja2 import TemplateError
+
         self._chat_template(row)
-        output = self.tokenizer.apply_chat_template(text, tokenize=True, return_dict=True, add_generation_prompt=generation)
-        return list(output["input_ids"])
+        if not messages:
+            raise DataError(f"{row.where}: no turn comes before the assistant's first", fix="begin the conversation with a user turn")
+        try:
+            return self.tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **options)
+        except TemplateError as error:
+            raise DataError(f"{row.where}: the chat template refuses the conversation", why=str(error), fix="mend or remove the row") from error
 
     def _chat_template(self, row: Row) -> str:
         if not self.tokenizer.chat_template:
@@ -161,12 +170,14 @@ class Encoder:
             )
         return self.tokenizer.chat_template
 
-    def _lead(self, wholes: list[list[int]]) -> int:
-        """Tokens all completions begin with when there is no prompt: bos, where the tokenizer adds one; at least 1."""
-        starts_with_bos = all(w[0] == self.tokenizer.bos_token_id for w in wholes)
-        if not starts_with_bos and len({w[0] for w in wholes}) > 1:
-            raise DataError("a pair has no prompt and its answers share no first token", fix="give the rows a prompt")
-        return 1
+
+def _lead(wholes: list[list[int]], row: Row) -> int:
+    """Tokens that stand in for a missing prompt: the first one, bos or not, if all completions begin with it."""
+    if min(len(w) for w in wholes) < 2:
+        raise DataError(f"{row.where}: no prompt, and a completion of fewer than two tokens", fix="give the row a prompt, or remove it")
+    if len({w[0] for w in wholes}) > 1:
+        raise DataError(f"{row.where}: no prompt, and the answers share no first token", fix="give the row a prompt")
+    return 1
 
 
 def _branch(ids: Sequence[int]) -> Branch:

@@ -38,10 +38,17 @@ class Order:
         items = np.concatenate(drawn)
         return items[permutation(len(items), self.seed, epoch, 0, 1)]
 
+    def size(self, epoch: int) -> int:
+        """How many examples an epoch has."""
+        return sum(last - first for first, last in (self._bounds(s, epoch) for s in range(len(self.sizes))))
+
+    def _bounds(self, source: int, epoch: int) -> tuple[int, int]:
+        items = self.weights[source] * self.sizes[source]
+        return math.floor(items * epoch), math.floor(items * (epoch + 1))
+
     def _draw(self, source: int, epoch: int) -> np.ndarray:
-        size, weight = self.sizes[source], self.weights[source]
-        first, last = math.floor(weight * size * epoch), math.floor(weight * size * (epoch + 1))
-        at = np.arange(first, last)
+        size = self.sizes[source]
+        at = np.arange(*self._bounds(source, epoch))
         result = np.empty(len(at), np.int64)
         for lap in np.unique(at // size) if size else ():
             here = at // size == lap
@@ -71,21 +78,24 @@ class Batches:
     def steps_in(self, epochs: float) -> int:
         """Optimizer steps in `epochs` passes, at least one."""
         whole = math.floor(epochs)
-        sizes = [len(self._usable(e)) for e in range(whole)]
-        part = (epochs - whole) * len(self._usable(whole))
+        sizes = [self._size(e) for e in range(whole)]
+        part = (epochs - whole) * self._size(whole)
         if self.remainder == "carry":
             return max(1, math.ceil((sum(sizes) + part) / self.effective - 1e-9))
-        return max(1, sum(math.ceil(n / self.effective) for n in sizes) + math.ceil(part / self.effective))
+        return max(1, sum(math.ceil(n / self.effective) for n in sizes) + math.ceil(part / self.effective - 1e-9))
 
     def _locate(self, cursor: int) -> tuple[int, int]:
         epoch = 0
-        while cursor >= (size := len(self._usable(epoch))):
+        while cursor >= (size := self._size(epoch)):
             cursor -= size
             epoch += 1
         return epoch, cursor
 
     def _usable(self, epoch: int) -> np.ndarray:
-        items = self.order.epoch(epoch)
-        if self.remainder == "drop" and len(items) > self.effective:
-            return items[: len(items) // self.effective * self.effective]
-        return items
+        return self.order.epoch(epoch)[: self._size(epoch)]
+
+    def _size(self, epoch: int) -> int:
+        size = self.order.size(epoch)
+        if self.remainder == "drop" and size > self.effective:
+            return size // self.effective * self.effective
+        return size

@@ -1,5 +1,6 @@
 """From a raw record to a Row: TRL's formats, recognised and validated; every refusal says why."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -95,28 +96,37 @@ def _implicit_prompt(chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:
     answers included ("The " of "The sea" and "The sky"); here it is cut back to the last "\\n\\nAssistant:" turn of
     Anthropic's HH format, or without one to the last line break.
     """
-    from trl.data_utils import extract_prompt
-
     if isinstance(chosen, list) and isinstance(rejected, list):
         a, b = _messages(chosen, "chosen"), _messages(rejected, "rejected")
         if a == b:
             raise BadRecord("chosen and rejected are equal")
         if a[0] != b[0]:
             raise BadRecord("no prompt, and chosen and rejected share no leading message")
-        split = extract_prompt({"chosen": a, "rejected": b})
-        shared = len(split["prompt"])
-        if not a[shared:] or not b[shared:]:  # one answer continues the other: the last shared turn is the answer
+        shared = _shared(a, b)
+        if not a[shared:] or not b[shared:]:
             raise BadRecord("one of chosen and rejected is the beginning of the other")
         return a[:shared], a[shared:], b[shared:]
     a, b = _text(chosen, "chosen"), _text(rejected, "rejected")
     if a == b:
         raise BadRecord("chosen and rejected are equal")
-    shared = extract_prompt({"chosen": a, "rejected": b})["prompt"] if a[0] == b[0] else ""
-    turn, line = shared.rfind(HH_TURN), shared.rfind("\n")
+    prompt = a[: _shared(a, b)]
+    turn, line = prompt.rfind(HH_TURN), prompt.rfind("\n")
     cut = turn + len(HH_TURN) if turn >= 0 else line + 1
     if cut <= 0:
         raise BadRecord("no prompt, and chosen and rejected share no beginning that ends a line or an 'Assistant:' turn")
     return a[:cut], _text(a[cut:], "chosen"), _text(b[cut:], "rejected")
+
+
+def _shared(chosen: Any, rejected: Any) -> int:
+    """Length of the common prefix: TRL's extract_prompt but for its edges (nothing, or one of the two, is shared)."""
+    from trl.data_utils import extract_prompt
+
+    shorter, longer = sorted((chosen, rejected), key=len)
+    if chosen[0] != rejected[0]:
+        return 0
+    if longer[: len(shorter)] == shorter:
+        return len(shorter)
+    return len(extract_prompt({"chosen": chosen, "rejected": rejected})["prompt"])
 
 
 def _texts(fields: Mapping[str, Any], names: Sequence[str]) -> list[Any]:
@@ -134,7 +144,7 @@ def _text(value: Any, name: str, *, may_be_empty: bool = False) -> str:
         raise BadRecord(f"{name} must be text or a list of messages, not {type(value).__name__}")
     if not value.strip() and not (may_be_empty and not value):
         raise BadRecord(f"{name} is empty")
-    return value
+    return _unicode(value, name)
 
 
 def _messages(value: Any, name: str) -> list[dict[str, Any]]:
@@ -145,7 +155,17 @@ def _messages(value: Any, name: str) -> list[dict[str, Any]]:
             raise BadRecord(f"{name}[{i}] needs a role and content")
         if not isinstance(message.get("content"), str) and not message.get("tool_calls"):
             raise BadRecord(f"{name}[{i}].content must be text")
+        _unicode(message.get("content") or "", f"{name}[{i}].content")
     return [dict(m) for m in value]
+
+
+def _unicode(value: str, name: str) -> str:
+    """JSON can spell half of a surrogate pair, which no tokenizer takes."""
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise BadRecord(f"{name} holds half of a surrogate pair at character {error.start}") from error
+    return value
 
 
 def _extra(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -153,9 +173,10 @@ def _extra(fields: Mapping[str, Any]) -> dict[str, Any]:
     if "answer" in fields:
         extra["answer"] = str(fields["answer"])
     if "margin" in fields:
-        if not isinstance(fields["margin"], int | float):
-            raise BadRecord(f"margin must be a number, not {fields['margin']!r}")
-        extra["margin"] = float(fields["margin"])
+        margin = fields["margin"]
+        if not isinstance(margin, int | float) or isinstance(margin, bool) or not math.isfinite(margin):
+            raise BadRecord(f"margin must be a finite number, not {margin!r}")
+        extra["margin"] = float(margin)
     return extra
 
 

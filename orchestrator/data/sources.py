@@ -4,6 +4,7 @@ import difflib
 import gzip
 import hashlib
 import json
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from orchestrator.data.toy import DEFAULT_ROWS, toy_rows
 from orchestrator.errors import ConfigError, DataError, MissingInput
 from orchestrator.records import DataKind, Row
 
+REFETCH = "fetch or write the file again, and check that it may be read"
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json.gz", ".parquet")
 
 
@@ -50,7 +52,7 @@ def load_rows(spec: str | list[Source], data: Data, kind: DataKind) -> LoadedRow
     for index, source in enumerate(sources):
         start = len(rows)
         for fields, where in _read(source, source.columns or data.columns, kind, bad):
-            digest.update(json.dumps(fields, sort_keys=True, ensure_ascii=False).encode())
+            digest.update(json.dumps(fields, sort_keys=True, default=str).encode())
             rows.append(Row(id=len(rows), where=where, source=index, **fields))
             if source.max_rows is not None and len(rows) - start >= source.max_rows:
                 break
@@ -59,6 +61,7 @@ def load_rows(spec: str | list[Source], data: Data, kind: DataKind) -> LoadedRow
     _check_bad(bad, data.max_bad_rows)
     if not rows:
         raise DataError("the data holds no usable row", why=", ".join(s.path for s in sources), fix="check data.train and data.columns")
+    _check_margins(rows)
     return LoadedRows(
         tuple(rows),
         tuple(bad),
@@ -82,6 +85,13 @@ def _check_bad(bad: list[BadRow], allowed: int) -> None:
     )
 
 
+def _check_margins(rows: list[Row]) -> None:
+    without = next((row.where for row in rows if row.margin is None), None)
+    holder = next((row.where for row in rows if row.margin is not None), None)
+    if without and holder:
+        raise DataError(f"{without} has no margin, but {holder} has one", fix="give every row a margin, or rename the column to leave it out")
+
+
 def _read(source: Source, columns: Columns, kind: DataKind, bad: list[BadRow]) -> Iterator[tuple[dict[str, Any], str]]:
     for record, where in _records(source, bad):
         try:
@@ -94,7 +104,7 @@ def _read(source: Source, columns: Columns, kind: DataKind, bad: list[BadRow]) -
 def _records(source: Source, bad: list[BadRow]) -> Iterator[tuple[Any, str]]:
     if source.path.startswith("toy:"):
         name = source.path.removeprefix("toy:")
-        for i, record in enumerate(toy_rows(name, source.split, source.max_rows or DEFAULT_ROWS[source.split])):
+        for i, record in enumerate(toy_rows(name, source.split, source.max_rows or DEFAULT_ROWS.get(source.split, 0))):
             yield record, f"{source.path}:{i + 1}"
         return
     path = Path(source.path)
@@ -116,25 +126,45 @@ def _records(source: Source, bad: list[BadRow]) -> Iterator[tuple[Any, str]]:
 
 def _file(path: Path, bad: list[BadRow]) -> Iterator[tuple[Any, str]]:
     if path.suffix == ".parquet":
-        from datasets import Dataset
-
-        for i, record in enumerate(Dataset.from_parquet(str(path))):
-            yield record, f"{path}:{i + 1}"
+        for number, record in enumerate(_parquet(path), start=1):
+            yield record, f"{path}:{number}"
         return
     if not path.name.endswith(SUFFIXES):
         raise ConfigError(f"{path}: unknown kind of data file", fix=f"use one of {', '.join(SUFFIXES)}")
+    for number, line in enumerate(_lines(path), start=1):
+        if not line.strip():
+            continue
+        where = f"{path}:{number}"
+        try:
+            yield json.loads(line.decode("utf-8")), where
+        except UnicodeDecodeError as error:
+            bad.append(BadRow(where, f"not UTF-8 at byte {error.start}"))
+        except json.JSONDecodeError as error:
+            bad.append(BadRow(where, f"broken JSON: {error.msg} at column {error.colno}"))
+
+
+def _lines(path: Path) -> Iterator[bytes]:
+    number = 0
     opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            where = f"{path}:{number}"
-            try:
-                yield json.loads(line.decode("utf-8")), where
-            except UnicodeDecodeError as error:
-                bad.append(BadRow(where, f"not UTF-8 at byte {error.start}"))
-            except json.JSONDecodeError as error:
-                bad.append(BadRow(where, f"broken JSON: {error.msg} at column {error.colno}"))
+    try:
+        with opener(path, "rb") as file:
+            for number, line in enumerate(file, start=1):  # noqa: B007 (the error names it)
+                yield line
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path} cannot be read after line {number}", why=str(error), fix=REFETCH) from error
+
+
+def _parquet(path: Path) -> Iterator[dict[str, Any]]:
+    """Row by row; not through `datasets`, which would write a copy into its cache."""
+    from pyarrow import ArrowException
+    from pyarrow.parquet import ParquetFile
+
+    try:
+        with ParquetFile(path) as file:
+            for batch in file.iter_batches():
+                yield from batch.to_pylist()
+    except (OSError, ArrowException) as error:
+        raise DataError(f"{path} cannot be read", why=str(error), fix=REFETCH) from error
 
 
 def _hub(source: Source) -> Iterator[tuple[Any, str]]:

@@ -94,7 +94,7 @@ class RankLearner:
         )
         self.reference: ScoringModel | None = None
         if recipe.algorithm.reference_sync_every is not None:
-            self.reference = load_reference(recipe, device)
+            self.reference, _ = load_reference(recipe, device)
 
     def forward_backward(self, micro_batches: Sequence[MicroBatch], units: LossUnits, step: int) -> LearnReport:
         """Adds the gradient of this rank's share of the step's loss; `loss` in the report is that share."""
@@ -119,6 +119,8 @@ class RankLearner:
             means=means,
             micro_batches=len(micro_batches),
             tokens=sum(m.unshared_tokens for m in micro_batches if m.weight),
+            computed=sum(m.tokens for m in micro_batches if m.weight),
+            scored=sum(len(m.targets) for m in micro_batches if m.weight),
             positions=sum(m.positions for m in micro_batches),
             seconds=time.perf_counter() - started,
             peak_bytes=peak_bytes(self.device) - self.bytes_before_model,
@@ -154,7 +156,17 @@ class RankLearner:
             per_example.append(values.float().cpu().numpy())
         total, means = sums.read()
         seconds = time.perf_counter() - started
-        report = LearnReport(total, means, len(micro_batches), sum(m.tokens for m in micro_batches), 0, seconds)
+        real = [m for m in micro_batches if m.weight]
+        report = LearnReport(
+            loss=total,
+            means=means,
+            micro_batches=len(micro_batches),
+            tokens=sum(m.unshared_tokens for m in real),
+            computed=sum(m.tokens for m in real),
+            scored=sum(len(m.targets) for m in real),
+            positions=sum(m.positions for m in micro_batches),
+            seconds=seconds,
+        )
         return report, tuple(per_example)
 
     @torch.no_grad()
@@ -257,12 +269,12 @@ def disable_dropout(model: nn.Module) -> None:
             module.attention_dropout = 0.0  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
 
 
-def load_reference(recipe: Recipe, device: torch.device) -> ScoringModel:
-    """The frozen reference policy: `model.reference`, else the start weights, never a resumed policy."""
+def load_reference(recipe: Recipe, device: torch.device) -> tuple[ScoringModel, str]:
+    """The frozen reference policy and its fingerprint: `model.reference`, else the start weights, never a resumed policy."""
     loaded = load(recipe.model, seed=recipe.run.seed, head="lm", reference=True)
     scoring = ScoringModel(loaded.model, head="lm").to(device=device, dtype=_DTYPES[recipe.learners.precision])
     scoring.requires_grad_(False)
-    return scoring.eval()
+    return scoring.eval(), loaded.fingerprint
 
 
 class RankReference:
@@ -270,10 +282,12 @@ class RankReference:
 
     def __init__(self, recipe: Recipe, device: torch.device) -> None:
         self.recipe, self.device = recipe, device
-        self.scoring = load_reference(recipe, device)
+        self.scoring, self.fingerprint = load_reference(recipe, device)
 
     @torch.no_grad()
-    def token_logprobs(self, micro_batches: Sequence[MicroBatch]) -> tuple[Floats, ...]:
+    def token_logprobs(self, micro_batches: Sequence[MicroBatch], *, reference: bool = True) -> tuple[Floats, ...]:
+        """fp32 log-probs of the scored tokens of each micro-batch."""
+        assert reference, "only the reference policy is loaded"
         autocast = self.recipe.learners.precision == "bf16_autocast"
         with torch.autocast(self.device.type, torch.bfloat16, enabled=autocast):
             return tuple(_logps(self.scoring(MicroBatchTensors.of(mb, self.device))).cpu().numpy() for mb in micro_batches)

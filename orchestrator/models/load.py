@@ -68,14 +68,13 @@ def load_config(cfg: Model) -> PretrainedConfig:
     return tiny_config(cfg.tiny) if cfg.tiny is not None else _pretrained(cfg, AutoConfig)
 
 
-def build_on_meta(cfg: Model, head: Head) -> nn.Module:
-    """The model without storage, for shapes and memory estimates."""
+def build_fake(cfg: Model, head: Head) -> nn.Module:
+    """The model from its configuration alone, for shapes and memory estimates: call it under FakeTensorMode."""
     auto: Any = AutoModelForCausalLM if head == "lm" else AutoModelForSequenceClassification
     config = load_config(cfg)
     if head == "scalar":
         config.num_labels = 1
-    with torch.device("meta"):
-        model = auto.from_config(config, attn_implementation="sdpa")
+    model = auto.from_config(config, attn_implementation="sdpa")
     return _with_lora(model, cfg.lora, 0, head) if cfg.lora is not None else model
 
 

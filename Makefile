@@ -1,0 +1,39 @@
+# make demo       two DeepSpeed workers align a tiny model on this machine: SFT, then DPO
+# make test       the default test suite, on the CPU
+# make test-slow  the tests that take minutes
+# make lint       ruff and pyright
+# make venv       the environment that all of them use
+
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+TORCH_VERSION := $(BIN)/python -c 'from importlib.metadata import version; print(version("torch"))'
+
+.PHONY: venv demo test test-slow lint
+
+venv: $(STAMP)
+
+# torch comes first and alone, so that its build is the index's choice and no other package's.
+$(STAMP): pyproject.toml constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))' \
+		|| { echo "Python 3.11 or 3.12 is needed: make PYTHON=python3.12 ..." >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(PIP) install -c constraints.txt torch==2.13.0
+	$(TORCH_VERSION) > .venv/.torch
+	$(PIP) install -c constraints.txt -e ".[dev]"
+	@$(TORCH_VERSION) | cmp -s - .venv/.torch || { echo "torch $$(cat .venv/.torch) was replaced while installing" >&2; exit 1; }
+	touch $(STAMP)
+
+demo: venv
+	$(BIN)/python -m orchestrator train recipes/tiny/demo.yaml --output runs/demo
+
+test: venv
+	$(BIN)/python -m pytest
+
+test-slow: venv
+	$(BIN)/python -m pytest -m "slow and not gpu"
+
+lint: venv
+	$(BIN)/ruff check .
+	$(BIN)/pyright

@@ -1,0 +1,79 @@
+"""What is easily wrong in silence, looked at once at start-up, and probes that measure instead of assume."""
+
+import time
+
+import numpy as np
+import torch
+
+from orchestrator.learner.learner import RankLearner
+from orchestrator.learner.memory import device_bytes
+from orchestrator.learner.state import full_weights
+from orchestrator.models.scoring import MicroBatchTensors, head_gap
+from orchestrator.records import Floats, LossUnits, MicroBatch
+
+
+def layout_gap(learner: RankLearner, chosen: MicroBatch, padded: MicroBatch) -> float:
+    """Largest difference of a sequence's log-prob (or reward) between two layouts of the same examples. A collective."""
+    return float(np.abs(_sums(learner, chosen) - _sums(learner, padded)).max())
+
+
+def _sums(learner: RankLearner, micro_batch: MicroBatch) -> Floats:
+    learner.scoring.eval()
+    with torch.no_grad():
+        scored = learner.engine(MicroBatchTensors.of(micro_batch, learner.device))
+    if scored.rewards is not None:
+        return scored.rewards.float().cpu().numpy().ravel()
+    logps = scored.logps.float().cpu().numpy()
+    return np.bincount(micro_batch.sequence, weights=logps, minlength=len(micro_batch) * micro_batch.branches)
+
+
+def head_check(learner: RankLearner, padded: MicroBatch) -> float:
+    """Largest difference of our chunked log-probs from the model's own logits; 0.0 for reward heads. A collective."""
+    if learner.algorithm.head != "lm":
+        return 0.0
+    learner.scoring.eval()
+    return head_gap(learner.scoring, MicroBatchTensors.of(padded, learner.device))
+
+
+def probe_peak(learner: RankLearner, micro_batch: MicroBatch, units: LossUnits) -> int:
+    """Peak bytes of a forward and backward of one micro-batch beyond what the process held before the model; the
+    gradient is dropped, nothing has changed after. A collective."""
+    reports = learner.forward_backward([micro_batch, micro_batch], units, step=-1)
+    learner.discard()
+    return reports.peak_bytes
+
+
+def usable_bytes(learner: RankLearner) -> int:
+    """Memory of this rank's device."""
+    return device_bytes(learner.device, learner.group.world)
+
+
+def model_fingerprint(learner: RankLearner) -> str:
+    """SHA-256 of the weights this run starts from."""
+    return learner.loaded.fingerprint
+
+
+def peak_flops(learner: RankLearner) -> float | None:
+    """FLOP/s the device could reach in the training precision: TRL's table for GPUs, a measured matrix product on a CPU."""
+    if learner.device.type == "cuda":
+        from trl.trainer.utils import get_peak_flops
+
+        low = {"fp32": "float32", "fp16": "float16"}.get(learner.spec.recipe.learners.precision, "bfloat16")
+        return get_peak_flops(torch.cuda.get_device_name(learner.device), low)
+    return _measured_flops()
+
+
+def _measured_flops(size: int = 768, repeats: int = 3) -> float:
+    a, b = torch.rand(size, size), torch.rand(size, size)
+    best = float("inf")
+    for _ in range(repeats + 1):
+        started = time.perf_counter()
+        a @ b
+        best = min(best, time.perf_counter() - started)
+    return 2.0 * size**3 / best
+
+
+def final_weights(learner: RankLearner) -> dict[str, Floats]:
+    """Whole fp32 weights by name on rank 0, nothing elsewhere: for `verify`. A collective."""
+    weights = {name: weight.numpy() for name, weight in full_weights(learner)}
+    return weights if learner.group.rank == 0 else {}

@@ -1,0 +1,117 @@
+"""Predicted peak memory of a rank: the step's tensors followed without computing them, DeepSpeed's buffers by formula.
+
+Forward and backward of the largest micro-batch run under FakeTensorMode with torch's MemTracker, so that every
+architecture, layout and the chunked head are counted as they are. Checked against the measured peak by
+tests/invariants/test_memory.py and benchmarks/seed_arithmetic.py.
+"""
+
+from dataclasses import asdict, dataclass
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed._tools.mem_tracker import MemTracker
+
+from orchestrator.algorithms import Algorithm
+from orchestrator.config import Recipe
+from orchestrator.models.load import build_fake
+from orchestrator.models.scoring import CHUNK_LOGITS, MicroBatchTensors, ScoringModel
+from orchestrator.records import Cut, MicroBatch
+
+BUCKET_BYTES = 100_000_000
+"""Communication buffers are bounded by the reduce bucket of learner/engine.py (25 M fp32 elements)."""
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryEstimate:
+    """Bytes of one rank. weights: what the model computes with; master: the optimizer's fp32 copy where that is not
+    the weights themselves; optimizer: Adam's moments; gradients: the fp32 accumulation buffer and what is reduced from;
+    activations: the largest micro-batch; logits: chunks of the head; reference: a live copy (TR-DPO)."""
+
+    weights: int
+    master: int
+    optimizer: int
+    gradients: int
+    activations: int
+    logits: int
+    communication: int
+    reference: int
+
+    @property
+    def total(self) -> int:
+        return sum(asdict(self).values())
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """Parameter counts: all, and those that learn."""
+
+    parameters: int
+    trainable: int
+
+
+def parameter_counts(scoring: ScoringModel) -> Sizes:
+    parameters = list(scoring.parameters())
+    return Sizes(sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad))
+
+
+def estimate(recipe: Recipe, algorithm: Algorithm, cut: Cut, micro_batch: MicroBatch) -> MemoryEstimate:
+    """The prediction for `micro_batch`, the largest that the cut makes."""
+    low = recipe.learners.precision in ("bf16", "fp16")
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        scoring = fake_model(recipe, algorithm)
+        sizes = parameter_counts(scoring)
+        step = _step_bytes(scoring, micro_batch, autocast=recipe.learners.precision == "bf16_autocast")
+        vocabulary = scoring.hugging_face.config.get_text_config().vocab_size
+    element = 2 if low else 4
+    logits = 0
+    if algorithm.head == "lm":
+        logits = 2 * 4 * min(CHUNK_LOGITS, len(micro_batch.targets) * vocabulary)
+    return MemoryEstimate(
+        weights=element * (sizes.parameters // (cut.workers if cut.zero_stage == 3 else 1)),
+        activations=max(0, step - logits),
+        logits=logits,
+        reference=element * sizes.parameters if recipe.algorithm.reference_sync_every is not None else 0,
+        **_optimizer_bytes(recipe, cut, sizes.trainable, element),
+    )
+
+
+def fake_model(recipe: Recipe, algorithm: Algorithm) -> ScoringModel:
+    """The scoring model in the training precision; call it under FakeTensorMode."""
+    scoring = ScoringModel(build_fake(recipe.model, algorithm.head), head=algorithm.head, want_wpo=algorithm.needs_wpo)
+    if recipe.learners.precision in ("bf16", "fp16"):
+        scoring.to(torch.bfloat16 if recipe.learners.precision == "bf16" else torch.float16)
+    if recipe.learners.activation_checkpointing:
+        scoring.enable_activation_checkpointing()
+    return scoring
+
+
+def _step_bytes(scoring: ScoringModel, micro_batch: MicroBatch, *, autocast: bool) -> int:
+    """Peak of forward + backward beyond parameters and their gradients."""
+    tracker = MemTracker()
+    tracker.track_external(scoring)
+    with tracker, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        scored = scoring.train()(MicroBatchTensors.of(micro_batch, torch.device("cpu")))
+        values = scored.logps if scored.logps is not None else scored.rewards
+        assert values is not None
+        values.sum().backward()
+    peak = next(iter(tracker.get_tracker_snapshot("peak").values()))
+    return int(peak["Total"] - sum(v for k, v in peak.items() if str(k).endswith((".PARAM", ".GRAD", ".BUFFER"))))
+
+
+def _optimizer_bytes(recipe: Recipe, cut: Cut, trainable: int, element: int) -> dict[str, int]:
+    """DeepSpeed's state per rank. Stage 0 keeps everything whole; stages 1-3 partition master, moments and, from 2 on,
+    the accumulated gradient; a coalesced policy holds whole gradients until its one reduction."""
+    stage, workers = cut.zero_stage, cut.workers
+    share = trainable // workers if stage else trainable
+    offloaded = recipe.learners.offload.optimizer != "none"
+    whole_gradients = stage < 2 or cut.sync == "coalesced"
+    gradients = element * trainable if whole_gradients else 0
+    if stage:
+        gradients += 4 * share
+    bucket = min(BUCKET_BYTES, 4 * trainable)
+    return {
+        "master": 0 if stage == 0 or offloaded else 4 * share,
+        "optimizer": 0 if offloaded else 8 * share,
+        "gradients": gradients,
+        "communication": bucket if workers > 1 or stage else 0,
+    }

@@ -1,0 +1,46 @@
+"""Flat metrics of an optimizer step, by the names TRL users know."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from orchestrator.records import LearnReport, Progress, StepApplied
+
+
+@dataclass(frozen=True, slots=True)
+class Throughput:
+    """What turns tokens per second into model FLOPs utilisation.
+
+    flops_per_position: forward + backward of one computed position, the head excluded; flops_per_scored: the head on
+    one scored position; peak_flops: of all workers together, None where the device's is unknown (no perf/mfu then).
+    """
+
+    flops_per_position: float = 0.0
+    flops_per_scored: float = 0.0
+    peak_flops: float | None = None
+
+    def mfu(self, learned: LearnReport) -> float | None:
+        """Percent of peak FLOPs spent on positions that are not padding, each shared prompt counted once."""
+        if not self.peak_flops or not self.flops_per_position:
+            return None
+        useful = self.flops_per_position * learned.computed + self.flops_per_scored * learned.scored
+        return 100.0 * useful / learned.seconds / self.peak_flops
+
+
+def flatten(
+    progress: Progress, learned: LearnReport, applied: StepApplied, phases: Mapping[str, float], throughput: Throughput
+) -> dict[str, float]:
+    """One line of metrics.jsonl. phases: seconds by name. perf/tokens_per_s counts unshared tokens, as TRL does."""
+    metrics = {"loss": learned.loss, **{name: mean.value for name, mean in learned.means.items()}}
+    metrics |= {"grad_norm": applied.grad_norm, "learning_rate": applied.learning_rate}
+    metrics["perf/tokens_per_s"] = learned.tokens / sum(phases.values())
+    utilisation = throughput.mfu(learned)
+    if utilisation is not None:
+        metrics["perf/mfu"] = utilisation
+    metrics["perf/padding"] = 1.0 - learned.computed / max(1, learned.positions)
+    metrics["perf/micro_batches"] = learned.micro_batches
+    metrics["perf/peak_memory_gb"] = learned.peak_bytes / 1e9
+    metrics["perf/reduced_mb"] = applied.reduced_bytes / 1e6
+    metrics["perf/gathered_mb"] = applied.gathered_bytes / 1e6
+    metrics |= {f"time/{name}": seconds for name, seconds in phases.items()}
+    metrics |= {"num_tokens": progress.tokens, "examples": progress.examples, "skipped": progress.skipped}
+    return metrics

@@ -1,0 +1,355 @@
+"""From a recipe, its data and the hardware to a plan: how each optimizer step is cut, and why.
+
+    lengths + effective batch + memory  ->  ZeRO stage, sync policy, layout, micro-batch  ->  arithmetic, memory, traffic
+
+The plan may change how fast a step is, never what it computes.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from orchestrator.algorithms import Algorithm
+from orchestrator.config import Recipe
+from orchestrator.cut import cut_step
+from orchestrator.data.packing import cost
+from orchestrator.dataset import DataSet
+from orchestrator.errors import ConfigError, NotEnoughResources
+from orchestrator.memory_model import MemoryEstimate, estimate
+from orchestrator.models.attention import capabilities
+from orchestrator.models.load import load_config
+from orchestrator.records import Cut, Layout, MicroBatch, PackedBatch, SequenceGroup, Sync
+
+LOOK_AHEAD = 8
+"""Steps whose largest micro-batch stands for the run's."""
+CPU_POSITIONS = 2048
+"""Micro-batches above this many positions were not faster on a CPU: their activations leave the caches
+(benchmarks/seed_arithmetic.py)."""
+GPU_POSITIONS = 65536
+ASSUMED_GPU_BYTES = 80_000_000_000
+LEGAL_SYNC: dict[int, tuple[Sync, ...]] = {
+    0: ("no_sync",),
+    1: ("no_sync", "coalesced"),
+    2: ("coalesced", "per_micro_batch"),
+    3: ("coalesced", "per_micro_batch"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One decision in words. Example: Choice("sync", "no_sync", "one reduction per step …")."""
+
+    name: str
+    value: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """Bytes per rank and optimizer step: gradients into reductions, parameters gathered."""
+
+    reduced: int
+    gathered: int
+
+
+@dataclass(frozen=True, slots=True)
+class DataReport:
+    """What the data turned into. histogram: (upper bound in tokens, rows) over equal bins of the lengths."""
+
+    rows: int
+    bad: tuple[str, ...]
+    kept: int
+    dropped: int
+    truncated: int
+    made_identical: int
+    not_prefix: int
+    formats: tuple[str, ...]
+    sources: tuple[str, ...]
+    held_out: int
+    quantiles: dict[str, int]
+    histogram: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """All that `orchestrator plan` shows. memory_limit: bytes a rank may use; mean_length: tokens, for FLOPs."""
+
+    recipe: Recipe
+    algorithm: str
+    cut: Cut
+    micro_batches: int
+    total_steps: int
+    arithmetic: str
+    nearest: tuple[int, ...]
+    choices: tuple[Choice, ...]
+    data: DataReport
+    memory: MemoryEstimate
+    memory_limit: int
+    traffic: Traffic
+    mean_length: int
+
+    def to_json(self) -> dict[str, Any]:
+        fields = {name: getattr(self, name) for name in ("algorithm", "micro_batches", "total_steps", "arithmetic", "nearest", "memory_limit")}
+        return {
+            **fields,
+            "cut": asdict(self.cut),
+            "choices": [asdict(c) for c in self.choices],
+            "data": asdict(self.data),
+            "memory": {**asdict(self.memory), "total": self.memory.total},
+            "traffic": asdict(self.traffic),
+            "recipe": self.recipe.model_dump(mode="json"),
+        }
+
+
+def make_plan(recipe: Recipe, algorithm: Algorithm, data: DataSet) -> Plan:
+    """The plan of a run; ConfigError or NotEnoughResources where it could not work."""
+    _check(recipe)
+    choices: list[Choice] = []
+    layout = _layout(recipe, algorithm, choices)
+    steps = first_steps(data)
+    cut = _fit(recipe, algorithm, steps, layout, choices)
+    first = cut_step(steps[0], cut)
+    largest = largest_micro_batch(steps, cut)
+    memory = estimate(recipe, algorithm, cut, largest)
+    limit = memory_limit(recipe)
+    if memory.total > limit:
+        raise NotEnoughResources(
+            f"a worker needs about {memory.total / 1e9:.2f} GB, it may use {limit / 1e9:.2f} GB",
+            why=", ".join(f"{name} {value / 1e9:.2f}" for name, value in asdict(memory).items() if value),
+            fix="more learners.workers with a higher learners.zero_stage, a smaller batch.micro_batch, "
+            "learners.activation_checkpointing=true, or learners.offload.optimizer=cpu",
+        )
+    micro_batches = len(first.micro_batches[0])
+    return Plan(
+        recipe=recipe,
+        algorithm=algorithm.name,
+        cut=cut,
+        micro_batches=micro_batches,
+        total_steps=recipe.run.max_steps or data.batches.steps_in(recipe.run.epochs),
+        arithmetic=_arithmetic(recipe.batch.effective, cut, first, algorithm),
+        nearest=_nearest(recipe.batch.effective, cut),
+        choices=tuple(choices),
+        data=_data_report(data),
+        memory=memory,
+        memory_limit=limit,
+        traffic=_traffic(recipe, cut, memory, micro_batches),
+        mean_length=max(1, sum(data.report.lengths) // len(data.report.lengths)),
+    )
+
+
+def memory_limit(recipe: Recipe) -> int:
+    """Bytes a worker may use: batch.memory_utilisation of the recipe's limit, of the GPU, or of its share of the RAM."""
+    import torch
+
+    batch, learners = recipe.batch, recipe.learners
+    if batch.memory_limit_gb is not None:
+        device = batch.memory_limit_gb * 1e9
+    elif learners.gpus_per_worker:
+        found = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else ASSUMED_GPU_BYTES
+        device = found * min(1.0, learners.gpus_per_worker)
+    else:
+        device = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / learners.workers
+    return int(device * batch.memory_utilisation)
+
+
+def largest_micro_batch(steps: Sequence[Sequence[SequenceGroup]], cut: Cut) -> MicroBatch:
+    """The micro-batch with most positions among these steps."""
+    return max((mb for step in steps for rank in cut_step(step, cut).micro_batches for mb in rank), key=lambda mb: mb.positions)
+
+
+def first_steps(data: DataSet) -> list[Sequence[SequenceGroup]]:
+    """The examples of the first optimizer steps."""
+    steps, cursor = [], 0
+    for _ in range(min(LOOK_AHEAD, data.batches.steps_in(1.0))):
+        steps.append(data.batches.at(cursor))
+        cursor += len(steps[-1])
+    return steps
+
+
+def _check(recipe: Recipe) -> None:
+    learners, effective = recipe.learners, recipe.batch.effective
+    if effective < learners.workers:
+        raise ConfigError(
+            f"batch.effective={effective} cannot be cut over learners.workers={learners.workers}",
+            why="every worker needs at least one example of each optimizer step",
+            fix=f"set learners.workers to {effective} or fewer, or batch.effective to {learners.workers} or more",
+        )
+    low = learners.precision in ("bf16", "fp16")
+    if low and learners.zero_stage == 0:
+        raise ConfigError(
+            f"learners.precision={learners.precision} needs learners.zero_stage 1, 2 or 3",
+            why="DeepSpeed keeps no fp32 accumulation buffer at stage 0",
+            fix="set learners.zero_stage=1 (also right for one worker), or precision=bf16_autocast",
+        )
+    if learners.zero_stage != "auto" and learners.sync != "auto":
+        _check_sync(learners.sync, learners.zero_stage, learners.precision)
+
+
+def _check_sync(sync: Sync, stage: int, precision: str) -> None:
+    if sync not in LEGAL_SYNC[stage]:
+        raise ConfigError(
+            f"learners.sync={sync} is not possible at ZeRO stage {stage}",
+            why="partitioned gradients cannot be held back whole" if sync == "no_sync" else "DeepSpeed refuses it",
+            fix=f"use one of {', '.join(LEGAL_SYNC[stage])}, or auto",
+        )
+    if sync == "coalesced" and precision in ("bf16", "fp16"):
+        raise ConfigError(
+            f"learners.sync=coalesced with precision={precision} would accumulate gradients in {precision}",
+            why="DeepSpeed holds the parameters' own gradients until the end of the step",
+            fix="use sync=no_sync at stage 1, per_micro_batch at stages 2 and 3, or precision=bf16_autocast",
+        )
+
+
+def _layout(recipe: Recipe, algorithm: Algorithm, choices: list[Choice]) -> Layout:
+    config = load_config(recipe.model)
+    can = capabilities(config.get_text_config())
+    wanted = recipe.batch.layout
+    shares = algorithm.branches > 1
+    best: Layout = "prefix_shared" if shares else ("packed" if recipe.learners.gpus_per_worker else "padded")
+    if wanted != "auto":
+        if wanted not in can.layouts:
+            raise ConfigError(f"batch.layout={wanted} is not possible", why=can.reason, fix="set batch.layout=auto or padded")
+        choices.append(Choice("layout", wanted, "set in the recipe"))
+        return wanted
+    if best not in can.layouts:
+        choices.append(Choice("layout", "padded", can.reason))
+        return "padded"
+    reasons = {
+        "prefix_shared": "each prompt is computed once for its branches",
+        "packed": "no padding",
+        "padded": "one branch per example and sorted lengths: next to no padding, and no mask on a CPU",
+    }
+    choices.append(Choice("layout", best, reasons[best]))
+    return best
+
+
+def _fit(recipe: Recipe, algorithm: Algorithm, steps: list[Sequence[SequenceGroup]], layout: Layout, choices: list[Choice]) -> Cut:
+    """The lowest ZeRO stage whose state fits, its sync policy, and the micro-batch."""
+    learners, limit = recipe.learners, memory_limit(recipe)
+    low = learners.precision in ("bf16", "fp16")
+    stages = [1, 2, 3] if low else [0, 1, 2, 3]
+    if learners.sync != "auto":
+        stages = [s for s in stages if learners.sync in LEGAL_SYNC[s] and not (learners.sync == "coalesced" and low)]
+    if learners.zero_stage != "auto":
+        stages = [learners.zero_stage]
+    if not stages:
+        raise ConfigError(f"learners.sync={learners.sync} is not possible with precision={learners.precision}", fix="set learners.sync=auto")
+    for stage in stages:
+        sync, reason = _sync(recipe, stage)
+        cut = _budget(recipe, algorithm, steps, Cut(learners.workers, None, None, layout, stage, sync), limit)
+        if cut is not None or stage == stages[-1]:
+            break
+    given = learners.zero_stage != "auto"
+    why = "set in the recipe" if given else "the lowest stage whose state fits: fewest collectives" if stage == stages[0] else "lower stages do not fit"
+    choices.append(Choice("ZeRO stage", str(stage), why))
+    choices.append(Choice("sync", sync, reason))
+    if cut is None:
+        cut = _smallest(recipe, Cut(learners.workers, None, None, layout, stage, sync))
+    choices.append(_micro_batch_choice(recipe, cut))
+    return cut
+
+
+def _sync(recipe: Recipe, stage: int) -> tuple[Sync, str]:
+    reasons: dict[Sync, str] = {
+        "no_sync": "gradients stay on the rank until the step: one reduction instead of one per micro-batch",
+        "coalesced": "whole gradients are held back and reduced once at the end of the step",
+        "per_micro_batch": "gradients are partitioned after every micro-batch: less memory, more traffic",
+    }
+    if recipe.learners.sync != "auto":
+        sync = recipe.learners.sync
+        _check_sync(sync, stage, recipe.learners.precision)
+        return sync, "set in the recipe; " + reasons[sync]
+    if stage < 2:
+        return "no_sync", reasons["no_sync"]
+    if stage == 2 and recipe.learners.precision in ("fp32", "bf16_autocast"):
+        return "coalesced", reasons["coalesced"]
+    return "per_micro_batch", reasons["per_micro_batch"]
+
+
+def _budget(recipe: Recipe, algorithm: Algorithm, steps: list[Sequence[SequenceGroup]], cut: Cut, limit: int) -> Cut | None:
+    """The cut with the recipe's micro-batch, or the largest whose predicted memory fits; None where nothing does."""
+    batch = recipe.batch
+    if batch.micro_batch_tokens is not None:
+        return replace(cut, positions=batch.micro_batch_tokens)
+    if batch.micro_batch != "auto":
+        return replace(cut, examples=batch.micro_batch)
+    cap = GPU_POSITIONS if recipe.learners.gpus_per_worker else CPU_POSITIONS
+    most = max(cost(list(step), cut.layout) for step in steps)
+    longest = max(cost([g], cut.layout) for step in steps for g in step)
+    positions = max(longest, min(cap, -(-most // cut.workers)))
+    while True:
+        candidate = replace(cut, positions=positions)
+        if estimate(recipe, algorithm, candidate, largest_micro_batch(steps, candidate)).total <= limit:
+            return candidate
+        if positions <= longest:
+            return None
+        positions = max(longest, positions // 2)
+
+
+def _smallest(recipe: Recipe, cut: Cut) -> Cut:
+    batch = recipe.batch
+    if batch.micro_batch == "auto" and batch.micro_batch_tokens is None:
+        return replace(cut, positions=1)
+    return replace(cut, examples=None if batch.micro_batch == "auto" else batch.micro_batch, positions=batch.micro_batch_tokens)
+
+
+def _micro_batch_choice(recipe: Recipe, cut: Cut) -> Choice:
+    if cut.examples is not None:
+        return Choice("micro-batch", f"{cut.examples} examples", "set in the recipe")
+    if recipe.batch.micro_batch_tokens is not None:
+        return Choice("micro-batch", f"{cut.positions} positions", "set in the recipe")
+    return Choice("micro-batch", f"{cut.positions} positions", "the predicted memory fits; a probe step checks it before training")
+
+
+def _arithmetic(effective: int, cut: Cut, first: PackedBatch, algorithm: Algorithm) -> str:
+    """Example: 256 pairs = 2 workers x 16 micro-batches x 8 pairs."""
+    count = len(first.micro_batches[0])
+    unit = {"pair": "pairs", "token": "examples", "example": "examples"}[algorithm.per]
+    workers = f"{cut.workers} worker{'s' if cut.workers > 1 else ''}"
+    batches = f"{count} micro-batch{'es' if count > 1 else ''}"
+    if cut.examples is not None and cut.workers * count * cut.examples == effective:
+        return f"{effective} {unit} = {workers} × {batches} × {cut.examples} {unit}"
+    bound = f"{cut.examples} {unit}" if cut.examples is not None else f"{cut.positions} positions"
+    return f"{effective} {unit} = {workers} × {batches} of at most {bound}, all divided once by {effective}"
+
+
+def _nearest(effective: int, cut: Cut) -> tuple[int, ...]:
+    """Effective batches next to this one that divide evenly into full micro-batches; empty where it does itself."""
+    if cut.examples is None or effective % (unit := cut.workers * cut.examples) == 0:
+        return ()
+    below = effective // unit * unit
+    return tuple(n for n in (below, below + unit) if n)
+
+
+def _traffic(recipe: Recipe, cut: Cut, memory: MemoryEstimate, micro_batches: int) -> Traffic:
+    if cut.workers == 1:
+        return Traffic(0, 0)
+    whole = memory.optimizer // 2 * (cut.workers if cut.zero_stage else 1)  # fp32 bytes of what learns
+    element = 2 if recipe.learners.precision in ("bf16", "fp16") else 4
+    reductions = micro_batches if cut.sync == "per_micro_batch" else 1
+    gathers = {0: 0, 1: 1, 2: 1, 3: 2 * micro_batches}[cut.zero_stage]
+    return Traffic(whole * reductions, whole * element // 4 * gathers)
+
+
+def _data_report(data: DataSet) -> DataReport:
+    report, bins = data.report, 10
+    top = max(report.lengths)
+    width = max(1, -(-top // bins))
+    counts = [0] * bins
+    for length in report.lengths:
+        counts[min(bins - 1, (length - 1) // width)] += 1
+    return DataReport(
+        rows=report.rows,
+        bad=tuple(f"{b.where}: {b.reason}" for b in data.loaded.bad),
+        kept=report.kept,
+        dropped=report.dropped,
+        truncated=report.truncated,
+        made_identical=report.identical,
+        not_prefix=len(report.not_prefix),
+        formats=data.loaded.formats,
+        sources=data.loaded.names,
+        held_out=len(data.held_out),
+        quantiles=report.quantiles(),
+        histogram=tuple(((i + 1) * width, n) for i, n in enumerate(counts) if n),
+    )

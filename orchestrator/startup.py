@@ -1,0 +1,106 @@
+"""What happens between building the workers and the first step: reference log-probs, checks, the memory probe."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from orchestrator.algorithms import Algorithm
+from orchestrator.cluster.workers import LearnerGroup
+from orchestrator.config import Recipe
+from orchestrator.controllers.reference import ReferenceCache
+from orchestrator.cut import cut_step, loss_units
+from orchestrator.data.packing import pack
+from orchestrator.dataset import DataSet
+from orchestrator.errors import ConfigError
+from orchestrator.learner.checks import head_check, layout_gap, peak_flops, probe_peak
+from orchestrator.learner.learner import LearnerSpec
+from orchestrator.models.load import load_config
+from orchestrator.observe.metrics import Throughput
+from orchestrator.plan import Plan, first_steps, largest_micro_batch
+from orchestrator.records import Cut, PackedBatch, SequenceGroup
+
+Note = Callable[[str], None]
+Attach = Callable[[PackedBatch], PackedBatch]
+RECHECKED = 8
+"""Examples whose cached reference log-probs are computed again at every start."""
+
+
+def tolerance(recipe: Recipe) -> float:
+    """Largest difference in nat, summed over a sequence, that two layouts or two passes may show."""
+    return 1e-3 if recipe.learners.precision == "fp32" else 0.5
+
+
+def attach_reference(recipe: Recipe, algorithm: Algorithm, data: DataSet, cut: Cut, group: LearnerGroup, note: Note) -> Attach:
+    """How a batch gets its reference log-probs: not at all, live each step (TR-DPO), or from the cache on disk, filled
+    by the workers here, before they hold a learner."""
+    if not algorithm.needs_reference:
+        return lambda batch: batch
+    if recipe.algorithm.reference_sync_every is not None:
+        return lambda batch: batch.with_reference(group.token_logprobs(batch, reference=True))
+    fingerprint = group.build_reference(recipe)
+    root = Path(recipe.reference.cache_dir or Path.home() / ".cache" / "orchestrator" / "reference")
+    cache = ReferenceCache(root.expanduser() / f"{fingerprint[:32]}-{recipe.learners.precision}")
+    groups = [*data.groups, *data.held_out]
+
+    def cut_groups(some: Sequence[SequenceGroup]) -> PackedBatch:
+        return cut_step(some, cut)
+
+    def score(batch: PackedBatch) -> tuple:
+        return group.token_logprobs(batch, reference=True)
+
+    computed = cache.fill(groups, cut_groups, score, lambda done, of: note(f"reference log-probs: {done}/{of}"))
+    if computed < len(groups):
+        worst = cache.recheck(groups[:RECHECKED], cut_groups, score, tolerance(recipe))
+        note(f"reference log-probs: {len(groups) - computed} from the cache, {computed} computed; re-check differs by {worst:.1e}")
+    return cache.attach
+
+
+def probed_cut(plan: Plan, data: DataSet, cut: Cut, group: LearnerGroup, note: Note) -> Cut:
+    """With `micro_batch: auto`: measures the largest micro-batch, and makes the budget smaller until it fits."""
+    batch = plan.recipe.batch
+    if batch.micro_batch != "auto" or batch.micro_batch_tokens is not None or cut.positions is None:
+        return cut
+    later = plan.memory.optimizer  # Adam's moments do not exist yet
+    while True:
+        largest = largest_micro_batch(first_steps(data), cut)
+        peak = max(group.call(probe_peak, largest, loss_units(data.groups[:1]))) + later
+        if peak <= plan.memory_limit or cut.positions <= 1:
+            note(f"probe: {largest.positions} positions take {peak / 1e9:.2f} GB of {plan.memory_limit / 1e9:.2f} GB")
+            return cut
+        cut = cut.halved()
+        note(f"probe: {peak / 1e9:.2f} GB is above {plan.memory_limit / 1e9:.2f} GB, trying {cut.positions} positions")
+        group.build(LearnerSpec(plan.recipe, cut, plan.total_steps))
+
+
+def check_layout(recipe: Recipe, algorithm: Algorithm, data: DataSet, cut: Cut, group: LearnerGroup, note: Note) -> None:
+    """Compares the chosen rows with padded ones, and our chunked head with the model's own logits, on real examples."""
+    examples = sorted(data.groups[:64], key=lambda g: g.longest)[:4]
+    padded, allowed = pack(examples, "padded"), tolerance(recipe)
+    if cut.layout != "padded":
+        gap = max(group.call(layout_gap, pack(examples, cut.layout), padded))
+        if not gap <= allowed:
+            raise ConfigError(
+                f"layout {cut.layout} gives other log-probs than padded rows, by {gap:.2e} nat",
+                why="this model or kernel does not respect the attention mask",
+                fix="set batch.layout=padded",
+            )
+        note(f"layout check: {cut.layout} equals padded to {gap:.1e} nat")
+    gap = max(group.call(head_check, padded))
+    if not gap <= allowed:
+        raise ConfigError(
+            f"log-probs differ from the model's own logits by {gap:.2e} nat",
+            why="this architecture transforms its logits in a way models/scoring.py does not know",
+            fix="report it with the model's name; do not train with it",
+        )
+
+
+def measured_throughput(plan: Plan, group: LearnerGroup) -> Throughput:
+    """FLOPs per token (TRL's count) and the peak of all workers; without an MFU for architectures TRL's count lacks."""
+    from trl.trainer.utils import compute_flops_per_token
+
+    config = load_config(plan.recipe.model).get_text_config()
+    if not all(hasattr(config, name) for name in ("num_key_value_heads", "intermediate_size")):
+        return Throughput()
+    head = 3 * 2 * config.vocab_size * config.hidden_size
+    peaks = group.call(peak_flops)
+    total = None if None in peaks else sum(peaks)
+    return Throughput(compute_flops_per_token(config, plan.mean_length) - head, head, total)

@@ -1,0 +1,25 @@
+"""Settings of every test: no network, one thread per process, property tests that do not flake on a busy machine."""
+
+import os
+
+# Before torch, ray or wandb are imported: they read these once.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["WANDB_MODE"] = "offline"
+os.environ["WANDB_SILENT"] = "true"
+
+import pytest
+from hypothesis import settings
+
+settings.register_profile("orchestrator", deadline=None, derandomize=True, print_blob=True)
+settings.load_profile("orchestrator")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") is not None:
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("needs a CUDA device")

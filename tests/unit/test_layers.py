@@ -1,0 +1,120 @@
+"""The floor plan: imports go downwards, rooms on one floor do not know each other, each foreign framework has one home."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGE = ROOT / "orchestrator"
+
+FLOORS: tuple[frozenset[str], ...] = (
+    frozenset({"__init__", "errors", "config", "records", "roles", "faults"}),
+    frozenset({"objectives", "checkpoints"}),
+    frozenset({"data", "models", "observe", "algorithms", "recipe"}),
+    frozenset({"learner", "cut", "plan"}),
+    frozenset({"controllers", "cluster"}),
+    frozenset({"assemble", "verify"}),
+    frozenset({"cli"}),
+    frozenset({"__main__"}),
+)
+FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+GROUND = FLOORS[0]
+"""The records and errors are one vocabulary, so they may name each other."""
+
+HOMES = {"deepspeed": "learner/engine.py", "ray": "cluster/", "wandb": "observe/"}
+HEAVY = ("torch", "transformers", "trl", "datasets", "peft", "deepspeed", "ray", "wandb")
+
+
+def imported(source: str, module: str, is_package: bool = False) -> Iterator[tuple[str, int]]:
+    """Dotted names that a source imports, and the line, from functions too. module: its own dotted name."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node.lineno) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            parts = module.split(".")
+            folder = parts[: len(parts) - node.level + is_package] if node.level else []
+            base = ".".join([*folder, *([node.module] if node.module else [])])
+            # `from orchestrator import faults` names a room, `from orchestrator.errors import X` does not
+            yield from ((f"{base}.{alias.name}" if base == "orchestrator" else base, node.lineno) for alias in node.names)
+
+
+def misplaced(source: str, file: str) -> list[str]:
+    """What is wrong with the imports of `file` (its path below orchestrator/): "file:line: reason"."""
+    path = Path(file)
+    room, is_package = path.parts[0].removesuffix(".py"), path.stem == "__init__"
+    if room not in FLOOR_OF:
+        return [f"{file}: room {room} is not on the floor plan"]
+    parts = path.with_suffix("").parts[:-1] if is_package else path.with_suffix("").parts
+    found: list[str] = []
+    for name, line in imported(source, ".".join(("orchestrator", *parts)), is_package):
+        top, _, rest = name.partition(".")
+        home = HOMES.get(top)
+        if home is not None and not (file == home or (home.endswith("/") and file.startswith(home))):
+            found.append(f"{file}:{line}: {top} may only be imported in {home}")
+        if top != "orchestrator" or not rest:
+            continue
+        other = rest.split(".")[0]
+        other = other if other in FLOOR_OF or (PACKAGE / other).exists() or (PACKAGE / f"{other}.py").exists() else "__init__"
+        if other == room or (other in GROUND and room in GROUND):
+            continue
+        if other not in FLOOR_OF:
+            found.append(f"{file}:{line}: room {other} is not on the floor plan")
+        elif FLOOR_OF[other] == FLOOR_OF[room]:
+            found.append(f"{file}:{line}: {room} and {other} are rooms on one floor and must not import each other")
+        elif FLOOR_OF[other] > FLOOR_OF[room]:
+            found.append(f"{file}:{line}: {room} imports {other}, which is above it")
+    return found
+
+
+def test_every_import_goes_downwards_and_frameworks_stay_at_home() -> None:
+    files = sorted(PACKAGE.rglob("*.py"))
+    assert len(files) > 20
+    problems = [p for file in files for p in misplaced(file.read_text(), file.relative_to(PACKAGE).as_posix())]
+    assert not problems, "\n" + "\n".join(problems)
+
+
+@pytest.mark.parametrize(
+    ("file", "source", "reason"),
+    [
+        ("data/chat.py", "from orchestrator.models.load import load", "one floor"),
+        ("data/chat.py", "def f():\n    from orchestrator.controllers import offline", "above it"),
+        ("data/chat.py", "from orchestrator import plan", "above it"),
+        ("data/chat.py", "from ..learner import engine", "above it"),
+        ("data/chat.py", "from .. import cli", "above it"),
+        ("observe/__init__.py", "from ..models import load", "one floor"),
+        ("data/chat.py", "import ray.util", "ray may only"),
+        ("learner/learner.py", "import deepspeed", "deepspeed may only"),
+        ("controllers/offline.py", "from wandb import init", "wandb may only"),
+        ("attic/x.py", "import os", "not on the floor plan"),
+    ],
+)
+def test_the_check_sees_a_wrong_import(file: str, source: str, reason: str) -> None:
+    (problem,) = misplaced(source, file)
+    assert reason in problem
+
+
+@pytest.mark.parametrize(
+    ("file", "source"),
+    [
+        ("cut.py", "from orchestrator.data.packing import pack"),
+        ("observe/report.py", "from orchestrator.checkpoints import read"),
+        ("learner/engine.py", "def f():\n    import deepspeed.comm"),
+        ("records.py", "from orchestrator.errors import DataError"),
+        ("data/chat.py", "from .rows import to_rows\nfrom orchestrator import __version__\nimport raylib"),
+    ],
+)
+def test_the_check_passes_a_right_import(file: str, source: str) -> None:
+    assert misplaced(source, file) == []
+
+
+@pytest.mark.parametrize("module", ["errors", "config", "records", "roles", "faults", "recipe", "cli"])
+def test_starting_up_loads_no_heavy_library(module: str) -> None:
+    if not (PACKAGE / f"{module}.py").exists() and not (PACKAGE / module).is_dir():
+        pytest.skip(f"orchestrator/{module} is not there")
+    code = f"import sys, orchestrator.{module}; print(*sorted(set(sys.modules) & set({HEAVY!r})))"
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert run.stdout.split() == []
