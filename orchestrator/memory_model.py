@@ -14,7 +14,7 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from orchestrator.algorithms import Algorithm
 from orchestrator.config import Recipe
 from orchestrator.models.load import build_fake
-from orchestrator.models.scoring import CHUNK_LOGITS, MicroBatchTensors, ScoringModel
+from orchestrator.models.scoring import CHUNK_LOGITS, MicroBatchTensors, ScoringModel, scored
 from orchestrator.records import Cut, MicroBatch
 
 BUCKET_BYTES = 100_000_000
@@ -90,10 +90,7 @@ def _step_bytes(scoring: ScoringModel, micro_batch: MicroBatch, *, autocast: boo
     tracker = MemTracker()
     tracker.track_external(scoring)
     with tracker, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        scored = scoring.train()(MicroBatchTensors.of(micro_batch, torch.device("cpu")))
-        values = scored.logps if scored.logps is not None else scored.rewards
-        assert values is not None
-        values.sum().backward()
+        scored(scoring.train(), MicroBatchTensors.of(micro_batch, torch.device("cpu"))).values.sum().backward()
     peak = next(iter(tracker.get_tracker_snapshot("peak").values()))
     return int(peak["Total"] - sum(v for k, v in peak.items() if str(k).endswith((".PARAM", ".GRAD", ".BUFFER"))))
 

@@ -136,7 +136,7 @@ def _file(path: Path, bad: list[BadRow]) -> Iterator[tuple[Any, str]]:
             continue
         where = f"{path}:{number}"
         try:
-            yield json.loads(line.decode("utf-8")), where
+            yield json.loads(line.rstrip().decode("utf-8")), where
         except UnicodeDecodeError as error:
             bad.append(BadRow(where, f"not UTF-8 at byte {error.start}"))
         except json.JSONDecodeError as error:

@@ -8,7 +8,7 @@ import torch
 from orchestrator.learner.learner import RankLearner
 from orchestrator.learner.memory import device_bytes
 from orchestrator.learner.state import full_weights
-from orchestrator.models.scoring import MicroBatchTensors, head_gap
+from orchestrator.models.scoring import MicroBatchTensors, head_gap, scored
 from orchestrator.records import Floats, LossUnits, MicroBatch
 
 
@@ -20,11 +20,11 @@ def layout_gap(learner: RankLearner, chosen: MicroBatch, padded: MicroBatch) -> 
 def _sums(learner: RankLearner, micro_batch: MicroBatch) -> Floats:
     learner.scoring.eval()
     with torch.no_grad():
-        scored = learner.engine(MicroBatchTensors.of(micro_batch, learner.device))
-    if scored.rewards is not None:
-        return scored.rewards.float().cpu().numpy().ravel()
-    logps = scored.logps.float().cpu().numpy()
-    return np.bincount(micro_batch.sequence, weights=logps, minlength=len(micro_batch) * micro_batch.branches)
+        result = scored(learner.engine, MicroBatchTensors.of(micro_batch, learner.device))
+    values = result.values.float().cpu().numpy()
+    if result.rewards is not None:
+        return values.ravel()
+    return np.bincount(micro_batch.sequence, weights=values, minlength=len(micro_batch) * micro_batch.branches)
 
 
 def head_check(learner: RankLearner, padded: MicroBatch) -> float:

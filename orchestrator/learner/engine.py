@@ -74,9 +74,9 @@ def _deepspeed() -> Any:
 
 def _fragments() -> Any:
     """DeepSpeed's reads and writes of whole values by parameter."""
-    from deepspeed.utils import tensor_fragment
+    from deepspeed import utils
 
-    return tensor_fragment
+    return utils
 
 
 def _whole(tensor: Tensor | None, what: str) -> Tensor:

@@ -24,7 +24,7 @@ from orchestrator.learner.engine import Engine, ProcessGroup
 from orchestrator.learner.memory import current_bytes, is_out_of_memory, peak_bytes, reset_peak
 from orchestrator.learner.schedule import learning_rate
 from orchestrator.models.load import Loaded, load
-from orchestrator.models.scoring import MicroBatchTensors, Scored, ScoringModel
+from orchestrator.models.scoring import MicroBatchTensors, Scored, ScoringModel, scored
 from orchestrator.objectives.coupling import linear
 from orchestrator.objectives.scores import LossSum, TokenScores
 from orchestrator.records import Branch, Cut, Floats, LearnReport, LossUnits, Mean, MicroBatch, SequenceGroup, StepApplied
@@ -138,9 +138,9 @@ class RankLearner:
     def token_logprobs(self, micro_batches: Sequence[MicroBatch], *, reference: bool = False) -> tuple[Floats, ...]:
         """fp32 log-probs of the scored tokens of each micro-batch, under the policy or the reference."""
         self.scoring.eval()
-        scores, scope = self._scorer(reference)
+        model, scope = self._scorer(reference)
         with scope:
-            return tuple(_logps(scores(MicroBatchTensors.of(mb, self.device))).cpu().numpy() for mb in micro_batches)
+            return tuple(_logps(scored(model, MicroBatchTensors.of(mb, self.device))).cpu().numpy() for mb in micro_batches)
 
     @torch.no_grad()
     def evaluate(self, micro_batches: Sequence[MicroBatch], units: LossUnits) -> tuple[LearnReport, tuple[Floats, ...]]:
@@ -189,10 +189,7 @@ class RankLearner:
         token = np.zeros(1, dtype=np.int64)
         branch = Branch(token, np.ones(1, dtype=np.bool_))
         group = SequenceGroup(0, token, (branch,) * self.algorithm.branches)
-        scored = self._forward(pack([group], self.spec.cut.layout))
-        values = scored.logps if scored.logps is not None else scored.rewards
-        assert values is not None
-        return values.sum() * 0.0
+        return self._forward(pack([group], self.spec.cut.layout)).values.sum() * 0.0
 
     def _loss(self, micro_batch: MicroBatch, units: LossUnits) -> LossSum:
         scores = self._token_scores(micro_batch, self._forward(micro_batch))
@@ -203,26 +200,26 @@ class RankLearner:
         return self.algorithm.objective(scores, units)
 
     def _forward(self, micro_batch: MicroBatch) -> Scored:
-        return self.engine(MicroBatchTensors.of(micro_batch, self.device))
+        return scored(self.engine, MicroBatchTensors.of(micro_batch, self.device))
 
-    def _token_scores(self, micro_batch: MicroBatch, scored: Scored) -> TokenScores:
+    def _token_scores(self, micro_batch: MicroBatch, result: Scored) -> TokenScores:
         def column(values: Floats | None) -> Tensor | None:
             return None if values is None else torch.from_numpy(values).to(self.device)
 
         empty = torch.zeros(0, device=self.device)
         return TokenScores(
-            logps=empty if scored.logps is None else scored.logps,
+            logps=empty if result.logps is None else result.logps,
             ref_logps=column(micro_batch.ref_logprobs),
             sequence=torch.from_numpy(micro_batch.sequence).to(self.device),
             examples=len(micro_batch),
             branches=micro_batch.branches,
             label=column(micro_batch.label),
             margin=column(micro_batch.margin),
-            wpo=scored.wpo,
-            rewards=scored.rewards,
+            wpo=result.wpo,
+            rewards=result.rewards,
         )
 
-    def _scorer(self, reference: bool) -> tuple[Callable[[MicroBatchTensors], Scored], AbstractContextManager[None]]:
+    def _scorer(self, reference: bool) -> tuple[Callable[..., tuple[Tensor, ...]], AbstractContextManager[None]]:
         if not reference:
             return self.engine, nullcontext()
         if self.reference is not None:
@@ -255,9 +252,9 @@ class _OutOfMemoryLocator:
             ) from None
 
 
-def _logps(scored: Scored) -> Tensor:
-    assert scored.logps is not None, "token_logprobs needs a language-model head"
-    return scored.logps.float()
+def _logps(result: Scored) -> Tensor:
+    assert result.logps is not None, "token_logprobs needs a language-model head"
+    return result.logps.float()
 
 
 def disable_dropout(model: nn.Module) -> None:
@@ -290,7 +287,7 @@ class RankReference:
         assert reference, "only the reference policy is loaded"
         autocast = self.recipe.learners.precision == "bf16_autocast"
         with torch.autocast(self.device.type, torch.bfloat16, enabled=autocast):
-            return tuple(_logps(self.scoring(MicroBatchTensors.of(mb, self.device))).cpu().numpy() for mb in micro_batches)
+            return tuple(_logps(scored(self.scoring, MicroBatchTensors.of(mb, self.device))).cpu().numpy() for mb in micro_batches)
 
 
 def iterate_trainable(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

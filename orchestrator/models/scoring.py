@@ -5,7 +5,7 @@
 Logits exist only for scored positions and only a chunk at a time.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -63,6 +63,21 @@ class Scored:
     wpo: Tensor | None = None
     rewards: Tensor | None = None
 
+    @property
+    def values(self) -> Tensor:
+        """What carries the gradient: log-probs or rewards."""
+        values = self.logps if self.logps is not None else self.rewards
+        assert values is not None
+        return values
+
+
+def scored(model: Callable[[MicroBatchTensors], tuple[Tensor, ...]], rows: MicroBatchTensors) -> Scored:
+    """Runs a ScoringModel, bare or inside a DeepSpeed engine (ZeRO-3's hooks only see tensors in plain tuples)."""
+    values, *wpo = model(rows)
+    if values.dim() == 2:
+        return Scored(rewards=values)
+    return Scored(logps=values, wpo=wpo[0] if wpo else None)
+
 
 class ScoredHead(nn.Module):
     """Output embedding applied to scored positions only, by chunks with recomputation.
@@ -77,10 +92,11 @@ class ScoredHead(nn.Module):
         self.soft_cap, self.scale, self.want_wpo = soft_cap, scale, want_wpo
         self.chunk = max(64, CHUNK_LOGITS // linear.out_features)
 
-    def forward(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor | None]:
-        return chunked_logprobs(
+    def forward(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
+        logps, wpo = chunked_logprobs(
             hidden, self.weight, self.bias, targets, chunk=self.chunk, soft_cap=self.soft_cap, scale=self.scale, want_wpo=self.want_wpo
         )
+        return (logps,) if wpo is None else (logps, wpo)
 
 
 class ScoringModel(nn.Module):
@@ -112,13 +128,13 @@ class ScoringModel(nn.Module):
     def backbone(self) -> nn.Module:
         return getattr(self.hugging_face, self.hugging_face.base_model_prefix)
 
-    def forward(self, rows: MicroBatchTensors) -> Scored:
+    def forward(self, rows: MicroBatchTensors) -> tuple[Tensor, ...]:
+        """(log-probs Float[N],), (log-probs, WPO terms Float[N]) or (rewards Float[n, branches],): see `scored`."""
         hidden = self.hidden_states(rows)
         if self.kind == "lm":
-            logps, wpo = self.head(hidden[rows.score_at], rows.targets)
-            return Scored(logps=logps, wpo=wpo)
+            return self.head(hidden[rows.score_at], rows.targets)
         rewards: Tensor = self.hugging_face.score(hidden[rows.last_at])  # pyright: ignore[reportCallIssue]
-        return Scored(rewards=rewards.float().view(-1, rows.branches))
+        return (rewards.float().view(-1, rows.branches),)
 
     def hidden_states(self, rows: MicroBatchTensors) -> Tensor:
         """Final hidden states Float[R*T, H]."""
@@ -193,6 +209,5 @@ def head_gap(scoring: ScoringModel, rows: MicroBatchTensors) -> float:
     assert rows.layout == "padded"
     own = scoring.hugging_face(input_ids=rows.input_ids, position_ids=rows.position_ids, use_cache=False).logits
     plain = torch.log_softmax(own.flatten(0, 1)[rows.score_at].float(), -1).gather(1, rows.targets[:, None])[:, 0]
-    ours = scoring(rows).logps
-    assert ours is not None
+    ours = scored(scoring, rows).values
     return float((ours - plain).abs().max()) if len(plain) else 0.0

@@ -67,7 +67,7 @@ def misplaced(source: str, file: str) -> list[str]:
             found.append(f"{file}:{line}: {room} and {other} are rooms on one floor and must not import each other")
         elif FLOOR_OF[other] > FLOOR_OF[room]:
             found.append(f"{file}:{line}: {room} imports {other}, which is above it")
-    return found
+    return list(dict.fromkeys(found))
 
 
 def test_every_import_goes_downwards_and_frameworks_stay_at_home() -> None:

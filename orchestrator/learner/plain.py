@@ -1,0 +1,103 @@
+"""The baseline of `verify`: one process, one batch, plain torch. Shares no batching, engine or head with the learner.
+
+Rows are padded, logits are the model's own at every position, the optimizer is torch's AdamW on fp32 weights.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from orchestrator.algorithms import Algorithm
+from orchestrator.config import Recipe
+from orchestrator.data.packing import pack
+from orchestrator.learner.learner import disable_dropout
+from orchestrator.learner.schedule import learning_rate
+from orchestrator.models.load import load
+from orchestrator.objectives.scores import TokenScores
+from orchestrator.records import Floats, LossUnits, MicroBatch, SequenceGroup
+
+
+@dataclass(frozen=True, slots=True)
+class PlainStep:
+    """Loss and gradient norm (before clipping) of one optimizer step."""
+
+    loss: float
+    grad_norm: float
+
+
+class PlainTrainer:
+    """Trains on whole effective batches. The reference policy is the start model, evaluated on each batch."""
+
+    def __init__(self, recipe: Recipe, algorithm: Algorithm, total_steps: int) -> None:
+        self.recipe, self.algorithm, self.total_steps = recipe, algorithm, total_steps
+        self.model = self._load()
+        self.reference = self._load().requires_grad_(False) if algorithm.needs_reference else None
+        cfg = recipe.optimizer
+        self.trainable = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        self.optimizer = torch.optim.AdamW(
+            self.trainable.values(), lr=cfg.learning_rate, betas=cfg.betas, eps=cfg.eps, weight_decay=cfg.weight_decay
+        )
+
+    def _load(self) -> torch.nn.Module:
+        model = load(self.recipe.model, seed=self.recipe.run.seed, head=self.algorithm.head).model
+        disable_dropout(model)
+        return model.train()
+
+    def step(self, groups: Sequence[SequenceGroup], units: LossUnits, step: int) -> PlainStep:
+        """One optimizer step on all examples at once."""
+        rows = pack(groups, "padded")
+        ref = None
+        if self.reference is not None:
+            with torch.no_grad():
+                ref = self._logps(self.reference, rows)
+        scores = self._scores(rows, ref)
+        loss = self.algorithm.objective(scores, units).total
+        self.optimizer.zero_grad()
+        loss.backward()
+        limit = self.recipe.optimizer.max_grad_norm
+        norm = torch.nn.utils.clip_grad_norm_(self.trainable.values(), limit if limit is not None else float("inf"))
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.recipe.optimizer, step, self.total_steps)
+        self.optimizer.step()
+        return PlainStep(float(loss.detach()), float(norm))
+
+    def weights(self) -> dict[str, Floats]:
+        """Trained fp32 weights by Hugging Face name."""
+        return {name: p.detach().numpy() for name, p in self.trainable.items()}
+
+    def _scores(self, rows: MicroBatch, ref: Tensor | None) -> TokenScores:
+        rewards = None
+        logps = torch.zeros(0)
+        if self.algorithm.head == "scalar":
+            rewards = self._rewards(rows)
+        else:
+            logps = self._logps(self.model, rows)
+        return TokenScores(
+            logps=logps,
+            sequence=torch.from_numpy(rows.sequence),
+            examples=len(rows),
+            branches=rows.branches,
+            ref_logps=ref,
+            label=None if rows.label is None else torch.from_numpy(rows.label),
+            margin=None if rows.margin is None else torch.from_numpy(rows.margin),
+            wpo=None,
+            rewards=rewards,
+        )
+
+    def _logps(self, model: torch.nn.Module, rows: MicroBatch) -> Tensor:
+        logits = model(input_ids=torch.from_numpy(rows.input_ids), attention_mask=_mask(rows), use_cache=False).logits
+        logps = torch.log_softmax(logits.flatten(0, 1)[torch.from_numpy(rows.score_at)].float(), -1)
+        return logps.gather(1, torch.from_numpy(rows.targets)[:, None])[:, 0]
+
+    def _rewards(self, rows: MicroBatch) -> Tensor:
+        """The classification model's own logits: it reads them at the last token that is not padding."""
+        backbone = getattr(self.model, self.model.base_model_prefix)  # pyright: ignore[reportArgumentType, reportCallIssue]
+        hidden = backbone(input_ids=torch.from_numpy(rows.input_ids), attention_mask=_mask(rows), use_cache=False).last_hidden_state
+        values = self.model.score(hidden).flatten(0, 1)  # pyright: ignore[reportCallIssue]
+        return values[torch.from_numpy(rows.last_at)].float().view(-1, rows.branches)
+
+
+def _mask(rows: MicroBatch) -> Tensor:
+    return torch.from_numpy((rows.segment >= 0).astype("int64"))

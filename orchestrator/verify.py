@@ -1,0 +1,160 @@
+"""The proof: the same optimizer steps under many cuts, against one plain large batch.
+
+    plain torch, one process, one batch   ─┐
+    workers × micro-batch × layout × ZeRO × sync  ─┴─>  largest difference of loss, gradient norm, final fp32 weights
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+
+import numpy as np
+
+from orchestrator.algorithms import Algorithm, build
+from orchestrator.cluster.workers import LearnerGroup
+from orchestrator.config import Recipe
+from orchestrator.controllers.coupled import with_coefficients
+from orchestrator.cut import cut_step, loss_units
+from orchestrator.dataset import DataSet, load_data
+from orchestrator.learner.checks import final_weights
+from orchestrator.learner.learner import LearnerSpec
+from orchestrator.learner.plain import PlainTrainer
+from orchestrator.plan import LEGAL_SYNC, make_plan
+from orchestrator.records import Cut, Floats, Layout, PackedBatch, SequenceGroup
+from orchestrator.roles import PerMicroBatch
+
+TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2, "fp16": 1e-2, "bf16_autocast": 2e-2}
+"""Relative; fp32's is the contract, the others were measured (tests/invariants/test_splits.py)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """Largest relative difference of one cut from the plain large batch. weights: ||dw|| / ||w|| of the final weights."""
+
+    cut: Cut
+    loss: float
+    grad_norm: float
+    weights: float
+
+    def within(self, tolerance: float) -> bool:
+        """The gradient norm, a sum of squares over all weights, is allowed ten times the loss's tolerance."""
+        return self.loss <= tolerance and self.weights <= tolerance and self.grad_norm <= 10 * tolerance
+
+
+@dataclass(frozen=True, slots=True)
+class Trajectory:
+    """Losses and gradient norms by step, and the final weights by Hugging Face name."""
+
+    losses: tuple[float, ...]
+    grad_norms: tuple[float, ...]
+    weights: dict[str, Floats]
+
+    def difference(self, other: "Trajectory", cut: Cut) -> Difference:
+        """`other` against this baseline."""
+        assert other.weights.keys() == self.weights.keys(), "the two runs trained different parameters"
+        distance = sum(float(np.square(other.weights[n] - w, dtype=np.float64).sum()) for n, w in self.weights.items())
+        size = sum(float(np.square(w, dtype=np.float64).sum()) for w in self.weights.values())
+        return Difference(
+            cut,
+            _relative(other.losses, self.losses),
+            _relative(other.grad_norms, self.grad_norms),
+            float(np.sqrt(distance / size)),
+        )
+
+
+def _relative(values: Sequence[float], baseline: Sequence[float]) -> float:
+    pairs = zip(values, baseline, strict=True)
+    return max(abs(v - b) / max(abs(b), 1e-12) for v, b in pairs)
+
+
+@dataclass(frozen=True, slots=True)
+class Proof:
+    """A recipe's data and the examples of its first steps."""
+
+    recipe: Recipe
+    algorithm: Algorithm
+    data: DataSet
+    steps: tuple[tuple[SequenceGroup, ...], ...]
+    planned: Cut
+
+    @classmethod
+    def of(cls, recipe: Recipe, steps: int) -> "Proof":
+        algorithm = build(recipe.algorithm)
+        data = load_data(recipe, algorithm)
+        batches, cursor = [], 0
+        for _ in range(steps):
+            batches.append(data.batches.at(cursor))
+            cursor += len(batches[-1])
+        return cls(recipe, algorithm, data, tuple(batches), make_plan(recipe, algorithm, data).cut)
+
+    def plain(self) -> Trajectory:
+        """One process, one batch, plain torch."""
+        trainer = PlainTrainer(self.recipe, self.algorithm, len(self.steps))
+        done = [trainer.step(groups, loss_units(groups), i) for i, groups in enumerate(self.steps)]
+        return Trajectory(tuple(s.loss for s in done), tuple(s.grad_norm for s in done), trainer.weights())
+
+    def split(self, cut: Cut, group: LearnerGroup) -> Trajectory:
+        """The same steps on DeepSpeed workers under one cut."""
+        reference = _reference(self, cut, group)
+        group.build(LearnerSpec(self.recipe, cut, len(self.steps)))
+        losses, norms = [], []
+        for i, groups in enumerate(self.steps):
+            batch = cut_step(groups, cut)
+            batch = batch if reference is None else batch.with_reference(reference[i])
+            if self.algorithm.couples_batch:
+                batch, whole = with_coefficients(batch, group, self.algorithm)
+                losses.append(whole.merged_into(group.forward_backward(batch, i)).loss)
+            else:
+                losses.append(group.forward_backward(batch, i).loss)
+            norms.append(group.optim_step(i).grad_norm)
+        weights = {name.removeprefix("model."): w for name, w in group.call(final_weights)[0].items()}
+        return Trajectory(tuple(losses), tuple(norms), weights)
+
+
+def _reference(proof: Proof, cut: Cut, group: LearnerGroup) -> list[PerMicroBatch] | None:
+    if not proof.algorithm.needs_reference:
+        return None
+    group.build_reference(proof.recipe)
+    return [group.token_logprobs(cut_step(groups, cut), reference=True) for groups in proof.steps]
+
+
+def splits(planned: Cut, effective: int, precision: str, workers: Sequence[int], *, everything: bool) -> list[Cut]:
+    """Cuts to try: the whole product, or one that shows every worker count with every stage and sync policy, and
+    every micro-batch size and layout in turn."""
+    sizes = _sizes(planned, effective, max(workers))
+    layouts: tuple[Layout, ...] = ("padded",) if planned.layout == "padded" else (planned.layout, "packed", "padded")
+    cuts = []
+    for turn, (count, (stage, sync)) in enumerate(product(workers, _engines(precision))):
+        shapes = list(product(sizes, dict.fromkeys(layouts)))
+        for size, layout in shapes if everything else [shapes[turn % len(shapes)]]:
+            cuts.append(Cut(count, size, None, layout, stage, sync))
+    return cuts
+
+
+def _sizes(planned: Cut, effective: int, workers: int) -> tuple[int, int]:
+    """Two micro-batch sizes, one of which leaves a remainder."""
+    share = max(1, effective // workers)
+    first = min(planned.examples or share, share)
+    return first, max(1, first - 1 if first > 2 else first // 2)
+
+
+def _engines(precision: str) -> Iterator[tuple[int, str]]:
+    low = precision in ("bf16", "fp16")
+    for stage, policies in LEGAL_SYNC.items():
+        for sync in policies:
+            if not (low and (stage == 0 or sync == "coalesced")):
+                yield stage, sync
+
+
+def run(recipe: Recipe, *, steps: int, workers: Sequence[int], everything: bool) -> Iterator[Difference]:
+    """Yields the difference of each cut as it is done. Workers share the machine's CPUs if it has fewer."""
+    proof = Proof.of(recipe, steps)
+    baseline = proof.plain()
+    cuts = splits(proof.planned, recipe.batch.effective, recipe.learners.precision, workers, everything=everything)
+    for count in workers:
+        cpus = min(recipe.learners.cpus_per_worker, (os.cpu_count() or 1) / count)
+        learners = recipe.learners.model_copy(update={"workers": count, "cpus_per_worker": cpus})
+        with LearnerGroup(learners) as group:
+            for cut in (c for c in cuts if c.workers == count):
+                yield baseline.difference(proof.split(replace(cut, workers=count), group), cut)
