@@ -8,7 +8,7 @@
 import json
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,7 @@ from orchestrator.config import Recipe
 from orchestrator.controllers.evaluation import Evaluator, HeldOut
 from orchestrator.controllers.offline import OfflinePlan, OfflineTrainer
 from orchestrator.dataset import DataSet, load_data
-from orchestrator.errors import OutOfMemory, WorkerLost
+from orchestrator.errors import ConfigError, OutOfMemory, WorkerLost
 from orchestrator.learner.checks import model_fingerprint
 from orchestrator.learner.learner import LearnerSpec
 from orchestrator.observe.card import model_card
@@ -31,8 +31,8 @@ from orchestrator.observe.reporter import RunReporter
 from orchestrator.observe.sinks import ConsoleSink, JsonlSink, Sink
 from orchestrator.observe.tracking import WandbSink, stable_run_id
 from orchestrator.plan import Plan, make_plan
-from orchestrator.recipe import dump, fingerprint
-from orchestrator.records import Cut, Progress
+from orchestrator.recipe import STAGE, Stage, dump, fingerprint
+from orchestrator.records import Cut, Progress, SequenceGroup
 from orchestrator.resume import RunCheckpoints
 from orchestrator.run_folder import RunFolder, open_run
 from orchestrator.startup import attach_reference, check_layout, measured_throughput, probed_cut
@@ -209,7 +209,46 @@ def _stop_signals() -> Iterator[Callable[[], bool]]:
 def resolve_stage(recipe: Recipe, exports: Mapping[str, Path]) -> Recipe:
     """The recipe with `model.path: stage:NAME` replaced by that stage's exported folder."""
     path = recipe.model.path
-    if path is None or not path.startswith("stage:"):
+    if path is None or not path.startswith(STAGE):
         return recipe
-    folder = exports[path.removeprefix("stage:")]
+    folder = exports[path.removeprefix(STAGE)]
     return recipe.model_copy(update={"model": recipe.model.model_copy(update={"path": str(folder)})})
+
+
+def train_stages(stages: Sequence[Stage], root: Path, console: Console) -> dict[str, Outcome]:
+    """Trains a recipe, or a pipeline stage by stage in root/NAME, each from the export of the stage it names."""
+    outcomes: dict[str, Outcome] = {}
+    for stage in stages:
+        folder = root if len(stages) == 1 else root / stage.name
+        if len(stages) > 1:
+            console.rule(stage.name, align="left")
+        outcomes[stage.name] = train(resolve_stage(stage.recipe, {n: o.export for n, o in outcomes.items()}), folder, console)
+    return outcomes
+
+
+def plan_stages(stages: Sequence[Stage]) -> list[tuple[str, Plan]]:
+    """Plans of the stages that do not start from another stage's export."""
+    quiet = Console(quiet=True)
+    ready = [s for s in stages if not (s.recipe.model.path or "").startswith(STAGE)]
+    return [(stage.name, plan_job(stage.recipe, quiet).plan) for stage in ready]
+
+
+def first_batch(recipe: Recipe) -> tuple[tuple[SequenceGroup, ...], Callable[[int], str]]:
+    """The examples of the first optimizer step, and a decoder of single tokens."""
+    data = load_data(recipe, build(recipe.algorithm))
+    return data.batches.at(0), lambda token: data.tokenizer.decode([token])
+
+
+def evaluate(recipe: Recipe, model: Path | None, console: Console) -> dict[str, float]:
+    """Held-out metrics of the recipe's model, or of the folder `model` against the recipe's model as reference."""
+    if recipe.data.eval is None:
+        raise ConfigError("data.eval is not set", fix="add a held-out file, e.g. data.eval=eval.jsonl")
+    policy = recipe
+    if model is not None:
+        cfg = recipe.model.model_copy(update={"path": str(model), "tiny": None, "revision": None, "lora": None})
+        policy = recipe.model_copy(update={"model": cfg})
+    job = plan_job(policy, console)
+    with LearnerGroup(recipe.learners) as group:
+        attach = attach_reference(recipe, job.algorithm, job.data, job.plan.cut, group, console.print, train=False)
+        group.build(LearnerSpec(policy, job.plan.cut, 1))
+        return dict(_evaluator(job.data, policy, group, attach).evaluate(job.plan.cut, 0).metrics)

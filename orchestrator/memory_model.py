@@ -17,6 +17,8 @@ from orchestrator.models.load import build_fake
 from orchestrator.models.scoring import CHUNK_LOGITS, MicroBatchTensors, ScoringModel, scored
 from orchestrator.records import Cut, MicroBatch
 
+PERSISTENT_ELEMENTS = 100_000
+"""ZeRO-3 keeps tensors up to this size whole on every rank (stage3_param_persistence_threshold in learner/engine.py)."""
 BUCKET_BYTES = 100_000_000
 """Communication buffers are bounded by the reduce bucket of learner/engine.py (25 M fp32 elements)."""
 
@@ -42,16 +44,27 @@ class MemoryEstimate:
 
 
 @dataclass(frozen=True, slots=True)
+class Traffic:
+    """Bytes per rank and optimizer step: gradients into reductions, parameters gathered."""
+
+    reduced: int
+    gathered: int
+
+
+@dataclass(frozen=True, slots=True)
 class Sizes:
-    """Parameter counts: all, and those that learn."""
+    """Parameter counts: all, those that learn, and those in tensors that ZeRO-3 partitions instead of keeping whole."""
 
     parameters: int
     trainable: int
+    partitioned: int
 
 
 def parameter_counts(scoring: ScoringModel) -> Sizes:
-    parameters = list(scoring.parameters())
-    return Sizes(sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad))
+    sizes = [(p.numel(), p.requires_grad) for p in scoring.parameters()]
+    return Sizes(
+        sum(n for n, _ in sizes), sum(n for n, learns in sizes if learns), sum(n for n, _ in sizes if n > PERSISTENT_ELEMENTS)
+    )
 
 
 def estimate(recipe: Recipe, algorithm: Algorithm, cut: Cut, micro_batch: MicroBatch) -> MemoryEstimate:
@@ -77,9 +90,8 @@ def estimate(recipe: Recipe, algorithm: Algorithm, cut: Cut, micro_batch: MicroB
 
 def fake_model(recipe: Recipe, algorithm: Algorithm) -> ScoringModel:
     """The scoring model in the training precision; call it under FakeTensorMode."""
-    scoring = ScoringModel(build_fake(recipe.model, algorithm.head), head=algorithm.head, want_wpo=algorithm.needs_wpo)
-    if recipe.learners.precision in ("bf16", "fp16"):
-        scoring.to(torch.bfloat16 if recipe.learners.precision == "bf16" else torch.float16)
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(recipe.learners.precision, torch.float32)
+    scoring = ScoringModel(build_fake(recipe.model, algorithm.head, dtype), head=algorithm.head, want_wpo=algorithm.needs_wpo)
     if recipe.learners.activation_checkpointing:
         scoring.enable_activation_checkpointing()
     return scoring
@@ -112,3 +124,15 @@ def _optimizer_bytes(recipe: Recipe, cut: Cut, trainable: int, element: int) -> 
         "gradients": gradients,
         "communication": bucket if workers > 1 or stage else 0,
     }
+
+
+def traffic(recipe: Recipe, algorithm: Algorithm, cut: Cut, micro_batches: int) -> Traffic:
+    """What a rank sends in one step of `micro_batches`; compared with the counted bytes by tests/invariants."""
+    if cut.workers == 1:
+        return Traffic(0, 0)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        sizes = parameter_counts(fake_model(recipe, algorithm))
+    element = 2 if recipe.learners.precision in ("bf16", "fp16") else 4
+    reductions = micro_batches if cut.sync == "per_micro_batch" else 1
+    gathered = {0: 0, 1: sizes.trainable, 2: sizes.trainable, 3: sizes.trainable - sizes.partitioned + 2 * micro_batches * sizes.partitioned}
+    return Traffic(4 * sizes.trainable * reductions, element * gathered[cut.zero_stage])

@@ -16,7 +16,7 @@ from orchestrator.cut import cut_step
 from orchestrator.data.packing import cost
 from orchestrator.dataset import DataSet
 from orchestrator.errors import ConfigError, NotEnoughResources
-from orchestrator.memory_model import MemoryEstimate, estimate
+from orchestrator.memory_model import MemoryEstimate, Traffic, estimate, traffic
 from orchestrator.models.attention import capabilities
 from orchestrator.models.load import load_config
 from orchestrator.records import Cut, Layout, MicroBatch, PackedBatch, SequenceGroup, Sync
@@ -43,14 +43,6 @@ class Choice:
     name: str
     value: str
     reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class Traffic:
-    """Bytes per rank and optimizer step: gradients into reductions, parameters gathered."""
-
-    reduced: int
-    gathered: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +125,7 @@ def make_plan(recipe: Recipe, algorithm: Algorithm, data: DataSet) -> Plan:
         data=_data_report(data),
         memory=memory,
         memory_limit=limit,
-        traffic=_traffic(recipe, cut, memory, micro_batches),
+        traffic=traffic(recipe, algorithm, cut, micro_batches),
         mean_length=max(1, sum(data.report.lengths) // len(data.report.lengths)),
     )
 
@@ -175,6 +167,8 @@ def _check(recipe: Recipe) -> None:
             why="every worker needs at least one example of each optimizer step",
             fix=f"set learners.workers to {effective} or fewer, or batch.effective to {learners.workers} or more",
         )
+    if learners.precision == "fp16" and not learners.gpus_per_worker:
+        raise ConfigError("learners.precision=fp16 needs a GPU", why="DeepSpeed has no fp16 on a CPU", fix="use fp32, bf16 or bf16_autocast")
     low = learners.precision in ("bf16", "fp16")
     if low and learners.zero_stage == 0:
         raise ConfigError(
@@ -320,16 +314,6 @@ def _nearest(effective: int, cut: Cut) -> tuple[int, ...]:
         return ()
     below = effective // unit * unit
     return tuple(n for n in (below, below + unit) if n)
-
-
-def _traffic(recipe: Recipe, cut: Cut, memory: MemoryEstimate, micro_batches: int) -> Traffic:
-    if cut.workers == 1:
-        return Traffic(0, 0)
-    whole = memory.optimizer // 2 * (cut.workers if cut.zero_stage else 1)  # fp32 bytes of what learns
-    element = 2 if recipe.learners.precision in ("bf16", "fp16") else 4
-    reductions = micro_batches if cut.sync == "per_micro_batch" else 1
-    gathers = {0: 0, 1: 1, 2: 1, 3: 2 * micro_batches}[cut.zero_stage]
-    return Traffic(whole * reductions, whole * element // 4 * gathers)
 
 
 def _data_report(data: DataSet) -> DataReport:

@@ -92,12 +92,17 @@ def find(name: str | Path) -> Path:
     key = path.as_posix().removesuffix(".yaml")
     if key in shipped:
         return shipped[key]
-    near = [str(p) for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
-    close = difflib.get_close_matches(str(path), near) or difflib.get_close_matches(key.removeprefix("recipes/"), shipped)
+    close = _neighbours(path) or difflib.get_close_matches(key.removeprefix("recipes/"), shipped)
     raise MissingInput(
         f"no recipe {name}" + (" (it is a folder)" if path.is_dir() else ""),
         fix=f"did you mean {', '.join(close)}?" if close else "`orchestrator recipes ls` lists the built-in recipes",
     )
+
+
+def _neighbours(missing: Path) -> list[str]:
+    """Recipe files beside `missing` that are named nearly so."""
+    files = {file.stem: str(file) for file in missing.parent.glob("*.yaml")}
+    return [files[stem] for stem in difflib.get_close_matches(missing.stem, files)]
 
 
 def builtin_recipes() -> Mapping[str, Path]:
@@ -107,6 +112,16 @@ def builtin_recipes() -> Mapping[str, Path]:
     root = packaged if packaged.is_dir() else package.parent / "recipes"
     files = (f for f in root.rglob("*.yaml") if f.stem != SHARED_PART)
     return dict(sorted((f.relative_to(root).with_suffix("").as_posix(), f) for f in files))
+
+
+def parts(file: Path) -> tuple[Path, ...]:
+    """A recipe file and the files it extends, its stages' included: what has to be copied to use it elsewhere."""
+    found = [file]
+    draft = _parse_file(file).data
+    for entry in [draft, *(draft.get("stages") or [])]:
+        if entry.get("extends"):
+            found += parts(file.parent / entry["extends"])
+    return tuple(dict.fromkeys(found))
 
 
 def dump(recipe: Recipe) -> str:
@@ -228,7 +243,7 @@ def _extend(draft: _Draft, file: Path, chain: tuple[Path, ...]) -> _Draft:
         raise ConfigError(f"{where}: must be the path of one recipe file (got {target!r})")
     base_file, chain = file.parent / target, (*chain, file.resolve())
     if not base_file.is_file():
-        close = difflib.get_close_matches(base_file.name, [p.name for p in base_file.parent.glob("*.yaml")])
+        close = _neighbours(base_file)
         fix = f"did you mean {', '.join(close)}?" if close else "the path is relative to the file that says `extends`"
         raise MissingInput(f"{where}: no file {base_file}", fix=fix)
     if base_file.resolve() in chain:
@@ -419,12 +434,17 @@ def _path(location: _Key, data: Any, missing: bool) -> _Key:
     """pydantic's location without the names of union branches, which are no keys of the data."""
     path: list[str | int] = []
     for i, part in enumerate(location):
-        is_key = part in data if isinstance(data, dict) else isinstance(data, list) and isinstance(part, int) and part < len(data)
-        if is_key:
+        if _holds(data, part):
             path, data = [*path, part], data[part]
         elif missing and i == len(location) - 1:
             path.append(part)
     return tuple(path)
+
+
+def _holds(data: Any, part: str | int) -> bool:
+    if isinstance(data, list):
+        return isinstance(part, int) and part < len(data)
+    return isinstance(data, dict) and part in data
 
 
 def _suggestion(path: _Key) -> str:

@@ -29,9 +29,11 @@ def tolerance(recipe: Recipe) -> float:
     return 1e-3 if recipe.learners.precision == "fp32" else 0.5
 
 
-def attach_reference(recipe: Recipe, algorithm: Algorithm, data: DataSet, cut: Cut, group: LearnerGroup, note: Note) -> Attach:
-    """How a batch gets its reference log-probs: not at all, live each step (TR-DPO), or from the cache on disk, filled
-    by the workers here, before they hold a learner."""
+def attach_reference(
+    recipe: Recipe, algorithm: Algorithm, data: DataSet, cut: Cut, group: LearnerGroup, note: Note, *, train: bool = True
+) -> Attach:
+    """How a batch (training data included, or held-out examples only) gets its reference log-probs: not at all, live each
+    step (TR-DPO), or from the cache on disk, filled by the workers here, before they hold a learner."""
     if not algorithm.needs_reference:
         return lambda batch: batch
     if recipe.algorithm.reference_sync_every is not None:
@@ -39,7 +41,7 @@ def attach_reference(recipe: Recipe, algorithm: Algorithm, data: DataSet, cut: C
     fingerprint = group.build_reference(recipe)
     root = Path(recipe.reference.cache_dir or Path.home() / ".cache" / "orchestrator" / "reference")
     cache = ReferenceCache(root.expanduser() / f"{fingerprint[:32]}-{recipe.learners.precision}")
-    groups = [*data.groups, *data.held_out]
+    groups = [*(data.groups if train else ()), *data.held_out]
 
     def cut_groups(some: Sequence[SequenceGroup]) -> PackedBatch:
         return cut_step(some, cut)

@@ -27,6 +27,10 @@ BUCKET_ELEMENTS = 25_000_000
 """DeepSpeed's default of 5e8 allocates a 2 GB buffer per rank; 25 M elements (100 MB in fp32) lose no bandwidth."""
 
 
+PERSISTENT_ELEMENTS = 100_000
+"""ZeRO-3 keeps smaller parameters whole: gathering them costs more than it saves."""
+
+
 @dataclass(frozen=True, slots=True)
 class ProcessGroup:
     """Where this rank stands. address, port: rank 0's rendezvous."""
@@ -117,6 +121,8 @@ def deepspeed_config(learners: Learners, optimizer: Optimizer, stage: int, sync:
         "allgather_bucket_size": BUCKET_ELEMENTS,
         "overlap_comm": False,
     }
+    if stage == 3:
+        zero["stage3_param_persistence_threshold"] = PERSISTENT_ELEMENTS
     if learners.offload.optimizer != "none":
         zero["offload_optimizer"] = {"device": learners.offload.optimizer, "pin_memory": True}
     if learners.offload.parameters != "none":

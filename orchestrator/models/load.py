@@ -68,13 +68,13 @@ def load_config(cfg: Model) -> PretrainedConfig:
     return tiny_config(cfg.tiny) if cfg.tiny is not None else _pretrained(cfg, AutoConfig)
 
 
-def build_fake(cfg: Model, head: Head) -> nn.Module:
+def build_fake(cfg: Model, head: Head, dtype: torch.dtype) -> nn.Module:
     """The model from its configuration alone, for shapes and memory estimates: call it under FakeTensorMode."""
     auto: Any = AutoModelForCausalLM if head == "lm" else AutoModelForSequenceClassification
     config = load_config(cfg)
     if head == "scalar":
         config.num_labels = 1
-    model = auto.from_config(config, attn_implementation="sdpa")
+    model = auto.from_config(config, attn_implementation="sdpa", dtype=dtype)
     return _with_lora(model, cfg.lora, 0, head) if cfg.lora is not None else model
 
 

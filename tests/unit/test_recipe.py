@@ -269,7 +269,7 @@ def test_extends_a_file_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(MissingInput) as caught:
         load(file)
     assert caught.value.what == f"{file}:1: extends: no file {tmp_path / 'bsae.yaml'}"
-    assert caught.value.fix == "did you mean base.yaml?"
+    assert caught.value.fix == f"did you mean {tmp_path / 'base.yaml'}?"
 
 
 @pytest.mark.parametrize(("target", "message"), [("[a.yaml]", "must be the path of one"), ("pipe.yaml", "is a pipeline")])

@@ -1,0 +1,212 @@
+"""The program: every command reads a recipe, does one thing, and ends with an exit code of sysexits.h.
+
+Heavy imports happen inside the commands, so that `--help` needs neither torch nor ray.
+"""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from orchestrator import recipe as recipes
+from orchestrator.errors import ConfigError, Exit, OrchestratorError, OutputError
+
+if TYPE_CHECKING:
+    from orchestrator.assemble import Outcome
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__.splitlines()[0])
+recipes_app = typer.Typer(no_args_is_help=True, help="The recipes that come with the program.")
+config_app = typer.Typer(no_args_is_help=True, help="The recipe schema.")
+app.add_typer(recipes_app, name="recipes")
+app.add_typer(config_app, name="config")
+
+RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="a YAML file, or a built-in name such as tiny/dpo")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[a.b=c]...", help="overrides, e.g. batch.effective=64")]
+out = Console(highlight=False, soft_wrap=True)
+
+
+@app.command()
+def plan(recipe: RecipeArgument, overrides: Overrides = None, as_json: Annotated[bool, typer.Option("--json")] = False) -> None:
+    """Dry run: data report, batch arithmetic, ZeRO stage and sync policy with the reason, memory and traffic."""
+    from orchestrator.assemble import plan_stages
+    from orchestrator.plan_view import render
+
+    stages = recipes.load(recipe, overrides or ()).stages
+    plans = plan_stages(stages)
+    if as_json:
+        documents = [{"stage": name, **p.to_json()} for name, p in plans]
+        print(json.dumps(documents[0] if len(documents) == 1 else documents, indent=1))
+        return
+    for name, p in plans:
+        out.rule(name, align="left")
+        out.print(render(p))
+    for stage in stages[len(plans) :]:
+        out.print(f"{stage.name} is planned when the stage it starts from has been trained ({stage.recipe.model.path})")
+    if len(stages) == 1:
+        out.rule("resolved recipe", align="left")
+        out.print(recipes.dump(stages[0].recipe), markup=False)
+
+
+@app.command()
+def train(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="run folder; default runs/NAME")] = None,
+) -> None:
+    """Trains; goes on by itself if the folder holds a verified checkpoint of the same run."""
+    from orchestrator.assemble import train_stages
+
+    loaded = recipes.load(recipe, overrides or ())
+    name = loaded.stages[0].recipe.run.name if len(loaded.stages) == 1 else loaded.path.stem
+    outcomes = train_stages(loaded.stages, output or Path("runs") / name, out)
+    out.print(_results(outcomes))
+    for outcome in outcomes.values():
+        out.print(f"report  {outcome.report}\nmodel   {outcome.export}")
+
+
+@app.command()
+def evaluate(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    model: Annotated[Path | None, typer.Option("--model", help="a folder to evaluate instead of the recipe's model")] = None,
+) -> None:
+    """Held-out preference accuracy and greedy exact match of a model."""
+    from orchestrator.assemble import evaluate as run
+
+    metrics = run(_one(recipe, overrides), model, out)
+    for name, value in metrics.items():
+        out.print(f"{name:<32}{value:.4f}")
+
+
+@app.command()
+def verify(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    steps: Annotated[int, typer.Option(min=1, help="optimizer steps of each cut")] = 5,
+    workers: Annotated[str, typer.Option(help="worker counts to try, e.g. 1,2,4; default 1 and the recipe's")] = "",
+    everything: Annotated[bool, typer.Option("--all", help="every combination instead of a covering set")] = False,
+) -> None:
+    """The proof: runs the same steps under many cuts and prints the largest difference from one plain large batch."""
+    from orchestrator.verify import TOLERANCE, run
+
+    cfg = _one(recipe, overrides)
+    try:
+        counts = sorted({int(n) for n in workers.split(",")} if workers else {1, cfg.learners.workers})
+    except ValueError:
+        raise ConfigError(f"--workers {workers!r} is not a list of numbers", fix="write e.g. --workers 1,2,4") from None
+    tolerance, failed = TOLERANCE[cfg.learners.precision], 0
+    out.print(f"{steps} steps, {cfg.batch.effective} examples each, {cfg.learners.precision}, against one process, one batch, plain torch")
+    out.print(f"{'workers':>7} {'micro':>6} {'layout':<14} {'ZeRO':>4} {'sync':<16} {'loss':>9} {'grad norm':>9} {'weights':>9}")
+    for result in run(cfg, steps=steps, workers=counts, everything=everything):
+        cut, good = result.cut, result.within(tolerance)
+        failed += not good
+        row = f"{cut.workers:>7} {cut.examples:>6} {cut.layout:<14} {cut.zero_stage:>4} {cut.sync:<16}"
+        out.print(f"{row} {result.loss:>9.1e} {result.grad_norm:>9.1e} {result.weights:>9.1e}{'' if good else '   ABOVE TOLERANCE'}")
+    if failed:
+        raise OrchestratorError(
+            f"{failed} cuts differ by more than {tolerance:g}",
+            why="the effective batch is not independent of the hardware here",
+            fix="report it with this table; do not trust accumulation with these settings",
+        )
+    out.print(f"all within {tolerance:g} (relative; weights: norm of the difference over norm)")
+
+
+@app.command()
+def report(directory: Annotated[Path, typer.Argument(metavar="DIR", help="a run folder")]) -> None:
+    """Writes one self-contained report.html with the curves and sample pairs."""
+    from orchestrator.observe.dashboard import write_report
+
+    out.print(str(write_report(directory)))
+
+
+@app.command()
+def inspect(recipe: RecipeArgument, overrides: Overrides = None, examples: Annotated[int, typer.Option(min=1)] = 3) -> None:
+    """The first batch, tokens coloured by loss mask."""
+    from orchestrator.assemble import first_batch
+    from orchestrator.observe.inspect import render_group
+
+    groups, decode = first_batch(_one(recipe, overrides))
+    for group in groups[:examples]:
+        out.rule(f"example {group.id}", align="left")
+        out.print(render_group(group, decode))
+
+
+@recipes_app.command("ls")
+def recipes_ls() -> None:
+    """Names of the built-in recipes, with their first comment."""
+    for name, path in recipes.builtin_recipes().items():
+        first = path.read_text().splitlines()[0].removeprefix("#").strip()
+        out.print(f"{name:<24}{first}", markup=False)
+
+
+@recipes_app.command("show")
+def recipes_show(name: str) -> None:
+    """Prints a recipe file as it is."""
+    out.print(recipes.find(name).read_text(), markup=False)
+
+
+@recipes_app.command("cp")
+def recipes_cp(name: str, target: Path) -> None:
+    """Copies a recipe, with the files it extends, into the folder TARGET."""
+    source = recipes.find(name)
+    target.mkdir(parents=True, exist_ok=True)
+    for file in recipes.parts(source):
+        if (target / file.name).exists():
+            raise OutputError(f"{target / file.name} exists already", fix="choose another folder")
+    for file in recipes.parts(source):
+        shutil.copyfile(file, target / file.name)
+        out.print(str(target / file.name))
+
+
+@config_app.command("schema")
+def config_schema() -> None:
+    """The JSON schema of recipe files, for editors."""
+    print(json.dumps(recipes.json_schema(), indent=1))
+
+
+def _one(recipe: str, overrides: list[str] | None):
+    stages = recipes.load(recipe, overrides or ()).stages
+    if len(stages) > 1:
+        raise ConfigError(f"{recipe} is a pipeline of {len(stages)} stages", fix="name the recipe of one stage")
+    return stages[0].recipe
+
+
+def _results(outcomes: "dict[str, Outcome]") -> Table:
+    """Held-out metrics before and after each stage."""
+    table = Table(title="held out", title_justify="left")
+    table.add_column("metric")
+    for name in outcomes:
+        table.add_column(f"before {name}", justify="right")
+        table.add_column(f"after {name}", justify="right")
+    metrics = dict.fromkeys(k for o in outcomes.values() for k in o.after)
+    wanted = [m for m in metrics if m in ("eval/loss", "eval/preference_accuracy", "eval/rewards/accuracies", "eval/exact_match")]
+    for metric in wanted:
+        cells = [f"{side[metric]:.3f}" if metric in side else "" for o in outcomes.values() for side in (o.before, o.after)]
+        table.add_row(metric.removeprefix("eval/"), *cells)
+    return table
+
+
+def main() -> None:
+    """Runs a command; a failure is one message and an exit code. `--debug` anywhere shows the traceback."""
+    debug = "--debug" in sys.argv
+    sys.argv = [argument for argument in sys.argv if argument != "--debug"]
+    try:
+        app()
+    except OrchestratorError as error:
+        if debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("interrupted; run the same command again to go on from the last checkpoint", file=sys.stderr)
+        sys.exit(Exit.RESUMABLE)
+    except Exception as error:
+        if debug:
+            raise
+        print(f"error: {type(error).__name__}: {error}\n  fix: this is a bug; run again with --debug and report the traceback", file=sys.stderr)
+        sys.exit(Exit.SOFTWARE)

@@ -1,0 +1,250 @@
+"""Line charts as inline SVG: no library, no network, readable without JavaScript; a few lines of it add a hover readout."""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+
+Point = tuple[float, float | None]
+"""(x, y); None where there is no finite value: the line has a gap there."""
+
+WIDTH, HEIGHT = 420, 220
+LEFT, RIGHT, TOP, BOTTOM = 46, 10, 10, 24
+MOST_POINTS = 600
+DOTS_BELOW = 30
+SMOOTH_ABOVE = 40
+COLOURS = 6
+
+
+@dataclass(frozen=True, slots=True)
+class Series:
+    name: str
+    points: tuple[Point, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Chart:
+    """smooth: long noisy series get a running mean over a pale line; from_zero: the y axis starts at 0."""
+
+    title: str
+    series: tuple[Series, ...]
+    smooth: bool = False
+    from_zero: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """Maps data to SVG units. Example: with x from 0 to 10, x(0) is the left border of the plot."""
+
+    x_low: float
+    x_high: float
+    y_low: float
+    y_high: float
+
+    def x(self, value: float) -> float:
+        return LEFT + (value - self.x_low) / (self.x_high - self.x_low) * (WIDTH - LEFT - RIGHT)
+
+    def y(self, value: float) -> float:
+        return HEIGHT - BOTTOM - (value - self.y_low) / (self.y_high - self.y_low) * (HEIGHT - TOP - BOTTOM)
+
+
+def figure(chart: Chart) -> str:
+    """A <figure> with title, legend (last values) and the SVG; "" if no series has a finite value."""
+    values = [y for s in chart.series for _, y in s.points if y is not None]
+    if not values:
+        return ""
+    shown = [Series(s.name, thinned(s.points)) for s in chart.series]
+    frame, y_ticks = _frame(chart, values)
+    window = _window(chart)
+    layers = [_axes(frame, y_ticks)]
+    for place, (series, whole) in enumerate(zip(shown, chart.series, strict=True)):
+        layers.append(_line(frame, series, place, "raw" if window else ""))
+        if window:
+            layers.append(_line(frame, Series(series.name, thinned(running_mean(whole.points, window))), place, "mean"))
+    marks = "".join(f'<circle class="mark c{i % COLOURS}" r="3.5" cx="-9" cy="-9"/>' for i in range(len(shown)))
+    note = f'<p class="small">bold line: mean over {window} steps</p>' if window else ""
+    return (
+        f'<figure class="chart" data-chart="{_data(shown, frame)}">'
+        f"<figcaption><h3>{escape(chart.title)}</h3>{_legend(chart.series)}</figcaption>"
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(chart.title)}">{"".join(layers)}'
+        f'<line class="guide" x1="-9" x2="-9" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>{marks}</svg>{note}</figure>'
+    )
+
+
+def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
+    """About `count` round numbers whose first is <= low and last >= high. Example: 0.1, 0.93 -> 0, 0.2, ... 1."""
+    raw = (high - low) / max(1, count - 1)
+    size = 10.0 ** math.floor(math.log10(raw))
+    step = next(m * size for m in (1, 2, 2.5, 5, 10) if m * size >= raw * (1 - 1e-9))
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [i * step for i in range(first, last + 1)]
+
+
+def label(value: float, step: float) -> str:
+    """A tick in few characters. step: distance of the ticks. Example: 0.25, 1.5k, 5e-6."""
+    if abs(value) < step / 1000:
+        return "0"
+    if abs(value) >= 1e9 or max(abs(value), step) < 1e-2:
+        exponent = math.floor(math.log10(abs(value)) + 1e-9)
+        return f"{value / 10.0**exponent:.3g}e{exponent}"
+    for size, letter in ((1e6, "M"), (1e4, "k")):
+        if abs(value) >= size:
+            return f"{value / min(size, 1e6 if letter == 'M' else 1e3):.6g}{letter}"
+    return f"{value:.{max(0, _decimals(step))}f}"
+
+
+def thinned(points: Sequence[Point], most: int = MOST_POINTS) -> tuple[Point, ...]:
+    """At most about `most` points; of each stretch its lowest and highest, so that no spike is lost."""
+    if len(points) <= most:
+        return tuple(points)
+    size = math.ceil(2 * len(points) / most)
+    kept: list[Point] = []
+    for start in range(0, len(points), size):
+        stretch = [(i, p) for i, p in enumerate(points[start : start + size]) if p[1] is not None]
+        if not stretch:
+            kept.append(points[start])
+            continue
+        ends = {min(stretch, key=lambda ip: ip[1][1] or 0.0), max(stretch, key=lambda ip: ip[1][1] or 0.0)}
+        kept += [p for _, p in sorted(ends)]
+    return tuple(kept)
+
+
+def running_mean(points: Sequence[Point], window: int) -> tuple[Point, ...]:
+    """Mean of the `window` points around each one, gaps left out of the mean and left as they are."""
+    half, means = window // 2, []
+    for place, (x, y) in enumerate(points):
+        near = [v for _, v in points[max(0, place - half) : place + half + 1] if v is not None]
+        means.append((x, None if y is None else sum(near) / len(near)))
+    return tuple(means)
+
+
+def _window(chart: Chart) -> int:
+    """An odd number of steps to average over; 0 where the line is shown as it is."""
+    longest = max(len(s.points) for s in chart.series)
+    return max(5, longest // 25 | 1) if chart.smooth and longest > SMOOTH_ABOVE else 0
+
+
+def _frame(chart: Chart, values: Sequence[float]) -> tuple[Frame, list[float]]:
+    low, high = min(values), max(values)
+    if chart.from_zero:
+        low = min(low, 0.0)
+    if high - low <= 1e-9 * max(abs(high), abs(low)):
+        pad = abs(high) * 0.5 or 1.0
+        low, high = low - pad, high + pad
+    ticks = nice_ticks(low, high)
+    steps = [x for s in chart.series for x, _ in s.points]
+    first, last = min(steps), max(steps)
+    return Frame(first, last if last > first else first + 1, ticks[0], ticks[-1]), ticks
+
+
+def _axes(frame: Frame, y_ticks: Sequence[float]) -> str:
+    x_step = max(1.0, _gap(nice_ticks(frame.x_low, frame.x_high, 6)))
+    x_ticks = [i * x_step for i in range(math.ceil(frame.x_low / x_step), math.floor(frame.x_high / x_step) + 1)]
+    parts = []
+    for tick in y_ticks:
+        y = f"{frame.y(tick):.1f}"
+        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y}" y2="{y}"/>')
+        parts.append(f'<text class="tick" x="{LEFT - 6}" y="{y}" dy="3.5" text-anchor="end">{label(tick, _gap(y_ticks))}</text>')
+    base = HEIGHT - BOTTOM
+    for tick in x_ticks:
+        x = f"{frame.x(tick):.1f}"
+        parts.append(f'<line class="axis" x1="{x}" x2="{x}" y1="{base}" y2="{base + 4}"/>')
+        parts.append(f'<text class="tick" x="{x}" y="{base + 16}" text-anchor="middle">{label(tick, x_step)}</text>')
+    parts.append(f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{base}" y2="{base}"/>')
+    return "".join(parts)
+
+
+def _line(frame: Frame, series: Series, place: int, style: str) -> str:
+    commands, pen_down = [], False
+    for x, y in series.points:
+        if y is None:
+            pen_down = False
+            continue
+        # h0: a lone point is drawn as a dot, by its round line cap
+        commands.append(f"{'L' if pen_down else 'M'}{frame.x(x):.1f} {frame.y(y):.1f}{'' if pen_down else 'h0'}")
+        pen_down = True
+    colour = f"c{place % COLOURS}"
+    path = f'<path class="line {colour} {style}" d="{"".join(commands)}"><title>{escape(series.name)}</title></path>'
+    if len(series.points) > DOTS_BELOW:
+        return path
+    return path + "".join(
+        f'<circle class="dot {colour}" cx="{frame.x(x):.1f}" cy="{frame.y(y):.1f}" r="2.4"><title>step {x:g}: {y:.4g}</title></circle>'
+        for x, y in series.points
+        if y is not None
+    )
+
+
+def _legend(series: Sequence[Series]) -> str:
+    keys = []
+    for place, one in enumerate(series):
+        last = next((y for _, y in reversed(one.points) if y is not None), None)
+        value = "–" if last is None else f"{last:.4g}"
+        keys.append(f'<span class="key"><i class="swatch c{place % COLOURS}"></i>{escape(one.name)} <b>{value}</b></span>')
+    return f'<div class="legend">{"".join(keys)}<span class="at"></span></div>'
+
+
+def _data(series: Sequence[Series], frame: Frame) -> str:
+    """What the hover readout needs, as an attribute: the steps and each series' values, null where it has none."""
+    steps = sorted({x for s in series for x, _ in s.points})
+    columns = [dict(s.points) for s in series]
+    rounded = [[None if (y := c.get(x)) is None else float(f"{y:.5g}") for x in steps] for c in columns]
+    plot = [LEFT, WIDTH - RIGHT, TOP, HEIGHT - BOTTOM]
+    box = [frame.x_low, frame.x_high, frame.y_low, frame.y_high]
+    return escape(json.dumps({"x": steps, "y": rounded, "box": box, "plot": plot, "width": WIDTH}, separators=(",", ":")))
+
+
+def _gap(ticks: Sequence[float]) -> float:
+    return ticks[1] - ticks[0] if len(ticks) > 1 else 1.0
+
+
+def _decimals(step: float) -> int:
+    """Digits after the point that tell ticks apart. Example: 0.2 -> 1, 0.25 -> 2, 5 -> 0."""
+    return next(d for d in range(12) if abs(round(step, d) - step) < step * 1e-6)
+
+
+SCRIPT = """
+for (const figure of document.querySelectorAll("figure[data-chart]")) {
+  const data = JSON.parse(figure.dataset.chart), svg = figure.querySelector("svg"), guide = svg.querySelector(".guide");
+  const values = [...figure.querySelectorAll(".key b")], at = figure.querySelector(".at"), marks = [...svg.querySelectorAll(".mark")];
+  const [left, right, top, base] = data.plot, [x0, x1, y0, y1] = data.box, last = values.map(v => v.textContent);
+  const px = x => left + (x - x0) / (x1 - x0) * (right - left), py = y => base - (y - y0) / (y1 - y0) * (base - top);
+  svg.addEventListener("pointermove", event => {
+    const box = svg.getBoundingClientRect(), wanted = (event.clientX - box.left) / box.width * data.width;
+    let near = 0;
+    data.x.forEach((x, i) => { if (Math.abs(px(x) - wanted) < Math.abs(px(data.x[near]) - wanted)) near = i; });
+    guide.setAttribute("x1", px(data.x[near])); guide.setAttribute("x2", px(data.x[near]));
+    at.textContent = "step " + data.x[near];
+    data.y.forEach((ys, i) => {
+      const y = ys[near], seen = y !== null;
+      values[i].textContent = seen ? Number(y.toPrecision(4)) : "\\u2013";
+      marks[i].setAttribute("cx", seen ? px(data.x[near]) : -9); marks[i].setAttribute("cy", seen ? py(y) : -9);
+    });
+    figure.classList.add("hover");
+  });
+  svg.addEventListener("pointerleave", () => {
+    values.forEach((v, i) => { v.textContent = last[i]; });
+    at.textContent = ""; figure.classList.remove("hover");
+  });
+}
+"""
+
+STYLE = """
+.chart { margin: 0; padding: 16px 16px 10px; background: var(--card); border: 1px solid var(--edge); border-radius: 12px; }
+.chart figcaption { margin-bottom: 8px; }
+.chart h3 { margin: 0; font-size: 15px; font-weight: 600; }
+.chart svg { display: block; width: 100%; height: auto; touch-action: pan-y; }
+.legend { display: flex; flex-wrap: wrap; gap: 2px 14px; font-size: 13px; color: var(--soft); min-height: 20px; }
+.legend b { color: var(--ink); font-weight: 600; font-variant-numeric: tabular-nums; }
+.legend .at { margin-left: auto; font-variant-numeric: tabular-nums; }
+.swatch { display: inline-block; width: 10px; height: 3px; border-radius: 2px; margin-right: 6px; vertical-align: middle; background: var(--c); }
+.grid { stroke: var(--grid); } .axis { stroke: var(--axis); }
+.tick { font-size: 10.5px; fill: var(--soft); font-variant-numeric: tabular-nums; }
+.line { fill: none; stroke: var(--c); stroke-width: 1.8; stroke-linejoin: round; stroke-linecap: round; }
+.line.raw { stroke-width: 1; opacity: .32; }
+.dot, .mark { fill: var(--c); } .mark { stroke: var(--card); stroke-width: 1.5; }
+.guide { stroke: var(--axis); stroke-dasharray: 3 3; }
+.guide, .mark { opacity: 0; pointer-events: none; } .hover .guide, .hover .mark { opacity: 1; }
+.c0 { --c: var(--c-0); } .c1 { --c: var(--c-1); } .c2 { --c: var(--c-2); } .c3 { --c: var(--c-3); } .c4 { --c: var(--c-4); }
+.c5 { --c: var(--c-5); }
+"""

@@ -1,0 +1,232 @@
+"""Where reports go: JSONL files (always) and the console.
+
+`metrics.jsonl` and `samples.jsonl` are the run's ledger. All other views (report, card, wandb) can be lost and made
+again from it, so it is ASCII, one flat object per line, and holds each step once however often the run was resumed.
+"""
+
+import json
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Protocol, TextIO
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from orchestrator.checkpoints import write_atomically
+from orchestrator.errors import DataError, OutputError
+from orchestrator.records import EvaluationReport, Sample, StepReport
+
+Note = Callable[[str], None]
+LIVE_ROWS = 8
+"""Steps that the live table shows."""
+ETA_STEPS = 20
+"""Steps whose mean duration the ETA is made of."""
+
+
+class Sink(Protocol):
+    """Takes every report of one run. open() comes first and close() last; both may say something by `note`."""
+
+    def open(self, note: Note) -> None: ...
+    def step(self, report: StepReport) -> None: ...
+    def evaluation(self, report: EvaluationReport) -> None: ...
+    def note(self, message: str) -> None: ...
+    def close(self) -> None: ...
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSONL file. A torn last line is left out; DataError for a damaged line before it."""
+    return [record for _, record in _parsed(path)]
+
+
+def _parsed(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    found: list[tuple[str, dict[str, Any]]] = []
+    lines = path.read_bytes().decode("utf-8", "replace").rstrip("\n").split("\n")  # not splitlines: it cuts at U+2028
+    for number, line in enumerate(lines, 1):
+        record = _json_object(line)
+        if record is not None:
+            found.append((line, record))
+        elif number < len(lines):
+            raise DataError(f"{path}:{number}: not a JSON object", why="only the last line may be torn", fix="remove that line")
+    return found
+
+
+def _json_object(line: str) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError:
+        return None
+    return record if isinstance(record, dict) else None
+
+
+def json_line(record: Mapping[str, Any]) -> str:
+    """One line of strict JSON in ASCII; numbers that JSON has no word for (nan, inf) become null."""
+    return json.dumps({name: _finite(value) for name, value in record.items()}, allow_nan=False) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _finite(inner) for name, inner in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class JsonlSink:
+    """Appends to metrics.jsonl and samples.jsonl, flushed line by line.
+
+    resume_step: optimizer steps of the checkpoint that the run goes on from. Lines after it are removed: those steps
+    are played again. 0 starts anew: nothing is kept, the evaluation before training included.
+    """
+
+    def __init__(self, run_dir: Path, resume_step: int) -> None:
+        self._paths = (run_dir / "metrics.jsonl", run_dir / "samples.jsonl")
+        self._resume_step = resume_step
+        self._metrics: TextIO | None = None
+        self._samples: TextIO | None = None
+
+    def open(self, note: Note) -> None:
+        for path in self._paths:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            removed = _trim(path, self._resume_step)
+            if removed:
+                note(f"{path.name}: {removed} lines after step {self._resume_step} removed, the run goes on from there")
+        self._metrics, self._samples = (path.open("a", encoding="ascii") for path in self._paths)
+
+    def step(self, report: StepReport) -> None:
+        self._append(self._metrics, {"step": report.step, **report.metrics})
+
+    def evaluation(self, report: EvaluationReport) -> None:
+        for sample in report.samples:
+            self._append(self._samples, _sample_record(sample))
+        self._append(self._metrics, {"step": report.step, **report.metrics})
+
+    def note(self, message: str) -> None:
+        """Notes are no metrics; they are in logs/driver.log."""
+
+    def close(self) -> None:
+        for file in (self._metrics, self._samples):
+            if file is not None:
+                file.close()
+
+    def _append(self, file: TextIO | None, record: Mapping[str, Any]) -> None:
+        assert file is not None, "open() comes first"
+        try:
+            file.write(json_line(record))
+            file.flush()
+        except OSError as error:
+            fix = "free disk space or fix the permissions, then run the same command: it goes on from the last checkpoint"
+            raise OutputError(f"{file.name} cannot be written", why=str(error), fix=fix) from error
+
+
+def _sample_record(sample: Sample) -> dict[str, Any]:
+    record = asdict(sample)
+    record["scores"] = dict(sample.scores)
+    return {name: value for name, value in record.items() if value is not None}
+
+
+def _trim(path: Path, last: int) -> int:
+    """Removes the lines of steps after `last` (all if `last` is 0) and a torn last line; says how many whole lines went."""
+    if not path.is_file():
+        return 0
+    records = _parsed(path)
+    kept = [line for line, record in records if last > 0 and record.get("step", 0) <= last]
+    text = "".join(line + "\n" for line in kept)
+    if text.encode() != path.read_bytes():
+        write_atomically(path, text)
+    return len(records) - len(kept)
+
+
+class ConsoleSink:
+    """What the user sees while a run goes on: a live table on a terminal, else one plain line per step.
+
+    total_steps: of the run; clock: seconds, for the ETA.
+    """
+
+    def __init__(self, total_steps: int, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
+        self._total, self._console, self._clock = total_steps, console, clock
+        self._times: deque[float] = deque(maxlen=ETA_STEPS + 1)
+        self._rows: deque[StepReport] = deque(maxlen=LIVE_ROWS)
+        self._live: Live | None = None
+
+    def open(self, note: Note) -> None:
+        """The live table comes up with the first step: notes before it need no table below them."""
+
+    def step(self, report: StepReport) -> None:
+        self._times.append(self._clock())
+        self._rows.append(report)
+        if not self._console.is_interactive:
+            self._print(f"step {report.step}/{self._total}  " + "  ".join(f"{n} {v}" for n, v in self._columns(report).items()))
+            return
+        if self._live is None:
+            self._live = Live(console=self._console, auto_refresh=False)
+            self._live.start()
+        self._live.update(self._table(), refresh=True)
+
+    def evaluation(self, report: EvaluationReport) -> None:
+        values = "  ".join(f"{name.removeprefix('eval/')} {number(value)}" for name, value in report.metrics.items())
+        self._print(f"evaluation at step {report.step}  {values}")
+
+    def note(self, message: str) -> None:
+        self._print(message)
+
+    def close(self) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def _print(self, message: str) -> None:
+        # Text and soft_wrap: square brackets are no markup, and a log line is not cut at 80 columns
+        self._console.print(Text(printable(message)), soft_wrap=True)
+
+    def _columns(self, report: StepReport) -> dict[str, str]:
+        wanted = {"loss": "loss", "acc": "rewards/accuracies", "margin": "rewards/margins", "grad": "grad_norm", "lr": "learning_rate"}
+        columns = {short: number(report.metrics[name]) for short, name in wanted.items() if name in report.metrics}
+        if "perf/tokens_per_s" in report.metrics:
+            columns["tok/s"] = f"{report.metrics['perf/tokens_per_s']:,.0f}"
+        return columns | {"eta": self._eta(report)}
+
+    def _eta(self, report: StepReport) -> str:
+        """Time left at the mean pace of the last steps, evaluations and checkpoints between them included."""
+        if len(self._times) > 1:
+            pace = (self._times[-1] - self._times[0]) / (len(self._times) - 1)
+        else:
+            pace = sum(v for name, v in report.metrics.items() if name.startswith("time/"))
+        return duration(pace * (self._total - report.step))
+
+    def _table(self) -> Group:
+        columns = self._columns(self._rows[-1])
+        table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+        for name in ("step", *columns):
+            table.add_column(name, justify="right", no_wrap=True)
+        for row in self._rows:
+            shown = self._columns(row)
+            # the ETA is of now: it has no meaning for the rows before
+            cells = [shown.get(name, "") if name != "eta" or row is self._rows[-1] else "" for name in columns]
+            table.add_row(str(row.step), *cells)
+        done = self._rows[-1].step
+        filled = 30 * done // max(1, self._total)
+        bar = Text.assemble(("━" * filled, "green"), ("━" * (30 - filled), "dim"), f"  {done}/{self._total} steps, {columns['eta']} left")
+        return Group(table, bar)
+
+
+def number(value: float) -> str:
+    """Four significant digits. Example: 0.6931, 5e-06, 1234."""
+    return f"{value:.4g}"
+
+
+def duration(seconds: float) -> str:
+    """Example: 8s, 3m12s, 2h05m; "?" where it is not known."""
+    if not math.isfinite(seconds):
+        return "?"
+    whole = max(0, round(seconds))
+    if whole < 60:
+        return f"{whole}s"
+    return f"{whole // 60}m{whole % 60:02d}s" if whole < 3600 else f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+
+
+def printable(text: str) -> str:
+    """The text without control characters (a row of data could hold terminal commands); line ends and tabs stay."""
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode("ascii") for c in text)

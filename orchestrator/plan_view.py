@@ -1,0 +1,69 @@
+"""The plan as a person reads it: batch arithmetic first, then why, then data and memory."""
+
+from dataclasses import asdict
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from orchestrator.plan import DataReport, Plan
+
+BAR = 30
+
+
+def render(plan: Plan) -> RenderableType:
+    """Everything `orchestrator plan` prints."""
+    return Group(
+        Text(plan.arithmetic, style="bold"),
+        *_nearest(plan),
+        Text(f"{plan.total_steps} optimizer steps of {plan.algorithm}"),
+        Text(),
+        _choices(plan),
+        Text(),
+        _data(plan.data),
+        Text(),
+        _memory(plan),
+        Text(f"traffic per worker and step: {_mb(plan.traffic.reduced)} reduced, {_mb(plan.traffic.gathered)} gathered"),
+    )
+
+
+def _nearest(plan: Plan) -> list[Text]:
+    if not plan.nearest:
+        return []
+    return [Text(f"cuts evenly at batch.effective {' or '.join(map(str, plan.nearest))}; as it is, the result is the same and a little slower")]
+
+
+def _choices(plan: Plan) -> Table:
+    table = Table(box=None, pad_edge=False, show_header=False)
+    for choice in plan.choices:
+        table.add_row(choice.name, Text(choice.value, style="bold"), Text(choice.reason, style="dim"))
+    return table
+
+
+def _data(data: DataReport) -> Group:
+    formats = ", ".join(f"{name} ({form})" for name, form in zip(data.sources, data.formats, strict=True))
+    lines = [
+        Text(f"data: {data.rows} rows of {formats}; {data.kept} kept, {data.held_out} held out"),
+        Text(f"bad rows {len(data.bad)}, too long: {data.dropped} dropped, {data.truncated} truncated ({data.made_identical} pairs made equal)"),
+    ]
+    lines += [Text(f"  {bad}", style="yellow") for bad in data.bad[:5]]
+    if data.not_prefix:
+        lines.append(Text(f"{data.not_prefix} prompts are not a token prefix of their completions; cut back to the shared tokens", style="yellow"))
+    lines.append(Text("tokens: " + ", ".join(f"{name} {value}" for name, value in data.quantiles.items())))
+    most = max(count for _, count in data.histogram)
+    for bound, count in data.histogram:
+        lines.append(Text(f"  ≤ {bound:>6} {'█' * max(1, round(BAR * count / most))} {count}", style="dim"))
+    return Group(*lines)
+
+
+def _memory(plan: Plan) -> Group:
+    table = Table(box=None, pad_edge=False, show_header=False)
+    for name, size in asdict(plan.memory).items():
+        if size:
+            table.add_row(f"  {name}", Text(_mb(size), justify="right"))
+    table.add_row("  peak", Text(_mb(plan.memory.total), style="bold", justify="right"), f"of {_mb(plan.memory_limit)} a worker may use")
+    return Group(Text("predicted memory per worker, beyond the Python process itself"), table)
+
+
+def _mb(size: int) -> str:
+    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
