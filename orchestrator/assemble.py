@@ -28,7 +28,7 @@ from orchestrator.learner.learner import LearnerSpec
 from orchestrator.observe.card import model_card
 from orchestrator.observe.dashboard import write_report
 from orchestrator.observe.reporter import RunReporter
-from orchestrator.observe.sinks import ConsoleSink, JsonlSink, Sink
+from orchestrator.observe.sinks import ConsoleSink, JsonlSink, Sink, read_lines
 from orchestrator.observe.tracking import WandbSink, stable_run_id
 from orchestrator.plan import Plan, make_plan
 from orchestrator.recipe import STAGE, Stage, dump, fingerprint
@@ -132,7 +132,7 @@ def _attempt(job: Job, folder: RunFolder, cut: Cut, stopped: Callable[[], bool])
 
 def _reporter(job: Job, folder: RunFolder, resume_step: int) -> RunReporter:
     recipe = job.recipe
-    sinks: list[Sink] = [JsonlSink(folder.root, resume_step), ConsoleSink(job.plan.total_steps, job.console)]
+    sinks: list[Sink] = [ConsoleSink(job.plan.total_steps, job.console), JsonlSink(folder.root, resume_step)]
     if recipe.tracking.wandb != "off":
         run_id = stable_run_id(folder.fingerprint, folder.root)
         sinks.append(WandbSink(folder.root, recipe.tracking, recipe.run.name, recipe.model_dump(mode="json"), run_id))
@@ -177,8 +177,8 @@ def _card(job: Job, folder: RunFolder) -> str:
 
 
 def _before_and_after(metrics: Path) -> tuple[dict[str, float], dict[str, float]]:
-    lines = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.is_file() else []
-    evaluations = [{k: v for k, v in line.items() if k.startswith("eval/")} for line in lines]
+    lines = read_lines(metrics) if metrics.is_file() else []
+    evaluations = [{k: v for k, v in line.items() if k.startswith("eval/") and v is not None} for line in lines]
     evaluations = [e for e in evaluations if e]
     return (evaluations[0], evaluations[-1]) if evaluations else ({}, {})
 

@@ -18,8 +18,9 @@ from orchestrator.errors import ConfigError, Exit, OrchestratorError, OutputErro
 
 if TYPE_CHECKING:
     from orchestrator.assemble import Outcome
+    from orchestrator.config import Recipe
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__.splitlines()[0])
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Trains language models on preferences.")
 recipes_app = typer.Typer(no_args_is_help=True, help="The recipes that come with the program.")
 config_app = typer.Typer(no_args_is_help=True, help="The recipe schema.")
 app.add_typer(recipes_app, name="recipes")
@@ -169,11 +170,12 @@ def config_schema() -> None:
     print(json.dumps(recipes.json_schema(), indent=1))
 
 
-def _one(recipe: str, overrides: list[str] | None):
+def _one(recipe: str, overrides: list[str] | None) -> "Recipe":
     stages = recipes.load(recipe, overrides or ()).stages
-    if len(stages) > 1:
+    first, *others = stages
+    if others:
         raise ConfigError(f"{recipe} is a pipeline of {len(stages)} stages", fix="name the recipe of one stage")
-    return stages[0].recipe
+    return first.recipe
 
 
 def _results(outcomes: "dict[str, Outcome]") -> Table:

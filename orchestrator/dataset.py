@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from orchestrator.algorithms import Algorithm
-from orchestrator.config import Recipe
+from orchestrator.config import Recipe, Source
 from orchestrator.data.chat import Encoded, Encoder, EncodingReport, encode_rows
 from orchestrator.data.order import Batches, Order
 from orchestrator.data.sources import LoadedRows, load_rows
@@ -44,7 +44,7 @@ class DataSet:
 def load_data(recipe: Recipe, algorithm: Algorithm) -> DataSet:
     """Reads and checks all data of a recipe; DataError or MissingInput before anything expensive starts."""
     loaded = load_rows(recipe.data.train, recipe.data, algorithm.data)
-    held_out = None if recipe.data.eval is None else load_rows(recipe.data.eval, recipe.data, algorithm.data)
+    held_out = None if recipe.data.eval is None else load_rows(_held_out(recipe.data.eval), recipe.data, algorithm.data)
     tokenizer = load_tokenizer(recipe.model)
     train = _encode(loaded, tokenizer, recipe, algorithm)
     sizes = Counter(group.source for group in train.groups)
@@ -63,6 +63,13 @@ def load_data(recipe: Recipe, algorithm: Algorithm) -> DataSet:
         prompts=prompts,
         answers=answers,
     )
+
+
+def _held_out(spec: str | list[Source]) -> str | list[Source]:
+    """A toy task named by a plain string means its held-out half, never the rows that are trained on."""
+    if isinstance(spec, str) and spec.startswith("toy:"):
+        return [Source(path=spec, split="eval")]  # pyright: ignore[reportCallIssue]
+    return spec
 
 
 def _encode(loaded: LoadedRows, tokenizer: Any, recipe: Recipe, algorithm: Algorithm) -> Encoded:

@@ -234,9 +234,8 @@ def _fit(recipe: Recipe, algorithm: Algorithm, steps: list[Sequence[SequenceGrou
         cut = _budget(recipe, algorithm, steps, Cut(learners.workers, None, None, layout, stage, sync), limit)
         if cut is not None or stage == stages[-1]:
             break
-    given = learners.zero_stage != "auto"
-    why = "set in the recipe" if given else "the lowest stage whose state fits: fewest collectives" if stage == stages[0] else "lower stages do not fit"
-    choices.append(Choice("ZeRO stage", str(stage), why))
+    why = "the lowest stage whose state fits: fewest collectives" if stage == stages[0] else "lower stages do not fit"
+    choices.append(Choice("ZeRO stage", str(stage), why if learners.zero_stage == "auto" else "set in the recipe"))
     choices.append(Choice("sync", sync, reason))
     if cut is None:
         cut = _smallest(recipe, Cut(learners.workers, None, None, layout, stage, sync))

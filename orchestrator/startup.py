@@ -63,6 +63,7 @@ def probed_cut(plan: Plan, data: DataSet, cut: Cut, group: LearnerGroup, note: N
         return cut
     later = plan.memory.optimizer  # Adam's moments do not exist yet
     while True:
+        assert cut.positions is not None
         largest = largest_micro_batch(first_steps(data), cut)
         peak = max(group.call(probe_peak, largest, loss_units(data.groups[:1]))) + later
         if peak <= plan.memory_limit or cut.positions <= 1:

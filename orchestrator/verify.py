@@ -21,7 +21,7 @@ from orchestrator.learner.checks import final_weights
 from orchestrator.learner.learner import LearnerSpec
 from orchestrator.learner.plain import PlainTrainer
 from orchestrator.plan import LEGAL_SYNC, make_plan
-from orchestrator.records import Cut, Floats, Layout, PackedBatch, SequenceGroup
+from orchestrator.records import Cut, Floats, Layout, SequenceGroup, Sync
 from orchestrator.roles import PerMicroBatch
 
 TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2, "fp16": 1e-2, "bf16_autocast": 2e-2}
@@ -139,7 +139,7 @@ def _sizes(planned: Cut, effective: int, workers: int) -> tuple[int, int]:
     return first, max(1, first - 1 if first > 2 else first // 2)
 
 
-def _engines(precision: str) -> Iterator[tuple[int, str]]:
+def _engines(precision: str) -> Iterator[tuple[int, Sync]]:
     low = precision in ("bf16", "fp16")
     for stage, policies in LEGAL_SYNC.items():
         for sync in policies:

@@ -60,9 +60,7 @@ def encode_rows(rows: Sequence[Row], tokenizer: Any, data: Data, kind: DataKind)
     if not groups:
         raise DataError("no row is left after data.overlong", why=f"max_length is {data.max_length} tokens", fix="raise data.max_length")
     lengths = tuple(g.longest for g in groups)
-    report = EncodingReport(
-        len(rows), len(groups), counts.dropped, counts.truncated, tuple(encoder.not_prefix), counts.identical, lengths
-    )
+    report = EncodingReport(len(rows), len(groups), counts.dropped, counts.truncated, tuple(encoder.not_prefix), counts.identical, lengths)
     return Encoded(tuple(groups), report)
 
 

@@ -24,7 +24,9 @@ def _sums(learner: RankLearner, micro_batch: MicroBatch) -> Floats:
     values = result.values.float().cpu().numpy()
     if result.rewards is not None:
         return values.ravel()
-    return np.bincount(micro_batch.sequence, weights=values, minlength=len(micro_batch) * micro_batch.branches)
+    sums = np.zeros(len(micro_batch) * micro_batch.branches, np.float32)
+    np.add.at(sums, micro_batch.sequence, values)
+    return sums
 
 
 def head_check(learner: RankLearner, padded: MicroBatch) -> float:
@@ -68,7 +70,7 @@ def _measured_flops(size: int = 768, repeats: int = 3) -> float:
     best = float("inf")
     for _ in range(repeats + 1):
         started = time.perf_counter()
-        a @ b
+        torch.matmul(a, b)
         best = min(best, time.perf_counter() - started)
     return 2.0 * size**3 / best
 

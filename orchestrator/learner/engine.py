@@ -161,7 +161,12 @@ class Engine:
         deepspeed = _deepspeed()
         self.stage, self.sync, self.world = stage, sync, world
         trainable = [p for p in module.parameters() if p.requires_grad]
-        options = dict(lr=optimizer.learning_rate, betas=optimizer.betas, eps=optimizer.eps, weight_decay=optimizer.weight_decay)
+        options: dict[str, Any] = {
+            "lr": optimizer.learning_rate,
+            "betas": optimizer.betas,
+            "eps": optimizer.eps,
+            "weight_decay": optimizer.weight_decay,
+        }
         base: torch.optim.Optimizer
         if stage == 0:
             base = GuardedAdamW(trainable, max_norm=optimizer.max_grad_norm or 0.0, **options)

@@ -1,19 +1,45 @@
 """From a learner on any number of ranks to a Hugging Face folder."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from orchestrator.learner.learner import RankLearner
 from orchestrator.learner.state import full_weights
 from orchestrator.models.export import export
+from orchestrator.models.load import load
 
 
 def export_learner(learner: RankLearner, directory: Path, card: str) -> Path:
     """Writes the trained model to `directory` on rank 0; the other ranks take part in the gathers. A collective."""
     names = learner.scoring.hf_names()
-    weights = ((names[name], weight) for name, weight in full_weights(learner))
-    if learner.group.rank == 0:
-        dtype = "bfloat16" if learner.spec.recipe.learners.precision in ("bf16", "bf16_autocast") else "float32"
-        return export(weights, base=learner.loaded.model, tokenizer=learner.loaded.tokenizer, directory=directory, card=card, dtype=dtype)
-    for _ in weights:
-        pass
-    return directory
+    weights = {}
+    for name, weight in full_weights(learner):
+        if learner.group.rank == 0:
+            weights[names[name]] = weight
+    if learner.group.rank != 0:
+        return directory
+    recipe = learner.spec.recipe
+    base, adapter = learner.loaded.model, None
+    if recipe.model.lora is not None:
+        base, adapter = _merged(learner, weights)
+        weights = dict(base.named_parameters())
+    dtype = "bfloat16" if recipe.learners.precision in ("bf16", "bf16_autocast") else "float32"
+    return export(weights, base=base, tokenizer=learner.loaded.tokenizer, directory=directory, card=card, dtype=dtype, adapter=adapter)
+
+
+@torch.no_grad()
+def _merged(learner: RankLearner, adapter: Mapping[str, Tensor]) -> tuple[Any, Any]:
+    """(start weights with the trained adapter merged in, the same with the adapter apart), loaded anew on the CPU, since
+    the learner's own base weights may be partitioned."""
+    recipe = learner.spec.recipe
+    pair = [load(recipe.model, seed=recipe.run.seed, head=learner.algorithm.head).model for _ in range(2)]
+    for model in pair:
+        parameters = dict(model.named_parameters())
+        for name, weight in adapter.items():
+            parameters[name].copy_(weight)
+    merge: Any = pair[0]
+    return merge.merge_and_unload(), pair[1]

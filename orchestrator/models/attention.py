@@ -74,7 +74,7 @@ def _additive(allowed: Tensor, dtype: torch.dtype) -> Tensor:
     return mask.masked_fill_(~allowed, torch.finfo(dtype).min)[:, None]
 
 
-def flex_mask(segment: Tensor, branch: Tensor, positions: Tensor, window: int | None):  # noqa: ANN201 (BlockMask is lazily imported)
+def flex_mask(segment: Tensor, branch: Tensor, positions: Tensor, window: int | None):
     """The same rule as a FlexAttention BlockMask, for models with attn_implementation="flex_attention" on a GPU."""
     from torch.nn.attention.flex_attention import create_block_mask
 

@@ -3,46 +3,51 @@
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from orchestrator.checkpoints import fsync_directory, fsync_file
 
 
-def export(weights: Iterator[tuple[str, Tensor]], *, base: nn.Module, tokenizer: Any, directory: Path, card: str, dtype: str) -> Path:
-    """Writes `directory` atomically. weights: (Hugging Face name, fp32 tensor); for LoRA the adapter's alone.
+def export(
+    weights: Mapping[str, Tensor], *, base: nn.Module, tokenizer: Any, directory: Path, card: str, dtype: str, adapter: Any = None
+) -> Path:
+    """Writes `directory` atomically; it loads with AutoModelForCausalLM.from_pretrained.
 
-    dtype: "float32" or "bfloat16". The folder loads with AutoModelForCausalLM.from_pretrained (LoRA: through peft).
+    weights: Hugging Face name -> fp32 tensor, every parameter of `base`. dtype: "float32" or "bfloat16". adapter: a peft
+    model whose adapter alone goes to `directory`/adapter, beside the merged weights.
     """
     temporary = directory.with_name(f".{directory.name}.{uuid.uuid4().hex[:8]}")
     temporary.mkdir(parents=True)
     try:
-        state = {name: tensor.to(getattr(torch, dtype)) for name, tensor in weights}
-        if hasattr(base, "peft_config"):
-            _write_adapter(base, state, temporary)
-        else:
-            _write_model(base, state, temporary, dtype)
+        _write_model(base, {name: tensor.to(getattr(torch, dtype)) for name, tensor in weights.items()}, temporary, dtype)
         tokenizer.save_pretrained(temporary)
-        (temporary / "README.md").write_text(card)
-        for path in temporary.iterdir():
-            fsync_file(path)
-        old = None
-        if directory.exists():
-            old = directory.with_name(f".{directory.name}.old-{uuid.uuid4().hex[:8]}")
-            os.rename(directory, old)
-        os.rename(temporary, directory)
-        fsync_directory(directory.parent)
-        if old is not None:
-            shutil.rmtree(old)
-    except BaseException:
+        if adapter is not None:
+            adapter.save_pretrained(temporary / "adapter")
+        (temporary / "README.md").write_text(card, encoding="utf-8")
+        for path in temporary.rglob("*"):
+            if path.is_file():
+                fsync_file(path)
+        _swap(temporary, directory)
+    finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise
     return directory
+
+
+def _swap(temporary: Path, directory: Path) -> None:
+    """Puts the new folder in the old one's place; a crash between leaves one of them whole."""
+    old = None
+    if directory.exists():
+        old = directory.with_name(f".{directory.name}.old-{uuid.uuid4().hex[:8]}")
+        os.rename(directory, old)
+    os.rename(temporary, directory)
+    fsync_directory(directory.parent)
+    if old is not None:
+        shutil.rmtree(old)
 
 
 def _write_model(base: Any, state: dict[str, Tensor], folder: Path, dtype: str) -> None:
@@ -50,17 +55,9 @@ def _write_model(base: Any, state: dict[str, Tensor], folder: Path, dtype: str) 
     missing = {name for name, _ in base.named_parameters()} - set(state)
     if missing:
         raise ValueError(f"export lacks {len(missing)} parameters, e.g. {sorted(missing)[0]}")
-    for name, tensor in base.state_dict().items():
-        if name not in state and name in dict(base.named_buffers()):
-            state[name] = tensor
+    buffers = dict(base.named_buffers())
+    state |= {name: tensor for name, tensor in base.state_dict().items() if name not in state and name in buffers}
     config_dtype = base.config.dtype
     base.config.dtype = dtype
     base.save_pretrained(folder, state_dict=state, safe_serialization=True)
     base.config.dtype = config_dtype
-
-
-def _write_adapter(base: Any, state: dict[str, Tensor], folder: Path) -> None:
-    """peft's own folder: adapter_model.safetensors and adapter_config.json."""
-    names = {name.replace(".default.", "."): tensor.contiguous() for name, tensor in state.items()}
-    save_file(names, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    base.peft_config["default"].save_pretrained(folder)

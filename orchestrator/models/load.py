@@ -34,7 +34,8 @@ def load(cfg: Model, *, seed: int, head: Head, reference: bool = False) -> Loade
     auto: Any = AutoModelForCausalLM if head == "lm" else AutoModelForSequenceClassification
     options: dict[str, Any] = {} if head == "lm" else {"num_labels": 1}
     if cfg.tiny is not None:
-        model, name = build(cfg.tiny, seed, auto, **options), f"tiny-{cfg.tiny.architecture}"
+        model: Any = build(cfg.tiny, seed, auto, **options)
+        name = f"tiny-{cfg.tiny.architecture}"
     else:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)  # a new scalar head is drawn here

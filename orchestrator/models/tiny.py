@@ -4,7 +4,7 @@ import difflib
 
 import torch
 from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerFast
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES  # pyright: ignore[reportPrivateImportUsage]
 
 from orchestrator.config import TinyModel
 from orchestrator.errors import ConfigError
@@ -57,7 +57,7 @@ def tiny_config(cfg: TinyModel) -> PretrainedConfig:
         "num_key_value_heads": cfg.kv_heads or cfg.heads,
         "head_dim": cfg.hidden_size // cfg.heads,
     }
-    present = {k: v for k, v in optional.items() if hasattr(config, k) and k not in config.attribute_map}
+    present: dict[str, float] = {k: v for k, v in optional.items() if hasattr(config, k) and k not in config.attribute_map}
     for name in ("attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop", "resid_dropout", "embd_dropout"):
         if hasattr(config, name):
             present[name] = 0.0

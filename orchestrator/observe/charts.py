@@ -82,16 +82,16 @@ def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
 
 
 def label(value: float, step: float) -> str:
-    """A tick in few characters. step: distance of the ticks. Example: 0.25, 1.5k, 5e-6."""
+    """A tick in few characters. step: distance of the ticks, which decides the unit. Example: 0.25, 15k, 5e-6."""
     if abs(value) < step / 1000:
         return "0"
-    if abs(value) >= 1e9 or max(abs(value), step) < 1e-2:
+    if step >= 1e9 or max(abs(value), step) < 1e-2:
         exponent = math.floor(math.log10(abs(value)) + 1e-9)
         return f"{value / 10.0**exponent:.3g}e{exponent}"
-    for size, letter in ((1e6, "M"), (1e4, "k")):
-        if abs(value) >= size:
-            return f"{value / min(size, 1e6 if letter == 'M' else 1e3):.6g}{letter}"
-    return f"{value:.{max(0, _decimals(step))}f}"
+    for size, letter in ((1e6, "M"), (1e3, "k")):
+        if step >= size:
+            return f"{value / size:.6g}{letter}"
+    return f"{value:.{_decimals(step)}f}"
 
 
 def thinned(points: Sequence[Point], most: int = MOST_POINTS) -> tuple[Point, ...]:

@@ -64,7 +64,7 @@ def render(run: RunRecord, folder: str) -> str:
     name = escape(str(_at(run.recipe, "run", "name") or folder))
     sections = [
         _head(run, name),
-        _section("Before and after", _before_after(run.evaluations), "Held-out data, first and last evaluation."),
+        _before_after(run.evaluations),
         _section("Training", _grid(_training_charts(run.steps))),
         _section("Held-out evaluation", _grid(_evaluation_charts(run.evaluations))),
         _section("Speed and memory", _grid(_speed_charts(run.steps))),
@@ -187,7 +187,9 @@ def _before_after(evaluations: Sequence[Line]) -> str:
     before = "" if single else f"<th>step {first['step']}</th>"
     change = "" if single else "<th>change</th>"
     head = f"<tr><th>metric</th>{before}<th>step {last['step']}</th>{change}</tr>"
-    return f"<div class=scroll><table><thead>{head}</thead><tbody>{rows}</tbody></table></div>"
+    table = f"<div class=scroll><table><thead>{head}</thead><tbody>{rows}</tbody></table></div>"
+    lead = "Held-out data, the one evaluation so far." if single else "Held-out data, first and last evaluation."
+    return _section("Evaluation" if single else "Before and after", table, lead)
 
 
 def _change(name: str, before: float | None, after: float | None, single: bool) -> str:
@@ -286,7 +288,10 @@ def _cards(samples: Sequence[Line], render_one: Any) -> str:
 
 
 def _text(title: str, value: Any, style: str = "") -> str:
-    return "" if value is None else f'<div class="text {style}"><span>{title}</span><pre dir=auto>{escape(str(value))}</pre></div>'
+    if value is None:
+        return ""
+    shown = escape(str(value).strip("\n"))
+    return f'<div class="text {style}"><span>{title}</span><pre dir=auto>{shown}</pre></div>'
 
 
 def _pair(sample: Line) -> str:

@@ -21,9 +21,9 @@ def render_group(group: SequenceGroup, decode: Callable[[int], str]) -> Text:
     text = Text()
     _legend(text)
     text.append(f"\nexample {group.id}", "bold")
-    facts = [f"source {group.source}", f"{group.shared_tokens} tokens, the prompt counted once", f"{group.scored_tokens} scored"]
+    facts = [f"source {group.source}", f"{group.shared_tokens} tokens (the prompt once)", f"{group.scored_tokens} scored"]
     facts += [f"{name} {value:g}" for name, value in (("label", group.label), ("margin", group.margin)) if value is not None]
-    text.append("  " + ", ".join(facts) + "\n", "dim")
+    text.append("  " + ", ".join(facts), "dim")
     _title(text, "prompt", f"{len(group.prompt)} tokens")
     for place, token in enumerate(group.prompt.tolist()):
         text.append(visible(decode(token)), PROMPT[place % 2])
@@ -53,11 +53,11 @@ def _branch(text: Text, branch: Branch, decode: Callable[[int], str]) -> None:
 def _legend(text: Text) -> None:
     text.append("⟦", "bold green").append("scored", SCORED[0]).append("⟧", "bold green").append(": counts in the loss   ")
     text.append("not scored", UNSCORED[0]).append(": read, but not in the loss   ")
-    text.append("prompt", PROMPT[0]).append("   · space  ↵ line end  → tab\n")
+    text.append("prompt", PROMPT[0]).append("\n· space   ↵ line end   → tab\n", "dim")
 
 
 def _title(text: Text, name: str, facts: str) -> None:
-    text.append(f"\n{name}", "bold").append(f"  {facts}\n", "dim")
+    text.append(f"\n\n{name}", "bold").append(f"  {facts}\n", "dim")
 
 
 def _names(group: SequenceGroup) -> tuple[str, ...]:

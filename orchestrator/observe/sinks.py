@@ -197,19 +197,17 @@ class ConsoleSink:
         return duration(pace * (self._total - report.step))
 
     def _table(self) -> Group:
-        columns = self._columns(self._rows[-1])
+        names = [name for name in self._columns(self._rows[-1]) if name != "eta"]
         table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-        for name in ("step", *columns):
+        for name in ("step", *names):
             table.add_column(name, justify="right", no_wrap=True)
         for row in self._rows:
             shown = self._columns(row)
-            # the ETA is of now: it has no meaning for the rows before
-            cells = [shown.get(name, "") if name != "eta" or row is self._rows[-1] else "" for name in columns]
-            table.add_row(str(row.step), *cells)
+            table.add_row(str(row.step), *(shown.get(name, "") for name in names))
         done = self._rows[-1].step
         filled = 30 * done // max(1, self._total)
-        bar = Text.assemble(("━" * filled, "green"), ("━" * (30 - filled), "dim"), f"  {done}/{self._total} steps, {columns['eta']} left")
-        return Group(table, bar)
+        bar = Text.assemble(("━" * filled, "green"), ("━" * (30 - filled), "dim"), f"  {done}/{self._total} steps, {self._eta(self._rows[-1])} left")
+        return Group(table, "", bar)
 
 
 def number(value: float) -> str:

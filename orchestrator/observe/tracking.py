@@ -59,6 +59,7 @@ class WandbSink:
         failure = failed_within(run.finish, limit + 2.0)  # wandb gives up by itself at `limit`; this is for when it does not
         if failure is not None:
             self._note(f"wandb did not finish ({_reason(failure)}); what it recorded is in {run.settings.sync_dir}")
+            _release(limit)
         elif run.settings.mode == "offline":
             self._note(f"wandb: recorded offline, upload it with `wandb sync {run.settings.sync_dir}`")
 
@@ -71,6 +72,7 @@ class WandbSink:
             except Exception as error:  # wandb has no common base class: mailbox, service and HTTP errors are plain ones
                 instead = "recording offline instead" if mode == "online" else "this run is not tracked by wandb"
                 self._note(f"wandb {mode} did not start ({_reason(error)}); {instead}")
+                _release(self._tracking.finish_timeout_s)
         return None
 
     def _init(self, mode: str) -> "Run":
@@ -129,6 +131,13 @@ def failed_within(action: Callable[[], None], seconds: float) -> Exception | Non
     if thread.is_alive():
         return TimeoutError(f"not done after {seconds:.0f} s")
     return failures[0] if failures else None
+
+
+def _release(seconds: float) -> None:
+    """Ends wandb's service process: it holds the id of a run that did not start or finish, and refuses a second try."""
+    import wandb
+
+    failed_within(wandb.teardown, seconds)
 
 
 def _define_metrics(run: "Run") -> None:

@@ -15,9 +15,7 @@ LAYOUTS = ("prefix_shared", "packed", "padded")
 
 def sized(index, prompt, *branches):
     """A group of these lengths, every token of it recognisable."""
-    answers = tuple(
-        Branch(np.arange(n) + 1000 * (index + 1) + 100 * (k + 1), np.arange(n) % 3 != 1) for k, n in enumerate(branches)
-    )
+    answers = tuple(Branch(np.arange(n) + 1000 * (index + 1) + 100 * (k + 1), np.arange(n) % 3 != 1) for k, n in enumerate(branches))
     return SequenceGroup(index, np.arange(prompt) + 1000 * (index + 1), answers)
 
 

@@ -120,6 +120,12 @@ def test_a_conversation_that_the_assistant_begins():
         encode(row(messages=TALK[2:3]), "sft", tokenizer)
 
 
+def test_a_first_token_of_the_assistant_is_given_for_nothing_predicts_it():
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{% generation %}{{ messages[0]['content'] }}{% endgeneration %}"
+    assert parts(encode(row(messages=TALK[2:3]), "sft", tokenizer)) == ("B", ("lue.",))
+
+
 def test_no_assistant_token_is_an_error():
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = "{{ 'hello' }}{% generation %}{% endgeneration %}"
@@ -248,7 +254,7 @@ def test_overlong_rows_by_policy(policy):
 
 
 def test_overlong_rows_as_an_error():
-    with pytest.raises(DataError, match="f:2: 10 tokens, data.max_length is 8"):
+    with pytest.raises(DataError, match=r"f:2: 10 tokens, data\.max_length is 8"):
         encode_rows(ROWS, byte_tokenizer(), data(max_length=8, overlong="error"), "preference")
     exact = encode_rows(ROWS, byte_tokenizer(), data(max_length=11, overlong="error"), "preference")
     assert (exact.report.kept, exact.report.quantiles()) == (4, {"min": 5, "median": 10, "p95": 10, "max": 11})

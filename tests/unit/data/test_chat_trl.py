@@ -43,9 +43,7 @@ def trl_labels(records, tokenizer, folder, *, assistant_only):
     from trl import SFTConfig, SFTTrainer
 
     trainer = SimpleNamespace(_tokenizer=tokenizer, chat_template=tokenizer.chat_template, completion_only_loss="prompt" in records[0])
-    args = SFTConfig(
-        output_dir=str(folder), max_length=None, assistant_only_loss=assistant_only, use_cpu=True, bf16=False, report_to="none"
-    )
+    args = SFTConfig(output_dir=str(folder), max_length=None, assistant_only_loss=assistant_only, use_cpu=True, bf16=False, report_to="none")
     data = SFTTrainer._prepare_dataset(trainer, Dataset.from_list(records), tokenizer, args, False, None, "train")
     return [(one["input_ids"], one.get("labels", one["input_ids"])) for one in data.to_list()]
 

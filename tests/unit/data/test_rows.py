@@ -69,14 +69,14 @@ def test_every_trl_format(name):
 def test_trl_agrees_on_what_is_conversational(name):
     from trl.data_utils import is_conversational
 
-    kind, record, _, description = FORMATS[name]
+    _, record, _, description = FORMATS[name]
     ours = "convers" in description
     assert ours == is_conversational(record)
 
 
 def test_a_pair_is_unpaired_for_kto_as_trl_does():
     from datasets import Dataset
-    from trl import unpair_preference_dataset
+    from trl.data_utils import unpair_preference_dataset
 
     pairs = [{"prompt": f"p{i}", "chosen": f"good{i}", "rejected": f"bad{i}"} for i in range(3)]
     ours = [row for pair in pairs for row in to_rows(pair, PLAIN, "unpaired")]
@@ -147,7 +147,11 @@ REFUSED = [
     ("preference", {"chosen": [USER], "rejected": [USER, BLUE]}, "one of chosen and rejected is the beginning of the other"),
     ("preference", {"chosen": [USER, BLUE, USER, GREEN], "rejected": [USER, BLUE]}, "one of chosen and rejected is the beginning"),
     ("preference", {"chosen": [BLUE], "rejected": [GREEN]}, "share no leading message"),
-    ("preference", {"chosen": HH + " No.\n\nHuman: Yes?\n\nAssistant:", "rejected": HH + " No.\n\nHuman: Yes?\n\nAssistant: Yes."}, "chosen is empty"),
+    (
+        "preference",
+        {"chosen": HH + " No.\n\nHuman: Yes?\n\nAssistant:", "rejected": HH + " No.\n\nHuman: Yes?\n\nAssistant: Yes."},
+        "chosen is empty",
+    ),
     ("preference", {"chosen": HH, "rejected": HH + " a"}, "chosen is empty"),
     ("preference", {"chosen": "The sea", "rejected": "The sky"}, "share no beginning"),
     ("preference", {"chosen": "a", "rejected": "b"}, "share no beginning"),

@@ -143,7 +143,7 @@ def test_a_missing_file_suggests_close_names(pairs):
 
 
 def test_a_missing_file_without_neighbours_names_the_key(tmp_path):
-    with pytest.raises(MissingInput, match="check data.train and data.eval"):
+    with pytest.raises(MissingInput, match=r"check data\.train and data\.eval"):
         load_rows(str(tmp_path / "nowhere" / "pairs.jsonl"), DATA, "preference")
 
 

@@ -1,0 +1,239 @@
+"""One 256-pair DPO step: this project's learner (DeepSpeed, one rank) against TRL's DPOTrainer, side by side.
+
+    python benchmarks/dpo_vs_trl.py --data PREFERENCES.jsonl [--rounds 5]
+
+Both get the same random-weight Llama, the same tokenizer (BPE, trained here on the data), the same 256 pairs and
+micro-batches of 8 pairs, fp32, no clipping, no activation checkpointing, reference log-probs computed beforehand. TRL pads
+and scores every position; the learner shares prompts, sorts by length and scores answers only. Each contestant runs in
+a child process with one thread; rounds are interleaved. A gate comes first: loss and gradient norm of step 1 must be
+equal to 1e-5 relative. Reported: tokens (prompt repeated for both answers, as TRL counts) per CPU second of the best
+step, and the peak resident memory of the whole process.
+"""
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+PAIRS, MICRO_BATCH, STEPS, BETA, RATE = 256, 8, 2, 0.1, 1e-4
+
+
+@dataclass(frozen=True)
+class Result:
+    """loss, grad_norm: of step 1; cpu_s: CPU seconds of the quickest step; peak_mb: of the process."""
+
+    loss: float
+    grad_norm: float
+    tokens: int
+    cpu_s: float
+    peak_mb: float
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    arguments.add_argument("--data", required=True, type=Path, help="JSONL with prompt, chosen, rejected")
+    arguments.add_argument("--rounds", type=int, default=5)
+    arguments.add_argument("--hidden", type=int, default=256)
+    arguments.add_argument("--layers", type=int, default=4)
+    arguments.add_argument("--vocabulary", type=int, default=8192)
+    arguments.add_argument("--child", choices=["ours", "trl"], help=argparse.SUPPRESS)
+    arguments.add_argument("--work", type=Path, help=argparse.SUPPRESS)
+    args = arguments.parse_args()
+    if args.child:
+        print(json.dumps(asdict(CONTESTANTS[args.child](args.work))))
+        return
+    with tempfile.TemporaryDirectory(prefix="dpo-vs-trl-") as folder:
+        prepare(Path(folder), args.data, args.hidden, args.layers, args.vocabulary)
+        compare(Path(folder), args)
+
+
+def compare(folder: Path, args: argparse.Namespace) -> None:
+    results: dict[str, list[Result]] = {"trl": [], "ours": []}
+    for round_number in range(args.rounds):
+        for name in results:
+            result = child(name, folder, args)
+            results[name].append(result)
+            print(
+                f"round {round_number + 1} {name:<5} loss {result.loss:.7f}  grad norm {result.grad_norm:.6f}  {result.cpu_s:6.2f} cpu-s  "
+                f"{result.tokens / result.cpu_s:8.0f} tok/cpu-s  peak {result.peak_mb:6.0f} MB",
+                flush=True,
+            )
+        gate(results["ours"][-1], results["trl"][-1])
+    speed = {name: statistics.median(r.tokens / r.cpu_s for r in rs) for name, rs in results.items()}
+    memory = {name: statistics.median(r.peak_mb for r in rs) for name, rs in results.items()}
+    ratios = [o.tokens / o.cpu_s / (t.tokens / t.cpu_s) for o, t in zip(results["ours"], results["trl"], strict=True)]
+    print(f"\n{'':<14}{'tok/cpu-s':>10}{'peak MB':>9}   (medians of {args.rounds} interleaved rounds)")
+    print(f"{'TRL':<14}{speed['trl']:>10.0f}{memory['trl']:>9.0f}")
+    print(f"{'orchestrator':<14}{speed['ours']:>10.0f}{memory['ours']:>9.0f}")
+    print(f"{'ratio':<14}{speed['ours'] / speed['trl']:>9.2f}x{memory['ours'] / memory['trl']:>8.2f}x", end="")
+    print(f"   speed by round {min(ratios):.2f}-{max(ratios):.2f}x; same loss and gradient norm")
+
+
+def gate(ours: Result, trl: Result) -> None:
+    """The two must have computed the same step."""
+    for name in ("loss", "grad_norm", "tokens"):
+        a, b = getattr(ours, name), getattr(trl, name)
+        if abs(a - b) > 1e-5 * abs(b):
+            sys.exit(f"not the same step: {name} {a!r} (ours) against {b!r} (TRL)")
+
+
+def child(name: str, folder: Path, args: argparse.Namespace) -> Result:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "WANDB_MODE": "disabled"}
+    command = [sys.executable, __file__, "--data", str(args.data), "--child", name, "--work", str(folder)]
+    done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{name} failed:\n{done.stderr[-3000:]}")
+    return Result(**json.loads(done.stdout.splitlines()[-1]))
+
+
+def prepare(folder: Path, data: Path, hidden: int, layers: int, vocabulary: int) -> None:
+    """Writes model/ (random Llama and its tokenizer) and pairs.jsonl."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    rows = [json.loads(line) for line in data.read_text().splitlines()]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary, special_tokens=["<pad>", "<bos>", "<eos>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    tokenizer.train_from_iterator((text for row in rows for text in row.values() if isinstance(text, str)), trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=hidden * 11 // 4,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // 64,
+        num_key_value_heads=hidden // 64,
+        max_position_embeddings=2048,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder / "model")
+    fast.save_pretrained(folder / "model")
+    with (folder / "pairs.jsonl").open("w") as file:
+        for row in rows[:PAIRS]:
+            file.write(json.dumps({k: row[k] for k in ("prompt", "chosen", "rejected")}) + "\n")
+
+
+def run_ours(folder: Path) -> Result:
+    """The learner as the program uses it, on one DeepSpeed rank in this process."""
+    import torch
+
+    from orchestrator.algorithms import build
+    from orchestrator.config import Recipe
+    from orchestrator.cut import cut_step
+    from orchestrator.dataset import load_data
+    from orchestrator.learner.engine import ProcessGroup
+    from orchestrator.learner.learner import LearnerSpec, RankLearner, RankReference
+    from orchestrator.records import Cut
+
+    torch.set_num_threads(1)
+    recipe = Recipe.model_validate(
+        {
+            "model": {"path": str(folder / "model")},
+            "data": {"train": str(folder / "pairs.jsonl"), "max_length": 2048},
+            "algorithm": {"name": "dpo", "beta": BETA},
+            "batch": {"effective": PAIRS, "micro_batch": MICRO_BATCH},
+            "optimizer": {"learning_rate": RATE, "max_grad_norm": None},
+        }
+    )
+    data = load_data(recipe, build(recipe.algorithm))
+    cut = Cut(workers=1, examples=MICRO_BATCH, positions=None, layout="prefix_shared", zero_stage=0, sync="no_sync")
+    batch = cut_step(data.groups, cut)
+    share, device = batch.micro_batches[0], torch.device("cpu")
+    group = ProcessGroup(0, 1, "127.0.0.1", free_port(), 60.0)
+    group.join(device)
+    reference = RankReference(recipe, device).token_logprobs(share)
+    share = batch.with_reference((reference,)).micro_batches[0]
+    learner = RankLearner(LearnerSpec(recipe, cut, STEPS), group, device)
+    first, best = None, float("inf")
+    for step in range(STEPS):
+        started = time.process_time()
+        learned = learner.forward_backward(share, batch.units, step)
+        applied = learner.optim_step(step)
+        best = min(best, time.process_time() - started)
+        first = first or (learned.loss, applied.grad_norm)
+    assert first is not None
+    return Result(*first, batch.tokens, best, learner_peak_mb())
+
+
+def run_trl(folder: Path) -> Result:
+    import torch
+    from datasets import load_dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from trl import DPOConfig, DPOTrainer
+
+    torch.set_num_threads(1)
+    times: list[float] = []
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, *args, **kwargs):
+            times.append(time.process_time())
+
+        def on_step_end(self, *args, **kwargs):
+            times.append(time.process_time())
+
+    config = DPOConfig(
+        output_dir=str(folder / "trl"),
+        per_device_train_batch_size=MICRO_BATCH,
+        gradient_accumulation_steps=PAIRS // MICRO_BATCH,
+        max_steps=STEPS,
+        learning_rate=RATE,
+        lr_scheduler_type="constant",
+        beta=BETA,
+        max_length=2048,
+        max_grad_norm=0.0,
+        weight_decay=0.0,
+        precompute_ref_log_probs=True,
+        gradient_checkpointing=False,
+        use_cpu=True,
+        bf16=False,
+        logging_steps=1,
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+    )
+    model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
+    trainer = DPOTrainer(
+        model=model,
+        args=config,
+        train_dataset=load_dataset("json", data_files=str(folder / "pairs.jsonl"), split="train", cache_dir=str(folder / "cache")),
+        processing_class=AutoTokenizer.from_pretrained(folder / "model"),
+        callbacks=[Clock()],
+    )
+    trainer.train()
+    first = next(line for line in trainer.state.log_history if "num_tokens" in line)
+    best = min(end - begin for begin, end in zip(times[::2], times[1::2], strict=True))
+    return Result(first["loss"], first["grad_norm"], int(first["num_tokens"]), best, learner_peak_mb())
+
+
+def learner_peak_mb() -> float:
+    """Highest resident memory of this process."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def free_port() -> int:
+    import socket
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+CONTESTANTS = {"ours": run_ours, "trl": run_trl}
+
+if __name__ == "__main__":
+    main()
