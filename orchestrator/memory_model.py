@@ -1,15 +1,19 @@
 """Predicted peak memory of a rank: the step's tensors followed without computing them, DeepSpeed's buffers by formula.
 
-Forward and backward of the largest micro-batch run under FakeTensorMode with torch's MemTracker, so that every
-architecture, layout and the chunked head are counted as they are. Checked against the measured peak by
+Forward and backward of the largest micro-batch run on tensors without storage while every new one is counted, so that
+each architecture, layout and the chunked head are counted as they are. Checked against the measured peak by
 tests/invariants/test_memory.py and benchmarks/seed_arithmetic.py.
 """
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed._tools.mem_tracker import MemTracker
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from orchestrator.algorithms import Algorithm
 from orchestrator.config import Recipe
@@ -70,11 +74,11 @@ def parameter_counts(scoring: ScoringModel) -> Sizes:
 def estimate(recipe: Recipe, algorithm: Algorithm, cut: Cut, micro_batch: MicroBatch) -> MemoryEstimate:
     """The prediction for `micro_batch`, the largest that the cut makes."""
     low = recipe.learners.precision in ("bf16", "fp16")
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        scoring = fake_model(recipe, algorithm)
-        sizes = parameter_counts(scoring)
-        step = _step_bytes(scoring, micro_batch, autocast=recipe.learners.precision == "bf16_autocast")
-        vocabulary = scoring.hugging_face.config.get_text_config().vocab_size
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    scoring = fake_model(recipe, algorithm, mode)
+    sizes = parameter_counts(scoring)
+    step = _step_bytes(scoring, micro_batch, mode, autocast=recipe.learners.precision == "bf16_autocast")
+    vocabulary = scoring.hugging_face.config.get_text_config().vocab_size
     element = 2 if low else 4
     logits = 0
     if algorithm.head == "lm":
@@ -88,23 +92,57 @@ def estimate(recipe: Recipe, algorithm: Algorithm, cut: Cut, micro_batch: MicroB
     )
 
 
-def fake_model(recipe: Recipe, algorithm: Algorithm) -> ScoringModel:
-    """The scoring model in the training precision; call it under FakeTensorMode."""
+def fake_model(recipe: Recipe, algorithm: Algorithm, mode: FakeTensorMode) -> ScoringModel:
+    """The scoring model in the training precision, without storage."""
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(recipe.learners.precision, torch.float32)
-    scoring = ScoringModel(build_fake(recipe.model, algorithm.head, dtype), head=algorithm.head, want_wpo=algorithm.needs_wpo)
+    scoring = ScoringModel(build_fake(recipe.model, algorithm.head, dtype, mode), head=algorithm.head, want_wpo=algorithm.needs_wpo)
     if recipe.learners.activation_checkpointing:
         scoring.enable_activation_checkpointing()
     return scoring
 
 
-def _step_bytes(scoring: ScoringModel, micro_batch: MicroBatch, *, autocast: bool) -> int:
-    """Peak of forward + backward beyond parameters and their gradients."""
-    tracker = MemTracker()
-    tracker.track_external(scoring)
-    with tracker, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        scored(scoring.train(), MicroBatchTensors.of(micro_batch, torch.device("cpu"))).values.sum().backward()
-    peak = next(iter(tracker.get_tracker_snapshot("peak").values()))
-    return int(peak["Total"] - sum(v for k, v in peak.items() if str(k).endswith((".PARAM", ".GRAD", ".BUFFER"))))
+class _LiveBytes(TorchDispatchMode):
+    """Counts the bytes of storages made by operations and still referenced; `peak` is the most at any time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = self._now = 0
+        self._live: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self._add(tensor.untyped_storage())
+        return result
+
+    def ignore(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Leaves these out: views and in-place results of them are no new memory."""
+        self._live |= {t.untyped_storage()._cdata: (StorageWeakRef(t.untyped_storage()), 0) for t in tensors}
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        known = self._live.get(storage._cdata)
+        if known is not None and not known[0].expired():
+            return
+        self._now += storage.nbytes() - (known[1] if known else 0)
+        self._live[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+        if self._now > self.peak:
+            self._live = {key: entry for key, entry in self._live.items() if not entry[0].expired()}
+            self._now = sum(size for _, size in self._live.values())
+            self.peak = max(self.peak, self._now)
+
+
+def _step_bytes(scoring: ScoringModel, micro_batch: MicroBatch, mode: FakeTensorMode, *, autocast: bool) -> int:
+    """Peak of forward + backward beyond parameters and their accumulated gradients."""
+    scoring.train()
+    live = _LiveBytes()
+    with mode:
+        for parameter in scoring.parameters():  # a second micro-batch: gradients exist and are added to
+            parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+        live.ignore(p for owner in scoring.parameters() for p in (owner, owner.grad) if p is not None)
+        with live, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            scored(scoring, MicroBatchTensors.of(micro_batch, torch.device("cpu"))).values.sum().backward()
+    return live.peak
 
 
 def _optimizer_bytes(recipe: Recipe, cut: Cut, trainable: int, element: int) -> dict[str, int]:
@@ -130,8 +168,7 @@ def traffic(recipe: Recipe, algorithm: Algorithm, cut: Cut, micro_batches: int) 
     """What a rank sends in one step of `micro_batches`; compared with the counted bytes by tests/invariants."""
     if cut.workers == 1:
         return Traffic(0, 0)
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        sizes = parameter_counts(fake_model(recipe, algorithm))
+    sizes = parameter_counts(fake_model(recipe, algorithm, FakeTensorMode(allow_non_fake_inputs=True)))
     element = 2 if recipe.learners.precision in ("bf16", "fp16") else 4
     reductions = micro_batches if cut.sync == "per_micro_batch" else 1
     gathered = {0: 0, 1: sizes.trainable, 2: sizes.trainable, 3: sizes.trainable - sizes.partitioned + 2 * micro_batches * sizes.partitioned}

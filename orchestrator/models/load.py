@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, PretrainedConfig
 
 from orchestrator.config import Lora, Model
@@ -69,14 +70,18 @@ def load_config(cfg: Model) -> PretrainedConfig:
     return tiny_config(cfg.tiny) if cfg.tiny is not None else _pretrained(cfg, AutoConfig)
 
 
-def build_fake(cfg: Model, head: Head, dtype: torch.dtype) -> nn.Module:
-    """The model from its configuration alone, for shapes and memory estimates: call it under FakeTensorMode."""
+def build_fake(cfg: Model, head: Head, dtype: torch.dtype, mode: FakeTensorMode) -> nn.Module:
+    """The model from its configuration alone, without storage, for shapes and memory estimates: tensors of `mode`."""
     auto: Any = AutoModelForCausalLM if head == "lm" else AutoModelForSequenceClassification
     config = load_config(cfg)
     if head == "scalar":
         config.num_labels = 1
-    model = auto.from_config(config, attn_implementation="sdpa", dtype=dtype)
-    return _with_lora(model, cfg.lora, 0, head) if cfg.lora is not None else model
+    with torch.device("meta"):
+        model = auto.from_config(config, attn_implementation="sdpa", dtype=dtype)
+        if cfg.lora is not None:
+            model = _with_lora(model, cfg.lora, 0, head)
+    with mode:  # peft's conversions work on meta tensors, not on fake ones
+        return model.to_empty(device="cpu")
 
 
 def fingerprint(model: nn.Module) -> str:

@@ -80,10 +80,10 @@ class PreferenceMix:
         return Pairs(*policy.unbind(1), *reference.unbind(1), *link.unbind(1), *lengths.unbind(1))
 
     def _metrics(self, pairs: Pairs, scores: TokenScores) -> dict[str, tuple[Tensor, float]]:
-        """TRL's names. rewards: beta times the log-ratio (SimPO: beta times the mean log-prob)."""
+        """TRL's names. rewards: beta times the log-ratio (SimPO, ORPO: beta times the mean log-prob)."""
         count = float(scores.examples)
         chosen, rejected = pairs.ratio_chosen.detach(), pairs.ratio_rejected.detach()
-        if "simpo" in self.terms:
+        if "simpo" in self.terms or "orpo" in self.terms:
             chosen, rejected = chosen / pairs.tokens_chosen.clamp(min=1), rejected / pairs.tokens_rejected.clamp(min=1)
         chosen, rejected = self.knobs.beta * chosen, self.knobs.beta * rejected
         metrics = {

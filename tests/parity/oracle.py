@@ -100,7 +100,8 @@ def _fused(log_probs: Tensor, log_sum_sq: Tensor) -> FusedCausalLMOutput:
 
 def _trainer(**fields: Any) -> SimpleNamespace:
     """What every trainer's loss reads of `self`."""
-    model = SimpleNamespace(training=True, is_gradient_checkpointing=False)
+    model = torch.nn.Module().train()
+    model.is_gradient_checkpointing = False
     common = {
         "model": model,
         "accelerator": _Accelerator(),

@@ -81,7 +81,9 @@ def test_weighted_mixes_equal_trl(mix):
 
 
 @pytest.mark.parametrize("name", ["sigmoid", "hinge", "ipo", "sigmoid_norm", "exo_pair", "discopop", "apo_zero"])
-@pytest.mark.parametrize(("divergence", "alpha"), [("reverse_kl", 0.5), ("forward_kl", 0.5), ("js", 0.5), ("alpha", 0.5), ("alpha", 2.0), ("alpha", 1.0)])
+@pytest.mark.parametrize(
+    ("divergence", "alpha"), [("reverse_kl", 0.5), ("forward_kl", 0.5), ("js", 0.5), ("alpha", 0.5), ("alpha", 2.0), ("alpha", 1.0)]
+)
 def test_f_divergences_equal_trl(divergence, alpha, name):
     # TRL's alpha divergence knows no fp64.
     dtype = torch.float32 if divergence == "alpha" else torch.float64
@@ -102,8 +104,9 @@ def test_wpo_equals_trl(mix):
 
 
 def test_everything_at_once_equals_trl():
-    cfg = Config(name="dpo", loss={"hinge": 0.7, "robust": 0.3}, beta=0.3, label_smoothing=0.2, f_divergence="js", ld_alpha=0.5, wpo=True)
-    assert_equal(random_batch(CHOSEN, REJECTED), cfg, {"hinge": 0.7, "robust": 0.3})
+    mix = {"sigmoid_norm": 0.7, "robust": 0.3}
+    cfg = Config(name="dpo", loss=mix, beta=0.3, label_smoothing=0.2, f_divergence="js", ld_alpha=0.5, wpo=True)
+    assert_equal(random_batch(CHOSEN, REJECTED), cfg, mix)
 
 
 def test_fp32_inputs_equal_trl():
