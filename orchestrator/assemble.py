@@ -17,6 +17,7 @@ from rich.console import Console
 
 from orchestrator.algorithms import Algorithm, build
 from orchestrator.checkpoints import CheckpointStore
+from orchestrator.cluster.placement import check_capacity
 from orchestrator.cluster.workers import LearnerGroup
 from orchestrator.config import Recipe
 from orchestrator.controllers.evaluation import Evaluator, HeldOut
@@ -71,6 +72,7 @@ def plan_job(recipe: Recipe, console: Console) -> Job:
 def train(recipe: Recipe, root: Path, console: Console) -> Outcome:
     """Runs a recipe to its end in the folder `root`, going on from a verified checkpoint if one is there."""
     job = plan_job(recipe, console)
+    check_capacity(recipe.learners)
     identity = fingerprint(recipe, job.data.loaded.fingerprint, "")
     with open_run(root, identity, dump(recipe), json.dumps(job.plan.to_json(), indent=1)) as folder, _stop_signals() as stopped:
         progress = _supervise(job, folder, stopped)

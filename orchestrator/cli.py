@@ -34,10 +34,10 @@ out = Console(highlight=False, soft_wrap=True)
 @app.command()
 def plan(recipe: RecipeArgument, overrides: Overrides = None, as_json: Annotated[bool, typer.Option("--json")] = False) -> None:
     """Dry run: data report, batch arithmetic, ZeRO stage and sync policy with the reason, memory and traffic."""
+    stages = recipes.load(recipe, overrides or ()).stages  # before the heavy imports: a mistake in it is told at once
     from orchestrator.assemble import plan_stages
     from orchestrator.plan_view import render
 
-    stages = recipes.load(recipe, overrides or ()).stages
     plans = plan_stages(stages)
     if as_json:
         documents = [{"stage": name, **p.to_json()} for name, p in plans]
@@ -60,9 +60,9 @@ def train(
     output: Annotated[Path | None, typer.Option("--output", "-o", help="run folder; default runs/NAME")] = None,
 ) -> None:
     """Trains; goes on by itself if the folder holds a verified checkpoint of the same run."""
+    loaded = recipes.load(recipe, overrides or ())
     from orchestrator.assemble import train_stages
 
-    loaded = recipes.load(recipe, overrides or ())
     name = loaded.stages[0].recipe.run.name if len(loaded.stages) == 1 else loaded.path.stem
     outcomes = train_stages(loaded.stages, output or Path("runs") / name, out)
     out.print(_results(outcomes))
@@ -77,9 +77,10 @@ def evaluate(
     model: Annotated[Path | None, typer.Option("--model", help="a folder to evaluate instead of the recipe's model")] = None,
 ) -> None:
     """Held-out preference accuracy and greedy exact match of a model."""
+    cfg = _one(recipe, overrides)
     from orchestrator.assemble import evaluate as run
 
-    metrics = run(_one(recipe, overrides), model, out)
+    metrics = run(cfg, model, out)
     for name, value in metrics.items():
         out.print(f"{name:<32}{value:.4f}")
 
@@ -93,9 +94,9 @@ def verify(
     everything: Annotated[bool, typer.Option("--all", help="every combination instead of a covering set")] = False,
 ) -> None:
     """The proof: runs the same steps under many cuts and prints the largest difference from one plain large batch."""
+    cfg = _one(recipe, overrides)
     from orchestrator.verify import TOLERANCE, run
 
-    cfg = _one(recipe, overrides)
     try:
         counts = sorted({int(n) for n in workers.split(",")} if workers else {1, cfg.learners.workers})
     except ValueError:
@@ -128,10 +129,11 @@ def report(directory: Annotated[Path, typer.Argument(metavar="DIR", help="a run 
 @app.command()
 def inspect(recipe: RecipeArgument, overrides: Overrides = None, examples: Annotated[int, typer.Option(min=1)] = 3) -> None:
     """The first batch, tokens coloured by loss mask."""
+    cfg = _one(recipe, overrides)
     from orchestrator.assemble import first_batch
     from orchestrator.observe.inspect import render_group
 
-    groups, decode = first_batch(_one(recipe, overrides))
+    groups, decode = first_batch(cfg)
     for group in groups[:examples]:
         out.rule(f"example {group.id}", align="left")
         out.print(render_group(group, decode))

@@ -107,8 +107,8 @@ def make_plan(recipe: Recipe, algorithm: Algorithm, data: DataSet) -> Plan:
     limit = memory_limit(recipe)
     if memory.total > limit:
         raise NotEnoughResources(
-            f"a worker needs about {memory.total / 1e9:.2f} GB, it may use {limit / 1e9:.2f} GB",
-            why=", ".join(f"{name} {value / 1e9:.2f}" for name, value in asdict(memory).items() if value),
+            f"a worker needs about {size(memory.total)}, it may use {size(limit)}",
+            why=", ".join(f"{name} {size(value)}" for name, value in asdict(memory).items() if value),
             fix="more learners.workers with a higher learners.zero_stage, a smaller batch.micro_batch, "
             "learners.activation_checkpointing=true, or learners.offload.optimizer=cpu",
         )
@@ -128,6 +128,11 @@ def make_plan(recipe: Recipe, algorithm: Algorithm, data: DataSet) -> Plan:
         traffic=traffic(recipe, algorithm, cut, micro_batches),
         mean_length=max(1, sum(data.report.lengths) // len(data.report.lengths)),
     )
+
+
+def size(count: int) -> str:
+    """Bytes in words. Example: 1.20 GB, 3.4 MB."""
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
 def memory_limit(recipe: Recipe) -> int:

@@ -6,7 +6,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from orchestrator.plan import DataReport, Plan
+from orchestrator.plan import DataReport, Plan, size
 
 BAR = 30
 
@@ -23,7 +23,7 @@ def render(plan: Plan) -> RenderableType:
         _data(plan.data),
         Text(),
         _memory(plan),
-        Text(f"traffic per worker and step: {_mb(plan.traffic.reduced)} reduced, {_mb(plan.traffic.gathered)} gathered"),
+        Text(f"traffic per worker and step: {size(plan.traffic.reduced)} reduced, {size(plan.traffic.gathered)} gathered"),
     )
 
 
@@ -58,12 +58,8 @@ def _data(data: DataReport) -> Group:
 
 def _memory(plan: Plan) -> Group:
     table = Table(box=None, pad_edge=False, show_header=False)
-    for name, size in asdict(plan.memory).items():
-        if size:
-            table.add_row(f"  {name}", Text(_mb(size), justify="right"))
-    table.add_row("  peak", Text(_mb(plan.memory.total), style="bold", justify="right"), f"of {_mb(plan.memory_limit)} a worker may use")
+    for name, count in asdict(plan.memory).items():
+        if count:
+            table.add_row(f"  {name}", Text(size(count), justify="right"))
+    table.add_row("  peak", Text(size(plan.memory.total), style="bold", justify="right"), f"of {size(plan.memory_limit)} a worker may use")
     return Group(Text("predicted memory per worker, beyond the Python process itself"), table)
-
-
-def _mb(size: int) -> str:
-    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"

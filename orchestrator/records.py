@@ -226,7 +226,7 @@ class LearnReport:
 
     tokens: with the prompt repeated for each branch, as TRL counts; computed: positions that are not padding, prompts
     shared; scored: positions the head ran on; positions: all, padding and fillers included. peak_bytes: highest memory
-    in use minus what the process held before it built the model.
+    in use since the report before, less what the process held before it built the model.
     """
 
     loss: float

@@ -56,10 +56,8 @@ class Placement:
     def reserve(cls, learners: Learners) -> "Placement":
         """Reserves a bundle per worker; NotEnoughResources at once when the cluster cannot hold them."""
         connect()
-        bundle = {"CPU": learners.cpus_per_worker}
-        if learners.gpus_per_worker:
-            bundle["GPU"] = learners.gpus_per_worker
-        _check_capacity(learners.workers, bundle)
+        bundle = _bundle(learners)
+        _check_capacity(learners.workers, bundle, ray.cluster_resources())
         group = placement_group([dict(bundle)] * learners.workers, strategy="PACK")
         try:
             ray.get(group.ready(), timeout=learners.start_timeout_s)
@@ -87,8 +85,32 @@ class Placement:
         remove_placement_group(self.group)
 
 
-def _check_capacity(workers: int, bundle: Mapping[str, float]) -> None:
-    total = ray.cluster_resources()
+def check_capacity(learners: Learners) -> None:
+    """NotEnoughResources where the cluster cannot hold the workers; told before Ray starts where that is this machine."""
+    bundle = _bundle(learners)
+    if not ray.is_initialized() and not os.environ.get("RAY_ADDRESS"):
+        _check_capacity(learners.workers, bundle, {"CPU": float(os.cpu_count() or 1), "GPU": _visible_gpus(bundle)})
+        return
+    connect()
+    _check_capacity(learners.workers, bundle, ray.cluster_resources())
+
+
+def _bundle(learners: Learners) -> dict[str, float]:
+    bundle = {"CPU": learners.cpus_per_worker}
+    if learners.gpus_per_worker:
+        bundle["GPU"] = learners.gpus_per_worker
+    return bundle
+
+
+def _visible_gpus(bundle: Mapping[str, float]) -> float:
+    if "GPU" not in bundle:
+        return 0.0
+    import torch
+
+    return float(torch.cuda.device_count())
+
+
+def _check_capacity(workers: int, bundle: Mapping[str, float], total: Mapping[str, float]) -> None:
     for resource, each in bundle.items():
         has = total.get(resource, 0.0)
         if has < workers * each:

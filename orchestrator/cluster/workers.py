@@ -11,6 +11,7 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
+from orchestrator import faults
 from orchestrator.checkpoints import FileEntry
 from orchestrator.cluster.placement import Placement
 from orchestrator.config import Learners, Recipe
@@ -242,7 +243,9 @@ class LearnerGroup:
 
 
 def _environment(threads: int) -> dict[str, str]:
-    return {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+    """Variables of a worker; planned faults go along, also where Ray was started by somebody else."""
+    planned = {faults.VARIABLE: os.environ[faults.VARIABLE]} if faults.VARIABLE in os.environ else {}
+    return {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", **planned}
 
 
 def _translate(error: Exception, rank: int, verb: str) -> OrchestratorError:

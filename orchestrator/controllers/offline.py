@@ -78,7 +78,7 @@ class OfflineTrainer:
         plan = self.plan
         progress = self.checkpoints.restore()
         if progress.step == 0 and progress.examples == 0 and plan.evaluate_at_start:
-            self.report.evaluation(self.evaluator.evaluate(self.cut, 0))
+            self._evaluate(0)
         skipped_in_a_row = 0
         while progress.step < plan.total_steps:
             clock = Clock()
@@ -130,10 +130,15 @@ class OfflineTrainer:
             with clock.phase("reference"):
                 self.policy.sync_reference(self.plan.reference_sync_alpha)
 
+    def _evaluate(self, step: int) -> None:
+        report = self.evaluator.evaluate(self.cut, step)
+        if report.metrics:  # none without data.eval
+            self.report.evaluation(report)
+
     def _evaluate_and_save(self, progress: Progress) -> None:
         last, stopping = progress.step == self.plan.total_steps, self.should_stop()
         if _due(self.plan.evaluate_every, progress.step) or last:
-            self.report.evaluation(self.evaluator.evaluate(self.cut, progress.step))
+            self._evaluate(progress.step)
         if _due(self.plan.save_every, progress.step) or last or stopping:
             self.checkpoints.save(progress)
         if stopping and not last:

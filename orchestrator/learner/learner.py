@@ -95,11 +95,11 @@ class RankLearner:
         self.reference: ScoringModel | None = None
         if recipe.algorithm.reference_sync_every is not None:
             self.reference, _ = load_reference(recipe, device)
+        reset_peak(device)
 
     def forward_backward(self, micro_batches: Sequence[MicroBatch], units: LossUnits, step: int) -> LearnReport:
         """Adds the gradient of this rank's share of the step's loss; `loss` in the report is that share."""
         started = time.perf_counter()
-        reset_peak(self.device)
         self.scoring.train()
         sums = Sums()
         with self.engine.accumulation():
@@ -113,18 +113,9 @@ class RankLearner:
                     share = loss.total * (float("nan") if fault == "nan" else micro_batch.weight)
                     self.engine.backward(share, last=index == len(micro_batches) - 1)
                     sums.add(loss, float("nan") if fault == "nan" else micro_batch.weight)
-        total, means = sums.read()
-        return LearnReport(
-            loss=total,
-            means=means,
-            micro_batches=len(micro_batches),
-            tokens=sum(m.unshared_tokens for m in micro_batches if m.weight),
-            computed=sum(m.tokens for m in micro_batches if m.weight),
-            scored=sum(len(m.targets) for m in micro_batches if m.weight),
-            positions=sum(m.positions for m in micro_batches),
-            seconds=time.perf_counter() - started,
-            peak_bytes=peak_bytes(self.device) - self.bytes_before_model,
-        )
+        peak = peak_bytes(self.device) - self.bytes_before_model
+        reset_peak(self.device)  # the next report's peak takes in this step's optimizer
+        return _report(sums, micro_batches, time.perf_counter() - started, peak)
 
     def optim_step(self, step: int) -> StepApplied:
         """Applies the accumulated gradient with the learning rate of 0-based optimizer step `step`."""
@@ -154,20 +145,7 @@ class RankLearner:
             sums.add(self.algorithm.objective(scores, units), micro_batch.weight)
             values = scores.rewards if scores.rewards is not None else scores.sums()
             per_example.append(values.float().cpu().numpy())
-        total, means = sums.read()
-        seconds = time.perf_counter() - started
-        real = [m for m in micro_batches if m.weight]
-        report = LearnReport(
-            loss=total,
-            means=means,
-            micro_batches=len(micro_batches),
-            tokens=sum(m.unshared_tokens for m in real),
-            computed=sum(m.tokens for m in real),
-            scored=sum(len(m.targets) for m in real),
-            positions=sum(m.positions for m in micro_batches),
-            seconds=seconds,
-        )
-        return report, tuple(per_example)
+        return _report(sums, micro_batches, time.perf_counter() - started, 0), tuple(per_example)
 
     @torch.no_grad()
     def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[list[int]]:
@@ -250,6 +228,22 @@ class _OutOfMemoryLocator:
                 why=str(error).splitlines()[0],
                 fix="set a smaller batch.micro_batch, or learners.activation_checkpointing=true",
             ) from None
+
+
+def _report(sums: Sums, micro_batches: Sequence[MicroBatch], seconds: float, peak: int) -> LearnReport:
+    loss, means = sums.read()
+    real = [m for m in micro_batches if m.weight]
+    return LearnReport(
+        loss=loss,
+        means=means,
+        micro_batches=len(micro_batches),
+        tokens=sum(m.unshared_tokens for m in real),
+        computed=sum(m.tokens for m in real),
+        scored=sum(len(m.targets) for m in real),
+        positions=sum(m.positions for m in micro_batches),
+        seconds=seconds,
+        peak_bytes=peak,
+    )
 
 
 def _logps(result: Scored) -> Tensor:

@@ -74,13 +74,19 @@ def _additive(allowed: Tensor, dtype: torch.dtype) -> Tensor:
     return mask.masked_fill_(~allowed, torch.finfo(dtype).min)[:, None]
 
 
-def flex_mask(segment: Tensor, branch: Tensor, positions: Tensor, window: int | None):
-    """The same rule as a FlexAttention BlockMask, for models with attn_implementation="flex_attention" on a GPU."""
+def flex_mask(segment: Tensor, branch: Tensor, positions: Tensor, can: Capabilities):
+    """The same rule as FlexAttention BlockMasks, for models with attn_implementation="flex_attention" on a GPU."""
     from torch.nn.attention.flex_attention import create_block_mask
 
-    def visible(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        seen = (j <= i) & (segment[b, i] == segment[b, j]) & ((branch[b, j] == 0) | (branch[b, j] == branch[b, i]))
-        return seen if window is None else seen & (positions[b, i] - positions[b, j] < window)
-
     rows, size = segment.shape
-    return create_block_mask(visible, rows, None, size, size, device=str(segment.device))
+
+    def block_mask(window: int | None):
+        def visible(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+            seen = (j <= i) & (segment[b, i] == segment[b, j]) & ((branch[b, j] == 0) | (branch[b, j] == branch[b, i]))
+            return seen if window is None else seen & (positions[b, i] - positions[b, j] < window)
+
+        return create_block_mask(visible, rows, None, size, size, device=str(segment.device))
+
+    if can.window is None or not can.kinds:
+        return block_mask(can.window)
+    return {kind: block_mask(can.window if kind == "sliding_attention" else None) for kind in can.kinds}

@@ -126,7 +126,8 @@ class ScoringModel(nn.Module):
 
     @property
     def backbone(self) -> nn.Module:
-        return getattr(self.hugging_face, self.hugging_face.base_model_prefix)
+        named = getattr(self.hugging_face, self.hugging_face.base_model_prefix, None)
+        return named if named is not None else self.hugging_face.model  # Llama 4's prefix names a part it lacks
 
     def forward(self, rows: MicroBatchTensors) -> tuple[Tensor, ...]:
         """(log-probs Float[N],), (log-probs, WPO terms Float[N]) or (rewards Float[n, branches],): see `scored`."""
@@ -140,7 +141,7 @@ class ScoringModel(nn.Module):
         """Final hidden states Float[R*T, H]."""
         dtype = torch.get_autocast_dtype(rows.input_ids.device.type) if torch.is_autocast_enabled() else self._dtype()
         if self.hugging_face.config._attn_implementation == "flex_attention" and rows.layout != "padded":
-            mask = flex_mask(rows.segment, rows.branch, rows.position_ids, self.can.window)
+            mask = flex_mask(rows.segment, rows.branch, rows.position_ids, self.can)
         else:
             mask = attention_mask(rows.segment, rows.branch, rows.position_ids, rows.layout, self.can, dtype)
         output = self.backbone(input_ids=rows.input_ids, position_ids=rows.position_ids, attention_mask=mask, use_cache=False)
@@ -195,12 +196,20 @@ def _until(tokens: list[int], eos: int) -> list[int]:
 def logit_transform(config: Any) -> tuple[float | None, float]:
     """(soft cap, factor) that the architecture applies to its logits.
 
-    Gemma 2 and 3 cap: c * tanh(logits / c); Cohere multiplies by logit_scale; Granite divides by logits_scaling.
+    Gemma 2 and 3 cap: c * tanh(logits / c), as RecurrentGemma; Cohere multiplies by logit_scale, Falcon-H1 by
+    lm_head_multiplier; Granite divides by logits_scaling, HyperCLOVA X multiplies by it.
     """
     soft_cap = getattr(config, "final_logit_softcapping", None)
-    scale = getattr(config, "logit_scale", None)
-    divisor = getattr(config, "logits_scaling", None)
-    return soft_cap, (scale if scale is not None else 1.0) / (divisor if divisor is not None else 1.0)
+    if soft_cap is None:
+        soft_cap = getattr(config, "logits_soft_cap", None)
+    scale = 1.0
+    for name in ("logit_scale", "lm_head_multiplier"):
+        factor = getattr(config, name, None)
+        scale *= factor if factor is not None else 1.0
+    scaling = getattr(config, "logits_scaling", None)
+    if scaling is not None:
+        scale = scale * scaling if config.model_type == "hyperclovax" else scale / scaling
+    return soft_cap, scale
 
 
 @torch.no_grad()

@@ -57,18 +57,27 @@ def tiny_config(cfg: TinyModel) -> PretrainedConfig:
         "num_key_value_heads": cfg.kv_heads or cfg.heads,
         "head_dim": cfg.hidden_size // cfg.heads,
     }
-    present: dict[str, float] = {k: v for k, v in optional.items() if hasattr(config, k) and k not in config.attribute_map}
+    present: dict[str, float] = {
+        k: v for k, v in optional.items() if hasattr(config, k) and k not in config.attribute_map and not _computed(config, k)
+    }
     for name in ("attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop", "resid_dropout", "embd_dropout"):
         if hasattr(config, name):
             present[name] = 0.0
     return AutoConfig.for_model(cfg.architecture, **sizes, **present)
 
 
+def _computed(config: PretrainedConfig, name: str) -> bool:
+    return isinstance(getattr(type(config), name, None), property)
+
+
 def build(cfg: TinyModel, seed: int, auto_class: type, **options: object) -> torch.nn.Module:
-    """A model with weights drawn from `seed`, leaving the global generator as it was."""
+    """A model with weights drawn from `seed`, leaving the global generator as it was.
+
+    transformers chooses SDPA attention for architectures that have it, its plain one for the others (GPT-J, BLOOM …).
+    """
     config = tiny_config(cfg)
     for name, value in options.items():
         setattr(config, name, value)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return auto_class.from_config(config, attn_implementation="sdpa")  # pyright: ignore[reportAttributeAccessIssue]
+        return auto_class.from_config(config)  # pyright: ignore[reportAttributeAccessIssue]

@@ -93,9 +93,7 @@ class _Accelerator:
 
 def _fused(log_probs: Tensor, log_sum_sq: Tensor) -> FusedCausalLMOutput:
     zeros = torch.zeros_like(log_probs)
-    return FusedCausalLMOutput(
-        log_probs=log_probs, log_sum_sq_probs=log_sum_sq, entropy=zeros, is_top1=zeros.bool(), mean_logits=zeros
-    )
+    return FusedCausalLMOutput(log_probs=log_probs, log_sum_sq_probs=log_sum_sq, entropy=zeros, is_top1=zeros.bool(), mean_logits=zeros)
 
 
 def _trainer(**fields: Any) -> SimpleNamespace:

@@ -36,7 +36,7 @@ def assert_equal(batch: Batch, cfg: Config, losses: dict[str, float]) -> None:
         discopop_tau=cfg.discopop_tau,
     )
     got = ours(batch, cfg)
-    assert float(got.total) == pytest.approx(float(want), rel=1e-6)
+    assert got.total.item() == pytest.approx(want.item(), rel=1e-6)
     (want_gradient,) = torch.autograd.grad(want, batch.policy)
     (gradient,) = torch.autograd.grad(got.total, batch.policy)
     torch.testing.assert_close(gradient, want_gradient * batch.mask, rtol=1e-5, atol=1e-7)

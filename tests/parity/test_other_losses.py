@@ -36,7 +36,7 @@ def test_cpo_equals_trl(loss, alpha, smoothing):
     batch.logits.requires_grad_()
     want, logged = cpo(batch, loss_type="sigmoid", beta=0.2, label_smoothing=smoothing, simpo_gamma=0.0, cpo_alpha=alpha)
     got = ours(batch, Config(name="cpo", loss=loss, beta=0.2, label_smoothing=smoothing))
-    assert float(got.total) == pytest.approx(float(want), rel=1e-6)
+    assert got.total.item() == pytest.approx(want.item(), rel=1e-6)
     assert_gradients_equal(batch, got.total, want, 1e-6)
     for name in ("rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected"):
         assert mean(got, name) == pytest.approx(logged[name], rel=1e-6), name
@@ -50,7 +50,7 @@ def test_simpo_equals_trl(beta, gamma, smoothing):
     batch.logits.requires_grad_()
     want, logged = cpo(batch, loss_type="simpo", beta=beta, label_smoothing=smoothing, simpo_gamma=gamma, cpo_alpha=0.0)
     got = ours(batch, Config(name="simpo", beta=beta, simpo_gamma=gamma, label_smoothing=smoothing))
-    assert float(got.total) == pytest.approx(float(want), rel=1e-6)
+    assert got.total.item() == pytest.approx(want.item(), rel=1e-6)
     assert_gradients_equal(batch, got.total, want, 1e-6)
     for name in ("rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins"):
         assert mean(got, name) == pytest.approx(logged[name], rel=1e-6), name
@@ -62,7 +62,7 @@ def test_orpo_equals_trl():
     batch.logits.requires_grad_()
     want, logged = orpo(batch, beta=0.3)
     got = ours(batch, Config(name="orpo", beta=0.3))
-    assert float(got.total) == pytest.approx(float(want), rel=1e-6)
+    assert got.total.item() == pytest.approx(want.item(), rel=1e-6)
     assert_gradients_equal(batch, got.total, want, 1e-5)
     for name in ("rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "nll_loss"):
         assert mean(got, name) == pytest.approx(logged[name], rel=2e-6), name
@@ -77,7 +77,7 @@ def test_orpo_against_the_closed_form():
         log_odds = (c - math.log(-math.expm1(c))) - (r - math.log(-math.expm1(r)))
         want += 0.5 * math.log1p(math.exp(-log_odds))
     got = build(Config(name="orpo", loss="orpo", beta=0.5)).objective(scores, LossUnits(2, (3, 3)))
-    assert float(got.total) == pytest.approx(want / 2, rel=1e-9)
+    assert got.total.item() == pytest.approx(want / 2, rel=1e-9)
 
 
 @pytest.mark.parametrize("shift", [-0.3, 0.8])
@@ -91,7 +91,7 @@ def test_kto_equals_trl(labels, shift):
     want, logged = kto(batch, label, beta=0.2, desirable=1.3, undesirable=0.7)
     cfg = Config(name="kto", beta=0.2, kto_desirable_weight=1.3, kto_undesirable_weight=0.7)
     got = build(cfg).objective(batch.scores(label), batch.units)
-    assert float(got.total) == pytest.approx(float(want), rel=1e-6)
+    assert got.total.item() == pytest.approx(want.item(), rel=1e-6)
     assert (logged["kl"] == 0.0) == (shift < 0)
     (a,), (b,) = torch.autograd.grad(got.total, batch.policy), torch.autograd.grad(want, batch.policy)
     torch.testing.assert_close(a, b * batch.mask, rtol=1e-6, atol=1e-12)
@@ -108,7 +108,7 @@ def test_reward_loss_equals_trl(with_margin, centring):
     want, logged = reward(chosen, rejected, margin, centring or None)
     scores = TokenScores(torch.zeros(0), torch.zeros(0, dtype=torch.long), 6, 2, margin=margin, rewards=torch.stack([chosen, rejected], 1))
     got = build(Config(name="reward", reward_centring=centring)).objective(scores, LossUnits(6, (1, 1)))
-    assert float(got.total) == pytest.approx(float(want), rel=1e-6)
+    assert got.total.item() == pytest.approx(want.item(), rel=1e-6)
     assert mean(got, "rewards/accuracies") == pytest.approx(logged["accuracy"], rel=1e-6)
     assert mean(got, "rewards/margins") == pytest.approx(logged["margin"], rel=1e-6)
 
@@ -119,7 +119,7 @@ def test_reward_loss_against_the_closed_form():
     scores = TokenScores(torch.zeros(0), torch.zeros(0, dtype=torch.long), 2, 2, margin=torch.tensor([0.5, 0.0]), rewards=rewards)
     got = build(Config(name="reward", reward_centring=0.1)).objective(scores, LossUnits(2, (1, 1)))
     want = (math.log1p(math.exp(-0.5)) + 0.9 + math.log1p(math.exp(3.0)) + 0.9) / 2
-    assert float(got.total) == pytest.approx(want, rel=1e-12)
+    assert got.total.item() == pytest.approx(want, rel=1e-12)
 
 
 def test_sft_equals_torch_cross_entropy():
@@ -131,5 +131,5 @@ def test_sft_equals_torch_cross_entropy():
     flat = logps[completion[:, 1:]]
     scores = TokenScores(flat, torch.tensor([0] * 5 + [1] * 2 + [2] * 7), 3, 1)
     got = build(Config(name="sft")).objective(scores, LossUnits(3, (14,)))
-    assert float(got.total) == pytest.approx(float(want), rel=1e-12)
+    assert got.total.item() == pytest.approx(float(want), rel=1e-12)
     assert mean(got, "nll_loss") == pytest.approx(float(want), rel=1e-12)

@@ -119,9 +119,11 @@ def test_wpo_weights_carry_no_gradient():
     single = TokenScores(given.logps[:4], given.sequence[:4], 1, 2, given.ref_logps[:4], wpo=given.wpo[:4])
     gradients = []
     for wpo in (False, True):
-        logps = single.logps.clone().requires_grad_()
-        moved = TokenScores(logps, single.sequence, 1, 2, single.ref_logps, wpo=single.wpo)
-        (g,) = torch.autograd.grad(build(Config(name="dpo", wpo=wpo)).objective(moved, LossUnits(1, (3, 1))).total, logps)
-        gradients.append(g)
+        logps, terms = single.logps.clone().requires_grad_(), single.wpo.clone().requires_grad_()
+        moved = TokenScores(logps, single.sequence, 1, 2, single.ref_logps, wpo=terms)
+        total = build(Config(name="dpo", wpo=wpo)).objective(moved, LossUnits(1, (3, 1))).total
+        gradient, through_weight = torch.autograd.grad(total, (logps, terms), allow_unused=True)
+        assert through_weight is None
+        gradients.append(gradient)
     weight = torch.exp(single.wpo[:3].mean()) * torch.exp(single.wpo[3])
     torch.testing.assert_close(gradients[1], weight * gradients[0])

@@ -1,5 +1,7 @@
 """No cut of an effective batch changes its loss or gradient: sums with global counts, or coefficients for coupled losses."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -77,7 +79,7 @@ def cut_batches(draw):
     rewards = torch.randn(n, branches, generator=seed, dtype=torch.float64)
     whole = TokenScores(logps, sequence, n, branches, logps + 0.3 * noise, label, label * 0.2, wpo, rewards)
     units = LossUnits(n, tuple(sum(lengths[k::branches]) for k in range(branches)))
-    return whole, units, [list(order[a:b]) for a, b in zip(stops, stops[1:], strict=False)]
+    return whole, units, [list(order[a:b]) for a, b in pairwise(stops)]
 
 
 @pytest.mark.parametrize("cfg", ALONE, ids=label_of)

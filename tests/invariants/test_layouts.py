@@ -1,0 +1,222 @@
+"""Every allow-listed architecture: prefix-shared and packed rows give the log-probs and gradients of padded ones.
+
+Initial weights are drawn wide, so that attention is far from uniform; a control shows that a wrong mask is seen.
+"""
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from orchestrator.config import TinyModel
+from orchestrator.data.packing import pack
+from orchestrator.models.attention import attention_mask, capabilities, flex_mask
+from orchestrator.models.scoring import MicroBatchTensors, Scored, ScoringModel, head_gap, scored
+from orchestrator.models.tiny import build
+from orchestrator.records import Branch, Layout, MicroBatch, SequenceGroup
+
+SHARING: tuple[Layout, ...] = ("prefix_shared", "packed")
+TOLERANCE = 1e-5
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """An architecture and the options that make its peculiarity bite on short rows."""
+
+    architecture: str
+    name: str = ""
+    kv_heads: int | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return self.name or self.architecture
+
+
+MIXED = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 5}
+CASES = [
+    Case("llama", kv_heads=2),
+    Case("qwen2", kv_heads=2),
+    Case("qwen2", "qwen2-mixed-window", options={**MIXED, "use_sliding_window": True}),
+    Case("gpt2"),
+    Case("gemma", kv_heads=1),
+    Case("mistral", "mistral", kv_heads=2, options={"sliding_window": None}),
+    Case("mistral", "mistral-window-5", options={"sliding_window": 5}),
+    Case("mistral", "mistral-window-40", options={"sliding_window": 40}),
+    Case("phi"),
+    Case("phi3", kv_heads=2, options={"sliding_window": None}),
+    Case("phi3", "phi3-window-5", options={"sliding_window": 5}),
+    Case("gemma2", options={**MIXED, "final_logit_softcapping": 2.0}),
+    Case("gemma3_text", options=MIXED),
+    Case("qwen3", kv_heads=2),
+    Case("qwen3", "qwen3-mixed-window", options={**MIXED, "use_sliding_window": True}),
+    Case("gpt_neox"),
+    Case("olmo2"),
+    Case("granite", options={"logits_scaling": 4.0}),
+    Case("cohere", options={"logit_scale": 0.25}),
+    Case("falcon"),
+    Case("mixtral", options={"num_local_experts": 4, "sliding_window": None}),
+    Case("qwen2_moe", options={"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16}),
+]
+PADDED_ONLY = [
+    Case("opt"),
+    Case("bloom"),
+    Case("gptj", options={"rotary_dim": 4}),
+    Case("stablelm"),
+    Case("mamba"),
+    Case("falcon", "falcon-alibi", options={"alibi": True}),
+    Case("recurrent_gemma", options={"logits_soft_cap": 2.0}),
+    Case("hyperclovax", options={"logits_scaling": 0.5}),
+    Case("llama4_text", options={"head_dim": 8, "num_key_value_heads": 4}),
+]
+"""Ways out of the ordinary: no position ids, ALiBi, recurrent layers, another name for the backbone, odd logit transforms."""
+
+
+def make(case: Case, auto: type = AutoModelForCausalLM, **options: Any) -> torch.nn.Module:
+    cfg = TinyModel(architecture=case.architecture, hidden_size=32, layers=2, heads=4, kv_heads=case.kv_heads, max_positions=128)
+    return build(cfg, 0, auto, initializer_range=0.2, **{**case.options, **options}).eval()
+
+
+def branch(draw: np.random.Generator, size: int, unscored: int = 0) -> Branch:
+    return Branch(draw.integers(0, 256, size), np.arange(size) >= unscored)
+
+
+def groups() -> list[SequenceGroup]:
+    """Answers of very different lengths, prompts of one token, an unscored start, several pairs to a row."""
+    draw = np.random.default_rng(0)
+    shapes = [(12, 3, 25), (1, 20, 2), (7, 1, 1), (1, 1, 6), (19, 9, 8)]
+    made = []
+    for number, (prompt, chosen, rejected) in enumerate(shapes):
+        answers = (branch(draw, chosen, unscored=2 if chosen > 5 else 0), branch(draw, rejected))
+        made.append(SequenceGroup(number, draw.integers(0, 256, prompt), answers))
+    return made
+
+
+def tensors(mb: MicroBatch) -> MicroBatchTensors:
+    return MicroBatchTensors.of(mb, torch.device("cpu"))
+
+
+def in_padded_order(mb: MicroBatch, values: torch.Tensor) -> torch.Tensor:
+    """Scored tokens sorted by sequence: a layout lays sequences down in an order of its own."""
+    return values[torch.from_numpy(np.argsort(mb.sequence, kind="stable"))]
+
+
+def run(model: ScoringModel, layout: Layout, row_tokens: int | None = None) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Log-probs in sequence order, and every parameter's gradient of a sum with a different weight per token."""
+    mb = pack(groups(), layout, row_tokens=row_tokens)
+    result = scored(model, tensors(mb))
+    values = in_padded_order(mb, result.values) if result.rewards is None else result.values.flatten()
+    weights = torch.randn(len(values), generator=torch.Generator().manual_seed(1)) / len(values)
+    model.zero_grad()
+    (weights * values).sum().backward()
+    return values.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same(model: ScoringModel, layout: Layout, row_tokens: int | None) -> None:
+    want, want_gradients = run(model, "padded")
+    got, gradients = run(model, layout, row_tokens)
+    assert float((got - want).abs().max()) <= TOLERANCE
+    assert gradients.keys() == want_gradients.keys()
+    assert len(gradients) > 5
+    norm = torch.stack([g.norm() for g in want_gradients.values()]).norm()
+    for name, gradient in gradients.items():
+        assert float((gradient - want_gradients[name]).norm() / norm) <= TOLERANCE, name
+
+
+@pytest.mark.parametrize("row_tokens", [None, 64, 200])
+@pytest.mark.parametrize("layout", SHARING)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_layouts_give_the_log_probs_and_gradients_of_padded_rows(case, layout, row_tokens):
+    """Rows as short as they can be, a few sequences to a row, and everything in one row."""
+    model = ScoringModel(make(case), head="lm")
+    assert model.can.layouts == {"prefix_shared", "packed", "padded"}, model.can.reason
+    assert_same(model, layout, row_tokens)
+
+
+@pytest.mark.parametrize("case", [*CASES, *PADDED_ONLY], ids=str)
+def test_padded_rows_give_the_models_own_log_probs(case):
+    model = ScoringModel(make(case), head="lm")
+    assert head_gap(model, tensors(pack(groups(), "padded"))) <= TOLERANCE
+
+
+@pytest.mark.parametrize("case", [*CASES, *PADDED_ONLY], ids=str)
+def test_padded_rows_give_the_log_probs_of_each_sequence_alone(case):
+    """The model's own forward, one sequence at a time, without padding, positions or masks."""
+    hugging_face = make(case)
+    mb = pack(groups(), "padded")
+    with torch.no_grad():
+        got = in_padded_order(mb, scored(ScoringModel(hugging_face, head="lm"), tensors(mb)).values)
+        want = []
+        for group in groups():
+            for answer in group.branches:
+                ids = torch.from_numpy(np.concatenate([group.prompt, answer.ids]))
+                logps = torch.log_softmax(hugging_face(input_ids=ids[None], use_cache=False).logits[0, :-1], -1)
+                counted = torch.from_numpy(np.concatenate([np.zeros(len(group.prompt), np.bool_), answer.scored]))[1:]
+                want.append(logps.gather(1, ids[1:, None])[counted, 0])
+    assert float((got - torch.cat(want)).abs().max()) <= TOLERANCE
+
+
+@pytest.mark.parametrize("case", PADDED_ONLY, ids=str)
+def test_other_architectures_are_held_to_padded_rows(case):
+    can = capabilities(make(case).config)
+    assert can.layouts == {"padded"} and case.architecture in can.reason
+
+
+@pytest.mark.parametrize("layout", SHARING)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_wrong_mask_would_be_seen(case, layout):
+    """Control: with every earlier token of the row visible, log-probs move by far more than the tolerance."""
+    model = ScoringModel(make(case), head="lm")
+    mb = pack(groups(), layout, row_tokens=200)
+    right = tensors(mb)
+    wrong = replace(right, segment=torch.zeros_like(right.segment), branch=torch.zeros_like(right.branch))
+    with torch.no_grad():
+        gap = (scored(model, right).values - scored(model, wrong).values).abs().max()
+    assert float(gap) > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.options.get("sliding_window")], ids=str)
+def test_the_window_matters_on_these_rows(case):
+    """Control: without its window the model gives other log-probs wherever the window is shorter than the rows."""
+    model = ScoringModel(make(case), head="lm")
+    rows = tensors(pack(groups(), "prefix_shared", row_tokens=200))
+    with torch.no_grad():
+        windowed = scored(model, rows).values
+        model.can = replace(model.can, window=10_000)
+        gap = float((windowed - scored(model, rows).values).abs().max())
+    assert gap == 0.0 if case.options["sliding_window"] >= 40 else gap > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if str(c) in ("llama", "mistral-window-5", "gemma2", "qwen3-mixed-window")], ids=str)
+def test_flex_attention_masks_follow_the_same_rule(case):
+    """The BlockMask's own rule at every pair of positions, against the 4-D mask, one for each kind of layer."""
+    can = capabilities(make(case).config)
+    rows = tensors(pack(groups(), "prefix_shared", row_tokens=64))
+    dense = attention_mask(rows.segment, rows.branch, rows.position_ids, "prefix_shared", can, torch.float32)
+    blocks = flex_mask(rows.segment, rows.branch, rows.position_ids, can)
+    pairs = [(blocks[kind], dense[kind]) for kind in dense] if isinstance(dense, dict) else [(blocks, dense)]
+    assert len(pairs) == (2 if can.kinds == ("full_attention", "sliding_attention") else 1)
+    b, i, j = torch.meshgrid(*(torch.arange(n) for n in (*rows.segment.shape, rows.segment.shape[1])), indexing="ij")
+    for block, mask in pairs:
+        assert torch.equal(block.mask_mod(b, torch.zeros_like(b), i, j), mask[:, 0] == 0)
+
+
+@pytest.mark.parametrize("layout", SHARING)
+@pytest.mark.parametrize("case", [CASES[0], CASES[3], Case("gemma"), Case("qwen2")], ids=str)
+def test_rewards_do_not_depend_on_the_layout(case, layout):
+    hugging_face = make(case, AutoModelForSequenceClassification, num_labels=1)
+    assert_same(ScoringModel(hugging_face, head="scalar"), layout, 64)
+
+
+def test_rewards_equal_the_models_own():
+    """A sequence at a time through the classification model, which reads the last token."""
+    hugging_face = make(CASES[0], AutoModelForSequenceClassification, num_labels=1)
+    mb = pack(groups(), "prefix_shared")
+    with torch.no_grad():
+        got: Scored = scored(ScoringModel(hugging_face, head="scalar"), tensors(mb))
+        for example, group in enumerate(groups()):
+            for k, answer in enumerate(group.branches):
+                ids = torch.from_numpy(np.concatenate([group.prompt, answer.ids]))[None]
+                assert float(hugging_face(input_ids=ids).logits) == pytest.approx(float(got.rewards[example, k]), abs=TOLERANCE)

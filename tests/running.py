@@ -1,0 +1,251 @@
+"""Runs of the program for tests: in a process of their own, or here on one shared local Ray; nothing is left behind."""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from rich.console import Console
+from safetensors.numpy import load_file
+
+from orchestrator.assemble import Outcome, train
+from orchestrator.faults import VARIABLE
+from orchestrator.recipe import load
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+TAG = "ORCHESTRATOR_TEST_RUN"
+"""Every process that a test starts, and all that those start, carry this variable with a value of that test alone."""
+FEW = "[{path: toy:%s, max_rows: 64}]"
+"""Enough rows for four steps of 16, so that the pass over the reference is short."""
+
+Fault = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+class Sandbox:
+    """A home, a Ray folder and a tag of their own for the processes of a test. address: of a running Ray to join."""
+
+    def __init__(self, root: Path, address: str | None = None) -> None:
+        self.root, self.address = root, address
+        self.tag = uuid.uuid4().hex
+        self.ray_folder = Path(tempfile.mkdtemp(prefix="o"))  # short: the path of a socket below it has 107 characters at most
+        (root / "home").mkdir(parents=True, exist_ok=True)
+        self._started: list[subprocess.Popen[bytes]] = []
+
+    def environment(self, faults: Sequence[Fault] = ()) -> dict[str, str]:
+        """Variables of the processes."""
+        inherited = {k: v for k, v in os.environ.items() if not k.startswith("RAY_") and k != VARIABLE}
+        own = {
+            TAG: self.tag,
+            "HOME": str(self.root / "home"),
+            "RAY_TMPDIR": str(self.ray_folder),
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "OMP_NUM_THREADS": "1",
+            "COLUMNS": "200",
+            **({"RAY_ADDRESS": self.address} if self.address else {}),
+            **({VARIABLE: json.dumps(list(faults))} if faults else {}),
+        }
+        return inherited | own
+
+    def start(self, *arguments: str | Path, faults: Sequence[Fault] = ()) -> "Command":
+        """Starts the program in a process group of its own."""
+        number = len(self._started)
+        out, err = self.root / f"out-{number}.txt", self.root / f"err-{number}.txt"
+        with out.open("wb") as out_file, err.open("wb") as err_file:  # files: a worker that outlives its driver would hold a pipe
+            process = subprocess.Popen(
+                [sys.executable, "-m", "orchestrator", *map(str, arguments)],
+                cwd=REPOSITORY,
+                env=self.environment(faults),
+                stdin=subprocess.DEVNULL,
+                stdout=out_file,
+                stderr=err_file,
+                start_new_session=True,
+            )
+        self._started.append(process)
+        return Command(process, out, err)
+
+    def run(self, *arguments: str | Path, faults: Sequence[Fault] = (), timeout: float = 240.0) -> Finished:
+        """Runs the program to its end."""
+        return self.start(*arguments, faults=faults).finish(timeout)
+
+    def living(self) -> dict[int, str]:
+        """Command lines of the processes that carry the tag, by process id."""
+        return {pid: _command_line(pid) for pid in _tagged(self.tag)}
+
+    def kill_all(self) -> None:
+        """SIGKILL to everything a test started: driver, Ray, workers."""
+        for pid in self.living():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+    def close(self, patience_s: float = 60.0) -> None:
+        """Ends what is left, removes the Ray folder, and fails where something outlived its driver."""
+        for process in self._started:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        left = wait_until(lambda: not self.living(), patience_s)
+        survivors = self.living()
+        self.kill_all()
+        shutil.rmtree(self.ray_folder, ignore_errors=True)
+        assert left, f"still running {patience_s:.0f} s after the driver: {survivors}"
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """A running command; out, err: files with what it has said so far."""
+
+    process: subprocess.Popen[bytes]
+    out: Path
+    err: Path
+
+    def finish(self, timeout: float = 240.0) -> Finished:
+        """Waits for the end; a command that takes longer is killed and fails the test."""
+        try:
+            code = self.process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+            pytest.fail(f"no end after {timeout:.0f} s; it said:\n{self.out.read_text()[-3000:]}\n{self.err.read_text()[-3000:]}")
+        return Finished(code, self.out.read_text(), self.err.read_text())
+
+    def wait_for(self, text: str, timeout: float = 240.0) -> None:
+        """Waits until the command has printed `text`."""
+        arrived = wait_until(lambda: text in self.out.read_text() or self.process.poll() is not None, timeout, pause_s=0.02)
+        said = self.out.read_text()
+        assert arrived and text in said, f"never said {text!r}:\n{said[-3000:]}\n{self.err.read_text()[-3000:]}"
+
+
+def wait_until(condition: Callable[[], bool], timeout: float, pause_s: float = 0.2) -> bool:
+    """True as soon as the condition holds, False if it does not within `timeout` seconds."""
+    deadline = time.monotonic() + timeout
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(pause_s)
+    return True
+
+
+def _tagged(tag: str) -> list[int]:
+    wanted = f"{TAG}={tag}".encode()
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it ended meanwhile, or is another user's; a zombie has no environment
+            if wanted in (folder / "environ").read_bytes().split(b"\0"):
+                found.append(int(folder.name))
+    return found
+
+
+def _command_line(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")[:120]
+    except OSError:
+        return "ended"
+
+
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """One local Ray for several runs, and a sandbox whose commands join it. root: where the runs' folders go."""
+
+    root: Path
+    sandbox: Sandbox
+
+    def train(self, recipe: str, folder: str, *overrides: str) -> tuple[Outcome, str]:
+        """Trains in this process; (outcome, what the user saw)."""
+        loaded = load(recipe, [*self.overrides(), *overrides]).stages[0].recipe
+        with (self.root / f"{folder}.txt").open("a+") as said:
+            outcome = train(loaded, self.root / folder, Console(file=said, width=200))
+            said.seek(0)
+            return outcome, said.read()
+
+    def overrides(self) -> list[str]:
+        """What makes a run small, and keeps it in the sandbox."""
+        return [f"reference.cache_dir={self.root / 'reference'}", "learners.cpus_per_worker=0.5"]
+
+
+@contextmanager
+def shared_ray(root: Path) -> Iterator[Shared]:
+    """Starts Ray once for all runs in this process, and ends it with everything that it started."""
+    import ray
+    import wandb
+
+    from orchestrator.cluster.placement import connect
+
+    sandbox = Sandbox(root)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in sandbox.environment().items():
+            patch.setenv(name, value)
+        patch.delenv("RAY_ADDRESS", raising=False)
+        connect()
+        sandbox.address = ray.get_runtime_context().gcs_address
+        try:
+            yield Shared(root, sandbox)
+        finally:
+            wandb.teardown()
+            ray.shutdown()
+            sandbox.close()
+
+
+@contextmanager
+def planned_faults(*faults: Fault) -> Iterator[None]:
+    """Faults of the runs in this process and their workers."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(VARIABLE, json.dumps(list(faults)))
+        yield
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    """The optimizer steps in metrics.jsonl, evaluations left out."""
+    return [line for line in every_line(folder / "metrics.jsonl") if "loss" in line]
+
+
+def every_line(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSONL file."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def steps(folder: Path) -> list[int]:
+    """The steps in metrics.jsonl, in its order."""
+    return [line["step"] for line in metrics(folder)]
+
+
+def exported_hash(folder: Path) -> str:
+    """SHA-256 of the exported weights."""
+    digest = hashlib.sha256()
+    for path in sorted((folder / "export").glob("*.safetensors")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def exported(folder: Path) -> dict[str, np.ndarray]:
+    """The exported weights by name."""
+    return {name: value for path in sorted((folder / "export").glob("*.safetensors")) for name, value in load_file(path).items()}
+
+
+def distance(one: Mapping[str, np.ndarray], other: Mapping[str, np.ndarray]) -> float:
+    """Norm of the difference over the norm of `one`."""
+    assert one.keys() == other.keys()
+    gap = sum(float(np.square(one[n] - other[n], dtype=np.float64).sum()) for n in one)
+    return float(np.sqrt(gap / sum(float(np.square(v, dtype=np.float64).sum()) for v in one.values())))
