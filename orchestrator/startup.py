@@ -41,7 +41,8 @@ def attach_reference(
     fingerprint = group.build_reference(recipe)
     root = Path(recipe.reference.cache_dir or Path.home() / ".cache" / "orchestrator" / "reference")
     cache = ReferenceCache(root.expanduser() / f"{fingerprint[:32]}-{recipe.learners.precision}")
-    groups = [*(data.groups if train else ()), *data.held_out]
+    # one after the other: an example's id is unique among the training examples, or among the held-out ones
+    sets = [groups for groups in ((data.groups if train else ()), data.held_out) if groups]
 
     def cut_groups(some: Sequence[SequenceGroup]) -> PackedBatch:
         return cut_step(some, cut)
@@ -49,10 +50,11 @@ def attach_reference(
     def score(batch: PackedBatch) -> tuple:
         return group.token_logprobs(batch, reference=True)
 
-    computed = cache.fill(groups, cut_groups, score, lambda done, of: note(f"reference log-probs: {done}/{of}"))
-    if computed < len(groups):
-        worst = cache.recheck(groups[:RECHECKED], cut_groups, score, tolerance(recipe))
-        note(f"reference log-probs: {len(groups) - computed} from the cache, {computed} computed; re-check differs by {worst:.1e}")
+    computed = sum(cache.fill(groups, cut_groups, score, lambda done, of: note(f"reference log-probs: {done}/{of}")) for groups in sets)
+    cached = sum(map(len, sets)) - computed
+    if cached:
+        worst = cache.recheck(sets[0][:RECHECKED], cut_groups, score, tolerance(recipe))
+        note(f"reference log-probs: {cached} from the cache, {computed} computed; re-check differs by {worst:.1e}")
     return cache.attach
 
 

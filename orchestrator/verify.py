@@ -24,8 +24,9 @@ from orchestrator.plan import LEGAL_SYNC, make_plan
 from orchestrator.records import Cut, Floats, Layout, SequenceGroup, Sync
 from orchestrator.roles import PerMicroBatch
 
-TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2, "fp16": 1e-2, "bf16_autocast": 2e-2}
-"""Relative; fp32's is the contract, the others were measured (tests/invariants/test_splits.py)."""
+TOLERANCE = {"fp32": 1e-5, "bf16": 5e-3, "fp16": 5e-3, "bf16_autocast": 5e-3}
+"""Relative. fp32's is the contract. bf16's is twice the 2.1e-3 measured after five steps of the tiny DPO recipe at learning
+rate 1e-3; it is the rounding of the model's own arithmetic, the same for every cut. fp16's is not measured yet (needs a GPU)."""
 
 
 @dataclass(frozen=True, slots=True)

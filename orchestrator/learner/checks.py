@@ -1,6 +1,7 @@
 """What is easily wrong in silence, looked at once at start-up, and probes that measure instead of assume."""
 
 import time
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -40,6 +41,8 @@ def head_check(learner: RankLearner, padded: MicroBatch) -> float:
 def probe_peak(learner: RankLearner, micro_batch: MicroBatch, units: LossUnits) -> int:
     """Peak bytes of a forward and backward of one micro-batch beyond what the process held before the model; the
     gradient is dropped, nothing has changed after. A collective."""
+    if learner.algorithm.couples_batch:
+        micro_batch = replace(micro_batch, coefficients=np.zeros(len(micro_batch.targets), np.float32))
     reports = learner.forward_backward([micro_batch, micro_batch], units, step=-1)
     learner.discard()
     return reports.peak_bytes

@@ -19,6 +19,14 @@ _ALL: frozenset[Layout] = frozenset({"prefix_shared", "packed", "padded"})
 Mask = Tensor | dict[str, Tensor] | None
 
 
+def attention_implementation(config: PretrainedConfig) -> str | None:
+    """What transformers should compute attention with: FlexAttention on a GPU; eager for models that cap their attention
+    logits (Gemma 2), since SDPA drops the cap in silence; elsewhere the library's own choice (None)."""
+    if torch.cuda.is_available():
+        return "flex_attention"
+    return "eager" if getattr(config.get_text_config(), "attn_logit_softcapping", None) else None
+
+
 @dataclass(frozen=True, slots=True)
 class Capabilities:
     """layouts an architecture can take, and why not all. window: sliding-window size; kinds: its kinds of attention layers."""

@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from orchestrator.config import Lora, Model
 from orchestrator.errors import ConfigError, MissingInput
+from orchestrator.models.attention import attention_implementation
 from orchestrator.models.tiny import build, byte_tokenizer, tiny_config
 
 Head = Literal["lm", "scalar"]
@@ -40,7 +41,7 @@ def load(cfg: Model, *, seed: int, head: Head, reference: bool = False) -> Loade
     else:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)  # a new scalar head is drawn here
-            model = _pretrained(cfg, auto, dtype=torch.float32, attn_implementation=_attention(), **options)
+            model = _pretrained(cfg, auto, dtype=torch.float32, attn_implementation=attention_implementation(load_config(cfg)), **options)
         name = str(cfg.path)
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
@@ -77,7 +78,7 @@ def build_fake(cfg: Model, head: Head, dtype: torch.dtype, mode: FakeTensorMode)
     if head == "scalar":
         config.num_labels = 1
     with torch.device("meta"):
-        model = auto.from_config(config, attn_implementation="sdpa", dtype=dtype)
+        model = auto.from_config(config, attn_implementation=attention_implementation(config), dtype=dtype)
         if cfg.lora is not None:
             model = _with_lora(model, cfg.lora, 0, head)
     with mode:  # peft's conversions work on meta tensors, not on fake ones
@@ -91,10 +92,6 @@ def fingerprint(model: nn.Module) -> str:
         digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
         digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def _attention() -> str:
-    return "flex_attention" if torch.cuda.is_available() else "sdpa"
 
 
 def _pretrained(cfg: Model, auto: Any, **options: Any) -> Any:

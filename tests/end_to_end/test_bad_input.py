@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.config import TinyModel
 from orchestrator.config import Model as ModelConfig
+from orchestrator.config import TinyModel
 from orchestrator.models.load import load_config, load_tokenizer
 from tests.running import Sandbox
 
@@ -31,7 +31,7 @@ CASES = (
     Bad("unknown loss", ("algorithm.loss=sigmoyd",), 78, ("sigmoyd", "did you mean", "sigmoid")),
     Bad("sync and stage", ("learners.zero_stage=3", "learners.sync=no_sync"), 78, ("no_sync", "ZeRO stage 3", "per_micro_batch")),
     Bad("bf16 at stage 0", ("learners.zero_stage=0", "learners.precision=bf16"), 78, ("bf16", "zero_stage=1")),
-    Bad("too many workers", ("learners.workers=48", "learners.cpus_per_worker=1000"), 69, ("48 workers", "CPU", "learners.workers")),
+    Bad("too many workers", ("learners.workers=4", "learners.cpus_per_worker=1000"), 69, ("4 workers", "CPU", "learners.workers")),
     Bad("little memory", ("batch.memory_limit_gb=0.001",), 69, ("it may use 0.8 MB", "weights", "learners.zero_stage")),
 )
 

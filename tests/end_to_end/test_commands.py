@@ -1,0 +1,85 @@
+"""Every command that needs no workers."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.running import FEW, Finished, Sandbox
+
+pytestmark = pytest.mark.timeout(600)
+
+
+@pytest.fixture(scope="module")
+def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sandbox]:
+    sandbox = Sandbox(tmp_path_factory.mktemp("commands"))
+    yield sandbox
+    sandbox.close()
+
+
+def succeeded(finished: Finished) -> str:
+    assert finished.code == 0, finished.err
+    return finished.out
+
+
+def test_plan_as_json(sandbox: Sandbox) -> None:
+    overrides = (f"data.train={FEW % 'preference'}", "data.eval=null", "batch.effective=48", "batch.micro_batch=6", "run.max_steps=9")
+    plan = json.loads(succeeded(sandbox.run("plan", "tiny/dpo", *overrides, "--json")))
+    assert plan["arithmetic"] == "48 pairs = 2 workers × 4 micro-batches × 6 pairs"
+    assert plan["micro_batches"] == 4
+    assert plan["total_steps"] == 9
+    assert plan["nearest"] == []
+    assert plan["cut"] == {"workers": 2, "examples": 6, "positions": None, "layout": "prefix_shared", "zero_stage": 0, "sync": "no_sync"}
+    assert {c["name"]: bool(c["reason"]) for c in plan["choices"]} == dict.fromkeys(("layout", "ZeRO stage", "sync", "micro-batch"), True)
+    assert plan["data"]["rows"] == plan["data"]["kept"] == 64
+    assert sum(count for _, count in plan["data"]["histogram"]) == 64
+    parts = {name: value for name, value in plan["memory"].items() if name != "total"}
+    assert 0 < max(parts.values()) <= plan["memory"]["total"] < plan["memory_limit"]
+    assert plan["recipe"]["learners"]["workers"] == 2
+
+
+def test_plan_names_batches_that_divide(sandbox: Sandbox) -> None:
+    said = succeeded(sandbox.run("plan", "tiny/dpo", f"data.train={FEW % 'preference'}", "data.eval=null", "batch.micro_batch=5"))
+    assert "cuts evenly at batch.effective 60 or 70" in said
+    assert "predicted memory per worker" in said
+    assert "architecture: llama" in said, "the resolved recipe"
+
+
+def test_plan_of_a_pipeline(sandbox: Sandbox) -> None:
+    said = succeeded(sandbox.run("plan", "tiny/demo"))
+    assert "200 optimizer steps of sft" in said
+    assert "dpo is planned when the stage it starts from has been trained" in said
+
+
+def test_inspect_shows_the_first_batch(sandbox: Sandbox) -> None:
+    said = succeeded(sandbox.run("inspect", "tiny/dpo", f"data.train={FEW % 'preference'}", "data.eval=null", "--examples", "2"))
+    assert said.count("example ") == 2
+
+
+def test_recipes(sandbox: Sandbox, tmp_path: Path) -> None:
+    listed = succeeded(sandbox.run("recipes", "ls"))
+    for name in ("tiny/dpo", "tiny/sft", "tiny/kto", "tiny/reward", "tiny/demo"):
+        assert name in listed
+    assert "extends: base.yaml" in succeeded(sandbox.run("recipes", "show", "tiny/dpo"))
+    succeeded(sandbox.run("recipes", "cp", "tiny/demo", tmp_path / "mine"))
+    assert sorted(p.name for p in (tmp_path / "mine").iterdir()) == ["base.yaml", "demo.yaml", "dpo.yaml", "sft.yaml"]
+    again = sandbox.run("recipes", "cp", "tiny/demo", tmp_path / "mine")
+    assert again.code == 73 and "exists already" in again.err
+    wrong = sandbox.run("recipes", "show", "tiny/dpu")
+    assert wrong.code == 66 and "tiny/dpo" in wrong.err
+
+
+def test_config_schema(sandbox: Sandbox) -> None:
+    schema = json.loads(succeeded(sandbox.run("config", "schema")))
+    assert {"extends", "run", "model", "data", "algorithm", "batch", "optimizer", "learners"} <= schema["properties"].keys()
+
+
+def test_report(sandbox: Sandbox, tmp_path: Path) -> None:
+    lines = [{"step": step, "loss": 0.7 - 0.01 * step, "grad_norm": 1.0, "learning_rate": 1e-3} for step in range(1, 9)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    said = succeeded(sandbox.run("report", tmp_path))
+    assert said.strip() == str(tmp_path / "report.html")
+    assert "<svg" in (tmp_path / "report.html").read_text()
+    missing = sandbox.run("report", tmp_path / "nowhere")
+    assert missing.code == 66 and "nowhere" in missing.err and "Traceback" not in missing.err

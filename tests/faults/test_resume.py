@@ -1,0 +1,204 @@
+"""Resume is bit-identical: a run that was killed, whoever was killed and wherever, ends with the weights of one that was not."""
+
+import os
+import random
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.running import FEW, Command, Sandbox, Shared, distance, exported, exported_hash, planned_faults, shared_ray, steps
+
+pytestmark = pytest.mark.timeout(600)
+
+STEPS = 8
+RUN = (
+    f"data.train={FEW % 'preference'}",
+    "data.eval=null",
+    f"run.max_steps={STEPS}",
+    "batch.effective=16",
+    "batch.micro_batch=4",
+    "learners.workers=2",
+    "checkpoint.every=2",
+    "optimizer.warmup_steps=0",
+    "optimizer.learning_rate=1e-2",
+    "tracking.wandb=off",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Undisturbed:
+    """A run that nothing happened to."""
+
+    folder: Path
+    digest: str
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shared]:
+    with shared_ray(tmp_path_factory.mktemp("resume")) as shared:
+        yield shared
+
+
+@pytest.fixture(scope="module")
+def undisturbed(shared: Shared) -> Undisturbed:
+    outcome, _ = shared.train("tiny/dpo", "undisturbed", *RUN)
+    assert steps(outcome.folder) == list(range(1, STEPS + 1))
+    return Undisturbed(outcome.folder, exported_hash(outcome.folder))
+
+
+def check_equal(folder: Path, undisturbed: Undisturbed) -> None:
+    """The same weights to the last bit, and every step told once."""
+    assert steps(folder) == list(range(1, STEPS + 1))
+    assert exported_hash(folder) == undisturbed.digest
+
+
+def cut_back(undisturbed: Undisturbed, folder: Path, step: int) -> Path:
+    """A copy of the run as it was when it had just written the checkpoint of `step` (one that is still there)."""
+    shutil.copytree(undisturbed.folder, folder)
+    shutil.rmtree(folder / "export")
+    for later in folder.glob("checkpoints/step_*"):
+        if int(later.name.removeprefix("step_")) > step:
+            shutil.rmtree(later)
+    return folder
+
+
+def test_worker_killed(shared: Shared, undisturbed: Undisturbed, tmp_path: Path) -> None:
+    """The supervisor starts the workers again in the same command."""
+    with planned_faults({"site": "micro_batch", "action": "kill", "step": 4, "rank": 1, "once": str(tmp_path / "killed")}):
+        outcome, said = shared.train("tiny/dpo", "worker", *RUN)
+    assert (tmp_path / "killed").exists()
+    assert "learner-1 died" in said and "restart 1 of 3" in said
+    assert said.count("step 4/8") == 1 and said.count("step 5/8") == 1, "it went on from the checkpoint of step 4"
+    check_equal(outcome.folder, undisturbed)
+
+
+def test_driver_killed_while_it_writes_checkpoints(shared: Shared, undisturbed: Undisturbed) -> None:
+    """Before the manifest, after it, and between the rename and LATEST: the same command goes on each time."""
+    folder = shared.root / "driver"
+    for site, step in (("checkpoint.written", 2), ("checkpoint.manifest", 4), ("checkpoint.renamed", 6)):
+        fault = {"site": site, "step": step, "action": "kill"}
+        finished = shared.sandbox.run("train", "tiny/dpo", *RUN, *shared.overrides(), "--output", folder, faults=[fault])
+        assert finished.code == -9, finished.err
+        assert not (folder / "export").exists()
+    assert sorted(p.name for p in folder.glob("checkpoints/step_*")) == ["step_00000002", "step_00000006"]
+    _, said = shared.train("tiny/dpo", "driver", *RUN)
+    assert "step 7/8" in said and "step 6/8" not in said
+    check_equal(folder, undisturbed)
+    assert not list(folder.glob("checkpoints/.tmp-*")), "what the crashes left was cleared away"
+
+
+def flip_bit(checkpoint: Path) -> None:
+    shard = checkpoint / "state-rank0001-0000.safetensors"
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+
+
+def truncate(checkpoint: Path) -> None:
+    shard = checkpoint / "state-rank0000-0000.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1])
+
+
+def remove_shard(checkpoint: Path) -> None:
+    (checkpoint / "state-rank0001-0000.safetensors").unlink()
+
+
+DAMAGES = [
+    (flip_bit, "state-rank0001-0000.safetensors is damaged"),
+    pytest.param(truncate, "state-rank0000-0000.safetensors is truncated", marks=pytest.mark.slow),
+    pytest.param(remove_shard, "state-rank0001-0000.safetensors is missing", marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("damage", "message"), DAMAGES)
+def test_damaged_checkpoint_is_refused_by_name(
+    shared: Shared, undisturbed: Undisturbed, damage: Callable[[Path], None], message: str
+) -> None:
+    folder = cut_back(undisturbed, shared.root / damage.__name__, STEPS)
+    damage(folder / "checkpoints" / f"step_{STEPS:08d}")
+    _, said = shared.train("tiny/dpo", folder.name, *RUN)
+    assert f"checkpoint step_{STEPS:08d} is not used: {message}" in said
+    assert "step 7/8" in said and "step 6/8" not in said, "the checkpoint before it was used"
+    check_equal(folder, undisturbed)
+
+
+RESHARDINGS = [
+    ("learners.workers=1",),
+    pytest.param(("learners.workers=4", "learners.cpus_per_worker=0.25"), marks=pytest.mark.slow),
+    ("learners.zero_stage=3",),
+]
+
+
+@pytest.mark.parametrize("cut", RESHARDINGS, ids=lambda cut: cut[0])
+def test_resharded(shared: Shared, undisturbed: Undisturbed, cut: tuple[str, ...]) -> None:
+    """Another number of workers or another ZeRO stage goes on with the same examples."""
+    folder = cut_back(undisturbed, shared.root / cut[0], 6)
+    _, said = shared.train("tiny/dpo", folder.name, *RUN, *cut)
+    assert "step 7/8" in said and "step 6/8" not in said
+    assert steps(folder) == list(range(1, STEPS + 1))
+    assert distance(exported(undisturbed.folder), exported(folder)) <= 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("after", ["1", "2"])
+def test_from_zero_3_to_a_lower_stage(shared: Shared, undisturbed: Undisturbed, after: str) -> None:
+    name = f"from-3-to-{after}"
+    fault = {"site": "checkpoint.renamed", "step": 4, "action": "kill"}
+    started = ("train", "tiny/dpo", *RUN, *shared.overrides(), "learners.zero_stage=3", "--output", shared.root / name)
+    assert shared.sandbox.run(*started, faults=[fault]).code == -9
+    shared.train("tiny/dpo", name, *RUN, f"learners.zero_stage={after}")
+    assert steps(shared.root / name) == list(range(1, STEPS + 1))
+    assert distance(exported(undisturbed.folder), exported(shared.root / name)) <= 1e-5
+
+
+def kill_something(sandbox: Sandbox, running: Command, victim: str, choice: random.Random) -> None:
+    """SIGKILL to the driver, to one learner worker, or to the driver, Ray and all workers."""
+    workers = sorted(pid for pid, name in sandbox.living().items() if name.startswith("ray::LearnerActor"))
+    if victim == "everything":
+        sandbox.kill_all()
+    elif victim == "worker" and workers:
+        os.kill(choice.choice(workers), signal.SIGKILL)
+    else:
+        running.process.kill()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_ten_random_kills(undisturbed: Undisturbed, tmp_path: Path) -> None:
+    """Ten SIGKILLs at random moments of commands with a Ray of their own, then each run is brought to its end."""
+    choice = random.Random(20)
+    folders = [tmp_path / f"run-{n}" for n in range(3)]
+    for turn in range(10):
+        folder = folders[turn % len(folders)]
+        victim = choice.choice(["driver", "worker", "everything"])
+        sandbox = Sandbox(tmp_path / f"turn-{turn}")
+        try:
+            running = sandbox.start("train", "tiny/dpo", *RUN, "learners.cpus_per_worker=0.5", "--output", folder)
+            done = last_checkpoint(folder)
+            if done < STEPS - 1 and choice.random() < 0.7:
+                running.wait_for(f"step {choice.randrange(done + 1, STEPS)}/{STEPS}")
+                time.sleep(choice.uniform(0.0, 0.1))
+            else:
+                time.sleep(choice.uniform(1.0, 15.0))
+            kill_something(sandbox, running, victim, choice)
+            assert running.finish().code in ((0, -9) if victim == "worker" else (-9,))
+        finally:
+            sandbox.close()
+    sandbox = Sandbox(tmp_path / "end")
+    try:
+        for folder in folders:
+            finished = sandbox.run("train", "tiny/dpo", *RUN, "learners.cpus_per_worker=0.5", "--output", folder)
+            assert finished.code == 0, finished.err
+            check_equal(folder, undisturbed)
+    finally:
+        sandbox.close()
+
+
+def last_checkpoint(folder: Path) -> int:
+    """The step of the newest checkpoint, 0 where there is none."""
+    return max((int(p.name.removeprefix("step_")) for p in folder.glob("checkpoints/step_*")), default=0)

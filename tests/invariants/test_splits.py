@@ -1,0 +1,129 @@
+"""The one idea, proved: an optimizer step is the same however the hardware cuts it.
+
+Every cut runs on real Ray workers and DeepSpeed ranks and is compared with one process, one batch, plain torch.
+"""
+
+import json
+import os
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from orchestrator.cluster.workers import LearnerGroup
+from orchestrator.config import Recipe
+from orchestrator.verify import TOLERANCE, Difference, Proof, run, splits
+from tests.running import shared_ray
+
+pytestmark = pytest.mark.timeout(600)
+EFFECTIVE = 32
+
+
+def write_rows(path: Path, count: int) -> None:
+    """Rows of every kind at once, of very different lengths, so that padding, packing and balancing have work to do."""
+    draw = random.Random(1)
+
+    def text(low: int, high: int) -> str:
+        return "".join(draw.choice("abcdefgh ") for _ in range(draw.randint(low, high)))
+
+    with path.open("w") as file:
+        for i in range(count):
+            pair = {"prompt": "p" + text(1, 40), "chosen": "c" + text(1, 30), "rejected": "r" + text(1, 30)}
+            file.write(json.dumps({**pair, "completion": pair["chosen"], "label": i % 3 > 0}) + "\n")
+
+
+def recipe(data: Path, algorithm: dict, **sections: dict) -> Recipe:
+    raw = {
+        "model": {"tiny": {"architecture": "llama", "hidden_size": 32, "layers": 2, "heads": 2}},
+        "data": {"train": str(data)},
+        "algorithm": algorithm,
+        "batch": {"effective": EFFECTIVE, "micro_batch": 8},
+        "optimizer": {"learning_rate": 1e-3, "warmup_steps": 3, "weight_decay": 0.01, "schedule": "cosine"},
+        "learners": {"cpus_per_worker": 0.5},
+    }
+    return Recipe.model_validate({**raw, **{name: {**raw.get(name, {}), **values} for name, values in sections.items()}})
+
+
+@pytest.fixture(scope="module")
+def ray_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with shared_ray(tmp_path_factory.mktemp("shared")):
+        yield
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    write_rows(path, 10 * EFFECTIVE)
+    return path
+
+
+@pytest.fixture(scope="module")
+def two_workers(ray_session: None) -> Iterator[LearnerGroup]:
+    learners = Recipe.model_validate(
+        {
+            "model": {"tiny": {}},
+            "data": {"train": "toy:sft"},
+            "algorithm": {"name": "sft"},
+            "optimizer": {"learning_rate": 1},
+            "learners": {"workers": 2, "cpus_per_worker": 0.5},
+        }
+    ).learners
+    with LearnerGroup(learners) as group:
+        yield group
+
+
+def worst(differences: list[Difference]) -> tuple[float, float, float]:
+    return max(d.loss for d in differences), max(d.grad_norm for d in differences), max(d.weights for d in differences)
+
+
+@pytest.mark.parametrize("everything", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["covering", "all"])
+def test_every_cut_takes_the_same_ten_steps(ray_session: None, data: Path, everything: bool) -> None:
+    """workers 1, 2, 4 × ZeRO 0-3 × every legal sync policy (21 engines), each with one of two micro-batch sizes × three
+    layouts in turn, or (slow) with all of them: 126 cuts."""
+    workers = [n for n in (1, 2, 4) if n * 0.5 <= (os.cpu_count() or 1)]
+    differences = list(run(recipe(data, {"name": "dpo"}), steps=10, workers=workers, everything=everything))
+    assert len(differences) == (42 if everything else 7) * len(workers)
+    bad = [d for d in differences if not d.within(TOLERANCE["fp32"])]
+    assert not bad, bad
+    print(f"{len(differences)} cuts: loss {worst(differences)[0]:.1e}, grad norm {worst(differences)[1]:.1e}, weights {worst(differences)[2]:.1e}")
+
+
+@pytest.mark.parametrize(
+    "algorithm",
+    [
+        {"name": "sft"},
+        {"name": "reward", "reward_centring": 0.01},
+        {"name": "kto"},
+        {"name": "dpo", "loss": "aot", "label_smoothing": 0.1},
+        {"name": "dpo", "loss": {"sigmoid": 0.8, "bco_pair": 0.2, "sft": 1.0}, "ld_alpha": 0.5},
+        {"name": "orpo"},
+    ],
+    ids=lambda a: a["name"] + (f"-{a['loss']}" if isinstance(a.get("loss"), str) else "-mix" if "loss" in a else ""),
+)
+def test_each_family_is_independent_of_the_cut(two_workers: LearnerGroup, data: Path, algorithm: dict) -> None:
+    proof = Proof.of(recipe(data, algorithm, learners={"workers": 2}), steps=3)
+    baseline = proof.plain()
+    for cut in splits(proof.planned, EFFECTIVE, "fp32", [2], everything=False):
+        difference = baseline.difference(proof.split(cut, two_workers), cut)
+        assert difference.within(TOLERANCE["fp32"]), difference
+
+
+def test_bf16_stays_within_its_stated_bound(two_workers: LearnerGroup, data: Path) -> None:
+    proof = Proof.of(recipe(data, {"name": "dpo"}, learners={"workers": 2, "precision": "bf16"}), steps=5)
+    baseline = proof.plain()
+    differences = [
+        baseline.difference(proof.split(cut, two_workers), cut) for cut in splits(proof.planned, EFFECTIVE, "bf16", [2], everything=False)
+    ]
+    assert {d.cut.zero_stage for d in differences} == {1, 2, 3}
+    assert all(d.within(TOLERANCE["bf16"]) for d in differences), differences
+    print(f"bf16: loss {worst(differences)[0]:.1e}, weights {worst(differences)[2]:.1e}")
+
+
+def test_a_wrong_normaliser_would_be_seen(two_workers: LearnerGroup, data: Path) -> None:
+    """The proof can fail: a loss averaged per micro-batch, the usual mistake, is far above the tolerance."""
+    proof = Proof.of(recipe(data, {"name": "sft"}, learners={"workers": 2}), steps=2)
+    baseline = proof.plain()
+    (cut, *_) = splits(proof.planned, EFFECTIVE, "fp32", [2], everything=False)
+    halves = Proof(proof.recipe, proof.algorithm, proof.data, tuple(s[: EFFECTIVE // 2] for s in proof.steps), proof.planned)
+    assert not baseline.difference(halves.split(cut, two_workers), cut).within(TOLERANCE["fp32"])
