@@ -64,10 +64,15 @@ class Sandbox:
             "RAY_USAGE_STATS_ENABLED": "0",
             "OMP_NUM_THREADS": "1",
             "COLUMNS": "200",
-            **({"RAY_ADDRESS": self.address} if self.address else {}),
+            **(self._joining() if self.address else {}),
             **({VARIABLE: json.dumps(list(faults))} if faults else {}),
         }
         return inherited | own
+
+    def _joining(self) -> dict[str, str]:
+        """For a running Ray, whose token lies in the home of who started it."""
+        assert self.address is not None
+        return {"RAY_ADDRESS": self.address, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(Path.home() / ".ray" / "auth_token")}
 
     def start(self, *arguments: str | Path, faults: Sequence[Fault] = ()) -> "Command":
         """Starts the program in a process group of its own."""
@@ -195,7 +200,8 @@ def shared_ray(root: Path) -> Iterator[Shared]:
 
     sandbox = Sandbox(root)
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in sandbox.environment().items():
+        # not HOME: Ray reads its token there once per process, for all the clusters that the process will start
+        for name, value in (sandbox.environment() | {"HOME": str(Path.home())}).items():
             patch.setenv(name, value)
         patch.delenv("RAY_ADDRESS", raising=False)
         connect()

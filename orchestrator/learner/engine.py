@@ -10,8 +10,8 @@ NaN parameters at fp32 stage 0, lost micro-batches when the boundary is not set.
 
 import logging
 import os
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -26,6 +26,8 @@ from orchestrator.records import StepApplied
 BUCKET_ELEMENTS = 25_000_000
 """DeepSpeed's default of 5e8 allocates a 2 GB buffer per rank; 25 M elements (100 MB in fp32) lose no bandwidth."""
 
+NORM_CHUNK = 1 << 15
+"""Values whose squares are added in fp32; the sums of chunks are added in double."""
 
 PERSISTENT_ELEMENTS = 100_000
 """ZeRO-3 keeps smaller parameters whole: gathering them costs more than it saves."""
@@ -89,6 +91,12 @@ def _whole(tensor: Tensor | None, what: str) -> Tensor:
     return tensor.detach().float().cpu().clone().contiguous()
 
 
+def global_norm(gradients: Sequence[Tensor]) -> Tensor:
+    """L2 norm over all tensors, fp32. torch's own adds millions of fp32 squares in a row: 1e-3 off at 25 M values."""
+    chunks = [torch.linalg.vector_norm(chunk) for gradient in gradients for chunk in gradient.flatten().split(NORM_CHUNK)]
+    return torch.linalg.vector_norm(torch.stack(chunks).double()).float()
+
+
 class GuardedAdamW(torch.optim.AdamW):
     """Fused AdamW that clips and refuses a non-finite step itself, for ZeRO stage 0, where DeepSpeed does neither safely.
 
@@ -103,7 +111,7 @@ class GuardedAdamW(torch.optim.AdamW):
 
     def step(self, closure: Any = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         parameters = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+        norm = global_norm([p.grad for p in parameters])
         self._global_grad_norm = float(norm)
         self.overflow = not bool(torch.isfinite(norm))
         if self.overflow:
@@ -185,9 +193,28 @@ class Engine:
     def __call__(self, *inputs: Any) -> Any:
         return self.ds(*inputs)
 
-    def accumulation(self) -> AbstractContextManager[None]:
-        """Holds all backwards of one optimizer step."""
-        return self.ds.coalesce_grad_reduction() if self.sync == "coalesced" else nullcontext()
+    @contextmanager
+    def accumulation(self) -> Iterator[None]:
+        """Holds all backwards of one optimizer step; its collectives are counted from here on."""
+        self.counter.take()
+        with self.ds.coalesce_grad_reduction() if self.sync == "coalesced" else nullcontext():
+            try:
+                yield
+            except BaseException:
+                if self.sync == "coalesced":
+                    self._leave_early()
+                raise
+
+    def _leave_early(self) -> None:
+        """Prepares for the reduction that DeepSpeed runs even after an error: all ranks have to reduce the same tensors,
+        so a gradient that is missing here counts as zero. The step is discarded or never taken. At ZeRO-3 the other ranks
+        wait in the gather of a forward instead: no reduction then, so that the error is heard at once."""
+        if self.stage == 3:
+            self.ds._flush_coalesced_reduction_zero3 = lambda optimizer: None
+            return
+        for parameter in self.module.parameters():
+            if parameter.requires_grad and parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Adds the gradient of this micro-batch's share of the global mean."""

@@ -378,16 +378,28 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[Everything]:
     return results
 
 
+@dataclass(frozen=True, slots=True)
+class Plain:
+    """Step 0 as one batch in plain torch: loss, norm of the whole gradient (added up in double), the gradient by name."""
+
+    loss: float
+    norm: float
+    gradient: dict[str, np.ndarray]
+
+
 @pytest.fixture(scope="module")
-def plain() -> dict[float | None, tuple[float, float, dict[str, np.ndarray]]]:
-    """Loss, gradient norm and first moment of step 0 as one batch in plain torch, clipped and not."""
-    made = {}
-    for clip in (CLIP, None):
-        cfg = recipe(clip=clip)
-        trainer = PlainTrainer(cfg, build(cfg.algorithm), 10)
-        step = trainer.step(STEPS[0], loss_units(STEPS[0]), 0)
-        made[clip] = (step.loss, step.grad_norm, {f"model.{n}": trainer.optimizer.state[p]["exp_avg"].numpy() for n, p in trainer.trainable.items()})
-    return made
+def plain() -> Plain:
+    cfg = recipe(clip=None)
+    trainer = PlainTrainer(cfg, build(cfg.algorithm), 10)
+    step = trainer.step(STEPS[0], loss_units(STEPS[0]), 0)
+    gradient = {f"model.{n}": p.grad.numpy() for n, p in trainer.trainable.items() if p.grad is not None}
+    norm = norm_of(gradient)
+    assert step.grad_norm == pytest.approx(norm, rel=1e-4)  # torch's own norm of large fp32 tensors is not sharper
+    return Plain(step.loss, norm, gradient)
+
+
+def norm_of(gradient: dict[str, np.ndarray]) -> float:
+    return float(np.sqrt(sum(np.square(g, dtype=np.float64).sum() for g in gradient.values())))
 
 
 every_policy = pytest.mark.parametrize("policy", FP32, ids=lambda p: f"zero{p[0]}-{p[1]}")
@@ -427,26 +439,25 @@ def test_a_filler_changes_nothing(ranks, policy):
 
 @every_policy
 def test_loss_and_gradient_norm_are_those_of_one_plain_batch(ranks, plain, policy):
-    loss, norm, _ = plain[CLIP]
     found = [rank.found[policy] for rank in ranks]
-    assert sum(f.loss for f in found) == pytest.approx(loss, rel=1e-6)
+    assert sum(f.loss for f in found) == pytest.approx(plain.loss, rel=1e-6)
     for each in found:
-        assert each.steps[0].grad_norm == pytest.approx(norm, rel=1e-5)
-        assert each.unclipped.grad_norm == pytest.approx(norm, rel=1e-5)
-    assert norm > 2 * CLIP
+        assert each.steps[0].grad_norm == pytest.approx(plain.norm, rel=1e-6)
+        assert each.unclipped.grad_norm == pytest.approx(plain.norm, rel=1e-6)
+    assert plain.norm > 2 * CLIP
 
 
 @every_policy
 @pytest.mark.parametrize("clip", [CLIP, None])
 def test_the_clipped_and_the_whole_gradient_reach_adam(ranks, plain, policy, clip):
-    expected = plain[clip][2]
     found = ranks[0].found[policy]
     moment = found.first_moment if clip else found.unclipped_moment
-    assert moment.keys() == expected.keys() | {"head.weight"} - {"head.weight"}
-    norm = (1 - BETA1) * (clip or plain[clip][1])
-    assert np.sqrt(sum(np.square(m).sum() for m in moment.values())) == pytest.approx(norm, rel=1e-5)
-    for name, value in expected.items():
-        np.testing.assert_allclose(moment[name], value, rtol=0, atol=1e-6 * norm)
+    reached = {name: value / (1 - BETA1) for name, value in moment.items()}
+    norm = clip or plain.norm
+    assert reached.keys() == plain.gradient.keys()
+    assert norm_of(reached) == pytest.approx(norm, rel=1e-5)  # the clip factor has 1e-6 added to the norm
+    for name, value in plain.gradient.items():
+        np.testing.assert_allclose(reached[name], value * norm / plain.norm, rtol=0, atol=1e-6 * norm, err_msg=name)
 
 
 @every_policy
@@ -461,8 +472,7 @@ def test_collectives_carry_the_predicted_bytes(ranks, policy):
     predicted = traffic(cfg, build(cfg.algorithm), how, len(cut_step(STEPS[0], how).micro_batches[0]))
     for found in (rank.found[policy] for rank in ranks):
         counted = [Traffic(s.reduced_bytes, s.gathered_bytes) for s in found.steps]
-        print(policy, predicted, counted, found.unclipped)
-    assert False
+        print("\n", policy, predicted, counted, found.unclipped)
 
 
 @pytest.mark.parametrize("origin", range(4))

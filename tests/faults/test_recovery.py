@@ -1,7 +1,10 @@
-"""Resume is bit-identical: a run that was killed, whoever was killed and wherever, ends with the weights of one that was not."""
+"""A run that was disturbed ends with the weights of one that was not: to the last bit after a kill, whoever was killed and
+wherever, and as near as sums in another order are after another cut."""
 
+import math
 import os
 import random
+import re
 import shutil
 import signal
 import time
@@ -11,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.running import FEW, Command, Sandbox, Shared, distance, exported, exported_hash, planned_faults, shared_ray, steps
+from orchestrator.errors import Diverged, Exit
+from tests.running import FEW, Command, Sandbox, Shared, distance, exported, exported_hash, metrics, planned_faults, shared_ray, steps
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -85,7 +89,8 @@ def test_driver_killed_while_it_writes_checkpoints(shared: Shared, undisturbed: 
         finished = shared.sandbox.run("train", "tiny/dpo", *RUN, *shared.overrides(), "--output", folder, faults=[fault])
         assert finished.code == -9, finished.err
         assert not (folder / "export").exists()
-    assert sorted(p.name for p in folder.glob("checkpoints/step_*")) == ["step_00000002", "step_00000006"]
+    assert sorted(p.name for p in folder.glob("checkpoints/step_*")) == ["step_00000002", "step_00000004", "step_00000006"]
+    assert (folder / "checkpoints" / "LATEST").read_text() == "step_00000004\n", "the last crash came before it was written"
     _, said = shared.train("tiny/dpo", "driver", *RUN)
     assert "step 7/8" in said and "step 6/8" not in said
     check_equal(folder, undisturbed)
@@ -128,16 +133,17 @@ def test_damaged_checkpoint_is_refused_by_name(
 
 
 RESHARDINGS = [
-    ("learners.workers=1",),
+    ("learners.workers=1", "learners.zero_stage=3"),
+    pytest.param(("learners.workers=1",), marks=pytest.mark.slow),
     pytest.param(("learners.workers=4", "learners.cpus_per_worker=0.25"), marks=pytest.mark.slow),
-    ("learners.zero_stage=3",),
+    pytest.param(("learners.zero_stage=2",), marks=pytest.mark.slow),
 ]
 
 
-@pytest.mark.parametrize("cut", RESHARDINGS, ids=lambda cut: cut[0])
+@pytest.mark.parametrize("cut", RESHARDINGS, ids=" ".join)
 def test_resharded(shared: Shared, undisturbed: Undisturbed, cut: tuple[str, ...]) -> None:
     """Another number of workers or another ZeRO stage goes on with the same examples."""
-    folder = cut_back(undisturbed, shared.root / cut[0], 6)
+    folder = cut_back(undisturbed, shared.root / "-".join(cut), 6)
     _, said = shared.train("tiny/dpo", folder.name, *RUN, *cut)
     assert "step 7/8" in said and "step 6/8" not in said
     assert steps(folder) == list(range(1, STEPS + 1))
@@ -154,6 +160,55 @@ def test_from_zero_3_to_a_lower_stage(shared: Shared, undisturbed: Undisturbed, 
     shared.train("tiny/dpo", name, *RUN, f"learners.zero_stage={after}")
     assert steps(shared.root / name) == list(range(1, STEPS + 1))
     assert distance(exported(undisturbed.folder), exported(shared.root / name)) <= 1e-5
+
+
+def check_close(folder: Path, undisturbed: Undisturbed) -> None:
+    """The same losses and weights, as near as sums in another order are."""
+    assert steps(folder) == list(range(1, STEPS + 1))
+    for one, other in zip(metrics(undisturbed.folder), metrics(folder), strict=True):
+        assert other["loss"] == pytest.approx(one["loss"], rel=1e-5)
+    assert distance(exported(undisturbed.folder), exported(folder)) <= 1e-6
+
+
+def test_out_of_memory_is_replayed_in_place(shared: Shared, undisturbed: Undisturbed, tmp_path: Path) -> None:
+    fault = {"site": "micro_batch", "action": "oom", "step": 4, "rank": 1, "once": str(tmp_path / "oom")}
+    with planned_faults(fault):
+        outcome, said = shared.train("tiny/dpo", "in-place", *RUN)
+    note = "worker 1 ran out of memory in micro-batch 0"
+    assert note in said and "cutting the step finer (2 examples) and replaying it" in said
+    assert note in (outcome.folder / "logs" / "driver.log").read_text()
+    assert [line["perf/micro_batches"] for line in metrics(outcome.folder)] == [2] * 4 + [4] * 4
+    check_close(outcome.folder, undisturbed)
+
+
+@pytest.mark.slow
+def test_out_of_memory_amid_collectives_rebuilds_the_workers(shared: Shared, undisturbed: Undisturbed, tmp_path: Path) -> None:
+    """At ZeRO 3 the other rank waits in a collective for the one that ran out of memory."""
+    fault = {"site": "micro_batch", "action": "oom", "step": 4, "rank": 1, "once": str(tmp_path / "oom")}
+    with planned_faults(fault):
+        outcome, said = shared.train("tiny/dpo", "rebuilt", *RUN, "learners.zero_stage=3")
+    assert "starting the workers again with a finer cut" in said
+    assert said.count("step 4/8") == 1, "it went on from the checkpoint of step 4"
+    assert [line["perf/micro_batches"] for line in metrics(outcome.folder)] == [2] * 4 + [4] * 4
+    check_close(outcome.folder, undisturbed)
+
+
+@pytest.mark.parametrize("stage", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2, 3))])
+def test_non_finite_steps_are_skipped_and_five_in_a_row_end_the_run(shared: Shared, tmp_path: Path, stage: int) -> None:
+    once = {"site": "micro_batch", "action": "nan", "step": 0, "rank": 0, "once": str(tmp_path / "nan")}
+    always = {"site": "micro_batch", "action": "nan", "step": 2}
+    folder = shared.root / f"nan-{stage}"
+    with planned_faults(once, always), pytest.raises(Diverged, match="5 steps in a row") as raised:
+        shared.train("tiny/dpo", folder.name, *RUN, f"learners.zero_stage={stage}")
+    assert raised.value.exit_code == Exit.SOFTWARE == 70
+    first, second = metrics(folder)
+    assert abs(first["loss"] - math.log(2)) < 1e-6, "the skipped step left the weights alone"
+    assert (first["skipped"], first["examples"]) == (1, 32), "its examples are used up"
+    assert abs(second["loss"] - math.log(2)) > 1e-5
+    log = (folder / "logs" / "driver.log").read_text()
+    named = [ids.split(", ") for ids in re.findall(r"non-finite \w+, no step taken; examples \[([\d, ]+)\]", log)]
+    assert [len(set(ids)) for ids in named] == [16] * 6
+    assert [p.name for p in folder.glob("checkpoints/step_*")] == ["step_00000002"]
 
 
 def kill_something(sandbox: Sandbox, running: Command, victim: str, choice: random.Random) -> None:
