@@ -15,19 +15,19 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, get_args
+from typing import Any, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from orchestrator.config import NAME_PATTERN, Recipe
 from orchestrator.errors import ConfigError, MissingInput
+from orchestrator.strict_yaml import Dumper, Key, parse
 
 STAGE = "stage:"
 SHARED_PART = "base"  # a shipped file of this name is extended by recipes and is no recipe by itself
 
 _OVERRIDE = re.compile(r"(?:(?P<stage>[A-Za-z0-9][A-Za-z0-9._-]*):)?(?P<key>[A-Za-z_]\w*(?:\.\w+)*)=(?P<value>.*)", re.DOTALL)
-_Key = tuple[str | int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,7 @@ class _Draft:
     """A mapping before validation. origins: where each key was written, "file:line" or "override `a.b=c`"."""
 
     data: dict[str, Any]
-    origins: dict[_Key, str]
+    origins: dict[Key, str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +126,7 @@ def parts(file: Path) -> tuple[Path, ...]:
 
 def dump(recipe: Recipe) -> str:
     """The whole recipe as YAML, defaults included; `load` gives back an equal recipe."""
-    return yaml.dump(recipe.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+    return yaml.dump(recipe.model_dump(mode="json"), Dumper=Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
 def fingerprint(recipe: Recipe, data_fingerprint: str, model_fingerprint: str) -> str:
@@ -149,87 +149,17 @@ def json_schema() -> dict[str, Any]:
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "properties": {"extends": extends, **schema["properties"]}}
 
 
-# ---- YAML: the 1.2 core types (`off` and `no` are text, `1e-5` is a number), no repeated keys, no aliases
-
-
-def _resolvers() -> dict[str, list[tuple[str, re.Pattern[str]]]]:
-    """PyYAML's table, first character -> [(type, pattern)], tried in order."""
-    types = (
-        ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
-        ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
-        ("int", r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", list("-+0123456789")),
-        ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", list("-+.0123456789")),
-    )
-    table: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
-    for name, pattern, starts in types:
-        for start in starts:
-            table.setdefault(start, []).append((f"tag:yaml.org,2002:{name}", re.compile(rf"(?:{pattern})\Z")))
-    return table
-
-
-class _Loader(yaml.SafeLoader):
-    yaml_implicit_resolvers: ClassVar = _resolvers()
-
-    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.MarkedYAMLError(problem="aliases (*name) are not read; use `extends`", problem_mark=self.peek_event().start_mark)
-        return super().compose_node(parent, index)
-
-    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        node = super().compose_mapping_node(anchor)
-        lines: dict[str, int] = {}
-        for key, _ in node.value:
-            if key.tag != "tag:yaml.org,2002:str":
-                raise yaml.MarkedYAMLError(problem=f"the key {key.value!r} is not text; quote it", problem_mark=key.start_mark)
-            if key.value in lines:
-                raise yaml.MarkedYAMLError(problem=f"the key {key.value!r} is already set in line {lines[key.value]}", problem_mark=key.start_mark)
-            lines[key.value] = key.start_mark.line + 1
-        return node
-
-    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
-        text = str(self.construct_scalar(node))
-        return int(text, {"0x": 16, "0o": 8}.get(text[:2], 10))
-
-
-_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
-
-
-class _Dumper(yaml.SafeDumper):
-    yaml_implicit_resolvers: ClassVar = _resolvers()  # quotes exactly what the loader would not read back as text
-
-
-def _parse(text: str, name: str) -> tuple[Any, dict[_Key, str]]:
-    """The value of a YAML text and where each of its keys stands, "name:line". ConfigError names line and column."""
-    try:
-        loader = _Loader(text)
-        node = loader.get_single_node()
-        return (None, {}) if node is None else (loader.construct_document(node), {k: f"{name}:{line}" for k, line in _lines(node, ())})
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark
-        raise ConfigError(f"{name}{f':{mark.line + 1}:{mark.column + 1}' if mark else ''}: {error.problem or error.context}") from error
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise ConfigError(f"{name}: not readable as YAML", why=str(error).splitlines()[0]) from error
-
-
-def _lines(node: yaml.Node, path: _Key) -> Iterator[tuple[_Key, int]]:
-    children = node.value if isinstance(node, yaml.MappingNode | yaml.SequenceNode) else ()
-    for i, child in enumerate(children):
-        key, value, mark = (child[0].value, child[1], child[0]) if isinstance(child, tuple) else (i, child, child)
-        yield (*path, key), mark.start_mark.line + 1
-        yield from _lines(value, (*path, key))
+# ---- extends and overrides
 
 
 def _parse_file(file: Path) -> _Draft:
     try:
-        data, origins = _parse(file.read_text(encoding="utf-8"), str(file))
+        data, origins = parse(file.read_text(encoding="utf-8"), str(file))
     except UnicodeDecodeError as error:
         raise ConfigError(f"{file}: not UTF-8 at byte {error.start}", fix="save the file as UTF-8") from error
     if not isinstance(data, dict):
         raise ConfigError(f"{file}: holds no recipe", why="a recipe is a mapping of sections", fix="see `orchestrator recipes show tiny/dpo`")
     return _Draft(data, origins)
-
-
-# ---- extends and overrides
 
 
 def _extend(draft: _Draft, file: Path, chain: tuple[Path, ...]) -> _Draft:
@@ -282,7 +212,7 @@ def _parse_override(text: str) -> _Override:
     match = _OVERRIDE.fullmatch(text)
     if match is None:
         raise ConfigError(f"override `{text}` is not of the form key=value", fix="write e.g. batch.effective=64; give a list as a whole")
-    value, _ = _parse(match["value"], f"override `{text}`")
+    value, _ = parse(match["value"], f"override `{text}`")
     return _Override(text, match["stage"], tuple(match["key"].split(".")), value)
 
 
@@ -410,8 +340,8 @@ def _section(section: type[BaseModel] | None, key: str | int) -> type[BaseModel]
 
 
 def _problems(error: ValidationError, draft: _Draft) -> list[str]:
-    must: dict[_Key, list[str]] = {}
-    said: dict[_Key, str] = {}
+    must: dict[Key, list[str]] = {}
+    said: dict[Key, str] = {}
     for item in error.errors():
         path, kind = _path(item["loc"], draft.data, item["type"] == "missing"), item["type"]
         if kind in _MUST_BE:
@@ -430,7 +360,7 @@ def _problems(error: ValidationError, draft: _Draft) -> list[str]:
     return lines
 
 
-def _path(location: _Key, data: Any, missing: bool) -> _Key:
+def _path(location: Key, data: Any, missing: bool) -> Key:
     """pydantic's location without the names of union branches, which are no keys of the data."""
     path: list[str | int] = []
     for i, part in enumerate(location):
@@ -447,7 +377,7 @@ def _holds(data: Any, part: str | int) -> bool:
     return isinstance(data, dict) and part in data
 
 
-def _suggestion(path: _Key) -> str:
+def _suggestion(path: Key) -> str:
     """The words ", did you mean …?": close keys of the same section, else the same key in another section."""
     section: type[BaseModel] | None = Recipe
     for part in path[:-1]:
@@ -466,7 +396,7 @@ def _all_keys(section: type[BaseModel], prefix: str) -> Iterator[str]:
             yield from _all_keys(inner, f"{prefix}{key}.")
 
 
-def _dotted(path: _Key) -> str:
+def _dotted(path: Key) -> str:
     return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).removeprefix(".")
 
 

@@ -1,9 +1,12 @@
 """Where workers live: a local or existing Ray cluster, and one placement group per worker group."""
 
 import os
+import signal
 import stat
 import tempfile
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +26,11 @@ def connect() -> None:
     """Joins the cluster of RAY_ADDRESS (set inside `ray job submit`), or starts a local Ray without a dashboard."""
     if ray.is_initialized():
         return
+    with _own_signals():
+        _init()
+
+
+def _init() -> None:
     quiet = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": False}
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     if os.environ.get("RAY_ADDRESS"):
@@ -36,6 +44,16 @@ def connect() -> None:
         **quiet,
     )
     _protect_token()
+
+
+@contextmanager
+def _own_signals() -> Iterator[None]:
+    """Keeps this process's handlers: Ray puts its crash handler in their place, and SIGTERM would abort the run."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    if threading.current_thread() is threading.main_thread():
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _protect_token() -> None:

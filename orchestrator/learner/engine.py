@@ -26,7 +26,7 @@ from orchestrator.records import StepApplied
 BUCKET_ELEMENTS = 25_000_000
 """DeepSpeed's default of 5e8 allocates a 2 GB buffer per rank; 25 M elements (100 MB in fp32) lose no bandwidth."""
 
-NORM_CHUNK = 1 << 15
+NORM_CHUNK = 1 << 12
 """Values whose squares are added in fp32; the sums of chunks are added in double."""
 
 PERSISTENT_ELEMENTS = 100_000
@@ -93,8 +93,11 @@ def _whole(tensor: Tensor | None, what: str) -> Tensor:
 
 def global_norm(gradients: Sequence[Tensor]) -> Tensor:
     """L2 norm over all tensors, fp32. torch's own adds millions of fp32 squares in a row: 1e-3 off at 25 M values."""
-    chunks = [torch.linalg.vector_norm(chunk) for gradient in gradients for chunk in gradient.flatten().split(NORM_CHUNK)]
-    return torch.linalg.vector_norm(torch.stack(chunks).double()).float()
+    norms = []
+    for flat in (gradient.flatten() for gradient in gradients):
+        whole = len(flat) - len(flat) % NORM_CHUNK
+        norms += [torch.linalg.vector_norm(flat[:whole].view(-1, NORM_CHUNK), dim=1), torch.linalg.vector_norm(flat[whole:])[None]]
+    return torch.linalg.vector_norm(torch.cat(norms).double()).float()
 
 
 class GuardedAdamW(torch.optim.AdamW):
@@ -131,6 +134,7 @@ def deepspeed_config(learners: Learners, optimizer: Optimizer, stage: int, sync:
     }
     if stage == 3:
         zero["stage3_param_persistence_threshold"] = PERSISTENT_ELEMENTS
+        zero["stage3_max_reuse_distance"] = 0
     if learners.offload.optimizer != "none":
         zero["offload_optimizer"] = {"device": learners.offload.optimizer, "pin_memory": True}
     if learners.offload.parameters != "none":

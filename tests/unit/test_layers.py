@@ -13,7 +13,7 @@ PACKAGE = ROOT / "orchestrator"
 
 FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"__init__", "errors", "config", "records", "roles", "faults"}),
-    frozenset({"objectives", "checkpoints"}),
+    frozenset({"objectives", "checkpoints", "strict_yaml"}),
     frozenset({"data", "models", "observe", "algorithms", "recipe"}),
     frozenset({"learner", "cut", "dataset", "memory_model"}),
     frozenset({"plan"}),
