@@ -153,6 +153,7 @@ def _offline_plan(job: Job) -> OfflinePlan:
         save_every=recipe.checkpoint.every,
         reference_sync_every=recipe.algorithm.reference_sync_every,
         reference_sync_alpha=recipe.algorithm.reference_sync_alpha,
+        gradient_bytes=job.plan.traffic.per_reduction,
         anchor_tolerance=(1e-5 if exact else 3e-2) if starts_as_reference else None,
     )
 

@@ -54,10 +54,11 @@ class MemoryEstimate:
 
 @dataclass(frozen=True, slots=True)
 class Traffic:
-    """Bytes per rank and optimizer step: gradients into reductions, parameters gathered."""
+    """Bytes per rank and optimizer step: gradients into reductions, parameters gathered; per_reduction: of one of them."""
 
     reduced: int
     gathered: int
+    per_reduction: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,9 +174,9 @@ def _optimizer_bytes(recipe: Recipe, cut: Cut, trainable: int, element: int) -> 
 def traffic(recipe: Recipe, algorithm: Algorithm, cut: Cut, micro_batches: int) -> Traffic:
     """What a rank sends in one step of `micro_batches`; compared with the counted bytes by tests/invariants."""
     if cut.workers == 1:
-        return Traffic(0, 0)
+        return Traffic(0, 0, 0)
     sizes = parameter_counts(fake_model(recipe, algorithm, FakeTensorMode(allow_non_fake_inputs=True)))
     element = 2 if recipe.learners.precision in ("bf16", "fp16") else 4
     reductions = micro_batches if cut.sync == "per_micro_batch" else 1
     gathered = {0: 0, 1: sizes.trainable, 2: sizes.trainable, 3: sizes.trainable - sizes.partitioned + 2 * micro_batches * sizes.partitioned}
-    return Traffic(4 * sizes.trainable * reductions, element * gathered[cut.zero_stage])
+    return Traffic(4 * sizes.trainable * reductions, element * gathered[cut.zero_stage], 4 * sizes.trainable)

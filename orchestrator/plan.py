@@ -82,9 +82,9 @@ class Plan:
     mean_length: int
 
     def to_json(self) -> dict[str, Any]:
-        fields = {name: getattr(self, name) for name in ("algorithm", "micro_batches", "total_steps", "arithmetic", "nearest", "memory_limit")}
+        plain = ("algorithm", "micro_batches", "total_steps", "arithmetic", "nearest", "memory_limit", "mean_length")
         return {
-            **fields,
+            **{name: getattr(self, name) for name in plain},
             "cut": asdict(self.cut),
             "choices": [asdict(c) for c in self.choices],
             "data": asdict(self.data),
@@ -243,7 +243,7 @@ def _fit(recipe: Recipe, algorithm: Algorithm, steps: list[Sequence[SequenceGrou
     choices.append(Choice("ZeRO stage", str(stage), why if learners.zero_stage == "auto" else "set in the recipe"))
     choices.append(Choice("sync", sync, reason))
     if cut is None:
-        cut = _smallest(recipe, Cut(learners.workers, None, None, layout, stage, sync))
+        cut = _given(recipe, Cut(learners.workers, None, None, layout, stage, sync))
     choices.append(_micro_batch_choice(recipe, cut))
     return cut
 
@@ -266,30 +266,34 @@ def _sync(recipe: Recipe, stage: int) -> tuple[Sync, str]:
 
 
 def _budget(recipe: Recipe, algorithm: Algorithm, steps: list[Sequence[SequenceGroup]], cut: Cut, limit: int) -> Cut | None:
-    """The cut with the recipe's micro-batch, or the largest whose predicted memory fits; None where nothing does."""
+    """The cut with the recipe's micro-batch, or with the largest that fits the predicted memory; None where nothing does."""
     batch = recipe.batch
-    if batch.micro_batch_tokens is not None:
-        return replace(cut, positions=batch.micro_batch_tokens)
-    if batch.micro_batch != "auto":
-        return replace(cut, examples=batch.micro_batch)
+
+    def fits(candidate: Cut) -> bool:
+        return estimate(recipe, algorithm, candidate, largest_micro_batch(steps, candidate)).total <= limit
+
+    if batch.micro_batch_tokens is not None or batch.micro_batch != "auto":
+        given = _given(recipe, cut)
+        return given if fits(given) else None
     cap = GPU_POSITIONS if recipe.learners.gpus_per_worker else CPU_POSITIONS
     most = max(cost(list(step), cut.layout) for step in steps)
     longest = max(cost([g], cut.layout) for step in steps for g in step)
     positions = max(longest, min(cap, -(-most // cut.workers)))
     while True:
         candidate = replace(cut, positions=positions)
-        if estimate(recipe, algorithm, candidate, largest_micro_batch(steps, candidate)).total <= limit:
+        if fits(candidate):
             return candidate
         if positions <= longest:
             return None
         positions = max(longest, positions // 2)
 
 
-def _smallest(recipe: Recipe, cut: Cut) -> Cut:
+def _given(recipe: Recipe, cut: Cut) -> Cut:
+    """The cut with the recipe's micro-batch, or with the smallest one where that is left to the plan."""
     batch = recipe.batch
-    if batch.micro_batch == "auto" and batch.micro_batch_tokens is None:
-        return replace(cut, positions=1)
-    return replace(cut, examples=None if batch.micro_batch == "auto" else batch.micro_batch, positions=batch.micro_batch_tokens)
+    if batch.micro_batch_tokens is not None:
+        return replace(cut, positions=batch.micro_batch_tokens)
+    return replace(cut, positions=1) if batch.micro_batch == "auto" else replace(cut, examples=batch.micro_batch)
 
 
 def _micro_batch_choice(recipe: Recipe, cut: Cut) -> Choice:

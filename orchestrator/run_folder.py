@@ -43,35 +43,55 @@ class RunFolder:
 def open_run(root: Path, fingerprint: str, recipe_yaml: str, plan_json: str) -> Iterator[RunFolder]:
     """Locks the folder and writes what the run is; OutputError where it holds another run or one that is running."""
     folder = RunFolder(root, fingerprint)
+    try:
+        _refuse_foreign(root, fingerprint)
+        root.mkdir(parents=True, exist_ok=True)
+        lock = os.open(root / "run.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    except OSError as error:
+        raise _unwritable(root, error) from error
+    with _locked(lock, root):
+        _refuse_foreign(root, fingerprint)  # another process may have come first
+        try:
+            write_atomically(root / "run.json", json.dumps({"fingerprint": fingerprint}) + "\n")
+            write_atomically(root / "recipe.yaml", recipe_yaml)
+            write_atomically(root / "plan.json", plan_json + "\n")
+            folder.logs.mkdir(exist_ok=True)
+        except OSError as error:
+            raise _unwritable(root, error) from error
+        yield folder
+
+
+def _refuse_foreign(root: Path, fingerprint: str) -> None:
+    """OutputError where the folder holds another run or things of somebody else's."""
     existed = _identity(root)
-    if existed is not None and existed != fingerprint:
+    if existed is None:
+        if root.is_dir() and any(p.name != "run.lock" and not p.name.startswith(".run.json.") for p in root.iterdir()):
+            raise OutputError(f"{root} is not empty and holds no run", fix="choose a new folder as --output")
+    elif existed != fingerprint:
         raise OutputError(
             f"{root} holds another run",
             why=f"run {existed[:12]} was started there, this recipe and data are run {fingerprint[:12]}",
             fix="choose another --output, or use the recipe this folder was started with (its recipe.yaml)",
         )
-    if existed is None and root.exists() and any(p.name != "run.lock" for p in root.iterdir()):
-        raise OutputError(f"{root} is not empty and holds no run", fix="choose a new folder as --output")
-    try:
-        folder.logs.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"{root} cannot be written", why=str(error), fix="choose another --output") from error
-    with _locked(root):
-        write_atomically(root / "run.json", json.dumps({"fingerprint": fingerprint}) + "\n")
-        write_atomically(root / "recipe.yaml", recipe_yaml)
-        write_atomically(root / "plan.json", plan_json + "\n")
-        yield folder
 
 
 def _identity(root: Path) -> str | None:
     path = root / "run.json"
-    return json.loads(path.read_text())["fingerprint"] if path.is_file() else None
+    if not path.is_file():
+        return None
+    try:
+        return str(json.loads(path.read_text())["fingerprint"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise OutputError(f"{path} cannot be read", why=str(error), fix="choose another --output") from error
+
+
+def _unwritable(root: Path, error: OSError) -> OutputError:
+    return OutputError(f"{root} cannot be written", why=str(error), fix="choose another --output")
 
 
 @contextmanager
-def _locked(root: Path) -> Iterator[None]:
+def _locked(descriptor: int, root: Path) -> Iterator[None]:
     """One process per folder; the kernel frees the lock when the process dies, however it dies."""
-    descriptor = os.open(root / "run.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

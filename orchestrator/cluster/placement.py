@@ -53,7 +53,8 @@ def _own_signals() -> Iterator[None]:
     yield
     if threading.current_thread() is threading.main_thread():
         for number, handler in before.items():
-            signal.signal(number, handler)
+            if handler is not None:  # None: not set from Python
+                signal.signal(number, handler)
 
 
 def _protect_token() -> None:

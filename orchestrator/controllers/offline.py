@@ -16,7 +16,7 @@ from orchestrator.cut import cut_step
 from orchestrator.data.order import Batches
 from orchestrator.errors import ConfigError, Diverged, Interrupted, OutOfMemory
 from orchestrator.observe.metrics import Throughput, flatten
-from orchestrator.records import Cut, LearnReport, PackedBatch, Progress, StepReport
+from orchestrator.records import Cut, LearnReport, PackedBatch, Progress, StepApplied, StepReport
 from orchestrator.roles import Checkpoints, Learner, Reporter
 
 Attach = Callable[[PackedBatch], PackedBatch]
@@ -26,7 +26,7 @@ Attach = Callable[[PackedBatch], PackedBatch]
 @dataclass(frozen=True, slots=True)
 class OfflinePlan:
     """What the loop has to know. anchor_tolerance: how far the first loss may be from
-    the algorithm's anchor, relative to it where it is above 1."""
+    the algorithm's anchor, relative to it where it is above 1. gradient_bytes: of one whole reduction, 0 with one worker."""
 
     algorithm: Algorithm
     total_steps: int
@@ -36,6 +36,7 @@ class OfflinePlan:
     reference_sync_every: int | None
     reference_sync_alpha: float
     anchor_tolerance: float | None
+    gradient_bytes: int
     max_skipped_in_a_row: int = 5
 
 
@@ -72,6 +73,7 @@ class OfflineTrainer:
         self.attach_reference, self.batches, self.evaluator = attach_reference, batches, evaluator
         self.report, self.checkpoints = report, checkpoints
         self.throughput, self.should_stop = throughput, should_stop
+        self.traffic_checked = False
 
     def run(self) -> Progress:
         """Trains to the plan's last step and returns where it ended."""
@@ -96,6 +98,7 @@ class OfflineTrainer:
             if not applied.applied:
                 progress, skipped_in_a_row = self._skip(progress, batch, skipped_in_a_row, "gradient")
                 continue
+            self._check_traffic(batch, applied)
             progress, skipped_in_a_row = progress.after(batch), 0
             self._after_step(progress, clock)
             self.report.step(StepReport(progress.step, flatten(progress, learned, applied, clock.phases, self.throughput)))
@@ -158,6 +161,20 @@ class OfflineTrainer:
                 fix="lower optimizer.learning_rate, or look at those examples with `orchestrator inspect`",
             )
         return progress.after_skip(batch), in_a_row + 1
+
+    def _check_traffic(self, batch: PackedBatch, applied: StepApplied) -> None:
+        """Compares the gradient bytes of the first step with the plan's: a reduction too many costs time, one too few
+        would be a wrong result."""
+        if self.traffic_checked:
+            return
+        self.traffic_checked = True
+        reductions = len(batch.micro_batches[0]) if self.cut.sync == "per_micro_batch" else 1
+        expected = self.plan.gradient_bytes * reductions
+        if abs(applied.reduced_bytes - expected) > 0.02 * expected:
+            self.report.note(
+                f"warning: the first step reduced {applied.reduced_bytes:,} bytes per worker, the plan says {expected:,} ({self.cut.sync}); "
+                "run `orchestrator verify` before trusting the result"
+            )
 
     def _check_anchor(self, progress: Progress, learned: LearnReport) -> None:
         """At step 0 policy == reference, so the loss is known in closed form: ln 2 for DPO. Catches stale caches."""

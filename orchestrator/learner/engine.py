@@ -134,7 +134,8 @@ def deepspeed_config(learners: Learners, optimizer: Optimizer, stage: int, sync:
     }
     if stage == 3:
         zero["stage3_param_persistence_threshold"] = PERSISTENT_ELEMENTS
-        zero["stage3_max_reuse_distance"] = 0
+        zero["stage3_max_reuse_distance"] = 0  # gathered again for the backward: stage 3 was chosen for its memory
+        zero["stage3_prefetch_bucket_size"] = BUCKET_ELEMENTS if learners.gpus_per_worker else 0  # a CPU overlaps nothing
     if learners.offload.optimizer != "none":
         zero["offload_optimizer"] = {"device": learners.offload.optimizer, "pin_memory": True}
     if learners.offload.parameters != "none":

@@ -1,31 +1,40 @@
-"""Peak memory of this process's device, measured the way each device allows."""
+"""Peak memory of this process's device, measured the way each device allows.
+
+On a CPU resident bytes come from Linux's /proc. Where that is missing (macOS) both peak and current are the highest
+resident size since the process began, which nothing can reset: a bound from above.
+"""
 
 import os
+import resource
+import sys
 from pathlib import Path
 
 import torch
 
+_STATUS = Path("/proc/self/status")
+_CLEAR_REFS = Path("/proc/self/clear_refs")
+
 
 def reset_peak(device: torch.device) -> None:
-    """Starts a new measurement."""
+    """Starts a new measurement, where the system can."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    else:
-        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, the kernel's resident high-water mark
+    elif _CLEAR_REFS.exists():
+        _CLEAR_REFS.write_text("5")  # resets VmHWM, the kernel's resident high-water mark
 
 
 def peak_bytes(device: torch.device) -> int:
     """Highest memory in use since reset_peak(): allocated bytes on a GPU, resident bytes on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return _status("VmHWM")
+    return _resident("VmHWM")
 
 
 def current_bytes(device: torch.device) -> int:
     """Memory in use now."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
-    return _status("VmRSS")
+    return _resident("VmRSS")
 
 
 def device_bytes(device: torch.device, workers_here: int) -> int:
@@ -35,11 +44,19 @@ def device_bytes(device: torch.device, workers_here: int) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // workers_here
 
 
-def _status(key: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
+def _resident(key: str) -> int:
+    if not _STATUS.exists():
+        return highest_resident()
+    for line in _STATUS.read_text().splitlines():
         if line.startswith(key + ":"):
             return int(line.split()[1]) * 1024
-    raise RuntimeError(f"/proc/self/status has no {key}")
+    raise RuntimeError(f"{_STATUS} has no {key}")
+
+
+def highest_resident() -> int:
+    """Highest resident bytes of this process since it began, on any Unix."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -121,9 +121,7 @@ DAMAGES = [
 
 
 @pytest.mark.parametrize(("damage", "message"), DAMAGES)
-def test_damaged_checkpoint_is_refused_by_name(
-    shared: Shared, undisturbed: Undisturbed, damage: Callable[[Path], None], message: str
-) -> None:
+def test_damaged_checkpoint_is_refused_by_name(shared: Shared, undisturbed: Undisturbed, damage: Callable[[Path], None], message: str) -> None:
     folder = cut_back(undisturbed, shared.root / damage.__name__, STEPS)
     damage(folder / "checkpoints" / f"step_{STEPS:08d}")
     _, said = shared.train("tiny/dpo", folder.name, *RUN)
@@ -162,12 +160,12 @@ def test_from_zero_3_to_a_lower_stage(shared: Shared, undisturbed: Undisturbed, 
     assert distance(exported(undisturbed.folder), exported(shared.root / name)) <= 1e-5
 
 
-def check_close(folder: Path, undisturbed: Undisturbed) -> None:
-    """The same losses and weights, as near as sums in another order are."""
+def check_close(folder: Path, undisturbed: Undisturbed, tolerance: float) -> None:
+    """The same losses and weights, as near as sums in another order are. tolerance: of the weights, relative."""
     assert steps(folder) == list(range(1, STEPS + 1))
     for one, other in zip(metrics(undisturbed.folder), metrics(folder), strict=True):
         assert other["loss"] == pytest.approx(one["loss"], rel=1e-5)
-    assert distance(exported(undisturbed.folder), exported(folder)) <= 1e-6
+    assert distance(exported(undisturbed.folder), exported(folder)) <= tolerance
 
 
 def test_out_of_memory_is_replayed_in_place(shared: Shared, undisturbed: Undisturbed, tmp_path: Path) -> None:
@@ -178,7 +176,7 @@ def test_out_of_memory_is_replayed_in_place(shared: Shared, undisturbed: Undistu
     assert note in said and "cutting the step finer (2 examples) and replaying it" in said
     assert note in (outcome.folder / "logs" / "driver.log").read_text()
     assert [line["perf/micro_batches"] for line in metrics(outcome.folder)] == [2] * 4 + [4] * 4
-    check_close(outcome.folder, undisturbed)
+    check_close(outcome.folder, undisturbed, 1e-6)
 
 
 @pytest.mark.slow
@@ -190,7 +188,7 @@ def test_out_of_memory_amid_collectives_rebuilds_the_workers(shared: Shared, und
     assert "starting the workers again with a finer cut" in said
     assert said.count("step 4/8") == 1, "it went on from the checkpoint of step 4"
     assert [line["perf/micro_batches"] for line in metrics(outcome.folder)] == [2] * 4 + [4] * 4
-    check_close(outcome.folder, undisturbed)
+    check_close(outcome.folder, undisturbed, 1e-5)  # the undisturbed run is one of stage 0
 
 
 @pytest.mark.parametrize("stage", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2, 3))])

@@ -33,7 +33,7 @@ from orchestrator.learner.engine import Engine, ProcessGroup
 from orchestrator.learner.learner import LearnerSpec, RankLearner
 from orchestrator.learner.plain import PlainTrainer
 from orchestrator.learner.state import MOMENTS, full_weights, load_state, save_state
-from orchestrator.memory_model import Traffic, traffic
+from orchestrator.memory_model import traffic
 from orchestrator.models.load import load
 from orchestrator.models.scoring import MicroBatchTensors, ScoringModel, scored
 from orchestrator.objectives.scores import TokenScores
@@ -44,9 +44,10 @@ WORLD = 2
 CLIP = 0.05
 BETA1 = 0.9
 BAD_STEP = 99
-FP32 = [(stage, sync) for stage, policies in LEGAL_SYNC.items() for sync in policies]
-BF16 = [(1, "no_sync"), (2, "per_micro_batch"), (3, "per_micro_batch")]
-HOLDS_BACK = [(stage, sync) for stage, sync in FP32 if stage < 3 and sync != "per_micro_batch"]
+Policy = tuple[int, str, str]
+FP32 = [(stage, sync, "fp32") for stage, policies in LEGAL_SYNC.items() for sync in policies]
+BF16 = [(1, "no_sync", "bf16"), (2, "per_micro_batch", "bf16"), (3, "per_micro_batch", "bf16")]
+HOLDS_BACK = [p for p in FP32 + BF16 if p[0] < 3 and p[1] != "per_micro_batch"]
 """Where a rank that stops early leaves no other one waiting, so that a step is replayed in place."""
 
 
@@ -121,16 +122,16 @@ STEPS = [pairs(11, seed) for seed in range(3)]
 MANY_PAIRS = pairs(64 * WORLD, 3)
 
 
-def cut(stage: int, sync: str, examples: int = 2) -> Cut:
-    return Cut(WORLD, examples, None, "prefix_shared", stage, sync)
+def cut(policy: Policy, examples: int = 2) -> Cut:
+    return Cut(WORLD, examples, None, "prefix_shared", policy[0], policy[1])  # pyright: ignore[reportArgumentType]
 
 
 class Rank:
     """A fresh learner on this rank and its share of each step."""
 
-    def __init__(self, group: ProcessGroup, how: Cut, cfg: Recipe) -> None:
-        self.cut, self.rank = how, group.rank
-        self.learner = RankLearner(LearnerSpec(cfg, how, 10), group, torch.device("cpu"))
+    def __init__(self, group: ProcessGroup, policy: Policy, clip: float | None = CLIP, examples: int = 2) -> None:
+        self.cut, self.rank = cut(policy, examples), group.rank
+        self.learner = RankLearner(LearnerSpec(recipe(policy[2], clip), self.cut, 10), group, torch.device("cpu"))
 
     def forward(self, groups: Sequence[SequenceGroup], step: int) -> LearnReport:
         batch = cut_step(groups, self.cut)
@@ -198,29 +199,29 @@ class Everything:
     ran out of memory; gradients: of MANY bf16 micro-batches, by name."""
 
     compilers: tuple[str | None, ...]
-    found: dict[tuple[int, str], Found]
+    found: dict[Policy, Found]
     moved: dict[tuple[int, int], Resumed]
-    bf16: dict[tuple[int, str], Resumed]
-    replayed: dict[tuple[int, str, int], str]
-    gradients: dict[tuple[int, str], dict[str, np.ndarray]]
+    bf16: dict[Policy, Resumed]
+    replayed: dict[tuple[Policy, int], str]
+    gradients: dict[Policy, dict[str, np.ndarray]]
     low_master: str
 
 
 def work(group: ProcessGroup, folder: Path) -> Everything:
     return Everything(
         compilers=tuple(shutil.which(name) for name in ("g++", "gcc", "c++", "cc", "clang", "ninja")),
-        found={(stage, sync): look(group, cut(stage, sync)) for stage, sync in FP32},
+        found={policy: look(group, policy) for policy in FP32 + BF16},
         moved=move(group, folder),
-        bf16={(stage, sync): resume_bf16(group, cut(stage, sync), folder / f"bf16-{stage}") for stage, sync in BF16},
-        replayed={(stage, sync, at): replay(group, cut(stage, sync), at) for stage, sync in HOLDS_BACK for at in (0, 2)},
-        gradients={(stage, sync): bf16_gradient(group, cut(stage, sync, examples=1)) for stage, sync in BF16},
+        bf16={policy: resume_bf16(group, policy, folder / f"bf16-{policy[0]}") for policy in BF16},
+        replayed={(policy, at): replay(group, policy, at) for policy in HOLDS_BACK for at in (0, 2)},
+        gradients={policy: bf16_gradient(group, policy) for policy in BF16},
         low_master=low_master(),
     )
 
 
-def look(group: ProcessGroup, how: Cut) -> Found:
+def look(group: ProcessGroup, policy: Policy) -> Found:
     """An undisturbed run, then the same one disturbed in every way that must leave no trace."""
-    calm = Rank(group, how, recipe())
+    calm = Rank(group, policy)
     loss = calm.forward(STEPS[0], 0).loss
     steps, states = [calm.learner.optim_step(0)], [calm.state()]
     first_moment = calm.moments("exp_avg")
@@ -228,7 +229,7 @@ def look(group: ProcessGroup, how: Cut) -> Found:
         steps.append(calm.step(number))
         states.append(calm.state())
 
-    rough = Rank(group, how, recipe())
+    rough = Rank(group, policy)
     rough.step(0)
     with one_bad_micro_batch():
         rough.forward(STEPS[1], BAD_STEP)
@@ -238,15 +239,15 @@ def look(group: ProcessGroup, how: Cut) -> Found:
     rough.forward(STEPS[2], 2)
     rough.learner.discard()
     after_discard = rough.state()
-    batch = cut_step(STEPS[1], how)
+    batch = cut_step(STEPS[1], rough.cut)
     probe_peak(rough.learner, batch.micro_batches[group.rank][0], batch.units)
     after_probe = rough.state()
     rough.step(2)
     good_after_discard = rough.state()
 
-    plain, fillers = Rank(group, how, recipe(clip=None)), Rank(group, how, recipe(clip=None))
+    plain, fillers = Rank(group, policy, clip=None), Rank(group, policy, clip=None)
     unclipped = plain.step(0)
-    batch, extra = cut_step(STEPS[0], how), filler(STEPS[0], how.layout)
+    batch, extra = cut_step(STEPS[0], plain.cut), filler(STEPS[0], plain.cut.layout)
     fillers.learner.forward_backward([extra, *batch.micro_batches[group.rank], extra], batch.units, 0)
     fillers.learner.optim_step(0)
     return Found(
@@ -280,21 +281,21 @@ def one_bad_micro_batch() -> Iterator[None]:
 def move(group: ProcessGroup, folder: Path) -> dict[tuple[int, int], Resumed]:
     """States of two steps, saved at every stage and put back at every stage."""
     sources: dict[int, tuple[str, str, dict[str, np.ndarray]]] = {}
-    policies: dict[int, str] = {0: "no_sync", 1: "no_sync", 2: "coalesced", 3: "per_micro_batch"}
-    for stage, sync in policies.items():
-        source = Rank(group, cut(stage, sync), recipe())
-        saved = save_after_two(source, folder / f"fp32-{stage}")
+    policies = [(0, "no_sync", "fp32"), (1, "no_sync", "fp32"), (2, "coalesced", "fp32"), (3, "per_micro_batch", "fp32")]
+    for policy in policies:
+        source = Rank(group, policy)
+        saved = save_after_two(source, folder / f"fp32-{policy[0]}")
         source.step(2)
-        sources[stage] = saved, source.state(), source.weights()
+        sources[policy[0]] = saved, source.state(), source.weights()
     moved = {}
-    for stage, sync in policies.items():
+    for policy in policies:
         for origin, (saved, undisturbed, weights) in sources.items():
-            target = Rank(group, cut(stage, sync), recipe())
+            target = Rank(group, policy)
             load_state(target.learner, folder / f"fp32-{origin}", 2)
             loaded = target.state()
             target.step(2)
             gap = max(float(np.abs(w - weights[n]).max()) for n, w in target.weights().items())
-            moved[origin, stage] = Resumed(saved, loaded, undisturbed, target.state(), gap)
+            moved[origin, policy[0]] = Resumed(saved, loaded, undisturbed, target.state(), gap)
     return moved
 
 
@@ -308,8 +309,8 @@ def save_after_two(source: Rank, folder: Path) -> str:
     return source.state()
 
 
-def resume_bf16(group: ProcessGroup, how: Cut, folder: Path) -> Resumed:
-    source, target = Rank(group, how, recipe("bf16")), Rank(group, how, recipe("bf16"))
+def resume_bf16(group: ProcessGroup, policy: Policy, folder: Path) -> Resumed:
+    source, target = Rank(group, policy), Rank(group, policy)
     saved = save_after_two(source, folder)
     source.step(2)
     load_state(target.learner, folder, 2)
@@ -319,9 +320,9 @@ def resume_bf16(group: ProcessGroup, how: Cut, folder: Path) -> Resumed:
     return Resumed(saved, loaded, source.state(), target.state(), gap)
 
 
-def replay(group: ProcessGroup, how: Cut, at: int) -> str:
+def replay(group: ProcessGroup, policy: Policy, at: int) -> str:
     """Digest of the state after a step in which micro-batch `at` of rank 1 did not fit, so that it was played again."""
-    rank = Rank(group, how, recipe())
+    rank = Rank(group, policy)
     calls = iter(range(100))
 
     def exhausted(*_: object) -> None:
@@ -342,9 +343,9 @@ def replay(group: ProcessGroup, how: Cut, at: int) -> str:
     return rank.state()
 
 
-def bf16_gradient(group: ProcessGroup, how: Cut) -> dict[str, np.ndarray]:
+def bf16_gradient(group: ProcessGroup, policy: Policy) -> dict[str, np.ndarray]:
     """The gradient of MANY_PAIRS as it reached Adam."""
-    rank = Rank(group, how, recipe("bf16", clip=None))
+    rank = Rank(group, policy, clip=None, examples=1)
     rank.forward(MANY_PAIRS, 0)
     rank.learner.optim_step(0)
     return {name: value / (1 - BETA1) for name, value in rank.moments("exp_avg").items()}
@@ -373,7 +374,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[Everything]:
         patch.setenv("TORCH_EXTENSIONS_DIR", str(folder / "ops"))
         patch.delenv("CXX", raising=False)
         patch.delenv("CC", raising=False)
-        results = on_ranks(work, WORLD, folder, folder, timeout=200.0)
+        results = on_ranks(work, WORLD, folder, folder, timeout=270.0)
     assert not list((folder / "ops").iterdir()), "something was compiled"
     return results
 
@@ -402,20 +403,22 @@ def norm_of(gradient: dict[str, np.ndarray]) -> float:
     return float(np.sqrt(sum(np.square(g, dtype=np.float64).sum() for g in gradient.values())))
 
 
-every_policy = pytest.mark.parametrize("policy", FP32, ids=lambda p: f"zero{p[0]}-{p[1]}")
+def policies(some: list[Policy]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("policy", some, ids=lambda p: f"zero{p[0]}-{p[1]}-{p[2]}")
+
 
 
 def test_no_compiler_is_needed(ranks):
     assert ranks[0].compilers == (None,) * 6
 
 
-@every_policy
+@policies(FP32 + BF16)
 def test_ranks_agree_to_the_bit(ranks, policy):
     assert ranks[0].found[policy].after == ranks[1].found[policy].after
     assert len(set(ranks[0].found[policy].after)) == 3
 
 
-@every_policy
+@policies(FP32 + BF16)
 def test_a_non_finite_gradient_on_one_rank_is_refused_by_all_and_leaves_no_trace(ranks, policy):
     for found in (rank.found[policy] for rank in ranks):
         assert not found.refused.applied
@@ -424,20 +427,20 @@ def test_a_non_finite_gradient_on_one_rank_is_refused_by_all_and_leaves_no_trace
         assert found.good_after_refused == found.after[1]
 
 
-@every_policy
+@policies(FP32 + BF16)
 def test_discarded_gradients_leave_no_trace(ranks, policy):
     for found in (rank.found[policy] for rank in ranks):
         assert found.after_discard == found.after_probe == found.after[1]
         assert found.good_after_discard == found.after[2]
 
 
-@every_policy
+@policies(FP32 + BF16)
 def test_a_filler_changes_nothing(ranks, policy):
     for found in (rank.found[policy] for rank in ranks):
         assert found.with_fillers == found.plain
 
 
-@every_policy
+@policies(FP32)
 def test_loss_and_gradient_norm_are_those_of_one_plain_batch(ranks, plain, policy):
     found = [rank.found[policy] for rank in ranks]
     assert sum(f.loss for f in found) == pytest.approx(plain.loss, rel=1e-6)
@@ -447,7 +450,7 @@ def test_loss_and_gradient_norm_are_those_of_one_plain_batch(ranks, plain, polic
     assert plain.norm > 2 * CLIP
 
 
-@every_policy
+@policies(FP32)
 @pytest.mark.parametrize("clip", [CLIP, None])
 def test_the_clipped_and_the_whole_gradient_reach_adam(ranks, plain, policy, clip):
     found = ranks[0].found[policy]
@@ -460,19 +463,24 @@ def test_the_clipped_and_the_whole_gradient_reach_adam(ranks, plain, policy, cli
         np.testing.assert_allclose(reached[name], value * norm / plain.norm, rtol=0, atol=1e-6 * norm, err_msg=name)
 
 
-@every_policy
+@policies(FP32 + BF16)
 def test_steps_use_the_learning_rate_of_the_schedule(ranks, policy):
     assert [s.learning_rate for s in ranks[0].found[policy].steps] == pytest.approx([5e-3, 1e-2, 1e-2])
     assert all(s.applied for s in ranks[0].found[policy].steps)
 
 
-@every_policy
+@policies(FP32 + BF16)
 def test_collectives_carry_the_predicted_bytes(ranks, policy):
-    cfg, how = recipe(), cut(*policy)
+    """To the byte, but for ZeRO-3's five norm weights of 64 values, which the counter takes for flags; in its first step
+    DeepSpeed also gathers what it keeps whole later."""
+    cfg, how = recipe(policy[2]), cut(policy)
     predicted = traffic(cfg, build(cfg.algorithm), how, len(cut_step(STEPS[0], how).micro_batches[0]))
+    skipped = 5 * 64 * (2 if policy[2] == "bf16" else 4) if policy[0] == 3 else 0
     for found in (rank.found[policy] for rank in ranks):
-        counted = [Traffic(s.reduced_bytes, s.gathered_bytes) for s in found.steps]
-        print("\n", policy, predicted, counted, found.unclipped)
+        assert [s.reduced_bytes for s in found.steps] == [predicted.reduced] * 3
+        assert [s.gathered_bytes for s in found.steps[1:]] == [predicted.gathered - skipped] * 2
+        assert policy[0] == 3 or found.steps[0].gathered_bytes == predicted.gathered
+    assert skipped < 1e-3 * predicted.gathered or not skipped
 
 
 @pytest.mark.parametrize("origin", range(4))
@@ -484,7 +492,7 @@ def test_a_state_moves_between_stages(ranks, origin, stage):
         assert origin != stage or moved.resumed == moved.undisturbed
 
 
-@pytest.mark.parametrize("policy", BF16, ids=lambda p: f"zero{p[0]}-{p[1]}")
+@policies(BF16)
 def test_bf16_resumes_to_the_bit(ranks, policy):
     for resumed in (rank.bf16[policy] for rank in ranks):
         assert resumed.loaded == resumed.saved
@@ -493,24 +501,23 @@ def test_bf16_resumes_to_the_bit(ranks, policy):
 
 
 @pytest.mark.parametrize("at", [0, 2])
-@pytest.mark.parametrize("policy", HOLDS_BACK, ids=lambda p: f"zero{p[0]}-{p[1]}")
+@policies(HOLDS_BACK)
 def test_a_step_that_did_not_fit_is_replayed_without_a_trace(ranks, policy, at):
     for rank in ranks:
-        assert rank.replayed[*policy, at] == rank.found[policy].after[0]
+        assert rank.replayed[policy, at] == rank.found[policy].after[0]
 
 
 def test_a_module_with_low_precision_master_weights_is_refused(ranks):
     assert all("bfloat16 master weights, not fp32" in rank.low_master for rank in ranks)
 
 
-@pytest.mark.parametrize("policy", BF16, ids=lambda p: f"zero{p[0]}-{p[1]}")
+@policies(BF16)
 def test_bf16_gradients_accumulate_in_fp32(ranks, bf16_baselines, policy):
     ours = distance(ranks[0].gradients[policy], bf16_baselines.exact)
     summed_low = distance(bf16_baselines.summed_in_bf16, bf16_baselines.exact)
     summed_high = distance(bf16_baselines.summed_in_fp32, bf16_baselines.exact)
-    numbers = f"relative error of the gradient of 64 bf16 micro-batches a rank: ours {ours:.5f}, fp32 sum {summed_high:.5f}, bf16 sum {summed_low:.5f}"
-    print(numbers)
-    assert ours < summed_low, numbers
+    numbers = f"error of 64 bf16 micro-batches a rank: ours {ours:.5f}, summed in fp32 {summed_high:.5f}, summed in bf16 {summed_low:.5f}"
+    assert ours < 0.8 * summed_low, numbers
     assert ours == pytest.approx(summed_high, rel=0.05), numbers
 
 
@@ -532,7 +539,7 @@ class Baselines:
 @pytest.fixture(scope="module")
 def bf16_baselines() -> Baselines:
     """The weights are the same rounded ones everywhere, and each rank's micro-batches those of the learners."""
-    micro = cut_step(MANY_PAIRS, cut(1, "no_sync", examples=1)).micro_batches
+    micro = cut_step(MANY_PAIRS, cut(BF16[0], examples=1)).micro_batches
     low, exact = module(), module().float()
     sums: dict[str, torch.Tensor] = {n: torch.zeros(p.shape) for n, p in low.named_parameters()}
     halves = []

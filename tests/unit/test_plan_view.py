@@ -1,0 +1,54 @@
+"""The plan as it is printed."""
+
+from io import StringIO
+
+import pytest
+from rich.console import Console
+
+from orchestrator.algorithms import build
+from orchestrator.dataset import load_data
+from orchestrator.plan import make_plan
+from orchestrator.plan_view import render
+from orchestrator.recipe import load
+
+
+def printed(*overrides, width=160):
+    recipe = load("recipes/tiny/dpo.yaml", ["data.train=[{path: toy:preference, max_rows: 64}]", *overrides]).stages[0].recipe
+    algorithm = build(recipe.algorithm)
+    console = Console(record=True, width=width, file=StringIO())
+    console.print(render(make_plan(recipe, algorithm, load_data(recipe, algorithm))))
+    return console.export_text()
+
+
+def test_everything_a_user_asks_is_there():
+    text = printed("batch.effective=64", "batch.micro_batch=8", "data.eval=[{path: toy:preference, split: eval, max_rows: 8}]")
+    lines = [line.rstrip() for line in text.splitlines()]
+    assert lines[0] == "64 pairs = 2 workers × 4 micro-batches × 8 pairs"
+    assert lines[1] == "100 optimizer steps of dpo"
+    for words in (
+        "prefix_shared  each prompt is computed once for its branches",
+        "the lowest stage whose state fits: fewest collectives",
+        "one reduction instead of one per micro-batch",
+        "8 examples     set in the recipe",
+        "data: 64 rows of toy:preference (preference, text); 64 kept, 8 held out",
+        "bad rows 0, too long: 0 dropped, 0 truncated (0 pairs made equal)",
+        "tokens: min 10, median 10, p95 10, max 10",
+        "predicted memory per worker",
+        "weights",
+        " a worker may use",
+        "traffic per worker and step: 0.5 MB reduced, 0.0 MB gathered",
+    ):
+        assert any(words in line for line in lines), words
+    assert "cuts evenly" not in text
+
+
+def test_the_neighbours_of_a_batch_that_does_not_divide():
+    assert "cuts evenly at batch.effective 48 or 64" in printed("batch.effective=50", "batch.micro_batch=8")
+
+
+@pytest.mark.parametrize("width", [40, 80])
+def test_a_narrow_terminal_loses_no_number(width):
+    text = printed("batch.effective=64", "batch.micro_batch=8", width=width)
+    assert max(len(line) for line in text.splitlines()) <= width
+    for number in ("64 pairs = 2 workers", "8 examples", "p95 10", "0.5 MB"):
+        assert number in text
