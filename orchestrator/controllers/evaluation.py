@@ -16,7 +16,8 @@ from orchestrator.records import Cut, EvaluationReport, Floats, PackedBatch, Sam
 from orchestrator.roles import Learner, PerMicroBatch
 
 Decode = Callable[[Sequence[int]], str]
-_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+_NUMBER = re.compile(r"(?:(?<!\d)-)?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?")
+"""A minus after a digit is no sign ("10-7"), and a comma separates thousands or numbers ("1,234", "1,2")."""
 
 
 @dataclass(frozen=True, slots=True)

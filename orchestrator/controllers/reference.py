@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from orchestrator.checkpoints import fsync_directory, fsync_file
@@ -30,7 +31,7 @@ class ReferenceCache:
         self.folder = folder
         self._values: dict[str, Floats] = {}
         for part in sorted(folder.glob("part-*.safetensors")):
-            self._values.update(load_file(part))
+            self._values.update(_read(part))
 
     def fill(self, groups: Sequence[SequenceGroup], cut: CutStep, score: Score, progress: Callable[[int, int], None]) -> int:
         """Computes what is missing, part by part, each part durable once written. Returns how many were computed."""
@@ -48,8 +49,8 @@ class ReferenceCache:
         """Largest difference between cached and live values on `groups`; DataError above the tolerance."""
         batch = cut(groups)
         live = dict(self._by_example(batch, score(batch), {g.id: content_key(g) for g in groups}))
-        worst = max(float(np.abs(live[k] - self._values[k]).max(initial=0.0)) for k in live)
-        if worst > tolerance:
+        worst = float(np.max([_gap(live[k], self._values[k]) for k in live]))  # numpy's max keeps a NaN
+        if not worst <= tolerance:
             raise DataError(
                 f"cached reference log-probs differ from live ones by {worst:.2e} nat",
                 why=f"{self.folder} was written by another version of the model code or kernel",
@@ -90,6 +91,17 @@ class ReferenceCache:
         fsync_file(temporary)
         os.replace(temporary, self.folder / f"part-{name}.safetensors")
         fsync_directory(self.folder)
+
+
+def _read(part: Path) -> dict[str, Floats]:
+    try:
+        return load_file(part)
+    except (OSError, SafetensorError) as error:
+        raise DataError(f"{part} cannot be read", why=str(error), fix="remove that file: its values are computed again") from error
+
+
+def _gap(live: Floats, cached: Floats) -> float:
+    return float(np.abs(live - cached).max(initial=0.0)) if live.shape == cached.shape else float("inf")
 
 
 def by_sequence(mb: MicroBatch) -> np.ndarray:

@@ -235,7 +235,7 @@ class Engine:
             self.ds.set_gradient_accumulation_boundary(True)
         self.ds.step()
         applied = bool(self.ds.was_step_applied())
-        reduced, gathered = self.counter.take()
+        reduced, gathered = self.counter.take() if self.world > 1 else (0, 0)  # a rank alone sends nothing
         norm = float(self.ds.get_global_grad_norm() or 0.0)
         return StepApplied(applied, norm if applied else float("nan"), learning_rate, reduced, gathered)
 

@@ -86,8 +86,9 @@ def test_one_rank_sends_nothing_and_buffers_are_bounded():
 
 def test_activations_grow_with_the_micro_batch_and_state_does_not():
     sizes = [parts(recipe(), cut(), rows(count)) for count in (2, 4, 8)]
-    grown = [s["activations"] for s in sizes]
-    assert 1.7 < grown[1] / grown[0] < 2.3 and 1.7 < grown[2] / grown[1] < 2.3
+    two, four, eight = (s["activations"] for s in sizes)
+    assert eight - four == pytest.approx(2 * (four - two), rel=0.1)  # beside the head's own gradient, which does not grow
+    assert four > two
     assert len({(s["weights"], s["optimizer"], s["gradients"]) for s in sizes}) == 1
 
 
@@ -143,7 +144,8 @@ def test_traffic_of_sixteen_micro_batches(stage, sync, reduced, gathered):
 
 def test_one_worker_has_no_traffic():
     cfg = recipe()
-    assert asdict(traffic(cfg, build(cfg.algorithm), cut(3, "per_micro_batch", workers=1), 16)) == {"reduced": 0, "gathered": 0}
+    found = traffic(cfg, build(cfg.algorithm), cut(3, "per_micro_batch", workers=1), 16)
+    assert (found.reduced, found.gathered) == (0, 0)
 
 
 def test_low_precision_parameters_are_gathered_small_and_reduced_whole():

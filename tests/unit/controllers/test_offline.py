@@ -1,0 +1,286 @@
+"""The loop with a real learner: replays, skips, the anchor, stopping, and when it evaluates and saves."""
+
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from orchestrator.algorithms import build
+from orchestrator.config import Evaluation
+from orchestrator.controllers.evaluation import Evaluator, HeldOut
+from orchestrator.controllers.offline import OfflinePlan, OfflineTrainer
+from orchestrator.cut import cut_step
+from orchestrator.errors import ConfigError, Diverged, Interrupted, OutOfMemory
+from orchestrator.faults import VARIABLE
+from orchestrator.observe.metrics import Throughput
+from orchestrator.records import Cut, PackedBatch, Progress
+from tests.unit.controllers.conftest import WHOLE, Kept, Said, batches, pairs, recipe
+
+LN2 = math.log(2.0)
+
+
+def trainer(policy, *, attach=None, total=3, kept=None, cut=WHOLE, said=None, stop=lambda: False, groups=None, held_out=(), **plan):
+    cfg = policy.rank.spec.recipe
+    attach = attach or policy.with_live_reference
+    whole = OfflinePlan(
+        **{
+            "algorithm": build(cfg.algorithm),
+            "total_steps": total,
+            "evaluate_every": None,
+            "evaluate_at_start": True,
+            "save_every": None,
+            "reference_sync_every": cfg.algorithm.reference_sync_every,
+            "reference_sync_alpha": cfg.algorithm.reference_sync_alpha,
+            "anchor_tolerance": 1e-5,
+            "gradient_bytes": 0,
+            **plan,
+        }
+    )
+    evaluator = Evaluator(HeldOut(tuple(held_out), ("held",)), Evaluation(), policy, policy.with_live_reference, str)
+    reader = batches(groups or pairs(40))
+    return OfflineTrainer(whole, cut, policy, attach, reader, evaluator, said or Said(), kept or Kept(), Throughput(), stop)
+
+
+def test_steps_are_counted_reported_and_start_at_the_anchor(one_rank):
+    said, kept = Said(), Kept()
+    end = trainer(one_rank(), said=said, kept=kept).run()
+    assert [s.step for s in said.steps] == [1, 2, 3]
+    assert said.losses[0] == pytest.approx(LN2, abs=1e-6)
+    assert said.losses[2] < LN2
+    assert (end.step, end.examples, end.skipped) == (3, 24, 0)
+    assert end.tokens == sum(g.tokens for at in (0, 8, 16) for g in batches(pairs(40)).at(at))
+    assert kept.saved == [end]
+    assert [s.metrics["learning_rate"] for s in said.steps] == pytest.approx([5e-3, 1e-2, 1e-2])
+
+
+# ---- what does not fit
+
+
+IN_PLACE = [(0, "no_sync"), (1, "no_sync"), (1, "coalesced"), (2, "coalesced")]
+
+
+@pytest.mark.parametrize(("stage", "sync"), IN_PLACE)
+def test_a_step_that_does_not_fit_is_replayed_with_half_the_micro_batch(one_rank, stage, sync):
+    cut = replace(WHOLE, zero_stage=stage, sync=sync)
+    calm, tight = Said(), Said()
+    undisturbed = one_rank(cut=cut)
+    trainer(undisturbed, said=calm, cut=cut).run()
+    policy = one_rank(cut=cut, fits=80)
+    loop = trainer(policy, said=tight, cut=cut)
+    end = loop.run()
+    assert loop.cut.examples is not None and loop.cut.examples < 8
+    assert max(policy.positions) <= 80 < max(undisturbed.positions)
+    assert tight.losses == pytest.approx(calm.losses, rel=1e-5)
+    assert (end.step, end.examples) == (3, 24)
+    assert policy.discarded == len(tight.notes) > 0
+    assert "same effective batch" in tight.notes[0]
+    for name, weight in undisturbed.weights().items():
+        np.testing.assert_allclose(policy.weights()[name], weight, atol=2e-5)
+
+
+def test_gradients_of_the_micro_batches_before_the_one_that_did_not_fit_are_dropped(one_rank):
+    calm, tight = Said(), Said()
+    trainer(one_rank(), said=calm, cut=replace(WHOLE, examples=2)).run()
+    policy, failed = one_rank(), []
+
+    def third_one_fails(*_):
+        if not failed and len(policy.positions) == 7:  # four reference-free forwards would hide a gradient that was kept
+            failed.append(True)
+            raise OutOfMemory("in the middle of a step")
+
+    policy.rank.scoring.register_forward_pre_hook(third_one_fails)
+    trainer(policy, said=tight, cut=replace(WHOLE, examples=2)).run()
+    assert failed and policy.discarded == 1
+    assert tight.losses == pytest.approx(calm.losses, rel=1e-5)
+    assert [s.metrics["grad_norm"] for s in tight.steps] == pytest.approx([s.metrics["grad_norm"] for s in calm.steps], rel=1e-5)
+
+
+def test_one_example_that_does_not_fit_ends_the_run(one_rank):
+    said = Said()
+    with pytest.raises(OutOfMemory):
+        trainer(one_rank(fits=1), said=said).run()
+    assert not said.steps
+    assert [n.split("(")[-1].split(")")[0] for n in said.notes] == ["4 examples", "2 examples", "1 examples"]
+
+
+def test_where_other_ranks_may_be_stuck_nothing_is_replayed(one_rank):
+    policy, said = one_rank(fits=1), Said()
+
+    class Stuck:
+        def __getattr__(self, name):
+            return getattr(policy, name)
+
+        def forward_backward(self, batch, step):
+            try:
+                return policy.forward_backward(batch, step)
+            except OutOfMemory as error:
+                error.in_place = False
+                raise
+
+    loop = trainer(policy, said=said)
+    loop.policy = Stuck()
+    with pytest.raises(OutOfMemory):
+        loop.run()
+    assert not said.notes and not policy.discarded
+
+
+# ---- what is not a number
+
+
+def not_a_number_at(bad: int, policy):
+    """Attaches reference log-probs, those of the batch at cursor 8 * bad as NaN."""
+    wanted = {g.id for g in batches(pairs(40)).at(8 * bad)}
+
+    def attach(batch: PackedBatch) -> PackedBatch:
+        ready = policy.with_live_reference(batch)
+        if {g.id for g in batch.groups} != wanted:
+            return ready
+        return ready.with_reference(tuple(tuple(np.full_like(mb.ref_logprobs, np.nan) for mb in rank) for rank in ready.micro_batches))
+
+    return attach
+
+
+def without_batch(one_rank, left_out: int):
+    """Weights after three steps that never saw that batch."""
+    policy, reader = one_rank(), batches(pairs(40))
+    for step, number in enumerate(n for n in range(4) if n != left_out):
+        policy.forward_backward(policy.with_live_reference(cut_step(reader.at(8 * number), WHOLE)), step)
+        policy.optim_step(step)
+    return policy.digest()
+
+
+@pytest.mark.parametrize("bad", [0, 1])
+def test_a_loss_that_is_not_a_number_is_skipped_as_if_its_batch_had_not_been(one_rank, bad):
+    policy, said = one_rank(), Said()
+    end = trainer(policy, said=said, attach=not_a_number_at(bad, policy)).run()
+    assert (end.step, end.examples, end.skipped) == (3, 32, 1)
+    assert policy.digest() == without_batch(one_rank, bad)
+    ids = sorted(g.id for g in batches(pairs(40)).at(8 * bad))
+    assert said.notes == [f"step {bad + 1}: non-finite loss, no step taken; examples {ids}"]
+
+
+def test_a_gradient_that_is_not_a_number_is_skipped_as_if_its_batch_had_not_been(one_rank, tmp_path, monkeypatch):
+    fault = {"site": "micro_batch", "action": "nan", "step": 1, "once": str(tmp_path / "done")}
+    monkeypatch.setenv(VARIABLE, json.dumps([fault]))
+    policy, said = one_rank(), Said()
+    end = trainer(policy, said=said).run()
+    assert (end.step, end.examples, end.skipped) == (3, 32, 1)
+    assert policy.digest() == without_batch(one_rank, 1)
+    assert len(said.notes) == 1 and "step 2: non-finite" in said.notes[0]
+    assert all(math.isfinite(s.metrics["loss"]) and math.isfinite(s.metrics["grad_norm"]) for s in said.steps)
+
+
+def test_too_many_in_a_row_end_the_run(one_rank, monkeypatch):
+    monkeypatch.setenv(VARIABLE, json.dumps([{"site": "micro_batch", "action": "nan", "step": 1}]))
+    said = Said()
+    with pytest.raises(Diverged, match="3 steps in a row") as error:
+        trainer(one_rank(), said=said, max_skipped_in_a_row=3).run()
+    assert len(said.notes) == 3 and len(said.steps) == 1
+    assert "step 2" in error.value.why
+
+
+# ---- the anchor
+
+
+def shifted(policy, by):
+    def attach(batch):
+        ready = policy.with_live_reference(batch)
+        return ready.with_reference(tuple(tuple(mb.ref_logprobs + by * (mb.sequence % 2) for mb in rank) for rank in ready.micro_batches))
+
+    return attach
+
+
+def test_stale_reference_log_probs_stop_the_run_before_its_first_step(one_rank):
+    policy, said = one_rank(), Said()
+    before = policy.digest()
+    with pytest.raises(ConfigError, match=r"policy == reference must give 0\.6931472"):
+        trainer(policy, said=said, attach=shifted(policy, 0.05)).run()
+    assert policy.digest() == before and not said.steps
+
+
+def test_the_anchor_is_not_asked_for_where_it_is_not_known(one_rank):
+    policy = one_rank()
+    assert trainer(policy, attach=shifted(policy, 0.05), anchor_tolerance=None, total=1).run().step == 1
+
+
+def test_a_resumed_run_has_no_anchor(one_rank):
+    policy = one_rank()
+    end = trainer(policy, attach=shifted(policy, 0.05), kept=Kept(Progress(step=2, examples=16)), total=3).run()
+    assert (end.step, end.examples) == (3, 24)
+
+
+# ---- when
+
+
+def test_evaluation_and_checkpoints_come_when_they_are_due_and_at_the_end(one_rank):
+    said, kept = Said(), Kept()
+    trainer(one_rank(), said=said, kept=kept, total=5, evaluate_every=2, save_every=3, held_out=pairs(4, seed=9)).run()
+    assert [e.step for e in said.evaluations] == [0, 2, 4, 5]
+    assert [p.step for p in kept.saved] == [3, 5]
+    assert said.evaluations[0].metrics["eval/loss"] == pytest.approx(LN2, abs=1e-6)
+
+
+def test_what_is_due_at_the_last_step_happens_once(one_rank):
+    said, kept = Said(), Kept()
+    trainer(one_rank(), said=said, kept=kept, total=2, evaluate_every=1, save_every=1, evaluate_at_start=False, held_out=pairs(4)).run()
+    assert ([e.step for e in said.evaluations], [p.step for p in kept.saved]) == ([1, 2], [1, 2])
+
+
+def test_a_resumed_run_goes_on_at_its_cursor_without_the_first_evaluation(one_rank):
+    said, kept = Said(), Kept(Progress(step=3, examples=24, tokens=100, skipped=1))
+    end = trainer(one_rank(), said=said, kept=kept, total=5, held_out=pairs(4)).run()
+    assert ([s.step for s in said.steps], [e.step for e in said.evaluations]) == ([4, 5], [5])
+    assert (end.step, end.examples, end.skipped) == (5, 40, 1)
+
+
+def test_a_finished_run_does_nothing_more(one_rank):
+    policy, kept = one_rank(), Kept(Progress(step=3, examples=24))
+    assert trainer(policy, kept=kept).run() == kept.start
+    assert not policy.positions and not kept.saved
+
+
+def test_without_held_out_examples_no_evaluation_is_reported(one_rank):
+    said = Said()
+    trainer(one_rank(), said=said, total=1).run()
+    assert not said.evaluations
+
+
+def test_a_stop_is_obeyed_after_the_step_with_a_checkpoint(one_rank):
+    said, kept = Said(), Kept()
+    with pytest.raises(Interrupted, match="after step 2 of 5") as error:
+        trainer(one_rank(), said=said, kept=kept, total=5, stop=lambda: len(said.steps) == 2).run()
+    assert [p.step for p in kept.saved] == [2]
+    assert error.value.exit_code == 75
+
+
+def test_a_stop_at_the_last_step_is_the_end(one_rank):
+    kept = Kept()
+    said = Said()
+    end = trainer(one_rank(), said=said, kept=kept, total=2, stop=lambda: len(said.steps) == 2).run()
+    assert end.step == 2 and kept.saved == [end]
+
+
+def test_the_reference_follows_the_policy_every_n_steps(one_rank):
+    cfg = recipe(reference_sync_every=2, reference_sync_alpha=1.0)
+    policy, batch = one_rank(cfg), cut_step(pairs(8), Cut(1, 4, None, "padded", 0, "no_sync"))
+    gaps = []
+
+    def gap():
+        values = policy.token_logprobs(batch), policy.token_logprobs(batch, reference=True)
+        return max(float(np.abs(a - b).max()) for a, b in zip(values[0][0], values[1][0], strict=True))
+
+    class Look(Said):
+        def step(self, report):
+            gaps.append(gap())
+
+    trainer(policy, said=Look(), total=4).run()
+    assert gaps[0] > 1e-3 and gaps[2] > 1e-3
+    assert gaps[1] == gaps[3] == 0.0
+
+
+def test_an_unexpected_number_of_reduced_bytes_is_told_once(one_rank):
+    said = Said()
+    trainer(one_rank(), said=said, gradient_bytes=1000).run()
+    assert len(said.notes) == 1 and said.notes[0].startswith("warning: the first step reduced")
