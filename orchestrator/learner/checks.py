@@ -41,11 +41,11 @@ def head_check(learner: RankLearner, padded: MicroBatch) -> float:
 def probe_peak(learner: RankLearner, micro_batch: MicroBatch, units: LossUnits) -> int:
     """Peak bytes of a forward and backward of one micro-batch beyond what the process held before the model; the
     gradient is dropped, nothing has changed after. A collective."""
-    if learner.algorithm.couples_batch:
-        micro_batch = replace(micro_batch, coefficients=np.zeros(len(micro_batch.targets), np.float32))
-    reports = learner.forward_backward([micro_batch, micro_batch], units, step=-1)
+    nothing = np.zeros(len(micro_batch.targets), np.float32)
+    probe = replace(micro_batch, ref_logprobs=nothing, coefficients=nothing)  # only the size of things is asked for
+    report = learner.forward_backward([probe, probe], units, step=-1)
     learner.discard()
-    return reports.peak_bytes
+    return report.peak_bytes
 
 
 def usable_bytes(learner: RankLearner) -> int:

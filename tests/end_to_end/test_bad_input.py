@@ -27,12 +27,14 @@ class Bad:
 
 CASES = (
     Bad("unknown key", ("batch.efective=64",), 78, ("batch.efective", "did you mean batch.effective?")),
-    Bad("effective below workers", ("batch.effective=1",), 78, ("batch.effective=1", "learners.workers=2")),
     Bad("unknown loss", ("algorithm.loss=sigmoyd",), 78, ("sigmoyd", "did you mean", "sigmoid")),
     Bad("sync and stage", ("learners.zero_stage=3", "learners.sync=no_sync"), 78, ("no_sync", "ZeRO stage 3", "per_micro_batch")),
-    Bad("bf16 at stage 0", ("learners.zero_stage=0", "learners.precision=bf16"), 78, ("bf16", "zero_stage=1")),
     Bad("too many workers", ("learners.workers=4", "learners.cpus_per_worker=1000"), 69, ("4 workers", "CPU", "learners.workers")),
     Bad("little memory", ("batch.memory_limit_gb=0.001",), 69, ("it may use 0.8 MB", "weights", "learners.zero_stage")),
+)
+MORE_CASES = (
+    Bad("effective below workers", ("batch.effective=1",), 78, ("batch.effective=1", "learners.workers=2")),
+    Bad("bf16 at stage 0", ("learners.zero_stage=0", "learners.precision=bf16"), 78, ("bf16", "zero_stage=1")),
 )
 
 
@@ -54,7 +56,7 @@ def refused(sandbox: Sandbox, code: int, *arguments: str | Path) -> str:
     return finished.err
 
 
-@pytest.mark.parametrize("bad", CASES, ids=lambda bad: bad.name)
+@pytest.mark.parametrize("bad", [*CASES, *(pytest.param(bad, marks=pytest.mark.slow) for bad in MORE_CASES)], ids=lambda bad: bad.name)
 def test_impossible_recipe(sandbox: Sandbox, tmp_path: Path, bad: Bad) -> None:
     small = ["data.train=[{path: toy:preference, max_rows: 64}]", "batch.effective=16", "data.eval=null"]
     message = refused(sandbox, bad.code, "train", "tiny/dpo", *small, *bad.overrides, "--output", tmp_path / "run")
@@ -110,6 +112,7 @@ def test_output_of_another_run_is_left_as_it_is(sandbox: Sandbox, tmp_path: Path
     assert [p.name for p in output.iterdir()] == ["run.json"]
 
 
+@pytest.mark.slow
 def test_folder_with_foreign_files_is_left_as_it_is(sandbox: Sandbox, tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("mine")
     message = refused(sandbox, 73, "train", "tiny/dpo", "data.eval=null", "--output", tmp_path)

@@ -46,6 +46,7 @@ def test_plan_names_batches_that_divide(sandbox: Sandbox) -> None:
     assert "architecture: llama" in said, "the resolved recipe"
 
 
+@pytest.mark.slow
 def test_plan_of_a_pipeline(sandbox: Sandbox) -> None:
     said = succeeded(sandbox.run("plan", "tiny/demo"))
     assert "200 optimizer steps of sft" in said

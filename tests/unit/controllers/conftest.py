@@ -12,7 +12,6 @@ import torch
 
 from orchestrator.config import Algorithm, Data, Learners, Model, Optimizer, Recipe, TinyModel
 from orchestrator.data.order import Batches, Order
-from orchestrator.errors import OutOfMemory
 from orchestrator.learner.engine import ProcessGroup
 from orchestrator.learner.learner import LearnerSpec, RankLearner, RankReference
 from orchestrator.learner.state import full_weights, weights_digest
@@ -154,7 +153,7 @@ class Said:
 class Kept:
     """Checkpoints in memory: what was saved, and where to begin."""
 
-    start: Progress = Progress()
+    start: Progress = field(default_factory=Progress)
     saved: list[Progress] = field(default_factory=list)
 
     def restore(self) -> Progress:
