@@ -32,6 +32,9 @@ TAG = "ORCHESTRATOR_TEST_RUN"
 FEW = "[{path: toy:%s, max_rows: 64}]"
 """Enough rows for four steps of 16, so that the pass over the reference is short."""
 
+LINGERING = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
+"""Ray's helpers try for a minute to tell a dead cluster that it is dead before they end."""
+
 Fault = Mapping[str, Any]
 
 
@@ -58,7 +61,6 @@ class Sandbox:
         """Variables of the processes."""
         inherited = {k: v for k, v in os.environ.items() if not k.startswith("RAY_") and k != VARIABLE}
         own = {
-            TAG: self.tag,
             "HOME": str(self.root / "home"),
             "RAY_TMPDIR": str(self.ray_folder),
             "RAY_USAGE_STATS_ENABLED": "0",
@@ -66,6 +68,7 @@ class Sandbox:
             "COLUMNS": "200",
             **(self._joining() if self.address else {}),
             **({VARIABLE: json.dumps(list(faults))} if faults else {}),
+            TAG: self.tag,  # last: a process that changes its title overwrites the first ones
         }
         return inherited | own
 
@@ -96,8 +99,9 @@ class Sandbox:
         return self.start(*arguments, faults=faults).finish(timeout)
 
     def living(self) -> dict[int, str]:
-        """Command lines of the processes that carry the tag, by process id."""
-        return {pid: _command_line(pid) for pid in _tagged(self.tag)}
+        """Command lines of the processes that carry the tag or belong to the session of a started command, by process id."""
+        sessions = {process.pid for process in self._started}
+        return {pid: _command_line(pid) for pid in _processes() if _carries(pid, self.tag) or _session(pid) in sessions}
 
     def kill_all(self) -> None:
         """SIGKILL to everything a test started: driver, Ray, workers."""
@@ -111,11 +115,14 @@ class Sandbox:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
-        left = wait_until(lambda: not self.living(), patience_s)
-        survivors = self.living()
+        wait_until(lambda: not self._outliving(), patience_s)
+        survivors = self._outliving()
         self.kill_all()
         shutil.rmtree(self.ray_folder, ignore_errors=True)
-        assert left, f"still running {patience_s:.0f} s after the driver: {survivors}"
+        assert not survivors, f"still running {patience_s:.0f} s after the driver: {survivors}"
+
+    def _outliving(self) -> dict[int, str]:
+        return {pid: name for pid, name in self.living().items() if not name.startswith(LINGERING)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,14 +160,24 @@ def wait_until(condition: Callable[[], bool], timeout: float, pause_s: float = 0
     return True
 
 
-def _tagged(tag: str) -> list[int]:
-    wanted = f"{TAG}={tag}".encode()
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):  # it ended meanwhile, or is another user's; a zombie has no environment
-            if wanted in (folder / "environ").read_bytes().split(b"\0"):
-                found.append(int(folder.name))
-    return found
+def _processes() -> list[int]:
+    return [int(folder.name) for folder in Path("/proc").glob("[0-9]*")]
+
+
+def _carries(pid: int, tag: str) -> bool:
+    try:
+        return f"{TAG}={tag}".encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    except OSError:  # it ended meanwhile, or is another user's
+        return False
+
+
+def _session(pid: int) -> int | None:
+    """The session of a living process; None for one that ended, a zombie included."""
+    try:
+        state, _, _, session = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()[:4]
+    except OSError:
+        return None
+    return None if state == "Z" else int(session)
 
 
 def _command_line(pid: int) -> str:
@@ -204,9 +221,9 @@ def shared_ray(root: Path) -> Iterator[Shared]:
         for name, value in (sandbox.environment() | {"HOME": str(Path.home())}).items():
             patch.setenv(name, value)
         patch.delenv("RAY_ADDRESS", raising=False)
-        connect()
-        sandbox.address = ray.get_runtime_context().gcs_address
         try:
+            connect()
+            sandbox.address = ray.get_runtime_context().gcs_address
             yield Shared(root, sandbox)
         finally:
             wandb.teardown()

@@ -235,11 +235,11 @@ class LearnerGroup:
         return ray.get(refs)
 
     def _holds_back(self) -> bool:
-        """True where a rank that stops early leaves no other rank waiting in a collective."""
+        """True where a rank that stops early leaves no other rank waiting in a collective, and its gradients can be dropped."""
         if self.spec is None:
             return True
         cut = self.spec.cut
-        return cut.workers == 1 or cut.sync == "no_sync" or (cut.sync == "coalesced" and cut.zero_stage < 3)
+        return cut.sync == "no_sync" or (cut.sync == "coalesced" and cut.zero_stage < 3)
 
 
 def _environment(threads: int) -> dict[str, str]:

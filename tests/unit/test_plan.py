@@ -30,7 +30,7 @@ def data_of(recipe: Recipe) -> DataSet:
 def plan(*overrides, base="recipes/tiny/dpo.yaml", rows=64) -> Plan:
     rows_of = "toy:sft" if "sft" in base else "toy:preference"
     given = [] if any(o.startswith("data.train") for o in overrides) else [f"data.train=[{{path: {rows_of}, max_rows: {rows}}}]", "data.eval=null"]
-    recipe = load(base, [*given, "batch.effective=16", "model.tiny.layers=1", *overrides]).stages[0].recipe
+    recipe = load(base, [*given, "batch.effective=16", "batch.micro_batch=auto", "model.tiny.layers=1", *overrides]).stages[0].recipe
     algorithm = build(recipe.algorithm)
     return make_plan(recipe, algorithm, data_of(recipe))
 

@@ -30,14 +30,16 @@ WITHOUT_PROC = """
 from pathlib import Path
 import torch
 from orchestrator.learner import memory
-memory._STATUS = memory._CLEAR_REFS = Path("/nowhere/at/all")
 cpu = torch.device("cpu")
-before = memory.peak_bytes(cpu)
 block = torch.ones(50_000_000)
-assert memory.peak_bytes(cpu) - before > 150_000_000
+known = memory.peak_bytes(cpu)
+assert known > 200_000_000
+memory._STATUS = memory._CLEAR_REFS = Path("/nowhere/at/all")
+highest = memory.peak_bytes(cpu)
+assert highest > known - 5_000_000  # a process may also count what its parent held when it was started
 del block
 memory.reset_peak(cpu)
-assert memory.peak_bytes(cpu) - before > 150_000_000
+assert memory.peak_bytes(cpu) >= highest
 assert memory.current_bytes(cpu) == memory.peak_bytes(cpu)
 """
 
@@ -45,12 +47,6 @@ assert memory.current_bytes(cpu) == memory.peak_bytes(cpu)
 def test_without_proc_the_highest_size_since_the_start_stands_for_both():
     done = subprocess.run([sys.executable, "-c", WITHOUT_PROC], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-
-
-def test_both_ways_agree():
-    memory.reset_peak(CPU)
-    assert memory.highest_resident() >= memory.peak_bytes(CPU) - MB
-    assert memory.highest_resident() == pytest.approx(memory.peak_bytes(CPU), rel=0.9)
 
 
 def test_a_worker_has_its_share_of_the_machine():
