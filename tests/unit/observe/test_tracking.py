@@ -28,14 +28,16 @@ def records(path: Path) -> Iterator[Any]:
     from wandb.proto import wandb_internal_pb2 as protobuf
 
     content, block = path.read_bytes(), 32768
-    assert content[:4] == b":W&B"
+    assert content[:4] in (b":W&B", b"")
     at, parts = 7, b""
-    while at < len(content):
+    while at + 7 <= len(content):
         left = block - at % block
         if left < 7:
             at += left
             continue
         _, length, kind = struct.unpack("<IHB", content[at : at + 7])
+        if at + 7 + length > len(content):
+            return  # still being written
         part = content[at + 7 : at + 7 + length]
         at += 7 + length
         if kind == 0:  # zeros fill a block
@@ -49,7 +51,18 @@ def records(path: Path) -> Iterator[Any]:
 
 def of_kind(folder: Path, kind: str) -> list[Any]:
     (path,) = (folder / "wandb").glob("offline-run-*/run-*.wandb")
-    return [getattr(r, kind) for r in records(path) if r.WhichOneof("record_type") == kind]
+    return [getattr(r, kind) for r in finished(path) if r.WhichOneof("record_type") == kind]
+
+
+def finished(path: Path, deadline_s: float = 60.0) -> list[Any]:
+    """All records, once wandb's own process has written the last of them: it does so after `finish` has returned."""
+    end = time.monotonic() + deadline_s
+    while time.monotonic() < end:
+        found = list(records(path))
+        if any(r.WhichOneof("record_type") == "exit" for r in found):
+            return found
+        time.sleep(0.1)
+    pytest.fail(f"{path} has no exit record after {deadline_s:.0f} s")
 
 
 def history(folder: Path) -> list[dict[str, Any]]:
