@@ -101,7 +101,8 @@ class Sandbox:
     def living(self) -> dict[int, str]:
         """Command lines of the processes that carry the tag or belong to the session of a started command, by process id."""
         sessions = {process.pid for process in self._started}
-        return {pid: _command_line(pid) for pid in _processes() if _carries(pid, self.tag) or _session(pid) in sessions}
+        started = (pid for pid in _processes() if _carries(pid, self.tag) or _session(pid) in sessions)
+        return {pid: _command_line(pid) for pid in started if pid != os.getpid()}
 
     def kill_all(self) -> None:
         """SIGKILL to everything a test started: driver, Ray, workers."""

@@ -28,11 +28,11 @@ class Bad:
 CASES = (
     Bad("unknown key", ("batch.efective=64",), 78, ("batch.efective", "did you mean batch.effective?")),
     Bad("unknown loss", ("algorithm.loss=sigmoyd",), 78, ("sigmoyd", "did you mean", "sigmoid")),
-    Bad("sync and stage", ("learners.zero_stage=3", "learners.sync=no_sync"), 78, ("no_sync", "ZeRO stage 3", "per_micro_batch")),
     Bad("too many workers", ("learners.workers=4", "learners.cpus_per_worker=1000"), 69, ("4 workers", "CPU", "learners.workers")),
     Bad("little memory", ("batch.memory_limit_gb=0.001",), 69, ("it may use 0.8 MB", "weights", "learners.zero_stage")),
 )
 MORE_CASES = (
+    Bad("sync and stage", ("learners.zero_stage=3", "learners.sync=no_sync"), 78, ("no_sync", "ZeRO stage 3", "per_micro_batch")),
     Bad("effective below workers", ("batch.effective=1",), 78, ("batch.effective=1", "learners.workers=2")),
     Bad("bf16 at stage 0", ("learners.zero_stage=0", "learners.precision=bf16"), 78, ("bf16", "zero_stage=1")),
 )
@@ -103,6 +103,7 @@ def test_conversations_need_a_chat_template(sandbox: Sandbox, tmp_path: Path) ->
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_output_of_another_run_is_left_as_it_is(sandbox: Sandbox, tmp_path: Path) -> None:
     output = tmp_path / "run"
     output.mkdir()

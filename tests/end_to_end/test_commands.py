@@ -39,6 +39,7 @@ def test_plan_as_json(sandbox: Sandbox) -> None:
     assert plan["recipe"]["learners"]["workers"] == 2
 
 
+@pytest.mark.slow
 def test_plan_names_batches_that_divide(sandbox: Sandbox) -> None:
     said = succeeded(sandbox.run("plan", "tiny/dpo", f"data.train={FEW % 'preference'}", "data.eval=null", "batch.micro_batch=5"))
     assert "cuts evenly at batch.effective 60 or 70" in said

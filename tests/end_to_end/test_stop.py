@@ -9,7 +9,7 @@ from tests.running import FEW, Sandbox, steps
 
 pytestmark = pytest.mark.timeout(600)
 
-STEPS = 60
+STEPS = 30
 
 
 def test_sigterm_stops_after_the_step_and_the_next_run_goes_on(tmp_path: Path) -> None:
