@@ -4,7 +4,7 @@ A recipe names WHAT an optimizer step is (`batch.effective`, `algorithm`, `optim
 (`learners`). Only the first half may change a result. Loading (YAML, `extends`, overrides) is in `recipe.py`.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -95,8 +95,44 @@ class Data(Section):
     append_eos: bool = Field(True, description="end plain-text completions with the eos token, as TRL does")
 
 
+OfflineName = Literal["sft", "reward", "dpo", "kto", "simpo", "orpo", "cpo"]
+OnlineName = Literal[
+    "grpo", "dr_grpo", "dapo", "rloo", "reinforce_pp", "reinforce_pp_baseline", "gspo", "cispo", "ppo", "online_dpo"
+]
+ONLINE: tuple[str, ...] = get_args(OnlineName)
+"""Algorithms that learn from rollouts of the policy itself; the others learn from rows."""
+
+
+class Clip(Section):
+    """Bounds of the probability ratio; defaults are the algorithm's own."""
+
+    low: float | None = Field(None, ge=0, description="ratio is kept above 1 - low")
+    high: float | None = Field(None, ge=0, description="ratio is kept below 1 + high (CISPO: below high)")
+    dual: float | None = Field(None, gt=1, description="upper bound of the ratio where the advantage is negative (TRL's delta)")
+
+
+class Kl(Section):
+    """KL of the policy from the reference, as a term of the loss or of the reward."""
+
+    coefficient: float = Field(0.0, ge=0)
+    place: Literal["loss", "reward"] = "loss"
+    estimator: Literal["k1", "k2", "k3"] = "k3"
+    target: float | None = Field(None, gt=0, description="adaptive: the coefficient is steered towards this KL per token")
+    horizon: float = Field(10_000.0, gt=0, description="adaptive: rollouts over which the coefficient may change by a factor e^0.2")
+
+
+class Correction(Section):
+    """Importance correction for the gap between the generator's and the learner's log-probs (stale or other kernels)."""
+
+    kind: Literal["none", "token", "sequence", "decoupled"] = Field(
+        "token", description="token: TIS; sequence: whole sequences beyond `cap` are masked; decoupled: PPO around the learner's own log-probs"
+    )
+    cap: float = Field(2.0, gt=1)
+    alarm: float = Field(0.05, gt=0, description="mean |gap| in nat per token above which a note is written (strictly on-policy)")
+
+
 class Algorithm(Section):
-    name: Literal["sft", "reward", "dpo", "kto", "simpo", "orpo", "cpo"]
+    name: OfflineName | OnlineName
     loss: str | dict[str, float] | None = Field(
         None, description="one loss by name or a weighted mix, e.g. {sigmoid: 0.8, sft: 1.0}; default: the algorithm's own"
     )
@@ -114,6 +150,22 @@ class Algorithm(Section):
     kto_undesirable_weight: float = Field(1.0, gt=0)
     reference_sync_every: int | None = Field(None, ge=1, description="TR-DPO: steps between updates of the reference")
     reference_sync_alpha: float = Field(0.6, gt=0, le=1, description="TR-DPO: ref <- alpha*policy + (1-alpha)*ref")
+    epochs: int = Field(1, ge=1, description="online: passes over each rollout batch, cut into mini-batches of batch.effective")
+    normaliser: Literal["auto", "token", "sequence", "constant"] = Field(
+        "auto", description="online: what the loss is divided by, over the whole effective batch; constant: sequences x max_new_tokens"
+    )
+    clip: Clip = Clip()  # pyright: ignore[reportCallIssue]
+    kl: Kl = Kl()  # pyright: ignore[reportCallIssue]
+    correction: Correction = Correction()  # pyright: ignore[reportCallIssue]
+    entropy_bonus: float = Field(0.0, ge=0)
+    gamma: float = Field(1.0, gt=0, le=1, description="PPO: discount per token")
+    gae_lambda: float = Field(0.95, ge=0, le=1, description="PPO: GAE's lambda")
+    value_clip: float | None = Field(0.2, gt=0, description="PPO: the critic's values move at most this far per rollout batch")
+    whiten: bool = Field(True, description="PPO: advantages of a rollout batch are brought to mean 0 and deviation 1")
+    scale_by_std: bool | None = Field(None, description="group advantages are divided by the group's deviation; default: the algorithm's own")
+    dynamic_sampling: bool | None = Field(None, description="groups of equal rewards are replaced by other prompts; default: DAPO only")
+    max_resampled: int = Field(3, ge=0, description="rollout batches that dynamic sampling may draw for one step, beyond the first")
+    mask_truncated: bool = Field(False, description="completions cut off at max_new_tokens do not count in the loss")
 
 
 class Batch(Section):
@@ -161,6 +213,75 @@ class Reference(Section):
     cache_dir: str | None = Field(None, description="where reference log-probs are kept; default ~/.cache/orchestrator")
 
 
+class Rollouts(Section):
+    workers: int = Field(1, ge=1, description="rollout actors")
+    gpus_per_worker: float = Field(0, ge=0)
+    cpus_per_worker: float = Field(1, gt=0)
+    placement: Literal["separate", "colocated"] = Field("separate", description="colocated: actor i shares the bundle of learner worker i")
+    engine: Literal["transformers", "vllm"] = "transformers"
+    batching: Literal["auto", "static", "continuous"] = Field("auto", description="how the transformers engine decodes; auto: measured at start")
+    rows_at_once: int = Field(64, ge=1, description="sequences an actor decodes together")
+    prompts: int = Field(32, ge=1, description="prompts of one rollout batch")
+    samples: int = Field(8, ge=1, description="completions of one prompt")
+    max_new_tokens: int = Field(64, ge=1, description="tokens of a completion (multi-turn: of the whole episode)")
+    temperature: float = Field(1.0, ge=0, description="0: greedy")
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int | None = Field(None, ge=1)
+    min_p: float = Field(0.0, ge=0, lt=1)
+    stop: list[str] = Field([], description="texts that end a completion; they stay part of it")
+    max_staleness: int = Field(0, ge=0, description="versions that generation may run ahead of learning; 0: strictly on-policy")
+    transport: Literal["auto", "object_store", "broadcast", "cuda_ipc"] = "auto"
+    bucket_mb: float = Field(256.0, gt=0, description="weights cross in buckets of this size")
+    environment: str | None = Field(None, description="multi-turn: `module:Class` or `file.py:Class`")
+    max_turns: int = Field(8, ge=1)
+    replay: str | None = Field(None, description="a samples.jsonl to learn from instead of generating: for debugging")
+    timeout_s: float = Field(600.0, gt=0, description="deadline of one piece of work of an actor")
+    max_restarts: int = Field(8, ge=0, description="times a lost rollout actor is replaced")
+
+
+class RewardFunction(Section):
+    """One component of the reward. Exactly one of function, model, url says what it is."""
+
+    name: str = Field(pattern=NAME_PATTERN)
+    function: str | None = Field(None, description="`module:function`, `file.py:function`, or `trl:accuracy_reward` …")
+    model: str | None = Field(None, description="a trained reward model: a folder or hub name")
+    revision: str | None = None
+    url: str | None = Field(None, description="an HTTP endpoint that takes and returns batched JSON")
+    weight: float = 1.0
+    options: dict[str, Any] = Field({}, description="keyword arguments of the function (or of the TRL function's maker)")
+    headers_from: dict[str, str] = Field({}, description="HTTP header -> environment variable that holds its value")
+    gpus: float = Field(0, ge=0, description="of the scoring actor of a reward model")
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> "RewardFunction":
+        if sum(kind is not None for kind in (self.function, self.model, self.url)) != 1:
+            raise ValueError("set exactly one of function, model and url")
+        return self
+
+
+class Rewards(Section):
+    functions: list[RewardFunction] = []
+    timeout_s: float = Field(60.0, gt=0, description="deadline of one call")
+    retries: int = Field(2, ge=0, description="further tries after a failure; then the group is dropped and counted")
+    max_dropped_fraction: float = Field(0.1, ge=0, le=1, description="of a rollout batch's groups; beyond it the run ends")
+    memory_limit_gb: float = Field(4.0, gt=0, description="of the process that runs reward functions")
+    batch_size: int = Field(64, ge=1, description="completions per HTTP request or reward-model micro-batch")
+    environment: list[str] = Field([], description="variables that reward functions may see besides PATH, HOME, LANG …")
+    normalise: Literal["none", "running"] = Field("none", description="running: rewards are divided by their running deviation")
+
+
+class Critic(Section):
+    """PPO's value model: its own learner group. Its size and start weights are the policy's unless `model` says otherwise."""
+
+    model: Model | None = None
+    learning_rate: float | None = Field(None, gt=0, description="default: optimizer.learning_rate")
+    workers: int = Field(1, ge=1)
+    gpus_per_worker: float = Field(0, ge=0)
+    cpus_per_worker: float = Field(1, gt=0)
+    warmup_steps: int = Field(0, ge=0, description="first rollout batches from which only the critic learns")
+    export: bool = False
+
+
 class Checkpoint(Section):
     every: int | None = Field(None, ge=1, description="optimizer steps between checkpoints; None: only at the end")
     keep: int = Field(2, ge=1)
@@ -178,6 +299,9 @@ class Evaluation(Section):
     max_examples: int | None = Field(None, ge=1)
     generate: Generation | None = Field(None, description="greedy generation on held-out prompts that have an answer")
     worst_pairs: int = Field(8, ge=0, description="rows of the table of most-wrong pairs")
+    max_prompts: int = Field(64, ge=1, description="online: held-out prompts")
+    pass_at_k: int = Field(0, ge=0, description="online: also sample k completions per held-out prompt; pass@k is the share with reward >= pass_reward")
+    pass_reward: float = Field(1.0, description="online: total reward from which a completion counts as passed")
 
 
 class Tracking(Section):
@@ -197,6 +321,9 @@ class Recipe(Section):
     batch: Batch = Batch()  # pyright: ignore[reportCallIssue]
     optimizer: Optimizer
     learners: Learners = Learners()  # pyright: ignore[reportCallIssue]
+    rollouts: Rollouts = Rollouts()  # pyright: ignore[reportCallIssue]
+    rewards: Rewards = Rewards()  # pyright: ignore[reportCallIssue]
+    critic: Critic = Critic()  # pyright: ignore[reportCallIssue]
     reference: Reference = Reference()  # pyright: ignore[reportCallIssue]
     checkpoint: Checkpoint = Checkpoint()  # pyright: ignore[reportCallIssue]
     evaluation: Evaluation = Evaluation()  # pyright: ignore[reportCallIssue]

@@ -1,6 +1,7 @@
 """What flows: frozen records, made once by one room and never filled in later by another.
 
     offline   Row -> SequenceGroup -> PackedBatch -> MicroBatch -> LearnReport -> StepReport
+    online    Row -> Prompt -> RolloutGroup -> ScoredGroup -> SequenceGroup (its branches carry Experience) -> … the same …
 
 Arrays are numpy so that records cross processes without copies and without torch.
 """
@@ -16,7 +17,8 @@ Ints = NDArray[np.int64]
 Floats = NDArray[np.float32]
 Bools = NDArray[np.bool_]
 Layout = Literal["prefix_shared", "packed", "padded"]
-DataKind = Literal["sft", "preference", "unpaired"]
+DataKind = Literal["sft", "preference", "unpaired", "prompt"]
+Finish = Literal["stop", "length", "error"]
 Sync = Literal["no_sync", "coalesced", "per_micro_batch"]
 
 
@@ -25,7 +27,8 @@ class Row:
     """One validated row of a data source, in TRL's terms, before any tokenizer.
 
     Texts are strings or lists of {"role", "content"} messages. SFT: prompt (may be "") + completion, or `messages`
-    alone; preference: prompt, chosen, rejected; unpaired: prompt, completion, label.
+    alone; preference: prompt, chosen, rejected; unpaired: prompt, completion, label; prompt: prompt alone, and in
+    `columns` whatever else the record holds, for reward functions.
     where: "file:line" for messages to the user; source: index of the source in the recipe.
     """
 
@@ -41,14 +44,37 @@ class Row:
     label: bool | None = None
     margin: float | None = None
     answer: str | None = None
+    columns: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Experience:
+    """What RL knows of the S scored tokens of a completion (or the N of a micro-batch), Float[S] each, in their order.
+
+    old_logprobs: under the learner's policy before the first update from this rollout batch (the proximal policy);
+    sampled_logprobs: under the distribution the generator drew from; ref_logprobs: under the reference;
+    values: the critic's before the update; returns: what it shall learn. None where the algorithm has no use for it.
+
+    Example: a completion of two tokens with reward 1, RLOO against one sample of reward 0: advantages [1.0, 1.0].
+    """
+
+    advantages: Floats
+    old_logprobs: Floats
+    sampled_logprobs: Floats
+    ref_logprobs: Floats | None = None
+    values: Floats | None = None
+    returns: Floats | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Branch:
-    """Tokens that follow a prompt. ids: Int[T]; scored: Bool[T], True where a token counts in the loss."""
+    """Tokens that follow a prompt. ids: Int[T]; scored: Bool[T], True where a token counts in the loss.
+
+    experience: of the scored tokens, where the branch is a rollout."""
 
     ids: Ints
     scored: Bools
+    experience: Experience | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,15 +140,22 @@ class LossUnits:
     """The GLOBAL counts of one optimizer step, taken before the first backward: what loss sums are divided by.
 
     examples: pairs (or conversations); branch_tokens[k]: scored tokens of branch k over all examples.
+    kl_coefficient: of this step where a controller steers it, else the recipe's holds.
     Example: the group above, both branches wholly scored: LossUnits(1, (2, 3)), `.tokens` 5.
     """
 
     examples: int
     branch_tokens: tuple[int, ...]
+    kl_coefficient: float | None = None
 
     @property
     def tokens(self) -> int:
         return sum(self.branch_tokens)
+
+    @property
+    def sequences(self) -> int:
+        """Branches of all examples: the completions of a policy-gradient step."""
+        return self.examples * len(self.branch_tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +170,7 @@ class MicroBatch:
     last_at: Int[n*branches], flat position of the last token of each sequence (where reward heads read).
     examples: Int[n], group ids. weight: 0.0 for a filler that only keeps ranks in step.
     ref_logprobs: Float[N]; coefficients: Float[N], d loss / d token log-prob of losses that couple the whole batch.
-    label, margin: Float[n].
+    label, margin: Float[n]. experience: columns Float[N] of a policy-gradient step.
     """
 
     layout: Layout
@@ -157,6 +190,7 @@ class MicroBatch:
     coefficients: Floats | None = None
     label: Floats | None = None
     margin: Floats | None = None
+    experience: Experience | None = None
 
     @property
     def tokens(self) -> int:
@@ -226,7 +260,8 @@ class LearnReport:
 
     tokens: with the prompt repeated for each branch, as TRL counts; computed: positions that are not padding, prompts
     shared; scored: positions the head ran on; positions: all, padding and fillers included. peak_bytes: highest memory
-    in use since the report before, less what the process held before it built the model.
+    in use since the report before, less what the process held before it built the model. maxima: metrics whose reduction
+    is the maximum.
     """
 
     loss: float
@@ -238,6 +273,7 @@ class LearnReport:
     positions: int
     seconds: float
     peak_bytes: int = 0
+    maxima: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,14 +294,21 @@ class StepApplied:
 class Progress:
     """The whole resume state of a controller, with the learner's own.
 
-    step: optimizer steps taken; examples: GLOBAL examples consumed (the data cursor); tokens: unshared tokens seen;
-    skipped: steps refused by the non-finite guard.
+    step: optimizer steps taken (online: rollout batches learned from, which is also the policy version);
+    examples: GLOBAL examples consumed (online: prompts; the data cursor); tokens: unshared tokens seen;
+    skipped: steps refused by the non-finite guard; optimizer_steps: online, as a rollout batch takes several;
+    kl_coefficient: of the adaptive controller, None while it is the recipe's; reward_*: running moments of the reward (Welford).
     """
 
     step: int = 0
     examples: int = 0
     tokens: int = 0
     skipped: int = 0
+    optimizer_steps: int = 0
+    kl_coefficient: float | None = None
+    reward_count: int = 0
+    reward_mean: float = 0.0
+    reward_m2: float = 0.0
 
     def after(self, batch: PackedBatch) -> "Progress":
         return replace(self, step=self.step + 1, examples=self.examples + batch.units.examples, tokens=self.tokens + batch.tokens)
@@ -285,16 +328,23 @@ class StepReport:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One line of samples.jsonl: a pair or a greedy completion with its scores."""
+    """One line of samples.jsonl: a pair, a greedy completion or a rollout, with its scores.
+
+    tokens: of a rollout, so that it can be replayed: prompt, ids, scored and logprobs as lists."""
 
     step: int
-    kind: Literal["pair", "generation"]
+    kind: Literal["pair", "generation", "rollout"]
     prompt: str
     completion: str | None = None
     chosen: str | None = None
     rejected: str | None = None
     answer: str | None = None
     scores: Mapping[str, float] = field(default_factory=dict)
+    prompt_id: int | None = None
+    sample: int | None = None
+    version: int | None = None
+    finish: Finish | None = None
+    tokens: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)

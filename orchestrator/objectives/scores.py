@@ -1,12 +1,24 @@
 """What an objective sees and what it returns: sums, never means."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from orchestrator.records import LossUnits
+
+
+@dataclass(frozen=True, slots=True)
+class ExperienceTensors:
+    """records.Experience on the device: Float[N] each."""
+
+    advantages: Tensor
+    old_logps: Tensor
+    sampled_logps: Tensor
+    ref_logps: Tensor | None = None
+    values: Tensor | None = None
+    returns: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,6 +28,8 @@ class TokenScores:
     logps: Float[N], policy log-probs of the scored tokens (carries the gradient); ref_logps: Float[N], the reference's.
     sequence: Int[N], which sequence (example * branches + branch) a token belongs to. label, margin: Float[n].
     wpo: Float[N], log p(token) - log sum p^2, without gradient. rewards: Float[n, branches] of a scalar head.
+    entropy: Float[N], of the distribution at each scored token. values: Float[N] of a critic (carries its gradient).
+    experience: what RL knows of the tokens.
     """
 
     logps: Tensor
@@ -27,6 +41,9 @@ class TokenScores:
     margin: Tensor | None = None
     wpo: Tensor | None = None
     rewards: Tensor | None = None
+    entropy: Tensor | None = None
+    values: Tensor | None = None
+    experience: ExperienceTensors | None = None
 
     def per_sequence(self, values: Tensor) -> Tensor:
         """Sums Float[N] token values into Float[n, branches]."""
@@ -49,10 +66,12 @@ class TokenScores:
 
 @dataclass(frozen=True, slots=True)
 class LossSum:
-    """total: scalar, a sum of losses already divided by the GLOBAL count of its unit. means: name -> (sum, count)."""
+    """total: scalar, a sum of losses already divided by the GLOBAL count of its unit. means: name -> (sum, count).
+    maxima: name -> scalar, metrics whose reduction over micro-batches and ranks is the maximum."""
 
     total: Tensor
     means: dict[str, tuple[Tensor, float]]
+    maxima: dict[str, Tensor] = field(default_factory=dict)
 
 
 Objective = Callable[[TokenScores, LossUnits], LossSum]

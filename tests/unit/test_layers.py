@@ -12,10 +12,10 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "orchestrator"
 
 FLOORS: tuple[frozenset[str], ...] = (
-    frozenset({"__init__", "errors", "config", "records", "roles", "faults"}),
+    frozenset({"__init__", "errors", "config", "records", "episodes", "roles", "faults"}),
     frozenset({"objectives", "checkpoints", "strict_yaml"}),
     frozenset({"data", "models", "observe", "algorithms", "recipe"}),
-    frozenset({"learner", "cut", "dataset", "memory_model"}),
+    frozenset({"learner", "rollout", "cut", "dataset", "memory_model"}),
     frozenset({"plan"}),
     frozenset({"controllers", "cluster", "plan_view"}),
     frozenset({"startup", "resume", "run_folder"}),
