@@ -300,7 +300,7 @@ class Evaluation(Section):
     generate: Generation | None = Field(None, description="greedy generation on held-out prompts that have an answer")
     worst_pairs: int = Field(8, ge=0, description="rows of the table of most-wrong pairs")
     max_prompts: int = Field(64, ge=1, description="online: held-out prompts")
-    pass_at_k: int = Field(0, ge=0, description="online: also sample k completions per held-out prompt; pass@k is the share with reward >= pass_reward")
+    pass_at_k: int = Field(0, ge=0, description="online: samples per held-out prompt; pass@k: the share of prompts with one that passed")
     pass_reward: float = Field(1.0, description="online: total reward from which a completion counts as passed")
 
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
+from orchestrator.episodes import Prompt, RolloutGroup, Sampling, Scoring, WeightsDelivered
 from orchestrator.records import EvaluationReport, Floats, LearnReport, PackedBatch, Progress, StepApplied, StepReport
 
 PerMicroBatch = tuple[tuple[Floats, ...], ...]
@@ -56,3 +57,33 @@ class Checkpoints(Protocol):
         ...
 
     def save(self, progress: Progress) -> Path: ...
+
+
+class Pending(Protocol):
+    """Rollouts under way."""
+
+    def result(self) -> tuple[RolloutGroup, ...]:
+        """Waits for all of them, in the order of the prompts; has a deadline and names who is late."""
+        ...
+
+
+class Generator(Protocol):
+    """Samples completions (or whole episodes) with one exact version of the policy, on any number of actors."""
+
+    def start(self, prompts: Sequence[tuple[int, Prompt]], sampling: Sampling, version: int) -> Pending:
+        """Begins to sample for (draw, prompt) with weights `version`, which must have been published, and returns at once."""
+        ...
+
+
+class Scorer(Protocol):
+    """Rewards. Never invents one: a group that cannot be scored is dropped and named."""
+
+    def score(self, groups: Sequence[RolloutGroup]) -> Scoring: ...
+
+
+class WeightBridge(Protocol):
+    """Carries the policy's weights to the generator."""
+
+    def publish(self, version: int) -> WeightsDelivered:
+        """Makes `version` available; an actor takes it before its first piece of work of that version."""
+        ...
