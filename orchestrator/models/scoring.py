@@ -7,7 +7,7 @@ Logits exist only for scored positions and only a chunk at a time.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from orchestrator.errors import ConfigError
 from orchestrator.models.attention import Capabilities, attention_mask, capabilities, flex_mask
-from orchestrator.objectives.logprobs import chunked_logprobs
+from orchestrator.objectives.logprobs import HeadSpec, chunked_logprobs
 from orchestrator.records import Layout, MicroBatch
 
 CHUNK_LOGITS = 1 << 24
@@ -55,28 +55,40 @@ class MicroBatchTensors:
         )
 
 
+ScoringKind = Literal["lm", "scalar", "value"]
+"""What a head gives: log-probs of scored tokens, one reward per sequence, or a critic's value before each scored token."""
+
+
 @dataclass(frozen=True, slots=True)
 class Scored:
-    """logps: Float[N] of the scored tokens (language-model head); wpo: Float[N] without gradient; rewards: Float[n, branches]."""
+    """logps: Float[N] of the scored tokens (language-model head), with wpo (no gradient) and entropy: Float[N] where wanted;
+    rewards: Float[n, branches] of a scalar head; state_values: Float[N] of a critic."""
 
     logps: Tensor | None = None
     wpo: Tensor | None = None
+    entropy: Tensor | None = None
     rewards: Tensor | None = None
+    state_values: Tensor | None = None
 
     @property
     def values(self) -> Tensor:
-        """What carries the gradient: log-probs or rewards."""
-        values = self.logps if self.logps is not None else self.rewards
+        """What carries the gradient: log-probs, rewards or state values."""
+        values = next((v for v in (self.logps, self.rewards, self.state_values) if v is not None), None)
         assert values is not None
         return values
 
 
 def scored(model: Callable[[MicroBatchTensors], tuple[Tensor, ...]], rows: MicroBatchTensors) -> Scored:
     """Runs a ScoringModel, bare or inside a DeepSpeed engine (ZeRO-3's hooks only see tensors in plain tuples)."""
-    values, *wpo = model(rows)
-    if values.dim() == 2:
-        return Scored(rewards=values)
-    return Scored(logps=values, wpo=wpo[0] if wpo else None)
+    inner = model if isinstance(model, ScoringModel) else model.module  # pyright: ignore[reportFunctionMemberAccess]
+    assert isinstance(inner, ScoringModel)
+    outputs = model(rows)
+    if inner.kind == "scalar":
+        return Scored(rewards=outputs[0])
+    if inner.kind == "value":
+        return Scored(state_values=outputs[0])
+    logps, wpo, entropy = outputs
+    return Scored(logps, wpo if inner.head.spec.want_wpo else None, entropy if inner.head.spec.want_entropy else None)
 
 
 class ScoredHead(nn.Module):
@@ -86,28 +98,31 @@ class ScoredHead(nn.Module):
     parameters module by module; it is called exactly once per forward.
     """
 
-    def __init__(self, linear: nn.Linear, *, soft_cap: float | None, scale: float, want_wpo: bool) -> None:
+    def __init__(self, linear: nn.Linear, spec: HeadSpec) -> None:
         super().__init__()
         self.weight, self.bias = linear.weight, linear.bias
-        self.soft_cap, self.scale, self.want_wpo = soft_cap, scale, want_wpo
-        self.chunk = max(64, CHUNK_LOGITS // linear.out_features)
+        self.spec = replace(spec, chunk=max(64, CHUNK_LOGITS // linear.out_features))
 
-    def forward(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
-        logps, wpo = chunked_logprobs(
-            hidden, self.weight, self.bias, targets, chunk=self.chunk, soft_cap=self.soft_cap, scale=self.scale, want_wpo=self.want_wpo
-        )
-        return (logps,) if wpo is None else (logps, wpo)
+    def forward(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        output = chunked_logprobs(hidden, self.weight, self.bias, targets, self.spec)
+        empty = output.logps.new_empty(0)
+        return output.logps, empty if output.wpo is None else output.wpo, empty if output.entropy is None else output.entropy
 
 
 class ScoringModel(nn.Module):
-    """A Hugging Face model behind the one training forward. head: "lm" gives log-probs, "scalar" rewards."""
+    """A Hugging Face model behind the one training forward.
 
-    def __init__(self, model: nn.Module, *, head: Literal["lm", "scalar"], want_wpo: bool = False) -> None:
+    temperature: log-probs are those of softmax(logits / temperature), from which rollouts are drawn.
+    """
+
+    def __init__(
+        self, model: nn.Module, *, head: ScoringKind, want_wpo: bool = False, want_entropy: bool = False, temperature: float = 1.0
+    ) -> None:
         super().__init__()
         self.model = model
         hugging_face: PreTrainedModel = model.get_base_model() if hasattr(model, "peft_config") else model  # pyright: ignore
         self.can: Capabilities = capabilities(hugging_face.config.get_text_config())
-        self.kind = head
+        self.kind: ScoringKind = head
         if head == "lm":
             linear = hugging_face.get_output_embeddings()
             if not isinstance(linear, nn.Linear):
@@ -117,7 +132,8 @@ class ScoringModel(nn.Module):
                     fix="leave lm_head out of model.lora.target_modules",
                 )
             soft_cap, scale = logit_transform(hugging_face.config.get_text_config())
-            self.head = ScoredHead(linear, soft_cap=soft_cap, scale=scale, want_wpo=want_wpo)
+            spec = HeadSpec(soft_cap=soft_cap, scale=scale, temperature=temperature, want_wpo=want_wpo, want_entropy=want_entropy)
+            self.head = ScoredHead(linear, spec)
 
     @property
     def hugging_face(self) -> PreTrainedModel:
@@ -130,10 +146,12 @@ class ScoringModel(nn.Module):
         return named if named is not None else self.hugging_face.model  # Llama 4's prefix names a part it lacks
 
     def forward(self, rows: MicroBatchTensors) -> tuple[Tensor, ...]:
-        """(log-probs Float[N],), (log-probs, WPO terms Float[N]) or (rewards Float[n, branches],): see `scored`."""
+        """(log-probs, WPO terms, entropies), (rewards Float[n, branches],) or (state values Float[N],): see `scored`."""
         hidden = self.hidden_states(rows)
         if self.kind == "lm":
             return self.head(hidden[rows.score_at], rows.targets)
+        if self.kind == "value":
+            return (self.hugging_face.score(hidden[rows.score_at]).float()[:, 0],)  # pyright: ignore[reportCallIssue]
         rewards: Tensor = self.hugging_face.score(hidden[rows.last_at])  # pyright: ignore[reportCallIssue]
         return (rewards.float().view(-1, rows.branches),)
 

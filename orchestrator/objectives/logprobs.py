@@ -1,38 +1,56 @@
 """Token log-probs from hidden states without the logits of a whole row, and token weights."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 
-def chunked_logprobs(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    *,
-    chunk: int = 1024,
-    soft_cap: float | None = None,
-    scale: float = 1.0,
-    want_wpo: bool = False,
-) -> tuple[Tensor, Tensor | None]:
-    """log softmax(z)[target] for z = cap * tanh(scale * (hidden W^T + b) / cap), `chunk` positions at a time.
+@dataclass(frozen=True, slots=True)
+class HeadSpec:
+    """How logits are made of hidden states and what is wanted beside log-probs.
 
-    hidden: [N, H], weight: [V, H], bias: [V], targets: Int[N]. Returns log-probs Float[N] in fp32 (fp64 for fp64
-    input) and, if asked, log p(target) - log sum_v p(v)^2 (WPO, arXiv 2406.11827, eq. 2) without gradient.
-    The backward recomputes each chunk, so at most two chunks of logits are alive; the weight's gradient is summed
-    over chunks in fp32 and rounded once.
+    z = (cap * tanh(scale * (hidden W^T + b) / cap)) / temperature. temperature: of the distribution that rollouts are drawn
+    from, so that log-probs are those of the sampled policy. chunk: positions whose logits are alive at once.
     """
-    logps, wpo = _ChunkedLogProbs.apply(hidden, weight, bias, targets, chunk, soft_cap, scale, want_wpo)
-    return logps, wpo if want_wpo else None
+
+    chunk: int = 1024
+    soft_cap: float | None = None
+    scale: float = 1.0
+    temperature: float = 1.0
+    want_wpo: bool = False
+    want_entropy: bool = False
 
 
-def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, soft_cap: float | None, scale: float, dtype: torch.dtype) -> Tensor:
+@dataclass(frozen=True, slots=True)
+class HeadOutput:
+    """logps: Float[N], log softmax(z)[target]; wpo: Float[N], log p(target) - log sum_v p(v)^2 (WPO, arXiv 2406.11827,
+    eq. 2) without gradient; entropy: Float[N], -sum_v p(v) log p(v)."""
+
+    logps: Tensor
+    wpo: Tensor | None = None
+    entropy: Tensor | None = None
+
+
+def chunked_logprobs(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, spec: HeadSpec) -> HeadOutput:
+    """Log-probs of `targets` (and what else `spec` wants), spec.chunk positions at a time.
+
+    hidden: [N, H], weight: [V, H], bias: [V], targets: Int[N]; results in fp32 (fp64 for fp64 input). The backward
+    recomputes each chunk, so at most two chunks of logits are alive; the weight's gradient is summed over chunks in fp32
+    and rounded once.
+    """
+    logps, wpo, entropy = _ChunkedLogProbs.apply(hidden, weight, bias, targets, spec)
+    return HeadOutput(logps, wpo if spec.want_wpo else None, entropy if spec.want_entropy else None)
+
+
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, spec: HeadSpec, dtype: torch.dtype) -> Tensor:
     z = nn.functional.linear(hidden, weight, bias).to(dtype)
-    if scale != 1.0:
-        z = z * scale
-    return z if soft_cap is None else soft_cap * torch.tanh(z / soft_cap)
+    if spec.scale != 1.0:
+        z = z * spec.scale
+    if spec.soft_cap is not None:
+        z = spec.soft_cap * torch.tanh(z / spec.soft_cap)
+    return z if spec.temperature == 1.0 else z / spec.temperature
 
 
 class _ChunkedLogProbs(torch.autograd.Function):
@@ -40,52 +58,49 @@ class _ChunkedLogProbs(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        targets: Tensor,
-        chunk: int,
-        soft_cap: float | None,
-        scale: float,
-        want_wpo: bool,
-    ) -> tuple[Tensor, Tensor]:
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, spec: HeadSpec
+    ) -> tuple[Tensor, Tensor, Tensor]:
         ctx.compute = torch.get_autocast_dtype(hidden.device.type) if torch.is_autocast_enabled(hidden.device.type) else hidden.dtype
         accurate = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         logps = torch.empty(len(hidden), dtype=accurate, device=hidden.device)
-        wpo = torch.empty_like(logps) if want_wpo else logps.new_empty(0)
+        wpo = torch.empty_like(logps) if spec.want_wpo else logps.new_empty(0)
+        entropy = torch.empty_like(logps) if spec.want_entropy else logps.new_empty(0)
         w, b = weight.to(ctx.compute), None if bias is None else bias.to(ctx.compute)
-        for i in range(0, len(hidden), chunk):
-            part = slice(i, i + chunk)
-            z = _logits(hidden[part].to(ctx.compute), w, b, soft_cap, scale, accurate)
+        for i in range(0, len(hidden), spec.chunk):
+            part = slice(i, i + spec.chunk)
+            z = _logits(hidden[part].to(ctx.compute), w, b, spec, accurate)
             norm = z.logsumexp(1)
             logps[part] = z.gather(1, targets[part, None])[:, 0] - norm
-            if want_wpo:
+            if spec.want_wpo:
                 wpo[part] = logps[part] - ((2.0 * z).logsumexp(1) - 2.0 * norm)
-        ctx.save_for_backward(hidden, targets)
-        ctx.weight, ctx.bias = weight, bias
-        ctx.chunk, ctx.soft_cap, ctx.scale = chunk, soft_cap, scale
+            if spec.want_entropy:
+                entropy[part] = norm - (torch.softmax(z, 1) * z).sum(1)
+        ctx.save_for_backward(hidden, targets, entropy)
+        ctx.weight, ctx.bias, ctx.spec = weight, bias, spec
         ctx.mark_non_differentiable(wpo)
-        return logps, wpo
+        ctx.set_materialize_grads(False)
+        return logps, wpo, entropy
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        hidden, targets = ctx.saved_tensors
-        weight, bias = ctx.weight, ctx.bias
-        accurate = grad.dtype
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, grad: Tensor | None, _: Tensor | None, grad_entropy: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        hidden, targets, entropy = ctx.saved_tensors
+        weight, bias, spec = ctx.weight, ctx.bias, ctx.spec
+        accurate = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         w, b = weight.to(ctx.compute), None if bias is None else bias.to(ctx.compute)
         grad_hidden = torch.empty_like(hidden)
         learns_head = weight.requires_grad
         grad_weight = torch.zeros(weight.shape, dtype=accurate, device=hidden.device) if learns_head else None
         grad_bias = torch.zeros(bias.shape, dtype=accurate, device=hidden.device) if bias is not None else None
-        for i in range(0, len(hidden), ctx.chunk):
-            part = slice(i, i + ctx.chunk)
+        for i in range(0, len(hidden), spec.chunk):
+            part = slice(i, i + spec.chunk)
             rows = hidden[part].to(ctx.compute)
-            z = _logits(rows, w, b, ctx.soft_cap, ctx.scale, accurate)
-            slope = None if ctx.soft_cap is None else 1.0 - (z / ctx.soft_cap).square()
-            d = torch.softmax(z, 1).neg_()
-            d[torch.arange(len(rows), device=d.device), targets[part]] += 1.0
-            d *= grad[part, None] * ctx.scale
+            z = _logits(rows, w, b, spec, accurate)
+            slope = None if spec.soft_cap is None else 1.0 - (z * spec.temperature / spec.soft_cap).square()
+            d = _logits_gradient(z, targets[part], _at(grad, part), _at(grad_entropy, part), _at(entropy, part))
+            del z
+            d *= spec.scale / spec.temperature
             if slope is not None:
                 d *= slope
             low = d.to(ctx.compute)
@@ -98,8 +113,27 @@ class _ChunkedLogProbs(torch.autograd.Function):
             grad_hidden,
             None if grad_weight is None else grad_weight.to(weight.dtype),
             None if grad_bias is None or bias is None else grad_bias.to(bias.dtype),
-            *(None,) * 5,
+            None,
+            None,
         )
+
+
+def _at(values: Tensor | None, part: slice) -> Tensor | None:
+    return None if values is None else values[part, None]
+
+
+def _logits_gradient(z: Tensor, targets: Tensor, grad: Tensor | None, grad_entropy: Tensor | None, entropy: Tensor | None) -> Tensor:
+    """d/dz of grad . log p(target) + grad_entropy . H. z: [n, V]; the gradients and entropy: [n, 1]."""
+    d = torch.softmax(z, 1)
+    if grad_entropy is not None:
+        assert entropy is not None
+        slope = grad_entropy * (z - z.logsumexp(1, keepdim=True) + entropy)  # dH/dz = -p (log p + H)
+        d *= -(slope if grad is None else slope + grad)
+    else:
+        d *= torch.zeros_like(z[:, :1]) if grad is None else -grad
+    if grad is not None:
+        d.scatter_add_(1, targets[:, None], grad.to(d.dtype))  # d log p(target)/dz = onehot - p
+    return d
 
 
 def ld_weights(sequence: Tensor, examples: int, branches: int, alpha: float) -> Tensor:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from orchestrator.objectives.logprobs import chunked_logprobs, ld_weights
+from orchestrator.objectives.logprobs import HeadSpec, chunked_logprobs, ld_weights
 
 N, H, V = 13, 5, 17
 
@@ -16,10 +16,13 @@ def inputs(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor, 
     return hidden, weight, bias, torch.randint(V, (N,), generator=draw), torch.randn(N, generator=draw, dtype=dtype)
 
 
-def plain(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, cap: float | None, scale: float) -> tuple[Tensor, Tensor]:
+def plain(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, cap: float | None, scale: float, temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
     z = scale * torch.nn.functional.linear(hidden, weight, bias)
     if cap is not None:
         z = cap * torch.tanh(z / cap)
+    z = z / temperature
     everything = torch.log_softmax(z, -1)
     logps = everything.gather(1, targets[:, None])[:, 0]
     return logps, logps - everything.exp().square().sum(1).log()
@@ -34,7 +37,8 @@ def test_values_and_gradients_equal_log_softmax(chunk, cap, scale, with_bias):
     leaves = [t.requires_grad_() for t in ((hidden, weight, bias) if with_bias else (hidden, weight))]
     used = bias if with_bias else None
     want, want_wpo = plain(hidden, weight, used, targets, cap, scale)
-    got, wpo = chunked_logprobs(hidden, weight, used, targets, chunk=chunk, soft_cap=cap, scale=scale, want_wpo=True)
+    output = chunked_logprobs(hidden, weight, used, targets, HeadSpec(chunk=chunk, soft_cap=cap, scale=scale, want_wpo=True))
+    got, wpo = output.logps, output.wpo
     torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(wpo, want_wpo, rtol=1e-12, atol=1e-12)
     assert not wpo.requires_grad
@@ -42,17 +46,42 @@ def test_values_and_gradients_equal_log_softmax(chunk, cap, scale, with_bias):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("chunk", [1, 4, 64])
+@pytest.mark.parametrize("cap", [None, 1.5])
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 2.0])
+def test_entropy_and_temperature_equal_log_softmax(chunk, cap, temperature):
+    hidden, weight, bias, targets, back = inputs()
+    leaves = [t.requires_grad_() for t in (hidden, weight, bias)]
+    z = 3.0 * torch.nn.functional.linear(hidden, weight, bias)
+    z = (z if cap is None else cap * torch.tanh(z / cap)) / temperature
+    logs = torch.log_softmax(z, -1)
+    want, want_entropy = logs.gather(1, targets[:, None])[:, 0], -(logs.exp() * logs).sum(1)
+    output = chunked_logprobs(
+        hidden, weight, bias, targets, HeadSpec(chunk=chunk, soft_cap=cap, scale=3.0, temperature=temperature, want_entropy=True)
+    )
+    got, entropy = output.logps, output.entropy
+    assert entropy is not None
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(entropy, want_entropy, rtol=1e-11, atol=1e-11)
+    mixtures = (lambda lp, h: (lp * back).sum(), lambda lp, h: (h * back).sum(), lambda lp, h: (lp * back).sum() + 0.3 * (h * back.flip(0)).sum())
+    for mix in mixtures:
+        ours = torch.autograd.grad(mix(got, entropy), leaves, retain_graph=True)
+        for a, b in zip(ours, torch.autograd.grad(mix(want, want_entropy), leaves, retain_graph=True), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+
+
 @pytest.mark.parametrize("cap", [None, 1.5])
 def test_gradients_equal_finite_differences(cap):
     hidden, weight, bias, targets, _ = inputs()
     leaves = tuple(t.requires_grad_() for t in (hidden, weight, bias))
-    assert torch.autograd.gradcheck(lambda *x: chunked_logprobs(*x, targets, chunk=4, soft_cap=cap, scale=0.7)[0], leaves)
+    assert torch.autograd.gradcheck(lambda *x: chunked_logprobs(*x, targets, HeadSpec(chunk=4, soft_cap=cap, scale=0.7)).logps, leaves)
 
 
 def test_fp32_stays_fp32_and_close():
     hidden, weight, bias, targets, _ = inputs(torch.float32)
-    got, wpo = chunked_logprobs(hidden, weight, bias, targets, chunk=4)
-    assert got.dtype == torch.float32 and wpo is None
+    output = chunked_logprobs(hidden, weight, bias, targets, HeadSpec(chunk=4))
+    got = output.logps
+    assert got.dtype == torch.float32 and output.wpo is None and output.entropy is None
     torch.testing.assert_close(got, plain(hidden, weight, bias, targets, None, 1.0)[0])
 
 
@@ -60,7 +89,7 @@ def test_bf16_gives_fp32_log_probs_and_sums_the_weight_gradient_in_fp32():
     hidden, weight, bias, targets, back = inputs(torch.float32)
     low = [t.bfloat16().requires_grad_() for t in (hidden, weight, bias)]
     exact = [t.detach().double().requires_grad_() for t in low]
-    got, _ = chunked_logprobs(*low, targets, chunk=1)
+    got = chunked_logprobs(*low, targets, HeadSpec(chunk=1)).logps
     want, _ = plain(*exact, targets, None, 1.0)
     assert got.dtype == torch.float32
     torch.testing.assert_close(got.double(), want, rtol=2e-2, atol=2e-2)
@@ -73,7 +102,7 @@ def test_bf16_gives_fp32_log_probs_and_sums_the_weight_gradient_in_fp32():
 def test_a_frozen_head_gets_no_gradient_but_passes_one_on():
     hidden, weight, _, targets, _ = inputs()
     hidden.requires_grad_()
-    logps, _ = chunked_logprobs(hidden, weight, None, targets, chunk=4)
+    logps = chunked_logprobs(hidden, weight, None, targets, HeadSpec(chunk=4)).logps
     logps.sum().backward()
     assert weight.grad is None and float(hidden.grad.abs().sum()) > 0
 
@@ -81,7 +110,7 @@ def test_a_frozen_head_gets_no_gradient_but_passes_one_on():
 def test_no_positions():
     hidden, weight, bias, targets, _ = inputs()
     leaves = [hidden.requires_grad_(), weight.requires_grad_(), bias.requires_grad_()]
-    logps, _ = chunked_logprobs(hidden[:0], weight, bias, targets[:0])
+    logps = chunked_logprobs(hidden[:0], weight, bias, targets[:0], HeadSpec()).logps
     assert logps.shape == (0,)
     assert all(float(g.abs().sum()) == 0.0 for g in torch.autograd.grad(logps.sum(), leaves))
 
@@ -91,7 +120,7 @@ def test_at_most_a_chunk_of_logits_is_alive():
     hidden, weight, bias, targets, _ = inputs()
     saved: list[int] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t.numel()), t)[1], lambda t: t):
-        chunked_logprobs(hidden.requires_grad_(), weight.requires_grad_(), bias, targets, chunk=2)
+        chunked_logprobs(hidden.requires_grad_(), weight.requires_grad_(), bias, targets, HeadSpec(chunk=2))
     assert max(saved) < N * V
 
 
