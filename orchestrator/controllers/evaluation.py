@@ -4,7 +4,6 @@
 be compared between an SFT and a DPO model. `eval/rewards/accuracies` is TRL's, on rewards relative to the reference.
 """
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -12,12 +11,11 @@ import numpy as np
 
 from orchestrator.config import Evaluation
 from orchestrator.cut import cut_step
+from orchestrator.data.checkers import matches
 from orchestrator.records import Cut, EvaluationReport, Floats, PackedBatch, Sample, SequenceGroup
 from orchestrator.roles import Learner, PerMicroBatch
 
 Decode = Callable[[Sequence[int]], str]
-_NUMBER = re.compile(r"(?:(?<!\d)-)?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?")
-"""A minus after a digit is no sign ("10-7"), and a comma separates thousands or numbers ("1,234", "1,2")."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,19 +99,6 @@ class Evaluator:
                 Sample(step, "generation", self.decode(prompt), completion=text, answer=answer, scores={"correct": float(correct)})
             )
         return samples, right / len(samples)
-
-
-def matches(completion: str, answer: str, checker: str) -> bool:
-    """exact_match: equal after stripping white space; last_number: the last number of the text equals the answer's."""
-    if checker == "exact_match":
-        return completion.strip() == answer.strip()
-    found, wanted = _last_number(completion), _last_number(answer)
-    return found is not None and found == wanted
-
-
-def _last_number(text: str) -> float | None:
-    numbers = _NUMBER.findall(text)
-    return float(numbers[-1].replace(",", "")) if numbers else None
 
 
 def _accuracy(margins: Sequence[float] | object) -> float:

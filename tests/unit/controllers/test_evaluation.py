@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from orchestrator.config import Evaluation, Generation
-from orchestrator.controllers.evaluation import Evaluator, HeldOut, matches
+from orchestrator.controllers.evaluation import Evaluator, HeldOut
+from orchestrator.data.checkers import matches
 from orchestrator.records import Branch, Cut, LearnReport, Mean, SequenceGroup
 from tests.unit.controllers.conftest import pairs, recipe
 
