@@ -2,18 +2,37 @@
 
 import difflib
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Literal
 
+from orchestrator.config import ONLINE, Recipe, Rollouts
 from orchestrator.config import Algorithm as Config
 from orchestrator.errors import ConfigError
+from orchestrator.objectives import advantages, estimators
+from orchestrator.objectives.estimators import Estimator
+from orchestrator.objectives.logprobs import HeadSpec
 from orchestrator.objectives.mixes import COUPLED, PAIR_LOSSES, REFERENCE_FREE, SFT, WITH_REFERENCE, Kto, PreferenceMix
+from orchestrator.objectives.policy import Level, Normaliser, PolicyGradient
 from orchestrator.objectives.preference import Knobs
 from orchestrator.objectives.reward import bradley_terry
 from orchestrator.objectives.scores import Objective
 from orchestrator.objectives.supervised import cross_entropy
+from orchestrator.objectives.value import ValueLoss
 from orchestrator.records import DataKind
+
+
+@dataclass(frozen=True, slots=True)
+class Online:
+    """What the online loop needs to know beyond the objective.
+
+    estimate: advantages from rewards; None: the best and the worst sample of each prompt become a preference pair.
+    critic: values come from a learner of their own. dynamic_sampling: groups of equal rewards teach nothing and are replaced.
+    """
+
+    estimate: Estimator | None
+    critic: bool = False
+    dynamic_sampling: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,19 +40,28 @@ class Algorithm:
     """What the loop needs to know of an objective.
 
     per: what its loss is divided by. branches: sequences per example. couples_batch: the loss of an example depends on
-    the others, so it takes two passes over the effective batch. anchor: its value where policy == reference, if known.
+    the others, so it takes two passes over the effective batch. head, scores: what the model has to give. anchor: the
+    loss where policy == reference, if known. online: set for algorithms that learn from rollouts.
     """
 
     name: str
     data: DataKind
     objective: Objective
-    per: Literal["token", "pair", "example"]
+    per: Literal["token", "pair", "example", "sequence"]
     branches: int
     needs_reference: bool
     couples_batch: bool = False
-    head: Literal["lm", "scalar"] = "lm"
-    needs_wpo: bool = False
+    head: Literal["lm", "scalar", "value"] = "lm"
+    scores: HeadSpec = field(default_factory=HeadSpec)
     anchor: float | None = None
+    online: Online | None = None
+
+    def keeps_reference(self, recipe: Recipe) -> bool:
+        """True where a worker holds a reference policy of its own while it learns: TR-DPO's moving one, or a frozen one for
+        rollouts, which no cache can know beforehand. With LoRA the base weights are the reference: no second copy."""
+        if recipe.algorithm.reference_sync_every is not None:
+            return True
+        return self.online is not None and self.needs_reference and recipe.model.lora is None
 
 
 #         default loss of each preference algorithm
@@ -45,8 +73,43 @@ DEFAULTS: dict[str, dict[str, float]] = {
 }
 
 
-def build(cfg: Config) -> Algorithm:
-    """The row of `algorithm.name` with its loss; ConfigError for an unknown loss or an impossible combination."""
+@dataclass(frozen=True, slots=True)
+class OnlineRow:
+    """A line of the table of policy-gradient algorithms: its loss and its advantages, where the recipe does not say otherwise."""
+
+    loss: PolicyGradient
+    estimate: Estimator | None = None
+    critic: bool = False
+    dynamic_sampling: bool = False
+
+
+def _clip(level: Level, per: Normaliser, low: float, high: float) -> PolicyGradient:
+    return PolicyGradient("clip", level, per, clip_low=low, clip_high=high)
+
+
+_SCALED = estimators.by_group(advantages.group_normalised)
+_CENTRED = estimators.by_group(advantages.group_centred)
+
+ONLINE_ROWS: dict[str, OnlineRow] = {
+    #                              ratio of     divided by   clip          advantages
+    "grpo": OnlineRow(_clip("token", "sequence", 0.2, 0.2), _SCALED),
+    "dr_grpo": OnlineRow(_clip("token", "constant", 0.2, 0.2), _CENTRED),
+    "dapo": OnlineRow(_clip("token", "token", 0.2, 0.28), _SCALED, dynamic_sampling=True),
+    "gspo": OnlineRow(_clip("sequence", "sequence", 3e-4, 4e-4), _SCALED),
+    "cispo": OnlineRow(PolicyGradient("cispo", "token", "token", clip_high=5.0), _SCALED),
+    "rloo": OnlineRow(_clip("trajectory", "sequence", 0.2, 0.2), estimators.by_group(advantages.leave_one_out)),
+    "reinforce_pp": OnlineRow(_clip("token", "token", 0.2, 0.2), estimators.reinforce_pp),
+    "reinforce_pp_baseline": OnlineRow(_clip("token", "token", 0.2, 0.2), estimators.reinforce_pp_baseline),
+    "ppo": OnlineRow(_clip("token", "token", 0.2, 0.2), critic=True),
+}
+
+
+def build(cfg: Config, rollouts: Rollouts | None = None) -> Algorithm:
+    """The row of `algorithm.name` with its loss; ConfigError for an unknown loss or an impossible combination.
+
+    rollouts: of an online recipe: its samples per prompt and its temperature are part of the row."""
+    if cfg.name in ONLINE:
+        return _online(cfg, rollouts or Rollouts())  # pyright: ignore[reportCallIssue]
     if cfg.name in DEFAULTS:
         return _preference(cfg)
     if cfg.loss is not None:
@@ -58,6 +121,41 @@ def build(cfg: Config) -> Algorithm:
         return Algorithm("reward", "preference", objective, "pair", 2, False, head="scalar")
     kto = Kto(cfg.beta, cfg.kto_desirable_weight, cfg.kto_undesirable_weight)
     return Algorithm("kto", "unpaired", kto, "example", 2, True, couples_batch=True)
+
+
+def critic(cfg: Config) -> Algorithm:
+    """PPO's value model: the row of its learner."""
+    return Algorithm("critic", "prompt", ValueLoss(cfg.value_clip), "token", 1, False, head="value")
+
+
+def _online(cfg: Config, rollouts: Rollouts) -> Algorithm:
+    scores = HeadSpec(temperature=rollouts.temperature or 1.0, want_entropy=cfg.name != "online_dpo", want_wpo=cfg.wpo)
+    if cfg.name == "online_dpo":
+        pairs = _preference(cfg.model_copy(update={"name": "dpo"}))
+        return replace(pairs, name=cfg.name, data="prompt", scores=scores, online=Online(None))
+    if cfg.loss is not None:
+        raise ConfigError(f"algorithm.loss: {cfg.name} has one loss of its own", fix="remove algorithm.loss, or set algorithm.name=online_dpo")
+    row = ONLINE_ROWS[cfg.name]
+    loss = replace(
+        row.loss,
+        normaliser=row.loss.normaliser if cfg.normaliser == "auto" else cfg.normaliser,
+        constant=float(rollouts.max_new_tokens),
+        clip_low=row.loss.clip_low if cfg.clip.low is None else cfg.clip.low,
+        clip_high=row.loss.clip_high if cfg.clip.high is None else cfg.clip.high,
+        dual=cfg.clip.dual,
+        kl_coefficient=cfg.kl.coefficient if cfg.kl.place == "loss" else 0.0,
+        kl_estimator=cfg.kl.estimator,
+        entropy_bonus=cfg.entropy_bonus,
+        correction=cfg.correction.kind,
+        cap=cfg.correction.cap,
+    )
+    estimate = estimators.gae(cfg.gamma, cfg.gae_lambda, whiten=cfg.whiten) if row.critic else row.estimate
+    if cfg.scale_by_std is not None and estimate in (_SCALED, _CENTRED):
+        estimate = _SCALED if cfg.scale_by_std else _CENTRED
+    dynamic = row.dynamic_sampling if cfg.dynamic_sampling is None else cfg.dynamic_sampling
+    reference = cfg.kl.coefficient > 0 or cfg.kl.target is not None
+    online = Online(estimate, row.critic, dynamic)
+    return Algorithm(cfg.name, "prompt", loss, "sequence", rollouts.samples, reference, scores=scores, online=online)
 
 
 def _preference(cfg: Config) -> Algorithm:
@@ -74,7 +172,7 @@ def _preference(cfg: Config) -> Algorithm:
         2,
         reference,
         couples_batch=any(name in COUPLED for name in terms),
-        needs_wpo=cfg.wpo,
+        scores=HeadSpec(want_wpo=cfg.wpo),
         anchor=_anchor(cfg, terms),
     )
 

@@ -29,7 +29,7 @@ class DataSet:
     loaded: LoadedRows
     report: EncodingReport
     groups: tuple[SequenceGroup, ...]
-    batches: Batches
+    batches: Batches[SequenceGroup]
     held_out: tuple[SequenceGroup, ...]
     held_out_report: EncodingReport | None
     held_out_names: tuple[str, ...]
@@ -44,7 +44,7 @@ class DataSet:
 def load_data(recipe: Recipe, algorithm: Algorithm) -> DataSet:
     """Reads and checks all data of a recipe; DataError or MissingInput before anything expensive starts."""
     loaded = load_rows(recipe.data.train, recipe.data, algorithm.data)
-    held_out = None if recipe.data.eval is None else load_rows(_held_out(recipe.data.eval), recipe.data, algorithm.data)
+    held_out = None if recipe.data.eval is None else load_rows(held_out_source(recipe.data.eval), recipe.data, algorithm.data)
     tokenizer = load_tokenizer(recipe.model)
     train = _encode(loaded, tokenizer, recipe, algorithm)
     sizes = Counter(group.source for group in train.groups)
@@ -65,7 +65,7 @@ def load_data(recipe: Recipe, algorithm: Algorithm) -> DataSet:
     )
 
 
-def _held_out(spec: str | list[Source]) -> str | list[Source]:
+def held_out_source(spec: str | list[Source]) -> str | list[Source]:
     """A toy task named by a plain string means its held-out half, never the rows that are trained on."""
     if isinstance(spec, str) and spec.startswith("toy:"):
         return [Source(path=spec, split="eval")]  # pyright: ignore[reportCallIssue]

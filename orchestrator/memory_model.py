@@ -95,7 +95,7 @@ def estimate(recipe: Recipe, algorithm: Algorithm, cut: Cut, micro_batch: MicroB
         weights=element * (sizes.parameters // (cut.workers if cut.zero_stage == 3 else 1)),
         activations=max(0, step - logits),
         logits=logits,
-        reference=element * sizes.parameters if recipe.algorithm.reference_sync_every is not None else 0,
+        reference=element * sizes.parameters if algorithm.keeps_reference(recipe) else 0,
         allocator=0 if on_gpu else int(MALLOC_OVERHEAD * max(step, logits)) + LIBRARY_BYTES,
         **_optimizer_bytes(recipe, cut, sizes.trainable, element),
     )
@@ -104,7 +104,7 @@ def estimate(recipe: Recipe, algorithm: Algorithm, cut: Cut, micro_batch: MicroB
 def fake_model(recipe: Recipe, algorithm: Algorithm, mode: FakeTensorMode) -> ScoringModel:
     """The scoring model in the training precision, without storage."""
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(recipe.learners.precision, torch.float32)
-    scoring = ScoringModel(build_fake(recipe.model, algorithm.head, dtype, mode), head=algorithm.head, want_wpo=algorithm.needs_wpo)
+    scoring = ScoringModel(build_fake(recipe.model, algorithm.head, dtype, mode), head=algorithm.head, spec=algorithm.scores)
     if recipe.learners.activation_checkpointing:
         scoring.enable_activation_checkpointing()
     return scoring

@@ -36,6 +36,10 @@ class Learner(Protocol):
         """The objective without gradients, and [rank][i]: Float[n, branches] log-prob sums (or rewards) per example."""
         ...
 
+    def token_values(self, batch: PackedBatch) -> PerMicroBatch:
+        """A critic's values before each scored token, without gradients."""
+        ...
+
     def sync_reference(self, alpha: float) -> None:
         """TR-DPO: reference <- alpha * policy + (1 - alpha) * reference."""
         ...

@@ -72,6 +72,9 @@ class LearnerActor:
     def token_logprobs(self, micro_batches: Sequence[Any], reference: bool) -> tuple[Any, ...]:
         return self.learner.token_logprobs(micro_batches, reference=reference)
 
+    def token_values(self, micro_batches: Sequence[Any]) -> tuple[Any, ...]:
+        return self.learner.token_values(micro_batches)
+
     def evaluate(self, micro_batches: Sequence[Any], units: Any) -> Any:
         return self.learner.evaluate(micro_batches, units)
 
@@ -161,6 +164,9 @@ class LearnerGroup:
 
     def token_logprobs(self, batch: PackedBatch, *, reference: bool = False) -> PerMicroBatch:
         return tuple(self._each("token_logprobs", [(share, reference) for share in batch.micro_batches]))
+
+    def token_values(self, batch: PackedBatch) -> PerMicroBatch:
+        return tuple(self._each("token_values", [(share,) for share in batch.micro_batches]))
 
     def evaluate(self, batch: PackedBatch) -> tuple[LearnReport, PerMicroBatch]:
         results = self._each("evaluate", [(share, batch.units) for share in batch.micro_batches])
@@ -264,9 +270,12 @@ def _translate(error: Exception, rank: int, verb: str) -> OrchestratorError:
 def merge_reports(reports: Sequence[LearnReport]) -> LearnReport:
     """One report of all ranks: sums add up, the slowest rank gives the time and the largest the memory."""
     means: dict[str, Mean] = {}
+    maxima: dict[str, float] = {}
     for report in reports:
         for name, mean in report.means.items():
             means[name] = means[name] + mean if name in means else mean
+        for name, value in report.maxima.items():
+            maxima[name] = max(maxima.get(name, value), value)
     return LearnReport(
         loss=sum(r.loss for r in reports),
         means=means,
@@ -277,4 +286,5 @@ def merge_reports(reports: Sequence[LearnReport]) -> LearnReport:
         positions=sum(r.positions for r in reports),
         seconds=max(r.seconds for r in reports),
         peak_bytes=max(r.peak_bytes for r in reports),
+        maxima=maxima,
     )

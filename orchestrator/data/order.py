@@ -6,11 +6,11 @@ Nothing about workers enters it, so a run resumed on another world size sees the
 import math
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Literal
+from typing import Generic, Literal, TypeVar
 
 import numpy as np
 
-from orchestrator.records import SequenceGroup
+Item = TypeVar("Item")
 
 
 def permutation(size: int, *key: int) -> np.ndarray:
@@ -56,17 +56,17 @@ class Order:
         return result + self._offsets[source]
 
 
-class Batches:
-    """Batches of `effective` examples at any cursor.
+class Batches(Generic[Item]):
+    """Batches of `effective` examples (sequence groups, or prompts) at any cursor.
 
     cursor: GLOBAL examples consumed so far; the next cursor is cursor + len(batch). remainder: an epoch's last partial
     batch is dropped, used as it is (a smaller step, divided by its own count), or carried into the next epoch.
     """
 
-    def __init__(self, groups: Sequence[SequenceGroup], order: Order, effective: int, remainder: Literal["drop", "use", "carry"]) -> None:
+    def __init__(self, groups: Sequence[Item], order: Order, effective: int, remainder: Literal["drop", "use", "carry"]) -> None:
         self.groups, self.order, self.effective, self.remainder = groups, order, effective, remainder
 
-    def at(self, cursor: int) -> tuple[SequenceGroup, ...]:
+    def at(self, cursor: int) -> tuple[Item, ...]:
         """The batch that starts at `cursor`."""
         epoch, start = self._locate(cursor)
         indices = self._usable(epoch)[start : start + self.effective]

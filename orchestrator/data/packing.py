@@ -8,16 +8,16 @@ All three compute the same log-probs: a token sees the earlier tokens of its own
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 
-from orchestrator.records import Bools, Floats, Ints, Layout, MicroBatch, SequenceGroup
+from orchestrator.records import Bools, Branch, Experience, Floats, Ints, Layout, MicroBatch, SequenceGroup
 
 
 @dataclass(frozen=True, slots=True)
 class _Piece:
-    """What is laid down in one go: tokens of one segment. branch: Int[t]; scores: (sequence, index of each scored token)."""
+    """What is laid down in one go: tokens of one segment. branch: Int[t]; branches: whose tokens, in the order they lie in."""
 
     ids: Ints
     positions: Ints
@@ -26,6 +26,7 @@ class _Piece:
     sequence: Ints
     previous: Ints
     last: tuple[tuple[int, int], ...]
+    branches: tuple[Branch, ...]
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -78,6 +79,7 @@ def pack(groups: Sequence[SequenceGroup], layout: Layout, *, row_tokens: int | N
         weight=weight,
         label=_column([g.label for g in groups]),
         margin=_column([g.margin for g in groups]),
+        experience=_experience([b.experience for row in rows for i in row for b in pieces[i].branches]),
     )
 
 
@@ -132,6 +134,7 @@ def _pieces(group: SequenceGroup, first_sequence: int, layout: Layout) -> Iterat
             sequence=np.full(size, first_sequence + k),
             previous=np.arange(size) - 1,
             last=((first_sequence + k, size - 1),),
+            branches=(branch,),
         )
 
 
@@ -149,6 +152,7 @@ def _shared_piece(group: SequenceGroup, first_sequence: int) -> _Piece:
         sequence=np.concatenate([np.zeros(prompt, np.int64), *(np.full(n, first_sequence + k) for k, n in enumerate(sizes))]),
         previous=previous,
         last=tuple((first_sequence + k, int(starts[k + 1]) - 1) for k in range(len(sizes))),
+        branches=group.branches,
     )
 
 
@@ -158,3 +162,27 @@ def _column(values: Sequence[float | None]) -> Floats | None:
         return None
     assert len(present) == len(values), "a column is given for some examples of a step and not for others"
     return np.array(present, np.float32)
+
+
+def _experience(parts: Sequence[Experience | None]) -> Experience | None:
+    """The columns of all branches one after the other: the order of the scored tokens."""
+    present = [p for p in parts if p is not None]
+    if not present:
+        return None
+    assert len(present) == len(parts), "some branches of a micro-batch are rollouts and some are not"
+
+    def joined(name: str) -> Floats | None:
+        columns = [getattr(p, name) for p in present]
+        assert all((c is None) == (columns[0] is None) for c in columns), f"{name} is given for some rollouts of a step and not for others"
+        return None if columns[0] is None else np.concatenate(columns)
+
+    return Experience(**{f.name: joined(f.name) for f in fields(Experience)})  # pyright: ignore[reportArgumentType]
+
+
+def by_branch(micro_batch: MicroBatch, values: Floats) -> list[tuple[Floats, ...]]:
+    """Splits Float[N] values of the scored tokens by example and branch: [example][branch]: Float[scored tokens]."""
+    order = np.argsort(micro_batch.sequence, kind="stable")
+    sequences = len(micro_batch) * micro_batch.branches
+    ends = np.cumsum(np.bincount(micro_batch.sequence, minlength=sequences))
+    parts = np.split(values[order], ends[:-1])
+    return [tuple(parts[i : i + micro_batch.branches]) for i in range(0, sequences, micro_batch.branches)]

@@ -23,6 +23,8 @@ def to_rows(record: Any, columns: Columns, kind: DataKind) -> list[dict[str, Any
         return [_sft(fields)]
     if kind == "preference":
         return [_preference(fields)]
+    if kind == "prompt":
+        return [_prompt(fields, record)]
     if "label" not in fields and "chosen" in fields and "rejected" in fields:
         pair = _preference(fields)
         return [_unpaired({"prompt": pair["prompt"], "completion": pair[side], "label": side == "chosen"}) for side in ("chosen", "rejected")]
@@ -37,6 +39,8 @@ def describe(row: Row) -> str:
         return "conversation"
     if row.text is not None:
         return "text"
+    if row.completion is None:
+        return f"prompt, {'conversational' if isinstance(row.prompt, list) else 'text'}"
     form = "conversational" if isinstance(row.completion, list) else "text"
     return f"unpaired, {form}" if row.label is not None else f"prompt-completion, {form}"
 
@@ -87,6 +91,25 @@ def _unpaired(fields: dict[str, Any]) -> dict[str, Any]:
         raise BadRecord(f"label must be true or false, not {fields['label']!r}")
     prompt, completion = _texts(fields, ("prompt", "completion"))
     return {"prompt": prompt, "completion": completion, "label": fields["label"], **_extra(fields)}
+
+
+def _prompt(fields: dict[str, Any], record: Mapping[str, Any]) -> dict[str, Any]:
+    """The question alone (of `messages`, the turns before the assistant's last), and the rest of the record as columns."""
+    if "prompt" in fields:
+        (prompt,) = _texts(fields, ("prompt",))
+        if not prompt:
+            raise BadRecord("prompt is empty")
+    elif "messages" in fields:
+        messages = _messages(fields["messages"], "messages")
+        last = max((i for i, m in enumerate(messages) if m["role"] == "assistant"), default=len(messages))
+        prompt = messages[:last]
+        if not prompt:
+            raise BadRecord("messages hold no turn before the assistant's")
+    else:
+        raise BadRecord(f"needs prompt, or messages; has {_names(fields)}")
+    extra = {name: value for name, value in record.items() if name not in ("prompt", "messages")}
+    extra |= {name: value for name, value in fields.items() if name not in ("prompt", "messages")}
+    return {"prompt": prompt, "columns": extra, **_extra({k: v for k, v in fields.items() if k == "answer"})}
 
 
 def _implicit_prompt(chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:

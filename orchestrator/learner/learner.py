@@ -10,13 +10,14 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from orchestrator import faults
-from orchestrator.algorithms import Algorithm, build
+from orchestrator.algorithms import Algorithm, build, critic
 from orchestrator.config import Recipe
 from orchestrator.data.packing import pack
 from orchestrator.errors import OutOfMemory
@@ -26,19 +27,24 @@ from orchestrator.learner.schedule import learning_rate
 from orchestrator.models.load import Loaded, load
 from orchestrator.models.scoring import MicroBatchTensors, Scored, ScoringModel, scored
 from orchestrator.objectives.coupling import linear
-from orchestrator.objectives.scores import LossSum, TokenScores
-from orchestrator.records import Branch, Cut, Floats, LearnReport, LossUnits, Mean, MicroBatch, SequenceGroup, StepApplied
+from orchestrator.objectives.logprobs import HeadSpec
+from orchestrator.objectives.scores import ExperienceTensors, LossSum, TokenScores
+from orchestrator.records import Branch, Cut, Experience, Floats, LearnReport, LossUnits, Mean, MicroBatch, SequenceGroup, StepApplied
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "bf16_autocast": torch.float32}
 
 
 @dataclass(frozen=True, slots=True)
 class LearnerSpec:
-    """All a rank needs to build itself: the recipe, how the step is cut, and how long the schedule is."""
+    """All a rank needs to build itself: the recipe, how the step is cut, and how long the schedule is.
+
+    role: a critic learns values for PPO's policy; its model and optimizer are those of `recipe` (see `critic_recipe`).
+    """
 
     recipe: Recipe
     cut: Cut
     total_steps: int
+    role: Literal["policy", "critic"] = "policy"
 
 
 class Sums:
@@ -48,6 +54,7 @@ class Sums:
         self._names: list[str] = ["loss"]
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, float] = {}
+        self._maxima: dict[str, Tensor] = {}
 
     def add(self, loss: LossSum, weight: float) -> None:
         if not weight:
@@ -55,19 +62,22 @@ class Sums:
         self._add("loss", loss.total.detach(), 1.0)
         for name, (total, count) in loss.means.items():
             self._add(name, total.detach(), count)
+        for name, value in loss.maxima.items():
+            value = value.detach().to(torch.float64)
+            self._maxima[name] = torch.maximum(self._maxima[name], value) if name in self._maxima else value
 
     def _add(self, name: str, total: Tensor, count: float) -> None:
         total = total.to(torch.float64)
         self._sums[name] = self._sums[name] + total if name in self._sums else total
         self._counts[name] = self._counts.get(name, 0.0) + count
 
-    def read(self) -> tuple[float, dict[str, Mean]]:
-        """(loss, means), with one transfer from the device."""
+    def read(self) -> tuple[float, dict[str, Mean], dict[str, float]]:
+        """(loss, means, maxima), with one transfer from the device."""
         if not self._sums:
-            return 0.0, {}
-        values = torch.stack(list(self._sums.values())).tolist()
-        means = {name: Mean(value, self._counts[name]) for name, value in zip(self._sums, values, strict=True)}
-        return means.pop("loss").total, means
+            return 0.0, {}, {}
+        values = torch.stack([*self._sums.values(), *self._maxima.values()]).tolist()
+        means = {name: Mean(value, self._counts[name]) for name, value in zip(self._sums, values, strict=False)}
+        return means.pop("loss").total, means, dict(zip(self._maxima, values[len(self._sums) :], strict=True))
 
 
 class RankLearner:
@@ -76,11 +86,11 @@ class RankLearner:
     def __init__(self, spec: LearnerSpec, group: ProcessGroup, device: torch.device) -> None:
         self.spec, self.group, self.device = spec, group, device
         recipe = spec.recipe
-        self.algorithm: Algorithm = build(recipe.algorithm)
+        self.algorithm: Algorithm = build(recipe.algorithm, recipe.rollouts) if spec.role == "policy" else critic(recipe.algorithm)
         self.bytes_before_model = current_bytes(device)
         self.loaded: Loaded = load(recipe.model, seed=recipe.run.seed, head=self.algorithm.head)
         disable_dropout(self.loaded.model)
-        self.scoring = ScoringModel(self.loaded.model, head=self.algorithm.head, want_wpo=self.algorithm.needs_wpo)
+        self.scoring = ScoringModel(self.loaded.model, head=self.algorithm.head, spec=self.algorithm.scores)
         if recipe.learners.activation_checkpointing:
             self.scoring.enable_activation_checkpointing()
         self.scoring.to(device)
@@ -93,7 +103,7 @@ class RankLearner:
             world=group.world,
         )
         self.reference: ScoringModel | None = None
-        if recipe.algorithm.reference_sync_every is not None:
+        if self.algorithm.keeps_reference(recipe):
             self.reference, _ = load_reference(recipe, device)
         reset_peak(device)
 
@@ -132,6 +142,12 @@ class RankLearner:
         model, scope = self._scorer(reference)
         with scope:
             return tuple(_logps(scored(model, MicroBatchTensors.of(mb, self.device))).cpu().numpy() for mb in micro_batches)
+
+    @torch.no_grad()
+    def token_values(self, micro_batches: Sequence[MicroBatch]) -> tuple[Floats, ...]:
+        """A critic's fp32 values at the positions that predict the scored tokens of each micro-batch."""
+        self.scoring.eval()
+        return tuple(self._forward(mb).values.float().cpu().numpy() for mb in micro_batches)
 
     @torch.no_grad()
     def evaluate(self, micro_batches: Sequence[MicroBatch], units: LossUnits) -> tuple[LearnReport, tuple[Floats, ...]]:
@@ -195,6 +211,9 @@ class RankLearner:
             margin=column(micro_batch.margin),
             wpo=result.wpo,
             rewards=result.rewards,
+            entropy=result.entropy,
+            values=result.state_values,
+            experience=None if micro_batch.experience is None else _tensors(micro_batch.experience, self.device),
         )
 
     def _scorer(self, reference: bool) -> tuple[Callable[..., tuple[Tensor, ...]], AbstractContextManager[None]]:
@@ -231,7 +250,7 @@ class _OutOfMemoryLocator:
 
 
 def _report(sums: Sums, micro_batches: Sequence[MicroBatch], seconds: float, peak: int) -> LearnReport:
-    loss, means = sums.read()
+    loss, means, maxima = sums.read()
     real = [m for m in micro_batches if m.weight]
     return LearnReport(
         loss=loss,
@@ -243,6 +262,21 @@ def _report(sums: Sums, micro_batches: Sequence[MicroBatch], seconds: float, pea
         positions=sum(m.positions for m in micro_batches),
         seconds=seconds,
         peak_bytes=peak,
+        maxima=maxima,
+    )
+
+
+def _tensors(experience: Experience, device: torch.device) -> ExperienceTensors:
+    def move(values: Floats | None) -> Tensor | None:
+        return None if values is None else torch.from_numpy(values).to(device)
+
+    return ExperienceTensors(
+        advantages=torch.from_numpy(experience.advantages).to(device),
+        sampled_logps=torch.from_numpy(experience.sampled_logprobs).to(device),
+        old_logps=move(experience.old_logprobs),
+        ref_logps=move(experience.ref_logprobs),
+        values=move(experience.values),
+        returns=move(experience.returns),
     )
 
 
@@ -263,7 +297,9 @@ def disable_dropout(model: nn.Module) -> None:
 def load_reference(recipe: Recipe, device: torch.device) -> tuple[ScoringModel, str]:
     """The frozen reference policy and its fingerprint: `model.reference`, else the start weights, never a resumed policy."""
     loaded = load(recipe.model, seed=recipe.run.seed, head="lm", reference=True)
-    scoring = ScoringModel(loaded.model, head="lm").to(device=device, dtype=_DTYPES[recipe.learners.precision])
+    algorithm = build(recipe.algorithm, recipe.rollouts)
+    scoring = ScoringModel(loaded.model, head="lm", spec=HeadSpec(temperature=algorithm.scores.temperature))
+    scoring = scoring.to(device=device, dtype=_DTYPES[recipe.learners.precision])
     scoring.requires_grad_(False)
     return scoring.eval(), loaded.fingerprint
 

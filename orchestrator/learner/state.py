@@ -23,14 +23,16 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def save_state(learner: RankLearner, directory: Path) -> list[FileEntry]:
-    """Writes this rank's shards and returns them with size and SHA-256. A collective: call it on all ranks."""
+    """Writes this rank's shards and returns them with size and SHA-256. A collective: call it on all ranks.
+
+    A critic's files lie beside the policy's: `critic-rank…` and `state-rank…`."""
     group, engine = learner.group, learner.engine
     entries: list[FileEntry] = []
     pending: dict[str, Tensor] = {}
 
     def flush() -> None:
         if pending:
-            path = directory / f"state-rank{group.rank:04d}-{len(entries):04d}.safetensors"
+            path = directory / f"{_prefix(learner)}-rank{group.rank:04d}-{len(entries):04d}.safetensors"
             save_file(pending, path)
             fsync_file(path)
             entries.append(FileEntry.of(path, directory))
@@ -50,12 +52,12 @@ def load_state(learner: RankLearner, directory: Path, optimizer_step: int) -> No
     engine = learner.engine
     if optimizer_step > 0:
         _materialise_moments(learner)
-    with _Shards(directory) as shards:
+    with _Shards(directory, _prefix(learner)) as shards:
         for name, parameter in iterate_trainable(engine.module):
             engine.set_weight(parameter, shards.read(f"weight.{name}"))
             for moment in MOMENTS if optimizer_step > 0 else ():
                 engine.set_moment(parameter, moment, shards.read(f"{moment}.{name}"))
-        if learner.reference is not None:
+        if learner.reference is not None and _reference_moves(learner):
             for name, parameter in learner.reference.named_parameters():
                 with torch.no_grad():
                     parameter.copy_(shards.read(f"reference.{name}"))
@@ -83,9 +85,14 @@ def _named_state(learner: RankLearner, engine: Engine) -> Iterator[tuple[str, Te
         yield f"weight.{name}", engine.weight(parameter)
         for moment in MOMENTS if has_moments else ():
             yield f"{moment}.{name}", engine.moment(parameter, moment)
-    if learner.reference is not None:
+    if learner.reference is not None and _reference_moves(learner):
         for name, parameter in learner.reference.named_parameters():
             yield f"reference.{name}", parameter.detach().cpu().clone()
+
+
+def _reference_moves(learner: RankLearner) -> bool:
+    """TR-DPO's reference is state; a frozen one is loaded from where it came."""
+    return learner.spec.recipe.algorithm.reference_sync_every is not None
 
 
 def _materialise_moments(learner: RankLearner) -> None:
@@ -95,11 +102,15 @@ def _materialise_moments(learner: RankLearner) -> None:
     learner.engine.step(0.0)
 
 
-class _Shards:
-    """Reads a tensor by name from all safetensors files of a folder, without loading the rest."""
+def _prefix(learner: RankLearner) -> str:
+    return "state" if learner.spec.role == "policy" else "critic"
 
-    def __init__(self, directory: Path) -> None:
-        self._files = [safe_open(path, framework="pt") for path in sorted(directory.glob("state-*.safetensors"))]
+
+class _Shards:
+    """Reads a tensor by name from a learner's safetensors files in a folder, without loading the rest."""
+
+    def __init__(self, directory: Path, prefix: str) -> None:
+        self._files = [safe_open(path, framework="pt") for path in sorted(directory.glob(f"{prefix}-*.safetensors"))]
         self._where = {name: file for file in self._files for name in file.keys()}  # noqa: SIM118 (not a dict)
 
     def __enter__(self) -> "_Shards":

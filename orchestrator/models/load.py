@@ -15,7 +15,8 @@ from orchestrator.errors import ConfigError, MissingInput
 from orchestrator.models.attention import attention_implementation
 from orchestrator.models.tiny import build, byte_tokenizer, tiny_config
 
-Head = Literal["lm", "scalar"]
+Head = Literal["lm", "scalar", "value"]
+"""A language model, or a scalar head: of a reward model or a critic (the same weights, read at other positions)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +76,7 @@ def build_fake(cfg: Model, head: Head, dtype: torch.dtype, mode: FakeTensorMode)
     """The model from its configuration alone, without storage, for shapes and memory estimates: tensors of `mode`."""
     auto: Any = AutoModelForCausalLM if head == "lm" else AutoModelForSequenceClassification
     config = load_config(cfg)
-    if head == "scalar":
+    if head != "lm":
         config.num_labels = 1
     with torch.device("meta"):
         model = auto.from_config(config, attn_implementation=attention_implementation(config), dtype=dtype)

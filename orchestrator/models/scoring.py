@@ -110,14 +110,10 @@ class ScoredHead(nn.Module):
 
 
 class ScoringModel(nn.Module):
-    """A Hugging Face model behind the one training forward.
+    """A Hugging Face model behind the one training forward. spec: what a language-model head shall give (its chunk, cap and
+    scale are the model's)."""
 
-    temperature: log-probs are those of softmax(logits / temperature), from which rollouts are drawn.
-    """
-
-    def __init__(
-        self, model: nn.Module, *, head: ScoringKind, want_wpo: bool = False, want_entropy: bool = False, temperature: float = 1.0
-    ) -> None:
+    def __init__(self, model: nn.Module, *, head: ScoringKind, spec: HeadSpec | None = None) -> None:
         super().__init__()
         self.model = model
         hugging_face: PreTrainedModel = model.get_base_model() if hasattr(model, "peft_config") else model  # pyright: ignore
@@ -132,8 +128,7 @@ class ScoringModel(nn.Module):
                     fix="leave lm_head out of model.lora.target_modules",
                 )
             soft_cap, scale = logit_transform(hugging_face.config.get_text_config())
-            spec = HeadSpec(soft_cap=soft_cap, scale=scale, temperature=temperature, want_wpo=want_wpo, want_entropy=want_entropy)
-            self.head = ScoredHead(linear, spec)
+            self.head = ScoredHead(linear, replace(spec or HeadSpec(), soft_cap=soft_cap, scale=scale))
 
     @property
     def hugging_face(self) -> PreTrainedModel:

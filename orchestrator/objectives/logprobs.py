@@ -99,7 +99,6 @@ class _ChunkedLogProbs(torch.autograd.Function):
             z = _logits(rows, w, b, spec, accurate)
             slope = None if spec.soft_cap is None else 1.0 - (z * spec.temperature / spec.soft_cap).square()
             d = _logits_gradient(z, targets[part], _at(grad, part), _at(grad_entropy, part), _at(entropy, part))
-            del z
             d *= spec.scale / spec.temperature
             if slope is not None:
                 d *= slope

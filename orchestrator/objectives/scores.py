@@ -11,11 +11,11 @@ from orchestrator.records import LossUnits
 
 @dataclass(frozen=True, slots=True)
 class ExperienceTensors:
-    """records.Experience on the device: Float[N] each."""
+    """records.Experience on the device: Float[N] each. old_logps None: the policy's own, detached."""
 
     advantages: Tensor
-    old_logps: Tensor
     sampled_logps: Tensor
+    old_logps: Tensor | None = None
     ref_logps: Tensor | None = None
     values: Tensor | None = None
     returns: Tensor | None = None

@@ -16,6 +16,7 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"objectives", "checkpoints", "strict_yaml"}),
     frozenset({"data", "models", "observe", "algorithms", "recipe"}),
     frozenset({"learner", "rollout", "cut", "dataset", "memory_model"}),
+    frozenset({"prompts"}),
     frozenset({"plan"}),
     frozenset({"controllers", "cluster", "plan_view"}),
     frozenset({"startup", "resume", "run_folder"}),

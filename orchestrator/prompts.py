@@ -1,0 +1,143 @@
+"""From the recipe's `data` section to prompts for rollouts, and what the planner has to know of them.
+
+    sources --load_rows--> rows --encode--> Prompt --Order, Batches--> the prompts of any rollout batch
+                                              |
+                                              +-- with full-length completions --> SequenceGroups: the longest steps there can be
+"""
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from orchestrator.algorithms import Algorithm
+from orchestrator.config import Recipe
+from orchestrator.data.chat import Encoder, EncodingReport
+from orchestrator.data.order import Batches, Order
+from orchestrator.data.sources import LoadedRows, load_rows
+from orchestrator.dataset import DataSet, held_out_source
+from orchestrator.episodes import Prompt
+from orchestrator.errors import ConfigError, DataError
+from orchestrator.models.load import load_tokenizer
+from orchestrator.records import Branch, Experience, SequenceGroup
+
+
+@dataclass(frozen=True, slots=True)
+class PromptSet:
+    """Prompts to sample from. batches: by prompt cursor; held_out: for evaluation; longest: the data set that the longest
+    possible rollouts would make, for the plan, the memory probe and the start-up checks."""
+
+    tokenizer: Any
+    loaded: LoadedRows
+    batches: Batches[Prompt]
+    held_out: tuple[Prompt, ...]
+    longest: DataSet
+
+
+def load_prompts(recipe: Recipe, algorithm: Algorithm) -> PromptSet:
+    """Reads and checks all prompts of a recipe; DataError, ConfigError or MissingInput before anything expensive starts."""
+    tokenizer = load_tokenizer(recipe.model)
+    loaded = load_rows(recipe.data.train, recipe.data, "prompt")
+    prompts, report = _encode(loaded, tokenizer, recipe)
+    sizes = Counter(p.source for p in prompts)
+    order = Order([sizes[s] for s in range(len(loaded.sizes))], loaded.weights, recipe.run.seed)
+    held_out: tuple[Prompt, ...] = ()
+    if recipe.data.eval is not None:
+        rows = load_rows(held_out_source(recipe.data.eval), recipe.data, "prompt")
+        held_out = _encode(rows, tokenizer, recipe)[0][: recipe.evaluation.max_prompts]
+    groups = tuple(_longest(p, recipe, algorithm) for p in prompts)
+    effective = recipe.batch.effective // groups_share(recipe, algorithm)
+    longest = DataSet(
+        tokenizer=tokenizer,
+        loaded=loaded,
+        report=report,
+        groups=groups,
+        batches=Batches(groups, order, effective, recipe.data.remainder),
+        held_out=(),
+        held_out_report=None,
+        held_out_names=(),
+        prompts=(),
+        answers=(),
+    )
+    return PromptSet(tokenizer, loaded, Batches(prompts, order, recipe.rollouts.prompts, recipe.data.remainder), held_out, longest)
+
+
+def groups_share(recipe: Recipe, algorithm: Algorithm) -> int:
+    """Examples of batch.effective that one prompt stands for: its samples, or one pair."""
+    return recipe.rollouts.samples if algorithm.per == "sequence" else 1
+
+
+def check_batches(recipe: Recipe, algorithm: Algorithm) -> int:
+    """Mini-batches of one pass over a rollout batch; ConfigError where the rollout batch cannot be cut into effective batches."""
+    share, rollouts, effective = groups_share(recipe, algorithm), recipe.rollouts, recipe.batch.effective
+    total = rollouts.prompts * share
+    unit = "completions" if share > 1 or algorithm.per == "sequence" else "pairs"
+    if effective % share:
+        raise ConfigError(
+            f"batch.effective={effective} is no multiple of rollouts.samples={share}",
+            why="the completions of a prompt stay together: they share its computation",
+            fix=f"set batch.effective to {max(1, effective // share) * share}, or rollouts.samples to a divisor",
+        )
+    if total % effective:
+        raise ConfigError(
+            f"{rollouts.prompts} prompts x {share} = {total} {unit} cannot be cut into effective batches of {effective}",
+            why="each optimizer step takes batch.effective of them",
+            fix=f"set rollouts.prompts to a multiple of {effective // share}, or batch.effective to {total}",
+        )
+    if algorithm.online is not None and algorithm.online.estimate is None and rollouts.samples < 2:
+        raise ConfigError("online_dpo needs rollouts.samples of at least 2", why="it compares the best with the worst", fix="set it to 4")
+    if recipe.algorithm.name in ("grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo", "reinforce_pp_baseline") and rollouts.samples < 2:
+        raise ConfigError(
+            f"{recipe.algorithm.name} needs rollouts.samples of at least 2", why="its baseline is the group's mean", fix="set it to 8"
+        )
+    if algorithm.online is not None and algorithm.online.dynamic_sampling and rollouts.max_staleness:
+        raise ConfigError(
+            "dynamic sampling needs rollouts.max_staleness=0",
+            why="which prompts are drawn next depends on the rewards of the last ones",
+            fix="set rollouts.max_staleness=0, or algorithm.dynamic_sampling=false",
+        )
+    return total // effective
+
+
+def _encode(loaded: LoadedRows, tokenizer: Any, recipe: Recipe) -> tuple[tuple[Prompt, ...], EncodingReport]:
+    encoder, data = Encoder(tokenizer, recipe.data, "prompt"), recipe.data
+    room = data.max_length - recipe.rollouts.max_new_tokens
+    if room < 1:
+        raise ConfigError(
+            f"data.max_length={data.max_length} leaves no room for rollouts.max_new_tokens={recipe.rollouts.max_new_tokens}",
+            fix="raise data.max_length (prompt and completion together), or lower rollouts.max_new_tokens",
+        )
+    if data.overlong == "truncate_end":
+        raise ConfigError("data.overlong=truncate_end has no meaning for prompts", fix="use error, drop or truncate_prompt_left")
+    prompts, dropped, truncated = [], 0, 0
+    for row in loaded.rows:
+        ids = encoder.prompt_tokens(row)
+        if len(ids) > room:
+            if data.overlong == "error":
+                raise DataError(
+                    f"{row.where}: the prompt has {len(ids)} tokens, {room} are left beside the completion",
+                    fix="raise data.max_length, or set data.overlong to drop or truncate_prompt_left",
+                )
+            if data.overlong == "drop":
+                dropped += 1
+                continue
+            truncated += 1
+            ids = ids[-room:]
+        if not ids:
+            raise DataError(f"{row.where}: the prompt has no token", fix="remove the row")
+        prompts.append(Prompt(row.id, row.where, row.source, np.array(ids, np.int64), row.prompt, row.columns))
+    if not prompts:
+        raise DataError("no prompt is left after data.overlong", why=f"{room} tokens are left for a prompt", fix="raise data.max_length")
+    lengths = tuple(len(p.ids) + recipe.rollouts.max_new_tokens for p in prompts)
+    return tuple(prompts), EncodingReport(len(loaded.rows), len(prompts), dropped, truncated, (), 0, lengths)
+
+
+def _longest(prompt: Prompt, recipe: Recipe, algorithm: Algorithm) -> SequenceGroup:
+    """The prompt with completions of full length: repeats of its first token, which nothing learns from."""
+    tokens = recipe.rollouts.max_new_tokens
+    zeros = np.zeros(tokens, np.float32)
+    experience = None if algorithm.per == "pair" else Experience(zeros, zeros, zeros, zeros, zeros, zeros)
+    branch = Branch(np.full(tokens, prompt.ids[0], np.int64), np.ones(tokens, np.bool_), experience)
+    return SequenceGroup(prompt.id, prompt.ids, (branch,) * algorithm.branches, prompt.source)
+
