@@ -149,6 +149,13 @@ def test_metrics_literally():
     assert not any(total.requires_grad for total, _ in loss.means.values())
 
 
+def test_approx_kl_is_of_the_old_policy_which_drew_the_tokens():
+    """One token at twice its old probability: (r - 1) - log r at r = new/old = 2, not at 1/2."""
+    known = ExperienceTensors(advantages=tensor(1.0), sampled_logps=tensor(-2.0), old_logps=tensor(-2.0))
+    scores = TokenScores(tensor(-2.0 + LN2), torch.tensor([0]), 1, 1, experience=known)
+    assert mean(PolicyGradient()(scores, LossUnits(1, (1,))), "policy/approx_kl") == pytest.approx(1.0 - LN2)
+
+
 def test_the_units_coefficient_overrides_the_recipes():
     objective = PolicyGradient(kl_coefficient=2.0)
     off = objective(THREE, replace(UNITS, kl_coefficient=0.0))
