@@ -110,3 +110,9 @@ class CheckpointError(OrchestratorError):
     """A checkpoint does not verify."""
 
     exit_code = Exit.DATA
+
+
+class RewardsFailed(OrchestratorError):
+    """Too many groups of a rollout batch have no reward; going on would train on what is left by accident."""
+
+    exit_code = Exit.SOFTWARE
