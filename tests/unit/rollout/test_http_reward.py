@@ -1,0 +1,332 @@
+"""Rewards over HTTP against a real server on the loopback that misbehaves in every way we know."""
+
+import json
+import logging
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import pytest
+
+from orchestrator.config import RewardFunction
+from orchestrator.rollout.http_reward import MAX_BODY_BYTES, Breaker, HttpReward, Unavailable, _retry_after
+from orchestrator.rollout.rewards import RewardFailure
+from tests.unit.rollout.reward_cases import batch, group
+
+SECRET = "geheim-93ab"
+Behave = Callable[["Handler", dict[str, Any], int], None]
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Answers each request as the server's `behave` does; requests are counted from 0."""
+
+    server: "Server"
+    protocol_version = "HTTP/1.1"
+
+    def do_POST(self) -> None:
+        request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        with self.server.lock:
+            number = len(self.server.requests)
+            self.server.requests.append(request)
+            self.server.headers.append(dict(self.headers))
+        self.server.behave(self, request, number)
+
+    def answer(self, status: int, body: bytes = b"", kind: str = "application/json", **headers: str) -> None:
+        self.send_response(status)
+        for name, value in {"Content-Type": kind, "Content-Length": str(len(body)), **headers}.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None: ...
+
+
+class Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.lock, self.requests, self.headers = threading.Lock(), [], []
+        self.behave: Behave = right
+        self.release = threading.Event()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}/score"
+
+    def handle_error(self, *_: object) -> None: ...
+
+
+def right(handler: Handler, request: dict[str, Any], _: int) -> None:
+    """The length of each completion."""
+    handler.answer(200, json.dumps({"rewards": [len(c) for c in request["completions"]]}).encode())
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    server = Server()
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
+    thread.start()
+    yield server
+    server.release.set()
+    server.shutdown()
+    server.server_close()
+    thread.join(5)
+
+
+def component(url: str, *, batch_size: int = 64, retry: bool = True, breaker: Breaker | None = None) -> HttpReward:
+    function = RewardFunction(name="judge", url=url, headers_from={"Authorization": "JUDGE_TOKEN"})
+    return HttpReward(function, batch_size=batch_size, environment={"JUDGE_TOKEN": SECRET}, retry=retry, breaker=breaker)
+
+
+def failures(outcomes: list[Any]) -> list[str]:
+    assert all(isinstance(o, RewardFailure) for o in outcomes), outcomes  # none is invented
+    reasons = [o.reason for o in outcomes]
+    assert all("judge" in r and SECRET not in r for r in reasons)
+    return reasons
+
+
+def test_batches_are_sent_in_order_with_columns_and_headers(server: Server) -> None:
+    groups = [group(0, ["a", "bb"], columns={"answer": "4"}), group(1, ["ccc"], text=[{"role": "user", "content": "hi"}])]
+    assert component(server.url, batch_size=2).score(groups, 5) == [1.0, 2.0, 3.0]
+    sent = sorted(server.requests, key=lambda r: r["completions"][0])
+    assert sent == [
+        {"prompts": ["question 0"] * 2, "completions": ["a", "bb"], "columns": {"answer": ["4", "4"]}},
+        {"prompts": [[{"role": "user", "content": "hi"}]], "completions": ["ccc"], "columns": {"answer": [None]}},
+    ]
+    assert {h["Authorization"] for h in server.headers} == {SECRET}
+    assert {h["Content-Type"] for h in server.headers} == {"application/json"}
+
+
+def test_many_batches_keep_their_order(server: Server) -> None:
+    texts = ["x" * n for n in range(50)]
+    assert component(server.url, batch_size=3).score(batch(texts), 10) == [float(n) for n in range(50)]
+    assert len(server.requests) == 17
+
+
+@pytest.mark.parametrize("status", [500, 503, 408, 429])
+def test_a_passing_trouble_is_waited_for(server: Server, status: int) -> None:
+    server.behave = lambda h, r, n: h.answer(status) if n < 2 else right(h, r, n)
+    assert component(server.url).score(batch(["ab"]), 10) == [2.0]
+    assert len(server.requests) == 3
+
+
+def test_retry_after_is_honoured(server: Server) -> None:
+    server.behave = lambda h, r, n: h.answer(429, Retry_After="1") if n == 0 else right(h, r, n)
+    started = time.monotonic()
+    assert component(server.url).score(batch(["ab"]), 10) == [2.0]
+    assert 1.0 <= time.monotonic() - started < 4
+
+
+def test_retry_after_beyond_the_deadline_is_not_waited_for(server: Server) -> None:
+    server.behave = lambda h, r, n: h.answer(503, Retry_After="3600")
+    started = time.monotonic()
+    (reason,) = failures(component(server.url).score(batch(["ab"]), 2))
+    assert "it answers 503 and asks to wait 3600 s" in reason and time.monotonic() - started < 1
+    assert len(server.requests) == 1
+
+
+def test_retry_after_may_be_a_date() -> None:
+    assert _retry_after("Wed, 21 Oct 2015 07:28:00 GMT") == 0.0
+    assert _retry_after("Fri, 31 Dec 2999 23:59:59 GMT") > 1e9  # pyright: ignore[reportOptionalOperand]
+    assert [_retry_after(h) for h in ("7", "soon", "-3", None)] == [7.0, None, None, None]
+
+
+def test_a_server_that_is_always_broken_is_left_at_the_deadline(server: Server) -> None:
+    server.behave = lambda h, r, n: h.answer(500)
+    started = time.monotonic()
+    (reason,) = failures(component(server.url).score(batch(["ab"]), 1.0))
+    assert "it answers 500" in reason and time.monotonic() - started < 1.5 and len(server.requests) > 1
+
+
+def test_without_retries_it_is_asked_once(server: Server) -> None:
+    server.behave = lambda h, r, n: h.answer(500)
+    failures(component(server.url, retry=False).score(batch(["ab"]), 5.0))
+    assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize("status", [400, 401, 404, 422])
+def test_a_refusal_is_final(server: Server, status: int) -> None:
+    server.behave = lambda h, r, n: h.answer(status)
+    (reason,) = failures(component(server.url).score(batch(["ab"]), 5.0))
+    assert f"answers {status}" in reason and len(server.requests) == 1
+
+
+def test_a_redirect_is_not_followed(server: Server) -> None:
+    elsewhere = Server()
+    threading.Thread(target=elsewhere.serve_forever, args=(0.01,), daemon=True).start()
+    for status in (301, 302, 307, 308):
+        server.behave = lambda h, r, n, status=status: h.answer(status, Location=elsewhere.url)
+        (reason,) = failures(component(server.url).score(batch(["ab"]), 5.0))
+        assert f"answers {status}, a redirect" in reason
+    assert elsewhere.requests == [] and len(server.requests) == 4
+    elsewhere.shutdown()
+    elsewhere.server_close()
+
+
+def hang(handler: Handler, *_: Any) -> None:
+    handler.server.release.wait(20)
+    handler.close_connection = True
+
+
+def drip(handler: Handler, *_: Any) -> None:
+    """One byte of the head at a time: no single read is ever late."""
+    for byte in b"HTTP/1.1 200 OK\r\nX-Slow: " + b"a" * 400:
+        handler.wfile.write(bytes([byte]))
+        if handler.server.release.wait(0.05):
+            break
+    handler.close_connection = True
+
+
+def drip_body(handler: Handler, *_: Any) -> None:
+    handler.send_response(200)
+    handler.send_header("Content-Type", "application/json")
+    handler.send_header("Content-Length", "1000")
+    handler.end_headers()
+    while not handler.server.release.wait(0.05):
+        handler.wfile.write(b" ")
+
+
+@pytest.mark.parametrize("behave", [hang, drip, drip_body])
+def test_silence_and_slowness_end_at_the_deadline(server: Server, behave: Behave) -> None:
+    server.behave = behave
+    started = time.monotonic()
+    (reason,) = failures(component(server.url).score(batch(["ab"]), 0.6))
+    assert "did not answer in time" in reason or "cannot be used" in reason
+    assert time.monotonic() - started < 1.2
+
+
+def test_a_huge_body_is_not_read(server: Server) -> None:
+    sent = 0
+
+    def huge(handler: Handler, *_: Any) -> None:
+        nonlocal sent
+        handler.send_response(200)
+        handler.send_header("Content-Type", "application/json")
+        handler.send_header("Content-Length", str(1 << 30))
+        handler.end_headers()
+        block = b" " * (1 << 16)
+        while sent < 1 << 30:
+            handler.wfile.write(block)
+            sent += len(block)
+
+    server.behave = huge
+    (reason,) = failures(component(server.url).score(batch(["ab"]), 10))
+    assert "more than 8 MB" in reason
+    assert sent < 8 * MAX_BODY_BYTES  # what the sockets hold comes on top of what was read
+
+
+@pytest.mark.parametrize(
+    ("body", "kind", "words"),
+    [
+        (b'{"rewards": [1, 2', "application/json", "not JSON"),
+        (b"[" * 200_000, "application/json", "not JSON"),
+        (b"\xff\xfe", "application/json", "not JSON"),
+        (b"", "application/json", "not JSON"),
+        (b"[1.0]", "application/json", "no `rewards`"),
+        (b'{"reward": [1.0]}', "application/json", "no `rewards`"),
+        (b"<html>sign in</html>", "text/html", "text/html, not plain application/json"),
+        (b'{"rewards": [1.0]}', "application/json", "1 rewards for 2"),
+        (b'{"rewards": [1.0, 2.0, 3.0]}', "application/json", "3 rewards for 2"),
+        (b'{"rewards": 1.0}', "application/json", "float"),
+        (b'{"rewards": {"0": 1.0, "1": 2.0}}', "application/json", "dict"),
+    ],
+)
+def test_a_wrong_answer_is_no_reward(server: Server, body: bytes, kind: str, words: str) -> None:
+    server.behave = lambda h, r, n: h.answer(200, body, kind)
+    for reason in failures(component(server.url).score(batch(["ab", "c"]), 5)):
+        assert words in reason
+    assert len(server.requests) == 1
+
+
+def test_a_compressed_answer_is_refused_unread(server: Server) -> None:
+    server.behave = lambda h, r, n: h.answer(200, b"\x1f\x8b" + b"0" * 100, Content_Encoding="gzip")
+    failures(component(server.url).score(batch(["ab"]), 5))
+    assert server.headers[0]["Accept-Encoding"] == "identity"
+
+
+def test_a_bad_entry_is_a_failure_of_its_sample_alone(server: Server) -> None:
+    server.behave = lambda h, r, n: h.answer(200, b'{"rewards": [1.5, NaN, null, "2", 1e999, true]}')
+    right_one, *wrong, yes = component(server.url).score(batch(["a"] * 6), 5)
+    assert right_one == 1.5 and yes == 1.0
+    for reason, words in zip(failures(wrong), ["nan", "None", "str '2'", "inf"], strict=True):
+        assert words in reason and "q.jsonl:1, sample" in reason
+
+
+def test_a_connection_that_breaks_off_is_tried_again(server: Server) -> None:
+    def torn(handler: Handler, request: dict[str, Any], number: int) -> None:
+        if number:
+            return right(handler, request, number)
+        handler.send_response(200)
+        handler.send_header("Content-Type", "application/json")
+        handler.send_header("Content-Length", "100")
+        handler.end_headers()
+        handler.wfile.write(b'{"rewards": [2.')
+        handler.close_connection = True
+
+    server.behave = torn
+    assert component(server.url).score(batch(["ab"]), 5) == [2.0]
+
+
+def test_a_failed_batch_does_not_lose_the_others(server: Server) -> None:
+    server.behave = lambda h, r, n: h.answer(422) if "bad" in r["completions"] else right(h, r, n)
+    one, *two, three = component(server.url, batch_size=1).score(batch(["a", "bad", "ccc"]), 5)
+    assert (one, three) == (1.0, 3.0) and len(failures(two)) == 1
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def test_a_refused_connection_is_named(server: Server) -> None:
+    started = time.monotonic()
+    url = f"http://127.0.0.1:{free_port()}/x?key={SECRET}"
+    (reason,) = failures(component(url).score(batch(["ab"]), 0.8))
+    assert "no connection" in reason and "http://127.0.0.1:" in reason and time.monotonic() - started < 1.5
+
+
+def test_the_breaker_opens_fails_fast_and_recovers(server: Server) -> None:
+    server.behave = lambda h, r, n: h.answer(500)
+    judge = component(server.url, batch_size=1, retry=False, breaker=Breaker(failures_to_open=3, cool_down_s=0.6))
+    for _ in range(3):
+        failures(judge.score(batch(["ab"]), 5))
+    started = time.monotonic()
+    with pytest.raises(Unavailable, match="away 3 times in a row"):
+        judge.score(batch(["ab"]), 5)
+    assert time.monotonic() - started < 0.2 and len(server.requests) == 3
+
+    time.sleep(0.7)  # half open: one request for all, and it fails
+    failures(judge.score(batch(["a", "b", "c", "d"]), 5))
+    assert len(server.requests) == 4
+    with pytest.raises(Unavailable):
+        judge.score(batch(["ab"]), 5)
+
+    time.sleep(0.7)
+    server.behave = right
+    assert judge.score(batch(["a", "bb"]), 5) == [1.0, 2.0]
+    server.behave = lambda h, r, n: h.answer(500)
+    failures(judge.score(batch(["ab"]), 5))  # closed again: one failure does not open it
+    server.behave = right
+    assert judge.score(batch(["ab"]), 5) == [2.0]
+
+
+def test_refusals_do_not_open_the_breaker(server: Server) -> None:
+    server.behave = lambda h, r, n: h.answer(404)
+    judge = component(server.url, breaker=Breaker(failures_to_open=2))
+    for _ in range(4):
+        failures(judge.score(batch(["ab"]), 5))
+    assert len(server.requests) == 4
+
+
+def test_nothing_secret_is_logged(server: Server, caplog: pytest.LogCaptureFixture) -> None:
+    server.behave = lambda h, r, n: h.answer(500) if n == 0 else right(h, r, n)
+    with caplog.at_level(logging.INFO):
+        assert component(f"{server.url}?key={SECRET}").score(batch(["ab"]), 5) == [2.0]
+    assert SECRET not in caplog.text
