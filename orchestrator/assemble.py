@@ -17,11 +17,12 @@ from rich.console import Console
 
 from orchestrator.algorithms import Algorithm, build
 from orchestrator.checkpoints import CheckpointStore
-from orchestrator.cluster.placement import check_capacity
+from orchestrator.cluster.placement import check_capacity, demands
 from orchestrator.cluster.workers import LearnerGroup
 from orchestrator.config import Recipe
 from orchestrator.controllers.evaluation import Evaluator, HeldOut
 from orchestrator.controllers.offline import OfflinePlan, OfflineTrainer
+from orchestrator.controllers.step import Guards
 from orchestrator.dataset import DataSet, load_data
 from orchestrator.errors import ConfigError, OutOfMemory, WorkerLost
 from orchestrator.learner.checks import model_fingerprint
@@ -72,7 +73,7 @@ def plan_job(recipe: Recipe, console: Console) -> Job:
 def train(recipe: Recipe, root: Path, console: Console) -> Outcome:
     """Runs a recipe to its end in the folder `root`, going on from a verified checkpoint if one is there."""
     job = plan_job(recipe, console)
-    check_capacity(recipe.learners)
+    check_capacity(demands(recipe, critic=False, rollouts=False))
     identity = fingerprint(recipe, job.data.loaded.fingerprint, "")
     with open_run(root, identity, dump(recipe), json.dumps(job.plan.to_json(), indent=1)) as folder, _stop_signals() as stopped:
         progress = _supervise(job, folder, stopped)
@@ -153,8 +154,7 @@ def _offline_plan(job: Job) -> OfflinePlan:
         save_every=recipe.checkpoint.every,
         reference_sync_every=recipe.algorithm.reference_sync_every,
         reference_sync_alpha=recipe.algorithm.reference_sync_alpha,
-        gradient_bytes=job.plan.traffic.per_reduction,
-        anchor_tolerance=(1e-5 if exact else 3e-2) if starts_as_reference else None,
+        guards=Guards((1e-5 if exact else 3e-2) if starts_as_reference else None, job.plan.traffic.per_reduction),
     )
 
 

@@ -5,7 +5,7 @@ import signal
 import stat
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +16,8 @@ from ray.exceptions import GetTimeoutError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from orchestrator.config import Learners
-from orchestrator.errors import NotEnoughResources
+from orchestrator.config import Learners, Recipe, Rollouts
+from orchestrator.errors import ConfigError, NotEnoughResources
 
 OBJECT_STORE_BYTES = 256 * 1024 * 1024
 
@@ -65,79 +65,119 @@ def _protect_token() -> None:
 
 
 @dataclass(frozen=True, slots=True)
+class Demand:
+    """What a group of workers asks for. what: "learners", "critic" or "rollouts", as in the recipe."""
+
+    what: str
+    workers: int
+    cpus: float
+    gpus: float
+
+    @property
+    def bundle(self) -> dict[str, float]:
+        """Resources of one worker."""
+        return {"CPU": self.cpus, **({"GPU": self.gpus} if self.gpus else {})}
+
+
+def demands(recipe: Recipe, *, critic: bool, rollouts: bool) -> tuple[Demand, ...]:
+    """All worker groups of a run. Colocated rollout actors are part of the learners' bundles."""
+    learners, actors = recipe.learners, recipe.rollouts
+    together = rollouts and actors.placement == "colocated"
+    if together and actors.workers != learners.workers:
+        raise ConfigError(
+            f"rollouts.placement=colocated needs as many rollouts.workers ({actors.workers}) as learners.workers ({learners.workers})",
+            why="actor i shares the bundle of learner worker i",
+            fix=f"set rollouts.workers={learners.workers}, or rollouts.placement=separate",
+        )
+    groups = [learner_demand(learners, actors if together else None)]
+    if critic:
+        groups.append(Demand("critic", recipe.critic.workers, recipe.critic.cpus_per_worker, recipe.critic.gpus_per_worker))
+    if rollouts and not together:
+        groups.append(Demand("rollouts", actors.workers, actors.cpus_per_worker, actors.gpus_per_worker))
+    return tuple(groups)
+
+
+def learner_demand(learners: Learners, colocated: Rollouts | None = None) -> Demand:
+    """The learners' own, with a rollout actor in each bundle where they are colocated."""
+    cpus, gpus = (colocated.cpus_per_worker, colocated.gpus_per_worker) if colocated else (0.0, 0.0)
+    return Demand("learners", learners.workers, learners.cpus_per_worker + cpus, learners.gpus_per_worker + gpus)
+
+
+@dataclass(frozen=True, slots=True)
 class Placement:
-    """The reserved resources of one worker group: a bundle per rank."""
+    """The reserved resources of one worker group: a bundle per worker."""
 
     group: PlacementGroup
     bundle: Mapping[str, float]
 
     @classmethod
-    def reserve(cls, learners: Learners) -> "Placement":
+    def reserve(cls, demand: Demand, timeout_s: float) -> "Placement":
         """Reserves a bundle per worker; NotEnoughResources at once when the cluster cannot hold them."""
         connect()
-        bundle = _bundle(learners)
-        _check_capacity(learners.workers, bundle, ray.cluster_resources())
-        group = placement_group([dict(bundle)] * learners.workers, strategy="PACK")
+        bundle = demand.bundle
+        _check_capacity([demand], ray.cluster_resources())
+        group = placement_group([dict(bundle)] * demand.workers, strategy="PACK")
         try:
-            ray.get(group.ready(), timeout=learners.start_timeout_s)
+            ray.get(group.ready(), timeout=timeout_s)
         except GetTimeoutError:
             remove_placement_group(group)
             raise NotEnoughResources(
-                f"{learners.workers} workers x {_words(bundle)} were not free within {learners.start_timeout_s:.0f} s",
+                f"{demand.workers} workers x {_words(bundle)} were not free within {timeout_s:.0f} s",
                 why=f"free now: {_words(_of_interest(ray.available_resources(), bundle))}",
-                fix="wait for the other jobs, ask for fewer learners.workers, or raise learners.start_timeout_s",
+                fix=f"wait for the other jobs, ask for fewer {demand.what}.workers, or raise learners.start_timeout_s",
             ) from None
         return cls(group, bundle)
 
-    def actor(self, kind: type, rank: int, *, name: str, environment: Mapping[str, str]) -> Any:
-        """A remote class bound to the bundle of `rank`; call .remote(...) on it."""
+    def actor(self, kind: type, rank: int, *, name: str, environment: Mapping[str, str], cpus: float, gpus: float, threads: int = 1) -> Any:
+        """A remote class bound to the bundle of `rank`, taking its part of it; call .remote(...) on it."""
         return ray.remote(kind).options(
-            num_cpus=self.bundle["CPU"],
-            num_gpus=self.bundle.get("GPU", 0),
+            num_cpus=cpus,
+            num_gpus=gpus,
             scheduling_strategy=PlacementGroupSchedulingStrategy(self.group, placement_group_bundle_index=rank),
             runtime_env={"env_vars": dict(environment)},
             max_restarts=0,
-            max_concurrency=1,
+            max_concurrency=threads,
         )
 
     def release(self) -> None:
         remove_placement_group(self.group)
 
 
-def check_capacity(learners: Learners) -> None:
+def check_capacity(groups: Sequence[Demand]) -> None:
     """NotEnoughResources where the cluster cannot hold the workers; told before Ray starts where that is this machine."""
-    bundle = _bundle(learners)
     if not ray.is_initialized() and not os.environ.get("RAY_ADDRESS"):
-        _check_capacity(learners.workers, bundle, {"CPU": float(os.cpu_count() or 1), "GPU": _visible_gpus(bundle)})
+        gpus = any(g.gpus for g in groups)
+        _check_capacity(groups, {"CPU": float(os.cpu_count() or 1), "GPU": _visible_gpus() if gpus else 0.0})
         return
     connect()
-    _check_capacity(learners.workers, bundle, ray.cluster_resources())
+    _check_capacity(groups, ray.cluster_resources())
 
 
-def _bundle(learners: Learners) -> dict[str, float]:
-    bundle = {"CPU": learners.cpus_per_worker}
-    if learners.gpus_per_worker:
-        bundle["GPU"] = learners.gpus_per_worker
-    return bundle
-
-
-def _visible_gpus(bundle: Mapping[str, float]) -> float:
-    if "GPU" not in bundle:
-        return 0.0
+def _visible_gpus() -> float:
     import torch
 
     return float(torch.cuda.device_count())
 
 
-def _check_capacity(workers: int, bundle: Mapping[str, float], total: Mapping[str, float]) -> None:
-    for resource, each in bundle.items():
-        has = total.get(resource, 0.0)
-        if has < workers * each:
-            raise NotEnoughResources(
-                f"the cluster has {has:g} {resource}s, {workers} workers x {each:g} need {workers * each:g}",
-                fix=f"set learners.workers to {int(has // each)} or fewer"
-                + (f", or learners.cpus_per_worker={has / workers:.2g}" if resource == "CPU" and has else ""),
-            )
+def _check_capacity(groups: Sequence[Demand], total: Mapping[str, float]) -> None:
+    for resource in ("CPU", "GPU"):
+        asking = [g for g in groups if g.bundle.get(resource)]
+        needed, has = sum(g.workers * g.bundle[resource] for g in asking), total.get(resource, 0.0)
+        if has < needed:
+            raise _too_few(asking, resource, needed, has)
+
+
+def _too_few(groups: Sequence[Demand], resource: str, needed: float, has: float) -> NotEnoughResources:
+    if len(groups) > 1:
+        words = " + ".join(f"{g.workers} {g.what} x {g.bundle[resource]:g}" for g in groups)
+        fix = f"fewer workers, or a smaller {'cpus' if resource == 'CPU' else 'gpus'}_per_worker of {', '.join(g.what for g in groups)}"
+        return NotEnoughResources(f"the cluster has {has:g} {resource}s, {words} need {needed:g}", fix=fix)
+    (group,) = groups
+    each = group.bundle[resource]
+    fix = f"set {group.what}.workers to {int(has // each)} or fewer"
+    if resource == "CPU" and has:
+        fix += f", or {group.what}.cpus_per_worker={has / group.workers:.2g}"
+    return NotEnoughResources(f"the cluster has {has:g} {resource}s, {group.workers} workers x {each:g} need {needed:g}", fix=fix)
 
 
 def _of_interest(resources: Mapping[str, float], bundle: Mapping[str, float]) -> dict[str, float]:

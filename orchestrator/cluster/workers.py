@@ -13,8 +13,8 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 from orchestrator import faults
 from orchestrator.checkpoints import FileEntry
-from orchestrator.cluster.placement import Placement
-from orchestrator.config import Learners, Recipe
+from orchestrator.cluster.placement import Placement, learner_demand
+from orchestrator.config import Learners, Recipe, Rollouts
 from orchestrator.errors import OrchestratorError, OutOfMemory, WorkerLost
 from orchestrator.learner.learner import LearnerSpec
 from orchestrator.records import LearnReport, Mean, PackedBatch, StepApplied
@@ -26,7 +26,7 @@ class LearnerActor:
 
     def __init__(self, rank: int, log: str | None, threads: int) -> None:
         if log is not None:
-            _redirect_output(Path(log))
+            redirect_output(Path(log))
         import torch
 
         torch.set_num_threads(threads)
@@ -94,6 +94,19 @@ class LearnerActor:
 
         load_state(self.learner, Path(directory), optimizer_step)
 
+    def put_buckets(self, bucket_bytes: int) -> tuple[list[Any], int]:
+        """Rank 0: the weights in Ray's object store, a reference per bucket, and their bytes. A collective at ZeRO-3."""
+        from orchestrator.learner.publish import flat_buckets
+        from orchestrator.models.buckets import Bucket, checksum
+
+        references, size = [], 0
+        for plan, flat in flat_buckets(self.learner, bucket_bytes):
+            if self.rank == 0:
+                flat = flat.cpu()
+                references.append(ray.put(Bucket(plan.entries, flat.numpy(), checksum(flat))))
+                size += plan.size
+        return references, size
+
     def export(self, directory: str, card: str) -> str:
         from orchestrator.learner.export import export_learner
 
@@ -104,7 +117,7 @@ class LearnerActor:
         return function(self.learner, *args)
 
 
-def _redirect_output(path: Path) -> None:
+def redirect_output(path: Path) -> None:
     """Sends this process's stdout and stderr to the run folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
@@ -121,11 +134,12 @@ class _Deadlines:
 class LearnerGroup:
     """roles.Learner over all ranks. Every call has a deadline and names the worker that is late or lost."""
 
-    def __init__(self, learners: Learners, *, logs: Path | None = None) -> None:
-        self.learners, self.logs = learners, logs
+    def __init__(self, learners: Learners, *, logs: Path | None = None, name: str = "learner", colocated: Rollouts | None = None) -> None:
+        """colocated: rollout actors that share the bundles (see RolloutPool)."""
+        self.learners, self.logs, self.name = learners, logs, name
         self.world = learners.workers
         self.deadlines = _Deadlines(learners.start_timeout_s, learners.timeout_s)
-        self.placement = Placement.reserve(learners)
+        self.placement = Placement.reserve(learner_demand(learners, colocated), learners.start_timeout_s)
         self.actors: list[Any] = []
         self.spec: LearnerSpec | None = None
         self._start()
@@ -133,9 +147,14 @@ class LearnerGroup:
     def _start(self) -> None:
         threads = max(1, int(self.learners.cpus_per_worker))
         self.actors = [
-            self.placement.actor(LearnerActor, rank, name=f"learner-{rank}", environment=_environment(threads)).remote(
-                rank, str(self.logs / f"learner-{rank}.log") if self.logs else None, threads
-            )
+            self.placement.actor(
+                LearnerActor,
+                rank,
+                name=f"{self.name}-{rank}",
+                environment=worker_environment(threads),
+                cpus=self.learners.cpus_per_worker,
+                gpus=self.learners.gpus_per_worker,
+            ).remote(rank, str(self.logs / f"{self.name}-{rank}.log") if self.logs else None, threads)
             for rank in range(self.world)
         ]
         address, port = self._collect([self.actors[0].address.remote()], "start", self.deadlines.start_s)[0]
@@ -186,6 +205,10 @@ class LearnerGroup:
     def load_state(self, directory: Path, optimizer_step: int) -> None:
         self._all("load_state", str(directory), optimizer_step)
 
+    def put_buckets(self, bucket_bytes: int) -> tuple[list[Any], int]:
+        """The policy's weights as references to buckets in Ray's object store, and their bytes."""
+        return self._all("put_buckets", bucket_bytes)[0]
+
     def export(self, directory: Path, card: str) -> Path:
         return Path(self._all("export", str(directory), card)[0])
 
@@ -220,7 +243,7 @@ class LearnerGroup:
         while waiting:
             done, waiting = ray.wait(waiting, timeout=max(0.0, deadline - time.monotonic()))
             if not done:
-                late = [f"learner-{refs.index(ref)}" for ref in waiting]
+                late = [f"{self.name}-{refs.index(ref)}" for ref in waiting]
                 raise WorkerLost(
                     f"{', '.join(late)} did not answer `{verb}` within {timeout_s:.0f} s",
                     why="the process hangs, is stopped, or waits for another rank",
@@ -229,7 +252,7 @@ class LearnerGroup:
             try:
                 ray.get(done[0])
             except (RayTaskError, RayActorError, GetTimeoutError) as error:
-                failure = _translate(error, refs.index(done[0]), verb)
+                failure = translate(error, f"{self.name}-{refs.index(done[0])}", verb)
                 if not isinstance(failure, OutOfMemory):
                     raise failure from error
                 failure.in_place = self._holds_back()
@@ -248,20 +271,20 @@ class LearnerGroup:
         return cut.sync == "no_sync" or (cut.sync == "coalesced" and cut.zero_stage < 3)
 
 
-def _environment(threads: int) -> dict[str, str]:
+def worker_environment(threads: int) -> dict[str, str]:
     """Variables of a worker; planned faults go along, also where Ray was started by somebody else."""
     planned = {faults.VARIABLE: os.environ[faults.VARIABLE]} if faults.VARIABLE in os.environ else {}
     return {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", **planned}
 
 
-def _translate(error: Exception, rank: int, verb: str) -> OrchestratorError:
-    """What a user can read from what Ray raised."""
+def translate(error: Exception, who: str, verb: str) -> OrchestratorError:
+    """What a user can read from what Ray raised. who: the worker by name."""
     if isinstance(error, RayTaskError):
         if isinstance(error.cause, OrchestratorError):
             return error.cause
-        return WorkerLost(f"learner-{rank} failed in `{verb}`", why=str(error).strip(), fix="see logs/ in the run folder")
+        return WorkerLost(f"{who} failed in `{verb}`", why=str(error).strip(), fix="see logs/ in the run folder")
     return WorkerLost(
-        f"learner-{rank} died during `{verb}`",
+        f"{who} died during `{verb}`",
         why=str(error).strip().splitlines()[0],
         fix="the run goes on from its last checkpoint; if it repeats, look for out-of-memory kills on that node",
     )

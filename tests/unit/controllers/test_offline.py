@@ -11,6 +11,7 @@ from orchestrator.algorithms import build
 from orchestrator.config import Evaluation
 from orchestrator.controllers.evaluation import Evaluator, HeldOut
 from orchestrator.controllers.offline import OfflinePlan, OfflineTrainer
+from orchestrator.controllers.step import Guards
 from orchestrator.cut import cut_step
 from orchestrator.errors import ConfigError, Diverged, Interrupted, OutOfMemory
 from orchestrator.faults import VARIABLE
@@ -21,7 +22,22 @@ from tests.unit.controllers.conftest import WHOLE, Kept, Said, batches, pairs, r
 LN2 = math.log(2.0)
 
 
-def trainer(policy, *, attach=None, total=3, kept=None, cut=WHOLE, said=None, stop=lambda: False, groups=None, held_out=(), **plan):
+def trainer(
+    policy,
+    *,
+    attach=None,
+    total=3,
+    kept=None,
+    cut=WHOLE,
+    said=None,
+    stop=lambda: False,
+    groups=None,
+    held_out=(),
+    anchor_tolerance=1e-5,
+    gradient_bytes=0,
+    max_skipped_in_a_row=5,
+    **plan,
+):
     cfg = policy.rank.spec.recipe
     attach = attach or policy.with_live_reference
     whole = OfflinePlan(
@@ -33,8 +49,7 @@ def trainer(policy, *, attach=None, total=3, kept=None, cut=WHOLE, said=None, st
             "save_every": None,
             "reference_sync_every": cfg.algorithm.reference_sync_every,
             "reference_sync_alpha": cfg.algorithm.reference_sync_alpha,
-            "anchor_tolerance": 1e-5,
-            "gradient_bytes": 0,
+            "guards": Guards(anchor_tolerance, gradient_bytes, max_skipped_in_a_row),
             **plan,
         }
     )
@@ -119,10 +134,8 @@ def test_where_other_ranks_may_be_stuck_nothing_is_replayed(one_rank):
                 error.in_place = False
                 raise
 
-    loop = trainer(policy, said=said)
-    loop.policy = Stuck()
     with pytest.raises(OutOfMemory):
-        loop.run()
+        trainer(Stuck(), said=said).run()
     assert not said.notes and not policy.discarded
 
 

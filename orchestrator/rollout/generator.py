@@ -1,0 +1,104 @@
+"""What a rollout actor holds: a model, its weights by version, and the engine that decodes with it."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol
+
+import torch
+
+from orchestrator.config import Recipe
+from orchestrator.episodes import Completion, Prompt, RolloutGroup, Sampling
+from orchestrator.models.buckets import Bucket, Entry, Receiver
+from orchestrator.models.load import load, load_tokenizer
+from orchestrator.rollout.static import Request, StaticDecoder
+from orchestrator.rollout.turns import Roller, load_environment
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "bf16_autocast": torch.bfloat16}
+
+
+class GenerationEngine(Protocol):
+    """Decodes with one model whose weights can be replaced in place.
+
+    Every log-prob it returns is under the distribution that the token was drawn from: after temperature, top-k, top-p, min-p.
+    """
+
+    @property
+    def version(self) -> int | None:
+        """Of the weights that are in place; None where there are none, or damaged ones."""
+        ...
+
+    def load(self, version: int, buckets: Iterable[Bucket]) -> None:
+        """Replaces the weights; CorruptWeights (and no version held) where a bucket is damaged."""
+        ...
+
+    def take(self, entries: Sequence[Entry], flat: torch.Tensor) -> None:
+        """One bucket of a version under way (broadcast); `commit` makes it the version held."""
+        ...
+
+    def commit(self, version: int | None) -> None: ...
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[tuple[Completion, ...]]: ...
+
+    def close(self) -> None: ...
+
+
+class TransformersEngine:
+    """A transformers model in this process. batching: static (a refilled padded batch) or continuous (paged)."""
+
+    def __init__(self, recipe: Recipe, device: torch.device) -> None:
+        loaded = load(recipe.model, seed=recipe.run.seed, head="lm")
+        model: Any = loaded.model
+        if model.config._attn_implementation == "flex_attention":  # made for training rows
+            model.set_attn_implementation("sdpa")
+        self.model = model.to(device=device, dtype=DTYPES[recipe.learners.precision]).eval().requires_grad_(False)
+        self.tokenizer = loaded.tokenizer
+        self.receiver = Receiver(self.model)
+        decode = lambda ids: loaded.tokenizer.decode(ids)  # noqa: E731
+        self.static = StaticDecoder(self.model, end_tokens(self.model, loaded.tokenizer), recipe.rollouts.rows_at_once, decode)
+
+    @property
+    def version(self) -> int | None:
+        return self.receiver.version
+
+    def load(self, version: int, buckets: Iterable[Bucket]) -> None:
+        self.receiver.load(version, buckets)
+
+    def take(self, entries: Sequence[Entry], flat: torch.Tensor) -> None:
+        self.receiver.version = None
+        self.receiver.take(entries, flat)
+
+    def commit(self, version: int | None) -> None:
+        self.receiver.version = version
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[tuple[Completion, ...]]:
+        return self.static.generate(requests, sampling)
+
+    def close(self) -> None:
+        """Nothing to end: the model goes with the process."""
+
+
+def end_tokens(model: Any, tokenizer: Any) -> list[int]:
+    """Tokens that end a sequence: the tokenizer's eos and those of the model's generation config."""
+    more = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    listed = more if isinstance(more, list) else [more] if more is not None else []
+    return list(dict.fromkeys([tokenizer.eos_token_id, *listed]))
+
+
+class RolloutWorker:
+    """One actor's share: groups for prompts, with exactly the version that was asked for."""
+
+    def __init__(self, recipe: Recipe, device: torch.device) -> None:
+        self.recipe = recipe
+        self.engine: GenerationEngine = make_engine(recipe, device)
+        environment = load_environment(recipe.rollouts.environment) if recipe.rollouts.environment else None
+        self.roller = Roller(self.engine, load_tokenizer(recipe.model), environment, recipe.rollouts.max_turns)
+
+    def roll_out(self, work: Sequence[tuple[int, Prompt]], sampling: Sampling, version: int) -> tuple[RolloutGroup, ...]:
+        """A group for each (draw, prompt); the engine must hold `version`."""
+        assert self.engine.version == version, f"the actor holds weights {self.engine.version}, not {version}"
+        return self.roller.roll_out(work, sampling, version)
+
+
+def make_engine(recipe: Recipe, device: torch.device) -> GenerationEngine:
+    """The engine that the recipe names."""
+    return TransformersEngine(recipe, device)
+

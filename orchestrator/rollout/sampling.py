@@ -1,0 +1,76 @@
+"""Drawing tokens so that who draws them cannot matter.
+
+    logits --temperature, top-k, top-p, min-p--> the distribution drawn from --Gumbel-max, noise = f(seed, position, token)--> token
+
+A sample's noise is a function of its seed and the position, never of the batch it sits in or the actor that holds it.
+"""
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+from orchestrator.episodes import Sampling
+
+_WORD = 0xFFFF_FFFF
+
+
+def sample_seed(run_seed: int, prompt_id: int, draw: int, sample: int, version: int) -> int:
+    """The 64-bit seed of one sample: a hash of what it is, and of nothing else."""
+    key = f"{run_seed}/{prompt_id}/{draw}/{sample}/{version}".encode()
+    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big")
+
+
+def gumbel(seeds: Tensor, positions: Tensor, vocabulary: int) -> Tensor:
+    """Standard Gumbel noise Float[R, V] from a counter-based generator keyed by (seed, position, token).
+
+    seeds: Int[R, 2], the two 32-bit words of each row's seed; positions: Int[R], tokens already drawn. The mixer is
+    murmur3's finaliser, a bijection of 32 bits with full avalanche, so the uniforms of a row never repeat.
+    """
+    tokens = torch.arange(vocabulary, device=seeds.device)[None]
+    key = _mix((seeds[:, 0] ^ _mix(positions * 0x9E37_79B1 & _WORD)) & _WORD)
+    bits = _mix((tokens * 0x85EB_CA77 + key[:, None]) & _WORD)
+    bits = _mix(bits ^ seeds[:, 1, None])
+    uniform = (bits.double() + 0.5) / 2.0**32
+    return uniform.log_().neg_().log_().neg_().float()
+
+
+def _mix(word: Tensor) -> Tensor:
+    """murmur3's 32-bit finaliser on Int64 tensors that hold 32-bit values."""
+    word = word ^ (word >> 16)
+    word = (word * 0x85EB_CA6B) & _WORD
+    word = word ^ (word >> 13)
+    word = (word * 0xC2B2_AE35) & _WORD
+    return word ^ (word >> 16)
+
+
+def words(seed: int) -> tuple[int, int]:
+    """The two 32-bit words of a seed."""
+    return seed >> 32 & _WORD, seed & _WORD
+
+
+def drawn_from(logits: Tensor, sampling: Sampling) -> Tensor:
+    """Log-probs Float[R, V] of the distribution that is drawn from: after temperature, then top-k, top-p and min-p, in the
+    order of transformers and vLLM; -inf where a token cannot be drawn. Renormalised over what is left."""
+    z = logits.float() / sampling.temperature
+    if sampling.top_k is not None and sampling.top_k < z.shape[1]:
+        z = z.masked_fill(z < z.topk(sampling.top_k, dim=1).values[:, -1:], -torch.inf)
+    if sampling.top_p < 1.0:
+        ordered, order = z.sort(dim=1, descending=True)
+        before = ordered.softmax(1).cumsum(1) - ordered.softmax(1)  # mass of the likelier tokens
+        z = z.masked_fill((before >= sampling.top_p).scatter(1, order, before >= sampling.top_p), -torch.inf)
+    logps = torch.log_softmax(z, 1)
+    if sampling.min_p > 0.0:
+        low = logps < logps.max(1, keepdim=True).values + torch.tensor(sampling.min_p).log().item()
+        logps = torch.log_softmax(logps.masked_fill(low, -torch.inf), 1)
+    return logps
+
+
+def draw(logits: Tensor, seeds: Tensor, positions: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
+    """(tokens Int[R], log-prob Float[R] of each under the distribution it was drawn from; 0 where greedy)."""
+    if sampling.temperature == 0.0:
+        tokens = logits.argmax(1)
+        return tokens, torch.zeros(len(tokens), device=logits.device)
+    logps = drawn_from(logits, sampling)
+    tokens = (logps + gumbel(seeds, positions, logits.shape[1])).argmax(1)
+    return tokens, logps.gather(1, tokens[:, None])[:, 0]
