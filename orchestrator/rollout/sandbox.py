@@ -154,7 +154,7 @@ class Sandbox:
                 raise ValueError(f"a {type(answer).__name__}")
             return answer
         except TimeoutError:
-            why = f"it did not answer within {timeout_s:g} s and was ended"
+            why = f"it did not answer within {timeout_s:.3g} s and was ended"
         except (_Ended, OSError):
             why = self._how_it_ended()
         except (ValueError, RecursionError) as error:

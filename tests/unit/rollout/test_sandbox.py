@@ -170,13 +170,13 @@ def test_the_process_ends_with_its_supervisor(file: Path, tmp_path: Path) -> Non
 
 
 SUPERVISOR = """
-import sys
+import os, sys
 from pathlib import Path
-from tests.unit.rollout.test_sandbox import ask, confinement
-from tests.unit.rollout.reward_cases import function
-from orchestrator.rollout.sandbox import Sandbox
-with Sandbox(function("f", sys.argv[1] + ":starts_one"), confinement(Path(sys.argv[2]))) as sandbox:
-    ask(sandbox, "a", timeout_s=600)
+from tests.unit.rollout.reward_cases import batch, function, rewards
+from orchestrator.rollout.rewards import RewardCall
+from orchestrator.rollout.sandbox import Confinement, Sandbox
+with Sandbox(function("f", sys.argv[1] + ":starts_one"), Confinement.of(rewards(), os.environ, Path(sys.argv[2]))) as sandbox:
+    sandbox.score(RewardCall.of(batch(["a"])), 600)
 """
 
 
