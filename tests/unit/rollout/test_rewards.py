@@ -85,7 +85,10 @@ def test_math_verify_is_asked_for() -> None:
         with pytest.raises(ConfigError, match="pip install 'math-verify"):
             check_rewards(rewards(function("a", "trl:accuracy_reward")))
     else:
-        check_rewards(rewards(function("a", "trl:accuracy_reward")))
+        accuracy = function("a", "trl:accuracy_reward")
+        check_rewards(rewards(accuracy))
+        call = RewardCall.of([group(0, [r"\boxed{\frac{1}{2}}", r"\boxed{3}"], columns={"answer": r"$\frac{1}{2}$"})])
+        assert invoke("a", resolve(accuracy), call.for_trl()) == [1.0, 0.0]
 
 
 @pytest.mark.parametrize(
