@@ -144,7 +144,7 @@ def _online(cfg: Config, rollouts: Rollouts) -> Algorithm:
         clip_high=row.loss.clip_high if cfg.clip.high is None else cfg.clip.high,
         dual=cfg.clip.dual,
         kl_coefficient=cfg.kl.coefficient if cfg.kl.place == "loss" else 0.0,
-        kl_estimator=cfg.kl.estimator,
+        kl_estimator="k3" if cfg.kl.estimator == "auto" else cfg.kl.estimator,
         entropy_bonus=cfg.entropy_bonus,
         correction=cfg.correction.kind,
         cap=cfg.correction.cap,
@@ -153,7 +153,10 @@ def _online(cfg: Config, rollouts: Rollouts) -> Algorithm:
     if cfg.scale_by_std is not None and estimate in (_SCALED, _CENTRED):
         estimate = _SCALED if cfg.scale_by_std else _CENTRED
     dynamic = row.dynamic_sampling if cfg.dynamic_sampling is None else cfg.dynamic_sampling
-    reference = cfg.kl.coefficient > 0 or cfg.kl.target is not None
+    reference = cfg.kl.coefficient > 0
+    if cfg.kl.target is not None and not reference:
+        what = "algorithm.kl.target needs algorithm.kl.coefficient > 0"
+        raise ConfigError(what, why="the controller changes it by factors", fix="set algorithm.kl.coefficient=0.05")
     online = Online(estimate, row.critic, dynamic)
     return Algorithm(cfg.name, "prompt", loss, "sequence", rollouts.samples, reference, scores=scores, online=online)
 

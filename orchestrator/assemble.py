@@ -1,11 +1,10 @@
-"""From a recipe to live objects to a finished run: the only file that knows everybody.
+"""From a recipe to a finished run: attempts, restarts, stages, and what the commands ask for.
 
-    recipe --load_data--> data --make_plan--> plan --workers--> learner --OfflineTrainer--> export, report
-                                                        ^                     |
-                                                        +-- lost worker, memory: rebuilt from the last checkpoint
+    recipe --plan_job--> Job --run_offline | run_online--> Progress --> report
+                              ^                   |
+                              +-- lost worker, memory: tried again from the last checkpoint
 """
 
-import json
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,29 +14,24 @@ from pathlib import Path
 
 from rich.console import Console
 
-from orchestrator.algorithms import Algorithm, build
-from orchestrator.checkpoints import CheckpointStore
-from orchestrator.cluster.placement import check_capacity, demands
+from orchestrator import run_offline, run_online
+from orchestrator.algorithms import build
+from orchestrator.cluster.placement import check_capacity
 from orchestrator.cluster.workers import LearnerGroup
 from orchestrator.config import Recipe
-from orchestrator.controllers.evaluation import Evaluator, HeldOut
-from orchestrator.controllers.offline import OfflinePlan, OfflineTrainer
-from orchestrator.controllers.step import Guards
-from orchestrator.dataset import DataSet, load_data
+from orchestrator.dataset import load_data
 from orchestrator.errors import ConfigError, OutOfMemory, WorkerLost
-from orchestrator.learner.checks import model_fingerprint
+from orchestrator.identity import fingerprint
+from orchestrator.job import Job, plan_job
 from orchestrator.learner.learner import LearnerSpec
-from orchestrator.observe.card import model_card
 from orchestrator.observe.dashboard import write_report
-from orchestrator.observe.reporter import RunReporter
-from orchestrator.observe.sinks import ConsoleSink, JsonlSink, Sink, read_lines
-from orchestrator.observe.tracking import WandbSink, stable_run_id
-from orchestrator.plan import Plan, make_plan
-from orchestrator.recipe import STAGE, Stage, dump, fingerprint
-from orchestrator.records import Cut, Progress, SequenceGroup
-from orchestrator.resume import RunCheckpoints
+from orchestrator.observe.sinks import read_lines
+from orchestrator.plan import Plan
+from orchestrator.prompts import load_prompts
+from orchestrator.recipe import STAGE, Stage, dump
+from orchestrator.records import Progress, SequenceGroup
 from orchestrator.run_folder import RunFolder, open_run
-from orchestrator.startup import attach_reference, check_layout, measured_throughput, probed_cut
+from orchestrator.startup import attach_reference
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,30 +46,12 @@ class Outcome:
     after: Mapping[str, float]
 
 
-@dataclass(frozen=True, slots=True)
-class Job:
-    """A planned run. console: where the user looks."""
-
-    recipe: Recipe
-    algorithm: Algorithm
-    data: DataSet
-    plan: Plan
-    console: Console
-
-
-def plan_job(recipe: Recipe, console: Console) -> Job:
-    """Reads the data and plans the run, without Ray and without model weights."""
-    algorithm = build(recipe.algorithm)
-    data = load_data(recipe, algorithm)
-    return Job(recipe, algorithm, data, make_plan(recipe, algorithm, data), console)
-
-
 def train(recipe: Recipe, root: Path, console: Console) -> Outcome:
     """Runs a recipe to its end in the folder `root`, going on from a verified checkpoint if one is there."""
     job = plan_job(recipe, console)
-    check_capacity(demands(recipe, critic=False, rollouts=False))
+    check_capacity(job.demands())
     identity = fingerprint(recipe, job.data.loaded.fingerprint, "")
-    with open_run(root, identity, dump(recipe), json.dumps(job.plan.to_json(), indent=1)) as folder, _stop_signals() as stopped:
+    with open_run(root, identity, dump(recipe), job.plan_json()) as folder, _stop_signals() as stopped:
         progress = _supervise(job, folder, stopped)
         report = write_report(root)
     before, after = _before_and_after(folder.metrics)
@@ -85,10 +61,11 @@ def train(recipe: Recipe, root: Path, console: Console) -> Outcome:
 def _supervise(job: Job, folder: RunFolder, stopped: Callable[[], bool]) -> Progress:
     """Runs attempts until one ends: a lost worker restarts from the last checkpoint, an out-of-memory error a rank
     could not recover from in place restarts with a finer cut. Neither changes an optimizer step."""
+    attempt = run_offline.attempt if job.algorithm.online is None else run_online.attempt
     cut, restarts = job.plan.cut, 0
     while True:
         try:
-            return _attempt(job, folder, cut, stopped)
+            return attempt(job, folder, cut, stopped)
         except OutOfMemory as error:
             if (finer := cut.halved()) == cut:
                 raise
@@ -99,84 +76,6 @@ def _supervise(job: Job, folder: RunFolder, stopped: Callable[[], bool]) -> Prog
             if restarts > job.recipe.learners.max_restarts:
                 raise
             job.console.print(f"{error}\nrestart {restarts} of {job.recipe.learners.max_restarts} from the last checkpoint")
-
-
-def _attempt(job: Job, folder: RunFolder, cut: Cut, stopped: Callable[[], bool]) -> Progress:
-    recipe = job.recipe
-    store = CheckpointStore(folder.checkpoints, run=folder.fingerprint, keep=recipe.checkpoint.keep, note=job.console.print)
-    saved = store.newest()
-    reporter = _reporter(job, folder, saved.progress.step if saved else 0)
-    try:
-        with LearnerGroup(recipe.learners, logs=folder.logs) as group:
-            attach = attach_reference(recipe, job.algorithm, job.data, cut, group, reporter.note)
-            group.build(LearnerSpec(recipe, cut, job.plan.total_steps))
-            cut = probed_cut(job.plan, job.data, cut, group, reporter.note)
-            check_layout(recipe, job.algorithm, job.data, cut, group, reporter.note)
-            base = group.call(model_fingerprint)[0]
-            trainer = OfflineTrainer(
-                plan=_offline_plan(job),
-                cut=cut,
-                policy=group,
-                attach_reference=attach,
-                batches=job.data.batches,
-                evaluator=_evaluator(job.data, recipe, group, attach),
-                report=reporter,
-                checkpoints=RunCheckpoints(store, group, saved, base),
-                throughput=measured_throughput(job.plan, group),
-                should_stop=stopped,
-            )
-            progress = trainer.run()
-            reporter.note(f"exporting to {folder.export}")
-            group.export(folder.export, _card(job, folder))
-            return progress
-    finally:
-        reporter.close()
-
-
-def _reporter(job: Job, folder: RunFolder, resume_step: int) -> RunReporter:
-    recipe = job.recipe
-    sinks: list[Sink] = [ConsoleSink(job.plan.total_steps, job.console), JsonlSink(folder.root, resume_step)]
-    if recipe.tracking.wandb != "off":
-        run_id = stable_run_id(folder.fingerprint, folder.root)
-        sinks.append(WandbSink(folder.root, recipe.tracking, recipe.run.name, recipe.model_dump(mode="json"), run_id))
-    return RunReporter(sinks, folder.logs / "driver.log")
-
-
-def _offline_plan(job: Job) -> OfflinePlan:
-    recipe = job.recipe
-    exact = recipe.learners.precision == "fp32"
-    starts_as_reference = recipe.model.reference is None
-    return OfflinePlan(
-        algorithm=job.algorithm,
-        total_steps=job.plan.total_steps,
-        evaluate_every=recipe.evaluation.every,
-        evaluate_at_start=recipe.evaluation.at_start,
-        save_every=recipe.checkpoint.every,
-        reference_sync_every=recipe.algorithm.reference_sync_every,
-        reference_sync_alpha=recipe.algorithm.reference_sync_alpha,
-        guards=Guards((1e-5 if exact else 3e-2) if starts_as_reference else None, job.plan.traffic.per_reduction),
-    )
-
-
-def _evaluator(data: DataSet, recipe: Recipe, group: LearnerGroup, attach: Callable) -> Evaluator:
-    held_out = HeldOut(data.held_out, data.held_out_names, data.prompts, data.answers)
-    return Evaluator(held_out, recipe.evaluation, group, attach, data.decode)
-
-
-def _card(job: Job, folder: RunFolder) -> str:
-    from importlib.metadata import version
-
-    recipe = job.recipe
-    base = recipe.model.path or f"a random-weight {recipe.model.tiny.architecture} model" if recipe.model.tiny else str(recipe.model.path)
-    return model_card(
-        name=recipe.run.name,
-        base=base,
-        algorithm=recipe.algorithm.name,
-        recipe_yaml=dump(recipe),
-        data_fingerprint=job.data.loaded.fingerprint,
-        metrics_path=folder.metrics,
-        library_versions={name: version(name) for name in ("torch", "transformers", "deepspeed", "ray", "trl")},
-    )
 
 
 def _before_and_after(metrics: Path) -> tuple[dict[str, float], dict[str, float]]:
@@ -238,8 +137,13 @@ def plan_stages(stages: Sequence[Stage]) -> list[tuple[str, Plan]]:
 
 def first_batch(recipe: Recipe) -> tuple[tuple[SequenceGroup, ...], Callable[[int], str]]:
     """The examples of the first optimizer step, and a decoder of single tokens."""
-    data = load_data(recipe, build(recipe.algorithm))
-    return data.batches.at(0), lambda token: data.tokenizer.decode([token])
+    algorithm = build(recipe.algorithm, recipe.rollouts)
+    if algorithm.online is None:
+        data = load_data(recipe, algorithm)
+        return data.batches.at(0), lambda token: data.tokenizer.decode([token])
+    prompts = load_prompts(recipe, algorithm)
+    bare = tuple(SequenceGroup(p.id, p.ids, (), p.source) for p in prompts.batches.at(0))
+    return bare, lambda token: prompts.tokenizer.decode([token])
 
 
 def evaluate(recipe: Recipe, model: Path | None, console: Console) -> dict[str, float]:
@@ -251,7 +155,9 @@ def evaluate(recipe: Recipe, model: Path | None, console: Console) -> dict[str, 
         cfg = recipe.model.model_copy(update={"path": str(model), "tiny": None, "revision": None, "lora": None})
         policy = recipe.model_copy(update={"model": cfg})
     job = plan_job(policy, console)
+    if job.prompts is not None:
+        return run_online.evaluate(job)
     with LearnerGroup(recipe.learners) as group:
         attach = attach_reference(recipe, job.algorithm, job.data, job.plan.cut, group, console.print, train=False)
         group.build(LearnerSpec(policy, job.plan.cut, 1))
-        return dict(_evaluator(job.data, policy, group, attach).evaluate(job.plan.cut, 0).metrics)
+        return dict(run_offline.evaluator(job.data, policy, group, attach).evaluate(job.plan.cut, 0).metrics)

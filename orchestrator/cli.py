@@ -188,7 +188,8 @@ def _results(outcomes: "dict[str, Outcome]") -> Table:
         table.add_column(f"before {name}", justify="right")
         table.add_column(f"after {name}", justify="right")
     metrics = dict.fromkeys(k for o in outcomes.values() for k in o.after)
-    wanted = [m for m in metrics if m in ("eval/loss", "eval/preference_accuracy", "eval/rewards/accuracies", "eval/exact_match")]
+    names = ("eval/loss", "eval/preference_accuracy", "eval/rewards/accuracies", "eval/exact_match", "eval/reward/mean")
+    wanted = [m for m in metrics if m in names or m.startswith("eval/pass@")]
     for metric in wanted:
         cells = [f"{side[metric]:.3f}" if metric in side else "" for o in outcomes.values() for side in (o.before, o.after)]
         table.add_row(metric.removeprefix("eval/"), *cells)

@@ -116,8 +116,8 @@ class Kl(Section):
 
     coefficient: float = Field(0.0, ge=0)
     place: Literal["loss", "reward"] = "loss"
-    estimator: Literal["k1", "k2", "k3"] = "k3"
-    target: float | None = Field(None, gt=0, description="adaptive: the coefficient is steered towards this KL per token")
+    estimator: Literal["auto", "k1", "k2", "k3"] = Field("auto", description="auto: k3 in the loss, k1 in the reward")
+    target: float | None = Field(None, gt=0, description="adaptive: the coefficient is steered towards this KL (k3) per token")
     horizon: float = Field(10_000.0, gt=0, description="adaptive: rollouts over which the coefficient may change by a factor e^0.2")
 
 

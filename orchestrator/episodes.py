@@ -97,6 +97,16 @@ class Scoring:
 
 
 @dataclass(frozen=True, slots=True)
+class Span:
+    """When a rollout actor worked. start, end: seconds of time.perf_counter in the driver; version: of the weights."""
+
+    actor: int
+    start: float
+    end: float
+    version: int
+
+
+@dataclass(frozen=True, slots=True)
 class WeightsDelivered:
     """What publishing a version took. bytes: per receiver; bucket and receiver counts say how it was cut."""
 

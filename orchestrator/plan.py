@@ -96,7 +96,7 @@ class Plan:
 
 def make_plan(recipe: Recipe, algorithm: Algorithm, data: DataSet) -> Plan:
     """The plan of a run; ConfigError or NotEnoughResources where it could not work."""
-    _check(recipe)
+    _check(recipe, _share(algorithm))
     choices: list[Choice] = []
     layout = _layout(recipe, algorithm, choices)
     steps = first_steps(data)
@@ -120,7 +120,7 @@ def make_plan(recipe: Recipe, algorithm: Algorithm, data: DataSet) -> Plan:
         micro_batches=micro_batches,
         total_steps=recipe.run.max_steps or data.batches.steps_in(recipe.run.epochs),
         arithmetic=_arithmetic(recipe.batch.effective, cut, first, algorithm),
-        nearest=_nearest(recipe.batch.effective, cut),
+        nearest=_nearest(recipe.batch.effective, cut, _share(algorithm)),
         choices=tuple(choices),
         data=_data_report(data),
         memory=memory,
@@ -164,13 +164,13 @@ def first_steps(data: DataSet) -> list[Sequence[SequenceGroup]]:
     return steps
 
 
-def _check(recipe: Recipe) -> None:
+def _check(recipe: Recipe, share: int) -> None:
     learners, effective = recipe.learners, recipe.batch.effective
-    if effective < learners.workers:
+    if effective < learners.workers * share:
         raise ConfigError(
             f"batch.effective={effective} cannot be cut over learners.workers={learners.workers}",
             why="every worker needs at least one example of each optimizer step",
-            fix=f"set learners.workers to {effective} or fewer, or batch.effective to {learners.workers} or more",
+            fix=f"set learners.workers to {effective // share} or fewer, or batch.effective to {learners.workers * share} or more",
         )
     if learners.precision == "fp16" and not learners.gpus_per_worker:
         raise ConfigError("learners.precision=fp16 needs a GPU", why="DeepSpeed has no fp16 on a CPU", fix="use fp32, bf16 or bf16_autocast")
@@ -243,7 +243,7 @@ def _fit(recipe: Recipe, algorithm: Algorithm, steps: list[Sequence[SequenceGrou
     choices.append(Choice("ZeRO stage", str(stage), why if learners.zero_stage == "auto" else "set in the recipe"))
     choices.append(Choice("sync", sync, reason))
     if cut is None:
-        cut = _given(recipe, Cut(learners.workers, None, None, layout, stage, sync))
+        cut = _given(recipe, algorithm, Cut(learners.workers, None, None, layout, stage, sync))
     choices.append(_micro_batch_choice(recipe, cut))
     return cut
 
@@ -273,7 +273,7 @@ def _budget(recipe: Recipe, algorithm: Algorithm, steps: list[Sequence[SequenceG
         return estimate(recipe, algorithm, candidate, largest_micro_batch(steps, candidate)).total <= limit
 
     if batch.micro_batch_tokens is not None or batch.micro_batch != "auto":
-        given = _given(recipe, cut)
+        given = _given(recipe, algorithm, cut)
         return given if fits(given) else None
     cap = GPU_POSITIONS if recipe.learners.gpus_per_worker else CPU_POSITIONS
     most = max(cost(list(step), cut.layout) for step in steps)
@@ -288,12 +288,12 @@ def _budget(recipe: Recipe, algorithm: Algorithm, steps: list[Sequence[SequenceG
         positions = max(longest, positions // 2)
 
 
-def _given(recipe: Recipe, cut: Cut) -> Cut:
-    """The cut with the recipe's micro-batch, or with the smallest one where that is left to the plan."""
+def _given(recipe: Recipe, algorithm: Algorithm, cut: Cut) -> Cut:
+    """The cut with the recipe's micro-batch (at least one group), or with the smallest one where that is left to the plan."""
     batch = recipe.batch
     if batch.micro_batch_tokens is not None:
         return replace(cut, positions=batch.micro_batch_tokens)
-    return replace(cut, positions=1) if batch.micro_batch == "auto" else replace(cut, examples=batch.micro_batch)
+    return replace(cut, positions=1) if batch.micro_batch == "auto" else replace(cut, examples=max(1, batch.micro_batch // _share(algorithm)))
 
 
 def _micro_batch_choice(recipe: Recipe, cut: Cut) -> Choice:
@@ -307,18 +307,24 @@ def _micro_batch_choice(recipe: Recipe, cut: Cut) -> Choice:
 def _arithmetic(effective: int, cut: Cut, first: PackedBatch, algorithm: Algorithm) -> str:
     """Example: 256 pairs = 2 workers x 16 micro-batches x 8 pairs."""
     count = len(first.micro_batches[0])
-    unit = {"pair": "pairs", "token": "examples", "example": "examples"}[algorithm.per]
+    unit = {"pair": "pairs", "token": "examples", "example": "examples", "sequence": "completions"}[algorithm.per]
     workers = f"{cut.workers} worker{'s' if cut.workers > 1 else ''}"
     batches = f"{count} micro-batch{'es' if count > 1 else ''}"
-    if cut.examples is not None and cut.workers * count * cut.examples == effective:
-        return f"{effective} {unit} = {workers} × {batches} × {cut.examples} {unit}"
-    bound = f"{cut.examples} {unit}" if cut.examples is not None else f"{cut.positions} positions"
+    each = None if cut.examples is None else cut.examples * _share(algorithm)
+    if each is not None and cut.workers * count * each == effective:
+        return f"{effective} {unit} = {workers} × {batches} × {each} {unit}"
+    bound = f"{each} {unit}" if each is not None else f"{cut.positions} positions"
     return f"{effective} {unit} = {workers} × {batches} of at most {bound}, all divided once by {effective}"
 
 
-def _nearest(effective: int, cut: Cut) -> tuple[int, ...]:
+def _share(algorithm: Algorithm) -> int:
+    """What a sequence group counts in batch.effective: the completions of a prompt are one group."""
+    return algorithm.branches if algorithm.per == "sequence" else 1
+
+
+def _nearest(effective: int, cut: Cut, share: int) -> tuple[int, ...]:
     """Effective batches next to this one that divide evenly into full micro-batches; empty where it does itself."""
-    if cut.examples is None or effective % (unit := cut.workers * cut.examples) == 0:
+    if cut.examples is None or effective % (unit := cut.workers * cut.examples * share) == 0:
         return ()
     below = effective // unit * unit
     return tuple(n for n in (below, below + unit) if n)

@@ -8,8 +8,6 @@ it from the export of an earlier stage. Nothing here needs torch.
 
 import copy
 import difflib
-import hashlib
-import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -127,19 +125,6 @@ def parts(file: Path) -> tuple[Path, ...]:
 def dump(recipe: Recipe) -> str:
     """The whole recipe as YAML, defaults included; `load` gives back an equal recipe."""
     return yaml.dump(recipe.model_dump(mode="json"), Dumper=Dumper, sort_keys=False, allow_unicode=True, width=120)
-
-
-def fingerprint(recipe: Recipe, data_fingerprint: str, model_fingerprint: str) -> str:
-    """SHA-256 of what decides the result of a run; workers, micro-batches, layout, ZeRO stage and tracking do not."""
-    whole = recipe.model_dump(mode="json")
-    deciding = {
-        "run": {key: whole["run"][key] for key in ("seed", "max_steps", "epochs")},
-        "effective": whole["batch"]["effective"],
-        "precision": whole["learners"]["precision"],
-        **{section: whole[section] for section in ("model", "data", "algorithm", "optimizer")},
-        "fingerprints": [data_fingerprint, model_fingerprint],
-    }
-    return hashlib.sha256(json.dumps(deciding, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def json_schema() -> dict[str, Any]:

@@ -320,10 +320,11 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class StepReport:
-    """One line of metrics.jsonl: `step` and flat metrics by the names TRL users know."""
+    """One line of metrics.jsonl: `step` and flat metrics by the names TRL users know; samples: the rollouts it learned from."""
 
     step: int
     metrics: Mapping[str, float]
+    samples: "tuple[Sample, ...]" = ()
 
 
 @dataclass(frozen=True, slots=True)

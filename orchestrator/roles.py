@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
-from orchestrator.episodes import Prompt, RolloutGroup, Sampling, Scoring, WeightsDelivered
+from orchestrator.episodes import Prompt, RolloutGroup, Sampling, Scoring, Span, WeightsDelivered
 from orchestrator.records import EvaluationReport, Floats, LearnReport, PackedBatch, Progress, StepApplied, StepReport
 
 PerMicroBatch = tuple[tuple[Floats, ...], ...]
@@ -76,6 +76,10 @@ class Generator(Protocol):
 
     def start(self, prompts: Sequence[tuple[int, Prompt]], sampling: Sampling, version: int) -> Pending:
         """Begins to sample for (draw, prompt) with weights `version`, which must have been published, and returns at once."""
+        ...
+
+    def spans(self) -> Sequence[Span]:
+        """When the actors worked since the last call."""
         ...
 
 

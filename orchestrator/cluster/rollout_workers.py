@@ -23,7 +23,7 @@ from orchestrator import faults
 from orchestrator.cluster.placement import Demand, Placement
 from orchestrator.cluster.workers import redirect_output, translate, worker_environment
 from orchestrator.config import Recipe
-from orchestrator.episodes import Prompt, RolloutGroup, Sampling
+from orchestrator.episodes import Prompt, RolloutGroup, Sampling, Span
 from orchestrator.errors import OrchestratorError, WorkerLost
 from orchestrator.models.buckets import Bucket, CorruptWeights
 
@@ -69,16 +69,6 @@ class RolloutActor:
             data[len(data) // 2] ^= 1
             return Bucket(bucket.entries, data, bucket.checksum)
         return bucket
-
-
-@dataclass(frozen=True, slots=True)
-class Span:
-    """When an actor worked on a chunk. start, end: seconds of time.perf_counter in the driver."""
-
-    actor: int
-    start: float
-    end: float
-    version: int
 
 
 class PendingGroups:

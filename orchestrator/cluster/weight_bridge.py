@@ -7,7 +7,9 @@ import time
 
 from orchestrator.cluster.rollout_workers import RolloutPool
 from orchestrator.cluster.workers import LearnerGroup
+from orchestrator.config import Recipe
 from orchestrator.episodes import WeightsDelivered
+from orchestrator.roles import WeightBridge
 
 
 class ObjectStoreBridge:
@@ -25,3 +27,8 @@ class ObjectStoreBridge:
         references, size = self.learners.put_buckets(self.bucket_bytes)
         self.pool.offer(version, references)
         return WeightsDelivered(version, size, time.perf_counter() - started, len(references), "object_store")
+
+
+def make_bridge(recipe: Recipe, learners: LearnerGroup, pool: RolloutPool) -> WeightBridge:
+    """The transport that the recipe names."""
+    return ObjectStoreBridge(learners, pool, int(recipe.rollouts.bucket_mb * 1e6))

@@ -24,15 +24,18 @@ Attach = Callable[[PackedBatch], PackedBatch]
 
 @dataclass(slots=True)
 class Clock:
-    """Seconds per phase of the current step."""
+    """Seconds per phase of the current step; spans: (phase, start, end) in seconds of time.perf_counter."""
 
     phases: dict[str, float] = field(default_factory=dict)
+    spans: list[tuple[str, float, float]] = field(default_factory=list)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         started = time.perf_counter()
         yield
-        self.phases[name] = self.phases.get(name, 0.0) + time.perf_counter() - started
+        ended = time.perf_counter()
+        self.phases[name] = self.phases.get(name, 0.0) + ended - started
+        self.spans.append((name, started, ended))
 
 
 @dataclass(frozen=True, slots=True)

@@ -58,6 +58,11 @@ def model_fingerprint(learner: RankLearner) -> str:
     return learner.loaded.fingerprint
 
 
+def adam_steps(learner: RankLearner) -> int:
+    """Optimizer steps that were applied; refused ones and a critic's warm-up make it differ from the schedule's count."""
+    return learner.engine.optimizer_step()
+
+
 def peak_flops(learner: RankLearner) -> float | None:
     """FLOP/s the device could reach in the training precision: TRL's table for GPUs, a measured matrix product on a CPU."""
     if learner.device.type == "cuda":

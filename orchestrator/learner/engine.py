@@ -300,6 +300,10 @@ class Engine:
         """True once Adam's state exists: after the first step."""
         return any("exp_avg" in state for state in self.ds.basic_optimizer.state.values())
 
+    def optimizer_step(self) -> int:
+        """Steps that Adam has taken: its counter for bias correction."""
+        return max((int(state["step"]) for state in self.ds.basic_optimizer.state.values() if "step" in state), default=0)
+
     def set_optimizer_step(self, step: int) -> None:
         """Sets the step counter of Adam's bias correction."""
         for state in self.ds.basic_optimizer.state.values():

@@ -97,6 +97,8 @@ class JsonlSink:
         self._metrics, self._samples = (path.open("a", encoding="ascii") for path in self._paths)
 
     def step(self, report: StepReport) -> None:
+        for sample in report.samples:
+            self._append(self._samples, _sample_record(sample))
         self._append(self._metrics, {"step": report.step, **report.metrics})
 
     def evaluation(self, report: EvaluationReport) -> None:
@@ -182,7 +184,16 @@ class ConsoleSink:
         self._console.print(Text(printable(message)), soft_wrap=True)
 
     def _columns(self, report: StepReport) -> dict[str, str]:
-        wanted = {"loss": "loss", "acc": "rewards/accuracies", "margin": "rewards/margins", "grad": "grad_norm", "lr": "learning_rate"}
+        wanted = {
+            "loss": "loss",
+            "reward": "reward/mean",
+            "acc": "rewards/accuracies",
+            "margin": "rewards/margins",
+            "kl": "kl",
+            "length": "completions/mean_length",
+            "grad": "grad_norm",
+            "lr": "learning_rate",
+        }
         columns = {short: number(report.metrics[name]) for short, name in wanted.items() if name in report.metrics}
         if "perf/tokens_per_s" in report.metrics:
             columns["tok/s"] = f"{report.metrics['perf/tokens_per_s']:,.0f}"
@@ -193,7 +204,8 @@ class ConsoleSink:
         if len(self._times) > 1:
             pace = (self._times[-1] - self._times[0]) / (len(self._times) - 1)
         else:
-            pace = sum(v for name, v in report.metrics.items() if name.startswith("time/"))
+            times = {name: v for name, v in report.metrics.items() if name.startswith("time/")}
+            pace = times.get("time/step", sum(times.values()))
         return duration(pace * (self._total - report.step))
 
     def _table(self) -> Group:

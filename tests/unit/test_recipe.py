@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from orchestrator.config import Recipe
 from orchestrator.errors import ConfigError, Exit, MissingInput
-from orchestrator.recipe import builtin_recipes, dump, find, fingerprint, json_schema, load
+from orchestrator.recipe import builtin_recipes, dump, find, json_schema, load
 
 ROOT = Path(__file__).resolve().parents[2]
 MINIMAL = "model: {tiny: {}}\ndata: {train: rows.jsonl}\nalgorithm: {name: dpo}\noptimizer: {learning_rate: 1e-5}\n"

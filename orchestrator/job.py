@@ -1,0 +1,96 @@
+"""A planned run, and what its parts are made of, offline and online alike."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+
+from rich.console import Console
+
+from orchestrator.algorithms import Algorithm, build
+from orchestrator.cluster.placement import Demand, demands
+from orchestrator.config import Recipe
+from orchestrator.controllers.step import Guards
+from orchestrator.dataset import DataSet, load_data
+from orchestrator.observe.card import model_card
+from orchestrator.observe.reporter import RunReporter
+from orchestrator.observe.sinks import ConsoleSink, JsonlSink, Sink
+from orchestrator.observe.tracking import WandbSink, stable_run_id
+from orchestrator.plan import Plan, make_plan
+from orchestrator.prompts import PromptSet, check_batches, load_prompts
+from orchestrator.recipe import dump
+from orchestrator.rollout.functions import check_rewards
+from orchestrator.run_folder import RunFolder
+
+Stopped = Callable[[], bool]
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A planned run. data: what steps are planned and checked with; prompts: of an online run; console: where the user looks.
+
+    optimizer_steps: of one step of the loop: 1, or what an online run takes from a rollout batch."""
+
+    recipe: Recipe
+    algorithm: Algorithm
+    data: DataSet
+    prompts: PromptSet | None
+    plan: Plan
+    optimizer_steps: int
+    console: Console
+
+    @property
+    def schedule_steps(self) -> int:
+        """Optimizer steps of the whole run: what the learning rate's schedule counts."""
+        return self.plan.total_steps * self.optimizer_steps
+
+    def demands(self) -> tuple[Demand, ...]:
+        """The worker groups it needs."""
+        online = self.algorithm.online
+        return demands(self.recipe, critic=online is not None and online.critic, rollouts=online is not None and self.recipe.rollouts.replay is None)
+
+    def guards(self) -> Guards:
+        """What its steps are checked against."""
+        exact, starts_as_reference = self.recipe.learners.precision == "fp32", self.recipe.model.reference is None
+        return Guards((1e-5 if exact else 3e-2) if starts_as_reference else None, self.plan.traffic.per_reduction)
+
+    def reporter(self, folder: RunFolder, resume_step: int) -> RunReporter:
+        """All sinks that the recipe asks for."""
+        recipe = self.recipe
+        sinks: list[Sink] = [ConsoleSink(self.plan.total_steps, self.console), JsonlSink(folder.root, resume_step)]
+        if recipe.tracking.wandb != "off":
+            run_id = stable_run_id(folder.fingerprint, folder.root)
+            sinks.append(WandbSink(folder.root, recipe.tracking, recipe.run.name, recipe.model_dump(mode="json"), run_id))
+        return RunReporter(sinks, folder.logs / "driver.log")
+
+    def card(self, folder: RunFolder) -> str:
+        """The model card of the export."""
+        recipe = self.recipe
+        base = recipe.model.path or f"a random-weight {recipe.model.tiny.architecture} model" if recipe.model.tiny else str(recipe.model.path)
+        return model_card(
+            name=recipe.run.name,
+            base=base,
+            algorithm=recipe.algorithm.name,
+            recipe_yaml=dump(recipe),
+            data_fingerprint=self.data.loaded.fingerprint,
+            metrics_path=folder.metrics,
+            library_versions={name: version(name) for name in ("torch", "transformers", "deepspeed", "ray", "trl")},
+        )
+
+    def plan_json(self) -> str:
+        return json.dumps(self.plan.to_json(), indent=1)
+
+
+def plan_job(recipe: Recipe, console: Console) -> Job:
+    """Reads the data and plans the run, without Ray and without model weights."""
+    algorithm = build(recipe.algorithm, recipe.rollouts)
+    if algorithm.online is None:
+        data = load_data(recipe, algorithm)
+        return Job(recipe, algorithm, data, None, make_plan(recipe, algorithm, data), 1, console)
+    steps = check_batches(recipe, algorithm) * recipe.algorithm.epochs
+    check_rewards(recipe.rewards)
+    prompts = load_prompts(recipe, algorithm)
+    plan = make_plan(recipe, algorithm, prompts.longest)
+    total = recipe.run.max_steps or prompts.batches.steps_in(recipe.run.epochs)
+    return Job(recipe, algorithm, prompts.longest, prompts, replace(plan, total_steps=total), steps, console)
+

@@ -1,0 +1,73 @@
+"""One attempt at an offline run: the live objects of a recipe, and the loop over them.
+
+    plan --workers--> reference log-probs --> learner --probe, checks--> OfflineTrainer --> export
+"""
+
+from collections.abc import Callable
+
+from orchestrator.checkpoints import CheckpointStore
+from orchestrator.cluster.workers import LearnerGroup
+from orchestrator.config import Recipe
+from orchestrator.controllers.evaluation import Evaluator, HeldOut
+from orchestrator.controllers.offline import OfflinePlan, OfflineTrainer
+from orchestrator.dataset import DataSet
+from orchestrator.job import Job, Stopped
+from orchestrator.learner.checks import model_fingerprint
+from orchestrator.learner.learner import LearnerSpec
+from orchestrator.records import Cut, Progress
+from orchestrator.resume import RunCheckpoints
+from orchestrator.run_folder import RunFolder
+from orchestrator.startup import attach_reference, check_layout, measured_throughput, probed_cut
+
+
+def attempt(job: Job, folder: RunFolder, cut: Cut, stopped: Stopped) -> Progress:
+    """Runs from the newest checkpoint to the end, or until a worker is lost."""
+    recipe = job.recipe
+    store = CheckpointStore(folder.checkpoints, run=folder.fingerprint, keep=recipe.checkpoint.keep, note=job.console.print)
+    saved = store.newest()
+    reporter = job.reporter(folder, saved.progress.step if saved else 0)
+    try:
+        with LearnerGroup(recipe.learners, logs=folder.logs) as group:
+            attach = attach_reference(recipe, job.algorithm, job.data, cut, group, reporter.note)
+            group.build(LearnerSpec(recipe, cut, job.schedule_steps))
+            cut = probed_cut(job.plan, job.data, cut, group, reporter.note)
+            check_layout(recipe, job.algorithm, job.data, cut, group, reporter.note)
+            base = group.call(model_fingerprint)[0]
+            trainer = OfflineTrainer(
+                plan=_plan(job),
+                cut=cut,
+                policy=group,
+                attach_reference=attach,
+                batches=job.data.batches,
+                evaluator=evaluator(job.data, recipe, group, attach),
+                report=reporter,
+                checkpoints=RunCheckpoints(store, [group], saved, base),
+                throughput=measured_throughput(job.plan, group),
+                should_stop=stopped,
+            )
+            progress = trainer.run()
+            reporter.note(f"exporting to {folder.export}")
+            group.export(folder.export, job.card(folder))
+            return progress
+    finally:
+        reporter.close()
+
+
+def _plan(job: Job) -> OfflinePlan:
+    recipe = job.recipe
+    return OfflinePlan(
+        algorithm=job.algorithm,
+        total_steps=job.plan.total_steps,
+        evaluate_every=recipe.evaluation.every,
+        evaluate_at_start=recipe.evaluation.at_start,
+        save_every=recipe.checkpoint.every,
+        reference_sync_every=recipe.algorithm.reference_sync_every,
+        reference_sync_alpha=recipe.algorithm.reference_sync_alpha,
+        guards=job.guards(),
+    )
+
+
+def evaluator(data: DataSet, recipe: Recipe, group: LearnerGroup, attach: Callable) -> Evaluator:
+    """Evaluates held-out rows with the learners."""
+    held_out = HeldOut(data.held_out, data.held_out_names, data.prompts, data.answers)
+    return Evaluator(held_out, recipe.evaluation, group, attach, data.decode)
