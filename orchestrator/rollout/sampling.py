@@ -6,6 +6,7 @@ A sample's noise is a function of its seed and the position, never of the batch 
 """
 
 import hashlib
+import math
 
 import torch
 from torch import Tensor
@@ -25,12 +26,13 @@ def gumbel(seeds: Tensor, positions: Tensor, vocabulary: int) -> Tensor:
     """Standard Gumbel noise Float[R, V] from a counter-based generator keyed by (seed, position, token).
 
     seeds: Int[R, 2], the two 32-bit words of each row's seed; positions: Int[R], tokens already drawn. The mixer is
-    murmur3's finaliser, a bijection of 32 bits with full avalanche, so the uniforms of a row never repeat.
+    murmur3's finaliser, a bijection of 32 bits with full avalanche, so the uniforms of a row never repeat. Each word of the
+    seed is mixed with the position on its own: where two rows meet in the first, they are shifted copies only before the second.
     """
     tokens = torch.arange(vocabulary, device=seeds.device)[None]
     key = _mix((seeds[:, 0] ^ _mix(positions * 0x9E37_79B1 & _WORD)) & _WORD)
     bits = _mix((tokens * 0x85EB_CA77 + key[:, None]) & _WORD)
-    bits = _mix(bits ^ seeds[:, 1, None])
+    bits = _mix(bits ^ _mix((seeds[:, 1] + positions * 0xC2B2_AE3D) & _WORD)[:, None])
     uniform = (bits.double() + 0.5) / 2.0**32
     return uniform.log_().neg_().log_().neg_().float()
 
@@ -51,7 +53,7 @@ def words(seed: int) -> tuple[int, int]:
 
 def drawn_from(logits: Tensor, sampling: Sampling) -> Tensor:
     """Log-probs Float[R, V] of the distribution that is drawn from: after temperature, then top-k, top-p and min-p, in the
-    order of transformers and vLLM; -inf where a token cannot be drawn. Renormalised over what is left."""
+    order of transformers; -inf where a token cannot be drawn. Renormalised over what is left."""
     z = logits.float() / sampling.temperature
     if sampling.top_k is not None and sampling.top_k < z.shape[1]:
         z = z.masked_fill(z < z.topk(sampling.top_k, dim=1).values[:, -1:], -torch.inf)
@@ -61,7 +63,7 @@ def drawn_from(logits: Tensor, sampling: Sampling) -> Tensor:
         z = z.masked_fill((before >= sampling.top_p).scatter(1, order, before >= sampling.top_p), -torch.inf)
     logps = torch.log_softmax(z, 1)
     if sampling.min_p > 0.0:
-        low = logps < logps.max(1, keepdim=True).values + torch.tensor(sampling.min_p).log().item()
+        low = logps < logps.max(1, keepdim=True).values + math.log(sampling.min_p)
         logps = torch.log_softmax(logps.masked_fill(low, -torch.inf), 1)
     return logps
 
