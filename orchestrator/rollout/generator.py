@@ -100,5 +100,9 @@ class RolloutWorker:
 
 def make_engine(recipe: Recipe, device: torch.device) -> GenerationEngine:
     """The engine that the recipe names."""
+    if recipe.rollouts.engine == "vllm":
+        from orchestrator.rollout.vllm_engine import VllmEngine  # an optional package, and slow to import
+
+        return VllmEngine(recipe, device)
     return TransformersEngine(recipe, device)
 

