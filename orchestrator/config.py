@@ -132,7 +132,7 @@ class Correction(Section):
 
 
 class Algorithm(Section):
-    name: OfflineName | OnlineName
+    name: Literal[OfflineName, OnlineName]
     loss: str | dict[str, float] | None = Field(
         None, description="one loss by name or a weighted mix, e.g. {sigmoid: 0.8, sft: 1.0}; default: the algorithm's own"
     )

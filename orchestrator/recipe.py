@@ -23,7 +23,7 @@ from orchestrator.errors import ConfigError, MissingInput
 from orchestrator.strict_yaml import Dumper, Key, parse
 
 STAGE = "stage:"
-SHARED_PART = "base"  # a shipped file of this name is extended by recipes and is no recipe by itself
+SHARED_PART = re.compile(r"(.*-)?base")  # shipped files of these names are extended by recipes and are no recipes by themselves
 
 _OVERRIDE = re.compile(r"(?:(?P<stage>[A-Za-z0-9][A-Za-z0-9._-]*):)?(?P<key>[A-Za-z_]\w*(?:\.\w+)*)=(?P<value>.*)", re.DOTALL)
 
@@ -108,7 +108,7 @@ def builtin_recipes() -> Mapping[str, Path]:
     package = Path(__file__).resolve().parent
     packaged = package / "_recipes"  # a wheel has them inside the package, a checkout beside it
     root = packaged if packaged.is_dir() else package.parent / "recipes"
-    files = (f for f in root.rglob("*.yaml") if f.stem != SHARED_PART)
+    files = (f for f in root.rglob("*.yaml") if SHARED_PART.fullmatch(f.stem) is None)
     return dict(sorted((f.relative_to(root).with_suffix("").as_posix(), f) for f in files))
 
 

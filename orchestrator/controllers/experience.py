@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from orchestrator.algorithms import Algorithm
-from orchestrator.cut import cut_step
+from orchestrator.cut import cut_step, loss_units
 from orchestrator.data.packing import by_branch
 from orchestrator.episodes import ScoredGroup
 from orchestrator.objectives.estimators import Episodes
@@ -69,7 +69,7 @@ def make_experience(
     """Groups whose branches carry advantages. rewards: Float[n] of each group, as the estimator shall see them."""
     assert algorithm.online is not None and algorithm.online.estimate is not None
     groups = sequences(scored, mask_truncated=mask_truncated)
-    batch = cut_step(groups, cut)
+    batch = cut_step(groups, cut) if needs.old or needs.reference or critic is not None else PackedBatch(groups, (), loss_units(groups))
     old = _columns(batch, policy.token_logprobs(batch)) if needs.old else None
     reference = _columns(batch, policy.token_logprobs(batch, reference=True)) if needs.reference else None
     values = None if critic is None else _columns(batch, critic.token_values(batch))

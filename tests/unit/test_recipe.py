@@ -4,14 +4,15 @@ import json
 from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestrator.config import Recipe
+from orchestrator.config import Algorithm, Recipe
 from orchestrator.errors import ConfigError, Exit, MissingInput
+from orchestrator.identity import fingerprint
 from orchestrator.recipe import builtin_recipes, dump, find, json_schema, load
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -105,6 +106,9 @@ def test_a_file_that_is_not_utf8(tmp_path: Path) -> None:
 # ---- one error for all problems
 
 
+NAMES = [repr(name) for name in get_args(Algorithm.model_fields["name"].annotation)]
+
+
 def test_every_problem_is_listed_with_key_value_and_line(tmp_path: Path) -> None:
     file = write(
         tmp_path,
@@ -136,7 +140,7 @@ tracking:
         f"data.train[1]: must be a mapping of keys (got 'toy:sft'; {file}:6)",
         f"data.eval: must be text or a list (got 5; {file}:7)",
         f"data.max_bad_rows: must be at least 0 (got -1; {file}:8)",
-        f"algorithm.name: must be 'sft', 'reward', 'dpo', 'kto', 'simpo', 'orpo' or 'cpo' (got 'dpoo'; {file}:9)",
+        f"algorithm.name: must be {', '.join(NAMES[:-1])} or {NAMES[-1]} (got 'dpoo'; {file}:9)",
         f"algorithm.loss.sigmoid: must be a number (got true; {file}:9)",
         f"algorithm.wpo: must be true or false (got 'maybe'; {file}:9)",
         f"batch.effective: must be at least 1 (got 0; {file}:10)",
