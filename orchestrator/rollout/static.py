@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from orchestrator.episodes import Completion, Sampling
 from orchestrator.errors import ConfigError
@@ -24,8 +24,8 @@ from orchestrator.rollout.sampling import draw, words
 
 COMPACT_AT = 0.25
 """Share of ended rows at which the batch is compacted: copying the cache costs more than a few idle rows."""
-TAIL_TOKENS = 24
-"""Tokens decoded when looking for a stop text."""
+SPARE_TOKENS = 8
+"""Decoded beside the longest stop text: some tokenizers lose a space at the beginning of what they decode."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +39,25 @@ class Request:
     position: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class Ends:
+    """What ends a completion: an eos token, a stop text, no room. decode: tokens -> text, special ones included."""
+
+    eos: frozenset[int]
+    decode: Callable[[Sequence[int]], str]
+
+    def finish(self, ids: Sequence[int], room: int, stop: Sequence[str]) -> Finish | None:
+        """Why a completion ends with the last of its tokens, None where it goes on."""
+        if ids[-1] in self.eos or (stop and self._stops(ids, stop)):
+            return "stop"
+        return "length" if len(ids) >= room else None
+
+    def _stops(self, ids: Sequence[int], stop: Sequence[str]) -> bool:
+        tokens = SPARE_TOKENS + max(len(text.encode()) for text in stop)  # no token is shorter than a byte
+        tail = self.decode(ids[-tokens:])
+        return any(text in tail for text in stop)
+
+
 @dataclass(slots=True)
 class _Row:
     request: int
@@ -50,11 +69,19 @@ class _Row:
 
 
 class StaticDecoder:
-    """Decodes requests with one model in this process. rows: sequences decoded together; eos: tokens that end a sequence."""
+    """Decodes requests with one model in this process. rows: sequences decoded together; eos: tokens that end a sequence.
+    ConfigError where the model's cache is more than keys and values."""
 
     def __init__(self, model: Any, eos: Sequence[int], rows: int, decode: Callable[[Sequence[int]], str]) -> None:
-        self.model, self.eos, self.rows, self.decode = model, frozenset(eos), rows, decode
+        self.model, self.rows, self.ends = model, rows, Ends(frozenset(eos), decode)
         self.device = next(model.parameters()).device
+        kinds = {type(layer) for layer in DynamicCache(config=model.config).layers}
+        if getattr(model, "_is_stateful", False) or kinds - {DynamicLayer, DynamicSlidingWindowLayer}:
+            raise ConfigError(
+                f"{type(model).__name__} keeps more than keys and values while it generates",
+                why="rows of its cache cannot be forked and refilled",
+                fix="set rollouts.engine=vllm",
+            )
 
     @torch.no_grad()
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[tuple[Completion, ...]]:
@@ -95,14 +122,8 @@ class StaticDecoder:
             ids[row, width - len(request.prompt) :] = torch.from_numpy(request.prompt)
             mask[row, width - len(request.prompt) :] = 1
         ids, mask = ids.to(self.device), mask.to(self.device)
-        cache = DynamicCache()
+        cache = DynamicCache()  # without the config: sliding layers keep all, so that rows can be padded and compacted alike
         logits = self._logits(ids, mask, (mask.cumsum(1) - 1).clamp(min=0), cache)
-        if any(type(layer) is not DynamicLayer for layer in cache.layers):
-            raise ConfigError(
-                f"{type(self.model).__name__} keeps more than keys and values while it generates",
-                why="rows of its cache cannot be forked and refilled",
-                fix="set rollouts.engine=vllm",
-            )
         forks = torch.tensor([len(r.seeds) for r in chosen], device=self.device)
         origin = torch.repeat_interleave(torch.arange(len(chosen), device=self.device), forks)
         rows = [_Row(i, k, r.room) for i, r in zip(admitted, chosen, strict=True) for k in range(len(r.seeds))]
@@ -119,14 +140,7 @@ class StaticDecoder:
                 continue
             row.ids.append(token)
             row.logprobs.append(logprob)
-            if token in self.eos or (sampling.stop and self._stops(row.ids, sampling.stop)):
-                row.finish = "stop"
-            elif len(row.ids) >= row.room:
-                row.finish = "length"
-
-    def _stops(self, ids: list[int], stop: tuple[str, ...]) -> bool:
-        tail = self.decode(ids[-TAIL_TOKENS:])
-        return any(text in tail for text in stop)
+            row.finish = self.ends.finish(row.ids, row.room, sampling.stop)
 
     def _forward(self, batch: "_Batch") -> None:
         """One token further: the logits after the last drawn tokens."""

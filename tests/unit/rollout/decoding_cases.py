@@ -1,0 +1,89 @@
+"""Small models and requests that tests of both decoders share, and the truth about log-probs: one forward over everything."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM
+
+from orchestrator.config import TinyModel
+from orchestrator.episodes import Completion, Sampling
+from orchestrator.models.tiny import build
+from orchestrator.rollout.sampling import drawn_from, sample_seed
+from orchestrator.rollout.static import Request
+
+EOS = tuple(range(2, 16))
+"""Fourteen of 263 tokens end a sequence: about one in twenty does."""
+SAMPLING = Sampling(samples=4, max_new_tokens=40)
+Generated = Sequence[tuple[Completion, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """An architecture. Weights are drawn wide, so that attention is far from uniform."""
+
+    architecture: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return self.architecture
+
+    def model(self, seed: int = 0) -> Any:
+        cfg = TinyModel(architecture=self.architecture, hidden_size=32, layers=2, heads=4, kv_heads=2, max_positions=256)
+        return build(cfg, seed, AutoModelForCausalLM, initializer_range=0.2, **self.options).eval().requires_grad_(False)
+
+
+MIXED = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 7}
+CASES = (
+    Case("llama"),
+    Case("qwen2"),
+    Case("gpt2"),
+    Case("gemma"),
+    Case("mistral", {"sliding_window": 7}),
+    Case("gemma2", {**MIXED, "attn_logit_softcapping": 2.0}),
+)
+WINDOWED = tuple(case for case in CASES if "sliding_window" in case.options)
+
+
+def letters(ids: Sequence[int]) -> str:
+    """A decoder of one letter per token."""
+    return "".join(chr(ord("a") + i % 26) for i in ids)
+
+
+def requests(count: int = 7, *, longest: int = 20, room: int = 40, samples: int = 4) -> list[Request]:
+    """Ragged prompts and rooms; the last prompt is one token."""
+    random = np.random.default_rng(3)
+    prompts = [random.integers(16, 250, length) for length in (*random.integers(2, longest, count - 1), 1)]
+    rooms = random.integers(1, room + 1, count)
+    seeds = [tuple(sample_seed(0, i, 0, k, 0) for k in range(samples)) for i in range(count)]
+    return [Request(p, s, int(r)) for p, s, r in zip(prompts, seeds, rooms, strict=True)]
+
+
+def forward_logprobs(model: Any, prompt: np.ndarray, completion: Completion, sampling: Sampling = SAMPLING) -> np.ndarray:
+    """What one forward over prompt and completion says of the completion's tokens: Float[S]."""
+    ids = torch.from_numpy(np.concatenate([prompt, completion.ids]))[None]
+    with torch.no_grad():
+        logps = drawn_from(model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1], sampling)
+    return logps.gather(1, ids[0, len(prompt) :, None])[:, 0].numpy()
+
+
+def worst_gap(model: Any, made: Sequence[Request], found: Generated, sampling: Sampling = SAMPLING) -> float:
+    """Largest |difference| between a completion's log-probs and one forward's."""
+    gaps = [np.abs(forward_logprobs(model, r.prompt, c, sampling) - c.logprobs).max() for r, cs in zip(made, found, strict=True) for c in cs]
+    return float(max(gaps))
+
+
+def same(one: Generated, other: Generated, tolerance: float = 1e-5) -> bool:
+    """Whether two decoders made the same tokens, for the same reason, with the same log-probs."""
+    return len(one) == len(other) and all(
+        np.array_equal(a.ids, b.ids) and a.finish == b.finish and np.allclose(a.logprobs, b.logprobs, rtol=0, atol=tolerance)
+        for left, right in zip(one, other, strict=True)
+        for a, b in zip(left, right, strict=True)
+    )
+
+
+def cut_at(completion: Completion, stop: Sequence[str]) -> int:
+    """Tokens of a completion up to the first at which a stop text has been written."""
+    return next((n for n in range(1, len(completion.ids) + 1) if any(s in letters(completion.ids[:n]) for s in stop)), len(completion.ids))
