@@ -1,16 +1,17 @@
 """What a rollout actor holds: a model, its weights by version, and the engine that decodes with it."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 import torch
 
-from orchestrator.config import Recipe
+from orchestrator.config import Recipe, Rollouts
 from orchestrator.episodes import Completion, Prompt, RolloutGroup, Sampling
 from orchestrator.models.buckets import Bucket, Entry, Receiver
 from orchestrator.models.load import load, load_tokenizer
+from orchestrator.rollout.continuous import ContinuousBatchingFailed, ContinuousDecoder, MeasuredDecoder
 from orchestrator.rollout.static import Request, StaticDecoder
-from orchestrator.rollout.turns import Roller, load_environment
+from orchestrator.rollout.turns import Decoder, Roller, load_environment
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "bf16_autocast": torch.bfloat16}
 
@@ -48,12 +49,12 @@ class TransformersEngine:
         loaded = load(recipe.model, seed=recipe.run.seed, head="lm")
         model: Any = loaded.model
         if model.config._attn_implementation == "flex_attention":  # made for training rows
-            model.set_attn_implementation("sdpa")
+            capped = getattr(model.config.get_text_config(), "attn_logit_softcapping", None)  # which SDPA drops in silence
+            model.set_attn_implementation("eager" if capped else "sdpa")
         self.model = model.to(device=device, dtype=DTYPES[recipe.learners.precision]).eval().requires_grad_(False)
         self.tokenizer = loaded.tokenizer
         self.receiver = Receiver(self.model)
-        decode = lambda ids: loaded.tokenizer.decode(ids)  # noqa: E731
-        self.static = StaticDecoder(self.model, end_tokens(self.model, loaded.tokenizer), recipe.rollouts.rows_at_once, decode)
+        self.decoder = make_decoder(recipe.rollouts, self.model, loaded.tokenizer)
 
     @property
     def version(self) -> int | None:
@@ -70,10 +71,31 @@ class TransformersEngine:
         self.receiver.version = version
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[tuple[Completion, ...]]:
-        return self.static.generate(requests, sampling)
+        return self.decoder.generate(requests, sampling)
 
     def close(self) -> None:
         """Nothing to end: the model goes with the process."""
+
+
+def make_decoder(cfg: Rollouts, model: Any, tokenizer: Any) -> Decoder:
+    """The decoder that `rollouts.batching` names; all give the same tokens."""
+    decode: Callable[[Sequence[int]], str] = lambda ids: tokenizer.decode(ids)  # noqa: E731
+    options: Any = (model, end_tokens(model, tokenizer), cfg.rows_at_once, decode)
+    static = StaticDecoder(*options)
+    if cfg.batching == "static":
+        return static
+    if cfg.batching == "continuous":
+        return ContinuousDecoder(*options)
+    try:
+        return MeasuredDecoder(static, ContinuousDecoder(*options), note=_note)
+    except ContinuousBatchingFailed as error:
+        _note(f"rollouts.batching=auto: static\n{error}")
+        return static
+
+
+def _note(line: str) -> None:
+    """To the log of the actor."""
+    print(line, flush=True)
 
 
 def end_tokens(model: Any, tokenizer: Any) -> list[int]:
