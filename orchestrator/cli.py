@@ -94,7 +94,7 @@ def verify(
     everything: Annotated[bool, typer.Option("--all", help="every combination instead of a covering set")] = False,
 ) -> None:
     """The proof: runs the same steps under many cuts and prints the largest difference from one plain large batch."""
-    cfg = _one(recipe, overrides)
+    cfg = _last(recipe, overrides)
     from orchestrator.verify import TOLERANCE, run
 
     try:
@@ -129,7 +129,7 @@ def report(directory: Annotated[Path, typer.Argument(metavar="DIR", help="a run 
 @app.command()
 def inspect(recipe: RecipeArgument, overrides: Overrides = None, examples: Annotated[int, typer.Option(min=1)] = 3) -> None:
     """The first batch, tokens coloured by loss mask."""
-    cfg = _one(recipe, overrides)
+    cfg = _last(recipe, overrides)
     from orchestrator.assemble import first_batch
     from orchestrator.observe.inspect import render_group
 
@@ -178,6 +178,15 @@ def _one(recipe: str, overrides: list[str] | None) -> "Recipe":
     if others:
         raise ConfigError(f"{recipe} is a pipeline of {len(stages)} stages", fix="name the recipe of one stage")
     return first.recipe
+
+
+def _last(recipe: str, overrides: list[str] | None) -> "Recipe":
+    """The recipe of the last stage, with the model that its first ancestor starts from: for what needs no trained weights."""
+    stages = {stage.name: stage.recipe for stage in recipes.load(recipe, overrides or ()).stages}
+    last = model = list(stages.values())[-1]
+    while (path := model.model.path or "").startswith(recipes.STAGE):
+        model = stages[path.removeprefix(recipes.STAGE)]
+    return last.model_copy(update={"model": model.model})
 
 
 def _results(outcomes: "dict[str, Outcome]") -> Table:

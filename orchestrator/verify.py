@@ -11,17 +11,18 @@ from itertools import product
 
 import numpy as np
 
-from orchestrator.algorithms import Algorithm, build
+from orchestrator.algorithms import Algorithm, build, critic
 from orchestrator.cluster.workers import LearnerGroup
 from orchestrator.config import Recipe
 from orchestrator.controllers.coupled import with_coefficients
 from orchestrator.cut import cut_step, loss_units
-from orchestrator.dataset import DataSet, load_data
+from orchestrator.dataset import load_data
 from orchestrator.learner.checks import final_weights
-from orchestrator.learner.learner import LearnerSpec
+from orchestrator.learner.learner import LearnerSpec, Role
 from orchestrator.learner.plain import PlainTrainer
 from orchestrator.plan import LEGAL_SYNC, make_plan
-from orchestrator.records import Cut, Floats, Layout, SequenceGroup, Sync
+from orchestrator.prompts import check_batches, load_prompts
+from orchestrator.records import Branch, Cut, Experience, Floats, Layout, SequenceGroup, Sync
 from orchestrator.roles import PerMicroBatch
 
 TOLERANCE = {"fp32": 1e-5, "bf16": 5e-3, "fp16": 5e-3, "bf16_autocast": 5e-3}
@@ -71,23 +72,29 @@ def _relative(values: Sequence[float], baseline: Sequence[float]) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Proof:
-    """A recipe's data and the examples of its first steps."""
+    """The examples of a recipe's first steps, and who learns from them."""
 
     recipe: Recipe
     algorithm: Algorithm
-    data: DataSet
     steps: tuple[tuple[SequenceGroup, ...], ...]
     planned: Cut
+    role: Role = "policy"
 
     @classmethod
-    def of(cls, recipe: Recipe, steps: int) -> "Proof":
-        algorithm = build(recipe.algorithm)
-        data = load_data(recipe, algorithm)
+    def of(cls, recipe: Recipe, steps: int, role: Role = "policy") -> "Proof":
+        """role: of an online recipe, whose steps are learned from made-up rollouts: who made them does not matter here."""
+        algorithm = build(recipe.algorithm, recipe.rollouts)
+        if algorithm.online is not None:
+            check_batches(recipe, algorithm)
+        data = load_data(recipe, algorithm) if algorithm.online is None else load_prompts(recipe, algorithm).longest
         batches, cursor = [], 0
         for _ in range(steps):
             batches.append(data.batches.at(cursor))
             cursor += len(batches[-1])
-        return cls(recipe, algorithm, data, tuple(batches), make_plan(recipe, algorithm, data).cut)
+        planned = make_plan(recipe, algorithm, data).cut
+        if algorithm.online is not None:
+            batches = made_up(recipe, algorithm, batches)
+        return cls(recipe, critic(recipe.algorithm) if role == "critic" else algorithm, tuple(batches), planned, role)
 
     def plain(self) -> Trajectory:
         """One process, one batch, plain torch."""
@@ -98,7 +105,7 @@ class Proof:
     def split(self, cut: Cut, group: LearnerGroup) -> Trajectory:
         """The same steps on DeepSpeed workers under one cut."""
         reference = _reference(self, cut, group)
-        group.build(LearnerSpec(self.recipe, cut, len(self.steps)))
+        group.build(LearnerSpec(self.recipe, cut, len(self.steps), self.role))
         losses, norms = [], []
         for i, groups in enumerate(self.steps):
             batch = cut_step(groups, cut)
@@ -114,10 +121,46 @@ class Proof:
 
 
 def _reference(proof: Proof, cut: Cut, group: LearnerGroup) -> list[PerMicroBatch] | None:
-    if not proof.algorithm.needs_reference:
-        return None
+    if not proof.algorithm.needs_reference or proof.steps[0][0].branches[0].experience is not None:
+        return None  # rollouts carry theirs
     group.build_reference(proof.recipe)
     return [group.token_logprobs(cut_step(groups, cut), reference=True) for groups in proof.steps]
+
+
+def made_up(recipe: Recipe, algorithm: Algorithm, steps: Sequence[Sequence[SequenceGroup]]) -> list[tuple[SequenceGroup, ...]]:
+    """Rollouts for the prompts of these steps that nobody sampled: completions of random tokens and lengths, some of them an
+    environment's, with log-probs near the start policy's, so that ratios fall on both sides of every clip."""
+    draw = np.random.default_rng(recipe.run.seed)
+    plain = PlainTrainer(recipe, algorithm, len(steps))
+
+    def branch(longest: int) -> Branch:
+        size = int(draw.integers(1, longest + 1))
+        scored = draw.random(size) < 0.9
+        scored[-1] = True
+        return Branch(draw.integers(0, 256, size), scored)
+
+    made = []
+    for groups in steps:
+        bare = [replace(g, branches=tuple(branch(len(b.ids)) for b in g.branches)) for g in groups]
+        if algorithm.per == "pair":
+            made.append(tuple(bare))
+            continue
+        logps = plain.token_logprobs(bare)
+        made.append(tuple(_with_experience(g, values, draw) for g, values in zip(bare, logps, strict=True)))
+    return made
+
+
+def _with_experience(group: SequenceGroup, logps: tuple[Floats, ...], draw: np.random.Generator) -> SequenceGroup:
+    def near(values: Floats, width: float) -> Floats:
+        return (values + width * draw.standard_normal(len(values))).astype(np.float32)
+
+    branches = []
+    for branch, values in zip(group.branches, logps, strict=True):
+        advantages, returns = (draw.standard_normal(len(values)).astype(np.float32) for _ in range(2))
+        old = near(values, 0.2)
+        experience = Experience(advantages, near(old, 0.1), old, near(values, 0.2), near(returns, 0.3), returns)
+        branches.append(replace(branch, experience=experience))
+    return replace(group, branches=tuple(branches))
 
 
 def splits(planned: Cut, effective: int, precision: str, workers: Sequence[int], *, everything: bool) -> list[Cut]:
@@ -152,7 +195,7 @@ def run(recipe: Recipe, *, steps: int, workers: Sequence[int], everything: bool)
     """Yields the difference of each cut as it is done. Workers share the machine's CPUs if it has fewer."""
     proof = Proof.of(recipe, steps)
     baseline = proof.plain()
-    cuts = splits(proof.planned, recipe.batch.effective, recipe.learners.precision, workers, everything=everything)
+    cuts = splits(proof.planned, len(proof.steps[0]), recipe.learners.precision, workers, everything=everything)
     for count in workers:
         cpus = min(recipe.learners.cpus_per_worker, (os.cpu_count() or 1) / count)
         learners = recipe.learners.model_copy(update={"workers": count, "cpus_per_worker": cpus})

@@ -34,6 +34,9 @@ from orchestrator.records import Branch, Cut, Experience, Floats, LearnReport, L
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "bf16_autocast": torch.float32}
 
 
+Role = Literal["policy", "critic"]
+
+
 @dataclass(frozen=True, slots=True)
 class LearnerSpec:
     """All a rank needs to build itself: the recipe, how the step is cut, and how long the schedule is.
@@ -44,7 +47,7 @@ class LearnerSpec:
     recipe: Recipe
     cut: Cut
     total_steps: int
-    role: Literal["policy", "critic"] = "policy"
+    role: Role = "policy"
 
 
 class Sums:
@@ -213,7 +216,7 @@ class RankLearner:
             rewards=result.rewards,
             entropy=result.entropy,
             values=result.state_values,
-            experience=None if micro_batch.experience is None else _tensors(micro_batch.experience, self.device),
+            experience=None if micro_batch.experience is None else experience_tensors(micro_batch.experience, self.device),
         )
 
     def _scorer(self, reference: bool) -> tuple[Callable[..., tuple[Tensor, ...]], AbstractContextManager[None]]:
@@ -266,7 +269,7 @@ def _report(sums: Sums, micro_batches: Sequence[MicroBatch], seconds: float, pea
     )
 
 
-def _tensors(experience: Experience, device: torch.device) -> ExperienceTensors:
+def experience_tensors(experience: Experience, device: torch.device) -> ExperienceTensors:
     def move(values: Floats | None) -> Tensor | None:
         return None if values is None else torch.from_numpy(values).to(device)
 

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from orchestrator.algorithms import Algorithm
 from orchestrator.config import Recipe
-from orchestrator.data.packing import pack
-from orchestrator.learner.learner import disable_dropout
+from orchestrator.data.packing import by_branch, pack
+from orchestrator.learner.learner import disable_dropout, experience_tensors
 from orchestrator.learner.schedule import learning_rate
 from orchestrator.models.load import load
 from orchestrator.objectives.scores import TokenScores
@@ -63,17 +63,25 @@ class PlainTrainer:
         self.optimizer.step()
         return PlainStep(float(loss.detach()), float(norm))
 
+    @torch.no_grad()
+    def token_logprobs(self, groups: Sequence[SequenceGroup]) -> list[tuple[Floats, ...]]:
+        """Log-probs of the scored tokens under the present weights: [group][branch]."""
+        rows = pack(groups, "padded")
+        return by_branch(rows, self._logps(self.model, rows).numpy())
+
     def weights(self) -> dict[str, Floats]:
         """Trained fp32 weights by Hugging Face name."""
         return {name: p.detach().numpy() for name, p in self.trainable.items()}
 
     def _scores(self, rows: MicroBatch, ref: Tensor | None) -> TokenScores:
-        rewards = None
+        rewards = values = entropy = None
         logps = torch.zeros(0)
         if self.algorithm.head == "scalar":
-            rewards = self._rewards(rows)
+            rewards = self._token_outputs(rows)[torch.from_numpy(rows.last_at)].view(-1, rows.branches)
+        elif self.algorithm.head == "value":
+            values = self._token_outputs(rows)[torch.from_numpy(rows.score_at)]
         else:
-            logps = self._logps(self.model, rows)
+            logps, entropy = self._distribution(self.model, rows)
         return TokenScores(
             logps=logps,
             sequence=torch.from_numpy(rows.sequence),
@@ -84,19 +92,26 @@ class PlainTrainer:
             margin=None if rows.margin is None else torch.from_numpy(rows.margin),
             wpo=None,
             rewards=rewards,
+            entropy=entropy,
+            values=values,
+            experience=None if rows.experience is None else experience_tensors(rows.experience, torch.device("cpu")),
         )
 
     def _logps(self, model: torch.nn.Module, rows: MicroBatch) -> Tensor:
-        logits = model(input_ids=torch.from_numpy(rows.input_ids), attention_mask=_mask(rows), use_cache=False).logits
-        logps = torch.log_softmax(logits.flatten(0, 1)[torch.from_numpy(rows.score_at)].float(), -1)
-        return logps.gather(1, torch.from_numpy(rows.targets)[:, None])[:, 0]
+        return self._distribution(model, rows)[0]
 
-    def _rewards(self, rows: MicroBatch) -> Tensor:
-        """The classification model's own logits: it reads them at the last token that is not padding."""
+    def _distribution(self, model: torch.nn.Module, rows: MicroBatch) -> tuple[Tensor, Tensor]:
+        """(log-probs, entropies) Float[N] of the scored tokens."""
+        logits = model(input_ids=torch.from_numpy(rows.input_ids), attention_mask=_mask(rows), use_cache=False).logits
+        logits = logits.flatten(0, 1)[torch.from_numpy(rows.score_at)].float() / self.algorithm.scores.temperature
+        logps = torch.log_softmax(logits, -1)
+        return logps.gather(1, torch.from_numpy(rows.targets)[:, None])[:, 0], -(logps.exp() * logps).sum(1)
+
+    def _token_outputs(self, rows: MicroBatch) -> Tensor:
+        """The classification model's own output at each position, Float[R*T]."""
         backbone = getattr(self.model, self.model.base_model_prefix)  # pyright: ignore[reportArgumentType, reportCallIssue]
         hidden = backbone(input_ids=torch.from_numpy(rows.input_ids), attention_mask=_mask(rows), use_cache=False).last_hidden_state
-        values = self.model.score(hidden).flatten(0, 1)  # pyright: ignore[reportCallIssue]
-        return values[torch.from_numpy(rows.last_at)].float().view(-1, rows.branches)
+        return self.model.score(hidden).float().flatten()  # pyright: ignore[reportCallIssue]
 
 
 def _mask(rows: MicroBatch) -> Tensor:
