@@ -59,7 +59,7 @@ class VllmEngine:
         outline = _outline(recipe)
         vllm = _vllm()
         self.sampling_params = vllm.SamplingParams
-        self.names = frozenset(name for name, _ in outline.named_parameters())
+        self.shapes = {name: tuple(p.shape) for name, p in outline.named_parameters()}
         self.max_length = recipe.data.max_length
         with _source(recipe) as source:
             self.llm: Any = _build(vllm, recipe, device, source)
@@ -117,12 +117,13 @@ class VllmEngine:
         cleanup_dist_env_and_memory()
 
     def _reload(self, version: int, tensors: dict[str, Tensor]) -> None:
-        missing, unknown = self.names - tensors.keys(), tensors.keys() - self.names
-        if missing or unknown:  # vLLM would keep the old values of the one and skip the other
+        arrived = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        if arrived != self.shapes:  # vLLM would keep the old values of what is missing
+            differ = sorted({name for name, _ in arrived.items() ^ self.shapes.items()})
             raise OrchestratorError(
                 f"weight version {version} is not the whole model",
-                why=f"{len(missing)} parameters are missing, {len(unknown)} unknown, such as {min(missing | unknown)}",
-                fix="this is a bug: learners and generators must hold the same model",
+                why=f"{len(differ)} parameters are missing, unknown or of another shape, such as {differ[0]}",
+                fix="give learners and rollouts the same model; if they have it, report a bug",
             )
         # A tied lm_head has no name of its own, here as in the model's folder: vLLM ties it itself.
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": list(tensors.items())})

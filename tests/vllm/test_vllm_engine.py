@@ -187,6 +187,10 @@ def test_a_damaged_bucket_is_refused_and_no_version_is_held(held: tuple[Any, Any
     with pytest.raises(OrchestratorError, match="not the whole model"):
         engine.load(5, good[:1])
     assert engine.version is None
+    wider = load(recipe(tiny("llama", kv_heads=1, intermediate_size=256)).model, seed=0, head="lm").model
+    with pytest.raises(OrchestratorError, match="not the whole model"):
+        engine.load(5, buckets(wider))
+    assert engine.version is None
     engine.load(5, good)
     assert engine.version == 5 and gap(model, requests(), engine.generate(requests(), FREE), FREE) < CLOSE
 
