@@ -2,6 +2,9 @@
 
 Demonstrations answer right (the word itself) and wrong (the word backwards) equally often, so a model that imitates
 them is right half of the time; preference pairs say which one is wanted. That is what preference tuning is for.
+
+The calculator's task: add two numbers with a tool (orchestrator/rollout/calculator.py). Half of the demonstrations call it and
+copy its result, the other half guess, and guess wrong; a reward says which pays.
 """
 
 from collections.abc import Iterator
@@ -14,24 +17,33 @@ from orchestrator.errors import ConfigError
 LETTERS = "abcdefghijklmnop"
 LENGTH = 4
 DEFAULT_ROWS = {"train": 2048, "eval": 256}
-NAMES = ("sft", "preference", "unpaired", "reward")
+NAMES = ("sft", "preference", "unpaired", "reward", "prompts", "calculator", "calculator_sft")
+NUMBERS = range(10, 50)
+"""What the calculator's task adds: two digits each, and so has the sum."""
 
 
 def toy_rows(name: str, split: str, count: int) -> Iterator[dict[str, Any]]:
-    """`count` rows in TRL's format. Train and eval words never overlap: they differ in a checksum of their letters."""
+    """`count` rows in TRL's format. Train and eval prompts never overlap: they differ in a checksum of what they hold."""
     if name not in NAMES or split not in DEFAULT_ROWS:
         raise ConfigError(f"there is no toy data `toy:{name}` with split {split!r}", fix=f"use toy:{{{','.join(NAMES)}}} with split train or eval")
     generator = np.random.Generator(np.random.Philox(key=[NAMES.index(name), split == "eval"]))
+    make = _calculation if name.startswith("calculator") else _words
     for _ in range(count):
-        word = _word(generator, split)
-        prompt, right, wrong = f"{word}>", word, word[::-1]
-        flip = bool(generator.random() < 0.5)
-        if name == "sft":
-            yield {"prompt": prompt, "completion": wrong if flip and split == "train" else right, "answer": right}
-        elif name == "unpaired":
-            yield {"prompt": prompt, "completion": wrong if flip else right, "label": not flip, "answer": right}
-        else:
-            yield {"prompt": prompt, "chosen": right, "rejected": wrong, "answer": right}
+        yield make(name, split, generator)
+
+
+def _words(name: str, split: str, generator: np.random.Generator) -> dict[str, Any]:
+    """A row of the word task."""
+    word = _word(generator, split)
+    prompt, right, wrong = f"{word}>", word, word[::-1]
+    flip = bool(generator.random() < 0.5)
+    if name == "prompts":
+        return {"prompt": prompt, "answer": right}
+    if name == "sft":
+        return {"prompt": prompt, "completion": wrong if flip and split == "train" else right, "answer": right}
+    if name == "unpaired":
+        return {"prompt": prompt, "completion": wrong if flip else right, "label": not flip, "answer": right}
+    return {"prompt": prompt, "chosen": right, "rejected": wrong, "answer": right}
 
 
 def _word(generator: np.random.Generator, split: str) -> str:
@@ -41,3 +53,23 @@ def _word(generator: np.random.Generator, split: str) -> str:
         held_out = int((letters * (1, 3, 5, 7)).sum()) % 5 == 0
         if held_out == (split == "eval"):
             return "".join(LETTERS[i] for i in letters)
+
+
+def _calculation(name: str, split: str, generator: np.random.Generator) -> dict[str, Any]:
+    """A row of the calculator's task, as messages; held-out demonstrations all call the tool."""
+    a, b = _numbers(generator, split)
+    question, answer = [{"role": "user", "content": f"{a}+{b}"}], str(a + b)
+    guesses = bool(generator.random() < 0.5) and split == "train"
+    off = int(generator.integers(1, 10)) * (-1 if a + b > 50 else 1)
+    if name == "calculator":
+        return {"prompt": question, "answer": answer}
+    said = [("assistant", str(a + b + off))] if guesses else [("assistant", f"={a}+{b};"), ("tool", answer), ("assistant", answer)]
+    return {"messages": [*question, *({"role": role, "content": content} for role, content in said)], "answer": answer}
+
+
+def _numbers(generator: np.random.Generator, split: str) -> tuple[int, int]:
+    """Two numbers; every fifth pair, by checksum, is held out."""
+    while True:
+        a, b = (int(n) for n in generator.integers(NUMBERS.start, NUMBERS.stop, 2))
+        if ((3 * a + b) % 5 == 0) == (split == "eval"):
+            return a, b
