@@ -9,7 +9,9 @@ tokens, never tokenized again.
 
 import importlib
 import importlib.util
+import sys
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -72,6 +74,7 @@ def load_environment(spec: str) -> Factory:
         found = importlib.util.spec_from_file_location(f"environment_{Path(place).stem}", place)
         assert found is not None and found.loader is not None
         module = importlib.util.module_from_spec(found)
+        sys.modules[found.name] = module  # dataclasses look their module up
         found.loader.exec_module(module)
     else:
         try:
@@ -126,7 +129,7 @@ class Roller:
         episodes = []
         for sample, seed in enumerate(_seeds(sampling, prompt.id, draw, version)):
             world = environment()
-            messages = world.reset({"prompt": prompt.text, **prompt.columns})
+            messages = deepcopy(world.reset(deepcopy({**prompt.columns, "prompt": prompt.text})))  # it may write on in both
             if episodes and messages != episodes[0].messages:
                 raise DataError(f"{prompt.where}: the environment began two episodes of one row differently", fix="make reset a function of the row")
             ids = episodes[0].prompt.ids if episodes else np.array(self._render(messages, prompt), np.int64)
@@ -144,7 +147,7 @@ class Roller:
         episode.turns += 1
         turn = episode.world.step(text)
         episode.reward += turn.reward
-        episode.said += turn.messages
+        episode.said += deepcopy(turn.messages)
         suffix = [] if turn.done else self._suffix(turn.messages, completion, episode.prompt)
         if turn.done:
             episode.finish = completion.finish
@@ -160,9 +163,9 @@ class Roller:
         _, found, tail = whole.rpartition(_ANSWER)
         if not found:
             raise ConfigError(f"{prompt.where}: the chat template changes the assistant's text", fix="use another model.chat_template")
-        end = self.tokenizer.eos_token
-        if completion.finish == "stop" and len(completion.ids) and completion.ids[-1] == self.tokenizer.eos_token_id:
-            tail = tail.removeprefix(end)  # the model wrote it itself
+        last = int(completion.ids[-1])
+        if last == self.tokenizer.eos_token_id or last in self.tokenizer.added_tokens_decoder:  # <|eot_id|> is not Llama's eos_token
+            tail = tail.removeprefix(self.tokenizer.decode([last]))  # the model wrote it itself
         return list(self.tokenizer(text=tail, add_special_tokens=False)["input_ids"])
 
     def _render(self, messages: Messages, prompt: Prompt) -> list[int]:
