@@ -186,7 +186,7 @@ class ContinuousDecoder:
             manager.start()
             yield manager, drawer
         finally:
-            manager.stop(block=True)
+            manager.stop(block=True, hard_stop=True)  # nothing is left to flush, but after an error
             manager.destroy()
             if self.model.config._attn_implementation != attention:
                 self.model.set_attn_implementation(attention)

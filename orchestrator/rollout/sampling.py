@@ -14,6 +14,8 @@ from torch import Tensor
 from orchestrator.episodes import Sampling
 
 _WORD = 0xFFFF_FFFF
+_CACHED = 1 << 16
+"""Numbers that a CPU's cache holds while they are mixed."""
 
 
 def sample_seed(run_seed: int, prompt_id: int, draw: int, sample: int, version: int) -> int:
@@ -29,6 +31,9 @@ def gumbel(seeds: Tensor, positions: Tensor, vocabulary: int) -> Tensor:
     murmur3's finaliser, a bijection of 32 bits with full avalanche, so the uniforms of a row never repeat. Each word of the
     seed is mixed with the position on its own: where two rows meet in the first, they are shifted copies only before the second.
     """
+    rows = len(seeds) if seeds.is_cuda else max(1, _CACHED // vocabulary)
+    if len(seeds) > rows:
+        return torch.cat([gumbel(s, p, vocabulary) for s, p in zip(seeds.split(rows), positions.split(rows), strict=True)])
     tokens = torch.arange(vocabulary, device=seeds.device)[None]
     key = _mix((seeds[:, 0] ^ _mix(positions * 0x9E37_79B1 & _WORD)) & _WORD)
     bits = _mix((tokens * 0x85EB_CA77 + key[:, None]) & _WORD)
@@ -40,10 +45,10 @@ def gumbel(seeds: Tensor, positions: Tensor, vocabulary: int) -> Tensor:
 def _mix(word: Tensor) -> Tensor:
     """murmur3's 32-bit finaliser on Int64 tensors that hold 32-bit values."""
     word = word ^ (word >> 16)
-    word = (word * 0x85EB_CA6B) & _WORD
-    word = word ^ (word >> 13)
-    word = (word * 0xC2B2_AE35) & _WORD
-    return word ^ (word >> 16)
+    word = word.mul_(0x85EB_CA6B).bitwise_and_(_WORD)
+    word = word.bitwise_xor_(word >> 13)
+    word = word.mul_(0xC2B2_AE35).bitwise_and_(_WORD)
+    return word.bitwise_xor_(word >> 16)
 
 
 def words(seed: int) -> tuple[int, int]:
