@@ -1,5 +1,5 @@
-"""The transformers engine for larger models: transformers' continuous batching, a paged cache in which rows of any length
-decode together.
+"""The transformers engine with transformers' continuous batching: a paged cache in which rows of any length decode together
+without padding. On a CPU static.py is mostly quicker (benchmarks/decoding.py); `rollouts.batching: auto` measures both.
 
     requests --submit: a prompt is prefilled once and forked for its samples--> the manager's thread: one step for all rows
         ^                                                                           |

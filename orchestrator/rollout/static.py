@@ -1,4 +1,4 @@
-"""The transformers engine for small models: a padded batch that is refilled while it decodes.
+"""The transformers engine with a padded batch that is refilled while it decodes.
 
     requests --admit: prefill each prompt once, fork it for its samples--> rows of one left-padded batch
                  ^                                                             |
