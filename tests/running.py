@@ -203,6 +203,17 @@ class Shared:
             said.seek(0)
             return outcome, said.read()
 
+    def train_last(self, recipe: str, model: Path, folder: str, *overrides: str) -> tuple[Outcome, str]:
+        """The same of a pipeline's last stage, from a model that is there already; overrides are of that stage."""
+        stage = load(recipe).stages[-1].name
+        changes = [f"{stage}:{change}" for change in (*self.overrides(), *overrides)]
+        last = load(recipe, changes).stages[-1].recipe
+        last = last.model_copy(update={"model": last.model.model_copy(update={"path": str(model)})})
+        with (self.root / f"{folder}.txt").open("a+") as said:
+            outcome = train(last, self.root / folder, Console(file=said, width=200))
+            said.seek(0)
+            return outcome, said.read()
+
     def overrides(self) -> list[str]:
         """What makes a run small, and keeps it in the sandbox."""
         return [f"reference.cache_dir={self.root / 'reference'}", "learners.cpus_per_worker=0.5"]

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -117,15 +116,13 @@ class Placement:
         bundle = demand.bundle
         _check_capacity([demand], ray.cluster_resources())
         group = placement_group([dict(bundle)] * demand.workers, strategy="PACK")
-        try:
-            ray.get(group.ready(), timeout=timeout_s)
-        except GetTimeoutError:
+        if not group.wait(timeout_s):  # not ready(): that is a task, which needs a worker process of its own
             remove_placement_group(group)
             raise NotEnoughResources(
                 f"{demand.workers} workers x {_words(bundle)} were not free within {timeout_s:.0f} s",
                 why=f"free now: {_words(_of_interest(ray.available_resources(), bundle))}",
                 fix=f"wait for the other jobs, ask for fewer {demand.what}.workers, or raise learners.start_timeout_s",
-            ) from None
+            )
         return cls(group, bundle)
 
     def actor(self, kind: type, rank: int, *, name: str, environment: Mapping[str, str], cpus: float, gpus: float, threads: int = 1) -> Any:
