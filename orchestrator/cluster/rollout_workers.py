@@ -3,8 +3,9 @@
     start(prompts) --cut into chunks--> one queue --a thread per actor takes the next chunk--> actor: weights, then groups
 
 An actor that has time takes the next chunk, so a long tail idles nobody. Chunks keep the order of their batches, and every
-chunk names the weight version it is sampled with: an actor loads that version before its first chunk of it. Seeds belong to
-samples, so neither the number of actors nor the death of one changes a rollout.
+chunk names the weight version it is sampled with: an actor loads that version before its first chunk of it, or was given it
+while nothing else was under way (broadcast, CUDA IPC). Seeds belong to samples, so neither the number of actors nor the death
+of one changes a rollout.
 """
 
 import os
@@ -17,15 +18,16 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+import torch
+from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 
 from orchestrator import faults
 from orchestrator.cluster.placement import Demand, Placement
-from orchestrator.cluster.workers import redirect_output, translate, worker_environment
+from orchestrator.cluster.workers import device_name, redirect_output, translate, worker_environment
 from orchestrator.config import Recipe
 from orchestrator.episodes import Prompt, RolloutGroup, Sampling, Span
-from orchestrator.errors import OrchestratorError, WorkerLost
-from orchestrator.models.buckets import Bucket, CorruptWeights
+from orchestrator.errors import ConfigError, OrchestratorError, WorkerLost
+from orchestrator.models.buckets import Bucket, BucketPlan, Channel, CorruptWeights, Meeting, check, join
 
 Work = Sequence[tuple[int, Prompt]]
 SENDS = 3
@@ -33,17 +35,17 @@ SENDS = 3
 
 
 class RolloutActor:
-    """One process that generates. Weights come as references into the object store."""
+    """One process that generates. Weights come as references into the object store, through a channel, or bucket by bucket."""
 
     def __init__(self, index: int, log: str | None, threads: int) -> None:
         if log is not None:
             redirect_output(Path(log))
-        import torch
-
         torch.set_num_threads(threads)
         self.index = index
         self.device = torch.device("cuda" if ray.get_gpu_ids() else "cpu")
         self.worker: Any = None
+        self.channel: Channel | None = None
+        self.plans: Sequence[BucketPlan] = ()
 
     def build(self, recipe: Recipe) -> int:
         from orchestrator.rollout.generator import RolloutWorker
@@ -52,11 +54,77 @@ class RolloutActor:
         return os.getpid()
 
     def roll_out(self, work: Work, sampling: Sampling, version: int, references: list[Any]) -> tuple[RolloutGroup, ...]:
-        """Groups for `work` with weights `version`; takes them from `references` if it holds another version."""
+        """Groups for `work` with weights `version`; takes them from `references`, if any, where it holds another version."""
         if self.worker.engine.version != version:
-            self.worker.engine.load(version, (self._fetched(r, version) for r in references))
+            if not references:
+                raise WorkerLost(
+                    f"rollout-{self.index} was asked to roll out weights {version}, it holds {self.worker.engine.version}",
+                    fix="the run goes on from its last checkpoint; if it repeats, this is a bug",
+                )
+            self.load(version, references)
         faults.inject("roll_out", step=version, rank=self.index)
         return self.worker.roll_out(work, sampling, version)
+
+    def load(self, version: int, references: list[Any]) -> None:
+        """Takes a version from the object store."""
+        self.worker.engine.load(version, (self._fetched(r, version) for r in references))
+
+    def dump(self, version: int, plans: Sequence[BucketPlan]) -> list[Any] | None:
+        """A version as references into the object store, for an actor that has none; None where it is not held, or where the
+        engine cannot give it back."""
+        receiver = getattr(self.worker.engine, "receiver", None)
+        if receiver is None or self.worker.engine.version != version:
+            return None
+        return [ray.put(bucket) for bucket in receiver.dump(plans)]
+
+    def join_channel(self, meeting: Meeting, plans: Sequence[BucketPlan]) -> None:
+        """Becomes member index + 1, which receives buckets as in `plans`."""
+        self.channel, self.plans = join(meeting, self.index + 1), plans
+
+    def leave_channel(self) -> None:
+        self.channel = None
+
+    def receive(self, version: int) -> None:
+        """A version through the channel; CorruptWeights (and no version held) where a bucket is damaged. Receives all of them
+        even then: the other members take part in every broadcast."""
+        assert self.channel is not None, "join_channel first"
+        engine, damaged = self.worker.engine, None
+        engine.commit(None)
+        buffer = torch.empty(max(p.size for p in self.plans), dtype=torch.uint8, device=self.channel.device)
+        for index, plan in enumerate(self.plans):
+            flat = buffer[: plan.size]
+            expected = self.channel.receive(flat)
+            try:
+                check(self._on_arrival(flat, version), expected, version, index)
+            except CorruptWeights as error:
+                damaged = damaged or error
+            if damaged is None:
+                engine.take(plan.entries, flat)
+        engine.commit(version if damaged is None else None)
+        if damaged is not None:
+            raise damaged
+
+    def take(self, version: int, index: int, plan: BucketPlan, shared: tuple[Any, Any], expected: int, device: str) -> None:
+        """One bucket where its sender has it. shared: (function, arguments) that open it here; device: the sender's name for it.
+        `commit` makes it the version held."""
+        if device != device_name(self.device):
+            raise ConfigError(
+                f"rollout-{self.index} does not share its learner's device",
+                why=f"{device_name(self.device)} against {device}",
+                fix="set learners.gpus_per_worker and rollouts.gpus_per_worker to 0.5, or rollouts.transport=object_store",
+            )
+        if index == 0:
+            self.worker.engine.commit(None)
+        opened, arguments = shared
+        flat = self._on_arrival(opened(*arguments), version)
+        check(flat, expected, version, index)
+        self.worker.engine.take(plan.entries, flat)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()  # the sender uses its buffer again as soon as this returns
+
+    def commit(self, version: int) -> None:
+        """All buckets of the version were taken."""
+        self.worker.engine.commit(version)
 
     def call(self, function: Any, *args: Any) -> Any:
         """Runs function(rollout_worker, *args): for checks."""
@@ -69,6 +137,11 @@ class RolloutActor:
             data[len(data) // 2] ^= 1
             return Bucket(bucket.entries, data, bucket.checksum)
         return bucket
+
+    def _on_arrival(self, flat: Any, version: int) -> Any:
+        if faults.inject("weights", step=version, rank=self.index) == "corrupt":
+            flat[len(flat) // 2] ^= 1
+        return flat
 
 
 class PendingGroups:
@@ -97,11 +170,13 @@ class _Chunk:
 
 @dataclass(slots=True)
 class _Shared:
-    """What the threads share, under one lock. offers: weight version -> references to its buckets."""
+    """What the threads share, under one lock. offers: weight version -> references to its buckets, none where the actors hold
+    it already; plans: how its buckets are cut then."""
 
     queue: deque[_Chunk] = field(default_factory=deque)
     running: dict[int, _Chunk] = field(default_factory=dict)
     offers: dict[int, list[Any]] = field(default_factory=dict)
+    plans: Sequence[BucketPlan] = ()
     spans: list[Span] = field(default_factory=list)
     restarts: int = 0
     closed: bool = False
@@ -137,9 +212,17 @@ class RolloutPool:
             self.changed.notify_all()
         return pending
 
-    def offer(self, version: int, references: list[Any]) -> None:
-        """Makes a weight version available; versions that no chunk asks for any more are forgotten."""
+    def wait_until_idle(self) -> None:
+        """Waits until everything that was started is done. Every chunk has its own deadline, so this ends."""
         with self.changed:
+            while self.shared.queue or self.shared.running:
+                self.changed.wait()
+
+    def offer(self, version: int, references: list[Any], plans: Sequence[BucketPlan] = ()) -> None:
+        """Makes a weight version available; versions that no chunk asks for any more are forgotten. No references: all actors
+        hold it, in buckets cut as in `plans`."""
+        with self.changed:
+            self.shared.plans = plans
             needed = {c.version for c in (*self.shared.queue, *self.shared.running.values())}
             self.shared.offers = {v: r for v, r in self.shared.offers.items() if v in needed} | {version: references}
 
@@ -225,25 +308,25 @@ class RolloutPool:
             if isinstance(error.cause, CorruptWeights) and chunk.sends < SENDS:
                 return None, None
             return None, translate(error, f"rollout-{index}", "roll_out")
-        except (RayActorError, GetTimeoutError) as error:
-            return None, self._replace(index, error)
+        except RayError as error:  # the actor died or is late, or its answer was lost with its node
+            failure = self.replace(index, late=isinstance(error, GetTimeoutError), why=str(error))
+            return None, failure or (None if references else self._hand_over(index, chunk.version))
         with self.changed:
             self.shared.spans.append(Span(index, started, time.perf_counter(), chunk.version))
         return groups, None
 
-    def _replace(self, index: int, error: Exception) -> OrchestratorError | None:
-        """A new actor in place of one that died or is late; what ends the run where that happened too often."""
+    def replace(self, index: int, *, late: bool, why: str) -> OrchestratorError | None:
+        """A new actor, without weights, in place of one that died or is late; what ends the run where that happened too often."""
         with self.changed:
             if self.shared.closed:
                 return None
             self.shared.restarts += 1
             restarts = self.shared.restarts
-        late = isinstance(error, GetTimeoutError)
         said = f"did not answer within {self.recipe.rollouts.timeout_s:.0f} s" if late else "died"
         if restarts > self.recipe.rollouts.max_restarts:
             return WorkerLost(
                 f"rollout-{index} {said}, and {restarts - 1} rollout actors were replaced already",
-                why=str(error).strip().splitlines()[0] if str(error).strip() else "no answer",
+                why=why.strip().splitlines()[0] if why.strip() else "no answer",
                 fix="see logs/ in the run folder; raise rollouts.timeout_s if answers really take longer",
             )
         ray.kill(self.actors[index])
@@ -252,6 +335,39 @@ class RolloutPool:
             self.pids[index] = self._built(index)
         except OrchestratorError as failure:
             return failure
+        return None
+
+    def _hand_over(self, index: int, version: int) -> OrchestratorError | None:
+        """Gives a new actor the version that the others were given before it came; what ends the run where that fails."""
+        if self.shared.closed:
+            return None
+        limit, failure = self.recipe.rollouts.timeout_s, None
+        for _ in range(SENDS):
+            references = self._dumped(version, index)
+            if references is None:
+                return WorkerLost(
+                    f"rollout-{index} was replaced, and no other rollout actor could give it weights {version}",
+                    fix="the run goes on from its last checkpoint; with rollouts.transport=object_store no other actor is needed",
+                )
+            try:
+                ray.get(self.actors[index].load.remote(version, references), timeout=limit)
+                return None
+            except RayError as error:
+                failure = translate(error, f"rollout-{index}", "load")
+                if not isinstance(failure, CorruptWeights):
+                    return failure
+        return failure
+
+    def _dumped(self, version: int, new: int) -> list[Any] | None:
+        """References to a version from the first other actor that holds it: first it ends its chunk."""
+        for index, actor in enumerate(self.actors):
+            if index != new:
+                try:
+                    references = ray.get(actor.dump.remote(version, self.shared.plans), timeout=2 * self.recipe.rollouts.timeout_s)
+                except (RayActorError, GetTimeoutError):
+                    continue  # its own thread finds that out and replaces it
+                if references is not None:
+                    return references
         return None
 
     def _new(self, index: int) -> Any:

@@ -5,6 +5,7 @@ import socket
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,8 @@ class LearnerActor:
         self.device = torch.device("cuda" if ray.get_gpu_ids() else "cpu")
         self.learner: Any = None
         self.group: Any = None
+        self.store: Any = None
+        self.channel: Any = None
 
     def address(self) -> tuple[str, int]:
         """This node's address and a free port, for the rendezvous at rank 0."""
@@ -107,6 +110,30 @@ class LearnerActor:
                 size += plan.size
         return references, size
 
+    def listen(self, timeout_s: float) -> tuple[str, int]:
+        """Rank 0: where the members of a new channel meet."""
+        from torch._C._distributed_c10d import TCPStore
+
+        address = ray.util.get_node_ip_address()
+        self.store = TCPStore(address, 0, is_master=True, timeout=timedelta(seconds=timeout_s), wait_for_workers=False)
+        return address, self.store.port
+
+    def open_channel(self, meeting: Any) -> str | None:
+        """Rank 0: waits for the other members; what went wrong, if anything did."""
+        from orchestrator.models.buckets import Channel, ChannelBroken
+
+        self.channel = None
+        try:
+            self.channel = Channel(meeting, 0, self.store)
+        except ChannelBroken as error:
+            return str(error)
+        return None
+
+    def broadcast_buckets(self, bucket_bytes: int) -> str | None:
+        from orchestrator.learner.publish import broadcast
+
+        return broadcast(self.learner, self.channel, bucket_bytes)
+
     def export(self, directory: str, card: str) -> str:
         from orchestrator.learner.export import export_learner
 
@@ -115,6 +142,13 @@ class LearnerActor:
     def call(self, function: Callable[..., Any], *args: Any) -> Any:
         """Runs function(rank_learner, *args): for checks that are not verbs (weights, digests, probes)."""
         return function(self.learner, *args)
+
+
+def device_name(device: Any) -> str:
+    """The same for two processes only if they use the same device: a GPU's UUID, or a CPU's node."""
+    import torch
+
+    return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else f"the CPU of {ray.util.get_node_ip_address()}"
 
 
 def redirect_output(path: Path) -> None:
@@ -208,6 +242,18 @@ class LearnerGroup:
     def put_buckets(self, bucket_bytes: int) -> tuple[list[Any], int]:
         """The policy's weights as references to buckets in Ray's object store, and their bytes."""
         return self._all("put_buckets", bucket_bytes)[0]
+
+    def listen(self) -> tuple[str, int]:
+        """Address and port where a new channel's members meet."""
+        return self._collect([self.actors[0].listen.remote(self.deadlines.start_s)], "listen", self.deadlines.start_s)[0]
+
+    def open_channel(self, meeting: Any) -> str | None:
+        """Rank 0 becomes the sender of a channel (models/buckets.py); what went wrong, if it did."""
+        return self._collect([self.actors[0].open_channel.remote(meeting)], "open the channel for weights", self.deadlines.verb_s)[0]
+
+    def broadcast_buckets(self, bucket_bytes: int) -> str | None:
+        """Sends the weights through the channel; what broke it, if anything did."""
+        return self._all("broadcast_buckets", bucket_bytes)[0]
 
     def export(self, directory: Path, card: str) -> Path:
         return Path(self._all("export", str(directory), card)[0])

@@ -3,25 +3,16 @@
 LoRA sends its adapter only: the generators hold the base weights already.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
 
 from orchestrator.learner.learner import RankLearner, iterate_trainable
-from orchestrator.models.buckets import Entry, fill, layout
+from orchestrator.models.buckets import BucketPlan, Channel, ChannelBroken, fill, layout
 
 WIRE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "bf16_autocast": torch.bfloat16}
 """What the generators compute with: the precision of the learners' own forward, so that log-probs agree."""
-
-
-@dataclass(frozen=True, slots=True)
-class BucketPlan:
-    """One bucket: where each parameter lies in it, by Hugging Face name, and its bytes. The same on every rank and version."""
-
-    entries: tuple[Entry, ...]
-    size: int
 
 
 def bucket_plans(learner: RankLearner, bucket_bytes: int) -> tuple[BucketPlan, ...]:
@@ -35,6 +26,33 @@ def flat_buckets(learner: RankLearner, bucket_bytes: int) -> Iterator[tuple[Buck
         with learner.engine.full_parameters([p for _, p in part]):
             flat = fill(plan.entries, plan.size, {name: p.data for name, p in part}, learner.device)
         yield plan, flat
+
+
+def broadcast(learner: RankLearner, channel: Channel | None, bucket_bytes: int) -> str | None:
+    """Sends the weights through the channel, which rank 0 alone has; what broke that, if anything did."""
+    if channel is None:
+        return send_each(learner, bucket_bytes, None)
+    try:
+        broken = send_each(learner, bucket_bytes, lambda index, plan, flat: channel.send(flat))
+    except BaseException:
+        channel.close()  # a rank failed: the receivers shall hear of it at once
+        raise
+    if broken is not None:
+        channel.close()
+    return broken
+
+
+def send_each(learner: RankLearner, bucket_bytes: int, send: Callable[[int, BucketPlan, Tensor], None] | None) -> str | None:
+    """send(index, plan, bytes) of each bucket, until one raises ChannelBroken: what it said. Gathers to the end even then: at
+    ZeRO-3 the other ranks wait in a collective."""
+    broken = None
+    for index, (plan, flat) in enumerate(flat_buckets(learner, bucket_bytes)):
+        if send is not None and broken is None:
+            try:
+                send(index, plan, flat)
+            except ChannelBroken as error:
+                broken = str(error)
+    return broken
 
 
 def _parts(learner: RankLearner, bucket_bytes: int) -> Iterator[list[tuple[str, nn.Parameter]]]:

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.distributed import PrefixStore, TCPStore
+from torch._C._distributed_c10d import BroadcastOptions, PrefixStore, TCPStore
 
-from orchestrator.errors import OrchestratorError
+from orchestrator.errors import OrchestratorError, WorkerLost
 
 _CHUNK = 1 << 20
 """Words summed at once: bounds the memory that a checksum takes."""
@@ -23,7 +23,7 @@ class CorruptWeights(OrchestratorError):
     """What arrived is not what was sent: the receiver takes no traffic with it."""
 
 
-class ChannelBroken(OrchestratorError):
+class ChannelBroken(WorkerLost):
     """A broadcast did not reach everybody: a member died or is late. The channel has to be opened anew."""
 
 
@@ -171,14 +171,11 @@ class Channel:
     """
 
     def __init__(self, meeting: Meeting, member: int, store: TCPStore) -> None:
-        """Blocks until all members came. store: at meeting's address and port."""
-        from torch.distributed import distributed_c10d
-
+        """Blocks until all members came."""
         self.limit = timedelta(seconds=meeting.timeout_s)
         self.device = torch.device("cuda" if meeting.backend == "nccl" else "cpu")
-        kind: Any = getattr(distributed_c10d, "ProcessGroupNCCL" if meeting.backend == "nccl" else "ProcessGroupGloo")
-        with _broken("opened"):
-            self.group: Any = kind(PrefixStore("weights", store), member, meeting.members, self.limit)
+        with _breaking("opened"):
+            self.group: Any = _process_group(meeting, member, PrefixStore("weights", store), self.limit)
 
     def send(self, flat: Tensor) -> None:
         """UInt8[size] of one bucket and its checksum, to all other members."""
@@ -198,18 +195,33 @@ class Channel:
         self.group = None
 
     def _broadcast(self, tensor: Tensor) -> None:
-        from torch.distributed import BroadcastOptions
-
         options: Any = BroadcastOptions()
         options.rootRank = 0
-        with _broken("used"):
+        with _breaking("used"):
             self.group.broadcast([tensor], options).wait(self.limit)
             if self.device.type == "cuda":
                 torch.cuda.synchronize()  # NCCL's wait only orders streams; the buffer is used again
 
 
+def join(meeting: Meeting, member: int) -> Channel:
+    """Becomes a receiver of a channel that its sender has begun to open."""
+    with _breaking("reached"):
+        store = TCPStore(meeting.address, meeting.port, is_master=False, timeout=timedelta(seconds=meeting.timeout_s))
+    return Channel(meeting, member, store)
+
+
+def _process_group(meeting: Meeting, member: int, store: PrefixStore, limit: timedelta) -> Any:
+    from torch.distributed import distributed_c10d
+
+    if meeting.backend == "gloo":
+        return distributed_c10d.ProcessGroupGloo(store, member, meeting.members, limit)
+    options: Any = distributed_c10d.ProcessGroupNCCL.Options()
+    options._timeout = limit
+    return distributed_c10d.ProcessGroupNCCL(store, member, meeting.members, options)
+
+
 @contextmanager
-def _broken(verb: str) -> Iterator[None]:
+def _breaking(verb: str) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # torch's DistBackendError among them

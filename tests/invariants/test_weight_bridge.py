@@ -1,0 +1,456 @@
+"""Weights cross to the rollout actors bit by bit, whatever the transport and the ZeRO stage, or no rollout is made with them.
+
+Two real DeepSpeed ranks and two real rollout actors on one local Ray; digests are taken in the processes themselves.
+"""
+
+import hashlib
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+import torch
+from ray.exceptions import RayActorError
+
+from orchestrator.cluster.rollout_workers import RolloutPool
+from orchestrator.cluster.weight_bridge import BroadcastBridge, CudaIpcBridge, ObjectStoreBridge, make_bridge
+from orchestrator.cluster.workers import LearnerGroup
+from orchestrator.config import Recipe
+from orchestrator.cut import cut_step
+from orchestrator.data.packing import by_branch
+from orchestrator.episodes import Prompt, RolloutGroup, Sampling
+from orchestrator.errors import ConfigError, WorkerLost
+from orchestrator.learner.learner import LearnerSpec, RankLearner
+from orchestrator.learner.publish import WIRE
+from orchestrator.learner.state import full_weights
+from orchestrator.models.buckets import CorruptWeights
+from orchestrator.records import Branch, Cut, SequenceGroup
+from tests.running import planned_faults, shared_ray, wait_until
+
+pytestmark = pytest.mark.timeout(300)
+
+BUCKET_BYTES = 16_000
+SAMPLING = Sampling(samples=2, max_new_tokens=4)
+WORK = [(i, Prompt(i, "", 0, np.arange(1, 5 + i), "")) for i in range(4)]
+BRIDGES = {"object_store": ObjectStoreBridge, "broadcast": BroadcastBridge}
+CORRUPT_ONCE, CORRUPT_ALWAYS, KILLED_ON_THE_WAY, CORRUPT_GIFT, BETWEEN = 50, 60, 70, 80, 90
+"""Versions to which something happens, + 1 for the broadcast."""
+
+
+def recipe(precision: str = "fp32", lora: dict | None = None, **rollouts: Any) -> Recipe:
+    return Recipe.model_validate(
+        {
+            "model": {"tiny": {"architecture": "llama", "hidden_size": 32, "layers": 2, "heads": 2}, "lora": lora},
+            "data": {"train": "toy:sft"},
+            "algorithm": {"name": "sft"},
+            "optimizer": {"learning_rate": 1e-2},
+            "learners": {"workers": 2, "cpus_per_worker": 0.25, "precision": precision},
+            "rollouts": {"workers": 2, "cpus_per_worker": 0.25, "batching": "static", "bucket_mb": BUCKET_BYTES / 1e6, **rollouts},
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def ray_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with shared_ray(tmp_path_factory.mktemp("shared")):
+        yield
+
+
+@pytest.fixture(scope="module")
+def group(ray_session: None) -> Iterator[LearnerGroup]:
+    """Two ranks; every test builds what it needs on them. Each bundle has room for an actor."""
+    cfg = recipe(placement="colocated")
+    with LearnerGroup(cfg.learners, colocated=cfg.rollouts) as group:
+        yield group
+
+
+@pytest.fixture(scope="module")
+def faults(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Files that say which faults have happened."""
+    return tmp_path_factory.mktemp("faults")
+
+
+@pytest.fixture(scope="module")
+def pool(group: LearnerGroup, faults: Path) -> Iterator[RolloutPool]:
+    """Two actors in fp32 in the learners' bundles, to whose weights things happen at the versions named above, and at no others."""
+    planned = [
+        {"site": "weights", "action": "corrupt", "step": CORRUPT_GIFT, "rank": 0, "once": str(faults / "gift")},
+        {"site": "weights", "action": "kill", "step": KILLED_ON_THE_WAY, "rank": 0, "once": str(faults / "kill")},
+    ]
+    for i in range(2):
+        planned += [
+            {"site": "weights", "action": "corrupt", "step": CORRUPT_ONCE + i, "rank": 1, "once": str(faults / f"corrupt-{i}")},
+            {"site": "weights", "action": "corrupt", "step": CORRUPT_ALWAYS + i},
+        ]
+    cfg = recipe(placement="colocated", max_restarts=100)
+    with planned_faults(*planned), RolloutPool(cfg, colocated=group.placement) as pool:
+        assert pool.own is None
+        yield pool
+
+
+def build(group: LearnerGroup, cfg: Recipe, stage: int) -> Cut:
+    """A learner that has taken a step, so that its weights are nobody else's."""
+    sync = "no_sync" if stage < 2 else "coalesced" if cfg.learners.precision == "fp32" else "per_micro_batch"
+    cut = Cut(workers=2, examples=2, positions=None, layout="padded", zero_stage=stage, sync=sync)
+    group.build(LearnerSpec(cfg, cut, 4))
+    learn(group, cut, 0)
+    return cut
+
+
+def learn(group: LearnerGroup, cut: Cut, seed: int) -> None:
+    """A step on rows of its own."""
+    draw = np.random.default_rng(seed)
+    rows = [SequenceGroup(i, draw.integers(0, 256, 3), (Branch(draw.integers(0, 256, 4), np.ones(4, np.bool_)),)) for i in range(8)]
+    group.forward_backward(cut_step(rows, cut), 0)
+    assert group.optim_step(0).applied
+
+
+def digest(tensor: torch.Tensor) -> str:
+    return hashlib.sha256(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
+
+
+def learner_digests(learner: RankLearner) -> dict[str, str]:
+    """SHA-256 of each trainable weight as generators shall compute with it, by Hugging Face name."""
+    names, wire = learner.scoring.hf_names(), WIRE[learner.spec.recipe.learners.precision]
+    return {names[name]: digest(weight.to(wire)) for name, weight in full_weights(learner)}
+
+
+def actor_digests(worker: Any) -> tuple[int | None, dict[str, str]]:
+    """(version held, SHA-256 of each parameter by name)."""
+    return worker.engine.version, {name: digest(p) for name, p in worker.engine.model.named_parameters()}
+
+
+def held(worker: Any) -> int | None:
+    return worker.engine.version
+
+
+def sent(group: LearnerGroup) -> dict[str, str]:
+    digests = group.call(learner_digests)
+    assert digests[0] == digests[1]
+    return digests[0]
+
+
+def rollouts(pool: RolloutPool, version: int) -> tuple[RolloutGroup, ...]:
+    """Groups sampled with `version`, by an actor of each process: until none is left that does not hold it."""
+    groups: list[RolloutGroup] = []
+
+    def all_worked() -> bool:
+        groups.extend(pool.start(WORK, SAMPLING, version).result())
+        return pool.call(held) == [version] * len(pool.actors)
+
+    assert wait_until(all_worked, 60.0, pause_s=0.0)
+    assert {r.version for g in groups for r in g.rollouts} == {version}
+    return tuple(groups)
+
+
+def check_arrived(group: LearnerGroup, pool: RolloutPool, version: int) -> None:
+    """Rollouts are stamped with the version, and every actor's parameters are the learner's, bit by bit."""
+    rollouts(pool, version)
+    expected = sent(group)
+    for found, digests in pool.call(actor_digests):
+        assert found == version
+        assert digests == expected
+
+
+# ---- every stage, every transport
+
+
+def every_stage(group: LearnerGroup, pool: RolloutPool, precision: str, stages: tuple[int, ...]) -> None:
+    cfg, version, bridges = recipe(precision), 0, {name: kind(group, pool, BUCKET_BYTES) for name, kind in BRIDGES.items()}
+    seen = set()
+    for stage in stages:
+        cut = build(group, cfg, stage)
+        for name, bridge in bridges.items():
+            version += 1
+            learn(group, cut, version)
+            delivered = bridge.publish(version)
+            check_arrived(group, pool, version)
+            elements = group.call(trainable_elements)[0]
+            assert delivered.version == version and delivered.transport == name and delivered.buckets >= 5
+            assert delivered.bytes == pytest.approx(elements * WIRE[precision].itemsize, rel=0.01)  # places are multiples of 16
+            seen.add(tuple(sent(group).values()))
+            print(f"{precision} ZeRO-{stage} {name}: {delivered.bytes} bytes in {delivered.buckets} buckets, {delivered.seconds:.3f} s")
+    assert len(seen) == 2 * len(stages)  # each version had weights of its own, so the check could fail
+
+
+def trainable_elements(learner: RankLearner) -> int:
+    return sum(weight.numel() for _, weight in full_weights(learner))
+
+
+def test_fp32_weights_of_every_zero_stage_arrive_bit_by_bit(group: LearnerGroup, pool: RolloutPool) -> None:
+    """Colocated actors."""
+    every_stage(group, pool, "fp32", (0, 1, 2, 3))
+
+
+def test_bf16_weights_of_every_zero_stage_arrive_bit_by_bit(group: LearnerGroup) -> None:
+    """Actors in bundles of their own. Stage 0 is refused in bf16 by the plan: DeepSpeed takes a stray step there."""
+    with RolloutPool(recipe("bf16")) as pool:
+        every_stage(group, pool, "bf16", (1, 2, 3))
+
+
+def test_lora_sends_its_adapter_alone(group: LearnerGroup) -> None:
+    """The base does not cross; what is sampled with the new adapter has the log-probs that the learner gives it."""
+    cfg = recipe(lora={"rank": 2, "alpha": 64.0})
+    with RolloutPool(cfg) as pool:
+        before = pool.call(actor_digests)[0][1]
+        start = {r.logprobs.tobytes() for g in _untrained(group, pool, cfg) for r in g.rollouts}
+        for version, (stage, kind) in enumerate([(0, ObjectStoreBridge), (3, BroadcastBridge)], 2):
+            cut = build(group, cfg, stage)
+            delivered = kind(group, pool, 4_000).publish(version)
+            groups = rollouts(pool, version)
+            adapter = sent(group)
+            assert adapter and all("lora_" in name for name in adapter)
+            for _, after in pool.call(actor_digests):
+                assert {name: d for name, d in after.items() if name in adapter} == adapter
+                assert {n: d for n, d in after.items() if n not in adapter} == {n: d for n, d in before.items() if n not in adapter}
+            whole = pool.call(parameter_bytes)[0]
+            assert delivered.buckets > 1 and delivered.bytes < whole / 5
+            assert learner_gap(group, cut, groups[-len(WORK) :]) < 1e-5
+            assert start.isdisjoint(r.logprobs.tobytes() for g in groups for r in g.rollouts)  # the adapter does something
+            print(f"LoRA ZeRO-{stage}: {delivered.bytes} of {whole} bytes")
+
+
+def _untrained(group: LearnerGroup, pool: RolloutPool, cfg: Recipe) -> tuple[RolloutGroup, ...]:
+    group.build(LearnerSpec(cfg, Cut(2, 2, None, "padded", 0, "no_sync"), 4))
+    ObjectStoreBridge(group, pool, 4_000).publish(1)
+    return rollouts(pool, 1)
+
+
+def parameter_bytes(worker: Any) -> int:
+    return sum(p.numel() * p.element_size() for p in worker.engine.model.parameters())
+
+
+def learner_gap(group: LearnerGroup, cut: Cut, groups: tuple[RolloutGroup, ...]) -> float:
+    """Largest |log-prob of the generator - log-prob of the learner| over the sampled tokens."""
+    rows = [SequenceGroup(i, g.prompt.ids, (Branch(r.ids, r.scored),)) for i, (g, r) in enumerate((g, r) for g in groups for r in g.rollouts)]
+    sampled = [r.logprobs for g in groups for r in g.rollouts]
+    batch = cut_step(rows, cut)
+    gaps = [
+        float(np.abs(branches[0] - sampled[row]).max())
+        for micro_batches, values in zip(batch.micro_batches, group.token_logprobs(batch), strict=True)
+        for micro_batch, found in zip(micro_batches, values, strict=True)
+        for row, branches in zip(micro_batch.examples, by_branch(micro_batch, found), strict=True)
+    ]
+    assert len(gaps) == len(rows)
+    return max(gaps)
+
+
+# ---- damage and death
+
+
+@pytest.fixture(scope="module")
+def trained(group: LearnerGroup) -> LearnerGroup:
+    """ZeRO-3, so that every send is a collective."""
+    build(group, recipe(), 3)
+    return group
+
+
+@pytest.fixture(params=enumerate(BRIDGES), ids=list(BRIDGES))
+def transport(request: pytest.FixtureRequest) -> tuple[int, type]:
+    """(what to add to the versions, the bridge)."""
+    offset, name = request.param
+    return offset, BRIDGES[name]
+
+
+def test_damaged_weights_are_refused_and_sent_again(trained: LearnerGroup, pool: RolloutPool, transport: tuple[int, Any], faults: Path) -> None:
+    offset, bridge = transport
+    pids = list(pool.pids)
+    bridge(trained, pool, BUCKET_BYTES).publish(CORRUPT_ONCE + offset)
+    check_arrived(trained, pool, CORRUPT_ONCE + offset)
+    assert (faults / f"corrupt-{offset}").exists()
+    assert pool.pids == pids  # a damaged transfer costs no actor
+
+
+def test_weights_that_are_always_damaged_end_the_run_without_a_rollout(
+    trained: LearnerGroup, pool: RolloutPool, transport: tuple[int, Any]
+) -> None:
+    offset, bridge = transport
+    version = CORRUPT_ALWAYS + offset
+    pool.spans()
+    with pytest.raises(CorruptWeights, match=f"weight version {version} arrived damaged"):
+        bridge(trained, pool, BUCKET_BYTES).publish(version)
+        pool.start(WORK, SAMPLING, version).result()
+    pool.wait_until_idle()
+    assert not pool.spans()
+    assert version not in pool.call(held)
+    for actor in pool.actors:
+        with pytest.raises(WorkerLost, match=f"asked to roll out weights {version}"):
+            ray.get(actor.roll_out.remote(WORK, SAMPLING, version, []))
+    bridge(trained, pool, BUCKET_BYTES).publish(version + 2)
+    check_arrived(trained, pool, version + 2)  # nobody is worse for it
+
+
+def test_an_actor_that_dies_in_a_broadcast_is_replaced(trained: LearnerGroup, pool: RolloutPool, faults: Path) -> None:
+    pids = list(pool.pids)
+    BroadcastBridge(trained, pool, BUCKET_BYTES).publish(KILLED_ON_THE_WAY)
+    check_arrived(trained, pool, KILLED_ON_THE_WAY)
+    assert (faults / "kill").exists()
+    assert pool.pids[0] != pids[0] and pool.pids[1] == pids[1]
+
+
+def kill(pool: RolloutPool, index: int) -> None:
+    """kill -9, and waits until Ray knows."""
+    os.kill(pool.pids[index], signal.SIGKILL)
+    actor = pool.actors[index]
+
+    def dead() -> bool:
+        try:
+            ray.get(actor.leave_channel.remote(), timeout=10.0)
+        except RayActorError:
+            return True
+        return False
+
+    assert wait_until(dead, 30.0)
+
+
+def test_an_actor_killed_between_publish_and_work_comes_back_with_the_right_weights(
+    trained: LearnerGroup, pool: RolloutPool, transport: tuple[int, Any]
+) -> None:
+    offset, kind = transport
+    bridge = kind(trained, pool, BUCKET_BYTES)
+    bridge.publish(BETWEEN + offset)
+    pids = list(pool.pids)
+    kill(pool, 0)
+    check_arrived(trained, pool, BETWEEN + offset)
+    assert pool.pids[0] != pids[0] and pool.pids[1] == pids[1]
+    bridge.publish(BETWEEN + offset + 2)  # through a channel to the new actor
+    check_arrived(trained, pool, BETWEEN + offset + 2)
+
+
+@pytest.mark.slow
+def test_an_actor_that_died_idle_is_replaced_by_the_next_broadcast(trained: LearnerGroup, pool: RolloutPool) -> None:
+    bridge, pids = BroadcastBridge(trained, pool, BUCKET_BYTES), list(pool.pids)
+    for version in (10, 11):
+        kill(pool, version - 10)
+        bridge.publish(version)  # the first opens its channel, the second has one
+        check_arrived(trained, pool, version)
+    assert set(pids).isdisjoint(pool.pids)
+
+
+@pytest.mark.slow
+def test_weights_damaged_between_two_actors_are_sent_again(trained: LearnerGroup, pool: RolloutPool, faults: Path) -> None:
+    """A new actor is given what another one holds, under the same checksums."""
+    bridge = BroadcastBridge(trained, pool, BUCKET_BYTES)
+    (faults / "gift").touch()  # not yet: the broadcast itself shall pass
+    bridge.publish(CORRUPT_GIFT)
+    kill(pool, 0)
+    (faults / "gift").unlink()
+    check_arrived(trained, pool, CORRUPT_GIFT)
+    assert (faults / "gift").exists()
+
+
+@pytest.mark.slow
+def test_a_broadcast_version_that_no_living_actor_holds_ends_the_attempt(trained: LearnerGroup, pool: RolloutPool) -> None:
+    BroadcastBridge(trained, pool, BUCKET_BYTES).publish(1)
+    kill(pool, 0)
+    kill(pool, 1)
+    with pytest.raises(WorkerLost, match=r"no other rollout actor could give it weights 1"):
+        pool.start(WORK, SAMPLING, 1).result()
+
+
+def test_an_actor_rolls_out_only_what_it_holds(trained: LearnerGroup, pool: RolloutPool) -> None:
+    for version, bridge in enumerate(BRIDGES.values(), 5):
+        bridge(trained, pool, BUCKET_BYTES).publish(version)
+        check_arrived(trained, pool, version)
+    with pytest.raises(WorkerLost, match="rollout-0 was asked to roll out weights 5, it holds 6"):
+        ray.get(pool.actors[0].roll_out.remote(WORK, SAMPLING, 5, []))
+    with pytest.raises(WorkerLost, match="weights 5 were never published"):
+        pool.start(WORK, SAMPLING, 5)
+
+
+def test_a_broadcast_waits_for_work_with_the_old_version(trained: LearnerGroup, pool: RolloutPool) -> None:
+    bridge = BroadcastBridge(trained, pool, BUCKET_BYTES)
+    bridge.publish(7)
+    old = [pool.start(WORK, SAMPLING, 7) for _ in range(3)]
+    bridge.publish(8)
+    assert all(g is not None for pending in old for g in pending.groups)  # done before publish returned
+    assert {r.version for pending in old for g in pending.result() for r in g.rollouts} == {7}
+    check_arrived(trained, pool, 8)
+
+
+@pytest.mark.slow
+def test_an_actor_that_hangs_in_a_broadcast_is_named_and_replaced(trained: LearnerGroup, tmp_path: Path) -> None:
+    stop = {"site": "weights", "action": "stop", "step": 3, "rank": 1, "once": str(tmp_path / "stop")}
+    with planned_faults(stop), RolloutPool(recipe(timeout_s=10.0, max_restarts=1)) as pool:
+        pids, started = list(pool.pids), time.monotonic()
+        BroadcastBridge(trained, pool, BUCKET_BYTES).publish(3)
+        assert time.monotonic() - started < 60
+        check_arrived(trained, pool, 3)
+        assert pool.pids[0] == pids[0] and pool.pids[1] != pids[1]
+        (tmp_path / "stop").unlink()
+        with pytest.raises(WorkerLost, match="rollout-1 did not answer within 10 s, and 1 rollout actors were replaced already"):
+            BroadcastBridge(trained, pool, BUCKET_BYTES).publish(3)
+
+
+# ---- who sits where
+
+
+def test_the_order_of_cuda_ipc(trained: LearnerGroup, pool: RolloutPool, faults: Path) -> None:
+    """make_bridge refuses it on a CPU, where torch's handles are copies; who hands what to whom, and what is checked, is the same."""
+    bridge, pids = CudaIpcBridge(trained, pool, BUCKET_BYTES), list(pool.pids)
+    (faults / "corrupt-0").unlink(missing_ok=True)
+    bridge.publish(CORRUPT_ONCE)
+    assert (faults / "corrupt-0").exists()
+    check_arrived(trained, pool, CORRUPT_ONCE)
+    with pytest.raises(CorruptWeights, match=f"weight version {CORRUPT_ALWAYS} arrived damaged"):
+        bridge.publish(CORRUPT_ALWAYS)
+    assert pool.call(held) == [None, None]
+    assert pool.pids == pids
+    bridge.publish(CORRUPT_ALWAYS + 4)
+    check_arrived(trained, pool, CORRUPT_ALWAYS + 4)
+
+
+@pytest.mark.slow
+def test_an_actor_that_dies_while_it_is_handed_weights_is_replaced(trained: LearnerGroup, pool: RolloutPool, faults: Path) -> None:
+    (faults / "kill").unlink(missing_ok=True)
+    pids = list(pool.pids)
+    CudaIpcBridge(trained, pool, BUCKET_BYTES).publish(KILLED_ON_THE_WAY)
+    check_arrived(trained, pool, KILLED_ON_THE_WAY)
+    assert pool.pids[0] != pids[0] and pool.pids[1] == pids[1]
+
+
+@pytest.mark.parametrize(
+    "placement, learner, actor, transport, expected",
+    [
+        ("separate", 0, 0, "auto", ObjectStoreBridge),
+        ("separate", 1, 1, "auto", ObjectStoreBridge),
+        ("colocated", 0, 0, "auto", ObjectStoreBridge),
+        ("colocated", 1, 1, "auto", ObjectStoreBridge),  # two GPUs in each bundle
+        ("colocated", 0.5, 0.5, "auto", CudaIpcBridge),
+        ("colocated", 0.5, 0.5, "object_store", ObjectStoreBridge),
+        ("colocated", 0.5, 0.5, "broadcast", BroadcastBridge),
+        ("colocated", 0.5, 0.5, "cuda_ipc", CudaIpcBridge),
+        ("colocated", 0, 0, "cuda_ipc", None),
+        ("separate", 1, 1, "cuda_ipc", None),
+    ],
+)
+def test_the_transport_follows_from_the_recipe(
+    pool: RolloutPool, placement: str, learner: float, actor: float, transport: str, expected: Any
+) -> None:
+    cfg = recipe(placement=placement, gpus_per_worker=actor, transport=transport)
+    cfg = cfg.model_copy(update={"learners": cfg.learners.model_copy(update={"gpus_per_worker": learner})})
+    nobody: Any = None
+    if expected is None:
+        with pytest.raises(ConfigError, match=r"cuda_ipc needs a learner and a rollout actor on each GPU"):
+            make_bridge(cfg, nobody, pool)
+    else:
+        assert type(make_bridge(cfg, nobody, pool)) is expected
+
+
+@pytest.mark.gpu
+def test_weights_cross_between_processes_on_one_gpu(ray_session: None) -> None:
+    """Every transport there is on GPUs, with a learner and an actor on one."""
+    cfg = recipe(workers=1, placement="colocated", gpus_per_worker=0.5)
+    cfg = cfg.model_copy(update={"learners": cfg.learners.model_copy(update={"gpus_per_worker": 0.5, "workers": 1})})
+    with LearnerGroup(cfg.learners, colocated=cfg.rollouts) as group, RolloutPool(cfg, colocated=group.placement) as pool:
+        cut = Cut(workers=1, examples=2, positions=None, layout="padded", zero_stage=3, sync="coalesced")
+        group.build(LearnerSpec(cfg, cut, 4))
+        for version, kind in enumerate((ObjectStoreBridge, BroadcastBridge, CudaIpcBridge)):
+            learn(group, cut, version)
+            kind(group, pool, BUCKET_BYTES).publish(version)
+            check_arrived(group, pool, version)
