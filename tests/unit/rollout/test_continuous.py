@@ -1,7 +1,6 @@
 """Continuous batching: the static decoder's tokens whatever the batch, and never a key of old weights."""
 
 import threading
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -147,12 +146,13 @@ def test_what_breaks_the_managers_thread_is_told():
     assert threading.active_count() == threads
 
 
-class Slower(StaticDecoder):
-    """The static decoder, which loses every race."""
+class Clock:
+    """Time that passes only where a decoder says how long it took."""
 
-    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[tuple[Completion, ...]]:
-        time.sleep(1.0)
-        return super().generate(requests, sampling)
+    now = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
 
 
 class AnotherModel(ContinuousDecoder):
@@ -162,19 +162,32 @@ class AnotherModel(ContinuousDecoder):
         return StaticDecoder(CASES[0].model(seed=1), EOS, 64, letters).generate(requests, sampling)
 
 
+def taking(kind: Any, seconds: float, clock: Clock) -> Any:
+    """A decoder of that kind that takes so long."""
+
+    class Taking(kind):
+        def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[tuple[Completion, ...]]:
+            clock.now += seconds
+            return super().generate(requests, sampling)
+
+    return Taking(LLAMA, EOS, 6, letters)
+
+
 @pytest.mark.parametrize(
-    ("static", "continuous", "chosen"),
-    [(Slower, ContinuousDecoder, "continuous"), (StaticDecoder, ContinuousDecoder, "static"), (Slower, AnotherModel, "static")],
+    ("kind", "static_s", "continuous_s", "chosen"),
+    [(ContinuousDecoder, 2.0, 1.0, "continuous"), (ContinuousDecoder, 1.0, 2.0, "static"), (AnotherModel, 2.0, 1.0, "static")],
 )
-def test_the_quicker_decoder_is_chosen_once_unless_it_is_wrong(static, continuous, chosen):
+def test_the_quicker_decoder_is_chosen_once_unless_it_is_wrong(kind, static_s, continuous_s, chosen, monkeypatch):
     said: list[str] = []
-    options = (LLAMA, EOS, 6, letters)
-    decoder = MeasuredDecoder(static(*options), continuous(*options), said.append)
+    clock = Clock()
+    monkeypatch.setattr("orchestrator.rollout.continuous.time", clock)
+    decoder = MeasuredDecoder(taking(StaticDecoder, static_s, clock), taking(kind, continuous_s, clock), said.append)
     assert decoder.generate([], SAMPLING) == [] and decoder.chosen is None
     found = decoder.generate(REQUESTS, SAMPLING)
     assert same(found, EXPECTED) and same(decoder.generate(REQUESTS[:2], SAMPLING), EXPECTED[:2])
     assert decoder.chosen is (decoder.continuous if chosen == "continuous" else decoder.static)
-    assert len(said) == 1 and said[0].startswith(f"rollouts.batching=auto: {chosen} (12 samples: static ")
+    assert len(said) == 1
+    assert said[0].startswith(f"rollouts.batching=auto: {chosen} (12 samples: static {static_s:.2f} s, continuous {continuous_s:.2f} s, log-probs")
 
 
 def test_a_failure_while_measuring_chooses_static_and_is_told():
