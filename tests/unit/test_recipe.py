@@ -153,7 +153,7 @@ tracking:
         f"learners.zero_stage: must be 'auto', 0, 1, 2 or 3 (got 4; {file}:12)",
         f"tracking: must be a mapping of keys (got null; {file}:13)",
         f"learnrs: unknown key, did you mean learners? ({file}:3)",
-        f"learning_rate: unknown key, did you mean optimizer.learning_rate? ({file}:4)",
+        f"learning_rate: unknown key, did you mean optimizer.learning_rate or critic.learning_rate? ({file}:4)",
     ]
     assert "pydantic" not in str(error).lower()
 
@@ -347,7 +347,11 @@ def test_a_plain_recipe_cannot_start_from_a_stage(minimal: Path) -> None:
 def test_shipped_recipes_load(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)  # names must not depend on the folder
     shipped = builtin_recipes()
-    assert list(shipped) == ["dpo/llama-3-8b", "dpo/qwen2.5-0.5b", "tiny/demo", "tiny/dpo", "tiny/kto", "tiny/reward", "tiny/sft"]
+    assert list(shipped) == [
+        *("dpo/llama-3-8b", "dpo/qwen2.5-0.5b", "grpo/qwen2.5-1.5b-gsm8k"),
+        *("tiny/demo", "tiny/dpo", "tiny/grpo", "tiny/grpo_tool", "tiny/kto"),
+        *("tiny/online_dpo", "tiny/ppo", "tiny/reward", "tiny/rloo", "tiny/sft"),
+    ]
     for name in shipped:
         for stage in load(name).stages:
             recipe = stage.recipe
