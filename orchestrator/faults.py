@@ -1,13 +1,15 @@
 """The one seam for fault injection: tests and chaos runs name a site, a step and a rank; nothing happens otherwise.
 
 ORCHESTRATOR_FAULTS holds a JSON list of {"site", "action", "step"?, "rank"?, "once"?}: action is "kill" (SIGKILL to
-this process), "oom" (an out-of-memory error), "nan" (told to the caller), "stop" (SIGSTOP) or "disk_full".
+this process), "oom" (an out-of-memory error), "nan" or "corrupt" (told to the caller), "stop" (SIGSTOP), "slow" (a second
+of sleep) or "disk_full".
 `once` names a marker file: the fault happens only while the file does not exist, and makes it.
 """
 
 import json
 import os
 import signal
+import time
 from pathlib import Path
 
 VARIABLE = "ORCHESTRATOR_FAULTS"
@@ -40,6 +42,8 @@ def _act(action: str) -> str:
         os.kill(os.getpid(), signal.SIGKILL)
     if action == "stop":
         os.kill(os.getpid(), signal.SIGSTOP)
+    if action == "slow":
+        time.sleep(1.0)
     if action == "disk_full":
         raise OSError(28, "No space left on device (injected)")
     return action

@@ -16,14 +16,14 @@ from orchestrator.checkpoints import write_atomically
 from orchestrator.errors import DataError, MissingInput
 from orchestrator.observe import charts
 from orchestrator.observe.charts import Chart, Point, Series
+from orchestrator.observe.sample_cards import sample_sections
 from orchestrator.observe.sinks import duration, number, read_lines
 
 Line = Mapping[str, Any]
 EVAL = "eval/"
-MOST_SAMPLES = 24
-"""Samples of a kind that the page shows; all are in samples.jsonl."""
-
 GROUPS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("Reward", ("reward/mean",)),
+    ("pass@k", ("pass@1", "pass@2", "pass@4", "pass@8", "pass@16")),
     ("Loss", ("loss",)),
     ("Preference accuracy", ("preference_accuracy",)),
     ("Exact match", ("exact_match",)),
@@ -31,12 +31,17 @@ GROUPS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("Reward margin", ("rewards/margins",)),
     ("Rewards", ("rewards/chosen", "rewards/rejected")),
     ("Log-probs", ("logps/chosen", "logps/rejected")),
+    ("KL from the reference", ("kl",)),
+    ("Entropy", ("policy/entropy",)),
+    ("Completion length", ("completions/mean_length", "completions/max_length")),
+    ("Generator against learner, nat per token", ("policy/train_rollout_gap",)),
+    ("Explained variance of the critic", ("value/explained_variance",)),
     ("Gradient norm", ("grad_norm",)),
     ("Learning rate", ("learning_rate",)),
 )
 """Charts in their order; the same names with `eval/` before them make the held-out charts."""
 STEADY = {"learning_rate"}
-HIDDEN = {"step", "num_tokens", "examples", "skipped"}
+HIDDEN = {"step", "num_tokens", "examples", "skipped", "optimizer_steps"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +165,7 @@ def _facts(run: RunRecord) -> dict[str, str]:
     rates = sorted(x["perf/tokens_per_s"] for x in run.steps if x.get("perf/tokens_per_s"))
     if rates:
         facts["median speed"] = f"{_short(rates[len(rates) // 2])} tok/s"
-    seconds = sum(v for x in run.steps for k, v in x.items() if k.startswith("time/") and v)
+    seconds = sum(x.get("time/step") or sum(v for k, v in x.items() if k.startswith("time/") and v) for x in run.steps)
     if seconds:
         facts["time in steps"] = duration(seconds)
     if last.get("skipped"):
@@ -232,7 +237,7 @@ def _grouped(lines: Sequence[Line], prefix: str, left: set[str], smooth: bool) -
 
 def _training_charts(steps: Sequence[Line]) -> list[Chart]:
     names = list(dict.fromkeys(n for x in steps for n in x))
-    left = {n for n in names if n not in HIDDEN and not n.startswith(("perf/", "time/"))}
+    left = {n for n in names if n not in HIDDEN and not n.startswith(("perf/", "time/", "weights/"))}
     found = _grouped(steps, "", left, smooth=True)
     return found + [Chart(n, _series(steps, [n]), smooth=True) for n in names if n in left]
 
@@ -251,7 +256,7 @@ def _evaluation_charts(evaluations: Sequence[Line]) -> list[Chart]:
 
 
 def _speed_charts(steps: Sequence[Line]) -> list[Chart]:
-    times = list(dict.fromkeys(n for x in steps for n in x if n.startswith("time/")))
+    times = list(dict.fromkeys(n for x in steps for n in x if n.startswith("time/") and n != "time/step"))
     wanted = [
         ("Tokens per second", ["perf/tokens_per_s"]),
         ("Model FLOPs utilisation (%)", ["perf/mfu"]),
@@ -266,47 +271,7 @@ def _speed_charts(steps: Sequence[Line]) -> list[Chart]:
 
 
 def _samples(samples: Sequence[Line]) -> list[str]:
-    pairs = sorted((s for s in samples if s.get("kind") == "pair"), key=lambda s: _at(s.get("scores"), "margin") or 0.0)
-    generations = [s for s in samples if s.get("kind") == "generation"]
-    wrong = [s for s in generations if not _at(s.get("scores"), "correct")]
-    right = [s for s in generations if _at(s.get("scores"), "correct")]
-    mixed = [s for both in zip(right, wrong, strict=False) for s in both]  # some of each kind come first
-    mixed += right[len(wrong) :] + wrong[len(right) :]
-    scored = f" {len(right)} of {len(generations)} correct." if any(s.get("answer") is not None for s in generations) else ""
-    return [
-        _section("Most-wrong pairs", _cards(pairs, _pair), f"Held-out pairs of the last evaluation with the lowest margin.{_shown(pairs)}"),
-        _section("Generations", _cards(mixed, _generation), f"Greedy answers to held-out prompts.{scored}{_shown(mixed)}"),
-    ]
-
-
-def _shown(samples: Sequence[Line]) -> str:
-    return f" {MOST_SAMPLES} of {len(samples)} are shown; samples.jsonl has all." if len(samples) > MOST_SAMPLES else ""
-
-
-def _cards(samples: Sequence[Line], render_one: Any) -> str:
-    return f"<div class=samples>{''.join(map(render_one, samples[:MOST_SAMPLES]))}</div>" if samples else ""
-
-
-def _text(title: str, value: Any, style: str = "") -> str:
-    if value is None:
-        return ""
-    shown = escape(str(value).strip("\n"))
-    return f'<div class="text {style}"><span>{title}</span><pre dir=auto>{shown}</pre></div>'
-
-
-def _pair(sample: Line) -> str:
-    margin = _at(sample.get("scores"), "margin")
-    head = "" if margin is None else f"<p class=score>margin <b>{number(margin)}</b></p>"
-    texts = _text("prompt", sample.get("prompt")) + _text("chosen", sample.get("chosen"), "good") + _text("rejected", sample.get("rejected"), "bad")
-    return f"<article>{head}{texts}</article>"
-
-
-def _generation(sample: Line) -> str:
-    correct = _at(sample.get("scores"), "correct")
-    head = "" if correct is None else f"<p class=score>{'✓ correct' if correct else '✗ not the answer'}</p>"
-    style = "" if correct is None else "good" if correct else "bad"
-    texts = _text("prompt", sample.get("prompt")) + _text("completion", sample.get("completion"), style) + _text("answer", sample.get("answer"))
-    return f"<article>{head}{texts}</article>"
+    return [_section(title, body, lead) for title, body, lead in sample_sections(samples)]
 
 
 def _plan(plan: Mapping[str, Any]) -> str:

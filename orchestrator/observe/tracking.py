@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.config import Tracking
+from orchestrator.observe.sample_cards import spread
 from orchestrator.observe.sinks import Note
 from orchestrator.records import EvaluationReport, Sample, StepReport
 
@@ -34,6 +35,7 @@ class WandbSink:
         self._dir, self._tracking, self._name, self._config, self._id = run_dir, tracking, run_name, config, run_id
         self._run: Run | None = None
         self._taking = True
+        self._rollouts: tuple[Sample, ...] = ()
         self._note: Note = _silent
 
     def open(self, note: Note) -> None:
@@ -43,10 +45,11 @@ class WandbSink:
         self._guarded(_define_metrics)
 
     def step(self, report: StepReport) -> None:
+        self._rollouts = report.samples
         self._guarded(lambda run: run.log({**report.metrics, STEP: report.step}))
 
     def evaluation(self, report: EvaluationReport) -> None:
-        self._guarded(lambda run: run.log({**report.metrics, **_tables(report.samples), STEP: report.step}))
+        self._guarded(lambda run: run.log({**report.metrics, **_tables((*report.samples, *spread(self._rollouts, _reward))), STEP: report.step}))
 
     def note(self, message: str) -> None:
         """Notes are in logs/driver.log."""
@@ -151,6 +154,7 @@ def _tables(samples: tuple[Sample, ...]) -> dict[str, Any]:
     tables = {
         "eval/most_wrong_pairs": ("pair", ("prompt", "chosen", "rejected")),
         "eval/generations": ("generation", ("prompt", "completion", "answer")),
+        "rollouts/worst_median_best": ("rollout", ("prompt", "completion", "answer", "version", "finish")),
     }
     logged = {}
     for name, (kind, texts) in tables.items():
@@ -160,6 +164,10 @@ def _tables(samples: tuple[Sample, ...]) -> dict[str, Any]:
             data: list[Any] = [[s.step, *(getattr(s, text) for text in texts), *(s.scores.get(score) for score in scores)] for s in rows]
             logged[name] = Table(columns=["step", *texts, *scores], data=data)
     return logged
+
+
+def _reward(sample: Sample) -> float:
+    return sample.scores.get("reward", 0.0)
 
 
 def _reason(error: Exception) -> str:
