@@ -25,11 +25,13 @@ from orchestrator.cut import cut_step
 from orchestrator.data.packing import by_branch
 from orchestrator.episodes import Prompt, RolloutGroup, Sampling
 from orchestrator.errors import ConfigError, WorkerLost
+from orchestrator.learner import engine
 from orchestrator.learner.learner import LearnerSpec, RankLearner
 from orchestrator.learner.publish import WIRE
 from orchestrator.learner.state import full_weights
 from orchestrator.models.buckets import CorruptWeights
 from orchestrator.records import Branch, Cut, SequenceGroup
+from orchestrator.roles import WeightBridge
 from tests.running import planned_faults, shared_ray, wait_until
 
 pytestmark = pytest.mark.timeout(300)
@@ -66,7 +68,17 @@ def group(ray_session: None) -> Iterator[LearnerGroup]:
     """Two ranks; every test builds what it needs on them. Each bundle has room for an actor."""
     cfg = recipe(placement="colocated")
     with LearnerGroup(cfg.learners, colocated=cfg.rollouts) as group:
+        group.call(shard_everything)
         yield group
+
+
+def shard_everything(_: Any) -> None:
+    """In a learner's process: ZeRO-3 keeps no parameter whole on every rank, as it would every one of a tiny model's."""
+    engine.PERSISTENT_ELEMENTS = 0
+
+
+def elements_held(learner: RankLearner) -> int:
+    return sum(p.numel() for p in learner.scoring.parameters() if p.requires_grad)
 
 
 @pytest.fixture(scope="module")
@@ -93,12 +105,18 @@ def pool(group: LearnerGroup, faults: Path) -> Iterator[RolloutPool]:
         yield pool
 
 
+def cut_of(cfg: Recipe, stage: int) -> Cut:
+    sync = "no_sync" if stage < 2 else "coalesced" if cfg.learners.precision == "fp32" else "per_micro_batch"
+    return Cut(workers=cfg.learners.workers, examples=2, positions=None, layout="padded", zero_stage=stage, sync=sync)
+
+
 def build(group: LearnerGroup, cfg: Recipe, stage: int) -> Cut:
     """A learner that has taken a step, so that its weights are nobody else's."""
-    sync = "no_sync" if stage < 2 else "coalesced" if cfg.learners.precision == "fp32" else "per_micro_batch"
-    cut = Cut(workers=2, examples=2, positions=None, layout="padded", zero_stage=stage, sync=sync)
+    cut = cut_of(cfg, stage)
     group.build(LearnerSpec(cfg, cut, 4))
     learn(group, cut, 0)
+    if stage == 3:
+        assert group.call(elements_held) == [0, 0]  # nothing is whole outside a gather
     return cut
 
 
@@ -250,6 +268,12 @@ def trained(group: LearnerGroup) -> LearnerGroup:
     return group
 
 
+def publish(trained: LearnerGroup, bridge: WeightBridge, version: int) -> None:
+    """Takes a step first: no version has the weights of another one."""
+    learn(trained, cut_of(recipe(), 3), version)
+    bridge.publish(version)
+
+
 @pytest.fixture(params=enumerate(BRIDGES), ids=list(BRIDGES))
 def transport(request: pytest.FixtureRequest) -> tuple[int, type]:
     """(what to add to the versions, the bridge)."""
@@ -260,7 +284,7 @@ def transport(request: pytest.FixtureRequest) -> tuple[int, type]:
 def test_damaged_weights_are_refused_and_sent_again(trained: LearnerGroup, pool: RolloutPool, transport: tuple[int, Any], faults: Path) -> None:
     offset, bridge = transport
     pids = list(pool.pids)
-    bridge(trained, pool, BUCKET_BYTES).publish(CORRUPT_ONCE + offset)
+    publish(trained, bridge(trained, pool, BUCKET_BYTES), CORRUPT_ONCE + offset)
     check_arrived(trained, pool, CORRUPT_ONCE + offset)
     assert (faults / f"corrupt-{offset}").exists()
     assert pool.pids == pids  # a damaged transfer costs no actor
@@ -273,7 +297,7 @@ def test_weights_that_are_always_damaged_end_the_run_without_a_rollout(
     version = CORRUPT_ALWAYS + offset
     pool.spans()
     with pytest.raises(CorruptWeights, match=f"weight version {version} arrived damaged"):
-        bridge(trained, pool, BUCKET_BYTES).publish(version)
+        publish(trained, bridge(trained, pool, BUCKET_BYTES), version)
         pool.start(WORK, SAMPLING, version).result()
     pool.wait_until_idle()
     assert not pool.spans()
@@ -281,13 +305,13 @@ def test_weights_that_are_always_damaged_end_the_run_without_a_rollout(
     for actor in pool.actors:
         with pytest.raises(WorkerLost, match=f"asked to roll out weights {version}"):
             ray.get(actor.roll_out.remote(WORK, SAMPLING, version, []))
-    bridge(trained, pool, BUCKET_BYTES).publish(version + 2)
+    publish(trained, bridge(trained, pool, BUCKET_BYTES), version + 2)
     check_arrived(trained, pool, version + 2)  # nobody is worse for it
 
 
 def test_an_actor_that_dies_in_a_broadcast_is_replaced(trained: LearnerGroup, pool: RolloutPool, faults: Path) -> None:
     pids = list(pool.pids)
-    BroadcastBridge(trained, pool, BUCKET_BYTES).publish(KILLED_ON_THE_WAY)
+    publish(trained, BroadcastBridge(trained, pool, BUCKET_BYTES), KILLED_ON_THE_WAY)
     check_arrived(trained, pool, KILLED_ON_THE_WAY)
     assert (faults / "kill").exists()
     assert pool.pids[0] != pids[0] and pool.pids[1] == pids[1]
@@ -313,12 +337,12 @@ def test_an_actor_killed_between_publish_and_work_comes_back_with_the_right_weig
 ) -> None:
     offset, kind = transport
     bridge = kind(trained, pool, BUCKET_BYTES)
-    bridge.publish(BETWEEN + offset)
+    publish(trained, bridge, BETWEEN + offset)
     pids = list(pool.pids)
     kill(pool, 0)
     check_arrived(trained, pool, BETWEEN + offset)
     assert pool.pids[0] != pids[0] and pool.pids[1] == pids[1]
-    bridge.publish(BETWEEN + offset + 2)  # through a channel to the new actor
+    publish(trained, bridge, BETWEEN + offset + 2)  # through a channel to the new actor
     check_arrived(trained, pool, BETWEEN + offset + 2)
 
 
@@ -327,7 +351,7 @@ def test_an_actor_that_died_idle_is_replaced_by_the_next_broadcast(trained: Lear
     bridge, pids = BroadcastBridge(trained, pool, BUCKET_BYTES), list(pool.pids)
     for version in (10, 11):
         kill(pool, version - 10)
-        bridge.publish(version)  # the first opens its channel, the second has one
+        publish(trained, bridge, version)  # the first opens its channel, the second has one
         check_arrived(trained, pool, version)
     assert set(pids).isdisjoint(pool.pids)
 
@@ -337,7 +361,7 @@ def test_weights_damaged_between_two_actors_are_sent_again(trained: LearnerGroup
     """A new actor is given what another one holds, under the same checksums."""
     bridge = BroadcastBridge(trained, pool, BUCKET_BYTES)
     (faults / "gift").touch()  # not yet: the broadcast itself shall pass
-    bridge.publish(CORRUPT_GIFT)
+    publish(trained, bridge, CORRUPT_GIFT)
     kill(pool, 0)
     (faults / "gift").unlink()
     check_arrived(trained, pool, CORRUPT_GIFT)
@@ -346,7 +370,7 @@ def test_weights_damaged_between_two_actors_are_sent_again(trained: LearnerGroup
 
 @pytest.mark.slow
 def test_a_broadcast_version_that_no_living_actor_holds_ends_the_attempt(trained: LearnerGroup, pool: RolloutPool) -> None:
-    BroadcastBridge(trained, pool, BUCKET_BYTES).publish(1)
+    publish(trained, BroadcastBridge(trained, pool, BUCKET_BYTES), 1)
     kill(pool, 0)
     kill(pool, 1)
     with pytest.raises(WorkerLost, match=r"no other rollout actor could give it weights 1"):
@@ -355,7 +379,7 @@ def test_a_broadcast_version_that_no_living_actor_holds_ends_the_attempt(trained
 
 def test_an_actor_rolls_out_only_what_it_holds(trained: LearnerGroup, pool: RolloutPool) -> None:
     for version, bridge in enumerate(BRIDGES.values(), 5):
-        bridge(trained, pool, BUCKET_BYTES).publish(version)
+        publish(trained, bridge(trained, pool, BUCKET_BYTES), version)
         check_arrived(trained, pool, version)
     with pytest.raises(WorkerLost, match="rollout-0 was asked to roll out weights 5, it holds 6"):
         ray.get(pool.actors[0].roll_out.remote(WORK, SAMPLING, 5, []))
@@ -365,9 +389,9 @@ def test_an_actor_rolls_out_only_what_it_holds(trained: LearnerGroup, pool: Roll
 
 def test_a_broadcast_waits_for_work_with_the_old_version(trained: LearnerGroup, pool: RolloutPool) -> None:
     bridge = BroadcastBridge(trained, pool, BUCKET_BYTES)
-    bridge.publish(7)
+    publish(trained, bridge, 7)
     old = [pool.start(WORK, SAMPLING, 7) for _ in range(3)]
-    bridge.publish(8)
+    publish(trained, bridge, 8)
     assert all(g is not None for pending in old for g in pending.groups)  # done before publish returned
     assert {r.version for pending in old for g in pending.result() for r in g.rollouts} == {7}
     check_arrived(trained, pool, 8)
@@ -378,13 +402,13 @@ def test_an_actor_that_hangs_in_a_broadcast_is_named_and_replaced(trained: Learn
     stop = {"site": "weights", "action": "stop", "step": 3, "rank": 1, "once": str(tmp_path / "stop")}
     with planned_faults(stop), RolloutPool(recipe(timeout_s=10.0, max_restarts=1)) as pool:
         pids, started = list(pool.pids), time.monotonic()
-        BroadcastBridge(trained, pool, BUCKET_BYTES).publish(3)
+        publish(trained, BroadcastBridge(trained, pool, BUCKET_BYTES), 3)
         assert time.monotonic() - started < 60
         check_arrived(trained, pool, 3)
         assert pool.pids[0] == pids[0] and pool.pids[1] != pids[1]
         (tmp_path / "stop").unlink()
         with pytest.raises(WorkerLost, match="rollout-1 did not answer within 10 s, and 1 rollout actors were replaced already"):
-            BroadcastBridge(trained, pool, BUCKET_BYTES).publish(3)
+            publish(trained, BroadcastBridge(trained, pool, BUCKET_BYTES), 3)
 
 
 # ---- who sits where
@@ -394,14 +418,14 @@ def test_the_order_of_cuda_ipc(trained: LearnerGroup, pool: RolloutPool, faults:
     """make_bridge refuses it on a CPU, where torch's handles are copies; who hands what to whom, and what is checked, is the same."""
     bridge, pids = CudaIpcBridge(trained, pool, BUCKET_BYTES), list(pool.pids)
     (faults / "corrupt-0").unlink(missing_ok=True)
-    bridge.publish(CORRUPT_ONCE)
+    publish(trained, bridge, CORRUPT_ONCE)
     assert (faults / "corrupt-0").exists()
     check_arrived(trained, pool, CORRUPT_ONCE)
     with pytest.raises(CorruptWeights, match=f"weight version {CORRUPT_ALWAYS} arrived damaged"):
-        bridge.publish(CORRUPT_ALWAYS)
+        publish(trained, bridge, CORRUPT_ALWAYS)
     assert pool.call(held) == [None, None]
     assert pool.pids == pids
-    bridge.publish(CORRUPT_ALWAYS + 4)
+    publish(trained, bridge, CORRUPT_ALWAYS + 4)
     check_arrived(trained, pool, CORRUPT_ALWAYS + 4)
 
 
@@ -409,7 +433,7 @@ def test_the_order_of_cuda_ipc(trained: LearnerGroup, pool: RolloutPool, faults:
 def test_an_actor_that_dies_while_it_is_handed_weights_is_replaced(trained: LearnerGroup, pool: RolloutPool, faults: Path) -> None:
     (faults / "kill").unlink(missing_ok=True)
     pids = list(pool.pids)
-    CudaIpcBridge(trained, pool, BUCKET_BYTES).publish(KILLED_ON_THE_WAY)
+    publish(trained, CudaIpcBridge(trained, pool, BUCKET_BYTES), KILLED_ON_THE_WAY)
     check_arrived(trained, pool, KILLED_ON_THE_WAY)
     assert pool.pids[0] != pids[0] and pool.pids[1] == pids[1]
 
@@ -448,7 +472,7 @@ def test_weights_cross_between_processes_on_one_gpu(ray_session: None) -> None:
     cfg = recipe(workers=1, placement="colocated", gpus_per_worker=0.5)
     cfg = cfg.model_copy(update={"learners": cfg.learners.model_copy(update={"gpus_per_worker": 0.5, "workers": 1})})
     with LearnerGroup(cfg.learners, colocated=cfg.rollouts) as group, RolloutPool(cfg, colocated=group.placement) as pool:
-        cut = Cut(workers=1, examples=2, positions=None, layout="padded", zero_stage=3, sync="coalesced")
+        cut = cut_of(cfg, 3)
         group.build(LearnerSpec(cfg, cut, 4))
         for version, kind in enumerate((ObjectStoreBridge, BroadcastBridge, CudaIpcBridge)):
             learn(group, cut, version)
