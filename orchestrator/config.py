@@ -219,7 +219,9 @@ class Rollouts(Section):
     cpus_per_worker: float = Field(1, gt=0)
     placement: Literal["separate", "colocated"] = Field("separate", description="colocated: actor i shares the bundle of learner worker i")
     engine: Literal["transformers", "vllm"] = "transformers"
-    batching: Literal["auto", "static", "continuous"] = Field("auto", description="how the transformers engine decodes; auto: measured at start")
+    batching: Literal["auto", "static", "continuous", "measured"] = Field(
+        "auto", description="how the transformers engine decodes; auto: static on a CPU, continuous on a GPU; measured: each actor times both"
+    )
     rows_at_once: int = Field(64, ge=1, description="sequences an actor decodes together")
     prompts: int = Field(32, ge=1, description="prompts of one rollout batch")
     samples: int = Field(8, ge=1, description="completions of one prompt")

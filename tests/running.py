@@ -253,7 +253,7 @@ def planned_faults(*faults: Fault) -> Iterator[None]:
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
     """The optimizer steps in metrics.jsonl, evaluations left out."""
-    return [line for line in every_line(folder / "metrics.jsonl") if "loss" in line]
+    return [line for line in every_line(folder / "metrics.jsonl") if not any(name.startswith("eval/") for name in line)]
 
 
 def every_line(path: Path) -> list[dict[str, Any]]:

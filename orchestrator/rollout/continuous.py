@@ -1,5 +1,5 @@
 """The transformers engine with transformers' continuous batching: a paged cache in which rows of any length decode together
-without padding. On a CPU static.py is mostly quicker (benchmarks/decoding.py); `rollouts.batching: auto` measures both.
+without padding. On a CPU static.py is mostly quicker (benchmarks/decoding.py); `rollouts.batching: measured` times both.
 
     requests --submit: a prompt is prefilled once and forked for its samples--> the manager's thread: one step for all rows
         ^                                                                           |
@@ -235,7 +235,7 @@ class MeasuredDecoder:
             found, continuous_s = _timed(self.continuous, requests, sampling)
         except ContinuousBatchingFailed as error:
             self.chosen = self.static
-            self.note(f"rollouts.batching=auto: static, as continuous batching failed\n{error}")
+            self.note(f"rollouts.batching=measured: static, as continuous batching failed\n{error}")
             return expected
         gap, half = logprob_gap(expected, found), self.continuous.model.dtype != torch.float32
         quicker = self.continuous if continuous_s < static_s else self.static
@@ -243,7 +243,7 @@ class MeasuredDecoder:
         name = "continuous" if self.chosen is self.continuous else "static"
         rows = sum(len(r.seeds) for r in requests)
         times = f"static {static_s:.2f} s, continuous {continuous_s:.2f} s"
-        self.note(f"rollouts.batching=auto: {name} ({rows} samples: {times}, log-probs differ by {gap:.1e})")
+        self.note(f"rollouts.batching=measured: {name} ({rows} samples: {times}, log-probs differ by {gap:.1e})")
         return expected
 
 

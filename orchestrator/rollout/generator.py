@@ -78,19 +78,21 @@ class TransformersEngine:
 
 
 def make_decoder(cfg: Rollouts, model: Any, tokenizer: Any) -> Decoder:
-    """The decoder that `rollouts.batching` names; all give the same tokens."""
+    """The decoder that `rollouts.batching` names; all give the same tokens, but log-probs differ in their last bits. So auto
+    looks at the device, never at a clock: a resumed run must decode as the one before it did."""
     decode: Callable[[Sequence[int]], str] = lambda ids: tokenizer.decode(ids)  # noqa: E731
     options: Any = (model, end_tokens(model, tokenizer), cfg.rows_at_once, decode)
     static = StaticDecoder(*options)
-    if cfg.batching == "static":
+    if cfg.batching == "static" or (cfg.batching == "auto" and not torch.cuda.is_available()):
         return static
-    if cfg.batching == "continuous":
-        return ContinuousDecoder(*options)
     try:
-        return MeasuredDecoder(static, ContinuousDecoder(*options), note=_note)
+        continuous = ContinuousDecoder(*options)
     except ContinuousBatchingFailed as error:
-        _note(f"rollouts.batching=auto: static\n{error}")
+        if cfg.batching == "continuous":
+            raise
+        _note(f"rollouts.batching={cfg.batching}: static\n{error}")
         return static
+    return MeasuredDecoder(static, continuous, note=_note) if cfg.batching == "measured" else continuous
 
 
 def _note(line: str) -> None:

@@ -187,7 +187,7 @@ def test_the_quicker_decoder_is_chosen_once_unless_it_is_wrong(kind, static_s, c
     assert same(found, EXPECTED) and same(decoder.generate(REQUESTS[:2], SAMPLING), EXPECTED[:2])
     assert decoder.chosen is (decoder.continuous if chosen == "continuous" else decoder.static)
     assert len(said) == 1
-    assert said[0].startswith(f"rollouts.batching=auto: {chosen} (12 samples: static {static_s:.2f} s, continuous {continuous_s:.2f} s, log-probs")
+    assert said[0].startswith(f"rollouts.batching=measured: {chosen} (12 samples: static {static_s:.2f} s, continuous {continuous_s:.2f} s, log-probs")
 
 
 def test_a_failure_while_measuring_chooses_static_and_is_told():
@@ -212,13 +212,21 @@ def test_gap_of_log_probs_ends_where_the_tokens_part():
     assert logprob_gap(one, [completion([4, 2, 3], [-1.0, -1.0, -1.0])]) == float("inf")
 
 
-@pytest.mark.parametrize(("batching", "kind"), [("static", StaticDecoder), ("continuous", ContinuousDecoder), ("auto", MeasuredDecoder)])
+@pytest.mark.parametrize(
+    ("batching", "kind"),
+    [
+        ("static", StaticDecoder),
+        ("continuous", ContinuousDecoder),
+        ("measured", MeasuredDecoder),
+        ("auto", ContinuousDecoder if torch.cuda.is_available() else StaticDecoder),
+    ],
+)
 def test_the_recipe_names_the_decoder(batching, kind):
     loaded = load(Model(tiny=TinyModel()), seed=0, head="lm")  # pyright: ignore[reportCallIssue]
     assert type(make_decoder(Rollouts(batching=batching), loaded.model, loaded.tokenizer)) is kind  # pyright: ignore[reportCallIssue]
 
 
-def test_auto_is_static_where_the_model_reads_no_pages(capsys):
+def test_measured_is_static_where_the_model_reads_no_pages(capsys):
     tokenizer = load(Model(tiny=TinyModel()), seed=0, head="lm").tokenizer  # pyright: ignore[reportCallIssue]
-    assert type(make_decoder(Rollouts(), Case("bloom").model(), tokenizer)) is StaticDecoder  # pyright: ignore[reportCallIssue]
+    assert type(make_decoder(Rollouts(batching="measured"), Case("bloom").model(), tokenizer)) is StaticDecoder  # pyright: ignore[reportCallIssue]
     assert "BloomForCausalLM cannot decode" in capsys.readouterr().out
