@@ -187,7 +187,8 @@ def test_the_quicker_decoder_is_chosen_once_unless_it_is_wrong(kind, static_s, c
     assert same(found, EXPECTED) and same(decoder.generate(REQUESTS[:2], SAMPLING), EXPECTED[:2])
     assert decoder.chosen is (decoder.continuous if chosen == "continuous" else decoder.static)
     assert len(said) == 1
-    assert said[0].startswith(f"rollouts.batching=measured: {chosen} (12 samples: static {static_s:.2f} s, continuous {continuous_s:.2f} s, log-probs")
+    times = f"static {static_s:.2f} s, continuous {continuous_s:.2f} s"
+    assert said[0].startswith(f"rollouts.batching=measured: {chosen} (12 samples: {times}, log-probs")
 
 
 def test_a_failure_while_measuring_chooses_static_and_is_told():
