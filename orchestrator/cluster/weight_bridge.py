@@ -198,7 +198,8 @@ def hand_buckets(learner: RankLearner, receivers: Sequence[Any], version: int, b
 
 
 def make_bridge(recipe: Recipe, learners: LearnerGroup, pool: RolloutPool) -> WeightBridge:
-    """The transport that the recipe names. auto: CUDA IPC where learner and actor share a GPU, else the object store."""
+    """The transport that the recipe names. auto: the object store, which works everywhere; CUDA IPC saves its copies where
+    learner and actor share a GPU, but its handles have not run on one yet, so it has to be asked for."""
     rollouts, size = recipe.rollouts, int(recipe.rollouts.bucket_mb * 1e6)
     shared = shares_gpus(recipe)
     if rollouts.transport == "cuda_ipc" and not shared:
@@ -210,7 +211,7 @@ def make_bridge(recipe: Recipe, learners: LearnerGroup, pool: RolloutPool) -> We
     if rollouts.transport == "broadcast":
         on_gpus = recipe.learners.gpus_per_worker > 0 and rollouts.gpus_per_worker > 0 and not shared
         return BroadcastBridge(learners, pool, size, "nccl" if on_gpus else "gloo")  # NCCL takes one process per GPU
-    if shared and rollouts.transport != "object_store":
+    if rollouts.transport == "cuda_ipc":
         return CudaIpcBridge(learners, pool, size)
     return ObjectStoreBridge(learners, pool, size)
 

@@ -445,7 +445,7 @@ def test_an_actor_that_dies_while_it_is_handed_weights_is_replaced(trained: Lear
         ("separate", 1, 1, "auto", ObjectStoreBridge),
         ("colocated", 0, 0, "auto", ObjectStoreBridge),
         ("colocated", 1, 1, "auto", ObjectStoreBridge),  # two GPUs in each bundle
-        ("colocated", 0.5, 0.5, "auto", CudaIpcBridge),
+        ("colocated", 0.5, 0.5, "auto", ObjectStoreBridge),
         ("colocated", 0.5, 0.5, "object_store", ObjectStoreBridge),
         ("colocated", 0.5, 0.5, "broadcast", BroadcastBridge),
         ("colocated", 0.5, 0.5, "cuda_ipc", CudaIpcBridge),
