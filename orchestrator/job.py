@@ -6,17 +6,20 @@ from dataclasses import dataclass, replace
 from importlib.metadata import version
 
 from rich.console import Console
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from orchestrator.algorithms import Algorithm, build
 from orchestrator.cluster.placement import Demand, demands
 from orchestrator.config import Recipe
 from orchestrator.controllers.step import Guards
 from orchestrator.dataset import DataSet, load_data
+from orchestrator.memory_model import fake_model, parameter_counts
+from orchestrator.models.load import load_config
 from orchestrator.observe.card import model_card
 from orchestrator.observe.reporter import RunReporter
 from orchestrator.observe.sinks import ConsoleSink, JsonlSink, Sink
 from orchestrator.observe.tracking import WandbSink, stable_run_id
-from orchestrator.plan import Plan, make_plan
+from orchestrator.plan import Choice, Plan, make_plan, size
 from orchestrator.prompts import PromptSet, check_batches, load_prompts
 from orchestrator.recipe import dump
 from orchestrator.rollout.functions import check_rewards
@@ -92,5 +95,30 @@ def plan_job(recipe: Recipe, console: Console) -> Job:
     prompts = load_prompts(recipe, algorithm)
     plan = make_plan(recipe, algorithm, prompts.longest)
     total = recipe.run.max_steps or prompts.batches.steps_in(recipe.run.epochs)
-    return Job(recipe, algorithm, prompts.longest, prompts, replace(plan, total_steps=total), steps, console)
+    plan = replace(plan, total_steps=total, choices=(*plan.choices, *_rollout_choices(recipe, algorithm, steps)))
+    return Job(recipe, algorithm, prompts.longest, prompts, plan, steps, console)
+
+
+def _rollout_choices(recipe: Recipe, algorithm: Algorithm, steps: int) -> list[Choice]:
+    """What `orchestrator plan` says of the rollouts."""
+    rollouts = recipe.rollouts
+    drawn = f"{rollouts.prompts} prompts x {rollouts.samples} samples = {rollouts.prompts * rollouts.samples} completions"
+    ahead = "strictly on-policy" if not rollouts.max_staleness else f"generation runs at most {rollouts.max_staleness} versions ahead of learning"
+    actors = f"{rollouts.workers} {rollouts.engine} actor{'s' if rollouts.workers > 1 else ''}, {rollouts.placement}"
+    return [
+        Choice("rollout batch", drawn, f"{steps} optimizer step{'s' if steps > 1 else ''} from each; run.max_steps counts rollout batches"),
+        Choice("rollouts", actors, ahead),
+        Choice("rollout memory", size(rollout_bytes(recipe, algorithm)), f"per actor: weights, keys and values of {rollouts.rows_at_once} full rows"),
+    ]
+
+
+def rollout_bytes(recipe: Recipe, algorithm: Algorithm) -> int:
+    """Predicted bytes of a transformers rollout actor: its weights, and keys and values of rollouts.rows_at_once full rows."""
+    config = load_config(recipe.model).get_text_config()
+    element = 4 if recipe.learners.precision == "fp32" else 2
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    per_token = 2 * element * config.num_hidden_layers * heads * width
+    parameters = parameter_counts(fake_model(recipe, algorithm, FakeTensorMode(allow_non_fake_inputs=True))).parameters
+    return element * parameters + per_token * recipe.rollouts.rows_at_once * recipe.data.max_length
 

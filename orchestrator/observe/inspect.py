@@ -61,8 +61,8 @@ def _title(text: Text, name: str, facts: str) -> None:
 
 
 def _names(group: SequenceGroup) -> tuple[str, ...]:
-    if len(group.branches) == 1:
-        return ("completion",)
+    if len(group.branches) < 2:  # none: a prompt, whose completions are sampled
+        return ("completion",) * len(group.branches)
     if group.label is not None:  # KTO: the second branch is another row's completion, for the KL term
         return ("completion", *("mismatched completion" for _ in group.branches[1:]))
     return ("chosen", "rejected", *(f"branch {k + 1}" for k in range(2, len(group.branches))))
