@@ -98,7 +98,8 @@ class Scoring:
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """When a rollout actor worked. start, end: seconds of time.perf_counter in the driver; version: of the weights."""
+    """When a rollout actor worked. start, end: seconds of time.perf_counter in the driver; version: of the weights. A span of
+    no length stands for an actor that had no work."""
 
     actor: int
     start: float

@@ -8,7 +8,6 @@ while nothing else was under way (broadcast, CUDA IPC). Seeds belong to samples,
 of one changes a rollout.
 """
 
-import os
 import threading
 import time
 from collections import deque
@@ -18,130 +17,18 @@ from pathlib import Path
 from typing import Any
 
 import ray
-import torch
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 
-from orchestrator import faults
 from orchestrator.cluster.placement import Demand, Placement
-from orchestrator.cluster.workers import device_name, redirect_output, translate, worker_environment
+from orchestrator.cluster.rollout_actor import RolloutActor, Work
+from orchestrator.cluster.workers import translate, worker_environment
 from orchestrator.config import Recipe
-from orchestrator.episodes import Prompt, RolloutGroup, Sampling, Span
-from orchestrator.errors import ConfigError, OrchestratorError, WorkerLost
-from orchestrator.models.buckets import Bucket, BucketPlan, Channel, CorruptWeights, Meeting, check, join
+from orchestrator.episodes import RolloutGroup, Sampling, Span
+from orchestrator.errors import OrchestratorError, WorkerLost
+from orchestrator.models.buckets import BucketPlan, CorruptWeights
 
-Work = Sequence[tuple[int, Prompt]]
 SENDS = 3
 """Times that damaged weights are sent before the run gives up."""
-
-
-class RolloutActor:
-    """One process that generates. Weights come as references into the object store, through a channel, or bucket by bucket."""
-
-    def __init__(self, index: int, log: str | None, threads: int) -> None:
-        if log is not None:
-            redirect_output(Path(log))
-        torch.set_num_threads(threads)
-        self.index = index
-        self.device = torch.device("cuda" if ray.get_gpu_ids() else "cpu")
-        self.worker: Any = None
-        self.channel: Channel | None = None
-        self.plans: Sequence[BucketPlan] = ()
-
-    def build(self, recipe: Recipe) -> int:
-        from orchestrator.rollout.generator import RolloutWorker
-
-        self.worker = RolloutWorker(recipe, self.device)
-        return os.getpid()
-
-    def roll_out(self, work: Work, sampling: Sampling, version: int, references: list[Any]) -> tuple[RolloutGroup, ...]:
-        """Groups for `work` with weights `version`; takes them from `references`, if any, where it holds another version."""
-        if self.worker.engine.version != version:
-            if not references:
-                raise WorkerLost(
-                    f"rollout-{self.index} was asked to roll out weights {version}, it holds {self.worker.engine.version}",
-                    fix="the run goes on from its last checkpoint; if it repeats, this is a bug",
-                )
-            self.load(version, references)
-        faults.inject("roll_out", step=version, rank=self.index)
-        return self.worker.roll_out(work, sampling, version)
-
-    def load(self, version: int, references: list[Any]) -> None:
-        """Takes a version from the object store."""
-        self.worker.engine.load(version, (self._fetched(r, version) for r in references))
-
-    def dump(self, version: int, plans: Sequence[BucketPlan]) -> list[Any] | None:
-        """A version as references into the object store, for an actor that has none; None where it is not held, or where the
-        engine cannot give it back."""
-        receiver = getattr(self.worker.engine, "receiver", None)
-        if receiver is None or self.worker.engine.version != version:
-            return None
-        return [ray.put(bucket) for bucket in receiver.dump(plans)]
-
-    def join_channel(self, meeting: Meeting, plans: Sequence[BucketPlan]) -> None:
-        """Becomes member index + 1, which receives buckets as in `plans`."""
-        self.channel, self.plans = join(meeting, self.index + 1), plans
-
-    def leave_channel(self) -> None:
-        self.channel = None
-
-    def receive(self, version: int) -> None:
-        """A version through the channel; CorruptWeights (and no version held) where a bucket is damaged. Receives all of them
-        even then: the other members take part in every broadcast."""
-        assert self.channel is not None, "join_channel first"
-        engine, damaged = self.worker.engine, None
-        engine.commit(None)
-        buffer = torch.empty(max(p.size for p in self.plans), dtype=torch.uint8, device=self.channel.device)
-        for index, plan in enumerate(self.plans):
-            flat = buffer[: plan.size]
-            expected = self.channel.receive(flat)
-            try:
-                check(self._on_arrival(flat, version), expected, version, index)
-            except CorruptWeights as error:
-                damaged = damaged or error
-            if damaged is None:
-                engine.take(plan.entries, flat)
-        engine.commit(version if damaged is None else None)
-        if damaged is not None:
-            raise damaged
-
-    def take(self, version: int, index: int, plan: BucketPlan, shared: tuple[Any, Any], expected: int, device: str) -> None:
-        """One bucket where its sender has it. shared: (function, arguments) that open it here; device: the sender's name for it.
-        `commit` makes it the version held."""
-        if device != device_name(self.device):
-            raise ConfigError(
-                f"rollout-{self.index} does not share its learner's device",
-                why=f"{device_name(self.device)} against {device}",
-                fix="set learners.gpus_per_worker and rollouts.gpus_per_worker to 0.5, or rollouts.transport=object_store",
-            )
-        if index == 0:
-            self.worker.engine.commit(None)
-        opened, arguments = shared
-        flat = self._on_arrival(opened(*arguments), version)
-        check(flat, expected, version, index)
-        self.worker.engine.take(plan.entries, flat)
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()  # the sender uses its buffer again as soon as this returns
-
-    def commit(self, version: int) -> None:
-        """All buckets of the version were taken."""
-        self.worker.engine.commit(version)
-
-    def call(self, function: Any, *args: Any) -> Any:
-        """Runs function(rollout_worker, *args): for checks."""
-        return function(self.worker, *args)
-
-    def _fetched(self, reference: Any, version: int) -> Bucket:
-        bucket: Bucket = ray.get(reference)
-        if faults.inject("weights", step=version, rank=self.index) == "corrupt":
-            data = bucket.data.copy()
-            data[len(data) // 2] ^= 1
-            return Bucket(bucket.entries, data, bucket.checksum)
-        return bucket
-
-    def _on_arrival(self, flat: Any, version: int) -> Any:
-        if faults.inject("weights", step=version, rank=self.index) == "corrupt":
-            flat[len(flat) // 2] ^= 1
-        return flat
 
 
 class PendingGroups:
@@ -178,6 +65,7 @@ class _Shared:
     offers: dict[int, list[Any]] = field(default_factory=dict)
     plans: Sequence[BucketPlan] = ()
     spans: list[Span] = field(default_factory=list)
+    since: dict[int, float] = field(default_factory=dict)
     restarts: int = 0
     closed: bool = False
 
@@ -236,10 +124,15 @@ class RolloutPool:
         return tuple(g for g in pending.groups if g is not None)
 
     def spans(self) -> list[Span]:
-        """When the actors worked since the last call."""
+        """When the actors worked since the last call, work under way until now included; a span of no length for one that had none."""
+        now = time.perf_counter()
         with self.changed:
+            for index, chunk in self.shared.running.items():
+                self.shared.spans.append(Span(index, self.shared.since[index], now, chunk.version))
+                self.shared.since[index] = now
             spans, self.shared.spans = self.shared.spans, []
-        return spans
+        idle = set(range(len(self.actors))) - {span.actor for span in spans}
+        return spans + [Span(index, now, now, -1) for index in sorted(idle)]
 
     def call(self, function: Any, *args: Any) -> list[Any]:
         """function(rollout_worker, *args) on every actor."""
@@ -282,10 +175,11 @@ class RolloutPool:
                     return
                 chunk = self.shared.queue.popleft()
                 references = self.shared.offers[chunk.version]
-                self.shared.running[index] = chunk
+                self.shared.running[index], self.shared.since[index] = chunk, time.perf_counter()
             groups, failure = self._run(index, chunk, references)
             with self.changed:
                 del self.shared.running[index]
+                self.shared.spans.append(Span(index, self.shared.since[index], time.perf_counter(), chunk.version))
                 if groups is not None:
                     for place, group in zip(chunk.at, groups, strict=True):
                         chunk.pending.groups[place] = group
@@ -299,7 +193,6 @@ class RolloutPool:
         self, index: int, chunk: _Chunk, references: list[Any]
     ) -> tuple[tuple[RolloutGroup, ...] | None, OrchestratorError | None]:
         """(groups, None), (None, what ended it), or (None, None): to be done again, by whom ever."""
-        started = time.perf_counter()
         try:
             reference = self.actors[index].roll_out.remote(chunk.work, chunk.sampling, chunk.version, references)
             groups = tuple(ray.get(reference, timeout=self.recipe.rollouts.timeout_s))
@@ -311,8 +204,6 @@ class RolloutPool:
         except RayError as error:  # the actor died or is late, or its answer was lost with its node
             failure = self.replace(index, late=isinstance(error, GetTimeoutError), why=str(error))
             return None, failure or (None if references else self._hand_over(index, chunk.version))
-        with self.changed:
-            self.shared.spans.append(Span(index, started, time.perf_counter(), chunk.version))
         return groups, None
 
     def replace(self, index: int, *, late: bool, why: str) -> OrchestratorError | None:

@@ -26,7 +26,7 @@ class Timeline:
             self._origin = min(start for _, start, _ in phases)
         for name, start, end in phases:
             self._add(name, "controller and learners", start, end, {"step": step})
-        for span in actors:
+        for span in (s for s in actors if s.end > s.start):
             self._add("rollouts", f"rollout-{span.actor}", span.start, span.end, {"version": span.version})
         write_atomically(self.path, json.dumps({"traceEvents": self._events, "displayTimeUnit": "ms"}))
 

@@ -1,0 +1,129 @@
+"""A rollout actor: one process that generates, and takes weights by every transport."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+
+from orchestrator import faults
+from orchestrator.cluster.workers import device_name, redirect_output
+from orchestrator.config import Recipe
+from orchestrator.episodes import Prompt, RolloutGroup, Sampling
+from orchestrator.errors import ConfigError, WorkerLost
+from orchestrator.models.buckets import Bucket, BucketPlan, Channel, CorruptWeights, Meeting, check, join
+
+Work = Sequence[tuple[int, Prompt]]
+"""(draw, prompt) each."""
+
+
+class RolloutActor:
+    """One process that generates. Weights come as references into the object store, through a channel, or bucket by bucket."""
+
+    def __init__(self, index: int, log: str | None, threads: int) -> None:
+        if log is not None:
+            redirect_output(Path(log))
+        torch.set_num_threads(threads)
+        self.index = index
+        self.device = torch.device("cuda" if ray.get_gpu_ids() else "cpu")
+        self.worker: Any = None
+        self.channel: Channel | None = None
+        self.plans: Sequence[BucketPlan] = ()
+
+    def build(self, recipe: Recipe) -> int:
+        from orchestrator.rollout.generator import RolloutWorker
+
+        self.worker = RolloutWorker(recipe, self.device)
+        return os.getpid()
+
+    def roll_out(self, work: Work, sampling: Sampling, version: int, references: list[Any]) -> tuple[RolloutGroup, ...]:
+        """Groups for `work` with weights `version`; takes them from `references`, if any, where it holds another version."""
+        if self.worker.engine.version != version:
+            if not references:
+                raise WorkerLost(
+                    f"rollout-{self.index} was asked to roll out weights {version}, it holds {self.worker.engine.version}",
+                    fix="the run goes on from its last checkpoint; if it repeats, this is a bug",
+                )
+            self.load(version, references)
+        faults.inject("roll_out", step=version, rank=self.index)
+        return self.worker.roll_out(work, sampling, version)
+
+    def load(self, version: int, references: list[Any]) -> None:
+        """Takes a version from the object store."""
+        self.worker.engine.load(version, (self._fetched(r, version) for r in references))
+
+    def dump(self, version: int, plans: Sequence[BucketPlan]) -> list[Any] | None:
+        """A version as references into the object store, for an actor that has none; None where it is not held, or where the
+        engine cannot give it back."""
+        receiver = getattr(self.worker.engine, "receiver", None)
+        if receiver is None or self.worker.engine.version != version:
+            return None
+        return [ray.put(bucket) for bucket in receiver.dump(plans)]
+
+    def join_channel(self, meeting: Meeting, plans: Sequence[BucketPlan]) -> None:
+        """Becomes member index + 1, which receives buckets as in `plans`."""
+        self.channel, self.plans = join(meeting, self.index + 1), plans
+
+    def leave_channel(self) -> None:
+        self.channel = None
+
+    def receive(self, version: int) -> None:
+        """A version through the channel; CorruptWeights (and no version held) where a bucket is damaged. Receives all of them
+        even then: the other members take part in every broadcast."""
+        assert self.channel is not None, "join_channel first"
+        engine, damaged = self.worker.engine, None
+        engine.commit(None)
+        buffer = torch.empty(max(p.size for p in self.plans), dtype=torch.uint8, device=self.channel.device)
+        for index, plan in enumerate(self.plans):
+            flat = buffer[: plan.size]
+            expected = self.channel.receive(flat)
+            try:
+                check(self._on_arrival(flat, version), expected, version, index)
+            except CorruptWeights as error:
+                damaged = damaged or error
+            if damaged is None:
+                engine.take(plan.entries, flat)
+        engine.commit(version if damaged is None else None)
+        if damaged is not None:
+            raise damaged
+
+    def take(self, version: int, index: int, plan: BucketPlan, shared: tuple[Any, Any], expected: int, device: str) -> None:
+        """One bucket where its sender has it. shared: (function, arguments) that open it here; device: the sender's name for it.
+        `commit` makes it the version held."""
+        if device != device_name(self.device):
+            raise ConfigError(
+                f"rollout-{self.index} does not share its learner's device",
+                why=f"{device_name(self.device)} against {device}",
+                fix="set learners.gpus_per_worker and rollouts.gpus_per_worker to 0.5, or rollouts.transport=object_store",
+            )
+        if index == 0:
+            self.worker.engine.commit(None)
+        opened, arguments = shared
+        flat = self._on_arrival(opened(*arguments), version)
+        check(flat, expected, version, index)
+        self.worker.engine.take(plan.entries, flat)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()  # the sender uses its buffer again as soon as this returns
+
+    def commit(self, version: int) -> None:
+        """All buckets of the version were taken."""
+        self.worker.engine.commit(version)
+
+    def call(self, function: Any, *args: Any) -> Any:
+        """Runs function(rollout_worker, *args): for checks."""
+        return function(self.worker, *args)
+
+    def _fetched(self, reference: Any, version: int) -> Bucket:
+        bucket: Bucket = ray.get(reference)
+        if faults.inject("weights", step=version, rank=self.index) == "corrupt":
+            data = bucket.data.copy()
+            data[len(data) // 2] ^= 1
+            return Bucket(bucket.entries, data, bucket.checksum)
+        return bucket
+
+    def _on_arrival(self, flat: Any, version: int) -> Any:
+        if faults.inject("weights", step=version, rank=self.index) == "corrupt":
+            flat[len(flat) // 2] ^= 1
+        return flat
