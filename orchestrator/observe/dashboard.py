@@ -158,8 +158,9 @@ def _facts(run: RunRecord) -> dict[str, str]:
     first, last = run.steps[0], run.steps[-1]
     total = _at(run.plan, "total_steps")
     facts = {"steps": f"{last['step']} of {total}" if total else str(last["step"])}
-    if first.get("loss") is not None and last.get("loss") is not None:
-        facts["loss"] = f"{number(first['loss'])} → {number(last['loss'])}"
+    shown = "reward/mean" if "reward/mean" in last else "loss"  # a policy gradient's loss is about 0 throughout
+    if first.get(shown) is not None and last.get(shown) is not None:
+        facts[shown.removesuffix("/mean")] = f"{number(first[shown])} → {number(last[shown])}"
     if last.get("num_tokens"):
         facts["tokens"] = _short(last["num_tokens"])
     rates = sorted(x["perf/tokens_per_s"] for x in run.steps if x.get("perf/tokens_per_s"))

@@ -9,7 +9,7 @@ import pytest
 
 from orchestrator.cluster.workers import LearnerGroup
 from orchestrator.config import ONLINE, Recipe
-from orchestrator.verify import TOLERANCE, Proof, splits
+from orchestrator.verify import TOLERANCE, Proof, run, splits
 from tests.running import shared_ray
 
 pytestmark = pytest.mark.timeout(600)
@@ -77,6 +77,16 @@ def test_a_critics_step_is_independent_of_the_cut(two_workers: LearnerGroup, dat
     for cut in splits(proof.planned, PROMPTS, "fp32", [2], everything=False):
         difference = baseline.difference(proof.split(cut, two_workers), cut)
         assert difference.within(TOLERANCE["fp32"]), difference
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 4])
+def test_every_cut_of_a_grpo_step_on_other_numbers_of_workers(two_workers: LearnerGroup, data: Path, workers: int) -> None:
+    """All micro-batch sizes and layouts on every engine; two_workers keeps half of the CPUs, so these take little."""
+    cfg = recipe(data, {"name": "grpo", "kl": {"coefficient": 0.05}}, workers)
+    cfg = cfg.model_copy(update={"learners": cfg.learners.model_copy(update={"cpus_per_worker": 0.2})})
+    differences = list(run(cfg, steps=3, workers=[workers], everything=True))
+    assert len(differences) == 42 and all(d.within(TOLERANCE["fp32"]) for d in differences)
 
 
 def test_a_wrong_normaliser_would_be_seen(two_workers: LearnerGroup, data: Path) -> None:
