@@ -99,7 +99,7 @@ def prepare(folder: Path, data: Path, hidden: int, layers: int, vocabulary: int)
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    rows = [json.loads(line) for line in data.read_text().splitlines()]
+    rows = [json.loads(line) for line in data.read_text().rstrip("\n").split("\n")]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
