@@ -76,8 +76,8 @@ def evaluate(
     overrides: Overrides = None,
     model: Annotated[Path | None, typer.Option("--model", help="a folder to evaluate instead of the recipe's model")] = None,
 ) -> None:
-    """Held-out preference accuracy and greedy exact match of a model."""
-    cfg = _one(recipe, overrides)
+    """Held-out preference accuracy and greedy exact match of a model; of an online recipe the reward, greedy and pass@k."""
+    cfg = _last(recipe, overrides)
     from orchestrator.assemble import evaluate as run
 
     metrics = run(cfg, model, out)
@@ -170,14 +170,6 @@ def recipes_cp(name: str, target: Path) -> None:
 def config_schema() -> None:
     """The JSON schema of recipe files, for editors."""
     print(json.dumps(recipes.json_schema(), indent=1))
-
-
-def _one(recipe: str, overrides: list[str] | None) -> "Recipe":
-    stages = recipes.load(recipe, overrides or ()).stages
-    first, *others = stages
-    if others:
-        raise ConfigError(f"{recipe} is a pipeline of {len(stages)} stages", fix="name the recipe of one stage")
-    return first.recipe
 
 
 def _last(recipe: str, overrides: list[str] | None) -> "Recipe":

@@ -6,7 +6,7 @@
 Arrays are numpy so that records cross processes without copies and without torch.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -274,6 +274,18 @@ class LearnReport:
     seconds: float
     peak_bytes: int = 0
     maxima: Mapping[str, float] = field(default_factory=dict)
+
+
+def joined_metrics(reports: Sequence[LearnReport]) -> tuple[dict[str, Mean], dict[str, float]]:
+    """(means, maxima) of several reports as one, whether of ranks or of steps: each metric by its own reduction."""
+    means: dict[str, Mean] = {}
+    maxima: dict[str, float] = {}
+    for report in reports:
+        for name, mean in report.means.items():
+            means[name] = means[name] + mean if name in means else mean
+        for name, value in report.maxima.items():
+            maxima[name] = max(maxima.get(name, value), value)
+    return means, maxima
 
 
 @dataclass(frozen=True, slots=True)

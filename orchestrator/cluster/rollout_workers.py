@@ -29,6 +29,8 @@ from orchestrator.models.buckets import BucketPlan, CorruptWeights
 
 SENDS = 3
 """Times that damaged weights are sent before the run gives up."""
+LOOK_S = 5.0
+"""Seconds between looks at the actors' threads while rollouts are waited for."""
 
 
 class PendingGroups:
@@ -81,8 +83,13 @@ class RolloutPool:
         self.own = None if colocated is not None else Placement.reserve(demand, recipe.learners.start_timeout_s)
         self.placement = colocated or self.own
         self.shared, self.changed = _Shared(), threading.Condition()
+        self.threads: list[threading.Thread] = []
         self.actors: list[Any] = [self._new(i) for i in range(rollouts.workers)]
-        self.pids = [self._built(i) for i in range(rollouts.workers)]
+        try:
+            self.pids = [self._built(i) for i in range(rollouts.workers)]
+        except BaseException:
+            self.close()
+            raise
         self.threads = [threading.Thread(target=self._serve, args=(i,), name=f"rollout-{i}", daemon=True) for i in range(rollouts.workers)]
         for thread in self.threads:
             thread.start()
@@ -104,7 +111,7 @@ class RolloutPool:
         """Waits until everything that was started is done. Every chunk has its own deadline, so this ends."""
         with self.changed:
             while self.shared.queue or self.shared.running:
-                self.changed.wait()
+                self._look()
 
     def offer(self, version: int, references: list[Any], plans: Sequence[BucketPlan] = ()) -> None:
         """Makes a weight version available; versions that no chunk asks for any more are forgotten. No references: all actors
@@ -118,10 +125,17 @@ class RolloutPool:
         """The groups of one start(). Every chunk has its own deadline, so this ends."""
         with self.changed:
             while pending.failure is None and any(g is None for g in pending.groups):
-                self.changed.wait()
+                self._look()
         if pending.failure is not None:
             raise pending.failure
         return tuple(g for g in pending.groups if g is not None)
+
+    def _look(self) -> None:
+        """Waits a little for the actors' threads, holding the lock; WorkerLost where one has ended."""
+        self.changed.wait(timeout=LOOK_S)
+        dead = [thread.name for thread in self.threads if not thread.is_alive()]
+        if dead:
+            raise WorkerLost(f"the thread of {', '.join(dead)} ended", fix="this is a bug: report it with logs/ of the run")
 
     def spans(self) -> list[Span]:
         """When the actors worked since the last call, work under way until now included; a span of no length for one that had none."""

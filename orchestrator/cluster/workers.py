@@ -18,7 +18,7 @@ from orchestrator.cluster.placement import Placement, learner_demand
 from orchestrator.config import Learners, Recipe, Rollouts
 from orchestrator.errors import OrchestratorError, OutOfMemory, WorkerLost
 from orchestrator.learner.learner import LearnerSpec
-from orchestrator.records import LearnReport, Mean, PackedBatch, StepApplied
+from orchestrator.records import LearnReport, PackedBatch, StepApplied, joined_metrics
 from orchestrator.roles import PerMicroBatch, TokenLists
 
 
@@ -176,7 +176,11 @@ class LearnerGroup:
         self.placement = Placement.reserve(learner_demand(learners, colocated), learners.start_timeout_s)
         self.actors: list[Any] = []
         self.spec: LearnerSpec | None = None
-        self._start()
+        try:
+            self._start()
+        except BaseException:
+            self.close()
+            raise
 
     def _start(self) -> None:
         threads = max(1, int(self.learners.cpus_per_worker))
@@ -338,13 +342,7 @@ def translate(error: Exception, who: str, verb: str) -> OrchestratorError:
 
 def merge_reports(reports: Sequence[LearnReport]) -> LearnReport:
     """One report of all ranks: sums add up, the slowest rank gives the time and the largest the memory."""
-    means: dict[str, Mean] = {}
-    maxima: dict[str, float] = {}
-    for report in reports:
-        for name, mean in report.means.items():
-            means[name] = means[name] + mean if name in means else mean
-        for name, value in report.maxima.items():
-            maxima[name] = max(maxima.get(name, value), value)
+    means, maxima = joined_metrics(reports)
     return LearnReport(
         loss=sum(r.loss for r in reports),
         means=means,

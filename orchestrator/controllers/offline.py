@@ -8,9 +8,8 @@ from dataclasses import dataclass
 
 from orchestrator.algorithms import Algorithm
 from orchestrator.controllers.evaluation import Evaluator
-from orchestrator.controllers.step import Attach, Clock, Guards, Stepper, due, stopped_by_request
+from orchestrator.controllers.step import Attach, Clock, Guards, Stepper, evaluate_and_save
 from orchestrator.data.order import Batches
-from orchestrator.errors import Interrupted
 from orchestrator.observe.metrics import Throughput, flatten
 from orchestrator.records import Cut, Progress, SequenceGroup, StepReport
 from orchestrator.roles import Checkpoints, Learner, Reporter
@@ -73,11 +72,12 @@ class OfflineTrainer:
             progress = progress.after(taken.batch)
             self._after_step(progress, clock)
             self.report.step(StepReport(progress.step, flatten(progress, taken.learned, taken.applied, clock.phases, self.throughput)))
-            self._evaluate_and_save(progress)
+            evaluate_and_save(plan, progress, self._evaluate, self.checkpoints, self.should_stop)
         return progress
 
     def _after_step(self, progress: Progress, clock: Clock) -> None:
-        if due(self.plan.reference_sync_every, progress.step):
+        every = self.plan.reference_sync_every
+        if every is not None and progress.step % every == 0:
             with clock.phase("reference"):
                 self.policy.sync_reference(self.plan.reference_sync_alpha)
 
@@ -85,12 +85,3 @@ class OfflineTrainer:
         report = self.evaluator.evaluate(self.cut, step)
         if report.metrics:  # none without data.eval
             self.report.evaluation(report)
-
-    def _evaluate_and_save(self, progress: Progress) -> None:
-        last, stopping = progress.step == self.plan.total_steps, self.should_stop()
-        if due(self.plan.evaluate_every, progress.step) or last:
-            self._evaluate(progress.step)
-        if due(self.plan.save_every, progress.step) or last or stopping:
-            self.checkpoints.save(progress)
-        if stopping and not last:
-            raise Interrupted(stopped_by_request(progress.step, self.plan.total_steps), fix="run the same command again to go on")

@@ -17,10 +17,10 @@ from orchestrator.config import Kl
 from orchestrator.controllers.experience import Made, Needs, has_signal, make_experience, pairs
 from orchestrator.controllers.rollout_evaluation import RolloutEvaluator
 from orchestrator.controllers.rollout_report import Batch, batch_metrics, over_steps, samples_of
-from orchestrator.controllers.step import Clock, Stepper, Taken, due, stopped_by_request
+from orchestrator.controllers.step import Clock, Stepper, Taken, evaluate_and_save
 from orchestrator.data.order import Batches, permutation
 from orchestrator.episodes import Prompt, Sampling, ScoredGroup, WeightsDelivered
-from orchestrator.errors import Interrupted, OrchestratorError
+from orchestrator.errors import OrchestratorError
 from orchestrator.objectives.kl import adapt
 from orchestrator.observe.timeline import Timeline
 from orchestrator.records import Floats, Progress, SequenceGroup, StepReport
@@ -110,7 +110,7 @@ class OnlineTrainer:
             with clock.phase("publish"):
                 delivered = self.weights.publish(progress.step)
             self._report(progress, batch, taken, delivered, clock)
-            self._evaluate_and_save(progress)
+            evaluate_and_save(plan, progress, self._evaluate, self.checkpoints, self.should_stop)
         return progress
 
     # ---- rollouts
@@ -242,12 +242,3 @@ class OnlineTrainer:
         report = self.evaluator.evaluate(step)
         if report.metrics:  # none without data.eval
             self.report.evaluation(report)
-
-    def _evaluate_and_save(self, progress: Progress) -> None:
-        last, stopping = progress.step == self.plan.total_steps, self.should_stop()
-        if due(self.plan.evaluate_every, progress.step) or last:
-            self._evaluate(progress.step)
-        if due(self.plan.save_every, progress.step) or last or stopping:
-            self.checkpoints.save(progress)
-        if stopping and not last:
-            raise Interrupted(stopped_by_request(progress.step, self.plan.total_steps), fix="run the same command again to go on")

@@ -9,7 +9,7 @@ import numpy as np
 from orchestrator.controllers.step import Taken
 from orchestrator.episodes import Rollout, RolloutGroup, ScoredGroup, Scoring, Span, WeightsDelivered
 from orchestrator.objectives.value import explained_variance
-from orchestrator.records import LearnReport, Mean, Progress, Sample, StepApplied
+from orchestrator.records import LearnReport, Progress, Sample, StepApplied, joined_metrics
 
 LEARNING = ("experience", "reference", "first_pass", "forward_backward", "optim")
 """Phases in which the learners work; in the others they wait."""
@@ -54,14 +54,8 @@ def over_steps(taken: Sequence[Taken]) -> Learned | None:
     """Sums what adds up, and takes the mean of the losses."""
     if not taken:
         return None
-    means: dict[str, Mean] = {}
-    maxima: dict[str, float] = {}
     reports = [t.learned for t in taken]
-    for report in reports:
-        for name, mean in report.means.items():
-            means[name] = means[name] + mean if name in means else mean
-        for name, value in report.maxima.items():
-            maxima[name] = max(maxima.get(name, value), value)
+    means, maxima = joined_metrics(reports)
     whole = replace(
         reports[-1],
         loss=float(np.mean([r.loss for r in reports])),

@@ -1,0 +1,215 @@
+"""The online loop with a real learner, a scripted generator and a scripted scorer: cursors, versions, batches, rewards."""
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from orchestrator.algorithms import build
+from orchestrator.config import Algorithm, Evaluation, Kl, Rollouts
+from orchestrator.controllers.online import Learning, OnlinePlan, OnlineTrainer
+from orchestrator.controllers.rollout_evaluation import RolloutEvaluator
+from orchestrator.controllers.step import Guards, Stepper
+from orchestrator.data.order import Batches, Order
+from orchestrator.episodes import Prompt, Rollout, RolloutGroup, Sampling, ScoredGroup, Scoring, Span, WeightsDelivered
+from orchestrator.errors import OrchestratorError
+from orchestrator.observe.timeline import Timeline
+from orchestrator.records import Progress, SequenceGroup
+from tests.unit.controllers.conftest import WHOLE, Kept, OneRank, Said, recipe
+
+SAMPLES, PROMPTS = 4, 3
+
+
+@dataclass
+class Scripted:
+    """roles.Generator, Scorer and WeightBridge: completions are random tokens, rewards come from a function of the draw.
+
+    age: versions that rollouts claim to be older than they are asked for; asked: (draws, version) of each start."""
+
+    rewards: Callable[[int], Sequence[float]]
+    age: int = 0
+    dropped: set[int] = field(default_factory=set)
+    asked: list[tuple[list[int], int]] = field(default_factory=list)
+    published: list[int] = field(default_factory=list)
+
+    def start(self, prompts: Sequence[tuple[int, Prompt]], sampling: Sampling, version: int) -> Any:
+        self.asked.append(([draw for draw, _ in prompts], version))
+        groups = tuple(RolloutGroup(p, draw, tuple(self._rollout(draw, k, version) for k in range(sampling.samples))) for draw, p in prompts)
+        return type("Done", (), {"result": lambda _: groups})()
+
+    def _rollout(self, draw: int, sample: int, version: int) -> Rollout:
+        draw_from = np.random.default_rng([abs(draw), sample])
+        ids = draw_from.integers(0, 256, int(draw_from.integers(2, 7)))
+        scored = np.ones(len(ids), np.bool_)
+        return Rollout(sample, version - self.age, ids, scored, np.full(len(ids), -5.5, np.float32), "length" if sample == 0 else "stop", "text")
+
+    def score(self, groups: Sequence[RolloutGroup]) -> Scoring:
+        kept = [g for g in groups if g.draw not in self.dropped]
+        found = (np.array(self.rewards(g.draw), np.float32) for g in kept)
+        scored = tuple(ScoredGroup(g, rewards, {"made": rewards}) for g, rewards in zip(kept, found, strict=True))
+        return Scoring(scored, tuple(f"draw {g.draw}: no" for g in groups if g.draw in self.dropped))
+
+    def spans(self) -> list[Span]:
+        return []
+
+    def publish(self, version: int) -> WeightsDelivered:
+        self.published.append(version)
+        return WeightsDelivered(version, 0, 0.0, 0, "none")
+
+
+def uneven(draw: int) -> list[float]:
+    return [float((draw + k) % 2) for k in range(SAMPLES)]
+
+
+def run(one_rank: Callable[..., OneRank], tmp_path: Path, script: Scripted, *, said: Said | None = None, kept: Kept | None = None, **changes: Any):
+    """(end, policy) of a loop over six prompts. changes: of the plan, and the algorithm's `name`, a `stepper` class."""
+    name, stepper = changes.pop("name", "grpo"), changes.pop("stepper", Stepper)
+    cfg = recipe(name=name, **changes.pop("algorithm", {})).model_copy(update={"rollouts": Rollouts(samples=SAMPLES, prompts=PROMPTS)})
+    policy = one_rank(cfg)
+    plan = OnlinePlan(
+        **{
+            "algorithm": build(cfg.algorithm, cfg.rollouts),
+            "seed": 0,
+            "total_steps": 2,
+            "mini_batch": PROMPTS,
+            "epochs": 1,
+            "optimizer_steps": 1,
+            "sampling": Sampling(SAMPLES, 8),
+            "max_staleness": 0,
+            "max_resampled": 2,
+            "mask_truncated": False,
+            "kl": Kl(),
+            "alarm": 1e9,
+            "normalise_rewards": False,
+            "critic_warmup": 0,
+            "evaluate_every": None,
+            "evaluate_at_start": False,
+            "save_every": None,
+            **changes,
+        }
+    )
+    prompts = [Prompt(i, f"rows:{i}", 0, np.arange(1, 3 + i), f"p{i}", {"answer": "a"}) for i in range(6)]
+    said = said or Said()
+    attach = policy.with_live_reference if name == "online_dpo" else lambda batch: batch
+    trainer = OnlineTrainer(
+        plan=plan,
+        learning=Learning(stepper(plan.algorithm, policy, WHOLE, attach, said, Guards())),
+        prompts=Batches(prompts, Order([6], [1.0], 0), PROMPTS, "carry"),
+        generator=script,
+        scorer=script,
+        weights=script,
+        evaluator=RolloutEvaluator((), Evaluation(), plan.sampling, script, script),
+        report=said,
+        checkpoints=kept or Kept(),
+        timeline=Timeline(tmp_path / "trace.json"),
+        should_stop=lambda: False,
+    )
+    return trainer.run(), policy
+
+
+def test_versions_cursors_and_reports(one_rank, tmp_path):
+    script, said, kept = Scripted(uneven), Said(), Kept()
+    end, _ = run(one_rank, tmp_path, script, said=said, kept=kept)
+    assert script.asked == [([0, 1, 2], 0), ([3, 4, 5], 1)]
+    assert script.published == [0, 1, 2]
+    assert (end.step, end.examples, end.optimizer_steps, end.skipped) == (2, 6, 2, 0)
+    assert kept.saved == [end]
+    assert [s.step for s in said.steps] == [1, 2] and all(s.metrics["reward/mean"] == 0.5 for s in said.steps)
+    assert len(said.steps[0].samples) == PROMPTS * SAMPLES
+    assert said.steps[0].metrics["completions/clipped_ratio"] == 0.25
+
+
+def test_one_ahead_starts_the_next_batch_before_it_learns(one_rank, tmp_path):
+    script, said = Scripted(uneven), Said()
+    run(one_rank, tmp_path, script, said=said, max_staleness=1, total_steps=3)
+    assert [version for _, version in script.asked] == [0, 0, 1]
+    assert [s.metrics["policy/staleness"] for s in said.steps] == [0.0, 1.0, 1.0]
+
+
+def test_a_resume_samples_what_was_in_flight_again(one_rank, tmp_path):
+    script = Scripted(uneven)
+    run(one_rank, tmp_path, script, kept=Kept(start=Progress(step=1, examples=3, optimizer_steps=1)), max_staleness=1, total_steps=3)
+    assert script.asked[0] == ([3, 4, 5], 1), "the consumed cursor, not what had been started"
+
+
+def test_a_rollout_that_is_too_old_ends_the_run(one_rank, tmp_path):
+    with pytest.raises(OrchestratorError, match="version -1 reached the learner at version 0"):
+        run(one_rank, tmp_path, Scripted(uneven, age=1))
+
+
+def test_several_passes_and_mini_batches_count_optimizer_steps(one_rank, tmp_path):
+    said = Said()
+    end, _ = run(one_rank, tmp_path, Scripted(uneven), said=said, epochs=2, mini_batch=2, optimizer_steps=4)
+    assert end.optimizer_steps == 2 * 2 * 2
+    assert said.steps[0].metrics["policy/ratio_max"] > 1.0, "the second pass is off the policy that sampled"
+
+
+def test_a_dropped_group_is_named_and_the_rest_is_learned_from(one_rank, tmp_path):
+    said = Said()
+    end, _ = run(one_rank, tmp_path, Scripted(uneven, dropped={1}), said=said)
+    assert said.steps[0].metrics["reward/dropped_groups"] == 1.0 and len(said.steps[0].samples) == 2 * SAMPLES
+    assert end.examples == 6 and "draw 1: no" in said.notes[0]
+
+
+def test_dynamic_sampling_replaces_groups_without_signal_and_consumes_what_it_drew(one_rank, tmp_path):
+    script = Scripted(lambda draw: uneven(draw) if draw % 3 else [1.0] * SAMPLES)
+    end, _ = run(one_rank, tmp_path, script, name="dapo", total_steps=1)
+    assert [draws for draws, _ in script.asked] == [[0, 1, 2], [3, 4, 5]], "two of the first three teach, so three more are drawn"
+    assert end.examples == 6
+
+
+def test_without_any_signal_the_step_is_taken_and_nothing_moves(one_rank, tmp_path):
+    said, script = Said(), Scripted(lambda draw: [1.0] * SAMPLES)
+    end, _ = run(one_rank, tmp_path, script, name="dapo", total_steps=1, said=said)
+    assert len(script.asked) == 3 and end.step == 1
+    assert said.steps[0].metrics["grad_norm"] == 0.0 and said.steps[0].metrics["reward/no_signal_ratio"] == 1.0
+
+
+def test_running_rewards_follow_numpy(one_rank, tmp_path):
+    end, _ = run(one_rank, tmp_path, Scripted(lambda draw: [draw + 0.5 * k for k in range(SAMPLES)]), normalise_rewards=True)
+    seen = np.array([draw + 0.5 * k for draw in range(6) for k in range(SAMPLES)])
+    assert (end.reward_count, end.reward_mean) == (24, pytest.approx(seen.mean()))
+    assert end.reward_m2 == pytest.approx(((seen - seen.mean()) ** 2).sum())
+
+
+def test_online_dpo_learns_from_the_best_and_the_worst(one_rank, tmp_path):
+    said = Said()
+    script = Scripted(lambda draw: [1.0, 0.0, 3.0, 2.0] if draw % 2 else [1.0] * SAMPLES)
+    run(one_rank, tmp_path, script, name="online_dpo", said=said, total_steps=1)
+    assert said.losses[0] == pytest.approx(np.log(2.0), abs=1e-5)
+    assert said.steps[0].metrics["rewards/accuracies"] in (0.0, 1.0), "one pair: draws 0 and 2 were ties"
+
+
+def test_the_alarm_names_a_gap(one_rank, tmp_path):
+    said = Said()
+    run(one_rank, tmp_path, Scripted(uneven), said=said, alarm=1e-6, total_steps=1)
+    assert any("nat per token from the learner's" in note for note in said.notes)
+
+
+def test_truncated_completions_can_be_left_out(one_rank, tmp_path):
+    plain, masked = Said(), Said()
+    run(one_rank, tmp_path, Scripted(uneven), said=plain, total_steps=1)
+    run(one_rank, tmp_path, Scripted(uneven), said=masked, total_steps=1, mask_truncated=True)
+    assert plain.losses != masked.losses
+    assert masked.steps[0].metrics["completions/clipped_ratio"] == 0.25
+
+
+def test_mini_batches_are_every_group_once_a_pass(one_rank, tmp_path):
+    taken: deque[tuple[int, ...]] = deque()
+
+    class Watching(Stepper):
+        def take(self, groups: Sequence[SequenceGroup], step: int, clock: Any, *, kl_coefficient: float | None = None) -> Any:
+            taken.append(tuple(g.id for g in groups))
+            return super().take(groups, step, clock, kl_coefficient=kl_coefficient)
+
+    run(one_rank, tmp_path, Scripted(uneven), stepper=Watching, epochs=2, mini_batch=2, optimizer_steps=4, total_steps=1)
+    first, second = [*taken[0], *taken[1]], [*taken[2], *taken[3]]
+    assert sorted(first) == sorted(second) == [0, 1, 2]
+
+
+def test_algorithm_names_need_their_samples():
+    assert build(Algorithm(name="grpo"), Rollouts(samples=5)).branches == 5
