@@ -25,7 +25,10 @@ from tests.running import Shared, every_line, exported, exported_hash, metrics, 
 pytestmark = pytest.mark.timeout(600)
 
 GSM8K = Path(__file__).resolve().parents[3] / "shared" / "data" / "gsm8k" / "train.jsonl"
-SMALL = ("run.max_steps=3", "rollouts.prompts=8", "batch.effective=64", "tracking.wandb=off", "evaluation.every=null", "data.eval=null")
+SMALL = (
+    *("run.max_steps=3", "rollouts.prompts=8", "batch.effective=64", "learners.workers=1", "rollouts.workers=1"),
+    *("tracking.wandb=off", "evaluation.every=null", "data.eval=null"),
+)
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +63,7 @@ def test_the_tiny_recipes_raise_the_reward_on_held_out_prompts(shared: Shared, s
 
 
 def test_a_run_folder_holds_every_rollout_and_the_timeline(shared: Shared, sft: Path) -> None:
-    outcome, said = shared.train_last("tiny/grpo", sft, "folder", *SMALL)
+    outcome, said = shared.train_last("tiny/grpo", sft, "folder", *SMALL, "rollouts.workers=2")
     assert "step 3/3" in said
     rollouts = [s for s in every_line(outcome.folder / "samples.jsonl") if s["kind"] == "rollout"]
     assert len(rollouts) == 3 * 8 * 8
@@ -78,7 +81,10 @@ def test_a_run_folder_holds_every_rollout_and_the_timeline(shared: Shared, sft: 
     assert [p.name for p in sorted((outcome.folder / "logs").glob("rollout-*.log"))] == ["rollout-0.log", "rollout-1.log"]
 
 
-@pytest.mark.parametrize("name", ["dr_grpo", "dapo", "gspo", "cispo", "reinforce_pp", "reinforce_pp_baseline"])
+OTHERS = ("dr_grpo", "gspo", "cispo", "reinforce_pp", "reinforce_pp_baseline")
+
+
+@pytest.mark.parametrize("name", ["dapo", *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)])
 def test_every_other_algorithm_takes_its_steps(shared: Shared, sft: Path, name: str) -> None:
     outcome, _ = shared.train_last("tiny/grpo", sft, name, *SMALL, f"algorithm.name={name}", "algorithm.kl.coefficient=0.01")
     lines = metrics(outcome.folder)
@@ -88,7 +94,7 @@ def test_every_other_algorithm_takes_its_steps(shared: Shared, sft: Path, name: 
 
 
 def test_lora_learns_with_its_base_as_reference(shared: Shared, sft: Path) -> None:
-    adapter = ("model.lora={rank: 8}", "algorithm.kl.coefficient=0.05", "learners.zero_stage=3")
+    adapter = ("model.lora={rank: 8}", "algorithm.kl.coefficient=0.05", "learners.zero_stage=3", "learners.workers=2")
     outcome, _ = shared.train_last("tiny/grpo", sft, "lora", *SMALL, *adapter)
     lines = metrics(outcome.folder)
     assert lines[0]["kl"] == pytest.approx(0.0, abs=1e-6) and lines[-1]["kl"] > 0.0
@@ -117,7 +123,7 @@ def test_a_recorded_run_is_learned_again_to_the_last_bit(shared: Shared, sft: Pa
 
 
 def test_the_learners_cut_does_not_change_an_online_run(shared: Shared, sft: Path) -> None:
-    one, _ = shared.train_last("tiny/grpo", sft, "one", *SMALL, "learners.workers=1", "rollouts.workers=1")
+    one, _ = shared.train_last("tiny/grpo", sft, "one", *SMALL)
     two, _ = shared.train_last("tiny/grpo", sft, "two", *SMALL, "learners.workers=2", "learners.zero_stage=3", "batch.micro_batch=16")
     for name, weight in exported(one.folder).items():
         assert np.abs(exported(two.folder)[name] - weight).max() < 1e-4, name

@@ -74,6 +74,7 @@ def test_a_killed_learner_restarts_the_run_from_its_checkpoint(shared: Shared, s
     check_equal(outcome.folder, undisturbed)
 
 
+@pytest.mark.slow
 def test_a_killed_driver_goes_on_by_the_same_command(shared: Shared, sft: Path, undisturbed: Path) -> None:
     """Killed between two checkpoints, in a process of its own."""
     recipe = shared.root / "driver.yaml"
@@ -91,7 +92,7 @@ def test_a_killed_driver_goes_on_by_the_same_command(shared: Shared, sft: Path, 
 # ---- how old a rollout may be
 
 
-AHEAD = ("run.max_steps=6", "rollouts.prompts=8", "rollouts.samples=4", "batch.effective=32", *RUN[3:5], *RUN[9:])
+AHEAD = ("run.max_steps=6", "learners.workers=1", "rollouts.prompts=8", "rollouts.samples=4", "batch.effective=32", *RUN[3:5], *RUN[9:])
 
 
 def test_generation_runs_one_version_ahead_and_never_more(shared: Shared, sft: Path) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from orchestrator.algorithms import build
-from orchestrator.config import Algorithm, Evaluation, Kl, Rollouts
+from orchestrator.config import ONLINE, Algorithm, Evaluation, Kl, Rollouts
 from orchestrator.controllers.online import Learning, OnlinePlan, OnlineTrainer
 from orchestrator.controllers.rollout_evaluation import RolloutEvaluator
 from orchestrator.controllers.step import Guards, Stepper
@@ -209,6 +209,17 @@ def test_mini_batches_are_every_group_once_a_pass(one_rank, tmp_path):
     run(one_rank, tmp_path, Scripted(uneven), stepper=Watching, epochs=2, mini_batch=2, optimizer_steps=4, total_steps=1)
     first, second = [*taken[0], *taken[1]], [*taken[2], *taken[3]]
     assert sorted(first) == sorted(second) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("name", [name for name in ONLINE if name not in ("ppo", "online_dpo")])
+def test_every_policy_gradient_takes_its_steps(one_rank, tmp_path, name):
+    said = Said()
+    kl = Kl(coefficient=0.01)
+    end, _ = run(one_rank, tmp_path, Scripted(uneven), name=name, algorithm={"kl": kl, "entropy_bonus": 0.01}, kl=kl, said=said)
+    assert end.optimizer_steps == 2
+    first, second = (s.metrics for s in said.steps)
+    assert first["kl"] == pytest.approx(0.0, abs=1e-6) and second["kl"] > 0.0
+    assert all(np.isfinite(m["grad_norm"]) and m["grad_norm"] > 0.0 for m in (first, second))
 
 
 def test_algorithm_names_need_their_samples():
