@@ -31,8 +31,9 @@ $(STAMP): pyproject.toml constraints.txt
 demo: venv
 	$(BIN)/python -m orchestrator train recipes/tiny/demo.yaml --output runs/demo
 
+# two at a time: most of a test with Ray waits for processes to start
 test: venv
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: venv
 	$(BIN)/python -m pytest -m "slow and not gpu"

@@ -193,8 +193,8 @@ class RolloutPool:
             groups, failure = self._run(index, chunk, references)
             with self.changed:
                 del self.shared.running[index]
-                self.shared.spans.append(Span(index, self.shared.since[index], time.perf_counter(), chunk.version))
                 if groups is not None:
+                    self.shared.spans.append(Span(index, self.shared.since[index], time.perf_counter(), chunk.version))
                     for place, group in zip(chunk.at, groups, strict=True):
                         chunk.pending.groups[place] = group
                 elif failure is not None:
