@@ -232,6 +232,9 @@ class Rollouts(Section):
     min_p: float = Field(0.0, ge=0, lt=1)
     stop: list[str] = Field([], description="texts that end a completion; they stay part of it")
     max_staleness: int = Field(0, ge=0, description="versions that generation may run ahead of learning; 0: strictly on-policy")
+    update: Literal["batch", "request"] = Field(
+        "batch", description="batch: all of a rollout batch has one version; request: an actor takes the newest weights before each few prompts"
+    )
     transport: Literal["auto", "object_store", "broadcast", "cuda_ipc"] = "auto"
     bucket_mb: float = Field(256.0, gt=0, description="weights cross in buckets of this size")
     environment: str | None = Field(None, description="multi-turn: `module:Class` or `file.py:Class`")

@@ -25,9 +25,9 @@ def fingerprint(recipe: Recipe, data_fingerprint: str, model_fingerprint: str) -
 
 def _deciding_online(whole: Mapping[str, Any]) -> dict[str, Any]:
     """What of an online recipe decides its result: how completions are drawn and rewarded, not who does it."""
-    rollouts = ("engine", "prompts", "samples", "max_new_tokens", "temperature", "top_p", "top_k", "min_p", "stop", "max_staleness", "environment")
+    rollouts = ("engine", "prompts", "samples", "max_new_tokens", "temperature", "top_p", "top_k", "min_p", "stop", "environment")
     return {
-        "rollouts": {key: whole["rollouts"][key] for key in (*rollouts, "max_turns", "replay")},
+        "rollouts": {key: whole["rollouts"][key] for key in (*rollouts, "max_turns", "max_staleness", "update", "replay")},
         "rewards": {key: whole["rewards"][key] for key in ("functions", "normalise")},
         "critic": {key: whole["critic"][key] for key in ("model", "learning_rate", "warmup_steps")},
     }

@@ -5,7 +5,8 @@
 An actor that has time takes the next chunk, so a long tail idles nobody. Chunks keep the order of their batches, and every
 chunk names the weight version it is sampled with: an actor loads that version before its first chunk of it, or was given it
 while nothing else was under way (broadcast, CUDA IPC). Seeds belong to samples, so neither the number of actors nor the death
-of one changes a rollout.
+of one changes a rollout. With `rollouts.update: request` a chunk takes the newest version there is when its turn comes:
+fresher rollouts while generation runs ahead, but which version depends on who was quick.
 """
 
 import threading
@@ -175,7 +176,7 @@ class RolloutPool:
         """Prompts of a chunk: all for one actor, which refills its rows itself; else so many that each actor gets two or more
         chunks, but no fewer rows than fit at once where the batch allows it."""
         workers = self.recipe.rollouts.workers
-        if workers == 1:
+        if workers == 1 and self.recipe.rollouts.update == "batch":
             return max(1, prompts)
         return max(1, min(-(-prompts // (2 * workers)), max(1, self.recipe.rollouts.rows_at_once // samples)))
 
@@ -188,6 +189,8 @@ class RolloutPool:
                 if self.shared.closed:
                     return
                 chunk = self.shared.queue.popleft()
+                if self.recipe.rollouts.update == "request":  # newer than the batch was started with, never older
+                    chunk.version = max(self.shared.offers)
                 references = self.shared.offers[chunk.version]
                 self.shared.running[index], self.shared.since[index] = chunk, time.perf_counter()
             groups, failure = self._run(index, chunk, references)

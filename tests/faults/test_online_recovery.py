@@ -105,6 +105,15 @@ def test_generation_runs_one_version_ahead_and_never_more(shared: Shared, sft: P
     assert all(line["policy/train_rollout_gap"] > 1e-4 for line in metrics(outcome.folder)[1:]), "old rollouts: the gap is real"
 
 
+def test_weights_may_change_between_the_requests_of_a_batch(shared: Shared, sft: Path) -> None:
+    """Slow actors are still at the next batch when new weights come: its later prompts are answered with them, each stamped so."""
+    slow = ("rollouts.max_staleness=1", "rollouts.update=request", "rollouts.rows_at_once=8", "run.max_steps=4")
+    with planned_faults({"site": "roll_out", "action": "slow"}):
+        outcome, _ = shared.train_last("tiny/grpo", sft, "in-flight", *AHEAD, *slow)
+    ages = [line["policy/staleness"] for line in metrics(outcome.folder)]
+    assert all(0.0 <= age <= 1.0 for age in ages) and any(0.0 < age < 1.0 for age in ages), ages
+
+
 @pytest.mark.slow
 def test_one_step_ahead_learns_as_well_and_idles_less(shared: Shared, sft: Path) -> None:
     """Three seeds of tiny GRPO: the held-out reward within 0.05, and rollout actors idle for a smaller part of the time."""
