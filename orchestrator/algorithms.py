@@ -56,6 +56,11 @@ class Algorithm:
     anchor: float | None = None
     online: Online | None = None
 
+    @property
+    def group_examples(self) -> int:
+        """What one sequence group counts in batch.effective: the completions of a prompt are one group, a pair or a row is one."""
+        return self.branches if self.per == "sequence" else 1
+
     def keeps_reference(self, recipe: Recipe) -> bool:
         """True where a worker holds a reference policy of its own while it learns: TR-DPO's moving one, or a frozen one for
         rollouts, which no cache can know beforehand. With LoRA the base weights are the reference: no second copy."""

@@ -96,7 +96,7 @@ class Plan:
 
 def make_plan(recipe: Recipe, algorithm: Algorithm, data: DataSet) -> Plan:
     """The plan of a run; ConfigError or NotEnoughResources where it could not work."""
-    _check(recipe, _share(algorithm))
+    _check(recipe, algorithm.group_examples)
     choices: list[Choice] = []
     layout = _layout(recipe, algorithm, choices)
     steps = first_steps(data)
@@ -120,7 +120,7 @@ def make_plan(recipe: Recipe, algorithm: Algorithm, data: DataSet) -> Plan:
         micro_batches=micro_batches,
         total_steps=recipe.run.max_steps or data.batches.steps_in(recipe.run.epochs),
         arithmetic=_arithmetic(recipe.batch.effective, cut, first, algorithm),
-        nearest=_nearest(recipe.batch.effective, cut, _share(algorithm)),
+        nearest=_nearest(recipe.batch.effective, cut, algorithm.group_examples),
         choices=tuple(choices),
         data=_data_report(data),
         memory=memory,
@@ -293,7 +293,7 @@ def _given(recipe: Recipe, algorithm: Algorithm, cut: Cut) -> Cut:
     batch = recipe.batch
     if batch.micro_batch_tokens is not None:
         return replace(cut, positions=batch.micro_batch_tokens)
-    return replace(cut, positions=1) if batch.micro_batch == "auto" else replace(cut, examples=max(1, batch.micro_batch // _share(algorithm)))
+    return replace(cut, positions=1) if batch.micro_batch == "auto" else replace(cut, examples=max(1, batch.micro_batch // algorithm.group_examples))
 
 
 def _micro_batch_choice(recipe: Recipe, cut: Cut) -> Choice:
@@ -310,16 +310,11 @@ def _arithmetic(effective: int, cut: Cut, first: PackedBatch, algorithm: Algorit
     unit = {"pair": "pairs", "token": "examples", "example": "examples", "sequence": "completions"}[algorithm.per]
     workers = f"{cut.workers} worker{'s' if cut.workers > 1 else ''}"
     batches = f"{count} micro-batch{'es' if count > 1 else ''}"
-    each = None if cut.examples is None else cut.examples * _share(algorithm)
+    each = None if cut.examples is None else cut.examples * algorithm.group_examples
     if each is not None and cut.workers * count * each == effective:
         return f"{effective} {unit} = {workers} × {batches} × {each} {unit}"
     bound = f"{each} {unit}" if each is not None else f"{cut.positions} positions"
     return f"{effective} {unit} = {workers} × {batches} of at most {bound}, all divided once by {effective}"
-
-
-def _share(algorithm: Algorithm) -> int:
-    """What a sequence group counts in batch.effective: the completions of a prompt are one group."""
-    return algorithm.branches if algorithm.per == "sequence" else 1
 
 
 def _nearest(effective: int, cut: Cut, share: int) -> tuple[int, ...]:

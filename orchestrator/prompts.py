@@ -47,7 +47,7 @@ def load_prompts(recipe: Recipe, algorithm: Algorithm) -> PromptSet:
         rows = load_rows(held_out_source(recipe.data.eval), recipe.data, "prompt")
         held_out = _encode(rows, tokenizer, recipe)[0][: recipe.evaluation.max_prompts]
     groups = tuple(_longest(p, recipe, algorithm) for p in prompts)
-    effective = recipe.batch.effective // groups_share(recipe, algorithm)
+    effective = recipe.batch.effective // algorithm.group_examples
     longest = DataSet(
         tokenizer=tokenizer,
         loaded=loaded,
@@ -63,14 +63,9 @@ def load_prompts(recipe: Recipe, algorithm: Algorithm) -> PromptSet:
     return PromptSet(tokenizer, loaded, Batches(prompts, order, recipe.rollouts.prompts, recipe.data.remainder), held_out, longest)
 
 
-def groups_share(recipe: Recipe, algorithm: Algorithm) -> int:
-    """Examples of batch.effective that one prompt stands for: its samples, or one pair."""
-    return recipe.rollouts.samples if algorithm.per == "sequence" else 1
-
-
 def check_batches(recipe: Recipe, algorithm: Algorithm) -> int:
     """Mini-batches of one pass over a rollout batch; ConfigError where the rollout batch cannot be cut into effective batches."""
-    share, rollouts, effective = groups_share(recipe, algorithm), recipe.rollouts, recipe.batch.effective
+    share, rollouts, effective = algorithm.group_examples, recipe.rollouts, recipe.batch.effective
     total = rollouts.prompts * share
     unit = "completions" if share > 1 or algorithm.per == "sequence" else "pairs"
     if effective % share:

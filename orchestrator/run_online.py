@@ -135,12 +135,11 @@ def _sampling(recipe: Recipe) -> Sampling:
 def _plan(job: Job, sampling: Sampling) -> OnlinePlan:
     recipe = job.recipe
     algorithm = recipe.algorithm
-    share = recipe.rollouts.samples if job.algorithm.per == "sequence" else 1
     return OnlinePlan(
         algorithm=job.algorithm,
         seed=recipe.run.seed,
         total_steps=job.plan.total_steps,
-        mini_batch=recipe.batch.effective // share,
+        mini_batch=recipe.batch.effective // job.algorithm.group_examples,
         epochs=algorithm.epochs,
         optimizer_steps=job.optimizer_steps,
         sampling=sampling,

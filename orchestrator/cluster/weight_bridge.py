@@ -8,6 +8,7 @@
 """
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -78,7 +79,7 @@ def outcomes(references: Sequence[Any], verb: str, timeout_s: float) -> dict[int
     return failed
 
 
-class _DirectBridge:
+class _DirectBridge(ABC):
     """Puts the weights into the actors while `publish` waits: once all work with the old version is done. An actor that dies on
     the way is replaced, and all are sent to again.
 
@@ -109,8 +110,9 @@ class _DirectBridge:
         size = sum(plan.size for plan in self.plans)
         return WeightsDelivered(version, size, time.perf_counter() - started, len(self.plans), self.transport)
 
+    @abstractmethod
     def _send(self, version: int) -> Mapping[int, Undelivered]:
-        raise NotImplementedError
+        """Sends all buckets to all actors; what went wrong, by actor."""
 
     def _mend(self, failed: Mapping[int, Undelivered]) -> OrchestratorError | None:
         """Replaces who has to be; the error that counts as one failed send, None where a lost actor explains all of it."""

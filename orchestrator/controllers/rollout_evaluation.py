@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from orchestrator.config import Evaluation
-from orchestrator.controllers.rollout_report import shown
+from orchestrator.controllers.rollout_report import sample_of
 from orchestrator.episodes import Prompt, Sampling, ScoredGroup
-from orchestrator.records import EvaluationReport, Sample
+from orchestrator.records import EvaluationReport
 from orchestrator.roles import Generator, Scorer
 
 
@@ -37,7 +37,7 @@ class RolloutEvaluator:
             passed = [g.rewards >= self.config.pass_reward for g in sampled]
             metrics[f"eval/pass@{k}"] = _mean([np.array([p.any()]) for p in passed])
             metrics["eval/pass@1"] = _mean(passed)
-        return EvaluationReport(step, metrics, tuple(_sample(g, step) for g in greedy))
+        return EvaluationReport(step, metrics, tuple(sample_of(g, 0, step, "generation") for g in greedy))
 
     def _scored(self, step: int, sampling: Sampling) -> Sequence[ScoredGroup]:
         """draws count down from -1, so that their seeds are nobody else's."""
@@ -47,16 +47,3 @@ class RolloutEvaluator:
 
 def _mean(values: Sequence[np.ndarray]) -> float:
     return float(np.mean(np.concatenate(values))) if values else float("nan")
-
-
-def _sample(item: ScoredGroup, step: int) -> Sample:
-    (rollout,) = item.group.rollouts
-    answer = item.group.prompt.columns.get("answer")
-    return Sample(
-        step,
-        "generation",
-        prompt=shown(item.group.prompt.text),
-        completion=shown(rollout.completion),
-        answer=None if answer is None else str(answer),
-        scores={"reward": float(item.rewards[0]), **{name: float(part[0]) for name, part in item.parts.items()}},
-    )

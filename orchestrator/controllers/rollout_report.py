@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -163,23 +163,32 @@ def _said(rollout: Rollout) -> str:
     return "\n".join(str(m.get("content") or "") for m in rollout.completion if m.get("role") == "assistant")
 
 
-def shown(value: Any) -> str:
+def _shown(value: Any) -> str:
     """A prompt or completion as text; messages as `role: content` lines."""
     if isinstance(value, str):
         return value
     return "\n".join(f"{m.get('role')}: {m.get('content') or ''}" for m in value)
 
 
+def sample_of(item: ScoredGroup, k: int, step: int, kind: Literal["generation", "rollout"]) -> Sample:
+    """Rollout k of a group with its reward."""
+    prompt, rollout = item.group.prompt, item.group.rollouts[k]
+    answer = prompt.columns.get("answer")
+    return Sample(
+        step,
+        kind,
+        prompt=_shown(prompt.text),
+        completion=_shown(rollout.completion),
+        answer=None if answer is None else str(answer),
+        scores={"reward": float(item.rewards[k]), **{name: float(part[k]) for name, part in item.parts.items()}},
+    )
+
+
 def samples_of(batch: Batch, step: int) -> tuple[Sample, ...]:
     """A sample for each scored rollout, with its tokens, so that it can be replayed."""
     return tuple(
-        Sample(
-            step,
-            "rollout",
-            prompt=shown(item.group.prompt.text),
-            completion=shown(rollout.completion),
-            answer=None if (answer := item.group.prompt.columns.get("answer")) is None else str(answer),
-            scores={"reward": float(item.rewards[k]), **{name: float(part[k]) for name, part in item.parts.items()}},
+        replace(
+            sample_of(item, k, step, "rollout"),
             prompt_id=item.group.prompt.id,
             sample=rollout.sample,
             version=rollout.version,

@@ -9,10 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from orchestrator.learner.learner import RankLearner, iterate_trainable
-from orchestrator.models.buckets import BucketPlan, Channel, ChannelBroken, fill, layout
-
-WIRE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "bf16_autocast": torch.bfloat16}
-"""What the generators compute with: the precision of the learners' own forward, so that log-probs agree."""
+from orchestrator.models.buckets import WIRE, BucketPlan, Channel, ChannelBroken, fill, layout
 
 
 def bucket_plans(learner: RankLearner, bucket_bytes: int) -> tuple[BucketPlan, ...]:

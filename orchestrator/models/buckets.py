@@ -13,6 +13,8 @@ from torch._C._distributed_c10d import BroadcastOptions, PrefixStore, TCPStore
 
 from orchestrator.errors import OrchestratorError, WorkerLost
 
+WIRE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "bf16_autocast": torch.bfloat16}
+"""What generators compute with and learners send, by learners.precision: that of the learners' own forward, so that log-probs agree."""
 _CHUNK = 1 << 20
 """Words summed at once: bounds the memory that a checksum takes."""
 _PLACE, _FIRST, _SECOND = 0x2545_F491_4F6C_DD1D, 0x369D_EA0F_31A5_3F85, 0x5851_F42D_4C95_7F2D

@@ -7,13 +7,11 @@ import torch
 
 from orchestrator.config import Recipe, Rollouts
 from orchestrator.episodes import Completion, Prompt, RolloutGroup, Sampling
-from orchestrator.models.buckets import Bucket, Entry, Receiver
+from orchestrator.models.buckets import WIRE, Bucket, Entry, Receiver
 from orchestrator.models.load import load, load_tokenizer
 from orchestrator.rollout.continuous import ContinuousBatchingFailed, ContinuousDecoder, MeasuredDecoder
 from orchestrator.rollout.static import Request, StaticDecoder
 from orchestrator.rollout.turns import Decoder, Roller, load_environment
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "bf16_autocast": torch.bfloat16}
 
 
 class GenerationEngine(Protocol):
@@ -51,7 +49,7 @@ class TransformersEngine:
         if model.config._attn_implementation == "flex_attention":  # made for training rows
             capped = getattr(model.config.get_text_config(), "attn_logit_softcapping", None)  # which SDPA drops in silence
             model.set_attn_implementation("eager" if capped else "sdpa")
-        self.model = model.to(device=device, dtype=DTYPES[recipe.learners.precision]).eval().requires_grad_(False)
+        self.model = model.to(device=device, dtype=WIRE[recipe.learners.precision]).eval().requires_grad_(False)
         self.tokenizer = loaded.tokenizer
         self.receiver = Receiver(self.model)
         self.decoder = make_decoder(recipe.rollouts, self.model, loaded.tokenizer)

@@ -28,9 +28,9 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from orchestrator.config import Model, Recipe
 from orchestrator.episodes import Completion, Sampling
 from orchestrator.errors import ConfigError, DataError, OrchestratorError
-from orchestrator.models.buckets import Bucket, Entry, as_bytes, check, parts
+from orchestrator.models.buckets import WIRE, Bucket, Entry, as_bytes, check, parts
 from orchestrator.models.load import load, load_config, load_tokenizer
-from orchestrator.rollout.generator import DTYPES, end_tokens
+from orchestrator.rollout.generator import end_tokens
 from orchestrator.rollout.static import Request
 
 USE_TRANSFORMERS = "set rollouts.engine=transformers"
@@ -235,7 +235,7 @@ def _build(vllm: Any, recipe: Recipe, device: torch.device, source: str) -> Any:
             source,
             **_pinned(recipe.model),
             trust_remote_code=recipe.model.trust_remote_code,
-            dtype=str(DTYPES[recipe.learners.precision]).removeprefix("torch."),
+            dtype=str(WIRE[recipe.learners.precision]).removeprefix("torch."),
             max_model_len=recipe.data.max_length,
             max_num_seqs=recipe.rollouts.rows_at_once,
             seed=recipe.run.seed,

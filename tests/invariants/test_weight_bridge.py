@@ -27,9 +27,8 @@ from orchestrator.episodes import Prompt, RolloutGroup, Sampling
 from orchestrator.errors import ConfigError, WorkerLost
 from orchestrator.learner import engine
 from orchestrator.learner.learner import LearnerSpec, RankLearner
-from orchestrator.learner.publish import WIRE
 from orchestrator.learner.state import full_weights
-from orchestrator.models.buckets import CorruptWeights
+from orchestrator.models.buckets import WIRE, CorruptWeights
 from orchestrator.records import Branch, Cut, SequenceGroup
 from orchestrator.roles import WeightBridge
 from tests.running import planned_faults, shared_ray, wait_until
