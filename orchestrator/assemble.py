@@ -28,9 +28,10 @@ from orchestrator.observe.dashboard import write_report
 from orchestrator.observe.sinks import read_lines
 from orchestrator.plan import Plan
 from orchestrator.prompts import load_prompts
-from orchestrator.recipe import STAGE, Stage, dump
+from orchestrator.recipe import dump
 from orchestrator.records import Progress, SequenceGroup
 from orchestrator.run_folder import RunFolder, open_run
+from orchestrator.stages import Stage, references, resolve
 from orchestrator.startup import attach_reference
 
 
@@ -108,30 +109,21 @@ def _stop_signals() -> Iterator[Callable[[], bool]]:
             signal.signal(number, handler)
 
 
-def resolve_stage(recipe: Recipe, exports: Mapping[str, Path]) -> Recipe:
-    """The recipe with `model.path: stage:NAME` replaced by that stage's exported folder."""
-    path = recipe.model.path
-    if path is None or not path.startswith(STAGE):
-        return recipe
-    folder = exports[path.removeprefix(STAGE)]
-    return recipe.model_copy(update={"model": recipe.model.model_copy(update={"path": str(folder)})})
-
-
 def train_stages(stages: Sequence[Stage], root: Path, console: Console) -> dict[str, Outcome]:
-    """Trains a recipe, or a pipeline stage by stage in root/NAME, each from the export of the stage it names."""
+    """Trains a recipe, or a pipeline stage by stage in root/NAME, each with the exports of the stages it names."""
     outcomes: dict[str, Outcome] = {}
     for stage in stages:
         folder = root if len(stages) == 1 else root / stage.name
         if len(stages) > 1:
             console.rule(stage.name, align="left")
-        outcomes[stage.name] = train(resolve_stage(stage.recipe, {n: o.export for n, o in outcomes.items()}), folder, console)
+        outcomes[stage.name] = train(resolve(stage.recipe, {n: o.export for n, o in outcomes.items()}), folder, console)
     return outcomes
 
 
 def plan_stages(stages: Sequence[Stage]) -> list[tuple[str, Plan]]:
-    """Plans of the stages that do not start from another stage's export."""
+    """Plans of the stages that take no other stage's export."""
     quiet = Console(quiet=True)
-    ready = [s for s in stages if not (s.recipe.model.path or "").startswith(STAGE)]
+    ready = [s for s in stages if not references(s.recipe)]
     return [(stage.name, plan_job(stage.recipe, quiet).plan) for stage in ready]
 
 

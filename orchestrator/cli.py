@@ -15,6 +15,7 @@ from rich.table import Table
 
 from orchestrator import recipe as recipes
 from orchestrator.errors import ConfigError, Exit, OrchestratorError, OutputError
+from orchestrator.stages import STAGE, references
 
 if TYPE_CHECKING:
     from orchestrator.assemble import Outcome
@@ -46,8 +47,11 @@ def plan(recipe: RecipeArgument, overrides: Overrides = None, as_json: Annotated
     for name, p in plans:
         out.rule(name, align="left")
         out.print(render(p))
-    for stage in stages[len(plans) :]:
-        out.print(f"{stage.name} is planned when the stage it starts from has been trained ({stage.recipe.model.path})")
+    planned = {name for name, _ in plans}
+    for stage in stages:
+        if stage.name not in planned:
+            needed = ", ".join(dict.fromkeys(references(stage.recipe).values()))
+            out.print(f"{stage.name} is planned when what it takes from other stages has been trained ({needed})")
     if len(stages) == 1:
         out.rule("resolved recipe", align="left")
         out.print(recipes.dump(stages[0].recipe), markup=False)
@@ -78,6 +82,9 @@ def evaluate(
 ) -> None:
     """Held-out preference accuracy and greedy exact match of a model; of an online recipe the reward, greedy and pass@k."""
     cfg = _last(recipe, overrides)
+    if named := references(cfg):
+        fix = "give the recipe.yaml in the run folder of that stage, where they are folders"
+        raise ConfigError(f"{', '.join(named)} of {recipe} are made by stages of a run", fix=fix)
     from orchestrator.assemble import evaluate as run
 
     metrics = run(cfg, model, out)
@@ -176,8 +183,8 @@ def _last(recipe: str, overrides: list[str] | None) -> "Recipe":
     """The recipe of the last stage, with the model that its first ancestor starts from: for what needs no trained weights."""
     stages = {stage.name: stage.recipe for stage in recipes.load(recipe, overrides or ()).stages}
     last = model = list(stages.values())[-1]
-    while (path := model.model.path or "").startswith(recipes.STAGE):
-        model = stages[path.removeprefix(recipes.STAGE)]
+    while (path := model.model.path or "").startswith(STAGE):
+        model = stages[path.removeprefix(STAGE)]
     return last.model_copy(update={"model": model.model})
 
 

@@ -2,8 +2,8 @@
 
     find -> parse (strict YAML, the line of every key) -> extend (deep merge) -> override (a.b=c) -> validate -> Recipe
 
-A file with `stages:` is a pipeline: each stage is a recipe of its own with a `name`, and `model.path: stage:NAME` starts
-it from the export of an earlier stage. Nothing here needs torch.
+A file with `pipeline:` is a list of stages: each is a recipe of its own with a `name`, and takes what an earlier one
+exports where it says `stage:NAME` (stages.py). Nothing here needs torch.
 """
 
 import copy
@@ -20,20 +20,13 @@ from pydantic import BaseModel, ValidationError
 
 from orchestrator.config import NAME_PATTERN, Recipe
 from orchestrator.errors import ConfigError, MissingInput
+from orchestrator.stages import STAGE, Stage, check
 from orchestrator.strict_yaml import Dumper, Key, parse
 
-STAGE = "stage:"
+PIPELINE = "pipeline"
 SHARED_PART = re.compile(r"(.*-)?base")  # shipped files of these names are extended by recipes and are no recipes by themselves
 
 _OVERRIDE = re.compile(r"(?:(?P<stage>[A-Za-z0-9][A-Za-z0-9._-]*):)?(?P<key>[A-Za-z_]\w*(?:\.\w+)*)=(?P<value>.*)", re.DOTALL)
-
-
-@dataclass(frozen=True, slots=True)
-class Stage:
-    """One training run. A recipe whose model.path is `stage:NAME` starts from the export of that earlier stage."""
-
-    name: str
-    recipe: Recipe
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,12 +65,12 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Loaded:
     file = find(path)
     changes = [_parse_override(text) for text in overrides]
     draft = _parse_file(file)
-    if "stages" in draft.data:
+    if PIPELINE in draft.data:
         return Loaded(file, _pipeline(draft, file, changes))
     for change in changes:
         if change.stage is not None:
-            raise ConfigError(f"override `{change.text}`: {file} has no stages", fix=f"write {'.'.join(change.keys)}=…")
-    recipe = _validate(_override(_extend(draft, file, ()), changes), str(file), ())
+            raise ConfigError(f"override `{change.text}`: {file} is no pipeline", fix=f"write {'.'.join(change.keys)}=…")
+    recipe = _validate(_override(_extend(draft, file, ()), changes), str(file), {})
     return Loaded(file, (Stage(recipe.run.name, recipe),))
 
 
@@ -116,7 +109,7 @@ def parts(file: Path) -> tuple[Path, ...]:
     """A recipe file and the files it extends, its stages' included: what has to be copied to use it elsewhere."""
     found = [file]
     draft = _parse_file(file).data
-    for entry in [draft, *(draft.get("stages") or [])]:
+    for entry in [draft, *(draft.get(PIPELINE) or [])]:
         if entry.get("extends"):
             found += parts(file.parent / entry["extends"])
     return tuple(dict.fromkeys(found))
@@ -165,7 +158,7 @@ def _extend(draft: _Draft, file: Path, chain: tuple[Path, ...]) -> _Draft:
         circle = " -> ".join(p.name for p in (*chain, base_file.resolve()))
         raise ConfigError(f"{where}: goes round in a circle", why=circle, fix="take one `extends` out")
     base = _parse_file(base_file)
-    if "stages" in base.data:
+    if PIPELINE in base.data:
         raise ConfigError(f"{where}: {base_file} is a pipeline", fix="extend the file of one of its stages")
     base = _extend(base, base_file, chain)
     model = own.get("model")
@@ -225,33 +218,37 @@ def _override(draft: _Draft, changes: Sequence[_Override]) -> _Draft:
 
 def _pipeline(draft: _Draft, file: Path, changes: Sequence[_Override]) -> tuple[Stage, ...]:
     example = "write `- {name: sft, extends: sft.yaml}`"
-    for key in draft.data.keys() - {"stages"}:
-        raise ConfigError(f"{draft.origins[(key,)]}: {key}: a pipeline holds `stages` only", fix="put the key into a file that the stages extend")
-    entries = draft.data["stages"]
+    for key in draft.data.keys() - {PIPELINE}:
+        fix = "put the key into a file that the stages extend"
+        raise ConfigError(f"{draft.origins[(key,)]}: {key}: nothing may stand beside `pipeline`", fix=fix)
+    entries = draft.data[PIPELINE]
     if not isinstance(entries, list) or not entries:
-        raise ConfigError(f"{file}: stages: must be a list of recipes (got {entries!r})", fix=example)
+        raise ConfigError(f"{file}: pipeline: must be a list of recipes (got {entries!r})", fix=example)
     names: list[str] = []
     for i, entry in enumerate(entries):
         name = entry.get("name") if isinstance(entry, dict) else None
         if not isinstance(name, str) or re.match(NAME_PATTERN, name) is None or name in names:
             reason = f"the name {name} is taken" if name in names else "a stage is a mapping with a name of letters, digits, `.`, `_` and `-`"
-            raise ConfigError(f"{draft.origins[('stages', i)]}: {reason}", fix=example)
+            raise ConfigError(f"{draft.origins[(PIPELINE, i)]}: {reason}", fix=example)
         names.append(name)
     for change in changes:
         if change.stage is not None and change.stage not in names:
             raise ConfigError(f"override `{change.text}`: no stage is named {change.stage}", fix=f"the stages are {', '.join(names)}")
-    return tuple(_stage(draft, i, file, names[: i + 1], changes) for i in range(len(entries)))
+    earlier: dict[str, Recipe] = {}
+    for i, name in enumerate(names):
+        earlier[name] = _stage(draft, i, file, earlier, changes)
+    return tuple(Stage(name, recipe) for name, recipe in earlier.items())
 
 
-def _stage(pipeline: _Draft, index: int, file: Path, names: Sequence[str], changes: Sequence[_Override]) -> Stage:
-    """The stage names[-1], entry `index` of the file; names[:-1] are the stages before it."""
-    entry = {k: v for k, v in pipeline.data["stages"][index].items() if k != "name"}
-    draft = _extend(_Draft(entry, {k[2:]: v for k, v in pipeline.origins.items() if k[:2] == ("stages", index)}), file, ())
+def _stage(pipeline: _Draft, index: int, file: Path, earlier: Mapping[str, Recipe], changes: Sequence[_Override]) -> Recipe:
+    """Entry `index` of the file, after the stages `earlier`."""
+    name = pipeline.data[PIPELINE][index]["name"]
+    entry = {k: v for k, v in pipeline.data[PIPELINE][index].items() if k != "name"}
+    draft = _extend(_Draft(entry, {k[2:]: v for k, v in pipeline.origins.items() if k[:2] == (PIPELINE, index)}), file, ())
     model = draft.data.get("model")
     chained = isinstance(model, dict) and str(model.get("path")).startswith(STAGE)
-    mine = [c for c in changes if c.stage == names[-1] or (c.stage is None and not (chained and _names_model(c.keys)))]
-    recipe = _validate(_override(draft, mine), f"{file} stage {names[-1]}", names[:-1])
-    return Stage(names[-1], recipe)
+    mine = [c for c in changes if c.stage == name or (c.stage is None and not (chained and _names_model(c.keys)))]
+    return _validate(_override(draft, mine), f"{file} stage {name}", earlier)
 
 
 def _names_model(keys: tuple[str, ...]) -> bool:
@@ -282,8 +279,8 @@ _MUST_BE = {
 }
 
 
-def _validate(draft: _Draft, name: str, earlier: Sequence[str]) -> Recipe:
-    """The checked recipe. earlier: the stages it may start from. ConfigError lists `key: what (got value; where)`."""
+def _validate(draft: _Draft, name: str, earlier: Mapping[str, Recipe]) -> Recipe:
+    """The checked recipe. earlier: the stages it may take exports of. ConfigError lists `key: what (got value; where)`."""
     try:
         recipe = Recipe.model_validate(_mark(draft.data, Recipe))
     except ValidationError as error:
@@ -291,10 +288,7 @@ def _validate(draft: _Draft, name: str, earlier: Sequence[str]) -> Recipe:
         what = f"{name}: {len(problems)} problem{'s' if len(problems) > 1 else ''} in the recipe"
         why = "".join(f"\n    {problem}" for problem in problems)
         raise ConfigError(what, why=why, fix="mend these keys; `orchestrator config schema` lists every key") from error
-    path = recipe.model.path or ""
-    if path.startswith(STAGE) and path.removeprefix(STAGE) not in earlier:
-        fix = f"the stages before it are {', '.join(earlier)}" if earlier else "no stage comes before it; give a folder or a hub name"
-        raise ConfigError(f"{name}: model.path: {path} names no earlier stage", fix=fix)
+    check(recipe, name, earlier)
     return recipe
 
 

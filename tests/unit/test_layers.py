@@ -13,7 +13,7 @@ PACKAGE = ROOT / "orchestrator"
 
 FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"__init__", "errors", "config", "records", "episodes", "roles", "faults"}),
-    frozenset({"objectives", "checkpoints", "strict_yaml"}),
+    frozenset({"objectives", "checkpoints", "strict_yaml", "stages"}),
     frozenset({"data", "models", "observe", "algorithms", "recipe", "identity"}),
     frozenset({"learner", "rollout", "cut", "dataset", "memory_model"}),
     frozenset({"prompts"}),

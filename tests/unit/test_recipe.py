@@ -14,6 +14,7 @@ from orchestrator.config import Algorithm, Recipe
 from orchestrator.errors import ConfigError, Exit, MissingInput
 from orchestrator.identity import fingerprint
 from orchestrator.recipe import builtin_recipes, dump, find, json_schema, load
+from orchestrator.stages import references, resolve
 
 ROOT = Path(__file__).resolve().parents[2]
 MINIMAL = "model: {tiny: {}}\ndata: {train: rows.jsonl}\nalgorithm: {name: dpo}\noptimizer: {learning_rate: 1e-5}\n"
@@ -184,7 +185,7 @@ def test_a_wrong_override_is_named(minimal: Path, override: str, problem: str) -
         ("data.train[0].path=x", "is not of the form key=value"),
         ("algorithm.name.x=1", "algorithm.name is 'dpo', which has no keys"),
         ("data.eval.0.path=x", "data.eval is a list, which cannot be indexed"),
-        ("sft:run.seed=1", "minimal.yaml has no stages"),
+        ("sft:run.seed=1", "minimal.yaml is no pipeline"),
         ("algorithm.loss={a: 1, a: 2}", "the key 'a' is already set in line 1"),
     ],
 )
@@ -278,7 +279,7 @@ def test_extends_a_file_that_is_not_there(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("target", "message"), [("[a.yaml]", "must be the path of one"), ("pipe.yaml", "is a pipeline")])
 def test_extends_something_else(tmp_path: Path, target: str, message: str) -> None:
-    write(tmp_path, "pipe.yaml", "stages: []\n")
+    write(tmp_path, "pipe.yaml", "pipeline: []\n")
     assert message in refused(write(tmp_path, "a.yaml", f"extends: {target}\n")).what
 
 
@@ -288,7 +289,7 @@ def test_extends_something_else(tmp_path: Path, target: str, message: str) -> No
 @pytest.fixture
 def pipeline(tmp_path: Path) -> Path:
     write(tmp_path, "base.yaml", MINIMAL)
-    text = "stages:\n- {name: sft, extends: base.yaml, algorithm: {name: sft}}\n- {name: dpo, extends: base.yaml, model: {path: stage:sft}}\n"
+    text = "pipeline:\n- {name: sft, extends: base.yaml, algorithm: {name: sft}}\n- {name: dpo, extends: base.yaml, model: {path: stage:sft}}\n"
     return write(tmp_path, "pipe.yaml", text)
 
 
@@ -310,15 +311,15 @@ def test_a_model_for_all_stages_does_not_break_the_chain(pipeline: Path) -> None
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("stages: []\n", "stages: must be a list of recipes"),
-        ("stages:\n- {extends: base.yaml}\n", ":2: a stage is a mapping with a name"),
-        ("stages:\n- sft\n", ":2: a stage is a mapping with a name"),
-        ("stages:\n- {name: a b, extends: base.yaml}\n", ":2: a stage is a mapping with a name"),
-        ("stages:\n- {name: a, extends: base.yaml}\n- {name: a, extends: base.yaml}\n", ":3: the name a is taken"),
-        ("run: {seed: 1}\nstages:\n- {name: a, extends: base.yaml}\n", ":1: run: a pipeline holds `stages` only"),
-        ("stages:\n- {name: a, extends: base.yaml, model: {path: stage:b}}\n- {name: b}\n", "stage a: model.path: stage:b names no earlier stage"),
-        ("stages:\n- {name: a, extends: base.yaml, model: {path: stage:a}}\n", "stage a: model.path: stage:a names no earlier stage"),
-        ("stages:\n- {name: a, extends: base.yaml}\n- {name: b, extends: base.yaml, rum: {}}\n", "stage b: 1 problem in the recipe"),
+        ("pipeline: []\n", "pipeline: must be a list of recipes"),
+        ("pipeline:\n- {extends: base.yaml}\n", ":2: a stage is a mapping with a name"),
+        ("pipeline:\n- sft\n", ":2: a stage is a mapping with a name"),
+        ("pipeline:\n- {name: a b, extends: base.yaml}\n", ":2: a stage is a mapping with a name"),
+        ("pipeline:\n- {name: a, extends: base.yaml}\n- {name: a, extends: base.yaml}\n", ":3: the name a is taken"),
+        ("run: {seed: 1}\npipeline:\n- {name: a, extends: base.yaml}\n", ":1: run: nothing may stand beside `pipeline`"),
+        ("pipeline:\n- {name: a, extends: base.yaml, model: {path: stage:b}}\n- {name: b}\n", "stage a: model.path: stage:b names no earlier stage"),
+        ("pipeline:\n- {name: a, extends: base.yaml, model: {path: stage:a}}\n", "stage a: model.path: stage:a names no earlier stage"),
+        ("pipeline:\n- {name: a, extends: base.yaml}\n- {name: b, extends: base.yaml, rum: {}}\n", "stage b: 1 problem in the recipe"),
     ],
 )
 def test_a_pipeline_that_cannot_be(tmp_path: Path, text: str, message: str) -> None:
@@ -326,9 +327,49 @@ def test_a_pipeline_that_cannot_be(tmp_path: Path, text: str, message: str) -> N
     assert message in refused(write(tmp_path, "pipe.yaml", text)).what
 
 
+RLHF = """pipeline:
+- {name: sft, extends: base.yaml, algorithm: {name: sft}}
+- {name: reward, extends: base.yaml, model: {path: stage:sft}, algorithm: {name: reward}}
+- name: ppo
+  extends: base.yaml
+  algorithm: {name: ppo}
+  model: {path: stage:sft, reference: stage:sft}
+  critic: {model: {path: stage:reward}}
+  rewards: {functions: [{name: mine, function: exact_match}, {name: learned, model: stage:reward}]}
+"""
+
+
+def test_every_place_that_takes_a_model_takes_a_stage(tmp_path: Path) -> None:
+    write(tmp_path, "base.yaml", MINIMAL)
+    *_, ppo = load(write(tmp_path, "rlhf.yaml", RLHF)).stages
+    places = {"model.path": "sft", "model.reference": "sft", "critic.model.path": "reward", "rewards.functions[1].model": "reward"}
+    assert references(ppo.recipe) == places
+    made = resolve(ppo.recipe, {"sft": Path("/run/sft/export"), "reward": Path("/run/reward/export")})
+    assert references(made) == {}
+    assert (made.model.path, made.model.reference) == ("/run/sft/export", "/run/sft/export")
+    assert made.critic.model is not None and made.critic.model.path == made.rewards.functions[1].model == "/run/reward/export"
+    assert made.rewards.functions[0] == ppo.recipe.rewards.functions[0] and made.algorithm == ppo.recipe.algorithm
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("model: stage:reward}]", "model: stage:sft}]", "rewards.functions[1].model: stage sft trains no reward model"),
+        ("path: stage:sft, ref", "path: stage:reward, ref", "model.path: stage reward trains a reward model"),
+        ("reference: stage:sft", "reference: stage:reward", "model.reference: stage reward trains a reward model"),
+        ("model: stage:reward}]", "model: stage:rewrad}]", "rewards.functions[1].model: stage:rewrad names no earlier stage"),
+        ("{path: stage:reward}", "{path: stage:ppo}", "critic.model.path: stage:ppo names no earlier stage"),
+    ],
+)
+def test_a_stage_that_cannot_be_what_a_key_needs(tmp_path: Path, old: str, new: str, message: str) -> None:
+    write(tmp_path, "base.yaml", MINIMAL)
+    assert old in RLHF
+    assert message in refused(write(tmp_path, "rlhf.yaml", RLHF.replace(old, new))).what
+
+
 def test_problems_of_a_stage_name_the_line_in_the_pipeline(tmp_path: Path) -> None:
     write(tmp_path, "base.yaml", MINIMAL)
-    file = write(tmp_path, "pipe.yaml", "stages:\n- name: a\n  extends: base.yaml\n  run:\n    sed: 1\n")
+    file = write(tmp_path, "pipe.yaml", "pipeline:\n- name: a\n  extends: base.yaml\n  run:\n    sed: 1\n")
     assert problems(refused(file)) == [f"run.sed: unknown key, did you mean run.seed? ({file}:5)"]
 
 
@@ -350,7 +391,7 @@ def test_shipped_recipes_load(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     assert list(shipped) == [
         *("dpo/llama-3-8b", "dpo/qwen2.5-0.5b", "grpo/qwen2.5-1.5b-gsm8k"),
         *("tiny/demo", "tiny/dpo", "tiny/grpo", "tiny/grpo_tool", "tiny/kto"),
-        *("tiny/online_dpo", "tiny/ppo", "tiny/reward", "tiny/rloo", "tiny/sft"),
+        *("tiny/online_dpo", "tiny/ppo", "tiny/reward", "tiny/rlhf", "tiny/rloo", "tiny/sft"),
     ]
     for name in shipped:
         for stage in load(name).stages:
