@@ -101,7 +101,7 @@ class Sandbox:
     def living(self) -> dict[int, str]:
         """Command lines of the processes that carry the tag or belong to the session of a started command, by process id."""
         sessions = {process.pid for process in self._started}
-        started = (pid for pid in _processes() if _carries(pid, self.tag) or _session(pid) in sessions)
+        started = {*carriers(self.tag), *(pid for pid in _processes() if _session(pid) in sessions)}
         return {pid: _command_line(pid) for pid in started if pid != os.getpid()}
 
     def kill_all(self) -> None:
@@ -159,6 +159,11 @@ def wait_until(condition: Callable[[], bool], timeout: float, pause_s: float = 0
             return False
         time.sleep(pause_s)
     return True
+
+
+def carriers(tag: str) -> list[int]:
+    """Ids of the processes that carry a test's tag."""
+    return [pid for pid in _processes() if _carries(pid, tag)]
 
 
 def _processes() -> list[int]:
