@@ -309,13 +309,30 @@ class Evaluation(Section):
     pass_reward: float = Field(1.0, description="online: total reward from which a completion counts as passed")
 
 
+class Alerts(Section):
+    """From when on a run says that something is wrong; docs/watching.md explains each rule."""
+
+    steps: int = Field(10, ge=1, description="steps in a row for which a reward has to be wrong, or all right again")
+    reward_drop: float = Field(1.0, gt=0, description="fall of reward/mean under its best, in typical standard deviations of a reward")
+    reward_spread: float = Field(1e-3, ge=0, description="reward/std, of its typical value, at which all rewards count as equal")
+    margin_steps: int = Field(25, ge=1, description="steps whose mean margin and accuracy are compared with those of as many before")
+    margin_growth: float = Field(0.25, gt=0, description="growth of rewards/margins, of its value, that ought to show in rewards/accuracies")
+    accuracy_gain: float = Field(0.01, ge=0, description="growth of rewards/accuracies that is enough for it")
+    accuracy_enough: float = Field(0.9, gt=0, le=1, description="rewards/accuracies from which it need not grow any more")
+    restarts: int = Field(3, ge=1, description="restarts within restarts_s")
+    restarts_s: float = Field(3600.0, gt=0)
+    goodput: float = Field(0.5, ge=0, le=1, description="seconds in steps over seconds since the first start; below it the run is slow")
+    goodput_after_s: float = Field(1800.0, ge=0, description="seconds since the first start before goodput is judged")
+
+
 class Tracking(Section):
     wandb: Literal["online", "offline", "off"] = "offline"
     project: str = "orchestrator"
     entity: str | None = None
-    group: str | None = None
+    group: str | None = Field(None, description="groups runs in wandb: a sweep, or the stages of a pipeline")
     init_timeout_s: float = Field(30.0, gt=0)
     finish_timeout_s: float = Field(60.0, gt=0)
+    alerts: Alerts | None = Field(Alerts(), description="null: none")  # pyright: ignore[reportCallIssue]
 
 
 class Recipe(Section):
