@@ -134,6 +134,21 @@ def report(directory: Annotated[Path, typer.Argument(metavar="DIR", help="a run 
 
 
 @app.command()
+def compare(
+    directories: Annotated[list[Path], typer.Argument(metavar="DIR...", help="run folders; a pipeline's root stands for its stages")],
+    as_json: Annotated[bool, typer.Option("--json")] = False,
+) -> None:
+    """Runs side by side: where their recipes differ, held-out and training metrics, speed."""
+    from orchestrator.observe.compare import read_run, run_folders, table, to_json
+
+    runs = [read_run(name, folder) for directory in directories for name, folder in run_folders(directory)]
+    if as_json:
+        print(json.dumps(to_json(runs), indent=1))
+    else:
+        out.print(table(runs))
+
+
+@app.command()
 def inspect(recipe: RecipeArgument, overrides: Overrides = None, examples: Annotated[int, typer.Option(min=1)] = 3) -> None:
     """The first batch, tokens coloured by loss mask."""
     cfg = _last(recipe, overrides)
