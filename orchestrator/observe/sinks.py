@@ -13,18 +13,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
-from rich.console import Console, Group
-from rich.live import Live
-from rich.table import Table
+from rich.console import Console
 from rich.text import Text
 
 from orchestrator.checkpoints import write_atomically
 from orchestrator.errors import DataError, OutputError
+from orchestrator.observe.live_table import LiveTable, StepLine
 from orchestrator.records import EvaluationReport, Sample, StepReport
 
 Note = Callable[[str], None]
-LIVE_ROWS = 8
-"""Steps that the live table shows."""
 ETA_STEPS = 20
 """Steps whose mean duration the ETA is made of."""
 
@@ -151,22 +148,18 @@ class ConsoleSink:
     def __init__(self, total_steps: int, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
         self._total, self._console, self._clock = total_steps, console, clock
         self._times: deque[float] = deque(maxlen=ETA_STEPS + 1)
-        self._rows: deque[StepReport] = deque(maxlen=LIVE_ROWS)
-        self._live: Live | None = None
+        self._live = LiveTable(console)
 
     def open(self, note: Note) -> None:
         """The live table comes up with the first step: notes before it need no table below them."""
 
     def step(self, report: StepReport) -> None:
         self._times.append(self._clock())
-        self._rows.append(report)
-        if not self._console.is_interactive:
-            self._print(f"step {report.step}/{self._total}  " + "  ".join(f"{n} {v}" for n, v in self._columns(report).items()))
-            return
-        if self._live is None:
-            self._live = Live(console=self._console, auto_refresh=False)
-            self._live.start()
-        self._live.update(self._table(), refresh=True)
+        line = StepLine(report.step, self._total, self._columns(report))
+        if self._console.is_interactive:
+            self._live.add(line)
+        else:
+            self._print(str(line))
 
     def evaluation(self, report: EvaluationReport) -> None:
         values = "  ".join(f"{name.removeprefix('eval/')} {number(value)}" for name, value in report.metrics.items())
@@ -176,8 +169,7 @@ class ConsoleSink:
         self._print(message)
 
     def close(self) -> None:
-        if self._live is not None:
-            self._live.stop()
+        self._live.stop()
 
     def _print(self, message: str) -> None:
         # Text and soft_wrap: square brackets are no markup, and a log line is not cut at 80 columns
@@ -207,19 +199,6 @@ class ConsoleSink:
             times = {name: v for name, v in report.metrics.items() if name.startswith("time/")}
             pace = times.get("time/step", sum(times.values()))
         return duration(pace * (self._total - report.step))
-
-    def _table(self) -> Group:
-        names = [name for name in self._columns(self._rows[-1]) if name != "eta"]
-        table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-        for name in ("step", *names):
-            table.add_column(name, justify="right", no_wrap=True)
-        for row in self._rows:
-            shown = self._columns(row)
-            table.add_row(str(row.step), *(shown.get(name, "") for name in names))
-        done = self._rows[-1].step
-        filled = 30 * done // max(1, self._total)
-        bar = Text.assemble(("━" * filled, "green"), ("━" * (30 - filled), "dim"), f"  {done}/{self._total} steps, {self._eta(self._rows[-1])} left")
-        return Group(table, "", bar)
 
 
 def number(value: float) -> str:
