@@ -312,16 +312,15 @@ class Evaluation(Section):
 class Alerts(Section):
     """From when on a run says that something is wrong; docs/watching.md explains each rule."""
 
-    steps: int = Field(10, ge=1, description="steps in a row for which a reward has to be wrong, or all right again")
+    steps: int = Field(10, ge=1, description="steps in a row for which something has to be wrong, and then right before it is told again")
     reward_drop: float = Field(1.0, gt=0, description="fall of reward/mean under its best, in typical standard deviations of a reward")
-    reward_spread: float = Field(1e-3, ge=0, description="reward/std, of its typical value, at which all rewards count as equal")
-    margin_steps: int = Field(25, ge=1, description="steps whose mean margin and accuracy are compared with those of as many before")
-    margin_growth: float = Field(0.25, gt=0, description="growth of rewards/margins, of its value, that ought to show in rewards/accuracies")
-    accuracy_gain: float = Field(0.01, ge=0, description="growth of rewards/accuracies that is enough for it")
-    accuracy_enough: float = Field(0.9, gt=0, le=1, description="rewards/accuracies from which it need not grow any more")
+    reward_spread: float = Field(1e-3, ge=0, description="reward/std, as a share of its typical value, at which all rewards count as equal")
+    margin_growth: float = Field(0.5, gt=0, description="growth of rewards/margins that has to show in rewards/accuracies")
+    accuracy_gain: float = Field(0.01, gt=0, description="growth of rewards/accuracies that is enough for it")
+    accuracy_enough: float = Field(0.9, gt=0, le=1, description="rewards/accuracies from which on margins may grow alone")
     restarts: int = Field(3, ge=1, description="restarts within restarts_s")
     restarts_s: float = Field(3600.0, gt=0)
-    goodput: float = Field(0.5, ge=0, le=1, description="seconds in steps over seconds since the first start; below it the run is slow")
+    goodput: float = Field(0.5, ge=0, le=1, description="least share of the time since the first start that is spent in steps")
     goodput_after_s: float = Field(1800.0, ge=0, description="seconds since the first start before goodput is judged")
 
 
