@@ -14,7 +14,7 @@ PACKAGE = ROOT / "orchestrator"
 FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"__init__", "errors", "config", "records", "episodes", "roles", "faults"}),
     frozenset({"objectives", "checkpoints", "strict_yaml", "stages"}),
-    frozenset({"data", "models", "observe", "algorithms", "recipe", "identity"}),
+    frozenset({"data", "models", "observe", "algorithms", "recipe", "identity", "upload"}),
     frozenset({"learner", "rollout", "cut", "dataset", "memory_model"}),
     frozenset({"prompts"}),
     frozenset({"plan"}),

@@ -1,0 +1,135 @@
+"""What a submitted job brings along: the files of a folder, told before they go, without what must never go.
+
+    folder --.gitignore, .rayignore--> files --refusals--> Upload --staged--> a folder with just these
+"""
+
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from pathspec import GitIgnoreSpec
+
+from orchestrator.errors import ConfigError, MissingInput
+
+LIMIT_BYTES = 100_000_000
+"""Ray's own limit is 512 MB; data and models belong on shared storage."""
+IGNORE_FILES = (".gitignore", ".rayignore")
+NEVER = (".git", "__pycache__", ".venv", "node_modules")
+_SECRETS = """
+.env
+.env.*
+!.env.example
+.netrc
+_netrc
+.pypirc
+.git-credentials
+.htpasswd
+credentials.json
+auth_token
+*.pem
+*.key
+*.p12
+*.pfx
+id_rsa*
+id_dsa*
+id_ecdsa*
+id_ed25519*
+!*.pub
+.aws/
+.kube/
+.ray/
+.ssh/
+"""
+SECRETS = GitIgnoreSpec.from_lines(_SECRETS.split())
+PRIVATE_KEY = re.compile(rb"-----BEGIN [A-Z ]*PRIVATE KEY-----")
+LOOKED_INTO = 4096
+"""Bytes at the beginning of a file in which a private key is looked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Upload:
+    """Files below `root` that go along, relative to it, and their bytes."""
+
+    root: Path
+    files: tuple[Path, ...]
+    size: int
+
+    def summary(self) -> str:
+        """Example: 41 files, 0.3 MB of /home/me/work: orchestrator/ (38), recipes/ (2), README.md"""
+        heads: dict[str, int] = {}
+        for file in self.files:
+            head = file.parts[0] + ("/" if len(file.parts) > 1 else "")
+            heads[head] = heads.get(head, 0) + 1
+        names = ", ".join(f"{name} ({count})" if name.endswith("/") else name for name, count in sorted(heads.items()))
+        return f"{len(self.files)} files, {self.size / 1e6:.1f} MB of {self.root}: {names}"
+
+    @contextmanager
+    def staged(self) -> Iterator[Path]:
+        """A temporary folder that holds these files and nothing else."""
+        with tempfile.TemporaryDirectory(prefix="orchestrator-upload-") as folder:
+            for file in self.files:
+                target = Path(folder) / file
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(self.root / file, target)
+            yield Path(folder)
+
+
+def collect(root: Path) -> Upload:
+    """The files of `root` that its .gitignore and .rayignore files leave. ConfigError for secrets, and for too much."""
+    if not root.is_dir():
+        raise MissingInput(f"{root} is no folder", fix="give --working-dir the folder that holds your recipe and code")
+    root = root.resolve()
+    files = tuple(sorted(_walk(root, Path(), ())))
+    _refuse_secrets(root, files)
+    sizes = {file: (root / file).stat().st_size for file in files}
+    total = sum(sizes.values())
+    if total > LIMIT_BYTES:
+        largest = sorted(files, key=lambda file: -sizes[file])[:3]
+        named = ", ".join(f"{file} ({sizes[file] / 1e6:.1f} MB)" for file in largest)
+        raise ConfigError(
+            f"{root} would upload {total / 1e6:.0f} MB, at most {LIMIT_BYTES / 1e6:.0f} MB go with a job",
+            why=f"the largest files are {named}",
+            fix="name what should stay in .rayignore; put data and models on storage that all nodes see",
+        )
+    return Upload(root, files, total)
+
+
+def _walk(root: Path, folder: Path, rules: tuple[tuple[Path, GitIgnoreSpec], ...]) -> Iterator[Path]:
+    """Files below root/folder, relative to root. rules: the ignore files met on the way, each with its folder."""
+    for name in IGNORE_FILES:
+        if (file := root / folder / name).is_file():
+            rules += ((folder, GitIgnoreSpec.from_lines(file.read_text(encoding="utf-8").splitlines())),)
+    for entry in sorted(os.scandir(root / folder), key=lambda e: e.name):
+        path, is_folder = folder / entry.name, entry.is_dir(follow_symlinks=False)
+        if entry.name in NEVER or any(spec.match_file(_below(base, path, is_folder)) for base, spec in rules):
+            continue
+        if is_folder:
+            yield from _walk(root, path, rules)
+        elif entry.is_file():
+            yield path
+
+
+def _below(base: Path, path: Path, is_folder: bool) -> str:
+    """The path as an ignore file in `base` sees it."""
+    return path.relative_to(base).as_posix() + ("/" if is_folder else "")
+
+
+def _refuse_secrets(root: Path, files: tuple[Path, ...]) -> None:
+    found = [file for file in files if SECRETS.match_file(file) or SECRETS.match_file((root / file).resolve().name) or _holds_key(root / file)]
+    if found:
+        named = ", ".join(map(str, found[:5])) + (f" and {len(found) - 5} more" if len(found) > 5 else "")
+        raise ConfigError(
+            f"{root} holds what must not leave this machine: {named}",
+            why="everybody who may use the cluster can read what is uploaded",
+            fix="move these files away, or name them in .rayignore; give keys to the nodes by their environment or ~/.netrc",
+        )
+
+
+def _holds_key(file: Path) -> bool:
+    with file.open("rb") as content:
+        return PRIVATE_KEY.search(content.read(LOOKED_INTO)) is not None
