@@ -15,7 +15,7 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"__init__", "errors", "config", "records", "episodes", "roles", "faults"}),
     frozenset({"objectives", "checkpoints", "strict_yaml", "stages"}),
     frozenset({"data", "models", "observe", "algorithms", "recipe", "identity", "upload"}),
-    frozenset({"learner", "rollout", "cut", "dataset", "memory_model"}),
+    frozenset({"learner", "rollout", "cut", "dataset", "memory_model", "launchers"}),
     frozenset({"prompts"}),
     frozenset({"plan"}),
     frozenset({"controllers", "cluster", "plan_view"}),
