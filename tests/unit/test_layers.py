@@ -12,17 +12,18 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "orchestrator"
 
 FLOORS: tuple[frozenset[str], ...] = (
-    frozenset({"__init__", "errors", "config", "records", "episodes", "roles", "faults"}),
-    frozenset({"objectives", "checkpoints", "strict_yaml", "stages"}),
+    frozenset({"__init__", "errors", "config", "records", "episodes", "roles", "faults", "facts"}),
+    frozenset({"objectives", "checkpoints", "strict_yaml", "stages", "findings", "node_facts"}),
     frozenset({"data", "models", "observe", "algorithms", "recipe", "identity", "upload"}),
     frozenset({"learner", "rollout", "cut", "dataset", "memory_model", "launchers"}),
     frozenset({"prompts"}),
     frozenset({"plan"}),
     frozenset({"controllers", "cluster", "plan_view"}),
-    frozenset({"startup", "resume", "run_folder"}),
+    frozenset({"startup", "resume", "run_folder", "submission"}),
     frozenset({"job"}),
-    frozenset({"run_offline", "run_online"}),
+    frozenset({"run_offline", "run_online", "preflight"}),
     frozenset({"assemble", "verify"}),
+    frozenset({"cluster_commands"}),
     frozenset({"cli"}),
     frozenset({"__main__"}),
 )

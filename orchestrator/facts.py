@@ -1,0 +1,180 @@
+"""What is known of a cluster, and what a run needs of it: records only. `findings.py` judges them.
+
+    node_facts.py -> NodeFacts × nodes ──cluster/probes.py──► ClusterFacts        preflight.py -> Need
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """A device as nvidia-smi sees it. memory: bytes."""
+
+    name: str
+    memory: int
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Soft limits of a worker process (ulimit -n, -u, -l in bytes); None: no limit."""
+
+    open_files: int | None
+    processes: int | None
+    locked_memory: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Storage:
+    """The run folder as a node sees it. error: why it cannot be written; free: bytes; held: bytes of checkpoints that lie
+    there already; unseen: nodes that wrote a marker which this one does not see."""
+
+    folder: str
+    error: str | None
+    free: int
+    held: int = 0
+    unseen: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Unreachable:
+    """A TCP connection that did not come about. node: the other side."""
+
+    node: str
+    address: str
+    port: int
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class Absent:
+    """Model weights that a node can neither read nor fetch."""
+
+    path: str
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class NodeFacts:
+    """What a process on a node sees. name: unique in the cluster; versions: of python and the libraries ("missing" where there is
+    none); devices: GPUs by nvidia-smi; ram, shm_*: bytes; interface: the network device that holds the address; ports:
+    from which the system takes free ones; clock_offset_s: against the driver's clock."""
+
+    name: str
+    address: str
+    versions: Mapping[str, str]
+    devices: tuple[Gpu, ...]
+    ram: int
+    shm_total: int
+    shm_free: int
+    limits: Limits
+    rdma: bool
+    interface: str
+    ports: tuple[int, int]
+    storage: Storage | None = None
+    absent: tuple[Absent, ...] = ()
+    unreachable: tuple[Unreachable, ...] = ()
+    clock_offset_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Capacity:
+    """What Ray gives out on a node. object_store: bytes; 0 where it is not known."""
+
+    node: str
+    cpus: float
+    gpus: float
+    object_store: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Silent:
+    """A node that Ray counts as alive and that did not answer."""
+
+    node: str
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class PairRate:
+    """Measured bytes per second and direction between two nodes, both sending."""
+
+    one: str
+    other: str
+    rate: float
+
+
+@dataclass(frozen=True, slots=True)
+class AllReduce:
+    """An all-reduce over one process per node. seconds: median of the slowest process; error: why there is no result."""
+
+    backend: str
+    nodes: tuple[str, ...]
+    size: int
+    seconds: float = 0.0
+    pairs: tuple[PairRate, ...] = ()
+    error: str | None = None
+
+    @property
+    def rate(self) -> float:
+        """Bytes per second that each node sends and receives: 2 (n - 1) / n times the size, over the time."""
+        return 2 * (len(self.nodes) - 1) / len(self.nodes) * self.size / self.seconds
+
+
+@dataclass(frozen=True, slots=True)
+class Unmet:
+    """A library that is not what this program needs. wanted: e.g. "trl>=1.16"."""
+
+    version: str
+    wanted: str
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterFacts:
+    """Everything that was found out; the first node is the driver's. auth: Ray's token authentication, None where it cannot be told;
+    skipped: why no all-reduce was tried; wandb: why its server cannot be used from the driver."""
+
+    nodes: tuple[NodeFacts, ...]
+    capacities: tuple[Capacity, ...]
+    silent: tuple[Silent, ...] = ()
+    unmet: tuple[Unmet, ...] = ()
+    auth: bool | None = None
+    all_reduce: AllReduce | None = None
+    skipped: str = ""
+    wandb: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerGroup:
+    """Workers of one kind. what: as in the recipe, e.g. "learners"; cpus, gpus: of each."""
+
+    what: str
+    workers: int
+    cpus: float
+    gpus: float
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSource:
+    """Weights that the workers load: a folder, or a hub name at a revision."""
+
+    path: str
+    revision: str | None
+    hub: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """What a run asks of the cluster. checkpoint_bytes: of one; libraries: beyond those that every run uses."""
+
+    groups: tuple[WorkerGroup, ...] = ()
+    checkpoint_bytes: int = 0
+    keep: int = 0
+    wandb: Literal["online", "offline", "off"] = "off"
+    models: tuple[ModelSource, ...] = ()
+    libraries: tuple[str, ...] = ()
+
+    @property
+    def gpus(self) -> bool:
+        return any(group.gpus for group in self.groups)

@@ -1,0 +1,198 @@
+"""What this process sees of the machine it runs on: versions, devices, limits, storage, the way to the hub and to wandb."""
+
+import fcntl
+import netrc
+import os
+import platform
+import resource
+import shutil
+import socket
+import struct
+import subprocess
+import time
+import urllib.error
+import urllib.request
+import uuid
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, requires, version
+from pathlib import Path
+from urllib.parse import urlparse
+
+from packaging.requirements import Requirement
+
+from orchestrator import __version__
+from orchestrator.facts import Absent, Gpu, Limits, ModelSource, NodeFacts, Storage, Unmet
+
+LIBRARIES = ("torch", "deepspeed", "ray", "transformers", "trl", "peft", "numpy", "safetensors")
+"""What runs on every node; of two versions of one, results or messages may differ."""
+MISSING = "missing"
+ANSWER_S = 5.0
+"""Deadline of one question to a server."""
+SMI_S = 20.0
+"""Deadline of nvidia-smi: without the persistence daemon it wakes the driver first."""
+MARKER = ".preflight-"
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+WANDB_SERVER = "https://api.wandb.ai"
+SIOCGIFADDR = 0x8915
+
+
+def node_facts(name: str, address: str, models: Sequence[ModelSource], libraries: Sequence[str]) -> NodeFacts:
+    """Everything that a process can tell without speaking to other nodes. libraries: to report beside LIBRARIES."""
+    shm = shutil.disk_usage("/dev/shm")
+    low, high = Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()
+    return NodeFacts(
+        name=name,
+        address=address,
+        versions={
+            "python": platform.python_version(),
+            "orchestrator": __version__,
+            **{library: installed(library) for library in (*LIBRARIES, *libraries)},
+        },
+        devices=devices(),
+        ram=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        shm_total=shm.total,
+        shm_free=shm.free,
+        limits=Limits(*(_soft(kind) for kind in (resource.RLIMIT_NOFILE, resource.RLIMIT_NPROC, resource.RLIMIT_MEMLOCK))),
+        rdma=any(Path("/sys/class/infiniband").glob("*")),
+        interface=_interface(address),
+        ports=(int(low), int(high)),
+        absent=tuple(Absent(model.path, why) for model in models if (why := _absence(model)) is not None),
+    )
+
+
+def installed(library: str) -> str:
+    """The version that an import would find first, "missing" where there is none."""
+    try:
+        return version(library)
+    except PackageNotFoundError:
+        return MISSING
+
+
+def unmet_requirements() -> tuple[Unmet, ...]:
+    """Libraries here that are older than this program asks for; nothing where it runs without being installed."""
+    try:
+        lines = requires("orchestrator") or []
+    except PackageNotFoundError:
+        return ()
+    wanted = [r for r in map(Requirement, lines) if r.marker is None or r.marker.evaluate({"extra": ""})]
+    found = [(r, installed(r.name)) for r in wanted]
+    return tuple(
+        Unmet(f"{r.name} {has}" if has != MISSING else f"no {r.name}", f"{r.name}{r.specifier}")
+        for r, has in found
+        if has == MISSING or not r.specifier.contains(has, prereleases=True)
+    )
+
+
+def devices() -> tuple[Gpu, ...]:
+    """The GPUs of the machine, whatever CUDA_VISIBLE_DEVICES hides from this process."""
+    if shutil.which("nvidia-smi") is None:
+        return ()
+    query = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
+    try:
+        said = subprocess.run(query, capture_output=True, text=True, timeout=SMI_S, check=True).stdout
+    except (OSError, subprocess.SubprocessError):  # a broken driver: Ray's own count says what can be used
+        return ()
+    rows = [line.rsplit(",", 1) for line in said.splitlines() if line.strip()]
+    return tuple(Gpu(name.strip(), int(memory) * 2**20) for name, memory in rows)
+
+
+def _soft(kind: int) -> int | None:
+    soft, _ = resource.getrlimit(kind)
+    return None if soft == resource.RLIM_INFINITY else soft
+
+
+def _interface(address: str) -> str:
+    """The network device that holds an IPv4 address, "" where none does."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        for _, name in socket.if_nameindex():
+            try:
+                held = fcntl.ioctl(probe, SIOCGIFADDR, struct.pack("256s", name.encode()))[20:24]
+            except OSError:  # a device without an address
+                continue
+            if socket.inet_ntoa(held) == address:
+                return name
+    return ""
+
+
+def shared_folder(root: Path) -> Path:
+    """The folder of a run, or the nearest one above it that exists: where it can be tried without leaving a trace."""
+    root = root.resolve()
+    return next(folder for folder in (root, *root.parents) if folder.is_dir())
+
+
+def mark(folder: str, nonce: str, name: str) -> Storage:
+    """Writes this node's marker and tells how the folder is."""
+    path = Path(folder)
+    try:
+        free = shutil.disk_usage(path).free
+        with (path / f"{MARKER}{nonce}-{uuid.uuid5(uuid.NAMESPACE_OID, name)}").open("x") as file:
+            file.write(name)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        return Storage(folder, error.strerror or str(error), 0)
+    held = sum(file.stat().st_size for file in path.glob("checkpoints/step_*/*") if file.is_file())
+    return Storage(folder, None, free, held)
+
+
+def unseen(folder: str, nonce: str, names: Sequence[str], patience_s: float) -> tuple[str, ...]:
+    """Nodes whose markers are not seen here within the patience: a network file system may show a new file late."""
+    deadline = time.monotonic() + patience_s
+    while True:
+        missing = tuple(name for name in names if not _seen(Path(folder), nonce, name))
+        if not missing or time.monotonic() > deadline:
+            return missing
+        time.sleep(0.1)
+
+
+def _seen(folder: Path, nonce: str, name: str) -> bool:
+    try:
+        return (folder / f"{MARKER}{nonce}-{uuid.uuid5(uuid.NAMESPACE_OID, name)}").read_text() == name
+    except OSError:
+        return False
+
+
+def sweep(folder: str, nonce: str) -> None:
+    """Removes the markers that this node can see."""
+    for marker in Path(folder).glob(f"{MARKER}{nonce}-*"):
+        marker.unlink(missing_ok=True)
+
+
+def _absence(model: ModelSource) -> str | None:
+    """Why a worker here could not load the weights; None where it can."""
+    if not model.hub:
+        return None if Path(model.path).is_dir() else "no such folder here"
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    if any(isinstance(try_to_load_from_cache(model.path, name, revision=model.revision), str) for name in WEIGHTS):
+        return None
+    if constants.HF_HUB_OFFLINE:
+        return "not in this node's cache, and HF_HUB_OFFLINE forbids to ask the hub"
+    trouble = unanswered(constants.ENDPOINT)
+    return None if trouble is None else f"not in this node's cache, and {trouble}"
+
+
+def wandb_trouble() -> str | None:
+    """Why a run could not be tracked online from this process; None where it could. The key itself is not looked at."""
+    server = os.environ.get("WANDB_BASE_URL", WANDB_SERVER)
+    trouble = unanswered(server)
+    if trouble is not None or os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return trouble
+    host = urlparse(server).hostname or server
+    try:
+        known = netrc.netrc(os.environ.get("NETRC")).authenticators(host)
+    except (OSError, netrc.NetrcParseError):
+        known = None
+    return None if known is not None else f"there is no key for {host}"
+
+
+def unanswered(url: str) -> str | None:
+    """Why a server does not answer; None where it does, whatever it says."""
+    host = urlparse(url).hostname or url
+    try:
+        urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=ANSWER_S).close()
+    except urllib.error.HTTPError as error:
+        return f"{host} answers {error.code}" if error.code == 407 or error.code >= 500 else None
+    except OSError as error:
+        return f"{host} does not answer: {getattr(error, 'reason', None) or error}"
+    return None

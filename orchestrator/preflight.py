@@ -1,0 +1,103 @@
+"""Before anything is placed: does the cluster have what the run needs?
+
+    job --need_of--> Need --examine--> findings --require--> goes on, or one error with every fix
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from orchestrator.algorithms import critic
+from orchestrator.cluster.probes import here, on_cluster, survey
+from orchestrator.config import Model, Recipe
+from orchestrator.errors import ConfigError, MissingInput, NotEnoughResources, OrchestratorError, OutputError
+from orchestrator.facts import Capacity, ClusterFacts, ModelSource, Need, WorkerGroup
+from orchestrator.findings import Finding, judge
+from orchestrator.job import Job
+from orchestrator.memory_model import fake_model, parameter_counts
+from orchestrator.node_facts import shared_folder, unmet_requirements, wandb_trouble
+
+HERE = "this machine"
+STATE_BYTES = 12
+"""Of a trainable parameter in a checkpoint: the fp32 master weight and Adam's two moments."""
+ERRORS: dict[str, type[OrchestratorError]] = {
+    "versions": ConfigError,
+    "auth": ConfigError,
+    "storage": OutputError,
+    "disk": OutputError,
+    "model": MissingInput,
+}
+"""What a failed check raises; all others NotEnoughResources."""
+
+
+def need_of(job: Job) -> Need:
+    """What a planned run asks of the cluster."""
+    recipe = job.recipe
+    return Need(
+        groups=(*(WorkerGroup(d.what, d.workers, d.cpus, d.gpus) for d in job.demands()), *_reward_models(job)),
+        checkpoint_bytes=_checkpoint_bytes(job),
+        keep=recipe.checkpoint.keep,
+        wandb=recipe.tracking.wandb,
+        models=_sources(recipe),
+        libraries=("vllm",) if job.algorithm.online is not None and recipe.rollouts.engine == "vllm" else (),
+    )
+
+
+def _reward_models(job: Job) -> list[WorkerGroup]:
+    functions = job.recipe.rewards.functions if job.algorithm.online is not None else []
+    return [WorkerGroup(f"reward {f.name}", 1, 0.0, f.gpus) for f in functions if f.gpus]
+
+
+def _checkpoint_bytes(job: Job) -> int:
+    """Of one checkpoint: the policy's state, TR-DPO's moving reference, and the state of PPO's critic."""
+    recipe, mode = job.recipe, FakeTensorMode(allow_non_fake_inputs=True)
+    sizes = parameter_counts(fake_model(recipe, job.algorithm, mode))
+    total = STATE_BYTES * sizes.trainable
+    if recipe.algorithm.reference_sync_every is not None:
+        total += (4 if recipe.learners.precision in ("fp32", "bf16_autocast") else 2) * sizes.parameters
+    if job.algorithm.online is not None and job.algorithm.online.critic:
+        model = recipe.critic.model or recipe.model.model_copy(update={"lora": None})
+        values = fake_model(recipe.model_copy(update={"model": model}), critic(recipe.algorithm), mode)
+        total += STATE_BYTES * parameter_counts(values).trainable
+    return total
+
+
+def _sources(recipe: Recipe) -> tuple[ModelSource, ...]:
+    """The weights that workers load, each once."""
+    models: list[Model] = [recipe.model, *([recipe.critic.model] if recipe.critic.model else [])]
+    paths = [(m.path, m.revision) for m in models] + [(recipe.model.reference, None)]
+    return tuple(ModelSource(path, revision, not Path(path).is_dir()) for path, revision in dict.fromkeys(paths) if path is not None)
+
+
+def examine(need: Need, root: Path | None = None) -> tuple[Finding, ...]:
+    """Looks at the cluster of RAY_ADDRESS, node by node; without one at this machine, without starting Ray.
+    root: the run folder; None leaves storage and disk out. No wait is longer than the deadlines in cluster/probes.py."""
+    # without a recipe GPUs are of interest wherever there are some
+    facts = survey(root, need.models, need.libraries, gpus=need.gpus or not need.groups) if on_cluster() else this_machine(need, root)
+    return judge(replace(facts, wandb=wandb_trouble()) if need.wandb == "online" else facts, need)
+
+
+def this_machine(need: Need, root: Path | None) -> ClusterFacts:
+    """What a Ray started here would have."""
+    folder = str(shared_folder(root)) if root is not None else None
+    facts = here(HERE, "127.0.0.1", folder, need.models, need.libraries)
+    has = Capacity(HERE, float(os.cpu_count() or 1), float(torch.cuda.device_count()))
+    auth = os.environ.get("RAY_AUTH_MODE", "token") == "token"  # Ray turns it on by itself for one that it starts here
+    return ClusterFacts((facts,), (has,), unmet=unmet_requirements(), auth=auth, skipped="there is one node")
+
+
+def require(findings: Sequence[Finding]) -> None:
+    """Raises what the first error is, with the exit code of its kind; all errors and their fixes are in the message."""
+    errors = [f for f in findings if f.level == "error"]
+    if not errors:
+        return
+    kind = ERRORS.get(errors[0].check, NotEnoughResources)
+    if len(errors) == 1:
+        raise kind(f"{errors[0].where}: {errors[0].what}", fix=errors[0].fix)
+    lines = [f"{f.check}: {f.where}: {f.what}\n       fix: {f.fix}" for f in errors]
+    what = f"the cluster is not ready for this run: {len(errors)} errors"
+    raise kind(what, why="\n       ".join(lines), fix="mend them, then look again with `orchestrator doctor`")
