@@ -9,6 +9,7 @@ from rich.console import Console
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from orchestrator.algorithms import Algorithm, build
+from orchestrator.cluster.metrics_sink import RayMetricsSink
 from orchestrator.cluster.placement import Demand, demands
 from orchestrator.config import Recipe
 from orchestrator.controllers.step import Guards
@@ -19,6 +20,7 @@ from orchestrator.observe.card import model_card
 from orchestrator.observe.reporter import RunReporter
 from orchestrator.observe.sinks import ConsoleSink, JsonlSink, Sink
 from orchestrator.observe.tracking import WandbSink, stable_run_id
+from orchestrator.observe.watch import Watch
 from orchestrator.plan import Choice, Plan, make_plan, size
 from orchestrator.prompts import PromptSet, check_batches, load_prompts
 from orchestrator.recipe import dump
@@ -58,13 +60,15 @@ class Job:
         return Guards((1e-5 if exact else 3e-2) if starts_as_reference else None, self.plan.traffic.per_reduction)
 
     def reporter(self, folder: RunFolder, resume_step: int) -> RunReporter:
-        """All sinks that the recipe asks for."""
-        recipe = self.recipe
+        """All sinks that the recipe asks for. To be used as a context: it then knows whether the run failed."""
+        recipe, tracking, name, algorithm = self.recipe, self.recipe.tracking, self.recipe.run.name, self.recipe.algorithm.name
         sinks: list[Sink] = [ConsoleSink(self.plan.total_steps, self.console), JsonlSink(folder.root, resume_step)]
-        if recipe.tracking.wandb != "off":
-            run_id = stable_run_id(folder.fingerprint, folder.root)
-            sinks.append(WandbSink(folder.root, recipe.tracking, recipe.run.name, recipe.model_dump(mode="json"), run_id))
-        return RunReporter(sinks, folder.logs / "driver.log")
+        sinks.append(RayMetricsSink(tracking.group or name, algorithm, name))
+        if tracking.wandb != "off":
+            plan = {key: value for key, value in self.plan.to_json().items() if key != "recipe"}
+            config = {**recipe.model_dump(mode="json"), "plan": plan, "versions": _versions()}
+            sinks.append(WandbSink(folder.root, tracking, name, config, stable_run_id(folder.fingerprint, folder.root), algorithm))
+        return RunReporter(sinks, folder.logs / "driver.log", Watch(folder.root, tracking.alerts, resume_step))
 
     def card(self, folder: RunFolder) -> str:
         """The model card of the export."""
@@ -77,11 +81,16 @@ class Job:
             recipe_yaml=dump(recipe),
             data_fingerprint=self.data.loaded.fingerprint,
             metrics_path=folder.metrics,
-            library_versions={name: version(name) for name in ("torch", "transformers", "deepspeed", "ray", "trl")},
+            library_versions=_versions(),
         )
 
     def plan_json(self) -> str:
         return json.dumps(self.plan.to_json(), indent=1)
+
+
+def _versions() -> dict[str, str]:
+    """Of the libraries that a result depends on."""
+    return {name: version(name) for name in ("torch", "transformers", "deepspeed", "ray", "trl")}
 
 
 def plan_job(recipe: Recipe, console: Console) -> Job:

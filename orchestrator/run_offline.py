@@ -25,32 +25,28 @@ def attempt(job: Job, folder: RunFolder, cut: Cut, stopped: Stopped) -> Progress
     recipe = job.recipe
     store = CheckpointStore(folder.checkpoints, run=folder.fingerprint, keep=recipe.checkpoint.keep, note=job.console.print)
     saved = store.newest()
-    reporter = job.reporter(folder, saved.progress.step if saved else 0)
-    try:
-        with LearnerGroup(recipe.learners, logs=folder.logs) as group:
-            attach = attach_reference(recipe, job.algorithm, job.data, cut, group, reporter.note)
-            group.build(LearnerSpec(recipe, cut, job.schedule_steps))
-            cut = probed_cut(job.plan, job.data, cut, group, reporter.note)
-            check_layout(recipe, job.algorithm, job.data, cut, group, reporter.note)
-            base = group.call(model_fingerprint)[0]
-            trainer = OfflineTrainer(
-                plan=_plan(job),
-                cut=cut,
-                policy=group,
-                attach_reference=attach,
-                batches=job.data.batches,
-                evaluator=evaluator(job.data, recipe, group, attach),
-                report=reporter,
-                checkpoints=RunCheckpoints(store, [group], saved, base),
-                throughput=measured_throughput(job.plan, group),
-                should_stop=stopped,
-            )
-            progress = trainer.run()
-            reporter.note(f"exporting to {folder.export}")
-            group.export(folder.export, job.card(folder))
-            return progress
-    finally:
-        reporter.close()
+    with job.reporter(folder, saved.progress.step if saved else 0) as reporter, LearnerGroup(recipe.learners, logs=folder.logs) as group:
+        attach = attach_reference(recipe, job.algorithm, job.data, cut, group, reporter.note)
+        group.build(LearnerSpec(recipe, cut, job.schedule_steps))
+        cut = probed_cut(job.plan, job.data, cut, group, reporter.note)
+        check_layout(recipe, job.algorithm, job.data, cut, group, reporter.note)
+        base = group.call(model_fingerprint)[0]
+        trainer = OfflineTrainer(
+            plan=_plan(job),
+            cut=cut,
+            policy=group,
+            attach_reference=attach,
+            batches=job.data.batches,
+            evaluator=evaluator(job.data, recipe, group, attach),
+            report=reporter,
+            checkpoints=RunCheckpoints(store, [group], saved, base),
+            throughput=measured_throughput(job.plan, group),
+            should_stop=stopped,
+        )
+        progress = trainer.run()
+        reporter.note(f"exporting to {folder.export}")
+        group.export(folder.export, job.card(folder))
+        return progress
 
 
 def _plan(job: Job) -> OfflinePlan:

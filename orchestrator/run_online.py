@@ -35,9 +35,8 @@ def attempt(job: Job, folder: RunFolder, cut: Cut, stopped: Stopped) -> Progress
     assert online is not None and job.prompts is not None
     store = CheckpointStore(folder.checkpoints, run=folder.fingerprint, keep=recipe.checkpoint.keep, note=job.console.print)
     saved = store.newest()
-    reporter = job.reporter(folder, saved.progress.step if saved else 0)
     with ExitStack() as stack:
-        stack.callback(reporter.close)
+        reporter = stack.enter_context(job.reporter(folder, saved.progress.step if saved else 0))
         together = recipe.rollouts if recipe.rollouts.placement == "colocated" and recipe.rollouts.replay is None else None
         group = stack.enter_context(LearnerGroup(recipe.learners, logs=folder.logs, colocated=together))
         group.build(LearnerSpec(recipe, cut, job.schedule_steps))

@@ -44,3 +44,9 @@ def flatten(
     metrics |= {f"time/{name}": seconds for name, seconds in phases.items()}
     metrics |= {"num_tokens": progress.tokens, "examples": progress.examples, "skipped": progress.skipped}
     return metrics
+
+
+def step_seconds(metrics: Mapping[str, float | None]) -> float:
+    """Seconds of one step, of the metrics of its line: an online step's phases overlap, an offline one's add up."""
+    phases = sum(v for name, v in metrics.items() if name.startswith("time/") and v)
+    return metrics.get("time/step") or phases

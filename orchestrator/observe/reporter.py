@@ -1,21 +1,26 @@
 """The controllers' Reporter: hands every report to all sinks and keeps a log of notes."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from datetime import UTC, datetime
 from pathlib import Path
+from types import TracebackType
 
+from orchestrator.observe.alerts import Alert
 from orchestrator.observe.sinks import Sink
+from orchestrator.observe.watch import Watch
 from orchestrator.records import EvaluationReport, StepReport
 
 
 class RunReporter:
-    """Implements roles.Reporter. log: file that gets each note with its time in UTC; the sinks get it too."""
+    """Implements roles.Reporter. log: file that gets each note with its time in UTC; the sinks get it too. watch: adds what
+    only all attempts together say, and finds alerts. As a context it knows whether the run failed."""
 
-    def __init__(self, sinks: Sequence[Sink], log: Path) -> None:
-        self._sinks = sinks
+    def __init__(self, sinks: Sequence[Sink], log: Path, watch: Watch | None = None) -> None:
+        self._sinks, self._watch = sinks, watch
         self._open: list[Sink] = []
         self._cleanup = ExitStack()
+        self._failed = False
         log.parent.mkdir(parents=True, exist_ok=True)
         self._log = self._cleanup.enter_context(log.open("a", encoding="utf-8", errors="backslashreplace"))
         try:
@@ -24,17 +29,25 @@ class RunReporter:
                 # closed last to first and each one even if another fails: a late note of wandb still finds the console
                 self._cleanup.callback(self._shut, sink)
                 self._open.append(sink)
+            if watch is not None:
+                self._alert(watch.begin())
         except BaseException:
             self._cleanup.close()
             raise
 
     def step(self, report: StepReport) -> None:
+        alerts: tuple[Alert, ...] = ()
+        if self._watch is not None:
+            report, alerts = self._watch.step(report)
         for sink in self._sinks:
             sink.step(report)
+        self._alert(alerts)
 
     def evaluation(self, report: EvaluationReport) -> None:
         for sink in self._sinks:
             sink.evaluation(report)
+        if self._watch is not None:
+            self._alert(self._watch.evaluation(report))
 
     def note(self, message: str) -> None:
         now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
@@ -47,8 +60,25 @@ class RunReporter:
         """Closes every sink; a second call does nothing."""
         self._cleanup.close()
 
+    def __enter__(self) -> "RunReporter":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._failed = error is not None
+        try:
+            if self._watch is not None:
+                self._alert(self._watch.ended(error))
+        finally:
+            self.close()
+
+    def _alert(self, alerts: Iterable[Alert]) -> None:
+        for alert in alerts:
+            self.note(f"alert, {alert.level}: {alert.title}: {alert.text}")
+            for sink in self._open:
+                sink.alert(alert)
+
     def _shut(self, sink: Sink) -> None:
         try:
-            sink.close()
+            sink.close(failed=self._failed)
         finally:
             self._open.remove(sink)

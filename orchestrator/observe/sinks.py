@@ -10,6 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
@@ -18,7 +19,9 @@ from rich.text import Text
 
 from orchestrator.checkpoints import write_atomically
 from orchestrator.errors import DataError, OutputError
+from orchestrator.observe.alerts import Alert
 from orchestrator.observe.live_table import LiveTable, StepLine
+from orchestrator.observe.metrics import step_seconds
 from orchestrator.records import EvaluationReport, Sample, StepReport
 
 Note = Callable[[str], None]
@@ -27,13 +30,16 @@ ETA_STEPS = 20
 
 
 class Sink(Protocol):
-    """Takes every report of one run. open() comes first and close() last; both may say something by `note`."""
+    """Takes every report of one run. open() comes first and close() last; both may say something by `note`.
+
+    alert(): is told as a note too; what a sink does beyond that. failed: an error ended the run, or this attempt at it."""
 
     def open(self, note: Note) -> None: ...
     def step(self, report: StepReport) -> None: ...
     def evaluation(self, report: EvaluationReport) -> None: ...
     def note(self, message: str) -> None: ...
-    def close(self) -> None: ...
+    def alert(self, alert: Alert) -> None: ...
+    def close(self, *, failed: bool = False) -> None: ...
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -61,6 +67,11 @@ def _json_object(line: str) -> dict[str, Any] | None:
     return record if isinstance(record, dict) else None
 
 
+def is_evaluation(line: Mapping[str, Any]) -> bool:
+    """Whether a line of metrics.jsonl is one of an evaluation, not of a step."""
+    return any(name.startswith("eval/") for name in line)
+
+
 def json_line(record: Mapping[str, Any]) -> str:
     """One line of strict JSON in ASCII; numbers that JSON has no word for (nan, inf) become null."""
     return json.dumps({name: _finite(value) for name, value in record.items()}, allow_nan=False) + "\n"
@@ -73,7 +84,7 @@ def _finite(value: Any) -> Any:
 
 
 class JsonlSink:
-    """Appends to metrics.jsonl and samples.jsonl, flushed line by line.
+    """Appends to metrics.jsonl and samples.jsonl, flushed line by line; alerts.jsonl comes with the first alert.
 
     resume_step: optimizer steps of the checkpoint that the run goes on from. Lines after it are removed: those steps
     are played again. 0 starts anew: nothing is kept, the evaluation before training included.
@@ -81,12 +92,13 @@ class JsonlSink:
 
     def __init__(self, run_dir: Path, resume_step: int) -> None:
         self._paths = (run_dir / "metrics.jsonl", run_dir / "samples.jsonl")
+        self._alerts = run_dir / "alerts.jsonl"
         self._resume_step = resume_step
         self._metrics: TextIO | None = None
         self._samples: TextIO | None = None
 
     def open(self, note: Note) -> None:
-        for path in self._paths:
+        for path in (*self._paths, self._alerts):
             path.parent.mkdir(parents=True, exist_ok=True)
             removed = _trim(path, self._resume_step)
             if removed:
@@ -106,7 +118,12 @@ class JsonlSink:
     def note(self, message: str) -> None:
         """Notes are no metrics; they are in logs/driver.log."""
 
-    def close(self) -> None:
+    def alert(self, alert: Alert) -> None:
+        line = json_line({**asdict(alert), "time": datetime.now(UTC).isoformat(timespec="seconds")})
+        with self._alerts.open("a", encoding="ascii") as file:
+            file.write(line)
+
+    def close(self, *, failed: bool = False) -> None:
         for file in (self._metrics, self._samples):
             if file is not None:
                 file.close()
@@ -168,7 +185,10 @@ class ConsoleSink:
     def note(self, message: str) -> None:
         self._print(message)
 
-    def close(self) -> None:
+    def alert(self, alert: Alert) -> None:
+        """The note says it."""
+
+    def close(self, *, failed: bool = False) -> None:
         self._live.stop()
 
     def _print(self, message: str) -> None:
@@ -193,11 +213,8 @@ class ConsoleSink:
 
     def _eta(self, report: StepReport) -> str:
         """Time left at the mean pace of the last steps, evaluations and checkpoints between them included."""
-        if len(self._times) > 1:
-            pace = (self._times[-1] - self._times[0]) / (len(self._times) - 1)
-        else:
-            times = {name: v for name, v in report.metrics.items() if name.startswith("time/")}
-            pace = times.get("time/step", sum(times.values()))
+        several = len(self._times) > 1
+        pace = (self._times[-1] - self._times[0]) / (len(self._times) - 1) if several else step_seconds(report.metrics)
         return duration(pace * (self._total - report.step))
 
 

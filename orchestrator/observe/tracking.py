@@ -1,6 +1,7 @@
 """Weights & Biases. Training and its result never depend on it: an outage costs at most two time limits and a note."""
 
 import hashlib
+import math
 import os
 import re
 import threading
@@ -9,8 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.config import Tracking
+from orchestrator.observe.alerts import Alert
+from orchestrator.observe.names import grouped
 from orchestrator.observe.sample_cards import spread
-from orchestrator.observe.sinks import Note
+from orchestrator.observe.sinks import Note, is_evaluation, read_lines
 from orchestrator.records import EvaluationReport, Sample, StepReport
 
 if TYPE_CHECKING:
@@ -18,8 +21,18 @@ if TYPE_CHECKING:
 
 STEP = "train/global_step"
 """Our step metric. wandb's own step starts at 0 again when an offline run is resumed."""
+EVALUATION_STEP = "eval/global_step"
+"""The step of the last evaluation; says to a resumed run which it need not log again."""
+SUMMARIES = {
+    "reward/mean": "max,last",
+    "memory/peak_gb": "max",
+    "eval/loss": "min,last",
+    **{f"eval/{name}": "max,last" for name in ("preference_accuracy", "exact_match", "rewards/accuracies", "reward/mean", "pass@*")},
+}
+"""What the run table shows of a metric, where the last value does not say enough."""
 TABLE_ROWS = 64
 """Rows of a table: each one logged becomes an artifact. All samples are in samples.jsonl."""
+CREDENTIALS = re.compile(r"://[^/@ ]+@")
 
 
 def stable_run_id(run_fingerprint: str, run_dir: Path) -> str:
@@ -28,13 +41,23 @@ def stable_run_id(run_fingerprint: str, run_dir: Path) -> str:
 
 
 class WandbSink:
-    """Logs a run to wandb, online or offline. config: the resolved recipe; run_id: from stable_run_id."""
+    """Logs a run to wandb, online or offline. config: the resolved recipe and more; run_id: from stable_run_id; algorithm:
+    its job type and tag.
 
-    def __init__(self, run_dir: Path, tracking: Tracking, run_name: str, config: Mapping[str, Any], run_id: str) -> None:
+    metrics.jsonl is the truth: where a run goes on, the rows of it that wandb does not have yet are logged first, and steps
+    that are played again after a crash are left out if wandb has them. An offline run has no earlier rows, so each start
+    records all of them again, and the newest recording alone is the whole run.
+    """
+
+    def __init__(
+        self, run_dir: Path, tracking: Tracking, run_name: str, config: Mapping[str, Any], run_id: str, algorithm: str | None = None
+    ) -> None:
         assert tracking.wandb != "off", "no sink is made then"
-        self._dir, self._tracking, self._name, self._config, self._id = run_dir, tracking, run_name, config, run_id
+        self._dir, self._tracking, self._name, self._id = run_dir, tracking, run_name, run_id
+        self._config, self._algorithm = without_credentials(config), algorithm
         self._run: Run | None = None
         self._taking = True
+        self._logged = {STEP: -1, EVALUATION_STEP: -1}
         self._rollouts: tuple[Sample, ...] = ()
         self._note: Note = _silent
 
@@ -43,28 +66,48 @@ class WandbSink:
         self._dir.mkdir(parents=True, exist_ok=True)  # else wandb writes to the temporary folder of the machine
         self._run = self._start()
         self._guarded(_define_metrics)
+        self._guarded(self._catch_up)
 
     def step(self, report: StepReport) -> None:
         self._rollouts = report.samples
-        self._guarded(lambda run: run.log({**report.metrics, STEP: report.step}))
+        self._log(report.step, report.metrics)
 
     def evaluation(self, report: EvaluationReport) -> None:
-        self._guarded(lambda run: run.log({**report.metrics, **_tables((*report.samples, *spread(self._rollouts, _reward))), STEP: report.step}))
+        self._log(report.step, report.metrics, (*report.samples, *spread(self._rollouts, _reward)))
 
     def note(self, message: str) -> None:
         """Notes are in logs/driver.log."""
 
-    def close(self) -> None:
+    def alert(self, alert: Alert) -> None:
+        self._guarded(lambda run: run.alert(alert.title, alert.text, level=alert.level, wait_duration=0))
+
+    def close(self, *, failed: bool = False) -> None:
         run, self._run = self._run, None
         if run is None:
             return
         limit = self._tracking.finish_timeout_s
-        failure = failed_within(run.finish, limit + 2.0)  # wandb gives up by itself at `limit`; this is for when it does not
+        # wandb gives up by itself at `limit`; the two seconds more are for when it does not
+        failure = failed_within(lambda: run.finish(exit_code=int(failed)), limit + 2.0)
         if failure is not None:
             self._note(f"wandb did not finish ({_reason(failure)}); what it recorded is in {run.settings.sync_dir}")
             _release(limit)
         elif run.settings.mode == "offline":
             self._note(f"wandb: recorded offline, upload it with `wandb sync {run.settings.sync_dir}`")
+
+    def _log(self, step: int, metrics: Mapping[str, float], samples: tuple[Sample, ...] = ()) -> None:
+        """One row, unless wandb has it from before a crash."""
+        by = EVALUATION_STEP if is_evaluation(metrics) else STEP
+        if step > self._logged[by]:
+            row = {grouped(name): value for name, value in metrics.items()}
+            self._guarded(lambda run: run.log({**row, **_tables(samples), STEP: step, by: step}))
+
+    def _catch_up(self, run: "Run") -> None:
+        """Brings wandb to where metrics.jsonl is."""
+        self._logged = {name: int(run.summary.get(name, -1)) for name in self._logged}
+        path = self._dir / "metrics.jsonl"
+        for line in read_lines(path) if path.is_file() else ():
+            metrics = {name: math.nan if value is None else value for name, value in line.items() if name != "step"}
+            self._log(int(line.get("step", 0)), metrics)
 
     def _start(self) -> "Run | None":
         """An online run where that works, else an offline one, else none."""
@@ -93,7 +136,9 @@ class WandbSink:
             project=tracking.project,
             entity=tracking.entity,
             group=tracking.group,
-            config=dict(self._config),
+            job_type=self._algorithm,
+            tags=None if self._algorithm is None else [self._algorithm],
+            config=self._config,
             dir=self._dir,
             reinit="create_new",  # never hand back the run of an earlier stage
             settings=wandb.Settings(
@@ -104,6 +149,7 @@ class WandbSink:
                 save_code=False,
                 disable_code=True,
                 disable_git=True,
+                x_disable_meta=True,  # the command line and the environment's packages; versions are in the config
             ),
         )
 
@@ -145,7 +191,10 @@ def _release(seconds: float) -> None:
 
 def _define_metrics(run: "Run") -> None:
     run.define_metric(STEP)
+    run.define_metric(EVALUATION_STEP, hidden=True)
     run.define_metric("*", step_metric=STEP)
+    for name, summary in SUMMARIES.items():
+        run.define_metric(name, step_metric=STEP, summary=summary)
 
 
 def _tables(samples: tuple[Sample, ...]) -> dict[str, Any]:
@@ -175,7 +224,16 @@ def _reason(error: Exception) -> str:
     line = next(iter(str(error).splitlines()), "")
     key = os.environ.get("WANDB_API_KEY")
     line = line.replace(key, "[key]") if key else line
-    return f"{type(error).__name__}: {re.sub(r'://[^/@ ]+@', '://', line)}"
+    return f"{type(error).__name__}: {CREDENTIALS.sub('://', line)}"
+
+
+def without_credentials(value: Any) -> Any:
+    """A tree of config values whose addresses name no user and password."""
+    if isinstance(value, Mapping):
+        return {name: without_credentials(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_credentials(inner) for inner in value]
+    return CREDENTIALS.sub("://", value) if isinstance(value, str) else value
 
 
 def _silent(message: str) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from orchestrator.observe.alerts import Alert
 from orchestrator.observe.reporter import RunReporter
 from orchestrator.observe.sinks import JsonlSink, Note, read_lines
 from orchestrator.records import EvaluationReport, StepReport
@@ -30,10 +31,13 @@ class Recorder:
     def note(self, message: str) -> None:
         self.log.append(f"{self.name} note {message}")
 
-    def close(self) -> None:
+    def alert(self, alert: Alert) -> None:
+        self.log.append(f"{self.name} alert {alert.title}")
+
+    def close(self, *, failed: bool = False) -> None:
         if self.late:
             self.say(self.late)
-        self.log.append(f"{self.name} close")
+        self.log.append(f"{self.name} close" + " failed" * failed)
         if self.failure is not None:
             raise self.failure
 

@@ -86,7 +86,7 @@ def offline(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
 def test_metrics_are_recorded_by_our_step(offline: tuple[Path, list[str]]) -> None:
     rows = history(offline[0])
     assert [row[STEP] for row in rows] == [1, 2, 2]
-    assert (rows[0]["loss"], rows[0]["rewards/accuracies"], rows[2]["eval/loss"]) == (0.75, 0.5, 0.25)
+    assert (rows[0]["train/loss"], rows[0]["rewards/accuracies"], rows[2]["eval/loss"]) == (0.75, 0.5, 0.25)
 
 
 def test_the_step_metric_is_defined_for_all_metrics(offline: tuple[Path, list[str]]) -> None:
@@ -132,7 +132,7 @@ def test_the_same_run_can_start_again_in_one_process(tmp_path: Path) -> None:
         sink.step(StepReport(1, {"loss": 0.5}))
         sink.close()
         assert len(notes) == 1
-        assert [row["loss"] for row in history(tmp_path / attempt)] == [0.5]
+        assert [row["train/loss"] for row in history(tmp_path / attempt)] == [0.5]
 
 
 def dead_port() -> int:
@@ -176,7 +176,7 @@ def test_without_a_server_the_run_is_recorded_offline(tmp_path: Path, key: str) 
     assert key or "no API key" in fallback
     assert "wandb sync" in upload
     assert result["seconds"] < 30
-    assert [row["loss"] for row in history(tmp_path / "run")] == [0.5]
+    assert [row["train/loss"] for row in history(tmp_path / "run")] == [0.5]
     spoken = done.stdout + done.stderr
     recorded = b"".join(p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file())
     assert not key or (key not in spoken and key.encode() not in recorded)

@@ -1,0 +1,56 @@
+"""Every step's metrics as Ray gauges: Ray's agent on the driver's node serves them to Prometheus, beside Ray's own."""
+
+import math
+from collections.abc import Mapping
+
+import ray
+from ray.util.metrics import Gauge
+
+from orchestrator.observe.alerts import Alert
+from orchestrator.observe.names import gauge
+from orchestrator.observe.sinks import Note
+from orchestrator.records import EvaluationReport, StepReport
+
+TAGS = ("run", "algorithm", "stage")
+
+
+class RayMetricsSink:
+    """Sets one gauge per metric, made when the metric first comes. Says nothing where Ray has no metrics agent.
+
+    run: what the run and its stages have in common; stage: its own name. Values that are not finite are left out.
+    """
+
+    def __init__(self, run: str, algorithm: str, stage: str) -> None:
+        self._tags: dict[str, str] = {"run": run, "algorithm": algorithm, "stage": stage}
+        self._gauges: dict[str, Gauge] = {}
+        self._served: bool | None = None
+
+    def open(self, note: Note) -> None:
+        """Ray may not be there yet."""
+
+    def step(self, report: StepReport) -> None:
+        self._set({**report.metrics, "step": report.step})
+
+    def evaluation(self, report: EvaluationReport) -> None:
+        self._set(report.metrics)
+
+    def note(self, message: str) -> None:
+        """No metric."""
+
+    def alert(self, alert: Alert) -> None:
+        """Prometheus has alert rules of its own."""
+
+    def close(self, *, failed: bool = False) -> None:
+        """The agent forgets the gauges of a process that ended."""
+
+    def _set(self, metrics: Mapping[str, float]) -> None:
+        if self._served is None:
+            self._served = ray.is_initialized() and any(node["Alive"] and node.get("MetricsExportPort") for node in ray.nodes())
+        if not self._served:
+            return
+        for metric, value in metrics.items():
+            if math.isfinite(value):
+                name = gauge(metric)
+                if name not in self._gauges:
+                    self._gauges[name] = Gauge(name, description=f"{metric} of metrics.jsonl", tag_keys=TAGS)
+                self._gauges[name].set(value, tags=self._tags)

@@ -1,0 +1,190 @@
+"""Rules that say when a run goes wrong: from the stream of reports to alerts. Pure: no clock, no files.
+
+A rule fires once per cause, and again only after all was right for `steps` steps.
+"""
+
+import math
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from orchestrator.config import Alerts
+from orchestrator.records import EvaluationReport, StepReport
+
+Metrics = Mapping[str, float]
+Level = Literal["INFO", "WARN", "ERROR"]
+
+
+@dataclass(frozen=True, slots=True)
+class Alert:
+    """level: as wandb has them; step: of the report that it was found in."""
+
+    title: str
+    text: str
+    level: Level
+    step: int
+
+
+class Rule(Protocol):
+    def check(self, metrics: Metrics) -> str | None:
+        """What is wrong, where this report is the one to say it at. Metrics that are not there say nothing."""
+        ...
+
+
+class Latch:
+    """True once, when a condition has held for `holds` checks in a row; then again only after it did not for `rests`."""
+
+    def __init__(self, holds: int, rests: int) -> None:
+        self._holds, self._rests = holds, rests
+        self._fired, self._run = False, 0
+
+    def __call__(self, condition: bool) -> bool:
+        self._run = self._run + 1 if condition != self._fired else 0
+        if self._run < (self._rests if self._fired else self._holds):
+            return False
+        self._fired, self._run = not self._fired, 0
+        return self._fired
+
+
+class NonFinite:
+    """Steps that were refused, or a loss or gradient that is no number."""
+
+    def __init__(self, limits: Alerts) -> None:
+        self._latch, self._skipped = Latch(1, limits.steps), 0.0
+
+    def check(self, metrics: Metrics) -> str | None:
+        before, self._skipped = self._skipped, metrics.get("skipped", self._skipped)
+        refused = int(self._skipped - before)
+        broken = [name for name in ("loss", "grad_norm") if not math.isfinite(metrics.get(name, 0.0))]
+        if not self._latch(refused > 0 or bool(broken)):
+            return None
+        return f"{' and '.join(broken)} not finite" if broken else f"{refused} steps were refused: loss or gradient not finite"
+
+
+class RewardFell:
+    """reward/mean stays far under its best (a mean over as many steps), measured in typical deviations of one reward."""
+
+    def __init__(self, limits: Alerts) -> None:
+        self._drop, self._latch = limits.reward_drop, Latch(limits.steps, limits.steps)
+        self._recent: deque[float] = deque(maxlen=limits.steps)
+        self._best, self._deviation = -math.inf, RunningMean()
+
+    def check(self, metrics: Metrics) -> str | None:
+        reward, deviation = metrics.get("reward/mean", math.nan), metrics.get("reward/std", math.nan)
+        if not math.isfinite(reward) or not math.isfinite(deviation):
+            return None
+        self._recent.append(reward)
+        typical = self._deviation.after(deviation)
+        if len(self._recent) == self._recent.maxlen:
+            self._best = max(self._best, _mean(self._recent))
+        fallen = typical > 0 and reward < self._best - self._drop * typical
+        return f"reward/mean {reward:.4g}, its best was {self._best:.4g}; one reward's deviation {typical:.4g}" if self._latch(fallen) else None
+
+
+class RewardFlat:
+    """All rewards are equal: nothing is left to learn from them."""
+
+    def __init__(self, limits: Alerts) -> None:
+        self._spread, self._latch, self._deviation = limits.reward_spread, Latch(limits.steps, limits.steps), RunningMean()
+
+    def check(self, metrics: Metrics) -> str | None:
+        deviation = metrics.get("reward/std", math.nan)
+        if not math.isfinite(deviation):
+            return None
+        flat = deviation <= self._spread * self._deviation.after(deviation)
+        return f"every reward is {metrics.get('reward/mean', math.nan):.4g}: all is solved, or the reward is broken" if self._latch(flat) else None
+
+
+class MarginAlone:
+    """Margins have grown since accuracy last did: the loss falls on pairs that were right already. prefix: "" or "eval/"."""
+
+    def __init__(self, limits: Alerts, prefix: str, window: int) -> None:
+        self._limits, self._prefix, self._latch = limits, prefix, Latch(1, window)
+        self._recent: deque[tuple[float, float]] = deque(maxlen=window)
+        self._mark: tuple[float, float] | None = None
+
+    def check(self, metrics: Metrics) -> str | None:
+        limits = self._limits
+        margin, accuracy = (metrics.get(f"{self._prefix}rewards/{name}", math.nan) for name in ("margins", "accuracies"))
+        if not math.isfinite(margin) or not math.isfinite(accuracy):
+            return None
+        self._recent.append((margin, accuracy))
+        if len(self._recent) < (self._recent.maxlen or 0):
+            return None
+        margin, accuracy = (_mean(values) for values in zip(*self._recent, strict=True))
+        if self._mark is None or accuracy >= self._mark[1] + limits.accuracy_gain:
+            self._mark = (margin, accuracy)
+        grown = margin - self._mark[0] >= limits.margin_growth and accuracy < limits.accuracy_enough
+        if not self._latch(grown):
+            return None
+        (then, right), where = self._mark, f"{self._prefix}rewards"
+        return f"{where}/margins grew from {then:.4g} to {margin:.4g}, {where}/accuracies only from {right:.3f} to {accuracy:.3f}"
+
+
+class GoodputLow:
+    """Too little of the time since the first start was spent in steps."""
+
+    def __init__(self, limits: Alerts) -> None:
+        self._limits, self._latch = limits, Latch(limits.steps, limits.steps)
+
+    def check(self, metrics: Metrics) -> str | None:
+        goodput, elapsed = metrics.get("perf/goodput"), metrics.get("perf/elapsed_s", 0.0)
+        if goodput is None or elapsed < self._limits.goodput_after_s:
+            return None
+        share = f"{goodput:.0%} of {elapsed / 3600:.1f} h since the first start were spent in steps"
+        return f"{share}; restarts, checkpoints and evaluations took the rest" if self._latch(goodput < self._limits.goodput) else None
+
+
+class RunningMean:
+    """The mean of all values so far."""
+
+    def __init__(self) -> None:
+        self._sum, self._count = 0.0, 0
+
+    def after(self, value: float) -> float:
+        self._sum, self._count = self._sum + value, self._count + 1
+        return self._sum / self._count
+
+
+class AlertRules:
+    """All rules of a run. Fed with the steps and evaluations of before, a resumed run does not say again what it said."""
+
+    def __init__(self, limits: Alerts) -> None:
+        self._limits = limits
+        self._steps: tuple[tuple[str, Level, Rule], ...] = (
+            ("non-finite step", "ERROR", NonFinite(limits)),
+            ("reward collapse", "ERROR", RewardFell(limits)),
+            ("rewards without spread", "WARN", RewardFlat(limits)),
+            ("margin without accuracy", "WARN", MarginAlone(limits, "", limits.steps)),
+            ("goodput low", "WARN", GoodputLow(limits)),
+        )
+        self._held_out = MarginAlone(limits, "eval/", 1)
+
+    def step(self, report: StepReport) -> tuple[Alert, ...]:
+        alerts: list[Alert] = []
+        for title, level, rule in self._steps:  # every rule sees every report
+            if (text := rule.check(report.metrics)) is not None:
+                alerts.append(Alert(title, text, level, report.step))
+        return tuple(alerts)
+
+    def evaluation(self, report: EvaluationReport) -> tuple[Alert, ...]:
+        text = self._held_out.check(report.metrics)
+        return () if text is None else (Alert("margin without accuracy, held out", text, "WARN", report.step),)
+
+    def started(self, step: int, starts: Sequence[float]) -> tuple[Alert, ...]:
+        """At a start. step: that it goes on from; starts: seconds of the clock, of all starts, this one last."""
+        limits = self._limits
+
+        def often(upto: int) -> bool:
+            return sum(starts[upto] - s <= limits.restarts_s for s in starts[:upto]) >= limits.restarts
+
+        last = len(starts) - 1
+        if not often(last) or often(last - 1):  # it was said at the start before
+            return ()
+        text = f"{limits.restarts} restarts within {limits.restarts_s / 60:.0f} minutes, {last} in all; logs/ says why"
+        return (Alert("repeated restarts", text, "ERROR", step),)
+
+
+def _mean(values: Sequence[float] | deque[float]) -> float:
+    return sum(values) / len(values)

@@ -1,0 +1,99 @@
+"""Which charts answer which question, in the order of report.html, of the wandb workspaces and of the Grafana dashboard.
+
+Names are those of metrics.jsonl (names.py has the others). A run has the charts of the metrics that it emits.
+"""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Panel:
+    """One chart. steps: metrics of training steps; held_out: of evaluations, without `eval/`; from_zero: its axis starts there."""
+
+    title: str
+    steps: tuple[str, ...] = ()
+    held_out: tuple[str, ...] = ()
+    smooth: bool = True
+    from_zero: bool = False
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All metrics by their full names."""
+        return (*self.steps, *(f"eval/{name}" for name in self.held_out))
+
+    def among(self, emitted: Collection[str]) -> tuple[str, ...]:
+        """Those of its metrics that a run emits."""
+        return tuple(name for name in self.names if name in emitted)
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A section of a dashboard."""
+
+    title: str
+    panels: tuple[Panel, ...]
+
+
+def _both(title: str, *names: str) -> Panel:
+    return Panel(title, names, names)
+
+
+PASS_AT = tuple(f"pass@{k}" for k in (1, 2, 4, 8, 16))
+"""Of evaluation.pass_at_k."""
+PHASES = tuple(f"time/{phase}" for phase in ("generate", "score", "experience", "data", "reference", "forward_backward", "optim", "publish"))
+
+QUESTIONS: tuple[Question, ...] = (
+    Question(
+        "Is it learning?",
+        (
+            _both("Reward", "reward/mean"),
+            Panel("pass@k", held_out=PASS_AT),
+            _both("Loss", "loss"),
+            Panel("Preference accuracy", held_out=("preference_accuracy",)),
+            Panel("Exact match", held_out=("exact_match",)),
+            _both("Reward accuracy", "rewards/accuracies"),
+            _both("Reward margin", "rewards/margins"),
+            _both("Rewards", "rewards/chosen", "rewards/rejected"),
+            _both("Log-probs", "logps/chosen", "logps/rejected"),
+        ),
+    ),
+    Question(
+        "Is it stable?",
+        (
+            Panel("Gradient norm", ("grad_norm",)),
+            Panel("Learning rate", ("learning_rate",), smooth=False),
+            _both("KL from the reference", "kl"),
+            Panel("Entropy", ("policy/entropy",)),
+            Panel("Spread of rewards", ("reward/std", "reward/group_std")),
+            Panel("Groups without a signal", ("reward/no_signal_ratio",)),
+            Panel("Completion length", ("completions/mean_length", "completions/max_length"), ("completions/mean_length",)),
+            Panel("Completions cut off or empty", ("completions/clipped_ratio", "completions/empty_ratio"), from_zero=True),
+            Panel("Clipped ratios", ("policy/clip_fraction",), from_zero=True),
+            Panel("Generator against learner, nat per token", ("policy/train_rollout_gap",)),
+            Panel("Explained variance of the critic", ("value/explained_variance",)),
+        ),
+    ),
+    Question(
+        "Is it fast?",
+        (
+            Panel("Tokens per second", ("perf/tokens_per_s", "perf/learn_tokens_per_s"), from_zero=True),
+            Panel("Model FLOPs utilisation (%)", ("perf/mfu",), from_zero=True),
+            Panel("Seconds per phase", PHASES, from_zero=True),
+            Panel("Seconds without work", ("time/idle/learners", "time/idle/rollouts"), from_zero=True),
+            Panel("Share of padding", ("perf/padding",), from_zero=True),
+            Panel("Peak memory (GB)", ("perf/peak_memory_gb",), from_zero=True),
+        ),
+    ),
+    Question(
+        "Is it healthy?",
+        (
+            Panel("Goodput", ("perf/goodput",), smooth=False, from_zero=True),
+            Panel("Restarts", ("faults/restarts",), smooth=False, from_zero=True),
+            Panel("Skipped steps", ("skipped",), smooth=False, from_zero=True),
+            Panel("Groups without a reward", ("reward/dropped_groups",), ("unscored",), smooth=False, from_zero=True),
+            Panel("Age of rollouts, versions", ("policy/staleness",), from_zero=True),
+            Panel("Seconds per weight update", ("weights/seconds",), from_zero=True),
+        ),
+    ),
+)
