@@ -28,6 +28,8 @@ from orchestrator.rollout.functions import check_rewards
 from orchestrator.run_folder import RunFolder
 
 Stopped = Callable[[], bool]
+TRACKED_PLAN = ("arithmetic", "total_steps", "cut", "choices", "memory", "memory_limit", "traffic")
+"""What wandb is told of the plan; what it says of the data may quote rows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,8 +67,8 @@ class Job:
         sinks: list[Sink] = [ConsoleSink(self.plan.total_steps, self.console), JsonlSink(folder.root, resume_step)]
         sinks.append(RayMetricsSink(tracking.group or name, algorithm, name))
         if tracking.wandb != "off":
-            plan = {key: value for key, value in self.plan.to_json().items() if key != "recipe"}
-            config = {**recipe.model_dump(mode="json"), "plan": plan, "versions": _versions()}
+            plan = self.plan.to_json()
+            config = {**recipe.model_dump(mode="json"), "plan": {key: plan[key] for key in TRACKED_PLAN}, "versions": _versions()}
             sinks.append(WandbSink(folder.root, tracking, name, config, stable_run_id(folder.fingerprint, folder.root), algorithm))
         return RunReporter(sinks, folder.logs / "driver.log", Watch(folder.root, tracking.alerts, resume_step))
 

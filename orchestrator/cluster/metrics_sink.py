@@ -29,7 +29,7 @@ class RayMetricsSink:
         """Ray may not be there yet."""
 
     def step(self, report: StepReport) -> None:
-        self._set({**report.metrics, "step": report.step})
+        self._set({**report.metrics, "global_step": report.step})
 
     def evaluation(self, report: EvaluationReport) -> None:
         self._set(report.metrics)

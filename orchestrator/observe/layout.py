@@ -63,7 +63,7 @@ QUESTIONS: tuple[Question, ...] = (
         (
             Panel("Gradient norm", ("grad_norm",)),
             Panel("Learning rate", ("learning_rate",), smooth=False),
-            _both("KL from the reference", "kl"),
+            Panel("KL from the reference", ("kl",)),
             Panel("Entropy", ("policy/entropy",)),
             Panel("Spread of rewards", ("reward/std", "reward/group_std")),
             Panel("Groups without a signal", ("reward/no_signal_ratio",)),

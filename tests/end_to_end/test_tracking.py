@@ -1,0 +1,170 @@
+"""Runs as they are watched: in wandb (a stand-in for its service), in Prometheus, and by which names the dashboards know them."""
+
+import re
+import time
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from orchestrator.observe.layout import QUESTIONS
+from orchestrator.observe.names import gauge, grouped
+from orchestrator.observe.tracking import EVALUATION_STEP, STEP, TABLE_ROWS
+from tests.running import FEW, Shared, every_line, metrics, shared_ray, wait_until
+from tests.wandb_server import RecordedRun, WandbServer
+
+pytestmark = pytest.mark.timeout(600)
+
+STEPS = 6
+DPO = (
+    f"data.train={FEW % 'preference'}",
+    "data.eval=[{path: toy:preference, split: eval, max_rows: 8}]",
+    f"run.max_steps={STEPS}",
+    "batch.effective=16",
+    "batch.micro_batch=8",
+    "learners.workers=1",
+    "checkpoint.every=2",
+    "evaluation.every=2",
+    "optimizer.warmup_steps=0",
+    "tracking.wandb=online",
+    "tracking.group=watched",
+)
+PPO = (
+    "run.max_steps=3",
+    "batch.effective=16",
+    "rollouts.prompts=16",
+    "rollouts.workers=1",
+    "algorithm.epochs=1",
+    "critic.warmup_steps=0",
+    "data.eval=[{path: toy:prompts, split: eval, max_rows: 8}]",
+    "evaluation.every=3",
+    "evaluation.pass_at_k=4",
+    "checkpoint.every=3",
+    "tracking.wandb=off",
+)
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shared]:
+    with shared_ray(tmp_path_factory.mktemp("tracking")) as shared:
+        yield shared
+
+
+@dataclass(frozen=True, slots=True)
+class Tracked:
+    """A DPO run whose driver was killed with -9 while it wrote the checkpoint of step 4, and that was started again with
+    another micro-batch."""
+
+    folder: Path
+    server: WandbServer
+
+    @property
+    def run(self) -> RecordedRun:
+        return self.server.only_run
+
+
+@pytest.fixture(scope="module")
+def tracked(shared: Shared) -> Iterator[Tracked]:
+    folder = shared.root / "watched"
+    command = ("train", "tiny/dpo", *DPO, *shared.overrides(), "--output", folder)
+    with WandbServer() as server, pytest.MonkeyPatch.context() as patch:
+        for name, value in server.environment().items():
+            patch.setenv(name, value)
+        killed = shared.sandbox.run(*command, faults=[{"site": "checkpoint.manifest", "step": 4, "action": "kill"}])
+        assert killed.code == -9, killed.err
+        assert [line["step"] for line in metrics(folder)] == [1, 2, 3, 4]
+        finished = shared.sandbox.run(*command, "batch.micro_batch=4")
+        assert finished.code == 0, finished.err
+        yield Tracked(folder, server)
+
+
+def test_a_resumed_run_is_one_run_in_wandb_without_gaps_or_repeats(tracked: Tracked) -> None:
+    run = tracked.run
+    assert (run.starts, run.exit_code) == (2, 0)
+    assert run.series(STEP) == sorted(run.series(STEP))
+    steps = [row[STEP] for row in run.history if "train/loss" in row]
+    assert steps == list(range(1, STEPS + 1))
+    assert run.series(EVALUATION_STEP) == [0, 2, 4, 6]
+    restarts = run.series("faults/restarts")
+    assert (restarts[:2], restarts[-2:]) == ([0, 0], [1, 1])
+    for line in metrics(tracked.folder):
+        (row,) = (row for row in run.history if row[STEP] == line["step"] and "train/loss" in row)
+        assert row["train/loss"] == line["loss"]
+        assert row["rewards/margins"] == line["rewards/margins"]
+
+
+def test_the_config_holds_recipe_plan_and_versions_and_no_secret(tracked: Tracked) -> None:
+    run = tracked.run
+    assert (run.name, run.group, run.job_type, run.tags) == ("tiny-dpo", "watched", "dpo", ["dpo"])
+    assert run.config["batch"]["effective"] == 16
+    assert run.config["algorithm"]["beta"] == 0.1
+    assert run.config["batch"]["micro_batch"] == 4, "what it runs with now"
+    assert run.config["plan"]["arithmetic"].startswith("16 pairs = ")
+    assert run.config["plan"]["memory"]["total"] > 0
+    assert {"torch", "transformers", "deepspeed", "ray", "trl"} <= run.config["versions"].keys()
+    assert "recipe" not in run.config["plan"]
+    everything = repr(run.config).encode() + b"".join(run.files.values())
+    recorded = b"".join(path.read_bytes() for path in tracked.folder.rglob("*") if path.is_file())
+    assert tracked.server.key.encode() not in everything + recorded
+    assert "wandb-metadata.json" not in run.files
+
+
+def test_tables_are_uploaded_and_bounded(tracked: Tracked) -> None:
+    columns, rows = tracked.run.table("eval/most_wrong_pairs")
+    assert columns == ["step", "prompt", "chosen", "rejected", "margin"]
+    assert 0 < len(rows) <= TABLE_ROWS
+    assert {row[0] for row in rows} == {STEPS}
+    columns, rows = tracked.run.table("eval/generations")
+    assert columns == ["step", "prompt", "completion", "answer", "correct"]
+    assert len(rows) == 8
+
+
+def test_summaries_say_the_best(tracked: Tracked) -> None:
+    losses = tracked.run.series("eval/loss")
+    assert tracked.run.summary["eval/loss"] == {"min": pytest.approx(min(losses)), "last": pytest.approx(losses[-1])}
+    assert tracked.run.summary["train/loss"] == tracked.run.series("train/loss")[-1]
+
+
+def scrape(wanted: str, deadline_s: float = 60.0) -> str:
+    """What the node's metrics agent serves, once it has `wanted`: workers report to it every ten seconds."""
+    import ray
+
+    node = ray.nodes()[0]
+    url, found = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics", []
+
+    def there() -> bool:
+        with urllib.request.urlopen(url, timeout=10) as answer:
+            found[:] = [answer.read().decode()]
+        return wanted in found[0]
+
+    assert wait_until(there, deadline_s), f"{wanted} never came"
+    return found[0]
+
+
+@pytest.fixture(scope="module")
+def online(shared: Shared, tracked: Tracked) -> Path:
+    """A PPO run from the DPO run's export."""
+    outcome, _ = shared.train_last("tiny/ppo", tracked.folder / "export", "ppo", *PPO)
+    return outcome.folder
+
+
+@pytest.mark.slow
+def test_prometheus_sees_every_metric_of_a_run(online: Path) -> None:
+    emitted = {name: value for line in every_line(online / "metrics.jsonl") for name, value in line.items() if name != "step"}
+    served = scrape("ray_orchestrator_train_global_step{")
+    for name, value in emitted.items():
+        labelled = re.search(rf'^ray_{gauge(name)}{{([^}}]*)}} (\S+)$', served, re.MULTILINE)
+        assert labelled is not None, name
+        assert 'run="tiny-ppo"' in labelled[1] and 'algorithm="ppo"' in labelled[1]
+        assert float(labelled[2]) == pytest.approx(value, rel=1e-6), name
+
+
+@pytest.mark.slow
+def test_no_panel_asks_for_a_metric_that_no_run_has(tracked: Tracked, online: Path) -> None:
+    emitted = {name for folder in (tracked.folder, online) for line in every_line(folder / "metrics.jsonl") for name in line}
+    panels = [name for question in QUESTIONS for panel in question.panels for name in panel.names]
+    unknown = {re.sub(r"pass@\d+", "pass@4", name) for name in panels} - emitted
+    assert not unknown
+    assert len({grouped(name) for name in emitted}) == len(emitted)
