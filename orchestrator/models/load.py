@@ -121,7 +121,10 @@ def _pretrained(cfg: Model, auto: Any, **options: Any) -> Any:
 
 def _with_lora(model: nn.Module, lora: Lora, seed: int, head: Head) -> nn.Module:
     """The model with a fresh adapter; base weights frozen, the adapter in fp32."""
-    from peft import LoraConfig, get_peft_model
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ModuleNotFoundError as error:
+        raise ConfigError("model.lora: peft is not installed", fix='pip install "orchestrator[peft]"') from error
 
     targets = lora.target_modules
     if not isinstance(targets, str) and any("lm_head" in t for t in targets):
