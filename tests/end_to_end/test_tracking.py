@@ -1,7 +1,7 @@
 """Runs as they are watched: in wandb (a stand-in for its service), in Prometheus, and by which names the dashboards know them."""
 
+import math
 import re
-import time
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from orchestrator.cluster.metrics_sink import RayMetricsSink
 from orchestrator.observe.layout import QUESTIONS
 from orchestrator.observe.names import gauge, grouped
 from orchestrator.observe.tracking import EVALUATION_STEP, STEP, TABLE_ROWS
+from orchestrator.records import EvaluationReport, StepReport
 from tests.running import FEW, Shared, every_line, metrics, shared_ray, wait_until
 from tests.wandb_server import RecordedRun, WandbServer
 
@@ -141,6 +143,17 @@ def scrape(wanted: str, deadline_s: float = 60.0) -> str:
 
     assert wait_until(there, deadline_s), f"{wanted} never came"
     return found[0]
+
+
+def test_a_gauge_reaches_prometheus_and_what_is_no_number_does_not(shared: Shared) -> None:
+    """Ray itself, without a dashboard: its metrics agent is there all the same."""
+    sink = RayMetricsSink("a-pipeline", "dpo", "second")
+    sink.step(StepReport(7, {"loss": 0.25, "grad_norm": math.inf}))
+    sink.evaluation(EvaluationReport(7, {"eval/loss": 0.5}))
+    served = scrape("ray_orchestrator_eval_loss{")
+    (line,) = (line for line in served.splitlines() if line.startswith("ray_orchestrator_train_loss{") and 'stage="second"' in line)
+    assert 'run="a-pipeline"' in line and line.endswith(" 0.25")
+    assert 'stage="second"' not in "".join(line for line in served.splitlines() if "grad_norm" in line)
 
 
 @pytest.fixture(scope="module")

@@ -14,12 +14,17 @@ from typing import Any
 import pytest
 
 from orchestrator.config import Tracking
-from orchestrator.observe.tracking import STEP, WandbSink, failed_within, stable_run_id
+from orchestrator.observe.alerts import Alert
+from orchestrator.observe.sinks import JsonlSink
+from orchestrator.observe.tracking import STEP, WandbSink, failed_within, stable_run_id, without_credentials
 from orchestrator.records import EvaluationReport, Sample, StepReport
 
 SAMPLES = (
     Sample(2, "pair", "Q: 2+2?", chosen="4", rejected="5", scores={"margin": -1.5}),
     Sample(2, "generation", "Q: 1+1?", completion="3", answer="2", scores={"correct": 0.0}),
+)
+ROLLOUTS = tuple(
+    Sample(2, "rollout", f"Q{i}", completion="4", scores={"reward": i / 100, "exact": 1.0}, version=1, finish="stop") for i in range(100)
 )
 
 
@@ -74,12 +79,13 @@ def history(folder: Path) -> list[dict[str, Any]]:
 def offline(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
     """One offline run: two steps and an evaluation."""
     folder, notes = tmp_path_factory.mktemp("run") / "deeper", []
-    sink = WandbSink(folder, Tracking(project="p", group="g"), "a-run", {"algorithm": {"beta": 0.1}}, "id0123")
+    sink = WandbSink(folder, Tracking(project="p", group="g"), "a-run", {"algorithm": {"beta": 0.1}}, "id0123", "dpo")
     sink.open(notes.append)
     sink.step(StepReport(1, {"loss": 0.75, "rewards/accuracies": 0.5}))
-    sink.step(StepReport(2, {"loss": float("nan")}))
+    sink.step(StepReport(2, {"loss": float("nan")}, ROLLOUTS))
     sink.evaluation(EvaluationReport(2, {"eval/loss": 0.25}, SAMPLES))
-    sink.close()
+    sink.alert(Alert("reward collapse", "it fell", "ERROR", 2))
+    sink.close(failed=True)
     return folder, notes
 
 
@@ -114,7 +120,21 @@ def test_the_run_has_its_name_id_and_config(offline: tuple[Path, list[str]]) -> 
     run = of_kind(offline[0], "run")[0]
     assert (run.run_id, run.display_name, run.project, run.run_group) == ("id0123", "a-run", "p", "g")
     assert {u.key: json.loads(u.value_json) for u in run.config.update}["algorithm"] == {"beta": 0.1}
-    assert of_kind(offline[0], "exit")[0].exit_code == 0
+    assert (run.job_type, list(run.tags)) == ("dpo", ["dpo"])
+
+
+def test_a_failed_run_is_one_in_wandb_too(offline: tuple[Path, list[str]]) -> None:
+    assert of_kind(offline[0], "exit")[0].exit_code == 1
+    (alert,) = of_kind(offline[0], "alert")
+    assert (alert.title, alert.text, alert.level) == ("reward collapse", "it fell", "ERROR")
+
+
+def test_of_many_rollouts_the_worst_middle_and_best_are_shown(offline: tuple[Path, list[str]]) -> None:
+    entry = history(offline[0])[2]
+    (file,) = (offline[0] / "wandb").glob(f"offline-run-*/files/{entry['rollouts/worst_median_best:path']}")
+    table = json.loads(file.read_text())
+    assert table["columns"] == ["step", "prompt", "completion", "answer", "version", "finish", "reward", "exact"]
+    assert [row[6] for row in table["data"]] == [i / 100 for i in (*range(8), *range(46, 54), *range(92, 100))]
 
 
 def test_the_user_is_told_how_to_upload_it(offline: tuple[Path, list[str]]) -> None:
@@ -133,6 +153,30 @@ def test_the_same_run_can_start_again_in_one_process(tmp_path: Path) -> None:
         sink.close()
         assert len(notes) == 1
         assert [row["train/loss"] for row in history(tmp_path / attempt)] == [0.5]
+
+
+def test_each_offline_recording_is_the_whole_run(tmp_path: Path) -> None:
+    """So one `wandb sync` uploads it, whatever a crash left of the earlier recordings."""
+    ledger = JsonlSink(tmp_path, 0)
+    ledger.open(lambda _: None)
+    ledger.evaluation(EvaluationReport(0, {"eval/loss": 0.9}))
+    ledger.step(StepReport(1, {"loss": 0.75}))
+    ledger.step(StepReport(2, {"loss": float("nan")}))
+    ledger.evaluation(EvaluationReport(2, {"eval/loss": 0.5}))
+    ledger.close()
+    sink = WandbSink(tmp_path, Tracking(), "r", {}, "whole")
+    sink.open(lambda _: None)
+    sink.step(StepReport(3, {"loss": 0.25}))
+    sink.close()
+    rows = history(tmp_path)
+    assert [(row[STEP], row.get("train/loss"), row.get("eval/loss")) for row in rows] == [
+        (0, None, 0.9), (1, 0.75, None), (2, rows[2]["train/loss"], None), (2, None, 0.5), (3, 0.25, None),
+    ]  # fmt: skip
+
+
+def test_addresses_in_the_config_name_no_user() -> None:
+    config = {"rewards": [{"url": "https://me:secret@host:1/score"}], "plan": {"beta": 0.1, "choices": ("a", "http://host/")}}
+    assert without_credentials(config) == {"rewards": [{"url": "https://host:1/score"}], "plan": {"beta": 0.1, "choices": ["a", "http://host/"]}}
 
 
 def dead_port() -> int:

@@ -1,0 +1,120 @@
+"""What all attempts at a run together say: goodput, restarts, and alerts that are not told twice."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from orchestrator.config import Alerts
+from orchestrator.errors import Diverged, Interrupted, WorkerLost
+from orchestrator.observe.attempts import Attempts
+from orchestrator.observe.reporter import RunReporter
+from orchestrator.observe.sinks import JsonlSink, read_lines
+from orchestrator.observe.watch import Watch
+from orchestrator.records import EvaluationReport, StepReport
+
+LIMITS = Alerts(steps=2)  # pyright: ignore[reportCallIssue]
+
+
+class Clock:
+    """Seconds that the test sets."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def attempt(folder: Path, resume_step: int, clock: Clock) -> RunReporter:
+    watch = Watch(folder, LIMITS, resume_step, Attempts(folder, clock))
+    return RunReporter([JsonlSink(folder, resume_step)], folder / "logs" / "driver.log", watch)
+
+
+def step(reporter: RunReporter, number: int, clock: Clock, seconds: float, **metrics: float) -> None:
+    clock.now += seconds
+    reporter.step(StepReport(number, {"time/data": 1.0, "time/optim": seconds - 1.0, **metrics}))
+
+
+def test_goodput_counts_over_all_attempts(tmp_path: Path) -> None:
+    clock = Clock()
+    with attempt(tmp_path, 0, clock) as reporter:
+        clock.now += 10  # starting
+        for number in (1, 2, 3):
+            step(reporter, number, clock, 10)
+    clock.now += 20  # down; step 3 had no checkpoint
+    with attempt(tmp_path, 2, clock) as reporter:
+        step(reporter, 3, clock, 10)
+    lines = read_lines(tmp_path / "metrics.jsonl")
+    assert [line["faults/restarts"] for line in lines] == [0, 0, 1]
+    assert [line["perf/elapsed_s"] for line in lines] == [20, 30, 70]
+    assert [line["perf/goodput"] for line in lines] == pytest.approx([10 / 20, 20 / 30, 30 / 70])
+    assert [json.loads(x) for x in (tmp_path / "attempts.jsonl").read_text().splitlines()] == [
+        {"started": 1000.0, "step": 0},
+        {"started": 1060.0, "step": 2},
+    ]
+
+
+def test_an_online_step_has_its_own_duration(tmp_path: Path) -> None:
+    attempts = Attempts(tmp_path, clock := Clock())
+    attempts.begin(0)
+    clock.now += 8
+    assert attempts.after({"time/step": 4.0, "time/generate": 3.0, "time/learn": 3.0})["perf/goodput"] == 0.5
+
+
+def test_an_alert_is_noted_kept_and_not_told_again_after_a_resume(tmp_path: Path) -> None:
+    clock = Clock()
+    flat = {"reward/mean": 1.0, "reward/std": 0.0}
+    with attempt(tmp_path, 0, clock) as reporter:
+        for number in (1, 2, 3):
+            step(reporter, number, clock, 2, **flat)
+    with attempt(tmp_path, 3, clock) as reporter:
+        for number in (4, 5, 6):
+            step(reporter, number, clock, 2, **flat)
+    (told,) = read_lines(tmp_path / "alerts.jsonl")
+    assert (told["title"], told["level"], told["step"]) == ("rewards without spread", "WARN", 2)
+    assert (tmp_path / "logs" / "driver.log").read_text().count("alert, WARN: rewards without spread") == 1
+
+
+def test_alerts_of_steps_that_are_played_again_go_with_them(tmp_path: Path) -> None:
+    clock = Clock()
+    for resume in (0, 1):
+        with attempt(tmp_path, resume, clock) as reporter:
+            for number in range(resume + 1, 4):
+                step(reporter, number, clock, 2, loss=float("nan") if number == 2 else 1.0)
+    assert [line["step"] for line in read_lines(tmp_path / "alerts.jsonl")] == [2]
+
+
+def test_held_out_alerts_and_restarts(tmp_path: Path) -> None:
+    clock = Clock()
+    for _ in range(4):
+        with attempt(tmp_path, 0, clock) as reporter:
+            reporter.evaluation(EvaluationReport(0, {"eval/rewards/margins": 0.0, "eval/rewards/accuracies": 0.5}))
+            reporter.evaluation(EvaluationReport(1, {"eval/rewards/margins": 1.0, "eval/rewards/accuracies": 0.5}))
+    titles = [line["title"] for line in read_lines(tmp_path / "alerts.jsonl")]
+    assert titles == ["repeated restarts", "margin without accuracy, held out"]
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (Diverged("5 steps in a row had a non-finite loss"), ["5 steps in a row had a non-finite loss"]),
+        (ValueError("boom"), ["ValueError: boom"]),
+        (Interrupted("stopped"), []),
+        (WorkerLost("learner-1 died"), []),
+        (KeyboardInterrupt(), []),
+    ],
+)
+def test_the_end_of_a_run_is_an_alert_where_nobody_asked_for_it_or_tries_again(tmp_path: Path, error: BaseException, told: list[str]) -> None:
+    with pytest.raises(type(error)), attempt(tmp_path, 0, Clock()):
+        raise error
+    alerts = tmp_path / "alerts.jsonl"
+    assert [line["text"] for line in (read_lines(alerts) if alerts.is_file() else [])] == told
+
+
+def test_without_limits_there_are_no_alerts_but_goodput(tmp_path: Path) -> None:
+    watch = Watch(tmp_path, None, 0)
+    watch.begin()
+    report, alerts = watch.step(StepReport(1, {"loss": float("nan")}))
+    assert alerts == watch.ended(ValueError()) == ()
+    assert report.metrics["faults/restarts"] == 0
