@@ -194,6 +194,14 @@ def config_schema() -> None:
     print(json.dumps(recipes.json_schema(), indent=1))
 
 
+@config_app.command("reference")
+def config_reference() -> None:
+    """Every key with its default and what it means, as Markdown."""
+    from orchestrator.reference_page import render
+
+    print(render(), end="")
+
+
 def _last(recipe: str, overrides: list[str] | None) -> "Recipe":
     """The recipe of the last stage, with the model that its first ancestor starts from: for what needs no trained weights."""
     stages = {stage.name: stage.recipe for stage in recipes.load(recipe, overrides or ()).stages}

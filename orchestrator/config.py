@@ -20,7 +20,7 @@ class Section(BaseModel):
 class Run(Section):
     name: str = Field("run", pattern=NAME_PATTERN, description="names the run in the output folder and in wandb")
     seed: int = Field(0, ge=0, description="decides data order, initial weights of tiny models and dropout")
-    max_steps: int | None = Field(None, ge=1, description="optimizer steps; None: `epochs` passes over the data")
+    max_steps: int | None = Field(None, ge=1, description="optimizer steps; null: `epochs` passes over the data")
     epochs: float = Field(1.0, gt=0, description="passes over the training data when max_steps is not set")
 
 
@@ -28,20 +28,20 @@ class TinyModel(Section):
     """A random-weight model of a named architecture with a byte-level tokenizer: nothing to download."""
 
     architecture: str = Field("llama", description="a transformers model type: llama, qwen2, gpt2, gemma, mistral, phi …")
-    hidden_size: int = Field(64, ge=8)
-    layers: int = Field(2, ge=1)
-    heads: int = Field(4, ge=1)
-    kv_heads: int | None = Field(None, ge=1)
-    intermediate_size: int | None = Field(None, ge=8)
-    max_positions: int = Field(1024, ge=8)
+    hidden_size: int = Field(64, ge=8, description="width of the residual stream")
+    layers: int = Field(2, ge=1, description="transformer blocks")
+    heads: int = Field(4, ge=1, description="attention heads")
+    kv_heads: int | None = Field(None, ge=1, description="key and value heads; default: as many as heads")
+    intermediate_size: int | None = Field(None, ge=8, description="width of the feed-forward layer; default: the architecture's")
+    max_positions: int = Field(1024, ge=8, description="longest sequence in tokens")
     vocab_size: int | None = Field(None, ge=300, description="default: the byte tokenizer's size; larger pads the embedding")
 
 
 class Lora(Section):
-    rank: int = Field(16, ge=1)
-    alpha: float = Field(32.0, gt=0)
-    dropout: float = Field(0.0, ge=0, lt=1)
-    target_modules: Literal["all-linear"] | list[str] = "all-linear"
+    rank: int = Field(16, ge=1, description="of the update matrices")
+    alpha: float = Field(32.0, gt=0, description="the update is scaled by alpha / rank")
+    dropout: float = Field(0.0, ge=0, lt=1, description="of the adapter's input; a function of (seed, step, rank, micro-batch)")
+    target_modules: Literal["all-linear"] | list[str] = Field("all-linear", description="names of the linear layers that get an adapter")
 
 
 class Model(Section):
@@ -63,34 +63,36 @@ class Model(Section):
 class Columns(Section):
     """Maps the recipe's field names to the names in the user's file, e.g. `chosen: preferred_answer`."""
 
-    messages: str | None = None
-    text: str | None = None
-    prompt: str | None = None
-    completion: str | None = None
-    chosen: str | None = None
-    rejected: str | None = None
-    label: str | None = None
-    margin: str | None = None
-    answer: str | None = None
+    messages: str | None = Field(None, description="a conversation")
+    text: str | None = Field(None, description="plain text, all of it learned")
+    prompt: str | None = Field(None, description="text or messages")
+    completion: str | None = Field(None, description="the answer to the prompt")
+    chosen: str | None = Field(None, description="the better answer")
+    rejected: str | None = Field(None, description="the worse answer")
+    label: str | None = Field(None, description="KTO: true for a wanted completion")
+    margin: str | None = Field(None, description="reward model: by how much chosen is better")
+    answer: str | None = Field(None, description="what greedy generation and reward functions compare with")
 
 
 class Source(Section):
     path: str = Field(description="JSONL(.gz) or Parquet file, a folder of them, `toy:NAME`, or a hub data set")
     weight: float = Field(1.0, gt=0, description="passes over this source per epoch: 0.5 takes half of it, 2 takes it twice")
-    split: str = "train"
-    subset: str | None = None
+    split: str = Field("train", description="of a hub data set or of toy data")
+    subset: str | None = Field(None, description="configuration of a hub data set")
     revision: str | None = Field(None, description="hub revision; required for hub data sets")
     columns: Columns | None = Field(None, description="overrides data.columns for this source")
-    max_rows: int | None = Field(None, ge=1)
+    max_rows: int | None = Field(None, ge=1, description="the first rows only")
 
 
 class Data(Section):
     train: str | list[Source]
     eval: str | list[Source] | None = None
-    max_bad_rows: int = Field(0, ge=0)
-    columns: Columns = Columns()
+    max_bad_rows: int = Field(0, ge=0, description="rows that may be left out as unusable; each is named")
+    columns: Columns = Columns()  # pyright: ignore[reportCallIssue]
     max_length: int = Field(1024, ge=2, description="tokens of prompt plus one completion")
-    overlong: Literal["error", "drop", "truncate_prompt_left", "truncate_end"] = "truncate_prompt_left"
+    overlong: Literal["error", "drop", "truncate_prompt_left", "truncate_end"] = Field(
+        "truncate_prompt_left", description="what becomes of a row longer than max_length"
+    )
     remainder: Literal["drop", "use", "carry"] = Field("carry", description="what becomes of an epoch's last partial batch")
     append_eos: bool = Field(True, description="end plain-text completions with the eos token, as TRL does")
 
@@ -114,8 +116,8 @@ class Clip(Section):
 class Kl(Section):
     """KL of the policy from the reference, as a term of the loss or of the reward."""
 
-    coefficient: float = Field(0.0, ge=0)
-    place: Literal["loss", "reward"] = "loss"
+    coefficient: float = Field(0.0, ge=0, description="0: none, and no reference policy is kept")
+    place: Literal["loss", "reward"] = Field("loss", description="a term of the loss, or taken from the reward")
     estimator: Literal["auto", "k1", "k2", "k3"] = Field("auto", description="auto: k3 in the loss, k1 in the reward")
     target: float | None = Field(None, gt=0, description="adaptive: the coefficient is steered towards this KL (k3) per token")
     horizon: float = Field(10_000.0, gt=0, description="adaptive: rollouts over which the coefficient may change by a factor e^0.2")
@@ -127,27 +129,27 @@ class Correction(Section):
     kind: Literal["none", "token", "sequence", "decoupled"] = Field(
         "token", description="token: TIS; sequence: whole sequences beyond `cap` are masked; decoupled: PPO around the learner's own log-probs"
     )
-    cap: float = Field(2.0, gt=1)
+    cap: float = Field(2.0, gt=1, description="bound of the importance weight")
     alarm: float = Field(0.05, gt=0, description="mean |gap| in nat per token above which a note is written (strictly on-policy)")
 
 
 class Algorithm(Section):
-    name: Literal[OfflineName, OnlineName]
+    name: Literal[OfflineName, OnlineName] = Field(description="see [algorithms](algorithms.md)")
     loss: str | dict[str, float] | None = Field(
         None, description="one loss by name or a weighted mix, e.g. {sigmoid: 0.8, sft: 1.0}; default: the algorithm's own"
     )
-    beta: float = Field(0.1, gt=0)
-    label_smoothing: float = Field(0.0, ge=0, lt=0.5)
-    f_divergence: Literal["reverse_kl", "forward_kl", "js", "alpha"] = "reverse_kl"
+    beta: float = Field(0.1, gt=0, description="inverse temperature: how far the policy may move from the reference")
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="share of pairs assumed to be labelled the wrong way round")
+    f_divergence: Literal["reverse_kl", "forward_kl", "js", "alpha"] = Field("reverse_kl", description="f-DPO: what replaces the log-ratio")
     f_alpha: float = Field(0.5, description="the alpha of the alpha divergence")
     ld_alpha: float | None = Field(None, ge=0, le=1, description="LD-DPO: weight of tokens beyond the shared length")
     wpo: bool = Field(False, description="WPO: weight pairs by their probability under the policy")
     ipo_length_average: bool = Field(True, description="IPO on per-token mean log-probs (TRL) or on their sums (paper)")
     simpo_gamma: float = Field(0.5, description="SimPO target reward margin")
-    discopop_tau: float = Field(0.05, gt=0)
+    discopop_tau: float = Field(0.05, gt=0, description="DiscoPOP: temperature of the mix")
     reward_centring: float = Field(0.0, ge=0, description="reward model: coefficient of (r_chosen + r_rejected)^2")
-    kto_desirable_weight: float = Field(1.0, gt=0)
-    kto_undesirable_weight: float = Field(1.0, gt=0)
+    kto_desirable_weight: float = Field(1.0, gt=0, description="weight of wanted completions")
+    kto_undesirable_weight: float = Field(1.0, gt=0, description="weight of unwanted completions")
     reference_sync_every: int | None = Field(None, ge=1, description="TR-DPO: steps between updates of the reference")
     reference_sync_alpha: float = Field(0.6, gt=0, le=1, description="TR-DPO: ref <- alpha*policy + (1-alpha)*ref")
     epochs: int = Field(1, ge=1, description="online: passes over each rollout batch, cut into mini-batches of batch.effective")
@@ -157,7 +159,7 @@ class Algorithm(Section):
     clip: Clip = Clip()  # pyright: ignore[reportCallIssue]
     kl: Kl = Kl()  # pyright: ignore[reportCallIssue]
     correction: Correction = Correction()  # pyright: ignore[reportCallIssue]
-    entropy_bonus: float = Field(0.0, ge=0)
+    entropy_bonus: float = Field(0.0, ge=0, description="online: coefficient of the mean entropy per token")
     gamma: float = Field(1.0, gt=0, le=1, description="PPO: discount per token")
     gae_lambda: float = Field(0.95, ge=0, le=1, description="PPO: GAE's lambda")
     value_clip: float | None = Field(0.2, gt=0, description="PPO: the critic's values move at most this far per rollout batch")
@@ -174,36 +176,40 @@ class Batch(Section):
         "auto", description="examples a worker holds at once; auto: a token budget found by a probe step"
     )
     micro_batch_tokens: int | None = Field(None, ge=1, description="token budget of a micro-batch, instead of micro_batch")
-    memory_utilisation: float = Field(0.8, gt=0, le=1)
+    memory_utilisation: float = Field(0.8, gt=0, le=1, description="share of the memory limit that the plan may use")
     memory_limit_gb: float | None = Field(None, gt=0, description="device memory per worker; default: the GPU's, on a CPU its share of RAM")
-    layout: Literal["auto", "prefix_shared", "packed", "padded"] = "auto"
+    layout: Literal["auto", "prefix_shared", "packed", "padded"] = Field("auto", description="rows of a micro-batch; see [cutting](cutting.md)")
 
 
 class Optimizer(Section):
-    learning_rate: float = Field(gt=0)
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(0.0, ge=0)
+    learning_rate: float = Field(gt=0, description="of AdamW, after the warm-up")
+    betas: tuple[float, float] = Field((0.9, 0.999), description="decay of the moments")
+    eps: float = Field(1e-8, gt=0, description="of AdamW's denominator")
+    weight_decay: float = Field(0.0, ge=0, description="decoupled")
     max_grad_norm: float | None = Field(1.0, gt=0, description="clips the gradient norm of the whole step; null: off")
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="of the learning rate after the warm-up")
     warmup_steps: int = Field(0, ge=0, description="optimizer steps, never micro-batches")
-    min_learning_rate: float = Field(0.0, ge=0)
+    min_learning_rate: float = Field(0.0, ge=0, description="where linear and cosine end")
 
 
 class Offload(Section):
-    optimizer: Literal["none", "cpu"] = "none"
-    parameters: Literal["none", "cpu"] = "none"
+    optimizer: Literal["none", "cpu"] = Field("none", description="where AdamW's state lives")
+    parameters: Literal["none", "cpu"] = Field("none", description="where ZeRO-3's parameters live")
 
 
 class Learners(Section):
     workers: int = Field(1, ge=1, description="DeepSpeed ranks, each a Ray actor")
-    gpus_per_worker: float = Field(0, ge=0)
-    cpus_per_worker: float = Field(1, gt=0)
-    zero_stage: Literal["auto", 0, 1, 2, 3] = "auto"
-    precision: Literal["fp32", "bf16", "fp16", "bf16_autocast"] = "fp32"
-    sync: Literal["auto", "no_sync", "coalesced", "per_micro_batch"] = "auto"
-    offload: Offload = Offload()
-    activation_checkpointing: bool = False
+    gpus_per_worker: float = Field(0, ge=0, description="0: on the CPU")
+    cpus_per_worker: float = Field(1, gt=0, description="reserved in Ray for each worker")
+    zero_stage: Literal["auto", 0, 1, 2, 3] = Field("auto", description="auto: the lowest whose state fits")
+    precision: Literal["fp32", "bf16", "fp16", "bf16_autocast"] = Field(
+        "fp32", description="of parameters and activations; master weights and accumulation are always fp32"
+    )
+    sync: Literal["auto", "no_sync", "coalesced", "per_micro_batch"] = Field(
+        "auto", description="how gradients are held back; see [cutting](cutting.md)"
+    )
+    offload: Offload = Offload()  # pyright: ignore[reportCallIssue]
+    activation_checkpointing: bool = Field(False, description="activations are computed again in the backward pass")
     timeout_s: float = Field(600.0, gt=0, description="deadline of one verb on every worker")
     start_timeout_s: float = Field(180.0, gt=0, description="deadline for the placement group and the process group")
     max_restarts: int = Field(3, ge=0, description="times a lost worker group is rebuilt from the last checkpoint")
@@ -215,10 +221,10 @@ class Reference(Section):
 
 class Rollouts(Section):
     workers: int = Field(1, ge=1, description="rollout actors")
-    gpus_per_worker: float = Field(0, ge=0)
-    cpus_per_worker: float = Field(1, gt=0)
+    gpus_per_worker: float = Field(0, ge=0, description="of one actor; 0: on the CPU")
+    cpus_per_worker: float = Field(1, gt=0, description="reserved in Ray for each actor")
     placement: Literal["separate", "colocated"] = Field("separate", description="colocated: actor i shares the bundle of learner worker i")
-    engine: Literal["transformers", "vllm"] = "transformers"
+    engine: Literal["transformers", "vllm"] = Field("transformers", description="who decodes")
     batching: Literal["auto", "static", "continuous", "measured"] = Field(
         "auto", description="how the transformers engine decodes; auto: static on a CPU, continuous on a GPU; measured: each actor times both"
     )
@@ -227,18 +233,18 @@ class Rollouts(Section):
     samples: int = Field(8, ge=1, description="completions of one prompt")
     max_new_tokens: int = Field(64, ge=1, description="tokens of a completion (multi-turn: of the whole episode)")
     temperature: float = Field(1.0, ge=0, description="0: greedy")
-    top_p: float = Field(1.0, gt=0, le=1)
-    top_k: int | None = Field(None, ge=1)
-    min_p: float = Field(0.0, ge=0, lt=1)
+    top_p: float = Field(1.0, gt=0, le=1, description="nucleus sampling; 1: off")
+    top_k: int | None = Field(None, ge=1, description="the k likeliest tokens only")
+    min_p: float = Field(0.0, ge=0, lt=1, description="tokens below this share of the likeliest one's probability are left out")
     stop: list[str] = Field([], description="texts that end a completion; they stay part of it")
     max_staleness: int = Field(0, ge=0, description="versions that generation may run ahead of learning; 0: strictly on-policy")
     update: Literal["batch", "request"] = Field(
         "batch", description="batch: all of a rollout batch has one version; request: an actor takes the newest weights before each few prompts"
     )
-    transport: Literal["auto", "object_store", "broadcast", "cuda_ipc"] = "auto"
+    transport: Literal["auto", "object_store", "broadcast", "cuda_ipc"] = Field("auto", description="how weights reach the actors")
     bucket_mb: float = Field(256.0, gt=0, description="weights cross in buckets of this size")
     environment: str | None = Field(None, description="multi-turn: `module:Class` or `file.py:Class`")
-    max_turns: int = Field(8, ge=1)
+    max_turns: int = Field(8, ge=1, description="multi-turn: turns of the model in one episode")
     replay: str | None = Field(None, description="a samples.jsonl to learn from instead of generating: for debugging")
     timeout_s: float = Field(600.0, gt=0, description="deadline of one piece of work of an actor")
     max_restarts: int = Field(8, ge=0, description="times a lost rollout actor is replaced")
@@ -247,12 +253,12 @@ class Rollouts(Section):
 class RewardFunction(Section):
     """One component of the reward. Exactly one of function, model, url says what it is."""
 
-    name: str = Field(pattern=NAME_PATTERN)
+    name: str = Field(pattern=NAME_PATTERN, description="of the component, in metrics")
     function: str | None = Field(None, description="`module:function`, `file.py:function`, or `trl:accuracy_reward` …")
     model: str | None = Field(None, description="a trained reward model: a folder or hub name")
-    revision: str | None = None
+    revision: str | None = Field(None, description="hub revision of the model")
     url: str | None = Field(None, description="an HTTP endpoint that takes and returns batched JSON")
-    weight: float = 1.0
+    weight: float = Field(1.0, description="of the component in the sum; 0: it is only watched")
     options: dict[str, Any] = Field({}, description="keyword arguments of the function (or of the TRL function's maker)")
     headers_from: dict[str, str] = Field({}, description="HTTP header -> environment variable that holds its value")
     gpus: float = Field(0, ge=0, description="of the scoring actor of a reward model")
@@ -280,28 +286,28 @@ class Critic(Section):
 
     model: Model | None = None
     learning_rate: float | None = Field(None, gt=0, description="default: optimizer.learning_rate")
-    workers: int = Field(1, ge=1)
-    gpus_per_worker: float = Field(0, ge=0)
-    cpus_per_worker: float = Field(1, gt=0)
+    workers: int = Field(1, ge=1, description="DeepSpeed ranks of the critic")
+    gpus_per_worker: float = Field(0, ge=0, description="of one rank; 0: on the CPU")
+    cpus_per_worker: float = Field(1, gt=0, description="reserved in Ray for each rank")
     warmup_steps: int = Field(0, ge=0, description="first rollout batches from which only the critic learns")
-    export: bool = False
+    export: bool = Field(False, description="writes export-critic/ at the end")
 
 
 class Checkpoint(Section):
-    every: int | None = Field(None, ge=1, description="optimizer steps between checkpoints; None: only at the end")
-    keep: int = Field(2, ge=1)
+    every: int | None = Field(None, ge=1, description="optimizer steps between checkpoints; null: only at the end")
+    keep: int = Field(2, ge=1, description="newest checkpoints that stay on disk")
 
 
 class Generation(Section):
-    max_new_tokens: int = Field(64, ge=1)
-    max_prompts: int = Field(64, ge=1)
+    max_new_tokens: int = Field(64, ge=1, description="of an answer")
+    max_prompts: int = Field(64, ge=1, description="held-out prompts that are answered")
     checker: Literal["exact_match", "last_number"] = Field("exact_match", description="how a completion is compared with `answer`")
 
 
 class Evaluation(Section):
-    every: int | None = Field(None, ge=1)
-    at_start: bool = True
-    max_examples: int | None = Field(None, ge=1)
+    every: int | None = Field(None, ge=1, description="steps between evaluations; null: at the start and at the end")
+    at_start: bool = Field(True, description="before the first step")
+    max_examples: int | None = Field(None, ge=1, description="held-out examples")
     generate: Generation | None = Field(None, description="greedy generation on held-out prompts that have an answer")
     worst_pairs: int = Field(8, ge=0, description="rows of the table of most-wrong pairs")
     max_prompts: int = Field(64, ge=1, description="online: held-out prompts")
@@ -319,18 +325,18 @@ class Alerts(Section):
     accuracy_gain: float = Field(0.01, gt=0, description="growth of rewards/accuracies that is enough for it")
     accuracy_enough: float = Field(0.9, gt=0, le=1, description="rewards/accuracies from which on margins may grow alone")
     restarts: int = Field(3, ge=1, description="restarts within restarts_s")
-    restarts_s: float = Field(3600.0, gt=0)
+    restarts_s: float = Field(3600.0, gt=0, description="seconds within which `restarts` alarm")
     goodput: float = Field(0.5, ge=0, le=1, description="least share of the time since the first start that is spent in steps")
     goodput_after_s: float = Field(1800.0, ge=0, description="seconds since the first start before goodput is judged")
 
 
 class Tracking(Section):
-    wandb: Literal["online", "offline", "off"] = "offline"
-    project: str = "orchestrator"
-    entity: str | None = None
+    wandb: Literal["online", "offline", "off"] = Field("offline", description="offline: recorded in the run folder, uploaded by `wandb sync`")
+    project: str = Field("orchestrator", description="in wandb")
+    entity: str | None = Field(None, description="user or team in wandb; default: the account's")
     group: str | None = Field(None, description="groups runs in wandb: a sweep, or the stages of a pipeline")
-    init_timeout_s: float = Field(30.0, gt=0)
-    finish_timeout_s: float = Field(60.0, gt=0)
+    init_timeout_s: float = Field(30.0, gt=0, description="then the run goes on offline")
+    finish_timeout_s: float = Field(60.0, gt=0, description="then the rest stays in the run folder")
     alerts: Alerts | None = Field(Alerts(), description="null: none")  # pyright: ignore[reportCallIssue]
 
 
