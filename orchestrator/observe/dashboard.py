@@ -1,6 +1,6 @@
 """`report.html`: one self-contained page of a run. No framework, no network, light and dark, readable on a phone.
 
-    metrics.jsonl  samples.jsonl  recipe.yaml  plan.json  ->  report.html
+    metrics.jsonl  samples.jsonl  alerts.jsonl  recipe.yaml  plan.json  ->  report.html
 """
 
 import json
@@ -16,41 +16,27 @@ from orchestrator.checkpoints import write_atomically
 from orchestrator.errors import DataError, MissingInput
 from orchestrator.observe import charts
 from orchestrator.observe.charts import Chart, Point, Series
+from orchestrator.observe.layout import PHASES, QUESTIONS, Question
+from orchestrator.observe.metrics import step_seconds
 from orchestrator.observe.sample_cards import sample_sections
-from orchestrator.observe.sinks import duration, number, read_lines
+from orchestrator.observe.sinks import duration, is_evaluation, number, read_lines
 
 Line = Mapping[str, Any]
 EVAL = "eval/"
-GROUPS: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("Reward", ("reward/mean",)),
-    ("pass@k", ("pass@1", "pass@2", "pass@4", "pass@8", "pass@16")),
-    ("Loss", ("loss",)),
-    ("Preference accuracy", ("preference_accuracy",)),
-    ("Exact match", ("exact_match",)),
-    ("Reward accuracy", ("rewards/accuracies",)),
-    ("Reward margin", ("rewards/margins",)),
-    ("Rewards", ("rewards/chosen", "rewards/rejected")),
-    ("Log-probs", ("logps/chosen", "logps/rejected")),
-    ("KL from the reference", ("kl",)),
-    ("Entropy", ("policy/entropy",)),
-    ("Completion length", ("completions/mean_length", "completions/max_length")),
-    ("Generator against learner, nat per token", ("policy/train_rollout_gap",)),
-    ("Explained variance of the critic", ("value/explained_variance",)),
-    ("Gradient norm", ("grad_norm",)),
-    ("Learning rate", ("learning_rate",)),
-)
-"""Charts in their order; the same names with `eval/` before them make the held-out charts."""
-STEADY = {"learning_rate"}
-HIDDEN = {"step", "num_tokens", "examples", "skipped", "optimizer_steps"}
+HIDDEN = {"step", "num_tokens", "examples", "optimizer_steps"}
+TOLD_ELSEWHERE = ("perf/", "time/", "weights/")
+"""Metrics beginning so have no chart where no panel asks for one."""
 
 
 @dataclass(frozen=True, slots=True)
 class RunRecord:
-    """What the page is made of. steps, evaluations: lines of metrics.jsonl; samples: those of the last evaluation."""
+    """What the page is made of. steps, evaluations: lines of metrics.jsonl; samples: those of the last evaluation; alerts:
+    lines of alerts.jsonl."""
 
     steps: tuple[Line, ...]
     evaluations: tuple[Line, ...]
     samples: tuple[Line, ...]
+    alerts: tuple[Line, ...]
     recipe_text: str
     recipe: Mapping[str, Any]
     plan: Mapping[str, Any]
@@ -70,9 +56,10 @@ def render(run: RunRecord, folder: str) -> str:
     sections = [
         _head(run, name),
         _before_after(run.evaluations),
-        _section("Training", _grid(_training_charts(run.steps))),
+        _section("Alerts", _alerts(run.alerts)),
+        *(_question(question, run.steps) for question in QUESTIONS),
         _section("Held-out evaluation", _grid(_evaluation_charts(run.evaluations))),
-        _section("Speed and memory", _grid(_speed_charts(run.steps))),
+        _section("Other metrics", _grid(_other_charts(run.steps))),
         *_samples(run.samples),
         _section("Plan", _plan(run.plan)),
         _section("Recipe", f"<details><summary>recipe.yaml</summary><pre>{escape(run.recipe_text)}</pre></details>" if run.recipe_text else ""),
@@ -94,9 +81,10 @@ def _read(run_dir: Path) -> RunRecord:
     last = max((s.get("step", 0) for s in samples), default=0)
     recipe_text = _optional_text(run_dir / "recipe.yaml")
     return RunRecord(
-        steps=tuple(x for x in lines if not _is_evaluation(x)),
-        evaluations=tuple(x for x in lines if _is_evaluation(x)),
+        steps=tuple(x for x in lines if not is_evaluation(x)),
+        evaluations=tuple(x for x in lines if is_evaluation(x)),
         samples=tuple(s for s in samples if s.get("step", 0) == last),
+        alerts=tuple(_optional_lines(run_dir / "alerts.jsonl")),
         recipe_text=recipe_text,
         recipe=_mapping(run_dir / "recipe.yaml", yaml.safe_load, recipe_text),
         plan=_mapping(run_dir / "plan.json", json.loads, _optional_text(run_dir / "plan.json")),
@@ -126,10 +114,6 @@ def _at(tree: Any, *keys: str) -> Any:
     for key in keys:
         tree = tree.get(key) if isinstance(tree, dict) else None
     return tree
-
-
-def _is_evaluation(line: Line) -> bool:
-    return any(name.startswith(EVAL) for name in line)
 
 
 def _section(title: str, body: str, lead: str = "") -> str:
@@ -166,9 +150,11 @@ def _facts(run: RunRecord) -> dict[str, str]:
     rates = sorted(x["perf/tokens_per_s"] for x in run.steps if x.get("perf/tokens_per_s"))
     if rates:
         facts["median speed"] = f"{_short(rates[len(rates) // 2])} tok/s"
-    seconds = sum(x.get("time/step") or sum(v for k, v in x.items() if k.startswith("time/") and v) for x in run.steps)
+    seconds = sum(map(step_seconds, run.steps))
     if seconds:
         facts["time in steps"] = duration(seconds)
+    if last.get("faults/restarts"):
+        facts["restarts"] = str(last["faults/restarts"])
     if last.get("skipped"):
         facts["skipped steps"] = str(last["skipped"])
     return facts
@@ -186,7 +172,7 @@ def _before_after(evaluations: Sequence[Line]) -> str:
     if not evaluations:
         return ""
     first, last = evaluations[0], evaluations[-1]
-    names = [n for _, group in GROUPS for g in group if (n := EVAL + g) in last]
+    names = [n for question in QUESTIONS for panel in question.panels for n in panel.among(last) if n.startswith(EVAL)]
     names += [n for n in last if n.startswith(EVAL) and n not in names]
     single = len(evaluations) == 1
     rows = "".join(_change(n.removeprefix(EVAL), first.get(n), last.get(n), single) for n in names)
@@ -226,49 +212,60 @@ def _series(lines: Sequence[Line], names: Sequence[str]) -> tuple[Series, ...]:
     return tuple(Series(n.rpartition("/")[2] if short else n, _points(lines, n)) for n in present)
 
 
-def _grouped(lines: Sequence[Line], prefix: str, left: set[str], smooth: bool) -> list[Chart]:
-    found = []
-    for title, names in GROUPS:
-        series = _series(lines, [prefix + n for n in names])
-        left -= {prefix + n for n in names}
-        if series:
-            found.append(Chart(title, series, smooth and not STEADY & set(names)))
-    return found
+def _question(question: Question, steps: Sequence[Line]) -> str:
+    """The section of one question; what was 0 throughout is said in a line instead of drawn."""
+    emitted = _names(steps)
+    found, quiet = [], []
+    for panel in question.panels:
+        names = panel.steps + (_other_phases(emitted) if panel.steps == PHASES else ())
+        series = _series(steps, [name for name in names if name in emitted])
+        if series and all(y == 0 for one in series for _, y in one.points):
+            quiet.append(panel.title[0].lower() + panel.title[1:])
+        elif series:
+            found.append(Chart(panel.title, series, panel.smooth, panel.from_zero))
+    return _section(question.title, _grid(found), f"0 throughout: {', '.join(quiet)}." if quiet else "")
 
 
-def _training_charts(steps: Sequence[Line]) -> list[Chart]:
-    names = list(dict.fromkeys(n for x in steps for n in x))
-    left = {n for n in names if n not in HIDDEN and not n.startswith(("perf/", "time/", "weights/"))}
-    found = _grouped(steps, "", left, smooth=True)
-    return found + [Chart(n, _series(steps, [n]), smooth=True) for n in names if n in left]
+def _names(lines: Sequence[Line]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(name for line in lines for name in line))
+
+
+def _other_phases(emitted: Sequence[str]) -> tuple[str, ...]:
+    """Phases that only some algorithms have."""
+    return tuple(n for n in emitted if n.startswith("time/") and n.count("/") == 1 and n not in (*PHASES, "time/step", "time/learn"))
+
+
+def _other_charts(steps: Sequence[Line]) -> list[Chart]:
+    """Metrics that no question asks for: parts of a reward, of a loss …"""
+    asked = {name for question in QUESTIONS for panel in question.panels for name in panel.steps} | HIDDEN
+    names = (n for n in _names(steps) if n not in asked and not n.startswith(TOLD_ELSEWHERE))
+    charts = (Chart(n, _series(steps, [n]), smooth=True) for n in names)
+    return [chart for chart in charts if any(y != 0 for one in chart.series for _, y in one.points)]
 
 
 def _evaluation_charts(evaluations: Sequence[Line]) -> list[Chart]:
     if len(evaluations) < 2:
         return []  # the table says it all
-    names = list(dict.fromkeys(n for x in evaluations for n in x if n.startswith(EVAL)))
-    left = set(names)
-    found = _grouped(evaluations, EVAL, left, smooth=False)
-    per_source = [n for n in names if n.startswith(EVAL + "preference_accuracy/")]
+    names = [name for name in _names(evaluations) if name.startswith(EVAL)]
+    left, found = dict.fromkeys(names), []
+    for panel in (panel for question in QUESTIONS for panel in question.panels):
+        series = _series(evaluations, [EVAL + name for name in panel.held_out])
+        left = {name: None for name in left if name not in panel.names}
+        if series:
+            found.append(Chart(panel.title, series))
+    source = EVAL + "preference_accuracy/"
+    per_source = tuple(Series(name.removeprefix(source), _points(evaluations, name)) for name in left if name.startswith(source))
     if per_source:
-        series = tuple(Series(n.removeprefix(EVAL + "preference_accuracy/"), _points(evaluations, n)) for n in per_source)
-        found.append(Chart("Preference accuracy per source", series))
-    return found + [Chart(n.removeprefix(EVAL), _series(evaluations, [n])) for n in names if n in left - set(per_source)]
+        found.append(Chart("Preference accuracy per source", per_source))
+    return found + [Chart(name.removeprefix(EVAL), _series(evaluations, [name])) for name in left if not name.startswith(source)]
 
 
-def _speed_charts(steps: Sequence[Line]) -> list[Chart]:
-    times = list(dict.fromkeys(n for x in steps for n in x if n.startswith("time/") and n != "time/step"))
-    wanted = [
-        ("Tokens per second", ["perf/tokens_per_s"]),
-        ("Model FLOPs utilisation (%)", ["perf/mfu"]),
-        ("Peak memory (GB)", ["perf/peak_memory_gb"]),
-        ("Seconds per phase", times),
-    ]
-    found = [Chart(title, _series(steps, names), smooth=True, from_zero=True) for title, names in wanted]
-    return [c for c in found if c.series]
+# --- alerts, samples, plan ----------------------------------------------------------------------------------------------------
 
 
-# --- samples, plan ----------------------------------------------------------------------------------------------------
+def _alerts(alerts: Sequence[Line]) -> str:
+    rows = [(f"step {a.get('step')}", a.get("level"), a.get("title"), a.get("text")) for a in alerts]
+    return _table_of_words(rows)
 
 
 def _samples(samples: Sequence[Line]) -> list[str]:
@@ -282,6 +279,10 @@ def _plan(plan: Mapping[str, Any]) -> str:
         if parts:
             whole = parts.pop("total", None) or sum(parts.values())
             rows.append((title, f"{whole / 1e9:.3g} GB", ", ".join(f"{k} {v / 1e9:.3g}" for k, v in parts.items())))
+    return _table_of_words(rows)
+
+
+def _table_of_words(rows: Sequence[Sequence[Any]]) -> str:
     cells = "".join(f"<tr>{''.join(f'<td>{escape(str(c))}</td>' for c in row)}</tr>" for row in rows)
     return f"<div class=scroll><table class=words><tbody>{cells}</tbody></table></div>" if rows else ""
 

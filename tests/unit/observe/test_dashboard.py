@@ -22,6 +22,7 @@ def metrics(step: int) -> dict[str, float]:
     rewards = {"rewards/chosen": 0.1 * step, "rewards/rejected": -0.2 * step, "rewards/accuracies": 0.5, "rewards/margins": 0.3 * step}
     times = {"time/data": 0.01, "time/forward_backward": 1.5}
     other = {"logps/chosen": -10.0, "logps/rejected": -12.0, "grad_norm": 1.0, "learning_rate": 5e-6, "perf/tokens_per_s": 9000.0}
+    other["perf/goodput"] = 0.9
     return {"loss": fall, **rewards, **other, **times, "num_tokens": 1000 * step, "examples": 8 * step, "skipped": 0}
 
 
@@ -54,8 +55,11 @@ def chart_titles(page: str) -> list[str]:
 def test_the_page_has_its_parts_and_only_charts_with_data(tmp_path: Path) -> None:
     page = write_report(make_run(tmp_path)).read_text()
     titles = chart_titles(page)
-    assert titles[:6] == ["Loss", "Reward accuracy", "Reward margin", "Rewards", "Log-probs", "Gradient norm"]
-    assert titles[6:] == ["Learning rate", "Loss", "Preference accuracy", "Tokens per second", "Seconds per phase"]
+    assert titles[:5] == ["Loss", "Reward accuracy", "Reward margin", "Rewards", "Log-probs"]
+    assert titles[5:] == ["Gradient norm", "Learning rate", "Tokens per second", "Seconds per phase", "Goodput", "Loss", "Preference accuracy"]
+    questions = ["Before and after", "Is it learning?", "Is it stable?", "Is it fast?", "Is it healthy?", "Held-out evaluation"]
+    assert re.findall(r"<h2>([^<]*)</h2>", page)[:6] == questions
+    assert "0 throughout: skipped steps." in page
     assert "<h1>my-run</h1>" in page
     assert "8 pairs = 2 workers &#215; 1 micro-batch" in page
     assert "12 of 12" in page
@@ -69,6 +73,14 @@ def test_only_samples_of_the_last_evaluation_are_shown(tmp_path: Path) -> None:
     assert "prompt of step 12" in page
     assert "prompt of step 0" not in page
     assert "0 of 1 correct" in page
+
+
+def test_alerts_are_shown_as_text(tmp_path: Path) -> None:
+    assert "<h2>Alerts</h2>" not in write_report(make_run(tmp_path)).read_text()
+    alert = {"title": "reward collapse", "text": "<b>it fell</b>", "level": "ERROR", "step": 7, "time": "2026-01-01T00:00:00+00:00"}
+    (tmp_path / "alerts.jsonl").write_text(json.dumps(alert) + "\n")
+    page = write_report(tmp_path).read_text()
+    assert "<td>step 7</td><td>ERROR</td><td>reward collapse</td><td>&lt;b&gt;it fell&lt;/b&gt;</td>" in page
 
 
 def test_no_sample_breaks_out_of_its_place(tmp_path: Path) -> None:
@@ -96,7 +108,7 @@ def test_a_running_run_can_be_looked_at(tmp_path: Path) -> None:
 def test_metrics_alone_are_enough(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": null, "skipped": 1}\n{"step": 2, "loss": 0.5, "skipped": 1}\n')
     page = write_report(tmp_path).read_text()
-    assert chart_titles(page) == ["Loss"]
+    assert chart_titles(page) == ["Loss", "Skipped steps"]
     assert f"<h1>{tmp_path.name}</h1>" in page
     assert "skipped steps" in page
 
@@ -157,7 +169,7 @@ def test_a_browser_draws_the_charts_and_the_readout_follows_the_pointer(tmp_path
     found = re.search(r'<output id="probe">(.*?)</output>', dom)
     assert found is not None, dom[:2000]
     seen = json.loads(found.group(1))
-    assert seen["charts"] == 14, "11 charts; rewards, log-probs and phases have two lines"
+    assert seen["charts"] == 15, "12 charts; rewards, log-probs and phases have two lines"
     assert seen["drawn"]
     assert (seen["at"], seen["value"]) == ("step 12", "0.05833")
     assert seen["wide"], "the page scrolls sideways"
