@@ -85,7 +85,7 @@ def label(value: float, step: float) -> str:
     """A tick in few characters. step: distance of the ticks, which decides the unit. Example: 0.25, 15k, 5e-6."""
     if abs(value) < step / 1000:
         return "0"
-    if step >= 1e9 or max(abs(value), step) < 1e-2:
+    if step >= 1e9 or step < 1e-3:
         exponent = math.floor(math.log10(abs(value)) + 1e-9)
         return f"{value / 10.0**exponent:.3g}e{exponent}"
     for size, letter in ((1e6, "M"), (1e3, "k")):
@@ -179,7 +179,7 @@ def _legend(series: Sequence[Series]) -> str:
     keys = []
     for place, one in enumerate(series):
         last = next((y for _, y in reversed(one.points) if y is not None), None)
-        value = "–" if last is None else f"{last:.4g}"
+        value = "–" if last is None else f"{last:,.0f}" if abs(last) >= 1e4 else f"{last:.4g}"
         keys.append(f'<span class="key"><i class="swatch c{place % COLOURS}"></i>{escape(one.name)} <b>{value}</b></span>')
     return f'<div class="legend">{"".join(keys)}<span class="at"></span></div>'
 
