@@ -97,3 +97,10 @@ QUESTIONS: tuple[Question, ...] = (
         ),
     ),
 )
+
+
+def board(emitted: Collection[str]) -> tuple[tuple[str, tuple[tuple[str, tuple[str, ...]], ...]], ...]:
+    """(question, ((panel, metrics), ...)) for runs that emit these metrics: no panel without one, no question without a panel."""
+    asked = ((question.title, tuple((panel.title, panel.among(emitted)) for panel in question.panels)) for question in QUESTIONS)
+    filled = ((title, tuple((panel, names) for panel, names in panels if names)) for title, panels in asked)
+    return tuple((title, panels) for title, panels in filled if panels)
