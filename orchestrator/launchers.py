@@ -119,10 +119,10 @@ def _slurm(launch: Launch) -> dict[str, Value]:
 
 
 def _k8s(launch: Launch) -> dict[str, Value]:
-    command = " ".join(shell_word(word) for word in ("exec", *launch.command, "--output", launch.output))
     return {
         "name": yaml_string(launch.job_name),
-        "script": yaml_string(command),
+        "output": shell_word(launch.output),
+        "command": shell_array(launch.command),
         "image": yaml_string(launch.image),
         "cpus_per_node": launch.cpus_per_node,
         "gpus_per_node": launch.gpus_per_node or None,

@@ -66,9 +66,19 @@ def texts(target: str) -> list[str]:
     return [(LAUNCH / files[target]).read_text(), artefact(target, FILLED)]
 
 
+def train_script(text: str) -> str:
+    """What the head of a RayJob runs."""
+    return next(iter(yaml.safe_load_all(text)))["data"]["train.sh"]
+
+
 def scripts() -> list[str]:
     """Every shell script that runs somewhere."""
-    return [*((LAUNCH / name).read_text() for name in SHELL), texts("slurm")[1], *(yaml.safe_load(text)["run"] for text in texts("sky"))]
+    return [
+        *((LAUNCH / name).read_text() for name in SHELL),
+        texts("slurm")[1],
+        *map(train_script, texts("k8s")),
+        *(yaml.safe_load(text)["run"] for text in texts("sky")),
+    ]
 
 
 @pytest.mark.parametrize("number", range(len(scripts())))
@@ -302,6 +312,29 @@ def test_the_entry_point_survives_a_shell_as_it_is() -> None:
     """KubeRay puts it into a shell command, and `ray job submit` into another."""
     for text in texts("k8s"):
         assert re.fullmatch(r"[a-z /.]+", rayjob(text)["spec"]["entrypoint"])
+
+
+@pytest.mark.parametrize(("codes", "code"), [("0", 0), ("75 75 0", 0), ("75 70", 70), ("78", 78), ("75 " * 60, 75)])
+def test_the_run_is_run_again_while_it_asks_for_it(tmp_path: Path, codes: str, code: int) -> None:
+    for number, end in enumerate(codes.split()):
+        (tmp_path / f"{number}").write_text(end)
+    (tmp_path / "python").write_text('#!/bin/bash\ncd "$STAND"; echo >>calls; exit "$(<"$(($(wc -l <calls) - 1))")"\n')
+    (tmp_path / "python").chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "STAND": str(tmp_path)}
+    done = subprocess.run(["bash", "-c", train_script(texts("k8s")[1])], env=environment, timeout=20, check=False)
+    assert done.returncode == code and len((tmp_path / "calls").read_text().split("\n")) - 1 == min(len(codes.split()), 50)
+
+
+def test_a_ray_job_that_is_stopped_stays_stopped(slurm: Slurm) -> None:
+    """The same stand-in of the training; the signal goes to the whole process group, as Ray sends it."""
+    (slurm.folder / "script").write_text(train_script(texts("k8s")[1]))
+    environment = {"PATH": f"{slurm.folder}:/usr/bin:/bin", "STAND": str(slurm.folder), "RAY_AUTH_TOKEN_PATH": "/dev/null"}
+    process = subprocess.Popen(["bash", str(slurm.folder / "script")], env=environment, start_new_session=True, stdout=subprocess.PIPE, text=True)
+    job = Job(process, slurm.folder)
+    slurm.jobs.append(job)
+    job.wait_for("training")
+    os.killpg(process.pid, signal.SIGTERM)
+    assert job.code() == 75
 
 
 # SkyPilot

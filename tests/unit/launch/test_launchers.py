@@ -43,8 +43,7 @@ def started_by_slurm(text: str) -> list[str]:
 
 
 def started_by_kuberay(text: str) -> list[str]:
-    script = next(iter(yaml.safe_load_all(text)))["data"]["train.sh"]
-    return expanded(script.removeprefix("exec "))
+    return started_by_slurm(next(iter(yaml.safe_load_all(text)))["data"]["train.sh"])
 
 
 def started_by_sky(text: str) -> list[str]:
