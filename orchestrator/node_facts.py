@@ -54,7 +54,7 @@ def node_facts(name: str, address: str, models: Sequence[ModelSource], libraries
         shm_free=shm.free,
         limits=Limits(*(_soft(kind) for kind in (resource.RLIMIT_NOFILE, resource.RLIMIT_NPROC, resource.RLIMIT_MEMLOCK))),
         rdma=any(Path("/sys/class/infiniband").glob("*")),
-        interface=_interface(address),
+        interface=interface_of(address),
         ports=(int(low), int(high)),
         absent=tuple(Absent(model.path, why) for model in models if (why := _absence(model)) is not None),
     )
@@ -101,7 +101,7 @@ def _soft(kind: int) -> int | None:
     return None if soft == resource.RLIM_INFINITY else soft
 
 
-def _interface(address: str) -> str:
+def interface_of(address: str) -> str:
     """The network device that holds an IPv4 address, "" where none does."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         for _, name in socket.if_nameindex():
@@ -153,7 +153,7 @@ def _seen(folder: Path, nonce: str, name: str) -> bool:
 
 
 def sweep(folder: str, nonce: str) -> None:
-    """Removes the markers that this node can see."""
+    """Removes the markers that this node sees, those of nodes that were lost meanwhile too."""
     for marker in Path(folder).glob(f"{MARKER}{nonce}-*"):
         marker.unlink(missing_ok=True)
 

@@ -209,13 +209,13 @@ def _clock_offsets(probes: _Probes) -> dict[str, float]:
 
 
 def _with_storage(probes: _Probes, facts: Mapping[str, NodeFacts], folder: str) -> dict[str, NodeFacts]:
-    nonce = uuid.uuid4().hex
+    nonce, marked = uuid.uuid4().hex, dict[str, Storage]()
     try:
-        marked: dict[str, Storage] = probes.each("mark", folder, nonce)
+        marked = probes.each("mark", folder, nonce)
         written = [name for name, storage in marked.items() if storage.error is None]
         missed = probes.each("unseen", folder, nonce, written, timeout_s=ASK_S + SETTLE_S)
-    finally:
-        probes.each("sweep", folder, nonce)
+    finally:  # where it can be written only: removing fails on a read-only mount, also of what is not there
+        probes.ask({n: ("sweep", (folder, nonce)) for n in probes.actors if n in marked and marked[n].error is None})
     return {name: replace(facts[name], storage=replace(marked[name], unseen=lost)) for name, lost in missed.items()}
 
 
