@@ -85,7 +85,7 @@ def label(value: float, step: float) -> str:
     """A tick in few characters. step: distance of the ticks, which decides the unit. Example: 0.25, 15k, 5e-6."""
     if abs(value) < step / 1000:
         return "0"
-    if step >= 1e9 or step < 1e-3:
+    if step >= 1e9 or (step < 1e-3 and abs(value) < 1e-2):
         exponent = math.floor(math.log10(abs(value)) + 1e-9)
         return f"{value / 10.0**exponent:.3g}e{exponent}"
     for size, letter in ((1e6, "M"), (1e3, "k")):

@@ -126,8 +126,10 @@ def _section(title: str, body: str, lead: str = "") -> str:
 
 
 def _head(run: RunRecord, name: str) -> str:
-    model = _at(run.recipe, "model", "path") or _at(run.recipe, "model", "tiny", "architecture")
-    random = "random-weight " if not _at(run.recipe, "model", "path") and model else ""
+    path = _at(run.recipe, "model", "path")
+    # of a folder its end says enough, a hub name has two parts
+    model = "/".join(Path(path).parts[-2:]) if path else _at(run.recipe, "model", "tiny", "architecture")
+    random = "random-weight " if not path and model else ""
     facts = [_at(run.recipe, "algorithm", "name"), f"{random}{model}" if model else None]
     line = " · ".join(escape(str(f)) for f in facts if f)
     arithmetic = _at(run.plan, "arithmetic")
@@ -219,11 +221,15 @@ def _question(question: Question, steps: Sequence[Line]) -> str:
     for panel in question.panels:
         names = panel.steps + (_other_phases(emitted) if panel.steps == PHASES else ())
         series = _series(steps, [name for name in names if name in emitted])
-        if series and all(y == 0 for one in series for _, y in one.points):
+        if series and _quiet(series):
             quiet.append(panel.title[0].lower() + panel.title[1:])
         elif series:
             found.append(Chart(panel.title, series, panel.smooth, panel.from_zero))
     return _section(question.title, _grid(found), f"0 throughout: {', '.join(quiet)}." if quiet else "")
+
+
+def _quiet(series: Sequence[Series]) -> bool:
+    return all(y == 0 for one in series for _, y in one.points)
 
 
 def _names(lines: Sequence[Line]) -> tuple[str, ...]:
@@ -239,8 +245,8 @@ def _other_charts(steps: Sequence[Line]) -> list[Chart]:
     """Metrics that no question asks for: parts of a reward, of a loss …"""
     asked = {name for question in QUESTIONS for panel in question.panels for name in panel.steps} | HIDDEN
     names = (n for n in _names(steps) if n not in asked and not n.startswith(TOLD_ELSEWHERE))
-    charts = (Chart(n, _series(steps, [n]), smooth=True) for n in names)
-    return [chart for chart in charts if any(y != 0 for one in chart.series for _, y in one.points)]
+    found = (Chart(n, _series(steps, [n]), smooth=True) for n in names)
+    return [chart for chart in found if not _quiet(chart.series)]
 
 
 def _evaluation_charts(evaluations: Sequence[Line]) -> list[Chart]:
@@ -251,7 +257,7 @@ def _evaluation_charts(evaluations: Sequence[Line]) -> list[Chart]:
     for panel in (panel for question in QUESTIONS for panel in question.panels):
         series = _series(evaluations, [EVAL + name for name in panel.held_out])
         left = {name: None for name in left if name not in panel.names}
-        if series:
+        if series and not _quiet(series):
             found.append(Chart(panel.title, series))
     source = EVAL + "preference_accuracy/"
     per_source = tuple(Series(name.removeprefix(source), _points(evaluations, name)) for name in left if name.startswith(source))
