@@ -56,7 +56,7 @@ lint: venv
 	$(BIN)/pyright
 
 docs: venv
-	DISABLE_MKDOCS_2_WARNING=true $(BIN)/mkdocs build --strict --quiet --site-dir build/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --site-dir build/site
 
 wheel: venv
 	$(BIN)/hatchling build -t wheel

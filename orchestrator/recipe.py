@@ -362,17 +362,18 @@ def _suggestion(path: Key) -> str:
     for part in path[:-1]:
         section = _section(section, part)
     close = [_dotted((*path[:-1], key)) for key in difflib.get_close_matches(str(path[-1]), section.model_fields if section else ())]
-    every = list(_all_keys(Recipe, ""))
+    every = list(all_keys(Recipe, ""))
     close = close or [key for key in every if key.endswith(f".{path[-1]}")] or difflib.get_close_matches(_dotted(path), every, cutoff=0.75)
     return f", did you mean {' or '.join(close[:3])}?" if close else ""
 
 
-def _all_keys(section: type[BaseModel], prefix: str) -> Iterator[str]:
+def all_keys(section: type[BaseModel], prefix: str) -> Iterator[str]:
+    """Dotted keys of a section and of those below it, but not of the entries of lists."""
     for key, field in section.model_fields.items():
         yield prefix + key
         inner = _inside(field.annotation)
         if inner and str not in get_args(field.annotation):
-            yield from _all_keys(inner, f"{prefix}{key}.")
+            yield from all_keys(inner, f"{prefix}{key}.")
 
 
 def _dotted(path: Key) -> str:

@@ -1,0 +1,126 @@
+"""Every block of commands in the README and in docs/ is run here, or says above itself why not.
+
+    <!-- run -->                         as it stands, in the default suite
+    <!-- run: slow -->                   as it stands, among the slow tests
+    <!-- run: slow; with a.b=c -->       the same, with a.b=c added to each `orchestrator train`
+    <!-- run: imports -->                Python, as it stands; `run: after the block above` says the same of Python that needs a file made before
+    <!-- not run: reason -->
+
+The blocks of a page are run in their order in one folder that is empty at first, with a home of its own, without the network.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from orchestrator.config import Recipe
+from orchestrator.recipe import all_keys
+from tests.running import REPOSITORY, Sandbox
+
+pytestmark = pytest.mark.timeout(1800)
+
+PAGES = (REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md")))
+BLOCK = re.compile(r"(?:^<!-- (?P<mark>[^\n]*?) -->\n)?^```(?P<language>bash|sh|shell|python)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
+MARK = re.compile(r"run|run: (?P<how>slow|imports|after the block above)(?:; with (?P<extra>\S+))?|not run: (?P<reason>.{10,})")
+INLINE = re.compile(r"`([a-z_]+\.[a-z_.]+)(?:=[^`]*)?`")
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """place: "page:line"; extra: what is added to each `orchestrator train`."""
+
+    place: str
+    language: str
+    text: str
+    mark: str | None
+
+    @property
+    def runs(self) -> bool:
+        return self.mark is not None and self.mark.startswith("run")
+
+    @property
+    def slow(self) -> bool:
+        return self.mark is not None and self.mark.startswith("run: slow")
+
+    def script(self) -> str:
+        """The block with the addition that its mark names."""
+        extra = self.mark.partition("; with ")[2] if self.mark else ""
+        return re.sub(r"^(orchestrator train .*)$", rf"\1 {extra}", self.text, flags=re.MULTILINE) if extra else self.text
+
+
+def blocks(page: Path) -> list[Block]:
+    text = page.read_text()
+    found = []
+    for match in BLOCK.finditer(text):
+        line = text.count("\n", 0, match.start("language")) + 1
+        found.append(Block(f"{page.name}:{line}", match["language"], match["text"], match["mark"]))
+    return found
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_block_is_run_or_says_why_not(page: Path) -> None:
+    for block in blocks(page):
+        assert block.mark and MARK.fullmatch(block.mark), f"{block.place}: no mark, or one that is not understood: {block.mark}"
+
+
+def run_page(page: Path, root: Path, slow: bool) -> Iterator[str]:
+    """Runs the page's blocks in their order; of the slow ones only if `slow`. Yields what failed."""
+    folder = root / "here"
+    folder.mkdir()
+    sandbox = Sandbox(root / "sandbox")
+    environment = sandbox.environment() | {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "PYTHONPATH": str(folder)}
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    try:
+        for block in blocks(page):
+            if not block.runs or (block.slow and not slow):
+                continue
+            command = ["bash", "-euo", "pipefail", "-c", block.script()] if block.language == "bash" else [sys.executable, "-c", block.text]
+            done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=900)
+            if done.returncode:
+                yield f"{block.place} ended with {done.returncode}:\n{done.stdout[-1500:]}\n{done.stderr[-1500:]}"
+    finally:
+        sandbox.close()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def with_blocks(slow: bool) -> list[Path]:
+    return [page for page in PAGES if any(block.slow if slow else block.runs and not block.slow for block in blocks(page))]
+
+
+@pytest.mark.parametrize("page", with_blocks(slow=False), ids=lambda page: page.name)
+def test_quick_blocks_work(page: Path, tmp_path: Path) -> None:
+    assert not list(run_page(page, tmp_path, slow=False))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", with_blocks(slow=True), ids=lambda page: page.name)
+def test_all_blocks_work(page: Path, tmp_path: Path) -> None:
+    assert not list(run_page(page, tmp_path, slow=True))
+
+
+def test_the_marks_are_needed(tmp_path: Path) -> None:
+    """The finder sees a block without a mark, and a mark that gives no reason."""
+    page = tmp_path / "page.md"
+    shortened = "<!-- run: slow; with run.max_steps=2 -->\n```bash\norchestrator train x\n```\n"
+    page.write_text("```bash\nls\n```\n\n<!-- not run: no -->\n```bash\nls\n```\n\n" + shortened)
+    found = blocks(page)
+    assert [bool(block.mark and MARK.fullmatch(block.mark)) for block in found] == [False, False, True]
+    assert found[2].script() == "orchestrator train x run.max_steps=2\n" and found[2].place == "page.md:11"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_recipe_key_that_is_named_exists(page: Path) -> None:
+    known = set(all_keys(Recipe, ""))
+    wrong = []
+    for line in page.read_text().splitlines():
+        cells = [cell for cell in line.split("|") if "(verl's" not in cell] if page.name == "coming-from.md" else [line]
+        named = [key for cell in cells for key in INLINE.findall(cell) if key.split(".")[0] in Recipe.model_fields]
+        wrong += [key for key in named if key not in known and not key.endswith((".py", ".yaml", ".jsonl"))]
+    assert not wrong, f"{page.name} names keys that no recipe has: {wrong}"
