@@ -32,6 +32,11 @@ MARK = re.compile(r"run|run: (?P<how>slow|imports|after the block above)(?:; wit
 INLINE = re.compile(r"`([a-z_]+\.[a-z_.]+)(?:=[^`]*)?`")
 
 
+PROGRAMS = "orchestrator|python|ray|make|pip|kubectl|sbatch|sky|docker|wandb|launch/|export|source"
+INDENTED = re.compile(rf"(?<=\n\n)    (?:\$ )?(?:\w+=\S+ )*(?:{PROGRAMS})\b")
+"""A block of commands that is indented instead of fenced, where no mark could stand above it."""
+
+
 @dataclass(frozen=True, slots=True)
 class Block:
     """place: "page:line"; extra: what is added to each `orchestrator train`."""
@@ -66,6 +71,7 @@ def blocks(page: Path) -> list[Block]:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_block_is_run_or_says_why_not(page: Path) -> None:
+    assert not INDENTED.search(page.read_text()), f"{page.name}: put commands into a ```bash block"
     for block in blocks(page):
         assert block.mark and MARK.fullmatch(block.mark), f"{block.place}: no mark, or one that is not understood: {block.mark}"
 
@@ -111,6 +117,7 @@ def test_the_marks_are_needed(tmp_path: Path) -> None:
     shortened = "<!-- run: slow; with run.max_steps=2 -->\n```bash\norchestrator train x\n```\n"
     page.write_text("```bash\nls\n```\n\n<!-- not run: no -->\n```bash\nls\n```\n\n" + shortened)
     found = blocks(page)
+    assert INDENTED.search("Do:\n\n    A=b orchestrator plan x\n") and not INDENTED.search(page.read_text())
     assert [bool(block.mark and MARK.fullmatch(block.mark)) for block in found] == [False, False, True]
     assert found[2].script() == "orchestrator train x run.max_steps=2\n" and found[2].place == "page.md:11"
 
