@@ -20,7 +20,7 @@ from orchestrator.cluster.placement import check_capacity
 from orchestrator.cluster.workers import LearnerGroup
 from orchestrator.config import Recipe
 from orchestrator.dataset import load_data
-from orchestrator.errors import ConfigError, OutOfMemory, WorkerLost
+from orchestrator.errors import ConfigError, NotEnoughResources, OutOfMemory, WorkerLost
 from orchestrator.identity import fingerprint
 from orchestrator.job import Job, plan_job
 from orchestrator.learner.learner import LearnerSpec
@@ -71,12 +71,26 @@ def _supervise(job: Job, folder: RunFolder, stopped: Callable[[], bool]) -> Prog
             if (finer := cut.halved()) == cut:
                 raise
             cut = finer
-            job.console.print(f"{error.what}: starting the workers again with a finer cut")
+            job.console.print(f"{error.what}: starting the workers again with a finer cut", markup=False)
         except WorkerLost as error:
             restarts += 1
             if restarts > job.recipe.learners.max_restarts:
                 raise
-            job.console.print(f"{error}\nrestart {restarts} of {job.recipe.learners.max_restarts} from the last checkpoint")
+            _require_room(job, error)
+            job.console.print(f"{error}\nrestart {restarts} of {job.recipe.learners.max_restarts} from the last checkpoint", markup=False)
+
+
+def _require_room(job: Job, lost: WorkerLost) -> None:
+    """WorkerLost, with an exit code that says "run it again", where a host went with its worker and the rest cannot hold them all."""
+    try:
+        check_capacity(job.demands())
+    except NotEnoughResources as error:
+        raise WorkerLost(
+            f"{lost.what}, and {error.what}",
+            why=lost.why,
+            fix="run the same command again (orchestrator resume): with learners.workers=auto it goes on with the hosts that are left, "
+            "at the same effective batch",
+        ) from lost
 
 
 def _before_and_after(metrics: Path) -> tuple[dict[str, float], dict[str, float]]:

@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from orchestrator import cluster_commands
 from orchestrator import recipe as recipes
 from orchestrator.errors import ConfigError, Exit, OrchestratorError, OutputError
 from orchestrator.stages import STAGE, references
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Trains language models on preferences.")
 recipes_app = typer.Typer(no_args_is_help=True, help="The recipes that come with the program.")
 config_app = typer.Typer(no_args_is_help=True, help="The recipe schema.")
+app.add_typer(cluster_commands.app)
 app.add_typer(recipes_app, name="recipes")
 app.add_typer(config_app, name="config")
 

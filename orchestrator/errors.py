@@ -71,6 +71,18 @@ class NotEnoughResources(OrchestratorError):
     exit_code = Exit.UNAVAILABLE
 
 
+class Unreachable(OrchestratorError):
+    """A cluster's dashboard does not answer."""
+
+    exit_code = Exit.UNAVAILABLE
+
+
+class Forbidden(OrchestratorError):
+    """A cluster asks for a token that was not given, or should ask for one."""
+
+    exit_code = Exit.NO_PERMISSION
+
+
 class OutputError(OrchestratorError):
     """The output folder cannot be used: another run's, not writable, disk full."""
 

@@ -128,7 +128,7 @@ class Hosts:
             self.start_ray(host)
         asking = ("curl", "-s", "-o", "/dev/null", "-w", "%{http_code}", f"{self.dashboard}/api/version")
         assert wait_until(lambda: self.inside(0, *asking).out in ("200", "401"), 60.0), "the dashboard does not answer"
-        seen = (sys.executable, "-c", "import ray; ray.init('auto', log_to_driver=False); print(sum(n['Alive'] for n in ray.nodes()))")
+        seen = (sys.executable, "-c", f"import ray; ray.init('{self.address(0)}:6379'); print(sum(n['Alive'] for n in ray.nodes()))")
         assert wait_until(lambda: self.inside(0, *seen).out.strip() == str(self.count), 60.0), "not every host has joined"
 
     def cut(self, host: int) -> None:

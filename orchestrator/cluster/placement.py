@@ -5,13 +5,15 @@ import signal
 import stat
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import ray
+from ray.exceptions import ActorAlreadyExistsError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -19,6 +21,8 @@ from orchestrator.config import Learners, Recipe, Rollouts
 from orchestrator.errors import ConfigError, NotEnoughResources
 
 OBJECT_STORE_BYTES = 256 * 1024 * 1024
+NAME_FREE_S = 60.0
+"""Until a killed actor's name is free again; where its node is lost, Ray has to notice that first."""
 
 
 def connect() -> None:
@@ -125,9 +129,12 @@ class Placement:
             )
         return cls(group, bundle)
 
-    def actor(self, kind: type, rank: int, *, name: str, environment: Mapping[str, str], cpus: float, gpus: float, threads: int = 1) -> Any:
-        """A remote class bound to the bundle of `rank`, taking its part of it; call .remote(...) on it."""
-        return ray.remote(kind).options(
+    def start(
+        self, kind: type, rank: int, *arguments: Any, name: str, environment: Mapping[str, str], cpus: float, gpus: float, threads: int = 1
+    ) -> Any:
+        """An actor in the bundle of `rank`, taking its part of it. name: role and rank, as Ray's dashboard shows it."""
+        made = ray.remote(kind).options(
+            name=name,
             num_cpus=cpus,
             num_gpus=gpus,
             scheduling_strategy=PlacementGroupSchedulingStrategy(self.group, placement_group_bundle_index=rank),
@@ -135,9 +142,22 @@ class Placement:
             max_restarts=0,
             max_concurrency=threads,
         )
+        return named(lambda: made.remote(*arguments))
 
     def release(self) -> None:
         remove_placement_group(self.group)
+
+
+def named(create: Callable[[], Any]) -> Any:
+    """Makes an actor that has a name. Ray gives the name of a killed one free a moment later, so it may take a few tries."""
+    deadline = time.monotonic() + NAME_FREE_S
+    while True:
+        try:
+            return create()
+        except ActorAlreadyExistsError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.05)
 
 
 def check_capacity(groups: Sequence[Demand]) -> None:

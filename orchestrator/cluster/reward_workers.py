@@ -18,7 +18,7 @@ import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from orchestrator.cluster.placement import connect
+from orchestrator.cluster.placement import connect, named
 from orchestrator.config import Model, RewardFunction, Rewards
 from orchestrator.episodes import RolloutGroup, Scoring
 from orchestrator.errors import NotEnoughResources, OrchestratorError, RewardsFailed
@@ -214,21 +214,26 @@ class RewardPool:
         log = self.logs / f"reward-{function.name}.log" if self.logs is not None else None
         confinement = Confinement.of(self.rewards, os.environ, log)
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-        kind = ray.remote(RewardActor).options(num_cpus=0, max_restarts=0, max_concurrency=1, scheduling_strategy=here)
-        return ActorComponent(function.name, lambda: kind.remote(function, confinement), _Limits(START_TIMEOUT_S, START_TIMEOUT_S + GRACE_S))
+        kind = ray.remote(RewardActor).options(
+            name=f"reward-{function.name}", num_cpus=0, max_restarts=0, max_concurrency=1, scheduling_strategy=here
+        )
+        limits = _Limits(START_TIMEOUT_S, START_TIMEOUT_S + GRACE_S)
+        return ActorComponent(function.name, lambda: named(lambda: kind.remote(function, confinement)), limits)
 
     def _model(self, function: RewardFunction) -> ActorComponent:
         has = ray.cluster_resources().get("GPU", 0.0)
         if function.gpus > has:
             raise NotEnoughResources(f"reward {function.name} asks for {function.gpus:g} GPUs, the cluster has {has:g}", fix="lower its gpus")
         kind = ray.remote(RewardModelActor).options(
+            name=f"reward-{function.name}",
             num_cpus=0,
             num_gpus=function.gpus,
             max_restarts=0,
             max_concurrency=1,
             runtime_env={"env_vars": {"TOKENIZERS_PARALLELISM": "false", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}},
         )
-        return ActorComponent(function.name, lambda: kind.remote(function, self.policy, self.rewards.batch_size), _Limits(LOAD_TIMEOUT_S, 0.0))
+        rows = self.rewards.batch_size
+        return ActorComponent(function.name, lambda: named(lambda: kind.remote(function, self.policy, rows)), _Limits(LOAD_TIMEOUT_S, 0.0))
 
 
 def _cause(name: str, error: RayTaskError) -> OrchestratorError:

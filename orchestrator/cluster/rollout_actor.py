@@ -9,6 +9,7 @@ import ray
 import torch
 
 from orchestrator import faults
+from orchestrator.cluster.network import speak_from
 from orchestrator.cluster.workers import device_name, redirect_output
 from orchestrator.config import Recipe
 from orchestrator.episodes import Prompt, RolloutGroup, Sampling
@@ -26,6 +27,7 @@ class RolloutActor:
         if log is not None:
             redirect_output(Path(log))
         torch.set_num_threads(threads)
+        speak_from(ray.util.get_node_ip_address())
         self.index = index
         self.device = torch.device("cuda" if ray.get_gpu_ids() else "cpu")
         self.worker: Any = None

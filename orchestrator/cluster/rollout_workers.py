@@ -282,15 +282,17 @@ class RolloutPool:
         rollouts = self.recipe.rollouts
         threads = max(1, int(rollouts.cpus_per_worker))
         assert self.placement is not None
-        kind = self.placement.actor(
+        return self.placement.start(
             RolloutActor,
             index,
+            index,
+            str(self.logs / f"rollout-{index}.log") if self.logs else None,
+            threads,
             name=f"rollout-{index}",
             environment=worker_environment(threads),
             cpus=rollouts.cpus_per_worker,
             gpus=rollouts.gpus_per_worker,
         )
-        return kind.remote(index, str(self.logs / f"rollout-{index}.log") if self.logs else None, threads)
 
     def _built(self, index: int) -> int:
         """Builds the actor's engine; its process id."""

@@ -14,6 +14,7 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 from orchestrator import faults
 from orchestrator.checkpoints import FileEntry
+from orchestrator.cluster.network import speak_from
 from orchestrator.cluster.placement import Placement, learner_demand
 from orchestrator.config import Learners, Recipe, Rollouts
 from orchestrator.errors import OrchestratorError, OutOfMemory, WorkerLost
@@ -32,17 +33,23 @@ class LearnerActor:
 
         torch.set_num_threads(threads)
         self.rank = rank
+        self.node = ray.util.get_node_ip_address()
+        speak_from(self.node)
         self.device = torch.device("cuda" if ray.get_gpu_ids() else "cpu")
         self.learner: Any = None
         self.group: Any = None
         self.store: Any = None
         self.channel: Any = None
 
+    def host(self) -> str:
+        """This node's address."""
+        return self.node
+
     def address(self) -> tuple[str, int]:
         """This node's address and a free port, for the rendezvous at rank 0."""
         with socket.socket() as free:
             free.bind(("", 0))
-            return ray.util.get_node_ip_address(), free.getsockname()[1]
+            return self.node, free.getsockname()[1]
 
     def join(self, world: int, address: str, port: int, timeout_s: float) -> int:
         from orchestrator.learner.engine import ProcessGroup
@@ -114,9 +121,8 @@ class LearnerActor:
         """Rank 0: where the members of a new channel meet."""
         from torch._C._distributed_c10d import TCPStore
 
-        address = ray.util.get_node_ip_address()
-        self.store = TCPStore(address, 0, is_master=True, timeout=timedelta(seconds=timeout_s), wait_for_workers=False)
-        return address, self.store.port
+        self.store = TCPStore(self.node, 0, is_master=True, timeout=timedelta(seconds=timeout_s), wait_for_workers=False)
+        return self.node, self.store.port
 
     def open_channel(self, meeting: Any) -> str | None:
         """Rank 0: waits for the other members; what went wrong, if anything did."""
@@ -175,6 +181,7 @@ class LearnerGroup:
         self.deadlines = _Deadlines(learners.start_timeout_s, learners.timeout_s)
         self.placement = Placement.reserve(learner_demand(learners, colocated), learners.start_timeout_s)
         self.actors: list[Any] = []
+        self.hosts: list[str] = []
         self.spec: LearnerSpec | None = None
         try:
             self._start()
@@ -185,17 +192,21 @@ class LearnerGroup:
     def _start(self) -> None:
         threads = max(1, int(self.learners.cpus_per_worker))
         self.actors = [
-            self.placement.actor(
+            self.placement.start(
                 LearnerActor,
                 rank,
+                rank,
+                str(self.logs / f"{self.name}-{rank}.log") if self.logs else None,
+                threads,
                 name=f"{self.name}-{rank}",
                 environment=worker_environment(threads),
                 cpus=self.learners.cpus_per_worker,
                 gpus=self.learners.gpus_per_worker,
-            ).remote(rank, str(self.logs / f"{self.name}-{rank}.log") if self.logs else None, threads)
+            )
             for rank in range(self.world)
         ]
         address, port = self._collect([self.actors[0].address.remote()], "start", self.deadlines.start_s)[0]
+        self.hosts = self._collect([a.host.remote() for a in self.actors], "start", self.deadlines.start_s)
         joins = [a.join.remote(self.world, address, port, self.deadlines.verb_s) for a in self.actors]
         self.pids: list[int] = self._collect(joins, "join the process group", self.deadlines.start_s)
 
@@ -293,7 +304,7 @@ class LearnerGroup:
         while waiting:
             done, waiting = ray.wait(waiting, timeout=max(0.0, deadline - time.monotonic()))
             if not done:
-                late = [f"{self.name}-{refs.index(ref)}" for ref in waiting]
+                late = [self._who(refs.index(ref)) for ref in waiting]
                 raise WorkerLost(
                     f"{', '.join(late)} did not answer `{verb}` within {timeout_s:.0f} s",
                     why="the process hangs, is stopped, or waits for another rank",
@@ -302,7 +313,7 @@ class LearnerGroup:
             try:
                 ray.get(done[0])
             except (RayTaskError, RayActorError, GetTimeoutError) as error:
-                failure = translate(error, f"{self.name}-{refs.index(done[0])}", verb)
+                failure = translate(error, self._who(refs.index(done[0])), verb)
                 if not isinstance(failure, OutOfMemory):
                     raise failure from error
                 failure.in_place = self._holds_back()
@@ -312,6 +323,10 @@ class LearnerGroup:
         if memory_error is not None:
             raise memory_error
         return ray.get(refs)
+
+    def _who(self, rank: int) -> str:
+        """The worker by name, and its host where there are several."""
+        return f"{self.name}-{rank}" + (f" on {self.hosts[rank]}" if len(set(self.hosts)) > 1 else "")
 
     def _holds_back(self) -> bool:
         """True where a rank that stops early leaves no other rank waiting in a collective, and its gradients can be dropped."""

@@ -1,0 +1,211 @@
+"""Commands that speak to a Ray cluster: submit a run, see where it stands, read it, stop it, go on.
+
+Heavy imports happen inside the commands, as in `cli`.
+"""
+
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from orchestrator import recipe as recipes
+from orchestrator.errors import Exit, OrchestratorError
+from orchestrator.observe.live_table import LiveTable, StepLine
+
+if TYPE_CHECKING:
+    from orchestrator.cluster.jobs import Attempt, Jobs
+
+app = typer.Typer(add_completion=False)
+out = Console(highlight=False, soft_wrap=True)
+
+Address = Annotated[
+    str, typer.Option("--address", envvar=["RAY_API_SERVER_ADDRESS", "RAY_DASHBOARD_ADDRESS"], help="the cluster's dashboard, http://HEAD:8265")
+]
+RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="the name of a submitted run, or the id of one attempt")]
+WorkingDir = Annotated[Path, typer.Option("--working-dir", help="the folder that the job brings along: recipe, code, small data")]
+Grace = Annotated[int, typer.Option("--stop-grace", min=1, metavar="SECONDS", help="between SIGTERM and SIGKILL when the job is stopped")]
+Follow = Annotated[bool, typer.Option("--follow/--no-follow", help="show the job's log until it ends; Ctrl-C leaves the job running")]
+LOCAL = "http://127.0.0.1:8265"
+
+
+@app.command()
+def submit(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="a YAML file, or a built-in name such as tiny/dpo")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[a.b=c]...")] = None,
+    address: Address = LOCAL,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="run folder on storage that all nodes see; default ./runs/NAME")] = None,
+    working_dir: WorkingDir = Path("."),
+    stop_grace: Grace = 300,
+    follow: Follow = True,
+) -> None:
+    """Runs a recipe as a Ray job; submitting the same again follows it, or goes on where it ended early."""
+    loaded = recipes.load(recipe, overrides or ())  # a mistake in it is told before anything leaves this machine
+    from orchestrator import submission
+    from orchestrator.cluster.jobs import Jobs
+    from orchestrator.upload import collect
+
+    run = submission.run_name(loaded)
+    folder = (output or Path("runs") / run).absolute()
+    command = submission.entrypoint(recipe, overrides or (), folder, working_dir)
+    upload = collect(working_dir)
+    jobs = Jobs(address)
+    decision = submission.decide(jobs.attempts(run), command)
+    if decision.number is not None:
+        out.print(f"uploading {upload.summary()}", markup=False)
+        id = submission.start(jobs, run, command, decision.number, upload, stop_grace)
+        again = "" if decision.attempt is None else f"; {decision.attempt.id} ended as {decision.attempt.status}, this goes on in its run folder"
+        out.print(f"submitted {id} to {address}{again}")
+    else:
+        assert decision.attempt is not None
+        id = decision.attempt.id
+        out.print(f"{id} is {decision.attempt.status} already; nothing was submitted")
+    out.print(f"run folder  {folder}  (all nodes must see it: orchestrator doctor)")
+    _say_next(run, address)
+    if follow:
+        _follow(jobs, id, run, address)
+
+
+@app.command()
+def status(
+    run: Annotated[str | None, typer.Argument(metavar="[RUN]", help="a run; without it, all runs of the cluster")] = None, address: Address = LOCAL
+) -> None:
+    """Where submitted runs stand."""
+    from orchestrator.cluster.jobs import Jobs
+
+    jobs = Jobs(address)
+    attempts = jobs.attempts(run)
+    if run is not None and not attempts:
+        attempts = [_find(jobs, run)]
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    for name in ("run", "job", "status", "exit", "took", "last step", ""):
+        table.add_column(name, no_wrap=True)
+    for attempt in attempts:
+        last = _last_step(jobs, attempt) if run is not None or not attempt.is_over else None
+        shown = f"{last.step}/{last.total} loss {last.columns.get('loss', '?')}" if last else ""
+        code = "" if attempt.exit_code is None else str(attempt.exit_code)
+        message = "" if attempt.status == "SUCCEEDED" else attempt.message[:80]
+        table.add_row(attempt.run, attempt.id, attempt.status, code, _took(attempt), shown, message)
+    out.print(table)
+
+
+@app.command()
+def logs(run: RunArgument, address: Address = LOCAL, follow: Follow = False) -> None:
+    """What a run's newest attempt has said."""
+    from orchestrator.cluster.jobs import Jobs
+
+    jobs = Jobs(address)
+    attempt = _find(jobs, run)
+    if follow:
+        _follow(jobs, attempt.id, attempt.run, address)
+    else:
+        print(jobs.logs(attempt.id), end="")
+
+
+@app.command()
+def stop(run: RunArgument, address: Address = LOCAL, wait: Annotated[float, typer.Option("--wait", metavar="SECONDS", min=1)] = 330.0) -> None:
+    """Asks a run to save and end; `resume` goes on from there."""
+    from orchestrator.cluster.jobs import Jobs
+
+    jobs = Jobs(address)
+    attempt = _find(jobs, run)
+    if attempt.is_over:
+        out.print(f"{attempt.id} is {attempt.status} already")
+        return
+    ended = jobs.stop(attempt.id, wait)
+    out.print(f"{ended.id} is {ended.status}; go on with: orchestrator resume {ended.run} --address {address}")
+
+
+@app.command()
+def resume(run: RunArgument, address: Address = LOCAL, working_dir: WorkingDir = Path("."), stop_grace: Grace = 300, follow: Follow = True) -> None:
+    """Starts a run again that was stopped or failed: the same command, from its last checkpoint."""
+    from orchestrator import submission
+    from orchestrator.cluster.jobs import Jobs
+    from orchestrator.upload import collect
+
+    jobs = Jobs(address)
+    last = jobs.newest(_find(jobs, run).run)
+    decision = submission.decide([last], last.entrypoint)
+    if decision.number is None:
+        raise OrchestratorError(f"{last.id} is {last.status}: there is nothing to resume", fix=f"orchestrator logs {last.run} --address {address}")
+    upload = collect(working_dir)
+    out.print(f"uploading {upload.summary()}", markup=False)
+    id = submission.start(jobs, last.run, last.entrypoint, decision.number, upload, stop_grace)
+    out.print(f"submitted {id} to {address}: `{last.entrypoint}`", markup=False)
+    _say_next(last.run, address)
+    if follow:
+        _follow(jobs, id, last.run, address)
+
+
+def _find(jobs: "Jobs", name: str) -> "Attempt":
+    """The attempt of that id, else the newest of the run of that name."""
+    named = [attempt for attempt in jobs.attempts() if attempt.id == name and attempt.run != name]
+    return named[0] if named else jobs.newest(name)
+
+
+def _follow(jobs: "Jobs", id: str, run: str, address: str) -> None:
+    """Shows the log until the job is over; ends with the driver's exit code."""
+    from orchestrator.cluster.jobs import exit_code
+
+    view = LogView(out)
+    try:
+        attempt = jobs.follow(id, view.write)
+    except KeyboardInterrupt:
+        view.close()
+        out.print(f"\n{id} goes on; look again with: orchestrator logs {run} --follow --address {address}")
+        sys.exit(128 + 2)
+    view.close()
+    code = exit_code(attempt)
+    out.print(f"{id} {attempt.status}")
+    if code == Exit.RESUMABLE:
+        out.print(f"it can go on: orchestrator resume {run} --address {address}")
+    elif code:
+        out.print(attempt.message, markup=False)
+    if code:
+        sys.exit(code)
+
+
+class LogView:
+    """A followed log: steps as the live table on a terminal, everything else as it came."""
+
+    def __init__(self, console: Console) -> None:
+        self._console, self._table, self._rest = console, LiveTable(console), ""
+
+    def write(self, text: str) -> None:
+        *lines, self._rest = (self._rest + text).split("\n")
+        for line in lines:
+            self._line(line)
+
+    def close(self) -> None:
+        if self._rest:
+            self._line(self._rest)
+        self._table.stop()
+
+    def _line(self, line: str) -> None:
+        step = StepLine.parse(line) if self._console.is_interactive else None
+        if step is None:
+            self._console.print(line, markup=False)
+        else:
+            self._table.add(step)
+
+
+def _say_next(run: str, address: str) -> None:
+    where = "" if address == LOCAL else f" --address {address}"
+    for words in (f"status {run}", f"logs {run} --follow", f"stop {run}", f"resume {run}"):
+        out.print(f"  orchestrator {words}{where}")
+
+
+def _last_step(jobs: "Jobs", attempt: "Attempt") -> StepLine | None:
+    for line in reversed(jobs.logs(attempt.id).splitlines()):
+        if (step := StepLine.parse(line)) is not None:
+            return step
+    return None
+
+
+def _took(attempt: "Attempt") -> str:
+    from orchestrator.observe.sinks import duration
+
+    return "" if attempt.started is None else duration((attempt.ended or time.time()) - attempt.started)

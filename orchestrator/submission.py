@@ -1,0 +1,73 @@
+"""From a recipe on this machine to a job on a cluster.
+
+    recipe, overrides --prepared--> Submission, Upload --decide--> start attempt n | follow the one that runs | nothing to do
+"""
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from orchestrator.cluster.jobs import Attempt, Jobs, Submission
+from orchestrator.errors import ConfigError, OutputError
+from orchestrator.recipe import Loaded, builtin_recipes
+from orchestrator.upload import Upload
+
+STOP_GRACE_S = 300
+"""Seconds between SIGTERM and SIGKILL of `ray job stop`: a step and its checkpoint have to fit. Ray's own default is 3."""
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What submitting means now. attempt: the newest one, if any; number: of the attempt to start, None: start nothing."""
+
+    attempt: Attempt | None
+    number: int | None
+
+
+def run_name(loaded: Loaded) -> str:
+    """The name of the run folder and of the job: run.name, or a pipeline's file name."""
+    return loaded.stages[0].recipe.run.name if len(loaded.stages) == 1 else loaded.path.stem
+
+
+def entrypoint(recipe: str, overrides: Sequence[str], output: Path, working_dir: Path) -> str:
+    """The command of the driver, in the uploaded folder. ConfigError where the recipe would not be there."""
+    if recipe not in builtin_recipes():
+        file = Path(recipe).resolve()
+        if not file.is_relative_to(working_dir.resolve()):
+            raise ConfigError(
+                f"{recipe} lies outside of {working_dir.resolve()}, which is what the job brings along",
+                fix="run the command in the recipe's folder, or give --working-dir",
+            )
+        recipe = file.relative_to(working_dir.resolve()).as_posix()
+    return shlex.join(["python", "-m", "orchestrator", "train", recipe, *overrides, "--output", str(output.absolute())])
+
+
+def environment(stop_grace_s: int) -> dict[str, str]:
+    """Variables of the driver: output at once, and time to save when it is stopped. Nothing secret may be here."""
+    return {"PYTHONUNBUFFERED": "1", "RAY_JOB_STOP_WAIT_TIME_S": str(stop_grace_s)}
+
+
+def decide(attempts: Sequence[Attempt], command: str) -> Decision:
+    """The same run once: follow it while it is going on, do nothing when it is done, else start it again to go on.
+    OutputError where the name belongs to another command."""
+    if not attempts:
+        return Decision(None, 1)
+    newest = max(attempts, key=lambda a: a.number)
+    if newest.entrypoint != command:
+        if not newest.is_over or newest.status == "SUCCEEDED":
+            raise OutputError(
+                f"run {newest.run} is another one on that cluster ({newest.id}, {newest.status})",
+                why=f"it runs `{newest.entrypoint}`",
+                fix="give this one another run.name (or a pipeline another file name)",
+            )
+        return Decision(newest, newest.number + 1)  # corrected and tried again
+    if not newest.is_over or newest.status == "SUCCEEDED":
+        return Decision(newest, None)
+    return Decision(newest, newest.number + 1)
+
+
+def start(jobs: Jobs, run: str, command: str, number: int, upload: Upload, stop_grace_s: int) -> str:
+    """Uploads and starts attempt `number`; its id."""
+    with upload.staged() as folder:
+        return jobs.submit(Submission(run, command, folder, environment(stop_grace_s)), number)
