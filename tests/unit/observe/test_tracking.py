@@ -1,6 +1,7 @@
 """Real wandb runs, offline, read back from the file they leave; and what happens when wandb cannot be reached."""
 
 import json
+import os
 import socket
 import struct
 import subprocess
@@ -18,6 +19,7 @@ from orchestrator.observe.alerts import Alert
 from orchestrator.observe.sinks import JsonlSink
 from orchestrator.observe.tracking import STEP, WandbSink, failed_within, stable_run_id, without_credentials
 from orchestrator.records import EvaluationReport, Sample, StepReport
+from tests.wandb_server import WandbServer
 
 SAMPLES = (
     Sample(2, "pair", "Q: 2+2?", chosen="4", rejected="5", scores={"margin": -1.5}),
@@ -172,6 +174,13 @@ def test_each_offline_recording_is_the_whole_run(tmp_path: Path) -> None:
     assert [(row[STEP], row.get("train/loss"), row.get("eval/loss")) for row in rows] == [
         (0, None, 0.9), (1, 0.75, None), (2, rows[2]["train/loss"], None), (2, None, 0.5), (3, 0.25, None),
     ]  # fmt: skip
+    (folder,) = (tmp_path / "wandb").glob("offline-run-*")
+    with WandbServer() as server:
+        environment = os.environ | server.environment() | {"HOME": str(tmp_path / "home")}
+        command = [str(Path(sys.executable).parent / "wandb"), "sync", str(folder)]
+        synced = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+        assert synced.returncode == 0, synced.stderr
+        assert server.only_run.series(STEP) == [0, 1, 2, 2, 3]
 
 
 def test_addresses_in_the_config_name_no_user() -> None:
