@@ -1,4 +1,5 @@
-"""Rows from local files, folders, the hub or the built-in toy task; bad rows named as file:line: reason."""
+"""Rows from files (local, or s3:// and what else fsspec opens), folders, the hub or the built-in toy task; bad rows named as
+file:line: reason."""
 
 import difflib
 import gzip
@@ -8,7 +9,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from orchestrator.config import Columns, Data, Source
 from orchestrator.data.rows import BadRecord, describe, to_rows
@@ -107,15 +108,18 @@ def _records(source: Source, bad: list[BadRow]) -> Iterator[tuple[Any, str]]:
         for i, record in enumerate(toy_rows(name, source.split, source.max_rows or DEFAULT_ROWS.get(source.split, 0))):
             yield record, f"{source.path}:{i + 1}"
         return
+    if "://" in source.path:
+        yield from _file(source.path, bad)
+        return
     path = Path(source.path)
     if path.is_dir():
         files = sorted(p for p in path.iterdir() if p.name.endswith(SUFFIXES))
         if not files:
             raise MissingInput(f"{path} holds no data file", fix=f"put {', '.join(SUFFIXES)} files there")
         for file in files:
-            yield from _file(file, bad)
+            yield from _file(str(file), bad)
     elif path.is_file():
-        yield from _file(path, bad)
+        yield from _file(str(path), bad)
     elif path.name.endswith(SUFFIXES) or path.is_absolute() or source.path.startswith(".") or source.path.count("/") > 1:
         near = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         close = difflib.get_close_matches(path.name, near, n=3)
@@ -124,12 +128,13 @@ def _records(source: Source, bad: list[BadRow]) -> Iterator[tuple[Any, str]]:
         yield from _hub(source)
 
 
-def _file(path: Path, bad: list[BadRow]) -> Iterator[tuple[Any, str]]:
-    if path.suffix == ".parquet":
+def _file(path: str, bad: list[BadRow]) -> Iterator[tuple[Any, str]]:
+    """path: of a local file, or a URL."""
+    if path.endswith(".parquet"):
         for number, record in enumerate(_parquet(path), start=1):
             yield record, f"{path}:{number}"
         return
-    if not path.name.endswith(SUFFIXES):
+    if not path.endswith(SUFFIXES):
         raise ConfigError(f"{path}: unknown kind of data file", fix=f"use one of {', '.join(SUFFIXES)}")
     for number, line in enumerate(_lines(path), start=1):
         if not line.strip():
@@ -143,24 +148,43 @@ def _file(path: Path, bad: list[BadRow]) -> Iterator[tuple[Any, str]]:
             bad.append(BadRow(where, f"broken JSON: {error.msg} at column {error.colno}"))
 
 
-def _lines(path: Path) -> Iterator[bytes]:
-    number = 0
-    opener = gzip.open if path.suffix == ".gz" else open
+def _open(path: str) -> BinaryIO:
+    """The file, for reading. ConfigError or MissingInput for a URL that cannot be opened; OSError for a local file."""
+    if "://" not in path:
+        return open(path, "rb")
+    scheme, _, rest = path.partition("://")
+    if "@" in rest.partition("/")[0]:
+        why = "recipes are kept and logged"
+        raise ConfigError(f"data: a {scheme}:// address with a user or a password in it", why=why, fix="put them into the environment")
+    import fsspec
+
     try:
-        with opener(path, "rb") as file:
+        opened: Any = fsspec.open(path, "rb")
+        return opened.open()
+    except (ImportError, ValueError) as error:
+        fix = 'pip install "orchestrator[s3]"' if scheme in ("s3", "s3a") else "install the package of fsspec that reads it"
+        raise ConfigError(f"data: {scheme}:// cannot be read here", why=str(error), fix=fix) from error
+    except OSError as error:
+        raise MissingInput(f"no data file {path}", why=str(error), fix="check the name, the permissions and the endpoint") from error
+
+
+def _lines(path: str) -> Iterator[bytes]:
+    number = 0
+    try:
+        with _open(path) as raw, gzip.open(raw, "rb") if path.endswith(".gz") else raw as file:
             for number, line in enumerate(file, start=1):  # noqa: B007 (the error names it)
                 yield line
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path} cannot be read after line {number}", why=str(error), fix=REFETCH) from error
 
 
-def _parquet(path: Path) -> Iterator[dict[str, Any]]:
+def _parquet(path: str) -> Iterator[dict[str, Any]]:
     """Row by row; not through `datasets`, which would write a copy into its cache."""
     from pyarrow import ArrowException
     from pyarrow.parquet import ParquetFile
 
     try:
-        with ParquetFile(path) as file:
+        with _open(path) as raw, ParquetFile(raw) as file:
             for batch in file.iter_batches():
                 yield from batch.to_pylist()
     except (OSError, ArrowException) as error:

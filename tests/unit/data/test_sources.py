@@ -1,10 +1,14 @@
 """Files, folders and mixtures; bad rows by file:line, missing files with a suggestion."""
 
 import gzip
+import importlib.util
 import json
 import os
 from pathlib import Path
 
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from orchestrator.config import Columns, Data, Source
@@ -233,3 +237,54 @@ def test_real_demonstrations_load_with_their_answers():
     rows = load_rows([source(path, max_rows=50)], DATA, "sft").rows
     assert len(rows) == 50
     assert all(row.completion.endswith(f"#### {row.answer}") for row in rows)
+
+
+# ---- file systems that fsspec opens
+
+
+@pytest.fixture
+def store():
+    """fsspec's file system in memory, as a stand-in for a bucket."""
+    memory = fsspec.filesystem("memory")
+    yield memory
+    memory.rm("/bucket", recursive=True)
+
+
+def test_urls_are_read_like_files(store, pairs, tmp_path):
+    pq.write_table(pa.Table.from_pylist(PAIRS), tmp_path / "pairs.parquet")
+    store.pipe("/bucket/pairs.jsonl", pairs.read_bytes())
+    store.pipe("/bucket/pairs.jsonl.gz", gzip.compress(pairs.read_bytes()))
+    store.pipe("/bucket/pairs.parquet", (tmp_path / "pairs.parquet").read_bytes())
+    local = load_rows(str(pairs), DATA, "preference")
+    for name in ("pairs.jsonl", "pairs.jsonl.gz", "pairs.parquet"):
+        loaded = load_rows(f"memory://bucket/{name}", DATA, "preference")
+        assert prompts(loaded) == prompts(local)
+        assert loaded.fingerprint == local.fingerprint, "where rows lie does not decide a result"
+        assert loaded.rows[2].where == f"memory://bucket/{name}:3"
+
+
+def test_a_bad_row_behind_a_url_is_named(store):
+    store.pipe("/bucket/bad.jsonl", b'{"prompt": "p", "chosen": "c", "rejected": "r"}\n{"prompt": \n')
+    with pytest.raises(DataError, match="1 bad rows") as caught:
+        load_rows("memory://bucket/bad.jsonl", DATA, "preference")
+    assert "memory://bucket/bad.jsonl:2: broken JSON" in caught.value.why
+
+
+def test_urls_that_cannot_be_read(store):
+    store.pipe("/bucket/pairs.jsonl", b"")
+    with pytest.raises(MissingInput, match="no data file memory:"):
+        load_rows("memory://bucket/none.jsonl", DATA, "preference")
+    with pytest.raises(ConfigError, match="nosuch:// cannot be read here"):
+        load_rows("nosuch://bucket/pairs.jsonl", DATA, "preference")
+    with pytest.raises(ConfigError, match="user or a password") as caught:
+        load_rows("s3://key:hidden@bucket/pairs.jsonl", DATA, "preference")
+    assert "hidden" not in str(caught.value)
+    with pytest.raises(ConfigError, match="unknown kind of data file"):
+        load_rows("memory://bucket/pairs.csv", DATA, "preference")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("s3fs") is not None, reason="s3fs is installed")
+def test_s3_names_its_extra():
+    with pytest.raises(ConfigError) as caught:
+        load_rows("s3://bucket/pairs.jsonl", DATA, "preference")
+    assert caught.value.fix == 'pip install "orchestrator[s3]"'
