@@ -38,7 +38,8 @@ class Value:
 class RunSummary:
     """What a run folder says. settings: the keys of its recipe, dotted; tokens_per_s: median over steps.
 
-    seconds: spent in the recorded steps. Evaluations, checkpoints, starts and steps that a restart played again are not in it.
+    seconds: spent in the recorded steps. wall_seconds: from the first start to the last step; with evaluations, checkpoints, restarts
+    and the time the run was down. None where a run has not recorded it, like restarts.
     """
 
     name: str
@@ -47,6 +48,8 @@ class RunSummary:
     metrics: Mapping[str, Value]
     tokens_per_s: float | None
     seconds: float
+    wall_seconds: float | None
+    restarts: int | None
 
 
 def run_folders(directory: Path) -> list[tuple[str, Path]]:
@@ -78,6 +81,8 @@ def read_run(name: str, folder: Path) -> RunSummary:
         {key: value for key in found if (value := _value(key, lines, online)) is not None},
         median(speeds) if speeds else None,
         sum(_seconds(line) for line in steps),
+        _last(steps, "perf/elapsed_s"),
+        _last(steps, "faults/restarts"),
     )
 
 
@@ -108,6 +113,8 @@ def table(runs: Sequence[RunSummary]) -> Table:
         found.add_row(key, *(_shown(run.metrics.get(key)) for run in runs))
     found.add_row("tokens/s, median", *("" if run.tokens_per_s is None else f"{run.tokens_per_s:,.0f}" for run in runs))
     found.add_row("time in steps", *(duration(run.seconds) for run in runs))
+    found.add_row("wall time", *("" if run.wall_seconds is None else duration(run.wall_seconds) for run in runs))
+    found.add_row("restarts", *("" if run.restarts is None else str(run.restarts) for run in runs))
     return found
 
 
@@ -131,6 +138,10 @@ def _better(name: str) -> Callable[..., Any] | None:
     if name in ("loss", "nll_loss"):
         return min
     return max if name in HIGHER or name.startswith(("pass@", "reward/")) else None
+
+
+def _last(lines: Sequence[Mapping[str, Any]], key: str) -> Any:
+    return next((line[key] for line in reversed(lines) if line.get(key) is not None), None)
 
 
 def _seconds(line: Mapping[str, Any]) -> float:

@@ -72,6 +72,17 @@ def test_an_online_run(tmp_path: Path) -> None:
     assert run.seconds == 9.0
 
 
+def test_wall_time_and_restarts_are_the_last_steps(tmp_path: Path) -> None:
+    lines = [line(1, 0.6, 1.0, **{"perf/elapsed_s": 10.0, "faults/restarts": 0}), line(2, 0.5, 1.0, **{"perf/elapsed_s": 95.0, "faults/restarts": 2})]
+    folder = make_run(tmp_path / "a", lines)
+    run = read_run("a", folder)
+    assert (run.wall_seconds, run.restarts, run.seconds) == (95.0, 2, 4.0)
+    rows = {row.split("  ")[0].strip(): row.split()[-1] for row in shown(folder).splitlines() if row.strip()}
+    assert (rows["wall time"], rows["restarts"]) == ("1m35s", "2")
+    old = read_run("b", make_run(tmp_path / "b", OFFLINE))
+    assert (old.wall_seconds, old.restarts) == (None, None)
+
+
 def test_only_keys_that_differ(tmp_path: Path) -> None:
     runs = [make_run(tmp_path / "a", OFFLINE), make_run(tmp_path / "b", OFFLINE, rate="0.2", split="train")]
     found = differences([read_run(folder.name, folder) for folder in runs])
