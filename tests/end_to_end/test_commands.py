@@ -51,7 +51,14 @@ def test_plan_names_batches_that_divide(sandbox: Sandbox) -> None:
 def test_plan_of_a_pipeline(sandbox: Sandbox) -> None:
     said = succeeded(sandbox.run("plan", "tiny/demo"))
     assert "200 optimizer steps of sft" in said
-    assert "dpo is planned when the stage it starts from has been trained" in said
+    assert "dpo is planned when what it takes from other stages has been trained (sft)" in said
+
+
+def test_evaluate_names_what_only_a_run_makes(sandbox: Sandbox) -> None:
+    finished = sandbox.run("evaluate", "tiny/rlhf")
+    assert finished.code == 78
+    assert "rewards.functions[0].model, critic.model.path of tiny/rlhf are made by stages of a run" in finished.err
+    assert "recipe.yaml in the run folder" in finished.err
 
 
 def test_inspect_shows_the_first_batch(sandbox: Sandbox) -> None:
