@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from orchestrator.algorithms import critic
 from orchestrator.cluster.probes import here, on_cluster, survey
-from orchestrator.config import Model, Recipe
+from orchestrator.config import Recipe
 from orchestrator.errors import ConfigError, MissingInput, NotEnoughResources, OrchestratorError, OutputError
 from orchestrator.facts import Capacity, ClusterFacts, ModelSource, Need, WorkerGroup
 from orchestrator.findings import Finding, judge
@@ -42,7 +42,7 @@ def need_of(job: Job) -> Need:
         checkpoint_bytes=_checkpoint_bytes(job),
         keep=recipe.checkpoint.keep,
         wandb=recipe.tracking.wandb,
-        models=_sources(recipe),
+        models=model_sources(recipe),
         libraries=("vllm",) if job.algorithm.online is not None and recipe.rollouts.engine == "vllm" else (),
     )
 
@@ -66,11 +66,16 @@ def _checkpoint_bytes(job: Job) -> int:
     return total
 
 
-def _sources(recipe: Recipe) -> tuple[ModelSource, ...]:
-    """The weights that workers load, each once."""
-    models: list[Model] = [recipe.model, *([recipe.critic.model] if recipe.critic.model else [])]
-    paths = [(m.path, m.revision) for m in models] + [(recipe.model.reference, None)]
-    return tuple(ModelSource(path, revision, not Path(path).is_dir()) for path, revision in dict.fromkeys(paths) if path is not None)
+def model_sources(recipe: Recipe) -> tuple[ModelSource, ...]:
+    """The weights that workers load, each once: folders, or ORG/NAME on the hub."""
+    wanted = [(m.path, m.revision) for m in (recipe.model, recipe.critic.model) if m is not None]
+    wanted += [(recipe.model.reference, None), *((f.model, f.revision) for f in recipe.rewards.functions)]
+    return tuple(ModelSource(path, revision, _on_hub(path)) for path, revision in dict.fromkeys(wanted) if path is not None)
+
+
+def _on_hub(path: str) -> bool:
+    """As models/load.py takes a name that is no folder here."""
+    return not Path(path).is_dir() and not path.startswith(("/", ".")) and path.count("/") == 1
 
 
 def examine(need: Need, root: Path | None = None) -> tuple[Finding, ...]:

@@ -13,6 +13,7 @@ from typing import Any
 
 import ray
 
+from orchestrator.cluster.network import speak_from
 from orchestrator.facts import ModelSource, NodeFacts, Storage, Unreachable
 from orchestrator.learner.engine import ProcessGroup
 from orchestrator.node_facts import mark, node_facts, sweep, unseen
@@ -82,6 +83,7 @@ class Probe:
         """The way a learner joins, so that what would stop it stops this."""
         import torch
 
+        speak_from(self.address)
         self.device = torch.device("cuda" if ray.get_gpu_ids() else "cpu")
         self.group = ProcessGroup(rank, world, address, port, COLLECTIVE_S)
         self.group.join(self.device)

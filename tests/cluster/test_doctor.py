@@ -1,0 +1,250 @@
+"""The doctor on real Ray nodes: a healthy cluster is measured, and every planted fault is found with its fix.
+
+The slow tests plant them on hosts that are network namespaces: another version, a read-only mount, a firewall, no token.
+"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import pytest
+import ray
+from ray.cluster_utils import Cluster
+
+from orchestrator.cluster import probes
+from orchestrator.cluster.probe_actor import tournament
+from orchestrator.cluster.probes import survey
+from orchestrator.errors import NotEnoughResources
+from orchestrator.facts import ClusterFacts, Need, WorkerGroup
+from orchestrator.findings import Finding, judge
+from orchestrator.node_facts import MARKER, shared_folder
+from orchestrator.preflight import require, this_machine
+from tests.hosts import Hosts, hosts
+from tests.running import Sandbox
+
+pytestmark = pytest.mark.timeout(300)
+
+LEARNERS = (WorkerGroup("learners", 3, 1, 0),)
+
+
+@dataclass(frozen=True, slots=True)
+class Surveyed:
+    """What the probes of a cluster found. root: the folder above that of the run, which does not exist."""
+
+    cluster: Cluster
+    facts: ClusterFacts
+    root: Path
+
+    def check(self, name: str, need: Need) -> Finding:
+        (finding,) = [f for f in judge(self.facts, need) if f.check == name]
+        return finding
+
+
+@pytest.fixture(scope="module")
+def surveyed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Surveyed]:
+    """Two nodes of a real Ray on this machine."""
+    root = tmp_path_factory.mktemp("shared")
+    sandbox = Sandbox(root)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (sandbox.environment() | {"HOME": str(Path.home())}).items():  # HOME: see tests/running.py
+            patch.setenv(name, value)
+        node = {"num_cpus": 2, "object_store_memory": 80 * 2**20}
+        cluster = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
+        try:
+            cluster.add_node(**node)
+            patch.setenv("RAY_ADDRESS", cluster.address)
+            yield Surveyed(cluster, survey(root / "runs" / "new", (), (), gpus=True), root)
+        finally:
+            ray.shutdown()
+            cluster.shutdown()
+            sandbox.close()
+
+
+def test_a_healthy_cluster_is_measured(surveyed: Surveyed) -> None:
+    need = Need(LEARNERS, checkpoint_bytes=1_000_000, keep=2)
+    findings = judge(surveyed.facts, need)
+    assert [f for f in findings if f.level == "error"] == []
+    said = {f.check: f.what for f in findings}
+    assert said["nodes"] == "2 nodes answered"
+    assert said["resources"] == "3 learners x 1 = 3 CPUs, the cluster has 2 nodes x 2 = 4 CPUs"
+    assert said["storage"] == f"{surveyed.root} written and seen by every node"
+    assert said["network"] == "every node reaches every other (2 directions)"
+    assert said["all-reduce"].startswith("gloo, 16.0 MB in ")
+    assert surveyed.facts.all_reduce is not None and surveyed.facts.all_reduce.rate > 1e6  # bytes per second
+    assert all(abs(node.clock_offset_s) < 1.0 for node in surveyed.facts.nodes)
+    require(findings)
+
+
+def test_looking_leaves_nothing_behind(surveyed: Surveyed) -> None:
+    assert not (surveyed.root / "runs").exists()
+    assert not list(surveyed.root.glob(f"{MARKER}*"))
+
+
+def test_a_missing_gpu_is_told_with_the_arithmetic(surveyed: Surveyed) -> None:
+    need = Need((WorkerGroup("learners", 1, 1, 1),))
+    finding = surveyed.check("resources", need)
+    assert (finding.level, finding.what) == ("error", "1 learners x 1 = 1 GPUs, the cluster has no GPUs")
+    assert finding.fix == "set learners.gpus_per_worker=0 to train on CPUs; or add nodes (ray start --address=HEAD:6379 --num-gpus=N)"
+    with pytest.raises(NotEnoughResources, match="the cluster has no GPUs"):
+        require(judge(surveyed.facts, need))
+
+
+def test_this_machine_is_looked_at_without_an_actor(tmp_path: Path) -> None:
+    need = Need((WorkerGroup("learners", 1, 1, 0),), checkpoint_bytes=10**18, keep=2)
+    said = {f.check: f for f in judge(this_machine(need, tmp_path / "run"), need)}
+    assert said["storage"].level == said["versions"].level == said["resources"].level == "ok"
+    assert said["disk"].level == "error" and "set checkpoint.keep=1" in said["disk"].fix
+    assert "network" not in said and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_a_node_that_hangs_is_a_finding_within_the_deadline(surveyed: Surveyed, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Last on this cluster: Ray gives the node up some seconds later."""
+    monkeypatch.setattr(probes, "START_S", 8.0)
+    here = ray.get_runtime_context().get_node_id()
+    (node,) = [n for n in surveyed.cluster.list_all_nodes() if n.node_id != here]
+    raylet = node.all_processes["raylet"][0].process.pid
+    os.kill(raylet, signal.SIGSTOP)
+    try:
+        start = time.monotonic()
+        facts = survey(None, (), (), gpus=False)
+        assert time.monotonic() - start < 30.0
+    finally:
+        os.kill(raylet, signal.SIGCONT)
+    hung = surveyed.facts.nodes[1].name
+    (silent,) = [f for f in judge(facts, Need()) if f.check == "nodes"]
+    assert (silent.level, silent.where, silent.what) == ("error", hung, "no answer to `now` within 8 s")
+    assert "ray stop, then ray start" in silent.fix
+
+
+@pytest.mark.parametrize("players", [2, 3, 4, 5, 8])
+def test_everybody_meets_everybody_once(players: int) -> None:
+    rounds = tournament(players)
+    met = [(i, j) for partners in rounds for i, j in enumerate(partners) if j is not None]
+    assert sorted(met) == [(i, j) for i in range(players) for j in range(players) if i != j]
+    assert all(partners[j] == i for partners in rounds for i, j in enumerate(partners) if j is not None)
+
+
+def test_a_run_folder_is_tried_where_it_will_be(tmp_path: Path) -> None:
+    assert shared_folder(tmp_path / "not" / "yet") == tmp_path
+    assert shared_folder(tmp_path) == tmp_path
+
+
+SCRIPT = """
+import json, sys
+from dataclasses import asdict
+from pathlib import Path
+from orchestrator.facts import Need, WorkerGroup
+from orchestrator.preflight import examine
+need = Need((WorkerGroup("learners", 3, 1, 0),), checkpoint_bytes=1_000_000, keep=2)
+print(json.dumps([asdict(f) for f in examine(need, Path(sys.argv[1]))]))
+"""
+NEEDS_IPTABLES = pytest.mark.skipif(shutil.which("iptables") is None, reason="the firewall between two hosts needs iptables")
+
+
+@contextmanager
+def own_hosts(root: Path, *, authenticated: bool) -> Iterator[Hosts]:
+    """Hosts whose links are gone at the end: sockets that nobody owns any more keep a namespace, and with it its link, for a minute."""
+    with hosts(root, authenticated=authenticated) as made:
+        yield made
+    for host in range(made.count):
+        subprocess.run(["ip", "link", "del", f"{made.name(host)}v"], check=False, capture_output=True, timeout=30)
+
+
+def doctor(cluster: Hosts, root: Path) -> list[Finding]:
+    """What the doctor says on the head."""
+    done = cluster.inside(0, sys.executable, "-c", SCRIPT, root, env={"RAY_ADDRESS": f"{cluster.address(0)}:6379"})
+    assert done.code == 0, done.out + done.err
+    return [Finding(**found) for found in json.loads(done.out.splitlines()[-1])]
+
+
+def label(cluster: Hosts, host: int, findings: list[Finding]) -> str:
+    """The name that the doctor gives to a host."""
+    (nodes,) = [f.where for f in findings if f.check == "nodes"]
+    (name,) = [name for name in nodes.split(", ") if f"({cluster.address(host)})" in name]
+    return name
+
+
+@pytest.mark.slow
+def test_three_hosts_with_a_token_are_healthy(tmp_path: Path) -> None:
+    with own_hosts(tmp_path, authenticated=True) as cluster:
+        cluster.start_cluster()
+        findings = doctor(cluster, tmp_path / "runs")
+        assert [asdict(f) for f in findings if f.level != "ok"] == []
+        said = {f.check: f.what for f in findings}
+        assert said["auth"] == "Ray asks for a token"
+        assert said["network"] == "every node reaches every other (6 directions)"
+        print(said["all-reduce"])
+
+
+@pytest.fixture(scope="module")
+def faulty(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Hosts, Path]]:
+    """No token anywhere; host 1 has another trl, host 2 mounts the shared folder read-only."""
+    root = tmp_path_factory.mktemp("faulty")
+    shared, fake = root / "shared", root / "fake"
+    shared.mkdir()
+    (fake / "trl-0.0.1.dist-info").mkdir(parents=True)
+    (fake / "trl-0.0.1.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: trl\nVersion: 0.0.1\n")
+    read_only = f'mount --bind {shared} {shared} && mount -o remount,ro,bind {shared} && exec "$@"'
+    with own_hosts(root, authenticated=False) as cluster:
+        cluster.start_ray(0)
+        cluster.start_ray(1, env={"PYTHONPATH": str(fake)})
+        cluster.start_ray(2, before=("unshare", "-m", "sh", "-c", read_only, "sh"))
+        yield cluster, shared
+
+
+@pytest.mark.slow
+def test_version_skew_read_only_storage_and_no_token_are_found(faulty: tuple[Hosts, Path]) -> None:
+    cluster, shared = faulty
+    findings = doctor(cluster, shared / "run")
+    trouble = {f.check: f for f in findings if f.level != "ok"}
+    assert set(trouble) == {"versions", "storage", "auth"}, findings
+    one, two = (label(cluster, host, findings) for host in (1, 2))
+
+    skew = trouble["versions"]
+    assert (skew.level, skew.where) == ("error", one)
+    assert skew.what.startswith("trl is 0.0.1 here and 1.")
+    assert skew.fix.startswith("pip install trl==1.") and skew.fix.endswith("for the Python that runs Ray there, then ray stop and ray start")
+
+    storage = trouble["storage"]
+    assert (storage.level, storage.where, storage.what) == ("error", two, f"{shared} cannot be written: Read-only file system")
+    assert "mount the same shared folder" in storage.fix
+
+    assert (trouble["auth"].level, trouble["auth"].where) == ("warning", "all 3 nodes")
+    assert trouble["auth"].fix.startswith("ray get-auth-token --generate on the head; copy ~/.ray/auth_token")
+    assert list(shared.iterdir()) == []
+
+
+@pytest.mark.slow
+@NEEDS_IPTABLES
+def test_a_blocked_port_is_found_in_the_direction_in_which_it_is_blocked(faulty: tuple[Hosts, Path]) -> None:
+    cluster, _ = faulty
+    rule = ["INPUT", "-s", cluster.address(1), "-p", "tcp", "--syn", "--dport", "32768:60999", "-j", "DROP"]
+    firewall = cluster.inside(2, "iptables", "-A", *rule)
+    if firewall.code != 0:
+        pytest.skip(f"iptables does not work here: {firewall.err}")
+    try:
+        findings = doctor(cluster, cluster.root)
+    finally:
+        cluster.inside(2, "iptables", "-D", *rule)
+    one, two = (label(cluster, host, findings) for host in (1, 2))
+    (blocked,) = [f for f in findings if f.check == "network"]
+    assert (blocked.level, blocked.where) == ("error", f"{one} -> {two}")
+    assert f"cannot reach {two} at {cluster.address(2)} port " in blocked.what and blocked.what.endswith("no answer within 3 s")
+    assert blocked.fix.endswith(f"iptables -I INPUT -p tcp -s {cluster.address(1)} --dport 32768:60999 -j ACCEPT")
+    (skipped,) = [f for f in findings if f.check == "all-reduce"]
+    assert (skipped.level, skipped.what) == ("warning", "not measured: some nodes cannot reach others")
+
+    # the fix itself, as it is printed, in front of the rule that blocks
+    fix = blocked.fix[blocked.fix.index("iptables") :].split()
+    cluster.inside(2, "iptables", "-A", *rule)
+    assert cluster.inside(2, *fix).code == 0
+    assert {f.check: f.level for f in doctor(cluster, cluster.root)}["network"] == "ok"
