@@ -178,7 +178,7 @@ def test_each_offline_recording_is_the_whole_run(tmp_path: Path) -> None:
     with WandbServer() as server:
         environment = os.environ | server.environment() | {"HOME": str(tmp_path / "home")}
         command = [str(Path(sys.executable).parent / "wandb"), "sync", str(folder)]
-        synced = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+        synced = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=60)
         assert synced.returncode == 0, synced.stderr
         assert server.only_run.series(STEP) == [0, 1, 2, 2, 3]
 
