@@ -130,8 +130,8 @@ class _Probes:
 
 
 def _place(node_id: str, gpus: int) -> Any:
-    here = NodeAffinitySchedulingStrategy(node_id, soft=False)
-    return ray.remote(Probe).options(num_cpus=0, num_gpus=gpus, max_restarts=0, scheduling_strategy=here)
+    there = NodeAffinitySchedulingStrategy(node_id, soft=False)
+    return ray.remote(Probe).options(num_cpus=0, num_gpus=gpus, max_restarts=0, scheduling_strategy=there)
 
 
 def _last_line(error: Exception) -> str:
