@@ -35,6 +35,7 @@ INLINE = re.compile(r"`([a-z_]+\.[a-z_.]+)(?:=[^`]*)?`")
 PROGRAMS = "orchestrator|python|ray|make|pip|kubectl|sbatch|sky|docker|wandb|launch/|export|source"
 INDENTED = re.compile(rf"(?<=\n\n)    (?:\$ )?(?:\w+=\S+ )*(?:{PROGRAMS})\b")
 """A block of commands that is indented instead of fenced, where no mark could stand above it."""
+FILES = re.compile(r"`((?:tests|orchestrator|benchmarks|recipes|launch|docker|docs)/[\w./-]+)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,3 +132,9 @@ def test_every_recipe_key_that_is_named_exists(page: Path) -> None:
         named = [key for cell in cells for key in INLINE.findall(cell) if key.split(".")[0] in Recipe.model_fields]
         wrong += [key for key in named if key not in known and not key.endswith((".py", ".yaml", ".jsonl"))]
     assert not wrong, f"{page.name} names keys that no recipe has: {wrong}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_file_that_is_named_exists(page: Path) -> None:
+    missing = [name for name in FILES.findall(page.read_text()) if not (REPOSITORY / name).exists()]
+    assert not missing
