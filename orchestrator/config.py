@@ -214,6 +214,12 @@ class Learners(Section):
     start_timeout_s: float = Field(180.0, gt=0, description="deadline for the placement group and the process group")
     max_restarts: int = Field(3, ge=0, description="times a lost worker group is rebuilt from the last checkpoint")
 
+    @property
+    def count(self) -> int:
+        """Workers of a planned run: the plan has put a number in the place of `auto`."""
+        assert self.workers != "auto", "plan first"
+        return self.workers
+
 
 class Reference(Section):
     cache_dir: str | None = Field(None, description="where reference log-probs are kept; default ~/.cache/orchestrator")
@@ -355,3 +361,7 @@ class Recipe(Section):
     checkpoint: Checkpoint = Checkpoint()  # pyright: ignore[reportCallIssue]
     evaluation: Evaluation = Evaluation()  # pyright: ignore[reportCallIssue]
     tracking: Tracking = Tracking()  # pyright: ignore[reportCallIssue]
+
+    def with_workers(self, count: int) -> "Recipe":
+        """The same run on another number of learners."""
+        return self.model_copy(update={"learners": self.learners.model_copy(update={"workers": count})})

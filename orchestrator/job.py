@@ -14,6 +14,9 @@ from orchestrator.cluster.placement import Demand, demands
 from orchestrator.config import Recipe
 from orchestrator.controllers.step import Guards
 from orchestrator.dataset import DataSet, load_data
+from orchestrator.errors import NotEnoughResources
+from orchestrator.facts import WorkerGroup
+from orchestrator.hardware import Hardware, this_machine
 from orchestrator.memory_model import fake_model, parameter_counts
 from orchestrator.models.load import load_config
 from orchestrator.observe.card import model_card
@@ -53,8 +56,7 @@ class Job:
 
     def demands(self) -> tuple[Demand, ...]:
         """The worker groups it needs."""
-        online = self.algorithm.online
-        return demands(self.recipe, critic=online is not None and online.critic, rollouts=online is not None and self.recipe.rollouts.replay is None)
+        return _demands(self.recipe, self.algorithm)
 
     def guards(self) -> Guards:
         """What its steps are checked against."""
@@ -95,19 +97,45 @@ def _versions() -> dict[str, str]:
     return {name: version(name) for name in ("torch", "transformers", "deepspeed", "ray", "trl")}
 
 
-def plan_job(recipe: Recipe, console: Console) -> Job:
-    """Reads the data and plans the run, without Ray and without model weights."""
+def plan_job(recipe: Recipe, console: Console, hardware: Hardware | None = None) -> Job:
+    """Reads the data and plans the run on `hardware` (default: this machine), without Ray and without model weights."""
+    hardware = hardware or this_machine()
     algorithm = build(recipe.algorithm, recipe.rollouts)
+    recipe = _fitted(recipe, algorithm, hardware)
     if algorithm.online is None:
         data = load_data(recipe, algorithm)
-        return Job(recipe, algorithm, data, None, make_plan(recipe, algorithm, data), 1, console)
+        return Job(recipe, algorithm, data, None, make_plan(recipe, algorithm, data, hardware), 1, console)
     steps = check_batches(recipe, algorithm) * recipe.algorithm.epochs
     check_rewards(recipe.rewards)
     prompts = load_prompts(recipe, algorithm)
-    plan = make_plan(recipe, algorithm, prompts.longest)
+    plan = make_plan(recipe, algorithm, prompts.longest, hardware)
     total = recipe.run.max_steps or prompts.batches.steps_in(recipe.run.epochs)
     plan = replace(plan, total_steps=total, choices=(*plan.choices, *_rollout_choices(recipe, algorithm, steps)))
     return Job(recipe, algorithm, prompts.longest, prompts, plan, steps, console)
+
+
+def _demands(recipe: Recipe, algorithm: Algorithm) -> tuple[Demand, ...]:
+    online = algorithm.online
+    return demands(recipe, critic=online is not None and online.critic, rollouts=online is not None and recipe.rollouts.replay is None)
+
+
+def _fitted(recipe: Recipe, algorithm: Algorithm, hardware: Hardware) -> Recipe:
+    """With `learners.workers: auto`: as many as there is room for beside the other actors, and no more than there are examples
+    in an optimizer step. How many they are changes no result."""
+    if recipe.learners.workers != "auto":
+        return recipe
+    if algorithm.online is not None and recipe.rollouts.placement == "colocated":
+        return recipe.with_workers(recipe.rollouts.workers)
+    learners, *others = (WorkerGroup(d.what, d.workers, d.cpus, d.gpus) for d in _demands(recipe.with_workers(1), algorithm))
+    room = min(hardware.room_for(learners, others), recipe.batch.effective // algorithm.group_examples)
+    if room < 1:
+        each = f"{learners.cpus:g} CPUs" + (f" and {learners.gpus:g} GPUs" if learners.gpus else "")
+        raise NotEnoughResources(
+            f"there is no room for a learner of {each}" + (f" beside {', '.join(f'{g.workers} {g.what}' for g in others)}" if others else ""),
+            why=str(hardware),
+            fix="set learners.gpus_per_worker or cpus_per_worker to what a machine has; to plan for other machines: plan --nodes N --gpu h100-80g",
+        )
+    return recipe.with_workers(room)
 
 
 def _rollout_choices(recipe: Recipe, algorithm: Algorithm, steps: int) -> list[Choice]:

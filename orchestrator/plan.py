@@ -5,7 +5,6 @@
 The plan may change how fast a step is, never what it computes.
 """
 
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -16,6 +15,8 @@ from orchestrator.cut import cut_step
 from orchestrator.data.packing import cost
 from orchestrator.dataset import DataSet
 from orchestrator.errors import ConfigError, NotEnoughResources
+from orchestrator.facts import WorkerGroup
+from orchestrator.hardware import Hardware, this_machine
 from orchestrator.memory_model import MemoryEstimate, Traffic, estimate, traffic
 from orchestrator.models.attention import capabilities
 from orchestrator.models.load import load_config
@@ -33,6 +34,21 @@ LEGAL_SYNC: dict[int, tuple[Sync, ...]] = {
     1: ("no_sync", "coalesced"),
     2: ("coalesced", "per_micro_batch"),
     3: ("coalesced", "per_micro_batch"),
+}
+
+BY_TRAFFIC: tuple[tuple[int, Sync], ...] = (
+    (0, "no_sync"),
+    (1, "no_sync"),
+    (2, "coalesced"),
+    (2, "per_micro_batch"),
+    (3, "per_micro_batch"),
+)
+"""What `auto` tries in turn: one reduction of the gradients; the same with partitioned moments; with partitioned gradients; a
+reduction per micro-batch; and all parameters gathered twice per micro-batch. Each needs less memory than the one before."""
+SYNC_REASONS: dict[Sync, str] = {
+    "no_sync": "gradients stay on the rank until the step: one reduction instead of one per micro-batch",
+    "coalesced": "whole gradients are held back and reduced once at the end of the step",
+    "per_micro_batch": "gradients are partitioned after every micro-batch: less memory, more traffic",
 }
 
 
@@ -94,17 +110,18 @@ class Plan:
         }
 
 
-def make_plan(recipe: Recipe, algorithm: Algorithm, data: DataSet) -> Plan:
-    """The plan of a run; ConfigError or NotEnoughResources where it could not work."""
+def make_plan(recipe: Recipe, algorithm: Algorithm, data: DataSet, hardware: Hardware | None = None) -> Plan:
+    """The plan of a run on `hardware`, or on this machine; ConfigError or NotEnoughResources where it could not work."""
+    hardware = hardware or this_machine()
     _check(recipe, algorithm.group_examples)
-    choices: list[Choice] = []
+    choices = [Choice("hardware", str(hardware), f"{recipe.learners.count} learner{'s' if recipe.learners.count > 1 else ''} on it")]
     layout = _layout(recipe, algorithm, choices)
     steps = first_steps(data)
-    cut = _fit(recipe, algorithm, steps, layout, choices)
+    limit = memory_limit(recipe, hardware)
+    cut = _fit(recipe, algorithm, steps, layout, limit, choices)
     first = cut_step(steps[0], cut)
     largest = largest_micro_batch(steps, cut)
     memory = estimate(recipe, algorithm, cut, largest)
-    limit = memory_limit(recipe)
     if memory.total > limit:
         raise NotEnoughResources(
             f"a worker needs about {size(memory.total)}, it may use {size(limit)}",
@@ -113,6 +130,8 @@ def make_plan(recipe: Recipe, algorithm: Algorithm, data: DataSet) -> Plan:
             "learners.activation_checkpointing=true, or learners.offload.optimizer=cpu",
         )
     micro_batches = len(first.micro_batches[0])
+    sent = traffic(recipe, algorithm, cut, micro_batches)
+    choices += _communication(hardware, cut, sent)
     return Plan(
         recipe=recipe,
         algorithm=algorithm.name,
@@ -125,7 +144,7 @@ def make_plan(recipe: Recipe, algorithm: Algorithm, data: DataSet) -> Plan:
         data=_data_report(data),
         memory=memory,
         memory_limit=limit,
-        traffic=traffic(recipe, algorithm, cut, micro_batches),
+        traffic=sent,
         mean_length=max(1, sum(data.report.lengths) // len(data.report.lengths)),
     )
 
@@ -135,18 +154,17 @@ def size(count: int) -> str:
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
-def memory_limit(recipe: Recipe) -> int:
-    """Bytes a worker may use: batch.memory_utilisation of the recipe's limit, of the GPU, or of its share of the RAM."""
-    import torch
-
+def memory_limit(recipe: Recipe, hardware: Hardware) -> int:
+    """Bytes a worker may use: batch.memory_utilisation of the recipe's limit, of the GPU, or of its share of a machine's RAM."""
     batch, learners = recipe.batch, recipe.learners
     if batch.memory_limit_gb is not None:
         device = batch.memory_limit_gb * 1e9
     elif learners.gpus_per_worker:
-        found = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else ASSUMED_GPU_BYTES
-        device = found * min(1.0, learners.gpus_per_worker)
+        device = (hardware.gpu_memory or ASSUMED_GPU_BYTES) * min(1.0, learners.gpus_per_worker)
     else:
-        device = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / learners.workers
+        group = WorkerGroup("learners", learners.count, learners.cpus_per_worker, 0.0)
+        spread = -(-learners.count // len(hardware.machines))
+        device = min(m.ram / min(learners.count, max(m.holds(group), spread)) for m in hardware.machines)
     return int(device * batch.memory_utilisation)
 
 
@@ -166,11 +184,11 @@ def first_steps(data: DataSet) -> list[Sequence[SequenceGroup]]:
 
 def _check(recipe: Recipe, share: int) -> None:
     learners, effective = recipe.learners, recipe.batch.effective
-    if effective < learners.workers * share:
+    if effective < learners.count * share:
         raise ConfigError(
-            f"batch.effective={effective} cannot be cut over learners.workers={learners.workers}",
+            f"batch.effective={effective} cannot be cut over learners.workers={learners.count}",
             why="every worker needs at least one example of each optimizer step",
-            fix=f"set learners.workers to {effective // share} or fewer, or batch.effective to {learners.workers * share} or more",
+            fix=f"set learners.workers to {effective // share} or fewer, or batch.effective to {learners.count * share} or more",
         )
     if learners.precision == "fp16" and not learners.gpus_per_worker:
         raise ConfigError("learners.precision=fp16 needs a GPU", why="DeepSpeed has no fp16 on a CPU", fix="use fp32, bf16 or bf16_autocast")
@@ -223,46 +241,50 @@ def _layout(recipe: Recipe, algorithm: Algorithm, choices: list[Choice]) -> Layo
     return best
 
 
-def _fit(recipe: Recipe, algorithm: Algorithm, steps: list[Sequence[SequenceGroup]], layout: Layout, choices: list[Choice]) -> Cut:
-    """The lowest ZeRO stage whose state fits, its sync policy, and the micro-batch."""
-    learners, limit = recipe.learners, memory_limit(recipe)
-    low = learners.precision in ("bf16", "fp16")
-    stages = [1, 2, 3] if low else [0, 1, 2, 3]
-    if learners.sync != "auto":
-        stages = [s for s in stages if learners.sync in LEGAL_SYNC[s] and not (learners.sync == "coalesced" and low)]
-    if learners.zero_stage != "auto":
-        stages = [learners.zero_stage]
-    if not stages:
-        raise ConfigError(f"learners.sync={learners.sync} is not possible with precision={learners.precision}", fix="set learners.sync=auto")
-    for stage in stages:
-        sync, reason = _sync(recipe, stage)
-        cut = _budget(recipe, algorithm, steps, Cut(learners.workers, None, None, layout, stage, sync), limit)
-        if cut is not None or stage == stages[-1]:
+def _fit(recipe: Recipe, algorithm: Algorithm, steps: list[Sequence[SequenceGroup]], layout: Layout, limit: int, choices: list[Choice]) -> Cut:
+    """The first of the ways to partition that fits, from least to most communication, and the micro-batch."""
+    learners = recipe.learners
+    ways = _ways(recipe)
+    for stage, sync in ways:
+        whole = Cut(learners.count, None, None, layout, stage, sync)
+        cut = _budget(recipe, algorithm, steps, whole, limit)
+        if cut is not None:
             break
-    why = "the lowest stage whose state fits: fewest collectives" if stage == stages[0] else "lower stages do not fit"
-    choices.append(Choice("ZeRO stage", str(stage), why if learners.zero_stage == "auto" else "set in the recipe"))
-    choices.append(Choice("sync", sync, reason))
-    if cut is None:
-        cut = _given(recipe, algorithm, Cut(learners.workers, None, None, layout, stage, sync))
+    else:
+        cut = _given(recipe, algorithm, whole)  # nothing fits: the caller says by how much
+    first = (cut.zero_stage, cut.sync) == ways[0]
+    why = "the lowest stage whose state fits: fewest collectives" if first else "what needs fewer bytes on the wire does not fit the memory"
+    choices.append(Choice("ZeRO stage", str(cut.zero_stage), why if learners.zero_stage == "auto" else "set in the recipe"))
+    choices.append(Choice("sync", cut.sync, ("set in the recipe; " if learners.sync != "auto" else "") + SYNC_REASONS[cut.sync]))
     choices.append(_micro_batch_choice(recipe, cut))
     return cut
 
 
-def _sync(recipe: Recipe, stage: int) -> tuple[Sync, str]:
-    reasons: dict[Sync, str] = {
-        "no_sync": "gradients stay on the rank until the step: one reduction instead of one per micro-batch",
-        "coalesced": "whole gradients are held back and reduced once at the end of the step",
-        "per_micro_batch": "gradients are partitioned after every micro-batch: less memory, more traffic",
-    }
-    if recipe.learners.sync != "auto":
-        sync = recipe.learners.sync
-        _check_sync(sync, stage, recipe.learners.precision)
-        return sync, "set in the recipe; " + reasons[sync]
-    if stage < 2:
-        return "no_sync", reasons["no_sync"]
-    if stage == 2 and recipe.learners.precision in ("fp32", "bf16_autocast"):
-        return "coalesced", reasons["coalesced"]
-    return "per_micro_batch", reasons["per_micro_batch"]
+def _ways(recipe: Recipe) -> list[tuple[int, Sync]]:
+    """ZeRO stages with their sync policies that the recipe leaves open, from least to most bytes on the wire."""
+    learners = recipe.learners
+    sync, stage = learners.sync, learners.zero_stage
+    ways: list[tuple[int, Sync]] = list(BY_TRAFFIC)
+    if sync != "auto":
+        ways = [(number, sync) for number, legal in LEGAL_SYNC.items() if sync in legal]
+    if learners.precision in ("bf16", "fp16"):
+        ways = [way for way in ways if way[0] > 0 and way[1] != "coalesced"]
+    if stage != "auto":
+        ways = [way for way in ways if way[0] == stage]
+    if not ways:
+        raise ConfigError(f"learners.sync={sync} is not possible with precision={learners.precision}", fix="set learners.sync=auto")
+    return ways
+
+
+def _communication(hardware: Hardware, cut: Cut, sent: Traffic) -> list[Choice]:
+    """How long the workers of a step talk at least, where the bandwidth is known."""
+    if cut.workers == 1 or not hardware.link:
+        return []
+    share = 2 * (cut.workers - 1) / cut.workers  # an all-reduce sends and receives each byte about twice
+    seconds = (share * sent.reduced + share / 2 * sent.gathered) / hardware.link
+    where = f"between {len(hardware.machines)} machines" if len(hardware.machines) > 1 else "within the machine"
+    what = f"{size(sent.reduced)} reduced, {size(sent.gathered)} gathered, {hardware.link / 1e9:.3g} GB/s {where} ({hardware.source})"
+    return [Choice("communication", f"at least {seconds:.3g} s a step", what)]
 
 
 def _budget(recipe: Recipe, algorithm: Algorithm, steps: list[Sequence[SequenceGroup]], cut: Cut, limit: int) -> Cut | None:

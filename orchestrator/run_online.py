@@ -92,7 +92,7 @@ def critic_recipe(recipe: Recipe) -> Recipe:
 def _critic(job: Job, folder: RunFolder, cut: Cut, stack: ExitStack) -> LearnerGroup:
     recipe = critic_recipe(job.recipe)
     group = stack.enter_context(LearnerGroup(recipe.learners, logs=folder.logs, name="critic"))
-    group.build(LearnerSpec(recipe, replace(cut, workers=recipe.learners.workers), job.schedule_steps, "critic"))
+    group.build(LearnerSpec(recipe, replace(cut, workers=recipe.learners.count), job.schedule_steps, "critic"))
     return group
 
 

@@ -86,11 +86,11 @@ def demands(recipe: Recipe, *, critic: bool, rollouts: bool) -> tuple[Demand, ..
     """All worker groups of a run. Colocated rollout actors are part of the learners' bundles."""
     learners, actors = recipe.learners, recipe.rollouts
     together = rollouts and actors.placement == "colocated"
-    if together and actors.workers != learners.workers:
+    if together and actors.workers != learners.count:
         raise ConfigError(
-            f"rollouts.placement=colocated needs as many rollouts.workers ({actors.workers}) as learners.workers ({learners.workers})",
+            f"rollouts.placement=colocated needs as many rollouts.workers ({actors.workers}) as learners.workers ({learners.count})",
             why="actor i shares the bundle of learner worker i",
-            fix=f"set rollouts.workers={learners.workers}, or rollouts.placement=separate",
+            fix=f"set rollouts.workers={learners.count}, or rollouts.placement=separate",
         )
     groups = [learner_demand(learners, actors if together else None)]
     if critic:
@@ -103,7 +103,7 @@ def demands(recipe: Recipe, *, critic: bool, rollouts: bool) -> tuple[Demand, ..
 def learner_demand(learners: Learners, colocated: Rollouts | None = None) -> Demand:
     """The learners' own, with a rollout actor in each bundle where they are colocated."""
     cpus, gpus = (colocated.cpus_per_worker, colocated.gpus_per_worker) if colocated else (0.0, 0.0)
-    return Demand("learners", learners.workers, learners.cpus_per_worker + cpus, learners.gpus_per_worker + gpus)
+    return Demand("learners", learners.count, learners.cpus_per_worker + cpus, learners.gpus_per_worker + gpus)
 
 
 @dataclass(frozen=True, slots=True)

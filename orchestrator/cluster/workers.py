@@ -177,7 +177,7 @@ class LearnerGroup:
     def __init__(self, learners: Learners, *, logs: Path | None = None, name: str = "learner", colocated: Rollouts | None = None) -> None:
         """colocated: rollout actors that share the bundles (see RolloutPool)."""
         self.learners, self.logs, self.name = learners, logs, name
-        self.world = learners.workers
+        self.world = learners.count
         self.deadlines = _Deadlines(learners.start_timeout_s, learners.timeout_s)
         self.placement = Placement.reserve(learner_demand(learners, colocated), learners.start_timeout_s)
         self.actors: list[Any] = []

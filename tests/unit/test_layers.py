@@ -13,7 +13,7 @@ PACKAGE = ROOT / "orchestrator"
 
 FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"__init__", "errors", "config", "records", "episodes", "roles", "faults", "facts"}),
-    frozenset({"objectives", "checkpoints", "strict_yaml", "stages", "reference_page", "findings", "node_facts"}),
+    frozenset({"objectives", "checkpoints", "strict_yaml", "stages", "reference_page", "findings", "node_facts", "hardware"}),
     frozenset({"data", "models", "observe", "algorithms", "recipe", "identity", "upload"}),
     frozenset({"learner", "rollout", "cut", "dataset", "memory_model", "launchers"}),
     frozenset({"prompts"}),

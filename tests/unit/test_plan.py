@@ -11,6 +11,7 @@ from orchestrator.config import Learners, Recipe
 from orchestrator.data.packing import cost
 from orchestrator.dataset import DataSet, load_data
 from orchestrator.errors import ConfigError, NotEnoughResources
+from orchestrator.hardware import Hardware, Machine, imagined, this_machine
 from orchestrator.plan import LEGAL_SYNC, Plan, first_steps, largest_micro_batch, make_plan, memory_limit, size
 from orchestrator.recipe import load
 
@@ -27,12 +28,12 @@ def data_of(recipe: Recipe) -> DataSet:
     return _load(recipe.model_copy(update={"learners": Learners(), "batch": batch}).model_dump_json())
 
 
-def plan(*overrides, base="recipes/tiny/dpo.yaml", rows=64) -> Plan:
+def plan(*overrides, base="recipes/tiny/dpo.yaml", rows=64, hardware: Hardware | None = None) -> Plan:
     rows_of = "toy:sft" if "sft" in base else "toy:preference"
     given = [] if any(o.startswith("data.train") for o in overrides) else [f"data.train=[{{path: {rows_of}, max_rows: {rows}}}]", "data.eval=null"]
     recipe = load(base, [*given, "batch.effective=16", "batch.micro_batch=auto", "model.tiny.layers=1", *overrides]).stages[0].recipe
     algorithm = build(recipe.algorithm)
-    return make_plan(recipe, algorithm, data_of(recipe))
+    return make_plan(recipe, algorithm, data_of(recipe), hardware)
 
 
 def reason(found: Plan, name):
@@ -115,8 +116,13 @@ def test_less_memory_takes_a_higher_stage(precision, stages):
     for number, stage in enumerate(stages):
         found = limited(needs[stage] + 1000, *options)
         assert found.cut.zero_stage == stage
-        words = "the lowest stage whose state fits: fewest collectives" if number == 0 else "lower stages do not fit"
+        lowest, higher = "the lowest stage whose state fits: fewest collectives", "what needs fewer bytes on the wire does not fit the memory"
+        words = lowest if number == 0 else higher
         assert reason(found, "ZeRO stage") == (str(stage), words)
+    between = plan(*options, "learners.zero_stage=2", "learners.sync=per_micro_batch")
+    assert needs[3] < between.memory.total < needs[1]
+    found = limited(between.memory.total + 1000, *options)
+    assert (found.cut.zero_stage, found.cut.sync) == (2, "per_micro_batch")
     with pytest.raises(NotEnoughResources) as error:
         limited(needs[3] - 1000, *options)
     assert size(needs[3]) in error.value.what and "optimizer" in error.value.why and "learners.workers" in error.value.fix
@@ -151,12 +157,32 @@ def test_a_micro_batch_never_falls_below_one_example():
 
 def test_memory_limit_is_the_used_share_of_the_device():
     recipe = plan("batch.memory_limit_gb=2", "batch.memory_utilisation=0.5").recipe
-    assert memory_limit(recipe) == 1_000_000_000
+    assert memory_limit(recipe, this_machine()) == 1_000_000_000
 
 
 def test_a_cpu_worker_gets_its_share_of_the_machine():
     one, four = plan("learners.workers=1").memory_limit, plan("learners.workers=4").memory_limit
     assert one // 4 == pytest.approx(four, abs=1)
+
+
+# ---- hardware
+
+
+def test_a_gpu_worker_gets_its_share_of_the_smallest_gpu():
+    mixed = Hardware((Machine(8, 1, 1, 80_000_000_000), Machine(8, 1, 1, 40_000_000_000)))
+    options = ("learners.workers=2", "batch.memory_utilisation=0.5")
+    assert plan(*options, "learners.gpus_per_worker=1", hardware=mixed).memory_limit == 20_000_000_000
+    assert plan(*options, "learners.gpus_per_worker=0.5", hardware=mixed).memory_limit == 10_000_000_000
+
+
+def test_the_time_on_the_wire_follows_from_the_bandwidth():
+    found = plan("learners.workers=4", "batch.micro_batch=4", hardware=imagined(2, "h100-80g", network_gbit=8))
+    value, why = reason(found, "communication")
+    # a ring all-reduce over 4 workers sends 2 * 3/4 of the bytes; 8 Gbit/s are 1e9 bytes per second
+    assert value == f"at least {1.5 * found.traffic.reduced / 1e9:.3g} s a step"
+    assert "1 GB/s between 2 machines" in why and "given" in why
+    assert "communication" not in {c.name for c in plan("learners.workers=1", hardware=imagined(2, "h100-80g")).choices}
+    assert "communication" not in {c.name for c in plan("learners.workers=2").choices}  # nobody knows this machine's
 
 
 # ---- sync
@@ -243,7 +269,7 @@ def test_the_json_holds_everything_and_nothing_that_json_cannot():
     assert told.keys() == {f.name for f in fields(Plan)}
     assert told["memory"]["total"] == found.memory.total == sum(v for k, v in told["memory"].items() if k != "total")
     assert told["cut"] == {"workers": 2, "examples": 4, "positions": None, "layout": "prefix_shared", "zero_stage": 0, "sync": "no_sync"}
-    assert [c["name"] for c in told["choices"]] == ["layout", "ZeRO stage", "sync", "micro-batch"]
+    assert [c["name"] for c in told["choices"]] == ["hardware", "layout", "ZeRO stage", "sync", "micro-batch"]
     assert told["recipe"]["batch"]["effective"] == 16
 
 
