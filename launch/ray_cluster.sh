@@ -24,7 +24,7 @@ ACTIVATE=${ACTIVATE:-:}
 CLUSTER_DIR=${CLUSTER_DIR:-'$HOME/.orchestrator-cluster'}
 RAY_PORT=${RAY_PORT:-6379}
 DASHBOARD_PORT=${DASHBOARD_PORT:-8265}
-START_TIMEOUT_S=${START_TIMEOUT_S:-180}
+START_TIMEOUT_S=${START_TIMEOUT_S:-300}
 
 fail() {
     echo "ray_cluster.sh: $2" >&2
@@ -47,13 +47,13 @@ dir='"$CLUSTER_DIR"'
 umask 077
 mkdir -p "$dir"
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$dir/token RAY_USAGE_STATS_ENABLED=0
+export RAY_TMPDIR=/tmp/ray-$(id -un)-'"$RAY_PORT"' # short: sockets lie below it; of every machine, as the head decides
+mkdir -p "$RAY_TMPDIR"
 export RAY_health_check_period_ms=2000 RAY_health_check_timeout_ms=5000 RAY_health_check_failure_threshold=3
 '"$ACTIVATE"
 
 # Starts `ray start --block` in a session of its own, whose id is what `down` ends. Arguments: name, options of ray start.
 start='name=$1; shift
-export RAY_TMPDIR=/tmp/ray-$(id -un)-$name
-mkdir -p "$RAY_TMPDIR"
 setsid nohup ray start --block "$@" >"$dir/$name.log" 2>&1 </dev/null &
 echo $! >"$dir/$name.pid"'
 
@@ -66,7 +66,7 @@ if [ -n "$pid" ]; then
     for _ in $(seq 200); do pgrep -s "$pid" >/dev/null || break; sleep 0.1; done
     pkill -KILL -s "$pid" || true
 fi
-rm -rf "$dir/$name.pid" "/tmp/ray-$(id -un)-$name"'
+rm -f "$dir/$name.pid"'
 
 # Arguments: address of the head, nodes, deadline in seconds. Returns when so many nodes are alive.
 joined='python - "$@" <<"PYTHON"
@@ -99,7 +99,7 @@ up() {
     for name in "${names[@]}"; do
         on "$name" "$runs" "$name" 2>/dev/null && fail 73 "$name is up already (down first?)"
     done
-    trap 'echo "ray_cluster.sh: start failed, taking down what was started" >&2; down' ERR
+    trap 'echo "ray_cluster.sh: start failed, taking down what was started" >&2; down' EXIT
     # kept where there is one, so that `up` after a failure does not lock out who has copied it
     on "$head" '[ -s "$dir/token" ] || head -c 32 /dev/urandom | od -An -v -tx1 | tr -d " \n" >"$dir/token"; chmod 600 "$dir/token"'
     read -ra extra <<<"${options[0]}"
@@ -108,7 +108,6 @@ up() {
     until on "$head" 'ray health-check --address "$1"' "$head_address" >/dev/null 2>&1; do
         if ((SECONDS > deadline)) || ! on "$head" "$runs" "$head"; then
             on "$head" 'tail -n 20 "$dir/$1.log"' "$head" >&2
-            down
             fail 69 "the head did not start on $head within $START_TIMEOUT_S s"
         fi
         sleep 1
@@ -118,8 +117,8 @@ up() {
         read -ra extra <<<"${options[i]}"
         on "${names[i]}" "$start" "${names[i]}" --address="$head_address" --node-ip-address="${addresses[i]}" "${extra[@]}"
     done
-    on "$head" "$joined" "$head_address" "${#names[@]}" $((deadline - SECONDS))
-    trap - ERR
+    on "$head" "$joined" "$head_address" "${#names[@]}" $((deadline - SECONDS)) || fail 69 "not every machine joined within $START_TIMEOUT_S s"
+    trap - EXIT
 }
 
 submit() {
@@ -132,6 +131,9 @@ down() {
     local i failed=0
     for ((i = ${#names[@]} - 1; i >= 0; i--)); do # the head last: its nodes can say goodbye
         on "${names[i]}" "$stop" "${names[i]}" || { echo "ray_cluster.sh: ${names[i]} was not reached" >&2; failed=69; }
+    done
+    for ((i = 0; i < ${#names[@]}; i++)); do # after all, as machines may share their /tmp
+        on "${names[i]}" 'rm -rf "$RAY_TMPDIR"' || failed=69
     done
     return "$failed"
 }
