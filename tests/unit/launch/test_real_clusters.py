@@ -1,6 +1,6 @@
 """The launchers that need no scheduler, for real: Ray on one machine, on hosts by `ssh`, and as docker/compose.yaml starts it."""
 
-import os
+import shutil
 import subprocess
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -12,7 +12,7 @@ import yaml
 from tests.hosts import Hosts, hosts
 from tests.running import FEW, REPOSITORY, carriers, steps, wait_until
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 OVERRIDES = ("run.max_steps=4", f"data.train={FEW % 'preference'}", "data.eval=null", "batch.effective=16", "learners.cpus_per_worker=0.5")
 ARGUMENTS = ("tiny/dpo", *OVERRIDES, "tracking.wandb=off")
@@ -48,14 +48,17 @@ def test_hosts_by_ssh_come_up_run_a_job_and_go_down(cluster: Hosts, tmp_path: Pa
     ssh = tmp_path / "ssh"
     homes = cluster.root
     lines = "\n".join(f"{cluster.name(n)}) export HOME={cluster.home(n)} ;;" for n in range(cluster.count))
-    ssh.write_text(f'#!/bin/bash\nhost=$1; shift\ncase $host in\n{lines}\nesac\ncd "$HOME"\nexec ip netns exec "$host" sh -c "$*"\n')
+    # Ray picks the names of its sockets in a /tmp that these hosts share: one node after the other, or two take the same
+    alone = 'if [[ "$*" == *--address=* ]]; then timeout 90 sh -c "until grep -q started .orchestrator-cluster/$host.log; do sleep 0.2; done"; fi'
+    enter = f'cd "$HOME"\nip netns exec "$host" sh -c "$*" || exit\n{alone}\n'
+    ssh.write_text(f"#!/bin/bash\nhost=$1; shift\ncase $host in\n{lines}\nesac\n{enter}")
     ssh.chmod(0o755)
     names = [f"{cluster.name(n)} {cluster.address(n)} --num-cpus={1 if n else 0} {RAY}" for n in range(cluster.count)]
     (tmp_path / "hosts.txt").write_text("# the head has no CPU for workers\n" + "\n".join(names))
 
     def launch(verb: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
         command = [str(REPOSITORY / "launch" / "ray_cluster.sh"), verb, str(tmp_path / "hosts.txt"), *map(str, arguments)]
-        environment = cluster.environment(0, {"SSH": str(ssh), "WORKDIR": str(REPOSITORY), "START_TIMEOUT_S": "120"})
+        environment = cluster.environment(0, {"SSH": str(ssh), "WORKDIR": str(REPOSITORY), "START_TIMEOUT_S": "240"})
         return subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=400, check=False)
 
     try:
@@ -94,15 +97,21 @@ def test_what_compose_starts_is_a_cluster_that_runs_the_job(cluster: Hosts, tmp_
         return asked | {"RAY_TMPDIR": folder, "HOME": str(cluster.home(host))}
 
     with ExitStack() as running:
+        for host in range(cluster.count):  # a container has a default route, by which Ray finds its own address
+            subprocess.run(["ip", "-n", cluster.name(host), "route", "add", "default", "via", cluster.outside], check=True)
         for host, service in enumerate(("head", "worker-1", "worker-2")):
-            os.makedirs(f"/tmp/{cluster.name(host)}", exist_ok=True)
+            folder = Path(f"/tmp/{cluster.name(host)}")
+            folder.mkdir()
+            running.callback(shutil.rmtree, folder, ignore_errors=True)
             command = [placed(word) for word in services[service]["command"]]
-            running.enter_context(cluster.started(host, *command, RAY, env=variables(service, host)))
+            node = running.enter_context(cluster.started(host, *command, RAY, env=variables(service, host)))
             check = [placed(word) for word in services[service]["healthcheck"]["test"][1:]]
             well = wait_until(
                 lambda host=host, check=check, service=service: cluster.inside(host, *check, env=variables(service, host)).code == 0, 90.0
             )
-            assert well, f"{service} is not well"
+            if not well:
+                node.kill()
+                pytest.fail(f"{service} is not well: {node.communicate()}")
         assert wait_until(lambda: cluster.inside(0, "ray", "status", env=variables("head", 0)).out.count("node_") == 3, 60.0)
         assert cluster.inside(1, "ray", "health-check", env=variables("worker-1", 1)).code == 0, "the image's own check, on a worker"
         submit = [placed(word) for word in services["submit"]["command"]]
