@@ -9,7 +9,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
@@ -17,16 +17,21 @@ from rich.console import Console
 from orchestrator import run_offline, run_online
 from orchestrator.algorithms import build
 from orchestrator.cluster.placement import check_capacity
+from orchestrator.cluster.probes import on_cluster
 from orchestrator.cluster.workers import LearnerGroup
 from orchestrator.config import Recipe
 from orchestrator.dataset import load_data
 from orchestrator.errors import ConfigError, NotEnoughResources, OutOfMemory, WorkerLost
+from orchestrator.facts import ClusterFacts, Need
+from orchestrator.findings import Finding, judge
+from orchestrator.hardware import Hardware, of_cluster
 from orchestrator.identity import fingerprint
 from orchestrator.job import Job, plan_job
 from orchestrator.learner.learner import LearnerSpec
 from orchestrator.observe.dashboard import write_report
 from orchestrator.observe.sinks import read_lines
 from orchestrator.plan import Plan
+from orchestrator.preflight import asked_by, look, need_of, require
 from orchestrator.prompts import load_prompts
 from orchestrator.recipe import dump
 from orchestrator.records import Progress, SequenceGroup
@@ -47,16 +52,27 @@ class Outcome:
     after: Mapping[str, float]
 
 
-def train(recipe: Recipe, root: Path, console: Console) -> Outcome:
-    """Runs a recipe to its end in the folder `root`, going on from a verified checkpoint if one is there."""
-    job = plan_job(recipe, console)
-    check_capacity(job.demands())
+def train(recipe: Recipe, root: Path, console: Console, facts: ClusterFacts | None = None) -> Outcome:
+    """Runs a recipe to its end in the folder `root`, going on from a verified checkpoint if one is there. facts: what is known of
+    the cluster; looked up where nobody did yet."""
+    facts = facts or look(asked_by([recipe]), root)
+    job = plan_job(recipe, console, of_cluster(facts))
+    _preflight(judge(facts, need_of(job)), console)
     identity = fingerprint(recipe, job.data.loaded.fingerprint, "")
     with open_run(root, identity, dump(recipe), job.plan_json()) as folder, _stop_signals() as stopped:
         progress = _supervise(job, folder, stopped)
         report = write_report(root)
     before, after = _before_and_after(folder.metrics)
     return Outcome(root, folder.export, report, progress.step, before, after)
+
+
+def _preflight(findings: Sequence[Finding], console: Console) -> None:
+    """Says what is doubtful on a cluster; an error before anything is placed where the run cannot work."""
+    if on_cluster():
+        for finding in findings:
+            if finding.level == "warning":
+                console.print(f"{finding.check}: {finding.where}: {finding.what}\n  fix: {finding.fix}", markup=False)
+    require(findings)
 
 
 def _supervise(job: Job, folder: RunFolder, stopped: Callable[[], bool]) -> Progress:
@@ -126,19 +142,40 @@ def _stop_signals() -> Iterator[Callable[[], bool]]:
 def train_stages(stages: Sequence[Stage], root: Path, console: Console) -> dict[str, Outcome]:
     """Trains a recipe, or a pipeline stage by stage in root/NAME, each with the exports of the stages it names."""
     outcomes: dict[str, Outcome] = {}
-    for stage in stages:
+    facts = look(asked_by([stage.recipe for stage in stages]), root)
+    for stage in _grouped(stages, root.name):
         folder = root if len(stages) == 1 else root / stage.name
         if len(stages) > 1:
             console.rule(stage.name, align="left")
-        outcomes[stage.name] = train(resolve(stage.recipe, {n: o.export for n, o in outcomes.items()}), folder, console)
+        outcomes[stage.name] = train(resolve(stage.recipe, {n: o.export for n, o in outcomes.items()}), folder, console, facts)
     return outcomes
 
 
-def plan_stages(stages: Sequence[Stage]) -> list[tuple[str, Plan]]:
-    """Plans of the stages that take no other stage's export."""
+def _grouped(stages: Sequence[Stage], name: str) -> list[Stage]:
+    """Stages of a pipeline stand together in wandb, under its name if the recipe gives none."""
+    if len(stages) == 1:
+        return list(stages)
+
+    def tracked(recipe: Recipe) -> Recipe:
+        group = recipe.tracking.group or name
+        return recipe.model_copy(update={"tracking": recipe.tracking.model_copy(update={"group": group})})
+
+    return [replace(stage, recipe=tracked(stage.recipe)) for stage in stages]
+
+
+def plan_stages(stages: Sequence[Stage], hardware: Hardware | None = None) -> list[tuple[str, Plan]]:
+    """Plans of the stages that take no other stage's export, on `hardware` or on what there is."""
     quiet = Console(quiet=True)
     ready = [s for s in stages if not references(s.recipe)]
-    return [(stage.name, plan_job(stage.recipe, quiet).plan) for stage in ready]
+    hardware = hardware or of_cluster(look(asked_by([s.recipe for s in ready])))
+    return [(stage.name, plan_job(stage.recipe, quiet, hardware).plan) for stage in ready]
+
+
+def diagnose(stages: Sequence[Stage], root: Path | None) -> tuple[Finding, ...]:
+    """What `orchestrator doctor` finds: of the cluster, and of what the first plannable stage needs, if a recipe is given."""
+    facts = look(asked_by([stage.recipe for stage in stages]), root)
+    ready = [s.recipe for s in stages if not references(s.recipe)]
+    return judge(facts, need_of(plan_job(ready[0], Console(quiet=True), of_cluster(facts))) if ready else Need())
 
 
 def first_batch(recipe: Recipe) -> tuple[tuple[SequenceGroup, ...], Callable[[int], str]]:
@@ -160,10 +197,10 @@ def evaluate(recipe: Recipe, model: Path | None, console: Console) -> dict[str, 
     if model is not None:
         cfg = recipe.model.model_copy(update={"path": str(model), "tiny": None, "revision": None, "lora": None})
         policy = recipe.model_copy(update={"model": cfg})
-    job = plan_job(policy, console)
+    job = plan_job(policy, console, of_cluster(look(asked_by([policy]))))
     if job.prompts is not None:
         return run_online.evaluate(job)
-    with LearnerGroup(recipe.learners) as group:
+    with LearnerGroup(job.recipe.learners) as group:
         attach = attach_reference(recipe, job.algorithm, job.data, job.plan.cut, group, console.print, train=False)
-        group.build(LearnerSpec(policy, job.plan.cut, 1))
+        group.build(LearnerSpec(job.recipe, job.plan.cut, 1))
         return dict(run_offline.evaluator(job.data, policy, group, attach).evaluate(job.plan.cut, 0).metrics)

@@ -100,7 +100,11 @@ def _short_of(facts: ClusterFacts, groups: Sequence[WorkerGroup], unit: str) -> 
     others = sum(g.workers * _each(g, unit) for g in asking[1:])
     first, key = asking[0], "gpus_per_worker" if unit == "GPUs" else "cpus_per_worker"
     fits = int((total - others) / _each(first, unit) + 1e-6)
-    fixes = [f"set {first.what}.workers={fits}"] if fits > 0 else [f"set {first.what}.{key}={'0 to train on CPUs' if not total else 'lower'}"]
+    fixes = [f"set {first.what}.workers={fits}"] if fits > 0 else []
+    if unit == "CPUs" and total > others:
+        fixes.append(f"set {first.what}.{key}={(total - others) / first.workers:.2g}")
+    if not total:
+        fixes.append(f"set {first.what}.{key}=0 to train on CPUs")
     fixes += [_uncounted(node, capacity) for node, capacity in _pairs(facts) if unit == "GPUs" and len(node.devices) > capacity.gpus]
     fixes.append(f"add nodes (ray start --address=HEAD:6379 --num-{unit.lower()}=N)")
     what = f"{_demand(asking, unit)}, the cluster has {_supply(facts, unit)}"
@@ -180,6 +184,8 @@ def _disk(facts: ClusterFacts, need: Need) -> list[Finding]:
 
 
 def _shm(facts: ClusterFacts, _: Need) -> list[Finding]:
+    if not any(node.shm_total for node in facts.nodes):
+        return [Finding("shm", "ok", _all(facts), "this system has no /dev/shm")]
     found = []
     for node, capacity in _pairs(facts):
         fix = "docker run --shm-size=16g; Kubernetes: an emptyDir with medium: Memory at /dev/shm; else mount -o remount,size=16G /dev/shm"

@@ -93,7 +93,7 @@ def of_cluster(facts: ClusterFacts) -> Hardware:
         Machine(capacity[n.name].cpus, capacity[n.name].gpus, n.ram, min((d.memory for d in n.devices), default=0)) for n in facts.nodes
     )
     measured = facts.all_reduce.rate if facts.all_reduce is not None and facts.all_reduce.error is None else None
-    return Hardware(machines, between=measured, source="measured" if measured else "as Ray counts it")
+    return Hardware(machines, between=measured, source="measured" if measured else "as it is" if len(machines) == 1 else "as Ray counts it")
 
 
 @dataclass(frozen=True, slots=True)

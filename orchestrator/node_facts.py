@@ -9,6 +9,7 @@ import shutil
 import socket
 import struct
 import subprocess
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -34,12 +35,14 @@ MARKER = ".preflight-"
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 WANDB_SERVER = "https://api.wandb.ai"
 SIOCGIFADDR = 0x8915
+SHM = Path("/dev/shm")
+PORT_RANGE = Path("/proc/sys/net/ipv4/ip_local_port_range")
+"""Linux has them; a Mac, on which one tries things out, does not."""
 
 
 def node_facts(name: str, address: str, models: Sequence[ModelSource], libraries: Sequence[str]) -> NodeFacts:
     """Everything that a process can tell without speaking to other nodes. libraries: to report beside LIBRARIES."""
-    shm = shutil.disk_usage("/dev/shm")
-    low, high = Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()
+    shm = shutil.disk_usage(SHM) if SHM.is_dir() else None
     return NodeFacts(
         name=name,
         address=address,
@@ -50,14 +53,21 @@ def node_facts(name: str, address: str, models: Sequence[ModelSource], libraries
         },
         devices=devices(),
         ram=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        shm_total=shm.total,
-        shm_free=shm.free,
+        shm_total=shm.total if shm else 0,
+        shm_free=shm.free if shm else 0,
         limits=Limits(*(_soft(kind) for kind in (resource.RLIMIT_NOFILE, resource.RLIMIT_NPROC, resource.RLIMIT_MEMLOCK))),
         rdma=any(Path("/sys/class/infiniband").glob("*")),
         interface=interface_of(address),
-        ports=(int(low), int(high)),
+        ports=_ports(),
         absent=tuple(Absent(model.path, why) for model in models if (why := _absence(model)) is not None),
     )
+
+
+def _ports() -> tuple[int, int]:
+    if not PORT_RANGE.is_file():
+        return 49152, 65535  # IANA's, as on macOS
+    low, high = PORT_RANGE.read_text().split()
+    return int(low), int(high)
 
 
 def installed(library: str) -> str:
@@ -102,7 +112,9 @@ def _soft(kind: int) -> int | None:
 
 
 def interface_of(address: str) -> str:
-    """The network device that holds an IPv4 address, "" where none does."""
+    """The network device that holds an IPv4 address, "" where none does or the system is no Linux."""
+    if sys.platform != "linux":
+        return ""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         for _, name in socket.if_nameindex():
             try:

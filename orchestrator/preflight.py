@@ -13,13 +13,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from orchestrator.algorithms import critic
 from orchestrator.cluster.probes import here, on_cluster, survey
-from orchestrator.config import Recipe
-from orchestrator.errors import ConfigError, MissingInput, NotEnoughResources, OrchestratorError, OutputError
+from orchestrator.config import ONLINE, Recipe
+from orchestrator.errors import ConfigError, Exit, MissingInput, NotEnoughResources, OrchestratorError, OutputError
 from orchestrator.facts import Capacity, ClusterFacts, ModelSource, Need, WorkerGroup
 from orchestrator.findings import Finding, judge
 from orchestrator.job import Job
 from orchestrator.memory_model import fake_model, parameter_counts
 from orchestrator.node_facts import shared_folder, unmet_requirements, wandb_trouble
+from orchestrator.stages import STAGE
 
 HERE = "this machine"
 STATE_BYTES = 12
@@ -78,12 +79,25 @@ def _on_hub(path: str) -> bool:
     return not Path(path).is_dir() and not path.startswith(("/", ".")) and path.count("/") == 1
 
 
-def examine(need: Need, root: Path | None = None) -> tuple[Finding, ...]:
-    """Looks at the cluster of RAY_ADDRESS, node by node; without one at this machine, without starting Ray.
+def look(asked: Need, root: Path | None = None) -> ClusterFacts:
+    """What there is on the cluster of RAY_ADDRESS, node by node; without one on this machine, without starting Ray.
     root: the run folder; None leaves storage and disk out. No wait is longer than the deadlines in cluster/probes.py."""
-    # without a recipe GPUs are of interest wherever there are some
-    facts = survey(root, need.models, need.libraries, gpus=need.gpus or not need.groups) if on_cluster() else this_machine(need, root)
-    return judge(replace(facts, wandb=wandb_trouble()) if need.wandb == "online" else facts, need)
+    # before a plan GPUs are of interest wherever there are some
+    facts = survey(root, asked.models, asked.libraries, gpus=asked.gpus or not asked.groups) if on_cluster() else this_machine(asked, root)
+    return replace(facts, wandb=wandb_trouble()) if asked.wandb == "online" else facts
+
+
+def asked_by(recipes: Sequence[Recipe]) -> Need:
+    """What is known of runs before they are planned: the weights they load (not those that a stage will make), and wandb."""
+    models = dict.fromkeys(m for recipe in recipes for m in model_sources(recipe) if not m.path.startswith(STAGE))
+    vllm = any(recipe.algorithm.name in ONLINE and recipe.rollouts.engine == "vllm" for recipe in recipes)
+    online = any(recipe.tracking.wandb == "online" for recipe in recipes)
+    return Need(models=tuple(models), wandb="online" if online else "off", libraries=("vllm",) if vllm else ())
+
+
+def examine(need: Need, root: Path | None = None) -> tuple[Finding, ...]:
+    """Looks and judges."""
+    return judge(look(need, root), need)
 
 
 def this_machine(need: Need, root: Path | None) -> ClusterFacts:
@@ -95,12 +109,22 @@ def this_machine(need: Need, root: Path | None) -> ClusterFacts:
     return ClusterFacts((facts,), (has,), unmet=unmet_requirements(), auth=auth, skipped="there is one node")
 
 
+def exit_code(findings: Sequence[Finding]) -> Exit:
+    """Of the first error; 0 without one."""
+    errors = [f.check for f in findings if f.level == "error"]
+    return _kind(errors[0]).exit_code if errors else Exit.OK
+
+
+def _kind(check: str) -> type[OrchestratorError]:
+    return ERRORS.get(check, NotEnoughResources)
+
+
 def require(findings: Sequence[Finding]) -> None:
     """Raises what the first error is, with the exit code of its kind; all errors and their fixes are in the message."""
     errors = [f for f in findings if f.level == "error"]
     if not errors:
         return
-    kind = ERRORS.get(errors[0].check, NotEnoughResources)
+    kind = _kind(errors[0].check)
     if len(errors) == 1:
         raise kind(f"{errors[0].where}: {errors[0].what}", fix=errors[0].fix)
     lines = [f"{f.check}: {f.where}: {f.what}\n       fix: {f.fix}" for f in errors]

@@ -43,7 +43,7 @@ class Hosts:
     token: str | None
     ray_folder: Path = field(default_factory=lambda: Path(tempfile.mkdtemp(prefix="o")))  # short: sockets lie below it
     tag: str = field(default_factory=lambda: uuid.uuid4().hex)
-    net: int = field(default_factory=lambda: os.getpid() % 250 + 1)
+    net: int = field(default_factory=lambda: secrets.randbelow(250) + 1)
 
     def name(self, host: int) -> str:
         return f"o{self.net}h{host}"
@@ -168,8 +168,9 @@ class Hosts:
             return not carriers(self.tag)
 
         ended = wait_until(kill, 30.0)
-        for host in range(self.count):
-            subprocess.run(["ip", "netns", "del", self.name(host)], check=False, capture_output=True)  # what `up` did not come to
+        for host in range(self.count):  # unchecked: `up` may not have come to all of them
+            subprocess.run(["ip", "link", "del", f"{self.name(host)}v"], check=False, capture_output=True)  # else it stays a while
+            subprocess.run(["ip", "netns", "del", self.name(host)], check=False, capture_output=True)
         subprocess.run(["ip", "link", "del", f"o{self.net}br"], check=False, capture_output=True)
         shutil.rmtree(self.ray_folder, ignore_errors=True)
         assert ended, f"still running: {carriers(self.tag)}"

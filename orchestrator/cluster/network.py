@@ -2,6 +2,8 @@
 
 import os
 
+from orchestrator.node_facts import interface_of
+
 GLOO = "GLOO_SOCKET_IFNAME"
 
 
@@ -13,9 +15,5 @@ def speak_from(address: str) -> None:
     """
     if GLOO in os.environ:
         return
-    import psutil
-
-    for interface, addresses in psutil.net_if_addrs().items():
-        if any(a.address == address for a in addresses):
-            os.environ[GLOO] = interface
-            return
+    if interface := interface_of(address):
+        os.environ[GLOO] = interface

@@ -7,11 +7,9 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -150,15 +148,6 @@ print(json.dumps([asdict(f) for f in examine(need, Path(sys.argv[1]))]))
 NEEDS_IPTABLES = pytest.mark.skipif(shutil.which("iptables") is None, reason="the firewall between two hosts needs iptables")
 
 
-@contextmanager
-def own_hosts(root: Path, *, authenticated: bool) -> Iterator[Hosts]:
-    """Hosts whose links are gone at the end: sockets that nobody owns any more keep a namespace, and with it its link, for a minute."""
-    with hosts(root, authenticated=authenticated) as made:
-        yield made
-    for host in range(made.count):
-        subprocess.run(["ip", "link", "del", f"{made.name(host)}v"], check=False, capture_output=True, timeout=30)
-
-
 def doctor(cluster: Hosts, root: Path) -> list[Finding]:
     """What the doctor says on the head."""
     done = cluster.inside(0, sys.executable, "-c", SCRIPT, root, env={"RAY_ADDRESS": f"{cluster.address(0)}:6379"})
@@ -175,7 +164,7 @@ def label(cluster: Hosts, host: int, findings: list[Finding]) -> str:
 
 @pytest.mark.slow
 def test_three_hosts_with_a_token_are_healthy(tmp_path: Path) -> None:
-    with own_hosts(tmp_path, authenticated=True) as cluster:
+    with hosts(tmp_path, authenticated=True) as cluster:
         cluster.start_cluster()
         findings = doctor(cluster, tmp_path / "runs")
         assert [asdict(f) for f in findings if f.level != "ok"] == []
@@ -194,7 +183,7 @@ def faulty(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Hosts, Pa
     (fake / "trl-0.0.1.dist-info").mkdir(parents=True)
     (fake / "trl-0.0.1.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: trl\nVersion: 0.0.1\n")
     read_only = f'mount --bind {shared} {shared} && mount -o remount,ro,bind {shared} && exec "$@"'
-    with own_hosts(root, authenticated=False) as cluster:
+    with hosts(root, authenticated=False) as cluster:
         cluster.start_ray(0)
         cluster.start_ray(1, env={"PYTHONPATH": str(fake)})
         cluster.start_ray(2, before=("unshare", "-m", "sh", "-c", read_only, "sh"))

@@ -28,7 +28,7 @@ class Bad:
 CASES = (
     Bad("unknown key", ("batch.efective=64",), 78, ("batch.efective", "did you mean batch.effective?")),
     Bad("unknown loss", ("algorithm.loss=sigmoyd",), 78, ("sigmoyd", "did you mean", "sigmoid")),
-    Bad("too many workers", ("learners.workers=4", "learners.cpus_per_worker=1000"), 69, ("4 workers", "CPU", "learners.workers")),
+    Bad("too many workers", ("learners.workers=4", "learners.cpus_per_worker=1000"), 69, ("4 learners", "CPU", "learners.cpus_per_worker=")),
     Bad("little memory", ("batch.memory_limit_gb=0.001",), 69, ("it may use 0.8 MB", "weights", "learners.zero_stage")),
 )
 MORE_CASES = (
