@@ -35,31 +35,6 @@ out = Console(highlight=False, soft_wrap=True)
 
 
 @app.command()
-def plan(recipe: RecipeArgument, overrides: Overrides = None, as_json: Annotated[bool, typer.Option("--json")] = False) -> None:
-    """Dry run: data report, batch arithmetic, ZeRO stage and sync policy with the reason, memory and traffic."""
-    stages = recipes.load(recipe, overrides or ()).stages  # before the heavy imports: a mistake in it is told at once
-    from orchestrator.assemble import plan_stages
-    from orchestrator.plan_view import render
-
-    plans = plan_stages(stages)
-    if as_json:
-        documents = [{"stage": name, **p.to_json()} for name, p in plans]
-        print(json.dumps(documents[0] if len(documents) == 1 else documents, indent=1))
-        return
-    for name, p in plans:
-        out.rule(name, align="left")
-        out.print(render(p))
-    planned = {name for name, _ in plans}
-    for stage in stages:
-        if stage.name not in planned:
-            needed = ", ".join(dict.fromkeys(references(stage.recipe).values()))
-            out.print(f"{stage.name} is planned when what it takes from other stages has been trained ({needed})")
-    if len(stages) == 1:
-        out.rule("resolved recipe", align="left")
-        out.print(recipes.dump(stages[0].recipe), markup=False)
-
-
-@app.command()
 def train(
     recipe: RecipeArgument,
     overrides: Overrides = None,
@@ -69,8 +44,7 @@ def train(
     loaded = recipes.load(recipe, overrides or ())
     from orchestrator.assemble import train_stages
 
-    name = loaded.stages[0].recipe.run.name if len(loaded.stages) == 1 else loaded.path.stem
-    outcomes = train_stages(loaded.stages, output or Path("runs") / name, out)
+    outcomes = train_stages(loaded.stages, output or Path("runs") / loaded.name, out)
     out.print(_results(outcomes))
     for outcome in outcomes.values():
         out.print(f"report  {outcome.report}\nmodel   {outcome.export}")
@@ -106,8 +80,9 @@ def verify(
     cfg = _last(recipe, overrides)
     from orchestrator.verify import TOLERANCE, run
 
+    cfg = cfg.with_workers(2) if cfg.learners.workers == "auto" else cfg
     try:
-        counts = sorted({int(n) for n in workers.split(",")} if workers else {1, cfg.learners.workers})
+        counts = sorted({int(n) for n in workers.split(",")} if workers else {1, cfg.learners.count})
     except ValueError:
         raise ConfigError(f"--workers {workers!r} is not a list of numbers", fix="write e.g. --workers 1,2,4") from None
     tolerance, failed = TOLERANCE[cfg.learners.precision], 0

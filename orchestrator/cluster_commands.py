@@ -3,8 +3,10 @@
 Heavy imports happen inside the commands, as in `cli`.
 """
 
+import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,8 +15,9 @@ from rich.console import Console
 from rich.table import Table
 
 from orchestrator import recipe as recipes
-from orchestrator.errors import Exit, OrchestratorError
+from orchestrator.errors import ConfigError, Exit, OrchestratorError
 from orchestrator.observe.live_table import LiveTable, StepLine
+from orchestrator.stages import references
 
 if TYPE_CHECKING:
     from orchestrator.cluster.jobs import Attempt, Jobs
@@ -22,6 +25,8 @@ if TYPE_CHECKING:
 app = typer.Typer(add_completion=False)
 out = Console(highlight=False, soft_wrap=True)
 
+RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="a YAML file, or a built-in name such as tiny/dpo")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[a.b=c]...", help="overrides, e.g. batch.effective=64")]
 Address = Annotated[
     str, typer.Option("--address", envvar=["RAY_API_SERVER_ADDRESS", "RAY_DASHBOARD_ADDRESS"], help="the cluster's dashboard, http://HEAD:8265")
 ]
@@ -30,33 +35,48 @@ WorkingDir = Annotated[Path, typer.Option("--working-dir", help="the folder that
 Grace = Annotated[int, typer.Option("--stop-grace", min=1, metavar="SECONDS", help="between SIGTERM and SIGKILL when the job is stopped")]
 Follow = Annotated[bool, typer.Option("--follow/--no-follow", help="show the job's log until it ends; Ctrl-C leaves the job running")]
 LOCAL = "http://127.0.0.1:8265"
+ON_GPUS = ("learners.workers=auto", "learners.gpus_per_worker=1")
+"""What a plan for GPUs fills in where the command line says nothing else."""
 
 
 @app.command()
 def submit(
-    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="a YAML file, or a built-in name such as tiny/dpo")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[a.b=c]...")] = None,
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
     address: Address = LOCAL,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="run folder on storage that all nodes see; default ./runs/NAME")] = None,
     working_dir: WorkingDir = Path("."),
     stop_grace: Grace = 300,
     follow: Follow = True,
+    to: Annotated[str | None, typer.Option("--to", metavar="slurm|k8s|sky", help="start machines by a scheduler instead")] = None,
+    only_print: Annotated[bool, typer.Option("--print", help="with --to: print what would be handed over")] = False,
+    nodes: Annotated[int, typer.Option(min=1, help="with --to: machines")] = 1,
+    gpus_per_node: Annotated[int, typer.Option(min=0, help="with --to")] = 8,
+    cpus_per_node: Annotated[int, typer.Option(min=1, help="with --to")] = 32,
+    gpu: Annotated[str, typer.Option(help="with --to sky: the kind of GPU")] = "H100",
+    image: Annotated[str, typer.Option(help="with --to k8s or sky: a container built from docker/")] = "orchestrator:latest",
 ) -> None:
     """Runs a recipe as a Ray job; submitting the same again follows it, or goes on where it ended early."""
     loaded = recipes.load(recipe, overrides or ())  # a mistake in it is told before anything leaves this machine
+    folder = (output or Path("runs") / loaded.name).absolute()
+    if to is not None:
+        from orchestrator.launchers import Launch, artefact, dispatch
+
+        changes = tuple(overrides or ())
+        text = artefact(to, Launch(recipe, changes, loaded.name, nodes, gpus_per_node, cpus_per_node, str(folder), image, gpu))
+        print(text if only_print else dispatch(to, text), end="")
+        return
     from orchestrator import submission
     from orchestrator.cluster.jobs import Jobs
     from orchestrator.upload import collect
 
-    run = submission.run_name(loaded)
-    folder = (output or Path("runs") / run).absolute()
     command = submission.entrypoint(recipe, overrides or (), folder, working_dir)
     upload = collect(working_dir)
     jobs = Jobs(address)
-    decision = submission.decide(jobs.attempts(run), command)
+    decision = submission.decide(jobs.attempts(loaded.name), command)
     if decision.number is not None:
         out.print(f"uploading {upload.summary()}", markup=False)
-        id = submission.start(jobs, run, command, decision.number, upload, stop_grace)
+        id = submission.start(jobs, loaded.name, command, decision.number, upload, stop_grace)
         again = "" if decision.attempt is None else f"; {decision.attempt.id} ended as {decision.attempt.status}, this goes on in its run folder"
         out.print(f"submitted {id} to {address}{again}")
     else:
@@ -64,9 +84,84 @@ def submit(
         id = decision.attempt.id
         out.print(f"{id} is {decision.attempt.status} already; nothing was submitted")
     out.print(f"run folder  {folder}  (all nodes must see it: orchestrator doctor)")
-    _say_next(run, address)
+    _say_next(loaded.name, address)
     if follow:
-        _follow(jobs, id, run, address)
+        _follow(jobs, id, loaded.name, address)
+
+
+@app.command()
+def plan(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    address: Annotated[str | None, typer.Option("--address", help="plan on the nodes of this cluster, http://HEAD:8265, bandwidth measured")] = None,
+    gpu: Annotated[str | None, typer.Option("--gpu", help="plan without the machines: a GPU of the table, e.g. h100-80g")] = None,
+    nodes: Annotated[int, typer.Option("--nodes", min=1, help="with --gpu: machines")] = 1,
+    gpus_per_node: Annotated[int | None, typer.Option(min=1, help="with --gpu; default: as many as is usual")] = None,
+    network_gbit: Annotated[float | None, typer.Option(min=0.001, help="with --gpu: Gbit/s between machines; default 100")] = None,
+    as_json: Annotated[bool, typer.Option("--json")] = False,
+    working_dir: WorkingDir = Path("."),
+) -> None:
+    """Dry run: data report, batch arithmetic, ZeRO stage and sync policy with the reason, memory and traffic. With --address or
+    --gpu the workers are as many as those machines have room for."""
+    if address is not None:
+        fill = ["learners.workers=auto", *(overrides or ())]
+        recipes.load(recipe, fill)
+        _ask_cluster(address, recipe, working_dir, lambda there: ["plan", there, *fill, *(["--json"] if as_json else [])])
+        return
+    if gpu is None and (nodes > 1 or gpus_per_node or network_gbit):
+        raise ConfigError("--nodes, --gpus-per-node and --network-gbit say nothing without --gpu", fix="add e.g. --gpu h100-80g")
+    from orchestrator import hardware
+
+    machines = hardware.imagined(nodes, gpu, gpus_per_node, network_gbit) if gpu else None
+    loaded = recipes.load(recipe, [*(ON_GPUS if gpu else ()), *(overrides or ())])
+    from orchestrator.assemble import plan_stages
+    from orchestrator.plan_view import render
+
+    plans = plan_stages(loaded.stages, machines)
+    if as_json:
+        documents = [{"stage": name, **p.to_json()} for name, p in plans]
+        print(json.dumps(documents[0] if len(documents) == 1 else documents, indent=1))
+        return
+    for name, p in plans:
+        out.rule(name, align="left")
+        out.print(render(p))
+    for stage in loaded.stages:
+        if needed := ", ".join(dict.fromkeys(references(stage.recipe).values())):
+            out.print(f"{stage.name} is planned when what it takes from other stages has been trained ({needed})")
+    if len(loaded.stages) == 1:
+        out.rule("resolved recipe", align="left")
+        out.print(recipes.dump(plans[0][1].recipe), markup=False)
+
+
+@app.command()
+def doctor(
+    recipe: Annotated[str | None, typer.Argument(metavar="[RECIPE]", help="checks what this run needs as well")] = None,
+    overrides: Overrides = None,
+    address: Annotated[str | None, typer.Option("--address", help="look at this cluster, http://HEAD:8265; default: this machine")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="the run folder that the nodes will share")] = None,
+    as_json: Annotated[bool, typer.Option("--json")] = False,
+    working_dir: WorkingDir = Path("."),
+) -> None:
+    """Looks at every node: versions, GPUs, storage, network, bandwidth, token. Each trouble comes with its fix."""
+    loaded = recipes.load(recipe, overrides or ()) if recipe is not None else None
+    folder = output.absolute() if output else None
+    if address is not None:
+        where = [*(["--output", str(folder)] if folder else []), *(["--json"] if as_json else [])]
+        _ask_cluster(address, recipe, working_dir, lambda there: ["doctor", *([there, *(overrides or ())] if there else []), *where])
+        return
+    from dataclasses import asdict
+
+    from orchestrator.assemble import diagnose
+    from orchestrator.findings import render
+    from orchestrator.preflight import exit_code
+
+    findings = diagnose(loaded.stages if loaded else (), folder)
+    if as_json:
+        print(json.dumps([asdict(f) for f in findings], indent=1))
+    else:
+        out.print(render(findings))
+    if code := exit_code(findings):
+        sys.exit(code)
 
 
 @app.command()
@@ -138,6 +233,19 @@ def resume(run: RunArgument, address: Address = LOCAL, working_dir: WorkingDir =
     _say_next(last.run, address)
     if follow:
         _follow(jobs, id, last.run, address)
+
+
+def _ask_cluster(address: str, recipe: str | None, working_dir: Path, words: Callable[[str], list[str]]) -> None:
+    """Runs a command on the cluster and shows what it says. words: the command, of the recipe's name there ("" without one)."""
+    from orchestrator import submission
+    from orchestrator.cluster.jobs import Jobs, exit_code
+    from orchestrator.upload import collect
+
+    name = submission.there(recipe, working_dir) if recipe is not None else ""
+    jobs, upload = Jobs(address), collect(working_dir)
+    attempt = jobs.follow(submission.ask(jobs, words(name), upload), lambda text: print(text, end=""))
+    if code := exit_code(attempt):
+        sys.exit(code)
 
 
 def _find(jobs: "Jobs", name: str) -> "Attempt":

@@ -198,7 +198,9 @@ class Offload(Section):
 
 
 class Learners(Section):
-    workers: int = Field(1, ge=1, description="DeepSpeed ranks, each a Ray actor")
+    workers: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        1, description="DeepSpeed ranks, each a Ray actor; auto: as many as there is room for beside the other actors"
+    )
     gpus_per_worker: float = Field(0, ge=0, description="0: on the CPU")
     cpus_per_worker: float = Field(1, gt=0, description="reserved in Ray for each worker")
     zero_stage: Literal["auto", 0, 1, 2, 3] = Field("auto", description="auto: the lowest whose state fits")

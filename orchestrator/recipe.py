@@ -36,6 +36,11 @@ class Loaded:
     path: Path
     stages: tuple[Stage, ...]
 
+    @property
+    def name(self) -> str:
+        """Of the run folder and of a job: run.name, or a pipeline's file name."""
+        return self.stages[0].recipe.run.name if len(self.stages) == 1 else self.path.stem
+
 
 @dataclass(frozen=True, slots=True)
 class _Draft:

@@ -3,18 +3,22 @@
     recipe, overrides --prepared--> Submission, Upload --decide--> start attempt n | follow the one that runs | nothing to do
 """
 
+import secrets
 import shlex
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from orchestrator.cluster.jobs import Attempt, Jobs, Submission
 from orchestrator.errors import ConfigError, OutputError
-from orchestrator.recipe import Loaded, builtin_recipes
+from orchestrator.recipe import builtin_recipes
 from orchestrator.upload import Upload
 
 STOP_GRACE_S = 300
 """Seconds between SIGTERM and SIGKILL of `ray job stop`: a step and its checkpoint have to fit. Ray's own default is 3."""
+
+PROGRAM = ("python", "-m", "orchestrator")
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,22 +29,9 @@ class Decision:
     number: int | None
 
 
-def run_name(loaded: Loaded) -> str:
-    """The name of the run folder and of the job: run.name, or a pipeline's file name."""
-    return loaded.stages[0].recipe.run.name if len(loaded.stages) == 1 else loaded.path.stem
-
-
 def entrypoint(recipe: str, overrides: Sequence[str], output: Path, working_dir: Path) -> str:
-    """The command of the driver, in the uploaded folder. ConfigError where the recipe would not be there."""
-    if recipe not in builtin_recipes():
-        file = Path(recipe).resolve()
-        if not file.is_relative_to(working_dir.resolve()):
-            raise ConfigError(
-                f"{recipe} lies outside of {working_dir.resolve()}, which is what the job brings along",
-                fix="run the command in the recipe's folder, or give --working-dir",
-            )
-        recipe = file.relative_to(working_dir.resolve()).as_posix()
-    return shlex.join(["python", "-m", "orchestrator", "train", recipe, *overrides, "--output", str(output.absolute())])
+    """The command of the driver, in the uploaded folder."""
+    return shlex.join([*PROGRAM, "train", there(recipe, working_dir), *overrides, "--output", str(output.absolute())])
 
 
 def environment(stop_grace_s: int) -> dict[str, str]:
@@ -71,3 +62,23 @@ def start(jobs: Jobs, run: str, command: str, number: int, upload: Upload, stop_
     """Uploads and starts attempt `number`; its id."""
     with upload.staged() as folder:
         return jobs.submit(Submission(run, command, folder, environment(stop_grace_s)), number)
+
+
+def ask(jobs: Jobs, words: Sequence[str], upload: Upload) -> str:
+    """Runs a command of this program on the cluster, as a job of its own that belongs to no run; its id."""
+    name = f"{words[0]}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+    with upload.staged() as folder:
+        return jobs.submit(Submission(name, shlex.join([*PROGRAM, *words]), folder, environment(STOP_GRACE_S)), 1)
+
+
+def there(recipe: str, working_dir: Path) -> str:
+    """The recipe's name in the uploaded folder. ConfigError where it would not be there."""
+    if recipe in builtin_recipes():
+        return recipe
+    file, root = Path(recipe).resolve(), working_dir.resolve()
+    if not file.is_relative_to(root):
+        raise ConfigError(
+            f"{recipe} lies outside of {root}, which is what the job brings along",
+            fix="run the command in the recipe's folder, or give --working-dir",
+        )
+    return file.relative_to(root).as_posix()
