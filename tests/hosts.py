@@ -3,7 +3,7 @@
     host 0 (head)   host 1   host 2       10.77.N.1, .2, .3
         └──────────── bridge ────┘        10.77.N.254: this process (a wandb stand-in, say)
 
-A file system is shared, as on a cluster with NFS. Needs root and iproute2.
+A file system is shared, as on a cluster with NFS, but for Ray's own folder. Needs root and iproute2.
 """
 
 import contextlib
@@ -64,6 +64,10 @@ class Hosts:
     def home(self, host: int) -> Path:
         return self.root / f"home-{host}"
 
+    def _disk(self, host: int) -> Path:
+        """What the host sees as `ray_folder`: nodes that share it would clean away each other's files."""
+        return self.home(host) / "ray"
+
     def environment(self, host: int, extra: Mapping[str, str] | None = None) -> dict[str, str]:
         """Variables of a process on a host: nothing of this process's Ray, wandb or Hugging Face settings."""
         inherited = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "WANDB_", "ORCHESTRATOR_"))}
@@ -96,8 +100,9 @@ class Hosts:
         self, host: int, *command: str | Path, env: Mapping[str, str] | None = None, cwd: Path = REPOSITORY
     ) -> Iterator["subprocess.Popen[str]"]:
         """A command that runs on a host while the block does."""
+        own_disk = f'mount --bind {self._disk(host)} {self.ray_folder} && exec "$@"'  # in the mount namespace of `ip netns exec`
         process = subprocess.Popen(
-            ["ip", "netns", "exec", self.name(host), *map(str, command)],
+            ["ip", "netns", "exec", self.name(host), "sh", "-c", own_disk, "sh", *map(str, command)],
             cwd=cwd,
             env=self.environment(host, env),
             stdin=subprocess.DEVNULL,
@@ -122,10 +127,10 @@ class Hosts:
         done = self.inside(host, *before, "ray", "start", *where, *common, *own, *(options or ("--num-cpus=2",)), env=env, timeout=120.0)
         assert done.code == 0, done.out + done.err
 
-    def start_cluster(self) -> None:
-        """Ray on every host, up to the moment when the Jobs API answers and all nodes have joined."""
+    def start_cluster(self, *options: str, env: Mapping[str, str] | None = None) -> None:
+        """Ray on every host, up to the moment when the Jobs API answers and all nodes have joined. env: of the head's jobs too."""
         for host in range(self.count):
-            self.start_ray(host)
+            self.start_ray(host, *options, env=env)
         asking = ("curl", "-s", "-o", "/dev/null", "-w", "%{http_code}", f"{self.dashboard}/api/version")
         assert wait_until(lambda: self.inside(0, *asking).out in ("200", "401"), 60.0), "the dashboard does not answer"
         seen = (sys.executable, "-c", f"import ray; ray.init('{self.address(0)}:6379'); print(sum(n['Alive'] for n in ray.nodes()))")
@@ -153,6 +158,7 @@ class Hosts:
             _ip("-n", name, "link", "set", "eth0", "up")
             _ip("-n", name, "addr", "add", f"{self.address(host)}/24", "dev", "eth0")
             (self.home(host) / ".ray").mkdir(parents=True)
+            self._disk(host).mkdir()
             if self.token is not None:
                 file = self.home(host) / ".ray" / "auth_token"
                 file.touch(0o600)
