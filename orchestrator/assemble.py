@@ -16,6 +16,7 @@ from rich.console import Console
 
 from orchestrator import run_offline, run_online
 from orchestrator.algorithms import build
+from orchestrator.checkpoints import CheckpointStore
 from orchestrator.cluster.placement import check_capacity
 from orchestrator.cluster.probes import on_cluster
 from orchestrator.cluster.workers import LearnerGroup
@@ -60,10 +61,24 @@ def train(recipe: Recipe, root: Path, console: Console, facts: ClusterFacts | No
     _preflight(judge(facts, need_of(job)), console)
     identity = fingerprint(recipe, job.data.loaded.fingerprint, "")
     with open_run(root, identity, dump(recipe), job.plan_json()) as folder, _stop_signals() as stopped:
-        progress = _supervise(job, folder, stopped)
+        progress = _finished(job, folder) or _supervise(job, folder, stopped)
         report = write_report(root)
     before, after = _before_and_after(folder.metrics)
     return Outcome(root, folder.export, report, progress.step, before, after)
+
+
+def _finished(job: Job, folder: RunFolder) -> Progress | None:
+    """Where a run stands that has nothing left to do: its last checkpoint and its exports are there. Spares a pipeline that is
+    started again the workers of the stages behind it."""
+    recipe, online = job.recipe, job.algorithm.online
+    exports = [folder.export, *([folder.critic_export] if online is not None and online.critic and recipe.critic.export else [])]
+    if not all(export.is_dir() for export in exports):
+        return None
+    saved = CheckpointStore(folder.checkpoints, run=folder.fingerprint, keep=recipe.checkpoint.keep, note=job.console.print).newest()
+    if saved is None or saved.progress.step < job.plan.total_steps:
+        return None
+    job.console.print(f"{folder.root}: all {saved.progress.step} steps are done already", markup=False)
+    return saved.progress
 
 
 def _preflight(findings: Sequence[Finding], console: Console) -> None:

@@ -31,6 +31,10 @@ class RunFolder:
         return self.root / "export"
 
     @property
+    def critic_export(self) -> Path:
+        return self.root / "export-critic"
+
+    @property
     def logs(self) -> Path:
         return self.root / "logs"
 

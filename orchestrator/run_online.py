@@ -63,7 +63,7 @@ def attempt(job: Job, folder: RunFolder, cut: Cut, stopped: Stopped) -> Progress
         reporter.note(f"exporting to {folder.export}")
         group.export(folder.export, job.card(folder))
         if critic is not None and recipe.critic.export:
-            critic.export(folder.root / "export-critic", job.card(folder))
+            critic.export(folder.critic_export, job.card(folder))
         return progress
 
 

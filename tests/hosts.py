@@ -74,6 +74,7 @@ class Hosts:
         own = {
             "HOME": str(self.home(host)),
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "RAY_TMPDIR": str(self.ray_folder),
             "RAY_USAGE_STATS_ENABLED": "0",
             "OMP_NUM_THREADS": "1",
             "COLUMNS": "200",
@@ -157,6 +158,7 @@ class Hosts:
             _ip("-n", name, "link", "set", "lo", "up")
             _ip("-n", name, "link", "set", "eth0", "up")
             _ip("-n", name, "addr", "add", f"{self.address(host)}/24", "dev", "eth0")
+            _ip("-n", name, "route", "add", "default", "via", self.outside)  # by it a program finds out its own address
             (self.home(host) / ".ray").mkdir(parents=True)
             self._disk(host).mkdir()
             if self.token is not None:

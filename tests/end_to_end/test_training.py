@@ -109,6 +109,7 @@ def test_dpo(shared: Shared) -> None:
     before = exported_hash(folder), (folder / "metrics.jsonl").read_text()
     _, said = shared.train("tiny/dpo", "dpo", *SMALL, same_batch("preference"), held_out("preference"))
     assert said.count("step 4/4") == 1, "the same command again took a step"
+    assert "all 4 steps are done already" in said
     assert (exported_hash(folder), (folder / "metrics.jsonl").read_text()) == before
 
 
