@@ -20,6 +20,12 @@ RUN, ATTEMPT = "orchestrator_run", "orchestrator_attempt"
 """Names in a job's metadata."""
 RECONNECT_S = 120.0
 """How long a followed job may be out of sight before the follower gives up; the job itself goes on."""
+ANSWER_S = 60.0
+"""Deadline of one request to the dashboard, beside the time that an upload may take."""
+SLOWEST = 100_000
+"""Bytes per second of the slowest upload that is waited for."""
+QUIET_S = 60.0
+"""After so long without a word of a followed job its log is asked for anew: a connection whose other end is gone says nothing either."""
 POLL_S = 1.0
 
 
@@ -104,10 +110,13 @@ class Jobs:
         seen, lost_at = 0, None
 
         async def tail() -> None:
-            nonlocal seen, lost_at
-            skip = seen
-            async for text in self._client.tail_job_logs(id):
-                lost_at = None
+            nonlocal seen
+            skip, texts = seen, self._client.tail_job_logs(id)
+            while True:
+                try:
+                    text = await asyncio.wait_for(anext(texts), QUIET_S)
+                except (StopAsyncIteration, TimeoutError):
+                    return
                 fresh = text[min(skip, len(text)) :]
                 skip -= len(text) - len(fresh)
                 seen += len(fresh)
@@ -117,11 +126,11 @@ class Jobs:
         while True:
             try:
                 asyncio.run(tail())
-                attempt = self.read(id)
+                attempt, lost_at = self.read(id), None
                 if attempt.is_over:
                     return attempt
             except (Unreachable, RuntimeError, OSError, aiohttp.ClientError) as error:
-                lost_at = lost_at or time.monotonic()
+                lost_at = time.monotonic() if lost_at is None else lost_at
                 if time.monotonic() - lost_at > RECONNECT_S:
                     raise Unreachable(
                         f"lost sight of job {id} at {self.address}",
@@ -156,11 +165,11 @@ class Jobs:
         except (ConnectionError, OSError) as error:  # requests' errors are OSErrors
             raise Unreachable(
                 f"no Ray dashboard answers at {self.address}",
-                why=str(error).splitlines()[0][:200],
+                why=_first_line(error)[:200],
                 fix="start one (`ray start --head`), give --address, or forward the port: ssh -L 8265:127.0.0.1:8265 HEAD",
             ) from error
         except RuntimeError as error:
-            raise OrchestratorError(f"{self.address} refused", why=str(error).splitlines()[0][:400], fix="see the dashboard's log") from error
+            raise OrchestratorError(f"{self.address} refused", why=_first_line(error)[:400], fix="see the dashboard's log") from error
 
 
 def exit_code(attempt: Attempt) -> int:
@@ -169,7 +178,8 @@ def exit_code(attempt: Attempt) -> int:
         return Exit.OK
     if attempt.status == "STOPPED":
         return Exit.RESUMABLE
-    return attempt.exit_code or Exit.SOFTWARE
+    code = attempt.exit_code or Exit.SOFTWARE
+    return code if code > 0 else 128 - code  # ended by a signal: as a shell says it
 
 
 def find_token() -> str | None:
@@ -201,7 +211,17 @@ def _client(address: str, token: str | None) -> Any:
     for chatty in ("ray._private.runtime_env.packaging", "ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
 
-    return JobSubmissionClient(address, headers={"Authorization": f"Bearer {token}"} if token else None)
+    class Client(JobSubmissionClient):
+        def _do_request(self, method: str, endpoint: str, **options: Any) -> Any:
+            """Ray's own waits for ever."""
+            timeout = ANSWER_S + len(options.get("data") or b"") / SLOWEST
+            return super()._do_request(method, endpoint, **{"timeout": timeout, **options})
+
+    return Client(address, headers={"Authorization": f"Bearer {token}"} if token else None)
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def _attempt(details: Any) -> Attempt:
