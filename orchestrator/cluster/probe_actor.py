@@ -5,7 +5,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from functools import partial
 from statistics import median
@@ -128,7 +128,7 @@ def _answer(server: socket.socket, nonce: bytes) -> None:
             connection, _ = server.accept()
         except OSError:  # closed
             return
-        with connection:
+        with connection, suppress(OSError):  # who came is gone again; the next one is let in
             connection.sendall(nonce)
 
 

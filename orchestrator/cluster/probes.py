@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from orchestrator.cluster.placement import connect
@@ -119,7 +119,7 @@ class _Probes:
             name = waiting.pop(done[0])
             try:
                 yield name, ray.get(done[0])
-            except (RayActorError, RayTaskError) as error:
+            except RayError as error:  # its task failed, it died, or its node was gone before it came up
                 yield name, Silent(name, f"`{questions[name][0]}` failed: {_last_line(error)}")
         for name in waiting.values():
             yield name, Silent(name, f"no answer to `{questions[name][0]}` within {timeout_s:.0f} s")

@@ -21,7 +21,7 @@ from orchestrator.cluster import probes
 from orchestrator.cluster.probe_actor import tournament
 from orchestrator.cluster.probes import survey
 from orchestrator.errors import NotEnoughResources
-from orchestrator.facts import ClusterFacts, Need, WorkerGroup
+from orchestrator.facts import Capacity, ClusterFacts, Need, WorkerGroup
 from orchestrator.findings import Finding, judge
 from orchestrator.node_facts import MARKER, shared_folder
 from orchestrator.preflight import require, this_machine
@@ -93,6 +93,14 @@ def test_a_missing_gpu_is_told_with_the_arithmetic(surveyed: Surveyed) -> None:
     assert finding.fix == "set learners.gpus_per_worker=0 to train on CPUs; or add nodes (ray start --address=HEAD:6379 --num-gpus=N)"
     with pytest.raises(NotEnoughResources, match="the cluster has no GPUs"):
         require(judge(surveyed.facts, need))
+
+
+def test_a_node_that_is_gone_before_its_probe_comes_up_is_a_finding(surveyed: Surveyed, monkeypatch: pytest.MonkeyPatch) -> None:
+    nodes = [*probes.alive_nodes(), probes.Node("ab" * 28, Capacity("gone", 1.0, 0.0))]
+    monkeypatch.setattr(probes, "alive_nodes", lambda: nodes)
+    facts = survey(None, (), (), gpus=False)
+    (silent,) = [f for f in judge(facts, Need()) if f.check == "nodes"]
+    assert (silent.level, silent.where) == ("error", "gone") and silent.what.startswith("`now` failed: ")
 
 
 def test_this_machine_is_looked_at_without_an_actor(tmp_path: Path) -> None:
