@@ -10,7 +10,7 @@ from typing import Literal
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """A device as nvidia-smi sees it. memory: bytes."""
+    """A device as nvidia-smi sees it. memory: bytes, 0 where it does not say."""
 
     name: str
     memory: int

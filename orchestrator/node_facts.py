@@ -15,6 +15,8 @@ import urllib.error
 import urllib.request
 import uuid
 from collections.abc import Sequence
+from contextlib import suppress
+from http.client import HTTPException
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from urllib.parse import urlparse
@@ -32,7 +34,7 @@ ANSWER_S = 5.0
 SMI_S = 20.0
 """Deadline of nvidia-smi: without the persistence daemon it wakes the driver first."""
 MARKER = ".preflight-"
-WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 WANDB_SERVER = "https://api.wandb.ai"
 SIOCGIFADDR = 0x8915
 SHM = Path("/dev/shm")
@@ -103,7 +105,8 @@ def devices() -> tuple[Gpu, ...]:
     except (OSError, subprocess.SubprocessError):  # a broken driver: Ray's own count says what can be used
         return ()
     rows = [line.rsplit(",", 1) for line in said.splitlines() if line.strip()]
-    return tuple(Gpu(name.strip(), int(memory) * 2**20) for name, memory in rows)
+    mib = ((name.strip(), memory.strip()) for name, memory in rows)  # "[N/A]" where GPU and CPU share their memory
+    return tuple(Gpu(name, int(memory) * 2**20 if memory.isdecimal() else 0) for name, memory in mib)
 
 
 def _soft(kind: int) -> int | None:
@@ -134,32 +137,46 @@ def shared_folder(root: Path) -> Path:
 
 def mark(folder: str, nonce: str, name: str) -> Storage:
     """Writes this node's marker and tells how the folder is."""
-    path = Path(folder)
+    marker = _marker(folder, nonce, name)
     try:
-        free = shutil.disk_usage(path).free
-        with (path / f"{MARKER}{nonce}-{uuid.uuid5(uuid.NAMESPACE_OID, name)}").open("x") as file:
+        free = shutil.disk_usage(folder).free
+        with marker.open("x") as file:
             file.write(name)
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
+        with suppress(OSError):  # a full disk makes the file and cannot fill it; a read-only one refuses this too
+            marker.unlink()
         return Storage(folder, error.strerror or str(error), 0)
-    held = sum(file.stat().st_size for file in path.glob("checkpoints/step_*/*") if file.is_file())
-    return Storage(folder, None, free, held)
+    return Storage(folder, None, free, sum(map(_bytes, Path(folder).glob("checkpoints/step_*/*"))))
+
+
+def _bytes(path: Path) -> int:
+    """Of a file; 0 for a folder, and for what a run that goes on has removed meanwhile."""
+    try:
+        return path.stat().st_size if path.is_file() else 0
+    except FileNotFoundError:
+        return 0
 
 
 def unseen(folder: str, nonce: str, names: Sequence[str], patience_s: float) -> tuple[str, ...]:
     """Nodes whose markers are not seen here within the patience: a network file system may show a new file late."""
     deadline = time.monotonic() + patience_s
     while True:
-        missing = tuple(name for name in names if not _seen(Path(folder), nonce, name))
+        missing = tuple(name for name in names if not _seen(_marker(folder, nonce, name), name))
         if not missing or time.monotonic() > deadline:
             return missing
         time.sleep(0.1)
 
 
-def _seen(folder: Path, nonce: str, name: str) -> bool:
+def _marker(folder: str, nonce: str, name: str) -> Path:
+    """name: of the node, which may hold what a file name cannot."""
+    return Path(folder) / f"{MARKER}{nonce}-{uuid.uuid5(uuid.NAMESPACE_OID, name)}"
+
+
+def _seen(marker: Path, name: str) -> bool:
     try:
-        return (folder / f"{MARKER}{nonce}-{uuid.uuid5(uuid.NAMESPACE_OID, name)}").read_text() == name
+        return marker.read_text() == name
     except OSError:
         return False
 
@@ -186,7 +203,7 @@ def _absence(model: ModelSource) -> str | None:
 
 def wandb_trouble() -> str | None:
     """Why a run could not be tracked online from this process; None where it could. The key itself is not looked at."""
-    server = os.environ.get("WANDB_BASE_URL", WANDB_SERVER)
+    server = os.environ.get("WANDB_BASE_URL") or WANDB_SERVER
     trouble = unanswered(server)
     if trouble is not None or os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return trouble
@@ -205,6 +222,8 @@ def unanswered(url: str) -> str | None:
         urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=ANSWER_S).close()
     except urllib.error.HTTPError as error:
         return f"{host} answers {error.code}" if error.code == 407 or error.code >= 500 else None
-    except OSError as error:
+    except (OSError, HTTPException) as error:
         return f"{host} does not answer: {getattr(error, 'reason', None) or error}"
+    except ValueError:
+        return f"{host} is no address: it needs https:// before it"
     return None

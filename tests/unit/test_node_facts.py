@@ -1,5 +1,7 @@
 """What a process sees of its machine, against things put there to be seen: a server, a key, a device, a library, a marker."""
 
+import resource
+import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -49,6 +51,19 @@ def test_a_server_that_is_not_there_is_named() -> None:
     assert unanswered(url) == "127.0.0.1 does not answer: [Errno 111] Connection refused"
 
 
+def test_what_is_no_address_and_what_is_no_web_server_are_told() -> None:
+    assert unanswered("wandb.example") == "wandb.example is no address: it needs https:// before it"
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def greet() -> None:
+            with server.accept()[0] as client:
+                client.sendall(b"220 mail ready\r\n")
+                client.recv(1000)
+
+        threading.Thread(target=greet, daemon=True).start()
+        assert unanswered(f"http://127.0.0.1:{server.getsockname()[1]}") == "127.0.0.1 does not answer: 220 mail ready\r\n"
+
+
 def test_wandb_needs_a_key_and_a_key_in_netrc_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE"):
         monkeypatch.delenv(name, raising=False)
@@ -73,6 +88,11 @@ def put_nvidia_smi(folder: Path, script: str, monkeypatch: pytest.MonkeyPatch) -
 def test_devices_are_those_of_nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     put_nvidia_smi(tmp_path, "echo 'NVIDIA H100 80GB HBM3, 81559'; echo 'NVIDIA H100 80GB HBM3, 81559'", monkeypatch)
     assert node_facts.devices() == (Gpu("NVIDIA H100 80GB HBM3", 81559 * 2**20),) * 2
+
+
+def test_a_device_that_shares_the_memory_of_its_cpu_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    put_nvidia_smi(tmp_path, "echo 'NVIDIA GB10, [N/A]'", monkeypatch)
+    assert node_facts.devices() == (Gpu("NVIDIA GB10", 0),)
 
 
 def test_a_broken_driver_is_no_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,6 +123,17 @@ def test_markers_are_seen_by_who_shares_the_folder_and_removed(tmp_path: Path) -
     sweep(str(one), "n")
     assert not list(one.glob(f"{MARKER}*"))
     assert mark(str(tmp_path / "gone"), "n", "a").error == "No such file or directory"
+
+
+def test_a_full_disk_is_told_and_keeps_no_marker(tmp_path: Path) -> None:
+    """A limit on the size of files stands for the disk: the file can be made, and not be filled."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
+    try:
+        written = mark(str(tmp_path), "n", "a")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert written.error == "File too large" and list(tmp_path.iterdir()) == []
 
 
 def test_weights_are_there_where_they_can_be_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
