@@ -66,10 +66,13 @@ class RunReporter:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._failed = error is not None
         try:
-            if self._watch is not None:
-                self._alert(self._watch.ended(error))
-        finally:
-            self.close()
+            with self._cleanup:
+                if self._watch is not None:
+                    self._alert(self._watch.ended(error))
+        except OSError:
+            if error is None:
+                raise
+            # of a run that failed its own error is told: a full disk fails the last words and the closing as well
 
     def _alert(self, alerts: Iterable[Alert]) -> None:
         for alert in alerts:

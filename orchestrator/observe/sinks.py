@@ -119,9 +119,8 @@ class JsonlSink:
         """Notes are no metrics; they are in logs/driver.log."""
 
     def alert(self, alert: Alert) -> None:
-        line = json_line({**asdict(alert), "time": datetime.now(UTC).isoformat(timespec="seconds")})
         with self._alerts.open("a", encoding="ascii") as file:
-            file.write(line)
+            self._append(file, {**asdict(alert), "time": datetime.now(UTC).isoformat(timespec="seconds")})
 
     def close(self, *, failed: bool = False) -> None:
         for file in (self._metrics, self._samples):

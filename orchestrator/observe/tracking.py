@@ -79,7 +79,8 @@ class WandbSink:
         """Notes are in logs/driver.log."""
 
     def alert(self, alert: Alert) -> None:
-        self._guarded(lambda run: run.alert(alert.title, alert.text, level=alert.level, wait_duration=0))
+        text = without_credentials(alert.text)  # an error may name the address that it came from
+        self._guarded(lambda run: run.alert(alert.title, text, level=alert.level, wait_duration=0))
 
     def close(self, *, failed: bool = False) -> None:
         run, self._run = self._run, None

@@ -5,9 +5,12 @@ from pathlib import Path
 
 import pytest
 
+from orchestrator.config import Alerts
+from orchestrator.errors import OutputError
 from orchestrator.observe.alerts import Alert
 from orchestrator.observe.reporter import RunReporter
 from orchestrator.observe.sinks import JsonlSink, Note, read_lines
+from orchestrator.observe.watch import Watch
 from orchestrator.records import EvaluationReport, StepReport
 
 
@@ -71,6 +74,14 @@ def test_one_sink_that_cannot_close_does_not_keep_the_others_open(tmp_path: Path
     with pytest.raises(OSError, match="disk"):
         reporter.close()
     assert log[-2:] == ["b close", "a close"]
+
+
+def test_a_run_that_fails_for_a_full_disk_says_so(tmp_path: Path) -> None:
+    """Its last words find no place either, and must not stand in for the error and its exit code."""
+    with pytest.raises(OutputError, match="cannot be written"), RunReporter([], Path("/dev/full"), Watch(tmp_path, Alerts(), 0)):
+        raise OutputError("metrics.jsonl cannot be written", fix="free disk space")
+    with pytest.raises(OSError, match="No space left"), RunReporter([], Path("/dev/full")) as reporter:
+        reporter.note("of a run that goes well")
 
 
 def test_a_sink_that_cannot_open_closes_the_others(tmp_path: Path) -> None:

@@ -86,7 +86,7 @@ def offline(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
     sink.step(StepReport(1, {"loss": 0.75, "rewards/accuracies": 0.5}))
     sink.step(StepReport(2, {"loss": float("nan")}, ROLLOUTS))
     sink.evaluation(EvaluationReport(2, {"eval/loss": 0.25}, SAMPLES))
-    sink.alert(Alert("reward collapse", "it fell", "ERROR", 2))
+    sink.alert(Alert("reward collapse", "it fell: http://user:canary@rewards/score", "ERROR", 2))
     sink.close(failed=True)
     return folder, notes
 
@@ -128,7 +128,7 @@ def test_the_run_has_its_name_id_and_config(offline: tuple[Path, list[str]]) -> 
 def test_a_failed_run_is_one_in_wandb_too(offline: tuple[Path, list[str]]) -> None:
     assert of_kind(offline[0], "exit")[0].exit_code == 1
     (alert,) = of_kind(offline[0], "alert")
-    assert (alert.title, alert.text, alert.level) == ("reward collapse", "it fell", "ERROR")
+    assert (alert.title, alert.text, alert.level) == ("reward collapse", "it fell: http://rewards/score", "ERROR")
 
 
 def test_of_many_rollouts_the_worst_middle_and_best_are_shown(offline: tuple[Path, list[str]]) -> None:
