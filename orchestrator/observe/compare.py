@@ -14,9 +14,11 @@ from statistics import median
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 from orchestrator.errors import MissingInput
-from orchestrator.observe.sinks import duration, number, read_lines
+from orchestrator.observe.metrics import step_seconds
+from orchestrator.observe.sinks import duration, is_evaluation, number, read_lines
 from orchestrator.strict_yaml import parse
 
 HIGHER = ("reward/mean", "exact_match", "preference_accuracy", "rewards/accuracies", "rewards/margins", "explained_variance")
@@ -70,7 +72,7 @@ def run_folders(directory: Path) -> list[tuple[str, Path]]:
 def read_run(name: str, folder: Path) -> RunSummary:
     """What the folder has recorded so far; DataError or ConfigError where a file is damaged."""
     lines = [line for line in read_lines(folder / "metrics.jsonl") if "step" in line]
-    steps = [line for line in lines if not any(key.startswith("eval/") for key in line)]
+    steps = [line for line in lines if not is_evaluation(line)]
     speeds = [line["perf/tokens_per_s"] for line in steps if line.get("perf/tokens_per_s") is not None]
     found = dict.fromkeys(key for line in lines for key in line if _is_shown(key))
     online = "reward/mean" in found
@@ -80,7 +82,7 @@ def read_run(name: str, folder: Path) -> RunSummary:
         max((line["step"] for line in steps), default=0),
         {key: value for key in found if (value := _value(key, lines, online)) is not None},
         median(speeds) if speeds else None,
-        sum(_seconds(line) for line in steps),
+        sum(map(step_seconds, steps)),
         _last(steps, "perf/elapsed_s"),
         _last(steps, "faults/restarts"),
     )
@@ -104,9 +106,9 @@ def table(runs: Sequence[RunSummary]) -> Table:
     found = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
     found.add_column("", no_wrap=True)
     for run in runs:
-        found.add_column(run.name, justify="right", overflow="fold")
+        found.add_column(Text(run.name), justify="right", overflow="fold")
     for key, values in differences(runs).items():
-        found.add_row(key, *("" if value is None else str(value) for value in values))
+        found.add_row(key, *(Text("" if value is None else str(value)) for value in values))  # not str: [brackets] would be markup
     found.add_section()
     found.add_row("steps", *(str(run.steps) for run in runs))
     for key in sorted(dict.fromkeys(key for run in runs for key in run.metrics), key=_order):
@@ -142,13 +144,6 @@ def _better(name: str) -> Callable[..., Any] | None:
 
 def _last(lines: Sequence[Mapping[str, Any]], key: str) -> Any:
     return next((line[key] for line in reversed(lines) if line.get(key) is not None), None)
-
-
-def _seconds(line: Mapping[str, Any]) -> float:
-    """Of one step: time/step of an online run, else the sum of its phases (`time/idle/…` are no phases)."""
-    phases = [value for key, value in line.items() if key.startswith("time/") and key.count("/") == 1 and value is not None]
-    whole = line.get("time/step")
-    return float(sum(phases) if whole is None else whole)
 
 
 def _settings(path: Path) -> dict[str, Any]:

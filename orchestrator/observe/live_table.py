@@ -63,7 +63,7 @@ class LiveTable:
         for name in ("step", *names):
             table.add_column(name, justify="right", no_wrap=True)
         for row in self._rows:
-            table.add_row(str(row.step), *(row.columns.get(name, "") for name in names))
+            table.add_row(str(row.step), *(Text(row.columns.get(name, "")) for name in names))
         filled = 30 * last.step // max(1, last.total)
         words = f"  {last.step}/{last.total} steps, {last.columns.get('eta', '?')} left"
         return Group(table, "", Text.assemble(("━" * filled, "green"), ("━" * (30 - filled), "dim"), words))

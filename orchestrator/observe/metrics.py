@@ -47,6 +47,7 @@ def flatten(
 
 
 def step_seconds(metrics: Mapping[str, float | None]) -> float:
-    """Seconds of one step, of the metrics of its line: an online step's phases overlap, an offline one's add up."""
-    phases = sum(v for name, v in metrics.items() if name.startswith("time/") and v)
+    """Seconds of one step, of the metrics of its line: an online step's phases overlap, an offline one's add up
+    (`time/idle/…` are no phases)."""
+    phases = sum(v for name, v in metrics.items() if name.startswith("time/") and name.count("/") == 1 and v)
     return metrics.get("time/step") or phases

@@ -90,6 +90,11 @@ def test_only_keys_that_differ(tmp_path: Path) -> None:
     assert differences([read_run("a", runs[0])]) == {}
 
 
+def test_brackets_of_names_and_values_are_no_markup(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / "[a]", OFFLINE), make_run(tmp_path / "b", OFFLINE, split="'[/inst]'")]
+    assert "[a]" in shown(*runs) and "[/inst]" in shown(*runs)
+
+
 def test_values_are_read_as_a_recipe_is(tmp_path: Path) -> None:
     assert read_run("a", make_run(tmp_path / "a", OFFLINE)).settings["tracking.wandb"] == "off"
 
