@@ -92,3 +92,21 @@ def test_report(sandbox: Sandbox, tmp_path: Path) -> None:
     assert "<svg" in (tmp_path / "report.html").read_text()
     missing = sandbox.run("report", tmp_path / "nowhere")
     assert missing.code == 66 and "nowhere" in missing.err and "Traceback" not in missing.err
+
+
+def test_plans_for_machines_that_are_not_there(sandbox: Sandbox) -> None:
+    told = sandbox.run("plan", "tiny/dpo", "batch.effective=64", "--gpu", "h100-80g", "--nodes", "2", "--gpus-per-node", "4", "--json")
+    plan = json.loads(told.out)
+    assert plan["cut"]["workers"] == 8 and plan["recipe"]["learners"]["gpus_per_worker"] == 1
+    assert plan["memory_limit"] == int(80e9 * plan["recipe"]["batch"]["memory_utilisation"])
+    assert {"hardware", "communication"} <= {choice["name"] for choice in plan["choices"]}
+    alone = sandbox.run("plan", "tiny/dpo", "--nodes", "2")
+    assert alone.code == 78 and "--gpu" in alone.err
+
+
+def test_a_schedulers_artefact_is_printed_filled_in(sandbox: Sandbox, tmp_path: Path) -> None:
+    told = sandbox.run("submit", "tiny/dpo", "batch.effective=32", "--to", "slurm", "--print", "--nodes", "3", "--output", tmp_path)
+    assert told.code == 0 and "#SBATCH --nodes=3" in told.out and f"OUTPUT={tmp_path}" in told.out
+    assert "python -m orchestrator train tiny/dpo batch.effective=32" in told.out
+    wrong = sandbox.run("submit", "tiny/dpo", "--to", "pbs", "--print")
+    assert wrong.code == 78 and "slurm, k8s, sky" in wrong.err

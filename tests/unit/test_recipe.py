@@ -150,7 +150,7 @@ tracking:
         f"optimizer.learning_rate: required, but not set ({file}:11)",
         f"optimizer.betas[1]: required, but not set ({file}:11)",
         f"optimizer.eps: must be a number (got inf, not finite; {file}:11)",
-        f"learners.workers: must be a whole number (got true; {file}:12)",
+        f"learners.workers: must be a whole number or 'auto' (got true; {file}:12)",
         f"learners.zero_stage: must be 'auto', 0, 1, 2 or 3 (got 4; {file}:12)",
         f"tracking: must be a mapping of keys (got null; {file}:13)",
         f"learnrs: unknown key, did you mean learners? ({file}:3)",
