@@ -87,7 +87,10 @@ def this_machine() -> Hardware:
 
 
 def of_cluster(facts: ClusterFacts) -> Hardware:
-    """The machines that answered, with the measured bandwidth of their all-reduce."""
+    """The machines that answered, with the measured bandwidth of their all-reduce. NotEnoughResources where none did."""
+    if not facts.nodes:
+        silent = "; ".join(f"{s.node}: {s.why}" for s in facts.silent)
+        raise NotEnoughResources("no node of the cluster answered", why=silent, fix="look at `ray status`, and at `orchestrator doctor`")
     capacity = {c.node: c for c in facts.capacities}
     machines = tuple(
         Machine(capacity[n.name].cpus, capacity[n.name].gpus, n.ram, min((d.memory for d in n.devices), default=0)) for n in facts.nodes

@@ -163,8 +163,9 @@ def memory_limit(recipe: Recipe, hardware: Hardware) -> int:
         device = (hardware.gpu_memory or ASSUMED_GPU_BYTES) * min(1.0, learners.gpus_per_worker)
     else:
         group = WorkerGroup("learners", learners.count, learners.cpus_per_worker, 0.0)
-        spread = -(-learners.count // len(hardware.machines))
-        device = min(m.ram / min(learners.count, max(m.holds(group), spread)) for m in hardware.machines)
+        hosts = [m for m in hardware.machines if m.holds(group)] or hardware.machines  # a head may have no CPUs to give out
+        spread = -(-learners.count // len(hosts))
+        device = min(m.ram / min(learners.count, max(m.holds(group), spread)) for m in hosts)
     return int(device * batch.memory_utilisation)
 
 

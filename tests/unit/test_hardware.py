@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.errors import ConfigError, NotEnoughResources
-from orchestrator.facts import AllReduce, Capacity, ClusterFacts, Gpu, Limits, NodeFacts, WorkerGroup
+from orchestrator.facts import AllReduce, Capacity, ClusterFacts, Gpu, Limits, NodeFacts, Silent, WorkerGroup
 from orchestrator.hardware import DEVICES, Hardware, Machine, imagined, of_cluster
 
 LEARNERS = WorkerGroup("learners", 0, 1.0, 1.0)
@@ -65,3 +65,9 @@ def test_a_cluster_is_planned_with_what_was_measured() -> None:
     hardware = of_cluster(facts)
     assert hardware.machines == (Machine(4, 1, 8, 80), Machine(8, 1, 8, 40))
     assert (hardware.gpu_memory, hardware.link, hardware.source) == (40, 2_000_000.0, "measured")
+
+
+def test_a_cluster_of_which_no_node_answers_is_told() -> None:
+    with pytest.raises(NotEnoughResources, match="no node of the cluster answered") as refused:
+        of_cluster(ClusterFacts((), (Capacity("a", 4, 0),), silent=(Silent("a", "no answer to `now` within 90 s"),)))
+    assert refused.value.why == "a: no answer to `now` within 90 s"

@@ -175,6 +175,12 @@ def test_a_gpu_worker_gets_its_share_of_the_smallest_gpu():
     assert plan(*options, "learners.gpus_per_worker=0.5", hardware=mixed).memory_limit == 10_000_000_000
 
 
+def test_a_machine_that_can_hold_no_worker_limits_no_worker():
+    head, machine = Machine(0, 0, 1_000_000_000), Machine(4, 0, 64_000_000_000)
+    options = ("learners.workers=4", "batch.memory_utilisation=1.0")
+    assert plan(*options, hardware=Hardware((head, machine))).memory_limit == 16_000_000_000
+
+
 def test_the_time_on_the_wire_follows_from_the_bandwidth():
     found = plan("learners.workers=4", "batch.micro_batch=4", hardware=imagined(2, "h100-80g", network_gbit=8))
     value, why = reason(found, "communication")
