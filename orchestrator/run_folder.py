@@ -47,6 +47,7 @@ class RunFolder:
 def open_run(root: Path, fingerprint: str, recipe_yaml: str, plan_json: str) -> Iterator[RunFolder]:
     """Locks the folder and writes what the run is; OutputError where it holds another run or one that is running."""
     folder = RunFolder(root, fingerprint)
+    _refuse_passing(root)
     try:
         _refuse_foreign(root, fingerprint)
         root.mkdir(parents=True, exist_ok=True)
@@ -63,6 +64,16 @@ def open_run(root: Path, fingerprint: str, recipe_yaml: str, plan_json: str) -> 
         except OSError as error:
             raise _unwritable(root, error) from error
         yield folder
+
+
+def _refuse_passing(root: Path) -> None:
+    """OutputError for a folder that Ray removes: a job's own copy of its working folder, where a relative --output leads."""
+    if any(part.startswith("_ray_pkg_") for part in root.resolve().parts):
+        raise OutputError(
+            f"{root} lies in the working folder of a Ray job",
+            why="Ray removes it when the job is over, and no other node sees it",
+            fix="give --output as an absolute path on storage that all nodes share",
+        )
 
 
 def _refuse_foreign(root: Path, fingerprint: str) -> None:

@@ -89,6 +89,24 @@ def test_grpo_over_three_hosts_ends_as_on_one(three: Site, tmp_path: Path) -> No
         assert distance(exported(one / stage), exported(tmp_path / "run" / stage)) < 1e-5, stage
 
 
+def test_a_stopped_run_saves_and_is_resumed(three: Site, tmp_path: Path) -> None:
+    words = (*DPO, "run.name=stopped", "run.max_steps=60", "checkpoint.every=60", "evaluation.every=60")
+    begun = three.submit(*words, "--output", tmp_path / "run", "--no-follow")
+    assert begun.code == 0 and "orchestrator stop stopped" in begun.out, begun.out + begun.err
+    ledger = tmp_path / "run" / "metrics.jsonl"
+    assert wait_until(lambda: ledger.is_file() and len(metrics(tmp_path / "run")) >= 3, 240.0), "the run does not get on"
+    stopped = three.hosts.inside(0, "orchestrator", "stop", "stopped")
+    assert stopped.code == 0 and "STOPPED" in stopped.out, stopped.out + stopped.err
+    done = len(metrics(tmp_path / "run"))
+    assert 3 <= done < 60
+    resumed = three.hosts.inside(0, "orchestrator", "resume", "stopped", timeout=300.0)
+    assert resumed.code == 0 and f"step {done + 1}/60" in resumed.out, resumed.out + resumed.err
+    assert f"step {done}/60" not in resumed.out
+    assert [line["step"] for line in metrics(tmp_path / "run")] == list(range(1, 61))
+    told = three.hosts.inside(0, "orchestrator", "status", "stopped")
+    assert "STOPPED" in told.out and "stopped.2" in told.out and "SUCCEEDED" in told.out and "60/60" in told.out
+
+
 def test_who_has_no_token_is_told_so(three: Site, tmp_path: Path) -> None:
     stranger = {"HOME": str(tmp_path), "RAY_AUTH_MODE": "disabled"}
     done = three.submit(*DPO, "--output", tmp_path / "run", env=stranger)

@@ -152,3 +152,10 @@ def test_a_start_that_was_cut_short_does_not_block_the_next(tmp_path):
     (tmp_path / ".run.json.12345678").write_text("{")
     with opened(tmp_path):
         pass
+
+
+def test_the_working_folder_of_a_ray_job_is_refused(tmp_path):
+    copy = tmp_path / "runtime_resources" / "working_dir_files" / "_ray_pkg_0123456789abcdef"
+    with pytest.raises(OutputError, match="working folder of a Ray job") as refused, opened(copy / "runs" / "x"):
+        pass
+    assert "absolute" in refused.value.fix and not copy.exists()
