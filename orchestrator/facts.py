@@ -1,4 +1,4 @@
-"""What is known of a cluster, and what a run needs of it: records only. `findings.py` judges them.
+"""What is known of a cluster, and what a run needs of it: records. `findings.py` judges them.
 
     node_facts.py -> NodeFacts × nodes ──cluster/probes.py──► ClusterFacts        preflight.py -> Need
 """
@@ -6,6 +6,9 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
+
+SLACK = 1e-6
+"""Of sums and quotients of CPUs and GPUs; Ray counts in steps of 1e-4."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +156,15 @@ class WorkerGroup:
     workers: int
     cpus: float
     gpus: float
+
+    def fit(self, cpus: float, gpus: float) -> int:
+        """How many of such workers find room in so much, each whole; all of them where they ask for nothing."""
+        return min((times(has, each) for has, each in ((cpus, self.cpus), (gpus, self.gpus)) if each), default=self.workers)
+
+
+def times(has: float, each: float) -> int:
+    """How often `each` goes into `has`: shares such as 0.1 are not exact in binary."""
+    return int(has / each + SLACK)
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from typing import Literal
 from rich.table import Table
 from rich.text import Text
 
-from orchestrator.facts import Capacity, ClusterFacts, Need, NodeFacts, WorkerGroup
+from orchestrator.facts import SLACK, Capacity, ClusterFacts, Need, NodeFacts, WorkerGroup, times
 
 Level = Literal["ok", "warning", "error"]
 
@@ -95,11 +95,11 @@ def _short_of(facts: ClusterFacts, groups: Sequence[WorkerGroup], unit: str) -> 
     """Example: 8 learners x 1 = 8 GPUs, the cluster has 2 nodes x 2 = 4 GPUs."""
     asking = [g for g in groups if _each(g, unit)]
     total = sum(_of(c, unit) for c in facts.capacities)
-    if total + 1e-6 >= sum(g.workers * _each(g, unit) for g in asking):
+    if total + SLACK >= sum(g.workers * _each(g, unit) for g in asking):
         return []
     others = sum(g.workers * _each(g, unit) for g in asking[1:])
     first, key = asking[0], "gpus_per_worker" if unit == "GPUs" else "cpus_per_worker"
-    fits = int((total - others) / _each(first, unit) + 1e-6)
+    fits = times(total - others, _each(first, unit))
     fixes = [f"set {first.what}.workers={fits}"] if fits > 0 else []
     if unit == "CPUs" and total > others:
         fixes.append(f"set {first.what}.{key}={(total - others) / first.workers:.2g}")
@@ -120,19 +120,14 @@ def _uncounted(node: NodeFacts, capacity: Capacity) -> str:
 
 def _too_narrow(facts: ClusterFacts, group: WorkerGroup) -> list[Finding]:
     """A worker lives on one node: what is left over on each is lost."""
-    fits = sum(_workers_on(c, group) for c in facts.capacities)
+    fits = sum(group.fit(c.cpus, c.gpus) for c in facts.capacities)
     if fits >= group.workers:
         return []
     each = " and ".join(f"{_each(group, unit):g} {unit}" for unit in ("CPUs", "GPUs") if _each(group, unit))
-    rooms = " + ".join(f"{_workers_on(c, group)} on {c.node}" for c in facts.capacities)
+    rooms = " + ".join(f"{group.fit(c.cpus, c.gpus)} on {c.node}" for c in facts.capacities)
     what = f"each of {group.workers} {group.what} needs {each} on one node; there is room for {rooms} = {fits}"
     fix = f"set {group.what}.workers={fits}" if fits else f"set {group.what}.cpus_per_worker (or gpus_per_worker) to what one node has"
     return [Finding("resources", "error", _all(facts), what, fix)]
-
-
-def _workers_on(capacity: Capacity, group: WorkerGroup) -> int:
-    rooms = [int(has / each + 1e-6) for has, each in ((capacity.cpus, group.cpus), (capacity.gpus, group.gpus)) if each]
-    return min(rooms, default=group.workers)
 
 
 def _devices(facts: ClusterFacts, need: Need) -> list[Finding]:

@@ -22,8 +22,7 @@ class Machine:
 
     def holds(self, group: WorkerGroup) -> int:
         """Workers of the group that it has room for."""
-        rooms = [int(has / each + 1e-6) for has, each in ((self.cpus, group.cpus), (self.gpus, group.gpus)) if each]
-        return max(0, min(rooms, default=0))
+        return group.fit(self.cpus, self.gpus)
 
 
 @dataclass(frozen=True, slots=True)

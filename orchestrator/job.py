@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from orchestrator.algorithms import Algorithm, build
 from orchestrator.cluster.metrics_sink import RayMetricsSink
-from orchestrator.cluster.placement import Demand, demands
+from orchestrator.cluster.placement import demands
 from orchestrator.config import Recipe
 from orchestrator.controllers.step import Guards
 from orchestrator.dataset import DataSet, load_data
@@ -54,7 +54,7 @@ class Job:
         """Optimizer steps of the whole run: what the learning rate's schedule counts."""
         return self.plan.total_steps * self.optimizer_steps
 
-    def demands(self) -> tuple[Demand, ...]:
+    def demands(self) -> tuple[WorkerGroup, ...]:
         """The worker groups it needs."""
         return _demands(self.recipe, self.algorithm)
 
@@ -114,7 +114,7 @@ def plan_job(recipe: Recipe, console: Console, hardware: Hardware | None = None)
     return Job(recipe, algorithm, prompts.longest, prompts, plan, steps, console)
 
 
-def _demands(recipe: Recipe, algorithm: Algorithm) -> tuple[Demand, ...]:
+def _demands(recipe: Recipe, algorithm: Algorithm) -> tuple[WorkerGroup, ...]:
     online = algorithm.online
     return demands(recipe, critic=online is not None and online.critic, rollouts=online is not None and recipe.rollouts.replay is None)
 
@@ -126,7 +126,7 @@ def _fitted(recipe: Recipe, algorithm: Algorithm, hardware: Hardware) -> Recipe:
         return recipe
     if algorithm.online is not None and recipe.rollouts.placement == "colocated":
         return recipe.with_workers(recipe.rollouts.workers)
-    learners, *others = (WorkerGroup(d.what, d.workers, d.cpus, d.gpus) for d in _demands(recipe.with_workers(1), algorithm))
+    learners, *others = _demands(recipe.with_workers(1), algorithm)
     room = min(hardware.room_for(learners, others), recipe.batch.effective // algorithm.group_examples)
     if room < 1:
         each = f"{learners.cpus:g} CPUs" + (f" and {learners.gpus:g} GPUs" if learners.gpus else "")

@@ -39,7 +39,7 @@ def need_of(job: Job) -> Need:
     """What a planned run asks of the cluster."""
     recipe = job.recipe
     return Need(
-        groups=(*(WorkerGroup(d.what, d.workers, d.cpus, d.gpus) for d in job.demands()), *_reward_models(job)),
+        groups=(*job.demands(), *_reward_models(job)),
         checkpoint_bytes=_checkpoint_bytes(job),
         keep=recipe.checkpoint.keep,
         wandb=recipe.tracking.wandb,

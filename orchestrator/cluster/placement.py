@@ -19,6 +19,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from orchestrator.config import Learners, Recipe, Rollouts
 from orchestrator.errors import ConfigError, NotEnoughResources
+from orchestrator.facts import SLACK, WorkerGroup, times
 
 OBJECT_STORE_BYTES = 256 * 1024 * 1024
 NAME_FREE_S = 60.0
@@ -53,11 +54,13 @@ def _init() -> None:
 def _own_signals() -> Iterator[None]:
     """Keeps this process's handlers: Ray puts its crash handler in their place, and SIGTERM would abort the run."""
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    yield
-    if threading.current_thread() is threading.main_thread():
-        for number, handler in before.items():
-            if handler is not None:  # None: not set from Python
-                signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in before.items():
+                if handler is not None:  # None: not set from Python
+                    signal.signal(number, handler)
 
 
 def _protect_token() -> None:
@@ -67,22 +70,7 @@ def _protect_token() -> None:
         token.chmod(0o600)
 
 
-@dataclass(frozen=True, slots=True)
-class Demand:
-    """What a group of workers asks for. what: "learners", "critic" or "rollouts", as in the recipe."""
-
-    what: str
-    workers: int
-    cpus: float
-    gpus: float
-
-    @property
-    def bundle(self) -> dict[str, float]:
-        """Resources of one worker."""
-        return {"CPU": self.cpus, **({"GPU": self.gpus} if self.gpus else {})}
-
-
-def demands(recipe: Recipe, *, critic: bool, rollouts: bool) -> tuple[Demand, ...]:
+def demands(recipe: Recipe, *, critic: bool, rollouts: bool) -> tuple[WorkerGroup, ...]:
     """All worker groups of a run. Colocated rollout actors are part of the learners' bundles."""
     learners, actors = recipe.learners, recipe.rollouts
     together = rollouts and actors.placement == "colocated"
@@ -94,16 +82,16 @@ def demands(recipe: Recipe, *, critic: bool, rollouts: bool) -> tuple[Demand, ..
         )
     groups = [learner_demand(learners, actors if together else None)]
     if critic:
-        groups.append(Demand("critic", recipe.critic.workers, recipe.critic.cpus_per_worker, recipe.critic.gpus_per_worker))
+        groups.append(WorkerGroup("critic", recipe.critic.workers, recipe.critic.cpus_per_worker, recipe.critic.gpus_per_worker))
     if rollouts and not together:
-        groups.append(Demand("rollouts", actors.workers, actors.cpus_per_worker, actors.gpus_per_worker))
+        groups.append(WorkerGroup("rollouts", actors.workers, actors.cpus_per_worker, actors.gpus_per_worker))
     return tuple(groups)
 
 
-def learner_demand(learners: Learners, colocated: Rollouts | None = None) -> Demand:
+def learner_demand(learners: Learners, colocated: Rollouts | None = None) -> WorkerGroup:
     """The learners' own, with a rollout actor in each bundle where they are colocated."""
     cpus, gpus = (colocated.cpus_per_worker, colocated.gpus_per_worker) if colocated else (0.0, 0.0)
-    return Demand("learners", learners.count, learners.cpus_per_worker + cpus, learners.gpus_per_worker + gpus)
+    return WorkerGroup("learners", learners.count, learners.cpus_per_worker + cpus, learners.gpus_per_worker + gpus)
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,10 +102,10 @@ class Placement:
     bundle: Mapping[str, float]
 
     @classmethod
-    def reserve(cls, demand: Demand, timeout_s: float) -> "Placement":
-        """Reserves a bundle per worker; NotEnoughResources at once when the cluster cannot hold them."""
+    def reserve(cls, demand: WorkerGroup, timeout_s: float) -> "Placement":
+        """Reserves a bundle per worker, for at most timeout_s seconds; NotEnoughResources at once when the cluster cannot hold them."""
         connect()
-        bundle = demand.bundle
+        bundle = _bundle(demand)
         _check_capacity([demand], ray.cluster_resources())
         group = placement_group([dict(bundle)] * demand.workers, strategy="PACK")
         if not group.wait(timeout_s):  # not ready(): that is a task, which needs a worker process of its own
@@ -160,7 +148,7 @@ def named(create: Callable[[], Any]) -> Any:
             time.sleep(0.05)
 
 
-def check_capacity(groups: Sequence[Demand]) -> None:
+def check_capacity(groups: Sequence[WorkerGroup]) -> None:
     """NotEnoughResources where the cluster cannot hold the workers; told before Ray starts where that is this machine."""
     if not ray.is_initialized() and not os.environ.get("RAY_ADDRESS"):
         gpus = any(g.gpus for g in groups)
@@ -176,25 +164,30 @@ def _visible_gpus() -> float:
     return float(torch.cuda.device_count())
 
 
-def _check_capacity(groups: Sequence[Demand], total: Mapping[str, float]) -> None:
+def _check_capacity(groups: Sequence[WorkerGroup], total: Mapping[str, float]) -> None:
     for resource in ("CPU", "GPU"):
-        asking = [g for g in groups if g.bundle.get(resource)]
-        needed, has = sum(g.workers * g.bundle[resource] for g in asking), total.get(resource, 0.0)
-        if has < needed:
+        asking = [g for g in groups if _bundle(g).get(resource)]
+        needed, has = sum(g.workers * _bundle(g)[resource] for g in asking), total.get(resource, 0.0)
+        if has + SLACK < needed:
             raise _too_few(asking, resource, needed, has)
 
 
-def _too_few(groups: Sequence[Demand], resource: str, needed: float, has: float) -> NotEnoughResources:
+def _too_few(groups: Sequence[WorkerGroup], resource: str, needed: float, has: float) -> NotEnoughResources:
     if len(groups) > 1:
-        words = " + ".join(f"{g.workers} {g.what} x {g.bundle[resource]:g}" for g in groups)
+        words = " + ".join(f"{g.workers} {g.what} x {_bundle(g)[resource]:g}" for g in groups)
         fix = f"fewer workers, or a smaller {'cpus' if resource == 'CPU' else 'gpus'}_per_worker of {', '.join(g.what for g in groups)}"
         return NotEnoughResources(f"the cluster has {has:g} {resource}s, {words} need {needed:g}", fix=fix)
     (group,) = groups
-    each = group.bundle[resource]
-    fix = f"set {group.what}.workers to {int(has // each)} or fewer"
+    each = _bundle(group)[resource]
+    fix = f"set {group.what}.workers to {times(has, each)} or fewer"
     if resource == "CPU" and has:
         fix += f", or {group.what}.cpus_per_worker={has / group.workers:.2g}"
     return NotEnoughResources(f"the cluster has {has:g} {resource}s, {group.workers} workers x {each:g} need {needed:g}", fix=fix)
+
+
+def _bundle(group: WorkerGroup) -> dict[str, float]:
+    """What one worker takes, in Ray's words."""
+    return {"CPU": group.cpus, **({"GPU": group.gpus} if group.gpus else {})}
 
 
 def _of_interest(resources: Mapping[str, float], bundle: Mapping[str, float]) -> dict[str, float]:

@@ -20,12 +20,13 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 
-from orchestrator.cluster.placement import Demand, Placement
+from orchestrator.cluster.placement import Placement
 from orchestrator.cluster.rollout_actor import RolloutActor, Work
 from orchestrator.cluster.workers import translate, worker_environment
 from orchestrator.config import Recipe
 from orchestrator.episodes import RolloutGroup, Sampling, Span
 from orchestrator.errors import OrchestratorError, WorkerLost
+from orchestrator.facts import WorkerGroup
 from orchestrator.models.buckets import BucketPlan, CorruptWeights
 
 SENDS = 3
@@ -80,7 +81,7 @@ class RolloutPool:
         """colocated: the learners' placement, whose bundle i holds room for actor i."""
         self.recipe, self.logs = recipe, logs
         rollouts = recipe.rollouts
-        demand = Demand("rollouts", rollouts.workers, rollouts.cpus_per_worker, rollouts.gpus_per_worker)
+        demand = WorkerGroup("rollouts", rollouts.workers, rollouts.cpus_per_worker, rollouts.gpus_per_worker)
         self.own = None if colocated is not None else Placement.reserve(demand, recipe.learners.start_timeout_s)
         self.placement = colocated or self.own
         self.shared, self.changed = _Shared(), threading.Condition()

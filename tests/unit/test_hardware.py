@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from orchestrator.cluster.placement import _check_capacity
 from orchestrator.errors import ConfigError, NotEnoughResources
 from orchestrator.facts import AllReduce, Capacity, ClusterFacts, Gpu, Limits, NodeFacts, Silent, WorkerGroup
 from orchestrator.hardware import DEVICES, Hardware, Machine, imagined, of_cluster
@@ -16,6 +17,15 @@ def test_a_worker_needs_its_share_on_one_machine() -> None:
     assert hardware.room_for(LEARNERS) == 4
     assert hardware.room_for(WorkerGroup("learners", 0, 1.0, 2.0)) == 1  # the third and the fourth GPU are on two machines
     assert hardware.room_for(WorkerGroup("learners", 0, 10.0, 1.0)) == 2
+
+
+def test_shares_that_are_not_exact_in_binary_fit() -> None:
+    tenths = WorkerGroup("learners", 3, 0.1, 0.0)
+    assert tenths.fit(1.0, 0.0) == 10 and 1.0 // 0.1 == 9.0
+    _check_capacity([tenths], {"CPU": 0.3})
+    with pytest.raises(NotEnoughResources, match=r"the cluster has 0\.2 CPUs") as refused:
+        _check_capacity([tenths], {"CPU": 0.2})
+    assert refused.value.fix.startswith("set learners.workers to 2 or fewer")
 
 
 def test_other_groups_take_their_place_first() -> None:
