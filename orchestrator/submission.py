@@ -45,17 +45,15 @@ def decide(attempts: Sequence[Attempt], command: str) -> Decision:
     if not attempts:
         return Decision(None, 1)
     newest = max(attempts, key=lambda a: a.number)
+    if newest.is_over and newest.status != "SUCCEEDED":
+        return Decision(newest, newest.number + 1)  # with another command too: corrected and tried again
     if newest.entrypoint != command:
-        if not newest.is_over or newest.status == "SUCCEEDED":
-            raise OutputError(
-                f"run {newest.run} is another one on that cluster ({newest.id}, {newest.status})",
-                why=f"it runs `{newest.entrypoint}`",
-                fix="give this one another run.name (or a pipeline another file name)",
-            )
-        return Decision(newest, newest.number + 1)  # corrected and tried again
-    if not newest.is_over or newest.status == "SUCCEEDED":
-        return Decision(newest, None)
-    return Decision(newest, newest.number + 1)
+        raise OutputError(
+            f"run {newest.run} is another one on that cluster ({newest.id}, {newest.status})",
+            why=f"it runs `{newest.entrypoint}`",
+            fix="give this one another run.name (or a pipeline another file name)",
+        )
+    return Decision(newest, None)
 
 
 def start(jobs: Jobs, run: str, command: str, number: int, upload: Upload, stop_grace_s: int) -> str:
@@ -68,7 +66,7 @@ def ask(jobs: Jobs, words: Sequence[str], upload: Upload) -> str:
     """Runs a command of this program on the cluster, as a job of its own that belongs to no run; its id."""
     name = f"{words[0]}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
     with upload.staged() as folder:
-        return jobs.submit(Submission(name, shlex.join([*PROGRAM, *words]), folder, environment(STOP_GRACE_S)), 1)
+        return jobs.submit(Submission(name, shlex.join([*PROGRAM, *words]), folder, environment(STOP_GRACE_S)), None)
 
 
 def there(recipe: str, working_dir: Path) -> str:

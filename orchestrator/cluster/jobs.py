@@ -81,9 +81,10 @@ class Jobs:
         fix = f"the runs known there are {', '.join(known)}" if known else "submit it: orchestrator submit RECIPE"
         raise MissingInput(f"no run {run} at {self.address}", fix=fix)
 
-    def submit(self, submission: Submission, number: int) -> str:
-        """Starts attempt `number`; its id. Two that race for the same number: the second is told that it exists."""
-        name = submission.run if number == 1 else f"{submission.run}.{number}"
+    def submit(self, submission: Submission, number: int | None) -> str:
+        """Starts attempt `number`; its id. Two that race for the same number: the second is told that it exists. None: a command that
+        belongs to no run, and is not listed."""
+        name = submission.run if number in (None, 1) else f"{submission.run}.{number}"
         environment = {"working_dir": str(submission.folder), "env_vars": dict(submission.environment)}
 
         def send() -> str:
@@ -91,7 +92,7 @@ class Jobs:
                 entrypoint=submission.entrypoint,
                 submission_id=name,
                 runtime_env=environment,
-                metadata={RUN: submission.run, ATTEMPT: str(number)},
+                metadata={} if number is None else {RUN: submission.run, ATTEMPT: str(number)},
             )
 
         return self._asked(send)

@@ -124,6 +124,7 @@ def test_doctor_and_plan_look_at_the_hosts(three: Site) -> None:
     assert "3 nodes answered" in found.out and "GB/s" in found.out and "Ray asks for a token" in found.out
     short = three.hosts.inside(0, "orchestrator", "doctor", "tiny/dpo", "learners.gpus_per_worker=1", "--address", three.hosts.dashboard)
     assert short.code == 69 and "GPUs" in short.out and "gpus_per_worker=0" in short.out
+    assert "doctor-" not in three.hosts.inside(0, "orchestrator", "status").out, "a question is no run"
     plan = three.hosts.inside(0, "orchestrator", "plan", "tiny/dpo", "--address", three.hosts.dashboard)
     assert plan.code == 0, plan.out + plan.err
     assert "3 machines" in plan.out and "3 learners on it" in plan.out and "measured" in plan.out
