@@ -47,7 +47,7 @@ def train(
     outcomes = train_stages(loaded.stages, output or Path("runs") / loaded.name, out)
     out.print(_results(outcomes))
     for outcome in outcomes.values():
-        out.print(f"report  {outcome.report}\nmodel   {outcome.export}")
+        out.print(f"report  {outcome.report}\nmodel   {outcome.export}", markup=False)
 
 
 @app.command()
@@ -107,7 +107,7 @@ def report(directory: Annotated[Path, typer.Argument(metavar="DIR", help="a run 
     """Writes one self-contained report.html with the curves and sample pairs."""
     from orchestrator.observe.dashboard import write_report
 
-    out.print(str(write_report(directory)))
+    out.print(str(write_report(directory)), markup=False)
 
 
 @app.command()
@@ -162,7 +162,7 @@ def recipes_cp(name: str, target: Path) -> None:
             raise OutputError(f"{target / file.name} exists already", fix="choose another folder")
     for file in recipes.parts(source):
         shutil.copyfile(file, target / file.name)
-        out.print(str(target / file.name))
+        out.print(str(target / file.name), markup=False)
 
 
 @config_app.command("schema")

@@ -80,7 +80,7 @@ class Upload:
 
 
 def collect(root: Path) -> Upload:
-    """The files of `root` that its .gitignore and .rayignore files leave. ConfigError for secrets, and for too much."""
+    """The files of `root` that its .gitignore and .rayignore files leave. ConfigError for secrets, for what cannot be read, and for too much."""
     if not root.is_dir():
         raise MissingInput(f"{root} is no folder", fix="give --working-dir the folder that holds your recipe and code")
     root = root.resolve()
@@ -120,7 +120,7 @@ def _below(base: Path, path: Path, is_folder: bool) -> str:
 
 
 def _refuse_secrets(root: Path, files: tuple[Path, ...]) -> None:
-    found = [file for file in files if SECRETS.match_file(file) or SECRETS.match_file((root / file).resolve().name) or _holds_key(root / file)]
+    found = [file for file in files if SECRETS.match_file(file) or _leads_to_secret(root, file) or _holds_key(root / file)]
     if found:
         named = ", ".join(map(str, found[:5])) + (f" and {len(found) - 5} more" if len(found) > 5 else "")
         raise ConfigError(
@@ -130,6 +130,15 @@ def _refuse_secrets(root: Path, files: tuple[Path, ...]) -> None:
         )
 
 
+def _leads_to_secret(root: Path, file: Path) -> bool:
+    """Whether it is a link that brings in what would be refused where it lies."""
+    there = (root / file).resolve()
+    return there != root / file and SECRETS.match_file(there.relative_to(root if there.is_relative_to(root) else there.anchor))
+
+
 def _holds_key(file: Path) -> bool:
-    with file.open("rb") as content:
-        return PRIVATE_KEY.search(content.read(LOOKED_INTO)) is not None
+    try:
+        with file.open("rb") as content:
+            return PRIVATE_KEY.search(content.read(LOOKED_INTO)) is not None
+    except OSError as error:
+        raise ConfigError(f"{file} cannot be read", why=error.strerror or str(error), fix="mend its permissions, or name it in .rayignore") from error

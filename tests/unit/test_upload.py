@@ -51,6 +51,29 @@ def test_a_link_to_a_secret_is_one(tmp_path: Path) -> None:
         collect(tmp_path / "work")
 
 
+def test_a_link_into_a_folder_of_secrets_is_one(tmp_path: Path) -> None:
+    for name in ("aws/.aws/credentials", "work/recipe.yaml"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("x")
+    os.symlink(tmp_path / "aws" / ".aws" / "credentials", tmp_path / "work" / "settings")
+    with pytest.raises(ConfigError, match="settings"):
+        collect(tmp_path / "work")
+
+
+def test_a_link_within_the_folder_goes_wherever_the_folder_lies(tmp_path: Path) -> None:
+    root = tmp_path / ".ray" / "work"
+    root.mkdir(parents=True)
+    (root / "a.yaml").write_text("x")
+    os.symlink(root / "a.yaml", root / "b.yaml")
+    assert collect(root).files == (Path("a.yaml"), Path("b.yaml"))
+
+
+def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
+    os.symlink("/proc/self/mem", tmp_path / "memory")  # nobody can read its first page
+    with pytest.raises(ConfigError, match="memory cannot be read"):
+        collect(tmp_path)
+
+
 def test_public_keys_and_examples_go(tmp_path: Path) -> None:
     write(tmp_path, "id_rsa.pub", ".env.example")
     assert names(tmp_path) == {"id_rsa.pub", ".env.example"}
