@@ -114,7 +114,8 @@ def make_plan(recipe: Recipe, algorithm: Algorithm, data: DataSet, hardware: Har
     """The plan of a run on `hardware`, or on this machine; ConfigError or NotEnoughResources where it could not work."""
     hardware = hardware or this_machine()
     _check(recipe, algorithm.group_examples)
-    choices = [Choice("hardware", str(hardware), f"{recipe.learners.count} learner{'s' if recipe.learners.count > 1 else ''} on it")]
+    learners = f"{recipe.learners.count} learner{'s' if recipe.learners.count > 1 else ''}"
+    choices = [Choice("hardware", learners, f"on {hardware}")]
     layout = _layout(recipe, algorithm, choices)
     steps = first_steps(data)
     limit = memory_limit(recipe, hardware)

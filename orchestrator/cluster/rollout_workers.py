@@ -77,22 +77,23 @@ class _Shared:
 class RolloutPool:
     """roles.Generator over any number of actors."""
 
-    def __init__(self, recipe: Recipe, *, logs: Path | None = None, colocated: Placement | None = None) -> None:
-        """colocated: the learners' placement, whose bundle i holds room for actor i."""
-        self.recipe, self.logs = recipe, logs
+    def __init__(self, recipe: Recipe, *, logs: Path | None = None, colocated: Placement | None = None, name: str = "rollout") -> None:
+        """colocated: the learners' placement, whose bundle i holds room for actor i; name: the actors are NAME-0, NAME-1 …"""
+        self.recipe, self.logs, self.name = recipe, logs, name
         rollouts = recipe.rollouts
         demand = WorkerGroup("rollouts", rollouts.workers, rollouts.cpus_per_worker, rollouts.gpus_per_worker)
         self.own = None if colocated is not None else Placement.reserve(demand, recipe.learners.start_timeout_s)
         self.placement = colocated or self.own
         self.shared, self.changed = _Shared(), threading.Condition()
         self.threads: list[threading.Thread] = []
-        self.actors: list[Any] = [self._new(i) for i in range(rollouts.workers)]
+        self.actors: list[Any] = []
         try:
+            self.actors += (self._new(i) for i in range(rollouts.workers))
             self.pids = [self._built(i) for i in range(rollouts.workers)]
         except BaseException:
             self.close()
             raise
-        self.threads = [threading.Thread(target=self._serve, args=(i,), name=f"rollout-{i}", daemon=True) for i in range(rollouts.workers)]
+        self.threads = [threading.Thread(target=self._serve, args=(i,), name=self._who(i), daemon=True) for i in range(rollouts.workers)]
         for thread in self.threads:
             thread.start()
 
@@ -218,7 +219,7 @@ class RolloutPool:
             chunk.sends += 1
             if isinstance(error.cause, CorruptWeights) and chunk.sends < SENDS:
                 return None, None
-            return None, translate(error, f"rollout-{index}", "roll_out")
+            return None, translate(error, self._who(index), "roll_out")
         except RayError as error:  # the actor died or is late, or its answer was lost with its node
             failure = self.replace(index, late=isinstance(error, GetTimeoutError), why=str(error))
             return None, failure or (None if references else self._hand_over(index, chunk.version))
@@ -234,7 +235,7 @@ class RolloutPool:
         said = f"did not answer within {self.recipe.rollouts.timeout_s:.0f} s" if late else "died"
         if restarts > self.recipe.rollouts.max_restarts:
             return WorkerLost(
-                f"rollout-{index} {said}, and {restarts - 1} rollout actors were replaced already",
+                f"{self._who(index)} {said}, and {restarts - 1} rollout actors were replaced already",
                 why=why.strip().splitlines()[0] if why.strip() else "no answer",
                 fix="see logs/ in the run folder; raise rollouts.timeout_s if answers really take longer",
             )
@@ -255,14 +256,14 @@ class RolloutPool:
             references = self._dumped(version, index)
             if references is None:
                 return WorkerLost(
-                    f"rollout-{index} was replaced, and no other rollout actor could give it weights {version}",
+                    f"{self._who(index)} was replaced, and no other rollout actor could give it weights {version}",
                     fix="the run goes on from its last checkpoint; with rollouts.transport=object_store no other actor is needed",
                 )
             try:
                 ray.get(self.actors[index].load.remote(version, references), timeout=limit)
                 return None
             except RayError as error:
-                failure = translate(error, f"rollout-{index}", "load")
+                failure = translate(error, self._who(index), "load")
                 if not isinstance(failure, CorruptWeights):
                     return failure
         return failure
@@ -279,6 +280,9 @@ class RolloutPool:
                     return references
         return None
 
+    def _who(self, index: int) -> str:
+        return f"{self.name}-{index}"
+
     def _new(self, index: int) -> Any:
         rollouts = self.recipe.rollouts
         threads = max(1, int(rollouts.cpus_per_worker))
@@ -287,9 +291,9 @@ class RolloutPool:
             RolloutActor,
             index,
             index,
-            str(self.logs / f"rollout-{index}.log") if self.logs else None,
+            str(self.logs / f"{self._who(index)}.log") if self.logs else None,
             threads,
-            name=f"rollout-{index}",
+            name=self._who(index),
             environment=worker_environment(threads),
             cpus=rollouts.cpus_per_worker,
             gpus=rollouts.gpus_per_worker,
@@ -301,6 +305,6 @@ class RolloutPool:
         try:
             return int(ray.get(self.actors[index].build.remote(self.recipe), timeout=seconds))
         except GetTimeoutError:
-            raise WorkerLost(f"rollout-{index} was not ready within {seconds:.0f} s", fix="raise learners.start_timeout_s") from None
+            raise WorkerLost(f"{self._who(index)} was not ready within {seconds:.0f} s", fix="raise learners.start_timeout_s") from None
         except (RayTaskError, RayActorError) as error:
-            raise translate(error, f"rollout-{index}", "build") from error
+            raise translate(error, self._who(index), "build") from error

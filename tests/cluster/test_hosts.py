@@ -127,7 +127,7 @@ def test_doctor_and_plan_look_at_the_hosts(three: Site) -> None:
     assert "doctor-" not in three.hosts.inside(0, "orchestrator", "status").out, "a question is no run"
     plan = three.hosts.inside(0, "orchestrator", "plan", "tiny/dpo", "--address", three.hosts.dashboard)
     assert plan.code == 0, plan.out + plan.err
-    assert "3 machines" in plan.out and "3 learners on it" in plan.out and "measured" in plan.out
+    assert "3 machines" in plan.out and "3 learners" in plan.out and "measured" in plan.out
 
 
 def test_a_lost_host_is_named_and_the_rest_go_on(tmp_path: Path) -> None:

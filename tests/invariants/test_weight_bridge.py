@@ -206,14 +206,14 @@ def test_fp32_weights_of_every_zero_stage_arrive_bit_by_bit(group: LearnerGroup,
 
 def test_bf16_weights_of_every_zero_stage_arrive_bit_by_bit(group: LearnerGroup) -> None:
     """Actors in bundles of their own. Stage 0 is refused in bf16 by the plan: DeepSpeed takes a stray step there."""
-    with RolloutPool(recipe("bf16")) as pool:
+    with RolloutPool(recipe("bf16"), name="apart") as pool:
         every_stage(group, pool, "bf16", (1, 2, 3))
 
 
 def test_lora_sends_its_adapter_alone(group: LearnerGroup) -> None:
     """The base does not cross; what is sampled with the new adapter has the log-probs that the learner gives it."""
     cfg = recipe(lora={"rank": 2, "alpha": 64.0})
-    with RolloutPool(cfg) as pool:
+    with RolloutPool(cfg, name="apart") as pool:
         before = pool.call(actor_digests)[0][1]
         start = {r.logprobs.tobytes() for g in _untrained(group, pool, cfg) for r in g.rollouts}
         for version, (stage, kind) in enumerate([(0, ObjectStoreBridge), (3, BroadcastBridge)], 2):
