@@ -23,7 +23,6 @@ from orchestrator.cluster.workers import LearnerGroup
 from orchestrator.config import Recipe
 from orchestrator.dataset import load_data
 from orchestrator.errors import ConfigError, NotEnoughResources, OutOfMemory, WorkerLost
-from orchestrator.facts import ClusterFacts, Need
 from orchestrator.findings import Finding, judge
 from orchestrator.hardware import Hardware, of_cluster
 from orchestrator.identity import fingerprint
@@ -53,10 +52,11 @@ class Outcome:
     after: Mapping[str, float]
 
 
-def train(recipe: Recipe, root: Path, console: Console, facts: ClusterFacts | None = None) -> Outcome:
-    """Runs a recipe to its end in the folder `root`, going on from a verified checkpoint if one is there. facts: what is known of
-    the cluster; looked up where nobody did yet."""
-    facts = facts or look(asked_by([recipe]), root)
+def train(recipe: Recipe, root: Path, console: Console) -> Outcome:
+    """Runs a recipe to its end in the folder `root`, going on from a verified checkpoint if one is there."""
+    asked = asked_by([recipe])
+    facts = look(asked, root)
+    require(judge(facts, asked))  # before the plan: a node that is silent is no lack of room
     job = plan_job(recipe, console, of_cluster(facts))
     _preflight(judge(facts, need_of(job)), console)
     identity = fingerprint(recipe, job.data.loaded.fingerprint, "")
@@ -157,12 +157,11 @@ def _stop_signals() -> Iterator[Callable[[], bool]]:
 def train_stages(stages: Sequence[Stage], root: Path, console: Console) -> dict[str, Outcome]:
     """Trains a recipe, or a pipeline stage by stage in root/NAME, each with the exports of the stages it names."""
     outcomes: dict[str, Outcome] = {}
-    facts = look(asked_by([stage.recipe for stage in stages]), root)
     for stage in _grouped(stages, root.name):
         folder = root if len(stages) == 1 else root / stage.name
         if len(stages) > 1:
             console.rule(stage.name, align="left")
-        outcomes[stage.name] = train(resolve(stage.recipe, {n: o.export for n, o in outcomes.items()}), folder, console, facts)
+        outcomes[stage.name] = train(resolve(stage.recipe, {n: o.export for n, o in outcomes.items()}), folder, console)
     return outcomes
 
 
@@ -188,9 +187,13 @@ def plan_stages(stages: Sequence[Stage], hardware: Hardware | None = None) -> li
 
 def diagnose(stages: Sequence[Stage], root: Path | None) -> tuple[Finding, ...]:
     """What `orchestrator doctor` finds: of the cluster, and of what the first plannable stage needs, if a recipe is given."""
-    facts = look(asked_by([stage.recipe for stage in stages]), root)
+    asked = asked_by([stage.recipe for stage in stages])
+    facts = look(asked, root)
     ready = [s.recipe for s in stages if not references(s.recipe)]
-    return judge(facts, need_of(plan_job(ready[0], Console(quiet=True), of_cluster(facts))) if ready else Need())
+    try:
+        return judge(facts, need_of(plan_job(ready[0], Console(quiet=True), of_cluster(facts))) if ready else asked)
+    except NotEnoughResources as error:
+        return (*judge(facts, asked), Finding("plan", "error", ready[0].run.name, error.what, error.fix))
 
 
 def first_batch(recipe: Recipe) -> tuple[tuple[SequenceGroup, ...], Callable[[int], str]]:

@@ -4,6 +4,7 @@ Heavy imports happen inside the commands, as in `cli`.
 """
 
 import json
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from orchestrator.cluster.jobs import Attempt, Jobs
 
 app = typer.Typer(add_completion=False)
-out = Console(highlight=False, soft_wrap=True)
+out = Console(highlight=False, soft_wrap=True, markup=False)  # names, paths and logs are the user's
 
 RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="a YAML file, or a built-in name such as tiny/dpo")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[a.b=c]...", help="overrides, e.g. batch.effective=64")]
@@ -64,7 +65,7 @@ def submit(
 
         changes = tuple(overrides or ())
         text = artefact(to, Launch(recipe, changes, loaded.name, nodes, gpus_per_node, cpus_per_node, str(folder), image, gpu))
-        print(text if only_print else dispatch(to, text), end="")
+        print((text if only_print else dispatch(to, text)).rstrip("\n"))
         return
     from orchestrator import submission
     from orchestrator.cluster.jobs import Jobs
@@ -75,7 +76,7 @@ def submit(
     jobs = Jobs(address)
     decision = submission.decide(jobs.attempts(loaded.name), command)
     if decision.number is not None:
-        out.print(f"uploading {upload.summary()}", markup=False)
+        out.print(f"uploading {upload.summary()}")
         id = submission.start(jobs, loaded.name, command, decision.number, upload, stop_grace)
         again = "" if decision.attempt is None else f"; {decision.attempt.id} ended as {decision.attempt.status}, this goes on in its run folder"
         out.print(f"submitted {id} to {address}{again}")
@@ -106,7 +107,7 @@ def plan(
     if address is not None:
         fill = ["learners.workers=auto", *(overrides or ())]
         recipes.load(recipe, fill)
-        _ask_cluster(address, recipe, working_dir, lambda there: ["plan", there, *fill, *(["--json"] if as_json else [])])
+        _ask_cluster(address, recipe, working_dir, lambda there: ["plan", there, *fill, *(["--json"] if as_json else [])], document=as_json)
         return
     if gpu is None and (nodes > 1 or gpus_per_node or network_gbit):
         raise ConfigError("--nodes, --gpus-per-node and --network-gbit say nothing without --gpu", fix="add e.g. --gpu h100-80g")
@@ -130,7 +131,7 @@ def plan(
             out.print(f"{stage.name} is planned when what it takes from other stages has been trained ({needed})")
     if len(loaded.stages) == 1:
         out.rule("resolved recipe", align="left")
-        out.print(recipes.dump(plans[0][1].recipe), markup=False)
+        out.print(recipes.dump(plans[0][1].recipe))
 
 
 @app.command()
@@ -146,8 +147,12 @@ def doctor(
     loaded = recipes.load(recipe, overrides or ()) if recipe is not None else None
     folder = output.absolute() if output else None
     if address is not None:
-        where = [*(["--output", str(folder)] if folder else []), *(["--json"] if as_json else [])]
-        _ask_cluster(address, recipe, working_dir, lambda there: ["doctor", *([there, *(overrides or ())] if there else []), *where])
+        options = [*(["--output", str(folder)] if folder else []), *(["--json"] if as_json else [])]
+
+        def words(there: str) -> list[str]:
+            return ["doctor", *([there, *(overrides or ())] if there else []), *options]
+
+        _ask_cluster(address, recipe, working_dir, words, document=as_json)
         return
     from dataclasses import asdict
 
@@ -201,8 +206,8 @@ def logs(run: RunArgument, address: Address = LOCAL, follow: Follow = False) -> 
 
 
 @app.command()
-def stop(run: RunArgument, address: Address = LOCAL, wait: Annotated[float, typer.Option("--wait", metavar="SECONDS", min=1)] = 330.0) -> None:
-    """Asks a run to save and end; `resume` goes on from there."""
+def stop(run: RunArgument, address: Address = LOCAL) -> None:
+    """Asks a run to save and end, and waits for it; `resume` goes on from there."""
     from orchestrator.cluster.jobs import Jobs
 
     jobs = Jobs(address)
@@ -210,7 +215,7 @@ def stop(run: RunArgument, address: Address = LOCAL, wait: Annotated[float, type
     if attempt.is_over:
         out.print(f"{attempt.id} is {attempt.status} already")
         return
-    ended = jobs.stop(attempt.id, wait)
+    ended = jobs.stop(attempt.id)
     out.print(f"{ended.id} is {ended.status}; go on with: orchestrator resume {ended.run} --address {address}")
 
 
@@ -227,23 +232,30 @@ def resume(run: RunArgument, address: Address = LOCAL, working_dir: WorkingDir =
     if decision.number is None:
         raise OrchestratorError(f"{last.id} is {last.status}: there is nothing to resume", fix=f"orchestrator logs {last.run} --address {address}")
     upload = collect(working_dir)
-    out.print(f"uploading {upload.summary()}", markup=False)
+    out.print(f"uploading {upload.summary()}")
     id = submission.start(jobs, last.run, last.entrypoint, decision.number, upload, stop_grace)
-    out.print(f"submitted {id} to {address}: `{last.entrypoint}`", markup=False)
+    out.print(f"submitted {id} to {address}: `{last.entrypoint}`")
     _say_next(last.run, address)
     if follow:
         _follow(jobs, id, last.run, address)
 
 
-def _ask_cluster(address: str, recipe: str | None, working_dir: Path, words: Callable[[str], list[str]]) -> None:
-    """Runs a command on the cluster and shows what it says. words: the command, of the recipe's name there ("" without one)."""
+def _ask_cluster(address: str, recipe: str | None, working_dir: Path, words: Callable[[str], list[str]], *, document: bool) -> None:
+    """Runs a command on the cluster and shows what it says. words: the command, of the recipe's name there ("" without one);
+    document: it says JSON, and nothing else is to be shown."""
     from orchestrator import submission
     from orchestrator.cluster.jobs import Jobs, exit_code
     from orchestrator.upload import collect
 
     name = submission.there(recipe, working_dir) if recipe is not None else ""
     jobs, upload = Jobs(address), collect(working_dir)
-    attempt = jobs.follow(submission.ask(jobs, words(name), upload), lambda text: print(text, end=""))
+    id = submission.ask(jobs, words(name), upload)
+    attempt = jobs.follow(id, (lambda text: None) if document else lambda text: print(text, end="", flush=True))
+    if document:
+        found = re.search(r"^[\[{]$.*", jobs.logs(id), re.MULTILINE | re.DOTALL)
+        print(found[0].rstrip() if found else jobs.logs(id))
+    if attempt.exit_code is None and attempt.status != "SUCCEEDED":
+        print(attempt.message, file=sys.stderr)  # it ended before it could say anything
     if code := exit_code(attempt):
         sys.exit(code)
 
@@ -271,7 +283,7 @@ def _follow(jobs: "Jobs", id: str, run: str, address: str) -> None:
     if code == Exit.RESUMABLE:
         out.print(f"it can go on: orchestrator resume {run} --address {address}")
     elif code:
-        out.print(attempt.message, markup=False)
+        out.print(attempt.message)
     if code:
         sys.exit(code)
 

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from orchestrator.facts import SLACK, Capacity, ClusterFacts, Need, NodeFacts, WorkerGroup, times
+from orchestrator.words import size
 
 Level = Literal["ok", "warning", "error"]
 
@@ -100,10 +101,13 @@ def _short_of(facts: ClusterFacts, groups: Sequence[WorkerGroup], unit: str) -> 
     others = sum(g.workers * _each(g, unit) for g in asking[1:])
     first, key = asking[0], "gpus_per_worker" if unit == "GPUs" else "cpus_per_worker"
     fits = times(total - others, _each(first, unit))
-    fixes = [f"set {first.what}.workers={fits}"] if fits > 0 else []
+    if first.what.startswith("reward "):
+        fixes = [f"lower `gpus` of {first.what} in rewards.functions"]
+    else:
+        fixes = [f"set {first.what}.workers={fits}"] if fits > 0 else []
     if unit == "CPUs" and total > others:
         fixes.append(f"set {first.what}.{key}={(total - others) / first.workers:.2g}")
-    if not total:
+    if not total and not first.what.startswith("reward "):
         fixes.append(f"set {first.what}.{key}=0 to train on CPUs")
     fixes += [_uncounted(node, capacity) for node, capacity in _pairs(facts) if unit == "GPUs" and len(node.devices) > capacity.gpus]
     fixes.append(f"add nodes (ray start --address=HEAD:6379 --num-{unit.lower()}=N)")
@@ -308,11 +312,6 @@ def render(findings: Sequence[Finding]) -> Table:
         what = Text(finding.what) if finding.level == "ok" else Text.assemble(finding.what, "\n", (f"fix: {finding.fix}", "bold"))
         table.add_row(Text(finding.level, style=style), finding.check, Text(finding.where, style="dim"), what)
     return table
-
-
-def size(count: float) -> str:
-    """Bytes in words. Example: 1.20 GB, 3.4 MB."""
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
 def _rate(rate: float) -> str:

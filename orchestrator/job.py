@@ -24,11 +24,12 @@ from orchestrator.observe.reporter import RunReporter
 from orchestrator.observe.sinks import ConsoleSink, JsonlSink, Sink
 from orchestrator.observe.tracking import WandbSink, stable_run_id
 from orchestrator.observe.watch import Watch
-from orchestrator.plan import Choice, Plan, make_plan, size
+from orchestrator.plan import Choice, Plan, make_plan
 from orchestrator.prompts import PromptSet, check_batches, load_prompts
 from orchestrator.recipe import dump
 from orchestrator.rollout.functions import check_rewards
 from orchestrator.run_folder import RunFolder
+from orchestrator.words import size
 
 Stopped = Callable[[], bool]
 TRACKED_PLAN = ("arithmetic", "total_steps", "cut", "choices", "memory", "memory_limit", "traffic")

@@ -21,6 +21,7 @@ from orchestrator.memory_model import MemoryEstimate, Traffic, estimate, traffic
 from orchestrator.models.attention import capabilities
 from orchestrator.models.load import load_config
 from orchestrator.records import Cut, Layout, MicroBatch, PackedBatch, SequenceGroup, Sync
+from orchestrator.words import size
 
 LOOK_AHEAD = 8
 """Steps whose largest micro-batch stands for the run's."""
@@ -148,11 +149,6 @@ def make_plan(recipe: Recipe, algorithm: Algorithm, data: DataSet, hardware: Har
         traffic=sent,
         mean_length=max(1, sum(data.report.lengths) // len(data.report.lengths)),
     )
-
-
-def size(count: int) -> str:
-    """Bytes in words. Example: 1.20 GB, 3.4 MB."""
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
 def memory_limit(recipe: Recipe, hardware: Hardware) -> int:

@@ -6,7 +6,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from orchestrator.plan import DataReport, Plan, size
+from orchestrator.plan import DataReport, Plan
+from orchestrator.words import size
 
 BAR = 30
 

@@ -1,6 +1,6 @@
 """Before anything is placed: does the cluster have what the run needs?
 
-    job --need_of--> Need --examine--> findings --require--> goes on, or one error with every fix
+    recipes --asked_by, look--> ClusterFacts      job --need_of--> Need      judge(facts, need) --require--> goes on, or every fix at once
 """
 
 import os
@@ -16,7 +16,7 @@ from orchestrator.cluster.probes import here, on_cluster, survey
 from orchestrator.config import ONLINE, Recipe
 from orchestrator.errors import ConfigError, Exit, MissingInput, NotEnoughResources, OrchestratorError, OutputError
 from orchestrator.facts import Capacity, ClusterFacts, ModelSource, Need, WorkerGroup
-from orchestrator.findings import Finding, judge
+from orchestrator.findings import Finding
 from orchestrator.job import Job
 from orchestrator.memory_model import fake_model, parameter_counts
 from orchestrator.node_facts import shared_folder, unmet_requirements, wandb_trouble
@@ -93,11 +93,6 @@ def asked_by(recipes: Sequence[Recipe]) -> Need:
     vllm = any(recipe.algorithm.name in ONLINE and recipe.rollouts.engine == "vllm" for recipe in recipes)
     online = any(recipe.tracking.wandb == "online" for recipe in recipes)
     return Need(models=tuple(models), wandb="online" if online else "off", libraries=("vllm",) if vllm else ())
-
-
-def examine(need: Need, root: Path | None = None) -> tuple[Finding, ...]:
-    """Looks and judges."""
-    return judge(look(need, root), need)
 
 
 def this_machine(need: Need, root: Path | None) -> ClusterFacts:

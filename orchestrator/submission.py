@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from orchestrator.cluster.jobs import Attempt, Jobs, Submission
+from orchestrator.cluster.jobs import STOP_GRACE, Attempt, Jobs, Submission
 from orchestrator.errors import ConfigError, OutputError
 from orchestrator.recipe import builtin_recipes
 from orchestrator.upload import Upload
@@ -36,7 +36,7 @@ def entrypoint(recipe: str, overrides: Sequence[str], output: Path, working_dir:
 
 def environment(stop_grace_s: int) -> dict[str, str]:
     """Variables of the driver: output at once, and time to save when it is stopped. Nothing secret may be here."""
-    return {"PYTHONUNBUFFERED": "1", "RAY_JOB_STOP_WAIT_TIME_S": str(stop_grace_s)}
+    return {"PYTHONUNBUFFERED": "1", STOP_GRACE: str(stop_grace_s)}
 
 
 def decide(attempts: Sequence[Attempt], command: str) -> Decision:

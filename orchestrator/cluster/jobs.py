@@ -5,6 +5,7 @@
 
 import asyncio
 import os
+import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from orchestrator.errors import ConfigError, Exit, Forbidden, MissingInput, Orch
 
 LOCAL = "http://127.0.0.1:8265"
 FINAL = ("SUCCEEDED", "FAILED", "STOPPED")
+STOP_GRACE = "RAY_JOB_STOP_WAIT_TIME_S"
+SERVER_ERROR = re.compile(r"status code 5\d\d")
 RUN, ATTEMPT = "orchestrator_run", "orchestrator_attempt"
 """Names in a job's metadata."""
 RECONNECT_S = 120.0
@@ -31,7 +34,8 @@ POLL_S = 1.0
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """One Ray job of a run. status: Ray's word; started, ended: Unix seconds; exit_code: of the driver, once it ended."""
+    """One Ray job of a run. status: Ray's word; started, ended: Unix seconds; exit_code: of the driver, once it ended; stop_grace_s:
+    between SIGTERM and SIGKILL when it is stopped."""
 
     id: str
     run: str
@@ -42,6 +46,7 @@ class Attempt:
     started: float | None
     ended: float | None
     exit_code: int | None
+    stop_grace_s: float = 3.0
 
     @property
     def is_over(self) -> bool:
@@ -140,13 +145,14 @@ class Jobs:
                     ) from error
             time.sleep(POLL_S)
 
-    def stop(self, id: str, wait_s: float) -> Attempt:
-        """Asks the driver to stop (SIGTERM: checkpoint, then exit 75) and waits until it is over."""
+    def stop(self, id: str) -> Attempt:
+        """Asks the driver to stop (SIGTERM: checkpoint, then exit 75) and waits until it is over: Ray kills it after its grace."""
+        wait_s = self.read(id).stop_grace_s + RECONNECT_S
         self._asked(lambda: self._client.stop_job(id))
         deadline = time.monotonic() + wait_s
         while not (attempt := self.read(id)).is_over:
             if time.monotonic() > deadline:
-                raise OrchestratorError(f"job {id} has not ended after {wait_s:.0f} s", fix="Ray kills it when its stop grace is over; wait longer")
+                raise OrchestratorError(f"job {id} has not ended after {wait_s:.0f} s", fix="see `ray job stop` and the dashboard's log")
             time.sleep(POLL_S)
         return attempt
 
@@ -170,6 +176,8 @@ class Jobs:
                 fix="start one (`ray start --head`), give --address, or forward the port: ssh -L 8265:127.0.0.1:8265 HEAD",
             ) from error
         except RuntimeError as error:
+            if SERVER_ERROR.search(str(error)):
+                raise Unreachable(f"the dashboard at {self.address} is in trouble", why=_first_line(error)[:200], fix="try again") from error
             raise OrchestratorError(f"{self.address} refused", why=_first_line(error)[:400], fix="see the dashboard's log") from error
 
 
@@ -237,4 +245,5 @@ def _attempt(details: Any) -> Attempt:
         started=details.start_time / 1000 if details.start_time else None,
         ended=details.end_time / 1000 if details.end_time else None,
         exit_code=details.driver_exit_code,
+        stop_grace_s=float(((details.runtime_env or {}).get("env_vars") or {}).get(STOP_GRACE, 3.0)),
     )

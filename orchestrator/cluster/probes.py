@@ -188,7 +188,8 @@ def asks_for_token() -> bool | None:
         try:
             direct.open(f"http://{url.removeprefix('http://')}/api/version", timeout=ANSWER_S).close()
         except urllib.error.HTTPError as error:
-            return error.code in (401, 403)
+            if error.code < 500:  # a dashboard in trouble tells nothing
+                return error.code in (401, 403)
         except OSError:  # it listens on the head's loopback address, or not at all
             pass
         else:

@@ -149,9 +149,10 @@ import json, sys
 from dataclasses import asdict
 from pathlib import Path
 from orchestrator.facts import Need, WorkerGroup
-from orchestrator.preflight import examine
+from orchestrator.findings import judge
+from orchestrator.preflight import look
 need = Need((WorkerGroup("learners", 3, 1, 0),), checkpoint_bytes=1_000_000, keep=2)
-print(json.dumps([asdict(f) for f in examine(need, Path(sys.argv[1]))]))
+print(json.dumps([asdict(f) for f in judge(look(need, Path(sys.argv[1])), need)]))
 """
 NEEDS_IPTABLES = pytest.mark.skipif(shutil.which("iptables") is None, reason="the firewall between two hosts needs iptables")
 

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "orchestrator"
 
 FLOORS: tuple[frozenset[str], ...] = (
-    frozenset({"__init__", "errors", "config", "records", "episodes", "roles", "faults", "facts"}),
+    frozenset({"__init__", "errors", "config", "records", "episodes", "roles", "faults", "facts", "words"}),
     frozenset({"objectives", "checkpoints", "strict_yaml", "stages", "reference_page", "findings", "node_facts", "hardware"}),
     frozenset({"data", "models", "observe", "algorithms", "recipe", "identity", "upload"}),
     frozenset({"learner", "rollout", "cut", "dataset", "memory_model", "launchers"}),

@@ -12,8 +12,9 @@ from orchestrator.data.packing import cost
 from orchestrator.dataset import DataSet, load_data
 from orchestrator.errors import ConfigError, NotEnoughResources
 from orchestrator.hardware import Hardware, Machine, imagined, this_machine
-from orchestrator.plan import LEGAL_SYNC, Plan, first_steps, largest_micro_batch, make_plan, memory_limit, size
+from orchestrator.plan import LEGAL_SYNC, Plan, first_steps, largest_micro_batch, make_plan, memory_limit
 from orchestrator.recipe import load
+from orchestrator.words import size
 
 
 @lru_cache
