@@ -1,6 +1,5 @@
 """The launchers that need no scheduler, for real: Ray on one machine, on hosts by `ssh`, and as docker/compose.yaml starts it."""
 
-import shutil
 import subprocess
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -68,7 +67,7 @@ def test_hosts_by_ssh_come_up_run_a_job_and_go_down(cluster: Hosts, tmp_path: Pa
         assert len({token.read_text() for token in tokens}) == 1 and [token.stat().st_mode & 0o777 for token in tokens] == [0o600] * 3
         assert not any(tokens[0].read_bytes() in Path(f"/proc/{pid}/cmdline").read_bytes() for pid in carriers(cluster.tag))
         assert launch("up").returncode == 73  # and what is up stays up:
-        assert launch("status").stdout.count("node_") == 3
+        assert wait_until(lambda: launch("status").stdout.count("node_") == 3, 60.0)  # Ray's table of nodes is a few seconds old
         refused = cluster.inside(0, "curl", "-s", "-o", "/dev/null", "-w", "%{http_code}", f"{cluster.dashboard}/api/jobs/")
         assert refused.out == "401"
         done = launch("submit", *ARGUMENTS, "--output", tmp_path / "run")
@@ -92,17 +91,11 @@ def test_what_compose_starts_is_a_cluster_that_runs_the_job(cluster: Hosts, tmp_
         return text
 
     def variables(service: str, host: int) -> dict[str, str]:
-        folder = f"/tmp/{cluster.name(host)}"  # short: sockets lie below it
         asked = {key: placed(value) for key, value in services[service]["environment"].items()}
-        return asked | {"RAY_TMPDIR": folder, "HOME": str(cluster.home(host))}
+        return asked | {"HOME": str(cluster.home(host))}
 
     with ExitStack() as running:
-        for host in range(cluster.count):  # a container has a default route, by which Ray finds its own address
-            subprocess.run(["ip", "-n", cluster.name(host), "route", "add", "default", "via", cluster.outside], check=True)
         for host, service in enumerate(("head", "worker-1", "worker-2")):
-            folder = Path(f"/tmp/{cluster.name(host)}")
-            folder.mkdir()
-            running.callback(shutil.rmtree, folder, ignore_errors=True)
             command = [placed(word) for word in services[service]["command"]]
             node = running.enter_context(cluster.started(host, *command, RAY, env=variables(service, host)))
             check = [placed(word) for word in services[service]["healthcheck"]["test"][1:]]
