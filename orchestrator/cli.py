@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from orchestrator import cluster_commands
 from orchestrator import recipe as recipes
+from orchestrator.cluster_commands import Overrides, RecipeArgument, out
 from orchestrator.errors import ConfigError, Exit, OrchestratorError, OutputError
 from orchestrator.stages import STAGE, references
 
@@ -28,10 +28,6 @@ config_app = typer.Typer(no_args_is_help=True, help="The recipe schema.")
 app.add_typer(cluster_commands.app)
 app.add_typer(recipes_app, name="recipes")
 app.add_typer(config_app, name="config")
-
-RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="a YAML file, or a built-in name such as tiny/dpo")]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[a.b=c]...", help="overrides, e.g. batch.effective=64")]
-out = Console(highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -47,7 +43,7 @@ def train(
     outcomes = train_stages(loaded.stages, output or Path("runs") / loaded.name, out)
     out.print(_results(outcomes))
     for outcome in outcomes.values():
-        out.print(f"report  {outcome.report}\nmodel   {outcome.export}", markup=False)
+        out.print(f"report  {outcome.report}\nmodel   {outcome.export}")
 
 
 @app.command()
@@ -107,7 +103,7 @@ def report(directory: Annotated[Path, typer.Argument(metavar="DIR", help="a run 
     """Writes one self-contained report.html with the curves and sample pairs."""
     from orchestrator.observe.dashboard import write_report
 
-    out.print(str(write_report(directory)), markup=False)
+    out.print(str(write_report(directory)))
 
 
 @app.command()
@@ -143,13 +139,13 @@ def recipes_ls() -> None:
     """Names of the built-in recipes, with their first comment."""
     for name, path in recipes.builtin_recipes().items():
         first = path.read_text().splitlines()[0].removeprefix("#").strip()
-        out.print(f"{name:<24}{first}", markup=False)
+        out.print(f"{name:<24}{first}")
 
 
 @recipes_app.command("show")
 def recipes_show(name: str) -> None:
     """Prints a recipe file as it is."""
-    out.print(recipes.find(name).read_text(), markup=False)
+    out.print(recipes.find(name).read_text())
 
 
 @recipes_app.command("cp")
@@ -162,7 +158,7 @@ def recipes_cp(name: str, target: Path) -> None:
             raise OutputError(f"{target / file.name} exists already", fix="choose another folder")
     for file in recipes.parts(source):
         shutil.copyfile(file, target / file.name)
-        out.print(str(target / file.name), markup=False)
+        out.print(str(target / file.name))
 
 
 @config_app.command("schema")

@@ -9,19 +9,19 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from orchestrator import recipe as recipes
+from orchestrator import submission
+from orchestrator.cluster.jobs import LOCAL, Attempt, Jobs, exit_code
 from orchestrator.errors import ConfigError, Exit, OrchestratorError
 from orchestrator.observe.live_table import LiveTable, StepLine
 from orchestrator.stages import references
-
-if TYPE_CHECKING:
-    from orchestrator.cluster.jobs import Attempt, Jobs
+from orchestrator.upload import collect
 
 app = typer.Typer(add_completion=False)
 out = Console(highlight=False, soft_wrap=True, markup=False)  # names, paths and logs are the user's
@@ -35,7 +35,6 @@ RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="the name of a s
 WorkingDir = Annotated[Path, typer.Option("--working-dir", help="the folder that the job brings along: recipe, code, small data")]
 Grace = Annotated[int, typer.Option("--stop-grace", min=1, metavar="SECONDS", help="between SIGTERM and SIGKILL when the job is stopped")]
 Follow = Annotated[bool, typer.Option("--follow/--no-follow", help="show the job's log until it ends; Ctrl-C leaves the job running")]
-LOCAL = "http://127.0.0.1:8265"
 ON_GPUS = ("learners.workers=auto", "learners.gpus_per_worker=1")
 """What a plan for GPUs fills in where the command line says nothing else."""
 
@@ -47,7 +46,7 @@ def submit(
     address: Address = LOCAL,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="run folder on storage that all nodes see; default ./runs/NAME")] = None,
     working_dir: WorkingDir = Path("."),
-    stop_grace: Grace = 300,
+    stop_grace: Grace = submission.STOP_GRACE_S,
     follow: Follow = True,
     to: Annotated[str | None, typer.Option("--to", metavar="slurm|k8s|sky", help="start machines by a scheduler instead")] = None,
     only_print: Annotated[bool, typer.Option("--print", help="with --to: print what would be handed over")] = False,
@@ -67,9 +66,6 @@ def submit(
         text = artefact(to, Launch(recipe, changes, loaded.name, nodes, gpus_per_node, cpus_per_node, str(folder), image, gpu))
         print((text if only_print else dispatch(to, text)).rstrip("\n"))
         return
-    from orchestrator import submission
-    from orchestrator.cluster.jobs import Jobs
-    from orchestrator.upload import collect
 
     command = submission.entrypoint(recipe, overrides or (), folder, working_dir)
     upload = collect(working_dir)
@@ -158,14 +154,14 @@ def doctor(
 
     from orchestrator.assemble import diagnose
     from orchestrator.findings import render
-    from orchestrator.preflight import exit_code
+    from orchestrator.preflight import exit_code as code_of
 
     findings = diagnose(loaded.stages if loaded else (), folder)
     if as_json:
         print(json.dumps([asdict(f) for f in findings], indent=1))
     else:
         out.print(render(findings))
-    if code := exit_code(findings):
+    if code := code_of(findings):
         sys.exit(code)
 
 
@@ -174,12 +170,10 @@ def status(
     run: Annotated[str | None, typer.Argument(metavar="[RUN]", help="a run; without it, all runs of the cluster")] = None, address: Address = LOCAL
 ) -> None:
     """Where submitted runs stand."""
-    from orchestrator.cluster.jobs import Jobs
-
     jobs = Jobs(address)
     attempts = jobs.attempts(run)
     if run is not None and not attempts:
-        attempts = [_find(jobs, run)]
+        attempts = [jobs.find(run)]
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
     for name in ("run", "job", "status", "exit", "took", "last step", ""):
         table.add_column(name, no_wrap=True)
@@ -195,10 +189,8 @@ def status(
 @app.command()
 def logs(run: RunArgument, address: Address = LOCAL, follow: Follow = False) -> None:
     """What a run's newest attempt has said."""
-    from orchestrator.cluster.jobs import Jobs
-
     jobs = Jobs(address)
-    attempt = _find(jobs, run)
+    attempt = jobs.find(run)
     if follow:
         _follow(jobs, attempt.id, attempt.run, address)
     else:
@@ -208,10 +200,8 @@ def logs(run: RunArgument, address: Address = LOCAL, follow: Follow = False) -> 
 @app.command()
 def stop(run: RunArgument, address: Address = LOCAL) -> None:
     """Asks a run to save and end, and waits for it; `resume` goes on from there."""
-    from orchestrator.cluster.jobs import Jobs
-
     jobs = Jobs(address)
-    attempt = _find(jobs, run)
+    attempt = jobs.find(run)
     if attempt.is_over:
         out.print(f"{attempt.id} is {attempt.status} already")
         return
@@ -220,14 +210,16 @@ def stop(run: RunArgument, address: Address = LOCAL) -> None:
 
 
 @app.command()
-def resume(run: RunArgument, address: Address = LOCAL, working_dir: WorkingDir = Path("."), stop_grace: Grace = 300, follow: Follow = True) -> None:
+def resume(
+    run: RunArgument,
+    address: Address = LOCAL,
+    working_dir: WorkingDir = Path("."),
+    stop_grace: Grace = submission.STOP_GRACE_S,
+    follow: Follow = True,
+) -> None:
     """Starts a run again that was stopped or failed: the same command, from its last checkpoint."""
-    from orchestrator import submission
-    from orchestrator.cluster.jobs import Jobs
-    from orchestrator.upload import collect
-
     jobs = Jobs(address)
-    last = jobs.newest(_find(jobs, run).run)
+    last = jobs.find(jobs.find(run).run)
     decision = submission.decide([last], last.entrypoint)
     if decision.number is None:
         raise OrchestratorError(f"{last.id} is {last.status}: there is nothing to resume", fix=f"orchestrator logs {last.run} --address {address}")
@@ -243,9 +235,6 @@ def resume(run: RunArgument, address: Address = LOCAL, working_dir: WorkingDir =
 def _ask_cluster(address: str, recipe: str | None, working_dir: Path, words: Callable[[str], list[str]], *, document: bool) -> None:
     """Runs a command on the cluster and shows what it says. words: the command, of the recipe's name there ("" without one);
     document: it says JSON, and nothing else is to be shown."""
-    from orchestrator import submission
-    from orchestrator.cluster.jobs import Jobs, exit_code
-    from orchestrator.upload import collect
 
     name = submission.there(recipe, working_dir) if recipe is not None else ""
     jobs, upload = Jobs(address), collect(working_dir)
@@ -260,15 +249,8 @@ def _ask_cluster(address: str, recipe: str | None, working_dir: Path, words: Cal
         sys.exit(code)
 
 
-def _find(jobs: "Jobs", name: str) -> "Attempt":
-    """The attempt of that id, else the newest of the run of that name."""
-    named = [attempt for attempt in jobs.attempts() if attempt.id == name and attempt.run != name]
-    return named[0] if named else jobs.newest(name)
-
-
-def _follow(jobs: "Jobs", id: str, run: str, address: str) -> None:
+def _follow(jobs: Jobs, id: str, run: str, address: str) -> None:
     """Shows the log until the job is over; ends with the driver's exit code."""
-    from orchestrator.cluster.jobs import exit_code
 
     view = LogView(out)
     try:
@@ -318,14 +300,14 @@ def _say_next(run: str, address: str) -> None:
         out.print(f"  orchestrator {words}{where}")
 
 
-def _last_step(jobs: "Jobs", attempt: "Attempt") -> StepLine | None:
+def _last_step(jobs: Jobs, attempt: Attempt) -> StepLine | None:
     for line in reversed(jobs.logs(attempt.id).splitlines()):
         if (step := StepLine.parse(line)) is not None:
             return step
     return None
 
 
-def _took(attempt: "Attempt") -> str:
+def _took(attempt: Attempt) -> str:
     from orchestrator.observe.sinks import duration
 
     return "" if attempt.started is None else duration((attempt.ended or time.time()) - attempt.started)

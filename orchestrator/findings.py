@@ -105,10 +105,10 @@ def _short_of(facts: ClusterFacts, groups: Sequence[WorkerGroup], unit: str) -> 
         fixes = [f"lower `gpus` of {first.what} in rewards.functions"]
     else:
         fixes = [f"set {first.what}.workers={fits}"] if fits > 0 else []
-    if unit == "CPUs" and total > others:
-        fixes.append(f"set {first.what}.{key}={(total - others) / first.workers:.2g}")
-    if not total and not first.what.startswith("reward "):
-        fixes.append(f"set {first.what}.{key}=0 to train on CPUs")
+        if unit == "CPUs" and total > others:
+            fixes.append(f"set {first.what}.{key}={(total - others) / first.workers:.2g}")
+        if not total:
+            fixes.append(f"set {first.what}.{key}=0 to train on CPUs")
     fixes += [_uncounted(node, capacity) for node, capacity in _pairs(facts) if unit == "GPUs" and len(node.devices) > capacity.gpus]
     fixes.append(f"add nodes (ray start --address=HEAD:6379 --num-{unit.lower()}=N)")
     what = f"{_demand(asking, unit)}, the cluster has {_supply(facts, unit)}"

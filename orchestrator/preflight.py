@@ -38,13 +38,12 @@ ERRORS: dict[str, type[OrchestratorError]] = {
 def need_of(job: Job) -> Need:
     """What a planned run asks of the cluster."""
     recipe = job.recipe
-    return Need(
+    return replace(
+        asked_by([recipe]),
         groups=(*job.demands(), *_reward_models(job)),
         checkpoint_bytes=_checkpoint_bytes(job),
         keep=recipe.checkpoint.keep,
         wandb=recipe.tracking.wandb,
-        models=model_sources(recipe),
-        libraries=("vllm",) if job.algorithm.online is not None and recipe.rollouts.engine == "vllm" else (),
     )
 
 

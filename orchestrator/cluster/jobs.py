@@ -77,14 +77,15 @@ class Jobs:
         found = [_attempt(details) for details in self._asked(self._client.list_jobs) if RUN in (details.metadata or {})]
         return sorted((a for a in found if run in (None, a.run)), key=lambda a: (a.started or 0.0, a.number))
 
-    def newest(self, run: str) -> Attempt:
-        """The newest attempt; MissingInput where there is none."""
-        found = self.attempts(run)
+    def find(self, name: str) -> Attempt:
+        """The attempt of that id, else the newest of the run of that name; MissingInput where there is neither."""
+        attempts = self.attempts()
+        found = [a for a in attempts if a.id == name and a.run != name] or [a for a in attempts if a.run == name]
         if found:
             return max(found, key=lambda a: a.number)
-        known = sorted({a.run for a in self.attempts()})
+        known = sorted({a.run for a in attempts})
         fix = f"the runs known there are {', '.join(known)}" if known else "submit it: orchestrator submit RECIPE"
-        raise MissingInput(f"no run {run} at {self.address}", fix=fix)
+        raise MissingInput(f"no run {name} at {self.address}", fix=fix)
 
     def submit(self, submission: Submission, number: int | None) -> str:
         """Starts attempt `number`; its id. Two that race for the same number: the second is told that it exists. None: a command that
