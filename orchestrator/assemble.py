@@ -30,7 +30,7 @@ from orchestrator.job import Job, plan_job
 from orchestrator.learner.learner import LearnerSpec
 from orchestrator.observe.dashboard import write_report
 from orchestrator.observe.sinks import read_lines
-from orchestrator.plan import Plan
+from orchestrator.plan import Plan, finer_cut
 from orchestrator.preflight import asked_by, look, need_of, require
 from orchestrator.prompts import load_prompts
 from orchestrator.recipe import dump
@@ -92,17 +92,15 @@ def _preflight(findings: Sequence[Finding], console: Console) -> None:
 
 def _supervise(job: Job, folder: RunFolder, stopped: Callable[[], bool]) -> Progress:
     """Runs attempts until one ends: a lost worker restarts from the last checkpoint, an out-of-memory error a rank
-    could not recover from in place restarts with a finer cut. Neither changes an optimizer step."""
+    could not recover from in place restarts with a finer cut, or the next ZeRO stage. Neither changes an optimizer step."""
     attempt = run_offline.attempt if job.algorithm.online is None else run_online.attempt
     cut, restarts = job.plan.cut, 0
     while True:
         try:
             return attempt(job, folder, cut, stopped)
         except OutOfMemory as error:
-            if (finer := cut.halved()) == cut:
-                raise
-            cut = finer
-            job.console.print(f"{error.what}: starting the workers again with a finer cut", markup=False)
+            cut = finer_cut(job.plan, job.data, cut)
+            job.console.print(f"{error.what}: starting the workers again with {cut}", markup=False)
         except WorkerLost as error:
             restarts += 1
             if restarts > job.recipe.learners.max_restarts:

@@ -22,15 +22,10 @@ from torch import Tensor, nn
 from orchestrator.config import Learners, Optimizer
 from orchestrator.learner.collectives import CollectiveCounter
 from orchestrator.records import StepApplied
-
-BUCKET_ELEMENTS = 25_000_000
-"""DeepSpeed's default of 5e8 allocates a 2 GB buffer per rank; 25 M elements (100 MB in fp32) lose no bandwidth."""
+from orchestrator.state_bytes import BUCKET_ELEMENTS, PERSISTENT_ELEMENTS
 
 NORM_CHUNK = 1 << 12
 """Values whose squares are added in fp32; the sums of chunks are added in double."""
-
-PERSISTENT_ELEMENTS = 100_000
-"""ZeRO-3 keeps smaller parameters whole: gathering them costs more than it saves."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,11 +119,11 @@ class GuardedAdamW(torch.optim.AdamW):
         super().step(closure)
 
 
-def deepspeed_config(learners: Learners, optimizer: Optimizer, stage: int, sync: str) -> dict[str, Any]:
-    """Every key that DeepSpeed would otherwise default in silence, written out."""
+def deepspeed_config(learners: Learners, optimizer: Optimizer, stage: int, sync: str, trainable: int) -> dict[str, Any]:
+    """Every key that DeepSpeed would otherwise default in silence, written out. trainable: elements; no bucket is larger."""
     zero: dict[str, Any] = {
         "stage": stage,
-        "reduce_bucket_size": BUCKET_ELEMENTS,
+        "reduce_bucket_size": min(BUCKET_ELEMENTS, trainable),
         "allgather_bucket_size": BUCKET_ELEMENTS,
         "overlap_comm": False,
     }
@@ -185,7 +180,7 @@ class Engine:
             base = GuardedAdamW(trainable, max_norm=optimizer.max_grad_norm or 0.0, **options)
         else:
             base = torch.optim.AdamW(trainable, fused=True, **options)
-        config = deepspeed_config(learners, optimizer, stage, sync)
+        config = deepspeed_config(learners, optimizer, stage, sync, sum(p.numel() for p in trainable))
         self.ds, self.zero, _, _ = deepspeed.initialize(model=module, model_parameters=trainable, optimizer=base, config=config)
         self.module: nn.Module = self.ds.module
         self.counter = CollectiveCounter.install(deepspeed.comm.comm.cdb)

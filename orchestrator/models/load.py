@@ -72,12 +72,18 @@ def load_config(cfg: Model) -> PretrainedConfig:
     return tiny_config(cfg.tiny) if cfg.tiny is not None else _pretrained(cfg, AutoConfig)
 
 
-def build_fake(cfg: Model, head: Head, dtype: torch.dtype, mode: FakeTensorMode) -> nn.Module:
-    """The model from its configuration alone, without storage, for shapes and memory estimates: tensors of `mode`."""
+def build_fake(cfg: Model, head: Head, dtype: torch.dtype, mode: FakeTensorMode, *, layers: int | None = None) -> nn.Module:
+    """The model from its configuration alone, without storage, for shapes and memory estimates: tensors of `mode`. layers: the
+    first so many only."""
     auto: Any = AutoModelForCausalLM if head == "lm" else AutoModelForSequenceClassification
     config = load_config(cfg)
     if head != "lm":
         config.num_labels = 1
+    if layers is not None:
+        text: Any = config.get_text_config()
+        text.num_hidden_layers = layers
+        if getattr(text, "layer_types", None):
+            text.layer_types = text.layer_types[:layers]
     with torch.device("meta"):
         model = auto.from_config(config, attn_implementation=attention_implementation(config), dtype=dtype)
         if cfg.lora is not None:
