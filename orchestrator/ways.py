@@ -161,7 +161,7 @@ class Work:
         most = max(cost(list(step), cut.layout) for step in self.steps)
         longest = max(cost([g], cut.layout) for step in self.steps for g in step)
         budgets = [max(longest, min(cap, -(-most // cut.workers)))]
-        while budgets[-1] > longest:
+        while budgets[-1] > 1.5 * longest:
             budgets.append(max(longest, budgets[-1] // 2))
         least = self.way(replace(cut, positions=budgets[-1]), checkpointing)
         if not least.fits:

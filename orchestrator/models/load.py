@@ -10,6 +10,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, PretrainedConfig
 
+from orchestrator import hub
 from orchestrator.config import Lora, Model
 from orchestrator.errors import ConfigError, MissingInput
 from orchestrator.models.attention import attention_implementation
@@ -117,9 +118,13 @@ def _pretrained(cfg: Model, auto: Any, **options: Any) -> Any:
             )
     elif not (local / "config.json").is_file():
         raise MissingInput(f"model.path: {cfg.path} holds no config.json", fix="point to the folder with the weights (…/export)")
+    if not local.is_dir() and not hub.reachable():
+        options["local_files_only"] = True
     try:
         return auto.from_pretrained(cfg.path, revision=cfg.revision or "main", trust_remote_code=cfg.trust_remote_code, **options)
     except OSError as error:
+        if "local_files_only" in options:
+            raise hub.absent(cfg.path, "model") from error
         raise MissingInput(
             f"model.path: {cfg.path} cannot be loaded", why=str(error).splitlines()[0], fix="check the name, the revision and the network"
         ) from error
