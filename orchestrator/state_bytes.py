@@ -12,14 +12,24 @@ from itertools import accumulate
 from orchestrator.config import Learners
 from orchestrator.records import Cut
 
-BUCKET_ELEMENTS = 25_000_000
-"""DeepSpeed's default of 5e8 allocates a 2 GB buffer per rank; 25 M elements (100 MB in fp32) lose no bandwidth."""
 PERSISTENT_ELEMENTS = 100_000
 """ZeRO-3 keeps smaller parameters whole: gathering them costs more than it saves."""
 ALL_REDUCE_ELEMENTS = 500_000_000
 """Where DeepSpeed reduces whole gradients at the step (stage 0, BF16_Optimizer), it copies up to this many into one tensor."""
 SUB_GROUP_ELEMENTS = 1_000_000_000
 """ZeRO-3 applies the optimizer to this many elements at once."""
+
+
+def bucket_elements(gpu: bool) -> int:
+    """Elements of a bucket of gradients or gathered parameters. 25 M (100 MB in fp32) lose no bandwidth over gloo; NVLink and
+    InfiniBand are filled by 200 M. DeepSpeed's default of 5e8 allocates a 2 GB buffer per rank."""
+    return 200_000_000 if gpu else 25_000_000
+
+
+def overlaps(gpu: bool, stage: int) -> bool:
+    """True where gradients are reduced (and ZeRO-3's parameters fetched) on a stream of their own while the backward goes on, out of
+    a second bucket. A CPU overlaps nothing, and stages 0 and 1 reduce once, at the step."""
+    return gpu and stage >= 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,10 +51,9 @@ class Sizes:
     def largest(self) -> int:
         return max((*self.frozen, *self.trainable))
 
-    @property
-    def bucket(self) -> int:
+    def bucket(self, learners: Learners) -> int:
         """Elements of a reduction's bucket (deepspeed_config in learner/engine.py)."""
-        return min(BUCKET_ELEMENTS, self.learns)
+        return min(bucket_elements(bool(learners.gpus_per_worker)), self.learns)
 
     @property
     def partitioned(self) -> int:
@@ -118,7 +127,8 @@ def _stage_1_and_2(sizes: Sizes, learners: Learners, cut: Cut, element: int) -> 
     offloaded = learners.offload.optimizer != "none"
     whole = cut.zero_stage == 1 or cut.sync == "coalesced"
     kept = 4 * (share if low else sizes.overlap(cut.workers))  # of the partition
-    bucket = sizes.bucket * (4 if cut.zero_stage == 1 else element)
+    count = 2 if overlaps(bool(learners.gpus_per_worker), cut.zero_stage) else 1
+    bucket = count * sizes.bucket(learners) * (4 if cut.zero_stage == 1 else element)
     accumulators = 4 * learns if whole and low else 0 if whole else kept
     sums_on_host = offloaded and not whole and not low
     device = StateBytes(
@@ -138,7 +148,7 @@ def _stage_1_and_2(sizes: Sizes, learners: Learners, cut: Cut, element: int) -> 
     return Held(
         device,
         host if offloaded else StateBytes(),
-        reducing=_fp32_copies(sizes) if low and cut.zero_stage == 2 else 0,
+        reducing=_fp32_copies(sizes, learners) if low and cut.zero_stage == 2 else 0,
         stepping=(bucket if cut.sync == "coalesced" else 0) + (0 if offloaded else 4 * share),
     )
 
@@ -156,7 +166,7 @@ def _stage_3(sizes: Sizes, learners: Learners, cut: Cut, element: int) -> Held:
         accumulators=0 if optimizer_on_host else 4 * share,
         master=0 if optimizer_on_host else 4 * share,
         moments=0 if optimizer_on_host else 8 * share,
-        buffers=4 * sizes.bucket,
+        buffers=4 * sizes.bucket(learners),
     )
     host = StateBytes(
         weights=partitions if on_host else 0,
@@ -164,16 +174,16 @@ def _stage_3(sizes: Sizes, learners: Learners, cut: Cut, element: int) -> Held:
         master=4 * share if optimizer_on_host else 0,
         moments=8 * share if optimizer_on_host else 0,
     )
-    ahead = BUCKET_ELEMENTS + sizes.largest if learners.gpus_per_worker else 0
+    ahead = bucket_elements(True) + sizes.largest if learners.gpus_per_worker else 0
     return Held(
         device,
         host,
-        reducing=_fp32_copies(sizes),
+        reducing=_fp32_copies(sizes, learners),
         stepping=0 if optimizer_on_host else 4 * min(share, SUB_GROUP_ELEMENTS),
         gathered=element * (sizes.largest + ahead),
     )
 
 
-def _fp32_copies(sizes: Sizes) -> int:
+def _fp32_copies(sizes: Sizes, learners: Learners) -> int:
     """A bucket, or a tensor that is larger than one, is copied to fp32 for the wire."""
-    return 4 * max(sizes.bucket, *sizes.trainable)
+    return 4 * max(sizes.bucket(learners), *sizes.trainable)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from orchestrator.config import Learners, Optimizer
 from orchestrator.learner.collectives import CollectiveCounter
 from orchestrator.records import StepApplied
-from orchestrator.state_bytes import BUCKET_ELEMENTS, PERSISTENT_ELEMENTS
+from orchestrator.state_bytes import PERSISTENT_ELEMENTS, bucket_elements, overlaps
 
 NORM_CHUNK = 1 << 12
 """Values whose squares are added in fp32; the sums of chunks are added in double."""
@@ -121,16 +121,18 @@ class GuardedAdamW(torch.optim.AdamW):
 
 def deepspeed_config(learners: Learners, optimizer: Optimizer, stage: int, sync: str, trainable: int) -> dict[str, Any]:
     """Every key that DeepSpeed would otherwise default in silence, written out. trainable: elements; no bucket is larger."""
+    gpu = bool(learners.gpus_per_worker)
+    bucket = bucket_elements(gpu)
     zero: dict[str, Any] = {
         "stage": stage,
-        "reduce_bucket_size": min(BUCKET_ELEMENTS, trainable),
-        "allgather_bucket_size": BUCKET_ELEMENTS,
-        "overlap_comm": False,
+        "reduce_bucket_size": min(bucket, trainable),
+        "allgather_bucket_size": bucket,
+        "overlap_comm": overlaps(gpu, stage),
     }
     if stage == 3:
         zero["stage3_param_persistence_threshold"] = PERSISTENT_ELEMENTS
         zero["stage3_max_reuse_distance"] = 0  # gathered again for the backward: stage 3 was chosen for its memory
-        zero["stage3_prefetch_bucket_size"] = BUCKET_ELEMENTS if learners.gpus_per_worker else 0  # a CPU overlaps nothing
+        zero["stage3_prefetch_bucket_size"] = bucket if gpu else 0  # a CPU overlaps nothing
     if learners.offload.optimizer != "none":
         zero["offload_optimizer"] = {"device": learners.offload.optimizer, "pin_memory": True}
     if learners.offload.parameters != "none":
