@@ -15,8 +15,9 @@ from orchestrator.errors import ConfigError
 from orchestrator.learner.checks import head_check, layout_gap, peak_flops, probe_peak
 from orchestrator.models.load import load_config
 from orchestrator.observe.metrics import Throughput
-from orchestrator.plan import Plan, finer_cut, first_steps, largest_micro_batch
+from orchestrator.plan import Plan, finer_cut
 from orchestrator.records import Cut, PackedBatch, SequenceGroup
+from orchestrator.ways import first_steps, largest_micro_batch
 
 Note = Callable[[str], None]
 Attach = Callable[[PackedBatch], PackedBatch]

@@ -173,9 +173,7 @@ class ScoringModel(nn.Module):
         options: dict[str, Any] = {"use_reentrant": False}
         if mode == "selective":
             options["context_fn"] = partial(create_selective_checkpoint_contexts, _kept)
-        self.hugging_face.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
-        if hasattr(self.model, "peft_config"):
-            self.hugging_face.enable_input_require_grads()
+        self.hugging_face.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)  # frozen inputs (LoRA) need nothing more
 
     @contextmanager
     def reference(self) -> Iterator[None]:

@@ -9,8 +9,8 @@ import pytest
 
 from orchestrator.algorithms import build
 from orchestrator.memory_model import model_sizes
-from orchestrator.plan import LEGAL_SYNC
 from orchestrator.state_bytes import StateBytes, state_bytes
+from orchestrator.ways import LEGAL_SYNC
 from orchestrator.words import size
 from tests.invariants.engine_ranks import on_ranks
 from tests.invariants.memory_ranks import Counted, Walked, Way, cut, recipe, walk_ways
@@ -47,8 +47,8 @@ def most(ranks: list[Counted]) -> dict[str, int]:
     return {name: max(getattr(rank, name) for rank in ranks) for name in (*CLASSES, "rest")}
 
 
-def compare(way: Way, workers: int, ranks: list[Walked]) -> str:
-    """A row of the table; fails where a class is more than 2 % off (of itself, or a hundredth of that of everything)."""
+def compare(way: Way, workers: int, ranks: list[Walked]) -> list[str]:
+    """Prints a row of the table; what is wrong: a class more than 2 % off (of itself, or a tenth of that of everything)."""
     expected, host = predicted(way, workers)
     counted = most([r.backward for r in ranks])
     total = sum(counted.values())
@@ -56,19 +56,19 @@ def compare(way: Way, workers: int, ranks: list[Walked]) -> str:
     row = f"{way.stage} {way.sync:<15} {way.precision:<13} {way.optimizer:<4} {way.parameters:<4} {'lora' if way.lora else '':<4} {workers}  "
     row += "  ".join(f"{n} {size(expected[n])}/{size(counted[n])}" for n in CLASSES if expected[n] or counted[n])
     row += f"  all {sum(expected.values()) / total - 1:+.2%}  on host {size(sum(host.values()))}"
-    assert not wrong, f"{wrong} differ, predicted/counted: {row}"
-    assert counted["rest"] < 0.005 * total, f"{size(counted['rest'])} belong to no class: {row}"
+    print(row)
     stepped = most([r.stepped for r in ranks])
-    assert stepped["moments"] == pytest.approx(expected["moments"], rel=0.02)
-    assert sum(stepped.values()) <= 1.005 * sum(expected.values()), "the most is held in the last backward"
-    return row
+    problems = [f"{wrong} differ"] if wrong else []
+    problems += [f"{size(counted['rest'])} belong to no class"] if counted["rest"] > 0.005 * total else []
+    problems += ["other moments after the step"] if stepped["moments"] != pytest.approx(expected["moments"], rel=0.02) else []
+    problems += ["more after the step than in the backward"] if sum(stepped.values()) > 1.005 * sum(expected.values()) else []
+    return [f"{row}: {problem}" for problem in problems]
 
 
 def test_each_stage_holds_what_is_predicted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     ranks = on_ranks(walk_ways, 2, tmp_path, OF_EACH_STAGE, timeout=400)
-    for way, *found in zip(OF_EACH_STAGE, *ranks, strict=True):
-        print(compare(way, 2, found))
+    assert not [problem for way, *found in zip(OF_EACH_STAGE, *ranks, strict=True) for problem in compare(way, 2, found)]
     wrong = predicted(Way(2, "per_micro_batch", "bf16"), 2)[0]  # what documents say of stage 1 in bf16
     counted = most([r[1].backward for r in ranks])
     assert counted["gradients"] + counted["accumulators"] > 2.9 * (wrong["gradients"] + wrong["accumulators"])
@@ -82,11 +82,11 @@ def test_each_stage_holds_what_is_predicted(tmp_path: Path, monkeypatch: pytest.
 def test_every_way_holds_what_is_predicted(workers: int, precision: str, lora: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each precision in processes of its own: DeepSpeed's autocast is a switch of the process."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    wanted = ways(precision, lora)
+    wanted, problems = ways(precision, lora), []
     for part in range(0, len(wanted), 6):  # an engine leaves tensors behind when it goes
         folder = tmp_path / str(part)
         os.mkdir(folder)
         some = wanted[part : part + 6]
         ranks = on_ranks(walk_ways, workers, folder, some, timeout=1200)
-        for way, *found in zip(some, *ranks, strict=True):
-            print(compare(way, workers, found))
+        problems += [problem for way, *found in zip(some, *ranks, strict=True) for problem in compare(way, workers, found)]
+    assert not problems
