@@ -107,6 +107,7 @@ def _walk_way(group: ProcessGroup, way: Way) -> Walked:
         batch = cut_step(pairs(2 * group.world, step), how)
         learner.forward_backward(batch.micro_batches[group.rank], batch.units, step)
         learner.optim_step(step)
+        buckets[:] = [0]  # a policy that holds back reduces after its last backward
     stepped = _count(learner, before, 0)
     return Walked(found[-1], stepped)
 

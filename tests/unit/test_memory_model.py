@@ -193,3 +193,22 @@ def test_low_precision_parameters_are_gathered_small_and_reduced_whole():
     cfg = recipe(precision="bf16")
     found = MemoryModel(cfg, build(cfg.algorithm)).traffic(cut(1), 16)
     assert (found.reduced, found.gathered) == (4 * ALL, 2 * ALL)
+
+
+def test_7b_at_zero_3_is_what_is_counted_by_hand():
+    """Llama 2 7B, N = 6,738,415,616, bf16, 8 ranks, 65,536 positions, each layer computed again: 2N/8 of weights, 4N/8 each of sums and
+    master, 8N/8 of moments; the inputs of 32 layers, 32 x 65536 x 4096 x 2 B = 17.2 GB; about 13 GB of one layer computed again, and
+    1 GB of the head."""
+    shape = TinyModel(hidden_size=4096, layers=32, heads=32, intermediate_size=11008, vocab_size=32000, max_positions=4096)
+    learners = Learners(workers=8, gpus_per_worker=1, precision="bf16", zero_stage=3)
+    cfg = recipe().model_copy(update={"model": Model(tiny=shape), "learners": learners})
+    answer = Branch(np.arange(1024), np.ones(1024, np.bool_))
+    batch = pack([SequenceGroup(i, np.arange(2048), (answer, answer)) for i in range(16)], "prefix_shared")
+    assert batch.positions == 65536
+    model = MemoryModel(cfg, build(cfg.algorithm))
+    assert model.sizes.all == 6_738_415_616
+    found = model.estimate(cut(3, "per_micro_batch", workers=8), batch, "full")
+    state = [found.weights, found.accumulators, found.master, found.moments]
+    assert state == pytest.approx([1.685e9, 3.369e9, 3.369e9, 6.738e9], rel=0.01)
+    assert found.activations + found.logits == pytest.approx(17.2e9 + 13e9 + 1e9, rel=0.15)
+    assert 46e9 < found.total < 46.5e9 * 1.2, "with what is gathered, communicated and held by CUDA"
