@@ -239,12 +239,18 @@ def _layout(recipe: Recipe, algorithm: Algorithm, choices: list[Choice]) -> Layo
     return best
 
 
+def _one_row(recipe: Recipe, layout: Layout) -> bool:
+    """A GPU computes one long row under masks of blocks; on a CPU short rows are faster than a long one."""
+    can = capabilities(load_config(recipe.model).get_text_config())
+    return bool(recipe.learners.gpus_per_worker) and layout != "padded" and can.blocks
+
+
 def _fit(recipe: Recipe, algorithm: Algorithm, steps: list[Sequence[SequenceGroup]], layout: Layout, limit: int, choices: list[Choice]) -> Cut:
     """The first of the ways to partition that fits, from least to most communication, and the micro-batch."""
     learners = recipe.learners
     ways = _ways(recipe)
     for stage, sync in ways:
-        whole = Cut(learners.count, None, None, layout, stage, sync)
+        whole = Cut(learners.count, None, None, layout, stage, sync, one_row=_one_row(recipe, layout))
         cut = _budget(recipe, algorithm, steps, whole, limit)
         if cut is not None:
             break
@@ -296,8 +302,8 @@ def _budget(recipe: Recipe, algorithm: Algorithm, steps: list[Sequence[SequenceG
         given = _given(recipe, algorithm, cut)
         return given if fits(given) else None
     cap = GPU_POSITIONS if recipe.learners.gpus_per_worker else CPU_POSITIONS
-    most = max(cost(list(step), cut.layout) for step in steps)
-    longest = max(cost([g], cut.layout) for step in steps for g in step)
+    most = max(cost(list(step), cut.layout, one_row=cut.one_row) for step in steps)
+    longest = max(cost([g], cut.layout, one_row=cut.one_row) for step in steps for g in step)
     positions = max(longest, min(cap, -(-most // cut.workers)))
     while True:
         candidate = replace(cut, positions=positions)

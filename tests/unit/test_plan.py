@@ -275,7 +275,8 @@ def test_the_json_holds_everything_and_nothing_that_json_cannot():
     told = json.loads(json.dumps(found.to_json(), allow_nan=False))
     assert told.keys() == {f.name for f in fields(Plan)}
     assert told["memory"]["total"] == found.memory.total == sum(v for k, v in told["memory"].items() if k != "total")
-    assert told["cut"] == {"workers": 2, "examples": 4, "positions": None, "layout": "prefix_shared", "zero_stage": 0, "sync": "no_sync"}
+    cut = {"workers": 2, "examples": 4, "positions": None, "layout": "prefix_shared", "zero_stage": 0, "sync": "no_sync", "one_row": False}
+    assert told["cut"] == cut
     assert [c["name"] for c in told["choices"]] == ["hardware", "layout", "ZeRO stage", "sync", "micro-batch"]
     assert told["recipe"]["batch"]["effective"] == 16
 
