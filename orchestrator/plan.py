@@ -208,11 +208,17 @@ def _layout(recipe: Recipe, algorithm: Algorithm, choices: list[Choice]) -> Layo
     return best
 
 
+def _one_row(recipe: Recipe, layout: Layout) -> bool:
+    """A GPU computes one long row under masks of blocks; on a CPU short rows are faster than a long one."""
+    can = capabilities(load_config(recipe.model).get_text_config())
+    return bool(recipe.learners.gpus_per_worker) and layout != "padded" and can.blocks
+
+
 def _fit(work: Work, layout: Layout, choices: list[Choice]) -> Way:
     """What takes least time by estimate of all that fits: where gradients and parameters lie, and what is computed again."""
     learners = work.recipe.learners
     ways = ways_of(work.recipe)
-    whole = [Cut(learners.count, None, None, layout, stage, sync) for stage, sync in ways]
+    whole = [Cut(learners.count, None, None, layout, stage, sync, one_row=_one_row(work.recipe, layout)) for stage, sync in ways]
     tried = [found for mode in modes_of(work.recipe) for cut in whole if (found := work.largest(cut, mode))]
     if not tried:  # the caller says by how much
         return work.way(given(work.recipe, work.algorithm, whole[-1]), modes_of(work.recipe)[-1])

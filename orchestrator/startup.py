@@ -12,7 +12,8 @@ from orchestrator.cut import cut_step, loss_units
 from orchestrator.data.packing import pack
 from orchestrator.dataset import DataSet
 from orchestrator.errors import ConfigError
-from orchestrator.learner.checks import head_check, layout_gap, peak_flops, probe_peak
+from orchestrator.learner.checks import attention_compilations, head_check, layout_gap, peak_flops, probe_peak
+from orchestrator.models.block_attention import MAX_COMPILATIONS
 from orchestrator.models.load import load_config
 from orchestrator.observe.metrics import Throughput
 from orchestrator.plan import Plan, finer_cut
@@ -82,7 +83,7 @@ def check_layout(recipe: Recipe, algorithm: Algorithm, data: DataSet, cut: Cut, 
     examples = sorted(data.groups[:64], key=lambda g: g.longest)[:4]
     padded, allowed = pack(examples, "padded"), tolerance(recipe)
     if cut.layout != "padded":
-        gap = max(group.call(layout_gap, pack(examples, cut.layout), padded))
+        gap = max(group.call(layout_gap, pack(examples, cut.layout, one_row=cut.one_row), padded))
         if not gap <= allowed:
             raise ConfigError(
                 f"layout {cut.layout} gives other log-probs than padded rows, by {gap:.2e} nat",
@@ -90,6 +91,8 @@ def check_layout(recipe: Recipe, algorithm: Algorithm, data: DataSet, cut: Cut, 
                 fix="set batch.layout=padded",
             )
         note(f"layout check: {cut.layout} equals padded to {gap:.1e} nat")
+    if cut.one_row:
+        note(f"perf/compilations: attention was compiled {max(group.call(attention_compilations))} times (at most {MAX_COMPILATIONS} for a model)")
     gap = max(group.call(head_check, padded))
     if not gap <= allowed:
         raise ConfigError(

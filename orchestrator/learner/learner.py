@@ -185,7 +185,7 @@ class RankLearner:
         token = np.zeros(1, dtype=np.int64)
         branch = Branch(token, np.ones(1, dtype=np.bool_))
         group = SequenceGroup(0, token, (branch,) * self.algorithm.branches)
-        return self._forward(pack([group], self.spec.cut.layout)).values.sum() * 0.0
+        return self._forward(pack([group], self.spec.cut.layout, one_row=self.spec.cut.one_row)).values.sum() * 0.0
 
     def _loss(self, micro_batch: MicroBatch, units: LossUnits) -> LossSum:
         scores = self._token_scores(micro_batch, self._forward(micro_batch))

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from orchestrator import hub
 from orchestrator.config import Lora, Model
 from orchestrator.errors import ConfigError, MissingInput
-from orchestrator.models.attention import attention_implementation
+from orchestrator.models.attention import plain_attention
 from orchestrator.models.tiny import build, byte_tokenizer, tiny_config
 
 Head = Literal["lm", "scalar", "value"]
@@ -43,7 +43,7 @@ def load(cfg: Model, *, seed: int, head: Head, reference: bool = False) -> Loade
     else:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)  # a new scalar head is drawn here
-            model = _pretrained(cfg, auto, dtype=torch.float32, attn_implementation=attention_implementation(load_config(cfg)), **options)
+            model = _pretrained(cfg, auto, dtype=torch.float32, attn_implementation=plain_attention(load_config(cfg)), **options)
         name = str(cfg.path)
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
@@ -86,7 +86,7 @@ def build_fake(cfg: Model, head: Head, dtype: torch.dtype, mode: FakeTensorMode,
         if getattr(text, "layer_types", None):
             text.layer_types = text.layer_types[:layers]
     with torch.device("meta"):
-        model = auto.from_config(config, attn_implementation=attention_implementation(config), dtype=dtype)
+        model = auto.from_config(config, attn_implementation=plain_attention(config), dtype=dtype)
         if cfg.lora is not None:
             model = _with_lora(model, cfg.lora, 0, head)
     with mode:  # peft's conversions work on meta tensors, not on fake ones

@@ -17,7 +17,8 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 from transformers import PreTrainedModel
 
 from orchestrator.errors import ConfigError
-from orchestrator.models.attention import Capabilities, attention_mask, capabilities, flex_mask
+from orchestrator.models.attention import Capabilities, attention_mask, capabilities
+from orchestrator.models.block_attention import BLOCKS, block_masks, set_attention
 from orchestrator.objectives.logprobs import HeadSpec, chunked_logprobs
 from orchestrator.records import Layout, MicroBatch
 
@@ -38,6 +39,7 @@ class MicroBatchTensors:
     targets: Tensor
     last_at: Tensor
     branches: int
+    one_row: bool = False
 
     @classmethod
     def of(cls, mb: MicroBatch, device: torch.device) -> "MicroBatchTensors":
@@ -54,6 +56,7 @@ class MicroBatchTensors:
             move(mb.targets),
             move(mb.last_at),
             mb.branches,
+            mb.one_row,
         )
 
 
@@ -122,6 +125,7 @@ class ScoringModel(nn.Module):
         self.model = model
         hugging_face: PreTrainedModel = model.get_base_model() if hasattr(model, "peft_config") else model  # pyright: ignore
         self.can: Capabilities = capabilities(hugging_face.config.get_text_config())
+        self.plain_attention = hugging_face.config._attn_implementation
         self.kind: ScoringKind = head
         if head == "lm":
             linear = hugging_face.get_output_embeddings()
@@ -157,8 +161,10 @@ class ScoringModel(nn.Module):
     def hidden_states(self, rows: MicroBatchTensors) -> Tensor:
         """Final hidden states Float[R*T, H]."""
         dtype = torch.get_autocast_dtype(rows.input_ids.device.type) if torch.is_autocast_enabled() else self._dtype()
-        if self.hugging_face.config._attn_implementation == "flex_attention" and rows.layout != "padded":
-            mask = flex_mask(rows.segment, rows.branch, rows.position_ids, self.can)
+        # stays set until rows of the other kind come: with checkpointing, layers run again in the backward
+        set_attention(self.hugging_face, BLOCKS if rows.one_row else self.plain_attention)
+        if rows.one_row:
+            mask = block_masks(rows.segment, rows.branch, rows.position_ids, self.can)
         else:
             mask = attention_mask(rows.segment, rows.branch, rows.position_ids, rows.layout, self.can, dtype)
         output = self.backbone(input_ids=rows.input_ids, position_ids=rows.position_ids, attention_mask=mask, use_cache=False)
@@ -196,6 +202,7 @@ class ScoringModel(nn.Module):
         for row, prompt in enumerate(prompts):
             ids[row, width - len(prompt) :] = torch.tensor(list(prompt), device=device)
             mask[row, width - len(prompt) :] = 1
+        set_attention(self.hugging_face, self.plain_attention)
         output = self.model.generate(  # pyright: ignore[reportCallIssue]
             input_ids=ids,
             attention_mask=mask,
@@ -255,6 +262,7 @@ def logit_transform(config: Any) -> tuple[float | None, float]:
 def head_gap(scoring: ScoringModel, rows: MicroBatchTensors) -> float:
     """Largest difference of our log-probs from the model's own forward on the same padded rows: the start-up check."""
     assert rows.layout == "padded"
+    set_attention(scoring.hugging_face, scoring.plain_attention)
     own = scoring.hugging_face(input_ids=rows.input_ids, position_ids=rows.position_ids, use_cache=False).logits
     plain = torch.log_softmax(own.flatten(0, 1)[rows.score_at].float(), -1).gather(1, rows.targets[:, None])[:, 0]
     ours = scored(scoring, rows).values

@@ -349,7 +349,8 @@ def test_the_json_holds_everything_and_nothing_that_json_cannot():
     told = json.loads(json.dumps(found.to_json(), allow_nan=False))
     assert told.keys() == {f.name for f in fields(Plan)}
     assert told["memory"]["total"] == found.memory.total == sum(found.memory.parts.values())
-    assert told["cut"] == {"workers": 2, "examples": 4, "positions": None, "layout": "prefix_shared", "zero_stage": 0, "sync": "no_sync"}
+    cut = {"workers": 2, "examples": 4, "positions": None, "layout": "prefix_shared", "zero_stage": 0, "sync": "no_sync", "one_row": False}
+    assert told["cut"] == cut
     assert [c["name"] for c in told["choices"]] == ["hardware", "layout", "ZeRO stage", "sync", "checkpointing", "micro-batch"]
     assert told["recipe"]["batch"]["effective"] == 16
 
