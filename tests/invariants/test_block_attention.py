@@ -100,11 +100,12 @@ def test_ragged_rows_in_all_a_run_does_are_compiled_a_few_times(case):
     assert 2 <= compiled_attention().compilations <= (4 if policy.can.kinds == ("full_attention", "sliding_attention") else 2)
 
 
-def test_checkpointed_layers_run_again_under_the_same_mask():
+@pytest.mark.parametrize("mode", ["selective", "full"])
+def test_checkpointed_layers_run_again_under_the_same_mask(mode):
     policy, examples = model(DEFAULT[0]), groups(0, 150)
     row = pack(examples, "prefix_shared", one_row=True)
     want, want_gradients = learned(policy, row)
-    policy.enable_activation_checkpointing()
+    policy.checkpoint(mode)
     policy.train()
     got, gradients = learned(policy, row)
     assert torch.equal(got, want)
