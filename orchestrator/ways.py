@@ -33,7 +33,7 @@ GPU_LINK, CPU_LINK = 25e9, 1e9
 MICRO_BATCH_S = 0.1
 """What a micro-batch costs on a GPU whatever its size: thousands of kernels are launched, weights and gradients pass the memory."""
 SURELY = 0.5
-"""Activations grow at least by half as much as positions (the head's gradient, a part of them, does not grow)."""
+"""Activations, but for the gradient of one tensor, grow at least by half as much as positions."""
 COMPUTED_AGAIN: dict[Checkpointing, float] = {"none": 0.0, "selective": 0.07, "full": 1 / 3}
 """Share of a step. full: a forward beside a forward and a backward of two; selective: norms, rotations and activation functions, which
 wait for the memory (an estimate for GPUs)."""
@@ -171,12 +171,12 @@ class Work:
         least = self.way(replace(cut, positions=budgets[-1]), checkpointing)
         if not least.fits:
             return None
-        known, length = least.memory.activations, self.largest_micro_batch(least.cut).positions
+        known, length = max(0, least.memory.activations - 4 * self.model.sizes.largest), self.largest_micro_batch(least.cut).positions
         for positions in budgets[:-1]:
             candidate = replace(cut, positions=positions)
             more = known * (self.largest_micro_batch(candidate).positions / length - 1) * SURELY
-            if least.memory.total + more > self.limits.device:
-                continue  # far beyond; a pass would take seconds
+            if self.recipe.learners.gpus_per_worker and least.memory.total + more > self.limits.device:
+                continue  # far beyond; with as many positions as a GPU holds, a pass takes seconds
             if (way := self.way(candidate, checkpointing)).fits:
                 return way
         return least

@@ -179,7 +179,8 @@ class ScoringModel(nn.Module):
         options: dict[str, Any] = {"use_reentrant": False}
         if mode == "selective":
             options["context_fn"] = partial(create_selective_checkpoint_contexts, _kept)
-        self.hugging_face.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)  # frozen inputs (LoRA) need nothing more
+        self.hugging_face.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+        self.hugging_face.disable_input_require_grads()  # set for the reentrant kind: frozen embeddings (LoRA) would get gradients
 
     @contextmanager
     def reference(self) -> Iterator[None]:

@@ -107,7 +107,9 @@ def limited(total, *overrides) -> Plan:
 
 
 NONE = "learners.activation_checkpointing=none"
-BIG = ("learners.workers=4", "model.tiny.hidden_size=128", "model.tiny.vocab_size=2048", "batch.micro_batch=1", NONE)
+SHAPE = ("model.tiny.hidden_size=1024", "model.tiny.layers=4", "model.tiny.vocab_size=8192")
+"""67 M parameters: more than a bucket of reductions."""
+BIG = ("learners.workers=4", "batch.micro_batch=1", NONE, *SHAPE)
 
 
 @pytest.mark.parametrize(("precision", "stages"), [("fp32", [0, 1, 3]), ("bf16", [1, 2, 3])])
@@ -139,7 +141,7 @@ def test_a_given_stage_is_kept_and_refused_where_it_does_not_fit():
 
 
 def test_the_largest_micro_batch_that_fits_is_taken():
-    options = ("batch.effective=64", "learners.workers=1", "learners.zero_stage=0", "model.tiny.vocab_size=2048")
+    options = ("batch.effective=64", "learners.workers=1", "learners.zero_stage=0", "model.tiny.vocab_size=2048", NONE)
     free = plan(*options)
     assert free.cut.positions == cost(list(data_of(free.recipe).batches.at(0)), "prefix_shared")
     assert free.micro_batches == 1
@@ -203,7 +205,7 @@ def tried_in_turn(found: Plan) -> tuple[list, NotEnoughResources]:
 
 def test_a_finer_cut_shrinks_the_largest_micro_batch_and_then_partitions_more():
     """The budget alone could be halved on and on while the longest pair stays as it is."""
-    found = plan("learners.workers=4", "batch.effective=64", "model.tiny.hidden_size=128", "model.tiny.vocab_size=2048", NONE)
+    found = plan("learners.workers=4", "batch.effective=64", NONE, *SHAPE)
     seen, error = tried_in_turn(found)
     longest = max(cost([g], "prefix_shared") for g in data_of(found.recipe).groups)
     sizes = [positions for stage, _, positions in seen if stage == 0]
@@ -211,6 +213,7 @@ def test_a_finer_cut_shrinks_the_largest_micro_batch_and_then_partitions_more():
     assert [(stage, sync) for stage, sync, positions in seen if positions == longest] == [
         (0, "no_sync"),
         (1, "no_sync"),
+        (2, "coalesced"),
         (2, "per_micro_batch"),
         (3, "per_micro_batch"),
     ]
@@ -244,7 +247,7 @@ def test_what_is_not_partitioned_cannot_be_offloaded(what, stage):
 
 
 def test_a_gpu_worker_gets_its_share_of_the_smallest_gpu():
-    mixed = Hardware((Machine(8, 1, 1, 80_000_000_000), Machine(8, 1, 1, 40_000_000_000)))
+    mixed = Hardware((Machine(8, 1, 10**12, 80_000_000_000), Machine(8, 1, 10**12, 40_000_000_000)))
     options = ("learners.workers=2", "batch.memory_utilisation=0.5")
     assert plan(*options, "learners.gpus_per_worker=1", hardware=mixed).memory_limit == 20_000_000_000
     assert plan(*options, "learners.gpus_per_worker=0.5", hardware=mixed).memory_limit == 10_000_000_000

@@ -27,10 +27,14 @@ class Workers:
         self.built.append(spec.cut)
 
 
+LIMITS = ("batch.memory_limit_gb=4", "batch.memory_utilisation=1", "learners.activation_checkpointing=none")
+
+
 @pytest.fixture(scope="module")
 def planned():
     rows = "data.train=[{path: toy:preference, max_rows: 64}]"
-    options = ("batch.effective=64", "learners.workers=2", "model.tiny.layers=1", "batch.memory_limit_gb=1", "batch.memory_utilisation=1")
+    shape = ("model.tiny.hidden_size=1024", "model.tiny.layers=4", "model.tiny.vocab_size=8192")  # more than a bucket of reductions
+    options = ("batch.effective=64", "learners.workers=4", *shape, *LIMITS)
     recipe = load("recipes/tiny/dpo.yaml", [rows, "data.eval=null", "batch.micro_batch=auto", *options]).stages[0].recipe
     algorithm = build(recipe.algorithm)
     data = load_data(recipe, algorithm)
@@ -59,12 +63,12 @@ def test_smaller_micro_batches_are_tried_first(planned):
 
 
 def test_the_next_stage_is_taken_when_micro_batches_cannot_be_smaller(planned):
-    cut, workers, _ = probed(planned, lambda stage: 2_000_000_000 if stage < 3 else 0)
+    cut, workers, _ = probed(planned, lambda stage: 8_000_000_000 if stage < 3 else 0)
     assert cut.zero_stage == 3
-    assert workers.probes <= 8, "the budget is not halved on and on while the largest micro-batch stays the same"
+    assert workers.probes <= 5 + 4, "the budget is not halved on and on while the largest micro-batch stays the same"
 
 
 def test_what_fits_nowhere_is_refused_with_the_arithmetic(planned):
     with pytest.raises(NotEnoughResources) as error:
-        probed(planned, lambda stage: 2_000_000_000)
+        probed(planned, lambda stage: 8_000_000_000)
     assert "ZeRO 3" in error.value.what and "weights" in error.value.why

@@ -41,6 +41,7 @@ def test_an_8b_model_on_eight_gpus_is_planned_as_counted_by_hand():
     assert found.recipe.model.path == "OpenRLHF/Llama-3-8b-sft-mixture"
 
 
+@pytest.mark.slow
 def test_all_shipped_recipes_are_planned_without_data_model_or_network(monkeypatch):
     import socket
 
