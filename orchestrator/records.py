@@ -130,6 +130,11 @@ class Cut:
     sync: Sync
     one_row: bool = False
 
+    def __str__(self) -> str:
+        """Example: at most 4096 positions, ZeRO 2 (per_micro_batch)"""
+        bound = f"{self.examples} examples" if self.examples is not None else f"{self.positions} positions"
+        return f"at most {bound}, ZeRO {self.zero_stage} ({self.sync})"
+
     def halved(self) -> "Cut":
         """The cut to try after an out-of-memory error."""
         if self.examples is not None:

@@ -8,10 +8,12 @@ Logits exist only for scored positions and only a chunk at a time.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from transformers import PreTrainedModel
 
 from orchestrator.errors import ConfigError
@@ -58,6 +60,8 @@ class MicroBatchTensors:
         )
 
 
+Checkpointing = Literal["none", "selective", "full"]
+"""How much of the activations is computed again in the backward pass, from nothing to all."""
 ScoringKind = Literal["lm", "scalar", "value"]
 """What a head gives: log-probs of scored tokens, one reward per sequence, or a critic's value before each scored token."""
 
@@ -166,11 +170,16 @@ class ScoringModel(nn.Module):
         output = self.backbone(input_ids=rows.input_ids, position_ids=rows.position_ids, attention_mask=mask, use_cache=False)
         return output.last_hidden_state.flatten(0, 1)
 
-    def enable_activation_checkpointing(self) -> None:
-        """Recomputes each layer in the backward: less memory, about a third more time."""
-        self.hugging_face.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        if hasattr(self.model, "peft_config"):
-            self.hugging_face.enable_input_require_grads()
+    def checkpoint(self, mode: Checkpointing) -> None:
+        """What each layer computes again in the backward: nothing; all but matrix products and attention ("selective"); or everything
+        ("full", about a third more time). The gradients are the same."""
+        if mode == "none":
+            self.hugging_face.gradient_checkpointing_disable()
+            return
+        options: dict[str, Any] = {"use_reentrant": False}
+        if mode == "selective":
+            options["context_fn"] = partial(create_selective_checkpoint_contexts, _kept)
+        self.hugging_face.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)  # frozen inputs (LoRA) need nothing more
 
     @contextmanager
     def reference(self) -> Iterator[None]:
@@ -207,6 +216,23 @@ class ScoringModel(nn.Module):
 
     def _dtype(self) -> torch.dtype:
         return next(p.dtype for p in self.parameters() if p.is_floating_point())
+
+
+_COSTLY = frozenset(
+    {
+        torch.ops.aten.mm.default,
+        torch.ops.aten.addmm.default,
+        torch.ops.aten._scaled_dot_product_flash_attention.default,
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+        torch.ops.aten._scaled_dot_product_efficient_attention.default,
+        torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    }
+)
+"""What is dear to compute and small to keep: products with weights, and attention that keeps no scores. bmm is the attention that does."""
+
+
+def _kept(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if operation in _COSTLY else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def _until(tokens: list[int], eos: int) -> list[int]:
