@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from orchestrator.config import TinyModel
 from orchestrator.data.packing import pack
+from orchestrator.errors import ConfigError
 from orchestrator.models.attention import attention_mask, capabilities
 from orchestrator.models.block_attention import _visible_blocks, block_masks, compiled_attention
 from orchestrator.models.scoring import MicroBatchTensors, ScoringModel, head_gap, scored
@@ -98,6 +99,13 @@ def test_ragged_rows_in_all_a_run_does_are_compiled_a_few_times(case):
         policy.generate([[1, 2, 3], [4, 5, 6, 7, 8]], 12, eos=0, synced=False)
     scored(policy, rows(8, 70)).values.sum().backward()
     assert 2 <= compiled_attention().compilations <= (4 if policy.can.kinds == ("full_attention", "sliding_attention") else 2)
+
+
+def test_an_uncompiled_call_is_an_error():
+    policy = model(DEFAULT[0])
+    row = tensors(pack(groups(0, 4), "packed", one_row=True))
+    with torch.compiler.set_stance("force_eager"), pytest.raises(ConfigError, match="uncompiled"):
+        scored(policy, row)
 
 
 @pytest.mark.parametrize("mode", ["selective", "full"])
