@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from functools import lru_cache
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
-from urllib.request import getproxies
+from urllib.request import getproxies, proxy_bypass
 
 from orchestrator.errors import MissingInput
 
@@ -31,7 +31,8 @@ def reachable() -> bool:
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
         return False
     asked = urlsplit(endpoint())
-    proxy = getproxies().get(asked.scheme)
+    proxies = {} if proxy_bypass(asked.hostname or "") else getproxies()
+    proxy = proxies.get(asked.scheme) or proxies.get("all")
     way = urlsplit(proxy if proxy is None or "://" in proxy else f"http://{proxy}") if proxy else asked
     try:
         socket.create_connection((way.hostname or "", way.port or (443 if way.scheme == "https" else 80)), timeout=PROBE_S).close()
