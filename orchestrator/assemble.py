@@ -17,7 +17,7 @@ from rich.console import Console
 from orchestrator import run_offline, run_online
 from orchestrator.algorithms import build
 from orchestrator.checkpoints import CheckpointStore
-from orchestrator.cluster.placement import check_capacity
+from orchestrator.cluster.placement import check_capacity, own_ray
 from orchestrator.cluster.probes import on_cluster
 from orchestrator.cluster.workers import LearnerGroup
 from orchestrator.config import Recipe
@@ -161,7 +161,8 @@ def train_stages(stages: Sequence[Stage], root: Path, console: Console) -> dict[
         folder = root if len(stages) == 1 else root / stage.name
         if len(stages) > 1:
             console.rule(stage.name, align="left")
-        outcomes[stage.name] = train(resolve(stage.recipe, {n: o.export for n, o in outcomes.items()}), folder, console)
+        with own_ray():
+            outcomes[stage.name] = train(resolve(stage.recipe, {n: o.export for n, o in outcomes.items()}), folder, console)
     return outcomes
 
 
@@ -218,7 +219,7 @@ def evaluate(recipe: Recipe, model: Path | None, console: Console) -> dict[str, 
     job = plan_job(policy, console, of_cluster(look(asked_by([policy]))))
     if job.prompts is not None:
         return run_online.evaluate(job)
-    with LearnerGroup(job.recipe.learners) as group:
+    with LearnerGroup(job.recipe.learners, parameters=job.sizes().parameters) as group:
         attach = attach_reference(recipe, job.algorithm, job.data, job.plan.cut, group, console.print, train=False)
         group.build(LearnerSpec(job.recipe, job.plan.cut, 1))
         return dict(run_offline.evaluator(job.data, policy, group, attach).evaluate(job.plan.cut, 0).metrics)

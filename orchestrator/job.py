@@ -17,7 +17,7 @@ from orchestrator.dataset import DataSet, load_data
 from orchestrator.errors import NotEnoughResources
 from orchestrator.facts import WorkerGroup
 from orchestrator.hardware import Hardware, this_machine
-from orchestrator.memory_model import fake_model, parameter_counts
+from orchestrator.memory_model import Sizes, fake_model, parameter_counts
 from orchestrator.models.load import load_config
 from orchestrator.observe.card import model_card
 from orchestrator.observe.reporter import RunReporter
@@ -58,6 +58,10 @@ class Job:
     def demands(self) -> tuple[WorkerGroup, ...]:
         """The worker groups it needs."""
         return _demands(self.recipe, self.algorithm)
+
+    def sizes(self) -> Sizes:
+        """Parameters of the policy."""
+        return sizes(self.recipe, self.algorithm)
 
     def guards(self) -> Guards:
         """What its steps are checked against."""
@@ -115,6 +119,11 @@ def plan_job(recipe: Recipe, console: Console, hardware: Hardware | None = None)
     return Job(recipe, algorithm, prompts.longest, prompts, plan, steps, console)
 
 
+def sizes(recipe: Recipe, algorithm: Algorithm) -> Sizes:
+    """Parameters of the recipe's model, without its weights."""
+    return parameter_counts(fake_model(recipe, algorithm, FakeTensorMode(allow_non_fake_inputs=True)))
+
+
 def _demands(recipe: Recipe, algorithm: Algorithm) -> tuple[WorkerGroup, ...]:
     online = algorithm.online
     return demands(recipe, critic=online is not None and online.critic, rollouts=online is not None and recipe.rollouts.replay is None)
@@ -148,17 +157,16 @@ def _rollout_choices(recipe: Recipe, algorithm: Algorithm, steps: int) -> list[C
     return [
         Choice("rollout batch", drawn, f"{steps} optimizer step{'s' if steps > 1 else ''} from each; run.max_steps counts rollout batches"),
         Choice("rollouts", actors, ahead),
-        Choice("rollout memory", size(rollout_bytes(recipe, algorithm)), f"per actor: weights, keys and values of {rollouts.rows_at_once} full rows"),
+        Choice("rollout memory", size(rollout_bytes(recipe, algorithm)), f"per actor: weights, keys and values of {rollouts.rows} full rows"),
     ]
 
 
 def rollout_bytes(recipe: Recipe, algorithm: Algorithm) -> int:
-    """Predicted bytes of a transformers rollout actor: its weights, and keys and values of rollouts.rows_at_once full rows."""
+    """Predicted bytes of a transformers rollout actor: its weights, and keys and values of rollouts.rows full rows."""
     config = load_config(recipe.model).get_text_config()
     element = 4 if recipe.learners.precision == "fp32" else 2
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     per_token = 2 * element * config.num_hidden_layers * heads * width
-    parameters = parameter_counts(fake_model(recipe, algorithm, FakeTensorMode(allow_non_fake_inputs=True))).parameters
-    return element * parameters + per_token * recipe.rollouts.rows_at_once * recipe.data.max_length
+    return element * sizes(recipe, algorithm).parameters + per_token * recipe.rollouts.rows * recipe.data.max_length
 

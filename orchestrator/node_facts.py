@@ -37,6 +37,8 @@ MARKER = ".preflight-"
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 WANDB_SERVER = "https://api.wandb.ai"
 SIOCGIFADDR = 0x8915
+NO_GPUS = {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": "", "ROCR_VISIBLE_DEVICES": ""}
+"""Variables of a process that is to see no GPU, of NVIDIA or of AMD."""
 SHM = Path("/dev/shm")
 PORT_RANGE = Path("/proc/sys/net/ipv4/ip_local_port_range")
 """Linux has them; a Mac, on which one tries things out, does not."""

@@ -180,8 +180,26 @@ def first_steps(data: DataSet) -> list[Sequence[SequenceGroup]]:
     return steps
 
 
+def _one_gpu_each(recipe: Recipe) -> None:
+    """ConfigError where a process is given more than the one GPU that it computes on: the rest would be reserved and lie idle."""
+    asked = {
+        "learners.gpus_per_worker": recipe.learners.gpus_per_worker,
+        "critic.gpus_per_worker": recipe.critic.gpus_per_worker,
+        "rollouts.gpus_per_worker": recipe.rollouts.gpus_per_worker,
+        **{f"rewards.functions, gpus of {function.name}": function.gpus for function in recipe.rewards.functions},
+    }
+    for key, gpus in asked.items():
+        if gpus > 1:
+            raise ConfigError(
+                f"{key} is {gpus:g}, and a worker computes on one GPU",
+                why="each worker is one process on one device; what is beyond it would be reserved and lie idle",
+                fix="set it to 1, or to a part of a GPU such as 0.5, and take more workers: the effective batch stays as it is",
+            )
+
+
 def _check(recipe: Recipe, share: int) -> None:
     learners, effective = recipe.learners, recipe.batch.effective
+    _one_gpu_each(recipe)
     if effective < learners.count * share:
         raise ConfigError(
             f"batch.effective={effective} cannot be cut over learners.workers={learners.count}",

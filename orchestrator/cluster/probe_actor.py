@@ -13,6 +13,7 @@ from typing import Any
 
 import ray
 
+from orchestrator.cluster.actors import own_device
 from orchestrator.cluster.network import speak_from
 from orchestrator.facts import ModelSource, NodeFacts, Storage, Unreachable
 from orchestrator.learner.engine import ProcessGroup
@@ -81,10 +82,8 @@ class Probe:
 
     def join(self, rank: int, world: int, address: str, port: int) -> None:
         """The way a learner joins, so that what would stop it stops this."""
-        import torch
-
         speak_from(self.address)
-        self.device = torch.device("cuda" if ray.get_gpu_ids() else "cpu")
+        self.device = own_device()
         self.group = ProcessGroup(rank, world, address, port, COLLECTIVE_S)
         self.group.join(self.device)
 

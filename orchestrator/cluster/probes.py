@@ -21,6 +21,7 @@ import ray
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from orchestrator.cluster.actors import Share, made
 from orchestrator.cluster.placement import connect
 from orchestrator.cluster.probe_actor import COLLECTIVE_S, SETTLE_S, Door, Probe
 from orchestrator.facts import AllReduce, Capacity, ClusterFacts, ModelSource, NodeFacts, PairRate, Silent, Storage
@@ -131,7 +132,7 @@ class _Probes:
 
 def _place(node_id: str, gpus: int) -> Any:
     there = NodeAffinitySchedulingStrategy(node_id, soft=False)
-    return ray.remote(Probe).options(num_cpus=0, num_gpus=gpus, max_restarts=0, scheduling_strategy=there)
+    return made(Probe, Share(cpus=0, gpus=gpus), strategy=there)
 
 
 def _last_line(error: Exception) -> str:

@@ -317,3 +317,11 @@ def test_the_largest_micro_batch_is_looked_for_in_several_steps():
 @pytest.mark.parametrize(("count", "text"), [(1_200_000_000, "1.20 GB"), (3_400_000, "3.4 MB"), (999_999_999, "1000.0 MB"), (0, "0.0 MB")])
 def test_sizes_in_words(count, text):
     assert size(count) == text
+
+
+@pytest.mark.parametrize("gpus", [2, 1.5])
+@pytest.mark.parametrize("section", ["learners", "critic", "rollouts"])
+def test_more_gpus_than_the_one_that_a_worker_computes_on_are_refused(section: str, gpus: float) -> None:
+    with pytest.raises(ConfigError, match=f"{section}.gpus_per_worker is {gpus:g}, and a worker computes on one GPU") as refused:
+        plan(f"{section}.gpus_per_worker={gpus}", hardware=imagined(1, "h100-80g"))
+    assert refused.value.why and "set it to 1" in refused.value.fix

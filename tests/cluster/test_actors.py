@@ -1,0 +1,116 @@
+"""What an actor sees of the machine: no GPU where it was given none, its own where it was given one, whoever started Ray."""
+
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+from ray.cluster_utils import Cluster
+
+from orchestrator.cluster.actors import ALLOCATOR, EXPANDABLE, Share, grow_segments, made, worker_environment
+from orchestrator.cluster.placement import Placement
+from orchestrator.cluster.probes import _place, alive_nodes
+from orchestrator.cluster.reward_workers import RewardPool
+from orchestrator.cluster.workers import LearnerActor
+from orchestrator.config import RewardFunction, Rewards
+from orchestrator.facts import WorkerGroup
+from orchestrator.node_facts import NO_GPUS
+from orchestrator.rollout.sandbox import Confinement
+from tests.running import Sandbox
+
+SEEN = (*NO_GPUS, *ALLOCATOR, "OMP_NUM_THREADS")
+
+
+class Looker:
+    """Tells what its process was started with, and what Ray says that it has."""
+
+    def look(self) -> tuple[dict[str, str], list[Any]]:
+        return seen(), ray.get_gpu_ids()
+
+
+def seen(*_: object) -> dict[str, str]:
+    return {name: os.environ[name] for name in SEEN if name in os.environ}
+
+
+@pytest.fixture(scope="module", params=["0", "1"])
+def gpu_node(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A Ray that others started on a node with a GPU and six CPUs, whose processes see that GPU; once with Ray's older habit of
+    hiding GPUs itself. The driver sees it too."""
+    sandbox = Sandbox(tmp_path_factory.mktemp("gpu"))
+    variables = {"CUDA_VISIBLE_DEVICES": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": request.param}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (sandbox.environment() | {"HOME": str(Path.home())} | variables).items():  # HOME: see tests/running.py
+            patch.setenv(name, value)
+        cluster = Cluster(
+            initialize_head=True, head_node_args={"num_cpus": 6, "num_gpus": 1, "object_store_memory": 80 * 2**20, "include_dashboard": False}
+        )
+        try:
+            patch.setenv("RAY_ADDRESS", cluster.address)
+            ray.init(address=cluster.address, log_to_driver=False)
+            yield
+        finally:
+            ray.shutdown()
+            cluster.shutdown()
+            sandbox.close()
+
+
+def look(share: Share) -> tuple[Mapping[str, str], list[Any]]:
+    actor = made(Looker, share).remote()
+    try:
+        return ray.get(actor.look.remote(), timeout=60)
+    finally:
+        ray.kill(actor)
+
+
+def test_without_a_gpu_an_actor_sees_none_and_with_one_it_sees_its_own(gpu_node: None) -> None:
+    control = ray.remote(Looker).options(num_cpus=0).remote()
+    inherited, _ = ray.get(control.look.remote(), timeout=60)
+    ray.kill(control)
+    if os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] == "0":
+        assert inherited["CUDA_VISIBLE_DEVICES"] == "0", "Ray alone hides nothing: the test would not see an actor that we forgot"
+    variables, ids = look(Share(cpus=0, gpus=0))
+    assert ids == [] and {name: variables[name] for name in NO_GPUS} == NO_GPUS
+    for gpus in (1, 0.5):
+        variables, ids = look(Share(cpus=0, gpus=gpus))
+        assert [str(i) for i in ids] == ["0"] and variables["CUDA_VISIBLE_DEVICES"] == "0"
+
+
+def test_probes_and_reward_functions_see_none(gpu_node: None, tmp_path: Path) -> None:
+    (node,) = alive_nodes()
+    probe = _place(node.id, 0).remote(node.name)
+    assert ray.get(probe.__ray_call__.remote(seen), timeout=60)["CUDA_VISIBLE_DEVICES"] == ""
+    ray.kill(probe)
+    (tmp_path / "mine.py").write_text("def zero(completions, **_):\n    return [0.0] * len(completions)\n")
+    rewards = Rewards(functions=[RewardFunction(name="mine", function=f"{tmp_path}/mine.py:zero")])  # pyright: ignore[reportCallIssue]
+    with RewardPool(rewards, model_for_tokenizer=None, logs=tmp_path) as pool:
+        assert ray.get(pool.actors[0].actor.__ray_call__.remote(seen), timeout=60)["CUDA_VISIBLE_DEVICES"] == ""
+    assert Confinement.of(rewards, os.environ, None).environment.items() >= NO_GPUS.items(), "nor does the process of the function"
+
+
+@pytest.mark.parametrize(("gpus", "threads"), [(1.0, 6), (0.5, 3), (0.0, 2)])
+def test_a_learner_on_a_gpu_has_its_share_of_the_nodes_threads(gpu_node: None, gpus: float, threads: int) -> None:
+    placement = Placement.reserve(WorkerGroup("learners", 1, 2, gpus), 30)
+    try:
+        share = Share(2, gpus, placement.threads(0, 2, gpus), expandable=gpus > 0)
+        assert share.threads == threads
+        actor = placement.start(LearnerActor, 0, 0, None, share, name="learner-0", share=share)
+        variables = ray.get(actor.call.remote(seen), timeout=90)
+        ray.kill(actor)
+    finally:
+        placement.release()
+    assert variables["OMP_NUM_THREADS"] == str(threads)
+    assert variables["CUDA_VISIBLE_DEVICES"] == ("0" if gpus else "")
+    assert variables.get("PYTORCH_ALLOC_CONF") == (EXPANDABLE if gpus else None)
+
+
+def test_an_allocator_that_the_user_set_up_stays_as_it_is() -> None:
+    assert grow_segments({}) == {"PYTORCH_ALLOC_CONF": EXPANDABLE}
+    for name in ALLOCATOR:
+        assert grow_segments({name: "max_split_size_mb:128"}) == {}
+
+
+def test_planned_faults_go_along(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ORCHESTRATOR_FAULTS", "[]")
+    assert worker_environment(Share(1, 1))["ORCHESTRATOR_FAULTS"] == "[]"
