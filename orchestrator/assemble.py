@@ -189,7 +189,7 @@ def plan_stages(stages: Sequence[Stage], hardware: Hardware | None = None) -> li
 def diagnose(stages: Sequence[Stage], root: Path | None) -> tuple[Finding, ...]:
     """What `orchestrator doctor` finds: of the cluster, and of what the first plannable stage needs, if a recipe is given."""
     asked = asked_by([stage.recipe for stage in stages])
-    facts = look(asked, root)
+    facts = look(asked, root, kernels=True)
     ready = [s.recipe for s in stages if not references(s.recipe)]
     try:
         return judge(facts, need_of(plan_job(ready[0], Console(quiet=True), of_cluster(facts))) if ready else asked)

@@ -7,15 +7,17 @@ from typing import Any
 
 import pytest
 import ray
+import torch
 from ray.cluster_utils import Cluster
 
 from orchestrator.cluster.actors import ALLOCATOR, EXPANDABLE, Share, grow_segments, made, worker_environment
 from orchestrator.cluster.placement import Placement
-from orchestrator.cluster.probes import _place, alive_nodes
+from orchestrator.cluster.probes import _place, alive_nodes, survey
 from orchestrator.cluster.reward_workers import RewardPool
 from orchestrator.cluster.workers import LearnerActor
 from orchestrator.config import RewardFunction, Rewards
-from orchestrator.facts import WorkerGroup
+from orchestrator.facts import Need, WorkerGroup
+from orchestrator.findings import judge
 from orchestrator.node_facts import NO_GPUS
 from orchestrator.rollout.sandbox import Confinement
 from tests.running import Sandbox
@@ -34,7 +36,7 @@ def seen(*_: object) -> dict[str, str]:
     return {name: os.environ[name] for name in SEEN if name in os.environ}
 
 
-@pytest.fixture(scope="module", params=["0", "1"])
+@pytest.fixture(scope="module", params=["0", pytest.param("1", marks=pytest.mark.slow)])
 def gpu_node(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """A Ray that others started on a node with a GPU and six CPUs, whose processes see that GPU; once with Ray's older habit of
     hiding GPUs itself. The driver sees it too."""
@@ -89,20 +91,31 @@ def test_probes_and_reward_functions_see_none(gpu_node: None, tmp_path: Path) ->
     assert Confinement.of(rewards, os.environ, None).environment.items() >= NO_GPUS.items(), "nor does the process of the function"
 
 
-@pytest.mark.parametrize(("gpus", "threads"), [(1.0, 6), (0.5, 3), (0.0, 2)])
-def test_a_learner_on_a_gpu_has_its_share_of_the_nodes_threads(gpu_node: None, gpus: float, threads: int) -> None:
-    placement = Placement.reserve(WorkerGroup("learners", 1, 2, gpus), 30)
+def test_a_learner_on_a_gpu_has_its_share_of_the_nodes_threads(gpu_node: None) -> None:
+    placement = Placement.reserve(WorkerGroup("learners", 1, 2, 1), 30)
     try:
-        share = Share(2, gpus, placement.threads(0, 2, gpus), expandable=gpus > 0)
-        assert share.threads == threads
-        actor = placement.start(LearnerActor, 0, 0, None, share, name="learner-0", share=share)
-        variables = ray.get(actor.call.remote(seen), timeout=90)
-        ray.kill(actor)
+        assert [placement.threads(0, 2, gpus) for gpus in (1, 0.5, 0.1, 0)] == [6, 3, 2, 2]
+        for gpus in (1, 0):
+            share = Share(2, gpus, placement.threads(0, 2, gpus), expandable=gpus > 0)
+            actor = placement.start(LearnerActor, 0, 0, None, share, name="learner-0", share=share)
+            variables = ray.get(actor.call.remote(seen), timeout=90)
+            ray.kill(actor)
+            assert variables["OMP_NUM_THREADS"] == str(share.threads)
+            assert variables["CUDA_VISIBLE_DEVICES"] == ("0" if gpus else "")
+            assert variables.get("PYTORCH_ALLOC_CONF") == (EXPANDABLE if gpus else None)
     finally:
         placement.release()
-    assert variables["OMP_NUM_THREADS"] == str(threads)
-    assert variables["CUDA_VISIBLE_DEVICES"] == ("0" if gpus else "")
-    assert variables.get("PYTORCH_ALLOC_CONF") == (EXPANDABLE if gpus else None)
+
+
+def test_every_gpu_that_ray_counts_is_tried_and_one_that_does_not_compute_is_a_finding(gpu_node: None) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    facts = survey(None, (), (), gpus=True)
+    ((device, trouble),) = [(k.device, k.trouble) for n in facts.nodes for k in n.kernels]
+    assert device == "GPU 0" and trouble is not None and trouble.startswith("no kernel runs: ")
+    (finding,) = [f for f in judge(facts, Need((WorkerGroup("learners", 1, 1, 1),))) if f.check == "kernels"]
+    assert finding.level == "error" and finding.fix
+    assert survey(None, (), (), gpus=False).nodes[0].kernels == ()
 
 
 def test_an_allocator_that_the_user_set_up_stays_as_it_is() -> None:
