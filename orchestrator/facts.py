@@ -192,7 +192,8 @@ class ModelSource:
 
 @dataclass(frozen=True, slots=True)
 class Need:
-    """What a run asks of the cluster. checkpoint_bytes: of one; libraries: beyond those that every run uses."""
+    """What a run asks of the cluster. checkpoint_bytes: of one; libraries: beyond those that every run uses; object_store: bytes of
+    published weights that lie in it at once."""
 
     groups: tuple[WorkerGroup, ...] = ()
     checkpoint_bytes: int = 0
@@ -200,6 +201,7 @@ class Need:
     wandb: Literal["online", "offline", "off"] = "off"
     models: tuple[ModelSource, ...] = ()
     libraries: tuple[str, ...] = ()
+    object_store: int = 0
 
     @property
     def gpus(self) -> bool:

@@ -219,7 +219,7 @@ def _disk(facts: ClusterFacts, need: Need) -> list[Finding]:
     return [Finding("disk", "error", least.folder, what, f"free {size(needed - least.free)} there{fewer}, or choose another --output")]
 
 
-def _shm(facts: ClusterFacts, _: Need) -> list[Finding]:
+def _shm(facts: ClusterFacts, need: Need) -> list[Finding]:
     if not any(node.shm_total for node in facts.nodes):
         return [Finding("shm", "ok", _all(facts), "this system has no /dev/shm")]
     found = []
@@ -228,6 +228,10 @@ def _shm(facts: ClusterFacts, _: Need) -> list[Finding]:
         if capacity.object_store > node.shm_total:
             what = f"/dev/shm has {size(node.shm_total)}, Ray's object store {size(capacity.object_store)}: it lies on disk instead"
             found.append(Finding("shm", "warning", node.name, what, f"{fix}; or ray start with a smaller --object-store-memory"))
+        elif 0 < capacity.object_store < need.object_store:
+            what = f"Ray's object store has {size(capacity.object_store)}, published weights take {size(need.object_store)}: through the disk"
+            fixed = f"ray start --object-store-memory={need.object_store}, or rollouts.transport=broadcast"
+            found.append(Finding("shm", "warning", node.name, what, fixed))
         elif node.shm_free < SHM_BYTES:
             what = f"/dev/shm has {size(node.shm_free)} free; NCCL and Ray's object store want {size(SHM_BYTES)} or more"
             found.append(Finding("shm", "warning", node.name, what, fix))

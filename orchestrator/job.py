@@ -18,6 +18,7 @@ from orchestrator.errors import NotEnoughResources
 from orchestrator.facts import WorkerGroup
 from orchestrator.hardware import Hardware, this_machine
 from orchestrator.memory_model import Sizes, fake_model, parameter_counts
+from orchestrator.models.buckets import WIRE
 from orchestrator.models.load import load_config
 from orchestrator.observe.card import model_card
 from orchestrator.observe.reporter import RunReporter
@@ -62,6 +63,14 @@ class Job:
     def sizes(self) -> Sizes:
         """Parameters of the policy."""
         return sizes(self.recipe, self.algorithm)
+
+    def store_bytes(self) -> int:
+        """Of the published weights that lie in Ray's object store at once: the version in use, the one being written, and those that
+        generation runs behind."""
+        recipe = self.recipe
+        if self.algorithm.online is None or recipe.rollouts.replay is not None or recipe.rollouts.transport not in ("auto", "object_store"):
+            return 0
+        return (2 + recipe.rollouts.max_staleness) * WIRE[recipe.learners.precision].itemsize * self.sizes().trainable
 
     def guards(self) -> Guards:
         """What its steps are checked against."""

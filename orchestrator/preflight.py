@@ -45,6 +45,7 @@ def need_of(job: Job) -> Need:
         checkpoint_bytes=_checkpoint_bytes(job),
         keep=recipe.checkpoint.keep,
         wandb=recipe.tracking.wandb,
+        object_store=job.store_bytes(),
     )
 
 

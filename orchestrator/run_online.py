@@ -21,8 +21,6 @@ from orchestrator.episodes import Sampling
 from orchestrator.job import Job, Stopped, sizes
 from orchestrator.learner.checks import model_fingerprint
 from orchestrator.learner.learner import LearnerSpec
-from orchestrator.memory_model import Sizes
-from orchestrator.models.buckets import WIRE
 from orchestrator.observe.reporter import RunReporter
 from orchestrator.observe.timeline import Timeline
 from orchestrator.records import Cut, PackedBatch, Progress
@@ -42,13 +40,14 @@ def attempt(job: Job, folder: RunFolder, cut: Cut, stopped: Stopped) -> Progress
     with ExitStack() as stack:
         reporter = stack.enter_context(job.reporter(folder, saved.progress.step if saved else 0))
         together = recipe.rollouts if recipe.rollouts.placement == "colocated" and recipe.rollouts.replay is None else None
-        size = _connect(job)
-        group = stack.enter_context(LearnerGroup(recipe.learners, parameters=size.parameters, logs=folder.logs, colocated=together))
+        connect(store_for(job.store_bytes()))
+        parameters = job.sizes().parameters
+        group = stack.enter_context(LearnerGroup(recipe.learners, parameters=parameters, logs=folder.logs, colocated=together))
         group.build(LearnerSpec(recipe, cut, job.schedule_steps))
         cut = probed_cut(job.plan, job.data, cut, group, reporter.note)
         check_layout(recipe, job.algorithm, job.data, cut, group, reporter.note)
         critic = _critic(job, folder, cut, stack) if online.critic else None
-        generator, scorer, bridge = _rollouts(job, size, folder, group, stack)
+        generator, scorer, bridge = _rollouts(job, parameters, folder, group, stack)
         learners = [group] if critic is None else [group, critic]
         sampling = _sampling(recipe)
         trainer = OnlineTrainer(
@@ -72,15 +71,7 @@ def attempt(job: Job, folder: RunFolder, cut: Cut, stopped: Stopped) -> Progress
         return progress
 
 
-def _connect(job: Job) -> Sizes:
-    """Sizes of the policy; a Ray that is started here gets an object store that holds the weights that go through it."""
-    size, rollouts = job.sizes(), job.recipe.rollouts
-    versions = 0 if rollouts.replay is not None else 2 + rollouts.max_staleness  # one in use, one being written, those in flight
-    connect(store_for(WIRE[job.recipe.learners.precision].itemsize * size.trainable, versions))
-    return size
-
-
-def _rollouts(job: Job, size: Sizes, folder: RunFolder, group: LearnerGroup, stack: ExitStack) -> tuple[Generator, Scorer, WeightBridge]:
+def _rollouts(job: Job, parameters: int, folder: RunFolder, group: LearnerGroup, stack: ExitStack) -> tuple[Generator, Scorer, WeightBridge]:
     """Live actors and rewards, or a recording of them."""
     recipe = job.recipe
     if recipe.rollouts.replay is not None:
@@ -88,7 +79,7 @@ def _rollouts(job: Job, size: Sizes, folder: RunFolder, group: LearnerGroup, sta
         return replay, replay, NoBridge()
     colocated = group.placement if recipe.rollouts.placement == "colocated" else None
     scorer = stack.enter_context(RewardPool(recipe.rewards, model_for_tokenizer=recipe.model, logs=folder.logs))
-    pool = stack.enter_context(RolloutPool(recipe, parameters=size.parameters, logs=folder.logs, colocated=colocated))
+    pool = stack.enter_context(RolloutPool(recipe, parameters=parameters, logs=folder.logs, colocated=colocated))
     return pool, scorer, make_bridge(recipe, group, pool)
 
 
@@ -182,7 +173,8 @@ def evaluate(job: Job) -> dict[str, float]:
     recipe = job.recipe
     with ExitStack() as stack:
         together = recipe.rollouts if recipe.rollouts.placement == "colocated" else None
-        parameters = _connect(job).parameters
+        connect(store_for(job.store_bytes()))
+        parameters = job.sizes().parameters
         group = stack.enter_context(LearnerGroup(recipe.learners, parameters=parameters, colocated=together))
         group.build(LearnerSpec(recipe, job.plan.cut, 1))
         scorer = stack.enter_context(RewardPool(recipe.rewards, model_for_tokenizer=recipe.model, logs=None))

@@ -52,12 +52,12 @@ def own_ray() -> Iterator[None]:
             ray.shutdown()
 
 
-def store_for(weights: int, versions: int) -> int:
-    """Bytes of a local Ray's object store that holds so many versions of published weights without spilling them to disk, as far
-    as the machine has the memory. weights: bytes of one version."""
+def store_for(weights: int) -> int:
+    """Bytes of a local Ray's object store that holds so many bytes of published weights without spilling them to disk, as far as
+    the machine has the memory."""
     shm = shutil.disk_usage(SHM).free * SHM_SHARE if SHM.is_dir() else float("inf")
     ram = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * RAM_SHARE
-    return max(OBJECT_STORE_BYTES, int(min(OBJECT_STORE_BYTES + versions * weights, shm, ram)))
+    return max(OBJECT_STORE_BYTES, int(min(OBJECT_STORE_BYTES + weights, shm, ram)))
 
 
 def _init(store: int) -> None:

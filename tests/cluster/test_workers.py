@@ -67,17 +67,17 @@ def test_a_frozen_worker_is_named_by_the_driver_before_gloo_gives_up(tmp_path: P
 
 
 def test_a_local_ray_has_room_for_the_weights_that_go_through_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert store_for(0, 2) == OBJECT_STORE_BYTES
-    assert store_for(50_000_000, 2) == OBJECT_STORE_BYTES + 100_000_000
+    assert store_for(0) == OBJECT_STORE_BYTES
+    assert store_for(100_000_000) == OBJECT_STORE_BYTES + 100_000_000
     ram = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    assert OBJECT_STORE_BYTES <= store_for(10**13, 2) <= 0.3 * ram
+    assert OBJECT_STORE_BYTES <= store_for(10**13) <= 0.3 * ram
     sandbox = Sandbox(tmp_path)
     for name, value in (sandbox.environment() | {"HOME": str(Path.home())}).items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     try:
         with own_ray():
-            connect(store_for(50_000_000, 2))
+            connect(store_for(100_000_000))
             assert ray.cluster_resources()["object_store_memory"] == OBJECT_STORE_BYTES + 100_000_000
         assert not ray.is_initialized()
     finally:

@@ -250,6 +250,17 @@ FAULTS: dict[str, tuple[ClusterFacts, Need, Finding]] = {
             "shm", "warning", "a", "/dev/shm has 500.0 MB free; NCCL and Ray's object store want 1.00 GB or more", "docker run --shm-size=16g"
         ),
     ),
+    "an object store that does not hold the weights": (
+        HEALTHY,
+        replace(NEED, object_store=48 * GB),
+        Finding(
+            "shm",
+            "warning",
+            "a, b, c",
+            "Ray's object store has 30.00 GB, published weights take 48.00 GB: through the disk",
+            "ray start --object-store-memory=48000000000, or rollouts.transport=broadcast",
+        ),
+    ),
     "few open files": (
         changed("b", limits=Limits(1024, None, None)),
         NEED,
