@@ -120,7 +120,7 @@ class ContinuousDecoder:
 
     def __init__(self, model: Any, eos: Sequence[int], rows: int, decode: Callable[[Sequence[int]], str]) -> None:
         self.model, self.rows, self.ends = model, rows, Ends(frozenset(eos), decode)
-        _pages(rows, 1)  # another release of transformers may not know these settings
+        _settings(rows, 1)  # another release of transformers may not know these settings
         own = not model._can_set_attn_implementation() or model.config._attn_implementation == "eager"
         if own:  # in silence, BLOOM's log-probs would be off by 0.02 nat (it never sees the pages), Gemma 2's by 0.005 (no cap)
             raise ContinuousBatchingFailed(
@@ -178,9 +178,7 @@ class ContinuousDecoder:
         self.model.eval()
         attention = self.model.config._attn_implementation
         greedy = GenerationConfig(do_sample=False, eos_token_id=sorted(self.ends.eos), pad_token_id=0)
-        rows = max(self.rows, max(len(r.seeds) for r in requests))
-        pages = _pages(rows, max(len(r.prompt) + r.room for r in requests))
-        manager = self.model.init_continuous_batching(generation_config=greedy, continuous_batching_config=pages)
+        manager = self.model.init_continuous_batching(generation_config=greedy, continuous_batching_config=self._pages(requests))
         drawer = Drawer(sampling, self.ends, manager.cancel_request)
         manager.logit_processor.logits_processor.append(drawer)
         manager.logit_processor.tensors_required += 1
@@ -197,7 +195,12 @@ class ContinuousDecoder:
             gc.unfreeze()
 
 
-def _pages(rows: int, longest: int) -> ContinuousBatchingConfig:
+    def _pages(self, requests: Sequence[Request]) -> ContinuousBatchingConfig:
+        """Sizes from the requests."""
+        return _settings(max(self.rows, max(len(r.seeds) for r in requests)), max(len(r.prompt) + r.room for r in requests))
+
+
+def _settings(rows: int, longest: int) -> ContinuousBatchingConfig:
     """Sizes for so many rows of so many tokens: the default would take 60 % of the memory. No page is shared between requests: an
     unfinished weight update must not find one made with the weights before."""
     try:

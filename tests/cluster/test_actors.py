@@ -25,14 +25,24 @@ from tests.running import Sandbox
 SEEN = (*NO_GPUS, *ALLOCATOR, "OMP_NUM_THREADS")
 
 
-class Looker:
-    """Tells what its process was started with, and what Ray says that it has."""
+def looker() -> type:
+    """A class that tells what its process was started with, and what Ray says that it has. Made here, so that Ray sends it as it is:
+    its process need not import this module, and with it torch."""
+    names = SEEN
 
-    def look(self) -> tuple[dict[str, str], list[Any]]:
-        return seen(), ray.get_gpu_ids()
+    class Looker:
+        def look(self) -> tuple[dict[str, str], list[Any]]:
+            import os
+
+            import ray
+
+            return {name: os.environ[name] for name in names if name in os.environ}, ray.get_gpu_ids()
+
+    return Looker
 
 
 def seen(*_: object) -> dict[str, str]:
+    """The same of an actor of the program."""
     return {name: os.environ[name] for name in SEEN if name in os.environ}
 
 
@@ -59,7 +69,7 @@ def gpu_node(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 
 
 def look(share: Share) -> tuple[Mapping[str, str], list[Any]]:
-    actor = made(Looker, share).remote()
+    actor = made(looker(), share).remote()
     try:
         return ray.get(actor.look.remote(), timeout=60)
     finally:
@@ -67,7 +77,7 @@ def look(share: Share) -> tuple[Mapping[str, str], list[Any]]:
 
 
 def test_without_a_gpu_an_actor_sees_none_and_with_one_it_sees_its_own(gpu_node: None) -> None:
-    control = ray.remote(Looker).options(num_cpus=0).remote()
+    control = ray.remote(looker()).options(num_cpus=0).remote()
     inherited, _ = ray.get(control.look.remote(), timeout=60)
     ray.kill(control)
     if os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] == "0":
