@@ -195,6 +195,16 @@ def _one_gpu_each(recipe: Recipe) -> None:
                 why="each worker is one process on one device; what is beyond it would be reserved and lie idle",
                 fix="set it to 1, or to a part of a GPU such as 0.5, and take more workers: the effective batch stays as it is",
             )
+    beside = recipe.rollouts.gpus_per_worker if recipe.rollouts.placement == "colocated" else 0.0
+    learners, critic = recipe.learners, recipe.critic
+    ranks = (("learners", learners.count, learners.gpus_per_worker, beside), ("critic", critic.workers, critic.gpus_per_worker, 0.0))
+    for section, workers, gpus, others in ranks:
+        if workers > 1 and gpus > 0 and gpus + others <= 0.5:
+            raise ConfigError(
+                f"{section}.gpus_per_worker={gpus:g} puts two of {workers} workers on one GPU",
+                why="NCCL takes one rank per GPU",
+                fix=f"set {section}.gpus_per_worker above 0.5, or {section}.workers=1",
+            )
 
 
 def _check(recipe: Recipe, share: int) -> None:
