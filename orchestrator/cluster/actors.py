@@ -39,7 +39,7 @@ def worker_environment(share: Share) -> dict[str, str]:
     return {"OMP_NUM_THREADS": str(share.threads), "TOKENIZERS_PARALLELISM": "false", **hidden, **planned}
 
 
-def made(kind: type, share: Share, *, strategy: Any = None, name: str | None = None, concurrency: int = 1) -> Any:
+def made(kind: type, share: Share, *, strategy: Any = None, name: str | None = None) -> Any:
     """The class as an actor class of Ray, ready for `.remote(…)`. strategy: where it is placed; name: as Ray's dashboard shows it."""
     options = {"name": name} if name is not None else {}
     placed = {"scheduling_strategy": strategy} if strategy is not None else {}
@@ -48,7 +48,7 @@ def made(kind: type, share: Share, *, strategy: Any = None, name: str | None = N
         num_gpus=share.gpus,
         runtime_env={"env_vars": worker_environment(share)},
         max_restarts=0,
-        max_concurrency=concurrency,
+        max_concurrency=1,
         **options,
         **placed,
     )
@@ -80,4 +80,4 @@ def keep_to_share(device: Any, gpus: float) -> None:
     import torch
 
     if device.type == "cuda" and gpus < 1:
-        torch.cuda.set_per_process_memory_fraction(gpus, device)
+        torch.cuda.set_per_process_memory_fraction(gpus)  # of the current device; one without an index is refused

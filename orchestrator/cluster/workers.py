@@ -22,6 +22,9 @@ from orchestrator.learner.learner import LearnerSpec
 from orchestrator.records import LearnReport, PackedBatch, StepApplied, joined_metrics
 from orchestrator.roles import PerMicroBatch, TokenLists
 
+START = "learners.start_timeout_s"
+"""The key that gives more time to what comes before the first verb."""
+
 
 class LearnerActor:
     """One rank. Holds a RankLearner (or, before it, the reference policy) and forwards verbs to it."""
@@ -185,10 +188,10 @@ class LearnerGroup:
 
     def _start(self) -> None:
         self.actors = [self._new(rank) for rank in range(self.world)]
-        address, port = self._collect([self.actors[0].address.remote()], "start", self.deadlines.start_s)[0]
-        self.hosts = self._collect([a.host.remote() for a in self.actors], "start", self.deadlines.start_s)
+        address, port = self._collect([self.actors[0].address.remote()], "start", self.deadlines.start_s, START)[0]
+        self.hosts = self._collect([a.host.remote() for a in self.actors], "start", self.deadlines.start_s, START)
         joins = [a.join.remote(self.world, address, port, self.deadlines.collective_s) for a in self.actors]
-        self.pids: list[int] = self._collect(joins, "join the process group", self.deadlines.start_s)
+        self.pids: list[int] = self._collect(joins, "join the process group", self.deadlines.start_s, START)
 
     def _new(self, rank: int) -> Any:
         cpus, gpus = self.learners.cpus_per_worker, self.learners.gpus_per_worker
@@ -246,7 +249,7 @@ class LearnerGroup:
 
     def listen(self) -> tuple[str, int]:
         """Address and port where a new channel's members meet."""
-        return self._collect([self.actors[0].listen.remote(self.deadlines.start_s)], "listen", self.deadlines.start_s)[0]
+        return self._collect([self.actors[0].listen.remote(self.deadlines.start_s)], "listen", self.deadlines.start_s, START)[0]
 
     def open_channel(self, meeting: Any) -> str | None:
         """Rank 0 becomes the sender of a channel (models/buckets.py); what went wrong, if it did."""
@@ -283,8 +286,9 @@ class LearnerGroup:
         refs = [getattr(actor, verb).remote(*args) for actor, args in zip(self.actors, arguments, strict=True)]
         return self._collect(refs, verb, self.deadlines.of(verb))
 
-    def _collect(self, refs: list[Any], verb: str, timeout_s: float) -> list[Any]:
-        """Results by rank; raises at the first failure, or WorkerLost naming who did not answer in time."""
+    def _collect(self, refs: list[Any], verb: str, timeout_s: float, key: str = "learners.timeout_s") -> list[Any]:
+        """Results by rank; raises at the first failure, or WorkerLost naming who did not answer in time. key: of the recipe, that
+        gives more time."""
         deadline = time.monotonic() + timeout_s
         waiting, memory_error = list(refs), None
         while waiting:
@@ -294,7 +298,7 @@ class LearnerGroup:
                 raise WorkerLost(
                     f"{', '.join(late)} did not answer `{verb}` within {timeout_s:.0f} s",
                     why="the process hangs, is stopped, or waits for another rank",
-                    fix="see logs/ in the run folder; raise learners.timeout_s if steps really take longer",
+                    fix=f"see logs/ in the run folder; raise {key} if it really takes longer",
                 )
             try:
                 ray.get(done[0])

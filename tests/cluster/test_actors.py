@@ -10,7 +10,7 @@ import ray
 import torch
 from ray.cluster_utils import Cluster
 
-from orchestrator.cluster.actors import ALLOCATOR, EXPANDABLE, Share, grow_segments, made, worker_environment
+from orchestrator.cluster.actors import ALLOCATOR, EXPANDABLE, Share, grow_segments, keep_to_share, made, worker_environment
 from orchestrator.cluster.placement import Placement
 from orchestrator.cluster.probes import _place, alive_nodes, survey
 from orchestrator.cluster.reward_workers import RewardPool
@@ -126,6 +126,18 @@ def test_every_gpu_that_ray_counts_is_tried_and_one_that_does_not_compute_is_a_f
     (finding,) = [f for f in judge(facts, Need((WorkerGroup("learners", 1, 1, 1),))) if f.check == "kernels"]
     assert finding.level == "error" and finding.fix
     assert survey(None, (), (), gpus=False).nodes[0].kernels == ()
+
+
+@pytest.mark.gpu
+def test_a_learner_with_a_part_of_a_gpu_cannot_take_more() -> None:
+    memory = torch.cuda.get_device_properties(0).total_memory
+    keep_to_share(torch.device("cuda"), 0.1)
+    try:
+        torch.empty(int(0.05 * memory), dtype=torch.uint8, device="cuda")
+        with pytest.raises(torch.OutOfMemoryError):
+            torch.empty(int(0.2 * memory), dtype=torch.uint8, device="cuda")
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
 
 
 def test_an_allocator_that_the_user_set_up_stays_as_it_is() -> None:
