@@ -1,0 +1,96 @@
+"""Stage 4, first half: this project's learner on pairs of real lengths, and what the plan says it needs."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from gpu_stages.bench import Bench, Speed, first_line
+from gpu_stages.device import peak_flops, release, reserved, settle
+from gpu_stages.joined import join
+from gpu_stages.shapes import Shape, on_device, shapes
+from orchestrator.algorithms import build
+from orchestrator.config import Recipe
+from orchestrator.cut import cut_step
+from orchestrator.errors import OutOfMemory
+from orchestrator.learner.learner import LearnerSpec, RankLearner
+from orchestrator.learner.memory import device_bytes
+from orchestrator.memory_model import MemoryEstimate, estimate
+from orchestrator.plan import largest_micro_batch
+from orchestrator.records import Cut
+
+STEPS = 3
+"""The first warms up (and is not timed), the others are timed; the best counts."""
+PAIRS_AT_ONCE = (8, 4, 2, 1)
+FILL = 0.9
+"""Share of the device's memory that the plan may predict for what is tried."""
+
+
+def run(bench: Bench) -> None:
+    device, peak = torch.device(bench.device), peak_flops(torch.device(bench.device))
+    for shape in shapes(bench.device):
+        for checkpointing in (False, True):
+            with bench.attempt(f"{shape.name}, {setting(checkpointing)}"):
+                measure(bench, shape, device, checkpointing, peak)
+            release(device)
+
+
+def setting(checkpointing: bool) -> str:
+    return "checkpointing" if checkpointing else "no checkpointing"
+
+
+def measure(bench: Bench, shape: Shape, device: torch.device, checkpointing: bool, peak: float) -> None:
+    recipe = shape.recipe(bench.device, checkpointing)
+    found = largest_that_fits(recipe, shape, device)
+    if found is None:
+        bench.note(f"{shape.name}, {setting(checkpointing)}", "left out: the plan says that not even one pair fits")
+        return
+    cut, planned = found
+    label = f"{cut.examples} pairs, {setting(checkpointing)}"
+    try:
+        step_s, losses, norm, measured = steps(shape, recipe, cut, device)
+    except OutOfMemory as error:
+        bench.holds(f"{shape.name}, {label}: planned memory", False, f"{first_line(error)}; planned {planned.total / 1e9:.1f} GB", "fits")
+        return
+    mfu = shape.flops(bench.device, shared=True) / step_s / peak
+    gb = (measured / 1e9, reserved(device) / 1e9)
+    bench.add(Speed(bench.stage, shape.name, "ours", label, shape.tokens / step_s, step_s, mfu, *gb, losses, norm, planned.total / 1e9))
+
+
+def cut_of(recipe: Recipe, pairs: int) -> Cut:
+    stage = 0 if recipe.learners.precision == "fp32" else 1
+    return Cut(workers=1, examples=pairs, positions=None, layout="prefix_shared", zero_stage=stage, sync="no_sync")
+
+
+def largest_that_fits(recipe: Recipe, shape: Shape, device: torch.device) -> tuple[Cut, MemoryEstimate] | None:
+    """The largest micro-batch whose predicted memory fits, as the plan would choose it."""
+    algorithm, limit = build(recipe.algorithm), FILL * device_bytes(device, 1)
+    for pairs in PAIRS_AT_ONCE:
+        cut = cut_of(recipe, pairs)
+        planned = estimate(recipe, algorithm, cut, largest_micro_batch([shape.groups()], cut))
+        if planned.total <= limit and pairs <= shape.pairs // 2:
+            return cut, planned
+    return None
+
+
+def steps(shape: Shape, recipe: Recipe, cut: Cut, device: torch.device) -> tuple[float, tuple[float, ...], float, int]:
+    """(seconds of the quickest timed step, losses of all steps, norm of the first gradient, peak bytes)."""
+    dtype = torch.float32 if recipe.learners.precision == "fp32" else torch.bfloat16
+    learner = RankLearner(LearnerSpec(recipe, cut, STEPS), join(device), device, loaded=on_device(recipe, device, dtype))
+    batch = cut_step(shape.groups(), cut)
+    batch = batch.with_reference((learner.token_logprobs(batch.micro_batches[0]),))
+    best, losses, norms, peak = float("inf"), [], [], 0
+    for step in range(STEPS):
+        settle(device)
+        started = time.perf_counter()
+        learned = learner.forward_backward(batch.micro_batches[0], batch.units, step)
+        applied = learner.optim_step(step)
+        settle(device)
+        best = min(best, time.perf_counter() - started) if step else best
+        losses.append(learned.loss)
+        norms.append(applied.grad_norm)
+        peak = max(peak, learned.peak_bytes)
+    return best, tuple(losses), norms[0], peak
+
+
