@@ -1,8 +1,6 @@
 """Stage 4, first half: this project's learner on pairs of real lengths, and what the plan says it needs."""
 
 import time
-from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 

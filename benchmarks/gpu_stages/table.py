@@ -6,7 +6,10 @@ from pathlib import Path
 from gpu_stages.bench import Check, Ended, Machine, Note, Record, Speed
 
 LINES = 40
-PAGE = "# Results\n\nWritten by `python benchmarks/gpu.py --results FILE.jsonl`, the newest first. Results of earlier benchmarks stand in the README and in docs/.\n"
+PAGE = """# Results
+
+Written by `python benchmarks/gpu.py --results FILE.jsonl`, one table for each card. Results of earlier benchmarks stand in the README
+and in docs/."""
 EQUAL = {"cuda": 2e-2, "cpu": 1e-4}
 """Largest relative difference of losses and of the first gradient's norm at which two contestants took the same steps: bf16 on a
 GPU, fp32 on a CPU."""
@@ -84,4 +87,4 @@ def write_page(page: Path, records: Sequence[Record]) -> None:
     title = f"## {machine.card}"
     older = page.read_text().split("\n## ")[1:] if page.exists() else []
     kept = [f"## {section}".rstrip() for section in older if not f"## {section}".startswith(f"{title}\n")]
-    page.write_text("\n\n".join([PAGE.rstrip(), f"{title}\n\n" + "\n".join(table(records)), *kept]) + "\n")
+    page.write_text("\n\n".join([PAGE, f"{title}\n\n" + "\n".join(table(records)), *kept]) + "\n")
