@@ -43,15 +43,7 @@ class Shape:
 
     def groups(self) -> list[SequenceGroup]:
         """The same random pairs every time."""
-        draw = np.random.default_rng(0)
-
-        def tokens(count: int) -> np.ndarray:
-            return draw.integers(8, 300, count)  # ids that every vocabulary has, none of them special
-
-        def branch() -> Branch:
-            return Branch(tokens(self.answer), np.ones(self.answer, np.bool_))
-
-        return [SequenceGroup(i, tokens(self.prompt), (branch(), branch())) for i in range(self.pairs)]
+        return made_pairs(self.pairs, self.prompt, self.answer)
 
     def flops(self, device: str, shared: bool) -> float:
         """Model FLOPs of one step, forward and backward, nothing recomputed: 6 per weight and position, 12 per head dimension and
@@ -70,6 +62,19 @@ class Shape:
     def tokens(self) -> int:
         """Tokens of a step with prompts repeated for each answer."""
         return self.pairs * 2 * (self.prompt + self.answer)
+
+
+def made_pairs(pairs: int, prompt: int, answer: int) -> list[SequenceGroup]:
+    """Pairs of random tokens, all as long as each other."""
+    draw = np.random.default_rng(0)
+
+    def tokens(count: int) -> np.ndarray:
+        return draw.integers(8, 200, count)  # ids that every vocabulary has, none of them special
+
+    def branch() -> Branch:
+        return Branch(tokens(answer), np.ones(answer, np.bool_))
+
+    return [SequenceGroup(i, tokens(prompt), (branch(), branch())) for i in range(pairs)]
 
 
 def _triangle(count: int) -> int:
