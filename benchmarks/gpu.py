@@ -57,7 +57,7 @@ STAGES = {
     1: Stage(("attention",), 70),
     2: Stage(("steps",), 80),
     3: Stage(("cluster",), 90, 240),
-    4: Stage(("speed_ours", "speed_trl"), 150),
+    4: Stage(("speed_ours", "speed_trl", "speed_grpo"), 150),
     5: Stage(("profiles",), 30),
 }
 

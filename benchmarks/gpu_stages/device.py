@@ -13,15 +13,17 @@ def settle(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def seconds(work: Callable[[], object], device: torch.device, repeats: int = 3) -> float:
+def seconds(work: Callable[[], object], device: torch.device, repeats: int = 3, *, warm: bool = True) -> float:
     """The quickest of some repetitions, after one that is not counted."""
+    if warm:
+        work()
     best = float("inf")
-    for turn in range(repeats + 1):
+    for _ in range(repeats):
         settle(device)
         started = time.perf_counter()
         work()
         settle(device)
-        best = min(best, time.perf_counter() - started) if turn else best
+        best = min(best, time.perf_counter() - started)
     return best
 
 

@@ -5,12 +5,11 @@ import os
 import pkgutil
 import subprocess
 import sys
-import time
 
 import torch
 
 from gpu_stages.bench import Bench, first_line
-from gpu_stages.device import copy_rate, matmul_flops, settle
+from gpu_stages.device import copy_rate, matmul_flops, seconds
 
 LIBRARIES = ("accelerate", "datasets", "deepspeed", "peft", "ray", "safetensors", "trl")
 
@@ -76,7 +75,4 @@ def compile_flex(device: torch.device) -> float:
 
     flex = compiled_flex(device)
     q = torch.randn(1, 4, 512, 64, device=device, requires_grad=True)
-    started = time.perf_counter()
-    flex(q, q, q).sum().backward()
-    settle(device)
-    return time.perf_counter() - started
+    return seconds(lambda: flex(q, q, q).sum().backward(), device, 1, warm=False)

@@ -9,6 +9,7 @@ from gpu_stages.device import release
 from gpu_stages.joined import join
 from orchestrator.config import Recipe
 from orchestrator.learner.learner import LearnerSpec, RankLearner, RankReference
+from orchestrator.models.load import Loaded
 from orchestrator.records import LearnReport, PackedBatch, StepApplied
 from orchestrator.roles import PerMicroBatch
 
@@ -20,9 +21,9 @@ class LocalGroup:
         self.device, self.group = device, join(device)
         self.held: Any = None
 
-    def build(self, spec: LearnerSpec) -> None:
+    def build(self, spec: LearnerSpec, loaded: Loaded | None = None) -> None:
         self.free()
-        self.held = RankLearner(spec, self.group, self.device)
+        self.held = RankLearner(spec, self.group, self.device, loaded)
 
     def build_reference(self, recipe: Recipe) -> str:
         self.free()

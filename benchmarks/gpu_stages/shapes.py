@@ -81,13 +81,15 @@ def _triangle(count: int) -> int:
     return count * (count + 1) // 2
 
 
-def on_device(recipe: Recipe, device: torch.device, dtype: torch.dtype) -> Loaded:
-    """The recipe's model drawn on the device itself: no disk, no copy in RAM, no fingerprint. The same weights every time."""
+def on_device(recipe: Recipe, device: torch.device, dtype: torch.dtype | None = None) -> Loaded:
+    """The recipe's model drawn on the device itself: no disk, no copy in RAM, no fingerprint. The same weights every time.
+    dtype: default, that of the recipe's precision."""
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(0)
     with device:
         model = AutoModelForCausalLM.from_config(load_config(recipe.model), attn_implementation="sdpa", dtype=torch.float32)
+    dtype = dtype or (torch.bfloat16 if recipe.learners.precision == "bf16" else torch.float32)
     return Loaded(model.to(dtype), None, "", "random")
 
 

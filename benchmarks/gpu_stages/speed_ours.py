@@ -74,8 +74,7 @@ def largest_that_fits(recipe: Recipe, shape: Shape, device: torch.device) -> tup
 
 def steps(shape: Shape, recipe: Recipe, cut: Cut, device: torch.device) -> tuple[float, tuple[float, ...], float, int]:
     """(seconds of the quickest timed step, losses of all steps, norm of the first gradient, peak bytes)."""
-    dtype = torch.float32 if recipe.learners.precision == "fp32" else torch.bfloat16
-    learner = RankLearner(LearnerSpec(recipe, cut, STEPS), join(device), device, loaded=on_device(recipe, device, dtype))
+    learner = RankLearner(LearnerSpec(recipe, cut, STEPS), join(device), device, loaded=on_device(recipe, device))
     batch = cut_step(shape.groups(), cut)
     batch = batch.with_reference((learner.token_logprobs(batch.micro_batches[0]),))
     best, losses, norms, peak = float("inf"), [], [], 0
