@@ -1,13 +1,14 @@
 """What the stages share: what they find (one JSON line each), where they run, and how much time is left. Imports no torch."""
 
 import json
+import sys
 import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,13 +100,15 @@ def append(path: Path, record: Record) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Bench:
-    """A stage's surroundings. work: an empty folder; ends: time.monotonic() of its deadline."""
+    """A stage's surroundings. work: an empty folder; ends: time.monotonic() of its deadline; terminal: where
+    results are said."""
 
     stage: int
     device: str
     out: Path
     work: Path
     ends: float
+    terminal: TextIO = sys.stdout
 
     @property
     def small(self) -> bool:
@@ -119,7 +122,7 @@ class Bench:
     def add(self, record: Record) -> None:
         """Writes a record and says it."""
         append(self.out, record)
-        print(said(record), flush=True)
+        print(said(record), file=self.terminal, flush=True)
 
     def below(self, name: str, value: float, limit: float, *, goal: bool = False) -> None:
         """value must be at most limit; nan is not."""

@@ -103,9 +103,9 @@ def compare(bench: Bench, proof: Proof, baseline: Trajectory, way: Way, group: L
     found, limit = baseline.difference(trajectory, cut), TOLERANCE[way.precision]
     anchor = abs(trajectory.losses[0] - math.log(2))
     kept = unharmed(proof, cut, group)
-    text = f"{apart(found)}, first loss - ln 2 {anchor:.1e}, {'unharmed' if kept else 'CHANGED'} by discard"
+    text = f"{apart(found)}; first loss {anchor:.1e} off ln 2; discard leaves weights {'as they are' if kept else 'CHANGED'}"
     ok = found.within(limit) and anchor <= ANCHOR[way.precision] and kept
-    bench.holds(f"{way}: apart from plain steps", ok, text, f"{limit:g}, norm {10 * limit:g}, ln 2 {ANCHOR[way.precision]:g}, unharmed")
+    bench.holds(f"{way}, off plain steps", ok, text, f"<= {limit:g}; {10 * limit:g}; {ANCHOR[way.precision]:g}")
 
 
 def apart(found: Difference) -> str:
@@ -134,7 +134,7 @@ def out_of_memory(bench: Bench, device: torch.device) -> None:
     limit = TOLERANCE[way.precision]
     found = calm.difference(shaken, cut)
     text = f"{apart(found)}; {len(notes)} times finer"
-    bench.holds("out of memory, replayed: apart from undisturbed", bool(notes) and found.within(limit), text, f">= 1 time, <= {limit:g}")
+    bench.holds("out of memory, replayed, off undisturbed", bool(notes) and found.within(limit), text, f">= 1 time, <= {limit:g}")
 
 
 def roomy(device: str, way: Way) -> Recipe:

@@ -15,7 +15,8 @@ from gpu_stages.bench import Check, Ended, Machine, Note, Speed  # noqa: E402
 HOST = Machine("cuda", "NVIDIA H100 80GB HBM3", "torch 2.11.0", "python benchmarks/gpu.py", "2026-11-27")
 OURS = Speed(4, "7B x 4 layers", "ours", "2 pairs", 20_000.0, 3.0, 0.46, 40.0, 42.0, (0.6931, 0.6021, 0.5), 2.0, 41.0)
 THEIRS = Speed(4, "7B x 4 layers", "TRL", "4 pairs", 8_000.0, 7.5, 0.25, 60.0, 61.0, (0.6931, 0.6022), 2.01)
-GOOD, BAD, SLOW = Check(1, "gap", "1e-07", "<= 1e-05", True), Check(1, "head", "0.3", "<= 0.03", False), Check(4, "MFU", "0.4", ">= 0.45", False, True)
+GOOD, BAD = Check(1, "gap", "1e-07", "<= 1e-05", True), Check(1, "head", "0.3", "<= 0.03", False)
+SLOW = Check(4, "MFU", "0.4", ">= 0.45", False, True)
 DIED = Ended(3, "cluster", 90.0, "its deadline of 90 s passed")
 
 
