@@ -45,20 +45,21 @@ RESULTS = ROOT / "benchmarks" / "results.md"
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """parts: modules of gpu_stages, each with its own process. budget_s: of all of them on a GPU; cpu_s: on a CPU, however busy."""
+    """parts: modules of gpu_stages, each with its own process, and their shares of the time. budget_s: of all of them on a GPU;
+    cpu_s: on a CPU, however busy."""
 
-    parts: tuple[str, ...]
+    parts: dict[str, int]
     budget_s: float
     cpu_s: float = 300.0
 
 
 STAGES = {
-    0: Stage(("host",), 50),
-    1: Stage(("attention",), 70),
-    2: Stage(("steps",), 80),
-    3: Stage(("cluster",), 90),
-    4: Stage(("speed_ours", "speed_trl", "speed_grpo"), 150),
-    5: Stage(("profiles",), 30),
+    0: Stage({"host": 1}, 50),
+    1: Stage({"attention": 1}, 70),
+    2: Stage({"steps": 1}, 80),
+    3: Stage({"cluster": 1}, 90),
+    4: Stage({"speed_ours": 4, "speed_trl": 4, "speed_grpo": 2}, 150),
+    5: Stage({"profiles": 1}, 30),
 }
 
 
@@ -99,9 +100,10 @@ def run(device: str, only: Sequence[int], out: Path, site: Path | None) -> int:
     for number in only:
         stage = STAGES[number]
         allowed = spare + (stage.budget_s if device == "cuda" else stage.cpu_s)
-        for part in stage.parts:
-            seconds = child(device, number, part, allowed, out.resolve(), environment)
-            allowed -= seconds
+        left = sum(stage.parts.values())
+        for part, share in stage.parts.items():
+            allowed -= child(device, number, part, allowed * share / left, out.resolve(), environment)
+            left -= share
         spare = max(0.0, allowed) if device == "cuda" else 0.0
     records = read(out)[before:]
     print("\n" + "\n".join(table(records)))

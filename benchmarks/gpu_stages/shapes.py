@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from gpu_stages.device import release
 from orchestrator.config import Recipe
 from orchestrator.models.load import Loaded, load_config
 from orchestrator.records import Branch, SequenceGroup
@@ -81,16 +82,17 @@ def _triangle(count: int) -> int:
     return count * (count + 1) // 2
 
 
-def on_device(recipe: Recipe, device: torch.device, dtype: torch.dtype | None = None) -> Loaded:
-    """The recipe's model drawn on the device itself: no disk, no copy in RAM, no fingerprint. The same weights every time.
-    dtype: default, that of the recipe's precision."""
+def on_device(recipe: Recipe, device: torch.device) -> Loaded:
+    """The recipe's model drawn on the device itself: no disk, no copy in RAM, no fingerprint. The same weights every time, in
+    the recipe's precision."""
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(0)
     with device:
         model = AutoModelForCausalLM.from_config(load_config(recipe.model), attn_implementation="sdpa", dtype=torch.float32)
-    dtype = dtype or (torch.bfloat16 if recipe.learners.precision == "bf16" else torch.float32)
-    return Loaded(model.to(dtype), None, "", "random")
+    model = model.to(torch.bfloat16 if recipe.learners.precision == "bf16" else torch.float32)
+    release(device)
+    return Loaded(model, None, "", "random")
 
 
 LLAMA_7B = {"architecture": "llama", "hidden_size": 4096, "heads": 32, "intermediate_size": 11008, "vocab_size": 32000}
@@ -107,7 +109,7 @@ SMALL = {"architecture": "llama", "hidden_size": 64, "layers": 2, "heads": 4, "k
 
 
 def shapes(device: str) -> list[Shape]:
-    """4k-token conversations at real shapes on a GPU, tiny ones on a CPU. Rates are such that the second loss says something."""
+    """4k-token conversations at real shapes on a GPU, tiny ones on a CPU."""
     if device == "cpu":
         return [Shape("tiny", SMALL, 8, 48, 48, 1e-4)]
     return [

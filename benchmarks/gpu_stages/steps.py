@@ -139,7 +139,7 @@ def out_of_memory(bench: Bench, device: torch.device) -> None:
 
 def roomy(device: str, way: Way) -> Recipe:
     """The recipe with a model that fills gigabytes on a GPU, so that a limit on the memory is felt."""
-    return recipe(device, way, **({"hidden_size": 512, "layers": 4, "heads": 8, "vocab_size": 32000} if device == "cuda" else {}))
+    return recipe(device, way, **({"hidden_size": 512, "layers": 4, "heads": 8, "vocab_size": 8192} if device == "cuda" else {}))
 
 
 def taken(proof: Proof, cut: Cut, device: torch.device) -> tuple[Trajectory, list[str]]:

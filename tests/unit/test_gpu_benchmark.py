@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -35,8 +36,11 @@ def test_what_makes_the_run_fail() -> None:
     assert table.failed([on_cpu, BAD])
 
 
-def test_the_difference_is_the_largest_of_losses_and_norm_over_the_steps_that_both_took() -> None:
-    assert table.difference(OURS, THEIRS) == pytest.approx(0.01 / 2.01)
+def test_the_difference_is_the_largest_of_losses_and_norm_over_the_steps_that_are_comparable() -> None:
+    off = replace(THEIRS, losses=(0.6931, 0.7))
+    assert table.difference(OURS, THEIRS, "cpu") == pytest.approx(0.01 / 2.01)
+    assert table.difference(OURS, off, "cpu") == pytest.approx((0.7 - 0.6021) / 0.7)
+    assert table.difference(OURS, off, "cuda") == pytest.approx(0.01 / 2.01)
 
 
 def test_the_table_shows_speeds_failures_and_parts_that_died() -> None:
