@@ -169,18 +169,14 @@ def unpacked(site: Path) -> Path:
 
 def described(device: str, environment: dict[str, str]) -> tuple[str, str]:
     """(the device's name, versions), asked in a process that sees what the parts see."""
-    ask = (
-        "import torch, platform, importlib.metadata as m\n"
-        f"cuda = {device == 'cuda'}\n"
-        "print(torch.cuda.get_device_name() if cuda else 'CPU')\n"
-        "names = ('transformers', 'deepspeed', 'ray', 'trl')\n"
-        "print('Python', platform.python_version() + ', torch', torch.__version__ + ',', ', '.join(f'{n} {m.version(n)}' for n in names))"
-    )
-    done = subprocess.run([sys.executable, "-c", ask], env=environment, capture_output=True, text=True)
+    ask = "import platform, importlib.metadata as m; print('Python ', platform.python_version(), *(f', {n} {m.version(n)}' for n in %r), sep='')"
+    ask %= ("torch", "transformers", "deepspeed", "ray", "trl")
+    name = "; import torch; print(torch.cuda.get_device_name())" if device == "cuda" else f"; print('CPU, {os.cpu_count()} cores')"
+    done = subprocess.run([sys.executable, "-c", ask + name], env=environment, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"this host cannot run the benchmark: {(done.stderr.strip().splitlines() or ['?'])[-1]}")
-    card, versions = done.stdout.strip().splitlines()[-2:]
-    return card if device == "cuda" else f"CPU, {os.cpu_count()} cores", versions
+    versions, card = done.stdout.strip().splitlines()[-2:]
+    return card, versions
 
 
 if __name__ == "__main__":

@@ -124,9 +124,11 @@ class Bench:
         append(self.out, record)
         print(said(record), file=self.terminal, flush=True)
 
-    def below(self, name: str, value: float, limit: float, *, goal: bool = False) -> None:
-        """value must be at most limit; nan is not."""
-        self.add(Check(self.stage, name, f"{value:.3g}", f"<= {limit:g}", bool(value <= limit), goal))
+    def below(self, name: str, value: float | tuple[float, ...], limit: float, *, goal: bool = False) -> None:
+        """Each value must be at most limit; nan is not."""
+        values = value if isinstance(value, tuple) else (value,)
+        text = ", ".join(f"{v:.3g}" for v in values)
+        self.add(Check(self.stage, name, text, f"<= {limit:g}", all(v <= limit for v in values), goal))
 
     def above(self, name: str, value: float, limit: float, *, goal: bool = False) -> None:
         self.add(Check(self.stage, name, f"{value:.3g}", f">= {limit:g}", bool(value >= limit), goal))

@@ -7,15 +7,15 @@ the number of compilations are those of a GPU. The kernel is not.
 from typing import Any
 
 import torch
+from orchestrator.models.block_attention import compiled_attention
 from torch.nn.attention import flex_attention
 
 
 def compiled_flex(device: torch.device) -> Any:
-    """flex_attention compiled once for every length."""
-    if device.type == "cuda":
-        return torch.compile(flex_attention.flex_attention, dynamic=True)
-    allow_backward()
-    return torch.compile(flex_attention.flex_attention, backend="eager", dynamic=True)
+    """The learner's compiled FlexAttention."""
+    if device.type == "cpu":
+        allow_backward()
+    return compiled_attention()
 
 
 def allow_backward() -> None:

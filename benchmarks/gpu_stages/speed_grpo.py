@@ -58,7 +58,7 @@ def recipe_of(device: str) -> Recipe:
 def grpo(bench: Bench, recipe: Recipe, device: torch.device) -> None:
     """Two steps, each with the weights of the one before."""
     gpu = bench.device == "cuda"
-    cut = Cut(1, None, 16384 if gpu else CPU_POSITIONS, "prefix_shared", 1 if gpu else 0, "no_sync")
+    cut = Cut(1, None, 16384 if gpu else CPU_POSITIONS, "prefix_shared", int(gpu), "no_sync", one_row=gpu)
     group = LocalGroup(device)
     group.build(LearnerSpec(recipe, cut, STEPS), on_device(recipe, device))
     algorithm, worker = build(recipe.algorithm, recipe.rollouts), RolloutWorker(recipe, device)

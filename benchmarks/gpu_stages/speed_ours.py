@@ -66,8 +66,9 @@ def measure(bench: Bench, shape: Shape, device: torch.device, checkpointing: boo
 
 
 def cut_of(recipe: Recipe, pairs: int) -> Cut:
-    stage = 0 if recipe.learners.precision == "fp32" else 1
-    return Cut(workers=1, examples=pairs, positions=None, layout="prefix_shared", zero_stage=stage, sync="no_sync")
+    """Fewest collectives: fp32 on a CPU, bf16 with fp32 master weights and one row per micro-batch on a GPU."""
+    gpu = bool(recipe.learners.gpus_per_worker)
+    return Cut(1, pairs, None, "prefix_shared", zero_stage=int(gpu), sync="no_sync", one_row=gpu)
 
 
 def largest_that_fits(recipe: Recipe, shape: Shape, device: torch.device) -> tuple[Cut, MemoryEstimate] | None:

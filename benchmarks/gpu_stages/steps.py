@@ -15,6 +15,7 @@ import torch
 from gpu_stages.bench import Bench
 from gpu_stages.device import release, reserved, settle
 from gpu_stages.local import LocalGroup
+from gpu_stages.pretend import allow_backward
 from gpu_stages.shapes import made_pairs
 from orchestrator import faults
 from orchestrator.config import Recipe
@@ -40,9 +41,11 @@ class Way:
     stage: int
     sync: Any
     offload: str = "none"
+    one_row: bool = False
 
     def __str__(self) -> str:
-        return f"ZeRO {self.stage} {self.precision}" + (f", {self.sync}" if self.stage else "") + (", offload" if self.offload == "cpu" else "")
+        more = [self.sync] * bool(self.stage) + ["offload"] * (self.offload == "cpu") + ["one row"] * self.one_row
+        return ", ".join([f"ZeRO {self.stage} {self.precision}", *more])
 
 
 WAYS = (
@@ -56,11 +59,15 @@ WAYS = (
     Way("bf16", 1, "no_sync", "cpu"),
     Way("bf16", 2, "per_micro_batch", "cpu"),
     Way("bf16", 3, "per_micro_batch", "cpu"),
+    Way("fp32", 0, "no_sync", one_row=True),
 )
+"""On a GPU all of them have micro-batches of one row."""
 
 
 def run(bench: Bench) -> None:
     device = torch.device(bench.device)
+    if bench.small:
+        allow_backward()
     group = LocalGroup(device)
     proof = Proof.of(recipe(bench.device, WAYS[0]), STEPS)
     baseline = proof.plain()
@@ -92,7 +99,7 @@ def recipe(device: str, way: Way, **tiny: int) -> Recipe:
 
 
 def cut_of(way: Way, planned: Cut) -> Cut:
-    return replace(planned, examples=MICRO_BATCH, positions=None, zero_stage=way.stage, sync=way.sync)
+    return replace(planned, examples=MICRO_BATCH, positions=None, zero_stage=way.stage, sync=way.sync, one_row=way.one_row or planned.one_row)
 
 
 def compare(bench: Bench, proof: Proof, baseline: Trajectory, way: Way, group: LocalGroup) -> None:

@@ -1,6 +1,7 @@
 """The records of a run as a table of at most 40 lines, and the page that keeps it."""
 
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 
 from gpu_stages.bench import Check, Ended, Machine, Note, Record, Speed
@@ -38,7 +39,7 @@ def best(records: Sequence[Record], shape: str, who: str) -> Speed | None:
 
 
 def table(records: Sequence[Record]) -> list[str]:
-    """Markdown. Speeds first, then checks: what failed in full, what passed as far as there is room, the rest by number."""
+    """Markdown. Speeds first, then checks: what failed in full, what passed as far as there is room."""
     machine = next(r for r in records if isinstance(r, Machine))
     lines = [f"{machine.date}, {machine.card}; {machine.versions}", "", f"    {machine.command}", ""]
     lines += _speeds(records, machine.device)
@@ -68,12 +69,14 @@ def _cell(speed: Speed | None) -> str:
 
 
 def _checks(records: Sequence[Record], room: int) -> list[str]:
+    """Failures in full; what passed in full where there is room, else the stages with most checks by their number."""
     checks = [r for r in records if isinstance(r, Check)]
     bad, good = [c for c in checks if not c.ok], [c for c in checks if c.ok]
-    rows = [_row(c) for c in [*bad, *good]]
-    kept = rows if len(rows) <= room - 3 else rows[: room - 4]
-    passed = f"{len(good)} of {len(checks)} checks passed" + (f", {len(rows) - len(kept)} not shown" if len(kept) < len(rows) else "")
-    return [f"| {passed} | result | limit |", "|---|---|---|", *kept]
+    stages = {number: [_row(c) for c in good if c.stage == number] for number in dict.fromkeys(c.stage for c in good)}
+    while sum(map(len, stages.values())) + len(bad) > room - 2 and any(len(rows) > 1 for rows in stages.values()):
+        largest = max(stages, key=lambda number: len(stages[number]))
+        stages[largest] = [f"| {largest}: {len(stages[largest])} checks | passed | |"]
+    return [f"| {len(good)} of {len(checks)} checks passed | result | limit |", "|---|---|---|", *map(_row, bad), *chain(*stages.values())]
 
 
 def _row(check: Check) -> str:
