@@ -169,8 +169,9 @@ def unpacked(site: Path) -> Path:
 
 def described(device: str, environment: dict[str, str]) -> tuple[str, str]:
     """(the device's name, versions), asked in a process that sees what the parts see."""
-    ask = "import platform, importlib.metadata as m; print('Python ', platform.python_version(), *(f', {n} {m.version(n)}' for n in %r), sep='')"
-    ask %= ("torch", "transformers", "deepspeed", "ray", "trl")
+    names = ("torch", "transformers", "deepspeed", "ray", "trl")
+    listed = f"print('Python ', platform.python_version(), *(f', {{n}} {{m.version(n)}}' for n in {names}), sep='')"
+    ask = "import platform, importlib.metadata as m; " + listed
     name = "; import torch; print(torch.cuda.get_device_name())" if device == "cuda" else f"; print('CPU, {os.cpu_count()} cores')"
     done = subprocess.run([sys.executable, "-c", ask + name], env=environment, capture_output=True, text=True)
     if done.returncode:

@@ -1,17 +1,30 @@
 """roles.Learner in this process: one rank with the verbs of a worker group, for what is written for groups (verify, Stepper)."""
 
+import socket
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
 
 from gpu_stages.device import release
-from gpu_stages.joined import join
 from orchestrator.config import Recipe
+from orchestrator.learner.engine import ProcessGroup
 from orchestrator.learner.learner import LearnerSpec, RankLearner, RankReference
 from orchestrator.models.load import Loaded
 from orchestrator.records import LearnReport, PackedBatch, StepApplied
 from orchestrator.roles import PerMicroBatch
+
+
+@cache
+def join(device: torch.device) -> ProcessGroup:
+    """Joins once per process."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    group = ProcessGroup(0, 1, "127.0.0.1", port, 120.0)
+    group.join(device)
+    return group
 
 
 class LocalGroup:

@@ -8,7 +8,7 @@ import torch
 
 from gpu_stages.bench import Bench
 from gpu_stages.device import release, seconds, settle
-from gpu_stages.joined import join
+from gpu_stages.local import join
 from gpu_stages.pretend import compiled_flex
 from gpu_stages.shapes import Shape, on_device, shapes
 from gpu_stages.speed_ours import cut_of

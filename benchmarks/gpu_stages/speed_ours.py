@@ -6,7 +6,7 @@ import torch
 
 from gpu_stages.bench import Bench, Speed, first_line
 from gpu_stages.device import peak_flops, release, reserved, settle
-from gpu_stages.joined import join
+from gpu_stages.local import join
 from gpu_stages.shapes import Shape, on_device, shapes
 from orchestrator.algorithms import build
 from orchestrator.config import Recipe
