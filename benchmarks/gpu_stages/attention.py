@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from orchestrator.models.block_attention import MAX_COMPILATIONS, compiled_attention
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -17,6 +16,7 @@ from gpu_stages.device import release
 from gpu_stages.pretend import allow_backward
 from orchestrator.config import TinyModel
 from orchestrator.data.packing import by_branch, pack
+from orchestrator.models.block_attention import MAX_COMPILATIONS, compiled_attention
 from orchestrator.models.scoring import MicroBatchTensors, ScoredHead, ScoringModel, scored
 from orchestrator.models.tiny import build
 from orchestrator.objectives.logprobs import HeadSpec

@@ -7,8 +7,9 @@ the number of compilations are those of a GPU. The kernel is not.
 from typing import Any
 
 import torch
-from orchestrator.models.block_attention import compiled_attention
 from torch.nn.attention import flex_attention
+
+from orchestrator.models.block_attention import compiled_attention
 
 
 def compiled_flex(device: torch.device) -> Any:
