@@ -8,6 +8,7 @@ import torch
 from gpu_stages.device import release
 from orchestrator.config import Recipe
 from orchestrator.models.load import Loaded, load_config
+from orchestrator.models.scoring import Checkpointing
 from orchestrator.records import Branch, SequenceGroup
 
 BETA = 0.1
@@ -24,7 +25,7 @@ class Shape:
     answer: int
     rate: float
 
-    def recipe(self, device: str, checkpointing: bool = False) -> Recipe:
+    def recipe(self, device: str, checkpointing: Checkpointing = "none") -> Recipe:
         """DPO as the learner is given it. bf16 with fp32 master weights on a GPU, fp32 on a CPU."""
         gpu = device == "cuda"
         return Recipe.model_validate(

@@ -20,9 +20,9 @@ from orchestrator.episodes import Prompt, RolloutGroup, Sampling, ScoredGroup
 from orchestrator.learner.learner import LearnerSpec
 from orchestrator.learner.publish import flat_buckets
 from orchestrator.models.buckets import Bucket, checksum
-from orchestrator.plan import CPU_POSITIONS
 from orchestrator.records import Cut
 from orchestrator.rollout.generator import RolloutWorker
+from orchestrator.ways import CPU_POSITIONS
 
 T = TypeVar("T")
 QWEN_0B5 = {"architecture": "qwen2", "hidden_size": 896, "layers": 24, "heads": 14, "kv_heads": 2, "intermediate_size": 4864, "vocab_size": 151936}
