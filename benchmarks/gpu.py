@@ -68,7 +68,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--only", type=lambda text: [int(n) for n in text.split(",")], default=list(STAGES), help="stages, e.g. 0,1,2,4")
-    parser.add_argument("--out", type=Path, help="JSON lines are added to this file")
+    parser.add_argument("--out", type=Path, default=ROOT / "build" / "gpu.jsonl", help="JSON lines are added to it; logs lie beside it")
     parser.add_argument("--site", type=Path, help="packages that this host lacks: a folder, or the archive that `make gpu-archive` makes")
     parser.add_argument("--results", type=Path, metavar="FILE", help="only writes the table of FILE into benchmarks/results.md")
     parser.add_argument("--part", nargs=3, metavar=("STAGE", "MODULE", "SECONDS"), help=argparse.SUPPRESS)
@@ -78,8 +78,7 @@ def main() -> None:
     elif args.part:
         run_part(args.device, args.out, int(args.part[0]), args.part[1], float(args.part[2]))
     else:
-        with tempfile.TemporaryDirectory(prefix="gpu-") as folder:
-            sys.exit(run(args.device, args.only, args.out or Path(folder) / "results.jsonl", args.site))
+        sys.exit(run(args.device, args.only, args.out, args.site))
 
 
 def run_part(device: str, out: Path, stage: int, part: str, seconds: float) -> None:

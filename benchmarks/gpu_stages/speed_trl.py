@@ -12,7 +12,7 @@ import torch
 from gpu_stages.bench import Bench, Speed, first_line, read
 from gpu_stages.device import peak_flops, release, reserved, settle
 from gpu_stages.shapes import BETA, Shape, on_device, shapes
-from gpu_stages.table import EQUAL, best, difference
+from gpu_stages.table import EQUAL, best, difference, latest
 from orchestrator.learner.memory import current_bytes, is_out_of_memory, peak_bytes, reset_peak
 from orchestrator.models.tiny import byte_tokenizer
 
@@ -133,7 +133,7 @@ def clock_of(device: torch.device) -> Any:
 
 def judge(bench: Bench, shape: Shape) -> None:
     """Equal steps first; then the goals, which on a CPU are only told."""
-    records = read(bench.out)
+    records = latest(read(bench.out))
     ours, theirs = best(records, shape.name, "ours"), best(records, shape.name, "TRL")
     if ours is None or theirs is None:
         bench.holds(f"{shape.name}: both contestants ran", False, "no" if ours or theirs else "neither", "both")

@@ -38,10 +38,22 @@ def best(records: Sequence[Record], shape: str, who: str) -> Speed | None:
     return fastest(found) if found else None
 
 
+def latest(records: Sequence[Record]) -> list[Record]:
+    """Each stage's records from the last command that ran it, and those commands: a file may hold several."""
+    runs: list[list[Record]] = []
+    for record in records:
+        if isinstance(record, Machine):
+            runs.append([])
+        runs[-1].append(record)
+    last = {r.stage: number for number, run in enumerate(runs) for r in run if not isinstance(r, Machine)}
+    return [r for number, run in enumerate(runs) for r in run if number in ([last[r.stage]] if not isinstance(r, Machine) else last.values())]
+
+
 def table(records: Sequence[Record]) -> list[str]:
     """Markdown. Speeds first, then checks: what failed in full, what passed as far as there is room."""
-    machine = next(r for r in records if isinstance(r, Machine))
-    lines = [f"{machine.date}, {machine.card}; {machine.versions}", "", f"    {machine.command}", ""]
+    machines = [r for r in records if isinstance(r, Machine)]
+    machine = machines[-1]
+    lines = [f"{machine.date}, {machine.card}; {machine.versions}", "", *(f"    {m.command}" for m in machines), ""]
     lines += _speeds(records, machine.device)
     notes = [f"{n.name}: {n.text}" for n in records if isinstance(n, Note) and n.name.startswith("*")]
     ended = [f"stage {e.stage}, {e.part}: {e.error}" for e in records if isinstance(e, Ended) and e.error]
@@ -86,6 +98,7 @@ def _row(check: Check) -> str:
 
 def write_page(page: Path, records: Sequence[Record]) -> None:
     """Puts the table on top of the page, in the place of the last one from the same card."""
+    records = latest(records)
     machine = next(r for r in records if isinstance(r, Machine))
     title = f"## {machine.card}"
     older = page.read_text().split("\n## ")[1:] if page.exists() else []

@@ -54,6 +54,15 @@ def test_the_table_shows_speeds_failures_and_parts_that_died() -> None:
     assert "- not ended: stage 3, cluster: its deadline of 90 s passed" in lines
 
 
+def test_a_stage_that_was_run_again_replaces_its_older_results() -> None:
+    again = replace(HOST, command="python benchmarks/gpu.py --only 1")
+    third = replace(HOST, command="python benchmarks/gpu.py --only 3")
+    kept = table.latest([HOST, BAD, OURS, again, GOOD, third, DIED])
+    assert kept == [HOST, OURS, again, GOOD, third, DIED]
+    assert table.latest([HOST, BAD, again, GOOD]) == [again, GOOD]
+    assert [line for line in table.table(kept) if line.startswith("    ")] == [f"    {m.command}" for m in (HOST, again, third)]
+
+
 def test_a_table_has_forty_lines_at_most_and_never_hides_a_failure() -> None:
     many = [Check(2, f"check {i}", "1", "1", True) for i in range(100)]
     lines = table.table([HOST, *many, GOOD, BAD])
