@@ -10,7 +10,7 @@ NaN parameters at fp32 stage 0, lost micro-batches when the boundary is not set.
 
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -235,27 +235,29 @@ class Engine:
             self.ds.set_gradient_accumulation_boundary(True)
         self.ds.step()
         applied = bool(self.ds.was_step_applied())
+        if not applied:
+            self._forget_refused()
         reduced, gathered = self.counter.take() if self.world > 1 else (0, 0)  # a rank alone sends nothing
         norm = float(self.ds.get_global_grad_norm() or 0.0)
         return StepApplied(applied, norm if applied else float("nan"), learning_rate, reduced, gathered)
 
-    def discard(self) -> None:
-        """Drops the accumulated gradient of the step, leaving weights and moments bitwise as they are.
+    def discard(self, idle_loss: Callable[[], Tensor]) -> None:
+        """Drops the accumulated gradient of the step, leaving weights and moments bitwise as they are. A collective.
 
-        Partitioned gradients live in DeepSpeed's private buffers: an infinite one makes its own overflow path clear
-        them all, on every rank, which no release can forget to do.
+        idle_loss: makes a loss of every rank that depends on the parameters. Gradients lie in DeepSpeed's private buffers, other
+        ones for each stage, precision and offload; every optimizer refuses a gradient that is no number, and clears them all.
         """
-        if self.sync == "no_sync":
-            (self.zero if self.stage else self.ds).zero_grad()
-        else:
-            for partition in self.zero.averaged_gradients.values():
-                if partition:
-                    partition[0].fill_(float("inf"))
-            self.ds.set_gradient_accumulation_boundary(True)
-            self.ds.step()
-            if self.ds.was_step_applied():
-                raise AssertionError("discard() applied a step: DeepSpeed's overflow path has changed")
-        self.counter.take()
+        with self.accumulation():
+            self.backward(idle_loss() * float("nan"), last=True)
+        if self.step(0.0).applied:
+            raise AssertionError("discard() applied a step: DeepSpeed no longer refuses a gradient that is no number")
+
+    def _forget_refused(self) -> None:
+        """DeepSpeed 0.19.8 clears a refused gradient, but for one: bf16's fp32 partition under an offloaded optimizer at stages 1
+        and 2, to which every later gradient would be added."""
+        if getattr(self.zero, "cpu_offload", False):
+            for group in self.zero.averaged_gradients:
+                self.zero.averaged_gradients[group] = None
 
     @contextmanager
     def full_parameters(self, parameters: list[nn.Parameter], *, writable: bool = False) -> Iterator[None]:

@@ -135,8 +135,8 @@ class RankLearner:
         return self.engine.step(learning_rate(self.spec.recipe.optimizer, step, self.spec.total_steps))
 
     def discard(self) -> None:
-        """Drops the accumulated gradient."""
-        self.engine.discard()
+        """Drops the accumulated gradient. A collective."""
+        self.engine.discard(self.idle_loss)
 
     @torch.no_grad()
     def token_logprobs(self, micro_batches: Sequence[MicroBatch], *, reference: bool = False) -> tuple[Floats, ...]:

@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 import torch
 
-from orchestrator.config import Algorithm, Data, Learners, Model, Optimizer, Recipe, TinyModel
+from orchestrator.config import Algorithm, Data, Learners, Model, Offload, Optimizer, Recipe, TinyModel
 from orchestrator.cut import cut_step
 from orchestrator.data.packing import filler
 from orchestrator.errors import OutOfMemory
@@ -97,14 +97,14 @@ def _rank(function: Callable[..., Any], group: ProcessGroup, file: Path, args: t
 # ---- what is trained ----------------------------------------------------------------------------------------------
 
 
-def recipe(precision: str = "fp32", clip: float | None = CLIP) -> Recipe:
+def recipe(precision: str = "fp32", clip: float | None = CLIP, offload: Offload | None = None) -> Recipe:
     """SimPO on pairs. The vocabulary makes two tensors large enough for ZeRO-3 to partition them, the others stay whole."""
     return Recipe(
         model=Model(tiny=TinyModel(hidden_size=64, layers=1, heads=4, vocab_size=2048)),
         data=Data(train="none"),
         algorithm=Algorithm(name="simpo"),
         optimizer=Optimizer(learning_rate=1e-2, betas=(BETA1, 0.99), weight_decay=0.01, max_grad_norm=clip, schedule="linear", warmup_steps=2),
-        learners=Learners(workers=WORLD, precision=precision),
+        learners=Learners(workers=WORLD, precision=precision, offload=offload or Offload()),
     )
 
 
@@ -122,16 +122,18 @@ STEPS = [pairs(11, seed) for seed in range(3)]
 MANY_PAIRS = pairs(64 * WORLD, 3)
 
 
-def cut(policy: Policy, examples: int = 2) -> Cut:
-    return Cut(WORLD, examples, None, "prefix_shared", policy[0], policy[1])  # pyright: ignore[reportArgumentType]
+def cut(policy: Policy, examples: int = 2, world: int = WORLD) -> Cut:
+    return Cut(world, examples, None, "prefix_shared", policy[0], policy[1])  # pyright: ignore[reportArgumentType]
 
 
 class Rank:
     """A fresh learner on this rank and its share of each step."""
 
-    def __init__(self, group: ProcessGroup, policy: Policy, clip: float | None = CLIP, examples: int = 2) -> None:
-        self.cut, self.rank = cut(policy, examples), group.rank
-        self.learner = RankLearner(LearnerSpec(recipe(policy[2], clip), self.cut, 10), group, torch.device("cpu"))
+    def __init__(
+        self, group: ProcessGroup, policy: Policy, clip: float | None = CLIP, examples: int = 2, offload: Offload | None = None
+    ) -> None:
+        self.cut, self.rank = cut(policy, examples, group.world), group.rank
+        self.learner = RankLearner(LearnerSpec(recipe(policy[2], clip, offload), self.cut, 10), group, torch.device("cpu"))
 
     def forward(self, groups: Sequence[SequenceGroup], step: int) -> LearnReport:
         batch = cut_step(groups, self.cut)
@@ -269,9 +271,9 @@ def look(group: ProcessGroup, policy: Policy) -> Found:
 
 
 @contextmanager
-def one_bad_micro_batch() -> Iterator[None]:
-    """The gradient of rank 1's micro-batches of BAD_STEP is not a number."""
-    os.environ[VARIABLE] = json.dumps([{"site": "micro_batch", "action": "nan", "step": BAD_STEP, "rank": 1}])
+def one_bad_micro_batch(rank: int = 1) -> Iterator[None]:
+    """The gradient of one rank's micro-batches of BAD_STEP is not a number."""
+    os.environ[VARIABLE] = json.dumps([{"site": "micro_batch", "action": "nan", "step": BAD_STEP, "rank": rank}])
     try:
         yield
     finally:
@@ -297,6 +299,13 @@ def move(group: ProcessGroup, folder: Path) -> dict[tuple[int, int], Resumed]:
         gap = max(float(np.abs(w - weights[n]).max()) for n, w in target.weights().items())
         moved[origin, stage] = Resumed(saved, loaded, undisturbed, target.state(), gap)
     return moved
+
+
+def relative_gap(one: Rank, other: Rank) -> float:
+    """||dw|| / ||w|| over all weights. A collective."""
+    mine, others = one.weights(), other.weights()
+    square = sum(float(np.square(others[n] - w, dtype=np.float64).sum()) for n, w in mine.items())
+    return float(np.sqrt(square / sum(float(np.square(w, dtype=np.float64).sum()) for w in mine.values())))
 
 
 def save_after_two(source: Rank, folder: Path) -> str:
@@ -343,9 +352,9 @@ def replay(group: ProcessGroup, policy: Policy, at: int) -> str:
     return rank.state()
 
 
-def bf16_gradient(group: ProcessGroup, policy: Policy) -> dict[str, np.ndarray]:
+def bf16_gradient(group: ProcessGroup, policy: Policy, offload: Offload | None = None) -> dict[str, np.ndarray]:
     """The gradient of MANY_PAIRS as it reached Adam."""
-    rank = Rank(group, policy, clip=None, examples=1)
+    rank = Rank(group, policy, clip=None, examples=1, offload=offload)
     rank.forward(MANY_PAIRS, 0)
     rank.learner.optim_step(0)
     return {name: value / (1 - BETA1) for name, value in rank.moments("exp_avg").items()}
