@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from orchestrator.algorithms import Algorithm
 from orchestrator.config import Recipe
 from orchestrator.models.load import build_fake
-from orchestrator.models.scoring import CHUNK_LOGITS, MicroBatchTensors, ScoringModel, scored
+from orchestrator.models.scoring import MicroBatchTensors, ScoringModel, chunk_logits, scored
 from orchestrator.records import Cut, MicroBatch
 
 PERSISTENT_ELEMENTS = 100_000
@@ -90,7 +90,7 @@ def estimate(recipe: Recipe, algorithm: Algorithm, cut: Cut, micro_batch: MicroB
     element = 2 if low else 4
     on_gpu, logits = bool(recipe.learners.gpus_per_worker), 0
     if algorithm.head == "lm":
-        logits = 2 * 4 * min(CHUNK_LOGITS, len(micro_batch.targets) * vocabulary)
+        logits = 2 * 4 * min(chunk_logits("cuda" if on_gpu else "cpu"), len(micro_batch.targets) * vocabulary)
     return MemoryEstimate(
         weights=element * (sizes.parameters // (cut.workers if cut.zero_stage == 3 else 1)),
         activations=max(0, step - logits),
@@ -105,6 +105,8 @@ def fake_model(recipe: Recipe, algorithm: Algorithm, mode: FakeTensorMode) -> Sc
     """The scoring model in the training precision, without storage."""
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(recipe.learners.precision, torch.float32)
     scoring = ScoringModel(build_fake(recipe.model, algorithm.head, dtype, mode), head=algorithm.head, spec=algorithm.scores)
+    if algorithm.head == "lm" and recipe.learners.gpus_per_worker:
+        scoring.head.computes_as = "cuda"
     if recipe.learners.activation_checkpointing:
         scoring.enable_activation_checkpointing()
     return scoring

@@ -369,4 +369,5 @@ def merge_reports(reports: Sequence[LearnReport]) -> LearnReport:
         seconds=max(r.seconds for r in reports),
         peak_bytes=max(r.peak_bytes for r in reports),
         maxima=maxima,
+        attended=sum(r.attended for r in reports),
     )

@@ -4,6 +4,7 @@ On a CPU resident bytes come from Linux's /proc. Where that is missing (macOS) b
 resident size since the process began, which nothing can reset: a bound from above.
 """
 
+import gc
 import os
 import resource
 import sys
@@ -57,6 +58,19 @@ def highest_resident() -> int:
     """Highest resident bytes of this process since it began, on any Unix."""
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def finish(device: torch.device) -> None:
+    """Waits until the device has done all that was asked of it; a CPU always has."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def give_back(device: torch.device) -> None:
+    """Frees what only cycles of dead objects hold, and returns an emptied allocator's blocks to the device."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def is_out_of_memory(error: BaseException) -> bool:
