@@ -165,5 +165,4 @@ def _measured_flops(size: int = 768, repeats: int = 3) -> float:
 
 def final_weights(learner: RankLearner) -> dict[str, Floats]:
     """Whole fp32 weights by name on rank 0, nothing elsewhere: for `verify`. A collective."""
-    weights = {name: weight.numpy() for name, weight in full_weights(learner)}
-    return weights if learner.group.rank == 0 else {}
+    return {name: weight.numpy() for name, weight in full_weights(learner, keep=learner.group.rank == 0)}

@@ -23,8 +23,18 @@ from orchestrator.config import Learners, Optimizer
 from orchestrator.learner.collectives import CollectiveCounter
 from orchestrator.records import StepApplied
 
-BUCKET_ELEMENTS = 25_000_000
-"""DeepSpeed's default of 5e8 allocates a 2 GB buffer per rank; 25 M elements (100 MB in fp32) lose no bandwidth."""
+
+def bucket_elements(gpu: bool) -> int:
+    """Elements of a bucket of gradients or gathered parameters. 25 M (100 MB in fp32) lose no bandwidth over gloo; NVLink and
+    InfiniBand are filled by 200 M. DeepSpeed's default of 5e8 allocates a 2 GB buffer per rank."""
+    return 200_000_000 if gpu else 25_000_000
+
+
+def overlaps(gpu: bool, stage: int) -> bool:
+    """True where gradients are reduced (and ZeRO-3's parameters fetched) on a stream of their own while the backward goes on, out of
+    a second bucket. A CPU overlaps nothing, and stages 0 and 1 reduce once, at the step."""
+    return gpu and stage >= 2
+
 
 NORM_CHUNK = 1 << 12
 """Values whose squares are added in fp32; the sums of chunks are added in double."""
@@ -88,7 +98,12 @@ def _fragments() -> Any:
 def _whole(tensor: Tensor | None, what: str) -> Tensor:
     if tensor is None:
         raise AssertionError(f"DeepSpeed has no {what} for a trainable parameter")
-    return tensor.detach().float().cpu().clone().contiguous()
+    return tensor.detach().float()
+
+
+def on_cpu(tensor: Tensor) -> Tensor:
+    """A copy in this host's memory that no later step changes."""
+    return tensor.detach().to("cpu", copy=True).contiguous()
 
 
 def global_norm(gradients: Sequence[Tensor]) -> Tensor:
@@ -124,18 +139,20 @@ class GuardedAdamW(torch.optim.AdamW):
         super().step(closure)
 
 
-def deepspeed_config(learners: Learners, optimizer: Optimizer, stage: int, sync: str) -> dict[str, Any]:
-    """Every key that DeepSpeed would otherwise default in silence, written out."""
+def deepspeed_config(learners: Learners, optimizer: Optimizer, stage: int, sync: str, trainable: int) -> dict[str, Any]:
+    """Every key that DeepSpeed would otherwise default in silence, written out. trainable: elements; no bucket is larger."""
+    gpu = bool(learners.gpus_per_worker)
+    bucket = bucket_elements(gpu)
     zero: dict[str, Any] = {
         "stage": stage,
-        "reduce_bucket_size": BUCKET_ELEMENTS,
-        "allgather_bucket_size": BUCKET_ELEMENTS,
-        "overlap_comm": False,
+        "reduce_bucket_size": min(bucket, trainable),
+        "allgather_bucket_size": bucket,
+        "overlap_comm": overlaps(gpu, stage),
     }
     if stage == 3:
         zero["stage3_param_persistence_threshold"] = PERSISTENT_ELEMENTS
         zero["stage3_max_reuse_distance"] = 0  # gathered again for the backward: stage 3 was chosen for its memory
-        zero["stage3_prefetch_bucket_size"] = BUCKET_ELEMENTS if learners.gpus_per_worker else 0  # a CPU overlaps nothing
+        zero["stage3_prefetch_bucket_size"] = bucket if gpu else 0  # a CPU overlaps nothing
     if learners.offload.optimizer != "none":
         zero["offload_optimizer"] = {"device": learners.offload.optimizer, "pin_memory": True}
     if learners.offload.parameters != "none":
@@ -185,7 +202,7 @@ class Engine:
             base = GuardedAdamW(trainable, max_norm=optimizer.max_grad_norm or 0.0, **options)
         else:
             base = torch.optim.AdamW(trainable, fused=True, **options)
-        config = deepspeed_config(learners, optimizer, stage, sync)
+        config = deepspeed_config(learners, optimizer, stage, sync, sum(p.numel() for p in trainable))
         self.ds, self.zero, _, _ = deepspeed.initialize(model=module, model_parameters=trainable, optimizer=base, config=config)
         self.module: nn.Module = self.ds.module
         self.counter = CollectiveCounter.install(deepspeed.comm.comm.cdb)
@@ -270,12 +287,12 @@ class Engine:
             yield
 
     def weight(self, parameter: nn.Parameter) -> Tensor:
-        """The whole fp32 master weight, on the CPU. A collective, as are the three below."""
+        """The whole fp32 master weight, gathered on the device: copy it (`on_cpu`) where it is kept. A collective, as are the three below."""
         full = parameter if self.stage == 0 else _fragments().safe_get_full_fp32_param(parameter)
         return _whole(full, "fp32 master weight")
 
     def moment(self, parameter: nn.Parameter, name: str) -> Tensor:
-        """One of Adam's moments ("exp_avg", "exp_avg_sq"), whole, fp32, on the CPU."""
+        """One of Adam's moments ("exp_avg", "exp_avg_sq"), whole, fp32, likewise."""
         if self.stage > 0:
             return _whole(_fragments().safe_get_full_optimizer_state(parameter, name), name)
         state = self.ds.basic_optimizer.state[parameter]

@@ -7,6 +7,7 @@ the layout cannot be seen in the result.
 """
 
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from orchestrator.config import Recipe
 from orchestrator.data.packing import pack
 from orchestrator.errors import OutOfMemory
 from orchestrator.learner.engine import Engine, ProcessGroup
-from orchestrator.learner.memory import current_bytes, finish, is_out_of_memory, peak_bytes, reset_peak
+from orchestrator.learner.memory import current_bytes, finish, give_back, is_out_of_memory, peak_bytes, reset_peak
 from orchestrator.learner.schedule import learning_rate
 from orchestrator.models.attention import attention_windows
 from orchestrator.models.load import Loaded, load
@@ -127,9 +128,7 @@ class RankLearner:
         with self.engine.accumulation():
             for index, micro_batch in enumerate(micro_batches):
                 with self._located(micro_batch, index):
-                    fault = faults.inject("micro_batch", step=step, rank=self.group.rank)
-                    if fault == "oom":
-                        raise torch.OutOfMemoryError("injected")
+                    fault = self._inject("micro_batch", step)
                     self._seed(step, index)
                     loss = self._loss(micro_batch, units)
                     share = loss.total * (float("nan") if fault == "nan" else micro_batch.weight)
@@ -144,12 +143,14 @@ class RankLearner:
 
     def optim_step(self, step: int) -> StepApplied:
         """Applies the accumulated gradient with the learning rate of 0-based optimizer step `step`."""
+        self._inject("optim_step", step)
         applied = self.engine.step(learning_rate(self.spec.recipe.optimizer, step, self.spec.total_steps))
         finish(self.device)  # else the update would be timed as the next step's
         return applied
 
     def discard(self) -> None:
-        """Drops the accumulated gradient. A collective."""
+        """Drops the accumulated gradient, and what an out-of-memory error left behind. A collective."""
+        give_back(self.device)
         self.engine.discard(self.idle_loss)
 
     @torch.no_grad()
@@ -258,6 +259,12 @@ class RankLearner:
         """Randomness (LoRA dropout) is a function of (seed, step, rank, micro-batch): a resume needs no saved state."""
         torch.manual_seed(hash((self.spec.recipe.run.seed, step, self.group.rank, index)) & 0x7FFF_FFFF)
 
+    def _inject(self, site: str, step: int) -> str | None:
+        fault = faults.inject(site, step=step, rank=self.group.rank)
+        if fault == "oom":
+            raise torch.OutOfMemoryError("injected")
+        return fault
+
     def _located(self, micro_batch: MicroBatch, index: int) -> "_OutOfMemoryLocator":
         return _OutOfMemoryLocator(self.group.rank, index, micro_batch.positions)
 
@@ -273,10 +280,11 @@ class _OutOfMemoryLocator:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         if error is not None and is_out_of_memory(error):
+            traceback.clear_frames(error.__traceback__)  # they hold the micro-batch's activations
             raise OutOfMemory(
                 f"worker {self.rank} ran out of memory in micro-batch {self.index} ({self.positions} positions)",
                 why=str(error).splitlines()[0],
-                fix="set a smaller batch.micro_batch, or learners.activation_checkpointing=true",
+                fix="set a smaller batch.micro_batch, or learners.activation_checkpointing",
             ) from None
 
 

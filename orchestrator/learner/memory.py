@@ -73,6 +73,9 @@ def give_back(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """True for a GPU's or the CPU allocator's out-of-memory error."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """True for a GPU's or the CPU allocator's out-of-memory error, and for those of the libraries that allocate beside torch."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(sign in str(error) for sign in _SIGNS)
+
+
+_SIGNS = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "Failed to CUDA calloc")

@@ -12,6 +12,7 @@ import shutil
 import socket
 import time
 import traceback
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ from orchestrator.data.packing import filler
 from orchestrator.errors import OutOfMemory
 from orchestrator.faults import VARIABLE
 from orchestrator.learner.checks import probe_peak
-from orchestrator.learner.engine import Engine, ProcessGroup
+from orchestrator.learner.engine import Engine, ProcessGroup, on_cpu
 from orchestrator.learner.learner import LearnerSpec, RankLearner
 from orchestrator.learner.state import MOMENTS, full_weights, load_state, save_state
 from orchestrator.models.load import load
@@ -145,7 +146,7 @@ class Rank:
 
     def moments(self, name: str) -> dict[str, np.ndarray]:
         engine = self.learner.engine
-        return {n: engine.moment(p, name).numpy() for n, p in engine.module.named_parameters()}
+        return {n: on_cpu(engine.moment(p, name)).numpy() for n, p in engine.module.named_parameters()}
 
     def weights(self) -> dict[str, np.ndarray]:
         return {name: weight.numpy() for name, weight in full_weights(self.learner)}
@@ -215,7 +216,7 @@ def work(group: ProcessGroup, folder: Path) -> Everything:
         found={policy: look(group, policy) for policy in LOOKED_AT},
         moved=move(group, folder),
         bf16={policy: resume_bf16(group, policy, folder / f"bf16-{policy[0]}") for policy in BF16},
-        replayed={(policy, at): replay(group, policy, at) for policy in HOLDS_BACK for at in (0, 2)},
+        replayed={(policy, at): replay(group, policy, at) for policy in HOLDS_BACK for at in (0, 1, 2)},
         gradients={policy: bf16_gradient(group, policy) for policy in BF16},
         low_master=low_master(),
     )
@@ -330,15 +331,21 @@ def resume_bf16(group: ProcessGroup, policy: Policy, folder: Path) -> Resumed:
 
 
 def replay(group: ProcessGroup, policy: Policy, at: int) -> str:
-    """Digest of the state after a step in which micro-batch `at` of rank 1 did not fit, so that it was played again."""
+    """Digest of the state after a step in which micro-batch `at` of rank 1 did not fit, forward (odd numbers: backward), so that it
+    was played again."""
     rank = Rank(group, policy)
     calls = iter(range(100))
+    kept: list[weakref.ref[torch.Tensor]] = []
 
     def exhausted(*_: object) -> None:
-        if next(calls) == at:
-            raise torch.OutOfMemoryError("made by the test")
+        raise torch.OutOfMemoryError("made by the test")
 
-    handle = rank.learner.scoring.register_forward_pre_hook(exhausted) if group.rank == 1 else None
+    def forward(_: object, inputs: object, output: tuple[torch.Tensor, ...]) -> None:
+        if next(calls) == at:
+            kept.append(weakref.ref(output[0]))
+            exhausted() if at % 2 == 0 else output[0].register_hook(exhausted)
+
+    handle = rank.learner.scoring.register_forward_hook(forward) if group.rank == 1 else None
     try:
         rank.forward(STEPS[0], 0)
         failed = False
@@ -348,6 +355,7 @@ def replay(group: ProcessGroup, policy: Policy, at: int) -> str:
     if handle is not None:
         handle.remove()
     rank.learner.discard()
+    assert not [ref for ref in kept if ref() is not None], "the micro-batch that did not fit is still in memory"
     rank.step(0)
     return rank.state()
 
