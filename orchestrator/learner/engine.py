@@ -115,6 +115,21 @@ def global_norm(gradients: Sequence[Tensor]) -> Tensor:
     return torch.linalg.vector_norm(torch.cat(norms).double()).float()
 
 
+@contextmanager
+def cast_once() -> Iterator[None]:
+    """Keeps autocast's low-precision copies of the weights from one forward to the next, instead of making them for each.
+
+    Autocast forgets them when its outermost context ends. This is one around all micro-batches of a step that is not switched on
+    itself, so that backwards run as before. Checkpointed layers that a GPU computes again on autograd's own thread still cast.
+    """
+    torch.autocast_increment_nesting()
+    try:
+        yield
+    finally:
+        if torch.autocast_decrement_nesting() == 0:
+            torch.clear_autocast_cache()
+
+
 class GuardedAdamW(torch.optim.AdamW):
     """Fused AdamW that clips and refuses a non-finite step itself, for ZeRO stage 0, where DeepSpeed does neither safely.
 
@@ -190,6 +205,7 @@ class Engine:
     ) -> None:
         deepspeed = _deepspeed()
         self.stage, self.sync, self.world = stage, sync, world
+        self.casts_weights = learners.precision == "bf16_autocast" and stage < 3  # at 3 the casts would be what it partitions
         trainable = [p for p in module.parameters() if p.requires_grad]
         options: dict[str, Any] = {
             "lr": optimizer.learning_rate,
@@ -219,7 +235,10 @@ class Engine:
     def accumulation(self) -> Iterator[None]:
         """Holds all backwards of one optimizer step; its collectives are counted from here on."""
         self.counter.take()
-        with self.ds.coalesce_grad_reduction() if self.sync == "coalesced" else nullcontext():
+        with (
+            cast_once() if self.casts_weights else nullcontext(),
+            self.ds.coalesce_grad_reduction() if self.sync == "coalesced" else nullcontext(),
+        ):
             try:
                 yield
             except BaseException:
