@@ -44,9 +44,14 @@ def chunked_logprobs(hidden: Tensor, weight: Tensor, bias: Tensor | None, target
     return HeadOutput(logps, wpo if spec.want_wpo else None, entropy if spec.want_entropy else None)
 
 
+def _widens(tensor: Tensor, accurate: torch.dtype) -> bool:
+    """True where a product of these low-precision values can be had as the fp32 sums that it is made of: NVIDIA's from Ampere on."""
+    return tensor.is_cuda and tensor.dtype != accurate and torch.get_device_module(tensor.device).get_device_capability(tensor.device)[0] >= 8
+
+
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, spec: HeadSpec, accurate: torch.dtype) -> Tensor:
-    if hidden.is_cuda and hidden.dtype != accurate:
-        z = torch.mm(hidden, weight.t(), out_dtype=accurate)  # the product's own fp32 sums, never rounded to bf16
+    if _widens(hidden, accurate):
+        z = torch.mm(hidden, weight.t(), out_dtype=accurate)  # never rounded to bf16
         z = z if bias is None else z.add_(bias)
     else:
         z = nn.functional.linear(hidden, weight, bias).to(accurate)
@@ -58,9 +63,9 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, spec: HeadSpec,
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left^T right in place: [V, H] += [n, V]^T [n, H], summed in total's precision. A GPU multiplies low precision as it
-    is and adds up in fp32; a CPU has no such product, and gets both sides in fp32."""
-    if left.is_cuda and left.dtype != total.dtype:
+    """total += left^T right in place: [V, H] += [n, V]^T [n, H], summed in total's precision. Where no product of low
+    precision adds up in fp32 (a CPU's), both sides are made fp32."""
+    if _widens(left, total.dtype):
         torch.addmm(total, left.t(), right, out_dtype=total.dtype, out=total)
     else:
         total.addmm_(left.t().to(total.dtype), right.to(total.dtype))
