@@ -78,18 +78,19 @@ class Sums:
     def _add(self, name: str, total: Tensor, count: float | Tensor) -> None:
         total = total.to(torch.float64)
         self._sums[name] = self._sums[name] + total if name in self._sums else total
-        self._counts[name] = self._counts.get(name, 0.0) + count
+        self._counts[name] = self._counts.get(name, 0.0) + (count.to(torch.float64) if isinstance(count, Tensor) else count)
 
     def read(self) -> Read:
         """With one transfer from the device: the only wait for it in a step."""
         if not self._sums:
             return 0.0, {}, {}
-        where = {"dtype": torch.float64, "device": self._sums["loss"].device}
-        counts = [torch.as_tensor(count, **where) for count in self._counts.values()]
-        values = torch.stack([*self._sums.values(), *counts, *self._maxima.values()]).tolist()
-        size = len(self._sums)
-        means = {name: Mean(*pair) for name, *pair in zip(self._sums, values[:size], values[size : 2 * size], strict=True)}
-        return means.pop("loss").total, means, dict(zip(self._maxima, values[2 * size :], strict=True))
+        there = [count for count in self._counts.values() if isinstance(count, Tensor)]
+        values = iter(torch.stack([*self._sums.values(), *there, *self._maxima.values()]).tolist())
+        totals = {name: next(values) for name in self._sums}
+        counts = {name: next(values) if isinstance(count, Tensor) else count for name, count in self._counts.items()}
+        maxima = {name: next(values) for name in self._maxima}
+        means = {name: Mean(total, counts[name]) for name, total in totals.items()}
+        return means.pop("loss").total, means, maxima
 
 
 class RankLearner:
