@@ -33,8 +33,8 @@ def cut_step(groups: Sequence[SequenceGroup], cut: Cut) -> PackedBatch:
     count = max(len(share) for share in dealt)
     ranks = []
     for share in dealt:
-        packed = [pack(chunk, cut.layout) for chunk in share]
-        packed += [filler(groups, cut.layout)] * (count - len(packed))
+        packed = [pack(chunk, cut.layout, one_row=cut.one_row) for chunk in share]
+        packed += [filler(groups, cut.layout, one_row=cut.one_row)] * (count - len(packed))
         ranks.append(tuple(packed))
     return PackedBatch(tuple(groups), tuple(ranks), loss_units(groups))
 
@@ -60,7 +60,7 @@ def shares(groups: Sequence[SequenceGroup], cut: Cut) -> list[list[list[Sequence
 
 def _imbalance(dealt: list[list[list[SequenceGroup]]], cut: Cut) -> float:
     """How far the rank with most positions is above the mean; the others wait for it. Example: 0.03 for 3 %."""
-    loads = [sum(cost(chunk, cut.layout) for chunk in share) for share in dealt]
+    loads = [sum(cost(chunk, cut.layout, one_row=cut.one_row) for chunk in share) for share in dealt]
     return max(loads) * len(loads) / sum(loads) - 1.0
 
 
@@ -96,7 +96,7 @@ def _fits(chunk: Sequence[SequenceGroup], cut: Cut) -> bool:
     if cut.examples is not None:
         return len(chunk) <= cut.examples
     assert cut.positions is not None, "a Cut has a budget in examples or in positions"
-    return cost(chunk, cut.layout) <= cut.positions
+    return cost(chunk, cut.layout, one_row=cut.one_row) <= cut.positions
 
 
 def _even(chunks: list[list[SequenceGroup]], workers: int) -> list[list[SequenceGroup]]:
@@ -115,7 +115,7 @@ def _deal(chunks: list[list[SequenceGroup]], cut: Cut) -> list[list[list[Sequenc
     slots = -(-len(chunks) // cut.workers)
     dealt: list[list[list[SequenceGroup]]] = [[] for _ in range(cut.workers)]
     heap = [(0, rank) for rank in range(cut.workers)]
-    for size, index in sorted(((cost(c, cut.layout), i) for i, c in enumerate(chunks)), key=lambda p: (-p[0], p[1])):
+    for size, index in sorted(((cost(c, cut.layout, one_row=cut.one_row), i) for i, c in enumerate(chunks)), key=lambda p: (-p[0], p[1])):
         load, rank = heapq.heappop(heap)
         dealt[rank].append(chunks[index])
         if len(dealt[rank]) < slots:

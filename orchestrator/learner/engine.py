@@ -22,25 +22,10 @@ from torch import Tensor, nn
 from orchestrator.config import Learners, Optimizer
 from orchestrator.learner.collectives import CollectiveCounter
 from orchestrator.records import StepApplied
-
-
-def bucket_elements(gpu: bool) -> int:
-    """Elements of a bucket of gradients or gathered parameters. 25 M (100 MB in fp32) lose no bandwidth over gloo; NVLink and
-    InfiniBand are filled by 200 M. DeepSpeed's default of 5e8 allocates a 2 GB buffer per rank."""
-    return 200_000_000 if gpu else 25_000_000
-
-
-def overlaps(gpu: bool, stage: int) -> bool:
-    """True where gradients are reduced (and ZeRO-3's parameters fetched) on a stream of their own while the backward goes on, out of
-    a second bucket. A CPU overlaps nothing, and stages 0 and 1 reduce once, at the step."""
-    return gpu and stage >= 2
-
+from orchestrator.state_bytes import PERSISTENT_ELEMENTS, bucket_elements, overlaps
 
 NORM_CHUNK = 1 << 12
 """Values whose squares are added in fp32; the sums of chunks are added in double."""
-
-PERSISTENT_ELEMENTS = 100_000
-"""ZeRO-3 keeps smaller parameters whole: gathering them costs more than it saves."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -104,8 +104,7 @@ class RankLearner:
         self.loaded: Loaded = load(recipe.model, seed=recipe.run.seed, head=self.algorithm.head)
         disable_dropout(self.loaded.model)
         self.scoring = ScoringModel(self.loaded.model, head=self.algorithm.head, spec=self.algorithm.scores)
-        if recipe.learners.activation_checkpointing:
-            self.scoring.enable_activation_checkpointing()
+        self.scoring.checkpoint(recipe.learners.checkpointing)
         self.scoring.to(device)
         self.windows = attention_windows(self.scoring.hugging_face.config.get_text_config())
         self.engine = Engine(
@@ -202,7 +201,8 @@ class RankLearner:
         token = np.zeros(1, dtype=np.int64)
         branch = Branch(token, np.ones(1, dtype=np.bool_))
         group = SequenceGroup(0, token, (branch,) * self.algorithm.branches)
-        return self._forward(MicroBatchTensors.of(pack([group], self.spec.cut.layout), self.device)).values.sum() * 0.0
+        rows = pack([group], self.spec.cut.layout, one_row=self.spec.cut.one_row)
+        return self._forward(MicroBatchTensors.of(rows, self.device)).values.sum() * 0.0
 
     def _loss(self, micro_batch: MicroBatch, units: LossUnits) -> LossSum:
         rows = MicroBatchTensors.of(micro_batch, self.device)
@@ -285,7 +285,7 @@ class _OutOfMemoryLocator:
             raise OutOfMemory(
                 f"worker {self.rank} ran out of memory in micro-batch {self.index} ({self.positions} positions)",
                 why=str(error).splitlines()[0],
-                fix="set a smaller batch.micro_batch, or learners.activation_checkpointing",
+                fix="set a smaller batch.micro_batch, or learners.activation_checkpointing=full",
             ) from None
 
 

@@ -48,6 +48,7 @@ class MicroBatchTensors:
     """The columns of a records.MicroBatch on the device, by their names and shapes."""
 
     layout: Layout
+    one_row: bool
     branches: int
     input_ids: Tensor
     position_ids: Tensor
@@ -66,12 +67,12 @@ class MicroBatchTensors:
     @classmethod
     def of(cls, mb: MicroBatch, device: torch.device) -> "MicroBatchTensors":
         """The micro-batch on `device`."""
-        names = [f.name for f in fields(cls) if f.name not in ("layout", "branches", "experience")]
+        names = [f.name for f in fields(cls) if f.name not in ("layout", "one_row", "branches", "experience")]
         known = [] if mb.experience is None else experience_columns(mb.experience)
         own = [_narrowed(name, getattr(mb, name)) for name in names]
         tensors: list[Any] = moved([*own, *known], device)
         experience = ExperienceTensors(*tensors[len(names) :]) if known else None
-        return cls(mb.layout, mb.branches, **dict(zip(names, tensors, strict=False)), experience=experience)
+        return cls(mb.layout, mb.one_row, mb.branches, **dict(zip(names, tensors, strict=False)), experience=experience)
 
 
 def experience_columns(experience: Experience) -> list[NDArray[Any] | None]:
