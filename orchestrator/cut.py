@@ -1,15 +1,24 @@
 """Cuts one optimizer step into micro-batches: same step, whatever the cut.
 
     groups --sort by length--> micro-batches within the budget --balance--> ranks x the same number
+                                              ^                       |
+                                              +-- a little smaller, where the ranks' work differs
 
 Every rank gets the same number of micro-batches, with a zero-weight one where data runs out: ZeRO-3 hangs otherwise.
 """
 
 import heapq
+from bisect import bisect_left
 from collections.abc import Sequence
+from dataclasses import replace
 
 from orchestrator.data.packing import cost, filler, pack
 from orchestrator.records import Cut, LossUnits, PackedBatch, SequenceGroup
+
+IMBALANCE = 0.03
+"""Share of a step that ranks may wait for the one with most positions before the step is cut anew."""
+SMOOTH = 6
+"""Micro-batches a rank with which the ranks' work is near enough equal."""
 
 
 def loss_units(groups: Sequence[SequenceGroup]) -> LossUnits:
@@ -31,23 +40,59 @@ def cut_step(groups: Sequence[SequenceGroup], cut: Cut) -> PackedBatch:
 
 
 def shares(groups: Sequence[SequenceGroup], cut: Cut) -> list[list[list[SequenceGroup]]]:
-    """Examples by rank and micro-batch, without the rows that `cut_step` makes of them."""
-    return _deal(_even(_chunks(groups, cut), cut.workers), cut)
+    """Examples by rank and micro-batch, without the rows that `cut_step` makes of them.
 
-
-def _chunks(groups: Sequence[SequenceGroup], cut: Cut) -> list[list[SequenceGroup]]:
-    """Runs of similar length, longest first, each within the cut's budget (a single group may exceed it)."""
+    A few micro-batches as large as the budget leave the ranks unequal, by 17 % at three of them: then a smaller budget that makes
+    the micro-batches equal is tried, and more of them, up to SMOOTH a rank."""
     ordered = sorted(groups, key=lambda g: (-g.longest, -g.tokens, g.id))
-    chunks: list[list[SequenceGroup]] = []
-    for group in ordered:
-        if chunks and _fits([*chunks[-1], group], cut):
-            chunks[-1].append(group)
+    chunks = _even(_chunks(ordered, cut), cut.workers)
+    best = _deal(chunks, cut)
+    if cut.positions is None:
+        return best
+    each = -(-len(chunks) // cut.workers)
+    for count in range(each, max(each, SMOOTH) + 1):
+        if _imbalance(best, cut) <= IMBALANCE:
+            break
+        even = replace(cut, positions=_smallest_budget(ordered, cut, count * cut.workers))
+        best = min(best, _deal(_even(_chunks(ordered, even), cut.workers), cut), key=lambda dealt: _imbalance(dealt, cut))
+    return best
+
+
+def _imbalance(dealt: list[list[list[SequenceGroup]]], cut: Cut) -> float:
+    """How far the rank with most positions is above the mean; the others wait for it. Example: 0.03 for 3 %."""
+    loads = [sum(cost(chunk, cut.layout, one_row=cut.one_row) for chunk in share) for share in dealt]
+    return max(loads) * len(loads) / sum(loads) - 1.0
+
+
+def _smallest_budget(ordered: Sequence[SequenceGroup], cut: Cut, count: int) -> int:
+    """Positions of the smallest budget, at most the cut's, with which the examples still fall into `count` micro-batches."""
+    assert cut.positions is not None
+    low, high = 0, cut.positions
+    while high - low > max(1, cut.positions // 256):
+        middle = (low + high) // 2
+        if len(_chunks(ordered, replace(cut, positions=middle))) <= count:
+            high = middle
         else:
-            chunks.append([group])
+            low = middle
+    return high
+
+
+def _chunks(ordered: Sequence[SequenceGroup], cut: Cut) -> list[list[SequenceGroup]]:
+    """Runs of similar length, longest first, each as long as the cut's budget allows (a single group may exceed it)."""
+    chunks: list[list[SequenceGroup]] = []
+    start, total = 0, len(ordered)
+    while start < total:
+        end = start + 1
+        while end < total and _fits(ordered[start : (twice := min(total, 2 * end - start))], cut):
+            end = twice
+        longer = range(end + 1, min(total + 1, 2 * end - start))  # trying each would cost as often as the run is long
+        end += bisect_left(longer, True, key=lambda stop: not _fits(ordered[start:stop], cut))
+        chunks.append(list(ordered[start:end]))
+        start = end
     return chunks
 
 
-def _fits(chunk: list[SequenceGroup], cut: Cut) -> bool:
+def _fits(chunk: Sequence[SequenceGroup], cut: Cut) -> bool:
     if cut.examples is not None:
         return len(chunk) <= cut.examples
     assert cut.positions is not None, "a Cut has a budget in examples or in positions"

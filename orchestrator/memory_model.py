@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 from orchestrator.algorithms import Algorithm
 from orchestrator.config import Recipe
 from orchestrator.models.load import build_fake, load_config
-from orchestrator.models.scoring import CHUNK_LOGITS, Checkpointing, MicroBatchTensors, ScoringModel, scored
+from orchestrator.models.scoring import Checkpointing, MicroBatchTensors, ScoringModel, chunk_logits, scored
 from orchestrator.records import Cut, MicroBatch
 from orchestrator.state_bytes import PERSISTENT_ELEMENTS, Held, Sizes, state_bytes
 
@@ -100,7 +100,10 @@ def fake_model(recipe: Recipe, algorithm: Algorithm, mode: FakeTensorMode, layer
     """The scoring model in the training precision, without storage; layers: instead of its own number."""
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(recipe.learners.precision, torch.float32)
     model = build_fake(recipe.model, algorithm.head, dtype, mode, layers=layers)
-    return ScoringModel(model, head=algorithm.head, spec=algorithm.scores)
+    scoring = ScoringModel(model, head=algorithm.head, spec=algorithm.scores)
+    if algorithm.head == "lm" and recipe.learners.gpus_per_worker:
+        scoring.head.computes_as = "cuda"
+    return scoring
 
 
 def model_sizes(recipe: Recipe, algorithm: Algorithm) -> Sizes:
@@ -127,10 +130,9 @@ class MemoryModel:
         element = 2 if learners.precision in ("bf16", "fp16") else 4
         held = state_bytes(self.sizes, learners, cut)
         step = self._step_bytes(micro_batch, checkpointing)
-        logits = 0
+        gpu, logits = bool(learners.gpus_per_worker), 0
         if self.algorithm.head == "lm":
-            logits = 2 * 4 * min(CHUNK_LOGITS, len(micro_batch.targets) * self._vocabulary)
-        gpu = bool(learners.gpus_per_worker)
+            logits = 2 * 4 * min(chunk_logits("cuda" if gpu else "cpu"), len(micro_batch.targets) * self._vocabulary)
         runtime = CONTEXT_BYTES + (NCCL_BYTES if cut.workers > 1 else 0) if gpu else int(MALLOC_OVERHEAD * max(step, logits)) + LIBRARY_BYTES
         return MemoryEstimate(
             weights=held.device.weights,

@@ -216,6 +216,11 @@ class MicroBatch:
         """Positions the model computes, padding included: what memory grows with."""
         return int(self.input_ids.size)
 
+    def attended(self, window: int | None = None) -> int:
+        """(query, key) pairs that one attention layer with this window looks at. Example: a sequence of 3 tokens: 1 + 2 + 3."""
+        seen = self.position_ids[self.segment >= 0] + 1
+        return int((seen if window is None else np.minimum(seen, window)).sum())
+
     def __len__(self) -> int:
         return len(self.examples)
 
@@ -275,7 +280,7 @@ class LearnReport:
     tokens: with the prompt repeated for each branch, as TRL counts; computed: positions that are not padding, prompts
     shared; scored: positions the head ran on; positions: all, padding and fillers included. peak_bytes: highest memory
     in use since the report before, less what the process held before it built the model. maxima: metrics whose reduction
-    is the maximum.
+    is the maximum. attended: (query, key) pairs, added up over the attention layers.
     """
 
     loss: float
@@ -288,6 +293,7 @@ class LearnReport:
     seconds: float
     peak_bytes: int = 0
     maxima: Mapping[str, float] = field(default_factory=dict)
+    attended: int = 0
 
 
 def joined_metrics(reports: Sequence[LearnReport]) -> tuple[dict[str, Mean], dict[str, float]]:

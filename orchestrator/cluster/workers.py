@@ -19,6 +19,7 @@ from orchestrator.cluster.placement import Placement, learner_demand
 from orchestrator.config import Learners, Recipe, Rollouts
 from orchestrator.errors import OrchestratorError, OutOfMemory, WorkerLost
 from orchestrator.learner.learner import LearnerSpec
+from orchestrator.learner.memory import is_out_of_memory
 from orchestrator.records import LearnReport, PackedBatch, StepApplied, joined_metrics
 from orchestrator.roles import PerMicroBatch, TokenLists
 
@@ -117,11 +118,10 @@ class LearnerActor:
         from orchestrator.models.buckets import Bucket, checksum
 
         references, size = [], 0
-        for plan, flat in flat_buckets(self.learner, bucket_bytes):
-            if self.rank == 0:
-                flat = flat.cpu()
-                references.append(ray.put(Bucket(plan.entries, flat.numpy(), checksum(flat))))
-                size += plan.size
+        for plan, flat in flat_buckets(self.learner, bucket_bytes, keep=self.rank == 0):
+            flat = flat.cpu()
+            references.append(ray.put(Bucket(plan.entries, flat.numpy(), checksum(flat))))
+            size += plan.size
         return references, size
 
     def listen(self, timeout_s: float) -> tuple[str, int]:
@@ -306,7 +306,7 @@ class LearnerGroup:
                 failure = translate(error, self._who(refs.index(done[0])), verb)
                 if not isinstance(failure, OutOfMemory):
                     raise failure from error
-                failure.in_place = self._holds_back()
+                failure.in_place = failure.in_place and self._holds_back()
                 if not failure.in_place:
                     raise failure from error
                 memory_error = failure
@@ -331,12 +331,25 @@ def translate(error: Exception, who: str, verb: str) -> OrchestratorError:
     if isinstance(error, RayTaskError):
         if isinstance(error.cause, OrchestratorError):
             return error.cause
+        if is_out_of_memory(error.cause):
+            return _exhausted(error, who, verb)
         return WorkerLost(f"{who} failed in `{verb}`", why=str(error).strip(), fix="see logs/ in the run folder")
     return WorkerLost(
         f"{who} died during `{verb}`",
         why=str(error).strip().splitlines()[0],
         fix="the run goes on from its last checkpoint; if it repeats, look for out-of-memory kills on that node",
     )
+
+
+def _exhausted(error: RayTaskError, who: str, verb: str) -> OutOfMemory:
+    """Of a verb that left nobody knows what behind: the workers are built again, with a finer cut."""
+    failure = OutOfMemory(
+        f"{who} ran out of memory in `{verb}`",
+        why=str(error.cause).strip().splitlines()[0] if str(error.cause).strip() else type(error.cause).__name__,
+        fix="set a smaller batch.micro_batch, a higher learners.zero_stage, or learners.offload.optimizer=cpu",
+    )
+    failure.in_place = False
+    return failure
 
 
 def merge_reports(reports: Sequence[LearnReport]) -> LearnReport:
@@ -353,4 +366,5 @@ def merge_reports(reports: Sequence[LearnReport]) -> LearnReport:
         seconds=max(r.seconds for r in reports),
         peak_bytes=max(r.peak_bytes for r in reports),
         maxima=maxima,
+        attended=sum(r.attended for r in reports),
     )

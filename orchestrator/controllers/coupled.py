@@ -75,5 +75,5 @@ def _split(batch: PackedBatch, gradient: Floats) -> PerMicroBatch:
 
 
 def _whole(loss: LossSum) -> WholeLoss:
-    return WholeLoss(float(loss.total), {name: Mean(float(total), count) for name, (total, count) in loss.means.items()})
+    return WholeLoss(float(loss.total), {name: Mean(float(total), float(count)) for name, (total, count) in loss.means.items()})
 

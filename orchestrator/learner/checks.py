@@ -1,42 +1,109 @@
 """What is easily wrong in silence, looked at once at start-up, and probes that measure instead of assume."""
 
 import time
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from orchestrator.learner.learner import RankLearner
 from orchestrator.learner.memory import device_bytes
 from orchestrator.learner.state import full_weights
 from orchestrator.models.block_attention import compiled_attention
-from orchestrator.models.scoring import MicroBatchTensors, head_gap, scored
+from orchestrator.models.rows import MicroBatchTensors
+from orchestrator.models.scoring import head_gap, scored
 from orchestrator.records import Floats, LossUnits, MicroBatch
 
 
-def layout_gap(learner: RankLearner, chosen: MicroBatch, padded: MicroBatch) -> float:
-    """Largest difference of a sequence's log-prob (or reward) between two layouts of the same examples. A collective."""
-    return float(np.abs(_sums(learner, chosen) - _sums(learner, padded)).max())
+@dataclass(frozen=True, slots=True)
+class Gap:
+    """How far two ways to compute the same log-probs (or rewards, values) are apart, token by token, and what rounding alone does.
+
+    rms, largest: over tokens, in nat; roundings: in units of what one more rounding of each layer's output changes (the
+    larger of both ratios; NaN where a value is none). So neither the length of an answer nor the model's temper matters.
+    """
+
+    rms: float
+    largest: float
+    roundings: float
+
+    @classmethod
+    def of(cls, difference: Floats, control: Floats) -> "Gap":
+        rms, largest = _size(difference)
+        unit_rms, unit_largest = _size(control)
+        return cls(rms, largest, float(np.max([rms / (unit_rms + TINY), largest / (unit_largest + TINY)])))
+
+    def __str__(self) -> str:
+        return f"{self.rms:.1e} nat a token, at most {self.largest:.1e}, {self.roundings:.1f} times what rounding does"
 
 
-def _sums(learner: RankLearner, micro_batch: MicroBatch) -> Floats:
-    learner.scoring.eval()
-    with torch.no_grad():
-        result = scored(learner.engine, MicroBatchTensors.of(micro_batch, learner.device))
-    values = result.values.float().cpu().numpy()
-    if result.rewards is not None:
-        return values.ravel()
-    sums = np.zeros(len(micro_batch) * micro_batch.branches, np.float32)
-    np.add.at(sums, micro_batch.sequence, values)
-    return sums
+TINY = 1e-8
+"""nat: what no comparison is finer than, also where rounding changes nothing."""
 
 
-def head_check(learner: RankLearner, padded: MicroBatch) -> float:
-    """Largest difference of our chunked log-probs from the model's own logits; 0.0 for reward heads. A collective."""
+def _size(values: Floats) -> tuple[float, float]:
+    return float(np.sqrt(np.square(values, dtype=np.float64).mean())), float(np.abs(values).max())
+
+
+def worst(gaps: Sequence[Gap]) -> Gap:
+    """The largest of several ranks' gaps, which is one with a NaN if there is any."""
+    return max(gaps, key=lambda gap: (np.isnan(gap.roundings), gap.roundings))
+
+
+def layout_gap(learner: RankLearner, chosen: MicroBatch, padded: MicroBatch) -> Gap:
+    """Difference between two layouts of the same examples. A collective."""
+    plain = _values(learner, padded)
+    with rounded(learner):
+        control = _values(learner, padded) - plain
+    return Gap.of(_values(learner, chosen) - plain, control)
+
+
+def head_check(learner: RankLearner, padded: MicroBatch) -> Gap:
+    """Difference of our chunked log-probs from the model's own logits; nothing for reward heads. A collective."""
     if learner.algorithm.head != "lm":
-        return 0.0
+        return Gap(0.0, 0.0, 0.0)
+    plain = _values(learner, padded)
+    with rounded(learner):
+        control = _values(learner, padded) - plain
+    difference = head_gap(learner.scoring, MicroBatchTensors.of(padded, learner.device))
+    return Gap.of(difference.float().cpu().numpy(), control)
+
+
+@torch.no_grad()
+def _values(learner: RankLearner, micro_batch: MicroBatch) -> Floats:
+    """What the model gives for each token (or sequence: rewards), in the order (sequence, position), whatever the layout."""
     learner.scoring.eval()
-    return head_gap(learner.scoring, MicroBatchTensors.of(padded, learner.device))
+    result = scored(learner.engine, MicroBatchTensors.of(micro_batch, learner.device))
+    values = result.values.float().cpu().numpy()
+    return values.ravel() if result.rewards is not None else values[np.lexsort((micro_batch.score_at, micro_batch.sequence))]
+
+
+@contextmanager
+def rounded(learner: RankLearner) -> Iterator[None]:
+    """The model with the output of its embedding and of each layer rounded once more: off by up to half a unit of the training
+    precision, differently for each value. Rows of another length or number often change nothing at all, so are no control."""
+    size = 2.0**-24 if learner.spec.recipe.learners.precision == "fp32" else 2.0**-8
+    draw = torch.Generator(learner.device).manual_seed(0)
+
+    def again(module: nn.Module, inputs: Any, output: Any) -> Any:
+        values, *rest = output if isinstance(output, tuple) else (output,)
+        noise = 2.0 * torch.rand(values.shape, generator=draw, device=values.device) - 1.0
+        values = (values.float() * (1.0 + size * noise)).to(values.dtype)
+        return (values, *rest) if isinstance(output, tuple) else values
+
+    model = learner.scoring.hugging_face
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    hooks = [module.register_forward_hook(again) for module in (model.get_input_embeddings(), *layers)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def probe_peak(learner: RankLearner, micro_batch: MicroBatch, units: LossUnits) -> int:
@@ -69,14 +136,27 @@ def adam_steps(learner: RankLearner) -> int:
     return learner.engine.optimizer_step()
 
 
-def peak_flops(learner: RankLearner) -> float | None:
-    """FLOP/s the device could reach in the training precision: TRL's table for GPUs, a measured matrix product on a CPU."""
-    if learner.device.type == "cuda":
-        from trl.trainer.utils import get_peak_flops
+FP32_PEAKS = (
+    *(("H100 NVL", 60e12), ("H100 PCIe", 51e12), ("H100", 67e12), ("H200 NVL", 60e12), ("H200", 67e12)),
+    *(("A100", 19.5e12), ("L40S", 91.6e12), ("L4", 30.3e12), ("A10", 31.2e12), ("T4", 8.1e12)),
+)
+"""Dense fp32 FLOP/s outside the tensor cores, from NVIDIA's data sheets: what matmul precision "highest" can reach. Longer names first."""
 
-        low = {"fp32": "float32", "fp16": "float16"}.get(learner.spec.recipe.learners.precision, "bfloat16")
-        return get_peak_flops(torch.cuda.get_device_name(learner.device), low)
+
+def peak_flops(learner: RankLearner) -> float | None:
+    """FLOP/s the device could reach in the training precision: data sheets for GPUs, a measured matrix product on a CPU."""
+    if learner.device.type == "cuda":
+        return sheet_flops(torch.cuda.get_device_name(learner.device), learner.spec.recipe.learners.precision)
     return _measured_flops()
+
+
+def sheet_flops(device: str, precision: str) -> float | None:
+    """Peak FLOP/s of a GPU by its name; None where it is not known. TRL's table has no fp32."""
+    from trl.trainer.utils import get_peak_flops
+
+    if precision == "fp32":
+        return next((peak for name, peak in FP32_PEAKS if name.lower() in device.lower()), None)
+    return get_peak_flops(device, "float16" if precision == "fp16" else "bfloat16")
 
 
 def _measured_flops(size: int = 768, repeats: int = 3) -> float:
@@ -91,5 +171,4 @@ def _measured_flops(size: int = 768, repeats: int = 3) -> float:
 
 def final_weights(learner: RankLearner) -> dict[str, Floats]:
     """Whole fp32 weights by name on rank 0, nothing elsewhere: for `verify`. A collective."""
-    weights = {name: weight.numpy() for name, weight in full_weights(learner)}
-    return weights if learner.group.rank == 0 else {}
+    return {name: weight.numpy() for name, weight in full_weights(learner, keep=learner.group.rank == 0)}

@@ -10,7 +10,7 @@ NaN parameters at fp32 stage 0, lost micro-batches when the boundary is not set.
 
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -90,7 +90,12 @@ def _fragments() -> Any:
 def _whole(tensor: Tensor | None, what: str) -> Tensor:
     if tensor is None:
         raise AssertionError(f"DeepSpeed has no {what} for a trainable parameter")
-    return tensor.detach().float().cpu().clone().contiguous()
+    return tensor.detach().float()
+
+
+def on_cpu(tensor: Tensor) -> Tensor:
+    """A copy in this host's memory that no later step changes."""
+    return tensor.detach().to("cpu", copy=True).contiguous()
 
 
 def global_norm(gradients: Sequence[Tensor]) -> Tensor:
@@ -100,6 +105,21 @@ def global_norm(gradients: Sequence[Tensor]) -> Tensor:
         whole = len(flat) - len(flat) % NORM_CHUNK
         norms += [torch.linalg.vector_norm(flat[:whole].view(-1, NORM_CHUNK), dim=1), torch.linalg.vector_norm(flat[whole:])[None]]
     return torch.linalg.vector_norm(torch.cat(norms).double()).float()
+
+
+@contextmanager
+def cast_once() -> Iterator[None]:
+    """Keeps autocast's low-precision copies of the weights from one forward to the next, instead of making them for each.
+
+    Autocast forgets them when its outermost context ends. This is one around all micro-batches of a step that is not switched on
+    itself, so that backwards run as before. Checkpointed layers that a GPU computes again on autograd's own thread still cast.
+    """
+    torch.autocast_increment_nesting()
+    try:
+        yield
+    finally:
+        if torch.autocast_decrement_nesting() == 0:
+            torch.clear_autocast_cache()
 
 
 class GuardedAdamW(torch.optim.AdamW):
@@ -177,6 +197,7 @@ class Engine:
     ) -> None:
         deepspeed = _deepspeed()
         self.stage, self.sync, self.world = stage, sync, world
+        self.casts_weights = learners.precision == "bf16_autocast" and stage < 3  # at 3 the casts would be what it partitions
         trainable = [p for p in module.parameters() if p.requires_grad]
         options: dict[str, Any] = {
             "lr": optimizer.learning_rate,
@@ -206,7 +227,10 @@ class Engine:
     def accumulation(self) -> Iterator[None]:
         """Holds all backwards of one optimizer step; its collectives are counted from here on."""
         self.counter.take()
-        with self.ds.coalesce_grad_reduction() if self.sync == "coalesced" else nullcontext():
+        with (
+            cast_once() if self.casts_weights else nullcontext(),
+            self.ds.coalesce_grad_reduction() if self.sync == "coalesced" else nullcontext(),
+        ):
             try:
                 yield
             except BaseException:
@@ -239,27 +263,29 @@ class Engine:
             self.ds.set_gradient_accumulation_boundary(True)
         self.ds.step()
         applied = bool(self.ds.was_step_applied())
+        if not applied:
+            self._forget_refused()
         reduced, gathered = self.counter.take() if self.world > 1 else (0, 0)  # a rank alone sends nothing
         norm = float(self.ds.get_global_grad_norm() or 0.0)
         return StepApplied(applied, norm if applied else float("nan"), learning_rate, reduced, gathered)
 
-    def discard(self) -> None:
-        """Drops the accumulated gradient of the step, leaving weights and moments bitwise as they are.
+    def discard(self, idle_loss: Callable[[], Tensor]) -> None:
+        """Drops the accumulated gradient of the step, leaving weights and moments bitwise as they are. A collective.
 
-        Partitioned gradients live in DeepSpeed's private buffers: an infinite one makes its own overflow path clear
-        them all, on every rank, which no release can forget to do.
+        idle_loss: makes a loss of every rank that depends on the parameters. Gradients lie in DeepSpeed's private buffers, other
+        ones for each stage, precision and offload; every optimizer refuses a gradient that is no number, and clears them all.
         """
-        if self.sync == "no_sync":
-            (self.zero if self.stage else self.ds).zero_grad()
-        else:
-            for partition in self.zero.averaged_gradients.values():
-                if partition:
-                    partition[0].fill_(float("inf"))
-            self.ds.set_gradient_accumulation_boundary(True)
-            self.ds.step()
-            if self.ds.was_step_applied():
-                raise AssertionError("discard() applied a step: DeepSpeed's overflow path has changed")
-        self.counter.take()
+        with self.accumulation():
+            self.backward(idle_loss() * float("nan"), last=True)
+        if self.step(0.0).applied:
+            raise AssertionError("discard() applied a step: DeepSpeed no longer refuses a gradient that is no number")
+
+    def _forget_refused(self) -> None:
+        """DeepSpeed 0.19.8 clears a refused gradient, but for one: bf16's fp32 partition under an offloaded optimizer at stages 1
+        and 2, to which every later gradient would be added."""
+        if getattr(self.zero, "cpu_offload", False):
+            for group in self.zero.averaged_gradients:
+                self.zero.averaged_gradients[group] = None
 
     @contextmanager
     def full_parameters(self, parameters: list[nn.Parameter], *, writable: bool = False) -> Iterator[None]:
@@ -272,12 +298,12 @@ class Engine:
             yield
 
     def weight(self, parameter: nn.Parameter) -> Tensor:
-        """The whole fp32 master weight, on the CPU. A collective, as are the three below."""
+        """The whole fp32 master weight, gathered on the device: copy it (`on_cpu`) where it is kept. A collective, as are the three below."""
         full = parameter if self.stage == 0 else _fragments().safe_get_full_fp32_param(parameter)
         return _whole(full, "fp32 master weight")
 
     def moment(self, parameter: nn.Parameter, name: str) -> Tensor:
-        """One of Adam's moments ("exp_avg", "exp_avg_sq"), whole, fp32, on the CPU."""
+        """One of Adam's moments ("exp_avg", "exp_avg_sq"), whole, fp32, likewise."""
         if self.stage > 0:
             return _whole(_fragments().safe_get_full_optimizer_state(parameter, name), name)
         state = self.ds.basic_optimizer.state[parameter]

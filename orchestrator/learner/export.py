@@ -16,10 +16,7 @@ from orchestrator.models.load import load
 def export_learner(learner: RankLearner, directory: Path, card: str) -> Path:
     """Writes the trained model to `directory` on rank 0; the other ranks take part in the gathers. A collective."""
     names = learner.scoring.hf_names()
-    weights = {}
-    for name, weight in full_weights(learner):
-        if learner.group.rank == 0:
-            weights[names[name]] = weight
+    weights = {names[name]: weight for name, weight in full_weights(learner, keep=learner.group.rank == 0)}
     if learner.group.rank != 0:
         return directory
     recipe = learner.spec.recipe

@@ -7,6 +7,7 @@ the layout cannot be seen in the result.
 """
 
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -22,14 +23,16 @@ from orchestrator.config import Recipe
 from orchestrator.data.packing import pack
 from orchestrator.errors import OutOfMemory
 from orchestrator.learner.engine import Engine, ProcessGroup
-from orchestrator.learner.memory import current_bytes, is_out_of_memory, peak_bytes, reset_peak
+from orchestrator.learner.memory import current_bytes, finish, give_back, is_out_of_memory, peak_bytes, reset_peak
 from orchestrator.learner.schedule import learning_rate
+from orchestrator.models.attention import attention_windows
 from orchestrator.models.load import Loaded, load
-from orchestrator.models.scoring import MicroBatchTensors, Scored, ScoringModel, scored
+from orchestrator.models.rows import MicroBatchTensors
+from orchestrator.models.scoring import Scored, ScoringModel, scored
 from orchestrator.objectives.coupling import linear
 from orchestrator.objectives.logprobs import HeadSpec
-from orchestrator.objectives.scores import ExperienceTensors, LossSum, TokenScores
-from orchestrator.records import Branch, Cut, Experience, Floats, LearnReport, LossUnits, Mean, MicroBatch, SequenceGroup, StepApplied
+from orchestrator.objectives.scores import LossSum, TokenScores
+from orchestrator.records import Branch, Cut, Floats, LearnReport, LossUnits, Mean, MicroBatch, SequenceGroup, StepApplied
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "bf16_autocast": torch.float32}
 
@@ -50,13 +53,16 @@ class LearnerSpec:
     role: Role = "policy"
 
 
+Read = tuple[float, dict[str, Mean], dict[str, float]]
+"""(loss, means, maxima) of a step."""
+
+
 class Sums:
     """Loss and metric sums of one step, kept on the device and read once."""
 
     def __init__(self) -> None:
-        self._names: list[str] = ["loss"]
         self._sums: dict[str, Tensor] = {}
-        self._counts: dict[str, float] = {}
+        self._counts: dict[str, float | Tensor] = {}
         self._maxima: dict[str, Tensor] = {}
 
     def add(self, loss: LossSum, weight: float) -> None:
@@ -69,18 +75,22 @@ class Sums:
             value = value.detach().to(torch.float64)
             self._maxima[name] = torch.maximum(self._maxima[name], value) if name in self._maxima else value
 
-    def _add(self, name: str, total: Tensor, count: float) -> None:
+    def _add(self, name: str, total: Tensor, count: float | Tensor) -> None:
         total = total.to(torch.float64)
         self._sums[name] = self._sums[name] + total if name in self._sums else total
-        self._counts[name] = self._counts.get(name, 0.0) + count
+        self._counts[name] = self._counts.get(name, 0.0) + (count.to(torch.float64) if isinstance(count, Tensor) else count)
 
-    def read(self) -> tuple[float, dict[str, Mean], dict[str, float]]:
-        """(loss, means, maxima), with one transfer from the device."""
+    def read(self) -> Read:
+        """With one transfer from the device: the only wait for it in a step."""
         if not self._sums:
             return 0.0, {}, {}
-        values = torch.stack([*self._sums.values(), *self._maxima.values()]).tolist()
-        means = {name: Mean(value, self._counts[name]) for name, value in zip(self._sums, values, strict=False)}
-        return means.pop("loss").total, means, dict(zip(self._maxima, values[len(self._sums) :], strict=True))
+        there = [count for count in self._counts.values() if isinstance(count, Tensor)]
+        values = iter(torch.stack([*self._sums.values(), *there, *self._maxima.values()]).tolist())
+        totals = {name: next(values) for name in self._sums}
+        counts = {name: next(values) if isinstance(count, Tensor) else count for name, count in self._counts.items()}
+        maxima = {name: next(values) for name in self._maxima}
+        means = {name: Mean(total, counts[name]) for name, total in totals.items()}
+        return means.pop("loss").total, means, maxima
 
 
 class RankLearner:
@@ -97,6 +107,7 @@ class RankLearner:
         self.scoring = ScoringModel(self.loaded.model, head=self.algorithm.head, spec=self.algorithm.scores)
         self.scoring.checkpoint(recipe.learners.checkpointing)
         self.scoring.to(device)
+        self.windows = attention_windows(self.scoring.hugging_face.config.get_text_config())
         self.engine = Engine(
             self.scoring,
             learners=recipe.learners,
@@ -118,25 +129,30 @@ class RankLearner:
         with self.engine.accumulation():
             for index, micro_batch in enumerate(micro_batches):
                 with self._located(micro_batch, index):
-                    fault = faults.inject("micro_batch", step=step, rank=self.group.rank)
-                    if fault == "oom":
-                        raise torch.OutOfMemoryError("injected")
+                    fault = self._inject("micro_batch", step)
                     self._seed(step, index)
                     loss = self._loss(micro_batch, units)
                     share = loss.total * (float("nan") if fault == "nan" else micro_batch.weight)
                     self.engine.backward(share, last=index == len(micro_batches) - 1)
                     sums.add(loss, float("nan") if fault == "nan" else micro_batch.weight)
+        read = sums.read()
+        finish(self.device)  # the sums are ready before the last backward is
+        seconds = time.perf_counter() - started
         peak = peak_bytes(self.device) - self.bytes_before_model
         reset_peak(self.device)  # the next report's peak takes in this step's optimizer
-        return _report(sums, micro_batches, time.perf_counter() - started, peak)
+        return self._report(read, micro_batches, seconds, peak)
 
     def optim_step(self, step: int) -> StepApplied:
         """Applies the accumulated gradient with the learning rate of 0-based optimizer step `step`."""
-        return self.engine.step(learning_rate(self.spec.recipe.optimizer, step, self.spec.total_steps))
+        self._inject("optim_step", step)
+        applied = self.engine.step(learning_rate(self.spec.recipe.optimizer, step, self.spec.total_steps))
+        finish(self.device)  # else the update would be timed as the next step's
+        return applied
 
     def discard(self) -> None:
-        """Drops the accumulated gradient."""
-        self.engine.discard()
+        """Drops the accumulated gradient, and what an out-of-memory error left behind. A collective."""
+        give_back(self.device)
+        self.engine.discard(self.idle_loss)
 
     @torch.no_grad()
     def token_logprobs(self, micro_batches: Sequence[MicroBatch], *, reference: bool = False) -> tuple[Floats, ...]:
@@ -144,13 +160,13 @@ class RankLearner:
         self.scoring.eval()
         model, scope = self._scorer(reference)
         with scope:
-            return tuple(_logps(scored(model, MicroBatchTensors.of(mb, self.device))).cpu().numpy() for mb in micro_batches)
+            return on_host([_logps(scored(model, MicroBatchTensors.of(mb, self.device))) for mb in micro_batches])
 
     @torch.no_grad()
     def token_values(self, micro_batches: Sequence[MicroBatch]) -> tuple[Floats, ...]:
         """A critic's fp32 values at the positions that predict the scored tokens of each micro-batch."""
         self.scoring.eval()
-        return tuple(self._forward(mb).values.float().cpu().numpy() for mb in micro_batches)
+        return on_host([self._forward(MicroBatchTensors.of(mb, self.device)).values for mb in micro_batches])
 
     @torch.no_grad()
     def evaluate(self, micro_batches: Sequence[MicroBatch], units: LossUnits) -> tuple[LearnReport, tuple[Floats, ...]]:
@@ -160,11 +176,11 @@ class RankLearner:
         sums = Sums()
         per_example = []
         for micro_batch in micro_batches:
-            scores = self._token_scores(micro_batch, self._forward(micro_batch))
+            scores = self._token_scores(micro_batch, MicroBatchTensors.of(micro_batch, self.device))
             sums.add(self.algorithm.objective(scores, units), micro_batch.weight)
-            values = scores.rewards if scores.rewards is not None else scores.sums()
-            per_example.append(values.float().cpu().numpy())
-        return _report(sums, micro_batches, time.perf_counter() - started, 0), tuple(per_example)
+            per_example.append(scores.rewards if scores.rewards is not None else scores.sums())
+        read, values = sums.read(), on_host(per_example)
+        return self._report(read, micro_batches, time.perf_counter() - started, 0), values
 
     @torch.no_grad()
     def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[list[int]]:
@@ -186,37 +202,52 @@ class RankLearner:
         token = np.zeros(1, dtype=np.int64)
         branch = Branch(token, np.ones(1, dtype=np.bool_))
         group = SequenceGroup(0, token, (branch,) * self.algorithm.branches)
-        return self._forward(pack([group], self.spec.cut.layout, one_row=self.spec.cut.one_row)).values.sum() * 0.0
+        rows = pack([group], self.spec.cut.layout, one_row=self.spec.cut.one_row)
+        return self._forward(MicroBatchTensors.of(rows, self.device)).values.sum() * 0.0
 
     def _loss(self, micro_batch: MicroBatch, units: LossUnits) -> LossSum:
-        scores = self._token_scores(micro_batch, self._forward(micro_batch))
+        rows = MicroBatchTensors.of(micro_batch, self.device)
+        scores = self._token_scores(micro_batch, rows)
         if self.algorithm.couples_batch:
-            assert micro_batch.coefficients is not None, "a loss that couples the batch needs the coefficients of pass 1"
-            coefficients = torch.from_numpy(micro_batch.coefficients).to(self.device)
-            return LossSum(linear(scores.logps, coefficients), {})
+            assert rows.coefficients is not None, "a loss that couples the batch needs the coefficients of pass 1"
+            return LossSum(linear(scores.logps, rows.coefficients), {})
         return self.algorithm.objective(scores, units)
 
-    def _forward(self, micro_batch: MicroBatch) -> Scored:
-        return scored(self.engine, MicroBatchTensors.of(micro_batch, self.device))
+    def _forward(self, rows: MicroBatchTensors) -> Scored:
+        return scored(self.engine, rows)
 
-    def _token_scores(self, micro_batch: MicroBatch, result: Scored) -> TokenScores:
-        def column(values: Floats | None) -> Tensor | None:
-            return None if values is None else torch.from_numpy(values).to(self.device)
-
-        empty = torch.zeros(0, device=self.device)
+    def _token_scores(self, micro_batch: MicroBatch, rows: MicroBatchTensors) -> TokenScores:
+        result = self._forward(rows)
         return TokenScores(
-            logps=empty if result.logps is None else result.logps,
-            ref_logps=column(micro_batch.ref_logprobs),
-            sequence=torch.from_numpy(micro_batch.sequence).to(self.device),
+            logps=torch.zeros(0, device=self.device) if result.logps is None else result.logps,
+            ref_logps=rows.ref_logprobs,
+            sequence=rows.sequence,
             examples=len(micro_batch),
             branches=micro_batch.branches,
-            label=column(micro_batch.label),
-            margin=column(micro_batch.margin),
+            label=rows.label,
+            margin=rows.margin,
             wpo=result.wpo,
             rewards=result.rewards,
             entropy=result.entropy,
             values=result.state_values,
-            experience=None if micro_batch.experience is None else experience_tensors(micro_batch.experience, self.device),
+            experience=rows.experience,
+        )
+
+    def _report(self, read: Read, micro_batches: Sequence[MicroBatch], seconds: float, peak: int) -> LearnReport:
+        loss, means, maxima = read
+        real = [m for m in micro_batches if m.weight]
+        return LearnReport(
+            loss=loss,
+            means=means,
+            micro_batches=len(micro_batches),
+            tokens=sum(m.unshared_tokens for m in real),
+            computed=sum(m.tokens for m in real),
+            scored=sum(len(m.targets) for m in real),
+            positions=sum(m.positions for m in micro_batches),
+            seconds=seconds,
+            peak_bytes=peak,
+            maxima=maxima,
+            attended=sum(m.attended(window) for m in real for window in self.windows),
         )
 
     def _scorer(self, reference: bool) -> tuple[Callable[..., tuple[Tensor, ...]], AbstractContextManager[None]]:
@@ -229,6 +260,12 @@ class RankLearner:
     def _seed(self, step: int, index: int) -> None:
         """Randomness (LoRA dropout) is a function of (seed, step, rank, micro-batch): a resume needs no saved state."""
         torch.manual_seed(hash((self.spec.recipe.run.seed, step, self.group.rank, index)) & 0x7FFF_FFFF)
+
+    def _inject(self, site: str, step: int) -> str | None:
+        fault = faults.inject(site, step=step, rank=self.group.rank)
+        if fault == "oom":
+            raise torch.OutOfMemoryError("injected")
+        return fault
 
     def _located(self, micro_batch: MicroBatch, index: int) -> "_OutOfMemoryLocator":
         return _OutOfMemoryLocator(self.group.rank, index, micro_batch.positions)
@@ -245,6 +282,7 @@ class _OutOfMemoryLocator:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         if error is not None and is_out_of_memory(error):
+            traceback.clear_frames(error.__traceback__)  # they hold the micro-batch's activations
             raise OutOfMemory(
                 f"worker {self.rank} ran out of memory in micro-batch {self.index} ({self.positions} positions)",
                 why=str(error).splitlines()[0],
@@ -252,40 +290,14 @@ class _OutOfMemoryLocator:
             ) from None
 
 
-def _report(sums: Sums, micro_batches: Sequence[MicroBatch], seconds: float, peak: int) -> LearnReport:
-    loss, means, maxima = sums.read()
-    real = [m for m in micro_batches if m.weight]
-    return LearnReport(
-        loss=loss,
-        means=means,
-        micro_batches=len(micro_batches),
-        tokens=sum(m.unshared_tokens for m in real),
-        computed=sum(m.tokens for m in real),
-        scored=sum(len(m.targets) for m in real),
-        positions=sum(m.positions for m in micro_batches),
-        seconds=seconds,
-        peak_bytes=peak,
-        maxima=maxima,
-    )
-
-
-def experience_tensors(experience: Experience, device: torch.device) -> ExperienceTensors:
-    def move(values: Floats | None) -> Tensor | None:
-        return None if values is None else torch.from_numpy(values).to(device)
-
-    return ExperienceTensors(
-        advantages=torch.from_numpy(experience.advantages).to(device),
-        sampled_logps=torch.from_numpy(experience.sampled_logprobs).to(device),
-        old_logps=move(experience.old_logprobs),
-        ref_logps=move(experience.ref_logprobs),
-        values=move(experience.values),
-        returns=move(experience.returns),
-    )
-
-
 def _logps(result: Scored) -> Tensor:
     assert result.logps is not None, "token_logprobs needs a language-model head"
-    return result.logps.float()
+    return result.logps
+
+
+def on_host(values: Sequence[Tensor]) -> tuple[Floats, ...]:
+    """Float arrays of what the device computed, fp32, read only once all of it has been asked for."""
+    return tuple(value.float().cpu().numpy() for value in values)
 
 
 def disable_dropout(model: nn.Module) -> None:
@@ -320,7 +332,7 @@ class RankReference:
         assert reference, "only the reference policy is loaded"
         autocast = self.recipe.learners.precision == "bf16_autocast"
         with torch.autocast(self.device.type, torch.bfloat16, enabled=autocast):
-            return tuple(_logps(scored(self.scoring, MicroBatchTensors.of(mb, self.device))).cpu().numpy() for mb in micro_batches)
+            return on_host([_logps(scored(self.scoring, MicroBatchTensors.of(mb, self.device))) for mb in micro_batches])
 
 
 def iterate_trainable(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

@@ -4,6 +4,7 @@ On a CPU resident bytes come from Linux's /proc. Where that is missing (macOS) b
 resident size since the process began, which nothing can reset: a bound from above.
 """
 
+import gc
 import os
 import resource
 import sys
@@ -59,6 +60,22 @@ def highest_resident() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """True for a GPU's or the CPU allocator's out-of-memory error."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+def finish(device: torch.device) -> None:
+    """Waits until the device has done all that was asked of it; a CPU always has."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def give_back(device: torch.device) -> None:
+    """Frees what only cycles of dead objects hold, and returns an emptied allocator's blocks to the device."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """True for a GPU's or the CPU allocator's out-of-memory error, and for those of the libraries that allocate beside torch."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(sign in str(error) for sign in _SIGNS)
+
+
+_SIGNS = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "Failed to CUDA calloc")

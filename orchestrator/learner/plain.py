@@ -5,6 +5,7 @@ Rows are padded, logits are the model's own at every position, the optimizer is 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,10 +13,11 @@ from torch import Tensor
 from orchestrator.algorithms import Algorithm
 from orchestrator.config import Recipe
 from orchestrator.data.packing import by_branch, pack
-from orchestrator.learner.learner import disable_dropout, experience_tensors
+from orchestrator.learner.learner import disable_dropout
 from orchestrator.learner.schedule import learning_rate
 from orchestrator.models.load import load
-from orchestrator.objectives.scores import TokenScores
+from orchestrator.models.rows import experience_columns
+from orchestrator.objectives.scores import ExperienceTensors, TokenScores
 from orchestrator.records import Floats, LossUnits, MicroBatch, SequenceGroup
 
 
@@ -94,7 +96,7 @@ class PlainTrainer:
             rewards=rewards,
             entropy=entropy,
             values=values,
-            experience=None if rows.experience is None else experience_tensors(rows.experience, torch.device("cpu")),
+            experience=_experience(rows),
         )
 
     def _logps(self, model: torch.nn.Module, rows: MicroBatch) -> Tensor:
@@ -112,6 +114,13 @@ class PlainTrainer:
         backbone = getattr(self.model, self.model.base_model_prefix)  # pyright: ignore[reportArgumentType, reportCallIssue]
         hidden = backbone(input_ids=torch.from_numpy(rows.input_ids), attention_mask=_mask(rows), use_cache=False).last_hidden_state
         return self.model.score(hidden).float().flatten()  # pyright: ignore[reportCallIssue]
+
+
+def _experience(rows: MicroBatch) -> ExperienceTensors | None:
+    if rows.experience is None:
+        return None
+    columns: list[Any] = [None if c is None else torch.from_numpy(c) for c in experience_columns(rows.experience)]
+    return ExperienceTensors(*columns)
 
 
 def _mask(rows: MicroBatch) -> Tensor:

@@ -17,12 +17,16 @@ def bucket_plans(learner: RankLearner, bucket_bytes: int) -> tuple[BucketPlan, .
     return tuple(BucketPlan(*layout([(name, _shape(p)) for name, p in part], _wire(learner))) for part in _parts(learner, bucket_bytes))
 
 
-def flat_buckets(learner: RankLearner, bucket_bytes: int) -> Iterator[tuple[BucketPlan, Tensor]]:
-    """(plan, bytes UInt8 on the learner's device) of each bucket in turn. A collective at ZeRO-3: run it on all ranks."""
+def flat_buckets(learner: RankLearner, bucket_bytes: int, *, keep: bool = True) -> Iterator[tuple[BucketPlan, Tensor]]:
+    """(plan, bytes UInt8 on the learner's device) of each bucket in turn. keep: False on a rank that only takes part in ZeRO-3's
+    gathers: it fills no bucket and sees none. A collective at ZeRO-3: run it on all ranks, to its end."""
     for plan, part in zip(bucket_plans(learner, bucket_bytes), _parts(learner, bucket_bytes), strict=True):
+        flat = None
         with learner.engine.full_parameters([p for _, p in part]):
-            flat = fill(plan.entries, plan.size, {name: p.data for name, p in part}, learner.device)
-        yield plan, flat
+            if keep:
+                flat = fill(plan.entries, plan.size, {name: p.data for name, p in part}, learner.device)
+        if flat is not None:
+            yield plan, flat
 
 
 def broadcast(learner: RankLearner, channel: Channel | None, bucket_bytes: int) -> str | None:
@@ -43,7 +47,7 @@ def send_each(learner: RankLearner, bucket_bytes: int, send: Callable[[int, Buck
     """send(index, plan, bytes) of each bucket, until one raises ChannelBroken: what it said. Gathers to the end even then: at
     ZeRO-3 the other ranks wait in a collective."""
     broken = None
-    for index, (plan, flat) in enumerate(flat_buckets(learner, bucket_bytes)):
+    for index, (plan, flat) in enumerate(flat_buckets(learner, bucket_bytes, keep=send is not None)):
         if send is not None and broken is None:
             try:
                 send(index, plan, flat)

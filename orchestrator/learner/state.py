@@ -1,7 +1,7 @@
 """The learner's state by parameter name, the same for every ZeRO stage and number of ranks.
 
 Per trainable parameter: the fp32 master weight and Adam's two moments, in safetensors, no pickle. Parameter i is
-written by rank i mod world, so no rank ever holds the whole state; every rank reads all files back, one parameter at a
+copied to the host and written by rank i mod world alone, so no rank ever holds the whole state; every rank reads all files back, one parameter at a
 time. Saved on one number of ranks or stage, it is put back on any other (docs/design.md has the measurements).
 """
 
@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from orchestrator.checkpoints import FileEntry, fsync_file
-from orchestrator.learner.engine import Engine
+from orchestrator.learner.engine import Engine, on_cpu
 from orchestrator.learner.learner import RankLearner, iterate_trainable
 
 SHARD_BYTES = 1 << 30
@@ -40,7 +40,7 @@ def save_state(learner: RankLearner, directory: Path) -> list[FileEntry]:
 
     for index, (name, tensor) in enumerate(_named_state(learner, engine)):
         if index % group.world == group.rank:
-            pending[name] = tensor
+            pending[name] = on_cpu(tensor)
             if sum(t.numel() * t.element_size() for t in pending.values()) >= SHARD_BYTES:
                 flush()
     flush()
@@ -64,10 +64,13 @@ def load_state(learner: RankLearner, directory: Path, optimizer_step: int) -> No
     engine.set_optimizer_step(optimizer_step)
 
 
-def full_weights(learner: RankLearner) -> Iterator[tuple[str, Tensor]]:
-    """(parameter name, fp32 weight) of every trainable parameter, whole on every rank. A collective."""
+def full_weights(learner: RankLearner, *, keep: bool = True) -> Iterator[tuple[str, Tensor]]:
+    """(parameter name, fp32 weight on the CPU) of every trainable parameter, one whole one at a time. keep: False on a rank that
+    only takes part in the gathers: it copies nothing and sees none. A collective: run it to its end."""
     for name, parameter in iterate_trainable(learner.engine.module):
-        yield name, learner.engine.weight(parameter)
+        weight = learner.engine.weight(parameter)
+        if keep:
+            yield name, on_cpu(weight)
 
 
 def weights_digest(learner: RankLearner) -> str:
@@ -75,11 +78,12 @@ def weights_digest(learner: RankLearner) -> str:
     digest = hashlib.sha256()
     for name, weight in full_weights(learner):
         digest.update(name.encode())
-        digest.update(weight.contiguous().cpu().numpy().tobytes())
+        digest.update(weight.numpy().tobytes())
     return digest.hexdigest()
 
 
 def _named_state(learner: RankLearner, engine: Engine) -> Iterator[tuple[str, Tensor]]:
+    """Each tensor by its name, whole on the device of every rank until the next one is asked for."""
     has_moments = engine.has_moments()
     for name, parameter in iterate_trainable(engine.module):
         yield f"weight.{name}", engine.weight(parameter)
@@ -87,7 +91,7 @@ def _named_state(learner: RankLearner, engine: Engine) -> Iterator[tuple[str, Te
             yield f"{moment}.{name}", engine.moment(parameter, moment)
     if learner.reference is not None and _reference_moves(learner):
         for name, parameter in learner.reference.named_parameters():
-            yield f"reference.{name}", parameter.detach().cpu().clone()
+            yield f"reference.{name}", parameter
 
 
 def _reference_moves(learner: RankLearner) -> bool:

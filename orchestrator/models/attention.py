@@ -60,6 +60,13 @@ def capabilities(config: PretrainedConfig) -> Capabilities:
     return Capabilities(_ALL, f"{kind} takes a 4-D mask", window, layers if kind in _MASK_PER_KIND else (), kind not in _NO_BLOCKS)
 
 
+def attention_windows(config: PretrainedConfig) -> tuple[int | None, ...]:
+    """How many tokens each layer's attention looks back over, itself included; None: all of them."""
+    window = capabilities(config).window
+    kinds = getattr(config, "layer_types", None) or (None,) * config.num_hidden_layers
+    return tuple(window if kind in (None, "sliding_attention") else None for kind in kinds)
+
+
 def attention_mask(segment: Tensor, branch: Tensor, positions: Tensor, layout: Layout, can: Capabilities, dtype: torch.dtype) -> Mask:
     """The additive mask of a micro-batch: Float[R, 1, T, T], one per kind of layer where the model mixes kinds.
 

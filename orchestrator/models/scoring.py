@@ -19,45 +19,14 @@ from transformers import PreTrainedModel
 from orchestrator.errors import ConfigError
 from orchestrator.models.attention import Capabilities, attention_mask, capabilities
 from orchestrator.models.block_attention import BLOCKS, block_masks, set_attention
+from orchestrator.models.rows import MicroBatchTensors
 from orchestrator.objectives.logprobs import HeadSpec, chunked_logprobs
-from orchestrator.records import Layout, MicroBatch
-
-CHUNK_LOGITS = 1 << 24
-"""Logits alive at once in the head: 16 M values, 64 MB in fp32."""
 
 
-@dataclass(frozen=True, slots=True)
-class MicroBatchTensors:
-    """A MicroBatch's arrays on the device; see records.MicroBatch for the shapes."""
-
-    layout: Layout
-    input_ids: Tensor
-    position_ids: Tensor
-    segment: Tensor
-    branch: Tensor
-    score_at: Tensor
-    targets: Tensor
-    last_at: Tensor
-    branches: int
-    one_row: bool = False
-
-    @classmethod
-    def of(cls, mb: MicroBatch, device: torch.device) -> "MicroBatchTensors":
-        def move(array: Any) -> Tensor:
-            return torch.tensor(array, device=device)
-
-        return cls(
-            mb.layout,
-            move(mb.input_ids),
-            move(mb.position_ids),
-            move(mb.segment),
-            move(mb.branch),
-            move(mb.score_at),
-            move(mb.targets),
-            move(mb.last_at),
-            mb.branches,
-            mb.one_row,
-        )
+def chunk_logits(device_type: str) -> int:
+    """Logits alive at once in the head. 2^24 (64 MB in fp32) stay near a CPU's caches; a GPU needs products of thousands of
+    positions to be busy: 2^29 (2 GB) are 4,185 of them at a vocabulary of 128,256."""
+    return 1 << (29 if device_type == "cuda" else 24)
 
 
 Checkpointing = Literal["none", "selective", "full"]
@@ -102,16 +71,20 @@ class ScoredHead(nn.Module):
     """Output embedding applied to scored positions only, by chunks with recomputation.
 
     Holds the weight as its own parameter (shared with the model's lm_head), because DeepSpeed ZeRO-3 gathers
-    parameters module by module; it is called exactly once per forward.
+    parameters module by module; it is called exactly once per forward. computes_as: the kind of device whose chunks are made
+    where that is not the tensors' own (the memory model follows a GPU's step on a CPU).
     """
 
     def __init__(self, linear: nn.Linear, spec: HeadSpec) -> None:
         super().__init__()
         self.weight, self.bias = linear.weight, linear.bias
-        self.spec = replace(spec, chunk=max(64, CHUNK_LOGITS // linear.out_features))
+        self.spec = spec
+        self.vocabulary = linear.out_features
+        self.computes_as: str | None = None
 
     def forward(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        output = chunked_logprobs(hidden, self.weight, self.bias, targets, self.spec)
+        chunk = max(64, chunk_logits(self.computes_as or hidden.device.type) // self.vocabulary)
+        output = chunked_logprobs(hidden, self.weight, self.bias, targets, replace(self.spec, chunk=chunk))
         empty = output.logps.new_empty(0)
         return output.logps, empty if output.wpo is None else output.wpo, empty if output.entropy is None else output.entropy
 
@@ -260,11 +233,10 @@ def logit_transform(config: Any) -> tuple[float | None, float]:
 
 
 @torch.no_grad()
-def head_gap(scoring: ScoringModel, rows: MicroBatchTensors) -> float:
-    """Largest difference of our log-probs from the model's own forward on the same padded rows: the start-up check."""
+def head_gap(scoring: ScoringModel, rows: MicroBatchTensors) -> Tensor:
+    """Differences Float[N] of our log-probs from the model's own forward on the same padded rows: the start-up check."""
     assert rows.layout == "padded"
     set_attention(scoring.hugging_face, scoring.plain_attention)
     own = scoring.hugging_face(input_ids=rows.input_ids, position_ids=rows.position_ids, use_cache=False).logits
     plain = torch.log_softmax(own.flatten(0, 1)[rows.score_at].float(), -1).gather(1, rows.targets[:, None])[:, 0]
-    ours = scored(scoring, rows).values
-    return float((ours - plain).abs().max()) if len(plain) else 0.0
+    return scored(scoring, rows).values - plain

@@ -44,13 +44,31 @@ def chunked_logprobs(hidden: Tensor, weight: Tensor, bias: Tensor | None, target
     return HeadOutput(logps, wpo if spec.want_wpo else None, entropy if spec.want_entropy else None)
 
 
-def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, spec: HeadSpec, dtype: torch.dtype) -> Tensor:
-    z = nn.functional.linear(hidden, weight, bias).to(dtype)
+def _widens(tensor: Tensor, accurate: torch.dtype) -> bool:
+    """True where a product of these low-precision values can be had as the fp32 sums that it is made of: NVIDIA's from Ampere on."""
+    return tensor.is_cuda and tensor.dtype != accurate and torch.get_device_module(tensor.device).get_device_capability(tensor.device)[0] >= 8
+
+
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, spec: HeadSpec, accurate: torch.dtype) -> Tensor:
+    if _widens(hidden, accurate):
+        z = torch.mm(hidden, weight.t(), out_dtype=accurate)  # never rounded to bf16
+        z = z if bias is None else z.add_(bias)
+    else:
+        z = nn.functional.linear(hidden, weight, bias).to(accurate)
     if spec.scale != 1.0:
         z = z * spec.scale
     if spec.soft_cap is not None:
         z = spec.soft_cap * torch.tanh(z / spec.soft_cap)
     return z if spec.temperature == 1.0 else z / spec.temperature
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left^T right in place: [V, H] += [n, V]^T [n, H], summed in total's precision. Where no product of low
+    precision adds up in fp32 (a CPU's), both sides are made fp32."""
+    if _widens(left, total.dtype):
+        torch.addmm(total, left.t(), right, out_dtype=total.dtype, out=total)
+    else:
+        total.addmm_(left.t().to(total.dtype), right.to(total.dtype))
 
 
 class _ChunkedLogProbs(torch.autograd.Function):
@@ -63,19 +81,20 @@ class _ChunkedLogProbs(torch.autograd.Function):
         ctx.compute = torch.get_autocast_dtype(hidden.device.type) if torch.is_autocast_enabled(hidden.device.type) else hidden.dtype
         accurate = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         logps = torch.empty(len(hidden), dtype=accurate, device=hidden.device)
+        norm = torch.empty_like(logps)  # log sum_v exp z_v: kept, so that the backward has no sums to make
         wpo = torch.empty_like(logps) if spec.want_wpo else logps.new_empty(0)
         entropy = torch.empty_like(logps) if spec.want_entropy else logps.new_empty(0)
         w, b = weight.to(ctx.compute), None if bias is None else bias.to(ctx.compute)
         for i in range(0, len(hidden), spec.chunk):
             part = slice(i, i + spec.chunk)
             z = _logits(hidden[part].to(ctx.compute), w, b, spec, accurate)
-            norm = z.logsumexp(1)
-            logps[part] = z.gather(1, targets[part, None])[:, 0] - norm
+            norm[part] = z.logsumexp(1)
+            logps[part] = z.gather(1, targets[part, None])[:, 0] - norm[part]
             if spec.want_wpo:
-                wpo[part] = logps[part] - ((2.0 * z).logsumexp(1) - 2.0 * norm)
+                wpo[part] = logps[part] - ((2.0 * z).logsumexp(1) - 2.0 * norm[part])
             if spec.want_entropy:
-                entropy[part] = norm - (torch.softmax(z, 1) * z).sum(1)
-        ctx.save_for_backward(hidden, targets, entropy)
+                entropy[part] = norm[part] - (z - norm[part, None]).exp_().mul_(z).sum(1)
+        ctx.save_for_backward(hidden, targets, norm, entropy)
         ctx.weight, ctx.bias, ctx.spec = weight, bias, spec
         ctx.mark_non_differentiable(wpo)
         ctx.set_materialize_grads(False)
@@ -85,27 +104,27 @@ class _ChunkedLogProbs(torch.autograd.Function):
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, grad: Tensor | None, _: Tensor | None, grad_entropy: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        hidden, targets, entropy = ctx.saved_tensors
+        hidden, targets, norm, entropy = ctx.saved_tensors
         weight, bias, spec = ctx.weight, ctx.bias, ctx.spec
-        accurate = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         w, b = weight.to(ctx.compute), None if bias is None else bias.to(ctx.compute)
         grad_hidden = torch.empty_like(hidden)
-        learns_head = weight.requires_grad
-        grad_weight = torch.zeros(weight.shape, dtype=accurate, device=hidden.device) if learns_head else None
-        grad_bias = torch.zeros(bias.shape, dtype=accurate, device=hidden.device) if bias is not None else None
+        grad_weight = torch.zeros(weight.shape, dtype=norm.dtype, device=hidden.device) if weight.requires_grad else None
+        grad_bias = torch.zeros(bias.shape, dtype=norm.dtype, device=hidden.device) if bias is not None else None
+        factor = spec.scale / spec.temperature  # dz/d(hidden W^T + b), but for the cap's slope
+        grad = None if grad is None else grad * factor
+        grad_entropy = None if grad_entropy is None else grad_entropy * factor
         for i in range(0, len(hidden), spec.chunk):
             part = slice(i, i + spec.chunk)
             rows = hidden[part].to(ctx.compute)
-            z = _logits(rows, w, b, spec, accurate)
+            z = _logits(rows, w, b, spec, norm.dtype)
             slope = None if spec.soft_cap is None else 1.0 - (z * spec.temperature / spec.soft_cap).square()
-            d = _logits_gradient(z, targets[part], _at(grad, part), _at(grad_entropy, part), _at(entropy, part))
-            d *= spec.scale / spec.temperature
+            d = _logits_gradient(z, targets[part], norm[part, None], _at(grad, part), _at(grad_entropy, part), _at(entropy, part))
             if slope is not None:
                 d *= slope
             low = d.to(ctx.compute)
             grad_hidden[part] = (low @ w).to(hidden.dtype)
             if grad_weight is not None:
-                grad_weight += (low.t() @ rows).to(accurate) if accurate == ctx.compute else low.t().to(accurate) @ rows.to(accurate)
+                _add_product(grad_weight, low, rows)
             if grad_bias is not None:
                 grad_bias += d.sum(0)
         return (
@@ -121,15 +140,17 @@ def _at(values: Tensor | None, part: slice) -> Tensor | None:
     return None if values is None else values[part, None]
 
 
-def _logits_gradient(z: Tensor, targets: Tensor, grad: Tensor | None, grad_entropy: Tensor | None, entropy: Tensor | None) -> Tensor:
-    """d/dz of grad . log p(target) + grad_entropy . H. z: [n, V]; the gradients and entropy: [n, 1]."""
-    d = torch.softmax(z, 1)
+def _logits_gradient(
+    z: Tensor, targets: Tensor, norm: Tensor, grad: Tensor | None, grad_entropy: Tensor | None, entropy: Tensor | None
+) -> Tensor:
+    """d/dz of grad . log p(target) + grad_entropy . H. z: [n, V], overwritten; norm = log sum exp z, gradients and entropy: [n, 1]."""
     if grad_entropy is not None:
         assert entropy is not None
-        slope = grad_entropy * (z - z.logsumexp(1, keepdim=True) + entropy)  # dH/dz = -p (log p + H)
-        d *= -(slope if grad is None else slope + grad)
+        logp = z.sub_(norm)
+        slope = grad_entropy * (logp + entropy)  # dH/dz = -p (log p + H)
+        d = logp.exp().mul_(-(slope if grad is None else slope + grad))
     else:
-        d *= torch.zeros_like(z[:, :1]) if grad is None else -grad
+        d = z.sub_(norm).exp_().mul_(torch.zeros_like(norm) if grad is None else -grad)
     if grad is not None:
         d.scatter_add_(1, targets[:, None], grad.to(d.dtype))  # d log p(target)/dz = onehot - p
     return d

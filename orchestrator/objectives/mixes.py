@@ -12,7 +12,7 @@ from torch import Tensor
 from orchestrator.objectives import preference
 from orchestrator.objectives.logprobs import ld_weights
 from orchestrator.objectives.preference import Knobs, Pairs, f_divergence_link
-from orchestrator.objectives.scores import LossSum, TokenScores
+from orchestrator.objectives.scores import LossSum, Means, TokenScores
 from orchestrator.records import LossUnits
 
 PairLoss = Callable[[Pairs, Knobs], Tensor]
@@ -79,14 +79,14 @@ class PreferenceMix:
         lengths = scores.lengths()
         return Pairs(*policy.unbind(1), *reference.unbind(1), *link.unbind(1), *lengths.unbind(1))
 
-    def _metrics(self, pairs: Pairs, scores: TokenScores) -> dict[str, tuple[Tensor, float]]:
+    def _metrics(self, pairs: Pairs, scores: TokenScores) -> Means:
         """TRL's names. rewards: beta times the log-ratio (SimPO, ORPO: beta times the mean log-prob)."""
         count = float(scores.examples)
         chosen, rejected = pairs.ratio_chosen.detach(), pairs.ratio_rejected.detach()
         if "simpo" in self.terms or "orpo" in self.terms:
             chosen, rejected = chosen / pairs.tokens_chosen.clamp(min=1), rejected / pairs.tokens_rejected.clamp(min=1)
         chosen, rejected = self.knobs.beta * chosen, self.knobs.beta * rejected
-        metrics = {
+        metrics: Means = {
             "rewards/chosen": (chosen.sum(), count),
             "rewards/rejected": (rejected.sum(), count),
             "rewards/margins": ((chosen - rejected).sum(), count),
@@ -95,7 +95,7 @@ class PreferenceMix:
             "logps/rejected": (pairs.rejected.detach().sum(), count),
         }
         if SFT in self.terms:
-            metrics["nll_loss"] = (-scores.sums()[:, 0].detach().sum(), float(pairs.tokens_chosen.sum()))
+            metrics["nll_loss"] = (-scores.sums()[:, 0].detach().sum(), pairs.tokens_chosen.sum())
         return metrics
 
 
@@ -125,11 +125,11 @@ class Kto:
         losses = preference.kto_losses(ratio, scores.label, kl, self.beta, self.desirable, self.undesirable)
         return LossSum(losses.sum() / units.examples, self._metrics(policy[:, 0].detach(), ratio.detach(), scores.label, kl))
 
-    def _metrics(self, logps: Tensor, ratio: Tensor, label: Tensor, kl: Tensor) -> dict[str, tuple[Tensor, float]]:
-        metrics: dict[str, tuple[Tensor, float]] = {"kl": (kl, 1.0)}
+    def _metrics(self, logps: Tensor, ratio: Tensor, label: Tensor, kl: Tensor) -> Means:
+        metrics: Means = {"kl": (kl, 1.0)}
         rewards = self.beta * ratio
         for name, mask in (("chosen", label > 0.5), ("rejected", label <= 0.5)):
-            count = float(mask.sum())
-            metrics[f"rewards/{name}"] = (rewards[mask].sum(), count)
-            metrics[f"logps/{name}"] = (logps[mask].sum(), count)
+            count = mask.sum()
+            metrics[f"rewards/{name}"] = (torch.where(mask, rewards, 0.0).sum(), count)
+            metrics[f"logps/{name}"] = (torch.where(mask, logps, 0.0).sum(), count)
         return metrics

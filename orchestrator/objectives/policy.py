@@ -21,14 +21,13 @@ import torch
 from torch import Tensor
 
 from orchestrator.objectives.kl import ESTIMATORS, k3
-from orchestrator.objectives.scores import LossSum, TokenScores
+from orchestrator.objectives.scores import LossSum, Means, TokenScores
 from orchestrator.records import LossUnits
 
 Form = Literal["clip", "cispo", "reinforce"]
 Level = Literal["token", "sequence", "trajectory"]
 Normaliser = Literal["token", "sequence", "constant"]
 CorrectionKind = Literal["none", "token", "sequence", "decoupled"]
-Means = dict[str, tuple[Tensor, float]]
 
 LOG_RATIO_MAX = 80.0
 """exp of more overflows fp32, and an infinite ratio has a NaN gradient even where it is clipped away."""
@@ -159,7 +158,7 @@ class PolicyGradient:
             high = (ratio > (self.clip_high if self.form == "cispo" else 1.0 + self.clip_high)) & (known.advantages > 0)
             low = (ratio < 1.0 - self.clip_low) & (known.advantages < 0) if self.form == "clip" else torch.zeros_like(high)
             columns |= {"policy/clip_fraction": low | high, "policy/clip_fraction_low": low, "policy/clip_fraction_high": high}
-        means = {name: (column.double().sum(), float(len(logps))) for name, column in columns.items()}
+        means: Means = {name: (column.double().sum(), float(len(logps))) for name, column in columns.items()}
         return means, {"policy/ratio_max": _largest(ratio), "policy/train_rollout_gap_max": _largest(gap)}
 
 

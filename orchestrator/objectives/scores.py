@@ -66,12 +66,14 @@ class TokenScores:
 
 @dataclass(frozen=True, slots=True)
 class LossSum:
-    """total: scalar, a sum of losses already divided by the GLOBAL count of its unit. means: name -> (sum, count).
+    """total: scalar, a sum of losses already divided by the GLOBAL count of its unit. means: name -> (sum, count), a count that
+    only the device knows being a tensor: nothing in an objective may wait for the device.
     maxima: name -> scalar, metrics whose reduction over micro-batches and ranks is the maximum."""
 
     total: Tensor
-    means: dict[str, tuple[Tensor, float]]
+    means: "Means"
     maxima: dict[str, Tensor] = field(default_factory=dict)
 
 
+Means = dict[str, tuple[Tensor, float | Tensor]]
 Objective = Callable[[TokenScores, LossUnits], LossSum]

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from orchestrator.objectives.scores import LossSum, TokenScores
+from orchestrator.objectives.scores import LossSum, Means, TokenScores
 from orchestrator.records import LossUnits
 
 
@@ -49,5 +49,5 @@ class ValueLoss:
             "value/return_sq": returns.square(),
         }
         count = float(len(values))
-        means = {name: (column.double().sum(), count) for name, column in columns.items()}
+        means: Means = {name: (column.double().sum(), count) for name, column in columns.items()}
         return LossSum(losses.sum() / max(units.tokens, 1), means)

@@ -10,19 +10,22 @@ from orchestrator.records import LearnReport, Progress, StepApplied
 class Throughput:
     """What turns tokens per second into model FLOPs utilisation.
 
-    flops_per_position: forward + backward of one computed position, the head excluded; flops_per_scored: the head on
-    one scored position; peak_flops: of all workers together, None where the device's is unknown (no perf/mfu then).
+    flops_per_position: forward + backward of one computed position, the head and attention's own products excluded;
+    flops_per_pair: those of one (query, key) pair in one layer; flops_per_scored: the head on one scored position;
+    peak_flops: of all workers together, None where the device's is unknown (no perf/mfu then).
     """
 
     flops_per_position: float = 0.0
+    flops_per_pair: float = 0.0
     flops_per_scored: float = 0.0
     peak_flops: float | None = None
 
     def mfu(self, learned: LearnReport) -> float | None:
-        """Percent of peak FLOPs spent on positions that are not padding, each shared prompt counted once."""
+        """Percent of peak FLOPs spent on positions that are not padding, each shared prompt counted once, attention as far as each
+        token really sees, nothing that is computed a second time for the backward."""
         if not self.peak_flops or not self.flops_per_position:
             return None
-        useful = self.flops_per_position * learned.computed + self.flops_per_scored * learned.scored
+        useful = self.flops_per_position * learned.computed + self.flops_per_pair * learned.attended + self.flops_per_scored * learned.scored
         return 100.0 * useful / learned.seconds / self.peak_flops
 
 

@@ -12,6 +12,7 @@ import shutil
 import socket
 import time
 import traceback
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,13 +23,13 @@ import numpy as np
 import pytest
 import torch
 
-from orchestrator.config import Algorithm, Data, Learners, Model, Optimizer, Recipe, TinyModel
+from orchestrator.config import Algorithm, Data, Learners, Model, Offload, Optimizer, Recipe, TinyModel
 from orchestrator.cut import cut_step
 from orchestrator.data.packing import filler
 from orchestrator.errors import OutOfMemory
 from orchestrator.faults import VARIABLE
 from orchestrator.learner.checks import probe_peak
-from orchestrator.learner.engine import Engine, ProcessGroup
+from orchestrator.learner.engine import Engine, ProcessGroup, on_cpu
 from orchestrator.learner.learner import LearnerSpec, RankLearner
 from orchestrator.learner.state import MOMENTS, full_weights, load_state, save_state
 from orchestrator.models.load import load
@@ -97,14 +98,14 @@ def _rank(function: Callable[..., Any], group: ProcessGroup, file: Path, args: t
 # ---- what is trained ----------------------------------------------------------------------------------------------
 
 
-def recipe(precision: str = "fp32", clip: float | None = CLIP) -> Recipe:
+def recipe(precision: str = "fp32", clip: float | None = CLIP, offload: Offload | None = None) -> Recipe:
     """SimPO on pairs. The vocabulary makes two tensors large enough for ZeRO-3 to partition them, the others stay whole."""
     return Recipe(
         model=Model(tiny=TinyModel(hidden_size=64, layers=1, heads=4, vocab_size=2048)),
         data=Data(train="none"),
         algorithm=Algorithm(name="simpo"),
         optimizer=Optimizer(learning_rate=1e-2, betas=(BETA1, 0.99), weight_decay=0.01, max_grad_norm=clip, schedule="linear", warmup_steps=2),
-        learners=Learners(workers=WORLD, precision=precision),
+        learners=Learners(workers=WORLD, precision=precision, offload=offload or Offload()),
     )
 
 
@@ -122,16 +123,18 @@ STEPS = [pairs(11, seed) for seed in range(3)]
 MANY_PAIRS = pairs(64 * WORLD, 3)
 
 
-def cut(policy: Policy, examples: int = 2) -> Cut:
-    return Cut(WORLD, examples, None, "prefix_shared", policy[0], policy[1])  # pyright: ignore[reportArgumentType]
+def cut(policy: Policy, examples: int = 2, world: int = WORLD) -> Cut:
+    return Cut(world, examples, None, "prefix_shared", policy[0], policy[1])  # pyright: ignore[reportArgumentType]
 
 
 class Rank:
     """A fresh learner on this rank and its share of each step."""
 
-    def __init__(self, group: ProcessGroup, policy: Policy, clip: float | None = CLIP, examples: int = 2) -> None:
-        self.cut, self.rank = cut(policy, examples), group.rank
-        self.learner = RankLearner(LearnerSpec(recipe(policy[2], clip), self.cut, 10), group, torch.device("cpu"))
+    def __init__(
+        self, group: ProcessGroup, policy: Policy, clip: float | None = CLIP, examples: int = 2, offload: Offload | None = None
+    ) -> None:
+        self.cut, self.rank = cut(policy, examples, group.world), group.rank
+        self.learner = RankLearner(LearnerSpec(recipe(policy[2], clip, offload), self.cut, 10), group, torch.device("cpu"))
 
     def forward(self, groups: Sequence[SequenceGroup], step: int) -> LearnReport:
         batch = cut_step(groups, self.cut)
@@ -143,7 +146,7 @@ class Rank:
 
     def moments(self, name: str) -> dict[str, np.ndarray]:
         engine = self.learner.engine
-        return {n: engine.moment(p, name).numpy() for n, p in engine.module.named_parameters()}
+        return {n: on_cpu(engine.moment(p, name)).numpy() for n, p in engine.module.named_parameters()}
 
     def weights(self) -> dict[str, np.ndarray]:
         return {name: weight.numpy() for name, weight in full_weights(self.learner)}
@@ -213,7 +216,7 @@ def work(group: ProcessGroup, folder: Path) -> Everything:
         found={policy: look(group, policy) for policy in LOOKED_AT},
         moved=move(group, folder),
         bf16={policy: resume_bf16(group, policy, folder / f"bf16-{policy[0]}") for policy in BF16},
-        replayed={(policy, at): replay(group, policy, at) for policy in HOLDS_BACK for at in (0, 2)},
+        replayed={(policy, at): replay(group, policy, at) for policy in HOLDS_BACK for at in (0, 1, 2)},
         gradients={policy: bf16_gradient(group, policy) for policy in BF16},
         low_master=low_master(),
     )
@@ -269,9 +272,9 @@ def look(group: ProcessGroup, policy: Policy) -> Found:
 
 
 @contextmanager
-def one_bad_micro_batch() -> Iterator[None]:
-    """The gradient of rank 1's micro-batches of BAD_STEP is not a number."""
-    os.environ[VARIABLE] = json.dumps([{"site": "micro_batch", "action": "nan", "step": BAD_STEP, "rank": 1}])
+def one_bad_micro_batch(rank: int = 1) -> Iterator[None]:
+    """The gradient of one rank's micro-batches of BAD_STEP is not a number."""
+    os.environ[VARIABLE] = json.dumps([{"site": "micro_batch", "action": "nan", "step": BAD_STEP, "rank": rank}])
     try:
         yield
     finally:
@@ -299,6 +302,13 @@ def move(group: ProcessGroup, folder: Path) -> dict[tuple[int, int], Resumed]:
     return moved
 
 
+def relative_gap(one: Rank, other: Rank) -> float:
+    """||dw|| / ||w|| over all weights. A collective."""
+    mine, others = one.weights(), other.weights()
+    square = sum(float(np.square(others[n] - w, dtype=np.float64).sum()) for n, w in mine.items())
+    return float(np.sqrt(square / sum(float(np.square(w, dtype=np.float64).sum()) for w in mine.values())))
+
+
 def save_after_two(source: Rank, folder: Path) -> str:
     folder.mkdir(exist_ok=True)
     torch.distributed.barrier()
@@ -321,15 +331,21 @@ def resume_bf16(group: ProcessGroup, policy: Policy, folder: Path) -> Resumed:
 
 
 def replay(group: ProcessGroup, policy: Policy, at: int) -> str:
-    """Digest of the state after a step in which micro-batch `at` of rank 1 did not fit, so that it was played again."""
+    """Digest of the state after a step in which micro-batch `at` of rank 1 did not fit, forward (odd numbers: backward), so that it
+    was played again."""
     rank = Rank(group, policy)
     calls = iter(range(100))
+    kept: list[weakref.ref[torch.Tensor]] = []
 
     def exhausted(*_: object) -> None:
-        if next(calls) == at:
-            raise torch.OutOfMemoryError("made by the test")
+        raise torch.OutOfMemoryError("made by the test")
 
-    handle = rank.learner.scoring.register_forward_pre_hook(exhausted) if group.rank == 1 else None
+    def forward(_: object, inputs: object, output: tuple[torch.Tensor, ...]) -> None:
+        if next(calls) == at:
+            kept.append(weakref.ref(output[0]))
+            exhausted() if at % 2 == 0 else output[0].register_hook(exhausted)
+
+    handle = rank.learner.scoring.register_forward_hook(forward) if group.rank == 1 else None
     try:
         rank.forward(STEPS[0], 0)
         failed = False
@@ -339,13 +355,14 @@ def replay(group: ProcessGroup, policy: Policy, at: int) -> str:
     if handle is not None:
         handle.remove()
     rank.learner.discard()
+    assert not [ref for ref in kept if ref() is not None], "the micro-batch that did not fit is still in memory"
     rank.step(0)
     return rank.state()
 
 
-def bf16_gradient(group: ProcessGroup, policy: Policy) -> dict[str, np.ndarray]:
+def bf16_gradient(group: ProcessGroup, policy: Policy, offload: Offload | None = None) -> dict[str, np.ndarray]:
     """The gradient of MANY_PAIRS as it reached Adam."""
-    rank = Rank(group, policy, clip=None, examples=1)
+    rank = Rank(group, policy, clip=None, examples=1, offload=offload)
     rank.forward(MANY_PAIRS, 0)
     rank.learner.optim_step(0)
     return {name: value / (1 - BETA1) for name, value in rank.moments("exp_avg").items()}

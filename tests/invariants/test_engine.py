@@ -173,7 +173,7 @@ def test_bf16_resumes_to_the_bit(ranks, policy):
         assert resumed.resumed != resumed.saved
 
 
-@pytest.mark.parametrize("at", [0, 2])
+@pytest.mark.parametrize("at", [0, 1, 2])
 @policies(HOLDS_BACK)
 def test_a_step_that_did_not_fit_is_replayed_without_a_trace(ranks, policy, at):
     for rank in ranks:

@@ -138,7 +138,7 @@ def test_layouts_give_the_log_probs_and_gradients_of_padded_rows(case, layout, r
 @pytest.mark.parametrize("case", [*CASES, *PADDED_ONLY], ids=str)
 def test_padded_rows_give_the_models_own_log_probs(case):
     model = ScoringModel(make(case), head="lm")
-    assert head_gap(model, tensors(pack(groups(), "padded"))) <= TOLERANCE
+    assert float(head_gap(model, tensors(pack(groups(), "padded"))).abs().max()) <= TOLERANCE
 
 
 @pytest.mark.parametrize("case", [*CASES, *PADDED_ONLY], ids=str)

@@ -1,6 +1,7 @@
 """The cut changes nothing: every example once, equal counts, the same global units and targets."""
 
 import math
+import random
 
 import numpy as np
 import pytest
@@ -121,6 +122,46 @@ def test_micro_batches_are_sorted_by_length_and_balanced():
     ]
     loads = [sum(mb.positions for mb in rank) for rank in batch.micro_batches]
     assert loads == [2 * 10 + 2 * 3, 2 * 8 + 2 * 5]
+
+
+def ragged(seed: int, prompt: int, answer: int, count: int = 256) -> list[SequenceGroup]:
+    """Pairs whose parts are between a half and the whole of these lengths."""
+    draw = random.Random(seed)
+
+    def size(longest: int) -> int:
+        return draw.randint(longest // 2, longest)
+
+    return [sized(i, size(prompt), size(answer), size(answer)) for i in range(count)]
+
+
+def imbalance(batch) -> float:
+    loads = [sum(mb.positions for mb in rank) for rank in batch.micro_batches]
+    return max(loads) / (sum(loads) / len(loads)) - 1
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("positions", [2048, 8192, 12_000, 16_384])
+@pytest.mark.parametrize("workers", [2, 8])
+def test_ranks_have_the_same_work_however_large_the_micro_batches(workers, positions, layout):
+    """An eighth of 4k context, to be quick: 65,536 positions there, with 3 micro-batches on each of 8 ranks, left 17 %."""
+    for seed in range(3):
+        groups = ragged(seed, 256, 256)
+        batch = cut_step(groups, cut(workers, positions=positions, layout=layout))
+        assert imbalance(batch) <= 0.03
+        assert max(mb.positions for rank in batch.micro_batches for mb in rank) <= positions
+
+
+@settings(max_examples=30)
+@given(seed=st.integers(0, 10**6), workers=st.integers(2, 8), positions=st.integers(1000, 20_000), layout=st.sampled_from(LAYOUTS))
+def test_no_rank_waits_long_for_another(seed, workers, positions, layout):
+    groups = ragged(seed, 100, 300, count=32 * workers)
+    assert imbalance(cut_step(groups, cut(workers, positions=positions, layout=layout))) <= 0.05
+
+
+def test_micro_batches_in_examples_stay_as_large_as_asked_for():
+    batch = cut_step(ragged(0, 256, 256), cut(8, examples=11))
+    assert max(len(mb) for rank in batch.micro_batches for mb in rank) <= 11
+    assert len(batch.micro_batches[0]) == micro_batches_per_worker(256, cut(8, examples=11))
 
 
 def test_a_rank_without_data_gets_fillers_of_weight_zero():

@@ -115,13 +115,13 @@ def test_gradients_of_the_micro_batches_before_the_one_that_did_not_fit_are_drop
 def test_one_example_that_does_not_fit_ends_the_run(one_rank):
     said = Said()
     with pytest.raises(OutOfMemory):
-        trainer(one_rank(fits=1), said=said).run()
+        trainer(one_rank(fits=4), said=said).run()
     assert not said.steps
     assert [n.split("(")[-1].split(")")[0] for n in said.notes] == ["4 examples", "2 examples", "1 examples"]
 
 
 def test_where_other_ranks_may_be_stuck_nothing_is_replayed(one_rank):
-    policy, said = one_rank(fits=1), Said()
+    policy, said = one_rank(fits=4), Said()
 
     class Stuck:
         def __getattr__(self, name):

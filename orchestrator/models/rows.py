@@ -1,0 +1,84 @@
+"""A micro-batch on its way to the device: one buffer, one copy that nothing waits for.
+
+    numpy columns --packed--> one buffer (pinned before a GPU) --one copy--> the same bytes there --sliced--> tensors
+
+A copy per column would stop the host as often, each time until the device has done all that was asked of it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from orchestrator.objectives.scores import ExperienceTensors
+from orchestrator.records import Experience, Layout, MicroBatch
+
+ALIGNMENT = 16
+"""Bytes that each column starts at a multiple of: no view is torn, and vectorised loads are."""
+NARROW = frozenset({"position_ids", "segment", "branch"})
+"""Columns of small whole numbers that are compared but index nothing: int32 there."""
+
+
+def moved(columns: Sequence[NDArray[Any] | None], device: torch.device) -> list[Tensor | None]:
+    """The columns as tensors of the same shapes and types on `device`, by one copy. None stays None."""
+    starts, size = [], 0
+    for column in columns:
+        starts.append(size)
+        size += 0 if column is None else -(-column.nbytes // ALIGNMENT) * ALIGNMENT
+    pinned = torch.empty(size, dtype=torch.uint8, pin_memory=True) if device.type == "cuda" else None
+    host = np.empty(size, np.uint8) if pinned is None else pinned.numpy()
+    for start, column in zip(starts, columns, strict=True):
+        if column is not None:
+            host[start : start + column.nbytes].view(column.dtype)[:] = column.ravel()
+    there = torch.from_numpy(host) if pinned is None else pinned.to(device, non_blocking=True)  # torch keeps it until that is done
+    return [None if column is None else _slice(there, start, column) for start, column in zip(starts, columns, strict=True)]
+
+
+def _slice(buffer: Tensor, start: int, column: NDArray[Any]) -> Tensor:
+    dtype = torch.from_numpy(np.empty(0, column.dtype)).dtype
+    return buffer[start : start + column.nbytes].view(dtype).view(column.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatchTensors:
+    """The columns of a records.MicroBatch on the device, by their names and shapes."""
+
+    layout: Layout
+    one_row: bool
+    branches: int
+    input_ids: Tensor
+    position_ids: Tensor
+    segment: Tensor
+    branch: Tensor
+    score_at: Tensor
+    targets: Tensor
+    sequence: Tensor
+    last_at: Tensor
+    ref_logprobs: Tensor | None = None
+    coefficients: Tensor | None = None
+    label: Tensor | None = None
+    margin: Tensor | None = None
+    experience: ExperienceTensors | None = None
+
+    @classmethod
+    def of(cls, mb: MicroBatch, device: torch.device) -> "MicroBatchTensors":
+        """The micro-batch on `device`."""
+        names = [f.name for f in fields(cls) if f.name not in ("layout", "one_row", "branches", "experience")]
+        known = [] if mb.experience is None else experience_columns(mb.experience)
+        own = [_narrowed(name, getattr(mb, name)) for name in names]
+        tensors: list[Any] = moved([*own, *known], device)
+        experience = ExperienceTensors(*tensors[len(names) :]) if known else None
+        return cls(mb.layout, mb.one_row, mb.branches, **dict(zip(names, tensors, strict=False)), experience=experience)
+
+
+def experience_columns(experience: Experience) -> list[NDArray[Any] | None]:
+    """Its columns in the order of ExperienceTensors."""
+    return [getattr(experience, f.name) for f in fields(Experience)]
+
+
+def _narrowed(name: str, column: NDArray[Any] | None) -> NDArray[Any] | None:
+    return column.astype(np.int32) if name in NARROW and column is not None else column

@@ -1,0 +1,113 @@
+"""What a rank reports of a step's time and work, and that nothing in a step waits for the device before its sums are read."""
+
+import time
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from orchestrator.cut import cut_step, loss_units
+from orchestrator.data.packing import pack
+from orchestrator.learner import learner as learner_module
+from orchestrator.learner.engine import ProcessGroup
+from orchestrator.models import rows
+from tests.invariants.engine_ranks import STEPS, Rank, on_ranks
+
+pytestmark = pytest.mark.timeout(300)
+READ_S = 0.5
+WAITS = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select")
+
+
+class Asked(TorchDispatchMode):
+    """The operations that stop the host until a device has answered."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if name in WAITS:
+            self.found.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+def step(group: ProcessGroup) -> dict[str, Any]:
+    rank = Rank(group, (1, "no_sync", "fp32"))
+    batch = cut_step(STEPS[0], rank.cut)
+    copies: list[int] = []
+    real_moved, real_sums = rows.moved, learner_module.Sums
+
+    def counted(columns: Any, device: torch.device) -> Any:
+        copies.append(len(columns))
+        return real_moved(columns, device)
+
+    class Slow(real_sums):
+        """A device that takes its time: the sums come when all before them is done."""
+
+        def read(self) -> Any:
+            time.sleep(READ_S)
+            return super().read()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rows, "moved", counted)
+        with Asked() as asked:
+            report = rank.learner.forward_backward(batch.micro_batches[0], batch.units, 0)
+        rank.learner.discard()
+        patch.setattr(learner_module, "Sums", Slow)
+        slow = rank.learner.forward_backward(batch.micro_batches[0], batch.units, 0).seconds
+        rank.learner.discard()
+        slow_evaluation = rank.learner.evaluate(batch.micro_batches[0], batch.units)[0].seconds
+    with Asked() as control:
+        float(torch.ones(1).sum())
+    return {
+        "waits": asked.found,
+        "control": control.found,
+        "copies": copies[: len(batch.micro_batches[0])],
+        "micro_batches": len(batch.micro_batches[0]),
+        "slow": (slow, slow_evaluation),
+        "attended": report.attended,
+    }
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return on_ranks(step, 1, tmp_path_factory.mktemp("step"), timeout=250.0)[0]
+
+
+def test_the_time_of_a_step_is_taken_after_the_device_has_answered(found):
+    assert min(found["slow"]) >= READ_S
+
+
+def test_no_micro_batch_waits_for_the_device(found):
+    assert found["waits"] == []
+    assert found["control"] == ["_local_scalar_dense"]
+
+
+def test_a_micro_batch_is_one_copy(found):
+    assert len(found["copies"]) == found["micro_batches"] > 1
+
+
+def test_attention_is_counted_as_far_as_each_token_sees(found):
+    """Of one layer: the prompt once, each branch over the prompt and itself."""
+    expected = 0
+    for group in STEPS[0]:
+        prompt = len(group.prompt)
+        expected += prompt * (prompt + 1) // 2
+        expected += sum(len(b.ids) * prompt + len(b.ids) * (len(b.ids) + 1) // 2 for b in group.branches)
+    assert found["attended"] == expected
+
+
+@pytest.mark.parametrize("layout", ["prefix_shared", "packed", "padded"])
+def test_no_layout_changes_what_a_window_leaves(layout: Any):
+    """A window of 4: each token sees at most 4. Padding sees nothing. Packed and padded rows compute the prompt for each branch."""
+    group = STEPS[0][0]
+    lengths = [len(group.prompt) + len(b.ids) for b in group.branches]
+    seen = [sum(min(i + 1, 4) for i in range(n)) for n in lengths]
+    twice = sum(min(i + 1, 4) for i in range(len(group.prompt))) if layout == "prefix_shared" else 0
+    batch = pack([group], layout)
+    assert batch.attended(4) == sum(seen) - twice
+    assert loss_units([group]).examples == len(batch)
+
+

@@ -1,0 +1,137 @@
+"""Optimizer state (and ZeRO-3's parameters) in host memory: the same steps, refusals, discards and checkpoints as on the device."""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from orchestrator.config import Offload
+from orchestrator.learner.engine import ProcessGroup
+from orchestrator.learner.state import load_state
+from orchestrator.plan import LEGAL_SYNC
+from orchestrator.verify import TOLERANCE
+from tests.invariants.engine_ranks import BAD_STEP, STEPS, Policy, Rank, bf16_gradient, on_ranks, one_bad_micro_batch, relative_gap, save_after_two
+
+pytestmark = pytest.mark.timeout(600)
+OPTIMIZER = Offload(optimizer="cpu", parameters="none")
+BOTH = Offload(optimizer="cpu", parameters="cpu")
+Case = tuple[Policy, Offload]
+
+
+def legal(precision: str) -> list[Case]:
+    """Every way to partition that can be offloaded: ZeRO 1-3, no gradients held back whole in low precision."""
+    low = precision == "bf16"
+    ways = [(stage, sync) for stage in (1, 2, 3) for sync in LEGAL_SYNC[stage] if not (low and sync == "coalesced")]
+    return [((stage, sync, precision), where) for stage, sync in ways for where in ((OPTIMIZER, BOTH) if stage == 3 else (OPTIMIZER,))]
+
+
+GRID = [case for precision in ("fp32", "bf16", "bf16_autocast") for case in legal(precision)]
+FEW: list[Case] = [
+    ((1, "no_sync", "bf16"), OPTIMIZER),
+    ((2, "coalesced", "fp32"), OPTIMIZER),
+    ((2, "per_micro_batch", "bf16"), OPTIMIZER),
+    ((3, "per_micro_batch", "bf16"), BOTH),
+    ((3, "per_micro_batch", "fp32"), OPTIMIZER),
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Offloaded:
+    """States (SHA-256 of weights and moments) after steps 1, 2, 3 undisturbed; after the same steps with a refused and a
+    discarded one between; saved and put back. accumulation: largest difference of the gradient of many bf16 micro-batches from the
+    one without offload, relative to its largest value. gaps: ||dw|| / ||w|| against the weights without offload, after each step."""
+
+    after: tuple[str, ...]
+    norms: tuple[float, ...]
+    plain_norms: tuple[float, ...]
+    gaps: tuple[float, ...]
+    refused: bool
+    after_refused: str
+    after_discard: str
+    rough: tuple[str, ...]
+    loaded: str
+    resumed: str
+    on_host: bool
+    accumulation: float
+
+
+def compare(group: ProcessGroup, folder: Path, cases: list[Case]) -> dict[Case, Offloaded]:
+    return {case: look(group, folder / str(i), *case) for i, case in enumerate(cases)}
+
+
+def look(group: ProcessGroup, folder: Path, policy: Policy, where: Offload) -> Offloaded:
+    plain, calm = Rank(group, policy), Rank(group, policy, offload=where)
+    norms, plain_norms, gaps, after = [], [], [], []
+    for number in range(3):
+        plain_norms.append(plain.step(number).grad_norm)
+        norms.append(calm.step(number).grad_norm)
+        gaps.append(relative_gap(plain, calm))
+        after.append(calm.state())
+
+    rough = Rank(group, policy, offload=where)
+    rough_states = []
+    rough.step(0)
+    rough_states.append(rough.state())
+    with one_bad_micro_batch(group.world - 1):
+        rough.forward(STEPS[1], BAD_STEP)
+    refused, after_refused = not rough.learner.optim_step(1).applied, rough.state()
+    rough.forward(STEPS[2], 2)
+    rough.learner.discard()
+    after_discard = rough.state()
+    for number in (1, 2):
+        rough.step(number)
+        rough_states.append(rough.state())
+
+    source, target = Rank(group, policy, offload=where), Rank(group, policy, offload=where)
+    folder.mkdir(exist_ok=True)
+    save_after_two(source, folder)
+    load_state(target.learner, folder, 2)
+    loaded = target.state()
+    target.step(2)
+    torch.distributed.barrier()
+    shutil.rmtree(folder, ignore_errors=True)
+    zero = calm.learner.engine.zero
+    return Offloaded(
+        after=tuple(after),
+        norms=tuple(norms),
+        plain_norms=tuple(plain_norms),
+        gaps=tuple(gaps),
+        refused=refused,
+        after_refused=after_refused,
+        after_discard=after_discard,
+        rough=tuple(rough_states),
+        loaded=loaded,
+        resumed=target.state(),
+        accumulation=accumulation(group, policy, where) if policy[2] == "bf16" else 0.0,
+        on_host=bool(getattr(zero, "cpu_offload", False) or getattr(zero, "offload_optimizer", False)),
+    )
+
+
+def accumulation(group: ProcessGroup, policy: Policy, where: Offload) -> float:
+    plain, offloaded = bf16_gradient(group, policy), bf16_gradient(group, policy, where)
+    return max(float(np.abs(offloaded[n] - g).max() / np.abs(g).max()) for n, g in plain.items())
+
+
+ALL = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("world", "cases"),
+    [pytest.param(2, FEW, id="few"), pytest.param(1, GRID, id="all-1", marks=ALL), pytest.param(2, GRID, id="all-2", marks=ALL)],
+)
+def test_an_offloaded_step_is_the_same_step(tmp_path: Path, world: int, cases: list[Case]) -> None:
+    for found in on_ranks(compare, world, tmp_path, tmp_path, cases, timeout=500.0):
+        for case, seen in found.items():
+            where = f"{case}: {seen}"
+            assert seen.accumulation <= 1e-4, where  # a bf16 sum would be 1e-2 off
+            assert seen.on_host, where
+            assert len(set(seen.after)) == 3, where  # each step moves the weights
+            assert seen.norms == pytest.approx(seen.plain_norms, rel=TOLERANCE[case[0][2]]), where
+            assert max(seen.gaps) <= TOLERANCE[case[0][2]], where
+            assert seen.refused, where
+            assert seen.after_refused == seen.after_discard == seen.after[0], where
+            assert seen.rough == seen.after, where
+            assert (seen.loaded, seen.resumed) == seen.after[1:], where

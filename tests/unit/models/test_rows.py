@@ -1,0 +1,69 @@
+"""A micro-batch on the device is the micro-batch: every column, by one buffer, whatever it came from."""
+
+import numpy as np
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+from orchestrator.data.packing import pack
+from orchestrator.models.rows import ALIGNMENT, NARROW, MicroBatchTensors, moved
+from orchestrator.records import Branch, Experience, MicroBatch, SequenceGroup
+
+CPU = torch.device("cpu")
+DRAW = np.random.default_rng(0)
+
+
+def experience(size: int, *, full: bool) -> Experience:
+    columns = [DRAW.random(size, np.float32) for _ in range(6)]
+    return Experience(*columns) if full else Experience(*columns[:2], old_logprobs=None, ref_logprobs=columns[3])
+
+
+def micro_batch(*, rl: bool = False, full: bool = True) -> MicroBatch:
+    def branch(size: int) -> Branch:
+        return Branch(DRAW.integers(0, 99, size), np.ones(size, np.bool_), experience(size, full=full) if rl else None)
+
+    groups = [SequenceGroup(i, DRAW.integers(0, 99, 3 + i), (branch(2 + i), branch(5)), label=1.0, margin=0.5 * i) for i in range(3)]
+    return pack(groups, "prefix_shared")
+
+
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("rl", [False, True])
+def test_every_column_arrives(rl, full):
+    rows = micro_batch(rl=rl, full=full)
+    there = MicroBatchTensors.of(rows, CPU)
+    for name in MicroBatchTensors.__dataclass_fields__:
+        if name in ("layout", "one_row", "branches", "experience"):
+            continue
+        column, tensor = getattr(rows, name), getattr(there, name)
+        assert (column is None) == (tensor is None), name
+        if column is not None:
+            np.testing.assert_array_equal(tensor.numpy(), column, err_msg=name)
+            assert tensor.dtype == (torch.int32 if name in NARROW else torch.from_numpy(column).dtype)
+    assert (there.experience is None) == (not rl)
+    if there.experience is not None:
+        assert rows.experience is not None
+        for name, theirs in zip(Experience.__dataclass_fields__, there.experience.__dataclass_fields__, strict=True):
+            column, tensor = getattr(rows.experience, name), getattr(there.experience, theirs)
+            assert (column is None) == (tensor is None)
+            assert column is None or np.array_equal(tensor.numpy(), column)
+
+
+def test_it_is_one_aligned_buffer_and_no_view_of_what_it_came_from():
+    columns = [np.arange(3, dtype=np.int32), None, np.ones((2, 5), np.float32), np.zeros(0, np.int64), np.array([True])]
+    for column in columns:
+        if column is not None:
+            column.setflags(write=False)  # as Ray's are
+    tensors = moved(columns, CPU)
+    assert tensors[1] is None
+    present = [t for t in tensors if t is not None]
+    assert len({t.untyped_storage().data_ptr() for t in present}) == 1
+    assert all(t.storage_offset() * t.element_size() % ALIGNMENT == 0 for t in present)
+    present[0].add_(1)
+    assert columns[0] is not None and columns[0].tolist() == [0, 1, 2]
+    assert present[1].shape == (2, 5) and present[2].numel() == 0
+
+
+def test_the_memory_model_may_ask_for_it_without_storage():
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        there = MicroBatchTensors.of(micro_batch(), CPU)
+        assert isinstance(there.input_ids + 1, FakeTensor)
