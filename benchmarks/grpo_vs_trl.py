@@ -244,9 +244,9 @@ class Ours:
         from orchestrator.controllers import step
         from orchestrator.episodes import Prompt, Sampling
         from orchestrator.learner import engine, learner
-        from orchestrator.plan import CPU_POSITIONS
         from orchestrator.records import Cut
         from orchestrator.rollout.generator import RolloutWorker
+        from orchestrator.ways import CPU_POSITIONS
 
         torch.set_num_threads(1)
         recipe = Recipe.model_validate(

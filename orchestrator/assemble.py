@@ -8,7 +8,7 @@
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -26,16 +26,18 @@ from orchestrator.errors import ConfigError, NotEnoughResources, OutOfMemory, Wo
 from orchestrator.findings import Finding, judge
 from orchestrator.hardware import Hardware, of_cluster
 from orchestrator.identity import fingerprint
-from orchestrator.job import Job, plan_job
+from orchestrator.job import Job, plan_job, plan_sketch
 from orchestrator.learner.learner import LearnerSpec
+from orchestrator.models.shapes import as_folder, known
 from orchestrator.observe.dashboard import write_report
 from orchestrator.observe.sinks import read_lines
-from orchestrator.plan import Plan
+from orchestrator.plan import Choice, Plan, finer_cut
 from orchestrator.preflight import asked_by, look, need_of, require
 from orchestrator.prompts import load_prompts
 from orchestrator.recipe import dump
 from orchestrator.records import Progress, SequenceGroup
 from orchestrator.run_folder import RunFolder, open_run
+from orchestrator.sketch import Lengths
 from orchestrator.stages import Stage, references, resolve
 from orchestrator.startup import attach_reference
 
@@ -92,17 +94,15 @@ def _preflight(findings: Sequence[Finding], console: Console) -> None:
 
 def _supervise(job: Job, folder: RunFolder, stopped: Callable[[], bool]) -> Progress:
     """Runs attempts until one ends: a lost worker restarts from the last checkpoint, an out-of-memory error a rank
-    could not recover from in place restarts with a finer cut. Neither changes an optimizer step."""
+    could not recover from in place restarts with a finer cut, or the next ZeRO stage. Neither changes an optimizer step."""
     attempt = run_offline.attempt if job.algorithm.online is None else run_online.attempt
     cut, restarts = job.plan.cut, 0
     while True:
         try:
             return attempt(job, folder, cut, stopped)
         except OutOfMemory as error:
-            if (finer := cut.halved()) == cut:
-                raise
-            cut = finer
-            job.console.print(f"{error.what}: starting the workers again with a finer cut", markup=False)
+            cut = finer_cut(job.plan, job.data, cut)
+            job.console.print(f"{error.what}: starting the workers again with {cut}", markup=False)
         except WorkerLost as error:
             restarts += 1
             if restarts > job.recipe.learners.max_restarts:
@@ -178,12 +178,23 @@ def _grouped(stages: Sequence[Stage], name: str) -> list[Stage]:
     return [replace(stage, recipe=tracked(stage.recipe)) for stage in stages]
 
 
-def plan_stages(stages: Sequence[Stage], hardware: Hardware | None = None) -> list[tuple[str, Plan]]:
-    """Plans of the stages that take no other stage's export, on `hardware` or on what there is."""
-    quiet = Console(quiet=True)
+def plan_stages(
+    stages: Sequence[Stage], hardware: Hardware | None = None, lengths: Lengths | None = None, shape: str | None = None
+) -> list[tuple[str, Plan]]:
+    """Plans of the stages that take no other stage's export, on `hardware` or on what there is. lengths: of rows to make up instead of
+    reading data; shape: of the model (see models/shapes.py), by default the known one where data is made up."""
     ready = [s for s in stages if not references(s.recipe)]
     hardware = hardware or of_cluster(look(asked_by([s.recipe for s in ready])))
-    return [(stage.name, plan_job(stage.recipe, quiet, hardware).plan) for stage in ready]
+    return [(stage.name, _plan(stage.recipe, hardware, lengths, shape)) for stage in ready]
+
+
+def _plan(recipe: Recipe, hardware: Hardware, lengths: Lengths | None, shape: str | None) -> Plan:
+    shape = shape or (known(recipe.model.path) if lengths is not None else None)
+    with as_folder(recipe.model, shape) if shape is not None else nullcontext(recipe.model) as model:
+        shaped = recipe.model_copy(update={"model": model})
+        plan = plan_job(shaped, Console(quiet=True), hardware).plan if lengths is None else plan_sketch(shaped, hardware, lengths)
+    choices = plan.choices if shape is None else (Choice("model", shape, "its shape only"), *plan.choices)
+    return replace(plan, choices=choices, recipe=plan.recipe.model_copy(update={"model": recipe.model}))
 
 
 def diagnose(stages: Sequence[Stage], root: Path | None) -> tuple[Finding, ...]:
@@ -219,7 +230,7 @@ def evaluate(recipe: Recipe, model: Path | None, console: Console) -> dict[str, 
     job = plan_job(policy, console, of_cluster(look(asked_by([policy]))))
     if job.prompts is not None:
         return run_online.evaluate(job)
-    with LearnerGroup(job.recipe.learners, parameters=job.sizes().parameters) as group:
+    with LearnerGroup(job.recipe.learners, parameters=job.sizes().all) as group:
         attach = attach_reference(recipe, job.algorithm, job.data, job.plan.cut, group, console.print, train=False)
         group.build(LearnerSpec(job.recipe, job.plan.cut, 1))
         return dict(run_offline.evaluator(job.data, policy, group, attach).evaluate(job.plan.cut, 0).metrics)

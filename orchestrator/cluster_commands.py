@@ -95,6 +95,8 @@ def plan(
     nodes: Annotated[int, typer.Option("--nodes", min=1, help="with --gpu: machines")] = 1,
     gpus_per_node: Annotated[int | None, typer.Option(min=1, help="with --gpu; default: as many as is usual")] = None,
     network_gbit: Annotated[float | None, typer.Option(min=0.001, help="with --gpu: Gbit/s between machines; default 100")] = None,
+    lengths: Annotated[str | None, typer.Option(metavar="MEAN,MAX", help="plan without data: tokens of prompt and completion together")] = None,
+    shape: Annotated[str | None, typer.Option(help="plan without the model: a known one, e.g. llama-3-8b, or a config.json")] = None,
     as_json: Annotated[bool, typer.Option("--json")] = False,
     working_dir: WorkingDir = Path("."),
 ) -> None:
@@ -103,7 +105,8 @@ def plan(
     if address is not None:
         fill = ["learners.workers=auto", *(overrides or ())]
         recipes.load(recipe, fill)
-        _ask_cluster(address, recipe, working_dir, lambda there: ["plan", there, *fill, *(["--json"] if as_json else [])], document=as_json)
+        options = [*(["--lengths", lengths] if lengths else []), *(["--shape", shape] if shape else []), *(["--json"] if as_json else [])]
+        _ask_cluster(address, recipe, working_dir, lambda there: ["plan", there, *fill, *options], document=as_json)
         return
     if gpu is None and (nodes > 1 or gpus_per_node or network_gbit):
         raise ConfigError("--nodes, --gpus-per-node and --network-gbit say nothing without --gpu", fix="add e.g. --gpu h100-80g")
@@ -113,8 +116,9 @@ def plan(
     loaded = recipes.load(recipe, [*(ON_GPUS if gpu else ()), *(overrides or ())])
     from orchestrator.assemble import plan_stages
     from orchestrator.plan_view import render
+    from orchestrator.sketch import Lengths
 
-    plans = plan_stages(loaded.stages, machines)
+    plans = plan_stages(loaded.stages, machines, Lengths.parse(lengths) if lengths else None, shape)
     if as_json:
         documents = [{"stage": name, **p.to_json()} for name, p in plans]
         print(json.dumps(documents[0] if len(documents) == 1 else documents, indent=1))

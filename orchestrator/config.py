@@ -6,7 +6,7 @@ A recipe names WHAT an optimizer step is (`batch.effective`, `algorithm`, `optim
 
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 
@@ -211,16 +211,31 @@ class Learners(Section):
         "auto", description="how gradients are held back; see [cutting](cutting.md)"
     )
     offload: Offload = Offload()  # pyright: ignore[reportCallIssue]
-    activation_checkpointing: bool = Field(False, description="activations are computed again in the backward pass")
+    activation_checkpointing: Literal["auto", "none", "selective", "full"] = Field(
+        "auto",
+        description="what the backward computes again: all but matrix products and attention, or each layer; auto: what is quickest",
+    )
     timeout_s: float = Field(600.0, gt=0, description="deadline of one verb on every worker; what reads or writes the state has more, by its bytes")
     start_timeout_s: float = Field(180.0, gt=0, description="deadline for the placement group and the process group")
     max_restarts: int = Field(3, ge=0, description="times a lost worker group is rebuilt from the last checkpoint")
+
+    @field_validator("activation_checkpointing", mode="before")
+    @classmethod
+    def _a_word(cls, value: Any) -> Any:
+        if isinstance(value, bool):
+            raise ValueError(f"{str(value).lower()} is no longer a value: use {'full' if value else 'none'}, or leave it to the plan (auto)")
+        return value
 
     @property
     def count(self) -> int:
         """Workers of a planned run: the plan has put a number in the place of `auto`."""
         assert self.workers != "auto", "plan first"
         return self.workers
+
+    @property
+    def checkpointing(self) -> Literal["none", "selective", "full"]:
+        """Of a planned run; none where nothing was planned."""
+        return "none" if self.activation_checkpointing == "auto" else self.activation_checkpointing
 
 
 class Reference(Section):
@@ -378,4 +393,11 @@ class Recipe(Section):
 
     def with_workers(self, count: int) -> "Recipe":
         """The same run on another number of learners."""
-        return self.model_copy(update={"learners": self.learners.model_copy(update={"workers": count})})
+        return self._with_learners(workers=count)
+
+    def with_checkpointing(self, mode: Literal["none", "selective", "full"]) -> "Recipe":
+        """The same run with activations computed again, or not."""
+        return self._with_learners(activation_checkpointing=mode)
+
+    def _with_learners(self, **changes: Any) -> "Recipe":
+        return self.model_copy(update={"learners": self.learners.model_copy(update=changes)})

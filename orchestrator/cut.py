@@ -20,14 +20,19 @@ def loss_units(groups: Sequence[SequenceGroup]) -> LossUnits:
 
 def cut_step(groups: Sequence[SequenceGroup], cut: Cut) -> PackedBatch:
     """One PackedBatch from the examples of one optimizer step, the same for the same groups and cut."""
-    shares = _deal(_even(_chunks(groups, cut), cut.workers), cut)
-    count = max(len(share) for share in shares)
+    dealt = shares(groups, cut)
+    count = max(len(share) for share in dealt)
     ranks = []
-    for share in shares:
-        packed = [pack(chunk, cut.layout) for chunk in share]
-        packed += [filler(groups, cut.layout)] * (count - len(packed))
+    for share in dealt:
+        packed = [pack(chunk, cut.layout, one_row=cut.one_row) for chunk in share]
+        packed += [filler(groups, cut.layout, one_row=cut.one_row)] * (count - len(packed))
         ranks.append(tuple(packed))
     return PackedBatch(tuple(groups), tuple(ranks), loss_units(groups))
+
+
+def shares(groups: Sequence[SequenceGroup], cut: Cut) -> list[list[list[SequenceGroup]]]:
+    """Examples by rank and micro-batch, without the rows that `cut_step` makes of them."""
+    return _deal(_even(_chunks(groups, cut), cut.workers), cut)
 
 
 def _chunks(groups: Sequence[SequenceGroup], cut: Cut) -> list[list[SequenceGroup]]:
@@ -46,7 +51,7 @@ def _fits(chunk: list[SequenceGroup], cut: Cut) -> bool:
     if cut.examples is not None:
         return len(chunk) <= cut.examples
     assert cut.positions is not None, "a Cut has a budget in examples or in positions"
-    return cost(chunk, cut.layout) <= cut.positions
+    return cost(chunk, cut.layout, one_row=cut.one_row) <= cut.positions
 
 
 def _even(chunks: list[list[SequenceGroup]], workers: int) -> list[list[SequenceGroup]]:
@@ -63,14 +68,14 @@ def _even(chunks: list[list[SequenceGroup]], workers: int) -> list[list[Sequence
 def _deal(chunks: list[list[SequenceGroup]], cut: Cut) -> list[list[list[SequenceGroup]]]:
     """Largest chunk first to the least loaded rank that still has a free slot."""
     slots = -(-len(chunks) // cut.workers)
-    shares: list[list[list[SequenceGroup]]] = [[] for _ in range(cut.workers)]
+    dealt: list[list[list[SequenceGroup]]] = [[] for _ in range(cut.workers)]
     heap = [(0, rank) for rank in range(cut.workers)]
-    for size, index in sorted(((cost(c, cut.layout), i) for i, c in enumerate(chunks)), key=lambda p: (-p[0], p[1])):
+    for size, index in sorted(((cost(c, cut.layout, one_row=cut.one_row), i) for i, c in enumerate(chunks)), key=lambda p: (-p[0], p[1])):
         load, rank = heapq.heappop(heap)
-        shares[rank].append(chunks[index])
-        if len(shares[rank]) < slots:
+        dealt[rank].append(chunks[index])
+        if len(dealt[rank]) < slots:
             heapq.heappush(heap, (load + size, rank))
-    return shares
+    return dealt
 
 
 def micro_batches_per_worker(effective: int, cut: Cut) -> int | None:

@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from importlib.metadata import version
 
 from rich.console import Console
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from orchestrator.algorithms import Algorithm, build
 from orchestrator.cluster.metrics_sink import RayMetricsSink
@@ -17,7 +16,7 @@ from orchestrator.dataset import DataSet, load_data
 from orchestrator.errors import NotEnoughResources
 from orchestrator.facts import WorkerGroup
 from orchestrator.hardware import Hardware, this_machine
-from orchestrator.memory_model import Sizes, fake_model, parameter_counts
+from orchestrator.memory_model import model_sizes
 from orchestrator.models.buckets import WIRE
 from orchestrator.models.load import load_config
 from orchestrator.observe.card import model_card
@@ -30,6 +29,8 @@ from orchestrator.prompts import PromptSet, check_batches, load_prompts
 from orchestrator.recipe import dump
 from orchestrator.rollout.functions import check_rewards
 from orchestrator.run_folder import RunFolder
+from orchestrator.sketch import Lengths, made_up
+from orchestrator.state_bytes import Sizes
 from orchestrator.words import size
 
 Stopped = Callable[[], bool]
@@ -62,7 +63,7 @@ class Job:
 
     def sizes(self) -> Sizes:
         """Parameters of the policy."""
-        return sizes(self.recipe, self.algorithm)
+        return model_sizes(self.recipe, self.algorithm)
 
     def store_bytes(self) -> int:
         """Of the published weights that lie in Ray's object store at once: the version in use, the one being written, and those that
@@ -70,7 +71,7 @@ class Job:
         recipe = self.recipe
         if self.algorithm.online is None or recipe.rollouts.replay is not None or recipe.rollouts.transport not in ("auto", "object_store"):
             return 0
-        return (2 + recipe.rollouts.max_staleness) * WIRE[recipe.learners.precision].itemsize * self.sizes().trainable
+        return (2 + recipe.rollouts.max_staleness) * WIRE[recipe.learners.precision].itemsize * self.sizes().learns
 
     def guards(self) -> Guards:
         """What its steps are checked against."""
@@ -113,24 +114,34 @@ def _versions() -> dict[str, str]:
 
 def plan_job(recipe: Recipe, console: Console, hardware: Hardware | None = None) -> Job:
     """Reads the data and plans the run on `hardware` (default: this machine), without Ray and without model weights."""
-    hardware = hardware or this_machine()
+    return _job(recipe, console, hardware or this_machine(), None)
+
+
+def plan_sketch(recipe: Recipe, hardware: Hardware, lengths: Lengths) -> Plan:
+    """The plan for rows of such lengths, without any data."""
+    plan = _job(recipe, Console(quiet=True), hardware, lengths).plan
+    return replace(plan, choices=(Choice("data", "made up", f"{lengths}: total steps are those of these rows only"), *plan.choices))
+
+
+def _job(recipe: Recipe, console: Console, hardware: Hardware, lengths: Lengths | None) -> Job:
     algorithm = build(recipe.algorithm, recipe.rollouts)
     recipe = _fitted(recipe, algorithm, hardware)
     if algorithm.online is None:
-        data = load_data(recipe, algorithm)
-        return Job(recipe, algorithm, data, None, make_plan(recipe, algorithm, data, hardware), 1, console)
+        data = load_data(recipe, algorithm) if lengths is None else made_up(recipe, algorithm, lengths)
+        plan = make_plan(recipe, algorithm, data, hardware)
+        return Job(plan.recipe, algorithm, data, None, plan, 1, console)
     steps = check_batches(recipe, algorithm) * recipe.algorithm.epochs
     check_rewards(recipe.rewards)
-    prompts = load_prompts(recipe, algorithm)
-    plan = make_plan(recipe, algorithm, prompts.longest, hardware)
-    total = recipe.run.max_steps or prompts.batches.steps_in(recipe.run.epochs)
+    prompts = None
+    if lengths is None:
+        prompts = load_prompts(recipe, algorithm)
+        longest = prompts.longest
+    else:
+        longest = made_up(recipe, algorithm, lengths)
+    plan = make_plan(recipe, algorithm, longest, hardware)
+    total = recipe.run.max_steps or (prompts.batches.steps_in(recipe.run.epochs) if prompts is not None else plan.total_steps)
     plan = replace(plan, total_steps=total, choices=(*plan.choices, *_rollout_choices(recipe, algorithm, steps)))
-    return Job(recipe, algorithm, prompts.longest, prompts, plan, steps, console)
-
-
-def sizes(recipe: Recipe, algorithm: Algorithm) -> Sizes:
-    """Parameters of the recipe's model, without its weights."""
-    return parameter_counts(fake_model(recipe, algorithm, FakeTensorMode(allow_non_fake_inputs=True)))
+    return Job(plan.recipe, algorithm, longest, prompts, plan, steps, console)
 
 
 def _demands(recipe: Recipe, algorithm: Algorithm) -> tuple[WorkerGroup, ...]:
@@ -177,5 +188,5 @@ def rollout_bytes(recipe: Recipe, algorithm: Algorithm) -> int:
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     per_token = 2 * element * config.num_hidden_layers * heads * width
-    return element * sizes(recipe, algorithm).parameters + per_token * recipe.rollouts.rows * recipe.data.max_length
+    return element * model_sizes(recipe, algorithm).all + per_token * recipe.rollouts.rows * recipe.data.max_length
 

@@ -1,8 +1,11 @@
-"""Predicted peak memory of a rank: the step's tensors followed without computing them, DeepSpeed's buffers by formula.
+"""Predicted peak memory of a rank: the step's tensors followed without computing them, DeepSpeed's state by state_bytes.py.
+
+    recipe --build_fake--> model without storage --largest micro-batch--> activations  ─┐
+    parameter sizes, cut --state_bytes--> what DeepSpeed holds on the device and in RAM ─┴─> MemoryEstimate
 
 Forward and backward of the largest micro-batch run on tensors without storage while every new one is counted, so that
 each architecture, layout and the chunked head are counted as they are. Checked against the measured peak by
-tests/invariants/test_memory.py and benchmarks/seed_arithmetic.py.
+tests/invariants/test_memory.py and benchmarks/seed_arithmetic.py, its state against DeepSpeed's by tests/invariants/test_state_bytes.py.
 """
 
 from collections.abc import Iterable
@@ -17,41 +20,66 @@ from torch.utils._pytree import tree_leaves
 
 from orchestrator.algorithms import Algorithm
 from orchestrator.config import Recipe
-from orchestrator.models.load import build_fake
-from orchestrator.models.scoring import CHUNK_LOGITS, MicroBatchTensors, ScoringModel, scored
+from orchestrator.models.load import build_fake, load_config
+from orchestrator.models.scoring import CHUNK_LOGITS, Checkpointing, MicroBatchTensors, ScoringModel, scored
 from orchestrator.records import Cut, MicroBatch
+from orchestrator.state_bytes import PERSISTENT_ELEMENTS, Held, Sizes, state_bytes
 
-PERSISTENT_ELEMENTS = 100_000
-"""ZeRO-3 keeps tensors up to this size whole on every rank (stage3_param_persistence_threshold in learner/engine.py)."""
 MALLOC_OVERHEAD = 0.4
 """glibc's malloc keeps freed blocks between live ones: 1,533 MB resident where the tensors are 1,103 MB. Giving each
 block back at once (MALLOC_MMAP_THRESHOLD_) measures 1,099 MB and takes 1.4 times as long, so this is accepted and counted."""
 LIBRARY_BYTES = 8_000_000
 """Buffers that the maths libraries keep on a CPU, as measured on the smallest micro-batches of the same benchmark."""
-BUCKET_BYTES = 100_000_000
-"""Communication buffers are bounded by the reduce bucket of learner/engine.py (25 M fp32 elements)."""
+CONTEXT_BYTES, NCCL_BYTES = 1_000_000_000, 1_000_000_000
+"""Of a GPU, and counted by no allocator of torch: the CUDA context with its kernels (0.5 GB on H100) and the workspaces of cuBLAS and
+Triton; and, where ranks speak, the channels of NCCL (0.5 to 1.5 GB by topology). Estimates: not measured by us."""
+PROCESS_RAM = 4_000_000_000
+"""RAM of a process that drives a GPU, beside tensors: torch's CUDA libraries, pinned staging buffers, Python. An estimate."""
+DEPTHS = (2, 3, 4)
+"""Layers of the models from which a deeper one of equal layers is extrapolated."""
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryEstimate:
-    """Bytes of one rank. weights: what the model computes with; master: the optimizer's fp32 copy where that is not
-    the weights themselves; optimizer: Adam's moments; gradients: the fp32 accumulation buffer and what is reduced from;
-    activations: the largest micro-batch; logits: chunks of the head; reference: a live copy (TR-DPO); allocator: what
-    malloc holds beyond that on a CPU."""
+    """Bytes of one rank. weights, gradients, accumulators, master, moments: see StateBytes, without what is offloaded; activations: the
+    largest micro-batch's; logits: chunks of the head; gathered: parameters that ZeRO-3 has fetched; communication: buckets and the
+    copies that reductions make; stepping: what applying the step takes beyond a backward; reference: a live copy (TR-DPO);
+    runtime: what malloc, CUDA and NCCL hold beyond tensors.
+
+    offloaded: state kept in RAM (of a GPU learner; a CPU learner's is memory like any other and part of the total); loading: the
+    most of the device while the model is loaded and partitioned; ram: the most of the machine's RAM that a GPU learner takes."""
 
     weights: int
-    master: int
-    optimizer: int
     gradients: int
+    accumulators: int
+    master: int
+    moments: int
     activations: int
     logits: int
+    gathered: int
     communication: int
+    stepping: int
     reference: int
-    allocator: int
+    runtime: int
+    offloaded: int
+    loading: int
+    ram: int
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """What adds up to the total."""
+        apart = ("loading", "ram") if not self.ram else ("loading", "ram", "offloaded")
+        return {name: value for name, value in asdict(self).items() if name not in apart}
 
     @property
     def total(self) -> int:
-        return sum(asdict(self).values())
+        """The most in a step."""
+        return sum(self.parts.values())
+
+    @property
+    def peak(self) -> int:
+        """The most at any time: what the device must have."""
+        return max(self.total, self.loading)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,51 +91,109 @@ class Traffic:
     per_reduction: int
 
 
-@dataclass(frozen=True, slots=True)
-class Sizes:
-    """Parameter counts: all, those that learn, and those in tensors that ZeRO-3 partitions instead of keeping whole."""
-
-    parameters: int
-    trainable: int
-    partitioned: int
+def parameter_sizes(scoring: ScoringModel) -> Sizes:
+    parameters = list(scoring.parameters())
+    return Sizes(tuple(p.numel() for p in parameters if not p.requires_grad), tuple(p.numel() for p in parameters if p.requires_grad))
 
 
-def parameter_counts(scoring: ScoringModel) -> Sizes:
-    sizes = [(p.numel(), p.requires_grad) for p in scoring.parameters()]
-    return Sizes(
-        sum(n for n, _ in sizes), sum(n for n, learns in sizes if learns), sum(n for n, _ in sizes if n > PERSISTENT_ELEMENTS)
-    )
-
-
-def estimate(recipe: Recipe, algorithm: Algorithm, cut: Cut, micro_batch: MicroBatch) -> MemoryEstimate:
-    """The prediction for `micro_batch`, the largest that the cut makes."""
-    low = recipe.learners.precision in ("bf16", "fp16")
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    scoring = fake_model(recipe, algorithm, mode)
-    sizes = parameter_counts(scoring)
-    step = _step_bytes(scoring, micro_batch, mode, autocast=recipe.learners.precision == "bf16_autocast")
-    vocabulary = scoring.hugging_face.config.get_text_config().vocab_size
-    element = 2 if low else 4
-    on_gpu, logits = bool(recipe.learners.gpus_per_worker), 0
-    if algorithm.head == "lm":
-        logits = 2 * 4 * min(CHUNK_LOGITS, len(micro_batch.targets) * vocabulary)
-    return MemoryEstimate(
-        weights=element * (sizes.parameters // (cut.workers if cut.zero_stage == 3 else 1)),
-        activations=max(0, step - logits),
-        logits=logits,
-        reference=element * sizes.parameters if algorithm.keeps_reference(recipe) else 0,
-        allocator=0 if on_gpu else int(MALLOC_OVERHEAD * max(step, logits)) + LIBRARY_BYTES,
-        **_optimizer_bytes(recipe, cut, sizes.trainable, element),
-    )
-
-
-def fake_model(recipe: Recipe, algorithm: Algorithm, mode: FakeTensorMode) -> ScoringModel:
-    """The scoring model in the training precision, without storage."""
+def fake_model(recipe: Recipe, algorithm: Algorithm, mode: FakeTensorMode, layers: int | None = None) -> ScoringModel:
+    """The scoring model in the training precision, without storage; layers: instead of its own number."""
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(recipe.learners.precision, torch.float32)
-    scoring = ScoringModel(build_fake(recipe.model, algorithm.head, dtype, mode), head=algorithm.head, spec=algorithm.scores)
-    if recipe.learners.activation_checkpointing:
-        scoring.enable_activation_checkpointing()
-    return scoring
+    model = build_fake(recipe.model, algorithm.head, dtype, mode, layers=layers)
+    return ScoringModel(model, head=algorithm.head, spec=algorithm.scores)
+
+
+def model_sizes(recipe: Recipe, algorithm: Algorithm) -> Sizes:
+    return parameter_sizes(fake_model(recipe, algorithm, FakeTensorMode(allow_non_fake_inputs=True)))
+
+
+class MemoryModel:
+    """The predictions for one recipe. Passes over models without storage take seconds, so each is made once: what a micro-batch keeps
+    alive depends on its shape and on the checkpointing, not on how state is partitioned."""
+
+    def __init__(self, recipe: Recipe, algorithm: Algorithm) -> None:
+        self.recipe, self.algorithm = recipe, algorithm
+        self.sizes = model_sizes(recipe, algorithm)
+        config = load_config(recipe.model).get_text_config()
+        self._vocabulary: int = config.vocab_size
+        self._layers: int = config.num_hidden_layers
+        self._equal = _layers_are_equal(config)
+        self._fakes: dict[int, tuple[ScoringModel, FakeTensorMode]] = {}
+        self._steps: dict[tuple[Any, ...], int] = {}
+
+    def estimate(self, cut: Cut, micro_batch: MicroBatch, checkpointing: Checkpointing) -> MemoryEstimate:
+        """The prediction for `micro_batch`, the largest that the cut makes."""
+        learners = self.recipe.learners
+        element = 2 if learners.precision in ("bf16", "fp16") else 4
+        held = state_bytes(self.sizes, learners, cut)
+        step = self._step_bytes(micro_batch, checkpointing)
+        logits = 0
+        if self.algorithm.head == "lm":
+            logits = 2 * 4 * min(CHUNK_LOGITS, len(micro_batch.targets) * self._vocabulary)
+        gpu = bool(learners.gpus_per_worker)
+        runtime = CONTEXT_BYTES + (NCCL_BYTES if cut.workers > 1 else 0) if gpu else int(MALLOC_OVERHEAD * max(step, logits)) + LIBRARY_BYTES
+        return MemoryEstimate(
+            weights=held.device.weights,
+            gradients=held.device.gradients,
+            accumulators=held.device.accumulators,
+            master=held.device.master,
+            moments=held.device.moments,
+            activations=max(0, step - logits),
+            logits=logits,
+            gathered=held.gathered,
+            communication=held.device.buffers + held.reducing,
+            stepping=max(0, held.stepping - max(step, logits) - held.gathered - held.reducing),
+            reference=element * self.sizes.all if self.algorithm.keeps_reference(self.recipe) else 0,
+            runtime=runtime,
+            offloaded=held.host.total,
+            loading=self._loading(cut, held, element) + (CONTEXT_BYTES if gpu else 0),
+            ram=max(4 * self.sizes.all, held.host.total) + PROCESS_RAM if gpu else 0,
+        )
+
+    def _loading(self, cut: Cut, held: Held, element: int) -> int:
+        """The model comes whole and in fp32 to every rank, whatever the stage; then stages 1 and 2 copy what learns into one flat
+        tensor, and the fp32 master and sums are made beside it."""
+        whole = 4 * self.sizes.all
+        if cut.zero_stage in (1, 2):
+            early = held.device.accumulators if cut.zero_stage == 1 and element == 2 else 0
+            return max(whole, element * (self.sizes.all + self.sizes.learns), held.device.weights + held.device.master + early)
+        return whole
+
+    def _step_bytes(self, micro_batch: MicroBatch, checkpointing: Checkpointing) -> int:
+        """Peak of forward + backward beyond parameters and their accumulated gradients.
+
+        At any moment a pass holds so much per layer whose output is still needed, and so much besides: a line over the number of
+        layers. The steepest line is that of the moment when all layers are held. So where the peak grows by the same step, above
+        zero, from 2 to 3 to 4 equal layers, it goes on like that exactly."""
+        key = (checkpointing, micro_batch.layout, micro_batch.one_row, micro_batch.input_ids.shape, len(micro_batch.targets), len(micro_batch.last_at))
+        if key not in self._steps:
+            self._steps[key] = self._extrapolated(micro_batch, checkpointing)
+        return self._steps[key]
+
+    def _extrapolated(self, micro_batch: MicroBatch, checkpointing: Checkpointing) -> int:
+        if self._equal and self._layers > DEPTHS[-1] + 1:
+            two, three, four = (self._pass(layers, micro_batch, checkpointing) for layers in DEPTHS)
+            if four - three == three - two > 0:
+                return four + (self._layers - DEPTHS[-1]) * (four - three)
+        return self._pass(self._layers, micro_batch, checkpointing)
+
+    def _pass(self, layers: int, micro_batch: MicroBatch, checkpointing: Checkpointing) -> int:
+        if layers not in self._fakes:
+            mode = FakeTensorMode(allow_non_fake_inputs=True)
+            self._fakes[layers] = fake_model(self.recipe, self.algorithm, mode, layers), mode
+        scoring, mode = self._fakes[layers]
+        scoring.checkpoint(checkpointing)
+        return step_bytes(scoring, micro_batch, mode, autocast=self.recipe.learners.precision == "bf16_autocast")
+
+    def traffic(self, cut: Cut, micro_batches: int) -> Traffic:
+        """What a rank sends in one step of `micro_batches`; compared with the counted bytes by tests/invariants."""
+        return traffic(self.recipe, self.sizes, cut, micro_batches)
+
+
+def _layers_are_equal(config: Any) -> bool:
+    """False where layers differ in kind, or may (mixtures of experts have dense layers in between)."""
+    kinds = set(getattr(config, "layer_types", None) or ())
+    return len(kinds) <= 1 and not any("expert" in name or name in ("mlp_only_layers", "sliding_window_pattern") for name in config.to_dict())
 
 
 class _LiveBytes(TorchDispatchMode):
@@ -141,8 +227,8 @@ class _LiveBytes(TorchDispatchMode):
             self.peak = max(self.peak, self._now)
 
 
-def _step_bytes(scoring: ScoringModel, micro_batch: MicroBatch, mode: FakeTensorMode, *, autocast: bool) -> int:
-    """Peak of forward + backward beyond parameters and their accumulated gradients."""
+def step_bytes(scoring: ScoringModel, micro_batch: MicroBatch, mode: FakeTensorMode, *, autocast: bool) -> int:
+    """Peak of forward + backward beyond parameters and their accumulated gradients. scoring: tensors of `mode`."""
     scoring.train()
     live = _LiveBytes()
     with mode:
@@ -154,31 +240,12 @@ def _step_bytes(scoring: ScoringModel, micro_batch: MicroBatch, mode: FakeTensor
     return live.peak
 
 
-def _optimizer_bytes(recipe: Recipe, cut: Cut, trainable: int, element: int) -> dict[str, int]:
-    """DeepSpeed's state per rank. Stage 0 keeps everything whole; stages 1-3 partition master, moments and, from 2 on,
-    the accumulated gradient; a coalesced policy holds whole gradients until its one reduction."""
-    stage, workers = cut.zero_stage, cut.workers
-    share = trainable // workers if stage else trainable
-    offloaded = recipe.learners.offload.optimizer != "none"
-    whole_gradients = stage < 2 or cut.sync == "coalesced"
-    gradients = element * trainable if whole_gradients else 0
-    if stage:
-        gradients += 4 * share
-    bucket = min(BUCKET_BYTES, 4 * trainable)
-    return {
-        "master": 0 if stage == 0 or offloaded else 4 * share,
-        "optimizer": 0 if offloaded else 8 * share,
-        "gradients": gradients,
-        "communication": bucket if workers > 1 or stage else 0,
-    }
-
-
-def traffic(recipe: Recipe, algorithm: Algorithm, cut: Cut, micro_batches: int) -> Traffic:
-    """What a rank sends in one step of `micro_batches`; compared with the counted bytes by tests/invariants."""
+def traffic(recipe: Recipe, sizes: Sizes, cut: Cut, micro_batches: int) -> Traffic:
+    """See MemoryModel.traffic."""
     if cut.workers == 1:
         return Traffic(0, 0, 0)
-    sizes = parameter_counts(fake_model(recipe, algorithm, FakeTensorMode(allow_non_fake_inputs=True)))
     element = 2 if recipe.learners.precision in ("bf16", "fp16") else 4
     reductions = micro_batches if cut.sync == "per_micro_batch" else 1
-    gathered = {0: 0, 1: sizes.trainable, 2: sizes.trainable, 3: sizes.trainable - sizes.partitioned + 2 * micro_batches * sizes.partitioned}
-    return Traffic(4 * sizes.trainable * reductions, element * gathered[cut.zero_stage], 4 * sizes.trainable)
+    persistent = sum(n for n in sizes.trainable if n <= PERSISTENT_ELEMENTS)
+    gathered = {0: 0, 1: sizes.learns, 2: sizes.learns, 3: persistent + 2 * micro_batches * sizes.partitioned}
+    return Traffic(4 * sizes.learns * reductions, element * gathered[cut.zero_stage], 4 * sizes.learns)

@@ -5,47 +5,41 @@
 The plan may change how fast a step is, never what it computes.
 """
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from orchestrator.algorithms import Algorithm
+from orchestrator.algorithms import Algorithm, build
 from orchestrator.config import Recipe
 from orchestrator.cut import cut_step
-from orchestrator.data.packing import cost
 from orchestrator.dataset import DataSet
 from orchestrator.errors import ConfigError, NotEnoughResources
-from orchestrator.facts import WorkerGroup
 from orchestrator.hardware import Hardware, this_machine
-from orchestrator.memory_model import MemoryEstimate, Traffic, estimate, traffic
+from orchestrator.memory_model import MemoryEstimate, MemoryModel, Traffic
 from orchestrator.models.attention import capabilities
 from orchestrator.models.load import load_config
-from orchestrator.records import Cut, Layout, MicroBatch, PackedBatch, SequenceGroup, Sync
+from orchestrator.models.scoring import Checkpointing
+from orchestrator.records import Cut, Layout, PackedBatch, Sync
+from orchestrator.ways import (
+    LEGAL_SYNC,
+    Limits,
+    Way,
+    Work,
+    first_steps,
+    given,
+    largest_micro_batch,
+    lowest_stage,
+    memory_limit,
+    modes_of,
+    ram_limit,
+    ways_of,
+)
 from orchestrator.words import size
 
-LOOK_AHEAD = 8
-"""Steps whose largest micro-batch stands for the run's."""
-CPU_POSITIONS = 2048
-"""Micro-batches above this many positions were not faster on a CPU: their activations leave the caches
-(benchmarks/seed_arithmetic.py)."""
-GPU_POSITIONS = 65536
-ASSUMED_GPU_BYTES = 80_000_000_000
-LEGAL_SYNC: dict[int, tuple[Sync, ...]] = {
-    0: ("no_sync",),
-    1: ("no_sync", "coalesced"),
-    2: ("coalesced", "per_micro_batch"),
-    3: ("coalesced", "per_micro_batch"),
+CHECKPOINTING_REASONS: dict[Checkpointing, str] = {
+    "none": "activations fit the memory: nothing is computed again",
+    "selective": "matrix products and attention are kept, the rest is computed again: a few per cent of a step, for larger micro-batches",
+    "full": "only the inputs of layers are kept: a third more to compute, for micro-batches that would not fit or would be too small",
 }
-
-BY_TRAFFIC: tuple[tuple[int, Sync], ...] = (
-    (0, "no_sync"),
-    (1, "no_sync"),
-    (2, "coalesced"),
-    (2, "per_micro_batch"),
-    (3, "per_micro_batch"),
-)
-"""What `auto` tries in turn: one reduction of the gradients; the same with partitioned moments; with partitioned gradients; a
-reduction per micro-batch; and all parameters gathered twice per micro-batch. Each needs less memory than the one before."""
 SYNC_REASONS: dict[Sync, str] = {
     "no_sync": "gradients stay on the rank until the step: one reduction instead of one per micro-batch",
     "coalesced": "whole gradients are held back and reduced once at the end of the step",
@@ -82,7 +76,8 @@ class DataReport:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """All that `orchestrator plan` shows. memory_limit: bytes a rank may use; mean_length: tokens, for FLOPs."""
+    """All that `orchestrator plan` shows. recipe: with activation_checkpointing decided; memory_limit, ram_limit: bytes that a rank may
+    use of its device, and a GPU learner of the machine's RAM; mean_length: tokens, for FLOPs."""
 
     recipe: Recipe
     algorithm: str
@@ -95,11 +90,12 @@ class Plan:
     data: DataReport
     memory: MemoryEstimate
     memory_limit: int
+    ram_limit: int
     traffic: Traffic
     mean_length: int
 
     def to_json(self) -> dict[str, Any]:
-        plain = ("algorithm", "micro_batches", "total_steps", "arithmetic", "nearest", "memory_limit", "mean_length")
+        plain = ("algorithm", "micro_batches", "total_steps", "arithmetic", "nearest", "memory_limit", "ram_limit", "mean_length")
         return {
             **{name: getattr(self, name) for name in plain},
             "cut": asdict(self.cut),
@@ -118,21 +114,15 @@ def make_plan(recipe: Recipe, algorithm: Algorithm, data: DataSet, hardware: Har
     learners = f"{recipe.learners.count} learner{'s' if recipe.learners.count > 1 else ''}"
     choices = [Choice("hardware", learners, f"on {hardware}")]
     layout = _layout(recipe, algorithm, choices)
-    steps = first_steps(data)
-    limit = memory_limit(recipe, hardware)
-    cut = _fit(recipe, algorithm, steps, layout, limit, choices)
-    first = cut_step(steps[0], cut)
-    largest = largest_micro_batch(steps, cut)
-    memory = estimate(recipe, algorithm, cut, largest)
-    if memory.total > limit:
-        raise NotEnoughResources(
-            f"a worker needs about {size(memory.total)}, it may use {size(limit)}",
-            why=", ".join(f"{name} {size(value)}" for name, value in asdict(memory).items() if value),
-            fix="more learners.workers with a higher learners.zero_stage, a smaller batch.micro_batch, "
-            "learners.activation_checkpointing=true, or learners.offload.optimizer=cpu",
-        )
+    limits = Limits(memory_limit(recipe, hardware), ram_limit(recipe, hardware))
+    work = Work(recipe, algorithm, first_steps(data), MemoryModel(recipe, algorithm), limits, hardware)
+    way = _fit(work, layout, choices)
+    cut, memory = way.cut, way.memory
+    if not way.fits:
+        raise _too_large(memory, limits)
+    recipe, first = recipe.with_checkpointing(way.checkpointing), cut_step(work.steps[0], cut)
     micro_batches = len(first.micro_batches[0])
-    sent = traffic(recipe, algorithm, cut, micro_batches)
+    sent = work.model.traffic(cut, micro_batches)
     choices += _communication(hardware, cut, sent)
     return Plan(
         recipe=recipe,
@@ -145,39 +135,11 @@ def make_plan(recipe: Recipe, algorithm: Algorithm, data: DataSet, hardware: Har
         choices=tuple(choices),
         data=_data_report(data),
         memory=memory,
-        memory_limit=limit,
+        memory_limit=limits.device,
+        ram_limit=limits.ram,
         traffic=sent,
         mean_length=max(1, sum(data.report.lengths) // len(data.report.lengths)),
     )
-
-
-def memory_limit(recipe: Recipe, hardware: Hardware) -> int:
-    """Bytes a worker may use: batch.memory_utilisation of the recipe's limit, of the GPU, or of its share of a machine's RAM."""
-    batch, learners = recipe.batch, recipe.learners
-    if batch.memory_limit_gb is not None:
-        device = batch.memory_limit_gb * 1e9
-    elif learners.gpus_per_worker:
-        device = (hardware.gpu_memory or ASSUMED_GPU_BYTES) * min(1.0, learners.gpus_per_worker)
-    else:
-        group = WorkerGroup("learners", learners.count, learners.cpus_per_worker, 0.0)
-        hosts = [m for m in hardware.machines if m.holds(group)] or hardware.machines  # a head may have no CPUs to give out
-        spread = -(-learners.count // len(hosts))
-        device = min(m.ram / min(learners.count, max(m.holds(group), spread)) for m in hosts)
-    return int(device * batch.memory_utilisation)
-
-
-def largest_micro_batch(steps: Sequence[Sequence[SequenceGroup]], cut: Cut) -> MicroBatch:
-    """The micro-batch with most positions among these steps."""
-    return max((mb for step in steps for rank in cut_step(step, cut).micro_batches for mb in rank), key=lambda mb: mb.positions)
-
-
-def first_steps(data: DataSet) -> list[Sequence[SequenceGroup]]:
-    """The examples of the first optimizer steps."""
-    steps, cursor = [], 0
-    for _ in range(min(LOOK_AHEAD, data.batches.steps_in(1.0))):
-        steps.append(data.batches.at(cursor))
-        cursor += len(steps[-1])
-    return steps
 
 
 def _check(recipe: Recipe, share: int) -> None:
@@ -197,6 +159,13 @@ def _check(recipe: Recipe, share: int) -> None:
             f"learners.precision={learners.precision} needs learners.zero_stage 1, 2 or 3",
             why="DeepSpeed keeps no fp32 accumulation buffer at stage 0",
             fix="set learners.zero_stage=1 (also right for one worker), or precision=bf16_autocast",
+        )
+    if learners.zero_stage != "auto" and learners.zero_stage < (lowest := lowest_stage(learners)):
+        what = "parameters" if lowest == 3 else "optimizer"
+        raise ConfigError(
+            f"learners.offload.{what}=cpu is not possible at ZeRO stage {learners.zero_stage}",
+            why="DeepSpeed offloads what it has partitioned",
+            fix=f"set learners.zero_stage={lowest}, or auto",
         )
     if learners.zero_stage != "auto" and learners.sync != "auto":
         _check_sync(learners.sync, learners.zero_stage, learners.precision)
@@ -240,39 +209,79 @@ def _layout(recipe: Recipe, algorithm: Algorithm, choices: list[Choice]) -> Layo
     return best
 
 
-def _fit(recipe: Recipe, algorithm: Algorithm, steps: list[Sequence[SequenceGroup]], layout: Layout, limit: int, choices: list[Choice]) -> Cut:
-    """The first of the ways to partition that fits, from least to most communication, and the micro-batch."""
-    learners = recipe.learners
-    ways = _ways(recipe)
-    for stage, sync in ways:
-        whole = Cut(learners.count, None, None, layout, stage, sync)
-        cut = _budget(recipe, algorithm, steps, whole, limit)
-        if cut is not None:
-            break
-    else:
-        cut = _given(recipe, algorithm, whole)  # nothing fits: the caller says by how much
-    first = (cut.zero_stage, cut.sync) == ways[0]
-    why = "the lowest stage whose state fits: fewest collectives" if first else "what needs fewer bytes on the wire does not fit the memory"
+def _one_row(recipe: Recipe, layout: Layout) -> bool:
+    """A GPU computes one long row under masks of blocks; on a CPU short rows are faster than a long one."""
+    can = capabilities(load_config(recipe.model).get_text_config())
+    return bool(recipe.learners.gpus_per_worker) and layout != "padded" and can.blocks
+
+
+def _fit(work: Work, layout: Layout, choices: list[Choice]) -> Way:
+    """What takes least time by estimate of all that fits: where gradients and parameters lie, and what is computed again."""
+    learners = work.recipe.learners
+    ways = ways_of(work.recipe)
+    whole = [Cut(learners.count, None, None, layout, stage, sync, one_row=_one_row(work.recipe, layout)) for stage, sync in ways]
+    tried = [found for mode in modes_of(work.recipe) for cut in whole if (found := work.largest(cut, mode))]
+    if not tried:  # the caller says by how much
+        return work.way(given(work.recipe, work.algorithm, whole[-1]), modes_of(work.recipe)[-1])
+    best = min(tried, key=lambda way: way.seconds)
+    cut, lowest = best.cut, min(ways.index((way.cut.zero_stage, way.cut.sync)) for way in tried)
+    at = ways.index((cut.zero_stage, cut.sync))
+    why = (
+        "the lowest stage whose state fits: fewest collectives"
+        if at == 0
+        else "what needs fewer bytes on the wire does not fit the memory"
+        if at == lowest
+        else "quicker by estimate than a lower stage, which leaves room for smaller micro-batches or has to compute more again"
+    )
     choices.append(Choice("ZeRO stage", str(cut.zero_stage), why if learners.zero_stage == "auto" else "set in the recipe"))
     choices.append(Choice("sync", cut.sync, ("set in the recipe; " if learners.sync != "auto" else "") + SYNC_REASONS[cut.sync]))
-    choices.append(_micro_batch_choice(recipe, cut))
-    return cut
+    why = "set in the recipe" if learners.activation_checkpointing != "auto" else CHECKPOINTING_REASONS[best.checkpointing]
+    choices.append(Choice("checkpointing", best.checkpointing, why))
+    choices.append(_micro_batch_choice(work.recipe, cut))
+    return best
 
 
-def _ways(recipe: Recipe) -> list[tuple[int, Sync]]:
-    """ZeRO stages with their sync policies that the recipe leaves open, from least to most bytes on the wire."""
-    learners = recipe.learners
-    sync, stage = learners.sync, learners.zero_stage
-    ways: list[tuple[int, Sync]] = list(BY_TRAFFIC)
-    if sync != "auto":
-        ways = [(number, sync) for number, legal in LEGAL_SYNC.items() if sync in legal]
-    if learners.precision in ("bf16", "fp16"):
-        ways = [way for way in ways if way[0] > 0 and way[1] != "coalesced"]
-    if stage != "auto":
-        ways = [way for way in ways if way[0] == stage]
-    if not ways:
-        raise ConfigError(f"learners.sync={sync} is not possible with precision={learners.precision}", fix="set learners.sync=auto")
-    return ways
+def _too_large(memory: MemoryEstimate, limits: Limits) -> NotEnoughResources:
+    parts = ", ".join(f"{name} {size(value)}" for name, value in memory.parts.items() if value)
+    fix = (
+        "more learners.workers with a higher learners.zero_stage, a smaller batch.micro_batch, "
+        "learners.activation_checkpointing=full, or learners.offload.optimizer=cpu"
+    )
+    if memory.ram > limits.ram:
+        why = f"{size(memory.ram)} of RAM for each, to load the model in fp32 or to keep {size(memory.offloaded)} offloaded"
+        return NotEnoughResources(f"a worker may use {size(limits.ram)} of the machine's RAM", why=why, fix="fewer workers on a machine, or more RAM")
+    if memory.total <= limits.device:
+        why = "it comes whole and in fp32 to every worker before DeepSpeed partitions it"
+        return NotEnoughResources(
+            f"loading the model takes {size(memory.loading)} of a worker, it may use {size(limits.device)}", why=why, fix="larger devices"
+        )
+    return NotEnoughResources(f"a worker needs about {size(memory.total)}, it may use {size(limits.device)}", why=parts, fix=fix)
+
+
+def finer_cut(plan: Plan, data: DataSet, cut: Cut) -> Cut:
+    """The cut to try where `cut` took more memory than was predicted: smaller micro-batches, and where they cannot be smaller the next
+    way to partition that fits by prediction. None of it changes a result. NotEnoughResources where nothing is left."""
+    recipe, steps = plan.recipe, first_steps(data)
+    now, finer = largest_micro_batch(steps, cut).positions, cut.halved()
+    while finer != cut and largest_micro_batch(steps, finer).positions >= now and finer != finer.halved():
+        finer = finer.halved()
+    if largest_micro_batch(steps, finer).positions < now:
+        return finer
+    algorithm, limits = build(recipe.algorithm, recipe.rollouts), Limits(plan.memory_limit, plan.ram_limit)
+    model, ways = MemoryModel(recipe, algorithm), ways_of(recipe)
+    here = (cut.zero_stage, cut.sync)
+    largest = largest_micro_batch(steps, cut)
+    memory = model.estimate(cut, largest, recipe.learners.checkpointing)
+    for stage, sync in ways[ways.index(here) + 1 :] if here in ways else ():
+        other = replace(cut, zero_stage=stage, sync=sync)
+        found = model.estimate(other, largest, recipe.learners.checkpointing)
+        if limits.hold(found) and found.total < memory.total:
+            return other
+    raise NotEnoughResources(
+        f"the smallest micro-batch, {now} positions, does not fit at ZeRO {cut.zero_stage} ({cut.sync}), and no other way to partition is left",
+        why=", ".join(f"{name} {size(value)}" for name, value in memory.parts.items() if value) + f" by prediction, of {size(limits.device)}",
+        fix="more learners.workers, learners.activation_checkpointing=full, learners.offload.optimizer=cpu, or a shorter data.max_length",
+    )
 
 
 def _communication(hardware: Hardware, cut: Cut, sent: Traffic) -> list[Choice]:
@@ -284,37 +293,6 @@ def _communication(hardware: Hardware, cut: Cut, sent: Traffic) -> list[Choice]:
     where = f"between {len(hardware.machines)} machines" if len(hardware.machines) > 1 else "within the machine"
     what = f"{size(sent.reduced)} reduced, {size(sent.gathered)} gathered, {hardware.link / 1e9:.3g} GB/s {where} ({hardware.source})"
     return [Choice("communication", f"at least {seconds:.3g} s a step", what)]
-
-
-def _budget(recipe: Recipe, algorithm: Algorithm, steps: list[Sequence[SequenceGroup]], cut: Cut, limit: int) -> Cut | None:
-    """The cut with the recipe's micro-batch, or with the largest that fits the predicted memory; None where nothing does."""
-    batch = recipe.batch
-
-    def fits(candidate: Cut) -> bool:
-        return estimate(recipe, algorithm, candidate, largest_micro_batch(steps, candidate)).total <= limit
-
-    if batch.micro_batch_tokens is not None or batch.micro_batch != "auto":
-        given = _given(recipe, algorithm, cut)
-        return given if fits(given) else None
-    cap = GPU_POSITIONS if recipe.learners.gpus_per_worker else CPU_POSITIONS
-    most = max(cost(list(step), cut.layout) for step in steps)
-    longest = max(cost([g], cut.layout) for step in steps for g in step)
-    positions = max(longest, min(cap, -(-most // cut.workers)))
-    while True:
-        candidate = replace(cut, positions=positions)
-        if fits(candidate):
-            return candidate
-        if positions <= longest:
-            return None
-        positions = max(longest, positions // 2)
-
-
-def _given(recipe: Recipe, algorithm: Algorithm, cut: Cut) -> Cut:
-    """The cut with the recipe's micro-batch (at least one group), or with the smallest one where that is left to the plan."""
-    batch = recipe.batch
-    if batch.micro_batch_tokens is not None:
-        return replace(cut, positions=batch.micro_batch_tokens)
-    return replace(cut, positions=1) if batch.micro_batch == "auto" else replace(cut, examples=max(1, batch.micro_batch // algorithm.group_examples))
 
 
 def _micro_batch_choice(recipe: Recipe, cut: Cut) -> Choice:

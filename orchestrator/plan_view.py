@@ -1,7 +1,5 @@
 """The plan as a person reads it: batch arithmetic first, then why, then data and memory."""
 
-from dataclasses import asdict
-
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -59,8 +57,12 @@ def _data(data: DataReport) -> Group:
 
 def _memory(plan: Plan) -> Group:
     table = Table(box=None, pad_edge=False, show_header=False)
-    for name, count in asdict(plan.memory).items():
+    memory, limit = plan.memory, f"of {size(plan.memory_limit)} a worker may use"
+    for name, count in memory.parts.items():
         if count:
             table.add_row(f"  {name}", Text(size(count), justify="right"))
-    table.add_row("  peak", Text(size(plan.memory.total), style="bold", justify="right"), f"of {size(plan.memory_limit)} a worker may use")
+    table.add_row("  peak", Text(size(memory.total), style="bold", justify="right"), limit)
+    table.add_row("  while loading", Text(size(memory.loading), justify="right"), limit)
+    if memory.ram:
+        table.add_row("  RAM", Text(size(memory.ram), justify="right"), f"of {size(plan.ram_limit)} that each may use of its machine's")
     return Group(Text("predicted memory per worker, beyond the Python process itself"), table)

@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from orchestrator.algorithms import critic
 from orchestrator.cluster.probes import here, on_cluster, survey
@@ -19,7 +18,7 @@ from orchestrator.errors import ConfigError, Exit, MissingInput, NotEnoughResour
 from orchestrator.facts import Capacity, ClusterFacts, ModelSource, Need, WorkerGroup
 from orchestrator.findings import Finding
 from orchestrator.job import Job
-from orchestrator.memory_model import fake_model, parameter_counts
+from orchestrator.memory_model import model_sizes
 from orchestrator.node_facts import shared_folder, unmet_requirements, wandb_trouble
 from orchestrator.stages import STAGE
 
@@ -56,15 +55,14 @@ def _reward_models(job: Job) -> list[WorkerGroup]:
 
 def _checkpoint_bytes(job: Job) -> int:
     """Of one checkpoint: the policy's state, TR-DPO's moving reference, and the state of PPO's critic."""
-    recipe, mode = job.recipe, FakeTensorMode(allow_non_fake_inputs=True)
-    sizes = parameter_counts(fake_model(recipe, job.algorithm, mode))
-    total = STATE_BYTES * sizes.trainable
+    recipe = job.recipe
+    sizes = model_sizes(recipe, job.algorithm)
+    total = STATE_BYTES * sizes.learns
     if recipe.algorithm.reference_sync_every is not None:
-        total += (4 if recipe.learners.precision in ("fp32", "bf16_autocast") else 2) * sizes.parameters
+        total += (4 if recipe.learners.precision in ("fp32", "bf16_autocast") else 2) * sizes.all
     if job.algorithm.online is not None and job.algorithm.online.critic:
         model = recipe.critic.model or recipe.model.model_copy(update={"lora": None})
-        values = fake_model(recipe.model_copy(update={"model": model}), critic(recipe.algorithm), mode)
-        total += STATE_BYTES * parameter_counts(values).trainable
+        total += STATE_BYTES * model_sizes(recipe.model_copy(update={"model": model}), critic(recipe.algorithm)).learns
     return total
 
 

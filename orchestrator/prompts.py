@@ -46,7 +46,7 @@ def load_prompts(recipe: Recipe, algorithm: Algorithm) -> PromptSet:
     if recipe.data.eval is not None:
         rows = load_rows(held_out_source(recipe.data.eval), recipe.data, "prompt")
         held_out = _encode(rows, tokenizer, recipe)[0][: recipe.evaluation.max_prompts]
-    groups = tuple(_longest(p, recipe, algorithm) for p in prompts)
+    groups = tuple(longest_rollouts(p, recipe, algorithm) for p in prompts)
     effective = recipe.batch.effective // algorithm.group_examples
     longest = DataSet(
         tokenizer=tokenizer,
@@ -128,7 +128,7 @@ def _encode(loaded: LoadedRows, tokenizer: Any, recipe: Recipe) -> tuple[tuple[P
     return tuple(prompts), EncodingReport(len(loaded.rows), len(prompts), dropped, truncated, (), 0, lengths)
 
 
-def _longest(prompt: Prompt, recipe: Recipe, algorithm: Algorithm) -> SequenceGroup:
+def longest_rollouts(prompt: Prompt, recipe: Recipe, algorithm: Algorithm) -> SequenceGroup:
     """The prompt with completions of full length: repeats of its first token, which nothing learns from."""
     tokens = recipe.rollouts.max_new_tokens
     zeros = np.zeros(tokens, np.float32)

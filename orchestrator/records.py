@@ -118,6 +118,7 @@ class Cut:
     """How the hardware cuts an optimizer step. Nothing in here may change a result.
 
     A micro-batch holds at most `examples` examples or, if that is None, `positions` computed token positions.
+    one_row: a micro-batch is a single row under block masks (models/block_attention.py), as GPUs like it.
     Example: 256 pairs, Cut(workers=2, examples=8, …): 2 workers x 16 micro-batches x 8 pairs.
     """
 
@@ -127,6 +128,12 @@ class Cut:
     layout: Layout
     zero_stage: int
     sync: Sync
+    one_row: bool = False
+
+    def __str__(self) -> str:
+        """Example: at most 4096 positions, ZeRO 2 (per_micro_batch)"""
+        bound = f"{self.examples} examples" if self.examples is not None else f"{self.positions} positions"
+        return f"at most {bound}, ZeRO {self.zero_stage} ({self.sync})"
 
     def halved(self) -> "Cut":
         """The cut to try after an out-of-memory error."""
@@ -158,6 +165,12 @@ class LossUnits:
         return self.examples * len(self.branch_tokens)
 
 
+ROW_MULTIPLE = 128
+"""The length of a single row is a multiple of it: the block of FlexAttention's masks."""
+SHORTEST_ROW = 512
+"""Shorter single rows make torch compile its attention again: sizes 1 and 2 of a dimension are special to it."""
+
+
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
     """A few rows that one worker takes through the model at once.
@@ -168,7 +181,7 @@ class MicroBatch:
     score_at: Int[N], flat positions r*T + t whose hidden state predicts targets: Int[N];
     sequence: Int[N], the sequence (example * branches + branch) of each; sequences run 0 .. n*branches - 1.
     last_at: Int[n*branches], flat position of the last token of each sequence (where reward heads read).
-    examples: Int[n], group ids. weight: 0.0 for a filler that only keeps ranks in step.
+    one_row: the row is single and made for block masks. examples: Int[n], group ids. weight: 0.0 for a filler that only keeps ranks in step.
     ref_logprobs: Float[N]; coefficients: Float[N], d loss / d token log-prob of losses that couple the whole batch.
     label, margin: Float[n]. experience: columns Float[N] of a policy-gradient step.
     """
@@ -185,6 +198,7 @@ class MicroBatch:
     examples: Ints
     branches: int
     unshared_tokens: int
+    one_row: bool = False
     weight: float = 1.0
     ref_logprobs: Floats | None = None
     coefficients: Floats | None = None

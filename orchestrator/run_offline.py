@@ -27,7 +27,7 @@ def attempt(job: Job, folder: RunFolder, cut: Cut, stopped: Stopped) -> Progress
     saved = store.newest()
     with (
         job.reporter(folder, saved.progress.step if saved else 0) as reporter,
-        LearnerGroup(recipe.learners, parameters=job.sizes().parameters, logs=folder.logs) as group,
+        LearnerGroup(recipe.learners, parameters=job.sizes().all, logs=folder.logs) as group,
     ):
         attach = attach_reference(recipe, job.algorithm, job.data, cut, group, reporter.note)
         group.build(LearnerSpec(recipe, cut, job.schedule_steps))

@@ -18,9 +18,10 @@ from orchestrator.controllers.online import Learning, OnlinePlan, OnlineTrainer
 from orchestrator.controllers.rollout_evaluation import RolloutEvaluator
 from orchestrator.controllers.step import Attach, Guards, Stepper
 from orchestrator.episodes import Sampling
-from orchestrator.job import Job, Stopped, sizes
+from orchestrator.job import Job, Stopped
 from orchestrator.learner.checks import model_fingerprint
 from orchestrator.learner.learner import LearnerSpec
+from orchestrator.memory_model import model_sizes
 from orchestrator.observe.reporter import RunReporter
 from orchestrator.observe.timeline import Timeline
 from orchestrator.records import Cut, PackedBatch, Progress
@@ -41,7 +42,7 @@ def attempt(job: Job, folder: RunFolder, cut: Cut, stopped: Stopped) -> Progress
         reporter = stack.enter_context(job.reporter(folder, saved.progress.step if saved else 0))
         together = recipe.rollouts if recipe.rollouts.placement == "colocated" and recipe.rollouts.replay is None else None
         connect(store_for(job.store_bytes()))
-        parameters = job.sizes().parameters
+        parameters = job.sizes().all
         group = stack.enter_context(LearnerGroup(recipe.learners, parameters=parameters, logs=folder.logs, colocated=together))
         group.build(LearnerSpec(recipe, cut, job.schedule_steps))
         cut = probed_cut(job.plan, job.data, cut, group, reporter.note)
@@ -95,7 +96,7 @@ def critic_recipe(recipe: Recipe) -> Recipe:
 
 def _critic(job: Job, folder: RunFolder, cut: Cut, stack: ExitStack) -> LearnerGroup:
     recipe = critic_recipe(job.recipe)
-    parameters = sizes(recipe, value_model(recipe.algorithm)).parameters
+    parameters = model_sizes(recipe, value_model(recipe.algorithm)).all
     group = stack.enter_context(LearnerGroup(recipe.learners, parameters=parameters, logs=folder.logs, name="critic"))
     group.build(LearnerSpec(recipe, replace(cut, workers=recipe.learners.count), job.schedule_steps, "critic"))
     return group
@@ -174,7 +175,7 @@ def evaluate(job: Job) -> dict[str, float]:
     with ExitStack() as stack:
         together = recipe.rollouts if recipe.rollouts.placement == "colocated" else None
         connect(store_for(job.store_bytes()))
-        parameters = job.sizes().parameters
+        parameters = job.sizes().all
         group = stack.enter_context(LearnerGroup(recipe.learners, parameters=parameters, colocated=together))
         group.build(LearnerSpec(recipe, job.plan.cut, 1))
         scorer = stack.enter_context(RewardPool(recipe.rewards, model_for_tokenizer=recipe.model, logs=None))

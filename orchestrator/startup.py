@@ -1,6 +1,7 @@
 """What happens between building the workers and the first step: reference log-probs, checks, the memory probe."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from orchestrator.algorithms import Algorithm
@@ -11,12 +12,13 @@ from orchestrator.cut import cut_step, loss_units
 from orchestrator.data.packing import pack
 from orchestrator.dataset import DataSet
 from orchestrator.errors import ConfigError
-from orchestrator.learner.checks import head_check, layout_gap, peak_flops, probe_peak
-from orchestrator.learner.learner import LearnerSpec
+from orchestrator.learner.checks import attention_compilations, head_check, layout_gap, peak_flops, probe_peak
+from orchestrator.models.block_attention import MAX_COMPILATIONS
 from orchestrator.models.load import load_config
 from orchestrator.observe.metrics import Throughput
-from orchestrator.plan import Plan, first_steps, largest_micro_batch
+from orchestrator.plan import Plan, finer_cut
 from orchestrator.records import Cut, PackedBatch, SequenceGroup
+from orchestrator.ways import first_steps, largest_micro_batch
 
 Note = Callable[[str], None]
 Attach = Callable[[PackedBatch], PackedBatch]
@@ -59,21 +61,21 @@ def attach_reference(
 
 
 def probed_cut(plan: Plan, data: DataSet, cut: Cut, group: LearnerGroup, note: Note) -> Cut:
-    """With `micro_batch: auto`: measures the largest micro-batch, and makes the budget smaller until it fits."""
+    """With `micro_batch: auto`: measures the largest micro-batch, and cuts finer until it fits: see plan.finer_cut."""
     batch = plan.recipe.batch
     if batch.micro_batch != "auto" or batch.micro_batch_tokens is not None or cut.positions is None:
         return cut
-    later = plan.memory.optimizer  # Adam's moments do not exist yet
+    later = plan.memory.moments  # Adam's moments do not exist yet
     while True:
-        assert cut.positions is not None
         largest = largest_micro_batch(first_steps(data), cut)
         peak = max(group.call(probe_peak, largest, loss_units(data.groups[:1]))) + later
-        if peak <= plan.memory_limit or cut.positions <= 1:
+        if peak <= plan.memory_limit:
             note(f"probe: {largest.positions} positions take {peak / 1e9:.2f} GB of {plan.memory_limit / 1e9:.2f} GB")
             return cut
-        cut = cut.halved()
-        note(f"probe: {peak / 1e9:.2f} GB is above {plan.memory_limit / 1e9:.2f} GB, trying {cut.positions} positions")
-        group.build(LearnerSpec(plan.recipe, cut, plan.total_steps))
+        cut = finer_cut(plan, data, cut)
+        note(f"probe: {peak / 1e9:.2f} GB is above {plan.memory_limit / 1e9:.2f} GB, trying {cut}")
+        assert group.spec is not None, "a probe needs a learner"
+        group.build(replace(group.spec, cut=cut))
 
 
 def check_layout(recipe: Recipe, algorithm: Algorithm, data: DataSet, cut: Cut, group: LearnerGroup, note: Note) -> None:
@@ -81,7 +83,7 @@ def check_layout(recipe: Recipe, algorithm: Algorithm, data: DataSet, cut: Cut, 
     examples = sorted(data.groups[:64], key=lambda g: g.longest)[:4]
     padded, allowed = pack(examples, "padded"), tolerance(recipe)
     if cut.layout != "padded":
-        gap = max(group.call(layout_gap, pack(examples, cut.layout), padded))
+        gap = max(group.call(layout_gap, pack(examples, cut.layout, one_row=cut.one_row), padded))
         if not gap <= allowed:
             raise ConfigError(
                 f"layout {cut.layout} gives other log-probs than padded rows, by {gap:.2e} nat",
@@ -89,6 +91,8 @@ def check_layout(recipe: Recipe, algorithm: Algorithm, data: DataSet, cut: Cut, 
                 fix="set batch.layout=padded",
             )
         note(f"layout check: {cut.layout} equals padded to {gap:.1e} nat")
+    if cut.one_row:
+        note(f"perf/compilations: attention was compiled {max(group.call(attention_compilations))} times (at most {MAX_COMPILATIONS} for a model)")
     gap = max(group.call(head_check, padded))
     if not gap <= allowed:
         raise ConfigError(

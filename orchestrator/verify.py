@@ -20,10 +20,11 @@ from orchestrator.dataset import load_data
 from orchestrator.learner.checks import final_weights
 from orchestrator.learner.learner import LearnerSpec, Role
 from orchestrator.learner.plain import PlainTrainer
-from orchestrator.plan import LEGAL_SYNC, make_plan
+from orchestrator.plan import make_plan
 from orchestrator.prompts import check_batches, load_prompts
 from orchestrator.records import Branch, Cut, Experience, Floats, Layout, SequenceGroup, Sync
 from orchestrator.roles import PerMicroBatch
+from orchestrator.ways import LEGAL_SYNC
 
 TOLERANCE = {"fp32": 1e-5, "bf16": 5e-3, "fp16": 5e-3, "bf16_autocast": 5e-3}
 """Relative. fp32's is the contract. bf16's is twice the 2.1e-3 measured after five steps of the tiny DPO recipe at learning

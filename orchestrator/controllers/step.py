@@ -104,7 +104,8 @@ class Stepper:
                     return ready, whole.merged_into(self.learner.forward_backward(ready, step))
             except OutOfMemory as error:
                 finer = self.cut.halved()
-                if not error.in_place or finer == self.cut:
+                smaller = cut_step(batch.groups, finer)
+                if not error.in_place or _largest(smaller) >= _largest(batch):
                     raise
                 self.report.note(f"{error.what}: cutting the step finer ({_budget(finer)}) and replaying it; same effective batch")
                 self.learner.discard()
@@ -177,6 +178,10 @@ def evaluate_and_save(
             f"stopped by request after step {progress.step} of {cadence.total_steps}; a checkpoint was written",
             fix="run the same command again to go on",
         )
+
+
+def _largest(batch: PackedBatch) -> int:
+    return max(micro_batch.positions for rank in batch.micro_batches for micro_batch in rank)
 
 
 def _due(every: int | None, step: int) -> bool:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
-from orchestrator.records import Bools, Branch, Experience, Floats, Ints, Layout, MicroBatch, SequenceGroup
+from orchestrator.records import ROW_MULTIPLE, SHORTEST_ROW, Bools, Branch, Experience, Floats, Ints, Layout, MicroBatch, SequenceGroup
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,16 +32,20 @@ class _Piece:
         return len(self.ids)
 
 
-def pack(groups: Sequence[SequenceGroup], layout: Layout, *, row_tokens: int | None = None, weight: float = 1.0) -> MicroBatch:
+def pack(
+    groups: Sequence[SequenceGroup], layout: Layout, *, row_tokens: int | None = None, one_row: bool = False, weight: float = 1.0
+) -> MicroBatch:
     """One MicroBatch holding `groups` in `layout`.
 
     row_tokens: length of a packed or prefix-shared row, default the longest piece, so that rows stay short (attention
-    over one long row is slower than padding on a CPU).
+    over one long row is slower than padding on a CPU). one_row: everything in a single row for block attention, which skips
+    what tokens cannot see; its length is a multiple of ROW_MULTIPLE and at least SHORTEST_ROW.
     """
     branches = len(groups[0].branches)
     pieces = [p for index, group in enumerate(groups) for p in _pieces(group, index * branches, layout)]
-    rows = _rows([len(p) for p in pieces], layout, row_tokens)
-    length = max(sum(len(pieces[i]) for i in row) for row in rows)
+    lengths = [len(p) for p in pieces]
+    rows = [list(range(len(pieces)))] if one_row else _rows(lengths, layout, row_tokens)
+    length = _single(lengths) if one_row else max(sum(lengths[i] for i in row) for row in rows)
     shape = (len(rows), length)
     ids, branch = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
     segment = np.full(shape, -1, np.int64)
@@ -75,6 +79,7 @@ def pack(groups: Sequence[SequenceGroup], layout: Layout, *, row_tokens: int | N
         last_at=last_at,
         examples=np.array([g.id for g in groups], np.int64),
         branches=branches,
+        one_row=one_row,
         unshared_tokens=sum(g.tokens for g in groups),
         weight=weight,
         label=_column([g.label for g in groups]),
@@ -83,16 +88,23 @@ def pack(groups: Sequence[SequenceGroup], layout: Layout, *, row_tokens: int | N
     )
 
 
-def filler(groups: Sequence[SequenceGroup], layout: Layout) -> MicroBatch:
+def filler(groups: Sequence[SequenceGroup], layout: Layout, *, one_row: bool = False) -> MicroBatch:
     """The cheapest micro-batch made of one of `groups`, with weight 0: it only keeps ranks in step."""
-    return pack([min(groups, key=lambda g: (g.tokens, g.id))], layout, weight=0.0)
+    return pack([min(groups, key=lambda g: (g.tokens, g.id))], layout, one_row=one_row, weight=0.0)
 
 
-def cost(groups: Sequence[SequenceGroup], layout: Layout) -> int:
+def cost(groups: Sequence[SequenceGroup], layout: Layout, *, one_row: bool = False) -> int:
     """Positions that the model computes for these groups in one micro-batch, padding included."""
     lengths = [n for g in groups for n in _lengths(g, layout)]
+    if one_row:
+        return _single(lengths)
     rows = _rows(lengths, layout, None)
     return len(rows) * max(sum(lengths[i] for i in row) for row in rows)
+
+
+def _single(lengths: Sequence[int]) -> int:
+    """Length of the single row that holds them all."""
+    return max(SHORTEST_ROW, -(-sum(lengths) // ROW_MULTIPLE) * ROW_MULTIPLE)
 
 
 def _lengths(group: SequenceGroup, layout: Layout) -> list[int]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from orchestrator import hub
 from orchestrator.config import Columns, Data, Source
 from orchestrator.data.rows import BadRecord, describe, to_rows
 from orchestrator.data.toy import DEFAULT_ROWS, toy_rows
@@ -201,8 +202,11 @@ def _hub(source: Source) -> Iterator[tuple[Any, str]]:
     from datasets import load_dataset
 
     try:
-        dataset = load_dataset(source.path, source.subset, split=source.split, revision=source.revision)
+        with hub.cached_data_sets():
+            dataset = load_dataset(source.path, source.subset, split=source.split, revision=source.revision)
     except (OSError, ValueError) as error:
+        if not hub.reachable():
+            raise hub.absent(source.path, "data set") from error
         raise MissingInput(f"data set {source.path} cannot be loaded", why=str(error).splitlines()[0]) from error
     for i, record in enumerate(dataset):
         yield record, f"{source.path}:{i + 1}"

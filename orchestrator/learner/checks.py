@@ -9,6 +9,7 @@ import torch
 from orchestrator.learner.learner import RankLearner
 from orchestrator.learner.memory import device_bytes
 from orchestrator.learner.state import full_weights
+from orchestrator.models.block_attention import compiled_attention
 from orchestrator.models.scoring import MicroBatchTensors, head_gap, scored
 from orchestrator.records import Floats, LossUnits, MicroBatch
 
@@ -51,6 +52,11 @@ def probe_peak(learner: RankLearner, micro_batch: MicroBatch, units: LossUnits) 
 def usable_bytes(learner: RankLearner) -> int:
     """Memory of this rank's device."""
     return device_bytes(learner.device, learner.group.world)
+
+
+def attention_compilations(learner: RankLearner) -> int:
+    """Graphs of attention that this process has compiled so far; 0 where no row needed any."""
+    return compiled_attention().compilations
 
 
 def model_fingerprint(learner: RankLearner) -> str:

@@ -22,15 +22,10 @@ from torch import Tensor, nn
 from orchestrator.config import Learners, Optimizer
 from orchestrator.learner.collectives import CollectiveCounter
 from orchestrator.records import StepApplied
-
-BUCKET_ELEMENTS = 25_000_000
-"""DeepSpeed's default of 5e8 allocates a 2 GB buffer per rank; 25 M elements (100 MB in fp32) lose no bandwidth."""
+from orchestrator.state_bytes import PERSISTENT_ELEMENTS, bucket_elements, overlaps
 
 NORM_CHUNK = 1 << 12
 """Values whose squares are added in fp32; the sums of chunks are added in double."""
-
-PERSISTENT_ELEMENTS = 100_000
-"""ZeRO-3 keeps smaller parameters whole: gathering them costs more than it saves."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,18 +126,20 @@ class GuardedAdamW(torch.optim.AdamW):
         super().step(closure)
 
 
-def deepspeed_config(learners: Learners, optimizer: Optimizer, stage: int, sync: str) -> dict[str, Any]:
-    """Every key that DeepSpeed would otherwise default in silence, written out."""
+def deepspeed_config(learners: Learners, optimizer: Optimizer, stage: int, sync: str, trainable: int) -> dict[str, Any]:
+    """Every key that DeepSpeed would otherwise default in silence, written out. trainable: elements; no bucket is larger."""
+    gpu = bool(learners.gpus_per_worker)
+    bucket = bucket_elements(gpu)
     zero: dict[str, Any] = {
         "stage": stage,
-        "reduce_bucket_size": BUCKET_ELEMENTS,
-        "allgather_bucket_size": BUCKET_ELEMENTS,
-        "overlap_comm": False,
+        "reduce_bucket_size": min(bucket, trainable),
+        "allgather_bucket_size": bucket,
+        "overlap_comm": overlaps(gpu, stage),
     }
     if stage == 3:
         zero["stage3_param_persistence_threshold"] = PERSISTENT_ELEMENTS
         zero["stage3_max_reuse_distance"] = 0  # gathered again for the backward: stage 3 was chosen for its memory
-        zero["stage3_prefetch_bucket_size"] = BUCKET_ELEMENTS if learners.gpus_per_worker else 0  # a CPU overlaps nothing
+        zero["stage3_prefetch_bucket_size"] = bucket if gpu else 0  # a CPU overlaps nothing
     if learners.offload.optimizer != "none":
         zero["offload_optimizer"] = {"device": learners.offload.optimizer, "pin_memory": True}
     if learners.offload.parameters != "none":
@@ -192,7 +189,7 @@ class Engine:
             base = GuardedAdamW(trainable, max_norm=optimizer.max_grad_norm or 0.0, **options)
         else:
             base = torch.optim.AdamW(trainable, fused=True, **options)
-        config = deepspeed_config(learners, optimizer, stage, sync)
+        config = deepspeed_config(learners, optimizer, stage, sync, sum(p.numel() for p in trainable))
         self.ds, self.zero, _, _ = deepspeed.initialize(model=module, model_parameters=trainable, optimizer=base, config=config)
         self.module: nn.Module = self.ds.module
         self.counter = CollectiveCounter.install(deepspeed.comm.comm.cdb)

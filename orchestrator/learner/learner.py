@@ -94,8 +94,7 @@ class RankLearner:
         self.loaded: Loaded = load(recipe.model, seed=recipe.run.seed, head=self.algorithm.head)
         disable_dropout(self.loaded.model)
         self.scoring = ScoringModel(self.loaded.model, head=self.algorithm.head, spec=self.algorithm.scores)
-        if recipe.learners.activation_checkpointing:
-            self.scoring.enable_activation_checkpointing()
+        self.scoring.checkpoint(recipe.learners.checkpointing)
         self.scoring.to(device)
         self.engine = Engine(
             self.scoring,
@@ -186,7 +185,7 @@ class RankLearner:
         token = np.zeros(1, dtype=np.int64)
         branch = Branch(token, np.ones(1, dtype=np.bool_))
         group = SequenceGroup(0, token, (branch,) * self.algorithm.branches)
-        return self._forward(pack([group], self.spec.cut.layout)).values.sum() * 0.0
+        return self._forward(pack([group], self.spec.cut.layout, one_row=self.spec.cut.one_row)).values.sum() * 0.0
 
     def _loss(self, micro_batch: MicroBatch, units: LossUnits) -> LossSum:
         scores = self._token_scores(micro_batch, self._forward(micro_batch))
@@ -248,7 +247,7 @@ class _OutOfMemoryLocator:
             raise OutOfMemory(
                 f"worker {self.rank} ran out of memory in micro-batch {self.index} ({self.positions} positions)",
                 why=str(error).splitlines()[0],
-                fix="set a smaller batch.micro_batch, or learners.activation_checkpointing=true",
+                fix="set a smaller batch.micro_batch, or learners.activation_checkpointing=full",
             ) from None
 
 

@@ -1,4 +1,7 @@
-"""Who may see whom: attention masks for rows that hold several sequences, and which architectures can take them."""
+"""Who may see whom: attention masks for rows that hold several sequences, and which architectures can take them.
+
+The masks here are dense, for short rows; one long row has masks of blocks (block_attention.py). Nothing here asks which device there is.
+"""
 
 from dataclasses import dataclass
 
@@ -15,26 +18,29 @@ _MASK_PER_KIND = frozenset({"qwen2", "qwen2_moe", "qwen3", "gemma2", "gemma3_tex
 """Architectures measured to give the same log-probs under a 4-D mask (tests/invariants/test_layouts.py), the second
 set with one mask per kind of layer. Every other one gets padded rows, which need no mask of ours."""
 
+_NO_BLOCKS = frozenset({"gpt2", "falcon"})
+"""Architectures whose code wants a tensor for a mask, so that a long row cannot have one of blocks."""
+
 _ALL: frozenset[Layout] = frozenset({"prefix_shared", "packed", "padded"})
 Mask = Tensor | dict[str, Tensor] | None
 
 
-def attention_implementation(config: PretrainedConfig) -> str | None:
-    """What transformers should compute attention with: FlexAttention on a GPU; eager for models that cap their attention
-    logits (Gemma 2), since SDPA drops the cap in silence; elsewhere the library's own choice (None)."""
-    if torch.cuda.is_available():
-        return "flex_attention"
+def plain_attention(config: PretrainedConfig) -> str | None:
+    """What transformers should compute attention with where rows need no blocks: eager for models that cap their attention
+    logits (Gemma 2), since SDPA drops the cap in silence; elsewhere the library's own choice (None), which is SDPA."""
     return "eager" if getattr(config.get_text_config(), "attn_logit_softcapping", None) else None
 
 
 @dataclass(frozen=True, slots=True)
 class Capabilities:
-    """layouts an architecture can take, and why not all. window: sliding-window size; kinds: its kinds of attention layers."""
+    """layouts an architecture can take, and why not all. window: sliding-window size; kinds: its kinds of attention layers;
+    blocks: whether a row may be a single long one under masks of blocks."""
 
     layouts: frozenset[Layout]
     reason: str
     window: int | None
     kinds: tuple[str, ...]
+    blocks: bool = False
 
 
 def capabilities(config: PretrainedConfig) -> Capabilities:
@@ -51,7 +57,7 @@ def capabilities(config: PretrainedConfig) -> Capabilities:
         return Capabilities(frozenset({"padded"}), f"{kind} has {', '.join(unknown)} layers, which no mask keeps apart", window, ())
     if kind == "falcon" and getattr(config, "alibi", False):
         return Capabilities(frozenset({"padded"}), "falcon with alibi takes no position ids", None, ())
-    return Capabilities(_ALL, f"{kind} takes a 4-D mask", window, layers if kind in _MASK_PER_KIND else ())
+    return Capabilities(_ALL, f"{kind} takes a 4-D mask", window, layers if kind in _MASK_PER_KIND else (), kind not in _NO_BLOCKS)
 
 
 def attention_mask(segment: Tensor, branch: Tensor, positions: Tensor, layout: Layout, can: Capabilities, dtype: torch.dtype) -> Mask:
@@ -80,21 +86,3 @@ def attention_mask(segment: Tensor, branch: Tensor, positions: Tensor, layout: L
 def _additive(allowed: Tensor, dtype: torch.dtype) -> Tensor:
     mask = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device)
     return mask.masked_fill_(~allowed, torch.finfo(dtype).min)[:, None]
-
-
-def flex_mask(segment: Tensor, branch: Tensor, positions: Tensor, can: Capabilities):
-    """The same rule as FlexAttention BlockMasks, for models with attn_implementation="flex_attention" on a GPU."""
-    from torch.nn.attention.flex_attention import create_block_mask
-
-    rows, size = segment.shape
-
-    def block_mask(window: int | None):
-        def visible(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-            seen = (j <= i) & (segment[b, i] == segment[b, j]) & ((branch[b, j] == 0) | (branch[b, j] == branch[b, i]))
-            return seen if window is None else seen & (positions[b, i] - positions[b, j] < window)
-
-        return create_block_mask(visible, rows, None, size, size, device=str(segment.device))
-
-    if can.window is None or not can.kinds:
-        return block_mask(can.window)
-    return {kind: block_mask(can.window if kind == "sliding_attention" else None) for kind in can.kinds}

@@ -10,9 +10,10 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, PretrainedConfig
 
+from orchestrator import hub
 from orchestrator.config import Lora, Model
 from orchestrator.errors import ConfigError, MissingInput
-from orchestrator.models.attention import attention_implementation
+from orchestrator.models.attention import plain_attention
 from orchestrator.models.tiny import build, byte_tokenizer, tiny_config
 
 Head = Literal["lm", "scalar", "value"]
@@ -42,7 +43,7 @@ def load(cfg: Model, *, seed: int, head: Head, reference: bool = False) -> Loade
     else:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)  # a new scalar head is drawn here
-            model = _pretrained(cfg, auto, dtype=torch.float32, attn_implementation=attention_implementation(load_config(cfg)), **options)
+            model = _pretrained(cfg, auto, dtype=torch.float32, attn_implementation=plain_attention(load_config(cfg)), **options)
         name = str(cfg.path)
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
@@ -72,14 +73,20 @@ def load_config(cfg: Model) -> PretrainedConfig:
     return tiny_config(cfg.tiny) if cfg.tiny is not None else _pretrained(cfg, AutoConfig)
 
 
-def build_fake(cfg: Model, head: Head, dtype: torch.dtype, mode: FakeTensorMode) -> nn.Module:
-    """The model from its configuration alone, without storage, for shapes and memory estimates: tensors of `mode`."""
+def build_fake(cfg: Model, head: Head, dtype: torch.dtype, mode: FakeTensorMode, *, layers: int | None = None) -> nn.Module:
+    """The model from its configuration alone, without storage, for shapes and memory estimates: tensors of `mode`. layers: the
+    first so many only."""
     auto: Any = AutoModelForCausalLM if head == "lm" else AutoModelForSequenceClassification
     config = load_config(cfg)
     if head != "lm":
         config.num_labels = 1
+    if layers is not None:
+        text: Any = config.get_text_config()
+        text.num_hidden_layers = layers
+        if getattr(text, "layer_types", None):
+            text.layer_types = text.layer_types[:layers]
     with torch.device("meta"):
-        model = auto.from_config(config, attn_implementation=attention_implementation(config), dtype=dtype)
+        model = auto.from_config(config, attn_implementation=plain_attention(config), dtype=dtype)
         if cfg.lora is not None:
             model = _with_lora(model, cfg.lora, 0, head)
     with mode:  # peft's conversions work on meta tensors, not on fake ones
@@ -111,9 +118,13 @@ def _pretrained(cfg: Model, auto: Any, **options: Any) -> Any:
             )
     elif not (local / "config.json").is_file():
         raise MissingInput(f"model.path: {cfg.path} holds no config.json", fix="point to the folder with the weights (…/export)")
+    if not local.is_dir() and not hub.reachable():
+        options["local_files_only"] = True
     try:
         return auto.from_pretrained(cfg.path, revision=cfg.revision or "main", trust_remote_code=cfg.trust_remote_code, **options)
     except OSError as error:
+        if "local_files_only" in options:
+            raise hub.absent(cfg.path, "model") from error
         raise MissingInput(
             f"model.path: {cfg.path} cannot be loaded", why=str(error).splitlines()[0], fix="check the name, the revision and the network"
         ) from error

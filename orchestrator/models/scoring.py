@@ -8,14 +8,17 @@ Logits exist only for scored positions and only a chunk at a time.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from transformers import PreTrainedModel
 
 from orchestrator.errors import ConfigError
-from orchestrator.models.attention import Capabilities, attention_mask, capabilities, flex_mask
+from orchestrator.models.attention import Capabilities, attention_mask, capabilities
+from orchestrator.models.block_attention import BLOCKS, block_masks, set_attention
 from orchestrator.objectives.logprobs import HeadSpec, chunked_logprobs
 from orchestrator.records import Layout, MicroBatch
 
@@ -36,6 +39,7 @@ class MicroBatchTensors:
     targets: Tensor
     last_at: Tensor
     branches: int
+    one_row: bool = False
 
     @classmethod
     def of(cls, mb: MicroBatch, device: torch.device) -> "MicroBatchTensors":
@@ -52,9 +56,12 @@ class MicroBatchTensors:
             move(mb.targets),
             move(mb.last_at),
             mb.branches,
+            mb.one_row,
         )
 
 
+Checkpointing = Literal["none", "selective", "full"]
+"""How much of the activations is computed again in the backward pass, from nothing to all."""
 ScoringKind = Literal["lm", "scalar", "value"]
 """What a head gives: log-probs of scored tokens, one reward per sequence, or a critic's value before each scored token."""
 
@@ -118,6 +125,7 @@ class ScoringModel(nn.Module):
         self.model = model
         hugging_face: PreTrainedModel = model.get_base_model() if hasattr(model, "peft_config") else model  # pyright: ignore
         self.can: Capabilities = capabilities(hugging_face.config.get_text_config())
+        self.plain_attention = hugging_face.config._attn_implementation
         self.kind: ScoringKind = head
         if head == "lm":
             linear = hugging_face.get_output_embeddings()
@@ -153,18 +161,25 @@ class ScoringModel(nn.Module):
     def hidden_states(self, rows: MicroBatchTensors) -> Tensor:
         """Final hidden states Float[R*T, H]."""
         dtype = torch.get_autocast_dtype(rows.input_ids.device.type) if torch.is_autocast_enabled() else self._dtype()
-        if self.hugging_face.config._attn_implementation == "flex_attention" and rows.layout != "padded":
-            mask = flex_mask(rows.segment, rows.branch, rows.position_ids, self.can)
+        # stays set until rows of the other kind come: with checkpointing, layers run again in the backward
+        set_attention(self.hugging_face, BLOCKS if rows.one_row else self.plain_attention)
+        if rows.one_row:
+            mask = block_masks(rows.segment, rows.branch, rows.position_ids, self.can)
         else:
             mask = attention_mask(rows.segment, rows.branch, rows.position_ids, rows.layout, self.can, dtype)
         output = self.backbone(input_ids=rows.input_ids, position_ids=rows.position_ids, attention_mask=mask, use_cache=False)
         return output.last_hidden_state.flatten(0, 1)
 
-    def enable_activation_checkpointing(self) -> None:
-        """Recomputes each layer in the backward: less memory, about a third more time."""
-        self.hugging_face.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        if hasattr(self.model, "peft_config"):
-            self.hugging_face.enable_input_require_grads()
+    def checkpoint(self, mode: Checkpointing) -> None:
+        """What each layer computes again in the backward: nothing; all but matrix products and attention ("selective"); or everything
+        ("full", about a third more time). The gradients are the same."""
+        if mode == "none":
+            self.hugging_face.gradient_checkpointing_disable()
+            return
+        options: dict[str, Any] = {"use_reentrant": False}
+        if mode == "selective":
+            options["context_fn"] = partial(create_selective_checkpoint_contexts, _kept)
+        self.hugging_face.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)  # frozen inputs (LoRA) need nothing more
 
     @contextmanager
     def reference(self) -> Iterator[None]:
@@ -187,6 +202,7 @@ class ScoringModel(nn.Module):
         for row, prompt in enumerate(prompts):
             ids[row, width - len(prompt) :] = torch.tensor(list(prompt), device=device)
             mask[row, width - len(prompt) :] = 1
+        set_attention(self.hugging_face, self.plain_attention)
         output = self.model.generate(  # pyright: ignore[reportCallIssue]
             input_ids=ids,
             attention_mask=mask,
@@ -200,6 +216,23 @@ class ScoringModel(nn.Module):
 
     def _dtype(self) -> torch.dtype:
         return next(p.dtype for p in self.parameters() if p.is_floating_point())
+
+
+_COSTLY = frozenset(
+    {
+        torch.ops.aten.mm.default,
+        torch.ops.aten.addmm.default,
+        torch.ops.aten._scaled_dot_product_flash_attention.default,
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+        torch.ops.aten._scaled_dot_product_efficient_attention.default,
+        torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    }
+)
+"""What is dear to compute and small to keep: products with weights, and attention that keeps no scores. bmm is the attention that does."""
+
+
+def _kept(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if operation in _COSTLY else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def _until(tokens: list[int], eos: int) -> list[int]:
@@ -229,6 +262,7 @@ def logit_transform(config: Any) -> tuple[float | None, float]:
 def head_gap(scoring: ScoringModel, rows: MicroBatchTensors) -> float:
     """Largest difference of our log-probs from the model's own forward on the same padded rows: the start-up check."""
     assert rows.layout == "padded"
+    set_attention(scoring.hugging_face, scoring.plain_attention)
     own = scoring.hugging_face(input_ids=rows.input_ids, position_ids=rows.position_ids, use_cache=False).logits
     plain = torch.log_softmax(own.flatten(0, 1)[rows.score_at].float(), -1).gather(1, rows.targets[:, None])[:, 0]
     ours = scored(scoring, rows).values

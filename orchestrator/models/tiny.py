@@ -8,7 +8,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES  # 
 
 from orchestrator.config import TinyModel
 from orchestrator.errors import ConfigError
-from orchestrator.models.attention import attention_implementation
+from orchestrator.models.attention import plain_attention
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -81,4 +81,4 @@ def build(cfg: TinyModel, seed: int, auto_class: type, **options: object) -> tor
         setattr(config, name, value)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return auto_class.from_config(config, attn_implementation=attention_implementation(config))  # pyright: ignore[reportAttributeAccessIssue]
+        return auto_class.from_config(config, attn_implementation=plain_attention(config))  # pyright: ignore[reportAttributeAccessIssue]

@@ -46,13 +46,10 @@ class TransformersEngine:
     def __init__(self, recipe: Recipe, device: torch.device) -> None:
         loaded = load(recipe.model, seed=recipe.run.seed, head="lm")
         model: Any = loaded.model
-        if model.config._attn_implementation == "flex_attention":  # made for training rows
-            capped = getattr(model.config.get_text_config(), "attn_logit_softcapping", None)  # which SDPA drops in silence
-            model.set_attn_implementation("eager" if capped else "sdpa")
         self.model = model.to(device=device, dtype=WIRE[recipe.learners.precision]).eval().requires_grad_(False)
         self.tokenizer = loaded.tokenizer
         self.receiver = Receiver(self.model)
-        self.decoder = make_decoder(recipe.rollouts, self.model, loaded.tokenizer)
+        self.decoder = make_decoder(recipe.rollouts, self.model, loaded.tokenizer, device)
 
     @property
     def version(self) -> int | None:
@@ -75,13 +72,13 @@ class TransformersEngine:
         """Nothing to end: the model goes with the process."""
 
 
-def make_decoder(cfg: Rollouts, model: Any, tokenizer: Any) -> Decoder:
+def make_decoder(cfg: Rollouts, model: Any, tokenizer: Any, device: torch.device) -> Decoder:
     """The decoder that `rollouts.batching` names; all give the same tokens, but log-probs differ in their last bits. So auto
     looks at the device, never at a clock: a resumed run must decode as the one before it did."""
     decode: Callable[[Sequence[int]], str] = lambda ids: tokenizer.decode(ids)  # noqa: E731
     options: Any = (model, end_tokens(model, tokenizer), cfg.rows, decode)
     static = StaticDecoder(*options)
-    if cfg.batching == "static" or (cfg.batching == "auto" and not torch.cuda.is_available()):
+    if cfg.batching == "static" or (cfg.batching == "auto" and device.type == "cpu"):
         return static
     try:
         continuous = ContinuousDecoder(*options)

@@ -156,7 +156,7 @@ def test_lora_with_activation_checkpointing(shared: Shared) -> None:
     """Two things that go wrong together: frozen inputs have no gradient to hold a checkpointed layer's graph."""
     from orchestrator.models.load import load as load_model
 
-    extra = ("model.lora={rank: 4}", "learners.activation_checkpointing=true", "optimizer.learning_rate=1e-2")
+    extra = ("model.lora={rank: 4}", "learners.activation_checkpointing=selective", "optimizer.learning_rate=1e-2")
     folder = train_tiny(shared, "dpo", "preference", "lora", *extra)
     check_folder(folder, wandb=True)
     assert (folder / "export" / "adapter" / "adapter_model.safetensors").is_file()

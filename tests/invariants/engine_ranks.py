@@ -33,8 +33,8 @@ from orchestrator.learner.learner import LearnerSpec, RankLearner
 from orchestrator.learner.state import MOMENTS, full_weights, load_state, save_state
 from orchestrator.models.load import load
 from orchestrator.models.scoring import ScoringModel
-from orchestrator.plan import LEGAL_SYNC
 from orchestrator.records import Branch, Cut, LearnReport, SequenceGroup, StepApplied
+from orchestrator.ways import LEGAL_SYNC
 
 WORLD = 2
 CLIP = 0.05

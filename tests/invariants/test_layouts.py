@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from orchestrator.config import TinyModel
 from orchestrator.data.packing import pack
-from orchestrator.models.attention import attention_mask, capabilities, flex_mask
+from orchestrator.models.attention import capabilities
 from orchestrator.models.scoring import MicroBatchTensors, Scored, ScoringModel, head_gap, scored
 from orchestrator.models.tiny import build
 from orchestrator.records import Branch, Layout, MicroBatch, SequenceGroup
@@ -187,20 +187,6 @@ def test_the_window_matters_on_these_rows(case):
         model.can = replace(model.can, window=10_000)
         gap = float((windowed - scored(model, rows).values).abs().max())
     assert gap == 0.0 if case.options["sliding_window"] >= 40 else gap > 100 * TOLERANCE
-
-
-@pytest.mark.parametrize("case", [c for c in CASES if str(c) in ("llama", "mistral-window-5", "gemma2", "qwen3-mixed-window")], ids=str)
-def test_flex_attention_masks_follow_the_same_rule(case):
-    """The BlockMask's own rule at every pair of positions, against the 4-D mask, one for each kind of layer."""
-    can = capabilities(make(case).config)
-    rows = tensors(pack(groups(), "prefix_shared", row_tokens=64))
-    dense = attention_mask(rows.segment, rows.branch, rows.position_ids, "prefix_shared", can, torch.float32)
-    blocks = flex_mask(rows.segment, rows.branch, rows.position_ids, can)
-    pairs = [(blocks[kind], dense[kind]) for kind in dense] if isinstance(dense, dict) else [(blocks, dense)]
-    assert len(pairs) == (2 if can.kinds == ("full_attention", "sliding_attention") else 1)
-    b, i, j = torch.meshgrid(*(torch.arange(n) for n in (*rows.segment.shape, rows.segment.shape[1])), indexing="ij")
-    for block, mask in pairs:
-        assert torch.equal(block.mask_mod(b, torch.zeros_like(b), i, j), mask[:, 0] == 0)
 
 
 @pytest.mark.parametrize("layout", SHARING)

@@ -13,11 +13,11 @@ PACKAGE = ROOT / "orchestrator"
 
 FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"__init__", "errors", "config", "records", "episodes", "roles", "faults", "facts", "words"}),
-    frozenset({"objectives", "checkpoints", "strict_yaml", "stages", "reference_page", "findings", "node_facts", "hardware"}),
+    frozenset({"objectives", "checkpoints", "strict_yaml", "stages", "reference_page", "findings", "node_facts", "hardware", "state_bytes", "hub"}),
     frozenset({"data", "models", "observe", "algorithms", "recipe", "identity", "upload"}),
     frozenset({"learner", "rollout", "cut", "dataset", "memory_model", "launchers"}),
-    frozenset({"prompts"}),
-    frozenset({"plan"}),
+    frozenset({"prompts", "ways"}),
+    frozenset({"plan", "sketch"}),
     frozenset({"controllers", "cluster", "plan_view"}),
     frozenset({"startup", "resume", "run_folder", "submission"}),
     frozenset({"job"}),

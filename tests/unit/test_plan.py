@@ -12,8 +12,9 @@ from orchestrator.data.packing import cost
 from orchestrator.dataset import DataSet, load_data
 from orchestrator.errors import ConfigError, NotEnoughResources
 from orchestrator.hardware import Hardware, Machine, imagined, this_machine
-from orchestrator.plan import LEGAL_SYNC, Plan, first_steps, largest_micro_batch, make_plan, memory_limit
+from orchestrator.plan import Plan, finer_cut, make_plan
 from orchestrator.recipe import load
+from orchestrator.ways import LEGAL_SYNC, first_steps, largest_micro_batch, memory_limit
 from orchestrator.words import size
 
 
@@ -105,7 +106,8 @@ def limited(total, *overrides) -> Plan:
     return plan(f"batch.memory_limit_gb={total / 1e9:.9f}", "batch.memory_utilisation=1.0", *overrides)
 
 
-BIG = ("learners.workers=4", "model.tiny.hidden_size=128", "model.tiny.vocab_size=2048", "batch.micro_batch=1")
+NONE = "learners.activation_checkpointing=none"
+BIG = ("learners.workers=4", "model.tiny.hidden_size=128", "model.tiny.vocab_size=2048", "batch.micro_batch=1", NONE)
 
 
 @pytest.mark.parametrize(("precision", "stages"), [("fp32", [0, 1, 3]), ("bf16", [1, 2, 3])])
@@ -126,7 +128,7 @@ def test_less_memory_takes_a_higher_stage(precision, stages):
     assert (found.cut.zero_stage, found.cut.sync) == (2, "per_micro_batch")
     with pytest.raises(NotEnoughResources) as error:
         limited(needs[3] - 1000, *options)
-    assert size(needs[3]) in error.value.what and "optimizer" in error.value.why and "learners.workers" in error.value.fix
+    assert size(needs[3]) in error.value.what and "moments" in error.value.why and "learners.workers" in error.value.fix
 
 
 def test_a_given_stage_is_kept_and_refused_where_it_does_not_fit():
@@ -166,7 +168,79 @@ def test_a_cpu_worker_gets_its_share_of_the_machine():
     assert one // 4 == pytest.approx(four, abs=1)
 
 
+def test_a_cpu_computes_nothing_again_where_activations_fit():
+    assert reason(plan("batch.micro_batch=8"), "checkpointing") == ("none", "activations fit the memory: nothing is computed again")
+    assert plan("batch.micro_batch=8").recipe.learners.activation_checkpointing == "none"
+    assert reason(plan("batch.micro_batch=8", "learners.activation_checkpointing=full"), "checkpointing") == ("full", "set in the recipe")
+
+
+def test_what_does_not_fit_is_computed_again_before_it_is_refused():
+    options = ("batch.effective=64", "batch.micro_batch=64", "learners.workers=1", "learners.zero_stage=0", "model.tiny.layers=6")
+    needs = {mode: plan(*options, f"learners.activation_checkpointing={mode}").memory.total for mode in ("none", "selective", "full")}
+    assert needs["none"] > needs["selective"] > needs["full"]
+    for mode in ("none", "selective", "full"):
+        found = limited(needs[mode] + 1000, *options)
+        assert found.recipe.learners.activation_checkpointing == mode
+    with pytest.raises(NotEnoughResources):
+        limited(needs["full"] - 1000, *options)
+
+
+# ---- cut finer
+
+
+def tried_in_turn(found: Plan) -> tuple[list, NotEnoughResources]:
+    """What finer_cut says again and again, with the largest micro-batch of each, and how it ends."""
+    data = data_of(found.recipe)
+    cut, seen = found.cut, []
+    for _ in range(100):
+        seen.append((cut.zero_stage, cut.sync, largest_micro_batch(first_steps(data), cut).positions))
+        try:
+            cut = finer_cut(found, data, cut)
+        except NotEnoughResources as error:
+            return seen, error
+    raise AssertionError("no end")
+
+
+def test_a_finer_cut_shrinks_the_largest_micro_batch_and_then_partitions_more():
+    """The budget alone could be halved on and on while the longest pair stays as it is."""
+    found = plan("learners.workers=4", "batch.effective=64", "model.tiny.hidden_size=128", "model.tiny.vocab_size=2048", NONE)
+    seen, error = tried_in_turn(found)
+    longest = max(cost([g], "prefix_shared") for g in data_of(found.recipe).groups)
+    sizes = [positions for stage, _, positions in seen if stage == 0]
+    assert sizes == sorted(set(sizes), reverse=True) and sizes[-1] == longest
+    assert [(stage, sync) for stage, sync, positions in seen if positions == longest] == [
+        (0, "no_sync"),
+        (1, "no_sync"),
+        (2, "per_micro_batch"),
+        (3, "per_micro_batch"),
+    ]
+    assert f"{longest} positions" in error.what and "weights" in error.why
+
+
+def test_a_given_stage_is_kept_when_memory_runs_out():
+    seen, error = tried_in_turn(plan("learners.workers=2", "learners.zero_stage=1", "batch.effective=64"))
+    assert {stage for stage, *_ in seen} == {1}
+    assert "ZeRO 1" in error.what
+
+
 # ---- hardware
+
+
+def test_ram_is_a_limit_as_well():
+    """A model comes whole and in fp32 into the RAM of every process of a machine."""
+    tight = Hardware((Machine(8, 8, 20_000_000_000, 80_000_000_000),))
+    with pytest.raises(NotEnoughResources, match="RAM"):
+        plan("learners.workers=8", "learners.gpus_per_worker=1", hardware=tight)
+    enough = Hardware((Machine(8, 8, 200_000_000_000, 80_000_000_000),))
+    assert plan("learners.workers=8", "learners.gpus_per_worker=1", hardware=enough).ram_limit == 20_000_000_000
+
+
+@pytest.mark.parametrize(("what", "stage"), [("optimizer", 1), ("parameters", 3)])
+def test_what_is_not_partitioned_cannot_be_offloaded(what, stage):
+    """DeepSpeed ignores offload.optimizer at stage 0, and ends with an assertion for parameters below 3."""
+    assert plan(f"learners.offload.{what}=cpu").cut.zero_stage == stage
+    with pytest.raises(ConfigError, match=f"offload.{what}=cpu is not possible at ZeRO stage {stage - 1}"):
+        plan(f"learners.offload.{what}=cpu", f"learners.zero_stage={stage - 1}")
 
 
 def test_a_gpu_worker_gets_its_share_of_the_smallest_gpu():
@@ -274,9 +348,10 @@ def test_the_json_holds_everything_and_nothing_that_json_cannot():
     found = plan("batch.micro_batch=4")
     told = json.loads(json.dumps(found.to_json(), allow_nan=False))
     assert told.keys() == {f.name for f in fields(Plan)}
-    assert told["memory"]["total"] == found.memory.total == sum(v for k, v in told["memory"].items() if k != "total")
-    assert told["cut"] == {"workers": 2, "examples": 4, "positions": None, "layout": "prefix_shared", "zero_stage": 0, "sync": "no_sync"}
-    assert [c["name"] for c in told["choices"]] == ["hardware", "layout", "ZeRO stage", "sync", "micro-batch"]
+    assert told["memory"]["total"] == found.memory.total == sum(found.memory.parts.values())
+    cut = {"workers": 2, "examples": 4, "positions": None, "layout": "prefix_shared", "zero_stage": 0, "sync": "no_sync", "one_row": False}
+    assert told["cut"] == cut
+    assert [c["name"] for c in told["choices"]] == ["hardware", "layout", "ZeRO stage", "sync", "checkpointing", "micro-batch"]
     assert told["recipe"]["batch"]["effective"] == 16
 
 

@@ -439,7 +439,7 @@ def test_fingerprint_holds_what_decides_the_result_and_nothing_else(minimal: Pat
 
     same = [
         *("run.name=x", "learners.workers=4", "learners.zero_stage=3", "learners.sync=per_micro_batch", "batch.micro_batch=2"),
-        *("batch.layout=padded", "checkpoint.every=3", "evaluation.every=3", "tracking.wandb=off", "learners.activation_checkpointing=true"),
+        *("batch.layout=padded", "checkpoint.every=3", "evaluation.every=3", "tracking.wandb=off", "learners.activation_checkpointing=full"),
     ]
     other = [
         *("run.seed=1", "run.max_steps=3", "run.epochs=2", "model.tiny.layers=3", "data.max_length=9", "algorithm.beta=0.2"),

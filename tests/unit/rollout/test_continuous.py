@@ -215,22 +215,24 @@ def test_gap_of_log_probs_ends_where_the_tokens_part():
 
 
 @pytest.mark.parametrize(
-    ("batching", "kind"),
+    ("batching", "device", "kind"),
     [
-        ("static", StaticDecoder),
-        ("continuous", ContinuousDecoder),
-        ("measured", MeasuredDecoder),
-        ("auto", ContinuousDecoder if torch.cuda.is_available() else StaticDecoder),
+        ("static", "cuda", StaticDecoder),
+        ("continuous", "cpu", ContinuousDecoder),
+        ("measured", "cpu", MeasuredDecoder),
+        ("auto", "cpu", StaticDecoder),
+        ("auto", "cuda", ContinuousDecoder),
     ],
 )
-def test_the_recipe_names_the_decoder(batching, kind):
+def test_the_recipe_and_the_device_name_the_decoder(batching, device, kind):
     loaded = load(Model(tiny=TinyModel()), seed=0, head="lm")  # pyright: ignore[reportCallIssue]
-    assert type(make_decoder(Rollouts(batching=batching), loaded.model, loaded.tokenizer)) is kind  # pyright: ignore[reportCallIssue]
+    rollouts = Rollouts(batching=batching)  # pyright: ignore[reportCallIssue]
+    assert type(make_decoder(rollouts, loaded.model, loaded.tokenizer, torch.device(device))) is kind
 
 
 def test_measured_is_static_where_the_model_reads_no_pages(capsys):
     tokenizer = load(Model(tiny=TinyModel()), seed=0, head="lm").tokenizer  # pyright: ignore[reportCallIssue]
-    assert type(make_decoder(Rollouts(batching="measured"), Case("bloom").model(), tokenizer)) is StaticDecoder  # pyright: ignore[reportCallIssue]
+    assert type(make_decoder(Rollouts(batching="measured"), Case("bloom").model(), tokenizer, torch.device("cpu"))) is StaticDecoder  # pyright: ignore[reportCallIssue]
     assert "BloomForCausalLM cannot decode" in capsys.readouterr().out
 
 
