@@ -244,7 +244,7 @@ def test_what_is_not_partitioned_cannot_be_offloaded(what, stage):
 
 
 def test_a_gpu_worker_gets_its_share_of_the_smallest_gpu():
-    mixed = Hardware((Machine(8, 1, 1, 80_000_000_000), Machine(8, 1, 1, 40_000_000_000)))
+    mixed = Hardware((Machine(8, 1, 64_000_000_000, 80_000_000_000), Machine(8, 1, 64_000_000_000, 40_000_000_000)))
     options = ("learners.workers=2", "batch.memory_utilisation=0.5")
     assert plan(*options, "learners.gpus_per_worker=1", hardware=mixed).memory_limit == 20_000_000_000
     assert plan(*options, "learners.gpus_per_worker=0.6", hardware=mixed).memory_limit == 12_000_000_000
