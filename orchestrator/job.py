@@ -16,7 +16,7 @@ from orchestrator.dataset import DataSet, load_data
 from orchestrator.errors import NotEnoughResources
 from orchestrator.facts import WorkerGroup
 from orchestrator.hardware import Hardware, this_machine
-from orchestrator.memory_model import model_sizes
+from orchestrator.memory_model import Sizes, model_sizes
 from orchestrator.models.buckets import WIRE
 from orchestrator.models.load import load_config
 from orchestrator.observe.card import model_card
@@ -30,7 +30,6 @@ from orchestrator.recipe import dump
 from orchestrator.rollout.functions import check_rewards
 from orchestrator.run_folder import RunFolder
 from orchestrator.sketch import Lengths, made_up
-from orchestrator.state_bytes import Sizes
 from orchestrator.words import size
 
 Stopped = Callable[[], bool]
