@@ -5,6 +5,7 @@
 # make lint       ruff and pyright
 # make docs       the pages of docs/ as a site, in build/site
 # make wheel      the wheel, in dist/
+# make gpu-archive  this repository and what a bare GPU host lacks, in dist/ (benchmarks/gpu.py)
 # make venv       the environment that all of them use
 
 PYTHON ?= python3
@@ -15,7 +16,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 TORCH_VERSION := $(BIN)/python -c 'from importlib.metadata import version; print(version("torch"))'
 VERSIONS := $(BIN)/python -c 'from importlib.metadata import version; print(version("torch"), version("transformers"), version("numpy"))'
 
-.PHONY: venv demo test test-slow test-vllm lint docs wheel
+.PHONY: venv demo test test-slow test-vllm lint docs wheel gpu-archive
 
 venv: $(STAMP)
 
@@ -60,3 +61,6 @@ docs: venv
 
 wheel: venv
 	$(BIN)/hatchling build -t wheel
+
+gpu-archive: venv
+	$(BIN)/python benchmarks/pack_gpu_site.py

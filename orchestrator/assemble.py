@@ -17,7 +17,7 @@ from rich.console import Console
 from orchestrator import run_offline, run_online
 from orchestrator.algorithms import build
 from orchestrator.checkpoints import CheckpointStore
-from orchestrator.cluster.placement import check_capacity
+from orchestrator.cluster.placement import check_capacity, own_ray
 from orchestrator.cluster.probes import on_cluster
 from orchestrator.cluster.workers import LearnerGroup
 from orchestrator.config import Recipe
@@ -161,7 +161,8 @@ def train_stages(stages: Sequence[Stage], root: Path, console: Console) -> dict[
         folder = root if len(stages) == 1 else root / stage.name
         if len(stages) > 1:
             console.rule(stage.name, align="left")
-        outcomes[stage.name] = train(resolve(stage.recipe, {n: o.export for n, o in outcomes.items()}), folder, console)
+        with own_ray():
+            outcomes[stage.name] = train(resolve(stage.recipe, {n: o.export for n, o in outcomes.items()}), folder, console)
     return outcomes
 
 
@@ -199,7 +200,7 @@ def _plan(recipe: Recipe, hardware: Hardware, lengths: Lengths | None, shape: st
 def diagnose(stages: Sequence[Stage], root: Path | None) -> tuple[Finding, ...]:
     """What `orchestrator doctor` finds: of the cluster, and of what the first plannable stage needs, if a recipe is given."""
     asked = asked_by([stage.recipe for stage in stages])
-    facts = look(asked, root)
+    facts = look(asked, root, kernels=True)
     ready = [s.recipe for s in stages if not references(s.recipe)]
     try:
         return judge(facts, need_of(plan_job(ready[0], Console(quiet=True), of_cluster(facts))) if ready else asked)
@@ -229,7 +230,7 @@ def evaluate(recipe: Recipe, model: Path | None, console: Console) -> dict[str, 
     job = plan_job(policy, console, of_cluster(look(asked_by([policy]))))
     if job.prompts is not None:
         return run_online.evaluate(job)
-    with LearnerGroup(job.recipe.learners) as group:
+    with LearnerGroup(job.recipe.learners, parameters=job.sizes().all) as group:
         attach = attach_reference(recipe, job.algorithm, job.data, job.plan.cut, group, console.print, train=False)
         group.build(LearnerSpec(job.recipe, job.plan.cut, 1))
         return dict(run_offline.evaluator(job.data, policy, group, attach).evaluate(job.plan.cut, 0).metrics)

@@ -215,7 +215,7 @@ class Learners(Section):
         "auto",
         description="what the backward computes again: all but matrix products and attention, or each layer; auto: what is quickest",
     )
-    timeout_s: float = Field(600.0, gt=0, description="deadline of one verb on every worker")
+    timeout_s: float = Field(600.0, gt=0, description="deadline of one verb on every worker; what reads or writes the state has more, by its bytes")
     start_timeout_s: float = Field(180.0, gt=0, description="deadline for the placement group and the process group")
     max_restarts: int = Field(3, ge=0, description="times a lost worker group is rebuilt from the last checkpoint")
 
@@ -251,7 +251,9 @@ class Rollouts(Section):
     batching: Literal["auto", "static", "continuous", "measured"] = Field(
         "auto", description="how the transformers engine decodes; auto: static on a CPU, continuous on a GPU; measured: each actor times both"
     )
-    rows_at_once: int = Field(64, ge=1, description="sequences an actor decodes together")
+    rows_at_once: int | None = Field(
+        None, ge=1, description="sequences an actor decodes together; default: 64, with vLLM as many as it takes by itself"
+    )
     prompts: int = Field(32, ge=1, description="prompts of one rollout batch")
     samples: int = Field(8, ge=1, description="completions of one prompt")
     max_new_tokens: int = Field(64, ge=1, description="tokens of a completion (multi-turn: of the whole episode)")
@@ -269,8 +271,18 @@ class Rollouts(Section):
     environment: str | None = Field(None, description="multi-turn: `module:Class` or `file.py:Class`")
     max_turns: int = Field(8, ge=1, description="multi-turn: turns of the model in one episode")
     replay: str | None = Field(None, description="a samples.jsonl to learn from instead of generating: for debugging")
-    timeout_s: float = Field(600.0, gt=0, description="deadline of one piece of work of an actor")
+    timeout_s: float = Field(600.0, gt=0, description="deadline of one piece of work of an actor; what moves weights has more, by their bytes")
+    start_timeout_s: float | None = Field(
+        None,
+        gt=0,
+        description="deadline for an actor to be ready, and more by the model's bytes; default: 900 for vLLM on a GPU, else learners.start_timeout_s",
+    )
     max_restarts: int = Field(8, ge=0, description="times a lost rollout actor is replaced")
+
+    @property
+    def rows(self) -> int:
+        """Sequences that an actor decodes together, as far as it is known before the engine is built."""
+        return self.rows_at_once or (256 if self.engine == "vllm" else 64)
 
 
 class RewardFunction(Section):

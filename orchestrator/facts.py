@@ -13,10 +13,19 @@ SLACK = 1e-6
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """A device as nvidia-smi sees it. memory: bytes, 0 where it does not say."""
+    """A device as nvidia-smi sees it. memory: bytes, 0 where it does not say; driver: its version, "" where it does not say."""
 
     name: str
     memory: int
+    driver: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """A small product computed on a GPU. device: which one of its node; trouble: what was wrong with it, None where nothing was."""
+
+    device: str
+    trouble: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +70,9 @@ class Absent:
 @dataclass(frozen=True, slots=True)
 class NodeFacts:
     """What a process on a node sees. name: unique in the cluster; versions: of python and the libraries ("missing" where there is
-    none); devices: GPUs by nvidia-smi; ram, shm_*: bytes; interface: the network device that holds the address; ports:
-    from which the system takes free ones; clock_offset_s: against the driver's clock."""
+    none); devices: GPUs by nvidia-smi; cuda: the version that its torch is built for, "" without; kernels: what was computed on its
+    GPUs, empty where none was tried; ram, shm_*: bytes; interface: the network device that holds the address; ports: from which
+    the system takes free ones; clock_offset_s: against the driver's clock."""
 
     name: str
     address: str
@@ -79,6 +89,8 @@ class NodeFacts:
     absent: tuple[Absent, ...] = ()
     unreachable: tuple[Unreachable, ...] = ()
     clock_offset_s: float = 0.0
+    cuda: str = ""
+    kernels: tuple[Kernel, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +122,7 @@ class PairRate:
 
 @dataclass(frozen=True, slots=True)
 class AllReduce:
-    """An all-reduce over one process per node. seconds: median of the slowest process; error: why there is no result."""
+    """An all-reduce over `ranks` processes on each node. seconds: median of the slowest process; error: why there is no result."""
 
     backend: str
     nodes: tuple[str, ...]
@@ -118,10 +130,12 @@ class AllReduce:
     seconds: float = 0.0
     pairs: tuple[PairRate, ...] = ()
     error: str | None = None
+    ranks: int = 1
 
     @property
     def rate(self) -> float:
-        """Bytes per second that each node sends and receives: 2 (n - 1) / n times the size, over the time."""
+        """Bytes per second that each node sends and receives, through all its network cards together: 2 (n - 1) / n times the size,
+        over the time."""
         return 2 * (len(self.nodes) - 1) / len(self.nodes) * self.size / self.seconds
 
 
@@ -178,7 +192,8 @@ class ModelSource:
 
 @dataclass(frozen=True, slots=True)
 class Need:
-    """What a run asks of the cluster. checkpoint_bytes: of one; libraries: beyond those that every run uses."""
+    """What a run asks of the cluster. checkpoint_bytes: of one; libraries: beyond those that every run uses; object_store: bytes of
+    published weights that lie in it at once."""
 
     groups: tuple[WorkerGroup, ...] = ()
     checkpoint_bytes: int = 0
@@ -186,6 +201,7 @@ class Need:
     wandb: Literal["online", "offline", "off"] = "off"
     models: tuple[ModelSource, ...] = ()
     libraries: tuple[str, ...] = ()
+    object_store: int = 0
 
     @property
     def gpus(self) -> bool:

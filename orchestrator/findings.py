@@ -25,6 +25,9 @@ CLOCK_S = 2.0
 """Seconds that a node's clock may be off before logs and metrics of several nodes cannot be read side by side."""
 SLOW_PAIR = 0.25
 """A pair below this share of the median pair is called slow; less is noise between busy hosts."""
+MINIMUM_DRIVER = {"11": 450, "12": 525, "13": 580}
+"""Major version of the driver that each CUDA needs at least, by NVIDIA's table of minor version compatibility
+(docs.nvidia.com/deploy/cuda-compatibility); newer drivers run all older CUDAs."""
 FEW = 4
 """Nodes that are named one by one."""
 STYLES: dict[Level, str] = {"ok": "green", "warning": "yellow", "error": "red"}
@@ -144,6 +147,40 @@ def _devices(facts: ClusterFacts, need: Need) -> list[Finding]:
     return [Finding("resources", "warning", _all(facts), what, fix)]
 
 
+def _driver(facts: ClusterFacts, need: Need) -> list[Finding]:
+    """The driver decides which CUDA can run; torch falls back to the CPU, or fails at its first kernel."""
+    looked = [(node, sorted({gpu.driver for gpu in node.devices if gpu.driver})) for node in facts.nodes]
+    looked = [(node, drivers) for node, drivers in looked if drivers]
+    if not looked or (need.groups and not need.gpus):
+        return []
+    level: Level = "error" if need.gpus else "warning"
+    found = []
+    for node, drivers in looked:
+        needed = MINIMUM_DRIVER.get(node.cuda.partition(".")[0])
+        older = [d for d in drivers if needed is not None and d.partition(".")[0].isdecimal() and int(d.partition(".")[0]) < needed]
+        if not node.cuda:
+            what = f"there are {_count(len(node.devices), 'GPU')}, and torch there is built without CUDA"
+            found.append(Finding("driver", level, node.name, what, "pip install torch --index-url https://download.pytorch.org/whl/cu130 there"))
+        elif older:
+            what = f"driver {older[0]} is too old for torch's CUDA {node.cuda}, which needs {needed} or newer"
+            fix = f"install driver {needed} or newer; or a torch for this one: pip install torch --index-url https://download.pytorch.org/whl/cu128"
+            found.append(Finding("driver", level, node.name, what, fix))
+    versions = sorted({d for _, drivers in looked for d in drivers})
+    return found or [Finding("driver", "ok", _all(facts), f"driver {', '.join(versions)}, torch for CUDA {looked[0][0].cuda}")]
+
+
+def _kernels(facts: ClusterFacts, need: Need) -> list[Finding]:
+    tried = [(node, kernel) for node in facts.nodes for kernel in node.kernels]
+    if need.groups and not need.gpus:
+        return []
+    level: Level = "error" if need.gpus else "warning"
+    fix = "look at nvidia-smi -q (ECC errors, retired pages) and at Xid in dmesg there; reset or replace the GPU, or start Ray without it"
+    found = [Finding("kernels", level, node.name, f"{kernel.device}: {kernel.trouble}", fix) for node, kernel in tried if kernel.trouble]
+    if found or not tried:
+        return found
+    return [Finding("kernels", "ok", _all(facts), f"a product on each of {_count(len(tried), 'GPU')} is what the CPU makes of it")]
+
+
 def _storage(facts: ClusterFacts, _: Need) -> list[Finding]:
     looked = [(node, node.storage) for node in facts.nodes if node.storage is not None]
     if not looked:
@@ -182,7 +219,7 @@ def _disk(facts: ClusterFacts, need: Need) -> list[Finding]:
     return [Finding("disk", "error", least.folder, what, f"free {size(needed - least.free)} there{fewer}, or choose another --output")]
 
 
-def _shm(facts: ClusterFacts, _: Need) -> list[Finding]:
+def _shm(facts: ClusterFacts, need: Need) -> list[Finding]:
     if not any(node.shm_total for node in facts.nodes):
         return [Finding("shm", "ok", _all(facts), "this system has no /dev/shm")]
     found = []
@@ -191,6 +228,10 @@ def _shm(facts: ClusterFacts, _: Need) -> list[Finding]:
         if capacity.object_store > node.shm_total:
             what = f"/dev/shm has {size(node.shm_total)}, Ray's object store {size(capacity.object_store)}: it lies on disk instead"
             found.append(Finding("shm", "warning", node.name, what, f"{fix}; or ray start with a smaller --object-store-memory"))
+        elif 0 < capacity.object_store < need.object_store:
+            what = f"Ray's object store has {size(capacity.object_store)}, published weights take {size(need.object_store)}: through the disk"
+            fixed = f"ray start --object-store-memory={need.object_store}, or rollouts.transport=broadcast"
+            found.append(Finding("shm", "warning", node.name, what, fixed))
         elif node.shm_free < SHM_BYTES:
             what = f"/dev/shm has {size(node.shm_free)} free; NCCL and Ray's object store want {size(SHM_BYTES)} or more"
             found.append(Finding("shm", "warning", node.name, what, fix))
@@ -252,7 +293,9 @@ def _all_reduce(facts: ClusterFacts, _: Need) -> list[Finding]:
         if result.backend == "nccl":
             fixes.append("NCCL_DEBUG=INFO shows more")
         return [Finding("all-reduce", "error", where, f"{result.backend}: {result.error}", "; ".join(fixes))]
-    found = [Finding("all-reduce", "ok", where, f"{result.backend}, {size(result.size)} in {result.seconds * 1e3:.1f} ms: {_rate(result.rate)}")]
+    over = f" over {result.ranks} GPUs of each" if result.ranks > 1 else ""
+    what = f"{result.backend}{over}, {size(result.size)} in {result.seconds * 1e3:.1f} ms: {_rate(result.rate)}"
+    found = [Finding("all-reduce", "ok", where, what)]
     usual = median(p.rate for p in result.pairs) if len(result.pairs) > 1 else 0.0
     for pair in result.pairs:
         if pair.rate < SLOW_PAIR * usual:
@@ -300,7 +343,8 @@ def _auth(facts: ClusterFacts, _: Need) -> list[Finding]:
 
 
 CHECKS: tuple[Callable[[ClusterFacts, Need], Iterable[Finding]], ...] = (
-    _answers, _versions, _resources, _devices, _storage, _disk, _shm, _limits, _clock, _network, _all_reduce, _models, _wandb, _auth,
+    _answers, _versions, _resources, _devices, _driver, _kernels, _storage, _disk, _shm, _limits, _clock, _network, _all_reduce, _models,
+    _wandb, _auth,
 )  # fmt: skip
 
 

@@ -16,7 +16,8 @@ from orchestrator.dataset import DataSet, load_data
 from orchestrator.errors import NotEnoughResources
 from orchestrator.facts import WorkerGroup
 from orchestrator.hardware import Hardware, this_machine
-from orchestrator.memory_model import model_sizes
+from orchestrator.memory_model import Sizes, model_sizes
+from orchestrator.models.buckets import WIRE
 from orchestrator.models.load import load_config
 from orchestrator.observe.card import model_card
 from orchestrator.observe.reporter import RunReporter
@@ -58,6 +59,18 @@ class Job:
     def demands(self) -> tuple[WorkerGroup, ...]:
         """The worker groups it needs."""
         return _demands(self.recipe, self.algorithm)
+
+    def sizes(self) -> Sizes:
+        """Parameters of the policy."""
+        return model_sizes(self.recipe, self.algorithm)
+
+    def store_bytes(self) -> int:
+        """Of the published weights that lie in Ray's object store at once: the version in use, the one being written, and those that
+        generation runs behind."""
+        recipe = self.recipe
+        if self.algorithm.online is None or recipe.rollouts.replay is not None or recipe.rollouts.transport not in ("auto", "object_store"):
+            return 0
+        return (2 + recipe.rollouts.max_staleness) * WIRE[recipe.learners.precision].itemsize * self.sizes().learns
 
     def guards(self) -> Guards:
         """What its steps are checked against."""
@@ -163,17 +176,16 @@ def _rollout_choices(recipe: Recipe, algorithm: Algorithm, steps: int) -> list[C
     return [
         Choice("rollout batch", drawn, f"{steps} optimizer step{'s' if steps > 1 else ''} from each; run.max_steps counts rollout batches"),
         Choice("rollouts", actors, ahead),
-        Choice("rollout memory", size(rollout_bytes(recipe, algorithm)), f"per actor: weights, keys and values of {rollouts.rows_at_once} full rows"),
+        Choice("rollout memory", size(rollout_bytes(recipe, algorithm)), f"per actor: weights, keys and values of {rollouts.rows} full rows"),
     ]
 
 
 def rollout_bytes(recipe: Recipe, algorithm: Algorithm) -> int:
-    """Predicted bytes of a transformers rollout actor: its weights, and keys and values of rollouts.rows_at_once full rows."""
+    """Predicted bytes of a transformers rollout actor: its weights, and keys and values of rollouts.rows full rows."""
     config = load_config(recipe.model).get_text_config()
     element = 4 if recipe.learners.precision == "fp32" else 2
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     per_token = 2 * element * config.num_hidden_layers * heads * width
-    parameters = model_sizes(recipe, algorithm).all
-    return element * parameters + per_token * recipe.rollouts.rows_at_once * recipe.data.max_length
+    return element * model_sizes(recipe, algorithm).all + per_token * recipe.rollouts.rows * recipe.data.max_length
 

@@ -167,8 +167,8 @@ class MemoryModel:
         At any moment a pass holds so much per layer whose output is still needed, and so much besides: a line over the number of
         layers. The steepest line is that of the moment when all layers are held. So where the peak grows by the same step, above
         zero, from 2 to 3 to 4 equal layers, it goes on like that exactly."""
-        counts = (len(micro_batch.targets), len(micro_batch.last_at))
-        key = (checkpointing, micro_batch.layout, micro_batch.one_row, micro_batch.input_ids.shape, *counts)
+        shapes = (micro_batch.input_ids.shape, len(micro_batch.targets), len(micro_batch.last_at))
+        key = (checkpointing, micro_batch.layout, micro_batch.one_row, shapes)
         if key not in self._steps:
             self._steps[key] = self._extrapolated(micro_batch, checkpointing)
         return self._steps[key]

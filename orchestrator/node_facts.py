@@ -37,6 +37,8 @@ MARKER = ".preflight-"
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 WANDB_SERVER = "https://api.wandb.ai"
 SIOCGIFADDR = 0x8915
+NO_GPUS = {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": "", "ROCR_VISIBLE_DEVICES": ""}
+"""Variables of a process that is to see no GPU, of NVIDIA or of AMD."""
 SHM = Path("/dev/shm")
 PORT_RANGE = Path("/proc/sys/net/ipv4/ip_local_port_range")
 """Linux has them; a Mac, on which one tries things out, does not."""
@@ -61,6 +63,7 @@ def node_facts(name: str, address: str, models: Sequence[ModelSource], libraries
         rdma=any(Path("/sys/class/infiniband").glob("*")),
         interface=interface_of(address),
         ports=_ports(),
+        cuda=built_for(),
         absent=tuple(Absent(model.path, why) for model in models if (why := _absence(model)) is not None),
     )
 
@@ -99,14 +102,21 @@ def devices() -> tuple[Gpu, ...]:
     """The GPUs of the machine, whatever CUDA_VISIBLE_DEVICES hides from this process."""
     if shutil.which("nvidia-smi") is None:
         return ()
-    query = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
+    query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader,nounits"]
     try:
         said = subprocess.run(query, capture_output=True, text=True, timeout=SMI_S, check=True).stdout
     except (OSError, subprocess.SubprocessError):  # a broken driver: Ray's own count says what can be used
         return ()
-    rows = [line.rsplit(",", 1) for line in said.splitlines() if line.strip()]
-    mib = ((name.strip(), memory.strip()) for name, memory in rows)  # "[N/A]" where GPU and CPU share their memory
-    return tuple(Gpu(name, int(memory) * 2**20 if memory.isdecimal() else 0) for name, memory in mib)
+    rows = [[part.strip() for part in line.rsplit(",", 2)] for line in said.splitlines() if line.count(",") >= 2]
+    # memory is "[N/A]" where GPU and CPU share it
+    return tuple(Gpu(name, int(memory) * 2**20 if memory.isdecimal() else 0, driver) for name, memory, driver in rows)
+
+
+def built_for() -> str:
+    """The CUDA version that torch here is built for, "" for a build without it."""
+    import torch
+
+    return torch.version.cuda or ""
 
 
 def _soft(kind: int) -> int | None:

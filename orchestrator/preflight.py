@@ -12,6 +12,7 @@ import torch
 
 from orchestrator.algorithms import critic
 from orchestrator.cluster.probes import here, on_cluster, survey
+from orchestrator.cluster.smoke import in_a_process
 from orchestrator.config import ONLINE, Recipe
 from orchestrator.errors import ConfigError, Exit, MissingInput, NotEnoughResources, OrchestratorError, OutputError
 from orchestrator.facts import Capacity, ClusterFacts, ModelSource, Need, WorkerGroup
@@ -43,6 +44,7 @@ def need_of(job: Job) -> Need:
         checkpoint_bytes=_checkpoint_bytes(job),
         keep=recipe.checkpoint.keep,
         wandb=recipe.tracking.wandb,
+        object_store=job.store_bytes(),
     )
 
 
@@ -76,11 +78,14 @@ def _on_hub(path: str) -> bool:
     return not Path(path).is_dir() and not path.startswith(("/", ".")) and path.count("/") == 1
 
 
-def look(asked: Need, root: Path | None = None) -> ClusterFacts:
+def look(asked: Need, root: Path | None = None, *, kernels: bool = False) -> ClusterFacts:
     """What there is on the cluster of RAY_ADDRESS, node by node; without one on this machine, without starting Ray.
-    root: the run folder; None leaves storage and disk out. No wait is longer than the deadlines in cluster/probes.py."""
+    root: the run folder; None leaves storage and disk out; kernels: try the GPUs of this machine too, which takes some seconds.
+    No wait is longer than the deadlines in cluster/probes.py."""
     # before a plan GPUs are of interest wherever there are some
     facts = survey(root, asked.models, asked.libraries, gpus=asked.gpus or not asked.groups) if on_cluster() else this_machine(asked, root)
+    if kernels and not on_cluster() and facts.nodes[0].devices:
+        facts = replace(facts, nodes=(replace(facts.nodes[0], kernels=in_a_process()),))
     return replace(facts, wandb=wandb_trouble()) if asked.wandb == "online" else facts
 
 

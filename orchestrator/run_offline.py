@@ -25,7 +25,10 @@ def attempt(job: Job, folder: RunFolder, cut: Cut, stopped: Stopped) -> Progress
     recipe = job.recipe
     store = CheckpointStore(folder.checkpoints, run=folder.fingerprint, keep=recipe.checkpoint.keep, note=job.console.print)
     saved = store.newest()
-    with job.reporter(folder, saved.progress.step if saved else 0) as reporter, LearnerGroup(recipe.learners, logs=folder.logs) as group:
+    with (
+        job.reporter(folder, saved.progress.step if saved else 0) as reporter,
+        LearnerGroup(recipe.learners, parameters=job.sizes().all, logs=folder.logs) as group,
+    ):
         attach = attach_reference(recipe, job.algorithm, job.data, cut, group, reporter.note)
         group.build(LearnerSpec(recipe, cut, job.schedule_steps))
         cut = probed_cut(job.plan, job.data, cut, group, reporter.note)

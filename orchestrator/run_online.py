@@ -6,7 +6,9 @@
 from contextlib import ExitStack
 from dataclasses import replace
 
+from orchestrator.algorithms import critic as value_model
 from orchestrator.checkpoints import CheckpointStore
+from orchestrator.cluster.placement import connect, store_for
 from orchestrator.cluster.reward_workers import RewardPool
 from orchestrator.cluster.rollout_workers import RolloutPool
 from orchestrator.cluster.weight_bridge import make_bridge
@@ -19,6 +21,7 @@ from orchestrator.episodes import Sampling
 from orchestrator.job import Job, Stopped
 from orchestrator.learner.checks import model_fingerprint
 from orchestrator.learner.learner import LearnerSpec
+from orchestrator.memory_model import model_sizes
 from orchestrator.observe.reporter import RunReporter
 from orchestrator.observe.timeline import Timeline
 from orchestrator.records import Cut, PackedBatch, Progress
@@ -38,12 +41,14 @@ def attempt(job: Job, folder: RunFolder, cut: Cut, stopped: Stopped) -> Progress
     with ExitStack() as stack:
         reporter = stack.enter_context(job.reporter(folder, saved.progress.step if saved else 0))
         together = recipe.rollouts if recipe.rollouts.placement == "colocated" and recipe.rollouts.replay is None else None
-        group = stack.enter_context(LearnerGroup(recipe.learners, logs=folder.logs, colocated=together))
+        connect(store_for(job.store_bytes()))
+        parameters = job.sizes().all
+        group = stack.enter_context(LearnerGroup(recipe.learners, parameters=parameters, logs=folder.logs, colocated=together))
         group.build(LearnerSpec(recipe, cut, job.schedule_steps))
         cut = probed_cut(job.plan, job.data, cut, group, reporter.note)
         check_layout(recipe, job.algorithm, job.data, cut, group, reporter.note)
         critic = _critic(job, folder, cut, stack) if online.critic else None
-        generator, scorer, bridge = _rollouts(job, folder, group, stack)
+        generator, scorer, bridge = _rollouts(job, parameters, folder, group, stack)
         learners = [group] if critic is None else [group, critic]
         sampling = _sampling(recipe)
         trainer = OnlineTrainer(
@@ -67,7 +72,7 @@ def attempt(job: Job, folder: RunFolder, cut: Cut, stopped: Stopped) -> Progress
         return progress
 
 
-def _rollouts(job: Job, folder: RunFolder, group: LearnerGroup, stack: ExitStack) -> tuple[Generator, Scorer, WeightBridge]:
+def _rollouts(job: Job, parameters: int, folder: RunFolder, group: LearnerGroup, stack: ExitStack) -> tuple[Generator, Scorer, WeightBridge]:
     """Live actors and rewards, or a recording of them."""
     recipe = job.recipe
     if recipe.rollouts.replay is not None:
@@ -75,7 +80,7 @@ def _rollouts(job: Job, folder: RunFolder, group: LearnerGroup, stack: ExitStack
         return replay, replay, NoBridge()
     colocated = group.placement if recipe.rollouts.placement == "colocated" else None
     scorer = stack.enter_context(RewardPool(recipe.rewards, model_for_tokenizer=recipe.model, logs=folder.logs))
-    pool = stack.enter_context(RolloutPool(recipe, logs=folder.logs, colocated=colocated))
+    pool = stack.enter_context(RolloutPool(recipe, parameters=parameters, logs=folder.logs, colocated=colocated))
     return pool, scorer, make_bridge(recipe, group, pool)
 
 
@@ -91,7 +96,8 @@ def critic_recipe(recipe: Recipe) -> Recipe:
 
 def _critic(job: Job, folder: RunFolder, cut: Cut, stack: ExitStack) -> LearnerGroup:
     recipe = critic_recipe(job.recipe)
-    group = stack.enter_context(LearnerGroup(recipe.learners, logs=folder.logs, name="critic"))
+    parameters = model_sizes(recipe, value_model(recipe.algorithm)).all
+    group = stack.enter_context(LearnerGroup(recipe.learners, parameters=parameters, logs=folder.logs, name="critic"))
     group.build(LearnerSpec(recipe, replace(cut, workers=recipe.learners.count), job.schedule_steps, "critic"))
     return group
 
@@ -168,9 +174,11 @@ def evaluate(job: Job) -> dict[str, float]:
     recipe = job.recipe
     with ExitStack() as stack:
         together = recipe.rollouts if recipe.rollouts.placement == "colocated" else None
-        group = stack.enter_context(LearnerGroup(recipe.learners, colocated=together))
+        connect(store_for(job.store_bytes()))
+        parameters = job.sizes().all
+        group = stack.enter_context(LearnerGroup(recipe.learners, parameters=parameters, colocated=together))
         group.build(LearnerSpec(recipe, job.plan.cut, 1))
         scorer = stack.enter_context(RewardPool(recipe.rewards, model_for_tokenizer=recipe.model, logs=None))
-        pool = stack.enter_context(RolloutPool(recipe, colocated=group.placement if together else None))
+        pool = stack.enter_context(RolloutPool(recipe, parameters=parameters, colocated=group.placement if together else None))
         make_bridge(recipe, group, pool).publish(0)
         return dict(RolloutEvaluator(job.prompts.held_out, recipe.evaluation, _sampling(recipe), pool, scorer).evaluate(0).metrics)

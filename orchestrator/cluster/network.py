@@ -4,16 +4,17 @@ import os
 
 from orchestrator.node_facts import interface_of
 
-GLOO = "GLOO_SOCKET_IFNAME"
+INTERFACES = {"GLOO_SOCKET_IFNAME": "{}", "NCCL_SOCKET_IFNAME": "={}"}
+"""How gloo and NCCL are told of an interface; NCCL takes what follows "=" as a whole name, else as the beginning of one."""
 
 
 def speak_from(address: str) -> None:
-    """Makes gloo of this process use the interface that has the node's Ray address, unless the user chose one.
+    """Makes gloo and NCCL of this process use the interface that has the node's Ray address, unless the user chose one.
 
     gloo itself looks up the machine's name, which on many hosts (containers, several networks, 127.0.1.1 in /etc/hosts) is
-    an address that the other nodes cannot reach. NCCL looks for itself.
+    an address that the other nodes cannot reach. NCCL takes the first one that is no loopback or docker0: of several networks it
+    may be the wrong one. Over InfiniBand it only meets there.
     """
-    if GLOO in os.environ:
-        return
     if interface := interface_of(address):
-        os.environ[GLOO] = interface
+        for variable, form in INTERFACES.items():
+            os.environ.setdefault(variable, form.format(interface))

@@ -1,6 +1,7 @@
 """Where workers live: a local or existing Ray cluster, and one placement group per worker group."""
 
 import os
+import shutil
 import signal
 import stat
 import tempfile
@@ -14,36 +15,60 @@ from typing import Any
 
 import ray
 from ray.exceptions import ActorAlreadyExistsError
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from orchestrator.cluster.actors import Share, made
 from orchestrator.config import Learners, Recipe, Rollouts
 from orchestrator.errors import ConfigError, NotEnoughResources
 from orchestrator.facts import SLACK, WorkerGroup, times
+from orchestrator.node_facts import SHM
 
 OBJECT_STORE_BYTES = 256 * 1024 * 1024
+"""For batches, log-probs and rollouts; published weights come on top (`store_for`)."""
+SHM_SHARE, RAM_SHARE = 0.9, 0.3
+"""Of what is free of /dev/shm, beyond which Ray would put its store on disk, and of the RAM, of which it is a part."""
 NAME_FREE_S = 60.0
 """Until a killed actor's name is free again; where its node is lost, Ray has to notice that first."""
 
 
-def connect() -> None:
-    """Joins the cluster of RAY_ADDRESS (set inside `ray job submit`), or starts a local Ray without a dashboard."""
+def connect(store: int = OBJECT_STORE_BYTES) -> None:
+    """Joins the cluster of RAY_ADDRESS (set inside `ray job submit`), or starts a local Ray without a dashboard. store: bytes of
+    its object store."""
     if ray.is_initialized():
         return
     with _own_signals():
-        _init()
+        _init(store)
 
 
-def _init() -> None:
+@contextmanager
+def own_ray() -> Iterator[None]:
+    """A local Ray that is started inside ends with it: the next one may need a larger object store."""
+    ours = not ray.is_initialized() and not os.environ.get("RAY_ADDRESS")
+    try:
+        yield
+    finally:
+        if ours:
+            ray.shutdown()
+
+
+def store_for(weights: int) -> int:
+    """Bytes of a local Ray's object store that holds so many bytes of published weights without spilling them to disk, as far as
+    the machine has the memory."""
+    shm = shutil.disk_usage(SHM).free * SHM_SHARE if SHM.is_dir() else float("inf")
+    ram = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * RAM_SHARE
+    return max(OBJECT_STORE_BYTES, int(min(OBJECT_STORE_BYTES + weights, shm, ram)))
+
+
+def _init(store: int) -> None:
     quiet = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": False}
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     if os.environ.get("RAY_ADDRESS"):
         ray.init(address="auto", **quiet)
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     ray.init(
         include_dashboard=False,
-        object_store_memory=OBJECT_STORE_BYTES,
+        object_store_memory=store,
         _temp_dir=os.environ.get("RAY_TMPDIR") or os.path.join(tempfile.gettempdir(), "ray"),
         **quiet,
     )
@@ -117,20 +142,21 @@ class Placement:
             )
         return cls(group, bundle)
 
-    def start(
-        self, kind: type, rank: int, *arguments: Any, name: str, environment: Mapping[str, str], cpus: float, gpus: float, threads: int = 1
-    ) -> Any:
+    def start(self, kind: type, rank: int, *arguments: Any, name: str, share: Share) -> Any:
         """An actor in the bundle of `rank`, taking its part of it. name: role and rank, as Ray's dashboard shows it."""
-        made = ray.remote(kind).options(
-            name=name,
-            num_cpus=cpus,
-            num_gpus=gpus,
-            scheduling_strategy=PlacementGroupSchedulingStrategy(self.group, placement_group_bundle_index=rank),
-            runtime_env={"env_vars": dict(environment)},
-            max_restarts=0,
-            max_concurrency=threads,
-        )
-        return named(lambda: made.remote(*arguments))
+        there = PlacementGroupSchedulingStrategy(self.group, placement_group_bundle_index=rank)
+        actor = made(kind, share, strategy=there, name=name)
+        return named(lambda: actor.remote(*arguments))
+
+    def threads(self, rank: int, cpus: float, gpus: float) -> int:
+        """With which a worker in the bundle of `rank` computes on the CPU: one per CPU of its own, and on a GPU its share of the
+        node's, since a node with GPUs has idle CPUs beside them. Loading, hashing and offloaded AdamW wait for them."""
+        own = max(1, int(cpus))
+        if not gpus:
+            return own
+        node = placement_group_table(self.group)["bundles_to_node_id"][rank]
+        (has,) = (n["Resources"] for n in ray.nodes() if n["NodeID"] == node)
+        return max(own, int(has.get("CPU", 0.0) * gpus / has["GPU"]))
 
     def release(self) -> None:
         remove_placement_group(self.group)

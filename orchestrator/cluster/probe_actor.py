@@ -13,7 +13,9 @@ from typing import Any
 
 import ray
 
+from orchestrator.cluster.actors import own_device
 from orchestrator.cluster.network import speak_from
+from orchestrator.cluster.smoke import trouble_on
 from orchestrator.facts import ModelSource, NodeFacts, Storage, Unreachable
 from orchestrator.learner.engine import ProcessGroup
 from orchestrator.node_facts import mark, node_facts, sweep, unseen
@@ -74,6 +76,10 @@ class Probe:
             troubles = threads.map(lambda door: _knock(door, nonce.encode()), doors)
             return tuple(Unreachable(d.node, d.address, d.port, why) for d, why in zip(doors, troubles, strict=True) if why)
 
+    def kernel(self) -> str | None:
+        """What is wrong with the GPU that Ray gave this probe; None where nothing is."""
+        return trouble_on(own_device())
+
     def meeting(self) -> tuple[str, int]:
         """Where the process group meets, if this is its rank 0."""
         with socket.create_server(("", 0)) as free:
@@ -81,10 +87,8 @@ class Probe:
 
     def join(self, rank: int, world: int, address: str, port: int) -> None:
         """The way a learner joins, so that what would stop it stops this."""
-        import torch
-
         speak_from(self.address)
-        self.device = torch.device("cuda" if ray.get_gpu_ids() else "cpu")
+        self.device = own_device()
         self.group = ProcessGroup(rank, world, address, port, COLLECTIVE_S)
         self.group.join(self.device)
 
@@ -96,19 +100,21 @@ class Probe:
         data = torch.zeros(size // 4, device=self.device)
         return median([self._timed(lambda: dist.all_reduce(data)) for _ in range(ROUNDS + 2)][2:])
 
-    def exchange(self, size: int) -> dict[int, float]:
-        """Bytes per second to and from every other rank, one after the other, disjoint pairs at the same time."""
+    def exchange(self, size: int, ranks: int) -> dict[int, float]:
+        """Bytes per second to and from every other node, one after the other, disjoint pairs at the same time. ranks: on each node;
+        the first of one speaks to the first of the other, and so on, so that all network cards work. Rank r is on node r // ranks."""
         import torch
         import torch.distributed as dist
 
         assert self.group is not None
         out, back = (torch.zeros(size // 4, device=self.device) for _ in range(2))
+        node, seat = divmod(self.group.rank, ranks)
         rates = {}
-        for partners in tournament(self.group.world):
-            other = partners[self.group.rank]
+        for partners in tournament(self.group.world // ranks):
+            other = partners[node]
             dist.barrier()
             if other is not None:
-                swap = partial(_swap, out, back, other)
+                swap = partial(_swap, out, back, other * ranks + seat)
                 rates[other] = size / median([self._timed(swap) for _ in range(ROUNDS + 1)][1:])
         return rates
 

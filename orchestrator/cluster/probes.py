@@ -11,7 +11,7 @@ import urllib.request
 import uuid
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
 from itertools import combinations
 from pathlib import Path
@@ -21,9 +21,10 @@ import ray
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from orchestrator.cluster.actors import Share, made
 from orchestrator.cluster.placement import connect
 from orchestrator.cluster.probe_actor import COLLECTIVE_S, SETTLE_S, Door, Probe
-from orchestrator.facts import AllReduce, Capacity, ClusterFacts, ModelSource, NodeFacts, PairRate, Silent, Storage
+from orchestrator.facts import AllReduce, Capacity, ClusterFacts, Kernel, ModelSource, NodeFacts, PairRate, Silent, Storage
 from orchestrator.node_facts import ANSWER_S, mark, node_facts, shared_folder, sweep, unmet_requirements
 
 START_S = 90.0
@@ -32,6 +33,8 @@ ASK_S = 60.0
 """For one question to a node."""
 GRACE_S = 10.0
 """On top of a deadline that the other side keeps itself: its own message says more."""
+MOST_GPUS = 8
+"""GPUs of a node that are looked at: as many as a machine has that has a network card for each."""
 SIZES = {"gloo": 16_000_000, "nccl": 256_000_000}
 """Bytes of the measured all-reduce: large enough that latency does not count, small enough for a second."""
 
@@ -84,9 +87,9 @@ class _Probes:
     silent: list[Silent] = field(default_factory=list)
 
     @classmethod
-    def start(cls, nodes: Iterable[Node], gpus: int = 0) -> "_Probes":
+    def start(cls, nodes: Iterable[Node]) -> "_Probes":
         """Asks for a probe on every node, without waiting for it."""
-        return cls({n.name: _place(n.id, gpus).remote(n.name) for n in nodes})
+        return cls({n.name: _place(n.id, 0).remote(n.name) for n in nodes})
 
     def each(self, verb: str, *args: Any, timeout_s: float = ASK_S) -> dict[str, Any]:
         return self.ask(dict.fromkeys(self.actors, (verb, args)), timeout_s)
@@ -131,7 +134,7 @@ class _Probes:
 
 def _place(node_id: str, gpus: int) -> Any:
     there = NodeAffinitySchedulingStrategy(node_id, soft=False)
-    return ray.remote(Probe).options(num_cpus=0, num_gpus=gpus, max_restarts=0, scheduling_strategy=there)
+    return made(Probe, Share(cpus=0, gpus=gpus), strategy=there)
 
 
 def _last_line(error: Exception) -> str:
@@ -144,17 +147,19 @@ def on_cluster() -> bool:
 
 
 def survey(root: Path | None, models: Sequence[ModelSource], libraries: Sequence[str], *, gpus: bool) -> ClusterFacts:
-    """Everything about the cluster of `connect()`. root: of the run folder; gpus: measure between GPUs where there are any.
-    A cluster of this node alone is looked at from here, without an actor."""
+    """Everything about the cluster of `connect()`. root: of the run folder; gpus: try the GPUs, and measure between them.
+    A cluster of this node alone is looked at from here, without an actor but for its GPUs."""
     connect()
     nodes = alive_nodes()
     capacities = tuple(n.capacity for n in nodes)
     folder = str(shared_folder(root)) if root is not None else None
     common = {"capacities": capacities, "unmet": unmet_requirements(), "auth": asks_for_token()}
-    if len(nodes) == 1 and nodes[0].id == ray.get_runtime_context().get_node_id():
-        facts = here(nodes[0].name, ray.util.get_node_ip_address(), folder, models, libraries)
-        return ClusterFacts((facts,), skipped="there is one node", **common)
-    with closing(_Probes.start(nodes)) as probes:
+    with ExitStack() as stack:
+        if len(nodes) == 1 and nodes[0].id == ray.get_runtime_context().get_node_id():
+            found = (here(nodes[0].name, ray.util.get_node_ip_address(), folder, models, libraries),)
+            kernels = _kernels(_closing(stack, _gpu_probes(nodes))) if gpus else {}
+            return ClusterFacts((replace(found[0], kernels=kernels.get(nodes[0].name, ())),), skipped="there is one node", **common)
+        probes = stack.enter_context(closing(_Probes.start(nodes)))
         offsets = _clock_offsets(probes)
         facts = probes.each("facts", models, libraries)
         if folder is not None:
@@ -162,10 +167,22 @@ def survey(root: Path | None, models: Sequence[ModelSource], libraries: Sequence
         facts = _with_neighbours(probes, facts)
         found = tuple(replace(f, clock_offset_s=offsets[name]) for name, f in facts.items() if name in probes.actors)
         silent = tuple(probes.silent)
+        members = _closing(stack, _gpu_probes([n for n in nodes if n.name in probes.actors])) if gpus else {}
+        kernels = _kernels(members)
+        found = tuple(replace(f, kernels=kernels.get(f.name, ())) for f in found)
         trouble = "not every node answers" if silent else "some nodes cannot reach others" if any(f.unreachable for f in found) else ""
-        result = trouble or ("there is one node" if len(found) < 2 else _all_reduce(probes, nodes, gpus))
+        trouble = trouble or ("there is one node" if len(found) < 2 else "")
+        trouble = trouble or ("a GPU does not compute" if any(k.trouble for f in found for k in f.kernels) else "")
+        result = trouble or (_on_gpus(members) if len(members) > 1 else _measure(probes, tuple(probes.actors), "gloo"))
     measured = {"skipped": result} if isinstance(result, str) else {"all_reduce": result}
     return ClusterFacts(found, silent=silent, **measured, **common)
+
+
+def _closing(stack: ExitStack, members: dict[str, "_Probes"]) -> dict[str, "_Probes"]:
+    """The same; they end with the stack."""
+    for probes in members.values():
+        stack.enter_context(closing(probes))
+    return members
 
 
 def here(name: str, address: str, folder: str | None, models: Sequence[ModelSource], libraries: Sequence[str]) -> NodeFacts:
@@ -228,27 +245,62 @@ def _with_neighbours(probes: _Probes, facts: Mapping[str, NodeFacts]) -> dict[st
     return {name: replace(facts[name], unreachable=lost.get(name, ())) for name in doors}
 
 
-def _all_reduce(probes: _Probes, nodes: Sequence[Node], gpus: bool) -> AllReduce | str:
-    """Over one GPU of every node that has one, or over all nodes' CPUs; in words why it cannot be tried."""
-    with_gpu = [n for n in nodes if n.capacity.gpus >= 1] if gpus else []
-    if len(with_gpu) < 2:
-        return _measure(probes, "gloo")
-    with closing(_Probes.start(with_gpu, gpus=1)) as members:
-        members.each("now", timeout_s=START_S)
-        if members.silent:
-            return f"no free GPU on {', '.join(s.node for s in members.silent)} within {START_S:.0f} s"
-        return _measure(members, "nccl")
+def _gpu_probes(nodes: Sequence[Node]) -> dict[str, "_Probes"]:
+    """Of each node with GPUs a probe on each of them that is free, up to MOST_GPUS; the probes are named NODE GPU 0, NODE GPU 1 …
+    The caller closes them."""
+    members = {
+        n.name: _Probes({f"{n.name} GPU {i}": _place(n.id, 1).remote(n.name) for i in range(min(MOST_GPUS, int(n.capacity.gpus)))})
+        for n in nodes
+        if n.capacity.gpus >= 1
+    }
+    deadline = time.monotonic() + START_S
+    for probes in members.values():
+        probes.each("now", timeout_s=max(1.0, deadline - time.monotonic()))
+    return members
 
 
-def _measure(members: _Probes, backend: str) -> AllReduce:
-    """The all-reduce and the rates of all pairs; whoever fails or is late makes it an error that names them."""
+def _kernels(members: Mapping[str, "_Probes"]) -> dict[str, tuple[Kernel, ...]]:
+    """What a small product on each GPU gave, by node; a process that does not survive it is its trouble."""
+    found = {}
+    for name, probes in members.items():
+        seats = tuple(probes.actors)
+        troubles = probes.each("kernel")
+        died = {silent.node: silent.why for silent in probes.silent}
+        found[name] = tuple(Kernel(seat.removeprefix(f"{name} "), troubles[seat] if seat in troubles else died[seat]) for seat in seats)
+    return found
+
+
+def _on_gpus(members: Mapping[str, "_Probes"]) -> AllReduce | str:
+    """The all-reduce over as many GPUs of each node, or in words why it cannot be tried."""
+    taken = [name for name, probes in members.items() if not probes.actors]
+    if taken:
+        return f"no free GPU on {', '.join(taken)} within {START_S:.0f} s"
+    ranks = min(len(probes.actors) for probes in members.values())
+    seats = {seat: actor for probes in members.values() for seat, actor in list(probes.actors.items())[:ranks]}
+    return _measure(_Probes(seats), tuple(members), "nccl")
+
+
+def _measure(members: _Probes, nodes: Sequence[str], backend: str) -> AllReduce:
+    """The all-reduce and the rates of all pairs of nodes; whoever fails or is late makes it an error that names them."""
     names, size = tuple(members.actors), SIZES[backend]
+    count, ranks = len(nodes), len(names) // len(nodes)
+    rates: dict[str, dict[int, float]] = {}
     try:
         where = members.together({names[0]: ("meeting", ())})[names[0]]
         members.together({name: ("join", (rank, len(names), *where)) for rank, name in enumerate(names)})
         seconds = members.together(dict.fromkeys(names, ("all_reduce", (size,))))
-        rates: dict[str, dict[int, float]] = members.together(dict.fromkeys(names, ("exchange", (size // 4,)))) if len(names) > 2 else {}
+        if count > 2:
+            rates = members.together(dict.fromkeys(names, ("exchange", (size // 4, ranks))))
     except Broken as failure:
-        return AllReduce(backend, names, size, error=str(failure))
-    slower = {(i, j): min(rates[names[i]][j], rates[names[j]][i]) for i, j in combinations(range(len(names)), 2)} if rates else {}
-    return AllReduce(backend, names, size, max(seconds.values()), tuple(PairRate(names[i], names[j], rate) for (i, j), rate in slower.items()))
+        return AllReduce(backend, tuple(nodes), size, error=str(failure), ranks=ranks)
+    return AllReduce(backend, tuple(nodes), size, max(seconds.values()), _pairs(names, nodes, rates), ranks=ranks)
+
+
+def _pairs(names: Sequence[str], nodes: Sequence[str], rates: Mapping[str, Mapping[int, float]]) -> tuple[PairRate, ...]:
+    """Of two nodes: what all their ranks together send to each other. names: of the ranks, node by node."""
+    ranks = len(names) // len(nodes)
+
+    def between(i: int, j: int) -> float:
+        return sum(min(rates[names[i * ranks + r]][j], rates[names[j * ranks + r]][i]) for r in range(ranks))
+
+    return tuple(PairRate(nodes[i], nodes[j], between(i, j)) for i, j in combinations(range(len(nodes)), 2) if rates)

@@ -18,6 +18,7 @@ import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from orchestrator.cluster.actors import Share, made, own_device
 from orchestrator.cluster.placement import connect, named
 from orchestrator.config import Model, RewardFunction, Rewards
 from orchestrator.episodes import RolloutGroup, Scoring
@@ -59,12 +60,9 @@ class RewardModelActor:
         self.model: Any = None
 
     def ready(self) -> None:
-        import torch
-
         from orchestrator.rollout.scoring import RewardModel
 
-        device = torch.device("cuda" if ray.get_gpu_ids() else "cpu")
-        self.model = RewardModel(self.function, policy=self.policy, batch_size=self.batch_size, device=device)
+        self.model = RewardModel(self.function, policy=self.policy, batch_size=self.batch_size, device=own_device())
 
     def score(self, groups: Sequence[RolloutGroup], timeout_s: float) -> list[Outcome]:
         return self.model.score(groups, timeout_s)
@@ -214,9 +212,7 @@ class RewardPool:
         log = self.logs / f"reward-{function.name}.log" if self.logs is not None else None
         confinement = Confinement.of(self.rewards, os.environ, log)
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-        kind = ray.remote(RewardActor).options(
-            name=f"reward-{function.name}", num_cpus=0, max_restarts=0, max_concurrency=1, scheduling_strategy=here
-        )
+        kind = made(RewardActor, Share(cpus=0, gpus=0), strategy=here, name=f"reward-{function.name}")
         limits = _Limits(START_TIMEOUT_S, START_TIMEOUT_S + GRACE_S)
         return ActorComponent(function.name, lambda: named(lambda: kind.remote(function, confinement)), limits)
 
@@ -224,14 +220,7 @@ class RewardPool:
         has = ray.cluster_resources().get("GPU", 0.0)
         if function.gpus > has:
             raise NotEnoughResources(f"reward {function.name} asks for {function.gpus:g} GPUs, the cluster has {has:g}", fix="lower its gpus")
-        kind = ray.remote(RewardModelActor).options(
-            name=f"reward-{function.name}",
-            num_cpus=0,
-            num_gpus=function.gpus,
-            max_restarts=0,
-            max_concurrency=1,
-            runtime_env={"env_vars": {"TOKENIZERS_PARALLELISM": "false", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}},
-        )
+        kind = made(RewardModelActor, Share(cpus=0, gpus=function.gpus), name=f"reward-{function.name}")
         rows = self.rewards.batch_size
         return ActorComponent(function.name, lambda: named(lambda: kind.remote(function, self.policy, rows)), _Limits(LOAD_TIMEOUT_S, 0.0))
 

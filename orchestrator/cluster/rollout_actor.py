@@ -9,8 +9,9 @@ import ray
 import torch
 
 from orchestrator import faults
+from orchestrator.cluster.actors import device_name, own_device
 from orchestrator.cluster.network import speak_from
-from orchestrator.cluster.workers import device_name, redirect_output
+from orchestrator.cluster.workers import redirect_output
 from orchestrator.config import Recipe
 from orchestrator.episodes import Prompt, RolloutGroup, Sampling
 from orchestrator.errors import ConfigError, WorkerLost
@@ -29,7 +30,7 @@ class RolloutActor:
         torch.set_num_threads(threads)
         speak_from(ray.util.get_node_ip_address())
         self.index = index
-        self.device = torch.device("cuda" if ray.get_gpu_ids() else "cpu")
+        self.device = own_device()
         self.worker: Any = None
         self.channel: Channel | None = None
         self.plans: Sequence[BucketPlan] = ()

@@ -20,9 +20,11 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 
+from orchestrator.cluster.actors import Share
+from orchestrator.cluster.deadlines import Deadlines
 from orchestrator.cluster.placement import Placement
 from orchestrator.cluster.rollout_actor import RolloutActor, Work
-from orchestrator.cluster.workers import translate, worker_environment
+from orchestrator.cluster.workers import translate
 from orchestrator.config import Recipe
 from orchestrator.episodes import RolloutGroup, Sampling, Span
 from orchestrator.errors import OrchestratorError, WorkerLost
@@ -31,6 +33,8 @@ from orchestrator.models.buckets import BucketPlan, CorruptWeights
 
 SENDS = 3
 """Times that damaged weights are sent before the run gives up."""
+VLLM_START_S = 900.0
+"""For vLLM on a GPU: it compiles the model and captures its graphs, minutes on a cold cache."""
 LOOK_S = 5.0
 """Seconds between looks at the actors' threads while rollouts are waited for."""
 
@@ -77,10 +81,14 @@ class _Shared:
 class RolloutPool:
     """roles.Generator over any number of actors."""
 
-    def __init__(self, recipe: Recipe, *, logs: Path | None = None, colocated: Placement | None = None, name: str = "rollout") -> None:
-        """colocated: the learners' placement, whose bundle i holds room for actor i; name: the actors are NAME-0, NAME-1 …"""
+    def __init__(
+        self, recipe: Recipe, *, parameters: int = 0, logs: Path | None = None, colocated: Placement | None = None, name: str = "rollout"
+    ) -> None:
+        """parameters: of the model, for deadlines; colocated: the learners' placement, whose bundle i holds room for actor i; name:
+        the actors are NAME-0, NAME-1 …"""
         self.recipe, self.logs, self.name = recipe, logs, name
         rollouts = recipe.rollouts
+        self.deadlines = Deadlines(_start_s(recipe), rollouts.timeout_s, parameters)
         demand = WorkerGroup("rollouts", rollouts.workers, rollouts.cpus_per_worker, rollouts.gpus_per_worker)
         self.own = None if colocated is not None else Placement.reserve(demand, recipe.learners.start_timeout_s)
         self.placement = colocated or self.own
@@ -89,7 +97,8 @@ class RolloutPool:
         self.actors: list[Any] = []
         try:
             self.actors += (self._new(i) for i in range(rollouts.workers))
-            self.pids = [self._built(i) for i in range(rollouts.workers)]
+            building = [a.build.remote(recipe) for a in self.actors]
+            self.pids = [self._built(i, reference) for i, reference in enumerate(building)]
         except BaseException:
             self.close()
             raise
@@ -180,7 +189,7 @@ class RolloutPool:
         workers = self.recipe.rollouts.workers
         if workers == 1 and self.recipe.rollouts.update == "batch":
             return max(1, prompts)
-        return max(1, min(-(-prompts // (2 * workers)), max(1, self.recipe.rollouts.rows_at_once // samples)))
+        return max(1, min(-(-prompts // (2 * workers)), max(1, self.recipe.rollouts.rows // samples)))
 
     def _serve(self, index: int) -> None:
         """The thread of one actor: takes chunks until the pool closes."""
@@ -214,7 +223,7 @@ class RolloutPool:
         """(groups, None), (None, what ended it), or (None, None): to be done again, by whom ever."""
         try:
             reference = self.actors[index].roll_out.remote(chunk.work, chunk.sampling, chunk.version, references)
-            groups = tuple(ray.get(reference, timeout=self.recipe.rollouts.timeout_s))
+            groups = tuple(ray.get(reference, timeout=self.deadlines.of("load" if references else "roll_out")))
         except RayTaskError as error:
             chunk.sends += 1
             if isinstance(error.cause, CorruptWeights) and chunk.sends < SENDS:
@@ -242,7 +251,7 @@ class RolloutPool:
         ray.kill(self.actors[index])
         try:
             self.actors[index] = self._new(index)
-            self.pids[index] = self._built(index)
+            self.pids[index] = self._built(index, self.actors[index].build.remote(self.recipe))
         except OrchestratorError as failure:
             return failure
         return None
@@ -251,7 +260,7 @@ class RolloutPool:
         """Gives a new actor the version that the others were given before it came; what ends the run where that fails."""
         if self.shared.closed:
             return None
-        limit, failure = self.recipe.rollouts.timeout_s, None
+        limit, failure = self.deadlines.of("load"), None
         for _ in range(SENDS):
             references = self._dumped(version, index)
             if references is None:
@@ -273,7 +282,7 @@ class RolloutPool:
         for index, actor in enumerate(self.actors):
             if index != new:
                 try:
-                    references = ray.get(actor.dump.remote(version, self.shared.plans), timeout=2 * self.recipe.rollouts.timeout_s)
+                    references = ray.get(actor.dump.remote(version, self.shared.plans), timeout=self.deadlines.verb_s + self.deadlines.of("dump"))
                 except (RayActorError, GetTimeoutError):
                     continue  # its own thread finds that out and replaces it
                 if references is not None:
@@ -284,27 +293,26 @@ class RolloutPool:
         return f"{self.name}-{index}"
 
     def _new(self, index: int) -> Any:
-        rollouts = self.recipe.rollouts
-        threads = max(1, int(rollouts.cpus_per_worker))
         assert self.placement is not None
-        return self.placement.start(
-            RolloutActor,
-            index,
-            index,
-            str(self.logs / f"{self._who(index)}.log") if self.logs else None,
-            threads,
-            name=self._who(index),
-            environment=worker_environment(threads),
-            cpus=rollouts.cpus_per_worker,
-            gpus=rollouts.gpus_per_worker,
-        )
+        cpus, gpus = self.recipe.rollouts.cpus_per_worker, self.recipe.rollouts.gpus_per_worker
+        share = Share(cpus, gpus, self.placement.threads(index, cpus, gpus))
+        log = str(self.logs / f"{self._who(index)}.log") if self.logs else None
+        return self.placement.start(RolloutActor, index, index, log, share.threads, name=self._who(index), share=share)
 
-    def _built(self, index: int) -> int:
-        """Builds the actor's engine; its process id."""
-        seconds = self.recipe.learners.start_timeout_s
+    def _built(self, index: int, building: Any) -> int:
+        """Waits until the actor's engine is built; its process id."""
+        limit = self.deadlines.start_s + self.deadlines.of("build") - self.deadlines.verb_s
         try:
-            return int(ray.get(self.actors[index].build.remote(self.recipe), timeout=seconds))
+            return int(ray.get(building, timeout=limit))
         except GetTimeoutError:
-            raise WorkerLost(f"{self._who(index)} was not ready within {seconds:.0f} s", fix="raise learners.start_timeout_s") from None
+            raise WorkerLost(f"{self._who(index)} was not ready within {limit:.0f} s", fix="raise rollouts.start_timeout_s") from None
         except (RayTaskError, RayActorError) as error:
             raise translate(error, self._who(index), "build") from error
+
+
+def _start_s(recipe: Recipe) -> float:
+    """Seconds for an engine to be built, what its bytes take not counted."""
+    rollouts = recipe.rollouts
+    if rollouts.start_timeout_s is not None:
+        return rollouts.start_timeout_s
+    return VLLM_START_S if rollouts.engine == "vllm" and rollouts.gpus_per_worker else recipe.learners.start_timeout_s

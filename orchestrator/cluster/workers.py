@@ -4,7 +4,6 @@ import os
 import socket
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,9 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
-from orchestrator import faults
 from orchestrator.checkpoints import FileEntry
+from orchestrator.cluster.actors import Share, grow_segments, keep_to_share, own_device
+from orchestrator.cluster.deadlines import Deadlines
 from orchestrator.cluster.network import speak_from
 from orchestrator.cluster.placement import Placement, learner_demand
 from orchestrator.config import Learners, Recipe, Rollouts
@@ -23,20 +23,25 @@ from orchestrator.learner.memory import is_out_of_memory
 from orchestrator.records import LearnReport, PackedBatch, StepApplied, joined_metrics
 from orchestrator.roles import PerMicroBatch, TokenLists
 
+START = "learners.start_timeout_s"
+"""The key that gives more time to what comes before the first verb."""
+
 
 class LearnerActor:
     """One rank. Holds a RankLearner (or, before it, the reference policy) and forwards verbs to it."""
 
-    def __init__(self, rank: int, log: str | None, threads: int) -> None:
+    def __init__(self, rank: int, log: str | None, share: Share) -> None:
         if log is not None:
             redirect_output(Path(log))
+        if share.expandable:
+            os.environ.update(grow_segments(os.environ))
         import torch
 
-        torch.set_num_threads(threads)
-        self.rank = rank
+        torch.set_num_threads(share.threads)
+        self.rank, self.share = rank, share
         self.node = ray.util.get_node_ip_address()
         speak_from(self.node)
-        self.device = torch.device("cuda" if ray.get_gpu_ids() else "cpu")
+        self.device = own_device()
         self.learner: Any = None
         self.group: Any = None
         self.store: Any = None
@@ -57,6 +62,7 @@ class LearnerActor:
 
         self.group = ProcessGroup(self.rank, world, address, port, timeout_s)
         self.group.join(self.device)
+        keep_to_share(self.device, self.share.gpus)
         return os.getpid()
 
     def build_reference(self, recipe: Recipe) -> str:
@@ -70,6 +76,7 @@ class LearnerActor:
 
         self.learner = None  # frees the reference or the previous learner first
         self.learner = RankLearner(spec, self.group, self.device)
+        self.group.keep_deadline()
 
     def forward_backward(self, micro_batches: Sequence[Any], units: Any, step: int) -> LearnReport:
         return self.learner.forward_backward(micro_batches, units, step)
@@ -150,13 +157,6 @@ class LearnerActor:
         return function(self.learner, *args)
 
 
-def device_name(device: Any) -> str:
-    """The same for two processes only if they use the same device: a GPU's UUID, or a CPU's node."""
-    import torch
-
-    return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else f"the CPU of {ray.util.get_node_ip_address()}"
-
-
 def redirect_output(path: Path) -> None:
     """Sends this process's stdout and stderr to the run folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -165,20 +165,17 @@ def redirect_output(path: Path) -> None:
     os.dup2(descriptor, 2)
 
 
-@dataclass(frozen=True, slots=True)
-class _Deadlines:
-    start_s: float
-    verb_s: float
-
-
 class LearnerGroup:
     """roles.Learner over all ranks. Every call has a deadline and names the worker that is late or lost."""
 
-    def __init__(self, learners: Learners, *, logs: Path | None = None, name: str = "learner", colocated: Rollouts | None = None) -> None:
-        """colocated: rollout actors that share the bundles (see RolloutPool)."""
+    def __init__(
+        self, learners: Learners, *, parameters: int = 0, logs: Path | None = None, name: str = "learner", colocated: Rollouts | None = None
+    ) -> None:
+        """parameters: of the model, for deadlines; colocated: rollout actors that share the bundles (see RolloutPool)."""
         self.learners, self.logs, self.name = learners, logs, name
         self.world = learners.count
-        self.deadlines = _Deadlines(learners.start_timeout_s, learners.timeout_s)
+        self.deadlines = Deadlines(learners.start_timeout_s, learners.timeout_s, parameters)
+        self.expandable = learners.gpus_per_worker > 0 and (colocated is None or colocated.transport != "cuda_ipc")
         self.placement = Placement.reserve(learner_demand(learners, colocated), learners.start_timeout_s)
         self.actors: list[Any] = []
         self.hosts: list[str] = []
@@ -190,25 +187,17 @@ class LearnerGroup:
             raise
 
     def _start(self) -> None:
-        threads = max(1, int(self.learners.cpus_per_worker))
-        self.actors = [
-            self.placement.start(
-                LearnerActor,
-                rank,
-                rank,
-                str(self.logs / f"{self.name}-{rank}.log") if self.logs else None,
-                threads,
-                name=f"{self.name}-{rank}",
-                environment=worker_environment(threads),
-                cpus=self.learners.cpus_per_worker,
-                gpus=self.learners.gpus_per_worker,
-            )
-            for rank in range(self.world)
-        ]
-        address, port = self._collect([self.actors[0].address.remote()], "start", self.deadlines.start_s)[0]
-        self.hosts = self._collect([a.host.remote() for a in self.actors], "start", self.deadlines.start_s)
-        joins = [a.join.remote(self.world, address, port, self.deadlines.verb_s) for a in self.actors]
-        self.pids: list[int] = self._collect(joins, "join the process group", self.deadlines.start_s)
+        self.actors = [self._new(rank) for rank in range(self.world)]
+        address, port = self._collect([self.actors[0].address.remote()], "start", self.deadlines.start_s, START)[0]
+        self.hosts = self._collect([a.host.remote() for a in self.actors], "start", self.deadlines.start_s, START)
+        joins = [a.join.remote(self.world, address, port, self.deadlines.collective_s) for a in self.actors]
+        self.pids: list[int] = self._collect(joins, "join the process group", self.deadlines.start_s, START)
+
+    def _new(self, rank: int) -> Any:
+        cpus, gpus = self.learners.cpus_per_worker, self.learners.gpus_per_worker
+        share = Share(cpus, gpus, self.placement.threads(rank, cpus, gpus), self.expandable)
+        log = str(self.logs / f"{self.name}-{rank}.log") if self.logs else None
+        return self.placement.start(LearnerActor, rank, rank, log, share, name=f"{self.name}-{rank}", share=share)
 
     def build(self, spec: LearnerSpec) -> None:
         """Builds model and optimizer on every rank; again for another cut or after a reference pass."""
@@ -260,7 +249,7 @@ class LearnerGroup:
 
     def listen(self) -> tuple[str, int]:
         """Address and port where a new channel's members meet."""
-        return self._collect([self.actors[0].listen.remote(self.deadlines.start_s)], "listen", self.deadlines.start_s)[0]
+        return self._collect([self.actors[0].listen.remote(self.deadlines.start_s)], "listen", self.deadlines.start_s, START)[0]
 
     def open_channel(self, meeting: Any) -> str | None:
         """Rank 0 becomes the sender of a channel (models/buckets.py); what went wrong, if it did."""
@@ -295,10 +284,11 @@ class LearnerGroup:
 
     def _each(self, verb: str, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
         refs = [getattr(actor, verb).remote(*args) for actor, args in zip(self.actors, arguments, strict=True)]
-        return self._collect(refs, verb, self.deadlines.verb_s)
+        return self._collect(refs, verb, self.deadlines.of(verb))
 
-    def _collect(self, refs: list[Any], verb: str, timeout_s: float) -> list[Any]:
-        """Results by rank; raises at the first failure, or WorkerLost naming who did not answer in time."""
+    def _collect(self, refs: list[Any], verb: str, timeout_s: float, key: str = "learners.timeout_s") -> list[Any]:
+        """Results by rank; raises at the first failure, or WorkerLost naming who did not answer in time. key: of the recipe, that
+        gives more time."""
         deadline = time.monotonic() + timeout_s
         waiting, memory_error = list(refs), None
         while waiting:
@@ -308,7 +298,7 @@ class LearnerGroup:
                 raise WorkerLost(
                     f"{', '.join(late)} did not answer `{verb}` within {timeout_s:.0f} s",
                     why="the process hangs, is stopped, or waits for another rank",
-                    fix="see logs/ in the run folder; raise learners.timeout_s if steps really take longer",
+                    fix=f"see logs/ in the run folder; raise {key} if it really takes longer",
                 )
             try:
                 ray.get(done[0])
@@ -334,12 +324,6 @@ class LearnerGroup:
             return True
         cut = self.spec.cut
         return cut.sync == "no_sync" or (cut.sync == "coalesced" and cut.zero_stage < 3)
-
-
-def worker_environment(threads: int) -> dict[str, str]:
-    """Variables of a worker; planned faults go along, also where Ray was started by somebody else."""
-    planned = {faults.VARIABLE: os.environ[faults.VARIABLE]} if faults.VARIABLE in os.environ else {}
-    return {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", **planned}
 
 
 def translate(error: Exception, who: str, verb: str) -> OrchestratorError:

@@ -57,6 +57,13 @@ class ProcessGroup:
             timeout=timedelta(seconds=self.timeout_s),
         )
 
+    def keep_deadline(self) -> None:
+        """Gives the groups that DeepSpeed made beside the first one the same deadline: they have torch's, for NCCL 10 minutes."""
+        from torch.distributed import distributed_c10d as c10d
+
+        for group in list(c10d._world.pg_map):
+            c10d._set_pg_timeout(timedelta(seconds=self.timeout_s), group)
+
 
 def _deepspeed() -> Any:
     """Imports deepspeed without its start-up noise and without compiling anything.

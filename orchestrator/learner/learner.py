@@ -96,12 +96,13 @@ class Sums:
 class RankLearner:
     """One rank's model, optimizer and verbs. Build it after ProcessGroup.join()."""
 
-    def __init__(self, spec: LearnerSpec, group: ProcessGroup, device: torch.device) -> None:
+    def __init__(self, spec: LearnerSpec, group: ProcessGroup, device: torch.device, loaded: Loaded | None = None) -> None:
+        """loaded: a model that is there already (benchmarks draw theirs on the device); default: the recipe's."""
         self.spec, self.group, self.device = spec, group, device
         recipe = spec.recipe
         self.algorithm: Algorithm = build(recipe.algorithm, recipe.rollouts) if spec.role == "policy" else critic(recipe.algorithm)
         self.bytes_before_model = current_bytes(device)
-        self.loaded: Loaded = load(recipe.model, seed=recipe.run.seed, head=self.algorithm.head)
+        self.loaded: Loaded = loaded or load(recipe.model, seed=recipe.run.seed, head=self.algorithm.head)
         disable_dropout(self.loaded.model)
         self.scoring = ScoringModel(self.loaded.model, head=self.algorithm.head, spec=self.algorithm.scores)
         self.scoring.checkpoint(recipe.learners.checkpointing)

@@ -22,6 +22,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
+import transformers
 from torch import Tensor
 from transformers import GenerationConfig
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
@@ -119,6 +120,7 @@ class ContinuousDecoder:
 
     def __init__(self, model: Any, eos: Sequence[int], rows: int, decode: Callable[[Sequence[int]], str]) -> None:
         self.model, self.rows, self.ends = model, rows, Ends(frozenset(eos), decode)
+        _settings(rows, 1)  # another release of transformers may not know these settings
         own = not model._can_set_attn_implementation() or model.config._attn_implementation == "eager"
         if own:  # in silence, BLOOM's log-probs would be off by 0.02 nat (it never sees the pages), Gemma 2's by 0.005 (no cap)
             raise ContinuousBatchingFailed(
@@ -192,11 +194,16 @@ class ContinuousDecoder:
                 self.model.set_attn_implementation(attention)
             gc.unfreeze()
 
+
     def _pages(self, requests: Sequence[Request]) -> ContinuousBatchingConfig:
-        """Sizes from the requests: the default would take 60 % of the memory. No page is shared between requests: an
-        unfinished weight update must not find one made with the weights before."""
-        rows = max(self.rows, max(len(r.seeds) for r in requests))
-        longest = max(len(r.prompt) + r.room for r in requests)
+        """Sizes from the requests."""
+        return _settings(max(self.rows, max(len(r.seeds) for r in requests)), max(len(r.prompt) + r.room for r in requests))
+
+
+def _settings(rows: int, longest: int) -> ContinuousBatchingConfig:
+    """Sizes for so many rows of so many tokens: the default would take 60 % of the memory. No page is shared between requests: an
+    unfinished weight update must not find one made with the weights before."""
+    try:
         return ContinuousBatchingConfig(
             page_size=PAGE_TOKENS,
             num_blocks=rows * (-(-longest // PAGE_TOKENS) + 1),
@@ -209,6 +216,12 @@ class ContinuousDecoder:
             use_async_batching=False,
             use_cuda_graph=False,
         )
+    except TypeError as error:
+        raise ContinuousBatchingFailed(
+            f"transformers {transformers.__version__} has another continuous batching than this program was written for",
+            why=str(error),
+            fix='pip install "transformers>=5.19", or set rollouts.batching=static',
+        ) from error
 
 
 class MeasuredDecoder:

@@ -76,7 +76,7 @@ def make_decoder(cfg: Rollouts, model: Any, tokenizer: Any, device: torch.device
     """The decoder that `rollouts.batching` names; all give the same tokens, but log-probs differ in their last bits. So auto
     looks at the device, never at a clock: a resumed run must decode as the one before it did."""
     decode: Callable[[Sequence[int]], str] = lambda ids: tokenizer.decode(ids)  # noqa: E731
-    options: Any = (model, end_tokens(model, tokenizer), cfg.rows_at_once, decode)
+    options: Any = (model, end_tokens(model, tokenizer), cfg.rows, decode)
     static = StaticDecoder(*options)
     if cfg.batching == "static" or (cfg.batching == "auto" and device.type == "cpu"):
         return static

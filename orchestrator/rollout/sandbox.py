@@ -31,6 +31,7 @@ from typing import Any
 import orchestrator
 from orchestrator.config import RewardFunction, Rewards
 from orchestrator.errors import ConfigError, OrchestratorError
+from orchestrator.node_facts import NO_GPUS
 from orchestrator.rollout.functions import resolve
 from orchestrator.rollout.rewards import Outcome, RewardCall, RewardFailure, invoke, judge
 
@@ -57,7 +58,7 @@ class Confinement:
         """From the recipe and the variables of the driver: only those named here or in rewards.environment are kept."""
         kept = {k: v for k, v in environment.items() if k in KEPT or k.startswith("LC_")}
         named = {k: environment[k] for k in rewards.environment if k in environment}
-        defaults = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}  # the learners' devices are not its own
+        defaults = {"OMP_NUM_THREADS": "1", **NO_GPUS}  # the learners' devices are not its own
         return cls(defaults | kept | named, int(rewards.memory_limit_gb * 2**30), os.getcwd(), log)
 
 

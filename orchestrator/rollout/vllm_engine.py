@@ -13,6 +13,7 @@ min-p left, and may keep fewer tokens. The log-probs returned are right all the 
 import gc
 import hashlib
 import importlib.util
+import math
 import os
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -42,8 +43,8 @@ ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
 }
 """What vLLM reads while it is imported; variables that are set already win."""
-GPU_SHARE = {"separate": 0.9, "colocated": 0.4}
-"""Share of the GPU's memory for vLLM (weights and cache), by rollouts.placement: a colocated learner needs the larger part."""
+GPU_SHARE = 0.9
+"""Of its part of the GPU's memory, for vLLM's weights and cache; the rest is for CUDA itself and for what vLLM does not count."""
 COLDEST, HOTTEST = 0.01, 2.0
 """Temperatures that vLLM samples at: it silently raises lower ones, and refuses higher ones."""
 
@@ -62,7 +63,7 @@ class VllmEngine:
         self.shapes = {name: tuple(p.shape) for name, p in outline.named_parameters()}
         self.max_length = recipe.data.max_length
         with _source(recipe) as source:
-            self.llm: Any = _build(vllm, recipe, device, source)
+            self.llm: Any = _build(vllm, recipe, device, source, self._bytes(recipe))
             outline.generation_config.update(**self.llm.model_config.try_get_generation_config())
         self.eos = end_tokens(outline, load_tokenizer(recipe.model))
         self._version: int | None = None
@@ -87,9 +88,9 @@ class VllmEngine:
         self._reload(version, tensors)
 
     def take(self, entries: Sequence[Entry], flat: Tensor) -> None:
-        """Keeps a copy of one bucket in main memory until `commit`: the sender uses its buffer again."""
+        """Keeps a copy of one bucket where it lies until `commit`: the sender uses its buffer again. `gpu_share` leaves room for it."""
         self._version = None
-        self._taken.update(parts(entries, flat.to("cpu", copy=True)))
+        self._taken.update(parts(entries, flat.clone()))
 
     def commit(self, version: int | None) -> None:
         """Puts the buckets taken in place as `version`; None throws them away."""
@@ -115,6 +116,10 @@ class VllmEngine:
         self.llm = None
         gc.collect()
         cleanup_dist_env_and_memory()
+
+    def _bytes(self, recipe: Recipe) -> int:
+        """Of the weights as they arrive."""
+        return WIRE[recipe.learners.precision].itemsize * sum(math.prod(shape) for shape in self.shapes.values())
 
     def _reload(self, version: int, tensors: dict[str, Tensor]) -> None:
         arrived = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
@@ -197,11 +202,6 @@ def _outline(recipe: Recipe) -> Any:
     """The model without storage, for the names of its parameters; ConfigError for what this engine cannot do."""
     if recipe.model.lora is not None:
         raise ConfigError("rollouts.engine=vllm cannot follow a LoRA adapter", why="learners send the adapter alone", fix=USE_TRANSFORMERS)
-    if recipe.rollouts.gpus_per_worker > 1:
-        raise ConfigError(
-            f"rollouts.gpus_per_worker={recipe.rollouts.gpus_per_worker}: a vLLM actor runs on one GPU",
-            fix="set rollouts.gpus_per_worker=1 and more rollouts.workers",
-        )
     with torch.device("meta"):
         outline = AutoModelForCausalLM.from_config(load_config(recipe.model), trust_remote_code=recipe.model.trust_remote_code)
     if get_model_conversion_mapping(outline, add_legacy=False):
@@ -227,8 +227,20 @@ def _source(recipe: Recipe) -> Iterator[str]:
         yield folder
 
 
-def _build(vllm: Any, recipe: Recipe, device: torch.device, source: str) -> Any:
-    """vllm.LLM; ConfigError where vLLM refuses the model or the sizes."""
+def gpu_share(recipe: Recipe, size: int, memory: int) -> float:
+    """The share of the GPU's `memory` (bytes) that vLLM may fill: GPU_SHARE of the actor's own part, less one copy of the weights
+    (`size` bytes) where they arrive on the GPU and are kept there until all of them are verified."""
+    rollouts = recipe.rollouts
+    kept = size / memory if rollouts.transport in ("broadcast", "cuda_ipc") else 0.0
+    return GPU_SHARE * min(1.0, rollouts.gpus_per_worker) - kept
+
+
+def _gpu_bytes(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).total_memory
+
+
+def _build(vllm: Any, recipe: Recipe, device: torch.device, source: str, size: int) -> Any:
+    """vllm.LLM; ConfigError where vLLM refuses the model or the sizes. size: bytes of the weights."""
     on_gpu = device.type == "cuda"
     try:
         return vllm.LLM(
@@ -237,13 +249,13 @@ def _build(vllm: Any, recipe: Recipe, device: torch.device, source: str) -> Any:
             trust_remote_code=recipe.model.trust_remote_code,
             dtype=str(WIRE[recipe.learners.precision]).removeprefix("torch."),
             max_model_len=recipe.data.max_length,
-            max_num_seqs=recipe.rollouts.rows_at_once,
             seed=recipe.run.seed,
             logprobs_mode="processed_logprobs",
             enable_prefix_caching=True,
             enforce_eager=not on_gpu,
             use_tqdm_on_load=False,
-            **({"gpu_memory_utilization": GPU_SHARE[recipe.rollouts.placement]} if on_gpu else {}),
+            **({} if recipe.rollouts.rows_at_once is None else {"max_num_seqs": recipe.rollouts.rows_at_once}),
+            **({"gpu_memory_utilization": gpu_share(recipe, size, _gpu_bytes(device))} if on_gpu else {}),
         )
     except ValueError as error:
         raise ConfigError("rollouts.engine=vllm: vLLM refuses the model", why=str(error).strip(), fix="mend that, or " + USE_TRANSFORMERS) from error

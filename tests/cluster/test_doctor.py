@@ -10,6 +10,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -109,6 +110,18 @@ def test_this_machine_is_looked_at_without_an_actor(tmp_path: Path) -> None:
     assert said["storage"].level == said["versions"].level == said["resources"].level == "ok"
     assert said["disk"].level == "error" and "set checkpoint.keep=1" in said["disk"].fix
     assert "network" not in said and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_several_processes_of_each_node_are_measured_together(surveyed: Surveyed) -> None:
+    """As over several GPUs of each, here over gloo and with three nodes that are one: who speaks to whom is the same."""
+    here = probes.alive_nodes()[0]
+    seats = {f"{node} GPU {i}": probes._place(here.id, 0).remote(node) for node in "abc" for i in range(2)}
+    with closing(probes._Probes(seats)) as members:
+        members.each("now", timeout_s=probes.START_S)
+        found = probes._measure(members, ("a", "b", "c"), "gloo")
+    assert found.error is None and found.ranks == 2 and found.nodes == ("a", "b", "c")
+    assert {(p.one, p.other) for p in found.pairs} == {("a", "b"), ("a", "c"), ("b", "c")} and all(p.rate > 1e5 for p in found.pairs)
 
 
 @pytest.mark.slow

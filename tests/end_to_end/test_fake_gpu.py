@@ -66,8 +66,8 @@ def test_every_tiny_recipe_trains_a_step_on_the_cpu(sandbox: Sandbox, tmp_path: 
     pipeline = name in ("demo", "rlhf")  # of stages, which have keys of their own
     done = sandbox.run(*command, *([] if pipeline else overrides), timeout=500)
     assert done.code == 0, done.err
-    if not pipeline:
-        assert steps(tmp_path / "run") == [1]
+    runs = [file.parent for file in (tmp_path / "run").rglob("metrics.jsonl")]
+    assert runs and all(steps(run)[-1] >= 1 for run in runs)
 
 
 def test_evaluate_and_verify_compute_on_the_cpu(sandbox: Sandbox) -> None:

@@ -13,6 +13,7 @@ from orchestrator.facts import (
     Capacity,
     ClusterFacts,
     Gpu,
+    Kernel,
     Limits,
     ModelSource,
     Need,
@@ -28,7 +29,7 @@ from orchestrator.findings import Finding, judge, render
 from orchestrator.preflight import require
 
 GB = 1_000_000_000
-H100 = Gpu("NVIDIA H100", 80 * GB)
+H100 = Gpu("NVIDIA H100", 80 * GB, "580.65.06")
 
 
 def node(name: str, address: str) -> NodeFacts:
@@ -45,6 +46,8 @@ def node(name: str, address: str) -> NodeFacts:
         interface="eth0",
         ports=(32768, 60999),
         storage=Storage("/shared/runs", None, 100 * GB),
+        cuda="13.0",
+        kernels=(Kernel("GPU 0", None), Kernel("GPU 1", None)),
     )
 
 
@@ -80,11 +83,13 @@ def test_a_healthy_cluster_passes_every_check_and_says_what_was_measured() -> No
     findings = judge(HEALTHY, NEED)
     assert {f.level for f in findings} == {"ok"}
     said = {f.check: f.what for f in findings}
-    assert list(said) == ["nodes", "versions", "resources", "storage", "disk", "shm", "limits", "network", "all-reduce", "model", "wandb", "auth"]
+    assert " ".join(said) == "nodes versions resources driver kernels storage disk shm limits network all-reduce model wandb auth"
     cpus, gpus = said["resources"].split("; ")
     assert cpus == "6 learners x 1 = 6 CPUs, the cluster has 3 nodes x 16 = 48 CPUs"
     assert gpus == "6 learners x 1 = 6 GPUs, the cluster has 3 nodes x 2 = 6 GPUs"
     assert said["disk"] == "3 checkpoints x 10.00 GB = 30.00 GB (checkpoint.keep=2 and one being written), 100.00 GB free"
+    assert said["driver"] == "driver 580.65.06, torch for CUDA 13.0"
+    assert said["kernels"] == "a product on each of 6 GPUs is what the CPU makes of it"
     assert said["all-reduce"] == "nccl, 256.0 MB in 20.0 ms: 17.07 GB/s"  # 2 * 2/3 * 256 MB / 20 ms
     require(findings)
 
@@ -181,7 +186,7 @@ FAULTS: dict[str, tuple[ClusterFacts, Need, Finding]] = {
         ),
     ),
     "other GPUs on one node": (
-        changed("c", devices=(Gpu("NVIDIA A100", 40 * GB),) * 2),
+        changed("c", devices=(Gpu("NVIDIA A100", 40 * GB, "580.65.06"),) * 2),
         NEED,
         Finding(
             "resources",
@@ -190,6 +195,21 @@ FAULTS: dict[str, tuple[ClusterFacts, Need, Finding]] = {
             "GPUs differ: NVIDIA H100 80.00 GB on b, NVIDIA A100 40.00 GB on c",
             "take nodes of one kind; else set batch.memory_limit_gb",
         ),
+    ),
+    "a driver that is too old": (
+        changed("b", devices=(replace(H100, driver="550.54.15"),) * 2),
+        NEED,
+        Finding("driver", "error", "b", "driver 550.54.15 is too old for torch's CUDA 13.0, which needs 580 or newer", "install driver 580 or"),
+    ),
+    "a torch that knows no GPU": (
+        changed("c", cuda=""),
+        NEED,
+        Finding("driver", "error", "c", "there are 2 GPUs, and torch there is built without CUDA", "pip install torch --index-url"),
+    ),
+    "a GPU that computes wrongly": (
+        changed("b", kernels=(Kernel("GPU 0", None), Kernel("GPU 1", "3 of 65536 numbers of a product are wrong"))),
+        NEED,
+        Finding("kernels", "error", "b", "GPU 1: 3 of 65536 numbers of a product are wrong", "look at nvidia-smi -q"),
     ),
     "read-only storage": (
         changed("b", storage=Storage("/shared/runs", "Read-only file system", 0)),
@@ -228,6 +248,17 @@ FAULTS: dict[str, tuple[ClusterFacts, Need, Finding]] = {
         NEED,
         Finding(
             "shm", "warning", "a", "/dev/shm has 500.0 MB free; NCCL and Ray's object store want 1.00 GB or more", "docker run --shm-size=16g"
+        ),
+    ),
+    "an object store that does not hold the weights": (
+        HEALTHY,
+        replace(NEED, object_store=48 * GB),
+        Finding(
+            "shm",
+            "warning",
+            "a, b, c",
+            "Ray's object store has 30.00 GB, published weights take 48.00 GB: through the disk",
+            "ray start --object-store-memory=48000000000, or rollouts.transport=broadcast",
         ),
     ),
     "few open files": (
@@ -329,6 +360,24 @@ def test_a_planted_fault_gives_its_finding_and_no_other(fault: str) -> None:
     (found,) = troubles(facts, need)
     assert replace(found, fix="") == replace(expected, fix="")
     assert expected.fix and found.fix.startswith(expected.fix)
+
+
+def test_gpus_that_a_run_does_not_use_are_not_judged() -> None:
+    old = changed("b", devices=(replace(H100, driver="550.54.15"),) * 2, kernels=(Kernel("GPU 0", "no kernel runs"),))
+    assert troubles(old, asking(WorkerGroup("learners", 6, 1, 0))) == []
+    assert {(f.check, f.level) for f in troubles(old, Need())} == {("driver", "warning"), ("kernels", "warning")}
+
+
+@pytest.mark.parametrize(("cuda", "driver"), [("12.8", "525.60.13"), ("12.8", "580.65.06"), ("13.0", "610.43.02"), ("14.0", "580.65.06")])
+def test_a_driver_is_new_enough_for_every_cuda_of_its_family_and_for_all_before(cuda: str, driver: str) -> None:
+    facts = replace(HEALTHY, nodes=tuple(replace(n, cuda=cuda, devices=(replace(H100, driver=driver),) * 2) for n in HEALTHY.nodes))
+    assert troubles(facts) == []
+
+
+def test_a_node_sends_through_all_its_cards() -> None:
+    facts = replace(HEALTHY, all_reduce=AllReduce("nccl", ("a", "b", "c"), 256_000_000, 0.02, rates(9, 8, 10), ranks=8))
+    said = {f.check: f.what for f in judge(facts, NEED)}
+    assert said["all-reduce"] == "nccl over 8 GPUs of each, 256.0 MB in 20.0 ms: 17.07 GB/s"
 
 
 def test_nodes_with_the_same_trouble_share_a_finding() -> None:

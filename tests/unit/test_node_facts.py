@@ -86,13 +86,13 @@ def put_nvidia_smi(folder: Path, script: str, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_devices_are_those_of_nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    put_nvidia_smi(tmp_path, "echo 'NVIDIA H100 80GB HBM3, 81559'; echo 'NVIDIA H100 80GB HBM3, 81559'", monkeypatch)
-    assert node_facts.devices() == (Gpu("NVIDIA H100 80GB HBM3", 81559 * 2**20),) * 2
+    put_nvidia_smi(tmp_path, "echo 'NVIDIA H100 80GB HBM3, 81559, 580.65.06'; echo 'NVIDIA H100 80GB HBM3, 81559, 580.65.06'", monkeypatch)
+    assert node_facts.devices() == (Gpu("NVIDIA H100 80GB HBM3", 81559 * 2**20, "580.65.06"),) * 2
 
 
 def test_a_device_that_shares_the_memory_of_its_cpu_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    put_nvidia_smi(tmp_path, "echo 'NVIDIA GB10, [N/A]'", monkeypatch)
-    assert node_facts.devices() == (Gpu("NVIDIA GB10", 0),)
+    put_nvidia_smi(tmp_path, "echo 'NVIDIA GB10, [N/A], 580.95.05'", monkeypatch)
+    assert node_facts.devices() == (Gpu("NVIDIA GB10", 0, "580.95.05"),)
 
 
 def test_a_broken_driver_is_no_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,3 +161,9 @@ def test_weights_are_there_where_they_can_be_loaded(tmp_path: Path, monkeypatch:
 def test_the_interface_is_the_one_that_holds_the_address() -> None:
     assert node_facts.interface_of("127.0.0.1") == "lo"
     assert node_facts.interface_of("203.0.113.7") == ""
+
+
+def test_the_cuda_of_torch_is_that_of_its_build() -> None:
+    import torch
+
+    assert node_facts.built_for() == (torch.version.cuda or "")

@@ -247,7 +247,7 @@ def test_a_gpu_worker_gets_its_share_of_the_smallest_gpu():
     mixed = Hardware((Machine(8, 1, 1, 80_000_000_000), Machine(8, 1, 1, 40_000_000_000)))
     options = ("learners.workers=2", "batch.memory_utilisation=0.5")
     assert plan(*options, "learners.gpus_per_worker=1", hardware=mixed).memory_limit == 20_000_000_000
-    assert plan(*options, "learners.gpus_per_worker=0.5", hardware=mixed).memory_limit == 10_000_000_000
+    assert plan(*options, "learners.gpus_per_worker=0.6", hardware=mixed).memory_limit == 12_000_000_000
 
 
 def test_a_machine_that_can_hold_no_worker_limits_no_worker():
@@ -392,3 +392,18 @@ def test_the_largest_micro_batch_is_looked_for_in_several_steps():
 @pytest.mark.parametrize(("count", "text"), [(1_200_000_000, "1.20 GB"), (3_400_000, "3.4 MB"), (999_999_999, "1000.0 MB"), (0, "0.0 MB")])
 def test_sizes_in_words(count, text):
     assert size(count) == text
+
+
+@pytest.mark.parametrize("gpus", [2, 1.5])
+@pytest.mark.parametrize("section", ["learners", "critic", "rollouts"])
+def test_more_gpus_than_the_one_that_a_worker_computes_on_are_refused(section: str, gpus: float) -> None:
+    with pytest.raises(ConfigError, match=f"{section}.gpus_per_worker is {gpus:g}, and a worker computes on one GPU") as refused:
+        plan(f"{section}.gpus_per_worker={gpus}", hardware=imagined(1, "h100-80g"))
+    assert refused.value.why and "set it to 1" in refused.value.fix
+
+
+def test_two_ranks_on_one_gpu_are_refused():
+    with pytest.raises(ConfigError, match=r"learners\.gpus_per_worker=0\.5 puts two of 2 workers on one GPU"):
+        plan("learners.workers=2", "learners.gpus_per_worker=0.5", hardware=imagined(1, "h100-80g"))
+    together = ("rollouts.placement=colocated", "rollouts.gpus_per_worker=0.5")
+    assert plan("learners.workers=2", "learners.gpus_per_worker=0.5", *together, hardware=imagined(1, "h100-80g")).cut.workers == 2

@@ -53,6 +53,14 @@ def test_ppo_asks_for_a_critic_and_its_checkpoint() -> None:
     assert [g.what for g in need.groups] == ["learners", "critic", "rollouts"] and need.gpus
 
 
+def test_published_weights_lie_in_the_object_store_twice_and_once_per_version_that_generation_is_behind() -> None:
+    planned = job("tiny/ppo", "learners.precision=bf16", "rollouts.max_staleness=1")
+    trainable = parameters(planned.recipe.model)[1]
+    assert need_of(planned).object_store == 3 * 2 * trainable
+    assert need_of(job("tiny/ppo", "rollouts.transport=broadcast")).object_store == 0
+    assert need_of(job("tiny/dpo")).object_store == 0
+
+
 def test_reward_models_and_vllm_are_asked_for() -> None:
     planned = job("tiny/ppo")
     judge = RewardFunction(name="judge", model="/models/judge", gpus=0.5)  # pyright: ignore[reportCallIssue]

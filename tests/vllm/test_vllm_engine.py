@@ -303,11 +303,10 @@ def test_a_folder_with_a_tied_head_and_two_ends(tmp_path: Path, architecture: st
     [
         (tiny("llama") | {"lora": {"rank": 4}}, {}, "LoRA"),
         (tiny("mixtral"), {}, "other names"),
-        (tiny("llama"), {"gpus_per_worker": 2}, "one GPU"),
         (tiny("llama", max_positions=128), {}, "vLLM refuses the model"),
         (tiny("llama", hidden_size=32), {}, "heads of 16 values"),
     ],
-    ids=["lora", "converted", "gpus", "positions", "heads"],
+    ids=["lora", "converted", "positions", "heads"],
 )
 def test_a_recipe_that_this_engine_cannot_run_is_refused(model: dict[str, Any], rollouts: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError) as caught:

@@ -30,15 +30,39 @@ def compose() -> dict[str, Any]:
     return yaml.safe_load((DOCKER / "compose.yaml").read_text())
 
 
+def arguments(name: str) -> dict[str, str]:
+    """Build arguments with their defaults."""
+    return dict(rest.split("=", 1) for rest in rest_of(name, "ARG") if "=" in rest)
+
+
+def filled(name: str, text: str) -> str:
+    """With the defaults of the build arguments, as a shell puts them in."""
+    for key, value in arguments(name).items():
+        text = text.replace(f"${{{key}}}", value).replace(f"${{{key}%.*}}", value.rpartition(".")[0])
+    return text
+
+
 @pytest.mark.parametrize("name", IMAGES)
 def test_bases_are_pinned(name: str) -> None:
-    bases = [rest.split(" AS ")[0] for rest in rest_of(name, "FROM")]
+    bases = [filled(name, rest.split(" AS ")[0]) for rest in rest_of(name, "FROM")]
     assert bases and all(re.fullmatch(r"[a-z./-]+:\d+\.\d+\.\d+[a-z0-9.-]*", base) for base in bases), bases
 
 
-def test_the_gpu_base_brings_a_compiler_of_the_cuda_that_torch_is_built_for() -> None:
-    (cuda,) = re.findall(r"^FROM nvidia/cuda:(\d+)\.(\d+)\.\d+-devel-ubuntu22\.04$", (DOCKER / "Dockerfile.gpu").read_text(), re.MULTILINE)
-    assert f"https://download.pytorch.org/whl/cu{''.join(cuda)} " in " ".join(rest_of("Dockerfile.gpu", "RUN"))
+@pytest.mark.parametrize(("cuda", "wheels"), [("13.0.1", "cu130"), ("12.8.1", "cu128"), ("12.6.3", "cu126")])
+def test_the_gpu_base_brings_a_compiler_of_the_cuda_that_torch_is_built_for(cuda: str, wheels: str) -> None:
+    """The installing lines are run by bash with a stand-in for uv that says what it is asked for."""
+    assert arguments("Dockerfile.gpu")["CUDA"] == "13.0.1" and "nvidia/cuda:${CUDA}-devel-ubuntu22.04" in rest_of("Dockerfile.gpu", "FROM")
+    torch, program = (run for run in rest_of("Dockerfile.gpu", "RUN") if "pip install" in run)
+    script = f'uv() {{ echo "$@"; }}; python() {{ echo "$@"; }}; nvcc() {{ echo "release {cuda[:4]}, V"; }}; {torch} && {program} && echo fine'
+    given = {"CUDA": cuda, "EXTRAS": "vllm,peft", "PATH": "/usr/bin:/bin"}
+    said = subprocess.run(["bash", "-euo", "pipefail", "-c", script], env=given, capture_output=True, text=True, check=True)
+    assert f"--index-url https://download.pytorch.org/whl/{wheels} torch==" in said.stdout
+    assert f"torch.version.cuda == '{cuda[:4]}'" in said.stdout and said.stdout.endswith("fine\n")
+
+
+def test_the_gpu_image_can_run_every_engine_and_adapters() -> None:
+    assert arguments("Dockerfile.gpu")["EXTRAS"] == "vllm,peft"
+    assert any('".[${EXTRAS}]"' in run for run in rest_of("Dockerfile.gpu", "RUN"))
 
 
 @pytest.mark.parametrize("name", IMAGES)
@@ -53,7 +77,8 @@ def test_the_image_runs_as_a_user_without_rights(name: str) -> None:
 @pytest.mark.parametrize("name", IMAGES)
 def test_no_secret_gets_into_a_layer(name: str) -> None:
     found = instructions(name)
-    assert {word for word, _ in found} <= {"FROM", "SHELL", "ENV", "RUN", "WORKDIR", "COPY", "USER", "HEALTHCHECK", "CMD"}  # no ARG, no ADD
+    assert {word for word, _ in found} <= {"ARG", "FROM", "SHELL", "ENV", "RUN", "WORKDIR", "COPY", "USER", "HEALTHCHECK", "CMD"}  # no ADD
+    assert set(arguments(name)) <= {"CUDA", "EXTRAS"}  # whoever has the image can read them
     assert not any(SECRET.search(rest) for word, rest in found if word in ("ENV", "RUN"))
     # what is copied is what .dockerignore lets through, and that is named one by one
     ignore = (REPOSITORY / ".dockerignore").read_text().split("\n")
@@ -68,7 +93,7 @@ def test_everything_is_installed_at_the_versions_of_constraints_and_torch_first(
     installing = [rest for rest in rest_of(name, "RUN") if "pip install" in rest]
     assert len(installing) == 2 and all("--constraint constraints.txt" in rest for rest in installing)
     (torch,) = re.findall(r"^torch==(.+)$", (REPOSITORY / "constraints.txt").read_text(), re.MULTILINE)
-    assert installing[0].endswith(f"torch=={torch}") and f"startswith('{torch}')" in installing[1]
+    assert installing[0].endswith(f" torch=={torch}") and f"startswith('{torch}')" in installing[1]
 
 
 @pytest.mark.parametrize("name", IMAGES)

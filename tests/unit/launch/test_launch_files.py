@@ -308,6 +308,15 @@ def test_every_pod_is_unprivileged_and_takes_secrets_from_a_secret(text: str) ->
     assert claims == [{"claimName": "runs"}] * 2
 
 
+def test_what_kernels_were_compiled_to_outlives_a_pod() -> None:
+    for pod in pods(texts("k8s")[0])[:2]:
+        (container,) = pod["containers"]
+        claimed = [m["mountPath"] for m in container["volumeMounts"] if m["name"] == "runs"]
+        kept = {v["name"]: v["value"] for v in container["env"] if "CACHE" in v["name"]}
+        assert set(kept) == {"TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "VLLM_CACHE_ROOT"}
+        assert all(folder.startswith(f"{claimed[0]}/") for folder in kept.values())
+
+
 def test_the_entry_point_survives_a_shell_as_it_is() -> None:
     """KubeRay puts it into a shell command, and `ray job submit` into another."""
     for text in texts("k8s"):

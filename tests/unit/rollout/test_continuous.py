@@ -3,7 +3,7 @@
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from transformers.generation.configuration_utils import ContinuousBatchingConfig
 from orchestrator.config import Model, Rollouts, TinyModel
 from orchestrator.episodes import Completion, Sampling
 from orchestrator.models.load import load
+from orchestrator.rollout import continuous
 from orchestrator.rollout.continuous import ContinuousBatchingFailed, ContinuousDecoder, MeasuredDecoder, logprob_gap
 from orchestrator.rollout.generator import make_decoder
 from orchestrator.rollout.static import Request, StaticDecoder
@@ -233,3 +234,21 @@ def test_measured_is_static_where_the_model_reads_no_pages(capsys):
     tokenizer = load(Model(tiny=TinyModel()), seed=0, head="lm").tokenizer  # pyright: ignore[reportCallIssue]
     assert type(make_decoder(Rollouts(batching="measured"), Case("bloom").model(), tokenizer, torch.device("cpu"))) is StaticDecoder  # pyright: ignore[reportCallIssue]
     assert "BloomForCausalLM cannot decode" in capsys.readouterr().out
+
+
+@dataclass(frozen=True)
+class OfTransformers518:
+    """What transformers 5.18 calls its settings: pages are blocks, and there is no choice of a kernel."""
+
+    block_size: int = 32
+    num_blocks: int | None = None
+
+
+def test_another_release_of_transformers_is_static_or_refused_with_the_version_to_install(monkeypatch, capsys):
+    monkeypatch.setattr(continuous, "ContinuousBatchingConfig", OfTransformers518)
+    tokenizer = load(Model(tiny=TinyModel()), seed=0, head="lm").tokenizer  # pyright: ignore[reportCallIssue]
+    with pytest.raises(ContinuousBatchingFailed, match="another continuous batching") as refused:
+        make_decoder(Rollouts(batching="continuous"), LLAMA, tokenizer)  # pyright: ignore[reportCallIssue]
+    assert "page_size" in refused.value.why and "transformers>=5.19" in refused.value.fix
+    assert type(make_decoder(Rollouts(batching="measured"), LLAMA, tokenizer)) is StaticDecoder  # pyright: ignore[reportCallIssue]
+    assert "rollouts.batching=measured: static" in capsys.readouterr().out

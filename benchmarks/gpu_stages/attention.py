@@ -1,0 +1,169 @@
+"""Stage 1: one row under block masks gives the log-probs and gradients of padded rows, with few graphs; the head is as exact as its type.
+
+On a CPU Dynamo's graphs run eagerly: that proves masks, rows, gradients and the number of graphs, not the kernel.
+"""
+
+import random
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from gpu_stages.bench import Bench
+from gpu_stages.device import release
+from gpu_stages.pretend import allow_backward
+from orchestrator.config import TinyModel
+from orchestrator.data.packing import by_branch, pack
+from orchestrator.models.block_attention import MAX_COMPILATIONS, compiled_attention
+from orchestrator.models.scoring import MicroBatchTensors, ScoredHead, ScoringModel, scored
+from orchestrator.models.tiny import build
+from orchestrator.objectives.logprobs import HeadSpec
+from orchestrator.records import Branch, MicroBatch, SequenceGroup
+
+MIXED = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 50}
+MODELS = {"llama": {}, "qwen3": {**MIXED, "use_sliding_window": True}, "gemma2": MIXED}
+EXACT, NOISE = 1e-5, 2.0
+"""fp32: largest difference of log-probs in nat, and of gradients in norm. bf16: at most this multiple of what padded rows in bf16 are off."""
+MICRO_BATCHES = 30
+VOCABULARY = 128256
+HEAD = {torch.float32: (1e-5, 1e-5), torch.bfloat16: (3e-2, 1e-2)}
+"""The head against fp64 on the same inputs: log-probs in nat; gradients in norm. In bf16 a logit of 4 is rounded by 8e-3."""
+
+
+def run(bench: Bench) -> None:
+    device = torch.device(bench.device)
+    if bench.small:
+        allow_backward()
+    for architecture in MODELS:
+        with bench.attempt(architecture):
+            equal(bench, architecture, device)
+        release(device)
+    for architecture in ("llama", "qwen3"):
+        with bench.attempt(f"{architecture}, ragged rows"):
+            ragged(bench, architecture, device)
+        release(device)
+    for dtype in HEAD:
+        with bench.attempt(f"head, {dtype}"):
+            head(bench, dtype, device)
+        release(device)
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """logps: of all scored tokens, sequence after sequence; gradient: of all parameters."""
+
+    logps: Tensor
+    gradient: Tensor
+
+    def apart(self, other: "Found") -> tuple[float, float]:
+        """(largest difference of log-probs, of the gradients in norm, relative)."""
+        gap = float((self.logps - other.logps).abs().max())
+        return gap, float((self.gradient - other.gradient).norm() / other.gradient.norm())
+
+
+def model_of(architecture: str, device: torch.device) -> ScoringModel:
+    """Weights drawn wide, so that attention is far from uniform."""
+    cfg = TinyModel(architecture=architecture, hidden_size=128, layers=2, heads=4, kv_heads=2)  # pyright: ignore[reportCallIssue]
+    model = build(cfg, 0, AutoModelForCausalLM, **MODELS[architecture])
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.data.mul_(3.0)
+    return ScoringModel(model, head="lm").to(device).train()
+
+
+def pairs(draw: random.Random, count: int, prompt: int, answer: int) -> list[SequenceGroup]:
+    def tokens(most: int) -> np.ndarray:
+        return np.array([draw.randrange(8, 200) for _ in range(draw.randint(max(1, most // 2), most))])
+
+    def branch() -> Branch:
+        ids = tokens(answer)
+        return Branch(ids, np.ones(len(ids), np.bool_))
+
+    return [SequenceGroup(i, tokens(prompt), (branch(), branch())) for i in range(count)]
+
+
+def found(model: ScoringModel, rows: MicroBatch, device: torch.device) -> Found:
+    """Log-probs, and gradients of a sum in which every sequence has a weight of its own."""
+    model.zero_grad()
+    logps = scored(model, MicroBatchTensors.of(rows, device)).values
+    (logps * torch.cos(torch.tensor(rows.sequence, device=device) + 1.0)).sum().backward()
+    by_sequence = [values for branches in by_branch(rows, logps.detach().float().cpu().numpy()) for values in branches]
+    gradient = torch.cat([p.grad.float().flatten().cpu() for p in model.parameters() if p.grad is not None])
+    return Found(torch.from_numpy(np.concatenate(by_sequence)), gradient)
+
+
+def equal(bench: Bench, architecture: str, device: torch.device) -> None:
+    """fp32 to rounding; bf16 no further from fp32 than padded rows in bf16 are."""
+    groups = pairs(random.Random(1), 3, 120, 120)
+    row, padded = pack(groups, "prefix_shared", one_row=True), pack(groups, "padded")
+    model = model_of(architecture, device)
+    truth = found(model, padded, device)
+    bench.below(f"{architecture} fp32, one row off padded rows: log-probs, gradients", found(model, row, device).apart(truth), EXACT)
+    blind = found(model, replace(row, branch=np.zeros_like(row.branch)), device).apart(truth)
+    bench.above(f"{architecture} fp32, control: answers that see each other", blind[0], 1e-2)
+    model = model.to(torch.bfloat16)
+    noise, noise_slope = found(model, padded, device).apart(truth)
+    gap, slope = found(model, row, device).apart(truth)
+    bench.below(f"{architecture} bf16, one row off fp32, in the error of padded rows: same", (gap / noise, slope / noise_slope), NOISE)
+
+
+def ragged(bench: Bench, architecture: str, device: torch.device) -> None:
+    """A run's shapes, with gradients and without, from a clean slate: how many graphs they need. A call that would run uncompiled
+    is an error by itself."""
+    torch._dynamo.reset()
+    draw, model = random.Random(2), model_of(architecture, device)
+    model = model.to(torch.bfloat16) if device.type == "cuda" else model
+    before, lengths = compiled_attention().compilations, (20, 200, 1000) if device.type == "cuda" else (20, 60)
+    for index in range(MICRO_BATCHES):
+        groups = pairs(draw, draw.randint(1, 4), draw.choice(lengths), draw.choice(lengths))
+        rows = MicroBatchTensors.of(pack(groups, "prefix_shared", one_row=True), device)
+        if index % 3 == 2:
+            with torch.no_grad():
+                scored(model.eval(), rows)
+        else:
+            scored(model.train(), rows).values.sum().backward()
+    bench.below(f"{architecture}: graphs for {MICRO_BATCHES} ragged micro-batches", compiled_attention().compilations - before, MAX_COMPILATIONS)
+
+
+def head(bench: Bench, dtype: torch.dtype, device: torch.device) -> None:
+    """Log-probs and gradients of the chunked head at a real vocabulary against fp64."""
+    count, hidden = (5000, 512) if device.type == "cuda" else (100, 32)
+    torch.manual_seed(0)
+    rows = torch.randn(count, hidden, device=device).to(dtype).requires_grad_()
+    linear = nn.Linear(hidden, VOCABULARY, bias=False, device=device)
+    nn.init.normal_(linear.weight, std=hidden**-0.5)
+    linear = linear.to(dtype)
+    targets = torch.randint(VOCABULARY, (count,), device=device)
+    weights = torch.cos(torch.arange(count, device=device))
+    logps = ScoredHead(linear, HeadSpec())(rows, targets)[0]
+    (logps * weights).sum().backward()
+    assert rows.grad is not None and linear.weight.grad is not None
+    exact, exact_rows, exact_weight = exactly(rows, linear.weight, targets, weights)
+    limit, slope_limit = HEAD[dtype]
+    name = f"head, {str(dtype).removeprefix('torch.')}, V={VOCABULARY}, N={count}"
+    bench.below(f"{name}, off fp64: log-probs", float((logps.detach().double() - exact).abs().max()), limit)
+    slopes = relative(rows.grad, exact_rows), relative(linear.weight.grad, exact_weight)
+    bench.below(f"{name}, off fp64: gradients of states, weight", slopes, slope_limit)
+
+
+def relative(value: Tensor, truth: Tensor) -> float:
+    return float((value.double() - truth).norm() / truth.norm())
+
+
+def exactly(rows: Tensor, weight: Tensor, targets: Tensor, weights: Tensor, chunk: int = 500) -> tuple[Tensor, Tensor, Tensor]:
+    """(log-probs, d sum / d rows, d sum / d weight) in fp64."""
+    precise = weight.detach().double().requires_grad_()
+    parts: list[Tensor] = []
+    grads: list[Tensor] = []
+    for start in range(0, len(rows), chunk):
+        part = slice(start, start + chunk)
+        some = rows[part].detach().double().requires_grad_()
+        logps = torch.log_softmax(some @ precise.t(), -1).gather(1, targets[part, None])[:, 0]
+        (logps * weights[part]).sum().backward()
+        assert some.grad is not None
+        parts.append(logps.detach())
+        grads.append(some.grad)
+    assert precise.grad is not None
+    return torch.cat(parts), torch.cat(grads), precise.grad

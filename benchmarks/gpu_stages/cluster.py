@@ -1,0 +1,183 @@
+"""Stage 3: the program as users start it, with Ray: GRPO with both decoders, every transport of weights, a worker that is killed."""
+
+import hashlib
+import json
+import math
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from gpu_stages.bench import Bench
+from gpu_stages.shapes import made_pairs
+from orchestrator import faults
+from orchestrator.config import Recipe
+
+SMALL = {
+    "tracking": {"wandb": "off"},
+    "data": {"train": [{"path": "toy:preference", "max_rows": 64}]},
+    "model": {"tiny": {"architecture": "llama", "hidden_size": 64, "layers": 2, "heads": 4}},
+    "batch": {"effective": 16},
+    "optimizer": {"learning_rate": 1e-3},
+}
+REWARD = "def even(completions, **_):\n    return [sum(map(ord, text)) % 2 for text in completions]\n"
+"""A reward that random policies earn half of the time."""
+GAP = {"cuda": 1e-3, "cpu": 1e-4}
+"""nat per token between the generator's log-probs and the learner's, in fp32, with other kernels on each side."""
+
+
+def run(bench: Bench) -> None:
+    import ray
+
+    from orchestrator.cluster.placement import connect
+
+    with tempfile.TemporaryDirectory(prefix="o") as ray_folder:  # short: the path of a socket below it has 107 characters at most
+        os.environ["RAY_TMPDIR"] = ray_folder
+        os.environ.pop("RAY_ADDRESS", None)
+        connect()
+        try:
+            with bench.attempt("GRPO, static"):
+                grpo(bench, "static")
+            with bench.attempt("transports of weights"):
+                transports(bench)
+            with bench.attempt("killed worker"):
+                killed_worker(bench)
+            with bench.attempt("GRPO, continuous"):
+                grpo(bench, "continuous")
+        finally:
+            ray.shutdown()
+
+
+def shares(bench: Bench) -> dict[str, Any]:
+    """A learner and a rollout actor on one GPU, or on half a CPU each."""
+    half = {"gpus_per_worker": 0.5} if bench.device == "cuda" else {"cpus_per_worker": 0.5}
+    return {"learners": {"workers": 1, **half}, "rollouts": {"workers": 1, "placement": "colocated", "batching": "static", **half}}
+
+
+def made(bench: Bench, **sections: Mapping[str, Any]) -> Recipe:
+    """A recipe from SMALL, what this machine has, and `sections`."""
+    base = {**SMALL, **shares(bench)}
+    return Recipe.model_validate({**base, **{name: {**base.get(name, {}), **keys} for name, keys in sections.items()}})
+
+
+def trained(bench: Bench, name: str, recipe: Recipe) -> Path:
+    """The folder of a run, with all it said beside it."""
+    from rich.console import Console
+
+    from orchestrator.assemble import train
+
+    with (bench.work / f"{name}.txt").open("w") as said:
+        return train(recipe, bench.work / name, Console(file=said, width=200)).folder
+
+
+def grpo(bench: Bench, batching: str) -> None:
+    """Some steps; the generator's log-probs are the learner's."""
+    reward, steps = bench.work / "reward.py", 2 if bench.small else 4
+    reward.write_text(REWARD)
+    recipe = made(
+        bench,
+        run={"max_steps": steps},
+        data={"train": "toy:prompts"},
+        algorithm={"name": "grpo"},
+        rollouts={"batching": batching, "prompts": 4, "samples": 4, "max_new_tokens": 8},
+        rewards={"functions": [{"name": "even", "function": f"{reward}:even"}]},
+    )
+    lines = metrics(trained(bench, f"grpo-{batching}", recipe))
+    finite = [line for line in lines if math.isfinite(line["loss"])]
+    bench.holds(f"GRPO, {batching}: steps with a finite loss", len(finite) == steps, str(len(finite)), str(steps))
+    gap = max(line["policy/train_rollout_gap"] for line in lines)
+    bench.below(f"GRPO, {batching}: generator from learner, nat per token", gap, GAP[bench.device])
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if not any(name.startswith("eval/") for name in line)]
+
+
+def transports(bench: Bench) -> None:
+    """New weights through every transport: the actor's are the learner's, bit by bit."""
+    from orchestrator.cluster.rollout_workers import RolloutPool
+    from orchestrator.cluster.weight_bridge import BroadcastBridge, CudaIpcBridge, ObjectStoreBridge
+    from orchestrator.cluster.workers import LearnerGroup
+    from orchestrator.cut import cut_step
+    from orchestrator.episodes import Prompt, Sampling
+    from orchestrator.learner.learner import LearnerSpec
+    from orchestrator.records import Cut
+
+    recipe = made(bench, algorithm={"name": "orpo"}, rollouts={"max_new_tokens": 4})
+    cut = Cut(workers=1, examples=2, positions=None, layout="padded", zero_stage=0, sync="no_sync")
+    kinds: list[Callable[..., Any]] = [ObjectStoreBridge, BroadcastBridge, *([CudaIpcBridge] if bench.device == "cuda" else [])]
+    work = [(0, Prompt(0, "", 0, np.arange(1, 6), ""))]
+    with LearnerGroup(recipe.learners, colocated=recipe.rollouts) as group, RolloutPool(recipe, colocated=group.placement) as pool:
+        group.build(LearnerSpec(recipe, cut, len(kinds)))
+        seen = set()
+        for version, kind in enumerate(kinds):
+            group.forward_backward(cut_step(made_pairs(4, 4, 4), cut), version)
+            group.optim_step(version)
+            delivered = kind(group, pool, 64_000).publish(version)
+            pool.start(work, Sampling(samples=1, max_new_tokens=4), version).result()
+            sent, held = group.call(learner_digest)[0], pool.call(actor_digest)[0]
+            seen.add(sent)
+            text = f"{delivered.bytes / 1e6:.2f} MB in {delivered.seconds:.2f} s, {'equal' if sent == held else 'other weights'}"
+            bench.holds(f"weights by {kind.__name__}", sent == held, text, "bit by bit")
+        bench.holds("versions of weights that differ", len(seen) == len(kinds), str(len(seen)), str(len(kinds)))
+
+
+def digest(named: Iterator[tuple[str, torch.Tensor]]) -> str:
+    found = hashlib.sha256()
+    for name, tensor in sorted(named):
+        found.update(name.encode() + tensor.detach().float().cpu().contiguous().numpy().tobytes())
+    return found.hexdigest()
+
+
+def learner_digest(learner: Any) -> str:
+    """In a learner's process: its weights by Hugging Face name."""
+    from orchestrator.learner.state import full_weights
+
+    names = learner.scoring.hf_names()
+    return digest((names[name], weight) for name, weight in full_weights(learner))
+
+
+def actor_digest(worker: Any) -> str:
+    return digest(iter(worker.engine.model.named_parameters()))
+
+
+def killed_worker(bench: Bench) -> None:
+    """A learner dies in step 3 of 5: the run goes on from the checkpoint before and ends with the weights of an undisturbed one."""
+    folders = {}
+    for name in ("calm", "killed"):
+        recipe = made(
+            bench,
+            run={"max_steps": 5},
+            algorithm={"name": "dpo"},
+            checkpoint={"every": 2},
+            reference={"cache_dir": str(bench.work / "reference")},
+        )
+        with planned_fault(bench.work / "happened") if name == "killed" else nullcontext():
+            folders[name] = trained(bench, name, recipe)
+    happened = (bench.work / "happened").exists()
+    calm, killed = (weights(folder) for folder in folders.values())
+    apart = max(float(np.abs(calm[name] - killed[name]).max()) for name in calm)
+    equal = happened and apart <= (1e-5 if bench.device == "cuda" else 0.0)  # a GPU's backward may add in another order
+    text = ("bitwise equal" if apart == 0.0 else f"{apart:.1e} apart") + ("" if happened else ", but nobody was killed")
+    bench.holds("weights after a killed worker", equal, text, "bitwise" if bench.small else "<= 1e-05")
+
+
+def weights(folder: Path) -> dict[str, np.ndarray]:
+    from safetensors.numpy import load_file
+
+    return {name: value for path in sorted((folder / "export").glob("*.safetensors")) for name, value in load_file(path).items()}
+
+
+@contextmanager
+def planned_fault(marker: Path) -> Iterator[None]:
+    os.environ[faults.VARIABLE] = json.dumps([{"site": "micro_batch", "action": "kill", "step": 3, "rank": 0, "once": str(marker)}])
+    try:
+        yield
+    finally:
+        del os.environ[faults.VARIABLE]

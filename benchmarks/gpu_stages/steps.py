@@ -1,0 +1,194 @@
+"""Stage 2: ZeRO stages, offload, dropped gradients and out-of-memory errors do not show in an optimizer step."""
+
+import json
+import math
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from gpu_stages.bench import Bench
+from gpu_stages.device import release, reserved, settle
+from gpu_stages.local import LocalGroup
+from gpu_stages.pretend import allow_backward
+from gpu_stages.shapes import made_pairs
+from orchestrator import faults
+from orchestrator.config import Recipe
+from orchestrator.controllers.step import Clock, Guards, Stepper
+from orchestrator.cut import cut_step
+from orchestrator.learner.checks import final_weights
+from orchestrator.learner.learner import LearnerSpec
+from orchestrator.learner.memory import reset_peak
+from orchestrator.learner.state import weights_digest
+from orchestrator.records import Cut, PackedBatch
+from orchestrator.verify import TOLERANCE, Difference, Proof, Trajectory
+
+STEPS, PAIRS, MICRO_BATCH = 3, 16, 4
+ANCHOR = {"fp32": 1e-5, "bf16": 3e-2}
+"""How far the first loss may be from ln 2, where policy and reference are equal."""
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """One way to cut a step that must not show in its result."""
+
+    precision: str
+    stage: int
+    sync: Any
+    offload: str = "none"
+    one_row: bool = False
+
+    def __str__(self) -> str:
+        more = [self.sync] * bool(self.stage) + ["offload"] * (self.offload == "cpu") + ["one row"] * self.one_row
+        return ", ".join([f"ZeRO {self.stage} {self.precision}", *more])
+
+
+WAYS = (
+    Way("fp32", 0, "no_sync"),
+    Way("fp32", 1, "no_sync"),
+    Way("bf16", 1, "no_sync"),
+    Way("fp32", 2, "coalesced"),
+    Way("bf16", 2, "per_micro_batch"),
+    Way("fp32", 3, "per_micro_batch"),
+    Way("bf16", 3, "per_micro_batch"),
+    Way("bf16", 1, "no_sync", "cpu"),
+    Way("bf16", 2, "per_micro_batch", "cpu"),
+    Way("bf16", 3, "per_micro_batch", "cpu"),
+    Way("fp32", 0, "no_sync", one_row=True),
+)
+"""On a GPU all of them have micro-batches of one row."""
+
+
+def run(bench: Bench) -> None:
+    device = torch.device(bench.device)
+    if bench.small:
+        allow_backward()
+    group = LocalGroup(device)
+    proof = Proof.of(recipe(bench.device, WAYS[0]), STEPS)
+    baseline = proof.plain()
+    for way in WAYS:
+        with bench.attempt(str(way)):
+            compare(bench, proof, baseline, way, group)
+    with bench.attempt("out of memory"):
+        out_of_memory(bench, device)
+
+
+def recipe(device: str, way: Way, **tiny: int) -> Recipe:
+    model = {"architecture": "llama", "hidden_size": 64, "layers": 2, "heads": 4, "kv_heads": 2, **tiny}
+    return Recipe.model_validate(
+        {
+            "model": {"tiny": model},
+            "data": {"train": [{"path": "toy:preference", "max_rows": STEPS * PAIRS}]},
+            "algorithm": {"name": "dpo"},
+            "batch": {"effective": PAIRS, "micro_batch": MICRO_BATCH},
+            "optimizer": {"learning_rate": 1e-3},
+            "learners": {
+                "gpus_per_worker": int(device == "cuda"),
+                "precision": way.precision,
+                "zero_stage": way.stage,
+                "sync": way.sync,
+                "offload": {"optimizer": way.offload, "parameters": way.offload if way.stage == 3 else "none"},
+            },
+        }
+    )
+
+
+def cut_of(way: Way, planned: Cut) -> Cut:
+    return replace(planned, examples=MICRO_BATCH, positions=None, zero_stage=way.stage, sync=way.sync, one_row=way.one_row or planned.one_row)
+
+
+def compare(bench: Bench, proof: Proof, baseline: Trajectory, way: Way, group: LocalGroup) -> None:
+    """The steps of `way` against the plain ones, the first loss against ln 2, and whether discard() leaves the weights alone."""
+    proof = replace(proof, recipe=recipe(bench.device, way))
+    cut = cut_of(way, proof.planned)
+    trajectory = proof.split(cut, group)  # pyright: ignore[reportArgumentType]
+    found, limit = baseline.difference(trajectory, cut), TOLERANCE[way.precision]
+    anchor = abs(trajectory.losses[0] - math.log(2))
+    kept = unharmed(proof, cut, group)
+    text = f"{apart(found)}; first loss {anchor:.1e} off ln 2; discard leaves weights {'as they are' if kept else 'CHANGED'}"
+    ok = found.within(limit) and anchor <= ANCHOR[way.precision] and kept
+    bench.holds(f"{way}, off plain steps", ok, text, f"<= {limit:g}; {10 * limit:g}; {ANCHOR[way.precision]:g}")
+
+
+def apart(found: Difference) -> str:
+    return f"loss {found.loss:.1e}, norm {found.grad_norm:.1e}, weights {found.weights:.1e}"
+
+
+def unharmed(proof: Proof, cut: Cut, group: LocalGroup) -> bool:
+    """The learner that has just trained adds up a gradient and drops it."""
+    batch = cut_step(proof.steps[0], cut)
+    batch = batch.with_reference(group.token_logprobs(batch))
+    before = group.call(weights_digest)
+    group.forward_backward(batch, STEPS)
+    group.discard()
+    return group.call(weights_digest) == before
+
+
+def out_of_memory(bench: Bench, device: torch.device) -> None:
+    """The step is discarded, cut finer and replayed: the same loss, gradient norm and weights as without the error."""
+    way = WAYS[2] if bench.device == "cuda" else WAYS[0]
+    length = 1024 if bench.device == "cuda" else 16
+    proof = replace(Proof.of(roomy(bench.device, way), 1), steps=(tuple(made_pairs(PAIRS, length, length)),))
+    cut = replace(cut_of(way, proof.planned), examples=PAIRS)
+    calm, _ = taken(proof, cut, device)
+    with trouble(proof, cut, device):
+        shaken, notes = taken(proof, cut, device)
+    limit = TOLERANCE[way.precision]
+    found = calm.difference(shaken, cut)
+    text = f"{apart(found)}; {len(notes)} times finer"
+    bench.holds("out of memory, replayed, off undisturbed", bool(notes) and found.within(limit), text, f">= 1 time, <= {limit:g}")
+
+
+def roomy(device: str, way: Way) -> Recipe:
+    """The recipe with a model that fills gigabytes on a GPU, so that a limit on the memory is felt."""
+    return recipe(device, way, **({"hidden_size": 512, "layers": 4, "heads": 8, "vocab_size": 8192} if device == "cuda" else {}))
+
+
+def taken(proof: Proof, cut: Cut, device: torch.device) -> tuple[Trajectory, list[str]]:
+    """(the first step as the program takes it, what it noted)."""
+    group, notes = LocalGroup(device), []
+    group.build(LearnerSpec(proof.recipe, cut, 1))
+
+    def attach(batch: PackedBatch) -> PackedBatch:
+        return batch.with_reference(group.token_logprobs(batch))  # before the first step the policy is the reference
+
+    stepper = Stepper(proof.algorithm, group, cut, attach, SimpleNamespace(note=notes.append), Guards())  # pyright: ignore[reportArgumentType]
+    done = stepper.take(proof.steps[0], 0, Clock())
+    assert done.applied is not None, "the step was refused"
+    weights = group.call(final_weights)[0]
+    settle(device)
+    group.free()
+    return Trajectory((done.learned.loss,), (done.applied.grad_norm,), weights), notes
+
+
+@contextmanager
+def trouble(proof: Proof, cut: Cut, device: torch.device) -> Iterator[None]:
+    """On a GPU: so little memory that half a micro-batch fits and a whole one does not. On a CPU: one injected error."""
+    if device.type == "cpu":
+        with tempfile.TemporaryDirectory(prefix="oom-") as folder:
+            once = {"site": "micro_batch", "action": "oom", "step": 0, "once": f"{folder}/happened"}
+            os.environ[faults.VARIABLE] = json.dumps([once])
+            try:
+                yield
+            finally:
+                del os.environ[faults.VARIABLE]
+        return
+    limit = (taking(proof, cut, device) + taking(proof, cut.halved(), device)) / 2
+    torch.cuda.set_per_process_memory_fraction(limit / torch.cuda.get_device_properties(device).total_memory, device)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, device)
+
+
+def taking(proof: Proof, cut: Cut, device: torch.device) -> int:
+    """Bytes that the allocator reserves for the step."""
+    release(device)
+    reset_peak(device)
+    taken(proof, cut, device)
+    return reserved(device)
