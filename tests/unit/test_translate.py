@@ -33,7 +33,8 @@ def test_memory_that_ran_out_in_any_verb_leads_to_a_finer_cut_of_new_workers(cau
 
 
 def test_a_micro_batch_that_did_not_fit_may_be_replayed_in_place():
-    failure = learner_failure(raised(OutOfMemory("worker 1 ran out of memory in micro-batch 0", why="can't allocate memory")), "learner-1", "forward_backward")
+    located = OutOfMemory("worker 1 ran out of memory in micro-batch 0", why="can't allocate memory")
+    failure = learner_failure(raised(located), "learner-1", "forward_backward")
     assert isinstance(failure, OutOfMemory) and failure.in_place
 
 
