@@ -303,7 +303,7 @@ class LearnerGroup:
             try:
                 ray.get(done[0])
             except (RayTaskError, RayActorError, GetTimeoutError) as error:
-                failure = translate(error, self._who(refs.index(done[0])), verb)
+                failure = learner_failure(error, self._who(refs.index(done[0])), verb)
                 if not isinstance(failure, OutOfMemory):
                     raise failure from error
                 failure.in_place = failure.in_place and self._holds_back()
@@ -331,8 +331,6 @@ def translate(error: Exception, who: str, verb: str) -> OrchestratorError:
     if isinstance(error, RayTaskError):
         if isinstance(error.cause, OrchestratorError):
             return error.cause
-        if is_out_of_memory(error.cause):
-            return _exhausted(error, who, verb)
         return WorkerLost(f"{who} failed in `{verb}`", why=str(error).strip(), fix="see logs/ in the run folder")
     return WorkerLost(
         f"{who} died during `{verb}`",
@@ -341,11 +339,15 @@ def translate(error: Exception, who: str, verb: str) -> OrchestratorError:
     )
 
 
-def _exhausted(error: RayTaskError, who: str, verb: str) -> OutOfMemory:
-    """Of a verb that left nobody knows what behind: the workers are built again, with a finer cut."""
+def learner_failure(error: Exception, who: str, verb: str) -> OrchestratorError:
+    """`translate` of a learner's failure, for which memory that ran out in any verb leads to a finer cut: of workers that are built
+    again, since nobody knows what the verb left behind."""
+    if not isinstance(error, RayTaskError) or isinstance(error.cause, OrchestratorError) or not is_out_of_memory(error.cause):
+        return translate(error, who, verb)
+    said = str(error.cause).strip() or type(error.cause).__name__
     failure = OutOfMemory(
         f"{who} ran out of memory in `{verb}`",
-        why=str(error.cause).strip().splitlines()[0] if str(error.cause).strip() else type(error.cause).__name__,
+        why=said.splitlines()[0],
         fix="set a smaller batch.micro_batch, a higher learners.zero_stage, or learners.offload.optimizer=cpu",
     )
     failure.in_place = False
