@@ -24,7 +24,7 @@ from orchestrator.errors import OutOfMemory
 from orchestrator.learner.engine import Engine, ProcessGroup
 from orchestrator.learner.memory import current_bytes, is_out_of_memory, peak_bytes, reset_peak
 from orchestrator.learner.schedule import learning_rate
-from orchestrator.models.load import Loaded, load
+from orchestrator.models.load import Loaded, load, placed
 from orchestrator.models.scoring import MicroBatchTensors, Scored, ScoringModel, scored
 from orchestrator.objectives.coupling import linear
 from orchestrator.objectives.logprobs import HeadSpec
@@ -302,7 +302,7 @@ def load_reference(recipe: Recipe, device: torch.device) -> tuple[ScoringModel, 
     loaded = load(recipe.model, seed=recipe.run.seed, head="lm", reference=True)
     algorithm = build(recipe.algorithm, recipe.rollouts)
     scoring = ScoringModel(loaded.model, head="lm", spec=HeadSpec(temperature=algorithm.scores.temperature))
-    scoring = scoring.to(device=device, dtype=_DTYPES[recipe.learners.precision])
+    scoring = placed(scoring, device, _DTYPES[recipe.learners.precision])
     scoring.requires_grad_(False)
     return scoring.eval(), loaded.fingerprint
 
