@@ -17,6 +17,7 @@ from gpu_stages.pretend import allow_backward
 from orchestrator.config import TinyModel
 from orchestrator.data.packing import by_branch, pack
 from orchestrator.models.block_attention import MAX_COMPILATIONS, compiled_attention
+from orchestrator.models.load import placed
 from orchestrator.models.scoring import MicroBatchTensors, ScoredHead, ScoringModel, scored
 from orchestrator.models.tiny import build
 from orchestrator.objectives.logprobs import HeadSpec
@@ -103,10 +104,10 @@ def equal(bench: Bench, architecture: str, device: torch.device) -> None:
     bench.below(f"{architecture} fp32, one row off padded rows: log-probs, gradients", found(model, row, device).apart(truth), EXACT)
     blind = found(model, replace(row, branch=np.zeros_like(row.branch)), device).apart(truth)
     bench.above(f"{architecture} fp32, control: answers that see each other", blind[0], 1e-2)
-    model = model.to(torch.bfloat16)
+    placed(model, device, torch.bfloat16)
     noise, noise_slope = found(model, padded, device).apart(truth)
     gap, slope = found(model, row, device).apart(truth)
-    bench.below(f"{architecture} bf16, one row off fp32, in the error of padded rows: same", (gap / noise, slope / noise_slope), NOISE)
+    bench.below(f"{architecture} bf16, one row off fp32: same, in units of padded rows", (gap / noise, slope / noise_slope), NOISE)
 
 
 def ragged(bench: Bench, architecture: str, device: torch.device) -> None:
@@ -114,7 +115,7 @@ def ragged(bench: Bench, architecture: str, device: torch.device) -> None:
     is an error by itself."""
     torch._dynamo.reset()
     draw, model = random.Random(2), model_of(architecture, device)
-    model = model.to(torch.bfloat16) if device.type == "cuda" else model
+    placed(model, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
     before, lengths = compiled_attention().compilations, (20, 200, 1000) if device.type == "cuda" else (20, 60)
     for index in range(MICRO_BATCHES):
         groups = pairs(draw, draw.randint(1, 4), draw.choice(lengths), draw.choice(lengths))

@@ -7,7 +7,7 @@ import torch
 
 from gpu_stages.device import release
 from orchestrator.config import Recipe
-from orchestrator.models.load import Loaded, load_config
+from orchestrator.models.load import Loaded, load_config, placed
 from orchestrator.models.scoring import Checkpointing
 from orchestrator.records import Branch, SequenceGroup
 
@@ -91,7 +91,7 @@ def on_device(recipe: Recipe, device: torch.device) -> Loaded:
     torch.manual_seed(0)
     with device:
         model = AutoModelForCausalLM.from_config(load_config(recipe.model), attn_implementation="sdpa", dtype=torch.float32)
-    model = model.to(torch.bfloat16 if recipe.learners.precision == "bf16" else torch.float32)
+    placed(model, device, torch.bfloat16 if recipe.learners.precision == "bf16" else torch.float32)
     release(device)
     return Loaded(model, None, "", "random")
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 
 from gpu_stages.bench import Bench
@@ -74,6 +75,8 @@ def run(bench: Bench) -> None:
     for way in WAYS:
         with bench.attempt(str(way)):
             compare(bench, proof, baseline, way, group)
+    with bench.attempt("policy and reference in bf16"):
+        same_start(bench, proof, group)
     with bench.attempt("out of memory"):
         out_of_memory(bench, device)
 
@@ -127,6 +130,18 @@ def unharmed(proof: Proof, cut: Cut, group: LocalGroup) -> bool:
     group.forward_backward(batch, STEPS)
     group.discard()
     return group.call(weights_digest) == before
+
+
+def same_start(bench: Bench, proof: Proof, group: LocalGroup) -> None:
+    """In bf16 and at positions where a rounded rotary frequency would be an angle, the untrained policy is the reference."""
+    way = WAYS[2]
+    low, cut = recipe(bench.device, way), cut_of(way, proof.planned)
+    batch = cut_step(made_pairs(2, 500, 500), cut)
+    group.build_reference(low)
+    reference = group.token_logprobs(batch, reference=True)[0]
+    group.build(LearnerSpec(low, cut, 1))
+    gaps = [float(np.abs(a - b).max()) for a, b in zip(group.token_logprobs(batch)[0], reference, strict=True)]
+    bench.below("bf16, 1,000 tokens: policy off reference at the start, nat per token", max(gaps), 1e-4)
 
 
 def out_of_memory(bench: Bench, device: torch.device) -> None:

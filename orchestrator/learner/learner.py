@@ -26,7 +26,7 @@ from orchestrator.learner.engine import Engine, ProcessGroup
 from orchestrator.learner.memory import current_bytes, finish, give_back, is_out_of_memory, peak_bytes, reset_peak
 from orchestrator.learner.schedule import learning_rate
 from orchestrator.models.attention import attention_windows
-from orchestrator.models.load import Loaded, load
+from orchestrator.models.load import Loaded, load, placed
 from orchestrator.models.rows import MicroBatchTensors
 from orchestrator.models.scoring import Scored, ScoringModel, scored
 from orchestrator.objectives.coupling import linear
@@ -314,7 +314,7 @@ def load_reference(recipe: Recipe, device: torch.device) -> tuple[ScoringModel, 
     loaded = load(recipe.model, seed=recipe.run.seed, head="lm", reference=True)
     algorithm = build(recipe.algorithm, recipe.rollouts)
     scoring = ScoringModel(loaded.model, head="lm", spec=HeadSpec(temperature=algorithm.scores.temperature))
-    scoring = scoring.to(device=device, dtype=_DTYPES[recipe.learners.precision])
+    scoring = placed(scoring, device, _DTYPES[recipe.learners.precision])
     scoring.requires_grad_(False)
     return scoring.eval(), loaded.fingerprint
 

@@ -3,7 +3,7 @@
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import nn
@@ -91,6 +91,19 @@ def build_fake(cfg: Model, head: Head, dtype: torch.dtype, mode: FakeTensorMode,
             model = _with_lora(model, cfg.lora, 0, head)
     with mode:  # peft's conversions work on meta tensors, not on fake ones
         return model.to_empty(device="cpu")
+
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def placed(model: M, device: torch.device, dtype: torch.dtype) -> M:
+    """The model on a device with its weights in `dtype`. Buffers keep their type, as under DeepSpeed and from_pretrained: rotary
+    frequencies in bf16 are off by 1e-3, at position 1,000 an angle of 1 rad."""
+    model.to(device)
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+    return model
 
 
 def fingerprint(model: nn.Module) -> str:

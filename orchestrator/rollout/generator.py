@@ -8,7 +8,7 @@ import torch
 from orchestrator.config import Recipe, Rollouts
 from orchestrator.episodes import Completion, Prompt, RolloutGroup, Sampling
 from orchestrator.models.buckets import WIRE, Bucket, Entry, Receiver
-from orchestrator.models.load import load, load_tokenizer
+from orchestrator.models.load import load, load_tokenizer, placed
 from orchestrator.rollout.continuous import ContinuousBatchingFailed, ContinuousDecoder, MeasuredDecoder
 from orchestrator.rollout.static import Request, StaticDecoder
 from orchestrator.rollout.turns import Decoder, Roller, load_environment
@@ -46,7 +46,7 @@ class TransformersEngine:
     def __init__(self, recipe: Recipe, device: torch.device) -> None:
         loaded = load(recipe.model, seed=recipe.run.seed, head="lm")
         model: Any = loaded.model
-        self.model = model.to(device=device, dtype=WIRE[recipe.learners.precision]).eval().requires_grad_(False)
+        self.model = placed(model, device, WIRE[recipe.learners.precision]).eval().requires_grad_(False)
         self.tokenizer = loaded.tokenizer
         self.receiver = Receiver(self.model)
         self.decoder = make_decoder(recipe.rollouts, self.model, loaded.tokenizer, device)

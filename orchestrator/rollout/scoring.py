@@ -17,7 +17,7 @@ from orchestrator.data.chat import Encoder
 from orchestrator.data.packing import pack
 from orchestrator.episodes import Prompt, Rollout, RolloutGroup
 from orchestrator.errors import ConfigError, DataError
-from orchestrator.models.load import load, load_config, load_tokenizer
+from orchestrator.models.load import load, load_config, load_tokenizer, placed
 from orchestrator.models.scoring import MicroBatchTensors, ScoringModel, scored
 from orchestrator.records import Branch, Row, SequenceGroup
 from orchestrator.rollout.rewards import Outcome, RewardFailure
@@ -41,7 +41,7 @@ class RewardModel:
         exported = getattr(load_config(cfg), "dtype", None)
         dtype = exported if device.type == "cuda" and isinstance(exported, torch.dtype) else torch.float32
         self.name, self.batch_size, self.device = function.name, batch_size, device
-        self.model = ScoringModel(model.to(device=device, dtype=dtype).eval(), head="scalar")
+        self.model = ScoringModel(placed(model, device, dtype).eval(), head="scalar")
         self.longest: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         self.reads_ids = policy is not None and same_tokenizer(load_tokenizer(policy), loaded.tokenizer)
         self.encoders = {ended: Encoder(loaded.tokenizer, _data(append_eos=ended), "sft") for ended in (True, False)}

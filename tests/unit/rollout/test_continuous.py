@@ -248,7 +248,7 @@ def test_another_release_of_transformers_is_static_or_refused_with_the_version_t
     monkeypatch.setattr(continuous, "ContinuousBatchingConfig", OfTransformers518)
     tokenizer = load(Model(tiny=TinyModel()), seed=0, head="lm").tokenizer  # pyright: ignore[reportCallIssue]
     with pytest.raises(ContinuousBatchingFailed, match="another continuous batching") as refused:
-        make_decoder(Rollouts(batching="continuous"), LLAMA, tokenizer)  # pyright: ignore[reportCallIssue]
+        make_decoder(Rollouts(batching="continuous"), LLAMA, tokenizer, torch.device("cpu"))  # pyright: ignore[reportCallIssue]
     assert "page_size" in refused.value.why and "transformers>=5.19" in refused.value.fix
-    assert type(make_decoder(Rollouts(batching="measured"), LLAMA, tokenizer)) is StaticDecoder  # pyright: ignore[reportCallIssue]
+    assert type(make_decoder(Rollouts(batching="measured"), LLAMA, tokenizer, torch.device("cpu"))) is StaticDecoder  # pyright: ignore[reportCallIssue]
     assert "rollouts.batching=measured: static" in capsys.readouterr().out
