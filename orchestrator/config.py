@@ -215,6 +215,7 @@ class Learners(Section):
         "auto",
         description="what the backward computes again: all but matrix products and attention, or each layer; auto: what is quickest",
     )
+    fused: bool = Field(False, description="norms and feed-forward blocks are compiled: fewer passes over a GPU's memory; ZeRO 0 to 2")
     timeout_s: float = Field(600.0, gt=0, description="deadline of one verb on every worker; what reads or writes the state has more, by its bytes")
     start_timeout_s: float = Field(180.0, gt=0, description="deadline for the placement group and the process group")
     max_restarts: int = Field(3, ge=0, description="times a lost worker group is rebuilt from the last checkpoint")

@@ -78,11 +78,16 @@ def _words(group: WorkerGroup) -> str:
 
 def this_machine() -> Hardware:
     """What this process sees."""
-    import torch
-
-    gpus = [torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())]
+    gpus = visible_gpus()
     ram = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return Hardware((Machine(float(os.cpu_count() or 1), float(len(gpus)), ram, min(gpus, default=0)),))
+
+
+def visible_gpus() -> list[int]:
+    """Bytes of each GPU that this process sees."""
+    import torch
+
+    return [torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())]
 
 
 def of_cluster(facts: ClusterFacts) -> Hardware:

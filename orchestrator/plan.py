@@ -167,6 +167,12 @@ def _check(recipe: Recipe, share: int) -> None:
             why="DeepSpeed offloads what it has partitioned",
             fix=f"set learners.zero_stage={lowest}, or auto",
         )
+    if learners.fused and (learners.zero_stage == 3 or lowest_stage(learners) == 3):
+        raise ConfigError(
+            "learners.fused is not possible at ZeRO stage 3",
+            why="its hooks gather every module's parameters, which breaks the compiled graph of each",
+            fix="set learners.fused=false, or learners.zero_stage=2 without offload.parameters",
+        )
     if learners.zero_stage != "auto" and learners.sync != "auto":
         _check_sync(learners.sync, learners.zero_stage, learners.precision)
 

@@ -8,8 +8,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 from orchestrator.algorithms import critic
 from orchestrator.cluster.probes import here, on_cluster, survey
 from orchestrator.cluster.smoke import in_a_process
@@ -17,6 +15,7 @@ from orchestrator.config import ONLINE, Recipe
 from orchestrator.errors import ConfigError, Exit, MissingInput, NotEnoughResources, OrchestratorError, OutputError
 from orchestrator.facts import Capacity, ClusterFacts, ModelSource, Need, WorkerGroup
 from orchestrator.findings import Finding
+from orchestrator.hardware import visible_gpus
 from orchestrator.job import Job
 from orchestrator.memory_model import model_sizes
 from orchestrator.node_facts import shared_folder, unmet_requirements, wandb_trouble
@@ -101,7 +100,7 @@ def this_machine(need: Need, root: Path | None) -> ClusterFacts:
     """What a Ray started here would have."""
     folder = str(shared_folder(root)) if root is not None else None
     facts = here(HERE, "127.0.0.1", folder, need.models, need.libraries)
-    has = Capacity(HERE, float(os.cpu_count() or 1), float(torch.cuda.device_count()))
+    has = Capacity(HERE, float(os.cpu_count() or 1), float(len(visible_gpus())))
     auth = os.environ.get("RAY_AUTH_MODE", "token") == "token"  # Ray turns it on by itself for one that it starts here
     return ClusterFacts((facts,), (has,), unmet=unmet_requirements(), auth=auth, skipped="there is one node")
 

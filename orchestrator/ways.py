@@ -193,10 +193,11 @@ def ways_of(recipe: Recipe) -> list[tuple[int, Sync]]:
         ways = [way for way in ways if way[0] > 0 and way[1] != "coalesced"]
     if stage != "auto":
         ways = [way for way in ways if way[0] == stage]
-    ways = [way for way in ways if way[0] >= lowest_stage(learners)]
+    ways = [way for way in ways if lowest_stage(learners) <= way[0] <= (2 if learners.fused else 3)]
     if not ways:
         raise ConfigError(
-            f"learners.sync={sync} is not possible with precision={learners.precision} and this learners.offload", fix="set learners.sync=auto"
+            f"learners.sync={sync} is not possible with precision={learners.precision}, this learners.fused and this learners.offload",
+            fix="set learners.sync=auto",
         )
     return ways
 

@@ -22,6 +22,7 @@ from orchestrator.cluster.actors import Share, made
 from orchestrator.config import Learners, Recipe, Rollouts
 from orchestrator.errors import ConfigError, NotEnoughResources
 from orchestrator.facts import SLACK, WorkerGroup, times
+from orchestrator.hardware import visible_gpus
 from orchestrator.node_facts import SHM
 
 OBJECT_STORE_BYTES = 256 * 1024 * 1024
@@ -178,16 +179,10 @@ def check_capacity(groups: Sequence[WorkerGroup]) -> None:
     """NotEnoughResources where the cluster cannot hold the workers; told before Ray starts where that is this machine."""
     if not ray.is_initialized() and not os.environ.get("RAY_ADDRESS"):
         gpus = any(g.gpus for g in groups)
-        _check_capacity(groups, {"CPU": float(os.cpu_count() or 1), "GPU": _visible_gpus() if gpus else 0.0})
+        _check_capacity(groups, {"CPU": float(os.cpu_count() or 1), "GPU": float(len(visible_gpus())) if gpus else 0.0})
         return
     connect()
     _check_capacity(groups, ray.cluster_resources())
-
-
-def _visible_gpus() -> float:
-    import torch
-
-    return float(torch.cuda.device_count())
 
 
 def _check_capacity(groups: Sequence[WorkerGroup], total: Mapping[str, float]) -> None:

@@ -26,6 +26,7 @@ from orchestrator.learner.engine import Engine, ProcessGroup
 from orchestrator.learner.memory import current_bytes, finish, give_back, is_out_of_memory, peak_bytes, reset_peak
 from orchestrator.learner.schedule import learning_rate
 from orchestrator.models.attention import attention_windows
+from orchestrator.models.fused import fuse
 from orchestrator.models.load import Loaded, load, placed
 from orchestrator.models.rows import MicroBatchTensors
 from orchestrator.models.scoring import Scored, ScoringModel, scored
@@ -106,6 +107,8 @@ class RankLearner:
         disable_dropout(self.loaded.model)
         self.scoring = ScoringModel(self.loaded.model, head=self.algorithm.head, spec=self.algorithm.scores)
         self.scoring.checkpoint(recipe.learners.checkpointing)
+        if recipe.learners.fused:
+            fuse(self.scoring.hugging_face)
         self.scoring.to(device)
         self.windows = attention_windows(self.scoring.hugging_face.config.get_text_config())
         self.engine = Engine(

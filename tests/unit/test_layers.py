@@ -27,6 +27,19 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"cli"}),
     frozenset({"__main__"}),
 )
+CUDA = {
+    "hardware.py": "counts what there is, for plans",
+    "cluster/smoke.py": "tries each GPU, for the doctor",
+    "cluster/probe_actor.py": "times collectives on the GPU that Ray gave it",
+    "cluster/actors.py": "names the device that Ray gave an actor, and bounds its share",
+    "cluster/rollout_actor.py": "waits for a copy on its device",
+    "learner/memory.py": "measures the device it is given",
+    "learner/checks.py": "asks the name of the device it is given",
+    "models/buckets.py": "waits for a broadcast on its device",
+    "rollout/scoring.py": "gives memory back on its device",
+    "rollout/vllm_engine.py": "asks the memory of its device",
+}
+"""Who may name torch.cuda, and what for. Nobody asks whether the machine has a GPU: the device that is computed on is a parameter."""
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 GROUND = FLOORS[0]
 """The records and errors are one vocabulary, so they may name each other."""
@@ -81,6 +94,35 @@ def test_every_import_goes_downwards_and_frameworks_stay_at_home() -> None:
     assert len(files) > 20
     problems = [p for file in files for p in misplaced(file.read_text(), file.relative_to(PACKAGE).as_posix())]
     assert not problems, "\n" + "\n".join(problems)
+
+
+def names_cuda(source: str) -> list[tuple[str, int]]:
+    """Each torch.cuda.NAME, `from torch.cuda import NAME` (or `from torch import cuda`) and the line."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "torch.cuda":
+            found.append((node.attr, node.lineno))
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "torch":
+            inside = (node.module or "").startswith("torch.cuda")
+            found += [(alias.name, node.lineno) for alias in node.names if inside or alias.name == "cuda"]
+        elif isinstance(node, ast.Import):
+            found += [(alias.name, node.lineno) for alias in node.names if alias.name.startswith("torch.cuda")]
+    return found
+
+
+def test_nobody_asks_whether_the_machine_has_a_gpu() -> None:
+    named = {file.relative_to(PACKAGE).as_posix(): names_cuda(file.read_text()) for file in PACKAGE.rglob("*.py")}
+    asking = [f"{file}:{line}" for file, uses in named.items() for name, line in uses if name in ("is_available", "is_initialized")]
+    assert not asking, f"they ask about the machine, not about the device they compute on: {asking}"
+    assert {file for file, uses in named.items() if uses} == set(CUDA)
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["import torch\ntorch.cuda.is_available()", "from torch.cuda import is_available", "from torch import cuda", "import torch.cuda as gpu"],
+)
+def test_the_check_sees_cuda_by_any_name(source: str) -> None:
+    assert names_cuda(source)
 
 
 @pytest.mark.parametrize(
