@@ -25,7 +25,7 @@ class Shape:
     answer: int
     rate: float
 
-    def recipe(self, device: str, checkpointing: Checkpointing = "none") -> Recipe:
+    def recipe(self, device: str, checkpointing: Checkpointing = "none", fused: bool = False) -> Recipe:
         """DPO as the learner is given it. bf16 with fp32 master weights on a GPU, fp32 on a CPU."""
         gpu = device == "cuda"
         return Recipe.model_validate(
@@ -39,6 +39,7 @@ class Shape:
                     "gpus_per_worker": int(gpu),
                     "precision": "bf16" if gpu else "fp32",
                     "activation_checkpointing": checkpointing,
+                    "fused": fused,
                 },
             }
         )

@@ -21,7 +21,8 @@ from orchestrator.ways import largest_micro_batch
 
 STEPS = 3
 """The first warms up (and is not timed), the others are timed; the best counts."""
-MODES: tuple[Checkpointing, ...] = ("none", "selective", "full")
+SETTINGS: tuple[tuple[Checkpointing, bool], ...] = (("none", False), ("none", True), ("selective", False), ("full", False))
+"""(activation checkpointing, whether norms and feed-forward blocks are compiled). The latter not on a CPU, where it is a minute of C++."""
 PAIRS_AT_ONCE = (8, 4, 2, 1)
 LAST_START_S = {"cuda": 12.0, "cpu": 0.0}
 """Seconds that a shape takes at most."""
@@ -33,28 +34,24 @@ FILL = 0.9
 
 def run(bench: Bench) -> None:
     device, peak = torch.device(bench.device), peak_flops(torch.device(bench.device))
-    for checkpointing in MODES:
+    for checkpointing, fused in SETTINGS if not bench.small else [s for s in SETTINGS if not s[1]]:
+        setting = ("no checkpointing" if checkpointing == "none" else f"{checkpointing} checkpointing") + (", fused" if fused else "")
         for shape in shapes(bench.device):
             if bench.left_s < LAST_START_S[bench.device]:
-                bench.note(f"{shape.name}, {setting(checkpointing)}", "left out: no time")
+                bench.note(f"{shape.name}, {setting}", "left out: no time")
                 continue
-            with bench.attempt(f"{shape.name}, {setting(checkpointing)}"):
-                measure(bench, shape, device, checkpointing, peak)
+            with bench.attempt(f"{shape.name}, {setting}"):
+                measure(bench, shape, device, shape.recipe(bench.device, checkpointing, fused), setting, peak)
             release(device)
 
 
-def setting(checkpointing: Checkpointing) -> str:
-    return f"{checkpointing} checkpointing" if checkpointing != "none" else "no checkpointing"
-
-
-def measure(bench: Bench, shape: Shape, device: torch.device, checkpointing: Checkpointing, peak: float) -> None:
-    recipe = shape.recipe(bench.device, checkpointing)
-    found = largest_that_fits(recipe, shape, device, checkpointing)
+def measure(bench: Bench, shape: Shape, device: torch.device, recipe: Recipe, setting: str, peak: float) -> None:
+    found = largest_that_fits(recipe, shape, device)
     if found is None:
-        bench.note(f"{shape.name}, {setting(checkpointing)}", "left out: the plan says that not even one pair fits")
+        bench.note(f"{shape.name}, {setting}", "left out: the plan says that not even one pair fits")
         return
     cut, planned = found
-    label = f"{cut.examples} pairs, {setting(checkpointing)}"
+    label = f"{cut.examples} pairs, {setting}"
     try:
         step_s, losses, norm, measured = steps(shape, recipe, cut, device)
     except OutOfMemory as error:
@@ -74,12 +71,12 @@ def cut_of(recipe: Recipe, pairs: int) -> Cut:
     return Cut(1, pairs, None, "prefix_shared", zero_stage=int(gpu), sync="no_sync", one_row=gpu)
 
 
-def largest_that_fits(recipe: Recipe, shape: Shape, device: torch.device, checkpointing: Checkpointing) -> tuple[Cut, MemoryEstimate] | None:
+def largest_that_fits(recipe: Recipe, shape: Shape, device: torch.device) -> tuple[Cut, MemoryEstimate] | None:
     """The largest micro-batch whose predicted memory fits, as the plan would choose it."""
     model, limit = MemoryModel(recipe, build(recipe.algorithm)), FILL * device_bytes(device, 1)
     for pairs in PAIRS_AT_ONCE:
         cut = cut_of(recipe, pairs)
-        planned = model.estimate(cut, largest_micro_batch([shape.groups()], cut), checkpointing)
+        planned = model.estimate(cut, largest_micro_batch([shape.groups()], cut), recipe.learners.checkpointing)
         if planned.peak <= limit and pairs <= shape.pairs // 2:
             return cut, planned
     return None
