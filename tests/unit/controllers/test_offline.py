@@ -6,15 +6,18 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
+from torch.nn.attention import flex_attention
 
 from orchestrator.algorithms import build
-from orchestrator.config import Evaluation
+from orchestrator.config import Evaluation, Model, TinyModel
 from orchestrator.controllers.evaluation import Evaluator, HeldOut
 from orchestrator.controllers.offline import OfflinePlan, OfflineTrainer
 from orchestrator.controllers.step import Guards
 from orchestrator.cut import cut_step
 from orchestrator.errors import ConfigError, Diverged, Interrupted, OutOfMemory
 from orchestrator.faults import VARIABLE
+from orchestrator.models.block_attention import compiled_attention
 from orchestrator.observe.metrics import Throughput
 from orchestrator.records import Cut, PackedBatch, Progress
 from tests.unit.controllers.conftest import WHOLE, Kept, Said, batches, pairs, recipe
@@ -297,3 +300,22 @@ def test_an_unexpected_number_of_reduced_bytes_is_told_once(one_rank):
     said = Said()
     trainer(one_rank(), said=said, gradient_bytes=1000).run()
     assert len(said.notes) == 1 and said.notes[0].startswith("warning: the first step reduced")
+
+
+def test_a_run_on_single_rows_is_the_run_on_short_ones_and_compiles_its_attention_twice(one_rank, monkeypatch):
+    """A GPU's cut of ragged pairs, several micro-batches to a step, with reference passes and evaluations. On a CPU Dynamo's graph runs as it is
+    (torch refuses FlexAttention's backward there: patched), which proves masks, padding and compilations, not the kernel."""
+    monkeypatch.setattr(flex_attention, "_validate_device", lambda *tensors: None)
+    wide = recipe().model_copy(update={"model": Model(tiny=TinyModel(hidden_size=64, layers=2, heads=4, kv_heads=2))})
+    torch._dynamo.reset()
+    compiled_attention.cache_clear()
+    curves = []
+    for cut in (replace(WHOLE, examples=3), replace(WHOLE, examples=3, one_row=True), replace(WHOLE, examples=2, layout="packed", one_row=True)):
+        policy, said = one_rank(wide, cut), Said()
+        trainer(policy, cut=cut, said=said, held_out=pairs(5, seed=1), evaluate_every=2).run()
+        curves.append((said.losses, [e.metrics["eval/loss"] for e in said.evaluations]))
+    assert compiled_attention().compilations == 2
+    for losses, evaluations in curves[1:]:
+        assert losses == pytest.approx(curves[0][0], abs=1e-5)
+        assert evaluations == pytest.approx(curves[0][1], abs=1e-5)
+    assert abs(curves[0][0][-1] - curves[0][0][0]) > 1e-3  # the curve has to move
