@@ -62,6 +62,12 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, spec: HeadSpec,
     return z if spec.temperature == 1.0 else z / spec.temperature
 
 
+def _spent(z: Tensor) -> Tensor:
+    """log sum_v exp z_v: Float[n], without the second [n, V] tensor that torch.logsumexp takes. z is overwritten."""
+    top = z.amax(1, keepdim=True)
+    return z.sub_(top).exp_().sum(1).log_().add_(top[:, 0])
+
+
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     """total += left^T right in place: [V, H] += [n, V]^T [n, H], summed in total's precision. Where no product of low
     precision adds up in fp32 (a CPU's), both sides are made fp32."""
@@ -88,8 +94,9 @@ class _ChunkedLogProbs(torch.autograd.Function):
         for i in range(0, len(hidden), spec.chunk):
             part = slice(i, i + spec.chunk)
             z = _logits(hidden[part].to(ctx.compute), w, b, spec, accurate)
-            norm[part] = z.logsumexp(1)
-            logps[part] = z.gather(1, targets[part, None])[:, 0] - norm[part]
+            picked = z.gather(1, targets[part, None])[:, 0]
+            norm[part] = z.logsumexp(1) if spec.want_wpo or spec.want_entropy else _spent(z)
+            logps[part] = picked - norm[part]
             if spec.want_wpo:
                 wpo[part] = logps[part] - ((2.0 * z).logsumexp(1) - 2.0 * norm[part])
             if spec.want_entropy:

@@ -30,8 +30,10 @@ def test_plan_as_json(sandbox: Sandbox) -> None:
     assert plan["micro_batches"] == 4
     assert plan["total_steps"] == 9
     assert plan["nearest"] == []
-    assert plan["cut"] == {"workers": 2, "examples": 6, "positions": None, "layout": "prefix_shared", "zero_stage": 0, "sync": "no_sync"}
-    assert {c["name"]: bool(c["reason"]) for c in plan["choices"]} == dict.fromkeys(("hardware", "layout", "ZeRO stage", "sync", "micro-batch"), True)
+    cut = {"workers": 2, "examples": 6, "positions": None, "layout": "prefix_shared", "zero_stage": 0, "sync": "no_sync", "one_row": False}
+    assert plan["cut"] == cut
+    named = ("hardware", "layout", "ZeRO stage", "sync", "checkpointing", "micro-batch")
+    assert {c["name"]: bool(c["reason"]) for c in plan["choices"]} == dict.fromkeys(named, True)
     assert plan["data"]["rows"] == plan["data"]["kept"] == 64
     assert sum(count for _, count in plan["data"]["histogram"]) == 64
     parts = {name: value for name, value in plan["memory"].items() if name != "total"}

@@ -189,7 +189,7 @@ def test_out_of_memory_in_the_update_rebuilds_the_workers(shared: Shared, undist
     fault = {"site": "optim_step", "action": "oom", "step": 4, "rank": 1, "once": str(tmp_path / "oom")}
     with planned_faults(fault):
         outcome, said = shared.train("tiny/dpo", "update", *RUN)
-    assert "learner-1 ran out of memory in `optim_step`: starting the workers again with a finer cut" in said
+    assert "learner-1 ran out of memory in `optim_step`: starting the workers again with at most 2 examples" in said
     assert "restart 1" not in said
     check_close(outcome.folder, undisturbed, 1e-6)
 
@@ -200,7 +200,7 @@ def test_out_of_memory_amid_collectives_rebuilds_the_workers(shared: Shared, und
     fault = {"site": "micro_batch", "action": "oom", "step": 4, "rank": 1, "once": str(tmp_path / "oom")}
     with planned_faults(fault):
         outcome, said = shared.train("tiny/dpo", "rebuilt", *RUN, "learners.zero_stage=3")
-    assert "starting the workers again with a finer cut" in said
+    assert "starting the workers again with at most 2 examples" in said
     assert said.count("step 4/8") == 1, "it went on from the checkpoint of step 4"
     assert [line["perf/micro_batches"] for line in metrics(outcome.folder)] == [2] * 4 + [4] * 4
     check_close(outcome.folder, undisturbed, 1e-5)  # the undisturbed run is one of stage 0

@@ -12,7 +12,7 @@ import torch
 from orchestrator.algorithms import build
 from orchestrator.cut import cut_step, loss_units
 from orchestrator.learner.plain import PlainTrainer
-from orchestrator.memory_model import traffic
+from orchestrator.memory_model import model_sizes, traffic
 from orchestrator.models.load import load
 from orchestrator.models.scoring import MicroBatchTensors, ScoringModel, scored
 from orchestrator.objectives.scores import TokenScores
@@ -148,7 +148,7 @@ def test_collectives_carry_the_predicted_bytes(ranks, policy):
     """To the byte, but for ZeRO-3's three norm weights of 64 values, which the counter takes for flags; in its first step
     DeepSpeed also gathers what it keeps whole later."""
     cfg, how = recipe(policy[2]), cut(policy)
-    predicted = traffic(cfg, build(cfg.algorithm), how, len(cut_step(STEPS[0], how).micro_batches[0]))
+    predicted = traffic(cfg, model_sizes(cfg, build(cfg.algorithm)), how, len(cut_step(STEPS[0], how).micro_batches[0]))
     skipped = 3 * 64 * (2 if policy[2] == "bf16" else 4) if policy[0] == 3 else 0
     for found in (rank.found[policy] for rank in ranks):
         assert [s.reduced_bytes for s in found.steps] == [predicted.reduced] * 3

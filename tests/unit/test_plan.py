@@ -212,8 +212,7 @@ def test_a_finer_cut_shrinks_the_largest_micro_batch_and_then_partitions_more():
     assert sizes == sorted(set(sizes), reverse=True) and sizes[-1] == longest
     assert [(stage, sync) for stage, sync, positions in seen if positions == longest] == [
         (0, "no_sync"),
-        (1, "no_sync"),
-        (2, "coalesced"),
+        (1, "no_sync"),  # (2, "coalesced") needs as much at its peak
         (2, "per_micro_batch"),
         (3, "per_micro_batch"),
     ]
