@@ -318,6 +318,8 @@ def load_reference(recipe: Recipe, device: torch.device) -> tuple[ScoringModel, 
     algorithm = build(recipe.algorithm, recipe.rollouts)
     scoring = ScoringModel(loaded.model, head="lm", spec=HeadSpec(temperature=algorithm.scores.temperature))
     scoring = placed(scoring, device, _DTYPES[recipe.learners.precision])
+    if recipe.learners.fused:  # as the policy is: else the two differ by rounding before the first step
+        fuse(scoring.hugging_face)
     scoring.requires_grad_(False)
     return scoring.eval(), loaded.fingerprint
 
