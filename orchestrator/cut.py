@@ -58,9 +58,14 @@ def shares(groups: Sequence[SequenceGroup], cut: Cut) -> list[list[list[Sequence
     return best
 
 
+def positions_of(groups: Sequence[SequenceGroup], cut: Cut) -> int:
+    """Positions that the model computes for these groups in one micro-batch of the cut."""
+    return cost(groups, cut.layout, one_row=cut.one_row)
+
+
 def _imbalance(dealt: list[list[list[SequenceGroup]]], cut: Cut) -> float:
     """How far the rank with most positions is above the mean; the others wait for it. Example: 0.03 for 3 %."""
-    loads = [sum(cost(chunk, cut.layout, one_row=cut.one_row) for chunk in share) for share in dealt]
+    loads = [sum(positions_of(chunk, cut) for chunk in share) for share in dealt]
     return max(loads) * len(loads) / sum(loads) - 1.0
 
 
@@ -96,7 +101,7 @@ def _fits(chunk: Sequence[SequenceGroup], cut: Cut) -> bool:
     if cut.examples is not None:
         return len(chunk) <= cut.examples
     assert cut.positions is not None, "a Cut has a budget in examples or in positions"
-    return cost(chunk, cut.layout, one_row=cut.one_row) <= cut.positions
+    return positions_of(chunk, cut) <= cut.positions
 
 
 def _even(chunks: list[list[SequenceGroup]], workers: int) -> list[list[SequenceGroup]]:
@@ -115,7 +120,7 @@ def _deal(chunks: list[list[SequenceGroup]], cut: Cut) -> list[list[list[Sequenc
     slots = -(-len(chunks) // cut.workers)
     dealt: list[list[list[SequenceGroup]]] = [[] for _ in range(cut.workers)]
     heap = [(0, rank) for rank in range(cut.workers)]
-    for size, index in sorted(((cost(c, cut.layout, one_row=cut.one_row), i) for i, c in enumerate(chunks)), key=lambda p: (-p[0], p[1])):
+    for size, index in sorted(((positions_of(c, cut), i) for i, c in enumerate(chunks)), key=lambda p: (-p[0], p[1])):
         load, rank = heapq.heappop(heap)
         dealt[rank].append(chunks[index])
         if len(dealt[rank]) < slots:

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field, replace
 
 from orchestrator.algorithms import Algorithm
 from orchestrator.config import Learners, Recipe
-from orchestrator.cut import shares
-from orchestrator.data.packing import cost, pack
+from orchestrator.cut import positions_of, shares
+from orchestrator.data.packing import pack
 from orchestrator.dataset import DataSet
 from orchestrator.errors import ConfigError
 from orchestrator.facts import WorkerGroup
@@ -84,11 +84,7 @@ def _ram(learners: Learners, hardware: Hardware, gpus: float) -> float:
 def largest_micro_batch(steps: Sequence[Sequence[SequenceGroup]], cut: Cut) -> MicroBatch:
     """The micro-batch with most positions among these steps."""
     chunks = (chunk for step in steps for rank in shares(step, cut) for chunk in rank)
-    return pack(max(chunks, key=lambda chunk: _cost(chunk, cut)), cut.layout, one_row=cut.one_row)
-
-
-def _cost(groups: Sequence[SequenceGroup], cut: Cut) -> int:
-    return cost(groups, cut.layout, one_row=cut.one_row)
+    return pack(max(chunks, key=lambda chunk: positions_of(chunk, cut)), cut.layout, one_row=cut.one_row)
 
 
 def first_steps(data: DataSet) -> list[Sequence[SequenceGroup]]:
@@ -150,7 +146,7 @@ class Work:
         """Of the first step: 6 FLOPs per parameter and position, what is computed again, a cost per micro-batch, and the wire."""
         learners, dealt = self.recipe.learners, shares(self.steps[0], cut)
         gpu, share = bool(learners.gpus_per_worker), max(dealt, key=len)
-        positions = max(sum(_cost(chunk, cut) for chunk in rank) for rank in dealt)
+        positions = max(sum(positions_of(chunk, cut) for chunk in rank) for rank in dealt)
         flops = 6 * self.model.sizes.all * positions * (1 + COMPUTED_AGAIN[checkpointing])
         sent = self.model.traffic(cut, len(share))
         wire = (sent.reduced * 2 + sent.gathered) / (self.hardware.link or (GPU_LINK if gpu else CPU_LINK))
@@ -163,8 +159,8 @@ class Work:
             way = self.way(given(self.recipe, self.algorithm, cut), checkpointing)
             return way if way.fits else None
         cap = GPU_POSITIONS if self.recipe.learners.gpus_per_worker else CPU_POSITIONS
-        most = max(_cost(step, cut) for step in self.steps)
-        longest = max(_cost([g], cut) for step in self.steps for g in step)
+        most = max(positions_of(step, cut) for step in self.steps)
+        longest = max(positions_of([g], cut) for step in self.steps for g in step)
         budgets = [max(longest, min(cap, -(-most // cut.workers)))]
         while budgets[-1] > 1.5 * longest:
             budgets.append(max(longest, budgets[-1] // 2))
