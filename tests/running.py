@@ -59,7 +59,8 @@ class Sandbox:
 
     def environment(self, faults: Sequence[Fault] = ()) -> dict[str, str]:
         """Variables of the processes."""
-        inherited = {k: v for k, v in os.environ.items() if not k.startswith("RAY_") and k != VARIABLE}
+        ours = (VARIABLE, "WANDB_SERVICE")  # wandb sets the second, to its process that ends with this one
+        inherited = {k: v for k, v in os.environ.items() if not k.startswith("RAY_") and k not in ours}
         own = {
             "HOME": str(self.root / "home"),
             "RAY_TMPDIR": str(self.ray_folder),

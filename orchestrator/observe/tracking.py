@@ -112,6 +112,8 @@ class WandbSink:
 
     def _start(self) -> "Run | None":
         """An online run where that works, else an offline one, else none."""
+        # names the service process of a parent, a notebook for one: the run would end with it, or never start if it has ended
+        os.environ.pop("WANDB_SERVICE", None)
         modes = ("online", "offline") if self._tracking.wandb == "online" else ("offline",)
         for mode in modes:
             try:

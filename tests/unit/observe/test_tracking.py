@@ -157,6 +157,17 @@ def test_the_same_run_can_start_again_in_one_process(tmp_path: Path) -> None:
         assert [row["train/loss"] for row in history(tmp_path / attempt)] == [0.5]
 
 
+def test_a_service_that_a_parent_named_is_not_asked(tmp_path: Path) -> None:
+    """The variable outlives the process that it names: a notebook was restarted, a test before this one ended its run."""
+    environment = os.environ | {"WANDB_SERVICE": f"3-1-unix-{tmp_path}/gone.sock", "HOME": str(tmp_path)}
+    with WandbServer() as server:
+        command = [sys.executable, "-c", OUTAGE, str(tmp_path / "run")]
+        done = subprocess.run(command, env=environment | server.environment(), capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout.splitlines()[-1])["notes"] == []
+        assert server.only_run.series("train/loss") == [0.5]
+
+
 def test_each_offline_recording_is_the_whole_run(tmp_path: Path) -> None:
     """So one `wandb sync` uploads it, whatever a crash left of the earlier recordings."""
     ledger = JsonlSink(tmp_path, 0)
