@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
 from orchestrator import config as c
 from orchestrator.config import Key, Recipe, Section
 
@@ -139,15 +141,15 @@ OFFLINE = Readers("by algorithms that learn from rows", lambda recipe, _: not is
 GRADIENT = by(*GRADIENTS)
 PAIR = by(*PAIRS)
 PPO = by("ppo")
-LIVE = where("rollouts.replay is not set", lambda r, _: r.rollouts.replay is None)
 TUNED = where("model.path or model.reference is set", lambda r, model: model.path is not None or model.reference is not None)
 HELD_OUT = where("data.eval is set", lambda r, _: r.data.eval is not None)
-SAMPLED = together("where rollouts.temperature is above 0 and rollouts.replay is not set", LIVE, where("", lambda r, _: r.rollouts.temperature > 0))
+SAMPLED = where("rollouts.temperature is above 0", lambda _, rollouts: rollouts.temperature > 0)
 PENALISED = together("where algorithm.kl.coefficient is above 0", where("", lambda r, kl: kl.coefficient > 0))
 TRACKED = where("tracking.wandb is online or offline", lambda r, _: r.tracking.wandb != "off")
-ANSWERED = together("by algorithms that learn from rollouts, where data.eval is set and rollouts.replay is not", HELD_OUT, ONLINE, LIVE)
+ANSWERED = together("by algorithms that learn from rollouts, where data.eval is set", HELD_OUT, ONLINE)
 GENERATES = where("evaluation.generate is set, and online", lambda r, _: is_online(r) or r.evaluation.generate is not None)
 REWARD_CALLS = where("rewards.functions holds a component", lambda r, _: bool(r.rewards.functions))
+REWARD_CODE = where("a component of rewards.functions is a function", lambda r, _: _functions(r, "function"))
 ROWS_OF_PAIRS = by("reward", "dpo", "simpo", "orpo", "cpo")
 MARGINS = by("reward", *PAIRS)
 
@@ -157,7 +159,7 @@ def _rows(every_run: str, **others: Readers) -> Mapping[str, Readers]:
     return {**dict.fromkeys(every_run.split(), ALWAYS), **others}
 
 
-READERS: Mapping[type[Section], Mapping[str, Readers]] = {
+READERS: Mapping[type[BaseModel], Mapping[str, Readers]] = {
     Recipe: _rows(
         "run model data algorithm batch optimizer learners reference checkpoint evaluation tracking",
         rollouts=ONLINE,
@@ -264,27 +266,22 @@ READERS: Mapping[type[Section], Mapping[str, Readers]] = {
     ),
     c.Offload: _rows("optimizer parameters"),
     c.Reference: _rows("cache_dir"),
-    c.Rollouts: _rows(
-        "prompts samples max_new_tokens temperature max_staleness replay",
-        **dict.fromkeys(("workers", "gpus_per_worker", "cpus_per_worker", "placement", "engine", "rows_at_once", "stop", "update"), LIVE),
-        batching=together(
-            "by rollouts.engine transformers, where rollouts.replay is not set", LIVE, where("", lambda _, rollouts: rollouts.engine == "transformers")
-        ),
+    c.Rollouts: _rows(  # rollouts.replay takes the place of actors for the same recipe: what it says of them may stay
+        "workers gpus_per_worker cpus_per_worker placement engine rows_at_once prompts samples max_new_tokens temperature stop "
+        "max_staleness update transport bucket_mb environment replay timeout_s start_timeout_s max_restarts",
+        batching=where("rollouts.engine is transformers", lambda _, rollouts: rollouts.engine == "transformers"),
         top_p=SAMPLED,
         top_k=SAMPLED,
         min_p=SAMPLED,
-        **dict.fromkeys(("transport", "bucket_mb", "environment", "timeout_s", "start_timeout_s", "max_restarts"), LIVE),
-        max_turns=together("where rollouts.environment is set", LIVE, where("", lambda _, rollouts: rollouts.environment is not None)),
+        max_turns=where("rollouts.environment is set", lambda _, rollouts: rollouts.environment is not None),
     ),
     c.Rewards: _rows(
-        "",
-        functions=LIVE,
-        max_dropped_fraction=LIVE,
-        timeout_s=together("where rewards.functions holds a component", LIVE, REWARD_CALLS),
-        retries=together("where rewards.functions holds a component", LIVE, REWARD_CALLS),
-        memory_limit_gb=together("where a component is a function", LIVE, where("", lambda r, _: _functions(r, "function"))),
-        environment=together("where a component is a function", LIVE, where("", lambda r, _: _functions(r, "function"))),
-        batch_size=together("where a component is a model or a url", LIVE, where("", lambda r, _: _functions(r, "model", "url"))),
+        "functions max_dropped_fraction",
+        timeout_s=REWARD_CALLS,
+        retries=REWARD_CALLS,
+        memory_limit_gb=REWARD_CODE,
+        environment=REWARD_CODE,
+        batch_size=where("a component of rewards.functions is a model or a url", lambda r, _: _functions(r, "model", "url")),
         normalise=by(*GRADIENTS),
     ),
     c.RewardFunction: _rows(
@@ -329,11 +326,13 @@ READERS: Mapping[type[Section], Mapping[str, Readers]] = {
 
 # ---- what a recipe writes and does not read
 
+NOTHING: tuple[Any, ...] = (None, "auto", [], {})
+
 
 @dataclass(frozen=True, slots=True)
 class Unread:
-    """A key, or a whole section, that a run does not read. wishes: the keys at or below it that ask for something: null, [] and {}
-    ask for nothing where they are the default, they take back what a file that is extended said."""
+    """A key, or a whole section, that a run does not read. wishes: the keys at or below it that ask for something: null, auto, []
+    and {} ask for nothing where they are the default, they take back what a file that is extended said."""
 
     at: Key
     wishes: tuple[Key, ...]
@@ -365,5 +364,5 @@ def _wishes(section: Section, key: str, value: Any, at: Key) -> Iterator[Key]:
     if isinstance(held, Section) and isinstance(value, Mapping):
         for inner, raw in value.items():
             yield from _wishes(held, inner, raw, (*at, inner))
-    elif value not in (None, [], {}) or value != type(section).model_fields[key].default:
+    elif value not in NOTHING or value != type(section).model_fields[key].default:
         yield at
