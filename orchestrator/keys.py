@@ -3,8 +3,7 @@
     recipe, what was written --READERS--> keys that this run does not read, each with the words for who would
 
 A row of a section speaks for all keys below it: nobody reads rollouts.samples of a recipe that has no rollouts. The table
-was made from the code, not from the descriptions; tests/unit/test_keys.py holds it complete, and tests/unit/settings holds
-each row against what the key does.
+was made from the code, not from the descriptions; tests/unit/settings holds it complete, and sees what two values of each key do.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -22,10 +21,17 @@ Reads = Callable[[Recipe, Any], bool]
 
 @dataclass(frozen=True, slots=True)
 class Readers:
-    """words: go on after "is read only …", "" where every run reads the key. reads: (recipe, the section that holds the key)."""
+    """words: go on after "is read only …", "" where every run reads the key. reads: (recipe, the section that holds the key). parts: rows
+    that all have to hold, of which a message names the first that does not."""
 
     words: str
     reads: Reads
+    parts: "tuple[Readers, ...]" = ()
+
+    def lacking(self, recipe: Recipe, holder: Any) -> "Readers":
+        """What a recipe that does not read the key lacks."""
+        missing = next((part for part in self.parts if not part.reads(recipe, holder)), self)
+        return missing if missing.words else self
 
 
 PAIRS = ("dpo", "simpo", "orpo", "cpo", "online_dpo")
@@ -63,7 +69,7 @@ def by_loss(*losses: str) -> Readers:
 
 def together(words: str, *rows: Readers) -> Readers:
     """Where all of the rows have a reader."""
-    return Readers(words, lambda recipe, holder: all(row.reads(recipe, holder) for row in rows))
+    return Readers(words, lambda recipe, holder: all(row.reads(recipe, holder) for row in rows), rows)
 
 
 def _list(names: tuple[str, ...]) -> str:
@@ -147,7 +153,7 @@ SAMPLED = where("rollouts.temperature is above 0", lambda _, rollouts: rollouts.
 PENALISED = together("where algorithm.kl.coefficient is above 0", where("", lambda r, kl: kl.coefficient > 0))
 TRACKED = where("tracking.wandb is online or offline", lambda r, _: r.tracking.wandb != "off")
 ANSWERED = together("by algorithms that learn from rollouts, where data.eval is set", HELD_OUT, ONLINE)
-GENERATES = where("evaluation.generate is set, and online", lambda r, _: is_online(r) or r.evaluation.generate is not None)
+GENERATES = where("evaluation.generate is set, or reward functions see it", lambda r, _: is_online(r) or r.evaluation.generate is not None)
 REWARD_CALLS = where("rewards.functions holds a component", lambda r, _: bool(r.rewards.functions))
 REWARD_CODE = where("a component of rewards.functions is a function", lambda r, _: _functions(r, "function"))
 ROWS_OF_PAIRS = by("reward", "dpo", "simpo", "orpo", "cpo")
@@ -350,7 +356,7 @@ def _unread(recipe: Recipe, section: Section, written: Mapping[str, Any], path: 
     for key, value in written.items():
         at, held, row = (*path, key), getattr(section, key), rows.get(key, ALWAYS)
         if not row.reads(recipe, section):
-            yield Unread(at, tuple(_wishes(section, key, value, at)), row)
+            yield Unread(at, tuple(_wishes(section, key, value, at)), row.lacking(recipe, section))
         elif isinstance(held, Section) and isinstance(value, Mapping):
             yield from _unread(recipe, held, value, at)
         elif isinstance(held, list) and isinstance(value, list):

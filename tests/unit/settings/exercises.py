@@ -9,6 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from orchestrator.algorithms import build
+from orchestrator.cluster.rollout_workers import _start_s
 from orchestrator.config import Recipe
 from tests.unit.settings import observe as o
 from tests.unit.settings.contexts import EXACT, GRPO
@@ -32,10 +34,20 @@ class Elsewhere:
     says: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class Unseen:
+    """A key of which no test can see two values. why: what would be needed."""
+
+    why: str
+
+
 SEQUENCE = ("rollouts.max_new_tokens=6", "rollouts.samples=2", "model.tiny.hidden_size=32", "model.tiny.layers=1")
 """Rollouts that are drawn in a moment."""
 TALK = (f"rollouts.stop={list(string.ascii_letters + string.digits)}", "rollouts.max_new_tokens=400")
 """Turns that end soon."""
+SERVER = "rewards.functions=[{name: a, url: 'http://127.0.0.1:PORT/score'}]"
+ALONE = ("tracking.alerts.steps=2", "tracking.alerts.accuracy_gain=1")
+"""Margins that grow alone are soon told."""
 FUNCTION = "rewards.functions=[{name: a, function: '%s'}]"
 
 
@@ -103,12 +115,25 @@ HELD_SOURCES: dict[str, Row] = {
     "max_rows": Row(lambda r: len(o.data(r).held_out), ("2", "3"), (2, 3)),
     "split": Row(o.held_out, ("train", "eval")),
 }
-HUB_TEST = Elsewhere("tests/unit/data/test_sources.py::test_hub_data_is_read_at_its_pinned_revision")
+FOLLOWS = "tests/unit/controllers/test_offline.py::test_the_reference_follows_the_policy_every_n_steps"
+BRIDGE = "tests/invariants/test_weight_bridge.py"
+SNAPSHOTS = ("a" * 40, "b" * 40)
 
-EXERCISES: dict[str, Row | Elsewhere] = {
+EXERCISES: dict[str, Row | Elsewhere | Unseen] = {
     # ---- run, model
     "run.seed": Row(o.order, ("0", "1")),
     "run.epochs": Row(o.steps, ("1", "2.5"), (1, 3), ("batch.effective=4", "data.remainder=drop")),
+    "model.tiny": Row(lambda r: o.config(r).hidden_size, ("{hidden_size: 32}", "{hidden_size: 64}"), (32, 64)),
+    "model.lora": Row(lambda r: o.parameters(r)[0], ("null", "{}")),
+    "model.revision": Row(lambda r: o.config(r).hidden_size, SNAPSHOTS, (16, 32)),
+    "model.trust_remote_code": Row(o.knows_its_config, ("false", "true"), (False, True), ("model.path=remote",)),
+    "critic.model": Row(lambda r: o.config(o.critic_of(r)).hidden_size, ("{path: small}", "{path: large}"), (16, 32)),
+    "critic.model.tiny": Row(lambda r: o.config(o.critic_of(r)).hidden_size, ("{hidden_size: 32}", "{hidden_size: 64}"), (32, 64)),
+    "critic.model.lora": Row(lambda r: o.parameters(o.critic_of(r))[0], ("null", "{}")),
+    "critic.model.revision": Row(lambda r: o.config(o.critic_of(r)).hidden_size, SNAPSHOTS, (16, 32)),
+    "critic.model.trust_remote_code": Row(
+        lambda r: o.knows_its_config(o.critic_of(r)), ("false", "true"), (False, True), ("critic.model.path=remote",)
+    ),
     "model.path": Row(lambda r: o.config(r).hidden_size, ("small", "large"), (16, 32)),
     "model.chat_template": Row(o.template, ("one.jinja", "two.jinja"), ("{{ 1 }}", "{{ 2 }}")),
     "model.reference": Row(o.reference_weights, ("small", "large")),
@@ -141,7 +166,10 @@ EXERCISES: dict[str, Row | Elsewhere] = {
     **{f"data.train[].{key}": row for key, row in SOURCES.items()},
     **{f"data.eval[].{key}": row for key, row in HELD_SOURCES.items()},
     "data.train[].weight": Row(o.steps, ("1", "2"), (1, 3), ("batch.effective=4", "data.remainder=drop")),
-    **{f"data.{spec}[].{key}": HUB_TEST for spec in ("train", "eval") for key in ("subset", "revision")},
+    **{f"data.{spec}[].subset": Unseen("a hub data set is needed, and there is no hub") for spec in ("train", "eval")},
+    **{f"data.{spec}[].revision": Row(o.refusal, ("null", "abc"), ("ConfigError", "MissingInput")) for spec in ("train", "eval")},
+    "data.train[].columns": Row(o.shown, ("{prompt: p1}", "{prompt: p2}")),
+    "data.eval[].columns": Row(o.held_out, ("{prompt: p1}", "{prompt: p2}")),
     # ---- algorithm
     "algorithm.name": Row(o.needs_reference, ("sft", "dpo"), (False, True)),
     "algorithm.loss": Row(o.loss, ("hinge", "{sigmoid: 0.5, ipo: 1}")),
@@ -157,8 +185,8 @@ EXERCISES: dict[str, Row | Elsewhere] = {
     "algorithm.reward_centring": Row(o.loss, ("0", "0.1")),
     "algorithm.kto_desirable_weight": Row(o.loss, ("1", "2")),
     "algorithm.kto_undesirable_weight": Row(o.loss, ("1", "2")),
-    "algorithm.reference_sync_every": Elsewhere("tests/unit/controllers/test_offline.py::test_the_reference_follows_the_policy", "reference_sync"),
-    "algorithm.reference_sync_alpha": Elsewhere("tests/unit/controllers/test_offline.py::test_the_reference_follows_the_policy", "reference_sync"),
+    "algorithm.reference_sync_every": Elsewhere(FOLLOWS, "reference_sync"),
+    "algorithm.reference_sync_alpha": Elsewhere(FOLLOWS, "reference_sync"),
     "algorithm.normaliser": Row(o.loss, ("token", "sequence")),
     "algorithm.clip.low": Row(o.loss, ("0.1", "0.5")),
     "algorithm.clip.high": Row(o.loss, ("0.1", "0.5")),
@@ -207,13 +235,30 @@ EXERCISES: dict[str, Row | Elsewhere] = {
     "learners.fused": Row(o.stages, ("false", "true"), ((0, 1, 2, 2, 3), (0, 1, 2, 2))),
     "learners.timeout_s": Row(lambda r: o.deadlines(r)[0], ("60", "600"), (60.0, 600.0)),
     "learners.start_timeout_s": Row(lambda r: o.deadlines(r)[1], ("900", "1800"), (960.0, 1860.0)),
-    "learners.max_restarts": Elsewhere("tests/faults/test_recovery.py::test_a_killed_worker", "max_restarts"),
+    "learners.max_restarts": Elsewhere("tests/end_to_end/test_settings.py::test_a_lost_worker_is_replaced_as_often_as_the_recipe_says"),
     # ---- rollouts, rewards, critic
     "rollouts.gpus_per_worker": Row(_group("rollouts", 2), ("0", "0.5"), (0.0, 0.5)),
     "rollouts.cpus_per_worker": Row(_group("rollouts", 1), ("1", "0.5"), (1.0, 0.5)),
     "rollouts.placement": Row(lambda r: sorted(o.groups(r)), ("separate", "colocated"), (["learners", "rollouts"], ["learners"])),
-    "rollouts.engine": Elsewhere("tests/unit/rollout/test_vllm_sizes.py::test_vllm_gets_its_share_of_the_gpu", "engine"),
-    "rollouts.batching": Elsewhere("tests/unit/rollout/test_continuous.py::test_auto_is_static_on_a_cpu", "batching"),
+    "rollouts.engine": Row(o.engine, ("transformers", "vllm"), None, SEQUENCE),
+    "rollouts.batching": Elsewhere("tests/unit/rollout/test_continuous.py::test_the_recipe_and_the_device_name_the_decoder"),
+    "rollouts.max_staleness": Elsewhere("tests/faults/test_online_recovery.py::test_generation_runs_one_version_ahead_and_never_more"),
+    "rollouts.update": Elsewhere("tests/faults/test_online_recovery.py::test_weights_may_change_between_the_requests_of_a_batch"),
+    "rollouts.transport": Elsewhere(f"{BRIDGE}::test_the_transport_follows_from_the_recipe"),
+    "rollouts.replay": Elsewhere("tests/end_to_end/test_online.py::test_a_recorded_run_is_learned_again_to_the_last_bit"),
+    "rollouts.timeout_s": Elsewhere(f"{BRIDGE}::test_an_actor_that_hangs_in_a_broadcast_is_named_and_replaced"),
+    "rollouts.max_restarts": Elsewhere(f"{BRIDGE}::test_an_actor_that_hangs_in_a_broadcast_is_named_and_replaced"),
+    "rollouts.start_timeout_s": Row(_start_s, ("null", "7"), (180.0, 7.0)),
+    "algorithm.correction.alarm": Elsewhere("tests/unit/controllers/test_online.py::test_the_alarm_names_a_gap"),
+    "algorithm.dynamic_sampling": Row(lambda r: build(r.algorithm, r.rollouts).online.dynamic_sampling, ("true", "false"), (True, False)),
+    "algorithm.max_resampled": Elsewhere(
+        "tests/unit/controllers/test_online.py::test_dynamic_sampling_replaces_groups_without_signal_and_consumes_what_it_drew"
+    ),
+    "rewards.normalise": Elsewhere("tests/unit/controllers/test_online.py::test_running_rewards_follow_numpy"),
+    "rewards.functions[].revision": Unseen("a reward model on the hub is needed, and there is no hub"),
+    "evaluation.generate": Row(lambda r: len(o.answers(r)), ("null", "{}"), (0, 6)),
+    "evaluation.generate.checker": Elsewhere("tests/unit/controllers/test_evaluation.py::test_generations_are_checked_and_shown"),
+    "tracking.alerts": Row(lambda r: len(o.alerts(r)) > 0, ("null", "{goodput: 1, goodput_after_s: 0, steps: 1}"), (False, True)),
     "rollouts.rows_at_once": _drawn(("1", "8"), lambda r: r.rollouts.rows, (1, 8)),
     "rollouts.temperature": _drawn(("0.5", "2")),
     "rollouts.top_p": _drawn(("1e-3", "1"), lambda r: o.support(r) == 1.0, (True, False)),
@@ -228,11 +273,14 @@ EXERCISES: dict[str, Row | Elsewhere] = {
     "rewards.memory_limit_gb": Row(o.reward, ("0.5", "4"), None, (FUNCTION % "judge.py:hoards",)),
     "rewards.environment": Row(o.reward, ("[]", "[JUDGE]"), ([0.0, 0.0], [7.0, 7.0]), (FUNCTION % "judge.py:of_variable",)),
     "rewards.batch_size": Row(
-        lambda r: [count for *_, count in o.http(r)], ("1", "8"), ([1, 1], [2]), (*SEQUENCE, "rewards.functions=[{name: a, url: 'http://127.0.0.1:PORT/score'}]")
+        lambda r: [count for *_, count in o.http(r)], ("1", "8"), ([1, 1], [2]), (*SEQUENCE, SERVER)
     ),
     "rewards.functions[].function": Row(o.reward, ("judge.py:ones", "judge.py:twos"), ([1.0, 1.0], [2.0, 2.0])),
     "rewards.functions[].options": Row(
-        o.reward, ("{strict: false, x: .nan}", "{strict: true, x: 2}"), ([0.0, 0.0], [3.0, 3.0]), (*GRPO, "rewards.functions=[{name: a, function: 'judge.py:optional', %s}]")
+        o.reward,
+        ("{strict: false, x: .nan}", "{strict: true, x: 2}"),
+        ([0.0, 0.0], [3.0, 3.0]),
+        (*GRPO, "rewards.functions=[{name: a, function: 'judge.py:optional', %s}]"),
     ),
     "rewards.functions[].weight": Row(o.combined, ("1", "0.5"), ([1.0, 1.0], [0.5, 0.5]), SEQUENCE),
     "rewards.functions[].url": Row(
@@ -250,15 +298,19 @@ EXERCISES: dict[str, Row | Elsewhere] = {
     "critic.gpus_per_worker": Row(_group("critic", 2), ("0", "0.5"), (0.0, 0.5)),
     "critic.cpus_per_worker": Row(_group("critic", 1), ("1", "0.5"), (1.0, 0.5)),
     "critic.learning_rate": Row(lambda r: o.schedule(o.critic_of(r)), ("1e-2", "1e-1"), ([1e-2] * 4, [1e-1] * 4)),
-    # ---- alerts
+    # ---- tracking
+    **{
+        f"tracking.{key}": Elsewhere("tests/unit/settings/test_tracking_keys.py::test_a_run_stands_where_the_recipe_says")
+        for key in ("project", "entity", "group", "init_timeout_s", "finish_timeout_s")
+    },
     "tracking.alerts.steps": Row(_alert("goodput low"), ("1", "4"), (1, 4), ("tracking.alerts.goodput_after_s=0",)),
     "tracking.alerts.reward_drop": Row(_alert("reward collapse"), ("0.5", "100"), None, ("tracking.alerts.steps=2",)),
     "tracking.alerts.reward_spread": Row(_alert("rewards without spread"), ("0.5", "0"), None, ("tracking.alerts.steps=2",)),
-    "tracking.alerts.margin_growth": Row(_alert("margin without accuracy"), ("0.1", "0.8"), None, ("tracking.alerts.steps=2", "tracking.alerts.accuracy_gain=1")),
+    "tracking.alerts.margin_growth": Row(_alert("margin without accuracy"), ("0.1", "0.8"), None, ALONE),
     "tracking.alerts.accuracy_gain": Row(_alert("margin without accuracy"), ("0.001", "1"), None, ("tracking.alerts.steps=2",)),
-    "tracking.alerts.accuracy_enough": Row(_alert("margin without accuracy"), ("0.1", "0.9"), None, ("tracking.alerts.steps=2", "tracking.alerts.accuracy_gain=1")),
+    "tracking.alerts.accuracy_enough": Row(_alert("margin without accuracy"), ("0.1", "0.9"), None, ALONE),
     "tracking.alerts.restarts": Row(_alert("repeated restarts"), ("2", "3"), (0, None)),
     "tracking.alerts.restarts_s": Row(_alert("repeated restarts"), ("100", "1000"), (None, 0), ("tracking.alerts.restarts=2",)),
-    "tracking.alerts.goodput": Row(_alert("goodput low"), ("0.5", "0.3"), (2, None), ("tracking.alerts.steps=2", "tracking.alerts.goodput_after_s=0")),
+    "tracking.alerts.goodput": Row(_alert("goodput low"), ("0.5", "0.3"), (1, None), ("tracking.alerts={steps: 1, goodput_after_s: 0}",)),
     "tracking.alerts.goodput_after_s": Row(_alert("goodput low"), ("0", "500"), (2, 6), ("tracking.alerts.steps=2",)),
 }  # fmt: skip

@@ -34,7 +34,7 @@ from orchestrator.objectives.scores import ExperienceTensors, TokenScores
 from orchestrator.observe.alerts import AlertRules
 from orchestrator.prompts import load_prompts
 from orchestrator.records import EvaluationReport, LossUnits, StepReport
-from orchestrator.rollout.generator import RolloutWorker
+from orchestrator.rollout.generator import RolloutWorker, make_engine
 from orchestrator.rollout.http_reward import HttpReward
 from orchestrator.rollout.rewards import RewardCall, RewardFailure
 from orchestrator.rollout.rounds import combine, judge_batch
@@ -62,34 +62,36 @@ PAIR_SCORES = TokenScores(
 )
 """Two pairs of unequal lengths; the second is one of an unwanted completion, for KTO."""
 ROLLOUT_SCORES = TokenScores(
-    logps=_tensor(-1.0, -2.0, -3.0, -0.5, -0.4),
-    sequence=torch.tensor([0, 0, 1, 1, 1]),
+    logps=_tensor(-1.0, -2.0, -3.0, -0.5, -0.4, -0.9, -0.6),
+    sequence=torch.tensor([0, 0, 1, 1, 2, 2, 2]),
     examples=1,
-    branches=2,
-    entropy=_tensor(1.0, 2.0, 4.0, 0.5, 0.2),
-    values=_tensor(0.1, 0.9, -0.4, 0.2, 0.0),
+    branches=3,
+    entropy=_tensor(1.0, 2.0, 4.0, 0.5, 0.2, 0.1, 0.7),
+    values=_tensor(0.1, 0.9, -0.4, 0.2, 0.0, 0.3, 0.1),
     experience=ExperienceTensors(
-        advantages=_tensor(1.0, 1.0, -2.0, -2.0, -2.0),
-        sampled_logps=_tensor(-2.5, -0.5, -3.0, -0.1, -4.0),
-        old_logps=_tensor(-1.9, -1.2, -4.2, -0.9, -0.05),
-        ref_logps=_tensor(-1.0, -2.7, -2.3, -0.2, -0.9),
-        values=_tensor(0.0, 0.0, 0.0, 0.0, 0.0),
-        returns=_tensor(2.0, 2.0, -2.0, -2.0, -2.0),
+        advantages=_tensor(1.0, 1.0, -2.0, -2.0, -2.0, -2.0, -2.0),
+        sampled_logps=_tensor(-2.5, -0.5, -3.0, -0.1, -4.0, -0.2, -0.6),
+        old_logps=_tensor(-1.9, -2.2, -4.2, -0.9, -0.05, -0.3, -0.5),
+        ref_logps=_tensor(-1.0, -2.7, -2.3, -0.2, -0.9, -0.9, -0.8),
+        values=_tensor(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0),
+        returns=_tensor(2.0, 2.0, -2.0, -2.0, -2.0, -2.0, -2.0),
     ),
 )
+"""Completions that are likelier than they were and good, likelier and bad, less likely and bad: each bound of the ratio is met."""
+ROLLOUT_UNITS = LossUnits(1, (2, 2, 3))
 
 
 def loss(recipe: Recipe) -> float:
     """The objective of fixed scores."""
     algorithm = build(recipe.algorithm, recipe.rollouts)
     policy_gradient = recipe.algorithm.name in ONLINE and recipe.algorithm.name != "online_dpo"
-    scores, units = (ROLLOUT_SCORES, LossUnits(1, (2, 3))) if policy_gradient else (PAIR_SCORES, LossUnits(2, (4, 6)))
+    scores, units = (ROLLOUT_SCORES, ROLLOUT_UNITS) if policy_gradient else (PAIR_SCORES, LossUnits(2, (4, 6)))
     return float(algorithm.objective(scores, units).total)
 
 
 def value_loss(recipe: Recipe) -> float:
     """The critic's, of fixed values."""
-    return float(critic(recipe.algorithm).objective(ROLLOUT_SCORES, LossUnits(1, (2, 3))).total)
+    return float(critic(recipe.algorithm).objective(ROLLOUT_SCORES, ROLLOUT_UNITS).total)
 
 
 def advantages(recipe: Recipe) -> list[float]:
@@ -191,6 +193,23 @@ def template(recipe: Recipe) -> str:
 def reference_weights(recipe: Recipe) -> str:
     """Fingerprint of the policy that the loss compares with."""
     return load(recipe.model, seed=0, head="lm", reference=True).fingerprint
+
+
+def refusal(recipe: Recipe) -> str:
+    """The kind of error that says why the data cannot be read."""
+    try:
+        load_data(recipe, build(recipe.algorithm))
+    except OrchestratorError as error:
+        return type(error).__name__
+    return "read"
+
+
+def knows_its_config(recipe: Recipe) -> bool:
+    """False where a model folder's own code would have to run, and may not."""
+    try:
+        return load_config(recipe.model).hidden_size == 5
+    except (ValueError, OrchestratorError):
+        return False
 
 
 # ---- how a step is cut and taken
@@ -313,6 +332,14 @@ def scored_tokens(recipe: Recipe) -> int:
 
 def turns(recipe: Recipe) -> int:
     return max(r.turns for group in rolled_out(recipe) for r in group.rollouts)
+
+
+def engine(recipe: Recipe) -> str:
+    """Who decodes; vLLM is an optional package, and says so where it is not there."""
+    try:
+        return type(make_engine(recipe, torch.device("cpu"))).__name__
+    except OrchestratorError as error:
+        return error.what
 
 
 CALL = RewardCall(["p", "q"], ["a", "bb"], [[1], [1, 2]], ["made:0, sample 0", "made:0, sample 1"], {})

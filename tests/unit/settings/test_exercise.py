@@ -5,16 +5,19 @@ import re
 from pathlib import Path
 
 import pytest
+from huggingface_hub import constants
 from transformers import AutoModelForCausalLM
 
+from orchestrator import hub
 from orchestrator.config import Model, TinyModel
 from orchestrator.models.load import load as load_model
 from orchestrator.models.load import load_tokenizer
 from orchestrator.recipe import load
 from tests.running import REPOSITORY
 from tests.unit.settings.contexts import BASE, NEVER_READ, context
-from tests.unit.settings.exercises import EXERCISES, Elsewhere, Row
-from tests.unit.settings.schema import Leaf, leaves, members
+from tests.unit.settings.exercises import EXERCISES, SNAPSHOTS, Elsewhere, Row, Unseen
+from tests.unit.settings.runs import RUNS
+from tests.unit.settings.schema import Leaf, leaves, legal
 
 LEAVES = {leaf.path: leaf for leaf in leaves() if leaf.path not in NEVER_READ}
 JUDGE = """import os
@@ -25,6 +28,11 @@ def of_variable(completions): return [float(os.environ.get("JUDGE", 0))] * len(c
 def optional(completions, strict, x):
     assert isinstance(strict, bool) and isinstance(x, (int, float)), (strict, x)
     return [(1.0 if strict else 0.0) + (x if x == x else 0.0)] * len(completions)
+"""
+REMOTE = """from transformers import PretrainedConfig
+class Mine(PretrainedConfig):
+    model_type = "mine"
+    hidden_size = 5
 """
 TALKS = """from orchestrator.rollout.turns import Turn
 class Talks:
@@ -58,6 +66,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "talks.py").write_text(TALKS)
     for name, text in (("one", "{{ 1 }}"), ("two", "{{ 2 }}")):
         (folder / f"{name}.jinja").write_text(text)
+    (folder / "remote").mkdir()
+    (folder / "remote" / "config.json").write_text(json.dumps({"model_type": "mine", "auto_map": {"AutoConfig": "mine.Mine"}}))
+    (folder / "remote" / "mine.py").write_text(REMOTE)
+    for size, commit in zip((16, 32), SNAPSHOTS, strict=True):
+        (snapshot := folder / "hub" / "models--org--name" / "snapshots" / commit).mkdir(parents=True)
+        (snapshot / "config.json").write_text(json.dumps({"model_type": "llama", "hidden_size": size, "num_attention_heads": 4}))
     for name, size in (("small", 16), ("large", 32)):
         cfg = Model(tiny=TinyModel(hidden_size=size, layers=1, heads=2))
         load_model(cfg, seed=0, head="lm").model.save_pretrained(folder / name)
@@ -81,6 +95,8 @@ ALONE = [path for path, exercise in EXERCISES.items() if isinstance(exercise, Ro
 def test_two_values_do_two_things(folder: Path, monkeypatch: pytest.MonkeyPatch, path: str) -> None:
     monkeypatch.chdir(folder)
     monkeypatch.setenv("JUDGE", "7")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder / "hub"))  # read from HF_HOME when it is imported
+    monkeypatch.setattr(hub, "reachable", lambda: False)
     exercise, leaf = EXERCISES[path], LEAVES[path]
     assert isinstance(exercise, Row)
     seen = [exercise.see(load("base.yaml", overrides(leaf, exercise, value)).stages[0].recipe) for value in exercise.values]
@@ -92,3 +108,25 @@ def test_two_values_do_two_things(folder: Path, monkeypatch: pytest.MonkeyPatch,
 
 def _numbers(value: object) -> bool:
     return isinstance(value, float) or (isinstance(value, list) and all(isinstance(item, float) for item in value))
+
+
+def test_every_key_has_a_row() -> None:
+    wanted = {path for path, leaf in LEAVES.items() if legal(leaf)}
+    assert not wanted - EXERCISES.keys() - RUNS.keys(), "exercises.py, runs.py: what do two values of these keys change?"
+    assert EXERCISES.keys() | RUNS.keys() <= wanted and not EXERCISES.keys() & RUNS.keys()
+
+
+def test_rows_that_no_test_can_see_are_few() -> None:
+    """They ask a hub, and a test may not."""
+    unseen = {path for path, exercise in EXERCISES.items() if isinstance(exercise, Unseen)}
+    assert unseen == {"data.train[].subset", "data.eval[].subset", "rewards.functions[].revision"}
+
+
+@pytest.mark.parametrize("path", [path for path, exercise in EXERCISES.items() if isinstance(exercise, Elsewhere)])
+def test_a_row_that_points_elsewhere_points_at_a_test_that_sets_the_key(path: str) -> None:
+    exercise = EXERCISES[path]
+    assert isinstance(exercise, Elsewhere)
+    file, _, name = exercise.test.partition("::")
+    source = (REPOSITORY / file).read_text()
+    assert re.search(rf"^def {name}\(", source, re.MULTILINE), exercise.test
+    assert (exercise.says or path.split(".")[-1]) in source
