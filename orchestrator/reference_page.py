@@ -70,14 +70,15 @@ def _section(paths: Sequence[str], section: type[BaseModel]) -> str:
     readers = READERS.get(section, {})
     rows = "".join(_row(key, field, readers.get(key, ALWAYS)) for key, field in section.model_fields.items())
     text = f"\n{about}\n" if about else ""
-    return f"\n## {', '.join(paths)}\n{text}\n| key | value | default | | read |\n|---|---|---|---|---|\n{rows}"
+    return f"\n## {', '.join(paths)}\n{text}\n| key | value | default | |\n|---|---|---|---|\n{rows}"
 
 
 def _row(key: str, field: FieldInfo, readers: Readers) -> str:
     bounds = [f"{sign} {getattr(item, name):g}" for item in field.metadata for name, sign in BOUNDS if getattr(item, name, None) is not None]
     about = field.description or ("see below" if any(_inside(field.annotation)) else "")
+    about += f"; **read only {readers.words}**" if readers.words else ""
     value = ", ".join([_type(field.annotation), *bounds])
-    return f"| `{key}` | {value} | {_default(field)} | {_cell(about)} | {_cell(readers.words)} |\n"
+    return f"| `{key}` | {value} | {_default(field)} | {_cell(about)} |\n"
 
 
 def _default(field: FieldInfo) -> str:

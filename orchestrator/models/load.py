@@ -14,7 +14,7 @@ from orchestrator import hub
 from orchestrator.config import Lora, Model
 from orchestrator.errors import ConfigError, MissingInput
 from orchestrator.models.attention import plain_attention
-from orchestrator.models.tiny import build, byte_tokenizer, tiny_config
+from orchestrator.models.tiny import build, byte_tokenizer, check_sizes, tiny_config
 
 Head = Literal["lm", "scalar", "value"]
 """A language model, or a scalar head: of a reward model or a critic (the same weights, read at other positions)."""
@@ -70,7 +70,10 @@ def load_tokenizer(cfg: Model) -> Any:
 
 def load_config(cfg: Model) -> PretrainedConfig:
     """The architecture's configuration, without weights."""
-    return tiny_config(cfg.tiny) if cfg.tiny is not None else _pretrained(cfg, AutoConfig)
+    if cfg.tiny is None:
+        return _pretrained(cfg, AutoConfig)
+    check_sizes(cfg.tiny)
+    return tiny_config(cfg.tiny)
 
 
 def build_fake(cfg: Model, head: Head, dtype: torch.dtype, mode: FakeTensorMode, *, layers: int | None = None) -> nn.Module:
