@@ -17,12 +17,13 @@ from rich.console import Console
 from orchestrator import run_offline, run_online
 from orchestrator.algorithms import build
 from orchestrator.checkpoints import CheckpointStore
+from orchestrator.cluster.deadlines import Restarts
 from orchestrator.cluster.placement import check_capacity, own_ray
 from orchestrator.cluster.probes import on_cluster
 from orchestrator.cluster.workers import LearnerGroup
 from orchestrator.config import Recipe
 from orchestrator.dataset import load_data
-from orchestrator.errors import ConfigError, NotEnoughResources, OutOfMemory, WorkerLost
+from orchestrator.errors import ConfigError, NotEnoughResources, OutOfMemory, WorkerFailed, WorkerLost
 from orchestrator.findings import Finding, judge
 from orchestrator.hardware import Hardware, of_cluster
 from orchestrator.identity import fingerprint
@@ -96,7 +97,7 @@ def _supervise(job: Job, folder: RunFolder, stopped: Callable[[], bool]) -> Prog
     """Runs attempts until one ends: a lost worker restarts from the last checkpoint, an out-of-memory error a rank
     could not recover from in place restarts with a finer cut, or the next ZeRO stage. Neither changes an optimizer step."""
     attempt = run_offline.attempt if job.algorithm.online is None else run_online.attempt
-    cut, restarts = job.plan.cut, 0
+    cut, restarts, seen = job.plan.cut, Restarts(job.recipe.learners.max_restarts), set[str]()
     while True:
         try:
             return attempt(job, folder, cut, stopped)
@@ -104,11 +105,19 @@ def _supervise(job: Job, folder: RunFolder, stopped: Callable[[], bool]) -> Prog
             cut = finer_cut(job.plan, job.data, cut)
             job.console.print(f"{error.what}: starting the workers again with {cut}", markup=False)
         except WorkerLost as error:
-            restarts += 1
-            if restarts > job.recipe.learners.max_restarts:
+            if error.repeats is not None and error.repeats in seen:
+                raise WorkerFailed(f"{error.what}, twice at the same place", why=error.why, fix=f"no other attempt will help: {error.fix}") from error
+            seen |= {error.repeats} if error.repeats is not None else set()
+            count = restarts.add(_saved_steps(folder))
+            if count > restarts.limit:
                 raise
             _require_room(job, error)
-            job.console.print(f"{error}\nrestart {restarts} of {job.recipe.learners.max_restarts} from the last checkpoint", markup=False)
+            job.console.print(f"{error}\nrestart {count} of {restarts.limit} from the last checkpoint", markup=False)
+
+
+def _saved_steps(folder: RunFolder) -> int:
+    """Of the newest checkpoint by its name: only progress moves it."""
+    return max((int(d.name[5:13]) for d in folder.checkpoints.glob("step_????????")), default=0)
 
 
 def _require_room(job: Job, lost: WorkerLost) -> None:

@@ -10,6 +10,7 @@ import torch
 
 from orchestrator import faults
 from orchestrator.cluster.actors import device_name, own_device
+from orchestrator.cluster.failures import telling
 from orchestrator.cluster.network import speak_from
 from orchestrator.cluster.workers import redirect_output
 from orchestrator.config import Recipe
@@ -21,6 +22,7 @@ Work = Sequence[tuple[int, Prompt]]
 """(draw, prompt) each."""
 
 
+@telling
 class RolloutActor:
     """One process that generates. Weights come as references into the object store, through a channel, or bucket by bucket."""
 
