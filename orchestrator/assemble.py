@@ -18,7 +18,8 @@ from orchestrator import run_offline, run_online
 from orchestrator.algorithms import build
 from orchestrator.checkpoints import CheckpointStore
 from orchestrator.cluster.deadlines import Restarts
-from orchestrator.cluster.placement import check_capacity, own_ray
+from orchestrator.cluster.joining import own_ray
+from orchestrator.cluster.placement import check_capacity
 from orchestrator.cluster.probes import on_cluster
 from orchestrator.cluster.workers import LearnerGroup
 from orchestrator.config import Recipe

@@ -218,7 +218,9 @@ class Learners(Section):
     fused: bool = Field(False, description="norms and feed-forward blocks are compiled: fewer passes over a GPU's memory; ZeRO 0 to 2")
     timeout_s: float = Field(600.0, gt=0, description="deadline of one verb on every worker; what reads or writes the state has more, by its bytes")
     start_timeout_s: float = Field(180.0, gt=0, description="deadline for the placement group and the process group")
-    max_restarts: int = Field(3, ge=0, description="times a lost worker group is rebuilt from the last checkpoint: within an hour, and as long as no newer one was written")
+    max_restarts: int = Field(
+        3, ge=0, description="times a lost worker group is rebuilt from the last checkpoint: within an hour, or while no newer one is written"
+    )
 
     @field_validator("activation_checkpointing", mode="before")
     @classmethod
@@ -278,7 +280,7 @@ class Rollouts(Section):
         gt=0,
         description="deadline for an actor to be ready, and more by the model's bytes; default: 900 for vLLM on a GPU, else learners.start_timeout_s",
     )
-    max_restarts: int = Field(8, ge=0, description="times a lost rollout actor is replaced: within an hour, and as long as nothing was rolled out")
+    max_restarts: int = Field(8, ge=0, description="times a lost rollout actor is replaced: within an hour, or while nothing is rolled out")
 
     @property
     def rows(self) -> int:

@@ -160,7 +160,8 @@ def _judged(trouble: Trouble, who: str, verb: str) -> OrchestratorError:
     if verb in LOADING and trouble.is_a("OSError", "SafetensorError"):
         return MissingInput(what, why=why, fix="the files of the model (model.path, or a reference or checkpoint) cannot be read: fetch them again")
     if verb in WRITING and trouble.is_a("OSError", "SafetensorError"):
-        return OutputError(what, why=why, fix="free disk space or fix the permissions, then run the same command: it goes on from the last checkpoint")
+        fix = "free disk space or fix the permissions, then run the same command: it goes on from the last checkpoint"
+        return OutputError(what, why=why, fix=fix)
     fix = "another attempt would fail the same way; the whole traceback is in the worker's log in logs/ of the run. If neither model nor data "
     return WorkerFailed(what, why=why, fix=fix + "explains it, this is a bug: report it with that log")
 

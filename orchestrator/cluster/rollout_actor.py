@@ -9,7 +9,7 @@ import ray
 import torch
 
 from orchestrator import faults
-from orchestrator.cluster.actors import device_name, own_device
+from orchestrator.cluster.actors import device_name, outlive_sigterm, own_device
 from orchestrator.cluster.failures import telling
 from orchestrator.cluster.network import speak_from
 from orchestrator.cluster.workers import redirect_output
@@ -29,6 +29,7 @@ class RolloutActor:
     def __init__(self, index: int, log: str | None, threads: int) -> None:
         if log is not None:
             redirect_output(Path(log))
+        outlive_sigterm()
         torch.set_num_threads(threads)
         speak_from(ray.util.get_node_ip_address())
         self.index = index

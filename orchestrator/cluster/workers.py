@@ -12,7 +12,7 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from orchestrator.checkpoints import FileEntry
-from orchestrator.cluster.actors import Share, grow_segments, keep_to_share, own_device
+from orchestrator.cluster.actors import Share, grow_segments, keep_to_share, outlive_sigterm, own_device
 from orchestrator.cluster.deadlines import Deadlines
 from orchestrator.cluster.failures import learner_failure, telling
 from orchestrator.cluster.network import speak_from
@@ -36,6 +36,7 @@ class LearnerActor:
     def __init__(self, rank: int, log: str | None, share: Share) -> None:
         if log is not None:
             redirect_output(Path(log))
+        outlive_sigterm()
         if share.expandable:
             os.environ.update(grow_segments(os.environ))
         import torch

@@ -242,6 +242,7 @@ def _exactly(channel: socket.socket, size: int, patience: Callable[[], float | N
 
 def main() -> None:
     """The process: imports the function, then answers calls until its socket is closed."""
+    signal.signal(signal.SIGTERM, lambda number, frame: None)  # sent to all processes of a run that is to end; the supervisor ends this one
     channel = socket.socket(fileno=int(sys.argv[1]))
     channel.set_inheritable(False)
     threading.Thread(target=_end_with_supervisor, args=(channel,), daemon=True).start()

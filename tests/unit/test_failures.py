@@ -10,7 +10,6 @@ import torch
 from ray.exceptions import ActorDiedError, ObjectLostError, RayTaskError
 from safetensors import SafetensorError
 
-from orchestrator.cluster import deadlines
 from orchestrator.cluster.deadlines import Restarts
 from orchestrator.cluster.failures import Raised, Trouble, learner_failure, telling, translate
 from orchestrator.errors import ConfigError, Exit, MissingInput, OrchestratorError, OutOfMemory, OutputError, WorkerFailed, WorkerLost
@@ -146,7 +145,7 @@ def test_what_an_actor_lost_with_another_process_is_a_lost_worker() -> None:
 
 
 def test_an_exception_while_an_actor_starts_is_read_from_its_text() -> None:
-    text = 'died because of an error raised in its creation task, \x1b[36mray::A.__init__()\x1b[39m\n  File "/x/a.py", line 7, in __init__\nValueError: init bad'
+    text = 'an error raised in its creation task, \x1b[36mray::A.__init__()\x1b[39m\n  File "/x/a.py", line 7, in __init__\nValueError: init bad'
     trouble = Trouble.read(text)
     assert trouble is not None and trouble.shown == "ValueError: init bad" and trouble.where.endswith("a.py:7 in __init__")
     assert Trouble.read("The actor died unexpectedly before finishing this task.") is None
@@ -165,7 +164,7 @@ def test_the_same_failure_has_the_same_name_and_another_place_another_one() -> N
 
 def test_restarts_count_within_an_hour_or_while_nothing_is_reached(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [0.0]
-    monkeypatch.setattr(deadlines.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr("time.monotonic", lambda: clock[0])
 
     def counts(hours: float, marks: list[int]) -> list[int]:
         restarts, found = Restarts(3), []
