@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray._private import ray_constants, services
+from ray._private import ray_constants, services, worker
 from ray.exceptions import RayError
 
 from orchestrator.errors import ConfigError, Forbidden, NotEnoughResources, OutputError, Unreachable
@@ -235,8 +235,7 @@ def _own_signals() -> Iterator[None]:
 def _end_helpers_at_once() -> None:
     """Ray ends its processes with SIGTERM, which they do not get, and waits a second for each before it kills it. Those that hold nothing are
     killed at once."""
-    node = ray._private.worker._global_node
-    for kind, processes in getattr(node, "all_processes", {}).items():
+    for kind, processes in getattr(worker._global_node, "all_processes", {}).items():
         if kind not in ("raylet", "gcs_server"):  # the raylet's own helpers end in peace only while these answer
             for info in processes:
                 info.process.terminate = info.process.kill
