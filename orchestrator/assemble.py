@@ -22,7 +22,7 @@ from orchestrator.cluster.joining import own_ray
 from orchestrator.cluster.placement import check_capacity
 from orchestrator.cluster.probes import on_cluster
 from orchestrator.cluster.workers import LearnerGroup
-from orchestrator.config import Recipe
+from orchestrator.config import ONLINE, Recipe
 from orchestrator.dataset import load_data
 from orchestrator.errors import ConfigError, NotEnoughResources, OutOfMemory, WorkerFailed, WorkerLost
 from orchestrator.findings import Finding, judge
@@ -38,6 +38,8 @@ from orchestrator.preflight import asked_by, look, need_of, require
 from orchestrator.prompts import load_prompts
 from orchestrator.recipe import dump
 from orchestrator.records import Progress, SequenceGroup
+from orchestrator.rollout.functions import check_rewards
+from orchestrator.rollout.trial import try_user_code
 from orchestrator.run_folder import RunFolder, open_run
 from orchestrator.sketch import Lengths
 from orchestrator.stages import Stage, references, resolve
@@ -166,6 +168,12 @@ def _stop_signals() -> Iterator[Callable[[], bool]]:
 
 def train_stages(stages: Sequence[Stage], root: Path, console: Console) -> dict[str, Outcome]:
     """Trains a recipe, or a pipeline stage by stage in root/NAME, each with the exports of the stages it names."""
+    for stage in stages[1:]:  # the first one is about to be planned; a mistake in a later one is not to be told hours later
+        if stage.recipe.algorithm.name in ONLINE:
+            functions = [f for f in stage.recipe.rewards.functions if f.model is None]  # a model may be a stage's that is yet to come
+            rewards = stage.recipe.rewards.model_copy(update={"functions": functions})
+            check_rewards(rewards)
+            try_user_code(rewards, stage.recipe.rollouts.environment, None)
     outcomes: dict[str, Outcome] = {}
     for stage in _grouped(stages, root.name):
         folder = root if len(stages) == 1 else root / stage.name

@@ -54,7 +54,7 @@ class Rollout:
     ids: Int[T], every token after the prompt, an environment's included; scored: Bool[T], True for the model's own;
     logprobs: Float[S], of the scored ones, under the distribution drawn from. version: of the policy that sampled it.
     completion: text, or messages where the prompt is messages, as rewards see it. turns: of the model.
-    environment_reward: what the environment gave, None without one.
+    environment_reward: what the environment gave, None without one. failure: what the environment raised instead of ending the episode.
     """
 
     sample: int
@@ -66,6 +66,7 @@ class Rollout:
     completion: Any
     turns: int = 1
     environment_reward: float | None = None
+    failure: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
