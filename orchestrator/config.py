@@ -10,11 +10,15 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 
+Key = tuple[str | int, ...]
+"""Path of a value in a recipe: ("data", "eval", 0, "path")."""
+
 
 class Section(BaseModel):
     """A part of the recipe; unknown keys are errors and values cannot be changed after loading."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    # constants: a NaN among the options of a reward stays one on its way to the recipe file and to the function
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), ser_json_inf_nan="constants")
 
 
 class Run(Section):
