@@ -58,7 +58,8 @@ class Choice:
 
 @dataclass(frozen=True, slots=True)
 class DataReport:
-    """What the data turned into. histogram: (upper bound in tokens, rows) over equal bins of the lengths."""
+    """What the data turned into. histogram: (upper bound in tokens, rows) over equal bins of the lengths. unused: columns of the rows
+    that no part of the run reads; notes: what else there is to know."""
 
     rows: int
     bad: tuple[str, ...]
@@ -72,6 +73,8 @@ class DataReport:
     held_out: int
     quantiles: dict[str, int]
     histogram: tuple[tuple[int, int], ...]
+    unused: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -339,7 +342,7 @@ def _data_report(data: DataSet) -> DataReport:
         counts[min(bins - 1, (length - 1) // width)] += 1
     return DataReport(
         rows=report.rows,
-        bad=tuple(f"{b.where}: {b.reason}" for b in data.loaded.bad),
+        bad=tuple(str(row) for row in (*data.loaded.bad, *report.bad)),
         kept=report.kept,
         dropped=report.dropped,
         truncated=report.truncated,
@@ -350,6 +353,8 @@ def _data_report(data: DataSet) -> DataReport:
         held_out=len(data.held_out),
         quantiles=report.quantiles(),
         histogram=tuple(((i + 1) * width, n) for i, n in enumerate(counts) if n),
+        unused=data.unused,
+        notes=data.notes,
     )
 
 

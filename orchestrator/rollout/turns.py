@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from orchestrator.data.template import render
 from orchestrator.episodes import Completion, Prompt, Rollout, RolloutGroup, Sampling
 from orchestrator.errors import ConfigError, DataError
 from orchestrator.records import Finish, Ints
@@ -184,7 +185,7 @@ class Roller:
     def _suffix(self, messages: Messages, completion: Completion, prompt: Prompt) -> list[int]:
         """The tokens between the model's turn and its next: what the template writes after the assistant's text."""
         before = [{"role": "user", "content": "x"}, {"role": "assistant", "content": _ANSWER}]
-        whole = self.tokenizer.apply_chat_template([*before, *messages], tokenize=False, add_generation_prompt=True)
+        whole = render(self.tokenizer, [*before, *messages], prompt, tokenize=False, add_generation_prompt=True)
         _, found, tail = whole.rpartition(_ANSWER)
         if not found:
             raise ConfigError(f"{prompt.where}: the chat template changes the assistant's text", fix="use another model.chat_template")
@@ -197,8 +198,7 @@ class Roller:
         if not self.tokenizer.chat_template:
             what = f"{prompt.where}: environments speak in messages, but the tokenizer has no chat template"
             raise ConfigError(what, fix="set model.chat_template")
-        output = self.tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, add_generation_prompt=True)
-        return list(output["input_ids"])
+        return list(render(self.tokenizer, messages, prompt, add_generation_prompt=True)["input_ids"])
 
     def _text(self, ids: Ints) -> str:
         return self.tokenizer.decode(ids.tolist(), skip_special_tokens=True)
