@@ -51,9 +51,9 @@ class Row:
 class Experience:
     """What RL knows of the S scored tokens of a completion (or the N of a micro-batch), Float[S] each, in their order.
 
-    sampled_logprobs: under the distribution the generator drew from; old_logprobs: under the learner's policy before the
-    first update from this rollout batch (the proximal policy), None where that is the policy of this very step;
-    ref_logprobs: under the reference; values: the critic's before the update; returns: what it shall learn.
+    sampled_logprobs: under the generator's policy; old_logprobs: under the learner's policy before the first update from this
+    rollout batch (the proximal policy), None where that is the policy of this very step; ref_logprobs: under the reference; all
+    over the whole vocabulary, at the temperature. values: the critic's before the update; returns: what it shall learn.
 
     Example: a completion of two tokens with reward 1, RLOO against one sample of reward 0: advantages [1.0, 1.0].
     """

@@ -233,7 +233,7 @@ class OnlineTrainer:
         if self.plan.max_staleness == 0 and gap > self.plan.alarm:
             self.report.note(
                 f"warning: step {progress.step}: the generator's log-probs are {gap:.3f} nat per token from the learner's, though strictly "
-                "on-policy: stale weights, other kernels, or a truncated sampling distribution (top-k, top-p, min-p)"
+                "on-policy: its weights are other ones, or its kernels (precision, attention, a fused head) compute otherwise"
             )
         self.report.step(StepReport(progress.step, metrics, samples_of(batch, progress.step)))
         self.timeline.step(progress.step, clock.spans, spans)

@@ -238,5 +238,6 @@ def head_gap(scoring: ScoringModel, rows: MicroBatchTensors) -> Tensor:
     assert rows.layout == "padded"
     set_attention(scoring.hugging_face, scoring.plain_attention)
     own = scoring.hugging_face(input_ids=rows.input_ids, position_ids=rows.position_ids, use_cache=False).logits
-    plain = torch.log_softmax(own.flatten(0, 1)[rows.score_at].float(), -1).gather(1, rows.targets[:, None])[:, 0]
+    own = own.flatten(0, 1)[rows.score_at].float() / scoring.head.spec.temperature
+    plain = torch.log_softmax(own, -1).gather(1, rows.targets[:, None])[:, 0]
     return scored(scoring, rows).values - plain

@@ -1,12 +1,15 @@
 """Drawing tokens so that who draws them cannot matter.
 
-    logits --temperature, top-k, top-p, min-p--> the distribution drawn from --Gumbel-max, noise = f(seed, position, token)--> token
+    logits --temperature--> the policy --top-k, top-p, min-p--> the distribution drawn from --Gumbel-max--> token
 
-A sample's noise is a function of its seed and the position, never of the batch it sits in or the actor that holds it.
+The noise, f(seed, position, token), is a function of a sample's seed and the position, never of the batch it sits in or the actor that
+holds it. What is kept of a token is its log-prob under the policy, over the whole vocabulary as the learner computes it: log-probs over
+what top-k, top-p and min-p leave are larger by the mass that they cut away, so a learner would take the sampler for another policy.
 """
 
 import hashlib
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -73,11 +76,31 @@ def drawn_from(logits: Tensor, sampling: Sampling) -> Tensor:
     return logps
 
 
-def draw(logits: Tensor, seeds: Tensor, positions: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
-    """(tokens Int[R], log-prob Float[R] of each under the distribution it was drawn from; 0 where greedy)."""
+def policy_logps(logits: Tensor, sampling: Sampling) -> Tensor:
+    """Log-probs Float[R, V] of the policy: softmax of the logits over the temperature, nothing left out."""
+    return torch.log_softmax(logits.float() / sampling.temperature, 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """One token for each of R rows. tokens: Int[R]; logprobs: Float[R], under the policy (0 where greedy); kept: Float[R], log of the
+    policy's mass that top-k, top-p and min-p left to draw from, None where none of them is set. logprobs - kept is the log-prob
+    under the distribution drawn from."""
+
+    tokens: Tensor
+    logprobs: Tensor
+    kept: Tensor | None = None
+
+
+def draw(logits: Tensor, seeds: Tensor, positions: Tensor, sampling: Sampling) -> Drawn:
+    """The next token of each row. logits: Float[R, V]; seeds: Int[R, 2]; positions: Int[R]."""
     if sampling.temperature == 0.0:
         tokens = logits.argmax(1)
-        return tokens, torch.zeros(len(tokens), device=logits.device)
+        return Drawn(tokens, torch.zeros(len(tokens), device=logits.device))
     logps = drawn_from(logits, sampling)
     tokens = (logps + gumbel(seeds, positions, logits.shape[1])).argmax(1)
-    return tokens, logps.gather(1, tokens[:, None])[:, 0]
+    picked = logps.gather(1, tokens[:, None])[:, 0]
+    if not sampling.truncates:
+        return Drawn(tokens, picked)
+    whole = policy_logps(logits, sampling).gather(1, tokens[:, None])[:, 0]
+    return Drawn(tokens, whole, whole - picked)
