@@ -40,7 +40,7 @@ class TinyModel(Section):
 class Lora(Section):
     rank: int = Field(16, ge=1, description="of the update matrices")
     alpha: float = Field(32.0, gt=0, description="the update is scaled by alpha / rank")
-    dropout: float = Field(0.0, ge=0, lt=1, description="of the adapter's input; a function of (seed, step, rank, micro-batch)")
+    dropout: float = Field(0.0, ge=0, lt=1, description="of the adapter's input; drawn for each token from (seed, step, example, layer)")
     target_modules: Literal["all-linear"] | list[str] = Field("all-linear", description="names of the linear layers that get an adapter")
 
 

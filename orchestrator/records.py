@@ -180,6 +180,7 @@ class MicroBatch:
     Token i sees token j iff j <= i, same segment, and branch[j] is 0 or branch[i].
     score_at: Int[N], flat positions r*T + t whose hidden state predicts targets: Int[N];
     sequence: Int[N], the sequence (example * branches + branch) of each; sequences run 0 .. n*branches - 1.
+    identity: Int[R, T], a hash of (example, branch or prompt, position) of each token: the same in every layout, cut and order.
     last_at: Int[n*branches], flat position of the last token of each sequence (where reward heads read).
     one_row: the row is single and made for block masks. examples: Int[n], group ids. weight: 0.0 for a filler that only keeps ranks in step.
     ref_logprobs: Float[N]; coefficients: Float[N], d loss / d token log-prob of losses that couple the whole batch.
@@ -195,6 +196,7 @@ class MicroBatch:
     targets: Ints
     sequence: Ints
     last_at: Ints
+    identity: Ints
     examples: Ints
     branches: int
     unshared_tokens: int

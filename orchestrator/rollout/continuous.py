@@ -31,8 +31,9 @@ from transformers.generation.continuous_batching.requests import FutureRequestSt
 
 from orchestrator.episodes import Completion, Sampling
 from orchestrator.errors import Exit, OrchestratorError
+from orchestrator.models.noise import words
 from orchestrator.records import Finish
-from orchestrator.rollout.sampling import draw, words
+from orchestrator.rollout.sampling import draw
 from orchestrator.rollout.static import Ends, Request, StaticDecoder, as_completion, on_host
 
 PAGE_TOKENS = 32

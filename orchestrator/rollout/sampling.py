@@ -7,7 +7,6 @@ holds it. What is kept of a token is its log-prob under the policy, over the who
 what top-k, top-p and min-p leave are larger by the mass that they cut away, so a learner would take the sampler for another policy.
 """
 
-import hashlib
 import math
 from dataclasses import dataclass
 
@@ -15,16 +14,15 @@ import torch
 from torch import Tensor
 
 from orchestrator.episodes import Sampling
+from orchestrator.models.noise import WORD, hashed, mixed
 
-_WORD = 0xFFFF_FFFF
 _CACHED = 1 << 16
 """Numbers that a CPU's cache holds while they are mixed."""
 
 
 def sample_seed(run_seed: int, prompt_id: int, draw: int, sample: int, version: int) -> int:
     """The 64-bit seed of one sample: a hash of what it is, and of nothing else."""
-    key = f"{run_seed}/{prompt_id}/{draw}/{sample}/{version}".encode()
-    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big")
+    return hashed(run_seed, prompt_id, draw, sample, version)
 
 
 def gumbel(seeds: Tensor, positions: Tensor, vocabulary: int) -> Tensor:
@@ -38,25 +36,11 @@ def gumbel(seeds: Tensor, positions: Tensor, vocabulary: int) -> Tensor:
     if len(seeds) > rows:
         return torch.cat([gumbel(s, p, vocabulary) for s, p in zip(seeds.split(rows), positions.split(rows), strict=True)])
     tokens = torch.arange(vocabulary, device=seeds.device)[None]
-    key = _mix((seeds[:, 0] ^ _mix(positions * 0x9E37_79B1 & _WORD)) & _WORD)
-    bits = _mix((tokens * 0x85EB_CA77 + key[:, None]) & _WORD)
-    bits = _mix(bits ^ _mix((seeds[:, 1] + positions * 0xC2B2_AE3D) & _WORD)[:, None])
+    key = mixed((seeds[:, 0] ^ mixed(positions * 0x9E37_79B1 & WORD)) & WORD)
+    bits = mixed((tokens * 0x85EB_CA77 + key[:, None]) & WORD)
+    bits = mixed(bits ^ mixed((seeds[:, 1] + positions * 0xC2B2_AE3D) & WORD)[:, None])
     uniform = (bits.double() + 0.5) / 2.0**32
     return uniform.log_().neg_().log_().neg_().float()
-
-
-def _mix(word: Tensor) -> Tensor:
-    """murmur3's 32-bit finaliser on Int64 tensors that hold 32-bit values."""
-    word = word ^ (word >> 16)
-    word = word.mul_(0x85EB_CA6B).bitwise_and_(_WORD)
-    word = word.bitwise_xor_(word >> 13)
-    word = word.mul_(0xC2B2_AE35).bitwise_and_(_WORD)
-    return word.bitwise_xor_(word >> 16)
-
-
-def words(seed: int) -> tuple[int, int]:
-    """The two 32-bit words of a seed."""
-    return seed >> 32 & _WORD, seed & _WORD
 
 
 def drawn_from(logits: Tensor, sampling: Sampling) -> Tensor:

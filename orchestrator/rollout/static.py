@@ -19,8 +19,9 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 
 from orchestrator.episodes import Completion, Sampling
 from orchestrator.errors import ConfigError
+from orchestrator.models.noise import words
 from orchestrator.records import Finish, Ints
-from orchestrator.rollout.sampling import Drawn, draw, words
+from orchestrator.rollout.sampling import Drawn, draw
 
 COMPACT_AT = 0.25
 """Share of ended rows at which the batch is compacted: copying the cache costs more than a few idle rows."""

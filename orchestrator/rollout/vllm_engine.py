@@ -12,7 +12,6 @@ min-p) except where both top_p and min_p are set: vLLM's top-p looks at what min
 """
 
 import gc
-import hashlib
 import importlib.util
 import math
 import os
@@ -32,6 +31,7 @@ from orchestrator.episodes import Completion, Sampling
 from orchestrator.errors import ConfigError, DataError, OrchestratorError
 from orchestrator.models.buckets import WIRE, Bucket, Entry, as_bytes, check, parts
 from orchestrator.models.load import load, load_config, load_tokenizer
+from orchestrator.models.noise import hashed
 from orchestrator.rollout.generator import end_tokens
 from orchestrator.rollout.static import Request
 
@@ -194,7 +194,7 @@ class _Heat:
 def folded(seed: int, position: int) -> int:
     """The seed that vLLM gets: 63 bits (it takes -1 for none, and torch's CPU generator reads the low 32 alone), another one
     for each position, so that a second turn does not repeat the noise of the first."""
-    return int.from_bytes(hashlib.blake2b(f"{seed}/{position}".encode(), digest_size=8).digest(), "big") >> 1
+    return hashed(seed, position) >> 1
 
 
 def _completion(output: Any, sampling: Sampling) -> Completion:

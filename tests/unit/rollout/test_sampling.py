@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from transformers import LogitsProcessorList, MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from orchestrator.episodes import Sampling
-from orchestrator.rollout.sampling import draw, drawn_from, gumbel, sample_seed, words
+from orchestrator.models.noise import words
+from orchestrator.rollout.sampling import draw, drawn_from, gumbel, sample_seed
 
 ROWS, VOCABULARY = 2000, 64
 
