@@ -44,7 +44,7 @@ class TinyModel(Section):
 class Lora(Section):
     rank: int = Field(16, ge=1, description="of the update matrices")
     alpha: float = Field(32.0, gt=0, description="the update is scaled by alpha / rank")
-    dropout: float = Field(0.0, ge=0, lt=1, description="of the adapter's input; a function of (seed, step, rank, micro-batch)")
+    dropout: float = Field(0.0, ge=0, lt=1, description="of the adapter's input; drawn for each token from (seed, step, example, layer)")
     target_modules: Literal["all-linear"] | list[str] = Field("all-linear", description="names of the linear layers that get an adapter")
 
 
@@ -275,8 +275,8 @@ class Rollouts(Section):
     prompts: int = Field(32, ge=1, description="prompts of one rollout batch")
     samples: int = Field(8, ge=1, description="completions of one prompt")
     max_new_tokens: int = Field(64, ge=1, description="tokens of a completion (multi-turn: of the whole episode)")
-    temperature: float = Field(1.0, ge=0, description="0: greedy")
-    top_p: float = Field(1.0, gt=0, le=1, description="nucleus sampling; 1: off")
+    temperature: float = Field(1.0, ge=0, description="logits are divided by it, the learner's too; 0 (greedy) cannot be trained with")
+    top_p: float = Field(1.0, gt=0, le=1, description="nucleus sampling; 1: off; see [sampling](algorithms.md#sampling)")
     top_k: int | None = Field(None, ge=1, description="the k likeliest tokens only")
     min_p: float = Field(0.0, ge=0, lt=1, description="tokens below this share of the likeliest one's probability are left out")
     stop: list[str] = Field([], description="texts that end a completion; they stay part of it")

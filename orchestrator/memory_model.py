@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from orchestrator.algorithms import Algorithm
 from orchestrator.config import Recipe
+from orchestrator.models.dropout import as_used
 from orchestrator.models.load import build_fake, load_config
 from orchestrator.models.scoring import Checkpointing, MicroBatchTensors, ScoringModel, chunk_logits, scored
 from orchestrator.models.unused import GroupedShapes
@@ -278,7 +279,8 @@ class _LiveBytes(TorchDispatchMode):
 
 def step_bytes(scoring: ScoringModel, micro_batch: MicroBatch, mode: FakeTensorMode, *, autocast: bool) -> int:
     """Peak of forward + backward beyond parameters and their accumulated gradients. scoring: tensors of `mode`."""
-    scoring.train()
+    as_used(scoring)
+    scoring.dropout.at(0, 0)
     live = _LiveBytes()
     with mode:
         for parameter in scoring.parameters():  # a second micro-batch: gradients exist and are added to

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from orchestrator.errors import ConfigError
 from orchestrator.models.attention import Capabilities, attention_mask, capabilities
 from orchestrator.models.block_attention import BLOCKS, block_masks, set_attention
+from orchestrator.models.dropout import Draws, keyed_dropout, quieten
 from orchestrator.models.rows import MicroBatchTensors
 from orchestrator.objectives.logprobs import HeadSpec, chunked_logprobs
 
@@ -100,6 +101,8 @@ class ScoringModel(nn.Module):
         self.can: Capabilities = capabilities(hugging_face.config.get_text_config())
         self.plain_attention = hugging_face.config._attn_implementation
         self.kind: ScoringKind = head
+        self.dropout: Draws = keyed_dropout(model)
+        quieten(model)
         if head == "lm":
             linear = hugging_face.get_output_embeddings()
             if not isinstance(linear, nn.Linear):
@@ -135,6 +138,7 @@ class ScoringModel(nn.Module):
 
     def hidden_states(self, rows: MicroBatchTensors) -> Tensor:
         """Final hidden states Float[R*T, H]."""
+        self.dropout.identity = rows.identity.flatten()
         dtype = torch.get_autocast_dtype(rows.input_ids.device.type) if torch.is_autocast_enabled() else self._dtype()
         # stays set until rows of the other kind come: with checkpointing, layers run again in the backward
         set_attention(self.hugging_face, BLOCKS if rows.one_row else self.plain_attention)
@@ -262,5 +266,6 @@ def head_gap(scoring: ScoringModel, rows: MicroBatchTensors) -> Tensor:
     assert rows.layout == "padded"
     set_attention(scoring.hugging_face, scoring.plain_attention)
     own = scoring.hugging_face(input_ids=rows.input_ids, use_cache=False).logits
-    plain = torch.log_softmax(own.flatten(0, 1)[rows.score_at].float(), -1).gather(1, rows.targets[:, None])[:, 0]
+    own = own.flatten(0, 1)[rows.score_at].float() / scoring.head.spec.temperature
+    plain = torch.log_softmax(own, -1).gather(1, rows.targets[:, None])[:, 0]
     return scored(scoring, rows).values - plain

@@ -105,7 +105,7 @@ class Roller:
         groups = []
         for (draw, prompt), completions in zip(work, self.decoder.generate(requests, sampling), strict=True):
             rollouts = tuple(
-                Rollout(k, version, c.ids, np.ones(len(c.ids), np.bool_), c.logprobs, c.finish, self._shown(prompt.text, c.ids))
+                Rollout(k, version, c.ids, np.ones(len(c.ids), np.bool_), c.logprobs, c.finish, self._shown(prompt.text, c.ids), kept=c.kept)
                 for k, c in enumerate(completions)
             )
             groups.append(RolloutGroup(prompt, draw, rollouts))
@@ -162,6 +162,8 @@ class Roller:
         """Adds the model's turn, asks the environment, and adds what it says if the model has a turn left."""
         episode.add(completion.ids, scored=True)
         episode.logprobs.append(completion.logprobs)
+        if completion.kept is not None:
+            episode.kept.append(completion.kept)
         text = self._text(completion.ids)
         episode.said.append({"role": "assistant", "content": text})
         episode.drawn += len(completion.ids)
@@ -223,6 +225,7 @@ class _Episode:
     ids: list[Ints] = field(default_factory=list)
     scored: list[np.ndarray] = field(default_factory=list)
     logprobs: list[np.ndarray] = field(default_factory=list)
+    kept: list[np.ndarray] = field(default_factory=list)
     said: Messages = field(default_factory=list)
     drawn: int = 0
     turns: int = 0
@@ -267,6 +270,7 @@ class _Episode:
             turns=self.turns,
             environment_reward=None if self.failure else self.reward,
             failure=self.failure,
+            kept=np.concatenate(self.kept) if self.kept else None,
         )
 
 

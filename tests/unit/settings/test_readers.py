@@ -151,11 +151,11 @@ def test_a_change_for_all_stages_is_made_where_it_is_read_and_refused_where_nobo
     assert (sft.recipe.rollouts.temperature, grpo.recipe.rollouts.temperature) == (1.0, 0.5)
     assert (sft.recipe.evaluation.max_examples, grpo.recipe.evaluation.max_examples) == (3, None)
     assert not sft.ignored and not grpo.ignored
-    with pytest.raises(ConfigError, match="no stage reads critic.export"):
+    with pytest.raises(ConfigError, match=r"no stage reads critic\.export"):
         load("tiny/grpo", ["critic.export=true"])
     with pytest.raises(ConfigError, match="stage sft: 1 key is set that this run does not read"):
         load("tiny/grpo", ["sft:rollouts.temperature=0.5"])
-    with pytest.raises(ConfigError, match="no stage reads rollouts.max_turns"):
+    with pytest.raises(ConfigError, match=r"no stage reads rollouts\.max_turns"):
         load("tiny/grpo", ["rollouts={prompts: 32, samples: 8, max_turns: 3}"])
 
 
