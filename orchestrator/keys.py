@@ -199,7 +199,7 @@ READERS: Mapping[type[BaseModel], Mapping[str, Readers]] = {
         chosen=by("reward", "dpo", "kto", "simpo", "orpo", "cpo", *c.ONLINE),
         rejected=by("reward", "dpo", "kto", "simpo", "orpo", "cpo", *c.ONLINE),
         label=by("kto", *c.ONLINE),
-        margin=by("reward"),
+        margin=by("reward", *c.ONLINE),
         answer=GENERATES,
     ),
     c.Source: _rows(
