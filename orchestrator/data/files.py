@@ -63,7 +63,7 @@ def choose(folder: Path, subset: str | None, split: str | None) -> Chosen:
 
 
 def _of_split(folder: Path, by_split: Mapping[str | None, list[Path]], split: str | None) -> list[Path]:
-    named = [name for name in by_split if name is not None]
+    named = sorted((name for name in by_split if name is not None), key=lambda name: (name != "train", name))
     example = f"write {{path: {folder}, split: {named[0] if named else 'train'}}}"
     if split is not None:
         if exact := [file for files in by_split.values() for file in files if _stem(file) == split]:
@@ -77,7 +77,7 @@ def _of_split(folder: Path, by_split: Mapping[str | None, list[Path]], split: st
         return by_split[wanted]
     if len(named) > 1:
         why = "held-out rows must not be trained on"
-        raise ConfigError(f"{folder} holds the splits {', '.join(sorted(named))}, and none is named", why=why, fix=example)
+        raise ConfigError(f"{folder} holds the splits {', '.join(named)}, and none is named", why=why, fix=example)
     if named and None in by_split:
         loose = ", ".join(file.name for file in by_split[None][:3])
         raise ConfigError(f"{folder} holds the split {named[0]} and files of no split ({loose})", fix=f"{example}, or move the others away")
@@ -146,7 +146,7 @@ def records(path: str, bad: list[BadRow]) -> Iterator[Record]:
         except json.JSONDecodeError as error:
             bad.append(BadRow(where, f"broken JSON: {error.msg} at column {error.colno}"))
         except RecursionError:
-            bad.append(BadRow(where, "broken JSON: lists or objects inside each other without an end"))
+            bad.append(BadRow(where, "broken JSON: lists or objects are nested too deeply"))
         except ValueError as error:  # a number of thousands of digits
             bad.append(BadRow(where, f"broken JSON: {' '.join(str(error).split())[:120]}"))
 
