@@ -24,6 +24,8 @@ SPLITS = {
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }
 """The words for splits in names of files and folders, as the hub knows them."""
+OTHERS = (".json", ".csv", ".tsv", ".arrow", ".jsonl.zst", ".jsonl.bz2")
+"""Data that is not read here, and is told of where it lies beside data that is."""
 SHARD = re.compile(r"(?P<split>\w+(?:\.\w+)*)-\d{5}-of-\d{5,}")
 
 
@@ -38,7 +40,7 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class Chosen:
-    """Files of a folder to read, in order, and the subfolders with data that are left alone."""
+    """Files of a folder to read, in order, and the subfolders with data and files of other kinds that are left alone."""
 
     files: tuple[Path, ...]
     passed_over: tuple[str, ...] = ()
@@ -59,7 +61,8 @@ def choose(folder: Path, subset: str | None, split: str | None) -> Chosen:
     by_split: dict[str | None, list[Path]] = {}
     for file in own:
         by_split.setdefault(_split_of(file.relative_to(base)), []).append(file)
-    return Chosen(tuple(_of_split(folder, by_split, split)), tuple(others))
+    unread = [p.name for p in sorted(base.iterdir()) if p.name.endswith(OTHERS) and not p.name.startswith(".")]
+    return Chosen(tuple(_of_split(folder, by_split, split)), tuple(others + unread))
 
 
 def _of_split(folder: Path, by_split: Mapping[str | None, list[Path]], split: str | None) -> list[Path]:

@@ -150,7 +150,7 @@ class _Reader:
             _refuse(source, "a folder", "revision")
             chosen = choose(path, source.subset, source.split)
             if chosen.passed_over:
-                self.notes.append(f"{path}: the folders {', '.join(chosen.passed_over)} in it are not read")
+                self.notes.append(f"{path}: not read of it: {', '.join(chosen.passed_over)}")
             for file in chosen.files:
                 yield from self._file(str(file))
         elif path.name.endswith(SUFFIXES) or path.is_absolute() or source.path.startswith(".") or source.path.count("/") > 1:

@@ -240,6 +240,13 @@ def test_every_column_at_every_stage(see, column: str, stage: str) -> None:
         assert seen.handed[name] == row[name]
 
 
+def test_templates_are_applied_in_one_place() -> None:
+    """A second caller would drop what a row gives its template."""
+    package = ROOT / "orchestrator"
+    calls = [f.relative_to(package).as_posix() for f in package.rglob("*.py") if ".apply_chat_template(" in f.read_text()]
+    assert calls == ["data/template.py"]
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_null_leaves_a_column_out(see, stage: str) -> None:
     for column, name in (("tools", "tools"), ("chat_template_kwargs", "chat_template_kwargs"), ("answer", "answer"), ("margin", "margin")):
