@@ -10,11 +10,15 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 
+Key = tuple[str | int, ...]
+"""Path of a value in a recipe: ("data", "eval", 0, "path")."""
+
 
 class Section(BaseModel):
     """A part of the recipe; unknown keys are errors and values cannot be changed after loading."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    # constants: a NaN among the options of a reward stays one on its way to the recipe file and to the function
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), ser_json_inf_nan="constants")
 
 
 class Run(Section):
@@ -40,7 +44,7 @@ class TinyModel(Section):
 class Lora(Section):
     rank: int = Field(16, ge=1, description="of the update matrices")
     alpha: float = Field(32.0, gt=0, description="the update is scaled by alpha / rank")
-    dropout: float = Field(0.0, ge=0, lt=1, description="of the adapter's input; a function of (seed, step, rank, micro-batch)")
+    dropout: float = Field(0.0, ge=0, lt=1, description="of the adapter's input; drawn for each token from (seed, step, example, layer)")
     target_modules: Literal["all-linear"] | list[str] = Field("all-linear", description="names of the linear layers that get an adapter")
 
 
@@ -229,7 +233,9 @@ class Learners(Section):
     fused: bool = Field(False, description="norms and feed-forward blocks are compiled: fewer passes over a GPU's memory; ZeRO 0 to 2")
     timeout_s: float = Field(600.0, gt=0, description="deadline of one verb on every worker; what reads or writes the state has more, by its bytes")
     start_timeout_s: float = Field(180.0, gt=0, description="deadline for the placement group and the process group")
-    max_restarts: int = Field(3, ge=0, description="times a lost worker group is rebuilt from the last checkpoint")
+    max_restarts: int = Field(
+        3, ge=0, description="times a lost worker group is rebuilt from the last checkpoint: within an hour, or while no newer one is written"
+    )
 
     @field_validator("activation_checkpointing", mode="before")
     @classmethod
@@ -269,8 +275,8 @@ class Rollouts(Section):
     prompts: int = Field(32, ge=1, description="prompts of one rollout batch")
     samples: int = Field(8, ge=1, description="completions of one prompt")
     max_new_tokens: int = Field(64, ge=1, description="tokens of a completion (multi-turn: of the whole episode)")
-    temperature: float = Field(1.0, ge=0, description="0: greedy")
-    top_p: float = Field(1.0, gt=0, le=1, description="nucleus sampling; 1: off")
+    temperature: float = Field(1.0, ge=0, description="logits are divided by it, the learner's too; 0 (greedy) cannot be trained with")
+    top_p: float = Field(1.0, gt=0, le=1, description="nucleus sampling; 1: off; see [sampling](algorithms.md#sampling)")
     top_k: int | None = Field(None, ge=1, description="the k likeliest tokens only")
     min_p: float = Field(0.0, ge=0, lt=1, description="tokens below this share of the likeliest one's probability are left out")
     stop: list[str] = Field([], description="texts that end a completion; they stay part of it")
@@ -289,7 +295,7 @@ class Rollouts(Section):
         gt=0,
         description="deadline for an actor to be ready, and more by the model's bytes; default: 900 for vLLM on a GPU, else learners.start_timeout_s",
     )
-    max_restarts: int = Field(8, ge=0, description="times a lost rollout actor is replaced")
+    max_restarts: int = Field(8, ge=0, description="times a lost rollout actor is replaced: within an hour, or while nothing is rolled out")
 
     @property
     def rows(self) -> int:

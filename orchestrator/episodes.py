@@ -39,15 +39,23 @@ class Sampling:
     stop: tuple[str, ...] = ()
     seed: int = 0
 
+    @property
+    def truncates(self) -> bool:
+        """Whether some tokens cannot be drawn."""
+        return self.top_p < 1.0 or self.top_k is not None or self.min_p > 0.0
+
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """What a generator made of one prompt: ids Int[S] (the eos token included), logprobs Float[S] under the distribution
-    actually drawn from: after temperature and, where set, top-k, top-p and min-p."""
+    """What a generator made of one prompt: ids Int[S] (the eos token included), logprobs Float[S] under the policy: the softmax over the
+    whole vocabulary at the temperature, whatever top-k, top-p and min-p leave out.
+
+    kept: Float[S], log of the mass that they left to draw from; None where they are off, or where the engine does not say."""
 
     ids: Ints
     logprobs: Floats
     finish: Finish
+    kept: Floats | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,9 +63,9 @@ class Rollout:
     """One episode: what followed a prompt.
 
     ids: Int[T], every token after the prompt, an environment's included; scored: Bool[T], True for the model's own;
-    logprobs: Float[S], of the scored ones, under the distribution drawn from. version: of the policy that sampled it.
+    logprobs, kept: Float[S], of the scored ones, as in Completion. version: of the policy that sampled it.
     completion: text, or messages where the prompt is messages, as rewards see it. turns: of the model.
-    environment_reward: what the environment gave, None without one.
+    environment_reward: what the environment gave, None without one. failure: what the environment raised instead of ending the episode.
     """
 
     sample: int
@@ -69,6 +77,8 @@ class Rollout:
     completion: Any
     turns: int = 1
     environment_reward: float | None = None
+    failure: str | None = None
+    kept: Floats | None = None
 
 
 @dataclass(frozen=True, slots=True)

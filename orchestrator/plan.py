@@ -227,11 +227,11 @@ def _one_row(recipe: Recipe, layout: Layout) -> bool:
 def _fit(work: Work, layout: Layout, choices: list[Choice]) -> Way:
     """What takes least time by estimate of all that fits: where gradients and parameters lie, and what is computed again."""
     learners = work.recipe.learners
-    ways = ways_of(work.recipe)
+    ways, modes = ways_of(work.recipe), modes_of(work.recipe, work.model.checkpoints)
     whole = [Cut(learners.count, None, None, layout, stage, sync, one_row=_one_row(work.recipe, layout)) for stage, sync in ways]
-    tried = [found for mode in modes_of(work.recipe) for cut in whole if (found := work.largest(cut, mode))]
+    tried = [found for mode in modes for cut in whole if (found := work.largest(cut, mode))]
     if not tried:  # the caller says by how much
-        return work.way(given(work.recipe, work.algorithm, whole[-1]), modes_of(work.recipe)[-1])
+        return work.way(given(work.recipe, work.algorithm, whole[-1]), modes[-1])
     best = min(tried, key=lambda way: way.seconds)
     cut, lowest = best.cut, min(ways.index((way.cut.zero_stage, way.cut.sync)) for way in tried)
     at = ways.index((cut.zero_stage, cut.sync))

@@ -1,10 +1,13 @@
 """The plan as a person reads it: batch arithmetic first, then why, then data and memory."""
 
+from collections.abc import Sequence
+
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from orchestrator.plan import DataReport, Plan
+from orchestrator.stages import Ignored
 from orchestrator.words import size
 
 BAR = 30
@@ -24,6 +27,11 @@ def render(plan: Plan) -> RenderableType:
         _memory(plan),
         Text(f"traffic per worker and step: {size(plan.traffic.reduced)} reduced, {size(plan.traffic.gathered)} gathered"),
     )
+
+
+def not_read(keys: Sequence[Ignored]) -> RenderableType:
+    """The inherited keys that a stage does not read, a line each; nothing where there are none."""
+    return Group(*([Text("inherited, and not read by this run:")] if keys else []), *(Text(f"  {key}", style="dim") for key in keys))
 
 
 def _nearest(plan: Plan) -> list[Text]:

@@ -54,9 +54,9 @@ class Row:
 class Experience:
     """What RL knows of the S scored tokens of a completion (or the N of a micro-batch), Float[S] each, in their order.
 
-    sampled_logprobs: under the distribution the generator drew from; old_logprobs: under the learner's policy before the
-    first update from this rollout batch (the proximal policy), None where that is the policy of this very step;
-    ref_logprobs: under the reference; values: the critic's before the update; returns: what it shall learn.
+    sampled_logprobs: under the generator's policy; old_logprobs: under the learner's policy before the first update from this
+    rollout batch (the proximal policy), None where that is the policy of this very step; ref_logprobs: under the reference; all
+    over the whole vocabulary, at the temperature. values: the critic's before the update; returns: what it shall learn.
 
     Example: a completion of two tokens with reward 1, RLOO against one sample of reward 0: advantages [1.0, 1.0].
     """
@@ -183,6 +183,7 @@ class MicroBatch:
     Token i sees token j iff j <= i, same segment, and branch[j] is 0 or branch[i].
     score_at: Int[N], flat positions r*T + t whose hidden state predicts targets: Int[N];
     sequence: Int[N], the sequence (example * branches + branch) of each; sequences run 0 .. n*branches - 1.
+    identity: Int[R, T], a hash of (example, branch or prompt, position) of each token: the same in every layout, cut and order.
     last_at: Int[n*branches], flat position of the last token of each sequence (where reward heads read).
     one_row: the row is single and made for block masks. examples: Int[n], group ids. weight: 0.0 for a filler that only keeps ranks in step.
     ref_logprobs: Float[N]; coefficients: Float[N], d loss / d token log-prob of losses that couple the whole batch.
@@ -198,6 +199,7 @@ class MicroBatch:
     targets: Ints
     sequence: Ints
     last_at: Ints
+    identity: Ints
     examples: Ints
     branches: int
     unshared_tokens: int

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from orchestrator.algorithms import critic as value_model
 from orchestrator.checkpoints import CheckpointStore
-from orchestrator.cluster.placement import connect, store_for
+from orchestrator.cluster.joining import connect, store_for
 from orchestrator.cluster.reward_workers import RewardPool
 from orchestrator.cluster.rollout_workers import RolloutPool
 from orchestrator.cluster.weight_bridge import make_bridge
@@ -148,6 +148,7 @@ def _plan(job: Job, sampling: Sampling) -> OnlinePlan:
         epochs=algorithm.epochs,
         optimizer_steps=job.optimizer_steps,
         sampling=sampling,
+        dropout=recipe.model.lora is not None and recipe.model.lora.dropout > 0,
         max_staleness=recipe.rollouts.max_staleness,
         max_resampled=algorithm.max_resampled,
         mask_truncated=algorithm.mask_truncated,

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from orchestrator.controllers.experience import has_signal
 from orchestrator.controllers.step import Taken
 from orchestrator.episodes import Rollout, RolloutGroup, ScoredGroup, Scoring, Span, WeightsDelivered
 from orchestrator.objectives.value import explained_variance
@@ -17,12 +18,14 @@ LEARNING = ("experience", "reference", "first_pass", "forward_backward", "optim"
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """A scored rollout batch. prompts: drawn from the data for it; learned_from: the groups that become training data."""
+    """A scored rollout batch. prompts: drawn from the data for it; learned_from: the groups that become training data; wanted: how many
+    they should be by the recipe."""
 
     prompts: int
     groups: tuple[RolloutGroup, ...]
     scoring: Scoring
     learned_from: tuple[ScoredGroup, ...]
+    wanted: int
 
     @property
     def scored(self) -> tuple[ScoredGroup, ...]:
@@ -38,7 +41,7 @@ class Batch:
         mine, theirs = self.scoring.seconds, other.scoring.seconds
         seconds = {name: mine.get(name, 0.0) + theirs.get(name, 0.0) for name in {**mine, **theirs}}
         scoring = Scoring(self.scored + other.scored, self.scoring.dropped + other.scoring.dropped, seconds)
-        return Batch(self.prompts + other.prompts, self.groups + other.groups, scoring, self.learned_from + other.learned_from)
+        return Batch(self.prompts + other.prompts, self.groups + other.groups, scoring, self.learned_from + other.learned_from, self.wanted)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +89,8 @@ def batch_metrics(
     """One line of metrics.jsonl. time/<phase>: seconds the controller spent; time/idle/<role>: seconds a role had no work."""
     metrics: dict[str, float] = {}
     if policy is not None:
-        metrics |= {"loss": policy.report.loss, **{n: m.value for n, m in policy.report.means.items()}, **policy.report.maxima}
+        known = {n: m.value for n, m in policy.report.means.items() if m.count}  # nothing is known where all completions are masked
+        metrics |= {"loss": policy.report.loss, **known, **policy.report.maxima}
         if policy.applied is not None:
             metrics |= {"grad_norm": policy.applied.grad_norm, "learning_rate": policy.applied.learning_rate}
         metrics["perf/learn_tokens_per_s"] = policy.report.tokens / max(1e-9, policy.report.seconds)
@@ -94,7 +98,7 @@ def batch_metrics(
         metrics["perf/peak_memory_gb"] = policy.report.peak_bytes / 1e9
     if critic is not None:
         metrics |= _critic_metrics(critic)
-    metrics |= _reward_metrics(batch) | _completion_metrics(batch)
+    metrics |= _reward_metrics(batch) | _completion_metrics(batch) | _kept_mass(batch)
     metrics["policy/staleness"] = float(np.mean([progress.step - 1 - r.version for g in batch.groups for r in g.rollouts]))
     if progress.kl_coefficient is not None:
         metrics["kl_coefficient"] = progress.kl_coefficient
@@ -120,6 +124,8 @@ def _critic_metrics(critic: Learned) -> dict[str, float]:
 
 def _reward_metrics(batch: Batch) -> dict[str, float]:
     metrics = {"reward/dropped_groups": float(len(batch.scoring.dropped))}
+    metrics |= {"reward/groups_wanted": float(batch.wanted), "reward/groups_learned": float(len(batch.learned_from))}
+    metrics["reward/groups_with_signal"] = float(sum(has_signal(g) for g in batch.learned_from))
     if not batch.scored:
         return metrics
     rewards = np.stack([g.rewards for g in batch.scored]).astype(np.float64)
@@ -141,6 +147,12 @@ def _completion_metrics(batch: Batch) -> dict[str, float]:
         "completions/empty_ratio": float(np.mean([not _said(r).strip() for r in rollouts])),
         "completions/mean_turns": float(np.mean([r.turns for r in rollouts])),
     }
+
+
+def _kept_mass(batch: Batch) -> dict[str, float]:
+    """The policy's mass that top-k, top-p and min-p left to draw from, mean over tokens; nothing where they are off."""
+    kept = [r.kept for g in batch.groups for r in g.rollouts if r.kept is not None]
+    return {"policy/kept_mass": float(np.exp(np.concatenate(kept)).mean())} if kept else {}
 
 
 def _times(phases: Mapping[str, float], spans: Sequence[tuple[str, float, float]], actors: Sequence[Span]) -> dict[str, float]:
@@ -198,6 +210,7 @@ def samples_of(batch: Batch, step: int) -> tuple[Sample, ...]:
                 "ids": rollout.ids.tolist(),
                 "scored": rollout.scored.astype(int).tolist(),
                 "logprobs": rollout.logprobs.tolist(),
+                **({} if rollout.kept is None else {"kept": rollout.kept.tolist()}),
             },
         )
         for item in batch.scored

@@ -17,7 +17,7 @@ from orchestrator.rollout.turns import Decoder, Roller, load_environment
 class GenerationEngine(Protocol):
     """Decodes with one model whose weights can be replaced in place.
 
-    Every log-prob it returns is under the distribution that the token was drawn from: after temperature, top-k, top-p, min-p.
+    Every log-prob it returns is the policy's, over the whole vocabulary at the temperature, whatever top-k, top-p and min-p left out.
     """
 
     @property
@@ -109,7 +109,7 @@ class RolloutWorker:
         self.recipe = recipe
         self.engine: GenerationEngine = make_engine(recipe, device)
         environment = load_environment(recipe.rollouts.environment) if recipe.rollouts.environment else None
-        self.roller = Roller(self.engine, load_tokenizer(recipe.model), environment, recipe.rollouts.max_turns)
+        self.roller = Roller(self.engine, load_tokenizer(recipe.model), environment, recipe.rollouts.max_turns, recipe.rewards.retries)
 
     def roll_out(self, work: Sequence[tuple[int, Prompt]], sampling: Sampling, version: int) -> tuple[RolloutGroup, ...]:
         """A group for each (draw, prompt); the engine must hold `version`."""
