@@ -191,7 +191,7 @@ READERS: Mapping[type[BaseModel], Mapping[str, Readers]] = {
         append_eos=OFFLINE,
     ),
     c.Columns: _rows(
-        "prompt",
+        "prompt tools chat_template_kwargs images environment",
         messages=by("sft", *c.ONLINE),
         text=by("sft", *c.ONLINE),
         completion=by("sft", "kto", *c.ONLINE),
@@ -205,7 +205,7 @@ READERS: Mapping[type[BaseModel], Mapping[str, Readers]] = {
         "path columns max_rows",
         weight=where("a source is trained on", _is_train),
         split=where("a source has splits: a hub data set, a folder or toy data", lambda _, source: has_split(source.path)),
-        subset=where("a source is a hub data set", lambda _, source: _of_hub_data(source.path)),
+        subset=where("a source is a hub data set or a folder", lambda _, source: _of_hub_data(source.path) or Path(source.path).is_dir()),
         revision=where("a source is a hub data set", lambda _, source: _of_hub_data(source.path)),
     ),
     c.Algorithm: _rows(
@@ -370,5 +370,7 @@ def _wishes(section: Section, key: str, value: Any, at: Key) -> Iterator[Key]:
     if isinstance(held, Section) and isinstance(value, Mapping):
         for inner, raw in value.items():
             yield from _wishes(held, inner, raw, (*at, inner))
+    elif value is None and isinstance(section, c.Columns):
+        return  # a column that is left out is not missed by who would not read it
     elif value not in NOTHING or value != type(section).model_fields[key].default:
         yield at

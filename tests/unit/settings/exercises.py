@@ -101,7 +101,22 @@ def _columns(see: Callable[[Recipe], Any]) -> dict[str, Row]:
 
 
 MARGINS = Row(lambda r: [g.margin for g in o.data(r).groups[:2]], ("m1", "m2"), ([1.0, 1.0], [2.0, 2.0]))
-HELD = ("data.eval=rows.jsonl",)
+HELD = ("data.eval=held.jsonl",)
+SPOKEN = ("model.chat_template=inputs.jinja",)
+"""Rows whose template shows what it is given beside the messages."""
+
+
+def _inputs(see: Callable[[Recipe], Any], place: str) -> dict[str, Row]:
+    """place: of `{messages: talk, %s}`, an override."""
+    return {
+        "tools": Row(see, ("t1", "t2"), None, (*SPOKEN, place)),
+        "chat_template_kwargs": Row(see, ("k1", "k2"), None, (*SPOKEN, place)),
+        "images": Row(o.refusal, ("null", "p1"), ("read", "DataError"), (place,)),
+        "environment": Row(o.refusal, ("null", "p1"), ("read", "DataError"), (place,)),
+    }
+
+
+TALKING = "{path: %s, columns: {messages: talk, %%s}}"
 ANSWERS = Row(lambda r: o.answers(r)[0], ("c1", "c2"), ("one", "two"), HELD)
 TEXTS = "data.%s=[{path: texts.jsonl, columns: {%%s}}]"
 SEEN_HELD = _columns(o.held_out) | {"label": Row(lambda r: [g.label for g in o.data(r).held_out[:2]], ("l1", "l2"), ([1.0, 1.0], [0.0, 0.0]))}
@@ -111,7 +126,7 @@ SOURCES: dict[str, Row] = {
     "split": Row(o.shown, ("train", "eval")),
 }
 HELD_SOURCES: dict[str, Row] = {
-    "path": Row(o.held_out, ("rows.jsonl", "other.jsonl")),
+    "path": Row(o.held_out, ("held.jsonl", "other.jsonl")),
     "max_rows": Row(lambda r: len(o.data(r).held_out), ("2", "3"), (2, 3)),
     "split": Row(o.held_out, ("train", "eval")),
 }
@@ -145,7 +160,7 @@ EXERCISES: dict[str, Row | Elsewhere | Unseen] = {
     "critic.model.chat_template": Row(lambda r: o.template(o.critic_of(r)), ("one.jinja", "two.jinja"), ("{{ 1 }}", "{{ 2 }}")),
     # ---- data
     "data.train": Row(o.shown, ("rows.jsonl", "other.jsonl")),
-    "data.eval": Row(o.held_out, ("rows.jsonl", "other.jsonl")),
+    "data.eval": Row(o.held_out, ("held.jsonl", "other.jsonl")),
     "data.max_bad_rows": Row(o.counts, ("1", "2"), ((6, 6, 1), (6, 6, 1)), ("data.train=bad.jsonl",)),
     "data.max_length": Row(o.shown, ("9", "12"), None, ("data.overlong=truncate_end",)),
     "data.overlong": Row(o.shown, ("truncate_end", "truncate_prompt_left"), None, ("data.max_length=10",)),
@@ -166,7 +181,11 @@ EXERCISES: dict[str, Row | Elsewhere | Unseen] = {
     **{f"data.train[].{key}": row for key, row in SOURCES.items()},
     **{f"data.eval[].{key}": row for key, row in HELD_SOURCES.items()},
     "data.train[].weight": Row(o.steps, ("1", "2"), (1, 3), ("batch.effective=4", "data.remainder=drop")),
-    **{f"data.{spec}[].subset": Unseen("a hub data set is needed, and there is no hub") for spec in ("train", "eval")},
+    "data.train[].subset": Row(o.shown, ("one", "two")),
+    "data.eval[].subset": Row(o.held_out, ("one", "two")),
+    **{f"data.columns.{key}": row for key, row in _inputs(o.shown, "data.columns={messages: talk, %s}").items()},
+    **{f"data.train[].columns.{key}": row for key, row in _inputs(o.shown, f"data.train=[{TALKING % 'rows.jsonl'}]").items()},
+    **{f"data.eval[].columns.{key}": row for key, row in _inputs(o.held_out, f"data.eval=[{TALKING % 'held.jsonl'}]").items()},
     **{f"data.{spec}[].revision": Row(o.refusal, ("null", "abc"), ("ConfigError", "MissingInput")) for spec in ("train", "eval")},
     "data.train[].columns": Row(o.shown, ("{prompt: p1}", "{prompt: p2}")),
     "data.eval[].columns": Row(o.held_out, ("{prompt: p1}", "{prompt: p2}")),
