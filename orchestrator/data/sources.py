@@ -109,7 +109,8 @@ class _Reader:
     """Reads sources one after the other and collects what is bad, used, unused or noteworthy in them."""
 
     def __init__(self, kind: DataKind, reads: Reads) -> None:
-        self.kind, self.reads = kind, reads
+        self.kind: DataKind = kind
+        self.reads = reads
         self.bad: list[BadRow] = []
         self.used: set[str] = set()
         self.unused: dict[str, None] = {}

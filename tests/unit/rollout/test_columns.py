@@ -14,6 +14,7 @@ import pytest
 
 from orchestrator.algorithms import build
 from orchestrator.config import Data, RewardFunction, Rewards
+from orchestrator.data.rows import Reads
 from orchestrator.data.sources import load_rows
 from orchestrator.episodes import Prompt, Rollout, RolloutGroup
 from orchestrator.errors import DataError
@@ -111,3 +112,11 @@ def test_a_prompt_that_the_template_refuses_is_a_bad_row(tmp_path: Path) -> None
     with pytest.raises(DataError, match=r"1 bad rows[\s\S]*rows\.jsonl:2: the chat template refuses the conversation \(one turn only\)"):
         load_with()
     assert [p.where for p in load_with("data.max_bad_rows=1").batches.groups] == [f"{tmp_path}/rows.jsonl:1"]
+
+
+def test_mapped_columns_reach_rewards_by_both_names(tmp_path: Path) -> None:
+    """A function may take the recipe's name of a column, or the file's."""
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a>", "gold": "1", "gap": 2.5, "world": "w"}\n')
+    data = Data.model_validate({"train": "x", "columns": {"answer": "gold", "margin": "gap", "environment": "world"}})
+    (row,) = load_rows(str(tmp_path / "rows.jsonl"), data, "prompt", Reads(margin=False, environment=True)).rows
+    assert row.columns == {"gold": "1", "gap": 2.5, "world": "w", "answer": "1", "margin": 2.5, "environment": "w"}
