@@ -175,6 +175,19 @@ def test_a_second_bos_is_counted_and_told() -> None:
     assert encode_rows(rows, byte_tokenizer(), Data(train="unused"), "sft").report.notes == ()
 
 
+def test_what_the_template_does_not_name_is_told() -> None:
+    """Gemma's knows no tools, Qwen 2.5's no reasoning: the rows would be learned without a trace of them."""
+    row = Row(0, "f:1", 0, messages=[ASKED, {**SAID, "reasoning_content": "hm", "weight": 1}], tools=TOOLS, chat_template_kwargs=QUIET)
+    told = {
+        template: encode_rows([row], tokenizer_of(template), Data(train="unused", max_length=8192), "sft").report.notes
+        for template in ("gemma", "qwen2_5", "qwen3")
+    }
+    said = "the chat template does not name {}, which the rows give it: no token comes of it"
+    assert said.format("enable_thinking, reasoning_content, tools") in told["gemma"]
+    assert said.format("enable_thinking, reasoning_content") in told["qwen2_5"]
+    assert not any("does not name" in note for note in told["qwen3"])
+
+
 @pytest.mark.parametrize(
     ("template", "reason"),
     [
