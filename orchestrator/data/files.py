@@ -53,6 +53,8 @@ def choose(folder: Path, subset: str | None, split: str | None) -> Chosen:
     if not base.is_dir():
         raise MissingInput(f"{folder} holds no subset {subset}", fix=f"it holds the folders {', '.join(_folders(folder)) or 'none'}")
     own, others = _found(base)
+    if not own and len(others) == 1:  # its only subset
+        return choose(base, others[0], split)
     if not own:
         if others:
             named = ", ".join(others)

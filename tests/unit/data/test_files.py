@@ -102,10 +102,11 @@ def test_a_folder_that_could_be_read_two_ways_is_refused(tmp_path, names, option
 def test_subsets_are_subfolders_and_other_folders_are_told(tmp_path):
     folder = lay_out(tmp_path, "main/train-00000-of-00001.parquet", "main/test-00000-of-00001.parquet", "socratic/train-00000-of-00001.parquet")
     assert chosen(folder, "train", "main") == ["main/train-00000-of-00001.parquet"]
-    lay_out(tmp_path, "a.jsonl", "old/a.jsonl", "b.csv", "notes.md")
+    assert chosen(lay_out(tmp_path / "only", "default/train/0000.parquet", "default/test/0000.parquet"), "test") == ["default/test/0000.parquet"]
+    folder = lay_out(tmp_path / "mixed", "a.jsonl", "old/a.jsonl", "main/train.jsonl", "b.csv", "notes.md")
     loaded = load_rows(str(folder), DATA, "sft")
     assert [row.prompt for row in loaded.rows] == ["a.jsonl"]
-    assert loaded.notes == (f"{folder}: not read of it: main, old, socratic, b.csv",)
+    assert loaded.notes == (f"{folder}: not read of it: main, old, b.csv",)
 
 
 @pytest.mark.parametrize(
