@@ -27,7 +27,7 @@ from orchestrator.dataset import load_data
 from orchestrator.errors import ConfigError, NotEnoughResources, OutOfMemory, WorkerFailed, WorkerLost
 from orchestrator.findings import Finding, judge
 from orchestrator.hardware import Hardware, of_cluster
-from orchestrator.identity import fingerprint
+from orchestrator.identity import TOKENS, Identity, file_digest, identity_of, tokenizer_digest, tokens_digest
 from orchestrator.job import Job, plan_job, plan_sketch
 from orchestrator.learner.learner import LearnerSpec
 from orchestrator.models.shapes import as_folder, known
@@ -38,7 +38,7 @@ from orchestrator.preflight import asked_by, look, need_of, require
 from orchestrator.prompts import load_prompts
 from orchestrator.recipe import dump
 from orchestrator.records import Progress, SequenceGroup
-from orchestrator.rollout.functions import check_rewards
+from orchestrator.rollout.functions import check_rewards, is_users, source_of
 from orchestrator.rollout.trial import try_user_code
 from orchestrator.run_folder import RunFolder, open_run
 from orchestrator.sketch import Lengths
@@ -65,12 +65,27 @@ def train(recipe: Recipe, root: Path, console: Console) -> Outcome:
     require(judge(facts, asked))  # before the plan: a node that is silent is no lack of room
     job = plan_job(recipe, console, of_cluster(facts))
     _preflight(judge(facts, need_of(job)), console)
-    identity = fingerprint(recipe, job.data.loaded.fingerprint, "")
-    with open_run(root, identity, dump(recipe), job.plan_json()) as folder, _stop_signals() as stopped:
+    with open_run(root, _identity(recipe, job), dump(recipe), job.plan_json(), _say(console)) as folder, _stop_signals() as stopped:
         progress = _finished(job, folder) or _supervise(job, folder, stopped)
         report = write_report(root)
     before, after = _before_and_after(folder.metrics)
     return Outcome(root, folder.export, report, progress.step, before, after)
+
+
+def _identity(recipe: Recipe, job: Job) -> Identity:
+    """What the run learns from, and the user's files beside it."""
+    learned = job.data.groups if job.prompts is None else job.prompts.batches.groups
+    watched = {TOKENS: tokens_digest(learned)}
+    if job.prompts is not None:
+        written = {f"the file of rewards.functions, {f.name}": f.function for f in recipe.rewards.functions if is_users(f)}
+        for name, where in (written | {"the file of rollouts.environment": recipe.rollouts.environment}).items():
+            if where is not None and (file := source_of(where)) is not None:
+                watched[f"{name} ({file})"] = file_digest(file)
+    return identity_of(recipe, job.data.loaded.fingerprint, tokenizer=tokenizer_digest(job.data.tokenizer), watched=watched)
+
+
+def _say(console: Console) -> Callable[[str], None]:
+    return lambda text: console.print(text, markup=False)
 
 
 def _finished(job: Job, folder: RunFolder) -> Progress | None:
