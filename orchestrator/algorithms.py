@@ -134,12 +134,19 @@ def critic(cfg: Config) -> Algorithm:
 
 
 def _online(cfg: Config, rollouts: Rollouts) -> Algorithm:
-    scores = HeadSpec(temperature=rollouts.temperature or 1.0, want_entropy=cfg.name != "online_dpo", want_wpo=cfg.wpo)
+    if rollouts.temperature == 0.0:
+        raise ConfigError(
+            "rollouts.temperature=0 cannot be trained with",
+            why="greedy samples of a prompt are all the same, so none is better than another, and their probability says nothing",
+            fix="set a temperature above 0, such as 1; evaluation is greedy whatever it is",
+        )
     if cfg.name == "online_dpo":
+        scores = HeadSpec(want_wpo=cfg.wpo)  # the pairs' loss is that of the model itself, as in TRL: the temperature only explores
         pairs = _preference(cfg.model_copy(update={"name": "dpo"}))
         return replace(pairs, name=cfg.name, data="prompt", scores=scores, online=Online(None))
     if cfg.loss is not None:
         raise ConfigError(f"algorithm.loss: {cfg.name} has one loss of its own", fix="remove algorithm.loss, or set algorithm.name=online_dpo")
+    scores = HeadSpec(temperature=rollouts.temperature, want_entropy=True)
     row = ONLINE_ROWS[cfg.name]
     loss = replace(
         row.loss,

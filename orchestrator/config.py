@@ -10,11 +10,15 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 
+Key = tuple[str | int, ...]
+"""Path of a value in a recipe: ("data", "eval", 0, "path")."""
+
 
 class Section(BaseModel):
     """A part of the recipe; unknown keys are errors and values cannot be changed after loading."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    # constants: a NaN among the options of a reward stays one on its way to the recipe file and to the function
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), ser_json_inf_nan="constants")
 
 
 class Run(Section):
@@ -40,7 +44,7 @@ class TinyModel(Section):
 class Lora(Section):
     rank: int = Field(16, ge=1, description="of the update matrices")
     alpha: float = Field(32.0, gt=0, description="the update is scaled by alpha / rank")
-    dropout: float = Field(0.0, ge=0, lt=1, description="of the adapter's input; a function of (seed, step, rank, micro-batch)")
+    dropout: float = Field(0.0, ge=0, lt=1, description="of the adapter's input; drawn for each token from (seed, step, example, layer)")
     target_modules: Literal["all-linear"] | list[str] = Field("all-linear", description="names of the linear layers that get an adapter")
 
 
@@ -61,24 +65,35 @@ class Model(Section):
 
 
 class Columns(Section):
-    """Maps the recipe's field names to the names in the user's file, e.g. `chosen: preferred_answer`."""
+    """Maps the recipe's field names to the names in the user's file, e.g. `chosen: preferred_answer`. A field is read from the column of
+    its own name by default; null leaves it out, whatever the file holds."""
 
-    messages: str | None = Field(None, description="a conversation")
-    text: str | None = Field(None, description="plain text, all of it learned")
-    prompt: str | None = Field(None, description="text or messages")
-    completion: str | None = Field(None, description="the answer to the prompt")
-    chosen: str | None = Field(None, description="the better answer")
-    rejected: str | None = Field(None, description="the worse answer")
-    label: str | None = Field(None, description="KTO: true for a wanted completion")
-    margin: str | None = Field(None, description="reward model: by how much chosen is better")
-    answer: str | None = Field(None, description="what greedy generation and reward functions compare with")
+    messages: str | None = Field("messages", description="a conversation; `conversations` (ShareGPT) is read where there is none")
+    text: str | None = Field("text", description="plain text, all of it learned")
+    prompt: str | None = Field("prompt", description="text or messages")
+    completion: str | None = Field("completion", description="the answer to the prompt")
+    chosen: str | None = Field("chosen", description="the better answer")
+    rejected: str | None = Field("rejected", description="the worse answer")
+    label: str | None = Field("label", description="KTO: true for a wanted completion")
+    margin: str | None = Field("margin", description="reward model: by how much chosen is better")
+    answer: str | None = Field("answer", description="what greedy generation and reward functions compare with")
+    tools: str | None = Field("tools", description="the chat template's tools: a list of JSON schemas, or its JSON text")
+    chat_template_kwargs: str | None = Field(
+        "chat_template_kwargs", description="further variables of the chat template, e.g. {enable_thinking: false}"
+    )
+    images: str | None = Field("images", description="refused where a row has some (`image` too): models read text only; null: they are left out")
+    environment: str | None = Field(
+        "environment", description="goes to rollouts.environment as part of the row; refused where there is none, null: left out"
+    )
 
 
 class Source(Section):
     path: str = Field(description="JSONL(.gz) or Parquet file or its URL (s3://…), a folder of them, `toy:NAME`, or a hub data set")
     weight: float = Field(1.0, gt=0, description="passes over this source per epoch: 0.5 takes half of it, 2 takes it twice")
-    split: str = Field("train", description="of a hub data set or of toy data")
-    subset: str | None = Field(None, description="configuration of a hub data set")
+    split: str | None = Field(
+        None, description="of a hub data set, a folder with several splits, or toy data; default: train, of a folder its only split"
+    )
+    subset: str | None = Field(None, description="configuration of a hub data set, or its subfolder in a local folder")
     revision: str | None = Field(None, description="hub revision; required for hub data sets")
     columns: Columns | None = Field(None, description="overrides data.columns for this source")
     max_rows: int | None = Field(None, ge=1, description="the first rows only")
@@ -260,8 +275,8 @@ class Rollouts(Section):
     prompts: int = Field(32, ge=1, description="prompts of one rollout batch")
     samples: int = Field(8, ge=1, description="completions of one prompt")
     max_new_tokens: int = Field(64, ge=1, description="tokens of a completion (multi-turn: of the whole episode)")
-    temperature: float = Field(1.0, ge=0, description="0: greedy")
-    top_p: float = Field(1.0, gt=0, le=1, description="nucleus sampling; 1: off")
+    temperature: float = Field(1.0, ge=0, description="logits are divided by it, the learner's too; 0 (greedy) cannot be trained with")
+    top_p: float = Field(1.0, gt=0, le=1, description="nucleus sampling; 1: off; see [sampling](algorithms.md#sampling)")
     top_k: int | None = Field(None, ge=1, description="the k likeliest tokens only")
     min_p: float = Field(0.0, ge=0, lt=1, description="tokens below this share of the likeliest one's probability are left out")
     stop: list[str] = Field([], description="texts that end a completion; they stay part of it")

@@ -3,7 +3,7 @@
     Prompt --generator--> Completion --turns--> Rollout -> RolloutGroup --scorer--> ScoredGroup -> records.SequenceGroup
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +13,8 @@ from orchestrator.records import Bools, Finish, Floats, Ints
 @dataclass(frozen=True, slots=True)
 class Prompt:
     """A question to the policy. id: of its row; ids: its tokens, ready for generation; text: a string or a list of messages
-    as rewards see it; columns: what else the row holds (`answer` included), handed to reward functions by name."""
+    as rewards see it; columns: what else the row holds (`answer` included), handed to reward functions by name; tools,
+    chat_template_kwargs: what the chat template is given beside the messages."""
 
     id: int
     where: str
@@ -21,6 +22,8 @@ class Prompt:
     ids: Ints
     text: Any
     columns: Mapping[str, Any] = field(default_factory=dict)
+    tools: Sequence[Mapping[str, Any]] | None = None
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,15 +39,23 @@ class Sampling:
     stop: tuple[str, ...] = ()
     seed: int = 0
 
+    @property
+    def truncates(self) -> bool:
+        """Whether some tokens cannot be drawn."""
+        return self.top_p < 1.0 or self.top_k is not None or self.min_p > 0.0
+
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """What a generator made of one prompt: ids Int[S] (the eos token included), logprobs Float[S] under the distribution
-    actually drawn from: after temperature and, where set, top-k, top-p and min-p."""
+    """What a generator made of one prompt: ids Int[S] (the eos token included), logprobs Float[S] under the policy: the softmax over the
+    whole vocabulary at the temperature, whatever top-k, top-p and min-p leave out.
+
+    kept: Float[S], log of the mass that they left to draw from; None where they are off, or where the engine does not say."""
 
     ids: Ints
     logprobs: Floats
     finish: Finish
+    kept: Floats | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +63,7 @@ class Rollout:
     """One episode: what followed a prompt.
 
     ids: Int[T], every token after the prompt, an environment's included; scored: Bool[T], True for the model's own;
-    logprobs: Float[S], of the scored ones, under the distribution drawn from. version: of the policy that sampled it.
+    logprobs, kept: Float[S], of the scored ones, as in Completion. version: of the policy that sampled it.
     completion: text, or messages where the prompt is messages, as rewards see it. turns: of the model.
     environment_reward: what the environment gave, None without one. failure: what the environment raised instead of ending the episode.
     """
@@ -67,6 +78,7 @@ class Rollout:
     turns: int = 1
     environment_reward: float | None = None
     failure: str | None = None
+    kept: Floats | None = None
 
 
 @dataclass(frozen=True, slots=True)

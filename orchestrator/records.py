@@ -28,7 +28,8 @@ class Row:
 
     Texts are strings or lists of {"role", "content"} messages. SFT: prompt (may be "") + completion, or `messages`
     alone; preference: prompt, chosen, rejected; unpaired: prompt, completion, label; prompt: prompt alone, and in
-    `columns` whatever else the record holds, for reward functions.
+    `columns` whatever else the record holds, for reward functions and environments.
+    tools, chat_template_kwargs: what the chat template is given beside the messages; a message with `weight` 0 is not learned.
     where: "file:line" for messages to the user; source: index of the source in the recipe.
     """
 
@@ -45,15 +46,17 @@ class Row:
     margin: float | None = None
     answer: str | None = None
     columns: Mapping[str, Any] = field(default_factory=dict)
+    tools: Sequence[Mapping[str, Any]] | None = None
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class Experience:
     """What RL knows of the S scored tokens of a completion (or the N of a micro-batch), Float[S] each, in their order.
 
-    sampled_logprobs: under the distribution the generator drew from; old_logprobs: under the learner's policy before the
-    first update from this rollout batch (the proximal policy), None where that is the policy of this very step;
-    ref_logprobs: under the reference; values: the critic's before the update; returns: what it shall learn.
+    sampled_logprobs: under the generator's policy; old_logprobs: under the learner's policy before the first update from this
+    rollout batch (the proximal policy), None where that is the policy of this very step; ref_logprobs: under the reference; all
+    over the whole vocabulary, at the temperature. values: the critic's before the update; returns: what it shall learn.
 
     Example: a completion of two tokens with reward 1, RLOO against one sample of reward 0: advantages [1.0, 1.0].
     """
@@ -180,6 +183,7 @@ class MicroBatch:
     Token i sees token j iff j <= i, same segment, and branch[j] is 0 or branch[i].
     score_at: Int[N], flat positions r*T + t whose hidden state predicts targets: Int[N];
     sequence: Int[N], the sequence (example * branches + branch) of each; sequences run 0 .. n*branches - 1.
+    identity: Int[R, T], a hash of (example, branch or prompt, position) of each token: the same in every layout, cut and order.
     last_at: Int[n*branches], flat position of the last token of each sequence (where reward heads read).
     one_row: the row is single and made for block masks. examples: Int[n], group ids. weight: 0.0 for a filler that only keeps ranks in step.
     ref_logprobs: Float[N]; coefficients: Float[N], d loss / d token log-prob of losses that couple the whole batch.
@@ -195,6 +199,7 @@ class MicroBatch:
     targets: Ints
     sequence: Ints
     last_at: Ints
+    identity: Ints
     examples: Ints
     branches: int
     unshared_tokens: int

@@ -16,8 +16,9 @@ TokenLists = Sequence[Sequence[int]]
 class Learner(Protocol):
     """A model that scores and learns, on any number of ranks. Every verb acts on all ranks and has a deadline."""
 
-    def token_logprobs(self, batch: PackedBatch, *, reference: bool = False) -> PerMicroBatch:
-        """Log-probs of the scored tokens, without gradients; reference=True: under the live reference policy."""
+    def token_logprobs(self, batch: PackedBatch, *, reference: bool = False, step: int | None = None) -> PerMicroBatch:
+        """Log-probs of the scored tokens, without gradients; reference=True: under the live reference policy; step: with the dropout
+        that forward_backward of that optimizer step will draw, None: without."""
         ...
 
     def forward_backward(self, batch: PackedBatch, step: int) -> LearnReport:

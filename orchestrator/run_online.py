@@ -148,6 +148,7 @@ def _plan(job: Job, sampling: Sampling) -> OnlinePlan:
         epochs=algorithm.epochs,
         optimizer_steps=job.optimizer_steps,
         sampling=sampling,
+        dropout=recipe.model.lora is not None and recipe.model.lora.dropout > 0,
         max_staleness=recipe.rollouts.max_staleness,
         max_resampled=algorithm.max_resampled,
         mask_truncated=algorithm.mask_truncated,

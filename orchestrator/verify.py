@@ -112,7 +112,7 @@ class Proof:
             batch = cut_step(groups, cut)
             batch = batch if reference is None else batch.with_reference(reference[i])
             if self.algorithm.couples_batch:
-                batch, whole = with_coefficients(batch, group, self.algorithm)
+                batch, whole = with_coefficients(batch, group, self.algorithm, i)
                 losses.append(whole.merged_into(group.forward_backward(batch, i)).loss)
             else:
                 losses.append(group.forward_backward(batch, i).loss)

@@ -52,8 +52,8 @@ class LocalGroup:
     def discard(self) -> None:
         self.held.discard()
 
-    def token_logprobs(self, batch: PackedBatch, *, reference: bool = False) -> PerMicroBatch:
-        return (self.held.token_logprobs(batch.micro_batches[0], reference=reference),)
+    def token_logprobs(self, batch: PackedBatch, *, reference: bool = False, step: int | None = None) -> PerMicroBatch:
+        return (self.held.token_logprobs(batch.micro_batches[0], reference=reference, step=step),)
 
     def call(self, function: Callable[..., Any], *args: Any) -> list[Any]:
         return [function(self.held, *args)]

@@ -91,8 +91,8 @@ class LearnerActor:
     def discard(self) -> None:
         self.learner.discard()
 
-    def token_logprobs(self, micro_batches: Sequence[Any], reference: bool) -> tuple[Any, ...]:
-        return self.learner.token_logprobs(micro_batches, reference=reference)
+    def token_logprobs(self, micro_batches: Sequence[Any], reference: bool, step: int | None) -> tuple[Any, ...]:
+        return self.learner.token_logprobs(micro_batches, reference=reference, step=step)
 
     def token_values(self, micro_batches: Sequence[Any]) -> tuple[Any, ...]:
         return self.learner.token_values(micro_batches)
@@ -223,8 +223,8 @@ class LearnerGroup:
     def discard(self) -> None:
         self._all("discard")
 
-    def token_logprobs(self, batch: PackedBatch, *, reference: bool = False) -> PerMicroBatch:
-        return tuple(self._each("token_logprobs", [(share, reference) for share in batch.micro_batches]))
+    def token_logprobs(self, batch: PackedBatch, *, reference: bool = False, step: int | None = None) -> PerMicroBatch:
+        return tuple(self._each("token_logprobs", [(share, reference, step) for share in batch.micro_batches]))
 
     def token_values(self, batch: PackedBatch) -> PerMicroBatch:
         return tuple(self._each("token_values", [(share,) for share in batch.micro_batches]))

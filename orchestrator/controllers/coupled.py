@@ -28,9 +28,11 @@ class WholeLoss:
         return replace(report, loss=self.loss, means=self.means)
 
 
-def with_coefficients(batch: PackedBatch, policy: Learner, algorithm: Algorithm) -> tuple[PackedBatch, WholeLoss]:
-    """Pass 1: the batch with d loss / d log-prob in every micro-batch, and the loss of the whole effective batch."""
-    scores = whole_scores(batch, policy.token_logprobs(batch))
+def with_coefficients(batch: PackedBatch, policy: Learner, algorithm: Algorithm, step: int) -> tuple[PackedBatch, WholeLoss]:
+    """Pass 1: the batch with d loss / d log-prob in every micro-batch, and the loss of the whole effective batch.
+
+    step: of the optimizer step whose dropout pass 2 will draw: both passes see one network."""
+    scores = whole_scores(batch, policy.token_logprobs(batch, step=step))
     loss, gradient = coefficients(algorithm.objective, scores, batch.units)
     return batch.with_coefficients(_split(batch, gradient.float().numpy())), _whole(loss)
 

@@ -26,8 +26,8 @@ Columns = list[Floats]
 
 @dataclass(frozen=True, slots=True)
 class Needs:
-    """What the columns of an Experience have to be. old: the policy changes between the scoring of the rollouts and the
-    learning from them, or the KL is part of the reward. penalty: the KL's coefficient in the reward, 0 where it is none."""
+    """What the columns of an Experience have to be. old: the policy changes between the scoring of the rollouts and the learning from
+    them (LoRA's dropout does that too), or the KL is part of the reward. penalty: the KL's coefficient in the reward, 0 where it is none."""
 
     old: bool
     reference: bool

@@ -31,6 +31,7 @@ from orchestrator.roles import Checkpoints, Generator, Learner, Pending, Reporte
 class OnlinePlan:
     """What the loop has to know. A step is one rollout batch; total_steps counts them.
 
+    dropout: the learner's network drops features that the generator's has: who sampled a token is then the learner without dropout.
     mini_batch: groups (or pairs) of one optimizer step; optimizer_steps: of a full rollout batch; alarm: mean gap in nat
     between the generator's and the learner's log-probs above which a note is written.
     """
@@ -42,6 +43,7 @@ class OnlinePlan:
     epochs: int
     optimizer_steps: int
     sampling: Sampling
+    dropout: bool
     max_staleness: int
     max_resampled: int
     mask_truncated: bool
@@ -57,7 +59,7 @@ class OnlinePlan:
     def needs(self) -> Needs:
         in_reward = self.kl.place == "reward" and self.kl.coefficient > 0
         estimator = ("k1" if self.kl.place == "reward" else "k3") if self.kl.estimator == "auto" else self.kl.estimator
-        old = self.optimizer_steps > 1 or in_reward or self.kl.target is not None
+        old = self.optimizer_steps > 1 or in_reward or self.kl.target is not None or self.dropout
         return Needs(old, self.algorithm.needs_reference, self.kl.coefficient if in_reward else 0.0, estimator)
 
 
@@ -245,7 +247,7 @@ class OnlineTrainer:
         if self.plan.max_staleness == 0 and gap > self.plan.alarm:
             self.report.note(
                 f"warning: step {progress.step}: the generator's log-probs are {gap:.3f} nat per token from the learner's, though strictly "
-                "on-policy: stale weights, other kernels, or a truncated sampling distribution (top-k, top-p, min-p)"
+                "on-policy: its weights are other ones, or its kernels (precision, attention, a fused head) compute otherwise"
             )
         self.report.step(StepReport(progress.step, metrics, samples_of(batch, progress.step)))
         self.timeline.step(progress.step, clock.spans, spans)

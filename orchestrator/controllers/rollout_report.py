@@ -89,7 +89,8 @@ def batch_metrics(
     """One line of metrics.jsonl. time/<phase>: seconds the controller spent; time/idle/<role>: seconds a role had no work."""
     metrics: dict[str, float] = {}
     if policy is not None:
-        metrics |= {"loss": policy.report.loss, **{n: m.value for n, m in policy.report.means.items()}, **policy.report.maxima}
+        known = {n: m.value for n, m in policy.report.means.items() if m.count}  # nothing is known where all completions are masked
+        metrics |= {"loss": policy.report.loss, **known, **policy.report.maxima}
         if policy.applied is not None:
             metrics |= {"grad_norm": policy.applied.grad_norm, "learning_rate": policy.applied.learning_rate}
         metrics["perf/learn_tokens_per_s"] = policy.report.tokens / max(1e-9, policy.report.seconds)
@@ -97,7 +98,7 @@ def batch_metrics(
         metrics["perf/peak_memory_gb"] = policy.report.peak_bytes / 1e9
     if critic is not None:
         metrics |= _critic_metrics(critic)
-    metrics |= _reward_metrics(batch) | _completion_metrics(batch)
+    metrics |= _reward_metrics(batch) | _completion_metrics(batch) | _kept_mass(batch)
     metrics["policy/staleness"] = float(np.mean([progress.step - 1 - r.version for g in batch.groups for r in g.rollouts]))
     if progress.kl_coefficient is not None:
         metrics["kl_coefficient"] = progress.kl_coefficient
@@ -146,6 +147,12 @@ def _completion_metrics(batch: Batch) -> dict[str, float]:
         "completions/empty_ratio": float(np.mean([not _said(r).strip() for r in rollouts])),
         "completions/mean_turns": float(np.mean([r.turns for r in rollouts])),
     }
+
+
+def _kept_mass(batch: Batch) -> dict[str, float]:
+    """The policy's mass that top-k, top-p and min-p left to draw from, mean over tokens; nothing where they are off."""
+    kept = [r.kept for g in batch.groups for r in g.rollouts if r.kept is not None]
+    return {"policy/kept_mass": float(np.exp(np.concatenate(kept)).mean())} if kept else {}
 
 
 def _times(phases: Mapping[str, float], spans: Sequence[tuple[str, float, float]], actors: Sequence[Span]) -> dict[str, float]:
@@ -203,6 +210,7 @@ def samples_of(batch: Batch, step: int) -> tuple[Sample, ...]:
                 "ids": rollout.ids.tolist(),
                 "scored": rollout.scored.astype(int).tolist(),
                 "logprobs": rollout.logprobs.tolist(),
+                **({} if rollout.kept is None else {"kept": rollout.kept.tolist()}),
             },
         )
         for item in batch.scored

@@ -99,7 +99,7 @@ class Stepper:
                     with clock.phase("forward_backward"):
                         return ready, self.learner.forward_backward(ready, step)
                 with clock.phase("first_pass"):
-                    ready, whole = with_coefficients(ready, self.learner, self.algorithm)
+                    ready, whole = with_coefficients(ready, self.learner, self.algorithm, step)
                 with clock.phase("forward_backward"):
                     return ready, whole.merged_into(self.learner.forward_backward(ready, step))
             except OutOfMemory as error:

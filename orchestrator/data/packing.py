@@ -14,14 +14,18 @@ import numpy as np
 
 from orchestrator.records import ROW_MULTIPLE, SHORTEST_ROW, Bools, Branch, Experience, Floats, Ints, Layout, MicroBatch, SequenceGroup
 
+_WORD = 0xFFFF_FFFF_FFFF_FFFF
+
 
 @dataclass(frozen=True, slots=True)
 class _Piece:
-    """What is laid down in one go: tokens of one segment. branch: Int[t]; branches: whose tokens, in the order they lie in."""
+    """What is laid down in one go: tokens of one segment. branch: Int[t]; owner: Int[t], as branch wherever the prompt lies (0: the
+    prompt); branches: whose tokens, in the order they lie in."""
 
     ids: Ints
     positions: Ints
     branch: Ints
+    owner: Ints
     scored: Bools
     sequence: Ints
     previous: Ints
@@ -49,7 +53,7 @@ def pack(
     shape = (len(rows), length)
     ids, branch = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
     segment = np.full(shape, -1, np.int64)
-    positions = np.zeros(shape, np.int64)
+    positions, identity = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
     score_at, targets, sequence = [], [], []
     last_at = np.zeros(len(groups) * branches, np.int64)
     for r, row in enumerate(rows):
@@ -59,6 +63,7 @@ def pack(
             end, base = start + len(piece), r * length + start
             ids[r, start:end], positions[r, start:end] = piece.ids, piece.positions
             segment[r, start:end], branch[r, start:end] = i, piece.branch
+            identity[r, start:end] = _identity(groups[int(piece.sequence[-1]) // branches].id, piece)
             score_at.append(base + piece.previous[piece.scored])
             targets.append(piece.ids[piece.scored])
             sequence.append(piece.sequence[piece.scored])
@@ -77,6 +82,7 @@ def pack(
         targets=np.concatenate(targets),
         sequence=np.concatenate(sequence),
         last_at=last_at,
+        identity=identity,
         examples=np.array([g.id for g in groups], np.int64),
         branches=branches,
         one_row=one_row,
@@ -142,6 +148,7 @@ def _pieces(group: SequenceGroup, first_sequence: int, layout: Layout) -> Iterat
             ids=np.concatenate([group.prompt, branch.ids]),
             positions=np.arange(size),
             branch=np.zeros(size, np.int64),
+            owner=np.where(np.arange(size) < prompt, 0, k + 1),
             scored=scored,
             sequence=np.full(size, first_sequence + k),
             previous=np.arange(size) - 1,
@@ -156,16 +163,27 @@ def _shared_piece(group: SequenceGroup, first_sequence: int) -> _Piece:
     starts = prompt + np.cumsum([0, *sizes])
     previous = np.arange(starts[-1]) - 1
     previous[starts[:-1][np.array(sizes) > 0]] = prompt - 1  # a branch's first token is predicted by the prompt's last
+    owner = np.concatenate([np.zeros(prompt, np.int64), *(np.full(n, k + 1) for k, n in enumerate(sizes))])
     return _Piece(
         ids=np.concatenate([group.prompt, *(b.ids for b in group.branches)]),
         positions=np.concatenate([np.arange(prompt), *(np.arange(prompt, prompt + n) for n in sizes)]),
-        branch=np.concatenate([np.zeros(prompt, np.int64), *(np.full(n, k + 1) for k, n in enumerate(sizes))]),
+        branch=owner,
+        owner=owner,
         scored=np.concatenate([np.zeros(prompt, np.bool_), *(b.scored for b in group.branches)]),
         sequence=np.concatenate([np.zeros(prompt, np.int64), *(np.full(n, first_sequence + k) for k, n in enumerate(sizes))]),
         previous=previous,
         last=tuple((first_sequence + k, int(starts[k + 1]) - 1) for k in range(len(sizes))),
         branches=group.branches,
     )
+
+
+def _identity(example: int, piece: _Piece) -> Ints:
+    """splitmix64 of (example, owner, position) of each token."""
+    word = np.uint64(example * 0x9E37_79B9_7F4A_7C15 & _WORD)  # products wrap, here and below
+    word = word + piece.owner.astype(np.uint64) * np.uint64(0xC2B2_AE3D_27D4_EB4F) + piece.positions.astype(np.uint64)
+    word = (word ^ (word >> np.uint64(30))) * np.uint64(0xBF58_476D_1CE4_E5B9)
+    word = (word ^ (word >> np.uint64(27))) * np.uint64(0x94D0_49BB_1331_11EB)
+    return (word ^ (word >> np.uint64(31))).view(np.int64)
 
 
 def _column(values: Sequence[float | None]) -> Floats | None:

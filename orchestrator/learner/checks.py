@@ -78,6 +78,7 @@ def head_check(learner: RankLearner, padded: MicroBatch) -> Gap:
 def _values(learner: RankLearner, micro_batch: MicroBatch) -> Floats:
     """What the model gives for each token (or sequence: rewards), in the order (sequence, position), whatever the layout."""
     learner.scoring.eval()
+    learner.scoring.dropout.off()
     result = scored(learner.engine, MicroBatchTensors.of(micro_batch, learner.device))
     values = result.values.float().cpu().numpy()
     return values.ravel() if result.rewards is not None else values[np.lexsort((micro_batch.score_at, micro_batch.sequence))]

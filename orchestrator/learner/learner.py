@@ -26,6 +26,7 @@ from orchestrator.learner.engine import Engine, ProcessGroup
 from orchestrator.learner.memory import current_bytes, finish, give_back, is_out_of_memory, peak_bytes, reset_peak
 from orchestrator.learner.schedule import learning_rate
 from orchestrator.models.attention import attention_windows
+from orchestrator.models.dropout import as_used
 from orchestrator.models.fused import fuse
 from orchestrator.models.load import Loaded, load, placed
 from orchestrator.models.rows import MicroBatchTensors
@@ -104,7 +105,6 @@ class RankLearner:
         self.algorithm: Algorithm = build(recipe.algorithm, recipe.rollouts) if spec.role == "policy" else critic(recipe.algorithm)
         self.bytes_before_model = current_bytes(device)
         self.loaded: Loaded = loaded or load(recipe.model, seed=recipe.run.seed, head=self.algorithm.head)
-        disable_dropout(self.loaded.model)
         self.scoring = ScoringModel(self.loaded.model, head=self.algorithm.head, spec=self.algorithm.scores)
         self.scoring.checkpoint(recipe.learners.checkpointing)
         if recipe.learners.fused:
@@ -127,13 +127,13 @@ class RankLearner:
     def forward_backward(self, micro_batches: Sequence[MicroBatch], units: LossUnits, step: int) -> LearnReport:
         """Adds the gradient of this rank's share of the step's loss; `loss` in the report is that share."""
         started = time.perf_counter()
-        self.scoring.train()
+        as_used(self.scoring)
         sums = Sums()
         with self.engine.accumulation():
             for index, micro_batch in enumerate(micro_batches):
                 with self._located(micro_batch, index):
                     fault = self._inject("micro_batch", step)
-                    self._seed(step, index)
+                    self.scoring.dropout.at(self.spec.recipe.run.seed, step)
                     loss = self._loss(micro_batch, units)
                     share = loss.total * (float("nan") if fault == "nan" else micro_batch.weight)
                     self.engine.backward(share, last=index == len(micro_batches) - 1)
@@ -158,9 +158,14 @@ class RankLearner:
         self.engine.discard(self.idle_loss)
 
     @torch.no_grad()
-    def token_logprobs(self, micro_batches: Sequence[MicroBatch], *, reference: bool = False) -> tuple[Floats, ...]:
-        """fp32 log-probs of the scored tokens of each micro-batch, under the policy or the reference."""
-        self.scoring.eval()
+    def token_logprobs(
+        self, micro_batches: Sequence[MicroBatch], *, reference: bool = False, step: int | None = None
+    ) -> tuple[Floats, ...]:
+        """fp32 log-probs of the scored tokens of each micro-batch, under the policy or the reference. step: with LoRA's dropout of that
+        optimizer step, as forward_backward will draw it; None: without dropout."""
+        self._still()
+        if step is not None:
+            self.scoring.dropout.at(self.spec.recipe.run.seed, step)
         model, scope = self._scorer(reference)
         with scope:
             return on_host([_logps(scored(model, MicroBatchTensors.of(mb, self.device))) for mb in micro_batches])
@@ -168,14 +173,14 @@ class RankLearner:
     @torch.no_grad()
     def token_values(self, micro_batches: Sequence[MicroBatch]) -> tuple[Floats, ...]:
         """A critic's fp32 values at the positions that predict the scored tokens of each micro-batch."""
-        self.scoring.eval()
+        self._still()
         return on_host([self._forward(MicroBatchTensors.of(mb, self.device)).values for mb in micro_batches])
 
     @torch.no_grad()
     def evaluate(self, micro_batches: Sequence[MicroBatch], units: LossUnits) -> tuple[LearnReport, tuple[Floats, ...]]:
         """The objective on held-out micro-batches without gradients, and the sums of each example: Float[n, branches]."""
         started = time.perf_counter()
-        self.scoring.eval()
+        self._still()
         sums = Sums()
         per_example = []
         for micro_batch in micro_batches:
@@ -188,7 +193,7 @@ class RankLearner:
     @torch.no_grad()
     def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[list[int]]:
         """Greedy continuations of this rank's prompts (every rank must call it with at least one prompt at ZeRO-3)."""
-        self.scoring.eval()
+        self._still()
         eos = self.loaded.tokenizer.eos_token_id
         return self.scoring.generate(prompts, max_new_tokens, eos=eos, synced=self.spec.cut.zero_stage == 3)
 
@@ -260,9 +265,10 @@ class RankLearner:
             return self.reference, nullcontext()
         return self.engine, self.scoring.reference()
 
-    def _seed(self, step: int, index: int) -> None:
-        """Randomness (LoRA dropout) is a function of (seed, step, rank, micro-batch): a resume needs no saved state."""
-        torch.manual_seed(hash((self.spec.recipe.run.seed, step, self.group.rank, index)) & 0x7FFF_FFFF)
+    def _still(self) -> None:
+        """Nothing is dropped until the next forward_backward."""
+        self.scoring.eval()
+        self.scoring.dropout.off()
 
     def _inject(self, site: str, step: int) -> str | None:
         fault = faults.inject(site, step=step, rank=self.group.rank)
@@ -303,15 +309,6 @@ def on_host(values: Sequence[Tensor]) -> tuple[Floats, ...]:
     return tuple(value.float().cpu().numpy() for value in values)
 
 
-def disable_dropout(model: nn.Module) -> None:
-    """Sets dropout to 0, as TRL does for preference losses: a loss must not depend on the cut through random masks."""
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Dropout) and "lora_dropout" not in name:
-            module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
-
-
 def load_reference(recipe: Recipe, device: torch.device) -> tuple[ScoringModel, str]:
     """The frozen reference policy and its fingerprint: `model.reference`, else the start weights, never a resumed policy."""
     loaded = load(recipe.model, seed=recipe.run.seed, head="lm", reference=True)
@@ -332,9 +329,9 @@ class RankReference:
         self.scoring, self.fingerprint = load_reference(recipe, device)
 
     @torch.no_grad()
-    def token_logprobs(self, micro_batches: Sequence[MicroBatch], *, reference: bool = True) -> tuple[Floats, ...]:
+    def token_logprobs(self, micro_batches: Sequence[MicroBatch], *, reference: bool = True, step: int | None = None) -> tuple[Floats, ...]:
         """fp32 log-probs of the scored tokens of each micro-batch."""
-        assert reference, "only the reference policy is loaded"
+        assert reference and step is None, "only the reference policy is loaded, and nothing of it is dropped"
         autocast = self.recipe.learners.precision == "bf16_autocast"
         with torch.autocast(self.device.type, torch.bfloat16, enabled=autocast):
             return on_host([_logps(scored(self.scoring, MicroBatchTensors.of(mb, self.device))) for mb in micro_batches])

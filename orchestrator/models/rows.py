@@ -58,6 +58,7 @@ class MicroBatchTensors:
     targets: Tensor
     sequence: Tensor
     last_at: Tensor
+    identity: Tensor
     ref_logprobs: Tensor | None = None
     coefficients: Tensor | None = None
     label: Tensor | None = None

@@ -62,10 +62,17 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, spec: HeadSpec,
     return z if spec.temperature == 1.0 else z / spec.temperature
 
 
-def _spent(z: Tensor) -> Tensor:
-    """log sum_v exp z_v: Float[n], without the second [n, V] tensor that torch.logsumexp takes. z is overwritten."""
+def _below_top(z: Tensor) -> Tensor:
+    """The largest logit of each row, Float[n]; z is left with what is below it. A log-prob is then a difference of small numbers, as in
+    torch.log_softmax: taken from whole logits it would lose what fp32 cannot hold beside a logit of 40 (4e-6 nat)."""
     top = z.amax(1, keepdim=True)
-    return z.sub_(top).exp_().sum(1).log_().add_(top[:, 0])
+    z.sub_(top)
+    return top[:, 0]
+
+
+def _spent(z: Tensor) -> Tensor:
+    """log sum_v exp z_v: Float[n], of z below its top, without the second [n, V] tensor that torch.logsumexp takes. z is overwritten."""
+    return z.exp_().sum(1).log_()
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
@@ -94,13 +101,15 @@ class _ChunkedLogProbs(torch.autograd.Function):
         for i in range(0, len(hidden), spec.chunk):
             part = slice(i, i + spec.chunk)
             z = _logits(hidden[part].to(ctx.compute), w, b, spec, accurate)
+            top = _below_top(z)
             picked = z.gather(1, targets[part, None])[:, 0]
-            norm[part] = z.logsumexp(1) if spec.want_wpo or spec.want_entropy else _spent(z)
-            logps[part] = picked - norm[part]
+            below = z.logsumexp(1) if spec.want_wpo or spec.want_entropy else _spent(z)
+            norm[part] = below + top
+            logps[part] = picked - below
             if spec.want_wpo:
-                wpo[part] = logps[part] - ((2.0 * z).logsumexp(1) - 2.0 * norm[part])
+                wpo[part] = logps[part] - ((2.0 * z).logsumexp(1) - 2.0 * below)
             if spec.want_entropy:
-                entropy[part] = norm[part] - (z - norm[part, None]).exp_().mul_(z).sum(1)
+                entropy[part] = below - (z - below[:, None]).exp_().mul_(z).sum(1)
         ctx.save_for_backward(hidden, targets, norm, entropy)
         ctx.weight, ctx.bias, ctx.spec = weight, bias, spec
         ctx.mark_non_differentiable(wpo)

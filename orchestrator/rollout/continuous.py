@@ -31,9 +31,10 @@ from transformers.generation.continuous_batching.requests import FutureRequestSt
 
 from orchestrator.episodes import Completion, Sampling
 from orchestrator.errors import Exit, OrchestratorError
+from orchestrator.models.noise import words
 from orchestrator.records import Finish
-from orchestrator.rollout.sampling import draw, words
-from orchestrator.rollout.static import Ends, Request, StaticDecoder
+from orchestrator.rollout.sampling import draw
+from orchestrator.rollout.static import Ends, Request, StaticDecoder, as_completion, on_host
 
 PAGE_TOKENS = 32
 PREFILL_TOKENS = 256
@@ -60,11 +61,11 @@ class _Sample:
     room: int
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    kept: list[float] = field(default_factory=list)
     finish: Finish | None = None
 
     def completion(self) -> Completion:
-        assert self.finish is not None
-        return Completion(np.array(self.ids, np.int64), np.array(self.logprobs, np.float32), self.finish)
+        return as_completion(self.ids, self.logprobs, self.kept, self.finish)
 
 
 class Drawer(ContinuousBatchingLogitsProcessor):
@@ -93,15 +94,16 @@ class Drawer(ContinuousBatchingLogitsProcessor):
         if rows:
             seeds = torch.tensor([s.words for s in rows], device=scores.device)
             positions = torch.tensor([s.position + len(s.ids) for s in rows], device=scores.device)
-            tokens, logprobs = draw(scores[: len(rows)], seeds, positions, self.sampling)
-            chosen[: len(rows)].scatter_(1, tokens[:, None], 1.0)
-            for sample, token, logprob in zip(rows, tokens.tolist(), logprobs.tolist(), strict=True):
-                self._append(sample, token, logprob)
+            drawn = draw(scores[: len(rows)], seeds, positions, self.sampling)
+            chosen[: len(rows)].scatter_(1, drawn.tokens[:, None], 1.0)
+            for sample, token, logprob, kept in zip(rows, *on_host(drawn), strict=True):
+                self._append(sample, token, logprob, kept)
         return chosen
 
-    def _append(self, sample: _Sample, token: int, logprob: float) -> None:
+    def _append(self, sample: _Sample, token: int, logprob: float, kept: list[float]) -> None:
         sample.ids.append(token)
         sample.logprobs.append(logprob)
+        sample.kept.extend(kept)
         sample.finish = self.ends.finish(sample.ids, sample.room, self.sampling.stop)
         if sample.finish is None:
             return

@@ -86,6 +86,15 @@ def header_values(function: RewardFunction, environment: Mapping[str, str]) -> d
     return headers
 
 
+def parameters_of(function: RewardFunction) -> ast.arguments | None:
+    """What a function takes by its source; None where none is read: a method, a decorated function, one that is imported or made."""
+    origin = _locate(function)
+    if origin.file is None:
+        return None
+    definition = _definitions(origin.file, function).names.get(origin.name)
+    return None if definition is None or definition.decorator_list or origin.is_trl else definition.args
+
+
 def resolve(function: RewardFunction) -> Callable[..., Any]:
     """The function with its options bound. Runs the user's module: only for the sandbox process."""
     origin = _locate(function)

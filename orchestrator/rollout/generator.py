@@ -17,7 +17,7 @@ from orchestrator.rollout.turns import Decoder, Roller, load_environment
 class GenerationEngine(Protocol):
     """Decodes with one model whose weights can be replaced in place.
 
-    Every log-prob it returns is under the distribution that the token was drawn from: after temperature, top-k, top-p, min-p.
+    Every log-prob it returns is the policy's, over the whole vocabulary at the temperature, whatever top-k, top-p and min-p left out.
     """
 
     @property

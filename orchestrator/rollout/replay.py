@@ -5,7 +5,7 @@
 
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +100,7 @@ def _group(draw: int, lines: Sequence[Mapping[str, Any]]) -> ScoredGroup:
             logprobs=np.array(line["tokens"]["logprobs"], np.float32),
             finish=line["finish"],
             completion=line["completion"],
+            kept=np.array(line["tokens"]["kept"], np.float32) if "kept" in line["tokens"] else None,
         )
         for line in lines
     )
@@ -109,4 +110,4 @@ def _group(draw: int, lines: Sequence[Mapping[str, Any]]) -> ScoredGroup:
 
 
 def _with_version(rollout: Rollout, version: int) -> Rollout:
-    return Rollout(rollout.sample, version, rollout.ids, rollout.scored, rollout.logprobs, rollout.finish, rollout.completion)
+    return replace(rollout, version=version)

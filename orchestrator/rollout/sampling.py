@@ -1,27 +1,28 @@
 """Drawing tokens so that who draws them cannot matter.
 
-    logits --temperature, top-k, top-p, min-p--> the distribution drawn from --Gumbel-max, noise = f(seed, position, token)--> token
+    logits --temperature--> the policy --top-k, top-p, min-p--> the distribution drawn from --Gumbel-max--> token
 
-A sample's noise is a function of its seed and the position, never of the batch it sits in or the actor that holds it.
+The noise, f(seed, position, token), is a function of a sample's seed and the position, never of the batch it sits in or the actor that
+holds it. What is kept of a token is its log-prob under the policy, over the whole vocabulary as the learner computes it: log-probs over
+what top-k, top-p and min-p leave are larger by the mass that they cut away, so a learner would take the sampler for another policy.
 """
 
-import hashlib
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from orchestrator.episodes import Sampling
+from orchestrator.models.noise import WORD, hashed, mixed
 
-_WORD = 0xFFFF_FFFF
 _CACHED = 1 << 16
 """Numbers that a CPU's cache holds while they are mixed."""
 
 
 def sample_seed(run_seed: int, prompt_id: int, draw: int, sample: int, version: int) -> int:
     """The 64-bit seed of one sample: a hash of what it is, and of nothing else."""
-    key = f"{run_seed}/{prompt_id}/{draw}/{sample}/{version}".encode()
-    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big")
+    return hashed(run_seed, prompt_id, draw, sample, version)
 
 
 def gumbel(seeds: Tensor, positions: Tensor, vocabulary: int) -> Tensor:
@@ -35,25 +36,11 @@ def gumbel(seeds: Tensor, positions: Tensor, vocabulary: int) -> Tensor:
     if len(seeds) > rows:
         return torch.cat([gumbel(s, p, vocabulary) for s, p in zip(seeds.split(rows), positions.split(rows), strict=True)])
     tokens = torch.arange(vocabulary, device=seeds.device)[None]
-    key = _mix((seeds[:, 0] ^ _mix(positions * 0x9E37_79B1 & _WORD)) & _WORD)
-    bits = _mix((tokens * 0x85EB_CA77 + key[:, None]) & _WORD)
-    bits = _mix(bits ^ _mix((seeds[:, 1] + positions * 0xC2B2_AE3D) & _WORD)[:, None])
+    key = mixed((seeds[:, 0] ^ mixed(positions * 0x9E37_79B1 & WORD)) & WORD)
+    bits = mixed((tokens * 0x85EB_CA77 + key[:, None]) & WORD)
+    bits = mixed(bits ^ mixed((seeds[:, 1] + positions * 0xC2B2_AE3D) & WORD)[:, None])
     uniform = (bits.double() + 0.5) / 2.0**32
     return uniform.log_().neg_().log_().neg_().float()
-
-
-def _mix(word: Tensor) -> Tensor:
-    """murmur3's 32-bit finaliser on Int64 tensors that hold 32-bit values."""
-    word = word ^ (word >> 16)
-    word = word.mul_(0x85EB_CA6B).bitwise_and_(_WORD)
-    word = word.bitwise_xor_(word >> 13)
-    word = word.mul_(0xC2B2_AE35).bitwise_and_(_WORD)
-    return word.bitwise_xor_(word >> 16)
-
-
-def words(seed: int) -> tuple[int, int]:
-    """The two 32-bit words of a seed."""
-    return seed >> 32 & _WORD, seed & _WORD
 
 
 def drawn_from(logits: Tensor, sampling: Sampling) -> Tensor:
@@ -73,11 +60,31 @@ def drawn_from(logits: Tensor, sampling: Sampling) -> Tensor:
     return logps
 
 
-def draw(logits: Tensor, seeds: Tensor, positions: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
-    """(tokens Int[R], log-prob Float[R] of each under the distribution it was drawn from; 0 where greedy)."""
+def policy_logps(logits: Tensor, sampling: Sampling) -> Tensor:
+    """Log-probs Float[R, V] of the policy: softmax of the logits over the temperature, nothing left out."""
+    return torch.log_softmax(logits.float() / sampling.temperature, 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """One token for each of R rows. tokens: Int[R]; logprobs: Float[R], under the policy (0 where greedy); kept: Float[R], log of the
+    policy's mass that top-k, top-p and min-p left to draw from, None where none of them is set. logprobs - kept is the log-prob
+    under the distribution drawn from."""
+
+    tokens: Tensor
+    logprobs: Tensor
+    kept: Tensor | None = None
+
+
+def draw(logits: Tensor, seeds: Tensor, positions: Tensor, sampling: Sampling) -> Drawn:
+    """The next token of each row. logits: Float[R, V]; seeds: Int[R, 2]; positions: Int[R]."""
     if sampling.temperature == 0.0:
         tokens = logits.argmax(1)
-        return tokens, torch.zeros(len(tokens), device=logits.device)
+        return Drawn(tokens, torch.zeros(len(tokens), device=logits.device))
     logps = drawn_from(logits, sampling)
     tokens = (logps + gumbel(seeds, positions, logits.shape[1])).argmax(1)
-    return tokens, logps.gather(1, tokens[:, None])[:, 0]
+    picked = logps.gather(1, tokens[:, None])[:, 0]
+    if not sampling.truncates:
+        return Drawn(tokens, picked)
+    whole = policy_logps(logits, sampling).gather(1, tokens[:, None])[:, 0]
+    return Drawn(tokens, whole, whole - picked)

@@ -19,8 +19,9 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 
 from orchestrator.episodes import Completion, Sampling
 from orchestrator.errors import ConfigError
+from orchestrator.models.noise import words
 from orchestrator.records import Finish, Ints
-from orchestrator.rollout.sampling import draw, words
+from orchestrator.rollout.sampling import Drawn, draw
 
 COMPACT_AT = 0.25
 """Share of ended rows at which the batch is compacted: copying the cache costs more than a few idle rows."""
@@ -65,7 +66,11 @@ class _Row:
     room: int
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    kept: list[float] = field(default_factory=list)
     finish: Finish | None = None
+
+    def completion(self) -> Completion:
+        return as_completion(self.ids, self.logprobs, self.kept, self.finish)
 
 
 class StaticDecoder:
@@ -95,7 +100,7 @@ class StaticDecoder:
             self._draw(batch, sampling)
             for row in batch.rows:
                 if row.finish is not None and done[row.request][row.sample] is None:
-                    done[row.request][row.sample] = Completion(np.array(row.ids, np.int64), np.array(row.logprobs, np.float32), row.finish)
+                    done[row.request][row.sample] = row.completion()
             alive = [i for i, row in enumerate(batch.rows) if row.finish is None]
             if not alive:
                 batch = _Batch(self.device)
@@ -133,13 +138,14 @@ class StaticDecoder:
         batch.add(rows, layers, mask[origin], logits[origin], seeds, start)
 
     def _draw(self, batch: "_Batch", sampling: Sampling) -> None:
-        tokens, logprobs = draw(batch.logits, batch.seeds, batch.positions, sampling)
-        batch.tokens, batch.positions = tokens, batch.positions + 1
-        for row, token, logprob in zip(batch.rows, tokens.tolist(), logprobs.tolist(), strict=True):
+        drawn = draw(batch.logits, batch.seeds, batch.positions, sampling)
+        batch.tokens, batch.positions = drawn.tokens, batch.positions + 1
+        for row, token, logprob, kept in zip(batch.rows, *on_host(drawn), strict=True):
             if row.finish is not None:
                 continue
             row.ids.append(token)
             row.logprobs.append(logprob)
+            row.kept.extend(kept)
             row.finish = self.ends.finish(row.ids, row.room, sampling.stop)
 
     def _forward(self, batch: "_Batch") -> None:
@@ -194,6 +200,19 @@ class _Batch:
             _set(layer, *(part[index, :, first:] for part in _keys_values(layer)))
         self.logits, self.seeds = self.logits[index], self.seeds[index]
         self.positions, self.tokens = self.positions[index], self.tokens[index]
+
+
+def on_host(drawn: Drawn) -> tuple[list[int], list[float], list[list[float]]]:
+    """Of each row: its token, its log-prob, and a list with the log of its kept mass, empty where all is kept."""
+    kept = [[] for _ in drawn.tokens] if drawn.kept is None else [[k] for k in drawn.kept.tolist()]
+    return drawn.tokens.tolist(), drawn.logprobs.tolist(), kept
+
+
+def as_completion(ids: list[int], logprobs: list[float], kept: list[float], finish: Finish | None) -> Completion:
+    """The arrays of a sample that has ended."""
+    assert finish is not None and len(kept) in (0, len(ids))
+    masses = np.array(kept, np.float32) if kept else None
+    return Completion(np.array(ids, np.int64), np.array(logprobs, np.float32), finish, masses)
 
 
 def _keys_values(layer: Any) -> tuple[Tensor, Tensor]:

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from orchestrator.data.template import render
 from orchestrator.episodes import Completion, Prompt, Rollout, RolloutGroup, Sampling
 from orchestrator.errors import ConfigError, DataError
 from orchestrator.records import Finish, Ints
@@ -104,7 +105,7 @@ class Roller:
         groups = []
         for (draw, prompt), completions in zip(work, self.decoder.generate(requests, sampling), strict=True):
             rollouts = tuple(
-                Rollout(k, version, c.ids, np.ones(len(c.ids), np.bool_), c.logprobs, c.finish, self._shown(prompt.text, c.ids))
+                Rollout(k, version, c.ids, np.ones(len(c.ids), np.bool_), c.logprobs, c.finish, self._shown(prompt.text, c.ids), kept=c.kept)
                 for k, c in enumerate(completions)
             )
             groups.append(RolloutGroup(prompt, draw, rollouts))
@@ -161,6 +162,8 @@ class Roller:
         """Adds the model's turn, asks the environment, and adds what it says if the model has a turn left."""
         episode.add(completion.ids, scored=True)
         episode.logprobs.append(completion.logprobs)
+        if completion.kept is not None:
+            episode.kept.append(completion.kept)
         text = self._text(completion.ids)
         episode.said.append({"role": "assistant", "content": text})
         episode.drawn += len(completion.ids)
@@ -184,7 +187,7 @@ class Roller:
     def _suffix(self, messages: Messages, completion: Completion, prompt: Prompt) -> list[int]:
         """The tokens between the model's turn and its next: what the template writes after the assistant's text."""
         before = [{"role": "user", "content": "x"}, {"role": "assistant", "content": _ANSWER}]
-        whole = self.tokenizer.apply_chat_template([*before, *messages], tokenize=False, add_generation_prompt=True)
+        whole = render(self.tokenizer, [*before, *messages], prompt, tokenize=False, add_generation_prompt=True)
         _, found, tail = whole.rpartition(_ANSWER)
         if not found:
             raise ConfigError(f"{prompt.where}: the chat template changes the assistant's text", fix="use another model.chat_template")
@@ -197,8 +200,7 @@ class Roller:
         if not self.tokenizer.chat_template:
             what = f"{prompt.where}: environments speak in messages, but the tokenizer has no chat template"
             raise ConfigError(what, fix="set model.chat_template")
-        output = self.tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, add_generation_prompt=True)
-        return list(output["input_ids"])
+        return list(render(self.tokenizer, messages, prompt, add_generation_prompt=True)["input_ids"])
 
     def _text(self, ids: Ints) -> str:
         return self.tokenizer.decode(ids.tolist(), skip_special_tokens=True)
@@ -223,6 +225,7 @@ class _Episode:
     ids: list[Ints] = field(default_factory=list)
     scored: list[np.ndarray] = field(default_factory=list)
     logprobs: list[np.ndarray] = field(default_factory=list)
+    kept: list[np.ndarray] = field(default_factory=list)
     said: Messages = field(default_factory=list)
     drawn: int = 0
     turns: int = 0
@@ -267,6 +270,7 @@ class _Episode:
             turns=self.turns,
             environment_reward=None if self.failure else self.reward,
             failure=self.failure,
+            kept=np.concatenate(self.kept) if self.kept else None,
         )
 
 

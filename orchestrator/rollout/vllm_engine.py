@@ -5,13 +5,13 @@
 
 The only module that imports vllm, and only when an engine is built: it is an optional package.
 
-vLLM's `processed_logprobs` are those of the distribution drawn from: after temperature, min-p, top-k and top-p, in this order.
-It is `sampling.drawn_from` (top-k, top-p, min-p) except where both top_p and min_p are set: then vLLM's top-p looks at what
-min-p left, and may keep fewer tokens. The log-probs returned are right all the same.
+vLLM's own temperature is always 1: `_Heat` divides the logits before vLLM sees them, in fp32. So its `raw_logprobs`, over the whole
+vocabulary, are the policy's at the temperature, which is what the learner computes (its `processed_logprobs` are renormalised over what
+min-p, top-k and top-p leave), and any temperature can be drawn at. The distribution drawn from is `sampling.drawn_from` (top-k, top-p,
+min-p) except where both top_p and min_p are set: vLLM's top-p looks at what min-p left, and may keep fewer tokens.
 """
 
 import gc
-import hashlib
 import importlib.util
 import math
 import os
@@ -31,6 +31,7 @@ from orchestrator.episodes import Completion, Sampling
 from orchestrator.errors import ConfigError, DataError, OrchestratorError
 from orchestrator.models.buckets import WIRE, Bucket, Entry, as_bytes, check, parts
 from orchestrator.models.load import load, load_config, load_tokenizer
+from orchestrator.models.noise import hashed
 from orchestrator.rollout.generator import end_tokens
 from orchestrator.rollout.static import Request
 
@@ -45,15 +46,13 @@ ENVIRONMENT = {
 """What vLLM reads while it is imported; variables that are set already win."""
 GPU_SHARE = 0.9
 """Of its part of the GPU's memory, for vLLM's weights and cache; the rest is for CUDA itself and for what vLLM does not count."""
-COLDEST, HOTTEST = 0.01, 2.0
-"""Temperatures that vLLM samples at: it silently raises lower ones, and refuses higher ones."""
 
 
 class VllmEngine:
     """A vLLM model in this process: generator.GenerationEngine.
 
-    Log-probs are under the distribution drawn from. A sample's noise depends on its seed and position alone, but is not the
-    noise of the transformers engine: the two draw different samples.
+    Log-probs are the policy's, as in Completion; vLLM does not say what mass it kept. A sample's noise depends on its seed and
+    position alone, but is not the noise of the transformers engine: the two draw different samples.
     """
 
     def __init__(self, recipe: Recipe, device: torch.device) -> None:
@@ -65,6 +64,8 @@ class VllmEngine:
         with _source(recipe) as source:
             self.llm: Any = _build(vllm, recipe, device, source, self._bytes(recipe))
             outline.generation_config.update(**self.llm.model_config.try_get_generation_config())
+        self.heat = _Heat()
+        self.llm.apply_model(self.heat.warm)
         self.eos = end_tokens(outline, load_tokenizer(recipe.model))
         self._version: int | None = None
         self._taken: dict[str, Tensor] = {}
@@ -101,7 +102,8 @@ class VllmEngine:
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[tuple[Completion, ...]]:
         """The completions of each request, in order. A stop text or eos is the last token of its completion."""
-        self._check(requests, sampling)
+        self._check(requests)
+        self.heat.temperature = sampling.temperature or 1.0
         prompts = [{"prompt_token_ids": r.prompt.tolist()} for r in requests for _ in r.seeds]
         parameters = [self._parameters(sampling, r, seed) for r in requests for seed in r.seeds]
         outputs = iter(self.llm.generate(prompts, parameters, use_tqdm=False) if prompts else ())
@@ -137,12 +139,7 @@ class VllmEngine:
         assert self.llm.reset_prefix_cache(), "keys and values of the old weights are still in use"
         self._version = version
 
-    def _check(self, requests: Sequence[Request], sampling: Sampling) -> None:
-        if sampling.temperature and not COLDEST <= sampling.temperature <= HOTTEST:
-            raise ConfigError(
-                f"vLLM does not sample at temperature {sampling.temperature}",
-                fix=f"set rollouts.temperature to 0 (greedy) or within {COLDEST} to {HOTTEST}, or {USE_TRANSFORMERS}",
-            )
+    def _check(self, requests: Sequence[Request]) -> None:
         longest = max((len(r.prompt) + r.room for r in requests), default=0)
         if longest > self.max_length:
             raise DataError(
@@ -153,7 +150,7 @@ class VllmEngine:
 
     def _parameters(self, sampling: Sampling, request: Request, seed: int) -> Any:
         return self.sampling_params(
-            temperature=sampling.temperature,
+            temperature=1.0 if sampling.temperature else 0.0,
             top_p=sampling.top_p,
             top_k=sampling.top_k or 0,
             min_p=sampling.min_p,
@@ -169,10 +166,35 @@ class VllmEngine:
         )
 
 
+class _Heat:
+    """Divides a model's logits by the temperature of the present `generate`. vLLM would do it after it has computed raw log-probs."""
+
+    def __init__(self) -> None:
+        self.temperature = 1.0
+
+    def warm(self, model: Any) -> None:
+        """Hooks the layer that makes logits; a model without one cannot be used."""
+        from vllm.model_executor.layers.logits_processor import LogitsProcessor  # pyright: ignore[reportMissingImports]
+
+        layers = [layer for layer in model.modules() if isinstance(layer, LogitsProcessor)]
+        if len(layers) != 1:
+            raise ConfigError(
+                f"rollouts.engine=vllm: {type(model).__name__} makes its logits in {len(layers)} layers, not in one",
+                why="the temperature is applied where logits are made, so that log-probs are the policy's",
+                fix=USE_TRANSFORMERS,
+            )
+        layers[0].register_forward_hook(self._divide)
+
+    def _divide(self, layer: Any, inputs: Any, logits: Tensor | None) -> Tensor | None:
+        if logits is None or self.temperature == 1.0:
+            return None  # as they are
+        return logits.float() / self.temperature
+
+
 def folded(seed: int, position: int) -> int:
     """The seed that vLLM gets: 63 bits (it takes -1 for none, and torch's CPU generator reads the low 32 alone), another one
     for each position, so that a second turn does not repeat the noise of the first."""
-    return int.from_bytes(hashlib.blake2b(f"{seed}/{position}".encode(), digest_size=8).digest(), "big") >> 1
+    return hashed(seed, position) >> 1
 
 
 def _completion(output: Any, sampling: Sampling) -> Completion:
@@ -250,7 +272,7 @@ def _build(vllm: Any, recipe: Recipe, device: torch.device, source: str, size: i
             dtype=str(WIRE[recipe.learners.precision]).removeprefix("torch."),
             max_model_len=recipe.data.max_length,
             seed=recipe.run.seed,
-            logprobs_mode="processed_logprobs",
+            logprobs_mode="raw_logprobs",
             enable_prefix_caching=True,
             enforce_eager=not on_gpu,
             use_tqdm_on_load=False,

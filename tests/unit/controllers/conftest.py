@@ -82,12 +82,12 @@ class OneRank:
             raise torch.OutOfMemoryError(f"{size} positions do not fit")
         self.positions.append(size)
 
-    def token_logprobs(self, batch: PackedBatch, *, reference: bool = False) -> PerMicroBatch:
+    def token_logprobs(self, batch: PackedBatch, *, reference: bool = False, step: int | None = None) -> PerMicroBatch:
         if reference and self.rank.reference is not None:
             return (self.rank.token_logprobs(batch.micro_batches[0], reference=True),)
         if reference:
             return (self.frozen.token_logprobs(batch.micro_batches[0]),)
-        return (self.rank.token_logprobs(batch.micro_batches[0]),)
+        return (self.rank.token_logprobs(batch.micro_batches[0], step=step),)
 
     def forward_backward(self, batch: PackedBatch, step: int) -> LearnReport:
         return self.rank.forward_backward(batch.micro_batches[0], batch.units, step)

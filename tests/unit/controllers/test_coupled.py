@@ -25,7 +25,7 @@ def cut(layout="prefix_shared", examples=8):
 def step(policy, groups, how, number):
     """One optimizer step in two passes; (loss, means, gradient norm)."""
     batch = policy.with_live_reference(cut_step(groups, how))
-    batch, whole = with_coefficients(batch, policy, policy.rank.algorithm)
+    batch, whole = with_coefficients(batch, policy, policy.rank.algorithm, number)
     report = whole.merged_into(policy.forward_backward(batch, number))
     return report.loss, report.means, policy.optim_step(number).grad_norm
 
@@ -73,12 +73,12 @@ def test_fillers_are_left_out_and_get_no_coefficient(one_rank):
     batch = batch.with_reference(logprobs)
 
     class TwoRanks:
-        def token_logprobs(self, _):
+        def token_logprobs(self, _, *, step):
             return logprobs
 
     (filler,) = [mb for rank in batch.micro_batches for mb in rank if not mb.weight]
     assert whole_scores(batch, logprobs).examples == 3
-    ready, _ = with_coefficients(batch, TwoRanks(), policy.rank.algorithm)  # pyright: ignore
+    ready, _ = with_coefficients(batch, TwoRanks(), policy.rank.algorithm, 0)  # pyright: ignore
     for mb in (mb for rank in ready.micro_batches for mb in rank):
         assert mb.coefficients.any() == bool(mb.weight)
         assert len(mb.coefficients) == len(mb.targets)

@@ -79,6 +79,7 @@ def run(one_rank: Callable[..., OneRank], tmp_path: Path, script: Scripted, *, s
             "epochs": 1,
             "optimizer_steps": 1,
             "sampling": Sampling(SAMPLES, 8),
+            "dropout": False,
             "max_staleness": 0,
             "max_resampled": 2,
             "mask_truncated": False,

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from orchestrator.config import TinyModel
 from orchestrator.episodes import Completion, Sampling
 from orchestrator.models.tiny import build
-from orchestrator.rollout.sampling import drawn_from, sample_seed
+from orchestrator.rollout.sampling import drawn_from, policy_logps, sample_seed
 from orchestrator.rollout.static import Request
 
 EOS = tuple(range(2, 16))
@@ -61,11 +61,15 @@ def requests(count: int = 7, *, longest: int = 20, room: int = 40, samples: int 
     return [Request(p, s, int(r)) for p, s, r in zip(prompts, seeds, rooms, strict=True)]
 
 
-def forward_logprobs(model: Any, prompt: np.ndarray, completion: Completion, sampling: Sampling = SAMPLING) -> np.ndarray:
-    """What one forward over prompt and completion says of the completion's tokens: Float[S]."""
+def forward_logprobs(
+    model: Any, prompt: np.ndarray, completion: Completion, sampling: Sampling = SAMPLING, *, narrowed: bool = False
+) -> np.ndarray:
+    """What one forward over prompt and completion says of the completion's tokens, Float[S]: under the policy, or where narrowed,
+    under what top-k, top-p and min-p leave of it."""
     ids = torch.from_numpy(np.concatenate([prompt, completion.ids]))[None]
     with torch.no_grad():
-        logps = drawn_from(model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1], sampling)
+        logits = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1]
+        logps = drawn_from(logits, sampling) if narrowed else policy_logps(logits, sampling)
     return logps.gather(1, ids[0, len(prompt) :, None])[:, 0].numpy()
 
 
@@ -73,6 +77,17 @@ def worst_gap(model: Any, made: Sequence[Request], found: Generated, sampling: S
     """Largest |difference| between a completion's log-probs and one forward's."""
     gaps = [np.abs(forward_logprobs(model, r.prompt, c, sampling) - c.logprobs).max() for r, cs in zip(made, found, strict=True) for c in cs]
     return float(max(gaps))
+
+
+def kept_gap(model: Any, made: Sequence[Request], found: Generated, sampling: Sampling) -> float:
+    """Largest |difference| between log-probs less the kept mass and what one forward says of the distribution drawn from."""
+
+    def of(request: Request, completion: Completion) -> float:
+        assert completion.kept is not None and len(completion.kept) == len(completion.ids)
+        truth = forward_logprobs(model, request.prompt, completion, sampling, narrowed=True)
+        return float(np.abs(truth - (completion.logprobs - completion.kept)).max())
+
+    return max(of(r, c) for r, cs in zip(made, found, strict=True) for c in cs)
 
 
 def same(one: Generated, other: Generated, tolerance: float = 1e-5) -> bool:

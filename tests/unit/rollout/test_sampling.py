@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from transformers import LogitsProcessorList, MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from orchestrator.episodes import Sampling
-from orchestrator.rollout.sampling import draw, drawn_from, gumbel, sample_seed, words
+from orchestrator.models.noise import words
+from orchestrator.rollout.sampling import draw, drawn_from, gumbel, sample_seed
 
 ROWS, VOCABULARY = 2000, 64
 
@@ -104,7 +105,7 @@ def test_seeds_differ_in_everything_they_name():
 def test_frequencies_are_those_of_the_softmax(sampling):
     logits = torch.linspace(-2, 2, 12).expand(40_000, 12)
     seeds = torch.randint(0, 2**32, (40_000, 2), generator=torch.Generator().manual_seed(0))
-    tokens, _ = draw(logits, seeds, torch.arange(40_000) % 100, sampling)
+    tokens = draw(logits, seeds, torch.arange(40_000) % 100, sampling).tokens
     probabilities = drawn_from(logits[:1], sampling)[0].exp().double().numpy()
     counts = np.bincount(tokens.numpy(), minlength=12)
     possible = probabilities > 0
@@ -151,15 +152,22 @@ def test_filters_by_hand():
     assert torch.allclose(drawn_from(logits, Sampling(1, 1, temperature=0.5)).exp(), logits.exp() ** 2 / (logits.exp() ** 2).sum())
 
 
-@pytest.mark.parametrize("sampling", [Sampling(1, 1), Sampling(1, 1, 0.6, 0.9, 20, 0.02)])
-def test_log_probs_are_those_of_the_distribution_drawn_from(sampling):
+@pytest.mark.parametrize("sampling", [Sampling(1, 1, 0.6), Sampling(1, 1, 0.6, 0.9, 20, 0.02)])
+def test_log_probs_are_the_policys_and_less_the_kept_mass_those_of_the_distribution_drawn_from(sampling):
     logits = 3 * torch.randn(500, 40, generator=torch.Generator().manual_seed(1))
-    tokens, logprobs = draw(logits, SEEDS[:500], torch.arange(500), sampling)
-    assert torch.equal(logprobs, drawn_from(logits, sampling).gather(1, tokens[:, None])[:, 0])
-    assert bool(logprobs.isfinite().all())
+    drawn = draw(logits, SEEDS[:500], torch.arange(500), sampling)
+    index = drawn.tokens[:, None]
+    assert torch.equal(drawn.logprobs, torch.log_softmax(logits / 0.6, 1).gather(1, index)[:, 0])
+    assert (drawn.kept is not None) is sampling.truncates
+    narrow = drawn_from(logits, sampling)
+    mass = (torch.softmax(logits.double() / 0.6, 1) * narrow.isfinite()).sum(1).log()
+    kept = torch.zeros(500) if drawn.kept is None else drawn.kept
+    torch.testing.assert_close(kept.double(), mass, rtol=0, atol=2e-6)
+    torch.testing.assert_close(drawn.logprobs - kept, narrow.gather(1, index)[:, 0], rtol=0, atol=2e-6)
+    assert not sampling.truncates or float(mass.min()) < -0.05
 
 
 def test_greedy_takes_the_likeliest_token_for_sure():
     logits = torch.randn(100, 40, generator=torch.Generator().manual_seed(1))
-    tokens, logprobs = draw(logits, SEEDS[:100], torch.arange(100), Sampling(1, 1, temperature=0.0))
-    assert torch.equal(tokens, logits.argmax(1)) and not logprobs.any()
+    drawn = draw(logits, SEEDS[:100], torch.arange(100), Sampling(1, 1, temperature=0.0))
+    assert torch.equal(drawn.tokens, logits.argmax(1)) and not drawn.logprobs.any() and drawn.kept is None

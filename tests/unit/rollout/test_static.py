@@ -11,7 +11,20 @@ from hypothesis import strategies as st
 from orchestrator.episodes import Sampling
 from orchestrator.errors import ConfigError
 from orchestrator.rollout.static import Request, StaticDecoder
-from tests.unit.rollout.decoding_cases import CASES, EOS, SAMPLING, WINDOWED, Case, cut_at, forward_logprobs, letters, requests, same, worst_gap
+from tests.unit.rollout.decoding_cases import (
+    CASES,
+    EOS,
+    SAMPLING,
+    WINDOWED,
+    Case,
+    cut_at,
+    forward_logprobs,
+    kept_gap,
+    letters,
+    requests,
+    same,
+    worst_gap,
+)
 
 LLAMA = CASES[0].model()
 REQUESTS = requests()
@@ -111,10 +124,14 @@ def test_a_stop_text_ends_a_completion_and_stays_in_it(length):
 
 
 @pytest.mark.parametrize("sampling", [replace(SAMPLING, temperature=0.7, top_k=50, top_p=0.9, min_p=0.01), replace(SAMPLING, temperature=2.0)])
-def test_log_probs_are_under_the_distribution_drawn_from(sampling):
+def test_log_probs_are_the_policys_at_the_temperature(sampling):
     found = StaticDecoder(LLAMA, EOS, 6, letters).generate(REQUESTS, sampling)
     assert worst_gap(LLAMA, REQUESTS, found, sampling) < 1e-4
     assert worst_gap(LLAMA, REQUESTS, found) > 0.1
+    if sampling.truncates:
+        assert kept_gap(LLAMA, REQUESTS, found, sampling) < 1e-4
+    else:
+        assert all(c.kept is None for cs in found for c in cs)
 
 
 def test_greedy_is_generate_without_sampling():

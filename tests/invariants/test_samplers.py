@@ -1,0 +1,113 @@
+"""On policy every token weighs exactly 1, however it was drawn: a grid of samplers on shared logits, and both decoders on a model.
+
+    the same logits --rollout.sampling.draw--> sampled log-probs  ─┐
+                    --learner's head at HeadSpec.temperature--> old ┴─> weight = exp(old - sampled) = 1
+"""
+
+from collections.abc import Callable
+from itertools import product
+
+import numpy as np
+import pytest
+import torch
+
+from orchestrator.algorithms import build
+from orchestrator.config import Algorithm, Correction, Rollouts
+from orchestrator.episodes import Sampling
+from orchestrator.objectives.logprobs import chunked_logprobs
+from orchestrator.objectives.policy import CorrectionKind, correction_weights
+from orchestrator.objectives.scores import ExperienceTensors, TokenScores
+from orchestrator.records import LossUnits
+from orchestrator.rollout.continuous import ContinuousDecoder
+from orchestrator.rollout.sampling import draw, drawn_from
+from orchestrator.rollout.static import StaticDecoder
+from tests.unit.rollout.decoding_cases import CASES, EOS, kept_gap, letters, requests, worst_gap
+
+ROWS, VOCABULARY, LENGTH = 96, 128, 12
+GRID = tuple(product((0.2, 0.6, 1.0, 1.7, 3.0), (1.0, 0.9, 0.5), (None, 1, 20, 500), (0.0, 0.1)))
+"""temperature, top_p, top_k, min_p: 120 samplers; 500 is more than there are tokens."""
+KINDS: tuple[CorrectionKind, ...] = ("none", "token", "sequence", "decoupled")
+EXACT = 1e-6
+
+
+def named(temperature: float, top_p: float, top_k: int | None, min_p: float) -> Rollouts:
+    return Rollouts.model_validate({"temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p, "max_new_tokens": LENGTH})
+
+
+def sampled(rollouts: Rollouts) -> tuple[Sampling, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(sampling, logits Float[R, V], tokens, the generator's log-probs): one step of a decoder."""
+    sampling = Sampling(1, LENGTH, rollouts.temperature, rollouts.top_p, rollouts.top_k, rollouts.min_p)
+    generator = torch.Generator().manual_seed(7)
+    logits = 2.0 * torch.randn(ROWS, VOCABULARY, generator=generator)
+    seeds = torch.randint(0, 2**32, (ROWS, 2), generator=generator)
+    drawn = draw(logits, seeds, torch.arange(ROWS) % LENGTH, sampling)
+    return sampling, logits, drawn.tokens, drawn.logprobs
+
+
+def learned(rollouts: Rollouts, logits: torch.Tensor, tokens: torch.Tensor, name: str = "grpo") -> torch.Tensor:
+    """What the learner's own head says of the same logits, with the spec that the algorithm's row gives it."""
+    spec = build(Algorithm(name=name), rollouts).scores  # pyright: ignore[reportArgumentType]
+    return chunked_logprobs(logits, torch.eye(VOCABULARY), None, tokens, spec).logps
+
+
+def scores_of(logps: torch.Tensor, sampled_logps: torch.Tensor) -> TokenScores:
+    sequence = torch.arange(ROWS) // LENGTH
+    known = ExperienceTensors(torch.randn(ROWS, generator=torch.Generator().manual_seed(1)), sampled_logps, None, logps.detach())
+    return TokenScores(logps, sequence, ROWS // LENGTH, 1, entropy=torch.zeros(ROWS), experience=known)
+
+
+@pytest.mark.parametrize("sampler", GRID, ids=str)
+def test_on_policy_every_weight_is_one(sampler):
+    rollouts = named(*sampler)
+    _, logits, tokens, sampled_logps = sampled(rollouts)
+    logps = learned(rollouts, logits, tokens)
+    scores = scores_of(logps, sampled_logps)
+    for kind in KINDS:
+        weights = correction_weights(scores, logps, sampled_logps, kind, 2.0)
+        bound = EXACT * (LENGTH if kind == "sequence" else 1)  # there a weight is a product of LENGTH of them
+        assert float((weights - 1.0).abs().max()) < bound, kind
+
+
+@pytest.mark.parametrize("name", ["grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo", "reinforce_pp", "ppo"])
+@pytest.mark.parametrize("sampler", [(0.6, 0.9, 20, 0.0), (1.7, 0.5, None, 0.1)], ids=str)
+def test_the_gradient_is_that_of_no_correction(name, sampler):
+    """Of every row of the table, by each kind of correction: what the sampler left out cannot be seen."""
+    rollouts = named(*sampler)
+    _, logits, tokens, sampled_logps = sampled(rollouts)
+    gradients = {}
+    for kind in KINDS:
+        cfg = Algorithm(name=name, correction=Correction(kind=kind))  # pyright: ignore[reportArgumentType]
+        logps = learned(rollouts, logits, tokens, name).requires_grad_()
+        loss = build(cfg, rollouts).objective(scores_of(logps, sampled_logps), LossUnits(ROWS // LENGTH, (ROWS,)))
+        assert float(loss.means["policy/train_rollout_gap"][0]) / ROWS < EXACT
+        gradients[kind] = torch.autograd.grad(loss.total, logps)[0]
+    assert float(gradients["none"].abs().max()) > 1e-4
+    for kind in KINDS[1:]:
+        torch.testing.assert_close(gradients[kind], gradients["none"], rtol=2e-5, atol=1e-9)
+
+
+def test_log_probs_of_the_distribution_drawn_from_would_be_seen():
+    """The test's own teeth: renormalised over what top_p leaves, weights are below 1 by the mass that is cut away."""
+    rollouts = named(1.0, 0.8, None, 0.0)
+    sampling, logits, tokens, _ = sampled(rollouts)
+    renormalised = drawn_from(logits, sampling).gather(1, tokens[:, None])[:, 0]
+    logps = learned(rollouts, logits, tokens)
+    weights = correction_weights(scores_of(logps, renormalised), logps, renormalised, "token", 2.0)
+    assert 0.75 < float(weights.mean()) < 0.9
+
+
+STOPS = ((), ("ee", "q", "o"))
+DECODED = [(0.5, 0.9, None, 0.0), (1.5, 1.0, 30, 0.0), (0.8, 0.8, 40, 0.05), (2.5, 1.0, None, 0.2)]
+
+
+@pytest.mark.parametrize("decoder", [StaticDecoder, ContinuousDecoder], ids=["static", "continuous"])
+@pytest.mark.parametrize("sampler", DECODED, ids=str)
+def test_a_decoders_log_probs_are_one_forwards(decoder: Callable, sampler) -> None:
+    """Through the cache, with stop texts and without, within what the kernels differ by."""
+    model, asked = CASES[0].model(), requests(4, room=16)
+    for stop in STOPS:
+        sampling = Sampling(4, 16, *sampler, stop=stop)
+        found = decoder(model, EOS, 8, letters).generate(asked, sampling)
+        assert worst_gap(model, asked, found, sampling) < 1e-4
+        assert kept_gap(model, asked, found, sampling) < 1e-4
+    assert any(c.finish == "stop" and not np.isin(c.ids[-1], EOS) for cs in found for c in cs)  # a stop text ended some
