@@ -5,6 +5,7 @@
                               +-- lost worker, memory: tried again from the last checkpoint
 """
 
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -33,12 +34,14 @@ from orchestrator.learner.learner import LearnerSpec
 from orchestrator.models.shapes import as_folder, known
 from orchestrator.observe.dashboard import write_report
 from orchestrator.observe.sinks import read_lines
+from orchestrator.observe.tracking import honoured
 from orchestrator.plan import Choice, Plan, finer_cut
 from orchestrator.preflight import asked_by, look, need_of, require
 from orchestrator.prompts import load_prompts
 from orchestrator.recipe import dump
 from orchestrator.records import Progress, SequenceGroup
 from orchestrator.rollout.functions import check_rewards, is_users, source_of
+from orchestrator.rollout.http_reward import knock
 from orchestrator.rollout.trial import try_user_code
 from orchestrator.run_folder import RunFolder, open_run
 from orchestrator.sketch import Lengths
@@ -60,11 +63,19 @@ class Outcome:
 
 def train(recipe: Recipe, root: Path, console: Console) -> Outcome:
     """Runs a recipe to its end in the folder `root`, going on from a verified checkpoint if one is there."""
+    tracking, told = honoured(recipe.tracking, os.environ)
+    recipe = recipe.model_copy(update={"tracking": tracking})
+    for line in told:
+        console.print(line, markup=False)
     asked = asked_by([recipe])
     facts = look(asked, root)
     require(judge(facts, asked))  # before the plan: a node that is silent is no lack of room
     job = plan_job(recipe, console, of_cluster(facts))
     _preflight(judge(facts, need_of(job)), console)
+    if job.prompts is not None and recipe.rollouts.replay is None:
+        for function in recipe.rewards.functions:
+            if function.url is not None:
+                knock(function)
     with open_run(root, _identity(recipe, job), dump(recipe), job.plan_json(), _say(console)) as folder, _stop_signals() as stopped:
         progress = _finished(job, folder) or _supervise(job, folder, stopped)
         report = write_report(root)
