@@ -19,7 +19,7 @@ from orchestrator.config import Lora, Model
 from orchestrator.errors import ConfigError, MissingInput
 from orchestrator.models.attention import plain_attention
 from orchestrator.models.classes import Head, auto_class, check_trainable
-from orchestrator.models.tiny import build, byte_tokenizer, tiny_config
+from orchestrator.models.tiny import build, byte_tokenizer, check_sizes, tiny_config
 from orchestrator.models.unused import freeze_unused
 
 
@@ -77,6 +77,8 @@ def load_tokenizer(cfg: Model) -> Any:
 
 def load_config(cfg: Model) -> PretrainedConfig:
     """The architecture's configuration, without weights; ConfigError where no learner can train such a model."""
+    if cfg.tiny is not None:
+        check_sizes(cfg.tiny)
     config = tiny_config(cfg.tiny) if cfg.tiny is not None else _pretrained(cfg, AutoConfig)
     check_trainable(config, _where(cfg))
     return config

@@ -8,7 +8,7 @@ from rich.console import Console
 from orchestrator.algorithms import build
 from orchestrator.dataset import load_data
 from orchestrator.plan import make_plan
-from orchestrator.plan_view import render
+from orchestrator.plan_view import not_read, render
 from orchestrator.recipe import load
 
 
@@ -52,3 +52,17 @@ def test_a_narrow_terminal_loses_no_number(width):
     assert max(len(line) for line in text.splitlines()) <= width
     for number in ("64 pairs = 2 workers", "8 examples", "p95 10", "0.5 MB"):
         assert number in text
+
+
+def test_keys_that_are_inherited_and_not_read_are_listed():
+    stage = load("recipes/tiny/dpo.yaml", ["data.eval=null", "batch.micro_batch_tokens=512"]).stages[0]
+    console = Console(record=True, width=200, file=StringIO())
+    console.print(not_read(stage.ignored))
+    lines = console.export_text().splitlines()
+    assert lines[0] == "inherited, and not read by this run:"
+    (micro_batch,) = [line.rstrip() for line in lines if line.startswith("  batch.micro_batch (")]
+    assert micro_batch.endswith("read only where batch.micro_batch_tokens is not set")
+    assert any(line.startswith("  evaluation.every (") for line in lines)
+    silent = Console(record=True, file=StringIO())
+    silent.print(not_read(()))
+    assert not silent.export_text().strip()

@@ -53,6 +53,8 @@ COLUMNS = {
     "messages": (SFT, DPO), "text": (SFT, DPO), "completion": (SFT, DPO), "chosen": (DPO, SFT), "rejected": (DPO, SFT),
     "label": (KTO, SFT), "margin": (REWARD, DPO), "answer": ((*SFT, *EVAL, "evaluation.generate={}"), SFT),
 }  # fmt: skip
+ALL_READ = ("prompt", "tools", "chat_template_kwargs", "images", "environment")
+"""Columns that every kind of data reads, or refuses."""
 CONTEXTS: dict[str, Context] = {
     "run.epochs": Context((), ("run.max_steps=2",)),
     "model.path": Context(("model.tiny=null",)),
@@ -61,7 +63,7 @@ CONTEXTS: dict[str, Context] = {
     "model.reference": _only(*DPO),
     "model.lora": PLAIN,
     "data.append_eos": Context((), GRPO),
-    **dict.fromkeys(("data.columns", "data.columns.prompt"), Context((), ("data.train=[{path: rows.jsonl, columns: {}}]",))),
+    **dict.fromkeys(("data.columns", *(f"data.columns.{name}" for name in ALL_READ)), Context((), ("data.train=[{path: rows.jsonl, columns: {}}]",))),
     **{f"data.columns.{name}": Context(*pair) for name, pair in COLUMNS.items()},
     **{f"data.{spec}[]": _in(spec) for spec in ("train", "eval")},
     **{f"data.{spec}[].path": Context((f"data.{spec}=[{{%s}}]",)) for spec in ("train", "eval")},
@@ -83,7 +85,11 @@ CONTEXTS: dict[str, Context] = {
     "data.eval[].columns.answer": Context(
         ("data.eval=[{path: rows.jsonl, columns: {%s}}]", "evaluation.generate={}"), ("data.eval=[{path: rows.jsonl, columns: {%s}}]",)
     ),
-    **{f"data.{spec}[].columns.prompt": Context((f"data.{spec}=[{{path: rows.jsonl, columns: {{%s}}}}]",)) for spec in ("train", "eval")},
+    **{
+        f"data.{spec}[].columns.{name}": Context((f"data.{spec}=[{{path: rows.jsonl, columns: {{%s}}}}]",))
+        for spec in ("train", "eval")
+        for name in ALL_READ
+    },
     "algorithm.loss": _only(*DPO),
     "algorithm.beta": _only(*DPO),
     "algorithm.label_smoothing": Context(DPO, (*DPO, "algorithm.loss=hinge")),
