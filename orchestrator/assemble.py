@@ -17,12 +17,14 @@ from rich.console import Console
 from orchestrator import run_offline, run_online
 from orchestrator.algorithms import build
 from orchestrator.checkpoints import CheckpointStore
-from orchestrator.cluster.placement import check_capacity, own_ray
+from orchestrator.cluster.deadlines import Restarts
+from orchestrator.cluster.joining import own_ray
+from orchestrator.cluster.placement import check_capacity
 from orchestrator.cluster.probes import on_cluster
 from orchestrator.cluster.workers import LearnerGroup
-from orchestrator.config import Recipe
+from orchestrator.config import ONLINE, Recipe
 from orchestrator.dataset import load_data
-from orchestrator.errors import ConfigError, NotEnoughResources, OutOfMemory, WorkerLost
+from orchestrator.errors import ConfigError, NotEnoughResources, OutOfMemory, WorkerFailed, WorkerLost
 from orchestrator.findings import Finding, judge
 from orchestrator.hardware import Hardware, of_cluster
 from orchestrator.identity import fingerprint
@@ -36,6 +38,8 @@ from orchestrator.preflight import asked_by, look, need_of, require
 from orchestrator.prompts import load_prompts
 from orchestrator.recipe import dump
 from orchestrator.records import Progress, SequenceGroup
+from orchestrator.rollout.functions import check_rewards
+from orchestrator.rollout.trial import try_user_code
 from orchestrator.run_folder import RunFolder, open_run
 from orchestrator.sketch import Lengths
 from orchestrator.stages import Stage, references, resolve
@@ -96,7 +100,7 @@ def _supervise(job: Job, folder: RunFolder, stopped: Callable[[], bool]) -> Prog
     """Runs attempts until one ends: a lost worker restarts from the last checkpoint, an out-of-memory error a rank
     could not recover from in place restarts with a finer cut, or the next ZeRO stage. Neither changes an optimizer step."""
     attempt = run_offline.attempt if job.algorithm.online is None else run_online.attempt
-    cut, restarts = job.plan.cut, 0
+    cut, restarts, seen = job.plan.cut, Restarts(job.recipe.learners.max_restarts), set[str]()
     while True:
         try:
             return attempt(job, folder, cut, stopped)
@@ -104,11 +108,19 @@ def _supervise(job: Job, folder: RunFolder, stopped: Callable[[], bool]) -> Prog
             cut = finer_cut(job.plan, job.data, cut)
             job.console.print(f"{error.what}: starting the workers again with {cut}", markup=False)
         except WorkerLost as error:
-            restarts += 1
-            if restarts > job.recipe.learners.max_restarts:
+            if error.repeats is not None and error.repeats in seen:
+                raise WorkerFailed(f"{error.what}, twice at the same place", why=error.why, fix=f"no other attempt will help: {error.fix}") from error
+            seen |= {error.repeats} if error.repeats is not None else set()
+            count = restarts.add(_saved_steps(folder))
+            if count > restarts.limit:
                 raise
             _require_room(job, error)
-            job.console.print(f"{error}\nrestart {restarts} of {job.recipe.learners.max_restarts} from the last checkpoint", markup=False)
+            job.console.print(f"{error}\nrestart {count} of {restarts.limit} from the last checkpoint", markup=False)
+
+
+def _saved_steps(folder: RunFolder) -> int:
+    """Of the newest checkpoint by its name: only progress moves it."""
+    return max((int(d.name[5:13]) for d in folder.checkpoints.glob("step_????????")), default=0)
 
 
 def _require_room(job: Job, lost: WorkerLost) -> None:
@@ -156,6 +168,12 @@ def _stop_signals() -> Iterator[Callable[[], bool]]:
 
 def train_stages(stages: Sequence[Stage], root: Path, console: Console) -> dict[str, Outcome]:
     """Trains a recipe, or a pipeline stage by stage in root/NAME, each with the exports of the stages it names."""
+    for stage in stages[1:]:  # the first one is about to be planned; a mistake in a later one is not to be told hours later
+        if stage.recipe.algorithm.name in ONLINE:
+            functions = [f for f in stage.recipe.rewards.functions if f.model is None]  # a model may be a stage's that is yet to come
+            rewards = stage.recipe.rewards.model_copy(update={"functions": functions})
+            check_rewards(rewards)
+            try_user_code(rewards, stage.recipe.rollouts.environment, None)
     outcomes: dict[str, Outcome] = {}
     for stage in _grouped(stages, root.name):
         folder = root if len(stages) == 1 else root / stage.name

@@ -115,18 +115,22 @@ def plan(
     machines = hardware.imagined(nodes, gpu, gpus_per_node, network_gbit) if gpu else None
     loaded = recipes.load(recipe, [*(ON_GPUS if gpu else ()), *(overrides or ())])
     from orchestrator.assemble import plan_stages
-    from orchestrator.plan_view import render
+    from orchestrator.plan_view import not_read, render
     from orchestrator.sketch import Lengths
 
     plans = plan_stages(loaded.stages, machines, Lengths.parse(lengths) if lengths else None, shape)
     if as_json:
-        documents = [{"stage": name, **p.to_json()} for name, p in plans]
+        ignored = {stage.name: [str(key) for key in stage.ignored] for stage in loaded.stages}
+        documents = [{"stage": name, **p.to_json(), "not_read": ignored[name]} for name, p in plans]
         print(json.dumps(documents[0] if len(documents) == 1 else documents, indent=1))
         return
     for name, p in plans:
         out.rule(name, align="left")
         out.print(render(p))
     for stage in loaded.stages:
+        if stage.ignored:
+            out.rule(f"{stage.name}, keys", align="left")
+            out.print(not_read(stage.ignored))
         if needed := ", ".join(dict.fromkeys(references(stage.recipe).values())):
             out.print(f"{stage.name} is planned when what it takes from other stages has been trained ({needed})")
     if len(loaded.stages) == 1:

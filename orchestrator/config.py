@@ -10,11 +10,15 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 
+Key = tuple[str | int, ...]
+"""Path of a value in a recipe: ("data", "eval", 0, "path")."""
+
 
 class Section(BaseModel):
     """A part of the recipe; unknown keys are errors and values cannot be changed after loading."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    # constants: a NaN among the options of a reward stays one on its way to the recipe file and to the function
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), ser_json_inf_nan="constants")
 
 
 class Run(Section):
@@ -61,24 +65,35 @@ class Model(Section):
 
 
 class Columns(Section):
-    """Maps the recipe's field names to the names in the user's file, e.g. `chosen: preferred_answer`."""
+    """Maps the recipe's field names to the names in the user's file, e.g. `chosen: preferred_answer`. A field is read from the column of
+    its own name by default; null leaves it out, whatever the file holds."""
 
-    messages: str | None = Field(None, description="a conversation")
-    text: str | None = Field(None, description="plain text, all of it learned")
-    prompt: str | None = Field(None, description="text or messages")
-    completion: str | None = Field(None, description="the answer to the prompt")
-    chosen: str | None = Field(None, description="the better answer")
-    rejected: str | None = Field(None, description="the worse answer")
-    label: str | None = Field(None, description="KTO: true for a wanted completion")
-    margin: str | None = Field(None, description="reward model: by how much chosen is better")
-    answer: str | None = Field(None, description="what greedy generation and reward functions compare with")
+    messages: str | None = Field("messages", description="a conversation; `conversations` (ShareGPT) is read where there is none")
+    text: str | None = Field("text", description="plain text, all of it learned")
+    prompt: str | None = Field("prompt", description="text or messages")
+    completion: str | None = Field("completion", description="the answer to the prompt")
+    chosen: str | None = Field("chosen", description="the better answer")
+    rejected: str | None = Field("rejected", description="the worse answer")
+    label: str | None = Field("label", description="KTO: true for a wanted completion")
+    margin: str | None = Field("margin", description="reward model: by how much chosen is better")
+    answer: str | None = Field("answer", description="what greedy generation and reward functions compare with")
+    tools: str | None = Field("tools", description="the chat template's tools: a list of JSON schemas, or its JSON text")
+    chat_template_kwargs: str | None = Field(
+        "chat_template_kwargs", description="further variables of the chat template, e.g. {enable_thinking: false}"
+    )
+    images: str | None = Field("images", description="refused where a row has some (`image` too): models read text only; null: they are left out")
+    environment: str | None = Field(
+        "environment", description="goes to rollouts.environment as part of the row; refused where there is none, null: left out"
+    )
 
 
 class Source(Section):
     path: str = Field(description="JSONL(.gz) or Parquet file or its URL (s3://…), a folder of them, `toy:NAME`, or a hub data set")
     weight: float = Field(1.0, gt=0, description="passes over this source per epoch: 0.5 takes half of it, 2 takes it twice")
-    split: str = Field("train", description="of a hub data set or of toy data")
-    subset: str | None = Field(None, description="configuration of a hub data set")
+    split: str | None = Field(
+        None, description="of a hub data set, a folder with several splits, or toy data; default: train, of a folder its only split"
+    )
+    subset: str | None = Field(None, description="configuration of a hub data set, or its subfolder in a local folder")
     revision: str | None = Field(None, description="hub revision; required for hub data sets")
     columns: Columns | None = Field(None, description="overrides data.columns for this source")
     max_rows: int | None = Field(None, ge=1, description="the first rows only")
@@ -221,7 +236,9 @@ class Learners(Section):
     fused: bool = Field(False, description="norms and feed-forward blocks are compiled: fewer passes over a GPU's memory; ZeRO 0 to 2")
     timeout_s: float = Field(600.0, gt=0, description="deadline of one verb on every worker; what reads or writes the state has more, by its bytes")
     start_timeout_s: float = Field(180.0, gt=0, description="deadline for the placement group and the process group")
-    max_restarts: int = Field(3, ge=0, description="times a lost worker group is rebuilt from the last checkpoint")
+    max_restarts: int = Field(
+        3, ge=0, description="times a lost worker group is rebuilt from the last checkpoint: within an hour, or while no newer one is written"
+    )
 
     @field_validator("activation_checkpointing", mode="before")
     @classmethod
@@ -281,7 +298,7 @@ class Rollouts(Section):
         gt=0,
         description="deadline for an actor to be ready, and more by the model's bytes; default: 900 for vLLM on a GPU, else learners.start_timeout_s",
     )
-    max_restarts: int = Field(8, ge=0, description="times a lost rollout actor is replaced")
+    max_restarts: int = Field(8, ge=0, description="times a lost rollout actor is replaced: within an hour, or while nothing is rolled out")
 
     @property
     def rows(self) -> int:

@@ -12,7 +12,8 @@ from orchestrator.algorithms import Algorithm
 from orchestrator.config import Recipe, Source
 from orchestrator.data.chat import Encoded, Encoder, EncodingReport, encode_rows
 from orchestrator.data.order import Batches, Order
-from orchestrator.data.sources import LoadedRows, load_rows
+from orchestrator.data.rows import Reads
+from orchestrator.data.sources import LoadedRows, check_apart, load_rows
 from orchestrator.data.unpaired import with_mismatched
 from orchestrator.models.load import load_tokenizer
 from orchestrator.records import Row, SequenceGroup
@@ -22,7 +23,8 @@ from orchestrator.records import Row, SequenceGroup
 class DataSet:
     """Everything the loop reads. batches: training examples by cursor; held_out: encoded evaluation examples.
 
-    prompts, answers: held-out prompts (token ids) with an expected answer, for generation.
+    prompts, answers: held-out prompts (token ids) with an expected answer, for generation. unused: columns that nothing reads;
+    notes: what else the user should know of the data.
     """
 
     tokenizer: Any
@@ -35,6 +37,8 @@ class DataSet:
     held_out_names: tuple[str, ...]
     prompts: tuple[tuple[int, ...], ...]
     answers: tuple[str, ...]
+    unused: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def decode(self) -> Callable[[Sequence[int]], str]:
@@ -43,8 +47,13 @@ class DataSet:
 
 def load_data(recipe: Recipe, algorithm: Algorithm) -> DataSet:
     """Reads and checks all data of a recipe; DataError or MissingInput before anything expensive starts."""
-    loaded = load_rows(recipe.data.train, recipe.data, algorithm.data)
-    held_out = None if recipe.data.eval is None else load_rows(held_out_source(recipe.data.eval), recipe.data, algorithm.data)
+    reads = Reads(margin=algorithm.name == "reward", answer=False)
+    loaded = load_rows(recipe.data.train, recipe.data, algorithm.data, reads)
+    held_out = None
+    if recipe.data.eval is not None:
+        answered = replace(reads, answer=recipe.evaluation.generate is not None and algorithm.head == "lm")
+        held_out = load_rows(held_out_source(recipe.data.eval), recipe.data, algorithm.data, answered)
+    unused, notes = seen_in(loaded, held_out)
     tokenizer = load_tokenizer(recipe.model)
     train = _encode(loaded, tokenizer, recipe, algorithm)
     sizes = Counter(group.source for group in train.groups)
@@ -62,7 +71,19 @@ def load_data(recipe: Recipe, algorithm: Algorithm) -> DataSet:
         held_out_names=() if held_out is None else held_out.names,
         prompts=prompts,
         answers=answers,
+        unused=unused,
+        notes=(*notes, *train.report.notes),
     )
+
+
+def seen_in(loaded: LoadedRows, held_out: LoadedRows | None) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """(columns that are not read in any of the rows, notes); ConfigError where all held-out rows are trained on."""
+    if held_out is None:
+        return loaded.unused, loaded.notes
+    unused = [name for name in loaded.unused if name not in held_out.used]
+    unused += [name for name in held_out.unused if name not in {*unused, *loaded.used, *held_out.used}]
+    shared = check_apart(loaded, held_out)
+    return tuple(unused), (*loaded.notes, *held_out.notes, *([shared] if shared else []))
 
 
 def held_out_source(spec: str | list[Source]) -> str | list[Source]:
@@ -73,7 +94,7 @@ def held_out_source(spec: str | list[Source]) -> str | list[Source]:
 
 
 def _encode(loaded: LoadedRows, tokenizer: Any, recipe: Recipe, algorithm: Algorithm) -> Encoded:
-    encoded = encode_rows(loaded.rows, tokenizer, recipe.data, algorithm.data)
+    encoded = encode_rows(loaded.rows, tokenizer, recipe.data, algorithm.data, loaded.bad)
     if algorithm.name != "kto":
         return encoded
     return Encoded(with_mismatched(encoded.groups, recipe.data.max_length), encoded.report)

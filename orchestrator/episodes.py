@@ -3,7 +3,7 @@
     Prompt --generator--> Completion --turns--> Rollout -> RolloutGroup --scorer--> ScoredGroup -> records.SequenceGroup
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +13,8 @@ from orchestrator.records import Bools, Finish, Floats, Ints
 @dataclass(frozen=True, slots=True)
 class Prompt:
     """A question to the policy. id: of its row; ids: its tokens, ready for generation; text: a string or a list of messages
-    as rewards see it; columns: what else the row holds (`answer` included), handed to reward functions by name."""
+    as rewards see it; columns: what else the row holds (`answer` included), handed to reward functions by name; tools,
+    chat_template_kwargs: what the chat template is given beside the messages."""
 
     id: int
     where: str
@@ -21,6 +22,8 @@ class Prompt:
     ids: Ints
     text: Any
     columns: Mapping[str, Any] = field(default_factory=dict)
+    tools: Sequence[Mapping[str, Any]] | None = None
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +65,7 @@ class Rollout:
     ids: Int[T], every token after the prompt, an environment's included; scored: Bool[T], True for the model's own;
     logprobs, kept: Float[S], of the scored ones, as in Completion. version: of the policy that sampled it.
     completion: text, or messages where the prompt is messages, as rewards see it. turns: of the model.
-    environment_reward: what the environment gave, None without one.
+    environment_reward: what the environment gave, None without one. failure: what the environment raised instead of ending the episode.
     """
 
     sample: int
@@ -74,6 +77,7 @@ class Rollout:
     completion: Any
     turns: int = 1
     environment_reward: float | None = None
+    failure: str | None = None
     kept: Floats | None = None
 
 

@@ -102,9 +102,19 @@ class Interrupted(OrchestratorError):
 
 
 class WorkerLost(OrchestratorError):
-    """A learner worker died or did not answer before its deadline."""
+    """A worker died, did not answer before its deadline, or lost its device or its peers: another attempt can cure it.
+
+    repeats: names the failure where the same one again means that no attempt will; None where nothing is known of its cause.
+    """
 
     exit_code = Exit.RESUMABLE
+    repeats: str | None = None
+
+
+class WorkerFailed(OrchestratorError):
+    """A worker raised an exception that another attempt would raise again: a bug, or what the model or the data cannot bear."""
+
+    exit_code = Exit.SOFTWARE
 
 
 class OutOfMemory(OrchestratorError):

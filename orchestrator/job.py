@@ -28,6 +28,7 @@ from orchestrator.plan import Choice, Plan, make_plan
 from orchestrator.prompts import PromptSet, check_batches, load_prompts
 from orchestrator.recipe import dump
 from orchestrator.rollout.functions import check_rewards
+from orchestrator.rollout.trial import try_user_code
 from orchestrator.run_folder import RunFolder
 from orchestrator.sketch import Lengths, made_up
 from orchestrator.words import size
@@ -131,12 +132,14 @@ def _job(recipe: Recipe, console: Console, hardware: Hardware, lengths: Lengths 
         return Job(plan.recipe, algorithm, data, None, plan, 1, console)
     steps = check_batches(recipe, algorithm) * recipe.algorithm.epochs
     check_rewards(recipe.rewards)
-    prompts = None
+    prompts, columns = None, None
     if lengths is None:
         prompts = load_prompts(recipe, algorithm)
         longest = prompts.longest
+        columns = list(dict.fromkeys(name for prompt in prompts.batches.groups for name in prompt.columns))
     else:
         longest = made_up(recipe, algorithm, lengths)
+    try_user_code(recipe.rewards, recipe.rollouts.environment, columns)
     plan = make_plan(recipe, algorithm, longest, hardware)
     total = recipe.run.max_steps or (prompts.batches.steps_in(recipe.run.epochs) if prompts is not None else plan.total_steps)
     plan = replace(plan, total_steps=total, choices=(*plan.choices, *_rollout_choices(recipe, algorithm, steps)))

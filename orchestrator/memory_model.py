@@ -23,6 +23,7 @@ from orchestrator.config import Recipe
 from orchestrator.models.dropout import as_used
 from orchestrator.models.load import build_fake, load_config
 from orchestrator.models.scoring import Checkpointing, MicroBatchTensors, ScoringModel, chunk_logits, scored
+from orchestrator.models.unused import GroupedShapes
 from orchestrator.records import Cut, MicroBatch
 from orchestrator.state_bytes import PERSISTENT_ELEMENTS, Held, Sizes, state_bytes
 
@@ -117,12 +118,18 @@ class MemoryModel:
 
     def __init__(self, recipe: Recipe, algorithm: Algorithm) -> None:
         self.recipe, self.algorithm = recipe, algorithm
-        self.sizes = model_sizes(recipe, algorithm)
+        scoring = fake_model(recipe, algorithm, FakeTensorMode(allow_non_fake_inputs=True))
+        self.sizes = parameter_sizes(scoring)
+        self.checkpoints = bool(scoring.hugging_face.supports_gradient_checkpointing)
+        """Whether the architecture can compute its layers again in the backward."""
+        self._vocabulary: int = scoring.head.vocabulary if algorithm.head == "lm" else 0
+        self._shape = LayerShape.of(scoring)
         config = load_config(recipe.model).get_text_config()
-        self._vocabulary: int = config.vocab_size
-        self._layers: int = config.num_hidden_layers
+        self.unpredicted = ""
+        """Why activations are a formula's: what following a step without computing it raised."""
+        self._layers: int = getattr(config, "num_hidden_layers", None) or 1
         self._equal = _layers_are_equal(config)
-        self._fakes: dict[int, tuple[ScoringModel, FakeTensorMode]] = {}
+        self._fakes: dict[int | None, tuple[ScoringModel, FakeTensorMode]] = {}
         self._steps: dict[tuple[Any, ...], int] = {}
 
     def estimate(self, cut: Cut, micro_batch: MicroBatch, checkpointing: Checkpointing) -> MemoryEstimate:
@@ -171,17 +178,30 @@ class MemoryModel:
         shape = (micro_batch.input_ids.shape, len(micro_batch.targets), len(micro_batch.last_at))
         key = (checkpointing, micro_batch.layout, micro_batch.one_row, *shape)
         if key not in self._steps:
-            self._steps[key] = self._extrapolated(micro_batch, checkpointing)
+            self._steps[key] = self._followed(micro_batch, checkpointing)
         return self._steps[key]
+
+    def _followed(self, micro_batch: MicroBatch, checkpointing: Checkpointing) -> int:
+        """A prediction is advice: what cannot be followed without computing it (loops over what a router chose, say) is estimated, the
+        plan says so, and the probe step decides."""
+        if not self.unpredicted:
+            try:
+                return self._extrapolated(micro_batch, checkpointing)
+            except Exception as error:
+                self.unpredicted = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:160] if str(error).strip() else 'no message'}"
+                self._fakes.clear()
+        element = 2 if self.recipe.learners.precision in ("bf16", "fp16") else 4
+        logits = 2 * 4 * min(chunk_logits("cuda" if self.recipe.learners.gpus_per_worker else "cpu"), len(micro_batch.targets) * self._vocabulary)
+        return self._shape.bytes(micro_batch.input_ids.size, element, checkpointing) + logits
 
     def _extrapolated(self, micro_batch: MicroBatch, checkpointing: Checkpointing) -> int:
         if self._equal and self._layers > DEPTHS[-1] + 1:
             two, three, four = (self._pass(layers, micro_batch, checkpointing) for layers in DEPTHS)
             if four - three == three - two > 0:
                 return four + (self._layers - DEPTHS[-1]) * (four - three)
-        return self._pass(self._layers, micro_batch, checkpointing)
+        return self._pass(None, micro_batch, checkpointing)
 
-    def _pass(self, layers: int, micro_batch: MicroBatch, checkpointing: Checkpointing) -> int:
+    def _pass(self, layers: int | None, micro_batch: MicroBatch, checkpointing: Checkpointing) -> int:
         if layers not in self._fakes:
             mode = FakeTensorMode(allow_non_fake_inputs=True)
             self._fakes[layers] = fake_model(self.recipe, self.algorithm, mode, layers), mode
@@ -192,6 +212,32 @@ class MemoryModel:
     def traffic(self, cut: Cut, micro_batches: int) -> Traffic:
         """What a rank sends in one step of `micro_batches`; compared with the counted bytes by tests/invariants."""
         return traffic(self.recipe, self.sizes, cut, micro_batches)
+
+
+@dataclass(frozen=True, slots=True)
+class LayerShape:
+    """What a formula for activations needs. layers: of the model; hidden: width of the residual stream; inner: of what a layer computes
+    for a token between its inputs and outputs, from the weights that it multiplies."""
+
+    layers: int
+    hidden: int
+    inner: int
+
+    @classmethod
+    def of(cls, scoring: ScoringModel) -> "LayerShape":
+        config = scoring.hugging_face.config.get_text_config()
+        hidden = scoring.hugging_face.get_input_embeddings().weight.shape[-1]  # pyright: ignore[reportAttributeAccessIssue]
+        sizes = (getattr(config, name, None) for name in ("intermediate_size", "moe_intermediate_size", "ffn_dim"))
+        inner = max((s for s in sizes if isinstance(s, int)), default=4 * hidden)
+        chosen = getattr(config, "num_experts_per_tok", None)
+        return cls(getattr(config, "num_hidden_layers", None) or 1, hidden, inner * (chosen if isinstance(chosen, int) else 1))
+
+    def bytes(self, positions: int, element: int, checkpointing: Checkpointing) -> int:
+        """Of a step's activations: inputs of every product, norm and activation of a layer (about 14 times the residual stream and
+        4 times the inner width), about half of them where only products are kept, one layer's where only its inputs are."""
+        layer = 14 * self.hidden + 4 * self.inner
+        kept = {"none": self.layers * layer, "selective": self.layers * layer // 2 + layer, "full": self.layers * self.hidden + layer}
+        return positions * element * kept[checkpointing]
 
 
 def _layers_are_equal(config: Any) -> bool:
@@ -240,7 +286,7 @@ def step_bytes(scoring: ScoringModel, micro_batch: MicroBatch, mode: FakeTensorM
         for parameter in scoring.parameters():  # a second micro-batch: gradients exist and are added to
             parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
         live.ignore(p for owner in scoring.parameters() for p in (owner, owner.grad) if p is not None)
-        with live, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        with live, GroupedShapes(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             scored(scoring, MicroBatchTensors.of(micro_batch, torch.device("cpu"))).values.sum().backward()
     return live.peak
 

@@ -58,7 +58,8 @@ class Choice:
 
 @dataclass(frozen=True, slots=True)
 class DataReport:
-    """What the data turned into. histogram: (upper bound in tokens, rows) over equal bins of the lengths."""
+    """What the data turned into. histogram: (upper bound in tokens, rows) over equal bins of the lengths. unused: columns of the rows
+    that no part of the run reads; notes: what else there is to know."""
 
     rows: int
     bad: tuple[str, ...]
@@ -72,6 +73,8 @@ class DataReport:
     held_out: int
     quantiles: dict[str, int]
     histogram: tuple[tuple[int, int], ...]
+    unused: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,11 +227,11 @@ def _one_row(recipe: Recipe, layout: Layout) -> bool:
 def _fit(work: Work, layout: Layout, choices: list[Choice]) -> Way:
     """What takes least time by estimate of all that fits: where gradients and parameters lie, and what is computed again."""
     learners = work.recipe.learners
-    ways = ways_of(work.recipe)
+    ways, modes = ways_of(work.recipe), modes_of(work.recipe, work.model.checkpoints)
     whole = [Cut(learners.count, None, None, layout, stage, sync, one_row=_one_row(work.recipe, layout)) for stage, sync in ways]
-    tried = [found for mode in modes_of(work.recipe) for cut in whole if (found := work.largest(cut, mode))]
+    tried = [found for mode in modes for cut in whole if (found := work.largest(cut, mode))]
     if not tried:  # the caller says by how much
-        return work.way(given(work.recipe, work.algorithm, whole[-1]), modes_of(work.recipe)[-1])
+        return work.way(given(work.recipe, work.algorithm, whole[-1]), modes[-1])
     best = min(tried, key=lambda way: way.seconds)
     cut, lowest = best.cut, min(ways.index((way.cut.zero_stage, way.cut.sync)) for way in tried)
     at = ways.index((cut.zero_stage, cut.sync))
@@ -339,7 +342,7 @@ def _data_report(data: DataSet) -> DataReport:
         counts[min(bins - 1, (length - 1) // width)] += 1
     return DataReport(
         rows=report.rows,
-        bad=tuple(f"{b.where}: {b.reason}" for b in data.loaded.bad),
+        bad=tuple(str(row) for row in (*data.loaded.bad, *report.bad)),
         kept=report.kept,
         dropped=report.dropped,
         truncated=report.truncated,
@@ -350,6 +353,8 @@ def _data_report(data: DataSet) -> DataReport:
         held_out=len(data.held_out),
         quantiles=report.quantiles(),
         histogram=tuple(((i + 1) * width, n) for i, n in enumerate(counts) if n),
+        unused=data.unused,
+        notes=data.notes,
     )
 
 

@@ -1,10 +1,13 @@
 """The plan as a person reads it: batch arithmetic first, then why, then data and memory."""
 
+from collections.abc import Sequence
+
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from orchestrator.plan import DataReport, Plan
+from orchestrator.stages import Ignored
 from orchestrator.words import size
 
 BAR = 30
@@ -24,6 +27,11 @@ def render(plan: Plan) -> RenderableType:
         _memory(plan),
         Text(f"traffic per worker and step: {size(plan.traffic.reduced)} reduced, {size(plan.traffic.gathered)} gathered"),
     )
+
+
+def not_read(keys: Sequence[Ignored]) -> RenderableType:
+    """The inherited keys that a stage does not read, a line each; nothing where there are none."""
+    return Group(*([Text("inherited, and not read by this run:")] if keys else []), *(Text(f"  {key}", style="dim") for key in keys))
 
 
 def _nearest(plan: Plan) -> list[Text]:
@@ -48,11 +56,18 @@ def _data(data: DataReport) -> Group:
     lines += [Text(f"  {bad}", style="yellow") for bad in data.bad[:5]]
     if data.not_prefix:
         lines.append(Text(f"{data.not_prefix} prompts are not a token prefix of their completions; cut back to the shared tokens", style="yellow"))
+    lines += data_notes(data)
     lines.append(Text("tokens: " + ", ".join(f"{name} {value}" for name, value in data.quantiles.items())))
     most = max(count for _, count in data.histogram)
     for bound, count in data.histogram:
         lines.append(Text(f"  ≤ {bound:>6} {'█' * max(1, round(BAR * count / most))} {count}", style="dim"))
     return Group(*lines)
+
+
+def data_notes(data: DataReport) -> list[Text]:
+    """What a user should know of the data before a run: columns that nothing reads, and notes."""
+    unused = [Text(f"unused columns: {', '.join(data.unused)}", style="yellow")] if data.unused else []
+    return unused + [Text(note, style="yellow") for note in data.notes]
 
 
 def _memory(plan: Plan) -> Group:

@@ -13,14 +13,17 @@ import numpy as np
 
 from orchestrator.algorithms import Algorithm
 from orchestrator.config import Recipe
-from orchestrator.data.chat import Encoder, EncodingReport
+from orchestrator.data.bad_rows import check_bad
+from orchestrator.data.chat import Encoder, EncodingReport, bad_row
 from orchestrator.data.order import Batches, Order
+from orchestrator.data.rows import Reads
 from orchestrator.data.sources import LoadedRows, load_rows
-from orchestrator.dataset import DataSet, held_out_source
+from orchestrator.dataset import DataSet, held_out_source, seen_in
 from orchestrator.episodes import Prompt
 from orchestrator.errors import ConfigError, DataError
 from orchestrator.models.load import load_tokenizer
 from orchestrator.records import Branch, Experience, SequenceGroup
+from orchestrator.rollout.reads import columns_read
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,14 +41,16 @@ class PromptSet:
 def load_prompts(recipe: Recipe, algorithm: Algorithm) -> PromptSet:
     """Reads and checks all prompts of a recipe; DataError, ConfigError or MissingInput before anything expensive starts."""
     tokenizer = load_tokenizer(recipe.model)
-    loaded = load_rows(recipe.data.train, recipe.data, "prompt")
+    reads = _reads(recipe)
+    loaded = load_rows(recipe.data.train, recipe.data, "prompt", reads)
     prompts, report = _encode(loaded, tokenizer, recipe)
     sizes = Counter(p.source for p in prompts)
     order = Order([sizes[s] for s in range(len(loaded.sizes))], loaded.weights, recipe.run.seed)
-    held_out: tuple[Prompt, ...] = ()
+    rows, held_out = None, ()
     if recipe.data.eval is not None:
-        rows = load_rows(held_out_source(recipe.data.eval), recipe.data, "prompt")
+        rows = load_rows(held_out_source(recipe.data.eval), recipe.data, "prompt", reads)
         held_out = _encode(rows, tokenizer, recipe)[0][: recipe.evaluation.max_prompts]
+    unused, notes = seen_in(loaded, rows)
     groups = tuple(longest_rollouts(p, recipe, algorithm) for p in prompts)
     effective = recipe.batch.effective // algorithm.group_examples
     longest = DataSet(
@@ -59,6 +64,8 @@ def load_prompts(recipe: Recipe, algorithm: Algorithm) -> PromptSet:
         held_out_names=(),
         prompts=(),
         answers=(),
+        unused=unused,
+        notes=(*notes, *report.notes),
     )
     return PromptSet(tokenizer, loaded, Batches(prompts, order, recipe.rollouts.prompts, recipe.data.remainder), held_out, longest)
 
@@ -105,9 +112,13 @@ def _encode(loaded: LoadedRows, tokenizer: Any, recipe: Recipe) -> tuple[tuple[P
         )
     if data.overlong == "truncate_end":
         raise ConfigError("data.overlong=truncate_end has no meaning for prompts", fix="use error, drop or truncate_prompt_left")
-    prompts, dropped, truncated = [], 0, 0
+    prompts, bad, dropped, truncated = [], [], 0, 0
     for row in loaded.rows:
-        ids = encoder.prompt_tokens(row)
+        try:
+            ids = encoder.prompt_tokens(row)
+        except DataError as error:
+            bad.append(bad_row(row, error))
+            continue
         if len(ids) > room:
             if data.overlong == "error":
                 raise DataError(
@@ -121,11 +132,21 @@ def _encode(loaded: LoadedRows, tokenizer: Any, recipe: Recipe) -> tuple[tuple[P
             ids = ids[-room:]
         if not ids:
             raise DataError(f"{row.where}: the prompt has no token", fix="remove the row")
-        prompts.append(Prompt(row.id, row.where, row.source, np.array(ids, np.int64), row.prompt, row.columns))
+        tokens = np.array(ids, np.int64)
+        prompts.append(Prompt(row.id, row.where, row.source, tokens, row.prompt, row.columns, row.tools, row.chat_template_kwargs))
+    check_bad([*loaded.bad, *bad], data.max_bad_rows)
     if not prompts:
         raise DataError("no prompt is left after data.overlong", why=f"{room} tokens are left for a prompt", fix="raise data.max_length")
     lengths = tuple(len(p.ids) + recipe.rollouts.max_new_tokens for p in prompts)
-    return tuple(prompts), EncodingReport(len(loaded.rows), len(prompts), dropped, truncated, (), 0, lengths)
+    report = EncodingReport(len(loaded.rows), len(prompts), dropped, truncated, (), 0, lengths, tuple(bad), encoder.notes)
+    return tuple(prompts), report
+
+
+def _reads(recipe: Recipe) -> Reads:
+    """Environments and endpoints are given whole rows; functions what they name."""
+    if recipe.rollouts.environment is not None:
+        return Reads(margin=False, environment=True)
+    return Reads(margin=False, others=columns_read(recipe.rewards))
 
 
 def longest_rollouts(prompt: Prompt, recipe: Recipe, algorithm: Algorithm) -> SequenceGroup:

@@ -1,6 +1,7 @@
 """Recipe files: YAML -> `extends` -> overrides -> a checked `config.Recipe`, or a list of stages.
 
-    find -> parse (strict YAML, the line of every key) -> extend (deep merge) -> override (a.b=c) -> validate -> Recipe
+    find -> parse (strict YAML, the line of every key) -> extend (deep merge) -> override (a.b=c) -> validate (validation.py)
+         -> refuse what nobody reads (keys.py) -> Recipe
 
 A file with `pipeline:` is a list of stages: each is a recipe of its own with a `name`, and takes what an earlier one
 exports where it says `stage:NAME` (stages.py). Nothing here needs torch.
@@ -8,20 +9,21 @@ exports where it says `stage:NAME` (stages.py). Nothing here needs torch.
 
 import copy
 import difflib
-import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 
-from orchestrator.config import NAME_PATTERN, Recipe
+from orchestrator.config import NAME_PATTERN, Key, Recipe
 from orchestrator.errors import ConfigError, MissingInput
-from orchestrator.stages import STAGE, Stage, check
-from orchestrator.strict_yaml import Dumper, Key, parse
+from orchestrator.keys import READERS, Readers, unread
+from orchestrator.stages import STAGE, Ignored, Stage, check
+from orchestrator.strict_yaml import Dumper, parse
+from orchestrator.validation import dotted, listed, section_at, validate, where
 
 PIPELINE = "pipeline"
 SHARED_PART = re.compile(r"(.*-)?base")  # shipped files of these names are extended by recipes and are no recipes by themselves
@@ -43,14 +45,6 @@ class Loaded:
 
 
 @dataclass(frozen=True, slots=True)
-class _Draft:
-    """A mapping before validation. origins: where each key was written, "file:line" or "override `a.b=c`"."""
-
-    data: dict[str, Any]
-    origins: dict[Key, str]
-
-
-@dataclass(frozen=True, slots=True)
 class _Override:
     """text: as the user wrote it. stage: None for every stage."""
 
@@ -60,23 +54,44 @@ class _Override:
     value: Any
 
 
+@dataclass(frozen=True, slots=True)
+class _Origin:
+    """Where a key was written: "file:line" or "override `a.b=c`". own: in the file that the user named or on the command line, not
+    in one that it extends or that comes with the program."""
+
+    text: str
+    own: bool
+    change: _Override | None = None
+
+    def __str__(self) -> str:
+        return self.text
+
+
+@dataclass(frozen=True, slots=True)
+class _Draft:
+    """A mapping before validation, and where each of its keys was written."""
+
+    data: dict[str, Any]
+    origins: dict[Key, _Origin]
+
+
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Loaded:
     """The checked recipe of a file or of a built-in name such as `tiny/dpo`.
 
-    overrides: `a.b=c` sets one key as if the file had been edited, in every stage of a pipeline; `NAME:a.b=c` sets it in
-    one stage. What names a model (model.path, .tiny, .revision) is not spread over stages that start from another stage.
-    Raises MissingInput (no such file) or ConfigError (one error that lists every problem).
+    overrides: `a.b=c` sets one key as if the file had been edited, in every stage of a pipeline that reads it; `NAME:a.b=c` sets it
+    in one stage. What names a model (model.path, .tiny, .revision) is not spread over stages that start from another stage.
+    Raises MissingInput (no such file) or ConfigError (one error that lists every problem, or every key that nobody reads).
     """
     file = find(path)
     changes = [_parse_override(text) for text in overrides]
-    draft = _parse_file(file)
+    draft = _parse_file(file, own=not file.resolve().is_relative_to(_shipped()))
     if PIPELINE in draft.data:
         return Loaded(file, _pipeline(draft, file, changes))
     for change in changes:
         if change.stage is not None:
             raise ConfigError(f"override `{change.text}`: {file} is no pipeline", fix=f"write {'.'.join(change.keys)}=…")
-    recipe = _validate(_override(_extend(draft, file, ()), changes), str(file), {})
-    return Loaded(file, (Stage(recipe.run.name, recipe),))
+    read = _read(_extend(draft, file, ()), changes, str(file), {})
+    return Loaded(file, (Stage(read.recipe.run.name, read.recipe, read.ignored),))
 
 
 def find(name: str | Path) -> Path:
@@ -103,17 +118,22 @@ def _neighbours(missing: Path) -> list[str]:
 
 def builtin_recipes() -> Mapping[str, Path]:
     """Name -> file of the recipes that come with the program, e.g. `tiny/dpo`, sorted by name."""
-    package = Path(__file__).resolve().parent
-    packaged = package / "_recipes"  # a wheel has them inside the package, a checkout beside it
-    root = packaged if packaged.is_dir() else package.parent / "recipes"
+    root = _shipped()
     files = (f for f in root.rglob("*.yaml") if SHARED_PART.fullmatch(f.stem) is None)
     return dict(sorted((f.relative_to(root).with_suffix("").as_posix(), f) for f in files))
+
+
+def _shipped() -> Path:
+    """The folder of the recipes that come with the program."""
+    package = Path(__file__).resolve().parent
+    packaged = package / "_recipes"  # a wheel has them inside the package, a checkout beside it
+    return packaged if packaged.is_dir() else package.parent / "recipes"
 
 
 def parts(file: Path) -> tuple[Path, ...]:
     """A recipe file and the files it extends, its stages' included: what has to be copied to use it elsewhere."""
     found = [file]
-    draft = _parse_file(file).data
+    draft = _parse_file(file, own=False).data
     for entry in [draft, *(draft.get(PIPELINE) or [])]:
         if entry.get("extends"):
             found += parts(file.parent / entry["extends"])
@@ -121,13 +141,22 @@ def parts(file: Path) -> tuple[Path, ...]:
 
 
 def dump(recipe: Recipe) -> str:
-    """The whole recipe as YAML, defaults included; `load` gives back an equal recipe."""
-    return yaml.dump(recipe.model_dump(mode="json"), Dumper=Dumper, sort_keys=False, allow_unicode=True, width=120)
+    """All that the run reads as YAML, defaults included; `load` gives back an equal recipe where the rest has its defaults, as in every
+    recipe that was loaded."""
+    whole = recipe.model_dump(mode="json")
+    read = _without(whole, (item.at for item in unread(recipe, whole)))
+    return yaml.dump(read, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
 def json_schema() -> dict[str, Any]:
     """JSON schema of a recipe file, for editors. A file with `extends` may leave out what its base sets."""
     schema = Recipe.model_json_schema()
+    for section, rows in READERS.items():
+        known = schema["$defs"][section.__name__]["properties"] if section is not Recipe else schema["properties"]
+        for key, readers in rows.items():
+            if readers.words:
+                said = known[key].get("description")
+                known[key]["description"] = f"{said}; " * bool(said) + f"read only {readers.words}"
     extends = {"type": "string", "description": "a recipe file, relative to this one"}
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "properties": {"extends": extends, **schema["properties"]}}
 
@@ -135,14 +164,14 @@ def json_schema() -> dict[str, Any]:
 # ---- extends and overrides
 
 
-def _parse_file(file: Path) -> _Draft:
+def _parse_file(file: Path, *, own: bool) -> _Draft:
     try:
         data, origins = parse(file.read_text(encoding="utf-8"), str(file))
     except UnicodeDecodeError as error:
         raise ConfigError(f"{file}: not UTF-8 at byte {error.start}", fix="save the file as UTF-8") from error
     if not isinstance(data, dict):
         raise ConfigError(f"{file}: holds no recipe", why="a recipe is a mapping of sections", fix="see `orchestrator recipes show tiny/dpo`")
-    return _Draft(data, origins)
+    return _Draft(data, {key: _Origin(text, own) for key, text in origins.items()})
 
 
 def _extend(draft: _Draft, file: Path, chain: tuple[Path, ...]) -> _Draft:
@@ -151,20 +180,20 @@ def _extend(draft: _Draft, file: Path, chain: tuple[Path, ...]) -> _Draft:
     target = draft.data.get("extends")
     if target is None:
         return _Draft(own, draft.origins)
-    where = f"{draft.origins.get(('extends',), file)}: extends"
+    place = f"{draft.origins.get(('extends',), file)}: extends"
     if not isinstance(target, str):
-        raise ConfigError(f"{where}: must be the path of one recipe file (got {target!r})")
+        raise ConfigError(f"{place}: must be the path of one recipe file (got {target!r})")
     base_file, chain = file.parent / target, (*chain, file.resolve())
     if not base_file.is_file():
         close = _neighbours(base_file)
         fix = f"did you mean {', '.join(close)}?" if close else "the path is relative to the file that says `extends`"
-        raise MissingInput(f"{where}: no file {base_file}", fix=fix)
+        raise MissingInput(f"{place}: no file {base_file}", fix=fix)
     if base_file.resolve() in chain:
         circle = " -> ".join(p.name for p in (*chain, base_file.resolve()))
-        raise ConfigError(f"{where}: goes round in a circle", why=circle, fix="take one `extends` out")
-    base = _parse_file(base_file)
+        raise ConfigError(f"{place}: goes round in a circle", why=circle, fix="take one `extends` out")
+    base = _parse_file(base_file, own=False)
     if PIPELINE in base.data:
-        raise ConfigError(f"{where}: {base_file} is a pipeline", fix="extend the file of one of its stages")
+        raise ConfigError(f"{place}: {base_file} is a pipeline", fix="extend the file of one of its stages")
     base = _extend(base, base_file, chain)
     model = own.get("model")
     touched = {k for k, v in model.items() if v is not None} if isinstance(model, dict) else set[str]()
@@ -175,7 +204,7 @@ def _merge(base: Mapping[str, Any], over: Mapping[str, Any], section: type[BaseM
     """`over` on top of `base`: sections are merged key by key; values, lists and loss mixes are replaced whole."""
     merged = dict(base)
     for key, value in over.items():
-        inner, old = _section(section, key), merged.get(key)
+        inner, old = section_at(section, key), merged.get(key)
         merged[key] = _merge(old, value, inner) if inner and isinstance(old, dict) and isinstance(value, dict) else value
     return merged
 
@@ -213,7 +242,8 @@ def _override(draft: _Draft, changes: Sequence[_Override]) -> _Draft:
                 raise ConfigError(f"override `{change.text}`: {name} is {kind}", fix=f"give it as a whole: {name}=…")
             node = node[key]
         node[change.keys[-1]] = change.value
-        origins[change.keys] = f"override `{change.text}`"
+        origins = {key: origin for key, origin in origins.items() if key[: len(change.keys)] != change.keys}
+        origins[change.keys] = _Origin(f"override `{change.text}`", own=True, change=change)
     touched = {c.keys[1] for c in changes if len(c.keys) > 1 and c.keys[0] == "model" and c.value is not None}
     return _Draft(_settle_model(data, draft.data, touched), origins)
 
@@ -239,13 +269,14 @@ def _pipeline(draft: _Draft, file: Path, changes: Sequence[_Override]) -> tuple[
     for change in changes:
         if change.stage is not None and change.stage not in names:
             raise ConfigError(f"override `{change.text}`: no stage is named {change.stage}", fix=f"the stages are {', '.join(names)}")
-    earlier: dict[str, Recipe] = {}
+    stages: dict[str, _Read] = {}
     for i, name in enumerate(names):
-        earlier[name] = _stage(draft, i, file, earlier, changes)
-    return tuple(Stage(name, recipe) for name, recipe in earlier.items())
+        stages[name] = _stage(draft, i, file, {n: read.recipe for n, read in stages.items()}, changes)
+    _refuse_idle(str(file), changes, tuple(stages.values()))
+    return tuple(Stage(name, read.recipe, read.ignored) for name, read in stages.items())
 
 
-def _stage(pipeline: _Draft, index: int, file: Path, earlier: Mapping[str, Recipe], changes: Sequence[_Override]) -> Recipe:
+def _stage(pipeline: _Draft, index: int, file: Path, earlier: Mapping[str, Recipe], changes: Sequence[_Override]) -> "_Read":
     """Entry `index` of the file, after the stages `earlier`."""
     name = pipeline.data[PIPELINE][index]["name"]
     entry = {k: v for k, v in pipeline.data[PIPELINE][index].items() if k != "name"}
@@ -253,138 +284,109 @@ def _stage(pipeline: _Draft, index: int, file: Path, earlier: Mapping[str, Recip
     model = draft.data.get("model")
     chained = isinstance(model, dict) and str(model.get("path")).startswith(STAGE)
     mine = [c for c in changes if c.stage == name or (c.stage is None and not (chained and _names_model(c.keys)))]
-    return _validate(_override(draft, mine), f"{file} stage {name}", earlier)
+    return _read(draft, mine, f"{file} stage {name}", earlier, one_of_many=True)
 
 
 def _names_model(keys: tuple[str, ...]) -> bool:
     return keys == ("model",) or keys[:2] in {("model", "path"), ("model", "tiny"), ("model", "revision")}
 
 
-# ---- validation, and pydantic's findings in the recipe's words
+# ---- what nobody reads
 
 
-@dataclass(frozen=True)
-class _Misplaced:
-    """Stands for a value that pydantic would quietly read as another: `workers: true` is not one worker."""
+@dataclass(frozen=True, slots=True)
+class _Read:
+    """A checked recipe, which holds only what the run reads. applied: changes of the command line for all stages that were made to it,
+    by their text, each with the keys of it that nobody reads here."""
 
-    shown: str
-
-    def __repr__(self) -> str:
-        return self.shown
-
-
-_MUST_BE = {
-    **dict.fromkeys(("int_type", "int_parsing", "int_from_float", "int_parsing_size"), "a whole number"),
-    **dict.fromkeys(("float_type", "float_parsing"), "a number"),
-    **dict.fromkeys(("bool_type", "bool_parsing"), "true or false"),
-    **dict.fromkeys(("list_type", "tuple_type"), "a list"),
-    **{"string_type": "text", "dict_type": "a mapping", "model_type": "a mapping of keys", "literal_error": "{expected}"},
-    **{"greater_than_equal": "at least {ge}", "greater_than": "above {gt}", "less_than_equal": "at most {le}", "less_than": "below {lt}"},
-    **{"string_pattern_mismatch": "text that matches {pattern}", "too_long": "no longer than {max_length} entries"},
-}
+    recipe: Recipe
+    ignored: tuple[Ignored, ...]
+    applied: Mapping[str, frozenset[Key]]
 
 
-def _validate(draft: _Draft, name: str, earlier: Mapping[str, Recipe]) -> Recipe:
-    """The checked recipe. earlier: the stages it may take exports of. ConfigError lists `key: what (got value; where)`."""
-    try:
-        recipe = Recipe.model_validate(_mark(draft.data, Recipe))
-    except ValidationError as error:
-        problems = _problems(error, draft)
-        what = f"{name}: {len(problems)} problem{'s' if len(problems) > 1 else ''} in the recipe"
-        why = "".join(f"\n    {problem}" for problem in problems)
-        raise ConfigError(what, why=why, fix="mend these keys; `orchestrator config schema` lists every key") from error
+def _read(base: _Draft, changes: Sequence[_Override], name: str, earlier: Mapping[str, Recipe], *, one_of_many: bool = False) -> _Read:
+    """The checked recipe of a draft with its changes; ConfigError where what the user wrote is wrong, or would do nothing.
+
+    earlier: the stages it may take exports of. one_of_many: changes for all stages may be for the others. What is inherited and not
+    read, or useless only because of a change on the command line, is listed."""
+    draft = _override(base, changes)
+    recipe = validate(draft.data, draft.origins, name)
     check(recipe, name, earlier)
-    return recipe
+    found = unread(recipe, draft.data)
+    applied: dict[str, set[Key]] = {change.text: set() for change in changes if change.stage is None}
+    refused: list[tuple[tuple[Key, ...], Readers, object]] = []
+    ignored: list[Ignored] = []
+    for item in found:
+        mine: list[Key] = []
+        for key in item.wishes:
+            origin = where(key, draft.origins)
+            assert isinstance(origin, _Origin), "every key was written somewhere"
+            if one_of_many and origin.change is not None and origin.change.stage is None:
+                applied[origin.change.text].add(key)
+            elif not origin.own:
+                ignored.append(Ignored(dotted(key), str(origin), f"read only {item.readers.words}"))
+            elif origin.change is None and (because := _made_useless(base, changes, key)):
+                ignored.append(Ignored(dotted(key), str(origin), f"not read because of override `{because}`"))
+            else:
+                mine.append(key)
+        if mine:
+            whole = len(mine) == len(item.wishes) > 1
+            at = (item.at,) if whole else tuple(mine)
+            refused.append((at, item.readers, where(at[0], draft.origins)))
+    if refused:
+        raise _unread_error(name, recipe, refused)
+    if found:
+        recipe = validate(_without(draft.data, (item.at for item in found)), draft.origins, name)
+    return _Read(recipe, tuple(ignored), {text: frozenset(keys) for text, keys in applied.items()})
 
 
-def _mark(value: Any, annotation: Any) -> Any:
-    """A copy of `value` in which booleans outside of boolean keys, and non-finite numbers, are marked as misplaced."""
-    if isinstance(value, dict):
-        section = _inside(annotation)
-        known = {} if section is None else {k: field.annotation for k, field in section.model_fields.items()}
-        return {k: _mark(v, known.get(k, bool if section else None)) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_mark(v, annotation) for v in value]
-    if isinstance(value, bool) and annotation is not bool:
-        return _Misplaced(str(value).lower())
-    return _Misplaced(f"{value}, not finite") if isinstance(value, float) and not math.isfinite(value) else value
+def _made_useless(base: _Draft, changes: Sequence[_Override], key: Key) -> str | None:
+    """The change without which a key of the user's file is read: `run.max_steps=2` for a try does not ask for the file's run.epochs to
+    be removed. Another algorithm is no such change: what it does not read would mean something else than was written."""
+    for change in changes:
+        if change.keys in (("algorithm",), ("algorithm", "name")):
+            continue
+        draft = _override(base, [other for other in changes if other is not change])
+        try:
+            recipe = validate(draft.data, draft.origins, "")
+        except ConfigError:  # the file is no recipe without that change
+            continue
+        if not any(key in item.wishes for item in unread(recipe, draft.data)):
+            return change.text
+    return None
 
 
-def _inside(annotation: Any) -> type[BaseModel] | None:
-    """The section named in an annotation: TinyModel of `TinyModel | None`, Source of `str | list[Source]`."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    return next((found for found in map(_inside, get_args(annotation)) if found), None)
+def _refuse_idle(name: str, changes: Sequence[_Override], stages: Sequence[_Read]) -> None:
+    """ConfigError for a change of all stages that none of them reads."""
+    for change in changes:
+        if change.stage is None:
+            idle = [stage.applied.get(change.text, frozenset()) for stage in stages]
+            for key in sorted(frozenset.intersection(*idle), key=dotted):
+                raise ConfigError(
+                    f"{name}: no stage reads {dotted(key)} (override `{change.text}`)",
+                    why=f"their algorithms are {', '.join(stage.recipe.algorithm.name for stage in stages)}",
+                    fix="leave it out; `orchestrator config reference` says who reads each key",
+                )
 
 
-def _section(section: type[BaseModel] | None, key: str | int) -> type[BaseModel] | None:
-    if isinstance(key, int) or section is None:
-        return section
-    return _inside(section.model_fields[key].annotation) if key in section.model_fields else None
+def _unread_error(name: str, recipe: Recipe, refused: Sequence[tuple[tuple[Key, ...], Readers, object]]) -> ConfigError:
+    lines = [
+        f"{dotted(key)}: is read only {readers.words}"
+        + (f"; this recipe is {recipe.algorithm.name}" if readers.words.startswith("by ") else "")
+        + (f" ({place})" if place else "")
+        for keys, readers, place in refused
+        for key in keys
+    ]
+    what = f"{name}: {len(lines)} key{'s are' if len(lines) > 1 else ' is'} set that this run does not read"
+    return ConfigError(what, why=listed(lines), fix="remove what does nothing; `orchestrator config reference` says who reads each key")
 
 
-def _problems(error: ValidationError, draft: _Draft) -> list[str]:
-    must: dict[Key, list[str]] = {}
-    said: dict[Key, str] = {}
-    for item in error.errors():
-        path, kind = _path(item["loc"], draft.data, item["type"] == "missing"), item["type"]
-        if kind in _MUST_BE:
-            must.setdefault(path, []).append(_MUST_BE[kind].format(**item.get("ctx", {})))
-            said[path] = f"must be {' or '.join(dict.fromkeys(must[path]))} (got {_shown(item['input'])}"
-        elif kind == "extra_forbidden":
-            said[path] = f"unknown key{_suggestion(path)} ("
-        else:
-            said[path] = "required, but not set (" if kind == "missing" else f"{item.get('ctx', {}).get('error', item['msg'])} ("
-    lines: list[str] = []
-    for path, text in said.items():
-        if not any(len(other) > len(path) and other[: len(path)] == path for other in said):  # a union's other branches
-            where = next((draft.origins[path[:n]] for n in range(len(path), 0, -1) if path[:n] in draft.origins), "")
-            joint = "; " if where and not text.endswith("(") else ""
-            lines.append(f"{_dotted(path)}: {text}{joint}{where})".replace(" ()", ""))
-    return lines
-
-
-def _path(location: Key, data: Any, missing: bool) -> Key:
-    """pydantic's location without the names of union branches, which are no keys of the data."""
-    path: list[str | int] = []
-    for i, part in enumerate(location):
-        if _holds(data, part):
-            path, data = [*path, part], data[part]
-        elif missing and i == len(location) - 1:
-            path.append(part)
-    return tuple(path)
-
-
-def _holds(data: Any, part: str | int) -> bool:
-    if isinstance(data, list):
-        return isinstance(part, int) and part < len(data)
-    return isinstance(data, dict) and part in data
-
-
-def _suggestion(path: Key) -> str:
-    """The words ", did you mean …?": close keys of the same section, else the same key in another section."""
-    section: type[BaseModel] | None = Recipe
-    for part in path[:-1]:
-        section = _section(section, part)
-    close = [_dotted((*path[:-1], key)) for key in difflib.get_close_matches(str(path[-1]), section.model_fields if section else ())]
-    every = list(all_keys(Recipe, ""))
-    close = close or [key for key in every if key.endswith(f".{path[-1]}")] or difflib.get_close_matches(_dotted(path), every, cutoff=0.75)
-    return f", did you mean {' or '.join(close[:3])}?" if close else ""
-
-
-def all_keys(section: type[BaseModel], prefix: str) -> Iterator[str]:
-    """Dotted keys of a section and of those below it, but not of the entries of lists."""
-    for key, field in section.model_fields.items():
-        yield prefix + key
-        inner = _inside(field.annotation)
-        if inner and str not in get_args(field.annotation):
-            yield from all_keys(inner, f"{prefix}{key}.")
-
-
-def _dotted(path: Key) -> str:
-    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).removeprefix(".")
-
-
-def _shown(value: Any) -> str:
-    text = "null" if value is None else repr(value)
-    return text if len(text) <= 60 else text[:59] + "…"
+def _without(data: Mapping[str, Any], paths: Iterable[Key]) -> dict[str, Any]:
+    """A copy of `data` that lacks the keys at `paths`."""
+    copied = copy.deepcopy(dict(data))
+    for path in paths:
+        node: Any = copied
+        for part in path[:-1]:
+            node = node[part]
+        del node[path[-1]]
+    return copied

@@ -28,7 +28,8 @@ class Row:
 
     Texts are strings or lists of {"role", "content"} messages. SFT: prompt (may be "") + completion, or `messages`
     alone; preference: prompt, chosen, rejected; unpaired: prompt, completion, label; prompt: prompt alone, and in
-    `columns` whatever else the record holds, for reward functions.
+    `columns` whatever else the record holds, for reward functions and environments.
+    tools, chat_template_kwargs: what the chat template is given beside the messages; a message with `weight` 0 is not learned.
     where: "file:line" for messages to the user; source: index of the source in the recipe.
     """
 
@@ -45,6 +46,8 @@ class Row:
     margin: float | None = None
     answer: str | None = None
     columns: Mapping[str, Any] = field(default_factory=dict)
+    tools: Sequence[Mapping[str, Any]] | None = None
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

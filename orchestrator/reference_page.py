@@ -1,6 +1,6 @@
 """docs/recipe-reference.md, made from the schema: `orchestrator config reference` prints it, and a test compares it with the page.
 
-    config.Recipe -> sections in the order of the file -> a table of keys each: type and bounds, default, description
+    config.Recipe -> sections in the order of the file -> a table of keys each: type and bounds, default, description, who reads it
 """
 
 import types
@@ -12,6 +12,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from orchestrator.config import Recipe
+from orchestrator.keys import ALWAYS, READERS, Readers
 
 HEAD = """# Recipe reference
 
@@ -20,10 +21,22 @@ and `orchestrator config schema` prints the JSON schema for editors. An unknown 
 
 A file with `pipeline:` holds a list of stages instead; each is a recipe with a `name` besides, and where it says `stage:NAME`
 (`model.path`, `model.reference`, `critic.model.path`, `rewards.functions[].model`) it takes what the stage NAME before it exported.
-On the command line `NAME:a.b=c` sets a key of one stage.
+On the command line `NAME:a.b=c` sets a key of one stage; `a.b=c` sets it in every stage that reads it.
+
+## Keys that a run does not read
+Every key below says who reads it. What stands in your own file or on the command line and is not read is an error, whole sections too: it
+would do nothing, so take it out, even where it repeats the default. Only null, `auto`, `[]` and `{{}}` may stand anywhere where they are the
+default: they ask for nothing, and take back what a file that is extended says. A key that comes from a file under `extends`, from a recipe of
+the program itself, or that is useless only because of a change on the command line (`run.max_steps=2` beside the file's `run.epochs`) is no
+error: `orchestrator plan` lists it, and the run has the default there.
+
+The schema holds {keys} keys. `tests/unit/settings` sets each of them to every legal kind of value, {values} in all, from a file and from the
+command line, and to what is not legal, and looks at what two values of each change.
 
 This page is generated from the schema: `orchestrator config reference > docs/recipe-reference.md`.
 """
+KEYS, VALUES = 254, 1015
+"""Counted by tests/unit/settings/test_values.py, which says what to write here."""
 WORDS = {str: "text", int: "whole number", float: "number", bool: "true or false", type(None): "null"}
 BOUNDS = (("ge", "≥"), ("gt", ">"), ("le", "≤"), ("lt", "<"))
 
@@ -33,7 +46,7 @@ def render() -> str:
     places: dict[type[BaseModel], list[str]] = {}
     for path, section in _sections(Recipe, ""):
         places.setdefault(section, []).append(path)
-    return HEAD + "".join(_section(paths, section) for section, paths in places.items())
+    return HEAD.format(keys=KEYS, values=VALUES) + "".join(_section(paths, section) for section, paths in places.items())
 
 
 def _sections(section: type[BaseModel], path: str) -> Iterator[tuple[str, type[BaseModel]]]:
@@ -54,16 +67,17 @@ def _inside(annotation: Any, many: bool = False) -> Iterator[tuple[type[BaseMode
 
 def _section(paths: Sequence[str], section: type[BaseModel]) -> str:
     about = " ".join((section.__doc__ or "").split())
-    rows = "".join(_row(key, field) for key, field in section.model_fields.items())
+    readers = READERS.get(section, {})
+    rows = "".join(_row(key, field, readers.get(key, ALWAYS)) for key, field in section.model_fields.items())
     text = f"\n{about}\n" if about else ""
-    return f"\n## {', '.join(paths)}\n{text}\n| key | value | default | |\n|---|---|---|---|\n{rows}"
+    return f"\n## {', '.join(paths)}\n{text}\n| key | value | default | | read |\n|---|---|---|---|---|\n{rows}"
 
 
-def _row(key: str, field: FieldInfo) -> str:
+def _row(key: str, field: FieldInfo, readers: Readers) -> str:
     bounds = [f"{sign} {getattr(item, name):g}" for item in field.metadata for name, sign in BOUNDS if getattr(item, name, None) is not None]
     about = field.description or ("see below" if any(_inside(field.annotation)) else "")
     value = ", ".join([_type(field.annotation), *bounds])
-    return f"| `{key}` | {value} | {_default(field)} | {_cell(about)} |\n"
+    return f"| `{key}` | {value} | {_default(field)} | {_cell(about)} | {_cell(readers.words)} |\n"
 
 
 def _default(field: FieldInfo) -> str:

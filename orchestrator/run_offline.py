@@ -43,7 +43,7 @@ def attempt(job: Job, folder: RunFolder, cut: Cut, stopped: Stopped) -> Progress
             evaluator=evaluator(job.data, recipe, group, attach),
             report=reporter,
             checkpoints=RunCheckpoints(store, [group], saved, base),
-            throughput=measured_throughput(job.plan, job.algorithm, group),
+            throughput=measured_throughput(job.plan, job.algorithm, group, reporter.note),
             should_stop=stopped,
         )
         progress = trainer.run()

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from orchestrator.algorithms import critic as value_model
 from orchestrator.checkpoints import CheckpointStore
-from orchestrator.cluster.placement import connect, store_for
+from orchestrator.cluster.joining import connect, store_for
 from orchestrator.cluster.reward_workers import RewardPool
 from orchestrator.cluster.rollout_workers import RolloutPool
 from orchestrator.cluster.weight_bridge import make_bridge

@@ -18,11 +18,25 @@ _REWARD = "rewards.functions["
 
 
 @dataclass(frozen=True, slots=True)
+class Ignored:
+    """A key that a stage inherits, or that a change on the command line has made useless, and that the run does not read."""
+
+    key: str
+    where: str
+    why: str
+
+    def __str__(self) -> str:
+        return f"{self.key} ({self.where}): {self.why}"
+
+
+@dataclass(frozen=True, slots=True)
 class Stage:
-    """One training run. Where its recipe says `stage:NAME` it takes the export of that earlier stage."""
+    """One training run. Where its recipe says `stage:NAME` it takes the export of that earlier stage. ignored: what was written for it
+    and is not read; the recipe holds the defaults there."""
 
     name: str
     recipe: Recipe
+    ignored: tuple[Ignored, ...] = ()
 
 
 def references(recipe: Recipe) -> dict[str, str]:

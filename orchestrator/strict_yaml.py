@@ -6,10 +6,8 @@ from typing import Any, ClassVar
 
 import yaml
 
+from orchestrator.config import Key
 from orchestrator.errors import ConfigError
-
-Key = tuple[str | int, ...]
-"""Path of a value: ("data", "eval", 0, "path")."""
 
 
 def _resolvers() -> dict[str, list[tuple[str, re.Pattern[str]]]]:

@@ -198,8 +198,17 @@ def ways_of(recipe: Recipe) -> list[tuple[int, Sync]]:
     return ways
 
 
-def modes_of(recipe: Recipe) -> tuple[Checkpointing, ...]:
+def modes_of(recipe: Recipe, possible: bool = True) -> tuple[Checkpointing, ...]:
+    """What may be computed again; possible: whether the architecture can do so. ConfigError where the recipe wants what it cannot."""
     mode = recipe.learners.activation_checkpointing
+    if not possible and mode not in ("auto", "none"):
+        raise ConfigError(
+            f"learners.activation_checkpointing={mode} is not possible with this model",
+            why="transformers has none for its architecture",
+            fix="set learners.activation_checkpointing=none, or auto",
+        )
+    if not possible:
+        return ("none",)
     return ("none", "selective", "full") if mode == "auto" else (mode,)
 
 

@@ -231,7 +231,7 @@ def shared_ray(root: Path) -> Iterator[Shared]:
     import ray
     import wandb
 
-    from orchestrator.cluster.placement import connect
+    from orchestrator.cluster.joining import connect
 
     sandbox = Sandbox(root)
     with pytest.MonkeyPatch.context() as patch:

@@ -4,6 +4,8 @@
 """
 
 import os
+import signal
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -52,6 +54,14 @@ def made(kind: type, share: Share, *, strategy: Any = None, name: str | None = N
         **options,
         **placed,
     )
+
+
+def outlive_sigterm() -> None:
+    """SIGTERM, which systemd, Slurm and containers send to all processes of a run, is the driver's affair: it ends this one when it has saved.
+    A handler, as what is ignored or blocked stays so in the processes that the user's code starts here."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, lambda number, frame: None)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
 
 
 def grow_segments(environment: Mapping[str, str]) -> dict[str, str]:

@@ -1,11 +1,14 @@
 """How long the workers may take for a verb: what the recipe allows, and the time that the verb's bytes take at a slow rate."""
 
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, field
 
 SLOW = 100e6
 """Bytes per second that storage and network always have, all workers together: a shared disk behind one gigabit link."""
 GRACE_S = 60.0
 """That a collective may take longer than the driver waits: the driver's message names who is late, NCCL's abort does not."""
+WINDOW_S = 3600.0
+"""Restarts are counted over the last hour, and for as long as nothing has been reached since."""
 PER_PARAMETER = {
     "build": 4,
     "build_reference": 4,
@@ -45,3 +48,20 @@ class Deadlines:
     def collective_s(self) -> float:
         """Of NCCL and gloo themselves: after every deadline of the driver, so that the driver speaks first."""
         return max(self.start_s, *(self.of(verb) for verb in PER_PARAMETER)) + GRACE_S
+
+
+@dataclass(slots=True)
+class Restarts:
+    """How often something was started again. limit: of those that count: the ones of the last hour, and the ones since which nothing
+    was reached, however slow a start is. So a week may have any number of lost hosts, and a loop ends."""
+
+    limit: int
+    window_s: float = WINDOW_S
+    counted: list[tuple[float, int]] = field(default_factory=list)
+
+    def add(self, reached: int) -> int:
+        """Counts one more, at a mark that only progress moves; how many count now. Beyond `limit` there should be no other."""
+        now = time.monotonic()
+        self.counted = [(when, mark) for when, mark in self.counted if now - when <= self.window_s or mark == reached]
+        self.counted.append((now, reached))
+        return len(self.counted)

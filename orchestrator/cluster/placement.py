@@ -1,16 +1,9 @@
-"""Where workers live: a local or existing Ray cluster, and one placement group per worker group."""
+"""Where workers live: one placement group per worker group."""
 
 import os
-import shutil
-import signal
-import stat
-import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -19,81 +12,14 @@ from ray.util.placement_group import PlacementGroup, placement_group, placement_
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from orchestrator.cluster.actors import Share, made
+from orchestrator.cluster.joining import connect, named_cluster
 from orchestrator.config import Learners, Recipe, Rollouts
 from orchestrator.errors import ConfigError, NotEnoughResources
 from orchestrator.facts import SLACK, WorkerGroup, times
 from orchestrator.hardware import visible_gpus
-from orchestrator.node_facts import SHM
 
-OBJECT_STORE_BYTES = 256 * 1024 * 1024
-"""For batches, log-probs and rollouts; published weights come on top (`store_for`)."""
-SHM_SHARE, RAM_SHARE = 0.9, 0.3
-"""Of what is free of /dev/shm, beyond which Ray would put its store on disk, and of the RAM, of which it is a part."""
 NAME_FREE_S = 60.0
 """Until a killed actor's name is free again; where its node is lost, Ray has to notice that first."""
-
-
-def connect(store: int = OBJECT_STORE_BYTES) -> None:
-    """Joins the cluster of RAY_ADDRESS (set inside `ray job submit`), or starts a local Ray without a dashboard. store: bytes of
-    its object store."""
-    if ray.is_initialized():
-        return
-    with _own_signals():
-        _init(store)
-
-
-@contextmanager
-def own_ray() -> Iterator[None]:
-    """A local Ray that is started inside ends with it: the next one may need a larger object store."""
-    ours = not ray.is_initialized() and not os.environ.get("RAY_ADDRESS")
-    try:
-        yield
-    finally:
-        if ours:
-            ray.shutdown()
-
-
-def store_for(weights: int) -> int:
-    """Bytes of a local Ray's object store that holds so many bytes of published weights without spilling them to disk, as far as
-    the machine has the memory."""
-    shm = shutil.disk_usage(SHM).free * SHM_SHARE if SHM.is_dir() else float("inf")
-    ram = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * RAM_SHARE
-    return max(OBJECT_STORE_BYTES, int(min(OBJECT_STORE_BYTES + weights, shm, ram)))
-
-
-def _init(store: int) -> None:
-    quiet = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": False}
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(address="auto", **quiet)
-        return
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    ray.init(
-        include_dashboard=False,
-        object_store_memory=store,
-        _temp_dir=os.environ.get("RAY_TMPDIR") or os.path.join(tempfile.gettempdir(), "ray"),
-        **quiet,
-    )
-    _protect_token()
-
-
-@contextmanager
-def _own_signals() -> Iterator[None]:
-    """Keeps this process's handlers: Ray puts its crash handler in their place, and SIGTERM would abort the run."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        if threading.current_thread() is threading.main_thread():
-            for number, handler in before.items():
-                if handler is not None:  # None: not set from Python
-                    signal.signal(number, handler)
-
-
-def _protect_token() -> None:
-    """Ray writes its token with the umask's mode; only the owner may read it."""
-    token = Path.home() / ".ray" / "auth_token"
-    if token.is_file() and token.stat().st_uid == os.getuid() and stat.S_IMODE(token.stat().st_mode) & 0o077:
-        token.chmod(0o600)
 
 
 def demands(recipe: Recipe, *, critic: bool, rollouts: bool) -> tuple[WorkerGroup, ...]:
@@ -177,7 +103,7 @@ def named(create: Callable[[], Any]) -> Any:
 
 def check_capacity(groups: Sequence[WorkerGroup]) -> None:
     """NotEnoughResources where the cluster cannot hold the workers; told before Ray starts where that is this machine."""
-    if not ray.is_initialized() and not os.environ.get("RAY_ADDRESS"):
+    if not ray.is_initialized() and named_cluster() is None:
         gpus = any(g.gpus for g in groups)
         _check_capacity(groups, {"CPU": float(os.cpu_count() or 1), "GPU": float(len(visible_gpus())) if gpus else 0.0})
         return

@@ -22,7 +22,7 @@ from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from orchestrator.cluster.actors import Share, made
-from orchestrator.cluster.placement import connect
+from orchestrator.cluster.joining import connect, named_cluster
 from orchestrator.cluster.probe_actor import COLLECTIVE_S, SETTLE_S, Door, Probe
 from orchestrator.facts import AllReduce, Capacity, ClusterFacts, Kernel, ModelSource, NodeFacts, PairRate, Silent, Storage
 from orchestrator.node_facts import ANSWER_S, mark, node_facts, shared_folder, sweep, unmet_requirements
@@ -143,7 +143,7 @@ def _last_line(error: Exception) -> str:
 
 def on_cluster() -> bool:
     """True where a Ray runs or is named, so that there is something to survey."""
-    return ray.is_initialized() or bool(os.environ.get("RAY_ADDRESS"))
+    return ray.is_initialized() or named_cluster() is not None
 
 
 def survey(root: Path | None, models: Sequence[ModelSource], libraries: Sequence[str], *, gpus: bool) -> ClusterFacts:

@@ -18,8 +18,9 @@ import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from orchestrator.cluster.actors import Share, made, own_device
-from orchestrator.cluster.placement import connect, named
+from orchestrator.cluster.actors import Share, made, outlive_sigterm, own_device
+from orchestrator.cluster.joining import connect
+from orchestrator.cluster.placement import named
 from orchestrator.config import Model, RewardFunction, Rewards
 from orchestrator.episodes import RolloutGroup, Scoring
 from orchestrator.errors import NotEnoughResources, OrchestratorError, RewardsFailed
@@ -40,6 +41,7 @@ class RewardActor:
     """Supervises the process of one reward function; it runs nothing of the user's itself."""
 
     def __init__(self, function: RewardFunction, confinement: Confinement) -> None:
+        outlive_sigterm()
         self.sandbox = Sandbox(function, confinement)
 
     def ready(self) -> None:
@@ -56,6 +58,7 @@ class RewardModelActor:
     """Holds one reward model, on the GPU where Ray gave it one."""
 
     def __init__(self, function: RewardFunction, policy: Model | None, batch_size: int) -> None:
+        outlive_sigterm()
         self.function, self.policy, self.batch_size = function, policy, batch_size
         self.model: Any = None
 

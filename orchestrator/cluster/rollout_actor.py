@@ -9,7 +9,8 @@ import ray
 import torch
 
 from orchestrator import faults
-from orchestrator.cluster.actors import device_name, own_device
+from orchestrator.cluster.actors import device_name, outlive_sigterm, own_device
+from orchestrator.cluster.failures import telling
 from orchestrator.cluster.network import speak_from
 from orchestrator.cluster.workers import redirect_output
 from orchestrator.config import Recipe
@@ -21,12 +22,14 @@ Work = Sequence[tuple[int, Prompt]]
 """(draw, prompt) each."""
 
 
+@telling
 class RolloutActor:
     """One process that generates. Weights come as references into the object store, through a channel, or bucket by bucket."""
 
     def __init__(self, index: int, log: str | None, threads: int) -> None:
         if log is not None:
             redirect_output(Path(log))
+        outlive_sigterm()
         torch.set_num_threads(threads)
         speak_from(ray.util.get_node_ip_address())
         self.index = index

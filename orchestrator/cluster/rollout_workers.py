@@ -21,10 +21,10 @@ import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 
 from orchestrator.cluster.actors import Share
-from orchestrator.cluster.deadlines import Deadlines
+from orchestrator.cluster.deadlines import Deadlines, Restarts
+from orchestrator.cluster.failures import translate
 from orchestrator.cluster.placement import Placement
 from orchestrator.cluster.rollout_actor import RolloutActor, Work
-from orchestrator.cluster.workers import translate
 from orchestrator.config import Recipe
 from orchestrator.episodes import RolloutGroup, Sampling, Span
 from orchestrator.errors import OrchestratorError, WorkerLost
@@ -66,7 +66,7 @@ class _Chunk:
 @dataclass(slots=True)
 class _Shared:
     """What the threads share, under one lock. offers: weight version -> references to its buckets, none where the actors hold
-    it already; plans: how its buckets are cut then."""
+    it already; plans: how its buckets are cut then; chunks: done so far."""
 
     queue: deque[_Chunk] = field(default_factory=deque)
     running: dict[int, _Chunk] = field(default_factory=dict)
@@ -74,7 +74,7 @@ class _Shared:
     plans: Sequence[BucketPlan] = ()
     spans: list[Span] = field(default_factory=list)
     since: dict[int, float] = field(default_factory=dict)
-    restarts: int = 0
+    chunks: int = 0
     closed: bool = False
 
 
@@ -93,6 +93,7 @@ class RolloutPool:
         self.own = None if colocated is not None else Placement.reserve(demand, recipe.learners.start_timeout_s)
         self.placement = colocated or self.own
         self.shared, self.changed = _Shared(), threading.Condition()
+        self.restarts = Restarts(rollouts.max_restarts)
         self.threads: list[threading.Thread] = []
         self.actors: list[Any] = []
         try:
@@ -208,6 +209,7 @@ class RolloutPool:
             with self.changed:
                 del self.shared.running[index]
                 if groups is not None:
+                    self.shared.chunks += 1
                     self.shared.spans.append(Span(index, self.shared.since[index], time.perf_counter(), chunk.version))
                     for place, group in zip(chunk.at, groups, strict=True):
                         chunk.pending.groups[place] = group
@@ -239,10 +241,9 @@ class RolloutPool:
         with self.changed:
             if self.shared.closed:
                 return None
-            self.shared.restarts += 1
-            restarts = self.shared.restarts
+            restarts = self.restarts.add(self.shared.chunks)
         said = f"did not answer within {self.recipe.rollouts.timeout_s:.0f} s" if late else "died"
-        if restarts > self.recipe.rollouts.max_restarts:
+        if restarts > self.restarts.limit:
             return WorkerLost(
                 f"{self._who(index)} {said}, and {restarts - 1} rollout actors were replaced already",
                 why=why.strip().splitlines()[0] if why.strip() else "no answer",

@@ -17,8 +17,9 @@ import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 
 from orchestrator.cluster.actors import device_name
+from orchestrator.cluster.failures import translate
 from orchestrator.cluster.rollout_workers import SENDS, RolloutPool
-from orchestrator.cluster.workers import LearnerGroup, translate
+from orchestrator.cluster.workers import LearnerGroup
 from orchestrator.config import Recipe
 from orchestrator.episodes import WeightsDelivered
 from orchestrator.errors import ConfigError, OrchestratorError, WorkerLost

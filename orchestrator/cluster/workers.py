@@ -9,30 +9,34 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import RayError, RayTaskError
 
 from orchestrator.checkpoints import FileEntry
-from orchestrator.cluster.actors import Share, grow_segments, keep_to_share, own_device
+from orchestrator.cluster.actors import Share, grow_segments, keep_to_share, outlive_sigterm, own_device
 from orchestrator.cluster.deadlines import Deadlines
+from orchestrator.cluster.failures import learner_failure, telling
 from orchestrator.cluster.network import speak_from
 from orchestrator.cluster.placement import Placement, learner_demand
 from orchestrator.config import Learners, Recipe, Rollouts
 from orchestrator.errors import OrchestratorError, OutOfMemory, WorkerLost
 from orchestrator.learner.learner import LearnerSpec
-from orchestrator.learner.memory import is_out_of_memory
 from orchestrator.records import LearnReport, PackedBatch, StepApplied, joined_metrics
 from orchestrator.roles import PerMicroBatch, TokenLists
 
+ROOT_S = 2.0
+"""Seconds in which another rank may say what the first failure came from."""
 START = "learners.start_timeout_s"
 """The key that gives more time to what comes before the first verb."""
 
 
+@telling
 class LearnerActor:
     """One rank. Holds a RankLearner (or, before it, the reference policy) and forwards verbs to it."""
 
     def __init__(self, rank: int, log: str | None, share: Share) -> None:
         if log is not None:
             redirect_output(Path(log))
+        outlive_sigterm()
         if share.expandable:
             os.environ.update(grow_segments(os.environ))
         import torch
@@ -302,8 +306,10 @@ class LearnerGroup:
                 )
             try:
                 ray.get(done[0])
-            except (RayTaskError, RayActorError, GetTimeoutError) as error:
+            except RayError as error:
                 failure = learner_failure(error, self._who(refs.index(done[0])), verb)
+                if isinstance(failure, WorkerLost) and isinstance(error, RayTaskError):
+                    failure = self._root(failure, refs, waiting, verb)
                 if not isinstance(failure, OutOfMemory):
                     raise failure from error
                 failure.in_place = failure.in_place and self._holds_back()
@@ -313,6 +319,21 @@ class LearnerGroup:
         if memory_error is not None:
             raise memory_error
         return ray.get(refs)
+
+    def _root(self, first: WorkerLost, refs: list[Any], waiting: list[Any], verb: str) -> OrchestratorError:
+        """The failure to tell: a rank that lost its peers is often told before the peer that died or failed, which comes a moment later."""
+        deadline = time.monotonic() + ROOT_S
+        while waiting:
+            done, waiting = ray.wait(waiting, timeout=max(0.0, deadline - time.monotonic()))
+            if not done:
+                break
+            try:
+                ray.get(done[0])
+            except RayError as error:
+                later = learner_failure(error, self._who(refs.index(done[0])), verb)
+                if not isinstance(later, WorkerLost) or not isinstance(error, RayTaskError):
+                    return later
+        return first
 
     def _who(self, rank: int) -> str:
         """The worker by name, and its host where there are several."""
@@ -324,34 +345,6 @@ class LearnerGroup:
             return True
         cut = self.spec.cut
         return cut.sync == "no_sync" or (cut.sync == "coalesced" and cut.zero_stage < 3)
-
-
-def translate(error: Exception, who: str, verb: str) -> OrchestratorError:
-    """What a user can read from what Ray raised. who: the worker by name."""
-    if isinstance(error, RayTaskError):
-        if isinstance(error.cause, OrchestratorError):
-            return error.cause
-        return WorkerLost(f"{who} failed in `{verb}`", why=str(error).strip(), fix="see logs/ in the run folder")
-    return WorkerLost(
-        f"{who} died during `{verb}`",
-        why=str(error).strip().splitlines()[0],
-        fix="the run goes on from its last checkpoint; if it repeats, look for out-of-memory kills on that node",
-    )
-
-
-def learner_failure(error: Exception, who: str, verb: str) -> OrchestratorError:
-    """`translate` of a learner's failure, for which memory that ran out in any verb leads to a finer cut: of workers that are built
-    again, since nobody knows what the verb left behind."""
-    if not isinstance(error, RayTaskError) or isinstance(error.cause, OrchestratorError) or not is_out_of_memory(error.cause):
-        return translate(error, who, verb)
-    said = str(error.cause).strip() or type(error.cause).__name__
-    failure = OutOfMemory(
-        f"{who} ran out of memory in `{verb}`",
-        why=said.splitlines()[0],
-        fix="set a smaller batch.micro_batch, a higher learners.zero_stage, or learners.offload.optimizer=cpu",
-    )
-    failure.in_place = False
-    return failure
 
 
 def merge_reports(reports: Sequence[LearnReport]) -> LearnReport:

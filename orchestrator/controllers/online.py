@@ -118,19 +118,31 @@ class OnlineTrainer:
     # ---- rollouts
 
     def _collect(self, progress: Progress, clock: Clock) -> Batch:
-        """A scored rollout batch; with dynamic sampling as many prompts more as it takes to fill it with groups that teach."""
+        """A scored rollout batch; with dynamic sampling as many prompts more as it takes to fill it with groups that teach.
+
+        Where they do not suffice, groups without signal fill it up: they count in what the loss is divided by, so that an optimizer step is
+        of the effective batch all the same. Where no group teaches at all there is nothing to learn from, and no step is taken."""
         plan = self.plan
         batch = self._next(progress, clock)
         if plan.algorithm.online is None or not plan.algorithm.online.dynamic_sampling:
             return batch
-        wanted, useful = len(batch.scored), [g for g in batch.scored if has_signal(g)]
+        useful = [g for g in batch.scored if has_signal(g)]
         for _ in range(plan.max_resampled):
-            if len(useful) >= wanted:
+            if len(useful) >= batch.wanted:
                 break
             more = self._next(progress, clock)
             useful += [g for g in more.scored if has_signal(g)]
             batch = batch.joined(more)
-        return replace(batch, learned_from=tuple(useful[:wanted]) or batch.scored[:wanted])
+        taught = useful[: batch.wanted]
+        rest = [g for g in batch.scored if not has_signal(g)][: batch.wanted - len(taught)]
+        if rest:
+            self._say_starved(progress.step + 1, len(taught), batch)
+        return replace(batch, learned_from=(*taught, *rest) if taught else ())
+
+    def _say_starved(self, step: int, taught: int, batch: Batch) -> None:
+        drawn = f"{taught} of the {batch.wanted} groups that a step wants have rewards that differ, of {batch.prompts} prompts drawn"
+        what = "the others fill it up and teach nothing" if taught else "no optimizer step is taken"
+        self.report.note(f"warning: step {step}: dynamic sampling found {drawn}; {what}. Raise algorithm.max_resampled, or give other prompts")
 
     def _next(self, progress: Progress, clock: Clock) -> Batch:
         """Tops up what is in flight, waits for the oldest batch of it and has it scored."""
@@ -151,7 +163,7 @@ class OnlineTrainer:
             scoring = self.scorer.score(groups)
         for reason in scoring.dropped:
             self.report.note(f"step {progress.step + 1}: group dropped, no reward: {reason}")
-        return Batch(count, groups, scoring, scoring.groups)
+        return Batch(count, groups, scoring, scoring.groups, len(groups))
 
     def _start(self, version: int) -> None:
         prompts = self.prompts.at(self.next_prompt)

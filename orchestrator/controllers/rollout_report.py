@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from orchestrator.controllers.experience import has_signal
 from orchestrator.controllers.step import Taken
 from orchestrator.episodes import Rollout, RolloutGroup, ScoredGroup, Scoring, Span, WeightsDelivered
 from orchestrator.objectives.value import explained_variance
@@ -17,12 +18,14 @@ LEARNING = ("experience", "reference", "first_pass", "forward_backward", "optim"
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """A scored rollout batch. prompts: drawn from the data for it; learned_from: the groups that become training data."""
+    """A scored rollout batch. prompts: drawn from the data for it; learned_from: the groups that become training data; wanted: how many
+    they should be by the recipe."""
 
     prompts: int
     groups: tuple[RolloutGroup, ...]
     scoring: Scoring
     learned_from: tuple[ScoredGroup, ...]
+    wanted: int
 
     @property
     def scored(self) -> tuple[ScoredGroup, ...]:
@@ -38,7 +41,7 @@ class Batch:
         mine, theirs = self.scoring.seconds, other.scoring.seconds
         seconds = {name: mine.get(name, 0.0) + theirs.get(name, 0.0) for name in {**mine, **theirs}}
         scoring = Scoring(self.scored + other.scored, self.scoring.dropped + other.scoring.dropped, seconds)
-        return Batch(self.prompts + other.prompts, self.groups + other.groups, scoring, self.learned_from + other.learned_from)
+        return Batch(self.prompts + other.prompts, self.groups + other.groups, scoring, self.learned_from + other.learned_from, self.wanted)
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +124,8 @@ def _critic_metrics(critic: Learned) -> dict[str, float]:
 
 def _reward_metrics(batch: Batch) -> dict[str, float]:
     metrics = {"reward/dropped_groups": float(len(batch.scoring.dropped))}
+    metrics |= {"reward/groups_wanted": float(batch.wanted), "reward/groups_learned": float(len(batch.learned_from))}
+    metrics["reward/groups_with_signal"] = float(sum(has_signal(g) for g in batch.learned_from))
     if not batch.scored:
         return metrics
     rewards = np.stack([g.rewards for g in batch.scored]).astype(np.float64)

@@ -1,16 +1,20 @@
-"""Row -> token ids and loss mask: the ONE place where a chat template is applied.
+"""Row -> token ids and loss mask.
 
-A completion starts where the tokenized prompt and the tokenized prompt + completion diverge, as in TRL. Only the
-model's own tokens are scored; padding is added later and masked by position, never by id.
+Scored are: the assistant's turns of `messages`; the whole of a completion, as TRL has it, the turns of tools and users in it included;
+every token but the first of plain text. A turn with `weight` 0 is not. A completion starts where the tokenized prompt and the tokenized
+prompt + completion diverge, as in TRL. Padding is added later and masked by position, never by id.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from orchestrator.config import Data
+from orchestrator.data.bad_rows import BadRow, check_bad
+from orchestrator.data.messages import is_learned
+from orchestrator.data.template import is_marked, own_template, render, training_template
 from orchestrator.errors import ConfigError, DataError
 from orchestrator.records import Branch, DataKind, Ints, Row, SequenceGroup
 
@@ -18,7 +22,8 @@ from orchestrator.records import Branch, DataKind, Ints, Row, SequenceGroup
 @dataclass(frozen=True, slots=True)
 class EncodingReport:
     """What encoding did: rows kept, dropped, truncated; not_prefix: rows whose prompt is not a token prefix of the
-    completion; identical: pairs that truncation made equal; lengths: tokens of prompt + longest branch of kept rows."""
+    completion; identical: pairs that truncation made equal; lengths: tokens of prompt + longest branch of kept rows;
+    bad: rows that could not be encoded; notes: what else the user should know."""
 
     rows: int
     kept: int
@@ -27,6 +32,8 @@ class EncodingReport:
     not_prefix: tuple[str, ...]
     identical: int
     lengths: tuple[int, ...]
+    bad: tuple[BadRow, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def quantiles(self) -> dict[str, int]:
         """Minimum, median, 95th percentile and maximum of the lengths."""
@@ -47,21 +54,47 @@ class _Counts:
     dropped: int = 0
     truncated: int = 0
     identical: int = 0
+    bad: list[BadRow] = field(default_factory=list)
 
 
-def encode_rows(rows: Sequence[Row], tokenizer: Any, data: Data, kind: DataKind) -> Encoded:
-    """All rows, with the over-long policy applied and counted. DataError where nothing is left."""
+def encode_rows(rows: Sequence[Row], tokenizer: Any, data: Data, kind: DataKind, bad: Sequence[BadRow] = ()) -> Encoded:
+    """All rows, with the over-long policy applied and counted. bad: rows that are left out already.
+
+    DataError where more than data.max_bad_rows are bad together with those that cannot be encoded, or nothing is left."""
     encoder = Encoder(tokenizer, data, kind)
     counts, groups = _Counts(), []
     for row in rows:
-        group = _fit(encoder.encode(row), row, data, counts)
+        try:
+            whole = encoder.encode(row)
+        except DataError as error:
+            counts.bad.append(bad_row(row, error))
+            continue
+        group = _fit(whole, row, data, counts)
         if group is not None:
             groups.append(group)
+    check_bad([*bad, *counts.bad], data.max_bad_rows)
     if not groups:
         raise DataError("no row is left after data.overlong", why=f"max_length is {data.max_length} tokens", fix="raise data.max_length")
-    lengths = tuple(g.longest for g in groups)
-    report = EncodingReport(len(rows), len(groups), counts.dropped, counts.truncated, tuple(encoder.not_prefix), counts.identical, lengths)
-    return Encoded(tuple(groups), report)
+    return Encoded(
+        tuple(groups),
+        EncodingReport(
+            rows=len(rows),
+            kept=len(groups),
+            dropped=counts.dropped,
+            truncated=counts.truncated,
+            not_prefix=tuple(encoder.not_prefix),
+            identical=counts.identical,
+            lengths=tuple(g.longest for g in groups),
+            bad=tuple(counts.bad),
+            notes=encoder.notes,
+        ),
+    )
+
+
+def bad_row(row: Row, error: DataError) -> BadRow:
+    """The row that could not be encoded, with the reason."""
+    what = error.what.removeprefix(f"{row.where}: ")
+    return BadRow(row.where, f"{what} ({error.why})" if error.why else what)
 
 
 class Encoder:
@@ -70,22 +103,41 @@ class Encoder:
     def __init__(self, tokenizer: Any, data: Data, kind: DataKind) -> None:
         self.tokenizer, self.data, self.kind = tokenizer, data, kind
         self.not_prefix: list[str] = []
+        self.added_at_end = _added_at_end(tokenizer)
+        self._doubled = 0
+        self._training: str | None = None
+        self._asked = False
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What of the tokenizer and the template the user should know, after the rows were encoded."""
+        found = []
+        if self._training is not None:
+            found.append("conversations are encoded with TRL's training form of the chat template; the exported model keeps its own")
+        if self._doubled:
+            bos = self.tokenizer.bos_token
+            found.append(f"{self._doubled} prompts begin with {bos} twice: the text holds one and the tokenizer adds one; take it out of the text")
+        return tuple(found)
 
     def encode(self, row: Row) -> SequenceGroup:
-        """The group of a row: prompt tokens, and a branch per completion."""
+        """The group of a row: prompt tokens, and a branch per completion. DataError for a row that cannot be encoded, ConfigError where
+        the template is at fault."""
         if row.messages is not None:
             return self._conversation(row)
         if row.text is not None:
             return self._text(row)
         completions = [row.chosen, row.rejected] if self.kind == "preference" else [row.completion]
         prompt = self._tokens(row.prompt, row, generation=True)
+        self._count_bos(prompt, row.prompt)
         wholes = [self._tokens(self._joined(row.prompt, c), row) for c in completions]
+        if len(wholes) == 2 and wholes[0] == wholes[1]:
+            raise DataError(f"{row.where}: chosen and rejected are the same tokens", why="template or tokenizer makes them equal", fix="remove it")
         shared = min(_common_prefix(prompt, whole) for whole in wholes)
         if shared < len(prompt):
             self.not_prefix.append(row.where)
         if shared == 0:  # something must predict the first token
             shared = _lead(wholes, row)
-        branches = tuple(_branch(whole[shared:]) for whole in wholes)
+        branches = tuple(self._branch(row, whole, shared, c) for whole, c in zip(wholes, completions, strict=True))
         label = None if row.label is None else float(row.label)
         return SequenceGroup(row.id, np.array(wholes[0][:shared], np.int64), branches, row.source, label, row.margin)
 
@@ -94,12 +146,27 @@ class Encoder:
         if row.messages is not None:
             last = max(i for i, m in enumerate(row.messages) if m["role"] == "assistant")
             return tuple(self._tokens(row.messages[:last], row, generation=True))
-        return tuple(self._tokens(row.prompt, row, generation=True))
+        prompt = self._tokens(row.prompt, row, generation=True)
+        self._count_bos(prompt, row.prompt)
+        return tuple(prompt)
+
+    def _branch(self, row: Row, whole: list[int], shared: int, completion: Any) -> Branch:
+        """A completion's tokens, all scored but for turns of weight 0, told apart by growing prefixes."""
+        if not isinstance(completion, list) or all(is_learned(m) for m in completion):
+            return _scored(whole[shared:])
+        mask, ids = [False] * shared, whole[:shared]
+        for i, message in enumerate(completion):
+            after = self._tokens(row.prompt + completion[: i + 1], row)
+            if after[: len(ids)] != ids or whole[: len(after)] != after:
+                raise DataError(f"{row.where}: the chat template rewrites earlier turns, so that weight 0 has no tokens of its own")
+            mask += [is_learned(message)] * (len(after) - len(mask))
+            ids = after
+        return Branch(np.array(whole[shared:], np.int64), np.array(mask[shared:], np.bool_))
 
     def _conversation(self, row: Row) -> SequenceGroup:
         """Loss on the assistant's turns only, by the template's generation markers or by growing prefixes."""
         assert row.messages is not None
-        ids, mask = self._assistant_mask(row)
+        ids, mask = self._assistant_mask(row, row.messages)
         first = next((i for i, scored in enumerate(mask) if scored), None)
         if first is None:
             raise DataError(f"{row.where}: no token of the conversation is the assistant's", fix="check the roles and the chat template")
@@ -107,15 +174,24 @@ class Encoder:
         branch = Branch(np.array(ids[first:], np.int64), np.array(mask[first:], np.bool_))
         return SequenceGroup(row.id, np.array(ids[:first], np.int64), (branch,), row.source)
 
-    def _assistant_mask(self, row: Row) -> tuple[list[int], list[bool]]:
-        from trl.chat_template_utils import has_generation_markers
+    def _assistant_mask(self, row: Row, messages: Sequence[Any]) -> tuple[list[int], list[bool]]:
+        own = own_template(self.tokenizer, row)
+        template = None if is_marked(own) else self._training_form(own)
+        if template is None and not is_marked(own):
+            return self._by_prefixes(row, messages)
+        output = render(self.tokenizer, messages, row, template=template, return_assistant_tokens_mask=True)
+        return list(output["input_ids"]), _weighed([bool(m) for m in output["assistant_masks"]], messages, row)
 
-        template = self._chat_template(row)
-        if has_generation_markers(template):
-            output = self._render(row.messages, row, return_assistant_tokens_mask=True)
-            return list(output["input_ids"]), [bool(m) for m in output["assistant_masks"]]
-        messages, ids, mask = row.messages, [], []
-        assert messages is not None
+    def _training_form(self, own: str) -> str | None:
+        """TRL's, where `own` is the template that it is the form of."""
+        if not self._asked:
+            self._asked, self._training = True, training_template(self.tokenizer)
+        known = self.tokenizer.chat_template
+        return self._training if own == (known.get("default") if isinstance(known, dict) else known) else None
+
+    def _by_prefixes(self, row: Row, messages: Sequence[Any]) -> tuple[list[int], list[bool]]:
+        ids: list[int] = []
+        mask: list[bool] = []
         for i, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
@@ -126,16 +202,17 @@ class Encoder:
                     f"{row.where}: the chat template rewrites earlier turns, so the assistant's tokens cannot be told apart",
                     fix="use a template with {% generation %} markers (model.chat_template)",
                 )
-            mask += [False] * (len(before) - len(ids)) + [True] * (len(after) - len(before))
+            mask += [False] * (len(before) - len(ids)) + [is_learned(message)] * (len(after) - len(before))
             ids = after
         return ids, mask
 
     def _text(self, row: Row) -> SequenceGroup:
         """Language modelling: every token but the first is scored."""
         ids = self._tokens(self._ended(row.text or ""), row)
+        self._count_bos(ids, row.text)
         if len(ids) < 2:
             raise DataError(f"{row.where}: the text has fewer than two tokens", fix="remove the row")
-        return SequenceGroup(row.id, np.array(ids[:1], np.int64), (_branch(ids[1:]),), row.source)
+        return SequenceGroup(row.id, np.array(ids[:1], np.int64), (_scored(ids[1:]),), row.source)
 
     def _joined(self, prompt: Any, completion: Any) -> Any:
         return prompt + completion if isinstance(completion, list) else prompt + self._ended(completion)
@@ -145,28 +222,40 @@ class Encoder:
         return text + eos if self.data.append_eos and not text.endswith(eos) else text
 
     def _tokens(self, text: Any, row: Row, *, generation: bool = False) -> list[int]:
-        if isinstance(text, str):
-            return list(self.tokenizer(text=text)["input_ids"])
-        return list(self._render(text, row, add_generation_prompt=generation)["input_ids"])
+        """Of text without what the tokenizer adds at the end, which may be an eos: data.append_eos says where one belongs."""
+        if not isinstance(text, str):
+            return list(render(self.tokenizer, text, row, add_generation_prompt=generation)["input_ids"])
+        ids = list(self.tokenizer(text=text)["input_ids"])
+        return ids[: len(ids) - len(self.added_at_end)]
 
-    def _render(self, messages: Any, row: Row, **options: bool) -> Any:
-        from jinja2 import TemplateError
+    def _count_bos(self, ids: Sequence[int], text: Any) -> None:
+        bos = self.tokenizer.bos_token_id
+        self._doubled += isinstance(text, str) and bos is not None and list(ids[:2]) == [bos, bos]
 
-        self._chat_template(row)
-        if not messages:
-            raise DataError(f"{row.where}: no turn comes before the assistant's first", fix="begin the conversation with a user turn")
-        try:
-            return self.tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **options)
-        except TemplateError as error:
-            raise DataError(f"{row.where}: the chat template refuses the conversation", why=str(error), fix="mend or remove the row") from error
 
-    def _chat_template(self, row: Row) -> str:
-        if not self.tokenizer.chat_template:
-            raise ConfigError(
-                f"{row.where} holds chat messages, but the tokenizer has no chat template",
-                fix="set model.chat_template to a Jinja file, use a chat model, or give prompts and completions as plain text",
-            )
-        return self.tokenizer.chat_template
+def _added_at_end(tokenizer: Any) -> list[int]:
+    """Tokens that the tokenizer writes after every text, such as an eos with add_eos_token."""
+    whole, bare = (list(tokenizer(text="a", add_special_tokens=special)["input_ids"]) for special in (True, False))
+    starts = [at for at in range(len(whole) - len(bare) + 1) if whole[at : at + len(bare)] == bare]
+    return whole[starts[-1] + len(bare) :] if starts else []
+
+
+def _weighed(mask: list[bool], messages: Sequence[Any], row: Row) -> list[bool]:
+    """The mask of a template's markers without the turns of weight 0: its runs are the assistant's turns, in order."""
+    turns = [is_learned(m) for m in messages if m["role"] == "assistant"]
+    if all(turns):
+        return mask
+    edges = np.flatnonzero(np.diff(np.array([False, *mask, False], np.int8)))
+    runs = edges.reshape(-1, 2).tolist()
+    if len(runs) != len(turns):
+        raise DataError(
+            f"{row.where}: weight 0 cannot be honoured",
+            why=f"the chat template marks {len(runs)} runs of tokens as the assistant's, and it has {len(turns)} turns",
+        )
+    kept = list(mask)
+    for (start, end), learned in zip(runs, turns, strict=True):
+        kept[start:end] = [learned] * (end - start)
+    return kept
 
 
 def _lead(wholes: list[list[int]], row: Row) -> int:
@@ -178,7 +267,7 @@ def _lead(wholes: list[list[int]], row: Row) -> int:
     return 1
 
 
-def _branch(ids: Sequence[int]) -> Branch:
+def _scored(ids: Sequence[int]) -> Branch:
     return Branch(np.array(ids, np.int64), np.ones(len(ids), np.bool_))
 
 

@@ -2,33 +2,77 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from orchestrator.config import Columns
+from orchestrator.data.bad_rows import BadRecord
+from orchestrator.data.messages import check_weights, is_learned, messages_of, refuse_weights, unicode
+from orchestrator.data.template import tools_of, variables_of
+from orchestrator.data.values import plain, without_nulls
 from orchestrator.records import DataKind, Row
 
 HH_TURN = "\n\nAssistant:"
+SHAREGPT_COLUMN = "conversations"
+PICTURES = ("images", "image")
+"""Of TRL; a text called `image` may be anything, such as the name of a container's."""
 
 
-class BadRecord(ValueError):
-    """A record that cannot be used; the text is the reason shown to the user."""
+@dataclass(frozen=True, slots=True)
+class Reads:
+    """Which columns a run reads beside those that its kind of data is made of.
+
+    margin: of a pair; answer: of a row; environment: rows may name one; others: of prompts, by name, None: all of them.
+    """
+
+    margin: bool = True
+    answer: bool = True
+    environment: bool = False
+    others: frozenset[str] | None = None
 
 
-def to_rows(record: Any, columns: Columns, kind: DataKind) -> list[dict[str, Any]]:
-    """Row fields of one record: one dict, or two where a preference pair is unpaired for KTO. Raises BadRecord."""
+EVERYTHING = Reads()
+
+
+def to_rows(record: Any, columns: Columns, kind: DataKind, reads: Reads = EVERYTHING, *, filled: bool = False) -> list[dict[str, Any]]:
+    """Row fields of one record: one dict, or two where a preference pair is unpaired for KTO. Raises BadRecord.
+
+    filled: the record comes from a table, where each mapping has the keys of all others, null where it had none."""
     if not isinstance(record, Mapping):
         raise BadRecord(f"a record must be an object, this is {type(record).__name__}")
-    fields = _mapped(record, columns)
+    fields = _mapped(record, columns, kind, reads)
+    if filled:
+        fields = {name: without_nulls(value) for name, value in fields.items()}
     if kind == "sft":
         return [_sft(fields)]
     if kind == "preference":
         return [_preference(fields)]
     if kind == "prompt":
-        return [_prompt(fields, record)]
+        return [_prompt(fields, record, columns)]
     if "label" not in fields and "chosen" in fields and "rejected" in fields:
         pair = _preference(fields)
-        return [_unpaired({"prompt": pair["prompt"], "completion": pair[side], "label": side == "chosen"}) for side in ("chosen", "rejected")]
+        shared = {name: value for name, value in pair.items() if name not in ("chosen", "rejected", "margin")}
+        return [_unpaired({**shared, "completion": pair[side], "label": side == "chosen"}) for side in ("chosen", "rejected")]
     return [_unpaired(fields)]
+
+
+def used_columns(fields: Mapping[str, Any], record: Mapping[str, Any], columns: Columns, reads: Reads) -> set[str]:
+    """Names in the record of what `fields`, made of it, were made of and the run reads."""
+    names = columns.model_dump()
+    used = {theirs for name, theirs in names.items() if name in fields and theirs in record}
+    if "messages" in fields and record.get(str(columns.messages)) is None:
+        used.add(SHAREGPT_COLUMN)
+    if "completion" in fields and columns.completion not in record:  # unpaired
+        used |= {str(columns.chosen), str(columns.rejected)}
+    if not reads.answer:
+        used.discard(str(columns.answer))
+    if "columns" in fields:
+        handed = fields["columns"].keys()
+        named = handed if reads.others is None else handed & reads.others
+        used |= {names.get(name) or name for name in named}
+        if record.get(str(columns.prompt)) is None:
+            used |= {str(columns.messages) if record.get(str(columns.messages)) is not None else SHAREGPT_COLUMN}
+    return used
 
 
 def describe(row: Row) -> str:
@@ -45,24 +89,49 @@ def describe(row: Row) -> str:
     return f"unpaired, {form}" if row.label is not None else f"prompt-completion, {form}"
 
 
-def _mapped(record: Mapping[str, Any], columns: Columns) -> dict[str, Any]:
-    fields = {name: record[name] for name in Columns.model_fields if record.get(name) is not None}
-    for name, theirs in columns.model_dump(exclude_none=True).items():
-        if theirs not in record:
+def _mapped(record: Mapping[str, Any], columns: Columns, kind: DataKind, reads: Reads) -> dict[str, Any]:
+    """The record's values by the recipe's names, without what is null; what a run cannot honour is refused."""
+    fields: dict[str, Any] = {}
+    for name, theirs in columns.model_dump().items():
+        if theirs is None:
+            continue
+        if theirs != name and theirs not in record:
             raise BadRecord(f"column {theirs!r} (mapped to {name}) is missing")
-        fields[name] = record[theirs]
-    return fields
+        if record.get(theirs) is not None:
+            fields[name] = record[theirs]
+    if "messages" not in fields and columns.messages is not None and record.get(SHAREGPT_COLUMN) is not None:
+        fields["messages"] = record[SHAREGPT_COLUMN]
+    _refuse(fields, record, columns, reads)
+    unread = ("environment",) if kind != "prompt" else ()
+    return {name: value for name, value in fields.items() if name not in unread and (name != "margin" or reads.margin)}
+
+
+def _refuse(fields: dict[str, Any], record: Mapping[str, Any], columns: Columns, reads: Reads) -> None:
+    """BadRecord for pictures, and for an environment's name where the run has none."""
+    pictures = fields.pop("images", None)
+    if columns.images is not None and not pictures:
+        pictures = next((record[name] for name in PICTURES if record.get(name) and not (name == "image" and isinstance(record[name], str))), None)
+    if pictures:
+        raise BadRecord("it has images, and models read text only; data.columns.images=null leaves them out")
+    if fields.get("environment") is not None and not reads.environment:
+        raise BadRecord("it names an environment, and the run has no rollouts.environment; data.columns.environment=null leaves the column out")
 
 
 def _sft(fields: dict[str, Any]) -> dict[str, Any]:
     if "messages" in fields:
-        messages = _messages(fields["messages"], "messages")
-        if not any(m["role"] == "assistant" for m in messages):
+        messages = messages_of(fields["messages"], "messages")
+        turns = [m for m in messages if m["role"] == "assistant"]
+        if not turns:
             raise BadRecord("messages hold no assistant turn, so nothing would be learned")
-        return {"messages": messages, **_extra(fields)}
+        if not any(is_learned(m) for m in turns):
+            raise BadRecord("every assistant turn has weight 0, so nothing would be learned")
+        check_weights(messages, "messages")
+        return {"messages": messages, **_template(fields), **_extra(fields)}
     if "completion" in fields:
         prompt, completion = _texts(fields, ("prompt", "completion"))
-        return {"prompt": prompt, "completion": completion, **_extra(fields)}
+        if isinstance(completion, list) and not any(is_learned(m) for m in completion):
+            raise BadRecord("every turn of the completion has weight 0, so nothing would be learned")
+        return {"prompt": prompt, "completion": completion, **_template(fields, completion), **_extra(fields)}
     if "text" in fields:
         return {"text": _text(fields["text"], "text"), **_extra(fields)}
     if "chosen" in fields:
@@ -74,13 +143,25 @@ def _preference(fields: dict[str, Any]) -> dict[str, Any]:
     for name in ("chosen", "rejected"):
         if name not in fields:
             raise BadRecord(f"{name!r} is missing; has {_names(fields)}")
-    if "prompt" in fields:
+    if "prompt" in fields and not _is_redundant(fields):
         prompt, chosen, rejected = _texts(fields, ("prompt", "chosen", "rejected"))
     else:
         prompt, chosen, rejected = _implicit_prompt(fields["chosen"], fields["rejected"])
     if chosen == rejected:
         raise BadRecord("chosen and rejected are equal")
-    return {"prompt": prompt, "chosen": chosen, "rejected": rejected, **_extra(fields)}
+    refuse_weights(chosen, "chosen")
+    refuse_weights(rejected, "rejected")
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected, **_template(fields, chosen), **_extra(fields)}
+
+
+def _is_redundant(fields: Mapping[str, Any]) -> bool:
+    """True for a prompt of text that is the first user turn of both answers, which are whole conversations (UltraFeedback's form)."""
+    if not isinstance(fields["prompt"], str) or not all(isinstance(fields[name], list) and fields[name] for name in ("chosen", "rejected")):
+        return False
+    firsts = [
+        next((m["content"] for m in messages_of(fields[name], name) if m["role"] == "user"), None) for name in ("chosen", "rejected")
+    ]
+    return all(isinstance(first, str) and first.strip() == fields["prompt"].strip() for first in firsts)
 
 
 def _unpaired(fields: dict[str, Any]) -> dict[str, Any]:
@@ -90,26 +171,39 @@ def _unpaired(fields: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(fields["label"], bool):
         raise BadRecord(f"label must be true or false, not {fields['label']!r}")
     prompt, completion = _texts(fields, ("prompt", "completion"))
-    return {"prompt": prompt, "completion": completion, "label": fields["label"], **_extra(fields)}
+    refuse_weights(completion, "completion")
+    return {"prompt": prompt, "completion": completion, "label": fields["label"], **_template(fields, completion), **_extra(fields)}
 
 
-def _prompt(fields: dict[str, Any], record: Mapping[str, Any]) -> dict[str, Any]:
+def _prompt(fields: dict[str, Any], record: Mapping[str, Any], columns: Columns) -> dict[str, Any]:
     """The question alone (of `messages`, the turns before the assistant's last), and the rest of the record as columns."""
     if "prompt" in fields:
         (prompt,) = _texts(fields, ("prompt",))
         if not prompt:
             raise BadRecord("prompt is empty")
     elif "messages" in fields:
-        messages = _messages(fields["messages"], "messages")
+        messages = messages_of(fields["messages"], "messages")
         last = max((i for i, m in enumerate(messages) if m["role"] == "assistant"), default=len(messages))
         prompt = messages[:last]
         if not prompt:
             raise BadRecord("messages hold no turn before the assistant's")
     else:
         raise BadRecord(f"needs prompt, or messages; has {_names(fields)}")
-    extra = {name: value for name, value in record.items() if name not in ("prompt", "messages")}
-    extra |= {name: value for name, value in fields.items() if name not in ("prompt", "messages")}
-    return {"prompt": prompt, "columns": extra, **_extra({k: v for k, v in fields.items() if k == "answer"})}
+    template = _template(fields)
+    left_out = {"prompt", "messages"} | {name for name, theirs in columns.model_dump().items() if theirs is None}
+    left_out |= set(PICTURES) if columns.images is None else set()
+    extra = {name: value for name, value in record.items() if name not in left_out}
+    extra |= {name: value for name, value in fields.items() if name not in left_out}
+    extra = {str(name): plain(value, str(name)) for name, value in extra.items()} | template
+    return {"prompt": prompt, "columns": extra, **template, **_extra({k: v for k, v in fields.items() if k == "answer"})}
+
+
+def _template(fields: Mapping[str, Any], answer: Any = ()) -> dict[str, Any]:
+    """What a chat template is given beside messages; nothing where the row is text, of which no template is made."""
+    if isinstance(answer, str):
+        return {}
+    tools, variables = tools_of(fields.get("tools")), variables_of(fields.get("chat_template_kwargs"))
+    return {**({"tools": tools} if tools else {}), **({"chat_template_kwargs": variables} if variables else {})}
 
 
 def _implicit_prompt(chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:
@@ -120,7 +214,7 @@ def _implicit_prompt(chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:
     Anthropic's HH format, or without one to the last line break.
     """
     if isinstance(chosen, list) and isinstance(rejected, list):
-        a, b = _messages(chosen, "chosen"), _messages(rejected, "rejected")
+        a, b = messages_of(chosen, "chosen"), messages_of(rejected, "rejected")
         if a == b:
             raise BadRecord("chosen and rejected are equal")
         if a[0] != b[0]:
@@ -157,8 +251,8 @@ def _texts(fields: Mapping[str, Any], names: Sequence[str]) -> list[Any]:
     values = [fields.get(name, "") for name in names]
     if any(isinstance(v, list) for v in values):
         if not all(isinstance(v, list) for v in values):
-            raise BadRecord(f"{', '.join(names)} mix strings and message lists")
-        return [_messages(v, name) for v, name in zip(values, names, strict=True)]
+            raise BadRecord(f"{', '.join(names)} mix strings and message lists; data.columns.{names[0]}=null leaves a column out")
+        return [messages_of(v, name) for v, name in zip(values, names, strict=True)]
     return [_text(v, name, may_be_empty=name == "prompt") for v, name in zip(values, names, strict=True)]
 
 
@@ -167,34 +261,13 @@ def _text(value: Any, name: str, *, may_be_empty: bool = False) -> str:
         raise BadRecord(f"{name} must be text or a list of messages, not {type(value).__name__}")
     if not value.strip() and not (may_be_empty and not value):
         raise BadRecord(f"{name} is empty")
-    return _unicode(value, name)
-
-
-def _messages(value: Any, name: str) -> list[dict[str, Any]]:
-    if not isinstance(value, list) or not value:
-        raise BadRecord(f"{name} must be a non-empty list of messages")
-    for i, message in enumerate(value):
-        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-            raise BadRecord(f"{name}[{i}] needs a role and content")
-        if not isinstance(message.get("content"), str) and not message.get("tool_calls"):
-            raise BadRecord(f"{name}[{i}].content must be text")
-        _unicode(message.get("content") or "", f"{name}[{i}].content")
-    return [dict(m) for m in value]
-
-
-def _unicode(value: str, name: str) -> str:
-    """JSON can spell half of a surrogate pair, which no tokenizer takes."""
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise BadRecord(f"{name} holds half of a surrogate pair at character {error.start}") from error
-    return value
+    return unicode(value, name)
 
 
 def _extra(fields: Mapping[str, Any]) -> dict[str, Any]:
     extra: dict[str, Any] = {}
     if "answer" in fields:
-        extra["answer"] = str(fields["answer"])
+        extra["answer"] = str(plain(fields["answer"], "answer"))
     if "margin" in fields:
         margin = fields["margin"]
         if not isinstance(margin, int | float) or isinstance(margin, bool) or not math.isfinite(margin):

@@ -10,7 +10,7 @@ NaN parameters at fp32 stage 0, lost micro-batches when the boundary is not set.
 
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from orchestrator.config import Learners, Optimizer
 from orchestrator.learner.collectives import CollectiveCounter
+from orchestrator.models.decay import parameter_groups
 from orchestrator.records import StepApplied
 from orchestrator.state_bytes import PERSISTENT_ELEMENTS, bucket_elements, overlaps
 
@@ -107,6 +108,14 @@ def global_norm(gradients: Sequence[Tensor]) -> Tensor:
     return torch.linalg.vector_norm(torch.cat(norms).double()).float()
 
 
+def zero_missing(parameters: Iterable[nn.Parameter]) -> None:
+    """Gives those that no token of the step reached (an expert, say) a gradient of zeros: else whether moments and weights decay in such
+    a step would depend on how it was cut."""
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+
+
 @contextmanager
 def cast_once() -> Iterator[None]:
     """Keeps autocast's low-precision copies of the weights from one forward to the next, instead of making them for each.
@@ -135,7 +144,8 @@ class GuardedAdamW(torch.optim.AdamW):
         self._global_grad_norm = 0.0
 
     def step(self, closure: Any = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        parameters = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        zero_missing(parameters)  # as the partitioned stages do
         norm = global_norm([p.grad for p in parameters])
         self._global_grad_norm = float(norm)
         self.overflow = not bool(torch.isfinite(norm))
@@ -203,13 +213,13 @@ class Engine:
             "lr": optimizer.learning_rate,
             "betas": optimizer.betas,
             "eps": optimizer.eps,
-            "weight_decay": optimizer.weight_decay,
         }
+        groups = parameter_groups(module, optimizer.weight_decay)
         base: torch.optim.Optimizer
         if stage == 0:
-            base = GuardedAdamW(trainable, max_norm=optimizer.max_grad_norm or 0.0, **options)
+            base = GuardedAdamW(groups, max_norm=optimizer.max_grad_norm or 0.0, **options)
         else:
-            base = torch.optim.AdamW(trainable, fused=True, **options)
+            base = torch.optim.AdamW(groups, fused=True, **options)
         config = deepspeed_config(learners, optimizer, stage, sync, sum(p.numel() for p in trainable))
         self.ds, self.zero, _, _ = deepspeed.initialize(model=module, model_parameters=trainable, optimizer=base, config=config)
         self.module: nn.Module = self.ds.module
@@ -245,9 +255,7 @@ class Engine:
         if self.stage == 3:
             self.ds._flush_coalesced_reduction_zero3 = lambda optimizer: None
             return
-        for parameter in self.module.parameters():
-            if parameter.requires_grad and parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
+        zero_missing(p for p in self.module.parameters() if p.requires_grad)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Adds the gradient of this micro-batch's share of the global mean."""
@@ -261,9 +269,13 @@ class Engine:
             group["lr"] = learning_rate
         if self.managed:
             self.ds.set_gradient_accumulation_boundary(True)
+        if self.stage == 3:
+            self._offload_all()
         self.ds.step()
         applied = bool(self.ds.was_step_applied())
-        if not applied:
+        if self.stage == 3:
+            self._forget_partitions()
+        elif not applied:
             self._forget_refused()
         reduced, gathered = self.counter.take() if self.world > 1 else (0, 0)  # a rank alone sends nothing
         norm = float(self.ds.get_global_grad_norm() or 0.0)
@@ -279,6 +291,21 @@ class Engine:
             self.backward(idle_loss() * float("nan"), last=True)
         if self.step(0.0).applied:
             raise AssertionError("discard() applied a step: DeepSpeed no longer refuses a gradient that is no number")
+
+    def _offload_all(self) -> None:
+        """With an offloaded optimizer ZeRO-3 hands over the gradients of those parameters alone that the LAST micro-batch reached."""
+        zero = self.zero
+        if not zero.offload_optimizer:
+            return
+        for parameter in self.module.parameters():
+            if parameter.requires_grad and parameter.partition_numel() * zero._get_param_partition_rank(parameter) < parameter.ds_numel:
+                zero._offload_boundary_param_ids.add(parameter.ds_id)
+        zero._finalize_offload_gradient_accumulation()
+
+    def _forget_partitions(self) -> None:
+        """ZeRO-3 writes a parameter's first gradient of a step over the last step's: one that gets none would keep that, the infinities
+        of a refused step included."""
+        self.zero.grad_partitions_flat_buffer.zero_()
 
     def _forget_refused(self) -> None:
         """DeepSpeed 0.19.8 clears a refused gradient, but for one: bf16's fp32 partition under an offloaded optimizer at stages 1

@@ -1,12 +1,13 @@
 """From a learner on any number of ranks to a Hugging Face folder."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from orchestrator.learner.engine import on_cpu
 from orchestrator.learner.learner import RankLearner
 from orchestrator.learner.state import full_weights
 from orchestrator.models.export import export
@@ -17,6 +18,8 @@ def export_learner(learner: RankLearner, directory: Path, card: str) -> Path:
     """Writes the trained model to `directory` on rank 0; the other ranks take part in the gathers. A collective."""
     names = learner.scoring.hf_names()
     weights = {names[name]: weight for name, weight in full_weights(learner, keep=learner.group.rank == 0)}
+    if learner.spec.recipe.model.lora is None:
+        weights |= {names[name]: weight for name, weight in _frozen(learner, keep=learner.group.rank == 0)}
     if learner.group.rank != 0:
         return directory
     recipe = learner.spec.recipe
@@ -26,6 +29,16 @@ def export_learner(learner: RankLearner, directory: Path, card: str) -> Path:
         weights = dict(base.named_parameters())
     dtype = "bfloat16" if recipe.learners.precision in ("bf16", "bf16_autocast") else "float32"
     return export(weights, base=base, tokenizer=learner.loaded.tokenizer, directory=directory, card=card, dtype=dtype, adapter=adapter)
+
+
+def _frozen(learner: RankLearner, *, keep: bool) -> Iterator[tuple[str, Tensor]]:
+    """(name, weight on the CPU) of what never learns, in the precision that the model computes in: towers that text does not reach.
+    A collective."""
+    for name, parameter in learner.engine.module.named_parameters():
+        if not parameter.requires_grad:
+            with learner.engine.full_parameters([parameter]):
+                if keep:
+                    yield name, on_cpu(parameter)
 
 
 @torch.no_grad()

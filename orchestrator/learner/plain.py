@@ -13,7 +13,9 @@ from torch import Tensor
 from orchestrator.algorithms import Algorithm
 from orchestrator.config import Recipe
 from orchestrator.data.packing import by_branch, pack
+from orchestrator.learner.engine import zero_missing
 from orchestrator.learner.schedule import learning_rate
+from orchestrator.models.decay import parameter_groups
 from orchestrator.models.dropout import keyed_dropout
 from orchestrator.models.load import load
 from orchestrator.models.rows import experience_columns
@@ -39,9 +41,8 @@ class PlainTrainer:
         self.reference = self._load().requires_grad_(False) if algorithm.needs_reference else None
         cfg = recipe.optimizer
         self.trainable = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        self.optimizer = torch.optim.AdamW(
-            self.trainable.values(), lr=cfg.learning_rate, betas=cfg.betas, eps=cfg.eps, weight_decay=cfg.weight_decay
-        )
+        groups = parameter_groups(self.model, cfg.weight_decay)
+        self.optimizer = torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=cfg.betas, eps=cfg.eps)
 
     def _load(self) -> torch.nn.Module:
         return load(self.recipe.model, seed=self.recipe.run.seed, head=self.algorithm.head).model.eval()
@@ -60,6 +61,7 @@ class PlainTrainer:
         loss = self.algorithm.objective(scores, units).total
         self.optimizer.zero_grad()
         loss.backward()
+        zero_missing(self.trainable.values())
         limit = self.recipe.optimizer.max_grad_norm
         norm = torch.nn.utils.clip_grad_norm_(self.trainable.values(), limit if limit is not None else float("inf"))
         for group in self.optimizer.param_groups:

@@ -1,23 +1,26 @@
 """Models and tokenizers from a folder, the Hugging Face hub at a pinned revision, or made on the spot (`model.tiny`)."""
 
 import hashlib
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
+import transformers
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, PretrainedConfig
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 
 from orchestrator import hub
 from orchestrator.config import Lora, Model
 from orchestrator.errors import ConfigError, MissingInput
 from orchestrator.models.attention import plain_attention
+from orchestrator.models.classes import Head, auto_class, check_trainable
 from orchestrator.models.tiny import build, byte_tokenizer, tiny_config
-
-Head = Literal["lm", "scalar", "value"]
-"""A language model, or a scalar head: of a reward model or a critic (the same weights, read at other positions)."""
+from orchestrator.models.unused import freeze_unused
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +38,8 @@ def load(cfg: Model, *, seed: int, head: Head, reference: bool = False) -> Loade
     if reference and cfg.reference is not None:
         cfg = cfg.model_copy(update={"path": cfg.reference, "tiny": None, "revision": None, "lora": None})
     tokenizer = load_tokenizer(cfg)
-    auto: Any = AutoModelForCausalLM if head == "lm" else AutoModelForSequenceClassification
+    config = load_config(cfg)
+    auto = auto_class(config, head, _where(cfg))
     options: dict[str, Any] = {} if head == "lm" else {"num_labels": 1}
     if cfg.tiny is not None:
         model: Any = build(cfg.tiny, seed, auto, **options)
@@ -43,13 +47,16 @@ def load(cfg: Model, *, seed: int, head: Head, reference: bool = False) -> Loade
     else:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)  # a new scalar head is drawn here
-            model = _pretrained(cfg, auto, dtype=torch.float32, attn_implementation=plain_attention(load_config(cfg)), **options)
+            model = _pretrained(cfg, auto, dtype=torch.float32, attn_implementation=plain_attention(config), **options)
         name = str(cfg.path)
-    if model.config.pad_token_id is None:
-        model.config.pad_token_id = tokenizer.pad_token_id
+    text = model.config.get_text_config()
+    if getattr(text, "pad_token_id", None) is None:
+        text.pad_token_id = tokenizer.pad_token_id
     digest = fingerprint(model)
-    if cfg.lora is not None and not reference:
-        model = _with_lora(model, cfg.lora, seed, head)
+    if not reference:
+        idle = freeze_unused(model)
+        if cfg.lora is not None:
+            model = _with_lora(model, cfg.lora, seed, head, idle)
     return Loaded(model, tokenizer, digest, name)
 
 
@@ -69,26 +76,39 @@ def load_tokenizer(cfg: Model) -> Any:
 
 
 def load_config(cfg: Model) -> PretrainedConfig:
-    """The architecture's configuration, without weights."""
-    return tiny_config(cfg.tiny) if cfg.tiny is not None else _pretrained(cfg, AutoConfig)
+    """The architecture's configuration, without weights; ConfigError where no learner can train such a model."""
+    config = tiny_config(cfg.tiny) if cfg.tiny is not None else _pretrained(cfg, AutoConfig)
+    check_trainable(config, _where(cfg))
+    return config
+
+
+def _where(cfg: Model) -> str:
+    """The key that names the model, for messages."""
+    return f"model.path: {cfg.path}" if cfg.tiny is None else f"model.tiny.architecture: {cfg.tiny.architecture}"
 
 
 def build_fake(cfg: Model, head: Head, dtype: torch.dtype, mode: FakeTensorMode, *, layers: int | None = None) -> nn.Module:
     """The model from its configuration alone, without storage, for shapes and memory estimates: tensors of `mode`. layers: the
     first so many only."""
-    auto: Any = AutoModelForCausalLM if head == "lm" else AutoModelForSequenceClassification
     config = load_config(cfg)
+    auto = auto_class(config, head, _where(cfg))
     if head != "lm":
         config.num_labels = 1
     if layers is not None:
         text: Any = config.get_text_config()
+        own = text.num_hidden_layers
+        for name, value in vars(text).items():
+            if isinstance(value, list) and len(value) == own:  # kinds of layers, their sizes …
+                setattr(text, name, value[:layers])
         text.num_hidden_layers = layers
-        if getattr(text, "layer_types", None):
-            text.layer_types = text.layer_types[:layers]
     with torch.device("meta"):
-        model = auto.from_config(config, attn_implementation=plain_attention(config), dtype=dtype)
+        try:
+            model = auto.from_config(config, attn_implementation=plain_attention(config), dtype=dtype, **_remote(cfg))
+        except Exception as error:
+            raise _not_made("model", cfg, error) from error
+        idle = _idle(model)
         if cfg.lora is not None:
-            model = _with_lora(model, cfg.lora, 0, head)
+            model = _with_lora(model, cfg.lora, 0, head, idle)
     with mode:  # peft's conversions work on meta tensors, not on fake ones
         return model.to_empty(device="cpu")
 
@@ -139,12 +159,70 @@ def _pretrained(cfg: Model, auto: Any, **options: Any) -> Any:
         if "local_files_only" in options:
             raise hub.absent(cfg.path, "model") from error
         raise MissingInput(
-            f"model.path: {cfg.path} cannot be loaded", why=str(error).splitlines()[0], fix="check the name, the revision and the network"
+            f"model.path: {cfg.path} cannot be loaded", why=_first_line(error), fix="check the name, the revision and the network"
         ) from error
+    except SafetensorError as error:
+        raise MissingInput(f"model.path: {cfg.path}: a weights file is broken", why=_first_line(error), fix=COPY_AGAIN) from error
+    except (ValueError, LookupError, ImportError, AttributeError, TypeError, RuntimeError, AssertionError) as error:
+        raise _not_made({"AutoConfig": "configuration", "AutoTokenizer": "tokenizer"}.get(auto.__name__, "model"), cfg, error) from error
 
 
-def _with_lora(model: nn.Module, lora: Lora, seed: int, head: Head) -> nn.Module:
-    """The model with a fresh adapter; base weights frozen, the adapter in fp32."""
+def _not_made(what: str, cfg: Model, error: BaseException) -> ConfigError:
+    """What transformers raised for a folder that it cannot use; the program's own errors pass as they are."""
+    if isinstance(error, ConfigError):
+        return error
+    return ConfigError(
+        f"{_where(cfg)}: transformers cannot make its {what}", why=f"{type(error).__name__}: {_first_line(error)}", fix=_cure(error, cfg)
+    )
+
+
+def check_files(cfg: Model) -> None:
+    """MissingInput where a folder's safetensors are cut off or one that its index names is not there; reads their headers only."""
+    folder = Path(cfg.path) if cfg.path is not None else None
+    if folder is None or not folder.is_dir():
+        return
+    index = folder / "model.safetensors.index.json"
+    named = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else set()
+    for file in sorted({*(folder / name for name in named), *folder.glob("*.safetensors")}):
+        if not file.is_file():
+            raise MissingInput(f"model.path: {file} is not there", why=f"{index.name} names it", fix=COPY_AGAIN)
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except SafetensorError as error:
+            raise MissingInput(f"model.path: {file} is broken", why=_first_line(error), fix=COPY_AGAIN) from error
+
+
+COPY_AGAIN = "copy the folder again: the copy was cut off, or the disk was full"
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def _cure(error: BaseException, cfg: Model) -> str:
+    if "trust_remote_code" in str(error):
+        return "set model.trust_remote_code=true if you trust its code, or give a model that transformers knows"
+    if isinstance(error, ImportError):
+        return "install what it names"
+    return f"see that {cfg.path} loads with transformers {transformers.__version__} alone: AutoConfig, AutoTokenizer and the model"
+
+
+def _remote(cfg: Model) -> dict[str, bool]:
+    return {"trust_remote_code": True} if cfg.trust_remote_code else {}
+
+
+def _idle(model: nn.Module) -> tuple[str, ...]:
+    """freeze_unused() on tensors without storage: a prediction, so a model that cannot be followed has nothing frozen here."""
+    try:
+        return freeze_unused(model)
+    except Exception:
+        return ()
+
+
+def _with_lora(model: nn.Module, lora: Lora, seed: int, head: Head, idle: Sequence[str] = ()) -> nn.Module:
+    """The model with a fresh adapter; base weights frozen, the adapter in fp32. idle: parameters that never get a gradient: their
+    layers get no adapter either."""
     try:
         from peft import LoraConfig, get_peft_model
     except ModuleNotFoundError as error:
@@ -158,6 +236,7 @@ def _with_lora(model: nn.Module, lora: Lora, seed: int, head: Head) -> nn.Module
         lora_alpha=lora.alpha,  # pyright: ignore[reportArgumentType]
         lora_dropout=lora.dropout,
         target_modules=targets,
+        exclude_modules=sorted({name.rpartition(".")[0] for name in idle}) or None,
         task_type="CAUSAL_LM" if head == "lm" else "SEQ_CLS",
     )
     with torch.random.fork_rng(devices=[]):

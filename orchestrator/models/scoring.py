@@ -111,6 +111,8 @@ class ScoringModel(nn.Module):
                     why="log-probs are computed from its weight, chunk by chunk",
                     fix="leave lm_head out of model.lora.target_modules",
                 )
+            beside = [m for m in hugging_face.children() if m is not linear and m is not self.backbone and any(True for _ in m.parameters())]
+            self._nested_head = bool(beside)  # BERT's transform before the output layer, say
             soft_cap, scale = logit_transform(hugging_face.config.get_text_config())
             self.head = ScoredHead(linear, replace(spec or HeadSpec(), soft_cap=soft_cap, scale=scale))
 
@@ -144,8 +146,12 @@ class ScoringModel(nn.Module):
             mask = block_masks(rows.segment, rows.branch, rows.position_ids, self.can)
         else:
             mask = attention_mask(rows.segment, rows.branch, rows.position_ids, rows.layout, self.can, dtype)
-        output = self.backbone(input_ids=rows.input_ids, position_ids=rows.position_ids, attention_mask=mask, use_cache=False)
-        return output.last_hidden_state.flatten(0, 1)
+        inputs = {"input_ids": rows.input_ids, "attention_mask": mask, "use_cache": False}
+        if rows.layout != "padded":  # a padded row counts up from the model's own first position, which for some is not 0
+            inputs["position_ids"] = rows.position_ids
+        if self.kind == "lm" and self._nested_head:
+            return _before_head(self.hugging_face, inputs).flatten(0, 1)
+        return self.backbone(**inputs).last_hidden_state.flatten(0, 1)
 
     def checkpoint(self, mode: Checkpointing) -> None:
         """What each layer computes again in the backward: nothing; all but matrix products and attention ("selective"); or everything
@@ -196,6 +202,24 @@ class ScoringModel(nn.Module):
         return next(p.dtype for p in self.parameters() if p.is_floating_point())
 
 
+def _before_head(model: PreTrainedModel, inputs: dict[str, Any]) -> Tensor:
+    """What goes into the output layer, Float[R, T, H], of a model whose head does more than that layer (BERT's transform): the layer
+    itself is left out for this one forward, since only scored positions need it."""
+    linear: Any = model.get_output_embeddings()
+    taken: list[Tensor] = []
+
+    def take(hidden: Tensor) -> Tensor:
+        taken.append(hidden)
+        return hidden[..., :1]
+
+    linear.forward = take
+    try:
+        model(**inputs)
+    finally:
+        del linear.forward
+    return taken[0]
+
+
 _COSTLY = frozenset(
     {
         torch.ops.aten.mm.default,
@@ -241,7 +265,7 @@ def head_gap(scoring: ScoringModel, rows: MicroBatchTensors) -> Tensor:
     """Differences Float[N] of our log-probs from the model's own forward on the same padded rows: the start-up check."""
     assert rows.layout == "padded"
     set_attention(scoring.hugging_face, scoring.plain_attention)
-    own = scoring.hugging_face(input_ids=rows.input_ids, position_ids=rows.position_ids, use_cache=False).logits
+    own = scoring.hugging_face(input_ids=rows.input_ids, use_cache=False).logits
     own = own.flatten(0, 1)[rows.score_at].float() / scoring.head.spec.temperature
     plain = torch.log_softmax(own, -1).gather(1, rows.targets[:, None])[:, 0]
     return scored(scoring, rows).values - plain

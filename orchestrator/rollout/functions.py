@@ -11,7 +11,6 @@
 import ast
 import difflib
 import functools
-import importlib
 import importlib.util
 import math
 import os
@@ -27,6 +26,7 @@ from urllib.parse import urlsplit
 from orchestrator.config import RewardFunction, Rewards
 from orchestrator.data.checkers import CHECKERS, matches
 from orchestrator.errors import ConfigError, MissingInput
+from orchestrator.rollout.user_code import load_module
 
 ENVIRONMENT = "environment"
 """The component that holds what environments gave; no function may have its name."""
@@ -35,6 +35,8 @@ NEEDS_MATH_VERIFY = "accuracy_rewards"
 """The file of trl.rewards whose functions work only with the package math-verify."""
 
 GIVEN = ("prompts", "completions", "completion_ids")
+ONLY_TRL = ("trainer_state", "log_metric", "log_extra", "environments")
+"""What TRL's trainers give beside these; there is no such trainer here."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,12 +86,21 @@ def header_values(function: RewardFunction, environment: Mapping[str, str]) -> d
     return headers
 
 
+def parameters_of(function: RewardFunction) -> ast.arguments | None:
+    """What a function takes by its source; None where none is read: a method, a decorated function, one that is imported or made."""
+    origin = _locate(function)
+    if origin.file is None:
+        return None
+    definition = _definitions(origin.file, function).names.get(origin.name)
+    return None if definition is None or definition.decorator_list or origin.is_trl else definition.args
+
+
 def resolve(function: RewardFunction) -> Callable[..., Any]:
     """The function with its options bound. Runs the user's module: only for the sandbox process."""
     origin = _locate(function)
     if origin.module == __name__:
         return functools.partial(_check_answers, checker=origin.name)
-    found = functools.reduce(getattr, origin.name.split("."), _module(origin))
+    found = functools.reduce(getattr, origin.name.split("."), load_module(origin.module or str(origin.file)))
     if origin.is_trl and origin.name.startswith("get_"):
         return found(**function.options)
     return functools.partial(found, **function.options) if function.options else found
@@ -111,15 +122,14 @@ def text_of(completion: Any) -> str:
     return said if isinstance(said, str) else "".join(part.get("text", "") for part in said)
 
 
-def _module(origin: Origin) -> Any:
-    if origin.module is not None:
-        return importlib.import_module(origin.module)
-    assert origin.file is not None
-    spec = importlib.util.spec_from_file_location(origin.file.stem, origin.file)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def is_users(function: RewardFunction) -> bool:
+    """True for code that is neither this program's nor TRL's."""
+    return function.function is not None and ":" in function.function and not function.function.startswith("trl:")
+
+
+def needs_answer(function: RewardFunction) -> bool:
+    """True for the checkers of this program."""
+    return function.function in CHECKERS
 
 
 def _check_weight(function: RewardFunction) -> None:
@@ -158,11 +168,23 @@ def _check_options(function: RewardFunction, definition: ast.FunctionDef | ast.A
             raise _unknown(function, f"{function.function} takes no option {option}", option, set(takes) - set(GIVEN), why)
     required = positional[: len(positional) - len(arguments.defaults)]
     missing = [name for name in required if name not in function.options]
+    foreign = [name for name in (*missing, *_without_default(arguments)) if name in ONLY_TRL and name not in function.options]
+    if foreign and not maker:
+        raise ConfigError(
+            f"rewards.functions, {function.name}: {function.function} needs {', '.join(foreign)}, which only TRL's trainers give",
+            why="it is given prompts, completions, completion_ids and the columns of the data",
+            fix=f"give the argument a default ({foreign[0]}=None) and leave out what needs it",
+        )
     if maker and missing:
         raise ConfigError(
             f"rewards.functions, {function.name}: {function.function} needs the options {', '.join(missing)}",
             fix=f"options: {{{missing[0]}: …}}",
         )
+
+
+def _without_default(arguments: ast.arguments) -> list[str]:
+    """Keyword-only arguments that have to be given."""
+    return [a.arg for a, default in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True) if default is None]
 
 
 def _locate(function: RewardFunction) -> Origin:

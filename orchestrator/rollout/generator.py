@@ -109,7 +109,7 @@ class RolloutWorker:
         self.recipe = recipe
         self.engine: GenerationEngine = make_engine(recipe, device)
         environment = load_environment(recipe.rollouts.environment) if recipe.rollouts.environment else None
-        self.roller = Roller(self.engine, load_tokenizer(recipe.model), environment, recipe.rollouts.max_turns)
+        self.roller = Roller(self.engine, load_tokenizer(recipe.model), environment, recipe.rollouts.max_turns, recipe.rewards.retries)
 
     def roll_out(self, work: Sequence[tuple[int, Prompt]], sampling: Sampling, version: int) -> tuple[RolloutGroup, ...]:
         """A group for each (draw, prompt); the engine must hold `version`."""

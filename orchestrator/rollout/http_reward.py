@@ -19,6 +19,7 @@ from email.utils import parsedate_to_datetime
 import httpx
 
 from orchestrator.config import RewardFunction
+from orchestrator.data.values import in_json
 from orchestrator.episodes import RolloutGroup
 from orchestrator.rollout.functions import header_values
 from orchestrator.rollout.rewards import Outcome, RewardCall, RewardFailure, judge
@@ -187,7 +188,7 @@ class _Busy(Exception):
 
 def _body(name: str, call: RewardCall) -> bytes:
     try:
-        request = {"prompts": call.prompts, "completions": call.completions, "columns": call.columns}
+        request = {"prompts": call.prompts, "completions": call.completions, "columns": in_json(call.columns)}
         return json.dumps(request, allow_nan=False).encode()
     except (TypeError, ValueError) as error:
         raise RewardFailure(f"reward {name}: the data cannot be sent as JSON", why=str(error), fix="keep text, numbers and lists in it") from error

@@ -113,6 +113,9 @@ def combine(groups: Sequence[RolloutGroup], rewards: Rewards, judged: Mapping[st
 
 def _from_environment(group: RolloutGroup) -> Floats | str | None:
     """Float[n] where an environment gave a reward to each sample, None where it gave none at all, else a reason."""
+    for rollout in group.rollouts:
+        if rollout.failure is not None:
+            return f"the environment failed on sample {rollout.sample}: {rollout.failure}"
     given = [r.environment_reward for r in group.rollouts]
     if all(value is None for value in given):
         return None
@@ -125,7 +128,7 @@ def _from_environment(group: RolloutGroup) -> Floats | str | None:
 
 def check_any(groups: Sequence[RolloutGroup], rewards: Rewards) -> None:
     """ConfigError where neither a component nor an environment gives a reward."""
-    if not rewards.functions and any(r.environment_reward is None for g in groups for r in g.rollouts):
+    if not rewards.functions and any(r.environment_reward is None and r.failure is None for g in groups for r in g.rollouts):
         raise ConfigError(
             "nothing gives a reward", why="rewards.functions is empty and the environment gave none", fix="add a component to rewards.functions"
         )
@@ -138,5 +141,5 @@ def _check_dropped(dropped: Sequence[str], groups: int, allowed: float) -> None:
     raise RewardsFailed(
         f"{len(dropped)} of {groups} groups of a rollout batch have no reward; rewards.max_dropped_fraction allows {allowed:g}",
         why="\n       ".join(shown),
-        fix="mend the component that is named (its output is in logs/reward-NAME.log of the run folder)",
+        fix="mend what is named: the output of a component is in logs/reward-NAME.log of the run folder, an environment's in logs/rollout-N.log",
     )

@@ -125,17 +125,9 @@ class Sandbox:
         log = self.confinement.log
         if log is not None:
             log.parent.mkdir(parents=True, exist_ok=True)
+        words = ["orchestrator.rollout.sandbox", str(theirs.fileno())]
         with open(log or os.devnull, "ab") as output:
-            return subprocess.Popen(
-                [sys.executable, "-u", "-m", "orchestrator.rollout.sandbox", str(theirs.fileno())],
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                env=_with_package(self.confinement.environment),
-                cwd=self.confinement.folder if os.path.isdir(self.confinement.folder) else None,
-                pass_fds=(theirs.fileno(),),
-                start_new_session=True,
-            )
+            return started_process(words, self.confinement.environment, self.confinement.folder, output, pass_fds=(theirs.fileno(),))
 
     def _revive(self) -> None:
         try:
@@ -186,6 +178,22 @@ class Sandbox:
 
     def _see_log(self) -> str:
         return f"see {self.confinement.log}" if self.confinement.log is not None else "call the function on its own to see why"
+
+
+def started_process(
+    words: Sequence[str], environment: Mapping[str, str], folder: str, output: Any, *, stdin: int = subprocess.DEVNULL, pass_fds: Sequence[int] = ()
+) -> "subprocess.Popen[bytes]":
+    """`python -m WORDS` in a session of its own, with just these variables. output: a file for all that it says."""
+    return subprocess.Popen(
+        [sys.executable, "-u", "-m", *words],
+        stdin=stdin,
+        stdout=output,
+        stderr=output,
+        env=_with_package(environment),
+        cwd=folder if os.path.isdir(folder) else None,
+        pass_fds=tuple(pass_fds),
+        start_new_session=True,
+    )
 
 
 def _with_package(environment: Mapping[str, str]) -> dict[str, str]:
@@ -242,6 +250,7 @@ def _exactly(channel: socket.socket, size: int, patience: Callable[[], float | N
 
 def main() -> None:
     """The process: imports the function, then answers calls until its socket is closed."""
+    signal.signal(signal.SIGTERM, lambda number, frame: None)  # sent to all processes of a run that is to end; the supervisor ends this one
     channel = socket.socket(fileno=int(sys.argv[1]))
     channel.set_inheritable(False)
     threading.Thread(target=_end_with_supervisor, args=(channel,), daemon=True).start()
@@ -252,7 +261,7 @@ def main() -> None:
         callable_ = resolve(function)
     except (Exception, SystemExit) as error:
         traceback.print_exc()
-        _send(channel, {"failure": _words(error, function)})
+        _send(channel, {"failure": words_of(error, function)})
         return
     _send(channel, {"ready": True})
     is_trl = (function.function or "").startswith("trl:")
@@ -272,12 +281,12 @@ def _answer(function: RewardFunction, callable_: Callable[..., Any], call: Rewar
         return {"failure": failure.reason}
     except (Exception, SystemExit) as error:
         traceback.print_exc()
-        return {"failure": _words(error, function)}
+        return {"failure": words_of(error, function)}
     faults = {i: outcome.reason for i, outcome in enumerate(outcomes) if isinstance(outcome, RewardFailure)}
     return {"rewards": [0.0 if isinstance(o, RewardFailure) else o for o in outcomes], "faults": faults}
 
 
-def _words(error: BaseException, function: RewardFunction) -> str:
+def words_of(error: BaseException, function: RewardFunction) -> str:
     """What an error of the user's function was and on which line, in one line."""
     if isinstance(error, SystemExit):
         return f"it called sys.exit({error.code!r})"

@@ -76,7 +76,8 @@ class RewardModel:
         if self.reads_ids:
             sequence = SequenceGroup(prompt.id, prompt.ids, (Branch(rollout.ids, np.ones(len(rollout.ids), np.bool_)),))
         else:
-            row = Row(prompt.id, where, prompt.source, prompt=prompt.text, completion=rollout.completion)
+            given = {"tools": prompt.tools, "chat_template_kwargs": prompt.chat_template_kwargs}
+            row = Row(prompt.id, where, prompt.source, prompt=prompt.text, completion=rollout.completion, **given)
             try:
                 sequence = self.encoders[rollout.finish == "stop"].encode(row)
             except DataError as error:

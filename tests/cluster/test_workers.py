@@ -12,7 +12,7 @@ import ray
 from ray.util import list_named_actors
 
 from orchestrator.cluster.deadlines import GRACE_S
-from orchestrator.cluster.placement import OBJECT_STORE_BYTES, connect, own_ray, store_for
+from orchestrator.cluster.joining import OBJECT_STORE_BYTES, connect, own_ray, store_for
 from orchestrator.cluster.workers import LearnerGroup
 from orchestrator.config import Learners
 from orchestrator.errors import WorkerLost

@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 
 from orchestrator.config import Recipe
-from orchestrator.recipe import all_keys
+from orchestrator.validation import all_keys
 from tests.running import REPOSITORY, Sandbox
 
 pytestmark = pytest.mark.timeout(1800)

@@ -1,5 +1,7 @@
 """A run that is asked to stop: SIGTERM ends it after its step, with a checkpoint, and the same command goes on."""
 
+import contextlib
+import os
 import signal
 from pathlib import Path
 
@@ -12,8 +14,9 @@ pytestmark = pytest.mark.timeout(600)
 STEPS = 30
 
 
-def test_sigterm_stops_after_the_step_and_the_next_run_goes_on(tmp_path: Path) -> None:
-    """With a Ray of its own, as a user runs it; nothing of it is left at either end."""
+def test_sigterm_to_every_process_stops_after_the_step_and_the_next_run_goes_on(tmp_path: Path) -> None:
+    """With a Ray of its own, as a user runs it; systemd, Slurm and containers signal its daemons and workers as well as the driver. Nothing
+    of it is left at either end."""
     folder = tmp_path / "run"
     overrides = (f"run.max_steps={STEPS}", f"data.train={FEW % 'preference'}", "data.eval=null", "batch.effective=16", "learners.cpus_per_worker=0.5")
     command = ("train", "tiny/dpo", *overrides, "tracking.wandb=off", "--output", folder)
@@ -21,7 +24,11 @@ def test_sigterm_stops_after_the_step_and_the_next_run_goes_on(tmp_path: Path) -
     try:
         running = first.start(*command)
         running.wait_for(f"step 2/{STEPS}")
-        running.process.send_signal(signal.SIGTERM)
+        others = [pid for pid in first.living() if pid != running.process.pid]
+        assert len(others) > 5, "Ray's daemons and the workers"
+        for pid in (*others, running.process.pid):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
         stopped = running.finish(timeout=120)
     finally:
         first.close()

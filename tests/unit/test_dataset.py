@@ -5,6 +5,7 @@ import json
 import pytest
 
 from orchestrator.algorithms import build
+from orchestrator.config import Generation
 from orchestrator.dataset import load_data
 from orchestrator.errors import DataError, MissingInput
 from orchestrator.recipe import load
@@ -72,7 +73,9 @@ def test_rows_without_an_answer_or_a_prompt_are_not_generated_for(tmp_path):
 
 
 def test_a_reward_model_generates_nothing():
-    assert data(f"data.train={few('reward')}", "data.eval=toy:reward", "evaluation.generate={max_new_tokens: 4}", name="reward").prompts == ()
+    recipe = load("recipes/tiny/reward.yaml", [f"data.train={few('reward')}", "data.eval=toy:reward"]).stages[0].recipe
+    asked = recipe.evaluation.model_copy(update={"generate": Generation()})  # pyright: ignore[reportCallIssue]
+    assert load_data(recipe.model_copy(update={"evaluation": asked}), build(recipe.algorithm)).prompts == ()
 
 
 def test_kto_gets_a_mismatched_second_branch():

@@ -27,6 +27,7 @@ def test_the_message_is_what_why_fix():
         ("Diverged", 70),
         ("Interrupted", 75),
         ("WorkerLost", 75),
+        ("WorkerFailed", 70),
         ("OutOfMemory", 69),
         ("CheckpointError", 65),
     ],
@@ -37,7 +38,7 @@ def test_exit_codes_are_those_of_sysexits(name, code):
 
 def test_every_exit_code_but_success_is_a_sysexits_one():
     assert [code for code in Exit if code and not 64 <= code <= 78] == []
-    assert len(KINDS) == 14
+    assert len(KINDS) == 15
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -13,8 +13,10 @@ PACKAGE = ROOT / "orchestrator"
 
 FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"__init__", "errors", "config", "records", "episodes", "roles", "faults", "facts", "words"}),
-    frozenset({"objectives", "checkpoints", "strict_yaml", "stages", "reference_page", "findings", "node_facts", "hardware", "state_bytes", "hub"}),
-    frozenset({"data", "models", "observe", "algorithms", "recipe", "identity", "upload"}),
+    frozenset(
+        {"objectives", "checkpoints", "strict_yaml", "stages", "keys", "validation", "findings", "node_facts", "hardware", "state_bytes", "hub"}
+    ),
+    frozenset({"data", "models", "observe", "algorithms", "recipe", "reference_page", "identity", "upload"}),
     frozenset({"learner", "rollout", "cut", "dataset", "memory_model", "launchers"}),
     frozenset({"prompts", "ways"}),
     frozenset({"plan", "sketch"}),

@@ -400,12 +400,19 @@ def test_sizes_in_words(count, text):
 @pytest.mark.parametrize("section", ["learners", "critic", "rollouts"])
 def test_more_gpus_than_the_one_that_a_worker_computes_on_are_refused(section: str, gpus: float) -> None:
     with pytest.raises(ConfigError, match=f"{section}.gpus_per_worker is {gpus:g}, and a worker computes on one GPU") as refused:
-        plan(f"{section}.gpus_per_worker={gpus}", hardware=imagined(1, "h100-80g"))
+        recipe = plan().recipe
+        asked = getattr(recipe, section).model_copy(update={"gpus_per_worker": gpus})
+        make_plan(recipe.model_copy(update={section: asked}), build(recipe.algorithm), data_of(recipe), imagined(1, "h100-80g"))
     assert refused.value.why and "set it to 1" in refused.value.fix
 
 
 def test_two_ranks_on_one_gpu_are_refused():
     with pytest.raises(ConfigError, match=r"learners\.gpus_per_worker=0\.5 puts two of 2 workers on one GPU"):
         plan("learners.workers=2", "learners.gpus_per_worker=0.5", hardware=imagined(1, "h100-80g"))
-    together = ("rollouts.placement=colocated", "rollouts.gpus_per_worker=0.5")
-    assert plan("learners.workers=2", "learners.gpus_per_worker=0.5", *together, hardware=imagined(1, "h100-80g")).cut.workers == 2
+    recipe = plan("learners.workers=2").recipe
+    halves = {
+        "learners": recipe.learners.model_copy(update={"gpus_per_worker": 0.5}),
+        "rollouts": recipe.rollouts.model_copy(update={"placement": "colocated", "gpus_per_worker": 0.5}),
+    }
+    beside = recipe.model_copy(update=halves)
+    assert make_plan(beside, build(recipe.algorithm), data_of(recipe), imagined(1, "h100-80g")).cut.workers == 2

@@ -163,11 +163,26 @@ def test_dynamic_sampling_replaces_groups_without_signal_and_consumes_what_it_dr
     assert end.examples == 6
 
 
-def test_without_any_signal_the_step_is_taken_and_nothing_moves(one_rank, tmp_path):
+@pytest.mark.parametrize("teaching", [1, 2])
+def test_a_starving_step_is_filled_up_to_its_effective_batch(one_rank, tmp_path, teaching):
+    """One or two groups of nine teach: the step is still one of three groups, with the same normaliser, and says what it learned from."""
+    said, whole, script = Said(), Said(), Scripted(lambda draw: uneven(draw) if draw < teaching else [1.0] * SAMPLES)
+    end, _ = run(one_rank, tmp_path, script, name="dapo", total_steps=1, said=said)
+    assert len(script.asked) == 3 and end.optimizer_steps == 1
+    metrics = said.steps[0].metrics
+    assert (metrics["reward/groups_wanted"], metrics["reward/groups_learned"], metrics["reward/groups_with_signal"]) == (3, 3, teaching)
+    assert any(f"found {teaching} of the 3 groups" in note and "fill it up" in note for note in said.notes)
+    run(one_rank, tmp_path, Scripted(script.rewards), name="grpo", algorithm={"normaliser": "token"}, total_steps=1, said=whole)
+    assert metrics["grad_norm"] == pytest.approx(whole.steps[0].metrics["grad_norm"], rel=1e-5), "as the same groups without dynamic sampling"
+
+
+def test_without_any_signal_no_step_is_taken(one_rank, tmp_path):
     said, script = Said(), Scripted(lambda draw: [1.0] * SAMPLES)
     end, _ = run(one_rank, tmp_path, script, name="dapo", total_steps=1, said=said)
-    assert len(script.asked) == 3 and end.step == 1
-    assert said.steps[0].metrics["grad_norm"] == 0.0 and said.steps[0].metrics["reward/no_signal_ratio"] == 1.0
+    assert len(script.asked) == 3 and end.step == 1 and end.examples == 9
+    assert end.optimizer_steps == 0 and "loss" not in said.steps[0].metrics, "AdamW's moments and weight decay would move the weights all the same"
+    assert said.steps[0].metrics["reward/no_signal_ratio"] == 1.0 and said.steps[0].metrics["reward/groups_learned"] == 0.0
+    assert any("no optimizer step is taken" in note for note in said.notes)
 
 
 def test_running_rewards_follow_numpy(one_rank, tmp_path):

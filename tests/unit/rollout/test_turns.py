@@ -10,15 +10,17 @@ import numpy as np
 import pytest
 
 from orchestrator.episodes import Completion, Prompt, Rollout, RolloutGroup, Sampling
-from orchestrator.errors import ConfigError, DataError
+from orchestrator.errors import ConfigError, DataError, RewardsFailed
 from orchestrator.models.tiny import CHAT_TEMPLATE, byte_tokenizer
 from orchestrator.records import Finish
 from orchestrator.rollout.calculator import Calculator
 from orchestrator.rollout.continuous import ContinuousDecoder
+from orchestrator.rollout.rounds import combine
 from orchestrator.rollout.sampling import sample_seed
 from orchestrator.rollout.static import Request, StaticDecoder
 from orchestrator.rollout.turns import Messages, Roller, Turn, load_environment
 from tests.unit.rollout.decoding_cases import CASES, EOS, SAMPLING, forward_logprobs, letters
+from tests.unit.rollout.reward_cases import rewards
 
 TOKENIZER = byte_tokenizer()
 END = TOKENIZER.eos_token_id
@@ -256,6 +258,92 @@ def test_a_completion_of_messages_is_a_message():
     asked = Prompt(0, "row", 0, tokens("<|user|>hi<|assistant|>"), [{"role": "user", "content": "hi"}])
     (group,) = Roller(Scripted(["hello"]), TOKENIZER, None, 1).roll_out([(0, asked)], Sampling(1, 20), 0)
     assert group.rollouts[0].completion == [{"role": "assistant", "content": "hello"}]
+
+
+class Flaky(Calculator):
+    """Fails in its first calls, as a tool behind a network does. fails: how often; where: in which verb."""
+
+    left, where = 0, "step"
+
+    def reset(self, row: Mapping[str, Any]) -> Messages:
+        self.fail("reset")
+        return super().reset(row)
+
+    def step(self, completion: str) -> Turn:
+        self.fail("step")
+        return super().step(completion)
+
+    def fail(self, verb: str) -> None:
+        if verb == self.where and Flaky.left > 0:
+            Flaky.left -= 1
+            raise ConnectionError("tool server: connection reset by peer")
+
+
+@pytest.mark.parametrize("where", ["reset", "step"])
+def test_an_episode_whose_environment_failed_is_played_again_from_the_same_seed(monkeypatch, where):
+    monkeypatch.setattr(Flaky, "where", where)
+    expected = Roller(DECODER, TOKENIZER, Calculator, 3).roll_out(WORK[:2], ROOMY, 0)
+    monkeypatch.setattr(Flaky, "left", 2)
+    found = Roller(DECODER, TOKENIZER, Flaky, 3, retries=2).roll_out(WORK[:2], ROOMY, 0)
+    assert Flaky.left == 0
+    for one, other in zip(expected, found, strict=True):
+        assert equal(one, other)
+
+
+class Broken(Calculator):
+    """gives: of step, an exception to raise or a thing to return; for one prompt only."""
+
+    gives: Any = None
+
+    def reset(self, row: Mapping[str, Any]) -> Messages:
+        self.broken = row["answer"] == "2"
+        return super().reset(row)
+
+    def step(self, completion: str) -> Turn:
+        if not self.broken:
+            return Turn(done=True, reward=1.0)
+        if isinstance(self.gives, BaseException):
+            raise self.gives
+        return self.gives
+
+
+@pytest.mark.parametrize(
+    ("gives", "reason"),
+    [
+        (ValueError("a bug"), "ValueError at test_turns.py:"),
+        (SystemExit(3), "SystemExit at test_turns.py:"),
+        (Turn(done=True, reward=None), "step gave the reward None, not a number"),  # pyright: ignore[reportArgumentType]
+        (Turn(done=True, reward=float("nan")), "step gave the reward nan"),
+        (Turn(done=True, reward="high"), "could not convert string to float"),  # pyright: ignore[reportArgumentType]
+        (Turn(messages="hello"), "not a list of {role, content}"),  # pyright: ignore[reportArgumentType]
+        (None, "step returned a NoneType, not a Turn"),
+    ],
+    ids=lambda v: type(v).__name__,
+)
+def test_a_bug_in_an_environment_costs_its_group_and_is_told_with_its_line(monkeypatch, gives, reason):
+    monkeypatch.setattr(Broken, "gives", gives)
+    work = [(0, prompt(1)), (1, prompt(2)), (2, prompt(3))]
+    groups = Roller(Scripted(["7", "7"]), TOKENIZER, Broken, 3, retries=1).roll_out(work, Sampling(2, 20), 0)
+    assert [[r.failure is None for r in g.rollouts] for g in groups] == [[False] * 2, [True] * 2, [True] * 2]
+    scoring = combine(groups, rewards(max_dropped_fraction=0.5), {})
+    assert [g.group.prompt.id for g in scoring.groups] == [2, 3]
+    (dropped,) = scoring.dropped
+    assert dropped.startswith("row 1: the environment failed on sample 0: ") and reason in dropped
+    with pytest.raises(RewardsFailed, match="1 of 3 groups of a rollout batch have no reward") as caught:
+        combine(groups, rewards(), {})
+    assert reason in caught.value.why and caught.value.exit_code == 70
+
+
+def test_an_environment_that_never_begins_an_episode_costs_only_its_group():
+    class Shut(Calculator):
+        def reset(self, row):
+            if row["answer"] == "2":
+                raise TimeoutError("no browser")
+            return super().reset(row)
+
+    shut, other = Roller(Scripted(["2"]), TOKENIZER, Shut, 1).roll_out([(0, prompt(1)), (1, prompt(2))], Sampling(2, 20), 0)
+    assert [len(r.ids) for r in shut.rollouts] == [0, 0] and all("TimeoutError" in str(r.failure) for r in shut.rollouts)
+    assert other.rollouts[0].failure is None and len(other.rollouts[0].ids) == 2
 
 
 def test_an_environment_from_a_file(tmp_path):

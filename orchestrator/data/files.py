@@ -1,0 +1,214 @@
+"""Data files on a disk or behind a URL: record by record, and which of a folder's files are of a split.
+
+A folder is read as the hub lays data sets out: DIR/train.jsonl, DIR/data/train-00000-of-00002.parquet, DIR/train/a.jsonl, or one of
+these below DIR/SUBSET/. Files in whose names no split stands are all of one, `train`.
+"""
+
+import gzip
+import json
+import re
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from orchestrator.data.bad_rows import BadRow
+from orchestrator.errors import ConfigError, DataError, MissingInput
+
+REFETCH = "fetch or write the file again, and check that it may be read"
+SUFFIXES = (".jsonl", ".jsonl.gz", ".json.gz", ".parquet")
+SPLITS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
+}
+"""The words for splits in names of files and folders, as the hub knows them."""
+SHARD = re.compile(r"(?P<split>\w+(?:\.\w+)*)-\d{5}-of-\d{5,}")
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """What a file holds at `where` ("file:line"). filled: it comes from a table (data/rows.py)."""
+
+    value: Any
+    where: str
+    filled: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """Files of a folder to read, in order, and the subfolders with data that are left alone."""
+
+    files: tuple[Path, ...]
+    passed_over: tuple[str, ...] = ()
+
+
+def choose(folder: Path, subset: str | None, split: str | None) -> Chosen:
+    """The files of one split (default: the only one there is). ConfigError where the folder has several and none is named, or files
+    of no split beside others; MissingInput where there are none."""
+    base = folder / subset if subset else folder
+    if not base.is_dir():
+        raise MissingInput(f"{folder} holds no subset {subset}", fix=f"it holds the folders {', '.join(_folders(folder)) or 'none'}")
+    own, others = _found(base)
+    if not own:
+        if others:
+            named = ", ".join(others)
+            raise ConfigError(f"{base} holds data in the folders {named} only", fix=f"set `subset` to one of {named}: {{path: {folder}, subset: …}}")
+        raise MissingInput(f"{base} holds no data file", fix=f"put {', '.join(SUFFIXES)} files there")
+    by_split: dict[str | None, list[Path]] = {}
+    for file in own:
+        by_split.setdefault(_split_of(file.relative_to(base)), []).append(file)
+    return Chosen(tuple(_of_split(folder, by_split, split)), tuple(others))
+
+
+def _of_split(folder: Path, by_split: Mapping[str | None, list[Path]], split: str | None) -> list[Path]:
+    named = [name for name in by_split if name is not None]
+    example = f"write {{path: {folder}, split: {named[0] if named else 'train'}}}"
+    if split is not None:
+        if exact := [file for files in by_split.values() for file in files if _stem(file) == split]:
+            return exact
+        wanted = split if split in by_split else SPLITS.get(split, split)
+        if not named and wanted == "train":
+            return by_split[None]
+        if wanted not in by_split:
+            there = f"its splits are {', '.join(named)}" if named else "no name in it says a split"
+            raise MissingInput(f"{folder} holds no split {split}", why=there, fix=example)
+        return by_split[wanted]
+    if len(named) > 1:
+        why = "held-out rows must not be trained on"
+        raise ConfigError(f"{folder} holds the splits {', '.join(sorted(named))}, and none is named", why=why, fix=example)
+    if named and None in by_split:
+        loose = ", ".join(file.name for file in by_split[None][:3])
+        raise ConfigError(f"{folder} holds the split {named[0]} and files of no split ({loose})", fix=f"{example}, or move the others away")
+    (files,) = by_split.values()
+    return files
+
+
+def _found(base: Path) -> tuple[list[Path], list[str]]:
+    """Data files of a folder (its own, of `data` and of folders named after splits), and its other folders that hold some."""
+    own = _files(base)
+    others = []
+    for name in _folders(base):
+        inside = sorted(file for file in (base / name).rglob("*") if _is_data(file))
+        if name == "data" or _word(name) is not None:
+            own += inside
+        elif inside:
+            others.append(name)
+    return own, others
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.iterdir() if _is_data(file))
+
+
+def _folders(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+
+
+def _is_data(file: Path) -> bool:
+    return file.name.endswith(SUFFIXES) and not file.name.startswith(".") and file.is_file()
+
+
+def _split_of(file: Path) -> str | None:
+    """file: relative to its folder. A shard names its split whole (`train_prefs-00000-of-00001`); else a word does, in the name of the
+    file or of the nearest folder."""
+    shard = SHARD.match(file.name)
+    if shard is not None:
+        return SPLITS.get(shard["split"], shard["split"])
+    return next((word for part in (_stem(file), *reversed(file.parts[:-1])) if (word := _word(part)) is not None), None)
+
+
+def _stem(file: Path) -> str:
+    return next(file.name.removesuffix(suffix) for suffix in SUFFIXES if file.name.endswith(suffix))
+
+
+def _word(name: str) -> str | None:
+    words = [SPLITS[word] for word in re.split(r"[-._ ]|(?<=\D)(?=\d)", name.lower()) if word in SPLITS]
+    return words[0] if words else None
+
+
+def records(path: str, bad: list[BadRow]) -> Iterator[Record]:
+    """Of one file; path: of a local file, or a URL. What is no JSON goes to `bad`."""
+    if path.endswith(".parquet"):
+        yield from _parquet(path, bad)
+        return
+    if not path.endswith(SUFFIXES):
+        raise ConfigError(f"{path}: unknown kind of data file", fix=f"use one of {', '.join(SUFFIXES)}")
+    for number, line in enumerate(_lines(path), start=1):
+        if not line.strip():
+            continue
+        where = f"{path}:{number}"
+        try:
+            yield Record(json.loads(line.rstrip().decode("utf-8")), where)
+        except UnicodeDecodeError as error:
+            bad.append(BadRow(where, f"not UTF-8 at byte {error.start}"))
+        except json.JSONDecodeError as error:
+            bad.append(BadRow(where, f"broken JSON: {error.msg} at column {error.colno}"))
+        except RecursionError:
+            bad.append(BadRow(where, "broken JSON: lists or objects inside each other without an end"))
+        except ValueError as error:  # a number of thousands of digits
+            bad.append(BadRow(where, f"broken JSON: {' '.join(str(error).split())[:120]}"))
+
+
+def _open(path: str) -> BinaryIO:
+    """The file, for reading. ConfigError or MissingInput for a URL that cannot be opened; OSError for a local file."""
+    if "://" not in path:
+        return open(path, "rb")
+    scheme, _, rest = path.partition("://")
+    if "@" in rest.partition("/")[0]:
+        why = "recipes are kept and logged"
+        raise ConfigError(f"data: a {scheme}:// address with a user or a password in it", why=why, fix="put them into the environment")
+    import fsspec
+
+    try:
+        opened: Any = fsspec.open(path, "rb")
+        return opened.open()
+    except (ImportError, ValueError) as error:
+        fix = 'pip install "orchestrator[s3]"' if scheme in ("s3", "s3a") else "install the package of fsspec that reads it"
+        raise ConfigError(f"data: {scheme}:// cannot be read here", why=str(error), fix=fix) from error
+    except OSError as error:
+        raise MissingInput(f"no data file {path}", why=str(error), fix="check the name, the permissions and the endpoint") from error
+
+
+def _lines(path: str) -> Iterator[bytes]:
+    number = 0
+    try:
+        with _open(path) as raw, gzip.open(raw, "rb") if path.endswith(".gz") else raw as file:
+            for number, line in enumerate(file, start=1):  # noqa: B007 (the error names it)
+                yield line
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path} cannot be read after line {number}", why=str(error), fix=REFETCH) from error
+
+
+def _parquet(path: str, bad: list[BadRow]) -> Iterator[Record]:
+    """Row by row; not through `datasets`, which would write a copy into its cache."""
+    from pyarrow import ArrowException
+    from pyarrow.parquet import ParquetFile
+
+    number = 0
+    try:
+        with _open(path) as raw, ParquetFile(raw) as file:
+            for batch in file.iter_batches():
+                for value in _values(batch):
+                    number += 1
+                    where = f"{path}:{number}"
+                    if isinstance(value, Exception):
+                        bad.append(BadRow(where, f"a value that Python cannot hold: {' '.join(str(value).split())[:120]}"))
+                    else:
+                        yield Record(value, where, filled=True)
+    except (OSError, ArrowException) as error:
+        raise DataError(f"{path} cannot be read", why=str(error), fix=REFETCH) from error
+
+
+def _values(batch: Any) -> Iterator[dict[str, Any] | Exception]:
+    """The rows of a batch; where it cannot be converted as a whole, such as for a date beyond the year 9999, an error for a row that cannot."""
+    try:
+        yield from batch.to_pylist(maps_as_pydicts="strict")
+        return
+    except (ValueError, OverflowError, KeyError) as error:  # ArrowInvalid is a ValueError
+        if batch.num_rows == 1:
+            yield error
+            return
+    for at in range(batch.num_rows):
+        yield from _values(batch.slice(at, 1))

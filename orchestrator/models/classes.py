@@ -1,0 +1,74 @@
+"""Which of transformers' classes reads a configuration, and which configurations no learner can train: said before weights are read.
+
+    config.json --unsuitable--> "" or why it cannot be trained --auto_class--> AutoModelForCausalLM | …ImageTextToText | …SequenceClassification
+"""
+
+from typing import Any, Literal
+
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSequenceClassification, PretrainedConfig
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,  # pyright: ignore[reportPrivateImportUsage]
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,  # pyright: ignore[reportPrivateImportUsage]
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,  # pyright: ignore[reportPrivateImportUsage]
+)
+
+from orchestrator.errors import ConfigError
+
+Head = Literal["lm", "scalar", "value"]
+"""A language model, or a scalar head: of a reward model or a critic (the same weights, read at other positions)."""
+TWO_SIDED = frozenset({"xlnet"})
+"""Language models that see tokens on both sides whatever their configuration says."""
+
+
+def auto_class(config: PretrainedConfig, head: Head, where: str = "model") -> Any:
+    """The class whose from_pretrained reads the folder. A model of text and images keeps its towers where transformers names it as one
+    (`architectures`), or knows no model of its text alone. ConfigError where transformers has none for the head."""
+    kind, remote = type(config), getattr(config, "auto_map", None) or {}
+    if head != "lm":
+        if kind in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING or "AutoModelForSequenceClassification" in remote:
+            return AutoModelForSequenceClassification
+        raise ConfigError(
+            f"{where}: transformers has no {config.model_type} with a scalar head",
+            why="a reward model and a critic are read by AutoModelForSequenceClassification",
+            fix="start from a model of another architecture, e.g. llama or qwen2",
+        )
+    composite = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING.get(kind, None)
+    causal = kind in MODEL_FOR_CAUSAL_LM_MAPPING or "AutoModelForCausalLM" in remote
+    if composite is not None and (not causal or _named(composite) & set(config.architectures or ())):
+        return AutoModelForImageTextToText
+    if causal:
+        return AutoModelForCausalLM
+    raise ConfigError(
+        f"{where}: transformers has no causal language model for {config.model_type}",
+        why="the policy must predict each token from those before it",
+        fix="give a decoder: a folder that AutoModelForCausalLM or AutoModelForImageTextToText reads",
+    )
+
+
+def _named(classes: Any) -> set[str]:
+    return {c.__name__ for c in (classes if isinstance(classes, tuple) else (classes,))}
+
+
+def check_trainable(config: PretrainedConfig, where: str) -> None:
+    """ConfigError for a model that cannot be trained as a causal one: an encoder, an encoder with a decoder, packed weights."""
+    if config.is_encoder_decoder:
+        raise ConfigError(
+            f"{where}: {config.model_type} is an encoder with a decoder",
+            why="rows are one sequence in which each token is predicted from those before it",
+            fix="give a decoder-only model",
+        )
+    encoder = hasattr(config, "add_cross_attention") and not getattr(config, "is_decoder", True)
+    if encoder or config.model_type in TWO_SIDED or getattr(config, "causal", True) is False:
+        raise ConfigError(
+            f"{where}: {config.model_type} lets a token see those after it",
+            why="it would learn to copy the answer instead of predicting it",
+            fix='give a decoder; one that was made of an encoder says "is_decoder": true in its config.json',
+        )
+    packed = getattr(config, "quantization_config", None)
+    if packed is not None:
+        method = packed.get("quant_method") if isinstance(packed, dict) else getattr(packed, "quant_method", None)
+        raise ConfigError(
+            f"{where}: its weights are packed ({getattr(method, 'value', method) or 'quantization_config'})",
+            why="a learner keeps fp32 master weights; packed ones cannot learn",
+            fix="give the same model in bf16 or fp32, and remove quantization_config from config.json if its weights are",
+        )

@@ -1,0 +1,77 @@
+"""What of a model never learns from text: towers for images and sound, attention to an encoder that is not there.
+
+    parameters --a short forward--> those that its graph holds        the others --freeze_unused--> no gradient, no moments, no decay
+
+A parameter without a gradient is left alone by plain torch; DeepSpeed gives it zeros, decays it, and at ZeRO 3 lets it keep the gradient
+of an earlier step. Frozen, it is the same everywhere. Works on tensors without storage as well, so that a plan sees what a learner does.
+"""
+
+from collections.abc import Iterable
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+TOKENS = 8
+"""Of the forward that is looked at: what a text reaches does not depend on its length."""
+ROUTED = "expert"
+"""In the names of parameters that some tokens reach and others do not: they stay, whatever this forward did."""
+
+
+class GroupedShapes(TorchFunctionMode):
+    """Computes grouped products (of experts) by their first expert: the shapes, and gradients of the shapes, that the kernel has.
+    torch's own rule for tensors without storage refuses every type but bf16."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch._grouped_mm:
+            return args[0] @ args[1][0]
+        return func(*args, **(kwargs or {}))
+
+
+def freeze_unused(model: nn.Module) -> tuple[str, ...]:
+    """Freezes the parameters that a forward over text does not reach, and returns their names. The model's own errors pass through."""
+    found = unused(model)
+    for name, parameter in model.named_parameters():
+        if name in found:
+            parameter.requires_grad_(False)
+    return tuple(sorted(found))
+
+
+def unused(model: nn.Module) -> frozenset[str]:
+    """Names of the parameters that learn, by `requires_grad`, and that the output for a short text does not depend on."""
+    device = next(model.parameters()).device
+    ids = torch.arange(TOKENS, device="cpu").clamp(max=_rows(model) - 1)[None].to(device)
+    with _evaluating(model), GroupedShapes():
+        logits = model(input_ids=ids, use_cache=False).logits
+    held = _leaves([logits])
+    return frozenset(name for name, p in model.named_parameters() if p.requires_grad and id(p) not in held and ROUTED not in name)
+
+
+def _rows(model: nn.Module) -> int:
+    return model.get_input_embeddings().weight.shape[0]  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Any:
+    was = model.training
+    model.eval()
+    with torch.enable_grad():
+        yield
+    model.train(was)
+
+
+def _leaves(outputs: Iterable[Tensor]) -> set[int]:
+    """Ids of the leaf tensors in the graph behind `outputs`."""
+    todo: list[Any] = [t.grad_fn for t in outputs if t.grad_fn is not None]
+    seen, leaves = set(todo), set()
+    while todo:
+        node = todo.pop()
+        if hasattr(node, "variable"):
+            leaves.add(id(node.variable))
+        for following, _ in node.next_functions:
+            if following is not None and following not in seen:
+                seen.add(following)
+                todo.append(following)
+    return leaves

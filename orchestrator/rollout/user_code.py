@@ -1,0 +1,82 @@
+"""One loader for the user's modules, reward functions and environments alike: as `python file.py` and `import module` find them.
+
+    module            from the working folder, then the Python path
+    file.py           under its own name in sys.modules (pickle and dataclasses look there), its folder on the path (siblings)
+    package/file.py   that imports relatively: as a module of its package
+"""
+
+import ast
+import hashlib
+import importlib
+import importlib.util
+import os
+import sys
+from pathlib import Path
+from types import ModuleType
+
+
+def load_module(place: str) -> ModuleType:
+    """The module of a dotted name or of a path that ends with .py; runs it, and raises what it raises."""
+    _first_on_path(Path.cwd())
+    if not place.endswith(".py"):
+        return importlib.import_module(place)
+    file = Path(place).resolve()
+    _first_on_path(file.parent, after=Path.cwd())
+    package = _package(file)
+    if not package:
+        return _loose(file)
+    _first_on_path(file.parents[len(package)], after=Path.cwd())
+    return importlib.import_module(".".join([*package, file.stem]))
+
+
+def _package(file: Path) -> tuple[str, ...]:
+    """Names of the packages that a file which imports relatively lies in, outermost first, at least its folder's; none for another file: what
+    a package's __init__ does may be no business of it."""
+    if not file.stem.isidentifier() or not file.parent.name.isidentifier() or not _imports_relatively(file):
+        return ()
+    names: list[str] = []
+    folder = file.parent
+    while (folder / "__init__.py").is_file() and folder.name.isidentifier():
+        names.insert(0, folder.name)
+        folder = folder.parent
+    return tuple(names) or (file.parent.name,)
+
+
+def _imports_relatively(file: Path) -> bool:
+    return any(isinstance(node, ast.ImportFrom) and node.level for node in ast.walk(ast.parse(file.read_bytes())))
+
+
+def _loose(file: Path) -> ModuleType:
+    """A file of its own. Where another module has its name (json.py), it gets one that only it can have."""
+    name = file.stem
+    known = sys.modules.get(name)
+    if known is not None and _is(known, file):
+        return known
+    if known is not None or name in sys.stdlib_module_names:
+        name = f"{name}_{hashlib.sha256(str(file).encode()).hexdigest()[:8]}"
+        if name in sys.modules:
+            return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
+
+
+def _is(module: ModuleType, file: Path) -> bool:
+    there = getattr(module, "__file__", None)
+    return there is not None and Path(there).resolve() == file
+
+
+def _first_on_path(folder: Path, after: Path | None = None) -> None:
+    """Puts a folder at the head of sys.path, or behind `after`, unless it is on it."""
+    text = os.fspath(folder)
+    if text in sys.path or ("" in sys.path and folder == Path.cwd()):
+        return
+    place = sys.path.index(os.fspath(after)) + 1 if after is not None and os.fspath(after) in sys.path else 0
+    sys.path.insert(place, text)

@@ -1,0 +1,172 @@
+"""One architecture all the way: a folder of random weights -> plan -> learner, its start-up checks -> two SFT steps -> export -> reload.
+
+    small(name) --save_pretrained--> folder --plan_job--> Job --RankLearner--> 2 steps --export_learner--> folder --from_pretrained--> log-probs
+
+No Ray: one rank in this process, whose process group all architectures share. Each stage is the program's own code.
+"""
+
+import shutil
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PretrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING  # pyright: ignore[reportPrivateImportUsage]
+
+from orchestrator.config import Algorithm, Batch, Data, Learners, Model, Optimizer, Recipe, Run, Source
+from orchestrator.cut import cut_step, loss_units
+from orchestrator.data.packing import pack
+from orchestrator.errors import OrchestratorError
+from orchestrator.job import Job, plan_job
+from orchestrator.learner.checks import final_weights
+from orchestrator.learner.engine import ProcessGroup
+from orchestrator.learner.export import export_learner
+from orchestrator.learner.learner import LearnerSpec, RankLearner
+from orchestrator.learner.plain import PlainTrainer
+from orchestrator.models.classes import auto_class
+from orchestrator.models.tiny import byte_tokenizer
+from orchestrator.startup import check_layout, measured_throughput, probed_cut
+from tests.architectures.shrink import small
+
+STEPS = 2
+GAP = 1e-4
+"""nat: of a token's log-prob between the learner and its export, read by transformers; both fp32."""
+WEIGHTS = 1e-5
+"""Relative: of the weights after two steps, from those of plain torch on the whole batch."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How far an architecture came. verdict: "works", "refused" (in `plan`, by name) or "fault"; stage: where it ended; why: the
+    refusal or the error; notes: what `plan` said of the model."""
+
+    name: str
+    model_class: str
+    verdict: str
+    stage: str
+    why: str = ""
+    notes: tuple[str, ...] = ()
+
+
+class Here:
+    """workers.LearnerGroup of the one learner in this process."""
+
+    def __init__(self, spec: LearnerSpec, group: ProcessGroup) -> None:
+        self.spec, self._group = spec, group
+        self.learner = RankLearner(spec, group, torch.device("cpu"))
+
+    def build(self, spec: LearnerSpec) -> None:
+        self.spec, self.learner = spec, RankLearner(spec, self._group, torch.device("cpu"))
+
+    def call(self, function: Callable[..., Any], *args: Any) -> list[Any]:
+        return [function(self.learner, *args)]
+
+
+def recipe(folder: Path, **learners: Any) -> Recipe:
+    """SFT on arithmetic, all that is not said by default."""
+    return Recipe(
+        model=Model(path=str(folder)),
+        data=Data(train=[Source(path="toy:sft", max_rows=16)], max_length=96),
+        algorithm=Algorithm(name="sft"),
+        batch=Batch(effective=4),
+        optimizer=Optimizer(learning_rate=1e-3, weight_decay=0.1, schedule="constant"),
+        learners=Learners(workers=1, **learners),
+        run=Run(max_steps=STEPS),
+    )
+
+
+def make_folder(name: str, folder: Path) -> str:
+    """Random weights of the architecture in little, with a byte tokenizer; the class's name."""
+    config = small(name)
+    tokenizer = byte_tokenizer()
+    config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = _their_class(config).from_config(config)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return type(model).__name__
+
+
+def _their_class(config: PretrainedConfig) -> Any:
+    return AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModelForImageTextToText
+
+
+def plain(folder: Path) -> str:
+    """Transformers' own forward and backward in training mode on the CPU: "" or what it raised."""
+    try:
+        model = auto_class(AutoConfig.from_pretrained(folder), "lm").from_pretrained(folder, dtype=torch.float32).train()
+        ids = torch.from_numpy(np.random.default_rng(0).integers(10, 200, (2, 24)))
+        logits = model(input_ids=ids, use_cache=False).logits
+        torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def journey(name: str, work: Path, group: ProcessGroup, **learners: Any) -> Outcome:
+    """The outcome of one architecture; work: a folder of its own, removed after."""
+    stage, kind = "build", ""
+    try:
+        kind = make_folder(name, work / "model")
+        stage = "plan"
+        job = plan_job(recipe(work / "model", **learners), Console(quiet=True))
+        stage = "learner"
+        here = Here(LearnerSpec(job.recipe, job.plan.cut, STEPS), group)
+        stage = "checks"
+        cut = probed_cut(job.plan, job.data, job.plan.cut, here, lambda _: None)
+        check_layout(job.recipe, job.algorithm, job.data, cut, here, lambda _: None)
+        measured_throughput(job.plan, job.algorithm, here, lambda _: None)
+        stage = "steps"
+        steps = [job.data.batches.at(4 * i) for i in range(STEPS)]
+        losses = []
+        for number, groups in enumerate(steps):
+            batch = cut_step(groups, cut)
+            losses.append(here.learner.forward_backward(batch.micro_batches[0], batch.units, number).loss)
+            if not here.learner.optim_step(number).applied:
+                raise AssertionError(f"step {number} was refused")
+        stage = "verify"
+        _equals_plain(job, here.learner, steps, losses)
+        stage = "export"
+        export_learner(here.learner, work / "export", "")
+        stage = "reload"
+        _reads_the_same(here.learner, job, work / "export")
+    except OrchestratorError as error:
+        return Outcome(name, kind, "refused" if stage == "plan" else "fault", stage, f"{error.what}: {error.why}")
+    except Exception as error:
+        return Outcome(name, kind, "fault", stage, f"{type(error).__name__}: {error}\n{traceback.format_exc()}")
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return Outcome(name, kind, "works", "reload", "")
+
+
+def _equals_plain(job: Job, learner: RankLearner, steps: Sequence[Any], losses: Sequence[float]) -> None:
+    trainer = PlainTrainer(job.recipe, job.algorithm, STEPS)
+    want = [trainer.step(groups, loss_units(groups), i).loss for i, groups in enumerate(steps)]
+    if not np.allclose(losses, want, rtol=1e-5):
+        raise AssertionError(f"losses {losses}, plain torch {want}")
+    ours = {name.removeprefix("model."): w for name, w in final_weights(learner).items()}
+    theirs = trainer.weights()
+    distance = sum(float(np.square(ours[n] - w, dtype=np.float64).sum()) for n, w in theirs.items())
+    size = sum(float(np.square(w, dtype=np.float64).sum()) for w in theirs.values())
+    if not np.sqrt(distance / size) < WEIGHTS:
+        worst = max(theirs, key=lambda n: float(np.abs(ours[n] - theirs[n]).max()))
+        raise AssertionError(f"weights differ by {np.sqrt(distance / size):.1e} from plain torch, most in {worst}")
+
+
+def _reads_the_same(learner: RankLearner, job: Job, folder: Path) -> None:
+    model = auto_class(AutoConfig.from_pretrained(folder), "lm").from_pretrained(folder, dtype=torch.float32).eval()
+    rows = pack(sorted(job.data.groups[:8], key=lambda g: g.longest)[:2], "padded")
+    mask = torch.from_numpy((rows.segment >= 0).astype("int64"))
+    with torch.no_grad():
+        logits = model(input_ids=torch.from_numpy(rows.input_ids), attention_mask=mask, use_cache=False).logits.flatten(0, 1)
+    logps = torch.log_softmax(logits[torch.from_numpy(rows.score_at)].float(), -1)
+    want = logps.gather(1, torch.from_numpy(rows.targets)[:, None])[:, 0].numpy()
+    gap = float(np.abs(learner.token_logprobs([rows])[0] - want).max())
+    if not gap < GAP:
+        raise AssertionError(f"the export gives other log-probs, by {gap:.1e} nat a token")
