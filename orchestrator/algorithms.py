@@ -128,12 +128,12 @@ def build(cfg: Config, rollouts: Rollouts | None = None) -> Algorithm:
     return Algorithm("kto", "unpaired", kto, "example", 2, True, couples_batch=True)
 
 
-def kl_note(algorithm: Algorithm) -> str | None:
-    """What is odd about the KL term of a loss, for the plan; None where nothing is."""
+def kl_notes(algorithm: Algorithm) -> tuple[str, ...]:
+    """What is odd about the KL term of a loss, for the plan; nothing where nothing is."""
     loss = algorithm.objective
     if not isinstance(loss, PolicyGradient) or not loss.kl_coefficient or loss.kl_estimator != "k1" or loss.kl_ratio:
-        return None
-    return "algorithm.kl: k1 in the loss has no gradient in expectation; set kl.ratio=true, kl.estimator=k2 or k3, or kl.place=reward"
+        return ()
+    return ("algorithm.kl: k1 in the loss has no gradient in expectation; set kl.ratio=true, kl.estimator=k2 or k3, or kl.place=reward",)
 
 
 def critic(cfg: Config) -> Algorithm:

@@ -103,9 +103,10 @@ def _of_sequence(scores: TokenScores, values: Tensor) -> Tensor:
 class PolicyGradient:
     """A policy loss over the effective batch, in sums: total = sum_t share_t (correction_t loss_t + beta KL_t) - bonus mean(H).
 
-    kl_ratio: KL_t is multiplied by the ratio (of `level`), with its gradient, as TRL 1.16 does for the GRPO family: the tokens were drawn
-    by pi_old, and without it k3's gradient is not that of the divergence, k1's is nothing at all in expectation. constant: of the normaliser "constant" (Dr. GRPO: max_new_tokens). kl_coefficient: units.kl_coefficient overrides it.
-    entropy_bonus: of the mean entropy over the tokens of the effective batch, whatever the normaliser. cap: of the correction.
+    constant: of the normaliser "constant" (Dr. GRPO: max_new_tokens). kl_coefficient: units.kl_coefficient overrides it. kl_ratio: KL_t is
+    multiplied by the ratio (of `level`), with its gradient, as TRL 1.16 does for the GRPO family: the tokens were drawn by pi_old, and
+    without it k3's gradient is not that of the divergence, k1's is nothing at all in expectation. entropy_bonus: of the mean entropy over
+    the tokens of the effective batch, whatever the normaliser. cap: of the correction.
     """
 
     form: Form = "clip"

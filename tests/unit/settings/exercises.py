@@ -194,6 +194,7 @@ EXERCISES: dict[str, Row | Elsewhere | Unseen] = {
     "algorithm.kl.coefficient": Row(o.loss, ("0.1", "0.5")),
     "algorithm.kl.place": Row(o.loss, ("loss", "reward")),
     "algorithm.kl.estimator": Row(o.loss, ("k2", "k3")),
+    "algorithm.kl.ratio": Row(o.loss, ("true", "false")),
     "algorithm.correction.kind": Row(o.loss, ("none", "token")),
     "algorithm.correction.cap": Row(o.loss, ("1.5", "8")),
     "algorithm.entropy_bonus": Row(o.loss, ("0", "0.1")),

@@ -320,7 +320,7 @@ def drawn(recipe: Recipe) -> list[list[int]]:
 
 def support(recipe: Recipe) -> float:
     """The largest probability that a token was drawn with, of many: 1 where only one can be."""
-    return float(max(np.exp(r.logprobs).max() for group in rolled_out(recipe) for r in group.rollouts))
+    return float(max(np.exp(r.logprobs - (0.0 if r.kept is None else r.kept)).max() for group in rolled_out(recipe) for r in group.rollouts))
 
 
 def scored_tokens(recipe: Recipe) -> int:
