@@ -206,7 +206,7 @@ class Optimizer(Section):
     weight_decay: float = Field(0.0, ge=0, description="decoupled")
     max_grad_norm: float | None = Field(1.0, gt=0, description="clips the gradient norm of the whole step; null: off")
     schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="of the learning rate after the warm-up")
-    warmup_steps: int = Field(0, ge=0, description="optimizer steps, never micro-batches")
+    warmup_steps: int = Field(0, ge=0, description="optimizer steps, never micro-batches; from 0 at the first, as in transformers")
     min_learning_rate: float = Field(0.0, ge=0, description="where linear and cosine end")
 
 

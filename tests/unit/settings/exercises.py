@@ -211,7 +211,7 @@ EXERCISES: dict[str, Row | Elsewhere | Unseen] = {
     "batch.memory_limit_gb": Row(o.room, ("10", "20"), (8 * 10**9, 16 * 10**9)),
     "optimizer.learning_rate": Row(o.schedule, ("1e-3", "2e-3"), ([1e-3] * 4, [2e-3] * 4)),
     "optimizer.schedule": Row(o.schedule, ("constant", "linear"), ([1e-3] * 4, [1e-3, 0.75e-3, 0.5e-3, 0.25e-3])),
-    "optimizer.warmup_steps": Row(o.schedule, ("0", "2"), ([1e-3] * 4, [0.5e-3, 1e-3, 1e-3, 1e-3])),
+    "optimizer.warmup_steps": Row(o.schedule, ("0", "2"), ([1e-3] * 4, [0.0, 0.5e-3, 1e-3, 1e-3])),
     "optimizer.min_learning_rate": Row(o.schedule, ("0", "1e-3")),
     "optimizer.betas": Row(o.stepped, ("[0.9, 0.999]", "[0.5, 0.9]")),
     "optimizer.eps": Row(o.stepped, ("1e-8", "0.1")),
