@@ -8,7 +8,7 @@ The plan may change how fast a step is, never what it computes.
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from orchestrator.algorithms import Algorithm, build
+from orchestrator.algorithms import Algorithm, build, kl_notes
 from orchestrator.config import Recipe
 from orchestrator.cut import cut_step
 from orchestrator.dataset import DataSet
@@ -136,7 +136,7 @@ def make_plan(recipe: Recipe, algorithm: Algorithm, data: DataSet, hardware: Har
         arithmetic=_arithmetic(recipe.batch.effective, cut, first, algorithm),
         nearest=_nearest(recipe.batch.effective, cut, algorithm.group_examples),
         choices=tuple(choices),
-        data=_data_report(data),
+        data=_data_report(data, kl_notes(algorithm)),
         memory=memory,
         memory_limit=limits.device,
         ram_limit=limits.ram,
@@ -333,7 +333,7 @@ def _nearest(effective: int, cut: Cut, share: int) -> tuple[int, ...]:
     return tuple(n for n in (below, below + unit) if n)
 
 
-def _data_report(data: DataSet) -> DataReport:
+def _data_report(data: DataSet, notes: tuple[str, ...]) -> DataReport:
     report, bins = data.report, 10
     top = max(report.lengths)
     width = max(1, -(-top // bins))
@@ -354,7 +354,7 @@ def _data_report(data: DataSet) -> DataReport:
         quantiles=report.quantiles(),
         histogram=tuple(((i + 1) * width, n) for i, n in enumerate(counts) if n),
         unused=data.unused,
-        notes=data.notes,
+        notes=(*data.notes, *notes),
     )
 
 
