@@ -103,7 +103,7 @@ class RankLearner:
         recipe = spec.recipe
         self.algorithm: Algorithm = build(recipe.algorithm, recipe.rollouts) if spec.role == "policy" else critic(recipe.algorithm)
         self.bytes_before_model = current_bytes(device)
-        self.loaded: Loaded = loaded or load(recipe.model, seed=recipe.run.seed, head=self.algorithm.head)
+        self.loaded: Loaded = loaded or load(recipe.model, seed=recipe.run.seed, head=self.algorithm.head, longest=recipe.data.max_length)
         disable_dropout(self.loaded.model)
         self.scoring = ScoringModel(self.loaded.model, head=self.algorithm.head, spec=self.algorithm.scores)
         self.scoring.checkpoint(recipe.learners.checkpointing)
@@ -314,7 +314,7 @@ def disable_dropout(model: nn.Module) -> None:
 
 def load_reference(recipe: Recipe, device: torch.device) -> tuple[ScoringModel, str]:
     """The frozen reference policy and its fingerprint: `model.reference`, else the start weights, never a resumed policy."""
-    loaded = load(recipe.model, seed=recipe.run.seed, head="lm", reference=True)
+    loaded = load(recipe.model, seed=recipe.run.seed, head="lm", reference=True, longest=recipe.data.max_length)
     algorithm = build(recipe.algorithm, recipe.rollouts)
     scoring = ScoringModel(loaded.model, head="lm", spec=HeadSpec(temperature=algorithm.scores.temperature))
     scoring = placed(scoring, device, _DTYPES[recipe.learners.precision])

@@ -16,7 +16,7 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"objectives", "checkpoints", "strict_yaml", "stages", "reference_page", "findings", "node_facts", "hardware", "state_bytes", "hub"}),
     frozenset({"data", "models", "observe", "algorithms", "recipe", "identity", "upload"}),
     frozenset({"learner", "rollout", "cut", "dataset", "memory_model", "launchers"}),
-    frozenset({"prompts", "ways"}),
+    frozenset({"prompts", "ways", "model_advice"}),
     frozenset({"plan", "sketch"}),
     frozenset({"controllers", "cluster", "plan_view"}),
     frozenset({"startup", "resume", "run_folder", "submission"}),
