@@ -72,14 +72,14 @@ def train(recipe: Recipe, root: Path, console: Console) -> Outcome:
     facts = look(asked, root)
     require(judge(facts, asked))  # before the plan: a node that is silent is no lack of room
     job = plan_job(recipe, console, of_cluster(facts))
-    for line in data_notes(job.plan.data):
-        console.print(line)
     _preflight(judge(facts, need_of(job)), console)
     if job.prompts is not None and recipe.rollouts.replay is None:
         for function in recipe.rewards.functions:
             if function.url is not None:
                 knock(function)
     with open_run(root, _identity(recipe, job), dump(recipe), job.plan_json(), _say(console)) as folder, _stop_signals() as stopped:
+        for line in data_notes(job.plan.data):
+            console.print(line)
         progress = _finished(job, folder) or _supervise(job, folder, stopped)
         report = write_report(root)
     before, after = _before_and_after(folder.metrics)
