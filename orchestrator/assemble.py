@@ -34,6 +34,7 @@ from orchestrator.models.shapes import as_folder, known
 from orchestrator.observe.dashboard import write_report
 from orchestrator.observe.sinks import read_lines
 from orchestrator.plan import Choice, Plan, finer_cut
+from orchestrator.plan_view import data_notes
 from orchestrator.preflight import asked_by, look, need_of, require
 from orchestrator.prompts import load_prompts
 from orchestrator.recipe import dump
@@ -64,6 +65,8 @@ def train(recipe: Recipe, root: Path, console: Console) -> Outcome:
     facts = look(asked, root)
     require(judge(facts, asked))  # before the plan: a node that is silent is no lack of room
     job = plan_job(recipe, console, of_cluster(facts))
+    for line in data_notes(job.plan.data):
+        console.print(line)
     _preflight(judge(facts, need_of(job)), console)
     identity = fingerprint(recipe, job.data.loaded.fingerprint, "")
     with open_run(root, identity, dump(recipe), job.plan_json()) as folder, _stop_signals() as stopped:

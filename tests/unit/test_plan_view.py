@@ -1,5 +1,6 @@
 """The plan as it is printed."""
 
+import json
 from io import StringIO
 
 import pytest
@@ -66,3 +67,12 @@ def test_keys_that_are_inherited_and_not_read_are_listed():
     silent = Console(record=True, file=StringIO())
     silent.print(not_read(()))
     assert not silent.export_text().strip()
+
+
+def test_what_nothing_reads_and_what_else_there_is_to_know_of_the_data_is_told(tmp_path):
+    rows = [{"prompt": f"{i}>", "chosen": "a", "rejected": "b", "made at": "now", "margin": None} for i in range(4)]
+    for name, some in (("train", rows), ("eval", [rows[0], {**rows[0], "chosen": "c"}])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
+    text = printed(f"data.train={tmp_path}/train.jsonl", f"data.eval={tmp_path}/eval.jsonl", "batch.effective=4", width=400)
+    assert "\nunused columns: made at\n" in text
+    assert f"1 of 2 held-out rows are trained on too, the first at {tmp_path}/eval.jsonl:1" in text
