@@ -88,8 +88,8 @@ class OnlineRow:
     dynamic_sampling: bool = False
 
 
-def _clip(level: Level, per: Normaliser, low: float, high: float) -> PolicyGradient:
-    return PolicyGradient("clip", level, per, clip_low=low, clip_high=high)
+def _clip(level: Level, per: Normaliser, low: float, high: float, *, kl_ratio: bool = False) -> PolicyGradient:
+    return PolicyGradient("clip", level, per, clip_low=low, clip_high=high, kl_ratio=kl_ratio)
 
 
 _SCALED = estimators.by_group(advantages.group_normalised)
@@ -97,11 +97,11 @@ _CENTRED = estimators.by_group(advantages.group_centred)
 
 ONLINE_ROWS: dict[str, OnlineRow] = {
     #                              ratio of     divided by   clip          advantages
-    "grpo": OnlineRow(_clip("token", "sequence", 0.2, 0.2), _SCALED),
-    "dr_grpo": OnlineRow(_clip("token", "constant", 0.2, 0.2), _CENTRED),
-    "dapo": OnlineRow(_clip("token", "token", 0.2, 0.28), _SCALED, dynamic_sampling=True),
-    "gspo": OnlineRow(_clip("sequence", "sequence", 3e-4, 4e-4), _SCALED),
-    "cispo": OnlineRow(PolicyGradient("cispo", "token", "token", clip_high=5.0), _SCALED),
+    "grpo": OnlineRow(_clip("token", "sequence", 0.2, 0.2, kl_ratio=True), _SCALED),
+    "dr_grpo": OnlineRow(_clip("token", "constant", 0.2, 0.2, kl_ratio=True), _CENTRED),
+    "dapo": OnlineRow(_clip("token", "token", 0.2, 0.28, kl_ratio=True), _SCALED, dynamic_sampling=True),
+    "gspo": OnlineRow(_clip("sequence", "sequence", 3e-4, 4e-4, kl_ratio=True), _SCALED),
+    "cispo": OnlineRow(PolicyGradient("cispo", "token", "token", clip_high=5.0, kl_ratio=True), _SCALED),
     "rloo": OnlineRow(_clip("trajectory", "sequence", 0.2, 0.2), estimators.by_group(advantages.leave_one_out)),
     "reinforce_pp": OnlineRow(_clip("token", "token", 0.2, 0.2), estimators.reinforce_pp),
     "reinforce_pp_baseline": OnlineRow(_clip("token", "token", 0.2, 0.2), estimators.reinforce_pp_baseline),
@@ -126,6 +126,14 @@ def build(cfg: Config, rollouts: Rollouts | None = None) -> Algorithm:
         return Algorithm("reward", "preference", objective, "pair", 2, False, head="scalar")
     kto = Kto(cfg.beta, cfg.kto_desirable_weight, cfg.kto_undesirable_weight)
     return Algorithm("kto", "unpaired", kto, "example", 2, True, couples_batch=True)
+
+
+def kl_notes(algorithm: Algorithm) -> tuple[str, ...]:
+    """What is odd about the KL term of a loss, for the plan; nothing where nothing is."""
+    loss = algorithm.objective
+    if not isinstance(loss, PolicyGradient) or not loss.kl_coefficient or loss.kl_estimator != "k1" or loss.kl_ratio:
+        return ()
+    return ("algorithm.kl: k1 in the loss has no gradient in expectation; set kl.ratio=true, kl.estimator=k2 or k3, or kl.place=reward",)
 
 
 def critic(cfg: Config) -> Algorithm:
@@ -157,6 +165,7 @@ def _online(cfg: Config, rollouts: Rollouts) -> Algorithm:
         dual=cfg.clip.dual,
         kl_coefficient=cfg.kl.coefficient if cfg.kl.place == "loss" else 0.0,
         kl_estimator="k3" if cfg.kl.estimator == "auto" else cfg.kl.estimator,
+        kl_ratio=(row.loss.kl_ratio and cfg.kl.estimator != "k2") if cfg.kl.ratio is None else cfg.kl.ratio,
         entropy_bonus=cfg.entropy_bonus,
         correction=cfg.correction.kind,
         cap=cfg.correction.cap,

@@ -134,6 +134,9 @@ class Kl(Section):
     coefficient: float = Field(0.0, ge=0, description="0: none, and no reference policy is kept")
     place: Literal["loss", "reward"] = Field("loss", description="a term of the loss, or taken from the reward")
     estimator: Literal["auto", "k1", "k2", "k3"] = Field("auto", description="auto: k3 in the loss, k1 in the reward")
+    ratio: bool | None = Field(
+        None, description="in the loss: times the probability ratio, as TRL's `use_bias_correction_kl`; default: GRPO's family, but not with k2"
+    )
     target: float | None = Field(None, gt=0, description="adaptive: the coefficient is steered towards this KL (k3) per token")
     horizon: float = Field(10_000.0, gt=0, description="adaptive: rollouts over which the coefficient may change by a factor e^0.2")
 
@@ -203,7 +206,7 @@ class Optimizer(Section):
     weight_decay: float = Field(0.0, ge=0, description="decoupled")
     max_grad_norm: float | None = Field(1.0, gt=0, description="clips the gradient norm of the whole step; null: off")
     schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="of the learning rate after the warm-up")
-    warmup_steps: int = Field(0, ge=0, description="optimizer steps, never micro-batches")
+    warmup_steps: int = Field(0, ge=0, description="optimizer steps, never micro-batches; from 0 at the first, as in transformers")
     min_learning_rate: float = Field(0.0, ge=0, description="where linear and cosine end")
 
 

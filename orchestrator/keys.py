@@ -254,6 +254,7 @@ READERS: Mapping[type[BaseModel], Mapping[str, Readers]] = {
         "coefficient",
         place=PENALISED,
         estimator=PENALISED,
+        ratio=together("where the KL is a term of the loss", PENALISED, where("", lambda _, kl: kl.place == "loss")),
         target=PENALISED,
         horizon=together("where algorithm.kl.target is set", PENALISED, where("", lambda _, kl: kl.target is not None)),
     ),

@@ -8,13 +8,14 @@ The plan may change how fast a step is, never what it computes.
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from orchestrator.algorithms import Algorithm, build
+from orchestrator.algorithms import Algorithm, build, kl_notes
 from orchestrator.config import Recipe
 from orchestrator.cut import cut_step
 from orchestrator.dataset import DataSet
 from orchestrator.errors import ConfigError, NotEnoughResources
 from orchestrator.hardware import Hardware, this_machine
 from orchestrator.memory_model import MemoryEstimate, MemoryModel, Traffic
+from orchestrator.model_advice import advise
 from orchestrator.models.attention import capabilities
 from orchestrator.models.load import load_config
 from orchestrator.models.scoring import Checkpointing
@@ -127,6 +128,7 @@ def make_plan(recipe: Recipe, algorithm: Algorithm, data: DataSet, hardware: Har
     micro_batches = len(first.micro_batches[0])
     sent = work.model.traffic(cut, micro_batches)
     choices += _communication(hardware, cut, sent)
+    choices += [Choice(note.name, note.value, note.reason) for note in advise(recipe, algorithm, work.model, data)]
     return Plan(
         recipe=recipe,
         algorithm=algorithm.name,
@@ -136,7 +138,7 @@ def make_plan(recipe: Recipe, algorithm: Algorithm, data: DataSet, hardware: Har
         arithmetic=_arithmetic(recipe.batch.effective, cut, first, algorithm),
         nearest=_nearest(recipe.batch.effective, cut, algorithm.group_examples),
         choices=tuple(choices),
-        data=_data_report(data),
+        data=_data_report(data, kl_notes(algorithm)),
         memory=memory,
         memory_limit=limits.device,
         ram_limit=limits.ram,
@@ -333,7 +335,7 @@ def _nearest(effective: int, cut: Cut, share: int) -> tuple[int, ...]:
     return tuple(n for n in (below, below + unit) if n)
 
 
-def _data_report(data: DataSet) -> DataReport:
+def _data_report(data: DataSet, notes: tuple[str, ...]) -> DataReport:
     report, bins = data.report, 10
     top = max(report.lengths)
     width = max(1, -(-top // bins))
@@ -354,7 +356,7 @@ def _data_report(data: DataSet) -> DataReport:
         quantiles=report.quantiles(),
         histogram=tuple(((i + 1) * width, n) for i, n in enumerate(counts) if n),
         unused=data.unused,
-        notes=data.notes,
+        notes=(*data.notes, *notes),
     )
 
 

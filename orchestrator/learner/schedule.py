@@ -8,12 +8,12 @@ from orchestrator.config import Optimizer
 def learning_rate(optimizer: Optimizer, step: int, total_steps: int) -> float:
     """Learning rate of the 0-based optimizer step `step`; micro-batches never count.
 
-    Linear warm-up over `warmup_steps` (the first step already has 1/warmup_steps of the peak), then constant, linear
-    or cosine decay to `min_learning_rate` at the last of `total_steps`.
+    As transformers' schedules, so that a recipe moves the weights as TRL does: linear warm-up over `warmup_steps`, from 0 at the first
+    step to the peak at step `warmup_steps`; then constant, linear or cosine decay to `min_learning_rate` at step `total_steps`.
     """
     peak, floor, warmup = optimizer.learning_rate, optimizer.min_learning_rate, optimizer.warmup_steps
     if step < warmup:
-        return peak * (step + 1) / warmup
+        return peak * step / warmup
     if optimizer.schedule == "constant":
         return peak
     done = min(1.0, (step - warmup) / max(1, total_steps - warmup))

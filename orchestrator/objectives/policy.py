@@ -103,8 +103,10 @@ def _of_sequence(scores: TokenScores, values: Tensor) -> Tensor:
 class PolicyGradient:
     """A policy loss over the effective batch, in sums: total = sum_t share_t (correction_t loss_t + beta KL_t) - bonus mean(H).
 
-    constant: of the normaliser "constant" (Dr. GRPO: max_new_tokens). kl_coefficient: units.kl_coefficient overrides it.
-    entropy_bonus: of the mean entropy over the tokens of the effective batch, whatever the normaliser. cap: of the correction.
+    constant: of the normaliser "constant" (Dr. GRPO: max_new_tokens). kl_coefficient: units.kl_coefficient overrides it. kl_ratio: KL_t is
+    multiplied by the ratio (of `level`), with its gradient, as TRL 1.16 does for the GRPO family: the tokens were drawn by pi_old, and
+    without it k3's gradient is not that of the divergence, k1's is nothing at all in expectation. entropy_bonus: of the mean entropy over
+    the tokens of the effective batch, whatever the normaliser. cap: of the correction.
     """
 
     form: Form = "clip"
@@ -116,6 +118,7 @@ class PolicyGradient:
     dual: float | None = None
     kl_coefficient: float = 0.0
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    kl_ratio: bool = False
     entropy_bonus: float = 0.0
     correction: CorrectionKind = "none"
     cap: float = 2.0
@@ -130,7 +133,8 @@ class PolicyGradient:
         beta = self.kl_coefficient if units.kl_coefficient is None else units.kl_coefficient
         if beta:
             assert known.ref_logps is not None, "a KL term needs reference log-probs"
-            losses = losses + beta * ESTIMATORS[self.kl_estimator](scores.logps, known.ref_logps)
+            divergence = ESTIMATORS[self.kl_estimator](scores.logps, known.ref_logps)
+            losses = losses + beta * (divergence * ratio if self.kl_ratio else divergence)
         total = (shares(scores, units, self.normaliser, self.constant) * losses).sum()
         if self.entropy_bonus:
             assert scores.entropy is not None, "an entropy bonus needs the entropy at each token"

@@ -115,15 +115,16 @@ def test_loras_dropout_is_independent_of_the_cut(two_workers: LearnerGroup, data
     """Masks belong to tokens: the same ones under each layout, micro-batch, rank and with layers computed again, in both passes of KTO."""
     adapted = {"tiny": {"architecture": "llama", "hidden_size": 32, "layers": 2, "heads": 2}, "lora": {"rank": 4, "dropout": 0.3}}
     again = {"workers": 2, "activation_checkpointing": "full"}
-    proof = Proof.of(recipe(data, algorithm, model=adapted, learners=again, optimizer={"learning_rate": 2e-2}), steps=3)
+    calm = {"learning_rate": 2e-2, "eps": 1e-3}  # Adam makes a full step of the rounding in a gradient that is all but zero
+    proof = Proof.of(recipe(data, algorithm, model=adapted, learners=again, optimizer=calm), steps=3)
     baseline = proof.plain()
     for cut in splits(proof.planned, EFFECTIVE, "fp32", [2], everything=False):
         difference = baseline.difference(proof.split(cut, two_workers), cut)
         assert difference.within(TOLERANCE["fp32"]), difference
     still = proof.recipe.model.lora.model_copy(update={"dropout": 0.0})  # pyright: ignore[reportOptionalMemberAccess]
     model = proof.recipe.model.model_copy(update={"lora": still})
-    calm = replace(proof, recipe=proof.recipe.model_copy(update={"model": model}))
-    assert not baseline.difference(calm.plain(), proof.planned).within(TOLERANCE["fp32"])
+    without = replace(proof, recipe=proof.recipe.model_copy(update={"model": model}))
+    assert not baseline.difference(without.plain(), proof.planned).within(TOLERANCE["fp32"])
 
 
 def test_bf16_stays_within_its_stated_bound(two_workers: LearnerGroup, data: Path) -> None:

@@ -1,7 +1,8 @@
 """TRL's GRPOTrainer and RLOOTrainer as the outside check of the policy losses: their real code on given log-probs.
 
 Losses are methods, called unbound as in oracle.py. The correction weights and advantages are lines inside
-`_generate_and_score_completions`, which needs a model: those very lines of the installed TRL are cut out and run.
+`_generate_and_score_completions`, which needs a model: those very lines of the installed TRL are cut out and run. Every setting is that of
+TRL's own GRPOConfig() or RLOOConfig(), but for those that a call names.
 """
 
 import inspect
@@ -15,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from trl import GRPOTrainer, RLOOTrainer
+from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 from orchestrator.objectives.scores import ExperienceTensors, TokenScores
 from orchestrator.records import LossUnits
@@ -90,7 +91,17 @@ class _Accelerator:
         return values
 
 
-def _trainer(rollouts: Rollouts, **fields: Any) -> SimpleNamespace:
+QUIET = {"use_cpu": True, "bf16": False, "report_to": "none"}
+"""What TRL's configurations need on any machine; nothing of it is read by a loss."""
+
+
+def settings(config: type[Any], **changes: Any) -> Any:
+    """TRL's own defaults with these changes; a name that its configuration lacks is an error."""
+    return config(**QUIET, **changes)
+
+
+def _trainer(rollouts: Rollouts, args: Any, **fields: Any) -> SimpleNamespace:
+    """What the losses of both trainers read of `self`, made of `args` as their constructors make it."""
     def scored(*_: Any, **__: Any) -> tuple[Tensor, Tensor, None]:
         return rollouts.logps, rollouts.entropy, None
 
@@ -98,7 +109,11 @@ def _trainer(rollouts: Rollouts, **fields: Any) -> SimpleNamespace:
         model=torch.nn.Module().train(),
         accelerator=_Accelerator(),
         aux_loss_enabled=False,
-        current_gradient_accumulation_steps=1,
+        current_gradient_accumulation_steps=args.gradient_accumulation_steps,
+        epsilon_low=args.epsilon,
+        epsilon_high=args.epsilon if args.epsilon_high is None else args.epsilon_high,
+        beta=args.beta,
+        args=args,
         _metrics={"train": defaultdict(list)},
         _get_per_token_logps_and_entropies=scored,
         **fields,
@@ -121,39 +136,28 @@ def _logged(trainer: SimpleNamespace) -> dict[str, float]:
 
 
 def grpo(
-    rollouts: Rollouts,
-    loss_type: str,
-    *,
-    level: str = "token",
-    low: float = 0.2,
-    high: float = 0.2,
-    delta: float | None = None,
-    beta: float = 0.0,
-    entropy_coef: float = 0.0,
-    max_completion_length: int = 0,
-    correction: tuple[str, float] | None = None,
-    on_policy: bool = False,
+    rollouts: Rollouts, *, correction: tuple[str, float] | None = None, on_policy: bool = False, **changes: Any
 ) -> tuple[Tensor, dict[str, float]]:
     """GRPOTrainer._compute_loss with the whole effective batch as one micro-batch: the loss and what it logged.
 
-    correction: (vllm_importance_sampling_mode, clip_max). on_policy: without old log-probs.
+    changes: of GRPOConfig(). correction: (vllm_importance_sampling_mode, clip_max) as if vLLM had sampled. on_policy: without old
+    log-probs.
     """
+    args = settings(GRPOConfig, **changes)
+    entropy_coef = args.entropy_coef
     trainer = _trainer(
         rollouts,
-        loss_type=loss_type,
-        importance_sampling_level=level,
-        epsilon_low=low,
-        epsilon_high=high,
-        beta=beta,
+        args,
+        loss_type=args.loss_type,
+        importance_sampling_level=args.importance_sampling_level,
         entropy_coef=entropy_coef,
-        _entropy_bonus_enabled=entropy_coef != 0.0,
-        use_adaptive_entropy=False,
-        top_entropy_quantile=1.0,
-        off_policy_mask_threshold=None,
-        max_completion_length=max_completion_length,
+        _entropy_bonus_enabled=entropy_coef != 0.0 or args.use_adaptive_entropy,
+        use_adaptive_entropy=args.use_adaptive_entropy,
+        top_entropy_quantile=args.top_entropy_quantile,
+        off_policy_mask_threshold=args.off_policy_mask_threshold,
+        max_completion_length=args.max_completion_length,
         use_vllm=correction is not None,
-        vllm_importance_sampling_correction=correction is not None,
-        args=SimpleNamespace(delta=delta, use_bias_correction_kl=False, steps_per_generation=1),
+        vllm_importance_sampling_correction=args.vllm_importance_sampling_correction,
     )
     inputs = _inputs(rollouts) | {
         "tool_mask": rollouts.model.long(),
@@ -167,9 +171,9 @@ def grpo(
     return GRPOTrainer._compute_loss(trainer, None, inputs), _logged(trainer)
 
 
-def rloo(rollouts: Rollouts, *, low: float, high: float) -> tuple[Tensor, dict[str, float]]:
-    """RLOOTrainer._compute_loss: ratios of whole completions."""
-    trainer = _trainer(rollouts, epsilon_low=low, epsilon_high=high)
+def rloo(rollouts: Rollouts, **changes: Any) -> tuple[Tensor, dict[str, float]]:
+    """RLOOTrainer._compute_loss: ratios of whole completions. changes: of RLOOConfig()."""
+    trainer = _trainer(rollouts, settings(RLOOConfig, **changes))
     inputs = _inputs(rollouts) | {"old_logps": (rollouts.old * rollouts.completion).sum(1)}
     return RLOOTrainer._compute_loss(trainer, None, inputs), _logged(trainer)
 
@@ -186,13 +190,8 @@ def _run_lines(method: Callable[..., Any], first: str, beyond: str, **names: Any
 
 def importance_sampling_ratio(rollouts: Rollouts, mode: str, clip_max: float) -> Tensor:
     """TRL's vLLM importance ratio: Float[B, T], or Float[B, 1] of the sequence modes."""
-    trainer = SimpleNamespace(
-        use_vllm=True,
-        vllm_importance_sampling_correction=True,
-        vllm_importance_sampling_mode=mode,
-        vllm_importance_sampling_clip_min=None,
-        vllm_importance_sampling_clip_max=clip_max,
-    )
+    args = settings(GRPOConfig, use_vllm=True, vllm_importance_sampling_mode=mode, vllm_importance_sampling_clip_max=clip_max)
+    trainer = SimpleNamespace(**{name: value for name, value in vars(args).items() if "vllm" in name})
     scope = _run_lines(
         GRPOTrainer._generate_and_score_completions,
         "mask = completion_mask if tool_mask is None",
@@ -213,7 +212,9 @@ def grpo_advantages(rewards: Tensor, scale: str) -> Tensor:
         'if self.multi_objective_aggregation == "sum_then_normalize":',
         'elif self.multi_objective_aggregation == "normalize_then_sum":',
         self=SimpleNamespace(
-            multi_objective_aggregation="sum_then_normalize", scale_rewards=scale, reward_weights=torch.ones(1, dtype=rewards.dtype)
+            multi_objective_aggregation=settings(GRPOConfig).multi_objective_aggregation,
+            scale_rewards=scale,
+            reward_weights=torch.ones(1, dtype=rewards.dtype),
         ),
         rewards_per_func=rewards.reshape(-1, 1),
         unscorable_mask=torch.zeros(rewards.numel(), dtype=torch.bool),
@@ -229,7 +230,7 @@ def rloo_advantages(rewards: Tensor) -> Tensor:
         RLOOTrainer._generate_and_score_completions,
         "grouped_rewards = rewards.view(-1, num_generations)",
         "is_std_zero",
-        self=SimpleNamespace(normalize_advantages=False),
+        self=SimpleNamespace(normalize_advantages=settings(RLOOConfig).normalize_advantages),
         rewards=rewards.flatten(),
         num_generations=rewards.shape[1],
     )

@@ -68,8 +68,8 @@ def batches(groups: Sequence[SequenceGroup], effective: int = 8) -> Batches:
 class OneRank:
     """roles.Learner over a RankLearner in this process. fits: positions of the largest micro-batch that does."""
 
-    def __init__(self, group: ProcessGroup, cfg: Recipe, cut: Cut = WHOLE, fits: int = 10**9) -> None:
-        self.rank = RankLearner(LearnerSpec(cfg, cut, 10), group, CPU)
+    def __init__(self, group: ProcessGroup, cfg: Recipe, cut: Cut = WHOLE, fits: int = 10**9, total_steps: int = 10) -> None:
+        self.rank = RankLearner(LearnerSpec(cfg, cut, total_steps), group, CPU)
         self.frozen = RankReference(cfg, CPU)
         self.positions: list[int] = []
         self.discarded = 0

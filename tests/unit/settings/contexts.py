@@ -116,6 +116,7 @@ CONTEXTS: dict[str, Context] = {
     "algorithm.clip.dual": Context(GRPO, ("algorithm.name=cispo",)),
     "algorithm.kl": Context((*GRPO, "algorithm.kl.coefficient=0.1"), GRPO),
     "algorithm.kl.coefficient": Context(GRPO, ("algorithm.name=online_dpo",)),
+    "algorithm.kl.ratio": Context((*GRPO, "algorithm.kl.coefficient=0.1"), (*GRPO, "algorithm.kl={coefficient: 0.1, place: reward}")),
     "algorithm.kl.horizon": Context((*GRPO, "algorithm.kl.coefficient=0.1", "algorithm.kl.target=1"), (*GRPO, "algorithm.kl.coefficient=0.1")),
     "algorithm.correction": _only(*GRPO),
     "algorithm.correction.cap": Context(GRPO, (*GRPO, "algorithm.correction.kind=none")),
