@@ -206,7 +206,10 @@ READERS: Mapping[type[BaseModel], Mapping[str, Readers]] = {
         "path columns max_rows",
         weight=where("a source is trained on", _is_train),
         split=where("a source has splits: a hub data set, a folder or toy data", lambda _, source: not _is_one_file(source.path)),
-        subset=where("a source is a hub data set or a folder", lambda _, source: _of_hub_data(source.path) or Path(source.path).is_dir()),
+        subset=where(
+            "a source has subsets: a hub data set or a folder",
+            lambda _, source: not _is_one_file(source.path) and not source.path.startswith("toy:"),
+        ),
         revision=where("a source is a hub data set", lambda _, source: _of_hub_data(source.path)),
     ),
     c.Algorithm: _rows(

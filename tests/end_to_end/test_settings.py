@@ -12,6 +12,8 @@ from orchestrator.recipe import load
 from tests.running import Shared, planned_faults, shared_ray
 from tests.unit.settings.runs import RUNS, steps
 
+pytestmark = pytest.mark.timeout(900)  # four whole runs, two of them with four kinds of actors
+
 BASES = {
     "rows": """algorithm: {name: dpo}
 data: {train: [{path: toy:preference, max_rows: 64}], eval: [{path: toy:preference, split: eval, max_rows: 8}]}

@@ -6,7 +6,7 @@ with the first values of all its rows, one with the second. `Elsewhere`: a test 
 
 import string
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from orchestrator.algorithms import build
@@ -100,23 +100,23 @@ def _columns(see: Callable[[Recipe], Any]) -> dict[str, Row]:
     return rows | {"label": Row(lambda r: [g.label for g in o.data(r).groups[:2]], ("l1", "l2"), ([1.0, 1.0], [0.0, 0.0]))}
 
 
-PLACES = {"train": o.shown, "eval": o.held_out}
-
-
-def _rendered(source: str, place: str | None, see: Callable[[Recipe], Any]) -> dict[str, Row]:
-    """Columns that decide what a template renders, and those that make a row refused unless they are left out."""
-    template = ("model.chat_template=tools.jinja",)
-    named = {
-        "tools": Row(see, ("t1", "t2"), None, (*template, source.replace("%s", "calls.jsonl", 1))),
-        "chat_template_kwargs": Row(see, ("k1", "k2"), None, (*template, source.replace("%s", "calls.jsonl", 1))),
-        "images": Row(o.refusal, ("images", "null"), ("DataError", "read"), (source.replace("%s", "pictures.jsonl", 1),)),
-        "environment": Row(o.refusal, ("environment", "null"), ("DataError", "read"), (source.replace("%s", "places.jsonl", 1),)),
-    }
-    return named if place is None else {key: replace(row, given=tuple(g.replace("%%s", "%s") for g in row.given)) for key, row in named.items()}
-
-
 MARGINS = Row(lambda r: [g.margin for g in o.data(r).groups[:2]], ("m1", "m2"), ([1.0, 1.0], [2.0, 2.0]))
-HELD = ("data.eval=other.jsonl",)
+HELD = ("data.eval=held.jsonl",)
+SPOKEN = ("model.chat_template=inputs.jinja",)
+"""Rows whose template shows what it is given beside the messages."""
+
+
+def _inputs(see: Callable[[Recipe], Any], place: str) -> dict[str, Row]:
+    """place: of `{messages: talk, %s}`, an override."""
+    return {
+        "tools": Row(see, ("t1", "t2"), None, (*SPOKEN, place)),
+        "chat_template_kwargs": Row(see, ("k1", "k2"), None, (*SPOKEN, place)),
+        "images": Row(o.refusal, ("null", "p1"), ("read", "DataError"), (place,)),
+        "environment": Row(o.refusal, ("null", "p1"), ("read", "DataError"), (place,)),
+    }
+
+
+TALKING = "{path: %s, columns: {messages: talk, %%s}}"
 ANSWERS = Row(lambda r: o.answers(r)[0], ("c1", "c2"), ("one", "two"), HELD)
 TEXTS = "data.%s=[{path: texts.jsonl, columns: {%%s}}]"
 SEEN_HELD = _columns(o.held_out) | {"label": Row(lambda r: [g.label for g in o.data(r).held_out[:2]], ("l1", "l2"), ([1.0, 1.0], [0.0, 0.0]))}
@@ -127,7 +127,7 @@ SOURCES: dict[str, Row] = {
 }
 HELD_SOURCES: dict[str, Row] = {
     "path": Row(o.held_out, ("held.jsonl", "other.jsonl")),
-    "max_rows": Row(lambda r: len(o.data(r).held_out), ("2", "3"), (2, 3), ("data.eval=[{path: held.jsonl, %s}]",)),
+    "max_rows": Row(lambda r: len(o.data(r).held_out), ("2", "3"), (2, 3)),
     "split": Row(o.held_out, ("train", "eval")),
 }
 FOLLOWS = "tests/unit/controllers/test_offline.py::test_the_reference_follows_the_policy_every_n_steps"
@@ -170,12 +170,6 @@ EXERCISES: dict[str, Row | Elsewhere | Unseen] = {
     "data.columns.text": Row(o.shown, ("c1", "c2"), None, ("data.train=texts.jsonl",)),
     "data.train[].columns.text": Row(o.shown, ("c1", "c2"), None, (TEXTS % "train",)),
     "data.eval[].columns.text": Row(o.held_out, ("c1", "c2"), None, (TEXTS % "eval",)),
-    **{f"data.columns.{key}": row for key, row in _rendered("data.train=%s", None, o.shown).items()},
-    **{
-        f"data.{spec}[].columns.{key}": row
-        for spec, see in PLACES.items()
-        for key, row in _rendered(f"data.{spec}=[{{path: %s, columns: {{%%s}}}}]", spec, see).items()
-    },
     "data.columns.margin": MARGINS,
     "data.columns.answer": ANSWERS,
     **{f"data.train[].columns.{key}": row for key, row in _columns(o.shown).items()},
@@ -189,6 +183,9 @@ EXERCISES: dict[str, Row | Elsewhere | Unseen] = {
     "data.train[].weight": Row(o.steps, ("1", "2"), (1, 3), ("batch.effective=4", "data.remainder=drop")),
     "data.train[].subset": Row(o.shown, ("one", "two")),
     "data.eval[].subset": Row(o.held_out, ("one", "two")),
+    **{f"data.columns.{key}": row for key, row in _inputs(o.shown, "data.columns={messages: talk, %s}").items()},
+    **{f"data.train[].columns.{key}": row for key, row in _inputs(o.shown, f"data.train=[{TALKING % 'rows.jsonl'}]").items()},
+    **{f"data.eval[].columns.{key}": row for key, row in _inputs(o.held_out, f"data.eval=[{TALKING % 'held.jsonl'}]").items()},
     **{f"data.{spec}[].revision": Row(o.refusal, ("null", "abc"), ("ConfigError", "MissingInput")) for spec in ("train", "eval")},
     "data.train[].columns": Row(o.shown, ("{prompt: p1}", "{prompt: p2}")),
     "data.eval[].columns": Row(o.held_out, ("{prompt: p1}", "{prompt: p2}")),

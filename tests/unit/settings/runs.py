@@ -41,7 +41,7 @@ def samples(folder: Path, kind: str) -> list[dict[str, Any]]:
 
 
 def checkpoints(folder: Path) -> list[int]:
-    return sorted(int(path.name.split("-")[-1]) for path in (folder / "checkpoints").iterdir() if path.is_dir() and path.name[-1].isdigit())
+    return sorted(int(path.name.removeprefix("step_")) for path in (folder / "checkpoints").glob("step_*"))
 
 
 def kept_reference(folder: Path) -> list[str]:
@@ -69,7 +69,7 @@ RUNS: Mapping[str, Run] = {
     "checkpoint.every": Run("rows", ("1", "2"), lambda f: checkpoints(f)[-1] - checkpoints(f)[-2], (1, 2)),
     "checkpoint.keep": Run("rows", ("2", "3"), lambda f: len(checkpoints(f)), (2, 3)),
     "evaluation.every": Run("rows", ("1", "3"), lambda f: [line["step"] for line in evaluations(f) if line["step"]], ([1, 2, 3], [3, 6])),
-    "evaluation.at_start": Run("rows", ("true", "false"), lambda f: evaluations(f)[0]["step"] == 0, (True, False)),
+    "evaluation.at_start": Run("rows", ("false", "true"), lambda f: evaluations(f)[0]["step"] == 0, (False, True)),
     "evaluation.max_examples": Run("rows", ("4", "6"), lambda f: plan(f)["data"]["held_out"], (4, 6)),
     "evaluation.worst_pairs": Run("rows", ("2", "5"), _count("pair"), (2, 5)),
     "evaluation.generate.max_new_tokens": Run(

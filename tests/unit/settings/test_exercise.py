@@ -29,9 +29,6 @@ def optional(completions, strict, x):
     assert isinstance(strict, bool) and isinstance(x, (int, float)), (strict, x)
     return [(1.0 if strict else 0.0) + (x if x == x else 0.0)] * len(completions)
 """
-TEMPLATE = """{% if tools %}[{{ tools[0]['name'] }}]{% endif %}{{ word }}{% for m in messages %}<|{{ m['role'] }}|>{% if m['role'] == 'assistant' %}
-{%- generation %}{{ m['content'] }}{% endgeneration %}{% else %}{{ m['content'] }}{% endif %}{% endfor %}
-{%- if add_generation_prompt %}<|assistant|>{% endif %}"""
 REMOTE = """from transformers import PretrainedConfig
 class Mine(PretrainedConfig):
     model_type = "mine"
@@ -66,11 +63,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row(i, name)) + "\n" for i in range(6)))
     (folder / "bad.jsonl").write_text((folder / "rows.jsonl").read_text() + "{\n")
     (folder / "texts.jsonl").write_text(json.dumps({"c1": "one text", "c2": "another"}) + "\n")
-    calls = {"messages": row(0, "call")["talk"], "t1": [{"name": "add"}], "t2": [{"name": "multiply"}], "k1": {"word": "yes"}, "k2": {"word": "no"}}
-    plain = {"prompt": "p", "completion": "c"}
-    for name, one in (("calls", calls), ("pictures", plain | {"images": ["a.png"]}), ("places", plain | {"environment": "shop"})):
-        (folder / f"{name}.jsonl").write_text(json.dumps(one) + "\n")
-    (folder / "tools.jinja").write_text(TEMPLATE)
     (folder / "judge.py").write_text(JUDGE)
     (folder / "talks.py").write_text(TALKS)
     for name in ("one", "two"):
