@@ -5,6 +5,7 @@
                               +-- lost worker, memory: tried again from the last checkpoint
 """
 
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,18 +28,21 @@ from orchestrator.dataset import load_data
 from orchestrator.errors import ConfigError, NotEnoughResources, OutOfMemory, WorkerFailed, WorkerLost
 from orchestrator.findings import Finding, judge
 from orchestrator.hardware import Hardware, of_cluster
-from orchestrator.identity import fingerprint
+from orchestrator.identity import TOKENS, Identity, file_digest, identity_of, tokenizer_digest, tokens_digest
 from orchestrator.job import Job, plan_job, plan_sketch
 from orchestrator.learner.learner import LearnerSpec
 from orchestrator.models.shapes import as_folder, known
 from orchestrator.observe.dashboard import write_report
 from orchestrator.observe.sinks import read_lines
+from orchestrator.observe.tracking import honoured
 from orchestrator.plan import Choice, Plan, finer_cut
+from orchestrator.plan_view import data_notes
 from orchestrator.preflight import asked_by, look, need_of, require
 from orchestrator.prompts import load_prompts
 from orchestrator.recipe import dump
 from orchestrator.records import Progress, SequenceGroup
-from orchestrator.rollout.functions import check_rewards
+from orchestrator.rollout.functions import check_rewards, is_users, source_of
+from orchestrator.rollout.http_reward import knock
 from orchestrator.rollout.trial import try_user_code
 from orchestrator.run_folder import RunFolder, open_run
 from orchestrator.sketch import Lengths
@@ -60,17 +64,42 @@ class Outcome:
 
 def train(recipe: Recipe, root: Path, console: Console) -> Outcome:
     """Runs a recipe to its end in the folder `root`, going on from a verified checkpoint if one is there."""
+    tracking, told = honoured(recipe.tracking, os.environ)
+    recipe = recipe.model_copy(update={"tracking": tracking})
+    for line in told:
+        console.print(line, markup=False)
     asked = asked_by([recipe])
     facts = look(asked, root)
     require(judge(facts, asked))  # before the plan: a node that is silent is no lack of room
     job = plan_job(recipe, console, of_cluster(facts))
+    for line in data_notes(job.plan.data):
+        console.print(line)
     _preflight(judge(facts, need_of(job)), console)
-    identity = fingerprint(recipe, job.data.loaded.fingerprint, "")
-    with open_run(root, identity, dump(recipe), job.plan_json()) as folder, _stop_signals() as stopped:
+    if job.prompts is not None and recipe.rollouts.replay is None:
+        for function in recipe.rewards.functions:
+            if function.url is not None:
+                knock(function)
+    with open_run(root, _identity(recipe, job), dump(recipe), job.plan_json(), _say(console)) as folder, _stop_signals() as stopped:
         progress = _finished(job, folder) or _supervise(job, folder, stopped)
         report = write_report(root)
     before, after = _before_and_after(folder.metrics)
     return Outcome(root, folder.export, report, progress.step, before, after)
+
+
+def _identity(recipe: Recipe, job: Job) -> Identity:
+    """What the run learns from, and the user's files beside it."""
+    learned = job.data.groups if job.prompts is None else job.prompts.batches.groups
+    watched = {TOKENS: tokens_digest(learned)}
+    if job.prompts is not None:
+        written = {f"the file of rewards.functions, {f.name}": f.function for f in recipe.rewards.functions if is_users(f)}
+        for name, where in (written | {"the file of rollouts.environment": recipe.rollouts.environment}).items():
+            if where is not None and (file := source_of(where)) is not None:
+                watched[f"{name} ({file})"] = file_digest(file)
+    return identity_of(recipe, job.data.loaded.fingerprint, tokenizer=tokenizer_digest(job.data.tokenizer), watched=watched)
+
+
+def _say(console: Console) -> Callable[[str], None]:
+    return lambda text: console.print(text, markup=False)
 
 
 def _finished(job: Job, folder: RunFolder) -> Progress | None:

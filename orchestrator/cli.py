@@ -3,6 +3,7 @@
 Heavy imports happen inside the commands, so that `--help` needs neither torch nor ray.
 """
 
+import errno
 import json
 import shutil
 import sys
@@ -21,6 +22,8 @@ from orchestrator.stages import STAGE, references
 if TYPE_CHECKING:
     from orchestrator.assemble import Outcome
     from orchestrator.config import Recipe
+
+OF_THE_PATH = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ESTALE)
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Trains language models on preferences.")
 recipes_app = typer.Typer(no_args_is_help=True, help="The recipes that come with the program.")
@@ -200,6 +203,14 @@ def _results(outcomes: "dict[str, Outcome]") -> Table:
     return table
 
 
+def machine_trouble(error: OSError) -> OrchestratorError:
+    """What a user can read from an error of the system that nobody told better: a path that cannot be used, or a bug."""
+    if error.filename is not None and error.errno in OF_THE_PATH:
+        fix = "free space, fix its permissions, or choose another place (HOME, TMPDIR, --output and the recipe's paths decide where it lies)"
+        return OutputError(f"{error.filename} cannot be used", why=f"{error.strerror or type(error).__name__} ({type(error).__name__})", fix=fix)
+    return OrchestratorError(f"{type(error).__name__}: {error}", fix="this is a bug; run again with --debug and report the traceback")
+
+
 def main() -> None:
     """Runs a command; a failure is one message and an exit code. `--debug` anywhere shows the traceback."""
     debug = "--debug" in sys.argv
@@ -214,6 +225,12 @@ def main() -> None:
     except KeyboardInterrupt:
         print("interrupted; run the same command again to go on from the last checkpoint", file=sys.stderr)
         sys.exit(Exit.RESUMABLE)
+    except OSError as error:
+        if debug:
+            raise
+        told = machine_trouble(error)
+        print(f"error: {told}", file=sys.stderr)
+        sys.exit(told.exit_code)
     except Exception as error:
         if debug:
             raise

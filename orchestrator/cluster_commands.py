@@ -7,13 +7,15 @@ import json
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
+from rich.console import Console, Group, RenderableType
 from rich.table import Table
+from rich.text import Text
 
 from orchestrator import recipe as recipes
 from orchestrator import submission
@@ -69,6 +71,7 @@ def submit(
 
     command = submission.entrypoint(recipe, overrides or (), folder, working_dir)
     upload = collect(working_dir)
+    submission.check_paths(recipe, loaded.stages, upload)
     jobs = Jobs(address)
     decision = submission.decide(jobs.attempts(loaded.name), command)
     if decision.number is not None:
@@ -182,16 +185,14 @@ def status(
     attempts = jobs.attempts(run)
     if run is not None and not attempts:
         attempts = [jobs.find(run)]
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-    for name in ("run", "job", "status", "exit", "took", "last step", ""):
-        table.add_column(name, no_wrap=True)
+    rows = []
     for attempt in attempts:
         last = _last_step(jobs, attempt) if run is not None or not attempt.is_over else None
-        shown = f"{last.step}/{last.total} loss {last.columns.get('loss', '?')}" if last else ""
-        code = "" if attempt.exit_code is None else str(attempt.exit_code)
-        message = "" if attempt.status == "SUCCEEDED" else attempt.message[:80]
-        table.add_row(attempt.run, attempt.id, attempt.status, code, _took(attempt), shown, message)
-    out.print(table)
+        rows.append(StatusRow.of(attempt, last))
+    if out.is_terminal:
+        out.print(status_table(rows), soft_wrap=False)
+    elif rows:
+        print(status_lines(rows))
 
 
 @app.command()
@@ -276,6 +277,42 @@ def _follow(jobs: Jobs, id: str, run: str, address: str) -> None:
         out.print(attempt.message)
     if code:
         sys.exit(code)
+
+
+@dataclass(frozen=True, slots=True)
+class StatusRow:
+    """What `status` says of an attempt, as text. message: why it ended as it did, on one line."""
+
+    run: str
+    job: str
+    status: str
+    exit: str
+    took: str
+    last: str
+    message: str
+
+    @classmethod
+    def of(cls, attempt: Attempt, last: StepLine | None) -> "StatusRow":
+        shown = f"{last.step}/{last.total} loss {last.columns.get('loss', '?')}" if last else ""
+        code = "" if attempt.exit_code is None else str(attempt.exit_code)
+        message = "" if attempt.status == "SUCCEEDED" else " ".join(attempt.message.split())
+        return cls(attempt.run, attempt.id, attempt.status, code, _took(attempt), shown, message)
+
+
+def status_lines(rows: Sequence[StatusRow]) -> str:
+    """For a pipe: a line for each attempt, columns by tabs, cut nowhere."""
+    return "\n".join("\t".join(astuple(row)) for row in rows)
+
+
+def status_table(rows: Sequence[StatusRow]) -> RenderableType:
+    """A table no wider than the terminal, with what ended a job below it."""
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    for name in ("job", "status", "exit", "took", "last step"):  # a job's name begins with its run's
+        table.add_column(name, overflow="fold")
+    for row in rows:
+        table.add_row(row.job, row.status, row.exit, row.took, row.last)
+    said = [Text(f"{row.job}: {row.message}", overflow="ellipsis", no_wrap=True) for row in rows if row.message]
+    return Group(table, *said)
 
 
 class LogView:

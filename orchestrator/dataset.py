@@ -10,11 +10,13 @@ from typing import Any
 
 from orchestrator.algorithms import Algorithm
 from orchestrator.config import Recipe, Source
-from orchestrator.data.chat import Encoded, Encoder, EncodingReport, encode_rows
+from orchestrator.data.bad_rows import BadRow, check_bad
+from orchestrator.data.chat import Encoded, Encoder, EncodingReport, bad_row, encode_rows
 from orchestrator.data.order import Batches, Order
 from orchestrator.data.rows import Reads
 from orchestrator.data.sources import LoadedRows, check_apart, load_rows
 from orchestrator.data.unpaired import with_mismatched
+from orchestrator.errors import DataError
 from orchestrator.models.load import load_tokenizer
 from orchestrator.records import Row, SequenceGroup
 
@@ -114,12 +116,17 @@ def _prompts(
         return (), ()
     encoder = Encoder(tokenizer, recipe.data, algorithm.data)
     chosen: dict[tuple[int, ...], str] = {}
+    bad: list[BadRow] = []
     for row in held_out.rows:
         if row.answer is None or not _has_prompt(row):
             continue
-        chosen.setdefault(encoder.prompt_tokens(row), row.answer)
+        try:
+            chosen.setdefault(encoder.prompt_tokens(row), row.answer)
+        except DataError as error:
+            bad.append(bad_row(row, error))
         if len(chosen) == generation.max_prompts:
             break
+    check_bad([*held_out.bad, *bad], recipe.data.max_bad_rows)
     return tuple(chosen), tuple(chosen.values())
 
 

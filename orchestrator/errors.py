@@ -72,7 +72,7 @@ class NotEnoughResources(OrchestratorError):
 
 
 class Unreachable(OrchestratorError):
-    """A cluster's dashboard does not answer."""
+    """A server that is needed does not answer: a cluster's head, its dashboard, a reward's endpoint."""
 
     exit_code = Exit.UNAVAILABLE
 

@@ -42,6 +42,7 @@ DIVERGING = ("sigmoid", "robust", "hinge", "ipo", "exo_pair", "discopop", "sigmo
 """Losses of the log-ratios' difference, in whose place f_divergence puts its link."""
 FREE = ("simpo", "cpo", "orpo", "sft")
 OTHERS = ("nca_pair", "bco_pair", "sppo_hard", "apo_zero", "apo_down")
+FILES = (".jsonl", ".jsonl.gz", ".json.gz", ".parquet")
 LOSSES = frozenset((*SMOOTHED, *DIVERGING, *FREE, *OTHERS))
 """All losses of pairs by name: the ones of objectives/mixes.py, which needs torch."""
 
@@ -112,9 +113,9 @@ def of_hub(path: str) -> bool:
     return not local and not Path(path).exists()
 
 
-def has_split(path: str) -> bool:
-    """Can a source have several splits? A single file is one."""
-    return path.startswith("toy:") or of_hub(path) or Path(path).is_dir()
+def _is_one_file(path: str) -> bool:
+    """A single file has no splits and no subsets. What is not there may be a folder of the machine that runs the recipe."""
+    return "://" in path or Path(path).is_file() or path.endswith(FILES)
 
 
 def _of_hub_data(path: str) -> bool:
@@ -191,7 +192,7 @@ READERS: Mapping[type[BaseModel], Mapping[str, Readers]] = {
         append_eos=OFFLINE,
     ),
     c.Columns: _rows(
-        "prompt",
+        "prompt tools chat_template_kwargs images environment",
         messages=by("sft", *c.ONLINE),
         text=by("sft", *c.ONLINE),
         completion=by("sft", "kto", *c.ONLINE),
@@ -204,8 +205,8 @@ READERS: Mapping[type[BaseModel], Mapping[str, Readers]] = {
     c.Source: _rows(
         "path columns max_rows",
         weight=where("a source is trained on", _is_train),
-        split=where("a source has splits: a hub data set, a folder or toy data", lambda _, source: has_split(source.path)),
-        subset=where("a source is a hub data set", lambda _, source: _of_hub_data(source.path)),
+        split=where("a source has splits: a hub data set, a folder or toy data", lambda _, source: not _is_one_file(source.path)),
+        subset=where("a source is a hub data set or a folder", lambda _, source: _of_hub_data(source.path) or Path(source.path).is_dir()),
         revision=where("a source is a hub data set", lambda _, source: _of_hub_data(source.path)),
     ),
     c.Algorithm: _rows(
@@ -334,6 +335,7 @@ READERS: Mapping[type[BaseModel], Mapping[str, Readers]] = {
 # ---- what a recipe writes and does not read
 
 NOTHING: tuple[Any, ...] = (None, "auto", [], {})
+"""What asks for nothing where it is the default; null of a column leaves it out, and one that nobody reads is left out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -371,5 +373,5 @@ def _wishes(section: Section, key: str, value: Any, at: Key) -> Iterator[Key]:
     if isinstance(held, Section) and isinstance(value, Mapping):
         for inner, raw in value.items():
             yield from _wishes(held, inner, raw, (*at, inner))
-    elif value not in NOTHING or value != type(section).model_fields[key].default:
+    elif value not in NOTHING or (value != type(section).model_fields[key].default and not isinstance(section, c.Columns)):
         yield at

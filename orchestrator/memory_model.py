@@ -22,6 +22,7 @@ from orchestrator.algorithms import Algorithm
 from orchestrator.config import Recipe
 from orchestrator.models.dropout import as_used
 from orchestrator.models.load import build_fake, load_config
+from orchestrator.models.rope import pinned
 from orchestrator.models.scoring import Checkpointing, MicroBatchTensors, ScoringModel, chunk_logits, scored
 from orchestrator.models.unused import GroupedShapes
 from orchestrator.records import Cut, MicroBatch
@@ -101,7 +102,7 @@ def parameter_sizes(scoring: ScoringModel) -> Sizes:
 def fake_model(recipe: Recipe, algorithm: Algorithm, mode: FakeTensorMode, layers: int | None = None) -> ScoringModel:
     """The scoring model in the training precision, without storage; layers: instead of its own number."""
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(recipe.learners.precision, torch.float32)
-    model = build_fake(recipe.model, algorithm.head, dtype, mode, layers=layers)
+    model = build_fake(recipe.model, algorithm.head, dtype, mode, layers=layers, longest=recipe.data.max_length)
     scoring = ScoringModel(model, head=algorithm.head, spec=algorithm.scores)
     if algorithm.head == "lm" and recipe.learners.gpus_per_worker:
         scoring.head.computes_as = "cuda"
@@ -118,10 +119,16 @@ class MemoryModel:
 
     def __init__(self, recipe: Recipe, algorithm: Algorithm) -> None:
         self.recipe, self.algorithm = recipe, algorithm
-        scoring = fake_model(recipe, algorithm, FakeTensorMode(allow_non_fake_inputs=True))
+        self.scoring = scoring = fake_model(recipe, algorithm, FakeTensorMode(allow_non_fake_inputs=True))
+        """The whole model without storage."""
         self.sizes = parameter_sizes(scoring)
         self.checkpoints = bool(scoring.hugging_face.supports_gradient_checkpointing)
         """Whether the architecture can compute its layers again in the backward."""
+        base = recipe.model.lora is None
+        self.idle = tuple(name for name, p in scoring.hugging_face.named_parameters() if base and not p.requires_grad)
+        """Names of the parameters that text does not reach."""
+        self.pinned_rope = pinned(scoring)
+        """Kinds of its rotary positions whose frequencies would follow the batch, had they not been fixed."""
         self._vocabulary: int = scoring.head.vocabulary if algorithm.head == "lm" else 0
         self._shape = LayerShape.of(scoring)
         config = load_config(recipe.model).get_text_config()

@@ -15,6 +15,7 @@ from orchestrator.dataset import DataSet
 from orchestrator.errors import ConfigError, NotEnoughResources
 from orchestrator.hardware import Hardware, this_machine
 from orchestrator.memory_model import MemoryEstimate, MemoryModel, Traffic
+from orchestrator.model_advice import advise
 from orchestrator.models.attention import capabilities
 from orchestrator.models.load import load_config
 from orchestrator.models.scoring import Checkpointing
@@ -127,6 +128,7 @@ def make_plan(recipe: Recipe, algorithm: Algorithm, data: DataSet, hardware: Har
     micro_batches = len(first.micro_batches[0])
     sent = work.model.traffic(cut, micro_batches)
     choices += _communication(hardware, cut, sent)
+    choices += [Choice(note.name, note.value, note.reason) for note in advise(recipe, algorithm, work.model, data)]
     return Plan(
         recipe=recipe,
         algorithm=algorithm.name,

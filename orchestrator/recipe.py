@@ -318,17 +318,21 @@ def _read(base: _Draft, changes: Sequence[_Override], name: str, earlier: Mappin
     ignored: list[Ignored] = []
     for item in found:
         mine: list[Key] = []
+        theirs: list[Ignored] = []
         for key in item.wishes:
             origin = where(key, draft.origins)
             assert isinstance(origin, _Origin), "every key was written somewhere"
             if one_of_many and origin.change is not None and origin.change.stage is None:
                 applied[origin.change.text].add(key)
             elif not origin.own:
-                ignored.append(Ignored(dotted(key), str(origin), f"read only {item.readers.words}"))
+                theirs.append(Ignored(dotted(key), str(origin), f"read only {item.readers.words}"))
             elif origin.change is None and (because := _made_useless(base, changes, key)):
-                ignored.append(Ignored(dotted(key), str(origin), f"not read because of override `{because}`"))
+                theirs.append(Ignored(dotted(key), str(origin), f"not read because of override `{because}`"))
             else:
                 mine.append(key)
+        if len(theirs) == len(item.wishes) > 1 and len(reasons := {found.why for found in theirs}) == 1:  # a whole section is one line
+            theirs = [Ignored(dotted(item.at), str(where(item.at, draft.origins)), *reasons)]
+        ignored += theirs
         if mine:
             whole = len(mine) == len(item.wishes) > 1
             at = (item.at,) if whole else tuple(mine)

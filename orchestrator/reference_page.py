@@ -35,7 +35,7 @@ command line, and to what is not legal, and looks at what two values of each cha
 
 This page is generated from the schema: `orchestrator config reference > docs/recipe-reference.md`.
 """
-KEYS, VALUES = 254, 1015
+KEYS, VALUES = 266, 1091
 """Counted by tests/unit/settings/test_values.py, which says what to write here."""
 WORDS = {str: "text", int: "whole number", float: "number", bool: "true or false", type(None): "null"}
 BOUNDS = (("ge", "≥"), ("gt", ">"), ("le", "≤"), ("lt", "<"))
@@ -70,14 +70,15 @@ def _section(paths: Sequence[str], section: type[BaseModel]) -> str:
     readers = READERS.get(section, {})
     rows = "".join(_row(key, field, readers.get(key, ALWAYS)) for key, field in section.model_fields.items())
     text = f"\n{about}\n" if about else ""
-    return f"\n## {', '.join(paths)}\n{text}\n| key | value | default | | read |\n|---|---|---|---|---|\n{rows}"
+    return f"\n## {', '.join(paths)}\n{text}\n| key | value | default | |\n|---|---|---|---|\n{rows}"
 
 
 def _row(key: str, field: FieldInfo, readers: Readers) -> str:
     bounds = [f"{sign} {getattr(item, name):g}" for item in field.metadata for name, sign in BOUNDS if getattr(item, name, None) is not None]
     about = field.description or ("see below" if any(_inside(field.annotation)) else "")
+    about += f"; **read only {readers.words}**" if readers.words else ""
     value = ", ".join([_type(field.annotation), *bounds])
-    return f"| `{key}` | {value} | {_default(field)} | {_cell(about)} | {_cell(readers.words)} |\n"
+    return f"| `{key}` | {value} | {_default(field)} | {_cell(about)} |\n"
 
 
 def _default(field: FieldInfo) -> str:

@@ -3,16 +3,24 @@
     recipe.yaml  plan.json  run.json  metrics.jsonl  samples.jsonl  checkpoints/  export/  report.html  wandb/  logs/
 """
 
+import errno
 import fcntl
 import json
 import os
-from collections.abc import Iterator
+import socket
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from orchestrator.checkpoints import write_atomically
 from orchestrator.errors import OutputError
+from orchestrator.identity import TOKENS, Identity
+
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)
+"""What flock says on a file system that has none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,26 +52,54 @@ class RunFolder:
 
 
 @contextmanager
-def open_run(root: Path, fingerprint: str, recipe_yaml: str, plan_json: str) -> Iterator[RunFolder]:
-    """Locks the folder and writes what the run is; OutputError where it holds another run or one that is running."""
-    folder = RunFolder(root, fingerprint)
+def open_run(root: Path, identity: Identity, recipe_yaml: str, plan_json: str, note: Callable[[str], None] = print) -> Iterator[RunFolder]:
+    """Locks the folder and writes what the run is; OutputError where it holds another run or one that is running. note: is told what of the
+    user's files has changed since the run began."""
+    folder = RunFolder(root, identity.fingerprint)
     _refuse_passing(root)
     try:
-        _refuse_foreign(root, fingerprint)
+        _refuse_foreign(root, identity)
         root.mkdir(parents=True, exist_ok=True)
         lock = os.open(root / "run.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     except OSError as error:
         raise _unwritable(root, error) from error
     with _locked(lock, root):
-        _refuse_foreign(root, fingerprint)  # another process may have come first
+        before = _refuse_foreign(root, identity)  # another process may have come first
+        changes = _changes(before, identity)
+        for name, then, now in changes:
+            note(_told(name, then, now))
         try:
-            write_atomically(root / "run.json", json.dumps({"fingerprint": fingerprint}) + "\n")
+            write_atomically(root / "run.json", json.dumps(_record(before, identity, changes), indent=1) + "\n")
             write_atomically(root / "recipe.yaml", recipe_yaml)
             write_atomically(root / "plan.json", plan_json + "\n")
             folder.logs.mkdir(exist_ok=True)
         except OSError as error:
             raise _unwritable(root, error) from error
         yield folder
+
+
+def _record(before: Mapping[str, Any], identity: Identity, changes: Sequence[tuple[str, str, str]]) -> dict[str, Any]:
+    """Content of run.json. changes: of this start, added to those of the starts before."""
+    added = [{"at": time.time(), "what": name, "from": then, "to": now} for name, then, now in changes]
+    return {
+        "fingerprint": identity.fingerprint,
+        "deciding": dict(identity.deciding),
+        "watched": dict(identity.watched),
+        "changes": [*before.get("changes", []), *added],
+    }
+
+
+def _changes(before: Mapping[str, Any], identity: Identity) -> list[tuple[str, str, str]]:
+    """(name, SHA-256 then, now) of what is watched and is another now."""
+    then = before.get("watched", {})
+    return [(name, then[name], now) for name, now in identity.watched.items() if name in then and then[name] != now]
+
+
+def _told(name: str, then: str, now: str) -> str:
+    if name == TOKENS:
+        why = "neither the rows nor the template nor the tokenizer are others, so the template prints a date or the like, or this is another version"
+        return f"warning: the rows become other tokens than when the run began: {why}"
+    return f"warning: {name} has changed since the run began (SHA-256 {then[:12]} then, {now[:12]} now); the run goes on with it as it is now"
 
 
 def _refuse_passing(root: Path) -> None:
@@ -76,26 +112,37 @@ def _refuse_passing(root: Path) -> None:
         )
 
 
-def _refuse_foreign(root: Path, fingerprint: str) -> None:
-    """OutputError where the folder holds another run or things of somebody else's."""
-    existed = _identity(root)
-    if existed is None:
-        if root.is_dir() and any(p.name != "run.lock" and not p.name.startswith(".run.json.") for p in root.iterdir()):
+def _refuse_foreign(root: Path, identity: Identity) -> Mapping[str, Any]:
+    """What run.json says, nothing in a new folder. OutputError where the folder holds another run or things of somebody else's."""
+    there = _read(root)
+    if there is None:
+        if root.is_dir() and any(p.name not in ("run.lock", "run.owner") and not p.name.startswith(".run.json.") for p in root.iterdir()):
             raise OutputError(f"{root} is not empty and holds no run", fix="choose a new folder as --output")
-    elif existed != fingerprint:
+        return {}
+    if there["fingerprint"] == identity.fingerprint:
+        return there
+    other = "choose another --output, or use the recipe this folder was started with (its recipe.yaml)"
+    if "deciding" not in there:
+        why = f"run {there['fingerprint'][:12]} was started there, this recipe and data are run {identity.fingerprint[:12]}"
+        raise OutputError(f"{root} holds another run", why=why, fix=other)
+    differing = identity.differences(there["deciding"])
+    if identity.only_the_end_differs(there["deciding"]):
         raise OutputError(
-            f"{root} holds another run",
-            why=f"run {existed[:12]} was started there, this recipe and data are run {fingerprint[:12]}",
-            fix="choose another --output, or use the recipe this folder was started with (its recipe.yaml)",
+            f"{root} holds a run with another end: {'; '.join(differing)}",
+            why="its optimizer.schedule sets every step's learning rate by the last one, so the steps that are done would have been others",
+            fix="only optimizer.schedule=constant can be extended; choose another --output, with the export as model.path to go on from it",
         )
+    why = "\n       ".join(differing[:10] + ([f"… and {len(differing) - 10} more"] if len(differing) > 10 else []))
+    raise OutputError(f"{root} holds another run, which differs in {len(differing)} keys (there -> here)", why=why, fix=other)
 
 
-def _identity(root: Path) -> str | None:
+def _read(root: Path) -> dict[str, Any] | None:
     path = root / "run.json"
     if not path.is_file():
         return None
     try:
-        return str(json.loads(path.read_text())["fingerprint"])
+        content = json.loads(path.read_text())
+        return {**content, "fingerprint": str(content["fingerprint"])}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise OutputError(f"{path} cannot be read", why=str(error), fix="choose another --output") from error
 
@@ -110,8 +157,51 @@ def _locked(descriptor: int, root: Path) -> Iterator[None]:
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            owner = None
         except BlockingIOError:
             raise OutputError(f"{root} is in use by another process", fix="wait for it, or choose another --output") from None
-        yield
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise _unwritable(root, error) from error
+            owner = _owned(root)
+        try:
+            yield
+        finally:
+            if owner is not None:
+                owner.unlink(missing_ok=True)
     finally:
         os.close(descriptor)
+
+
+def _owned(root: Path) -> Path:
+    """Where the file system knows no locks (Lustre without -o flock, some NFS and FUSE): a file that names this host and process, in the place
+    of one whose process has ended. OutputError where another may be running."""
+    path, me = root / "run.owner", {"host": socket.gethostname(), "pid": os.getpid()}
+    while True:
+        try:
+            with path.open("x", encoding="utf-8") as file:
+                json.dump(me, file)
+            return path
+        except FileExistsError:
+            _refuse_living(root, path)
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            raise _unwritable(root, error) from error
+
+
+def _refuse_living(root: Path, path: Path) -> None:
+    """OutputError unless the owner's process has ended for certain."""
+    try:
+        owner = json.loads(path.read_text())
+        host, pid = str(owner["host"]), int(owner["pid"])
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError, KeyError, TypeError):
+        host, pid = "an unknown host", 0
+    if host == socket.gethostname() and not Path(f"/proc/{pid}").exists():
+        return
+    raise OutputError(
+        f"{root} is in use by process {pid} on {host}",
+        why="its file system has no locks (flock), so nobody can see from here whether that process still runs",
+        fix=f"wait for it, or choose another --output; if it has ended, remove {path}",
+    )

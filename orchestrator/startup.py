@@ -101,8 +101,8 @@ def check_layout(recipe: Recipe, algorithm: Algorithm, data: DataSet, cut: Cut, 
     gap = worst(group.call(head_check, padded))
     if not gap.roundings <= allowed:
         raise ConfigError(
-            f"log-probs differ from the model's own logits by {gap}",
-            why="this architecture transforms its logits in a way models/scoring.py does not know",
+            f"{'log-probs' if algorithm.head == 'lm' else 'rewards'} differ from the model's own logits by {gap}",
+            why="this architecture computes its logits in a way models/scoring.py does not know",
             fix="report it with the model's name; do not train with it",
         )
 

@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,11 +53,12 @@ LOOKED_INTO = 4096
 
 @dataclass(frozen=True, slots=True)
 class Upload:
-    """Files below `root` that go along, relative to it, and their bytes."""
+    """Files below `root` that go along, relative to it, and their bytes. left: what stays behind though nothing ignores it, and why."""
 
     root: Path
     files: tuple[Path, ...]
     size: int
+    left: tuple[str, ...] = ()
 
     def summary(self) -> str:
         """Example: 41 files, 0.3 MB of /home/me/work: orchestrator/ (38), recipes/ (2), README.md"""
@@ -66,16 +67,26 @@ class Upload:
             head = file.parts[0] + ("/" if len(file.parts) > 1 else "")
             heads[head] = heads.get(head, 0) + 1
         names = ", ".join(f"{name} ({count})" if name.endswith("/") else name for name, count in sorted(heads.items()))
-        return f"{len(self.files)} files, {self.size / 1e6:.1f} MB of {self.root}: {names}"
+        left = f"\n  not: {', '.join(self.left)}" if self.left else ""
+        return f"{len(self.files)} files, {self.size / 1e6:.1f} MB of {self.root}: {names}{left}"
+
+    def holds(self, path: Path) -> bool:
+        """Whether a file, or anything of a folder, goes along. path: relative to the root."""
+        path = Path(os.path.normpath(path))
+        return path == Path() or any(file == path or path in file.parents for file in self.files)
 
     @contextmanager
-    def staged(self) -> Iterator[Path]:
-        """A temporary folder that holds these files and nothing else."""
+    def staged(self, scripts: Mapping[str, str] | None = None) -> Iterator[Path]:
+        """A temporary folder that holds these files, what links lead to in their place, with their modes, and nothing else but `scripts`:
+        texts by name, to be run."""
         with tempfile.TemporaryDirectory(prefix="orchestrator-upload-") as folder:
             for file in self.files:
                 target = Path(folder) / file
                 target.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(self.root / file, target)
+                shutil.copy(self.root / file, target)
+            for name, text in (scripts or {}).items():
+                (Path(folder) / name).write_text(text)
+                (Path(folder) / name).chmod(0o755)
             yield Path(folder)
 
 
@@ -84,7 +95,8 @@ def collect(root: Path) -> Upload:
     if not root.is_dir():
         raise MissingInput(f"{root} is no folder", fix="give --working-dir the folder that holds your recipe and code")
     root = root.resolve()
-    files = tuple(sorted(_walk(root, Path(), ())))
+    left: list[str] = []
+    files = tuple(sorted(_walk(root, Path(), (), left)))
     _refuse_secrets(root, files)
     sizes = {file: (root / file).stat().st_size for file in files}
     total = sum(sizes.values())
@@ -96,22 +108,32 @@ def collect(root: Path) -> Upload:
             why=f"the largest files are {named}",
             fix="name what should stay in .rayignore; put data and models on storage that all nodes see",
         )
-    return Upload(root, files, total)
+    return Upload(root, files, total, tuple(left))
 
 
-def _walk(root: Path, folder: Path, rules: tuple[tuple[Path, GitIgnoreSpec], ...]) -> Iterator[Path]:
-    """Files below root/folder, relative to root. rules: the ignore files met on the way, each with its folder."""
+def _walk(root: Path, folder: Path, rules: tuple[tuple[Path, GitIgnoreSpec], ...], left: list[str]) -> Iterator[Path]:
+    """Files below root/folder, relative to root, links followed. rules: the ignore files met on the way, each with its folder; left: gets
+    what cannot go."""
     for name in IGNORE_FILES:
         if (file := root / folder / name).is_file():
             rules += ((folder, GitIgnoreSpec.from_lines(file.read_text(encoding="utf-8").splitlines())),)
     for entry in sorted(os.scandir(root / folder), key=lambda e: e.name):
-        path, is_folder = folder / entry.name, entry.is_dir(follow_symlinks=False)
-        if entry.name in NEVER or any(spec.match_file(_below(base, path, is_folder)) for base, spec in rules):
+        path, is_folder = folder / entry.name, entry.is_dir()
+        if entry.name in NEVER or any(_ignores(spec, base, path, entry) for base, spec in rules):
             continue
-        if is_folder:
-            yield from _walk(root, path, rules)
+        if is_folder and entry.is_symlink() and (root / folder).resolve().is_relative_to((root / path).resolve()):
+            left.append(f"{path} (a link to a folder that it lies in)")
+        elif is_folder:
+            yield from _walk(root, path, rules, left)
         elif entry.is_file():
             yield path
+        else:
+            left.append(f"{path} ({'a link to nothing' if entry.is_symlink() else 'no file'})")
+
+
+def _ignores(spec: GitIgnoreSpec, base: Path, path: Path, entry: os.DirEntry[str]) -> bool:
+    """As git sees it, to which a link is a file, and as it will lie there."""
+    return spec.match_file(_below(base, path, entry.is_dir())) or (entry.is_symlink() and spec.match_file(_below(base, path, False)))
 
 
 def _below(base: Path, path: Path, is_folder: bool) -> str:

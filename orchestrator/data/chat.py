@@ -14,7 +14,7 @@ import numpy as np
 from orchestrator.config import Data
 from orchestrator.data.bad_rows import BadRow, check_bad
 from orchestrator.data.messages import is_learned
-from orchestrator.data.template import is_marked, own_template, render, training_template
+from orchestrator.data.template import given_names, is_marked, own_template, render, training_template
 from orchestrator.errors import ConfigError, DataError
 from orchestrator.records import Branch, DataKind, Ints, Row, SequenceGroup
 
@@ -105,6 +105,7 @@ class Encoder:
         self.not_prefix: list[str] = []
         self.added_at_end = _added_at_end(tokenizer)
         self._doubled = 0
+        self._given: set[str] = set()
         self._training: str | None = None
         self._asked = False
 
@@ -114,6 +115,8 @@ class Encoder:
         found = []
         if self._training is not None:
             found.append("conversations are encoded with TRL's training form of the chat template; the exported model keeps its own")
+        if unnamed := [name for name in sorted(self._given) if name not in str(self.tokenizer.chat_template)]:
+            found.append(f"the chat template does not name {', '.join(unnamed)}, which the rows give it: no token comes of it")
         if self._doubled:
             bos = self.tokenizer.bos_token
             found.append(f"{self._doubled} prompts begin with {bos} twice: the text holds one and the tokenizer adds one; take it out of the text")
@@ -175,6 +178,7 @@ class Encoder:
         return SequenceGroup(row.id, np.array(ids[:first], np.int64), (branch,), row.source)
 
     def _assistant_mask(self, row: Row, messages: Sequence[Any]) -> tuple[list[int], list[bool]]:
+        self._given |= given_names(messages, row)
         own = own_template(self.tokenizer, row)
         template = None if is_marked(own) else self._training_form(own)
         if template is None and not is_marked(own):
@@ -224,6 +228,7 @@ class Encoder:
     def _tokens(self, text: Any, row: Row, *, generation: bool = False) -> list[int]:
         """Of text without what the tokenizer adds at the end, which may be an eos: data.append_eos says where one belongs."""
         if not isinstance(text, str):
+            self._given |= given_names(text, row)
             return list(render(self.tokenizer, text, row, add_generation_prompt=generation)["input_ids"])
         ids = list(self.tokenizer(text=text)["input_ids"])
         return ids[: len(ids) - len(self.added_at_end)]

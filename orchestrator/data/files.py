@@ -24,6 +24,8 @@ SPLITS = {
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }
 """The words for splits in names of files and folders, as the hub knows them."""
+OTHERS = (".json", ".csv", ".tsv", ".arrow", ".jsonl.zst", ".jsonl.bz2")
+"""Data that is not read here, and is told of where it lies beside data that is."""
 SHARD = re.compile(r"(?P<split>\w+(?:\.\w+)*)-\d{5}-of-\d{5,}")
 
 
@@ -38,7 +40,7 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class Chosen:
-    """Files of a folder to read, in order, and the subfolders with data that are left alone."""
+    """Files of a folder to read, in order, and the subfolders with data and files of other kinds that are left alone."""
 
     files: tuple[Path, ...]
     passed_over: tuple[str, ...] = ()
@@ -51,6 +53,8 @@ def choose(folder: Path, subset: str | None, split: str | None) -> Chosen:
     if not base.is_dir():
         raise MissingInput(f"{folder} holds no subset {subset}", fix=f"it holds the folders {', '.join(_folders(folder)) or 'none'}")
     own, others = _found(base)
+    if not own and len(others) == 1:  # its only subset
+        return choose(base, others[0], split)
     if not own:
         if others:
             named = ", ".join(others)
@@ -59,11 +63,12 @@ def choose(folder: Path, subset: str | None, split: str | None) -> Chosen:
     by_split: dict[str | None, list[Path]] = {}
     for file in own:
         by_split.setdefault(_split_of(file.relative_to(base)), []).append(file)
-    return Chosen(tuple(_of_split(folder, by_split, split)), tuple(others))
+    unread = [p.name for p in sorted(base.iterdir()) if p.name.endswith(OTHERS) and not p.name.startswith(".")]
+    return Chosen(tuple(_of_split(folder, by_split, split)), tuple(others + unread))
 
 
 def _of_split(folder: Path, by_split: Mapping[str | None, list[Path]], split: str | None) -> list[Path]:
-    named = [name for name in by_split if name is not None]
+    named = sorted((name for name in by_split if name is not None), key=lambda name: (name != "train", name))
     example = f"write {{path: {folder}, split: {named[0] if named else 'train'}}}"
     if split is not None:
         if exact := [file for files in by_split.values() for file in files if _stem(file) == split]:
@@ -77,7 +82,7 @@ def _of_split(folder: Path, by_split: Mapping[str | None, list[Path]], split: st
         return by_split[wanted]
     if len(named) > 1:
         why = "held-out rows must not be trained on"
-        raise ConfigError(f"{folder} holds the splits {', '.join(sorted(named))}, and none is named", why=why, fix=example)
+        raise ConfigError(f"{folder} holds the splits {', '.join(named)}, and none is named", why=why, fix=example)
     if named and None in by_split:
         loose = ", ".join(file.name for file in by_split[None][:3])
         raise ConfigError(f"{folder} holds the split {named[0]} and files of no split ({loose})", fix=f"{example}, or move the others away")
@@ -146,7 +151,7 @@ def records(path: str, bad: list[BadRow]) -> Iterator[Record]:
         except json.JSONDecodeError as error:
             bad.append(BadRow(where, f"broken JSON: {error.msg} at column {error.colno}"))
         except RecursionError:
-            bad.append(BadRow(where, "broken JSON: lists or objects inside each other without an end"))
+            bad.append(BadRow(where, "broken JSON: lists or objects are nested too deeply"))
         except ValueError as error:  # a number of thousands of digits
             bad.append(BadRow(where, f"broken JSON: {' '.join(str(error).split())[:120]}"))
 

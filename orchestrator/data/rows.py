@@ -102,8 +102,9 @@ def _mapped(record: Mapping[str, Any], columns: Columns, kind: DataKind, reads: 
     if "messages" not in fields and columns.messages is not None and record.get(SHAREGPT_COLUMN) is not None:
         fields["messages"] = record[SHAREGPT_COLUMN]
     _refuse(fields, record, columns, reads)
-    unread = ("environment",) if kind != "prompt" else ()
-    return {name: value for name, value in fields.items() if name not in unread and (name != "margin" or reads.margin)}
+    if kind == "prompt":  # all of it may go to rewards
+        return fields
+    return {name: value for name, value in fields.items() if name != "environment" and (name != "margin" or reads.margin)}
 
 
 def _refuse(fields: dict[str, Any], record: Mapping[str, Any], columns: Columns, reads: Reads) -> None:

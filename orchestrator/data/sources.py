@@ -19,13 +19,16 @@ from orchestrator.data.toy import DEFAULT_ROWS, toy_rows
 from orchestrator.errors import ConfigError, DataError, MissingInput
 from orchestrator.records import DataKind, Row
 
+EMPTY: tuple[Any, ...] = (None, "", [], {})
+"""Values that say nothing: a column of nothing else is not missed where it is not read."""
+
 
 @dataclass(frozen=True, slots=True)
 class LoadedRows:
     """Validated rows of all sources in order. sizes, weights, names, formats: one per source.
 
-    used, unused: columns that the run reads and that it does not, of all sources. digests: a hash of what each row says.
-    notes: what else the user should know."""
+    used, unused: columns that the run reads and that it does not, of all sources. digests: a hash of what each row says;
+    origins: the files and splits that rows came from. notes: what else the user should know."""
 
     rows: tuple[Row, ...]
     bad: tuple[BadRow, ...]
@@ -37,6 +40,7 @@ class LoadedRows:
     used: frozenset[str] = frozenset()
     unused: tuple[str, ...] = ()
     digests: tuple[bytes, ...] = ()
+    origins: frozenset[str] = frozenset()
     notes: tuple[str, ...] = ()
 
 
@@ -74,20 +78,22 @@ def load_rows(spec: str | list[Source], data: Data, kind: DataKind, reads: Reads
         used=frozenset(reader.used),
         unused=tuple(reader.unused),
         digests=tuple(digests),
+        origins=frozenset(reader.origins),
         notes=tuple(reader.notes),
     )
 
 
 def check_apart(train: LoadedRows, held_out: LoadedRows) -> str | None:
-    """ConfigError where every held-out row is one that is trained on; a note where some are, None where none is."""
+    """ConfigError where held-out rows come from what is trained on, or every one of them is trained on; a note where some are, None
+    where none is."""
+    why = "metrics of rows that were learned say nothing of others"
+    fix = "name other rows: another file, or another split ({path: …, split: test}); or set data.eval=null"
+    if both := sorted(train.origins & held_out.origins):
+        raise ConfigError(f"data.eval and data.train both read {both[0]}, from its first row on", why=why, fix=fix)
     trained = set(train.digests)
     shared = [row for row, digest in zip(held_out.rows, held_out.digests, strict=True) if digest in trained]
     if held_out.rows and len(shared) == len(held_out.rows):
-        raise ConfigError(
-            f"data.eval holds the rows of data.train: all {len(shared)} of them are trained on",
-            why="metrics of rows that were learned say nothing of others",
-            fix="name other rows: another file, or another split ({path: …, split: test}); or set data.eval=null",
-        )
+        raise ConfigError(f"data.eval holds the rows of data.train: all {len(shared)} of them are trained on", why=why, fix=fix)
     return f"{len(shared)} of {len(held_out.rows)} held-out rows are trained on too, the first at {shared[0].where}" if shared else None
 
 
@@ -103,11 +109,13 @@ class _Reader:
     """Reads sources one after the other and collects what is bad, used, unused or noteworthy in them."""
 
     def __init__(self, kind: DataKind, reads: Reads) -> None:
-        self.kind, self.reads = kind, reads
+        self.kind: DataKind = kind
+        self.reads = reads
         self.bad: list[BadRow] = []
         self.used: set[str] = set()
         self.unused: dict[str, None] = {}
         self.notes: list[str] = []
+        self.origins: set[str] = set()
 
     def read(self, source: Source, columns: Columns) -> Iterator[tuple[dict[str, Any], str]]:
         """(fields of a Row, where it stands) of a source, at most max_rows."""
@@ -120,7 +128,7 @@ class _Reader:
             except BadRecord as error:
                 self.bad.append(BadRow(record.where, str(error)))
                 continue
-            seen |= dict.fromkeys(name for name, value in record.value.items() if value is not None)
+            seen |= dict.fromkeys(name for name, value in record.value.items() if value not in EMPTY)
             used |= used_columns(rows[0], record.value, columns, self.reads)
             for fields in rows[:left]:
                 yield fields, record.where
@@ -134,23 +142,29 @@ class _Reader:
         path = Path(source.path)
         if source.path.startswith("toy:"):
             _refuse(source, "toy data", "subset", "revision")
+            self.origins.add(f"{source.path}, split {source.split or 'train'}")
             yield from _toy(source)
         elif "://" in source.path or path.is_file():
             _refuse(source, "a file", "split", "subset", "revision")
-            yield from records(source.path, self.bad)
+            yield from self._file(source.path)
         elif path.is_dir():
             _refuse(source, "a folder", "revision")
             chosen = choose(path, source.subset, source.split)
             if chosen.passed_over:
-                self.notes.append(f"{path}: the folders {', '.join(chosen.passed_over)} in it are not read")
+                self.notes.append(f"{path}: not read of it: {', '.join(chosen.passed_over)}")
             for file in chosen.files:
-                yield from records(str(file), self.bad)
+                yield from self._file(str(file))
         elif path.name.endswith(SUFFIXES) or path.is_absolute() or source.path.startswith(".") or source.path.count("/") > 1:
             near = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
             close = difflib.get_close_matches(path.name, near, n=3)
             raise MissingInput(f"no data file {path}", fix=f"did you mean {', '.join(close)}?" if close else "check data.train and data.eval")
         else:
+            self.origins.add(f"{source.path}, subset {source.subset}, split {source.split or 'train'}, revision {source.revision}")
             yield from _hub(source)
+
+    def _file(self, path: str) -> Iterator[Record]:
+        self.origins.add(path if "://" in path else str(Path(path).resolve()))
+        return records(path, self.bad)
 
 
 def _refuse(source: Source, what: str, *keys: str) -> None:

@@ -53,6 +53,12 @@ def render(tokenizer: Any, messages: Any, row: TemplateInputs, *, template: str 
         raise DataError(f"{row.where}: the chat template refuses the conversation", why=why, fix="mend or remove the row") from error
 
 
+def given_names(messages: Sequence[Mapping[str, Any]], row: TemplateInputs) -> set[str]:
+    """Names of what a template is given: keys of messages, `tools`, further variables; but for what every template has and for weights."""
+    keys = {key for message in messages for key, value in message.items() if value is not None} - {"role", "content", "weight"}
+    return keys | ({"tools"} if row.tools else set()) | set(row.chat_template_kwargs)
+
+
 def require_template(tokenizer: Any, row: TemplateInputs) -> None:
     """ConfigError where there is no chat template."""
     if not tokenizer.chat_template:

@@ -27,8 +27,10 @@ DEEPEST = 100
 
 def plain(value: Any, name: str, *, depth: int = 0) -> Any:
     """The value in its form. name: of the column, for the reason in BadRecord."""
+    if hasattr(value, "tolist"):  # arrays and scalars of numpy, of which some are floats
+        value = value.tolist()
     if value is None or isinstance(value, bool | int | float | str):
-        return value.item() if hasattr(value, "item") else value  # numpy's float64 is a float
+        return value
     if depth >= DEEPEST:
         raise BadRecord(f"{name} is nested more than {DEEPEST} levels deep")
     if isinstance(value, Mapping):
@@ -43,8 +45,6 @@ def plain(value: Any, name: str, *, depth: int = 0) -> Any:
         return str(value)
     if isinstance(value, bytes | bytearray | memoryview):
         return base64.b64encode(value).decode("ascii")
-    if hasattr(value, "tolist"):  # arrays and scalars of numpy
-        return plain(value.tolist(), name, depth=depth + 1)
     raise BadRecord(f"{name} holds a {type(value).__name__}, which is no text, number, date, bytes, list or mapping")
 
 

@@ -64,8 +64,8 @@ def layout_gap(learner: RankLearner, chosen: MicroBatch, padded: MicroBatch) -> 
 
 
 def head_check(learner: RankLearner, padded: MicroBatch) -> Gap:
-    """Difference of our chunked log-probs from the model's own logits; nothing for reward heads. A collective."""
-    if learner.algorithm.head != "lm":
+    """Difference of our chunked log-probs (or rewards) from the model's own logits; nothing for critics. A collective."""
+    if learner.algorithm.head == "value":
         return Gap(0.0, 0.0, 0.0)
     plain = _values(learner, padded)
     with rounded(learner):

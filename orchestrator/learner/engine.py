@@ -269,14 +269,10 @@ class Engine:
             group["lr"] = learning_rate
         if self.managed:
             self.ds.set_gradient_accumulation_boundary(True)
-        if self.stage == 3:
-            self._offload_all()
+        self._hand_over()
         self.ds.step()
         applied = bool(self.ds.was_step_applied())
-        if self.stage == 3:
-            self._forget_partitions()
-        elif not applied:
-            self._forget_refused()
+        self._forget(applied)
         reduced, gathered = self.counter.take() if self.world > 1 else (0, 0)  # a rank alone sends nothing
         norm = float(self.ds.get_global_grad_norm() or 0.0)
         return StepApplied(applied, norm if applied else float("nan"), learning_rate, reduced, gathered)
@@ -292,27 +288,38 @@ class Engine:
         if self.step(0.0).applied:
             raise AssertionError("discard() applied a step: DeepSpeed no longer refuses a gradient that is no number")
 
-    def _offload_all(self) -> None:
-        """With an offloaded optimizer ZeRO-3 hands over the gradients of those parameters alone that the LAST micro-batch reached."""
+    def _hand_over(self) -> None:
+        """With an offloaded optimizer DeepSpeed 0.19.8 hands over the gradients of those parameters alone that the LAST micro-batch
+        reached: here those of all that any one did."""
         zero = self.zero
-        if not zero.offload_optimizer:
-            return
-        for parameter in self.module.parameters():
-            if parameter.requires_grad and parameter.partition_numel() * zero._get_param_partition_rank(parameter) < parameter.ds_numel:
-                zero._offload_boundary_param_ids.add(parameter.ds_id)
-        zero._finalize_offload_gradient_accumulation()
+        if self.stage == 3 and zero.offload_optimizer:
+            for parameter in self.module.parameters():
+                if parameter.requires_grad and parameter.partition_numel() * zero._get_param_partition_rank(parameter) < parameter.ds_numel:
+                    zero._offload_boundary_param_ids.add(parameter.ds_id)
+            zero._finalize_offload_gradient_accumulation()
+        elif self.managed and getattr(zero, "cpu_offload", False):
+            zero._finalize_cpu_offload_gradient_accumulation()
 
-    def _forget_partitions(self) -> None:
-        """ZeRO-3 writes a parameter's first gradient of a step over the last step's: one that gets none would keep that, the infinities
-        of a refused step included."""
-        self.zero.grad_partitions_flat_buffer.zero_()
+    def _forget(self, applied: bool) -> None:
+        """Clears what DeepSpeed 0.19.8 would add to, or take for, the next step's gradients.
 
-    def _forget_refused(self) -> None:
-        """DeepSpeed 0.19.8 clears a refused gradient, but for one: bf16's fp32 partition under an offloaded optimizer at stages 1
-        and 2, to which every later gradient would be added."""
-        if getattr(self.zero, "cpu_offload", False):
-            for group in self.zero.averaged_gradients:
-                self.zero.averaged_gradients[group] = None
+        It writes the first gradient of a step over the last step's, so a parameter that gets none would keep that, the infinities of a
+        refused step included: ZeRO-3's partitions, and at stages 1 and 2 the sums under an offloaded optimizer. A refused step leaves
+        bf16's fp32 partition there as well."""
+        zero = self.zero
+        if self.stage == 3:
+            zero.grad_partitions_flat_buffer.zero_()
+            if zero.offload_optimizer:
+                zero.norm_for_param_grads.clear()
+        elif getattr(zero, "cpu_offload", False):
+            sums = [*zero.accumulated_grads_in_cpu.values(), *(p.grad for p in zero.single_partition_of_fp32_groups if p.grad is not None)]
+            for gradient in sums:
+                gradient.zero_()
+            zero.norm_for_param_grads.clear()
+            zero._offload_accumulated_param_ids.clear()
+            if not applied:
+                for group in zero.averaged_gradients:
+                    zero.averaged_gradients[group] = None
 
     @contextmanager
     def full_parameters(self, parameters: list[nn.Parameter], *, writable: bool = False) -> Iterator[None]:

@@ -104,7 +104,7 @@ class RankLearner:
         recipe = spec.recipe
         self.algorithm: Algorithm = build(recipe.algorithm, recipe.rollouts) if spec.role == "policy" else critic(recipe.algorithm)
         self.bytes_before_model = current_bytes(device)
-        self.loaded: Loaded = loaded or load(recipe.model, seed=recipe.run.seed, head=self.algorithm.head)
+        self.loaded: Loaded = loaded or load(recipe.model, seed=recipe.run.seed, head=self.algorithm.head, longest=recipe.data.max_length)
         self.scoring = ScoringModel(self.loaded.model, head=self.algorithm.head, spec=self.algorithm.scores)
         self.scoring.checkpoint(recipe.learners.checkpointing)
         if recipe.learners.fused:
@@ -311,7 +311,7 @@ def on_host(values: Sequence[Tensor]) -> tuple[Floats, ...]:
 
 def load_reference(recipe: Recipe, device: torch.device) -> tuple[ScoringModel, str]:
     """The frozen reference policy and its fingerprint: `model.reference`, else the start weights, never a resumed policy."""
-    loaded = load(recipe.model, seed=recipe.run.seed, head="lm", reference=True)
+    loaded = load(recipe.model, seed=recipe.run.seed, head="lm", reference=True, longest=recipe.data.max_length)
     algorithm = build(recipe.algorithm, recipe.rollouts)
     scoring = ScoringModel(loaded.model, head="lm", spec=HeadSpec(temperature=algorithm.scores.temperature))
     scoring = placed(scoring, device, _DTYPES[recipe.learners.precision])

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -45,7 +46,8 @@ class PlainTrainer:
         self.optimizer = torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=cfg.betas, eps=cfg.eps)
 
     def _load(self) -> torch.nn.Module:
-        return load(self.recipe.model, seed=self.recipe.run.seed, head=self.algorithm.head).model.eval()
+        recipe = self.recipe
+        return load(recipe.model, seed=recipe.run.seed, head=self.algorithm.head, longest=recipe.data.max_length).model.eval()
 
     def step(self, groups: Sequence[SequenceGroup], units: LossUnits, step: int) -> PlainStep:
         """One optimizer step on all examples at once."""
@@ -83,7 +85,7 @@ class PlainTrainer:
         rewards = values = entropy = None
         logps = torch.zeros(0)
         if self.algorithm.head == "scalar":
-            rewards = self._token_outputs(rows)[torch.from_numpy(rows.last_at)].view(-1, rows.branches)
+            rewards = self._rewards(rows)
         elif self.algorithm.head == "value":
             values = self._token_outputs(rows)[torch.from_numpy(rows.score_at)]
         else:
@@ -112,6 +114,13 @@ class PlainTrainer:
         logits = logits.flatten(0, 1)[torch.from_numpy(rows.score_at)].float() / self.algorithm.scores.temperature
         logps = torch.log_softmax(logits, -1)
         return logps.gather(1, torch.from_numpy(rows.targets)[:, None])[:, 0], -(logps.exp() * logps).sum(1)
+
+    def _rewards(self, rows: MicroBatch) -> Tensor:
+        """As AutoModelForSequenceClassification reads them, Float[n, branches]: at the last token that is no padding."""
+        pad: int = self.model.config.get_text_config().pad_token_id  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
+        ids = np.where(rows.segment >= 0, rows.input_ids, pad)
+        logits = self.model(input_ids=torch.from_numpy(ids), attention_mask=_mask(rows), use_cache=False).logits
+        return logits.float()[torch.from_numpy(rows.last_at // ids.shape[1]), 0].view(-1, rows.branches)
 
     def _token_outputs(self, rows: MicroBatch) -> Tensor:
         """The classification model's own output at each position, Float[R*T]."""

@@ -18,6 +18,10 @@ Head = Literal["lm", "scalar", "value"]
 """A language model, or a scalar head: of a reward model or a critic (the same weights, read at other positions)."""
 TWO_SIDED = frozenset({"xlnet"})
 """Language models that see tokens on both sides whatever their configuration says."""
+CHUNKED = frozenset({"reformer"})
+"""Language models whose forward in training refuses rows of most lengths."""
+AHEAD = frozenset({"prophetnet"})
+"""Language models with a stream of hidden states for each of several tokens ahead."""
 
 
 def auto_class(config: PretrainedConfig, head: Head, where: str = "model") -> Any:
@@ -63,6 +67,18 @@ def check_trainable(config: PretrainedConfig, where: str) -> None:
             f"{where}: {config.model_type} lets a token see those after it",
             why="it would learn to copy the answer instead of predicting it",
             fix='give a decoder; one that was made of an encoder says "is_decoder": true in its config.json',
+        )
+    if config.model_type in CHUNKED:
+        raise ConfigError(
+            f"{where}: {config.model_type} trains on rows of a multiple of its chunk length only",
+            why="rows are as long as their examples, and padding would be hashed into the same buckets as tokens",
+            fix="give a model with plain attention",
+        )
+    if config.model_type in AHEAD:
+        raise ConfigError(
+            f"{where}: {config.model_type} predicts several tokens ahead",
+            why="its log-probs come from streams of their own, and an objective needs those of the next token from one pass",
+            fix="give a model that predicts the next token",
         )
     packed = getattr(config, "quantization_config", None)
     if packed is not None:

@@ -1,5 +1,6 @@
 """Models and tokenizers from a folder, the Hugging Face hub at a pinned revision, or made on the spot (`model.tiny`)."""
 
+import difflib
 import hashlib
 import json
 from collections.abc import Sequence
@@ -19,7 +20,9 @@ from orchestrator.config import Lora, Model
 from orchestrator.errors import ConfigError, MissingInput
 from orchestrator.models.attention import plain_attention
 from orchestrator.models.classes import Head, auto_class, check_trainable
-from orchestrator.models.tiny import build, byte_tokenizer, tiny_config
+from orchestrator.models.generation import savable
+from orchestrator.models.rope import pin
+from orchestrator.models.tiny import build, byte_tokenizer, check_sizes, tiny_config
 from orchestrator.models.unused import freeze_unused
 
 
@@ -33,8 +36,9 @@ class Loaded:
     name: str
 
 
-def load(cfg: Model, *, seed: int, head: Head, reference: bool = False) -> Loaded:
-    """The policy (with its LoRA adapter, if any), or with reference=True the frozen reference policy."""
+def load(cfg: Model, *, seed: int, head: Head, reference: bool = False, longest: int | None = None) -> Loaded:
+    """The policy (with its LoRA adapter, if any), or with reference=True the frozen reference policy. longest: tokens of a sequence, by
+    which rotary frequencies that would follow the batch are fixed; None leaves them as they are."""
     if reference and cfg.reference is not None:
         cfg = cfg.model_copy(update={"path": cfg.reference, "tiny": None, "revision": None, "lora": None})
     tokenizer = load_tokenizer(cfg)
@@ -52,6 +56,10 @@ def load(cfg: Model, *, seed: int, head: Head, reference: bool = False) -> Loade
     text = model.config.get_text_config()
     if getattr(text, "pad_token_id", None) is None:
         text.pad_token_id = tokenizer.pad_token_id
+    if getattr(model, "generation_config", None) is not None:
+        model.generation_config, _ = savable(model.generation_config)
+    if longest is not None:
+        pin(model, longest)
     digest = fingerprint(model)
     if not reference:
         idle = freeze_unused(model)
@@ -77,6 +85,8 @@ def load_tokenizer(cfg: Model) -> Any:
 
 def load_config(cfg: Model) -> PretrainedConfig:
     """The architecture's configuration, without weights; ConfigError where no learner can train such a model."""
+    if cfg.tiny is not None:
+        check_sizes(cfg.tiny)
     config = tiny_config(cfg.tiny) if cfg.tiny is not None else _pretrained(cfg, AutoConfig)
     check_trainable(config, _where(cfg))
     return config
@@ -87,9 +97,11 @@ def _where(cfg: Model) -> str:
     return f"model.path: {cfg.path}" if cfg.tiny is None else f"model.tiny.architecture: {cfg.tiny.architecture}"
 
 
-def build_fake(cfg: Model, head: Head, dtype: torch.dtype, mode: FakeTensorMode, *, layers: int | None = None) -> nn.Module:
+def build_fake(
+    cfg: Model, head: Head, dtype: torch.dtype, mode: FakeTensorMode, *, layers: int | None = None, longest: int | None = None
+) -> nn.Module:
     """The model from its configuration alone, without storage, for shapes and memory estimates: tensors of `mode`. layers: the
-    first so many only."""
+    first so many only; longest: as in load()."""
     config = load_config(cfg)
     auto = auto_class(config, head, _where(cfg))
     if head != "lm":
@@ -106,6 +118,8 @@ def build_fake(cfg: Model, head: Head, dtype: torch.dtype, mode: FakeTensorMode,
             model = auto.from_config(config, attn_implementation=plain_attention(config), dtype=dtype, **_remote(cfg))
         except Exception as error:
             raise _not_made("model", cfg, error) from error
+        if longest is not None:
+            pin(model, longest)
         idle = _idle(model)
         if cfg.lora is not None:
             model = _with_lora(model, cfg.lora, 0, head, idle)
@@ -220,6 +234,20 @@ def _idle(model: nn.Module) -> tuple[str, ...]:
         return ()
 
 
+def _check_targets(model: nn.Module, targets: Sequence[str]) -> None:
+    """ConfigError for a name that no layer has: peft takes a list of which one matches, and leaves the others out in silence."""
+    kinds = {name.rpartition(".")[2] for name, module in model.named_modules() if name and not list(module.children())}
+    paths = [name for name, _ in model.named_modules()]
+    for target in targets:
+        if not any(path == target or path.endswith(f".{target}") for path in paths):
+            close = difflib.get_close_matches(target, kinds, n=3) or sorted(kinds)[:8]
+            raise ConfigError(
+                f"model.lora.target_modules: no layer of the model is named {target!r}",
+                why="it would get no adapter",
+                fix=f"did you mean {', '.join(close)}? Or use all-linear",
+            )
+
+
 def _with_lora(model: nn.Module, lora: Lora, seed: int, head: Head, idle: Sequence[str] = ()) -> nn.Module:
     """The model with a fresh adapter; base weights frozen, the adapter in fp32. idle: parameters that never get a gradient: their
     layers get no adapter either."""
@@ -231,6 +259,8 @@ def _with_lora(model: nn.Module, lora: Lora, seed: int, head: Head, idle: Sequen
     targets = lora.target_modules
     if not isinstance(targets, str) and any("lm_head" in t for t in targets):
         raise ConfigError("model.lora.target_modules: lm_head cannot be adapted", why="log-probs read its weight directly")
+    if not isinstance(targets, str):
+        _check_targets(model, targets)
     config = LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,  # pyright: ignore[reportArgumentType]

@@ -103,6 +103,13 @@ class ScoringModel(nn.Module):
         self.kind: ScoringKind = head
         self.dropout: Draws = keyed_dropout(model)
         quieten(model)
+        self._pad: int | None = getattr(hugging_face.config.get_text_config(), "pad_token_id", None)
+        if head != "lm" and not isinstance(getattr(hugging_face, "score", None), nn.Module):
+            raise ConfigError(
+                f"{type(hugging_face).__name__} does not read its output from one token",
+                why="a reward model and a critic put a linear layer named `score` on the hidden state of a token",
+                fix="start from a decoder, e.g. llama or qwen2",
+            )
         if head == "lm":
             linear = hugging_face.get_output_embeddings()
             if not isinstance(linear, nn.Linear):
@@ -133,7 +140,7 @@ class ScoringModel(nn.Module):
             return self.head(hidden[rows.score_at], rows.targets)
         if self.kind == "value":
             return (self.hugging_face.score(hidden[rows.score_at]).float()[:, 0],)  # pyright: ignore[reportCallIssue]
-        rewards: Tensor = self.hugging_face.score(hidden[rows.last_at])  # pyright: ignore[reportCallIssue]
+        rewards: Tensor = self.hugging_face.score(hidden[_read_at(rows, self._pad)])  # pyright: ignore[reportCallIssue]
         return (rewards.float().view(-1, rows.branches),)
 
     def hidden_states(self, rows: MicroBatchTensors) -> Tensor:
@@ -202,6 +209,19 @@ class ScoringModel(nn.Module):
         return next(p.dtype for p in self.parameters() if p.is_floating_point())
 
 
+def _read_at(rows: MicroBatchTensors, pad: int | None) -> Tensor:
+    """Where AutoModelForSequenceClassification reads each sequence, Int[N] of flattened positions: at its last token that is not the pad
+    token. It differs from the end where the end is one, as an eos token that pads as well is."""
+    if pad is None:
+        return rows.last_at
+    ids, segment, branch = rows.input_ids.flatten(), rows.segment.flatten(), rows.branch.flatten()
+    at = torch.arange(len(ids), device=ids.device)
+    last = rows.last_at[:, None]
+    own = (segment == segment[last]) & ((branch == 0) | (branch == branch[last])) & (at <= last) & (ids != pad)
+    found = torch.where(own, at, -1).amax(1)
+    return torch.where(found < 0, rows.last_at, found)
+
+
 def _before_head(model: PreTrainedModel, inputs: dict[str, Any]) -> Tensor:
     """What goes into the output layer, Float[R, T, H], of a model whose head does more than that layer (BERT's transform): the layer
     itself is left out for this one forward, since only scored positions need it."""
@@ -262,9 +282,14 @@ def logit_transform(config: Any) -> tuple[float | None, float]:
 
 @torch.no_grad()
 def head_gap(scoring: ScoringModel, rows: MicroBatchTensors) -> Tensor:
-    """Differences Float[N] of our log-probs from the model's own forward on the same padded rows: the start-up check."""
+    """Differences Float[N] of our log-probs (or rewards) from the model's own forward on the same padded rows: the start-up check."""
     assert rows.layout == "padded"
     set_attention(scoring.hugging_face, scoring.plain_attention)
+    if scoring.kind == "scalar":
+        ids = rows.input_ids if scoring._pad is None else rows.input_ids.masked_fill(rows.segment < 0, scoring._pad)
+        mask = (rows.segment >= 0).long()
+        rewards = scoring.hugging_face(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        return scored(scoring, rows).values.flatten() - rewards.float()[rows.last_at // ids.shape[1], 0]
     own = scoring.hugging_face(input_ids=rows.input_ids, use_cache=False).logits
     own = own.flatten(0, 1)[rows.score_at].float() / scoring.head.spec.temperature
     plain = torch.log_softmax(own, -1).gather(1, rows.targets[:, None])[:, 0]

@@ -67,6 +67,15 @@ def tiny_config(cfg: TinyModel) -> PretrainedConfig:
     return AutoConfig.for_model(cfg.architecture, **sizes, **present)
 
 
+def check_sizes(cfg: TinyModel) -> None:
+    """ConfigError where the recipe names a size that the architecture does not have: GPT-2 has no key and value heads of their own."""
+    made = tiny_config(cfg)
+    for key, name in (("kv_heads", "num_key_value_heads"), ("intermediate_size", "intermediate_size")):
+        asked = getattr(cfg, key)
+        if asked is not None and getattr(made, name, None) != asked:
+            raise ConfigError(f"model.tiny.{key}: {cfg.architecture} does not read it", why=f"its configuration has no {name}", fix="leave it out")
+
+
 def _computed(config: PretrainedConfig, name: str) -> bool:
     return isinstance(getattr(type(config), name, None), property)
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 TOKENS = 8
 """Of the forward that is looked at: what a text reaches does not depend on its length."""
@@ -20,14 +20,18 @@ ROUTED = "expert"
 """In the names of parameters that some tokens reach and others do not: they stay, whatever this forward did."""
 
 
-class GroupedShapes(TorchFunctionMode):
-    """Computes grouped products (of experts) by their first expert: the shapes, and gradients of the shapes, that the kernel has.
-    torch's own rule for tensors without storage refuses every type but bf16."""
+class GroupedShapes(TorchDispatchMode):
+    """Gives grouped products (of experts), forward and backward, the shape that their kernel gives, with zeros for values. torch's own
+    rule for tensors without storage refuses every type but bf16."""
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch._grouped_mm:
-            return args[0] @ args[1][0]
-        return func(*args, **(kwargs or {}))
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not torch.ops.aten._grouped_mm.default:
+            return func(*args, **(kwargs or {}))
+        left, right, *rest = args
+        if right.ndim == 3:  # rows of tokens, each times its expert
+            return left.new_zeros(left.shape[0], right.shape[-1])
+        offsets = rest[0] if rest else (kwargs or {})["offs"]  # the gradient of the experts
+        return left.new_zeros(len(offsets), left.shape[0], right.shape[1])
 
 
 def freeze_unused(model: nn.Module) -> tuple[str, ...]:

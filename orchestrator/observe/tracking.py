@@ -40,6 +40,30 @@ def stable_run_id(run_fingerprint: str, run_dir: Path) -> str:
     return hashlib.sha256(f"{run_fingerprint}\n{run_dir.resolve()}".encode()).hexdigest()[:16]
 
 
+def honoured(tracking: Tracking, environment: Mapping[str, str]) -> tuple[Tracking, list[str]]:
+    """What wandb's own variables make of the recipe's section, and what to tell the user of it. WANDB_MODE may switch off or keep offline, and
+    WANDB_PROJECT names a project where the recipe names none; the recipe wins else, which is told."""
+    if tracking.wandb == "off":
+        return tracking, []
+    changes, told = {}, []
+    mode, project = environment.get("WANDB_MODE", ""), environment.get("WANDB_PROJECT", "")
+    wanted = {"disabled": "off", "dryrun": "offline", "offline": "offline", "online": "online", "run": "online"}.get(mode, tracking.wandb)
+    order = ("off", "offline", "online")
+    if order.index(wanted) < order.index(tracking.wandb):
+        changes["wandb"] = wanted
+        told.append(f"WANDB_MODE={mode}: tracking.wandb is {wanted} instead of {tracking.wandb}")
+    elif wanted != tracking.wandb:
+        told.append(f"WANDB_MODE={mode} is not followed: the recipe says tracking.wandb={tracking.wandb}")
+    if project and project != tracking.project and wanted != "off":
+        if tracking.project == Tracking.model_fields["project"].default:
+            changes["project"] = project
+            told.append(f"WANDB_PROJECT={project}: tracking.project is {project}")
+        else:
+            told.append(f"WANDB_PROJECT={project} is not followed: the recipe says tracking.project={tracking.project}")
+    told += [f"{name} is not followed: the run's name and folder decide" for name in ("WANDB_NAME", "WANDB_RUN_ID") if environment.get(name)]
+    return tracking.model_copy(update=changes), told
+
+
 class WandbSink:
     """Logs a run to wandb, online or offline. config: the resolved recipe and more; run_id: from stable_run_id; algorithm:
     its job type and tag.

@@ -127,6 +127,15 @@ def is_users(function: RewardFunction) -> bool:
     return function.function is not None and ":" in function.function and not function.function.startswith("trl:")
 
 
+def source_of(written: str) -> Path | None:
+    """The file of `module:name` or `file.py:name`; None where there is none to read."""
+    place = written.rpartition(":")[0]
+    if place.endswith(".py"):
+        return Path(place) if Path(place).is_file() else None
+    spec = _spec(place)
+    return Path(spec.origin) if spec is not None and spec.origin is not None and spec.origin.endswith(".py") else None
+
+
 def needs_answer(function: RewardFunction) -> bool:
     """True for the checkers of this program."""
     return function.function in CHECKERS

@@ -44,7 +44,7 @@ class TransformersEngine:
     """A transformers model in this process. batching: static (a refilled padded batch) or continuous (paged)."""
 
     def __init__(self, recipe: Recipe, device: torch.device) -> None:
-        loaded = load(recipe.model, seed=recipe.run.seed, head="lm")
+        loaded = load(recipe.model, seed=recipe.run.seed, head="lm", longest=recipe.data.max_length)
         model: Any = loaded.model
         self.model = placed(model, device, WIRE[recipe.learners.precision]).eval().requires_grad_(False)
         self.tokenizer = loaded.tokenizer

@@ -10,7 +10,10 @@ import asyncio
 import hashlib
 import json
 import logging
+import socket
+import ssl
 import time
+import urllib.request
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -21,6 +24,7 @@ import httpx
 from orchestrator.config import RewardFunction
 from orchestrator.data.values import in_json
 from orchestrator.episodes import RolloutGroup
+from orchestrator.errors import ConfigError, Unreachable
 from orchestrator.rollout.functions import header_values
 from orchestrator.rollout.rewards import Outcome, RewardCall, RewardFailure, judge
 
@@ -29,6 +33,9 @@ IN_FLIGHT = 8
 CONNECT_TIMEOUT_S = 10.0
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.25, 8.0
 FAILURES_TO_OPEN, COOL_DOWN_S = 3, 30.0
+KNOCK_S = 15.0
+"""For an endpoint to be there when a run begins."""
+TRUST = "set SSL_CERT_FILE to a file with the certificate of who signed the server's, or mend the server"
 
 logging.getLogger("httpx").setLevel(logging.WARNING)  # it writes whole addresses at INFO, with what may be in their query
 
@@ -46,16 +53,19 @@ class Breaker:
     cool_down_s: float = COOL_DOWN_S
     failures: int = 0
     opened: float | None = None
+    reason: str = ""
 
     def seconds_to_wait(self) -> float:
         """Until a request may be tried; 0 where it may."""
         return 0.0 if self.opened is None else max(0.0, self.opened + self.cool_down_s - time.monotonic())
 
     def answered(self) -> None:
-        self.failures, self.opened = 0, None
+        self.failures, self.opened, self.reason = 0, None, ""
 
-    def unavailable(self) -> None:
+    def unavailable(self, reason: str) -> None:
+        """reason: why it is away, for those who are not let through."""
         self.failures += 1
+        self.reason = reason
         if self.opened is not None or self.failures >= self.failures_to_open:
             self.opened = time.monotonic()
 
@@ -78,7 +88,8 @@ class HttpReward:
         wait = self.breaker.seconds_to_wait()
         if wait:
             raise Unavailable(
-                f"reward {self.name}: {self._shown} was away {self.breaker.failures} times in a row", why=f"it is asked again in {wait:.0f} s"
+                f"reward {self.name}: {self._shown} was away {self.breaker.failures} times in a row",
+                why=f"{self.breaker.reason}; it is asked again in {wait:.0f} s",
             )
         chunks = list(RewardCall.of(groups).chunks(self.batch_size))
         loop = asyncio.new_event_loop()  # not asyncio.run: it would wait for a name server without an end
@@ -104,12 +115,12 @@ class HttpReward:
     async def _outcomes(self, client: httpx.AsyncClient, call: RewardCall, number: int, deadline: float) -> list[Outcome]:
         try:
             if self.breaker.seconds_to_wait():
-                raise Unavailable(f"reward {self.name}: {self._shown} is away")
+                raise Unavailable(f"reward {self.name}: {self._shown} is away", why=self.breaker.reason)
             answer = await self._answer(client, _body(self.name, call), number, deadline)
             return judge(self.name, _rewards(self.name, answer), call.samples)
         except Unavailable as failure:
             if not self.breaker.seconds_to_wait():  # else it was not asked, or others have just opened it
-                self.breaker.unavailable()
+                self.breaker.unavailable(failure.why)
             return [failure] * len(call)
         except RewardFailure as failure:
             return [failure] * len(call)
@@ -141,6 +152,8 @@ class HttpReward:
         except httpx.TimeoutException as error:
             raise _Busy(f"{type(error).__name__}: it is silent", None) from None
         except httpx.ConnectError as error:
+            if _is_untrusted(error):
+                raise RewardFailure(f"reward {self.name}: {self._shown} is not trusted", why=str(error), fix=TRUST) from None
             raise _Busy(f"no connection: {error}", None) from None
         except httpx.HTTPError as error:  # its text may hold parts of the request
             raise _Busy(f"the exchange broke off: {type(error).__name__}", None) from None
@@ -176,6 +189,37 @@ class HttpReward:
     def _shown(self) -> str:
         """The address without a query, which may hold a secret."""
         return f"{self.url.scheme}://{self.url.netloc.decode()}{self.url.path}"
+
+
+def knock(function: RewardFunction, patience_s: float = KNOCK_S) -> None:
+    """Once before a run: ConfigError where the endpoint's certificate is not trusted, Unreachable where nobody is there for `patience_s` seconds.
+    It sends nothing. Behind a proxy nothing is tried: who is there can only be told by asking."""
+    url = httpx.URL(str(function.url))
+    shown, deadline = f"{url.scheme}://{url.netloc.decode()}", time.monotonic() + patience_s
+    if urllib.request.getproxies().get(url.scheme) and not urllib.request.proxy_bypass(url.host):
+        return
+    while True:
+        try:
+            with socket.create_connection((url.host, url.port or (443 if url.scheme == "https" else 80)), timeout=CONNECT_TIMEOUT_S) as door:
+                if url.scheme == "https":
+                    httpx.create_ssl_context().wrap_socket(door, server_hostname=url.host).close()
+            return
+        except ssl.SSLCertVerificationError as error:
+            raise ConfigError(f"reward {function.name}: {shown} is not trusted", why=str(error), fix=TRUST) from error
+        except OSError as error:
+            if time.monotonic() + 1.0 > deadline:
+                fix = "start the server, or mend the component's url"
+                raise Unreachable(f"reward {function.name}: nobody answers at {shown}", why=error.strerror or str(error), fix=fix) from error
+            time.sleep(1.0)
+
+
+def _is_untrusted(error: BaseException | None) -> bool:
+    """Whether a certificate is at the bottom of it: no other try will help."""
+    while error is not None:
+        if isinstance(error, ssl.SSLCertVerificationError):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 class _Busy(Exception):

@@ -43,14 +43,19 @@ WEIGHTS = 1e-5
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """How far an architecture came. verdict: "works", "refused" (in `plan`, by name) or "fault"; stage: where it ended; why: the
-    refusal or the error; notes: what `plan` said of the model."""
+    refusal, or the error with its traceback; plain: what transformers' own forward and backward raise, asked where it was refused."""
 
     name: str
     model_class: str
     verdict: str
     stage: str
     why: str = ""
-    notes: tuple[str, ...] = ()
+    plain: str = ""
+
+    @property
+    def row(self) -> str:
+        """Its line in docs/models.md."""
+        return f"| {self.name} | {self.model_class} | {self.verdict} | {self.why.splitlines()[0] if self.why else ''} |"
 
 
 class Here:
@@ -87,9 +92,10 @@ def make_folder(name: str, folder: Path) -> str:
     config.get_text_config().pad_token_id = tokenizer.pad_token_id
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
+        config.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
         model = _their_class(config).from_config(config)
     model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
     return type(model).__name__
 
 
@@ -109,11 +115,20 @@ def plain(folder: Path) -> str:
     return ""
 
 
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:160]
+
+
 def journey(name: str, work: Path, group: ProcessGroup, **learners: Any) -> Outcome:
     """The outcome of one architecture; work: a folder of its own, removed after."""
-    stage, kind = "build", ""
+    stage, kind, unbuilt = "build", "", ""
     try:
-        kind = make_folder(name, work / "model")
+        try:
+            kind = make_folder(name, work / "model")
+        except Exception as error:
+            if not (work / "model" / "config.json").is_file():
+                return Outcome(name, "", "no configuration", stage, f"{type(error).__name__}: {_line(error)}")
+            unbuilt = f"{type(error).__name__}: {_line(error)}"  # transformers cannot make it: then `plan` has to say so
         stage = "plan"
         job = plan_job(recipe(work / "model", **learners), Console(quiet=True))
         stage = "learner"
@@ -137,7 +152,10 @@ def journey(name: str, work: Path, group: ProcessGroup, **learners: Any) -> Outc
         stage = "reload"
         _reads_the_same(here.learner, job, work / "export")
     except OrchestratorError as error:
-        return Outcome(name, kind, "refused" if stage == "plan" else "fault", stage, f"{error.what}: {error.why}")
+        said = f"{error.what}: {error.why}".replace(str(work / "model"), "FOLDER")
+        if stage != "plan":
+            return Outcome(name, kind, "fault", stage, said)
+        return Outcome(name, kind, "refused", stage, said, unbuilt or plain(work / "model"))
     except Exception as error:
         return Outcome(name, kind, "fault", stage, f"{type(error).__name__}: {error}\n{traceback.format_exc()}")
     finally:

@@ -53,7 +53,11 @@ LAYERS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "decoder_lay
 def small(model_type: str) -> PretrainedConfig:
     """The configuration of an architecture in little."""
     default = AutoConfig.for_model(model_type)
-    return type(default)(**_changes(default))
+    changes = _changes(default)
+    if "text_config" in default.sub_configs and default.text_config is None:  # a drafter for another model
+        text = model_type.replace("_assistant", "_text")
+        changes["text_config"] = type(AutoConfig.for_model(text))(**_changes(AutoConfig.for_model(text)) | _BARE)
+    return type(default)(**changes)
 
 
 def _changes(default: PretrainedConfig) -> dict[str, Any]:
@@ -64,10 +68,11 @@ def _changes(default: PretrainedConfig) -> dict[str, Any]:
     picked = _picked(default, getattr(default, layers)) if layers else []
     changes: dict[str, Any] = {}
     for name, field in given.items():
-        value = getattr(default, name, None)
+        value = vars(default).get(name)
         if name in default.sub_configs:
             if isinstance(value, PretrainedConfig):
-                changes[name] = {**value.to_diff_dict(), **_changes(value), "model_type": value.model_type}
+                said = {k: v for k, v in value.to_diff_dict().items() if k != "per_layer_config"}
+                changes[name] = {**said, **_changes(value), "model_type": value.model_type}
         elif layers and _per_layer(value, getattr(default, layers)):
             changes[name] = [_small(name, value[i]) for i in picked]
         elif value is None and name in FILLED:
@@ -80,7 +85,7 @@ def _changes(default: PretrainedConfig) -> dict[str, Any]:
     heads, shared = getattr(default, "num_attention_heads", None), getattr(default, "num_key_value_heads", None)
     if heads is not None and heads == shared and "num_key_value_heads" in given:  # low-rank attention knows no groups
         changes["num_key_value_heads"] = HEADS
-    changes = {name: value for name, value in changes.items() if name in default.sub_configs or value != getattr(default, name)}
+    changes = {name: value for name, value in changes.items() if name in default.sub_configs or value != vars(default).get(name)}
     return changes | EXCEPTIONS.get(default.model_type, {})
 
 
@@ -142,12 +147,14 @@ DECODER: dict[str, dict[str, Any]] = {
 """Encoders that are causal where their configuration says so."""
 
 _MAMBA = {"mamba_n_heads": 8}
+_BARE = {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}
 EXCEPTIONS: dict[str, dict[str, Any]] = {
     **DECODER,
     "bamba": {**_MAMBA, "attn_layer_indices": [1]},
     "dots1": {"n_shared_experts": 1},
     "reformer": {"is_decoder": True, "axial_pos_embds_dim": [32, 32], "axial_pos_shape": [16, 32], "attn_layers": ["local", "local"]},
-    "xlstm": {"v_dim_factor": 0.5},
+    "zamba": {"num_hidden_layers": 6, "layers_block_type": ["linear_attention", "linear_attention", "hybrid"] * 2},
+    "xlstm": {"qk_dim_factor": 1.0},
     "qwen4_exp_text": {"indexer_kv_heads": 1},
     "longcat_flash": {"head_dim": 8},
     "falcon_h1": _MAMBA,

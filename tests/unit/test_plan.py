@@ -89,8 +89,10 @@ def test_a_token_budget_has_no_neighbours():
 
 
 def test_a_token_budget_takes_the_place_of_a_micro_batch():
-    found = plan("batch.micro_batch_tokens=40", "batch.micro_batch=2")
+    found = plan("batch.micro_batch_tokens=40")  # tiny/base.yaml says micro_batch: 8
     assert (found.cut.examples, found.cut.positions) == (None, 40)
+    with pytest.raises(ConfigError, match="does not read"):
+        plan("batch.micro_batch_tokens=40", "batch.micro_batch=2")
 
 
 def test_steps_of_a_run():

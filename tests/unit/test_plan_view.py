@@ -1,5 +1,6 @@
 """The plan as it is printed."""
 
+import json
 from io import StringIO
 
 import pytest
@@ -8,7 +9,7 @@ from rich.console import Console
 from orchestrator.algorithms import build
 from orchestrator.dataset import load_data
 from orchestrator.plan import make_plan
-from orchestrator.plan_view import render
+from orchestrator.plan_view import not_read, render
 from orchestrator.recipe import load
 
 
@@ -52,3 +53,26 @@ def test_a_narrow_terminal_loses_no_number(width):
     assert max(len(line) for line in text.splitlines()) <= width
     for number in ("64 pairs = 2 workers", "8 examples", "p95 10", "0.5 MB"):
         assert number in text
+
+
+def test_keys_that_are_inherited_and_not_read_are_listed():
+    stage = load("recipes/tiny/dpo.yaml", ["data.eval=null", "batch.micro_batch_tokens=512"]).stages[0]
+    console = Console(record=True, width=200, file=StringIO())
+    console.print(not_read(stage.ignored))
+    lines = console.export_text().splitlines()
+    assert lines[0] == "inherited, and not read by this run:"
+    (micro_batch,) = [line.rstrip() for line in lines if line.startswith("  batch.micro_batch (")]
+    assert micro_batch.endswith("read only where batch.micro_batch_tokens is not set")
+    assert any(line.startswith("  evaluation.every (") for line in lines)
+    silent = Console(record=True, file=StringIO())
+    silent.print(not_read(()))
+    assert not silent.export_text().strip()
+
+
+def test_what_nothing_reads_and_what_else_there_is_to_know_of_the_data_is_told(tmp_path):
+    rows = [{"prompt": f"{i}>", "chosen": "a", "rejected": "b", "made at": "now", "margin": None} for i in range(4)]
+    for name, some in (("train", rows), ("eval", [rows[0], {**rows[0], "chosen": "c"}])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
+    text = printed(f"data.train={tmp_path}/train.jsonl", f"data.eval={tmp_path}/eval.jsonl", "batch.effective=4", width=400)
+    assert "\nunused columns: made at\n" in text
+    assert f"1 of 2 held-out rows are trained on too, the first at {tmp_path}/eval.jsonl:1" in text

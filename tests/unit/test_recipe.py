@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from orchestrator.config import Algorithm, Recipe
 from orchestrator.errors import ConfigError, Exit, MissingInput
-from orchestrator.identity import fingerprint
+from orchestrator.identity import identity_of
 from orchestrator.recipe import builtin_recipes, dump, find, json_schema, load
 from orchestrator.stages import references, resolve
 
@@ -435,21 +435,24 @@ def test_a_folder_is_no_recipe(tmp_path: Path) -> None:
 
 
 def test_fingerprint_holds_what_decides_the_result_and_nothing_else(minimal: Path) -> None:
-    def of(*overrides: str, data: str = "d", model: str = "m") -> str:
-        return fingerprint(one(minimal, "data.eval=held-out.jsonl", *overrides), data, model)
+    def of(*overrides: str, data: str = "d", tokenizer: str = "t") -> str:
+        return identity_of(one(minimal, "data.eval=held-out.jsonl", *overrides), data, tokenizer=tokenizer).fingerprint
 
     same = [
         *("run.name=x", "learners.workers=4", "learners.zero_stage=3", "learners.sync=per_micro_batch", "batch.micro_batch=2"),
         *("batch.layout=padded", "checkpoint.every=3", "evaluation.every=3", "tracking.wandb=off", "learners.activation_checkpointing=full"),
+        *("run.max_steps=3", "run.epochs=2"),  # a run with a constant schedule can be extended
     ]
     other = [
-        *("run.seed=1", "run.max_steps=3", "run.epochs=2", "model.tiny.layers=3", "data.max_length=9", "algorithm.beta=0.2"),
+        *("run.seed=1", "model.tiny.layers=3", "data.max_length=9", "algorithm.beta=0.2"),
         *("batch.effective=8", "optimizer.weight_decay=0.1", "learners.precision=bf16"),
     ]
     assert {of(s) for s in same} == {of()}
-    different = [of(), *(of(o) for o in other), of(data="x"), of(model="x")]
+    different = [of(), *(of(o) for o in other), of(data="x"), of(tokenizer="x")]
     assert len(set(different)) == len(different)
     assert len(of()) == 64
+    ends = [of("optimizer.schedule=cosine", end) for end in ("run.seed=0", "run.max_steps=3", "run.max_steps=4", "run.epochs=2")]
+    assert len(set(ends)) == 4, "such a schedule looks at its end"
 
 
 def test_json_schema_knows_every_section_and_refuses_other_keys() -> None:

@@ -1,26 +1,33 @@
 """One run per folder, one process per run."""
 
+import errno
 import json
+import os
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from orchestrator.errors import OutputError
+from orchestrator.identity import TOKENS, Identity
 from orchestrator.run_folder import open_run
 
 
-def opened(root, fingerprint="f" * 64):
-    return open_run(root, fingerprint, "run: {}\n", "{}")
+def opened(root, seed=0, watched=None, said=None):
+    identity = Identity({"run.seed": seed}, watched or {})
+    return open_run(root, identity, "run: {}\n", "{}", said.append if said is not None else print)
 
 
 def test_a_new_folder_says_what_the_run_is(tmp_path):
     root = tmp_path / "deep" / "run"
     with opened(root) as folder:
-        assert json.loads((root / "run.json").read_text()) == {"fingerprint": "f" * 64}
+        found = json.loads((root / "run.json").read_text())
+        assert found == {"fingerprint": Identity({"run.seed": 0}).fingerprint, "deciding": {"run.seed": 0}, "watched": {}, "changes": []}
         assert (root / "recipe.yaml").read_text() == "run: {}\n"
         assert (root / "plan.json").read_text() == "{}\n"
         assert folder.logs.is_dir()
@@ -36,12 +43,12 @@ def test_the_same_run_goes_on_in_its_folder(tmp_path):
 
 def test_another_run_is_refused_and_nothing_changes(tmp_path):
     root = tmp_path / "run"
-    with opened(root, "a" * 64):
+    with opened(root, 1):
         pass
     before = {p.name: p.stat().st_mtime_ns for p in root.iterdir()}
-    with pytest.raises(OutputError, match="another run") as error, opened(root, "b" * 64):
+    with pytest.raises(OutputError, match="another run") as error, opened(root, 2):
         pass
-    assert "aaaaaaaaaaaa" in error.value.why and "bbbbbbbbbbbb" in error.value.why
+    assert error.value.why == "run.seed: 1 -> 2"
     assert {p.name: p.stat().st_mtime_ns for p in root.iterdir()} == before
 
 
@@ -76,8 +83,9 @@ def test_an_empty_folder_is_fine(tmp_path):
 HOLD = """
 import sys
 from pathlib import Path
+from orchestrator.identity import Identity
 from orchestrator.run_folder import open_run
-with open_run(Path(sys.argv[1]), "f" * 64, "", ""):
+with open_run(Path(sys.argv[1]), Identity({"run.seed": 0}), "", ""):
     print("open", flush=True)
     sys.stdin.read()
 """
@@ -107,13 +115,14 @@ OPEN = """
 import os, sys
 from pathlib import Path
 from orchestrator.errors import OutputError
+from orchestrator.identity import Identity
 from orchestrator.run_folder import open_run
 if os.getuid() == 0:
     os.setgroups([])
     os.setgid(65534)
     os.setuid(65534)  # the superuser may write anywhere
 try:
-    with open_run(Path(sys.argv[1]), "f" * 64, "", ""):
+    with open_run(Path(sys.argv[1]), Identity({"run.seed": 0}), "", ""):
         pass
 except OutputError as error:
     print(error)
@@ -159,3 +168,74 @@ def test_the_working_folder_of_a_ray_job_is_refused(tmp_path):
     with pytest.raises(OutputError, match="working folder of a Ray job") as refused, opened(copy / "runs" / "x"):
         pass
     assert "absolute" in refused.value.fix and not copy.exists()
+
+
+def without_locks(number: int) -> Callable[..., None]:
+    def flock(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    return flock
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK])
+def test_without_locks_a_file_names_who_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    monkeypatch.setattr("fcntl.flock", without_locks(number))
+    root = tmp_path / "run"
+    ended = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True, check=True).stdout
+
+    with opened(root):
+        owner = json.loads((root / "run.owner").read_text())
+        assert owner == {"host": socket.gethostname(), "pid": os.getpid()}
+        with pytest.raises(OutputError, match=f"in use by process {os.getpid()} on {socket.gethostname()}") as caught, opened(root):
+            pass
+        assert "flock" in caught.value.why and str(root / "run.owner") in caught.value.fix and caught.value.exit_code == 73
+    assert not (root / "run.owner").exists()
+    (root / "run.owner").write_text(json.dumps({"host": socket.gethostname(), "pid": int(ended)}))
+    with opened(root):
+        assert json.loads((root / "run.owner").read_text())["pid"] == os.getpid(), "one that was killed is no hindrance"
+    for content in (json.dumps({"host": "another", "pid": 1}), "half a"):
+        (root / "run.owner").write_text(content)
+        with pytest.raises(OutputError, match="in use by process"), opened(root):
+            pass
+
+
+def test_another_failure_of_the_lock_names_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fcntl.flock", without_locks(errno.EIO))
+    with pytest.raises(OutputError, match=f"{tmp_path / 'run'} cannot be written"), opened(tmp_path / "run"):
+        pass
+
+
+# ---- what is watched
+
+
+def test_a_refusal_names_the_keys_that_differ(tmp_path: Path) -> None:
+    one = Identity({"optimizer.learning_rate": 1e-4, "run.seed": 0, "rows": "a" * 64})
+    with open_run(tmp_path / "run", one, "", ""):
+        pass
+    other = Identity({"optimizer.learning_rate": 2e-4, "run.seed": 0, "rows": "b" * 64, "algorithm.beta": 0.1})
+    with pytest.raises(OutputError, match="differs in 3 keys") as caught, open_run(tmp_path / "run", other, "", ""):
+        pass
+    assert "algorithm.beta: nothing -> 0.1\n" in caught.value.why and "optimizer.learning_rate: 0.0001 -> 0.0002" in caught.value.why
+    assert "run.seed" not in caught.value.why and "rows: " in caught.value.why
+
+
+def test_the_end_of_a_schedule_is_named_as_what_cannot_move(tmp_path: Path) -> None:
+    with open_run(tmp_path / "run", Identity({"run.max_steps": 80, "run.epochs": 1.0, "run.seed": 0}), "", ""):
+        pass
+    longer = Identity({"run.max_steps": 90, "run.epochs": 1.0, "run.seed": 0})
+    with pytest.raises(OutputError, match="another end: ") as caught, open_run(tmp_path / "run", longer, "", ""):
+        pass
+    assert "run.max_steps: 80 -> 90" in caught.value.what and "optimizer.schedule" in caught.value.why and "schedule=constant" in caught.value.fix
+
+
+def test_a_change_of_what_is_watched_is_told_once_and_kept(tmp_path: Path) -> None:
+    root, said = tmp_path / "run", []
+    for reward, tokens, expected in (("a", "t", 0), ("a", "t", 0), ("b", "t", 1), ("b", "t", 1), ("b", "u", 2)):
+        with opened(root, 0, {"the file of rewards.functions, mine (judge.py)": reward * 64, TOKENS: tokens}, said):
+            pass
+        assert len(said) == expected
+    assert said[0].startswith("warning: the file of rewards.functions, mine (judge.py) has changed since the run began (SHA-256 aaaaaaaaaaaa then")
+    assert "prints a date" in said[1]
+    record = json.loads((root / "run.json").read_text())
+    assert [c["what"] for c in record["changes"]] == ["the file of rewards.functions, mine (judge.py)", TOKENS]
+    assert record["watched"][TOKENS] == "u"

@@ -1,16 +1,23 @@
 """Submitting is safe to repeat: it follows, goes on, or refuses; and the driver's command is what the user would type."""
 
 import io
+import os
 import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 from orchestrator.cluster.jobs import Attempt, exit_code, find_token
-from orchestrator.cluster_commands import LogView
-from orchestrator.errors import ConfigError, OutputError
-from orchestrator.submission import decide, entrypoint, environment, there
+from orchestrator.cluster_commands import LogView, StatusRow, status_lines, status_table
+from orchestrator.errors import ConfigError, MissingInput, OrchestratorError, OutputError
+from orchestrator.recipe import load
+from orchestrator.submission import FIND_PYTHON, check_paths, decide, entrypoint, environment, there
+from orchestrator.upload import collect
+from tests.running import REPOSITORY
 
 
 def attempt(number: int, status: str, command: str = "train", code: int | None = None) -> Attempt:
@@ -48,7 +55,7 @@ def test_the_command_is_quoted_and_its_paths_hold_on_the_cluster(tmp_path: Path,
     monkeypatch.chdir(tmp_path / "mine")
     override = "data.train=[{path: it's.jsonl, max_rows: 4}]"
     words = shlex.split(entrypoint("dpo.yaml", [override], Path("runs/x"), tmp_path))
-    assert words == ["python", "-m", "orchestrator", "train", "mine/dpo.yaml", override, "--output", str(tmp_path / "mine" / "runs" / "x")]
+    assert words == ["sh", "orchestrator-run.sh", "train", "mine/dpo.yaml", override, "--output", str(tmp_path / "mine" / "runs" / "x")]
     assert there("tiny/dpo", tmp_path) == "tiny/dpo"
     with pytest.raises(ConfigError, match="lies outside"):
         there("/etc/recipe.yaml", tmp_path)
@@ -92,3 +99,91 @@ def test_a_followed_log_becomes_the_live_table_on_a_terminal_only() -> None:
         assert "starting [a/b]" in said.getvalue() and "done" in said.getvalue()
     assert "step 2/2  loss 0.25" in plain.getvalue()
     assert "2/2 steps, 0s left" in terminal.getvalue() and "step 2/2  loss" not in terminal.getvalue()
+
+
+def launched(tmp_path: Path, ancestor: Sequence[str], path: str) -> subprocess.CompletedProcess[str]:
+    """The runner as a job would start it: below a process with such a command line, with such a PATH."""
+    (tmp_path / "run.sh").write_text(FIND_PYTHON)
+    words = ["/bin/sh", "-c", f"sh {tmp_path}/run.sh --help; exit $?"]
+    below = f"import subprocess, sys; sys.exit(subprocess.run({words!r}, env={{'PATH': {path!r}}}).returncode)"
+    return subprocess.run([sys.executable, "-c", below, *ancestor], cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+
+
+def test_a_job_runs_with_the_interpreter_that_ray_runs(tmp_path: Path) -> None:
+    """Whatever PATH says: here there is no python on it, and one that lacks the program."""
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    for name in ("sh", "tr", "sed"):
+        os.symlink(f"/usr/bin/{name}" if Path(f"/usr/bin/{name}").exists() else f"/bin/{name}", tools / name)
+    raylet = [f"--python_worker_command={sys.executable} /x/default_worker.py --node-ip-address=1.2.3.4"]
+    found = launched(tmp_path, raylet, str(tools))
+    assert found.returncode == 0 and "Trains language models" in found.stdout
+    (tools / "python").write_text("#!/bin/sh\nexit 1\n")
+    (tools / "python").chmod(0o755)
+    lacking = launched(tmp_path, ["--python_worker_command=/no/such/python x"], str(tools))
+    assert lacking.returncode == 78 and "tried /no/such/python, python, python3" in lacking.stderr and "every node" in lacking.stderr
+    os.remove(tools / "python")
+    os.symlink(sys.executable, tools / "python3")
+    assert launched(tmp_path, [], f"{Path(sys.executable).parent}:{tools}").returncode == 0
+
+
+RECIPE = """
+model: {path: models/start, chat_template: chat.jinja}
+data: {train: data/rows.jsonl}
+algorithm: {name: grpo}
+optimizer: {learning_rate: 1e-4}
+rollouts: {environment: "world.py:World"}
+rewards: {functions: [{name: mine, function: "judge.py:f"}]}
+"""
+
+
+def test_relative_paths_are_looked_for_in_what_goes_along(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = tmp_path / "root"
+    names = ("models/start/config.json", "chat.jinja", "data/rows.jsonl", "world.py", "judge.py")
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text("x")
+    (root / "r.yaml").write_text(RECIPE)
+    monkeypatch.chdir(root)
+
+    def refused(*overrides: str) -> OrchestratorError:
+        with pytest.raises((ConfigError, MissingInput)) as caught:
+            check_paths("r.yaml", load("r.yaml", overrides).stages, collect(root))
+        return caught.value
+
+    check_paths("r.yaml", load("r.yaml").stages, collect(root))
+    check_paths("r.yaml", load("r.yaml", ["data.train=org/rows", "model.path=org/name"]).stages, collect(root))
+    check_paths("tiny/grpo", load("tiny/grpo").stages, collect(root))
+    for name in names:
+        (root / ".gitignore").write_text(f"/{name}\n")
+        error = refused()
+        assert isinstance(error, ConfigError) and name.removesuffix("/config.json") in error.what and ".gitignore" in error.why
+    (root / ".gitignore").write_text("")
+    assert isinstance(refused("data.train=data/typo.jsonl"), MissingInput)
+    (tmp_path / "out.jsonl").write_text("x")
+    outside = refused("data.train=../out.jsonl")
+    assert "lies outside of" in outside.why and "absolute path" in outside.fix
+    (root / "r.yaml").write_text(f"extends: ../base.yaml\n{RECIPE}")
+    (tmp_path / "base.yaml").write_text("run: {seed: 3}\n")
+    assert "base.yaml" in refused().what
+
+
+MESSAGE = "Job entrypoint failed: " + "x" * 200
+FAILED = StatusRow("llama-dpo-a-long-name", "llama-dpo-a-long-name.2", "FAILED", "69", "1m 12s", "12/300 loss 0.5312", MESSAGE)
+ROWS = [FAILED, StatusRow("tiny", "tiny", "RUNNING", "", "2s", "1/3 loss 1.0", "")]
+
+
+def test_status_is_readable_at_80_columns() -> None:
+    said = io.StringIO()
+    console = Console(file=said, width=80, force_terminal=True, color_system=None, highlight=False, soft_wrap=True, markup=False)
+    console.print(status_table(ROWS), soft_wrap=False)
+    lines = said.getvalue().splitlines()
+    assert max(map(len, lines)) <= 80
+    assert lines[1].split() == ["llama-dpo-a-long-name.2", "FAILED", "69", "1m", "12s", "12/300", "loss", "0.5312"]
+    assert lines[2].split()[:2] == ["tiny", "RUNNING"] and lines[3].startswith("llama-dpo-a-long-name.2: Job entrypoint failed: xxx")
+
+
+def test_status_in_a_pipe_is_a_line_for_each_attempt_with_everything() -> None:
+    first, second = status_lines(ROWS).splitlines()
+    assert first.split("\t") == [FAILED.run, FAILED.job, "FAILED", "69", "1m 12s", FAILED.last, FAILED.message]
+    assert second.split("\t")[:3] == ["tiny", "tiny", "RUNNING"]

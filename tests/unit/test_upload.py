@@ -109,3 +109,35 @@ def test_this_repository_sends_its_code_and_recipes() -> None:
     heads = {file.parts[0] for file in upload.files}
     assert {"orchestrator", "recipes"} <= heads and not {"tests", ".venv", "runs", ".git"} & heads
     assert upload.size < 5_000_000
+
+
+def test_links_are_followed_and_what_leads_nowhere_is_named(tmp_path: Path) -> None:
+    write(tmp_path, "big/data/prompts.jsonl", "big/data/.rayignore", "big/data/raw.bin", "work/recipe.yaml", "work/sub/a.txt", content="*.bin\n")
+    work = tmp_path / "work"
+    os.symlink(tmp_path / "big" / "data", work / "data")
+    os.symlink("..", work / "sub" / "up")
+    os.symlink(tmp_path / "nowhere", work / "gone")
+    os.symlink(tmp_path / "big", work / "ignored")
+    os.mkfifo(work / "pipe")
+    write(work, ".gitignore", content="ignored\n")
+    upload = collect(work)
+    assert {f.as_posix() for f in upload.files} == {"recipe.yaml", ".gitignore", "sub/a.txt", "data/prompts.jsonl", "data/.rayignore"}
+    assert upload.left == ("gone (a link to nothing)", "pipe (no file)", "sub/up (a link to a folder that it lies in)")
+    assert "not: gone (a link to nothing), pipe" in upload.summary()
+    assert upload.holds(Path("data/prompts.jsonl")) and upload.holds(Path("./data/")) and not upload.holds(Path("data/raw.bin"))
+    with upload.staged() as folder:
+        assert (folder / "data" / "prompts.jsonl").is_file() and not (folder / "data").is_symlink()
+
+
+def test_a_linked_folder_of_secrets_is_refused(tmp_path: Path) -> None:
+    write(tmp_path, "home/.aws/credentials", "work/recipe.yaml")
+    os.symlink(tmp_path / "home" / ".aws", tmp_path / "work" / "cloud")
+    with pytest.raises(ConfigError, match="cloud/credentials"):
+        collect(tmp_path / "work")
+
+
+def test_a_program_stays_one_on_the_way(tmp_path: Path) -> None:
+    write(tmp_path, "judge.sh", "plain.txt")
+    (tmp_path / "judge.sh").chmod(0o755)
+    with collect(tmp_path).staged({"run.sh": "#!/bin/sh\n"}) as folder:
+        assert [os.access(folder / name, os.X_OK) for name in ("judge.sh", "run.sh", "plain.txt")] == [True, True, False]

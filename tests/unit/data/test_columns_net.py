@@ -100,8 +100,8 @@ def see(tmp_path_factory: pytest.TempPathFactory):
         if stage.recipe.startswith("tiny/grpo"):
             changes = [f"grpo:{change}" for change in (*changes, *overrides)]
             recipe = load(stage.recipe, [*changes, "grpo:data.max_length=2048"]).stages[-1].recipe
-            recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"path": None, "tiny": load("tiny/sft").stages[0].recipe.model.tiny})})
-            return _online(recipe)
+            tiny = recipe.model.model_copy(update={"path": None, "tiny": load("tiny/sft").stages[0].recipe.model.tiny})
+            return _online(recipe.model_copy(update={"model": tiny}))
         recipe = load(stage.recipe, [*changes, *stage.overrides, *overrides, "data.max_length=2048"]).stages[0].recipe
         return _offline(recipe, held_out=name == "evaluation")
 
@@ -186,6 +186,27 @@ TABLE: dict[str, dict[str, str]] = {
     "answer": {**dict.fromkeys(OFFLINE, "unused"), **dict.fromkeys(("evaluation", *HANDED), "handed over")},
     "any other": {**dict.fromkeys(STAGES, "unused"), "environment": "handed over"},
 }
+WORDS = {
+    "tokens": "in the tokens",
+    "no trace": "no trace",
+    "refused": "refused",
+    "unused": "listed as unused",
+    "loss": "in the loss",
+    "handed over": "handed over",
+}
+"""What an entry means on the page."""
+
+
+def page_table() -> str:
+    """The table of docs/your-own.md: `python -c "from tests.unit.data.test_columns_net import page_table as t; print(t())"`"""
+    head = f"| | {' | '.join(STAGES)} |\n|{'---|' * (len(STAGES) + 1)}\n"
+    return head + "".join(f"| `{name}` | {' | '.join(WORDS[row[stage]] for stage in STAGES)} |\n" for name, row in TABLE.items())
+
+
+def test_the_page_has_the_table() -> None:
+    assert page_table() in (ROOT / "docs/your-own.md").read_text()
+
+
 IN_TOKENS = {"tools": json.dumps(TOOLS), "tools, as JSON text": json.dumps(TOOLS), "chat_template_kwargs": "mood=gay"}
 
 
@@ -217,6 +238,13 @@ def test_every_column_at_every_stage(see, column: str, stage: str) -> None:
     assert seen.facts == ((None, 0.5) if wanted == "loss" else bare.facts)
     if wanted == "handed over":
         assert seen.handed[name] == row[name]
+
+
+def test_templates_are_applied_in_one_place() -> None:
+    """A second caller would drop what a row gives its template."""
+    package = ROOT / "orchestrator"
+    calls = [f.relative_to(package).as_posix() for f in package.rglob("*.py") if ".apply_chat_template(" in f.read_text()]
+    assert calls == ["data/template.py"]
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -17,7 +17,7 @@ import pytest
 from orchestrator.config import Tracking
 from orchestrator.observe.alerts import Alert
 from orchestrator.observe.sinks import JsonlSink
-from orchestrator.observe.tracking import STEP, WandbSink, failed_within, stable_run_id, without_credentials
+from orchestrator.observe.tracking import STEP, WandbSink, failed_within, honoured, stable_run_id, without_credentials
 from orchestrator.records import EvaluationReport, Sample, StepReport
 from tests.wandb_server import WandbServer
 
@@ -285,3 +285,25 @@ def test_importing_the_module_does_not_import_wandb() -> None:
     code = "import sys, orchestrator.observe.tracking; print('wandb' in sys.modules)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[3])
     assert run.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "environment", "wandb", "project", "told"),
+    [
+        ({}, {}, "offline", "orchestrator", 0),
+        ({"wandb": "online"}, {"WANDB_MODE": "disabled"}, "off", "orchestrator", 1),
+        ({}, {"WANDB_MODE": "disabled", "WANDB_PROJECT": "mine"}, "off", "orchestrator", 1),
+        ({"wandb": "online"}, {"WANDB_MODE": "offline"}, "offline", "orchestrator", 1),
+        ({}, {"WANDB_MODE": "online"}, "offline", "orchestrator", 1),
+        ({}, {"WANDB_PROJECT": "mine"}, "offline", "mine", 1),
+        ({"project": "ours"}, {"WANDB_PROJECT": "mine"}, "offline", "ours", 1),
+        ({"project": "mine"}, {"WANDB_PROJECT": "mine"}, "offline", "mine", 0),
+        ({}, {"WANDB_NAME": "x", "WANDB_RUN_ID": "y"}, "offline", "orchestrator", 2),
+        ({"wandb": "off"}, {"WANDB_MODE": "online", "WANDB_PROJECT": "mine"}, "off", "orchestrator", 0),
+    ],
+)
+def test_wandbs_own_variables_are_followed_or_told(recipe, environment, wandb, project, told):
+    tracking, lines = honoured(Tracking(**recipe), environment)
+    assert (tracking.wandb, tracking.project, len(lines)) == (wandb, project, told)
+    for name in environment if told else ():
+        assert any(name in line for line in lines) or (name == "WANDB_PROJECT" and wandb == "off")

@@ -2,17 +2,22 @@
 
 import json
 import logging
+import shutil
 import socket
+import ssl
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from orchestrator.config import RewardFunction
-from orchestrator.rollout.http_reward import MAX_BODY_BYTES, Breaker, HttpReward, Unavailable, _retry_after
+from orchestrator.errors import ConfigError, Unreachable
+from orchestrator.rollout.http_reward import MAX_BODY_BYTES, Breaker, HttpReward, Unavailable, _retry_after, knock
 from orchestrator.rollout.rewards import RewardFailure
 from tests.unit.rollout.reward_cases import batch, group
 
@@ -330,3 +335,56 @@ def test_nothing_secret_is_logged(server: Server, caplog: pytest.LogCaptureFixtu
     with caplog.at_level(logging.INFO):
         assert component(f"{server.url}?key={SECRET}").score(batch(["ab"]), 5) == [2.0]
     assert SECRET not in caplog.text
+
+
+# ---- who is there
+
+
+@pytest.fixture
+def untrusted(server: Server, tmp_path: Path) -> str:
+    """The server's address behind a certificate that it signed itself."""
+    made = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=127.0.0.1"]
+    files = ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", tmp_path / "key.pem", "-out", tmp_path / "cert.pem"]
+    subprocess.run([*made, *files], check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / "cert.pem", tmp_path / "key.pem")
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    return server.url.replace("http", "https")
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl makes the certificate")
+def test_a_certificate_that_is_not_trusted_is_final_and_said(untrusted: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SSL_CERT_FILE", raising=False)
+    started = time.monotonic()
+    (reason,) = set(failures(component(untrusted).score(batch(["a", "b"]), 30)))
+    assert "CERTIFICATE_VERIFY_FAILED" in reason and time.monotonic() - started < 10
+    with pytest.raises(ConfigError, match="is not trusted") as caught:
+        knock(RewardFunction(name="judge", url=untrusted))
+    assert "CERTIFICATE_VERIFY_FAILED" in caught.value.why and "SSL_CERT_FILE" in caught.value.fix
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "cert.pem"))
+    knock(RewardFunction(name="judge", url=untrusted))
+    assert component(untrusted).score(batch(["a", "bb"]), 30) == [1.0, 2.0]
+
+
+def test_a_breaker_says_why_it_is_open() -> None:
+    breaker = Breaker(failures_to_open=1)
+    failures(component(f"http://127.0.0.1:{closed_port()}/score", retry=False, breaker=breaker).score(batch(["a"]), 5))
+    with pytest.raises(Unavailable) as caught:
+        component("http://127.0.0.1:1/score", breaker=breaker).score(batch(["a"]), 5)
+    assert "no connection: " in caught.value.why and "asked again in" in caught.value.why
+
+
+def closed_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return free.getsockname()[1]
+
+
+def test_a_knock_tells_in_seconds_that_nobody_is_there(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    knock(RewardFunction(name="judge", url=server.url))
+    assert not server.requests, "nothing was sent"
+    for url in (f"http://127.0.0.1:{closed_port()}/score", "https://no-such-host.invalid/score"):
+        with pytest.raises(Unreachable, match="reward judge: nobody answers at http") as caught:
+            knock(RewardFunction(name="judge", url=url), patience_s=0.5)
+        assert caught.value.why and caught.value.exit_code == 69
+    monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")
+    knock(RewardFunction(name="judge", url="https://no-such-host.invalid/score"))

@@ -30,8 +30,12 @@ def _only(*read: str) -> Context:
     return Context(read, ())
 
 
-def _in(spec: str, read: str = "path: rows.jsonl", unread: str | None = None) -> Context:
+FILE = {"train": "rows.jsonl", "eval": "held.jsonl"}
+
+
+def _in(spec: str, read: str | None = None, unread: str | None = None) -> Context:
     """A key of an entry of data.train or data.eval; the key itself goes where %s stands."""
+    read = read or f"path: {FILE[spec]}"
     return Context((f"data.{spec}=[{{{read}, %s}}]",), None if unread is None else (f"data.{spec}=[{{{unread}, %s}}]",))
 
 
@@ -53,6 +57,8 @@ COLUMNS = {
     "messages": (SFT, DPO), "text": (SFT, DPO), "completion": (SFT, DPO), "chosen": (DPO, SFT), "rejected": (DPO, SFT),
     "label": (KTO, SFT), "margin": (REWARD, DPO), "answer": ((*SFT, *EVAL, "evaluation.generate={}"), SFT),
 }  # fmt: skip
+ALL_READ = ("prompt", "tools", "chat_template_kwargs", "images", "environment")
+"""Columns that every kind of data reads, or refuses."""
 CONTEXTS: dict[str, Context] = {
     "run.epochs": Context((), ("run.max_steps=2",)),
     "model.path": Context(("model.tiny=null",)),
@@ -61,17 +67,17 @@ CONTEXTS: dict[str, Context] = {
     "model.reference": _only(*DPO),
     "model.lora": PLAIN,
     "data.append_eos": Context((), GRPO),
-    **dict.fromkeys(("data.columns", "data.columns.prompt"), Context((), ("data.train=[{path: rows.jsonl, columns: {}}]",))),
+    **dict.fromkeys(("data.columns", *(f"data.columns.{name}" for name in ALL_READ)), Context((), ("data.train=[{path: rows.jsonl, columns: {}}]",))),
     **{f"data.columns.{name}": Context(*pair) for name, pair in COLUMNS.items()},
     **{f"data.{spec}[]": _in(spec) for spec in ("train", "eval")},
     **{f"data.{spec}[].path": Context((f"data.{spec}=[{{%s}}]",)) for spec in ("train", "eval")},
     "data.eval[].weight": Context((), ("data.eval=[{path: rows.jsonl, %s}]",)),
     **{f"data.{spec}[].split": _in(spec, "path: toy:sft", "path: rows.jsonl") for spec in ("train", "eval")},
-    **{f"data.{spec}[].subset": _in(spec, HUB, "path: toy:sft") for spec in ("train", "eval")},
+    **{f"data.{spec}[].subset": _in(spec, "path: sets", "path: toy:sft") for spec in ("train", "eval")},
     **{f"data.{spec}[].revision": _in(spec, "path: org/rows", "path: toy:sft") for spec in ("train", "eval")},
     **{
         f"data.{spec}[].columns.{name}": Context(
-            (*read, f"data.{spec}=[{{path: rows.jsonl, columns: {{%s}}}}]"), (*unread, f"data.{spec}=[{{path: rows.jsonl, columns: {{%s}}}}]")
+            (*read, f"data.{spec}=[{{path: {FILE[spec]}, columns: {{%s}}}}]"), (*unread, f"data.{spec}=[{{path: {FILE[spec]}, columns: {{%s}}}}]")
         )
         for spec in ("train", "eval")
         for name, (read, unread) in COLUMNS.items()
@@ -81,9 +87,13 @@ CONTEXTS: dict[str, Context] = {
         (*SFT, *EVAL, "evaluation.generate={}", "data.train=[{path: rows.jsonl, columns: {%s}}]"), ("data.train=[{path: rows.jsonl, columns: {%s}}]",)
     ),
     "data.eval[].columns.answer": Context(
-        ("data.eval=[{path: rows.jsonl, columns: {%s}}]", "evaluation.generate={}"), ("data.eval=[{path: rows.jsonl, columns: {%s}}]",)
+        ("data.eval=[{path: held.jsonl, columns: {%s}}]", "evaluation.generate={}"), ("data.eval=[{path: held.jsonl, columns: {%s}}]",)
     ),
-    **{f"data.{spec}[].columns.prompt": Context((f"data.{spec}=[{{path: rows.jsonl, columns: {{%s}}}}]",)) for spec in ("train", "eval")},
+    **{
+        f"data.{spec}[].columns.{name}": Context((f"data.{spec}=[{{path: {FILE[spec]}, columns: {{%s}}}}]",))
+        for spec in ("train", "eval")
+        for name in ALL_READ
+    },
     "algorithm.loss": _only(*DPO),
     "algorithm.beta": _only(*DPO),
     "algorithm.label_smoothing": Context(DPO, (*DPO, "algorithm.loss=hinge")),

@@ -6,7 +6,7 @@ with the first values of all its rows, one with the second. `Elsewhere`: a test 
 
 import string
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from orchestrator.algorithms import build
@@ -100,8 +100,23 @@ def _columns(see: Callable[[Recipe], Any]) -> dict[str, Row]:
     return rows | {"label": Row(lambda r: [g.label for g in o.data(r).groups[:2]], ("l1", "l2"), ([1.0, 1.0], [0.0, 0.0]))}
 
 
+PLACES = {"train": o.shown, "eval": o.held_out}
+
+
+def _rendered(source: str, place: str | None, see: Callable[[Recipe], Any]) -> dict[str, Row]:
+    """Columns that decide what a template renders, and those that make a row refused unless they are left out."""
+    template = ("model.chat_template=tools.jinja",)
+    named = {
+        "tools": Row(see, ("t1", "t2"), None, (*template, source.replace("%s", "calls.jsonl", 1))),
+        "chat_template_kwargs": Row(see, ("k1", "k2"), None, (*template, source.replace("%s", "calls.jsonl", 1))),
+        "images": Row(o.refusal, ("images", "null"), ("DataError", "read"), (source.replace("%s", "pictures.jsonl", 1),)),
+        "environment": Row(o.refusal, ("environment", "null"), ("DataError", "read"), (source.replace("%s", "places.jsonl", 1),)),
+    }
+    return named if place is None else {key: replace(row, given=tuple(g.replace("%%s", "%s") for g in row.given)) for key, row in named.items()}
+
+
 MARGINS = Row(lambda r: [g.margin for g in o.data(r).groups[:2]], ("m1", "m2"), ([1.0, 1.0], [2.0, 2.0]))
-HELD = ("data.eval=rows.jsonl",)
+HELD = ("data.eval=other.jsonl",)
 ANSWERS = Row(lambda r: o.answers(r)[0], ("c1", "c2"), ("one", "two"), HELD)
 TEXTS = "data.%s=[{path: texts.jsonl, columns: {%%s}}]"
 SEEN_HELD = _columns(o.held_out) | {"label": Row(lambda r: [g.label for g in o.data(r).held_out[:2]], ("l1", "l2"), ([1.0, 1.0], [0.0, 0.0]))}
@@ -111,8 +126,8 @@ SOURCES: dict[str, Row] = {
     "split": Row(o.shown, ("train", "eval")),
 }
 HELD_SOURCES: dict[str, Row] = {
-    "path": Row(o.held_out, ("rows.jsonl", "other.jsonl")),
-    "max_rows": Row(lambda r: len(o.data(r).held_out), ("2", "3"), (2, 3)),
+    "path": Row(o.held_out, ("held.jsonl", "other.jsonl")),
+    "max_rows": Row(lambda r: len(o.data(r).held_out), ("2", "3"), (2, 3), ("data.eval=[{path: held.jsonl, %s}]",)),
     "split": Row(o.held_out, ("train", "eval")),
 }
 FOLLOWS = "tests/unit/controllers/test_offline.py::test_the_reference_follows_the_policy_every_n_steps"
@@ -145,7 +160,7 @@ EXERCISES: dict[str, Row | Elsewhere | Unseen] = {
     "critic.model.chat_template": Row(lambda r: o.template(o.critic_of(r)), ("one.jinja", "two.jinja"), ("{{ 1 }}", "{{ 2 }}")),
     # ---- data
     "data.train": Row(o.shown, ("rows.jsonl", "other.jsonl")),
-    "data.eval": Row(o.held_out, ("rows.jsonl", "other.jsonl")),
+    "data.eval": Row(o.held_out, ("held.jsonl", "other.jsonl")),
     "data.max_bad_rows": Row(o.counts, ("1", "2"), ((6, 6, 1), (6, 6, 1)), ("data.train=bad.jsonl",)),
     "data.max_length": Row(o.shown, ("9", "12"), None, ("data.overlong=truncate_end",)),
     "data.overlong": Row(o.shown, ("truncate_end", "truncate_prompt_left"), None, ("data.max_length=10",)),
@@ -155,6 +170,12 @@ EXERCISES: dict[str, Row | Elsewhere | Unseen] = {
     "data.columns.text": Row(o.shown, ("c1", "c2"), None, ("data.train=texts.jsonl",)),
     "data.train[].columns.text": Row(o.shown, ("c1", "c2"), None, (TEXTS % "train",)),
     "data.eval[].columns.text": Row(o.held_out, ("c1", "c2"), None, (TEXTS % "eval",)),
+    **{f"data.columns.{key}": row for key, row in _rendered("data.train=%s", None, o.shown).items()},
+    **{
+        f"data.{spec}[].columns.{key}": row
+        for spec, see in PLACES.items()
+        for key, row in _rendered(f"data.{spec}=[{{path: %s, columns: {{%%s}}}}]", spec, see).items()
+    },
     "data.columns.margin": MARGINS,
     "data.columns.answer": ANSWERS,
     **{f"data.train[].columns.{key}": row for key, row in _columns(o.shown).items()},
@@ -166,7 +187,8 @@ EXERCISES: dict[str, Row | Elsewhere | Unseen] = {
     **{f"data.train[].{key}": row for key, row in SOURCES.items()},
     **{f"data.eval[].{key}": row for key, row in HELD_SOURCES.items()},
     "data.train[].weight": Row(o.steps, ("1", "2"), (1, 3), ("batch.effective=4", "data.remainder=drop")),
-    **{f"data.{spec}[].subset": Unseen("a hub data set is needed, and there is no hub") for spec in ("train", "eval")},
+    "data.train[].subset": Row(o.shown, ("one", "two")),
+    "data.eval[].subset": Row(o.held_out, ("one", "two")),
     **{f"data.{spec}[].revision": Row(o.refusal, ("null", "abc"), ("ConfigError", "MissingInput")) for spec in ("train", "eval")},
     "data.train[].columns": Row(o.shown, ("{prompt: p1}", "{prompt: p2}")),
     "data.eval[].columns": Row(o.held_out, ("{prompt: p1}", "{prompt: p2}")),
@@ -262,9 +284,9 @@ EXERCISES: dict[str, Row | Elsewhere | Unseen] = {
     "tracking.alerts": Row(lambda r: len(o.alerts(r)) > 0, ("null", "{goodput: 1, goodput_after_s: 0, steps: 1}"), (False, True)),
     "rollouts.rows_at_once": _drawn(("1", "8"), lambda r: r.rollouts.rows, (1, 8)),
     "rollouts.temperature": _drawn(("0.5", "2")),
-    "rollouts.top_p": _drawn(("1e-3", "1"), lambda r: o.support(r) == 1.0, (True, False)),
-    "rollouts.top_k": _drawn(("1", "200"), lambda r: o.support(r) == 1.0, (True, False)),
-    "rollouts.min_p": _drawn(("0.99", "0"), lambda r: o.support(r) > 0.3, (True, False)),
+    "rollouts.top_p": _drawn(("1e-3", "1"), o.is_settled, (True, False)),
+    "rollouts.top_k": _drawn(("1", "200"), o.is_settled, (True, False)),
+    "rollouts.min_p": _drawn(("0.99", "0")),
     "rollouts.stop": _drawn(("[]", "['a', 'e', 'i', 'o', 'u', 'A', 'E', ' ', '1', '2', 'é', '.', ',']")),
     "rollouts.max_turns": _drawn(("1", "3"), o.turns, (1, 3), "rollouts.environment=talks.py:Talks", *TALK),
     "rollouts.environment": _drawn(("talks.py:Quiet", "talks.py:Talks"), o.turns, (1, 8), *TALK),

@@ -318,9 +318,9 @@ def drawn(recipe: Recipe) -> list[list[int]]:
     return [r.ids.tolist() for group in rolled_out(recipe) for r in group.rollouts]
 
 
-def support(recipe: Recipe) -> float:
-    """The largest probability that a token was drawn with, of many: 1 where only one can be."""
-    return float(max(np.exp(r.logprobs - (0.0 if r.kept is None else r.kept)).max() for group in rolled_out(recipe) for r in group.rollouts))
+def is_settled(recipe: Recipe) -> bool:
+    """True where nothing is left to draw: all samples of a prompt are the same."""
+    return all(len({tuple(r.ids.tolist()) for r in group.rollouts}) == 1 for group in rolled_out(recipe))
 
 
 def scored_tokens(recipe: Recipe) -> int:

@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 
 from orchestrator.algorithms import DEFAULTS, ONLINE_ROWS, build
-from orchestrator.config import ONLINE, Algorithm, Recipe
+from orchestrator.config import ONLINE, Algorithm, Model, Recipe
 from orchestrator.errors import ConfigError
 from orchestrator.keys import DEFAULT_LOSS, LOSSES, READERS, has_reference, samples_dynamically
+from orchestrator.models.load import load_config
 from orchestrator.objectives.mixes import PAIR_LOSSES
 from orchestrator.recipe import dump, load
 from orchestrator.stages import Ignored
@@ -157,6 +158,17 @@ def test_a_change_for_all_stages_is_made_where_it_is_read_and_refused_where_nobo
         load("tiny/grpo", ["sft:rollouts.temperature=0.5"])
     with pytest.raises(ConfigError, match=r"no stage reads rollouts\.max_turns"):
         load("tiny/grpo", ["rollouts={prompts: 32, samples: 8, max_turns: 3}"])
+
+
+@pytest.mark.parametrize(("architecture", "refused"), [("gpt2", ("kv_heads", "intermediate_size")), ("llama", ()), ("bloom", ("kv_heads",))])
+def test_a_size_that_an_architecture_does_not_have_is_refused(architecture: str, refused: tuple[str, ...]) -> None:
+    for key in ("kv_heads", "intermediate_size"):
+        model = Model.model_validate({"tiny": {"architecture": architecture, key: 2 if key == "kv_heads" else 32}})
+        if key in refused:
+            with pytest.raises(ConfigError, match=f"model.tiny.{key}: {architecture} does not read it"):
+                load_config(model)
+        elif architecture == "llama":
+            load_config(model)
 
 
 def test_options_of_rewards_stay_as_they_are_through_the_run_folder(tmp_path: Path) -> None:

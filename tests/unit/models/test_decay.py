@@ -1,0 +1,54 @@
+"""Weight decay pulls on the parameters that transformers' Trainer lets it pull on, and on no other."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
+
+from orchestrator.models.decay import parameter_groups
+from orchestrator.models.scoring import ScoringModel
+
+SIZES = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 100}
+
+
+def made(kind: str) -> nn.Module:
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **SIZES))
+
+
+def by_decay(groups: list[dict], model: nn.Module) -> dict[str, float]:
+    names = {id(p): name for name, p in model.named_parameters()}
+    return {names[id(p)]: group["weight_decay"] for group in groups for p in group["params"]}
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gpt2", "mixtral", "gpt_neox", "mamba"])
+def test_the_groups_are_the_trainers(kind: str, tmp_path: Path) -> None:
+    model = made(kind)
+    arguments = TrainingArguments(output_dir=str(tmp_path), weight_decay=0.1, use_cpu=True, report_to=[])
+    theirs = by_decay(Trainer(model=model, args=arguments).create_optimizer().param_groups, model)
+    ours = by_decay(parameter_groups(model, 0.1), model)
+    assert ours == theirs
+    assert 0.0 in ours.values() and 0.1 in ours.values()
+
+
+def test_a_model_inside_the_learner_has_the_same_groups() -> None:
+    model = made("qwen3")
+    inside = by_decay(parameter_groups(ScoringModel(model, head="lm"), 0.1), model)
+    assert inside == by_decay(parameter_groups(model, 0.1), model)
+
+
+def test_a_step_without_gradient_moves_only_what_decays() -> None:
+    model = made("gpt2")
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    adam = torch.optim.AdamW(parameter_groups(model, 0.5), lr=0.1)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    adam.step()
+    moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert not {name for name in moved if "ln_" in name or name.endswith("bias")}
+    assert "transformer.h.0.mlp.c_fc.weight" in moved
+
+
+def test_without_decay_there_is_one_group() -> None:
+    assert [group["weight_decay"] for group in parameter_groups(made("llama"), 0.0)] == [0.0]

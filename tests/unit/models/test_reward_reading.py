@@ -1,0 +1,63 @@
+"""A reward is read where AutoModelForSequenceClassification reads it, whatever the pad token: eos as well."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForSequenceClassification
+
+from orchestrator.data.packing import pack
+from orchestrator.models.rows import MicroBatchTensors
+from orchestrator.models.scoring import ScoringModel, head_gap, scored
+from orchestrator.records import Branch, SequenceGroup
+
+EOS, PAD = 7, 0
+SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64, "vocab_size": 100, "num_labels": 1}
+
+
+def model(pad: int) -> Any:
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("llama", **SIZES, pad_token_id=pad, eos_token_id=EOS, initializer_range=0.2)
+    return AutoModelForSequenceClassification.from_config(config).eval()
+
+
+def groups() -> list[SequenceGroup]:
+    """Answers that end in eos, in two of them, in none; one that is nothing else; prompts with an eos inside."""
+
+    def branch(*ids: int) -> Branch:
+        return Branch(np.array(ids), np.ones(len(ids), np.bool_))
+
+    return [
+        SequenceGroup(0, np.array([20, EOS, 21]), (branch(30, 31, EOS), branch(40, EOS, EOS))),
+        SequenceGroup(1, np.array([22]), (branch(EOS), branch(41, 42, 43, 44))),
+    ]
+
+
+@torch.no_grad()
+def theirs(some: Any, pad: int) -> torch.Tensor:
+    """Rewards of the model's own forward, one batch padded on the right."""
+    sequences = [[*g.prompt.tolist(), *b.ids.tolist()] for g in groups() for b in g.branches]
+    width = max(map(len, sequences))
+    ids = torch.tensor([s + [pad] * (width - len(s)) for s in sequences])
+    mask = torch.tensor([[1] * len(s) + [0] * (width - len(s)) for s in sequences])
+    return some(input_ids=ids, attention_mask=mask, use_cache=False).logits.view(-1, 2)
+
+
+@pytest.mark.parametrize("pad", [PAD, EOS], ids=["its own pad token", "eos is the pad token"])
+@pytest.mark.parametrize("layout", ["padded", "packed", "prefix_shared"])
+def test_rewards_are_transformers_own(layout, pad):
+    some = model(pad)
+    rows = MicroBatchTensors.of(pack(groups(), layout), torch.device("cpu"))
+    with torch.no_grad():
+        found = scored(ScoringModel(some, head="scalar"), rows).rewards
+    assert found is not None
+    torch.testing.assert_close(found, theirs(some, pad), rtol=0.0, atol=1e-5)
+
+
+def test_the_start_up_check_sees_a_reward_that_is_read_elsewhere():
+    scoring = ScoringModel(model(EOS), head="scalar")
+    rows = MicroBatchTensors.of(pack(groups(), "padded"), torch.device("cpu"))
+    assert head_gap(scoring, rows).abs().max() < 1e-5
+    scoring._pad = None  # reads the last token, as it did
+    assert head_gap(scoring, rows).abs().max() > 1e-3
