@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers.modeling_outputs import SequenceClassifierOutput
-from trl import DPOTrainer, KTOTrainer, RewardTrainer
+from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, RewardConfig, RewardTrainer
 from trl.experimental.cpo import CPOTrainer
 from trl.experimental.orpo import ORPOTrainer
 from trl.trainer.utils import FusedCausalLMOutput
@@ -21,6 +21,8 @@ from trl.trainer.utils import FusedCausalLMOutput
 from orchestrator.objectives.scores import TokenScores
 from orchestrator.records import LossUnits
 
+QUIET = {"use_cpu": True, "bf16": False, "report_to": "none"}
+"""What TRL's configurations need on any machine; nothing of it is read by a loss."""
 TRL_DIVERGENCE = {"reverse_kl": "reverse_kl", "forward_kl": "forward_kl", "js": "js_divergence", "alpha": "alpha_divergence"}
 
 
@@ -123,18 +125,12 @@ def _inputs(mask: Tensor) -> dict[str, Tensor]:
 
 
 def dpo(
-    batch: Batch,
-    losses: dict[str, float],
-    *,
-    beta: float = 0.1,
-    label_smoothing: float = 0.0,
-    f_divergence: str = "reverse_kl",
-    f_alpha: float = 0.5,
-    ld_alpha: float | None = None,
-    wpo: bool = False,
-    discopop_tau: float = 0.05,
+    batch: Batch, losses: dict[str, float], *, f_divergence: str = "reverse_kl", **changes: Any
 ) -> tuple[Tensor, dict[str, float]]:
-    """DPOTrainer._compute_loss: the loss (with its graph) and the metrics it logged."""
+    """DPOTrainer._compute_loss: the loss (with its graph) and the metrics it logged. f_divergence: by our name; changes: of DPOConfig()."""
+    args = DPOConfig(
+        **QUIET, loss_type=list(losses), loss_weights=list(losses.values()), f_divergence_type=TRL_DIVERGENCE[f_divergence], **changes
+    )
 
     def reference(**_: Any) -> FusedCausalLMOutput:
         return _fused(batch.reference, batch.log_sum_sq)
@@ -144,23 +140,23 @@ def dpo(
 
     trainer = _trainer(
         ref_model=reference,
-        ld_alpha=ld_alpha,
-        f_divergence_type=TRL_DIVERGENCE[f_divergence],
-        f_alpha_divergence_coef=f_alpha,
-        loss_types=list(losses),
-        loss_weights=list(losses.values()),
-        beta=beta,
-        label_smoothing=label_smoothing,
-        use_weighting=wpo,
-        args=SimpleNamespace(discopop_tau=discopop_tau, gradient_checkpointing_kwargs=None),
+        ld_alpha=args.ld_alpha,
+        f_divergence_type=args.f_divergence_type,
+        f_alpha_divergence_coef=args.f_alpha_divergence_coef,
+        loss_types=args.loss_type,
+        loss_weights=args.loss_weights,
+        beta=args.beta,
+        label_smoothing=args.label_smoothing,
+        use_weighting=args.use_weighting,
+        args=args,
     )
     loss = DPOTrainer._compute_loss(trainer, policy, _inputs(batch.mask), False)
     return loss, _logged(trainer)
 
 
 def kto(batch: Batch, label: Tensor, *, beta: float, desirable: float, undesirable: float) -> tuple[Tensor, dict[str, float]]:
-    """KTOTrainer._compute_loss with branch 0 as the completions and branch 1 as the KL completions."""
-    n = batch.examples
+    """KTOTrainer._compute_loss with branch 0 as the completions and branch 1 as the KL completions; all else is KTOConfig()'s."""
+    n, args = batch.examples, KTOConfig(**QUIET, beta=beta, desirable_weight=desirable, undesirable_weight=undesirable)
 
     def model(values: Tensor) -> Any:
         # TRL first asks for the KL rows under no_grad, then for the completions; both are told apart by their ids.
@@ -173,11 +169,11 @@ def kto(batch: Batch, label: Tensor, *, beta: float, desirable: float, undesirab
     trainer = _trainer(
         ref_model=model(batch.reference),
         calculate_KL=True,
-        loss_type="kto",
-        beta=beta,
-        desirable_weight=desirable,
-        undesirable_weight=undesirable,
-        args=SimpleNamespace(gradient_checkpointing_kwargs=None),
+        loss_type=args.loss_type,
+        beta=args.beta,
+        desirable_weight=args.desirable_weight,
+        undesirable_weight=args.undesirable_weight,
+        args=args,
     )
     trainer._compute_kl_logps = functools.partial(KTOTrainer._compute_kl_logps, trainer)
     completions = _inputs(batch.mask[:n])
@@ -252,7 +248,7 @@ def _from_logits(trainer_class: Any, loss: str, batch: LogitsBatch, **fields: An
 
 def reward(chosen: Tensor, rejected: Tensor, margin: Tensor | None, centring: float | None) -> tuple[Tensor, dict[str, float]]:
     """RewardTrainer.compute_loss on given rewards Float[n]."""
-    trainer = _trainer(args=SimpleNamespace(center_rewards_coefficient=centring))
+    trainer = _trainer(args=RewardConfig(**QUIET, center_rewards_coefficient=centring))
 
     def model(**_: Any) -> SequenceClassifierOutput:
         return SequenceClassifierOutput(logits=torch.cat([chosen, rejected])[:, None])

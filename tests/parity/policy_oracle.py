@@ -20,6 +20,7 @@ from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 from orchestrator.objectives.scores import ExperienceTensors, TokenScores
 from orchestrator.records import LossUnits
+from tests.parity.oracle import QUIET
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,10 +90,6 @@ class _Accelerator:
     @staticmethod
     def reduce(values: Tensor, reduction: str) -> Tensor:
         return values
-
-
-QUIET = {"use_cpu": True, "bf16": False, "report_to": "none"}
-"""What TRL's configurations need on any machine; nothing of it is read by a loss."""
 
 
 def settings(config: type[Any], **changes: Any) -> Any:

@@ -30,9 +30,9 @@ def assert_equal(batch: Batch, cfg: Config, losses: dict[str, float]) -> None:
         beta=cfg.beta,
         label_smoothing=cfg.label_smoothing,
         f_divergence=cfg.f_divergence,
-        f_alpha=cfg.f_alpha,
+        f_alpha_divergence_coef=cfg.f_alpha,
         ld_alpha=cfg.ld_alpha,
-        wpo=cfg.wpo,
+        use_weighting=cfg.wpo,
         discopop_tau=cfg.discopop_tau,
     )
     got = ours(batch, cfg)

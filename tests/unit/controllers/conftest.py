@@ -41,7 +41,7 @@ def recipe(**algorithm: Any) -> Recipe:
         model=Model(tiny=TinyModel(hidden_size=32, layers=1, heads=2)),
         data=Data(train="none"),
         algorithm=Algorithm(**{"name": "dpo", **algorithm}),
-        optimizer=Optimizer(learning_rate=1e-2, warmup_steps=2),
+        optimizer=Optimizer(learning_rate=5e-3, schedule="linear"),
         learners=Learners(),
     )
 

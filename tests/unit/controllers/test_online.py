@@ -2,8 +2,9 @@
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -212,6 +213,24 @@ def test_truncated_completions_can_be_left_out(one_rank, tmp_path):
     run(one_rank, tmp_path, Scripted(uneven), said=masked, total_steps=1, mask_truncated=True)
     assert plain.losses != masked.losses
     assert masked.steps[0].metrics["completions/clipped_ratio"] == 0.25
+
+
+def test_where_all_completions_are_masked_nothing_is_said_of_tokens(one_rank, tmp_path):
+    """No tokens, no means: a metric that nobody knows is left out, never nan."""
+    said = Said()
+
+    class Cut(Scripted):
+        def start(self, prompts: Any, sampling: Any, version: int) -> Any:
+            pending = super().start(prompts, sampling, version)
+            groups = tuple(replace(g, rollouts=tuple(replace(r, finish="length") for r in g.rollouts)) for g in pending.result())
+            return SimpleNamespace(result=lambda: groups)
+
+    kl = Kl(coefficient=0.1)
+    end, _ = run(one_rank, tmp_path, Cut(uneven), said=said, kl=kl, algorithm={"kl": kl}, total_steps=1, mask_truncated=True)
+    found = said.steps[0].metrics
+    assert end.step == 1 and found["completions/clipped_ratio"] == 1.0 and found["loss"] == found["grad_norm"] == 0.0
+    assert "kl" not in found and "policy/entropy" not in found
+    assert all(np.isfinite(value) for value in found.values())
 
 
 def test_mini_batches_are_every_group_once_a_pass(one_rank, tmp_path):
