@@ -203,7 +203,7 @@ class Optimizer(Section):
     learning_rate: float = Field(gt=0, description="of AdamW, after the warm-up")
     betas: tuple[float, float] = Field((0.9, 0.999), description="decay of the moments")
     eps: float = Field(1e-8, gt=0, description="of AdamW's denominator")
-    weight_decay: float = Field(0.0, ge=0, description="decoupled")
+    weight_decay: float = Field(0.0, ge=0, description="decoupled; of all but biases and norms, as in transformers")
     max_grad_norm: float | None = Field(1.0, gt=0, description="clips the gradient norm of the whole step; null: off")
     schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="of the learning rate after the warm-up")
     warmup_steps: int = Field(0, ge=0, description="optimizer steps, never micro-batches; from 0 at the first, as in transformers")

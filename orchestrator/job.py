@@ -187,8 +187,9 @@ def rollout_bytes(recipe: Recipe, algorithm: Algorithm) -> int:
     """Predicted bytes of a transformers rollout actor: its weights, and keys and values of rollouts.rows full rows."""
     config = load_config(recipe.model).get_text_config()
     element = 4 if recipe.learners.precision == "fp32" else 2
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    per_token = 2 * element * config.num_hidden_layers * heads * width
+    attention: int = getattr(config, "num_attention_heads", None) or 0  # a recurrent model keeps no keys
+    heads = getattr(config, "num_key_value_heads", None) or attention
+    width = getattr(config, "head_dim", None) or (config.hidden_size // attention if attention else 0)
+    per_token = 2 * element * (getattr(config, "num_hidden_layers", None) or 0) * heads * width
     return element * model_sizes(recipe, algorithm).all + per_token * recipe.rollouts.rows * recipe.data.max_length
 

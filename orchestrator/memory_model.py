@@ -119,7 +119,8 @@ class MemoryModel:
 
     def __init__(self, recipe: Recipe, algorithm: Algorithm) -> None:
         self.recipe, self.algorithm = recipe, algorithm
-        self.scoring = scoring = fake_model(recipe, algorithm, FakeTensorMode(allow_non_fake_inputs=True))
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
+        self.scoring = scoring = fake_model(recipe, algorithm, mode)
         """The whole model without storage."""
         self.sizes = parameter_sizes(scoring)
         self.checkpoints = bool(scoring.hugging_face.supports_gradient_checkpointing)
@@ -136,7 +137,8 @@ class MemoryModel:
         """Why activations are a formula's: what following a step without computing it raised."""
         self._layers: int = getattr(config, "num_hidden_layers", None) or 1
         self._equal = _layers_are_equal(config)
-        self._fakes: dict[int | None, tuple[ScoringModel, FakeTensorMode]] = {}
+        self._fakes: dict[int | None, tuple[ScoringModel, FakeTensorMode]] = {None: (scoring, mode)}
+        """By number of layers; None: all of them."""
         self._steps: dict[tuple[Any, ...], int] = {}
 
     def estimate(self, cut: Cut, micro_batch: MicroBatch, checkpointing: Checkpointing) -> MemoryEstimate:

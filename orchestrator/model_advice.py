@@ -83,19 +83,27 @@ def _check_ids(recipe: Recipe, scoring: ScoringModel, data: DataSet) -> None:
 
 
 def _positions(recipe: Recipe, scoring: ScoringModel, most: int) -> list[Note]:
-    """ConfigError where a sequence is longer than a table of positions; a note where rotary ones go beyond what was trained."""
+    """ConfigError where a sequence is longer than a table of positions; a note where the recipe allows such, or where rotary positions go
+    beyond what was trained. most: tokens of the longest sequence."""
+    allowed = max(most, recipe.data.max_length)
     config = scoring.hugging_face.config.get_text_config()
     named = getattr(config, "max_position_embeddings", None)
-    for name, size in position_tables(scoring.hugging_face, named):
+    tables = list(position_tables(scoring.hugging_face, named))
+    for name, size in tables:
         if most > size:
             raise ConfigError(
                 f"sequences of up to {most} tokens do not fit the model's {size} positions ({name})",
                 why="each position has a row of its own in a table; there is none beyond",
                 fix=f"set data.max_length={size} or less (with rollouts.max_new_tokens and evaluation.generate.max_new_tokens below it)",
             )
-    if isinstance(named, int) and most > named and getattr(config, "rope_parameters", None):
+    least = min((size for _, size in tables), default=None)
+    if least is not None and allowed > least:
+        reason = f"data.max_length={allowed} allows more than the table of positions holds; the longest sequence here has {most} tokens"
+        return [Note("positions", f"{most} of {least}", reason)]
+    if isinstance(named, int) and allowed > named and getattr(config, "rope_parameters", None):
         reason = f"max_position_embeddings is {named}: rotary positions go on beyond it, and the model was not trained there"
-        return [Note("positions", f"{most} of {named}", f"{reason}; data.max_length={named} keeps within")]
+        longest_here = f"data.max_length={recipe.data.max_length}, the longest sequence here has {most} tokens"
+        return [Note("positions", f"{allowed} of {named}", f"{reason}; {longest_here}")]
     return []
 
 

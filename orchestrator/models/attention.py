@@ -63,7 +63,7 @@ def capabilities(config: PretrainedConfig) -> Capabilities:
 def attention_windows(config: PretrainedConfig) -> tuple[int | None, ...]:
     """How many tokens each layer's attention looks back over, itself included; None: all of them."""
     window = capabilities(config).window
-    kinds = getattr(config, "layer_types", None) or (None,) * config.num_hidden_layers
+    kinds = getattr(config, "layer_types", None) or (None,) * (getattr(config, "num_hidden_layers", None) or 1)
     return tuple(window if kind in (None, "sliding_attention") else None for kind in kinds)
 
 

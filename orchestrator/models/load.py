@@ -62,7 +62,7 @@ def load(cfg: Model, *, seed: int, head: Head, reference: bool = False, longest:
         pin(model, longest)
     digest = fingerprint(model)
     if not reference:
-        idle = freeze_unused(model)
+        idle = _idle(model)
         if cfg.lora is not None:
             model = _with_lora(model, cfg.lora, seed, head, idle)
     return Loaded(model, tokenizer, digest, name)
@@ -227,7 +227,8 @@ def _remote(cfg: Model) -> dict[str, bool]:
 
 
 def _idle(model: nn.Module) -> tuple[str, ...]:
-    """freeze_unused() on tensors without storage: a prediction, so a model that cannot be followed has nothing frozen here."""
+    """freeze_unused(), where the model can be followed where it is: without storage, or on a CPU though its kernels want a GPU. Else
+    nothing is frozen, and what never gets a gradient learns zeros."""
     try:
         return freeze_unused(model)
     except Exception:

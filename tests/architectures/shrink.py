@@ -157,6 +157,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "xlstm": {"qk_dim_factor": 1.0},
     "qwen4_exp_text": {"indexer_kv_heads": 1},
     "longcat_flash": {"head_dim": 8},
+    "qwen2_5_vl_text": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}},
     "falcon_h1": _MAMBA,
     "granitemoehybrid": {**_MAMBA, "layer_types": ["mamba", "attention"]},
     "mamba2": {"num_heads": 8},

@@ -212,3 +212,19 @@ def test_7b_at_zero_3_is_what_is_counted_by_hand():
     assert state == pytest.approx([1.685e9, 3.369e9, 3.369e9, 6.738e9], rel=0.01)
     assert found.activations + found.logits == pytest.approx(17.2e9 + 13e9 + 1e9, rel=0.15)
     assert 46e9 < found.total < 46.5e9 * 1.2, "with what is gathered, communicated and held by CUDA"
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
+def test_experts_in_fp32_are_followed(checkpointing):
+    cfg = recipe(architecture="mixtral")
+    model = MemoryModel(cfg, build(cfg.algorithm))
+    found = model.estimate(cut(), rows(), checkpointing)
+    assert model.unpredicted == "" and found.activations > 0
+
+
+def test_what_cannot_be_followed_is_estimated_and_the_reason_kept():
+    cfg = recipe(architecture="biogpt", name="sft")
+    model = MemoryModel(cfg, build(cfg.algorithm))
+    answer = Branch(np.arange(8), np.ones(8, np.bool_))
+    found = model.estimate(cut(), pack([SequenceGroup(0, np.arange(8), (answer,))], "padded"), "none")
+    assert "DataDependent" in model.unpredicted and found.activations > 0

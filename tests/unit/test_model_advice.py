@@ -47,9 +47,9 @@ def recipe(path: Path, **sections: Any) -> Recipe:
     rest: dict[str, Any] = {
         "data": Data(train=[Source(path="toy:sft", max_rows=8)]),
         "algorithm": Algorithm(name="sft"),
-        "batch": Batch(effective=4),
+        "batch": Batch(effective=4, micro_batch=2),
         "optimizer": Optimizer(learning_rate=1e-3),
-        "learners": Learners(workers=1),
+        "learners": Learners(workers=1, zero_stage=0, activation_checkpointing="none"),
         "run": Run(max_steps=1),
     }
     return Recipe(model=Model(path=str(path), lora=sections.pop("lora", None)), **{**rest, **sections})
@@ -94,9 +94,13 @@ def test_a_rollout_of_full_length_counts(folder):
 
 
 def test_rotary_positions_beyond_the_trained_ones_are_a_note(folder):
-    found = notes(folder("llama", max_position_embeddings=8))
-    assert found["positions"].value.endswith(" of 8")
-    assert "positions" not in notes(folder("llama", max_position_embeddings=512))
+    path = folder("llama", max_position_embeddings=512)
+    assert notes(path)["positions"].value == "1024 of 512", "the recipe allows more than the rows here have"
+    assert "positions" not in notes(path, data=Data(train=[Source(path="toy:sft", max_rows=8)], max_length=512))
+
+
+def test_a_table_that_the_rows_fit_into_is_a_note_where_the_recipe_allows_more(folder):
+    assert notes(folder("gpt2", n_positions=64))["positions"].value.endswith(" of 64")
 
 
 def test_a_token_without_a_row_in_the_embedding_is_named(folder):
@@ -105,7 +109,7 @@ def test_a_token_without_a_row_in_the_embedding_is_named(folder):
     (path / "chat_template.jinja").write_text(template)
     rows = path / "rows.jsonl"
     rows.write_text(json.dumps({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}) + "\n")
-    error = refusal(path, data=Data(train=str(rows)), batch=Batch(effective=1))
+    error = refusal(path, data=Data(train=str(rows)), batch=Batch(effective=1, micro_batch=1))
     assert "<|mood|>" in error.what and "rows" in error.why and error.exit_code == Exit.CONFIG
 
 
@@ -179,4 +183,4 @@ def test_a_shard_that_the_index_names_has_to_be_there(folder):
 def test_checkpointing_of_an_architecture_without_it_is_refused(folder):
     path = folder("ctrl", n_embd=32, n_layer=2, n_head=4, dff=64, n_positions=128)
     assert "activation_checkpointing=full is not possible" in refusal(path, learners=Learners(workers=1, activation_checkpointing="full")).what
-    assert notes(path)["checkpointing"].value == "none"
+    assert notes(path, learners=Learners(workers=1))["checkpointing"].value == "none"

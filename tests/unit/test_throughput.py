@@ -1,13 +1,17 @@
 """Model FLOPs: by hand for a Llama of 7B, and the peaks they are compared with."""
 
+from types import SimpleNamespace
+
 import pytest
 from transformers import LlamaConfig, MistralConfig, Qwen3Config
 
+from orchestrator.algorithms import build
+from orchestrator.config import Algorithm, Data, Model, Optimizer, Recipe, TinyModel
 from orchestrator.learner.checks import sheet_flops
 from orchestrator.models.attention import attention_windows
 from orchestrator.observe.metrics import Throughput
 from orchestrator.records import LearnReport
-from orchestrator.startup import model_flops
+from orchestrator.startup import measured_throughput, model_flops
 
 LLAMA = LlamaConfig(hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, intermediate_size=11008, vocab_size=32000)
 BODY = 32 * (4 * 4096 * 4096 + 3 * 4096 * 11008)
@@ -24,6 +28,16 @@ def test_frozen_weights_have_no_gradient_and_a_reward_model_no_vocabulary():
     found = model_flops(LLAMA, head=False, frozen=True)
     assert found.flops_per_position == pytest.approx(4 * BODY)
     assert (found.flops_per_scored, found.flops_per_pair) == (0.0, 12 * 4096)
+
+
+def test_flops_that_are_not_known_leave_the_metric_out_and_say_so():
+    """DeepSeek's configuration lacks a field that TRL's count reads."""
+    tiny = Model(tiny=TinyModel(architecture="deepseek_v3"))
+    recipe = Recipe(model=tiny, data=Data(train="none"), algorithm=Algorithm(name="sft"), optimizer=Optimizer(learning_rate=1e-3))
+    said: list[str] = []
+    plan, nobody = SimpleNamespace(recipe=recipe), SimpleNamespace()
+    assert measured_throughput(plan, build(recipe.algorithm), nobody, said.append) == Throughput()  # pyright: ignore[reportArgumentType]
+    assert "deepseek_v3" in said[0] and "perf/mfu" in said[0]
 
 
 def test_utilisation_counts_each_kind_of_work_once():

@@ -38,6 +38,27 @@ def test_a_model_inside_the_learner_has_the_same_groups() -> None:
     assert inside == by_decay(parameter_groups(model, 0.1), model)
 
 
+def test_a_step_is_the_trainers(tmp_path: Path) -> None:
+    """The same gradients through transformers' optimizer and through ours, three times at a large rate."""
+    theirs, ours = made("qwen3"), made("qwen3")
+    ours.load_state_dict(theirs.state_dict())
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), weight_decay=0.5, learning_rate=1e-2, adam_beta2=0.99, use_cpu=True, report_to=[]
+    )
+    pair = (
+        (theirs, Trainer(model=theirs, args=arguments).create_optimizer()),
+        (ours, torch.optim.AdamW(parameter_groups(ours, 0.5), lr=1e-2, betas=(0.9, 0.99), eps=1e-8)),
+    )
+    ids = torch.arange(12)[None]
+    for _ in range(3):
+        for model, optimizer in pair:
+            optimizer.zero_grad()
+            model(input_ids=ids, labels=ids).loss.backward()  # pyright: ignore[reportCallIssue]
+            optimizer.step()
+    for (name, one), other in zip(theirs.named_parameters(), ours.parameters(), strict=True):
+        torch.testing.assert_close(other, one, rtol=0.0, atol=1e-7, msg=lambda text, name=name: f"{name}: {text}")
+
+
 def test_a_step_without_gradient_moves_only_what_decays() -> None:
     model = made("gpt2")
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
