@@ -234,8 +234,9 @@ class LayerShape:
 
     @classmethod
     def of(cls, scoring: ScoringModel) -> "LayerShape":
-        config = scoring.hugging_face.config.get_text_config()
-        hidden = scoring.hugging_face.get_input_embeddings().weight.shape[-1]  # pyright: ignore[reportAttributeAccessIssue]
+        config: Any = scoring.hugging_face.config.get_text_config()
+        embedding: Any = scoring.hugging_face.get_input_embeddings()
+        hidden = int(embedding.weight.shape[-1])
         sizes = (getattr(config, name, None) for name in ("intermediate_size", "moe_intermediate_size", "ffn_dim"))
         inner = max((s for s in sizes if isinstance(s, int)), default=4 * hidden)
         chosen = getattr(config, "num_experts_per_tok", None)

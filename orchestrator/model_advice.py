@@ -69,7 +69,8 @@ def longest(recipe: Recipe, algorithm: Algorithm, data: DataSet) -> int:
 
 def _check_ids(recipe: Recipe, scoring: ScoringModel, data: DataSet) -> None:
     """ConfigError where a token has no row in the embedding."""
-    rows = scoring.hugging_face.get_input_embeddings().weight.shape[0]  # pyright: ignore[reportAttributeAccessIssue]
+    embedding: Any = scoring.hugging_face.get_input_embeddings()
+    rows = int(embedding.weight.shape[0])
     groups = (*data.groups, *data.held_out)
     highest = max(int(ids.max()) for g in groups for ids in (g.prompt, *(b.ids for b in g.branches)) if len(ids))
     if highest >= rows:

@@ -223,6 +223,7 @@ class Engine:
         config = deepspeed_config(learners, optimizer, stage, sync, sum(p.numel() for p in trainable))
         self.ds, self.zero, _, _ = deepspeed.initialize(model=module, model_parameters=trainable, optimizer=base, config=config)
         self.module: nn.Module = self.ds.module
+        self._linked = False
         self.counter = CollectiveCounter.install(deepspeed.comm.comm.cdb)
         self._assert_fp32_master()
 
@@ -273,6 +274,7 @@ class Engine:
         self.ds.step()
         applied = bool(self.ds.was_step_applied())
         self._forget(applied)
+        self._link_moments()
         reduced, gathered = self.counter.take() if self.world > 1 else (0, 0)  # a rank alone sends nothing
         norm = float(self.ds.get_global_grad_norm() or 0.0)
         return StepApplied(applied, norm if applied else float("nan"), learning_rate, reduced, gathered)
@@ -294,8 +296,9 @@ class Engine:
         zero = self.zero
         if self.stage == 3 and zero.offload_optimizer:
             for parameter in self.module.parameters():
-                if parameter.requires_grad and parameter.partition_numel() * zero._get_param_partition_rank(parameter) < parameter.ds_numel:
-                    zero._offload_boundary_param_ids.add(parameter.ds_id)
+                partitioned: Any = parameter
+                if parameter.requires_grad and partitioned.partition_numel() * zero._get_param_partition_rank(parameter) < partitioned.ds_numel:
+                    zero._offload_boundary_param_ids.add(partitioned.ds_id)
             zero._finalize_offload_gradient_accumulation()
         elif self.managed and getattr(zero, "cpu_offload", False):
             zero._finalize_cpu_offload_gradient_accumulation()
@@ -320,6 +323,14 @@ class Engine:
             if not applied:
                 for group in zero.averaged_gradients:
                     zero.averaged_gradients[group] = None
+
+    def _link_moments(self) -> None:
+        """DeepSpeed 0.19.8 looks for the moments of all groups once, when it has stepped the first: those of the second (what does not
+        decay) are not there yet, and would never be found."""
+        if self.stage in (1, 2) and not self._linked and self.has_moments():
+            self.zero._hp_optimizer_states_linked = False
+            self.zero._lazy_init_hp_params_optimizer_state()
+            self._linked = True
 
     @contextmanager
     def full_parameters(self, parameters: list[nn.Parameter], *, writable: bool = False) -> Iterator[None]:

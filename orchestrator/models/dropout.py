@@ -11,6 +11,7 @@ A model's own noise (dropout, routers that jitter or draw their experts) is off:
 
 import zlib
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -98,16 +99,16 @@ def quieten(model: nn.Module) -> None:
     for layer in model.modules():
         if isinstance(layer, GradientCheckpointingLayer):
             asked: list[bool] = []
-            layer.register_forward_pre_hook(lambda module, _, asked=asked: _enter(module, asked))
-            layer.register_forward_hook(lambda module, _, __, asked=asked: _leave(module, asked), always_call=True)
+            layer.register_forward_pre_hook(partial(_enter, asked))
+            layer.register_forward_hook(partial(_leave, asked), always_call=True)
 
 
-def _enter(layer: nn.Module, asked: list[bool]) -> None:
+def _enter(asked: list[bool], layer: nn.Module, _: Any) -> None:
     asked.append(layer.training)
     layer.training = False
 
 
-def _leave(layer: nn.Module, asked: list[bool]) -> None:
+def _leave(asked: list[bool], layer: nn.Module, _: Any, __: Any) -> None:
     layer.training = asked.pop()
 
 

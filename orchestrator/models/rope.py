@@ -17,7 +17,8 @@ PINNED = "pinned"
 
 def pinned(model: nn.Module) -> tuple[str, ...]:
     """Kinds of the rotary embeddings that pin() has fixed, e.g. ("longrope",)."""
-    return tuple(sorted({module.pinned_rope for module in model.modules() if isinstance(getattr(module, "pinned_rope", None), str)}))
+    kinds = {getattr(module, "pinned_rope", None) for module in model.modules()}
+    return tuple(sorted(kind for kind in kinds if isinstance(kind, str)))
 
 
 def pin(model: nn.Module, longest: int) -> None:

@@ -100,7 +100,7 @@ def resolve(function: RewardFunction) -> Callable[..., Any]:
     origin = _locate(function)
     if origin.module == __name__:
         return functools.partial(_check_answers, checker=origin.name)
-    found = functools.reduce(getattr, origin.name.split("."), load_module(origin.module or str(origin.file)))
+    found: Any = functools.reduce(getattr, origin.name.split("."), load_module(origin.module or str(origin.file)))
     if origin.is_trl and origin.name.startswith("get_"):
         return found(**function.options)
     return functools.partial(found, **function.options) if function.options else found

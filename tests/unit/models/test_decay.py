@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArgu
 from orchestrator.models.decay import parameter_groups
 from orchestrator.models.scoring import ScoringModel
 
-SIZES = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 100}
+SIZES = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 4, "vocab_size": 100}
 
 
 def made(kind: str) -> nn.Module:

@@ -83,7 +83,8 @@ def test_a_token_has_one_identity_in_every_layout_order_and_cut():
 
 def adapted(dropout: float, architecture: str = "llama") -> ScoringModel:
     """A LoRA model whose adapters are not zero."""
-    cfg = Model(tiny=TinyModel(architecture=architecture, layers=2, kv_heads=2), lora=Lora(rank=4, dropout=dropout))
+    shape = TinyModel(architecture=architecture, layers=2, kv_heads=2 if architecture == "llama" else None)
+    cfg = Model(tiny=shape, lora=Lora(rank=4, dropout=dropout))
     model: Any = load(cfg, seed=0, head="lm").model
     draw = torch.Generator().manual_seed(1)
     for name, parameter in model.named_parameters():
