@@ -5,8 +5,9 @@ from typing import Any
 
 from torch import Tensor
 
-_SMALL = 1024
-"""Norms, overflow flags and the like: collectives of at most this many bytes are not traffic."""
+_SMALL = 256
+"""Norms, overflow flags and the like: collectives of at most this many bytes are not traffic. The weights of a tiny model's norms, a group
+of their own for the decay, are more."""
 
 
 class CollectiveCounter:
