@@ -16,7 +16,7 @@ pytestmark = pytest.mark.timeout(600)
 
 FAKE = {"PYTHONPATH": str(REPOSITORY / "tests" / "fake_gpu")}
 TINY = sorted(p.stem for p in (REPOSITORY / "recipes" / "tiny").glob("*.yaml") if "base" not in p.stem)
-DEFAULT = ("dpo", "grpo")
+DEFAULT = ("dpo",)
 """The others take the same ways, so they are among the slow tests."""
 
 LOOK = """
@@ -70,6 +70,7 @@ def test_every_tiny_recipe_trains_a_step_on_the_cpu(sandbox: Sandbox, tmp_path: 
     assert runs and all(steps(run)[-1] >= 1 for run in runs)
 
 
+@pytest.mark.slow
 def test_evaluate_and_verify_compute_on_the_cpu(sandbox: Sandbox) -> None:
     few = (f"data.train={FEW % 'preference'}", "batch.effective=16", "learners.cpus_per_worker=0.5")
     evaluated = sandbox.run("evaluate", "tiny/dpo", "evaluation.max_examples=16")
