@@ -39,7 +39,8 @@ def test_a_model_inside_the_learner_has_the_same_groups() -> None:
 
 
 def test_a_step_is_the_trainers(tmp_path: Path) -> None:
-    """The same gradients through transformers' optimizer and through ours, three times at a large rate."""
+    """The same gradients through transformers' optimizer (fused) and through ours, three times at a large rate: the decay alone moves a
+    weight by about 1e-4 a step and a norm's by 5e-3, rounding of the two kernels by 4e-7."""
     theirs, ours = made("qwen3"), made("qwen3")
     ours.load_state_dict(theirs.state_dict())
     arguments = TrainingArguments(
@@ -56,7 +57,7 @@ def test_a_step_is_the_trainers(tmp_path: Path) -> None:
             model(input_ids=ids, labels=ids).loss.backward()  # pyright: ignore[reportCallIssue]
             optimizer.step()
     for (name, one), other in zip(theirs.named_parameters(), ours.parameters(), strict=True):
-        torch.testing.assert_close(other, one, rtol=0.0, atol=1e-7, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(other, one, rtol=0.0, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
 
 
 def test_a_step_without_gradient_moves_only_what_decays() -> None:
