@@ -65,6 +65,7 @@ def compare(way: Way, workers: int, ranks: list[Walked]) -> list[str]:
     return [f"{row}: {problem}" for problem in problems]
 
 
+@pytest.mark.timeout(600)
 def test_each_stage_holds_what_is_predicted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     ranks = on_ranks(walk_ways, 2, tmp_path, OF_EACH_STAGE, timeout=400)
