@@ -26,7 +26,7 @@ from orchestrator.models.rope import pinned
 from orchestrator.models.scoring import Checkpointing, MicroBatchTensors, ScoringModel, chunk_logits, scored
 from orchestrator.models.unused import GroupedShapes
 from orchestrator.records import Cut, MicroBatch
-from orchestrator.state_bytes import PERSISTENT_ELEMENTS, Held, Sizes, state_bytes
+from orchestrator.state_bytes import PERSISTENT_ELEMENTS, Held, Sizes, element_bytes, state_bytes
 
 MALLOC_OVERHEAD = 0.4
 """glibc's malloc keeps freed blocks between live ones: 1,533 MB resident where the tensors are 1,103 MB. Giving each
@@ -144,12 +144,10 @@ class MemoryModel:
     def estimate(self, cut: Cut, micro_batch: MicroBatch, checkpointing: Checkpointing) -> MemoryEstimate:
         """The prediction for `micro_batch`, the largest that the cut makes."""
         learners = self.recipe.learners
-        element = 2 if learners.precision in ("bf16", "fp16") else 4
+        element = element_bytes(learners)
         held = state_bytes(self.sizes, learners, cut)
         step = self._step_bytes(micro_batch, checkpointing)
-        gpu, logits = bool(learners.gpus_per_worker), 0
-        if self.algorithm.head == "lm":
-            logits = 2 * 4 * min(chunk_logits("cuda" if gpu else "cpu"), len(micro_batch.targets) * self._vocabulary)
+        gpu, logits = bool(learners.gpus_per_worker), self._logits(micro_batch)
         runtime = CONTEXT_BYTES + (NCCL_BYTES if cut.workers > 1 else 0) if gpu else int(MALLOC_OVERHEAD * max(step, logits)) + LIBRARY_BYTES
         return MemoryEstimate(
             weights=held.device.weights,
@@ -199,9 +197,13 @@ class MemoryModel:
             except Exception as error:
                 self.unpredicted = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:160] if str(error).strip() else 'no message'}"
                 self._fakes.clear()
-        element = 2 if self.recipe.learners.precision in ("bf16", "fp16") else 4
-        logits = 2 * 4 * min(chunk_logits("cuda" if self.recipe.learners.gpus_per_worker else "cpu"), len(micro_batch.targets) * self._vocabulary)
-        return self._shape.bytes(micro_batch.input_ids.size, element, checkpointing) + logits
+        element = element_bytes(self.recipe.learners)
+        return self._shape.bytes(micro_batch.input_ids.size, element, checkpointing) + self._logits(micro_batch)
+
+    def _logits(self, micro_batch: MicroBatch) -> int:
+        """Of the head; none where the model has another one."""
+        chunk = chunk_logits("cuda" if self.recipe.learners.gpus_per_worker else "cpu")
+        return 2 * 4 * min(chunk, len(micro_batch.targets) * self._vocabulary)
 
     def _extrapolated(self, micro_batch: MicroBatch, checkpointing: Checkpointing) -> int:
         if self._equal and self._layers > DEPTHS[-1] + 1:
@@ -305,7 +307,7 @@ def traffic(recipe: Recipe, sizes: Sizes, cut: Cut, micro_batches: int) -> Traff
     """See MemoryModel.traffic."""
     if cut.workers == 1:
         return Traffic(0, 0, 0)
-    element = 2 if recipe.learners.precision in ("bf16", "fp16") else 4
+    element = element_bytes(recipe.learners)
     reductions = micro_batches if cut.sync == "per_micro_batch" else 1
     persistent = sum(n for n in sizes.trainable if n <= PERSISTENT_ELEMENTS)
     gathered = {0: 0, 1: sizes.learns, 2: sizes.learns, 3: persistent + 2 * micro_batches * sizes.partitioned}

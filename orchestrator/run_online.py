@@ -50,7 +50,7 @@ def attempt(job: Job, folder: RunFolder, cut: Cut, stopped: Stopped) -> Progress
         critic = _critic(job, folder, cut, stack) if online.critic else None
         generator, scorer, bridge = _rollouts(job, parameters, folder, group, stack)
         learners = [group] if critic is None else [group, critic]
-        sampling = _sampling(recipe)
+        sampling = sampling_of(recipe)
         trainer = OnlineTrainer(
             plan=_plan(job, sampling),
             learning=_learning(job, cut, group, critic, reporter),
@@ -123,7 +123,8 @@ def _attach(job: Job, group: Learner) -> Attach:
     return attach
 
 
-def _sampling(recipe: Recipe) -> Sampling:
+def sampling_of(recipe: Recipe) -> Sampling:
+    """How a recipe's completions are drawn."""
     rollouts = recipe.rollouts
     return Sampling(
         samples=rollouts.samples,
@@ -182,4 +183,4 @@ def evaluate(job: Job) -> dict[str, float]:
         scorer = stack.enter_context(RewardPool(recipe.rewards, model_for_tokenizer=recipe.model, logs=None))
         pool = stack.enter_context(RolloutPool(recipe, parameters=parameters, colocated=group.placement if together else None))
         make_bridge(recipe, group, pool).publish(0)
-        return dict(RolloutEvaluator(job.prompts.held_out, recipe.evaluation, _sampling(recipe), pool, scorer).evaluate(0).metrics)
+        return dict(RolloutEvaluator(job.prompts.held_out, recipe.evaluation, sampling_of(recipe), pool, scorer).evaluate(0).metrics)

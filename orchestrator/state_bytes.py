@@ -100,9 +100,14 @@ class Held:
     gathered: int = 0
 
 
+def element_bytes(learners: Learners) -> int:
+    """Bytes of a parameter as the model computes with it."""
+    return 2 if learners.precision in ("bf16", "fp16") else 4
+
+
 def state_bytes(sizes: Sizes, learners: Learners, cut: Cut) -> Held:
     """The state of one rank of `cut.workers` at `cut.zero_stage` with `cut.sync`."""
-    element = 2 if learners.precision in ("bf16", "fp16") else 4
+    element = element_bytes(learners)
     if cut.zero_stage == 0:
         state = StateBytes(weights=element * sizes.all, gradients=4 * sizes.learns, moments=8 * sizes.learns)
         return Held(state, StateBytes(), stepping=4 * min(sizes.learns, ALL_REDUCE_ELEMENTS) if cut.workers > 1 else 0)

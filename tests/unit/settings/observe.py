@@ -23,7 +23,7 @@ from orchestrator.cluster.placement import demands
 from orchestrator.config import ONLINE, Alerts, Recipe, RewardFunction
 from orchestrator.controllers.experience import sequences
 from orchestrator.dataset import DataSet, load_data
-from orchestrator.episodes import Prompt, RolloutGroup, Sampling, ScoredGroup
+from orchestrator.episodes import Prompt, RolloutGroup, ScoredGroup
 from orchestrator.errors import OrchestratorError
 from orchestrator.hardware import Hardware, imagined, this_machine
 from orchestrator.learner.engine import deepspeed_config
@@ -39,7 +39,7 @@ from orchestrator.rollout.http_reward import HttpReward
 from orchestrator.rollout.rewards import RewardCall, RewardFailure
 from orchestrator.rollout.rounds import combine, judge_batch
 from orchestrator.rollout.sandbox import Confinement, Sandbox
-from orchestrator.run_online import critic_recipe
+from orchestrator.run_online import critic_recipe, sampling_of
 from orchestrator.ways import given, lowest_stage, memory_limit, modes_of, ways_of
 
 # ---- losses
@@ -295,23 +295,12 @@ def deadlines(recipe: Recipe) -> tuple[float, float]:
 
 def rolled_out(recipe: Recipe, prompts: int = 2) -> tuple[RolloutGroup, ...]:
     """Groups that an actor's worker draws for made-up prompts, here."""
-    rollouts = recipe.rollouts
-    sampling = Sampling(
-        samples=rollouts.samples,
-        max_new_tokens=rollouts.max_new_tokens,
-        temperature=rollouts.temperature,
-        top_p=rollouts.top_p,
-        top_k=rollouts.top_k,
-        min_p=rollouts.min_p,
-        stop=tuple(rollouts.stop),
-        seed=recipe.run.seed,
-    )
     worker = RolloutWorker(recipe, torch.device("cpu"))
     worker.engine.commit(0)
-    conversational = rollouts.environment is not None
+    conversational = recipe.rollouts.environment is not None
     text: Any = [{"role": "user", "content": "1+2"}] if conversational else "ab"
     work = [(i, Prompt(i, f"made:{i}", 0, np.array([5, 6, 7 + i], np.int64), text, {"answer": "3"})) for i in range(prompts)]
-    return worker.roll_out(work, sampling, 0)
+    return worker.roll_out(work, sampling_of(recipe), 0)
 
 
 def drawn(recipe: Recipe) -> list[list[int]]:
