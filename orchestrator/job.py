@@ -61,6 +61,11 @@ class Job:
         """The worker groups it needs."""
         return _demands(self.recipe, self.algorithm)
 
+    def reward_models(self) -> tuple[WorkerGroup, ...]:
+        """Reward models that have a GPU."""
+        functions = self.recipe.rewards.functions if self.algorithm.online is not None and self.recipe.rollouts.replay is None else []
+        return tuple(WorkerGroup(f"reward {f.name}", 1, 0.0, f.gpus) for f in functions if f.gpus)
+
     def sizes(self) -> Sizes:
         """Parameters of the policy."""
         return model_sizes(self.recipe, self.algorithm)

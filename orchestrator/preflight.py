@@ -13,7 +13,7 @@ from orchestrator.cluster.probes import here, on_cluster, survey
 from orchestrator.cluster.smoke import in_a_process
 from orchestrator.config import ONLINE, Recipe
 from orchestrator.errors import ConfigError, Exit, MissingInput, NotEnoughResources, OrchestratorError, OutputError
-from orchestrator.facts import Capacity, ClusterFacts, ModelSource, Need, WorkerGroup
+from orchestrator.facts import Capacity, ClusterFacts, ModelSource, Need
 from orchestrator.findings import Finding
 from orchestrator.hardware import visible_gpus
 from orchestrator.job import Job
@@ -39,17 +39,12 @@ def need_of(job: Job) -> Need:
     recipe = job.recipe
     return replace(
         asked_by([recipe]),
-        groups=(*job.demands(), *_reward_models(job)),
+        groups=(*job.demands(), *job.reward_models()),
         checkpoint_bytes=_checkpoint_bytes(job),
         keep=recipe.checkpoint.keep,
         wandb=recipe.tracking.wandb,
         object_store=job.store_bytes(),
     )
-
-
-def _reward_models(job: Job) -> list[WorkerGroup]:
-    functions = job.recipe.rewards.functions if job.algorithm.online is not None else []
-    return [WorkerGroup(f"reward {f.name}", 1, 0.0, f.gpus) for f in functions if f.gpus]
 
 
 def _checkpoint_bytes(job: Job) -> int:

@@ -3,17 +3,19 @@
     plan --learners, critic--> policy --bridge--> rollout actors --reward pool--> OnlineTrainer --> export
 """
 
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 
 from orchestrator.algorithms import critic as value_model
 from orchestrator.checkpoints import CheckpointStore
 from orchestrator.cluster.joining import connect, store_for
+from orchestrator.cluster.placement import Placement, reserved
 from orchestrator.cluster.reward_workers import RewardPool
 from orchestrator.cluster.rollout_workers import RolloutPool
 from orchestrator.cluster.weight_bridge import make_bridge
 from orchestrator.cluster.workers import LearnerGroup
-from orchestrator.config import Learners, Recipe
+from orchestrator.config import Learners, Recipe, Rollouts
 from orchestrator.controllers.online import Learning, OnlinePlan, OnlineTrainer
 from orchestrator.controllers.rollout_evaluation import RolloutEvaluator
 from orchestrator.controllers.step import Attach, Guards, Stepper
@@ -40,15 +42,18 @@ def attempt(job: Job, folder: RunFolder, cut: Cut, stopped: Stopped) -> Progress
     saved = store.newest()
     with ExitStack() as stack:
         reporter = stack.enter_context(job.reporter(folder, saved.progress.step if saved else 0))
-        together = recipe.rollouts if recipe.rollouts.placement == "colocated" and recipe.rollouts.replay is None else None
+        together = _together(recipe)
         connect(store_for(job.store_bytes()))
+        placed = stack.enter_context(reserved((*job.demands(), *job.reward_models()), recipe.learners.start_timeout_s))
         parameters = job.sizes().all
-        group = stack.enter_context(LearnerGroup(recipe.learners, parameters=parameters, logs=folder.logs, colocated=together))
+        group = stack.enter_context(
+            LearnerGroup(recipe.learners, parameters=parameters, logs=folder.logs, colocated=together, placement=placed["learners"])
+        )
         group.build(LearnerSpec(recipe, cut, job.schedule_steps))
         cut = probed_cut(job.plan, job.data, cut, group, reporter.note)
         check_layout(recipe, job.algorithm, job.data, cut, group, reporter.note)
-        critic = _critic(job, folder, cut, stack) if online.critic else None
-        generator, scorer, bridge = _rollouts(job, parameters, folder, group, stack)
+        critic = _critic(job, folder, cut, placed, stack) if online.critic else None
+        generator, scorer, bridge = _rollouts(job, parameters, folder, group, placed, stack)
         learners = [group] if critic is None else [group, critic]
         sampling = sampling_of(recipe)
         trainer = OnlineTrainer(
@@ -72,16 +77,27 @@ def attempt(job: Job, folder: RunFolder, cut: Cut, stopped: Stopped) -> Progress
         return progress
 
 
-def _rollouts(job: Job, parameters: int, folder: RunFolder, group: LearnerGroup, stack: ExitStack) -> tuple[Generator, Scorer, WeightBridge]:
+def _rollouts(
+    job: Job, parameters: int, folder: RunFolder, group: LearnerGroup, placed: Mapping[str, Placement], stack: ExitStack
+) -> tuple[Generator, Scorer, WeightBridge]:
     """Live actors and rewards, or a recording of them."""
     recipe = job.recipe
     if recipe.rollouts.replay is not None:
         replay = Replay.read(recipe.rollouts.replay)
         return replay, replay, NoBridge()
-    colocated = group.placement if recipe.rollouts.placement == "colocated" else None
-    scorer = stack.enter_context(RewardPool(recipe.rewards, model_for_tokenizer=recipe.model, logs=folder.logs))
-    pool = stack.enter_context(RolloutPool(recipe, parameters=parameters, logs=folder.logs, colocated=colocated))
+    scorer = stack.enter_context(RewardPool(recipe.rewards, model_for_tokenizer=recipe.model, logs=folder.logs, placed=placed))
+    pool = stack.enter_context(RolloutPool(recipe, parameters=parameters, logs=folder.logs, placement=_of_rollouts(placed)))
     return pool, scorer, make_bridge(recipe, group, pool)
+
+
+def _together(recipe: Recipe) -> Rollouts | None:
+    """Rollout actors that share the learners' GPUs."""
+    return recipe.rollouts if recipe.rollouts.placement == "colocated" and recipe.rollouts.replay is None else None
+
+
+def _of_rollouts(placed: Mapping[str, Placement]) -> Placement:
+    """Where rollout actors live: in the learners' bundles where they are colocated."""
+    return placed.get("rollouts", placed["learners"])
 
 
 def critic_recipe(recipe: Recipe) -> Recipe:
@@ -94,10 +110,10 @@ def critic_recipe(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"model": model, "optimizer": optimizer, "learners": learners})
 
 
-def _critic(job: Job, folder: RunFolder, cut: Cut, stack: ExitStack) -> LearnerGroup:
+def _critic(job: Job, folder: RunFolder, cut: Cut, placed: Mapping[str, Placement], stack: ExitStack) -> LearnerGroup:
     recipe = critic_recipe(job.recipe)
     parameters = model_sizes(recipe, value_model(recipe.algorithm)).all
-    group = stack.enter_context(LearnerGroup(recipe.learners, parameters=parameters, logs=folder.logs, name="critic"))
+    group = stack.enter_context(LearnerGroup(recipe.learners, parameters=parameters, logs=folder.logs, name="critic", placement=placed["critic"]))
     group.build(LearnerSpec(recipe, replace(cut, workers=recipe.learners.count), job.schedule_steps, "critic"))
     return group
 
@@ -175,12 +191,14 @@ def evaluate(job: Job) -> dict[str, float]:
     assert job.prompts is not None
     recipe = job.recipe
     with ExitStack() as stack:
-        together = recipe.rollouts if recipe.rollouts.placement == "colocated" else None
         connect(store_for(job.store_bytes()))
+        groups = [g for g in (*job.demands(), *job.reward_models()) if g.what != "critic"]
+        placed = stack.enter_context(reserved(groups, recipe.learners.start_timeout_s))
         parameters = job.sizes().all
-        group = stack.enter_context(LearnerGroup(recipe.learners, parameters=parameters, colocated=together))
+        learners, together = recipe.learners, _together(recipe)
+        group = stack.enter_context(LearnerGroup(learners, parameters=parameters, colocated=together, placement=placed["learners"]))
         group.build(LearnerSpec(recipe, job.plan.cut, 1))
-        scorer = stack.enter_context(RewardPool(recipe.rewards, model_for_tokenizer=recipe.model, logs=None))
-        pool = stack.enter_context(RolloutPool(recipe, parameters=parameters, colocated=group.placement if together else None))
+        scorer = stack.enter_context(RewardPool(recipe.rewards, model_for_tokenizer=recipe.model, logs=None, placed=placed))
+        pool = stack.enter_context(RolloutPool(recipe, parameters=parameters, placement=_of_rollouts(placed)))
         make_bridge(recipe, group, pool).publish(0)
         return dict(RolloutEvaluator(job.prompts.held_out, recipe.evaluation, sampling_of(recipe), pool, scorer).evaluate(0).metrics)

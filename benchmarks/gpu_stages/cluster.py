@@ -113,7 +113,7 @@ def transports(bench: Bench) -> None:
     cut = Cut(workers=1, examples=2, positions=None, layout="padded", zero_stage=0, sync="no_sync")
     kinds: list[Callable[..., Any]] = [ObjectStoreBridge, BroadcastBridge, *([CudaIpcBridge] if bench.device == "cuda" else [])]
     work = [(0, Prompt(0, "", 0, np.arange(1, 6), ""))]
-    with LearnerGroup(recipe.learners, colocated=recipe.rollouts) as group, RolloutPool(recipe, colocated=group.placement) as pool:
+    with LearnerGroup(recipe.learners, colocated=recipe.rollouts) as group, RolloutPool(recipe, placement=group.placement) as pool:
         group.build(LearnerSpec(recipe, cut, len(kinds)))
         seen = set()
         for version, kind in enumerate(kinds):

@@ -1,8 +1,9 @@
-"""Where workers live: one placement group per worker group."""
+"""Where workers live: one placement group for all worker groups of a run."""
 
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,33 +47,58 @@ def learner_demand(learners: Learners, colocated: Rollouts | None = None) -> Wor
     return WorkerGroup("learners", learners.count, learners.cpus_per_worker + cpus, learners.gpus_per_worker + gpus)
 
 
+@contextmanager
+def reserved(groups: Sequence[WorkerGroup], timeout_s: float) -> Iterator[dict[str, "Placement"]]:
+    """All worker groups of a run by name, all or nothing: of two runs that come at once on a cluster with room for one, one waits with nothing.
+    NotEnoughResources after timeout_s seconds, or at once where the cluster cannot hold them."""
+    whole = _reserve(groups, timeout_s)
+    try:
+        firsts = [sum(g.workers for g in groups[:i]) for i in range(len(groups))]
+        yield {g.what: Placement(whole, first) for g, first in zip(groups, firsts, strict=True)}
+    finally:
+        remove_placement_group(whole)
+
+
+def _reserve(groups: Sequence[WorkerGroup], timeout_s: float) -> PlacementGroup:
+    connect()
+    _check_capacity(groups, ray.cluster_resources())
+    bundles = [_bundle(g) for g in groups for _ in range(g.workers)]
+    whole = placement_group([dict(b) for b in bundles], strategy="PACK")
+    try:
+        if whole.wait(timeout_s):  # not ready(): that is a task, which needs a worker process of its own
+            return whole
+    except BaseException:
+        remove_placement_group(whole)
+        raise
+    remove_placement_group(whole)
+    wanted = " + ".join(f"{g.workers} {g.what} x {_words(_bundle(g))}" for g in groups)
+    asked = {name: 0.0 for b in bundles for name in b}
+    raise NotEnoughResources(
+        f"{wanted} were not free {'together ' if len(groups) > 1 else ''}within {timeout_s:.0f} s",
+        why=f"free now: {_words(_of_interest(ray.available_resources(), asked))}",
+        fix=f"wait for the other jobs, ask for fewer {groups[0].what}.workers, or raise learners.start_timeout_s",
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """The reserved resources of one worker group: a bundle per worker."""
+    """The reserved resources of one worker group: a bundle per worker, from the bundle `first` on."""
 
     group: PlacementGroup
-    bundle: Mapping[str, float]
+    first: int = 0
 
     @classmethod
     def reserve(cls, demand: WorkerGroup, timeout_s: float) -> "Placement":
-        """Reserves a bundle per worker, for at most timeout_s seconds; NotEnoughResources at once when the cluster cannot hold them."""
-        connect()
-        bundle = _bundle(demand)
-        _check_capacity([demand], ray.cluster_resources())
-        group = placement_group([dict(bundle)] * demand.workers, strategy="PACK")
-        if not group.wait(timeout_s):  # not ready(): that is a task, which needs a worker process of its own
-            remove_placement_group(group)
-            raise NotEnoughResources(
-                f"{demand.workers} workers x {_words(bundle)} were not free within {timeout_s:.0f} s",
-                why=f"free now: {_words(_of_interest(ray.available_resources(), bundle))}",
-                fix=f"wait for the other jobs, ask for fewer {demand.what}.workers, or raise learners.start_timeout_s",
-            )
-        return cls(group, bundle)
+        """Reserves a bundle per worker of one group; `release` gives them back. Raises as `reserved`."""
+        return cls(_reserve([demand], timeout_s))
+
+    def at(self, rank: int) -> PlacementGroupSchedulingStrategy:
+        """The bundle of `rank`."""
+        return PlacementGroupSchedulingStrategy(self.group, placement_group_bundle_index=self.first + rank)
 
     def start(self, kind: type, rank: int, *arguments: Any, name: str, share: Share) -> Any:
         """An actor in the bundle of `rank`, taking its part of it. name: role and rank, as Ray's dashboard shows it."""
-        there = PlacementGroupSchedulingStrategy(self.group, placement_group_bundle_index=rank)
-        actor = made(kind, share, strategy=there, name=name)
+        actor = made(kind, share, strategy=self.at(rank), name=name)
         return named(lambda: actor.remote(*arguments))
 
     def threads(self, rank: int, cpus: float, gpus: float) -> int:
@@ -81,7 +107,7 @@ class Placement:
         own = max(1, int(cpus))
         if not gpus:
             return own
-        node = placement_group_table(self.group)["bundles_to_node_id"][rank]
+        node = placement_group_table(self.group)["bundles_to_node_id"][self.first + rank]
         (has,) = (n["Resources"] for n in ray.nodes() if n["NodeID"] == node)
         return max(own, int(has.get("CPU", 0.0) * gpus / has["GPU"]))
 
@@ -134,7 +160,7 @@ def _too_few(groups: Sequence[WorkerGroup], resource: str, needed: float, has: f
 
 def _bundle(group: WorkerGroup) -> dict[str, float]:
     """What one worker takes, in Ray's words."""
-    return {"CPU": group.cpus, **({"GPU": group.gpus} if group.gpus else {})}
+    return {name: amount for name, amount in (("CPU", group.cpus), ("GPU", group.gpus)) if amount}
 
 
 def _of_interest(resources: Mapping[str, float], bundle: Mapping[str, float]) -> dict[str, float]:

@@ -8,7 +8,7 @@
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from orchestrator.cluster.actors import Share, made, outlive_sigterm, own_device
 from orchestrator.cluster.joining import connect
-from orchestrator.cluster.placement import named
+from orchestrator.cluster.placement import Placement, named
 from orchestrator.config import Model, RewardFunction, Rewards
 from orchestrator.episodes import RolloutGroup, Scoring
 from orchestrator.errors import NotEnoughResources, OrchestratorError, RewardsFailed
@@ -151,8 +151,12 @@ class RewardPool:
     component cannot start.
     """
 
-    def __init__(self, rewards: Rewards, *, model_for_tokenizer: Model | None, logs: Path | None) -> None:
+    def __init__(
+        self, rewards: Rewards, *, model_for_tokenizer: Model | None, logs: Path | None, placed: Mapping[str, Placement] | None = None
+    ) -> None:
+        """placed: of reward models with a GPU, by `reward NAME`, where the caller reserved them together with the run's other groups."""
         check_rewards(rewards)
+        self.placed = placed or {}
         self.rewards, self.logs = rewards, logs.absolute() if logs is not None else None
         self.policy = model_for_tokenizer
         self.actors: list[ActorComponent] = []
@@ -223,7 +227,9 @@ class RewardPool:
         has = ray.cluster_resources().get("GPU", 0.0)
         if function.gpus > has:
             raise NotEnoughResources(f"reward {function.name} asks for {function.gpus:g} GPUs, the cluster has {has:g}", fix="lower its gpus")
-        kind = made(RewardModelActor, Share(cpus=0, gpus=function.gpus), name=f"reward-{function.name}")
+        placed = self.placed.get(f"reward {function.name}")
+        there = placed.at(0) if placed is not None else None
+        kind = made(RewardModelActor, Share(cpus=0, gpus=function.gpus), strategy=there, name=f"reward-{function.name}")
         rows = self.rewards.batch_size
         return ActorComponent(function.name, lambda: named(lambda: kind.remote(function, self.policy, rows)), _Limits(LOAD_TIMEOUT_S, 0.0))
 

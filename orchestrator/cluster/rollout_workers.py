@@ -82,16 +82,16 @@ class RolloutPool:
     """roles.Generator over any number of actors."""
 
     def __init__(
-        self, recipe: Recipe, *, parameters: int = 0, logs: Path | None = None, colocated: Placement | None = None, name: str = "rollout"
+        self, recipe: Recipe, *, parameters: int = 0, logs: Path | None = None, placement: Placement | None = None, name: str = "rollout"
     ) -> None:
-        """parameters: of the model, for deadlines; colocated: the learners' placement, whose bundle i holds room for actor i; name:
-        the actors are NAME-0, NAME-1 …"""
+        """parameters: of the model, for deadlines; placement: reserved and released by the caller, bundle i with room for
+        actor i (the learners' where they are colocated); name: the actors are NAME-0, NAME-1 …"""
         self.recipe, self.logs, self.name = recipe, logs, name
         rollouts = recipe.rollouts
         self.deadlines = Deadlines(_start_s(recipe), rollouts.timeout_s, parameters)
         demand = WorkerGroup("rollouts", rollouts.workers, rollouts.cpus_per_worker, rollouts.gpus_per_worker)
-        self.own = None if colocated is not None else Placement.reserve(demand, recipe.learners.start_timeout_s)
-        self.placement = colocated or self.own
+        self.reserved = placement is None
+        self.placement = placement or Placement.reserve(demand, recipe.learners.start_timeout_s)
         self.shared, self.changed = _Shared(), threading.Condition()
         self.restarts = Restarts(rollouts.max_restarts)
         self.threads: list[threading.Thread] = []
@@ -175,8 +175,8 @@ class RolloutPool:
             ray.kill(actor)
         for thread in self.threads:
             thread.join(timeout=10.0)
-        if self.own is not None:
-            self.own.release()
+        if self.reserved:
+            self.placement.release()
 
     def __enter__(self) -> "RolloutPool":
         return self

@@ -173,14 +173,23 @@ class LearnerGroup:
     """roles.Learner over all ranks. Every call has a deadline and names the worker that is late or lost."""
 
     def __init__(
-        self, learners: Learners, *, parameters: int = 0, logs: Path | None = None, name: str = "learner", colocated: Rollouts | None = None
+        self,
+        learners: Learners,
+        *,
+        parameters: int = 0,
+        logs: Path | None = None,
+        name: str = "learner",
+        colocated: Rollouts | None = None,
+        placement: Placement | None = None,
     ) -> None:
-        """parameters: of the model, for deadlines; colocated: rollout actors that share the bundles (see RolloutPool)."""
+        """parameters: of the model, for deadlines; colocated: rollout actors that share the bundles (see RolloutPool); placement: reserved by
+        the caller together with the run's other groups, and released by it."""
         self.learners, self.logs, self.name = learners, logs, name
         self.world = learners.count
         self.deadlines = Deadlines(learners.start_timeout_s, learners.timeout_s, parameters)
         self.expandable = learners.gpus_per_worker > 0 and (colocated is None or colocated.transport != "cuda_ipc")
-        self.placement = Placement.reserve(learner_demand(learners, colocated), learners.start_timeout_s)
+        self.reserved = placement is None
+        self.placement = placement or Placement.reserve(learner_demand(learners, colocated), learners.start_timeout_s)
         self.actors: list[Any] = []
         self.hosts: list[str] = []
         self.spec: LearnerSpec | None = None
@@ -275,7 +284,8 @@ class LearnerGroup:
         for actor in self.actors:
             ray.kill(actor)
         self.actors = []
-        self.placement.release()
+        if self.reserved:
+            self.placement.release()
 
     def __enter__(self) -> "LearnerGroup":
         return self

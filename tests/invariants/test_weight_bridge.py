@@ -99,7 +99,7 @@ def pool(group: LearnerGroup, faults: Path) -> Iterator[RolloutPool]:
             {"site": "weights", "action": "corrupt", "step": CORRUPT_ALWAYS + i},
         ]
     cfg = recipe(placement="colocated", max_restarts=100)
-    with planned_faults(*planned), RolloutPool(cfg, colocated=group.placement) as pool:
+    with planned_faults(*planned), RolloutPool(cfg, placement=group.placement) as pool:
         assert pool.own is None
         yield pool
 
@@ -470,7 +470,7 @@ def test_weights_cross_between_processes_on_one_gpu(ray_session: None) -> None:
     """Every transport there is on GPUs, with a learner and an actor on one."""
     cfg = recipe(workers=1, placement="colocated", gpus_per_worker=0.5)
     cfg = cfg.model_copy(update={"learners": cfg.learners.model_copy(update={"gpus_per_worker": 0.5, "workers": 1})})
-    with LearnerGroup(cfg.learners, colocated=cfg.rollouts) as group, RolloutPool(cfg, colocated=group.placement) as pool:
+    with LearnerGroup(cfg.learners, colocated=cfg.rollouts) as group, RolloutPool(cfg, placement=group.placement) as pool:
         cut = cut_of(cfg, 3)
         group.build(LearnerSpec(cfg, cut, 4))
         for version, kind in enumerate((ObjectStoreBridge, BroadcastBridge, CudaIpcBridge)):
