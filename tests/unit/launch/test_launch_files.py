@@ -359,14 +359,15 @@ def test_the_task_meets_skypilots_schema(text: str) -> None:
 
 SKY_RAY = """#!/bin/bash
 case "$1 $2" in
-"start --head") echo "$RAY_AUTH_MODE" >"$STAND/head"; trap 'touch "$STAND/ended"; exit 0' TERM; while :; do sleep 0.05; done ;;
+"start --head") trap 'touch "$STAND/ended"; exit 0' TERM; echo "$RAY_AUTH_MODE" >"$STAND/head"; while :; do sleep 0.05; done ;;
 "start "*) echo "$2" >"$STAND/worker"; exit 1 ;;
 esac
 """
 
 
 def test_the_head_ends_its_own_ray_and_the_task_with_the_runs_exit_code(tmp_path: Path) -> None:
-    waiting = "#!/bin/bash\nif [[ $1 == - ]]; then cat >/dev/null; exit 0; fi\n[[ ${WANDB_API_KEY-unset} == unset ]] || exit 1\nexit 75\n"
+    up = "until [[ -e $STAND/head ]]; do sleep 0.05; done"  # as the real one waits for the head
+    waiting = f"#!/bin/bash\nif [[ $1 == - ]]; then cat >/dev/null; {up}; exit 0; fi\n[[ ${{WANDB_API_KEY-unset}} == unset ]] || exit 1\nexit 75\n"
     for name, body in {"ray": SKY_RAY, "python": waiting}.items():
         (tmp_path / name).write_text(body)
         (tmp_path / name).chmod(0o755)
