@@ -1,7 +1,8 @@
 """Data files on a disk or behind a URL: record by record, and which of a folder's files are of a split.
 
-A folder is read as the hub lays data sets out: DIR/train.jsonl, DIR/data/train-00000-of-00002.parquet, DIR/train/a.jsonl, or one of
-these below DIR/SUBSET/. Files in whose names no split stands are all of one, `train`.
+A folder is read as its README.md says (data/card.py), or else as the hub lays data sets out: DIR/train.jsonl,
+DIR/data/train-00000-of-00002.parquet, DIR/train/a.jsonl, or one of these below DIR/SUBSET/. Files in whose names no split stands are
+all of one, `train`.
 """
 
 import gzip
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from orchestrator.data import card
 from orchestrator.data.bad_rows import BadRow
 from orchestrator.errors import ConfigError, DataError, MissingInput
 
@@ -49,12 +51,25 @@ class Chosen:
 def choose(folder: Path, subset: str | None, split: str | None) -> Chosen:
     """The files of one split (default: the only one there is). ConfigError where the folder has several and none is named, or files
     of no split beside others; MissingInput where there are none."""
+    configs = card.declared(folder)
+    if not configs:
+        return _laid_out(folder, subset, split)
+    config = card.subset_of(folder, configs, subset)
+    by_split = card.files_of(folder, config, SUFFIXES)
+    if by_split is None:
+        below = config.get("data_dir")
+        return _laid_out(folder / str(below), None, split) if below else _laid_out(folder, subset, split)
+    return Chosen(tuple(by_split[split] if split in by_split else _of_split(folder, by_split, split)))
+
+
+def _laid_out(folder: Path, subset: str | None, split: str | None) -> Chosen:
+    """The same by the names of folders and files."""
     base = folder / subset if subset else folder
     if not base.is_dir():
         raise MissingInput(f"{folder} holds no subset {subset}", fix=f"it holds the folders {', '.join(_folders(folder)) or 'none'}")
     own, others = _found(base)
     if not own and len(others) == 1:  # its only subset
-        return choose(base, others[0], split)
+        return _laid_out(base, others[0], split)
     if not own:
         if others:
             named = ", ".join(others)

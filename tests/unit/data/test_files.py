@@ -57,6 +57,57 @@ LAYOUTS = [
     (("a.jsonl", "pretrain.jsonl"), "train", ["a.jsonl", "pretrain.jsonl"]),
 ]
 
+CARD = """---
+license: mit
+configs:
+- config_name: main
+  data_files:
+  - {split: train, path: parts/a-*}
+  - split: test
+    path: [held.jsonl]
+- config_name: socratic
+  data_files: other/**
+- config_name: whole
+  data_dir: parts
+%s---
+# A data set
+"""
+
+
+@pytest.mark.parametrize(
+    ("subset", "split", "files"),
+    [
+        ("main", "train", ["parts/a-1.jsonl", "parts/a-2.parquet"]),
+        ("main", "test", ["held.jsonl"]),
+        ("socratic", None, ["other/deep/x.jsonl"]),
+        ("whole", None, ["parts/a-1.jsonl", "parts/a-2.parquet", "parts/b.jsonl"]),
+    ],
+)
+def test_a_readme_says_which_files_are_of_a_subset_and_a_split(tmp_path: Path, subset: str, split: str | None, files: list[str]) -> None:
+    lay_out(tmp_path, "parts/a-1.jsonl", "parts/a-2.parquet", "parts/b.jsonl", "held.jsonl", "other/deep/x.jsonl")
+    (tmp_path / "README.md").write_text(CARD % "")
+    assert chosen(tmp_path, split, subset) == files
+    for asked, error, said in (("main", ConfigError, "splits test, train|splits train, test"), ("none", MissingInput, "main, socratic, whole")):
+        with pytest.raises(error, match=said):
+            chosen(tmp_path, None, asked)
+    with pytest.raises(ConfigError, match="has the subsets main, socratic, whole, and none is named"):
+        chosen(tmp_path)
+    (tmp_path / "README.md").write_text(CARD % "- {config_name: tried, data_files: held.jsonl, default: true}\n")
+    assert chosen(tmp_path) == ["held.jsonl"]
+
+
+def test_a_readme_whose_files_are_not_there_or_whose_head_is_broken_is_told(tmp_path: Path) -> None:
+    lay_out(tmp_path, "a.jsonl")
+    for text in ("no head", "---\nlicense: mit\n---\n", "---\nnever closed"):
+        (tmp_path / "README.md").write_text(text)
+        assert chosen(tmp_path) == ["a.jsonl"]
+    (tmp_path / "README.md").write_text("---\nconfigs: [{data_files: gone-*.jsonl}]\n---\n")
+    with pytest.raises(MissingInput, match=r"README.md names data files that are not there"):
+        chosen(tmp_path)
+    (tmp_path / "README.md").write_text("---\nconfigs: [\n---\n")
+    with pytest.raises(ConfigError, match="YAML head cannot be read"):
+        chosen(tmp_path)
+
 
 @pytest.mark.parametrize(("names", "split", "files"), LAYOUTS)
 def test_a_split_of_a_folder_is_that_split(tmp_path, names, split, files):
