@@ -20,11 +20,11 @@ from orchestrator.learner.learner import LearnerSpec
 from orchestrator.prompts import load_prompts
 from orchestrator.recipe import load
 from orchestrator.records import Cut
-from tests.running import Shared, every_line, exported, exported_hash, metrics, shared_ray
+from tests.running import REPOSITORY, Shared, every_line, exported, exported_hash, metrics, shared_ray
 
 pytestmark = pytest.mark.timeout(600)
 
-GSM8K = Path(__file__).resolve().parents[3] / "shared" / "data" / "gsm8k" / "train.jsonl"
+GSM8K = REPOSITORY / "tests" / "data" / "gsm8k" / "train.jsonl"
 SMALL = (
     *("run.max_steps=3", "rollouts.prompts=8", "batch.effective=64", "learners.workers=1", "rollouts.workers=1"),
     *("tracking.wandb=off", "evaluation.every=null", "data.eval=null"),
@@ -84,7 +84,8 @@ def test_a_run_folder_holds_every_rollout_and_the_timeline(shared: Shared, sft: 
 OTHERS = ("dr_grpo", "gspo", "cispo", "reinforce_pp", "reinforce_pp_baseline")
 
 
-@pytest.mark.parametrize("name", ["dapo", *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["dapo", *OTHERS])
 def test_every_other_algorithm_takes_its_steps(shared: Shared, sft: Path, name: str) -> None:
     outcome, _ = shared.train_last("tiny/grpo", sft, name, *SMALL, f"algorithm.name={name}", "algorithm.kl.coefficient=0.01")
     lines = metrics(outcome.folder)
@@ -93,6 +94,7 @@ def test_every_other_algorithm_takes_its_steps(shared: Shared, sft: Path, name: 
     assert lines[-1]["kl"] > 0.0 or name.startswith("reinforce_pp")
 
 
+@pytest.mark.slow
 def test_lora_learns_with_its_base_as_reference(shared: Shared, sft: Path) -> None:
     adapter = ("model.lora={rank: 8}", "algorithm.kl.coefficient=0.05", "learners.zero_stage=3", "learners.workers=2")
     outcome, _ = shared.train_last("tiny/grpo", sft, "lora", *SMALL, *adapter)
@@ -102,10 +104,10 @@ def test_lora_learns_with_its_base_as_reference(shared: Shared, sft: Path) -> No
     assert max(line["policy/train_rollout_gap_max"] for line in lines) < 1e-3
 
 
-@pytest.mark.skipif(not GSM8K.is_file(), reason="the GSM8K data is not beside this checkout")
+@pytest.mark.slow
 def test_real_prompts_run_to_the_end(shared: Shared, sft: Path) -> None:
     """A tiny model earns nothing there; nothing may crash, and the metrics say so."""
-    real = (f"data.train=[{{path: {GSM8K}, max_rows: 64}}]", "rewards.functions=[{name: math, function: last_number}]", "data.max_length=1024")
+    real = (f"data.train={GSM8K}", "rewards.functions=[{name: math, function: last_number}]", "data.max_length=1024")
     outcome, _ = shared.train_last("tiny/grpo", sft, "gsm8k", *SMALL, *real, "rollouts.max_new_tokens=16", "rollouts.prompts=8")
     lines = metrics(outcome.folder)
     assert [line["step"] for line in lines] == [1, 2, 3]
@@ -116,12 +118,14 @@ def test_real_prompts_run_to_the_end(shared: Shared, sft: Path) -> None:
 # ---- what must not change a result
 
 
+@pytest.mark.slow
 def test_a_recorded_run_is_learned_again_to_the_last_bit(shared: Shared, sft: Path) -> None:
     live, _ = shared.train_last("tiny/grpo", sft, "live", *SMALL)
     replay, _ = shared.train_last("tiny/grpo", sft, "replayed", *SMALL, f"rollouts.replay={live.folder / 'samples.jsonl'}")
     assert exported_hash(replay.folder) == exported_hash(live.folder)
 
 
+@pytest.mark.slow
 def test_the_learners_cut_does_not_change_an_online_run(shared: Shared, sft: Path) -> None:
     one, _ = shared.train_last("tiny/grpo", sft, "one", *SMALL)
     two, _ = shared.train_last("tiny/grpo", sft, "two", *SMALL, "learners.workers=2", "learners.zero_stage=3", "batch.micro_batch=16")

@@ -144,6 +144,7 @@ def test_reward_model(shared: Shared) -> None:
     assert sum(a > b for a, b in zip(rewards[::2], rewards[1::2], strict=True)) / 8 == last["eval/rewards/accuracies"]
 
 
+@pytest.mark.slow
 def test_kto(shared: Shared) -> None:
     folder = train_tiny(shared, "kto", "unpaired", "kto")
     check_folder(folder, wandb=True)
@@ -178,6 +179,7 @@ def test_tr_dpo_without_wandb(shared: Shared) -> None:
     check_preference_export(folder)
 
 
+@pytest.mark.slow
 def test_aot_couples_the_batch(shared: Shared) -> None:
     """The loss sorts over the whole step: two passes when it is cut."""
     folder = train_tiny(shared, "dpo", "preference", "aot", "algorithm.loss=aot", "batch.micro_batch=2")

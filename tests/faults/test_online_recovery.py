@@ -37,7 +37,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shared]:
 
 @pytest.fixture(scope="module")
 def sft(shared: Shared) -> Path:
-    small = ("learners.workers=1", "tracking.wandb=off", "evaluation.every=null", "data.eval=null")
+    small = ("run.max_steps=20", "learners.workers=1", "tracking.wandb=off", "evaluation.every=null", "data.eval=null")
     return shared.train("tiny/sft", "sft", *small)[0].export
 
 
@@ -65,6 +65,7 @@ def test_a_killed_rollout_actor_changes_nothing(shared: Shared, sft: Path, undis
     check_equal(outcome.folder, undisturbed)
 
 
+@pytest.mark.slow
 def test_a_killed_learner_restarts_the_run_from_its_checkpoint(shared: Shared, sft: Path, undisturbed: Path, tmp_path: Path) -> None:
     """Policy and critic alike; in flight was nothing that is not sampled again."""
     fault = {"site": "micro_batch", "action": "kill", "step": 13, "once": str(tmp_path / "killed")}
@@ -107,6 +108,7 @@ def test_generation_runs_one_version_ahead_and_never_more(shared: Shared, sft: P
     assert all(gap > 1e-4 for gap in gaps[2:]), "old rollouts: the gap is real"
 
 
+@pytest.mark.slow
 def test_weights_may_change_between_the_requests_of_a_batch(shared: Shared, sft: Path) -> None:
     """Slow actors are still at the next batch when new weights come: its later prompts are answered with them, each stamped so."""
     slow = ("rollouts.max_staleness=1", "rollouts.update=request", "rollouts.rows_at_once=8", "run.max_steps=4")

@@ -206,7 +206,8 @@ def test_out_of_memory_amid_collectives_rebuilds_the_workers(shared: Shared, und
     check_close(outcome.folder, undisturbed, 1e-5)  # the undisturbed run is one of stage 0
 
 
-@pytest.mark.parametrize("stage", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2, 3))])
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_non_finite_steps_are_skipped_and_five_in_a_row_end_the_run(shared: Shared, tmp_path: Path, stage: int) -> None:
     once = {"site": "micro_batch", "action": "nan", "step": 0, "rank": 0, "once": str(tmp_path / "nan")}
     always = {"site": "micro_batch", "action": "nan", "step": 2}

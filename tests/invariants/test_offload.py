@@ -32,9 +32,7 @@ GRID = [case for precision in ("fp32", "bf16", "bf16_autocast") for case in lega
 FEW: list[Case] = [
     ((1, "no_sync", "bf16"), OPTIMIZER),
     ((2, "coalesced", "fp32"), OPTIMIZER),
-    ((2, "per_micro_batch", "bf16"), OPTIMIZER),
     ((3, "per_micro_batch", "bf16"), BOTH),
-    ((3, "per_micro_batch", "fp32"), OPTIMIZER),
 ]
 
 

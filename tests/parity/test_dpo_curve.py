@@ -126,6 +126,7 @@ def _free_port() -> int:
         return free.getsockname()[1]
 
 
+@pytest.mark.slow
 def test_ten_steps_equal_trl(material: Path) -> None:
     theirs = trl_curve(material)
     assert len(theirs) == STEPS

@@ -76,14 +76,19 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shared]:
         yield shared
 
 
+def rows(file: str, count: int) -> list[dict[str, Any]]:
+    """The first rows of a file, whose text may hold line separators of other kinds."""
+    return [json.loads(line) for line in (ROWS / file).read_text().split("\n")[:count]]
+
+
 def rows_of(name: str) -> list[dict[str, Any]]:
     """Conversations, as both programs render them by the model's template."""
     user, assistant = (lambda text: [{"role": "user", "content": text}]), (lambda text: [{"role": "assistant", "content": text}])
     if name == "grpo":
-        return [{"prompt": user(row["prompt"])} for row in every_line(ROWS / "train.jsonl")[: EFFECTIVE // SAMPLES]]
+        return [{"prompt": user(row["prompt"])} for row in rows("train.jsonl", EFFECTIVE // SAMPLES)]
     if name == "sft":
-        return [{"prompt": user(r["prompt"]), "completion": assistant(r["completion"])} for r in every_line(ROWS / "train.jsonl")]
-    pairs = every_line(ROWS / "preferences.jsonl")
+        return [{"prompt": user(r["prompt"]), "completion": assistant(r["completion"])} for r in rows("train.jsonl", EFFECTIVE)]
+    pairs = rows("preferences.jsonl", EFFECTIVE)
     return [{"prompt": user(r["prompt"]), "chosen": assistant(r["chosen"]), "rejected": assistant(r["rejected"])} for r in pairs]
 
 
@@ -133,7 +138,7 @@ def trl_step(name: str, model_path: Path, run: Path, folder: Path) -> tuple[floa
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-    case, rows = CASES[name], rows_of(name)
+    case = CASES[name]
     auto: Any = AutoModelForCausalLM if case.head == "lm" else AutoModelForSequenceClassification
     config, trainer = getattr(trl, f"{case.kind}Config"), getattr(trl, f"{case.kind}Trainer")
     more: dict[str, Any] = {}
@@ -148,7 +153,7 @@ def trl_step(name: str, model_path: Path, run: Path, folder: Path) -> tuple[floa
     taken = trainer(
         model=auto.from_pretrained(model_path, dtype=torch.float32),
         args=config(output_dir=str(folder / "trl"), **QUIET, **case.trl),
-        train_dataset=Dataset.from_list(rows),
+        train_dataset=Dataset.from_list(rows_of(name)),
         processing_class=AutoTokenizer.from_pretrained(model_path),
         **more,
     )

@@ -3,7 +3,6 @@
 import gzip
 import importlib.util
 import json
-import os
 from pathlib import Path
 
 import fsspec
@@ -17,6 +16,8 @@ from orchestrator.errors import ConfigError, DataError, Exit, MissingInput
 
 PAIRS = [{"prompt": f"p{i}", "chosen": f"good {i}", "rejected": f"bad {i}"} for i in range(5)]
 DATA = Data(train="unused")
+GSM8K = Path(__file__).resolve().parents[2] / "data" / "gsm8k"
+"""64 real pairs and demonstrations, under the licence beside them."""
 
 
 def lines(records):
@@ -208,32 +209,22 @@ def test_an_unknown_toy_split():
         load_rows([source("toy:preference", split="test")], DATA, "preference")
 
 
-def gsm8k():
-    """The folder with real pairs: ORCHESTRATOR_TEST_DATA, or beside the repository."""
-    named = os.environ.get("ORCHESTRATOR_TEST_DATA")
-    beside = Path(__file__).resolve().parents[3].parent / "shared" / "data" / "gsm8k"
-    folder = Path(named) if named else beside
-    if not (folder / "preferences.jsonl").is_file():
-        pytest.skip("no GSM8K data: set ORCHESTRATOR_TEST_DATA to a folder with preferences.jsonl and train.jsonl")
-    return folder
-
-
 def test_real_pairs_load_and_encode_without_a_bad_row():
     from orchestrator.data.chat import encode_rows
     from orchestrator.models.tiny import byte_tokenizer
 
-    path = gsm8k() / "preferences.jsonl"
+    path = GSM8K / "preferences.jsonl"
     loaded = load_rows(str(path), DATA, "preference")
-    records = [json.loads(line) for line in path.read_text().splitlines()]
+    records = [json.loads(line) for line in path.read_text().split("\n") if line]
     assert [(r.prompt, r.chosen, r.rejected) for r in loaded.rows] == [(r["prompt"], r["chosen"], r["rejected"]) for r in records]
-    encoded = encode_rows(loaded.rows[:200], byte_tokenizer(), Data(train="unused", max_length=4096), "preference")
-    assert (encoded.report.kept, encoded.report.dropped, encoded.report.truncated, encoded.report.not_prefix) == (200, 0, 0, ())
-    longest = [max(len((r["prompt"] + r[side]).encode()) + 1 for side in ("chosen", "rejected")) for r in records[:200]]
+    encoded = encode_rows(loaded.rows, byte_tokenizer(), Data(train="unused", max_length=4096), "preference")
+    assert (encoded.report.kept, encoded.report.dropped, encoded.report.truncated, encoded.report.not_prefix) == (64, 0, 0, ())
+    longest = [max(len((r["prompt"] + r[side]).encode()) + 1 for side in ("chosen", "rejected")) for r in records]
     assert list(encoded.report.lengths) == longest
 
 
 def test_real_demonstrations_load_with_their_answers():
-    path = gsm8k() / "train.jsonl"
+    path = GSM8K / "train.jsonl"
     rows = load_rows([source(path, max_rows=50)], DATA, "sft").rows
     assert len(rows) == 50
     assert all(row.completion.endswith(f"#### {row.answer}") for row in rows)
