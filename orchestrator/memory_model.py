@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 from orchestrator.algorithms import Algorithm
 from orchestrator.config import Recipe
 from orchestrator.models.dropout import as_used
-from orchestrator.models.load import build_fake, load_config
+from orchestrator.models.load import build_fake, load_config, unreached
 from orchestrator.models.rope import pinned
 from orchestrator.models.scoring import Checkpointing, MicroBatchTensors, ScoringModel, chunk_logits, scored
 from orchestrator.models.unused import GroupedShapes
@@ -125,8 +125,7 @@ class MemoryModel:
         self.sizes = parameter_sizes(scoring)
         self.checkpoints = bool(scoring.hugging_face.supports_gradient_checkpointing)
         """Whether the architecture can compute its layers again in the backward."""
-        base = recipe.model.lora is None
-        self.idle = tuple(name for name, p in scoring.hugging_face.named_parameters() if base and not p.requires_grad)
+        self.idle = unreached(scoring.model)
         """Names of the parameters that text does not reach."""
         self.pinned_rope = pinned(scoring)
         """Kinds of its rotary positions whose frequencies would follow the batch, had they not been fixed."""

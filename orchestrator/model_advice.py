@@ -41,12 +41,12 @@ def advise(recipe: Recipe, algorithm: Algorithm, model: MemoryModel, data: DataS
     check_files(recipe.model)
     config, scoring = load_config(recipe.model), model.scoring
     _check_ids(recipe, scoring, data)
-    notes = _positions(recipe, scoring, longest(recipe, algorithm, data))
+    notes = _positions(recipe, model, longest(recipe, algorithm, data))
     if model.pinned_rope:
         reason = f"its frequencies are those of sequences of up to data.max_length={recipe.data.max_length} for all rows: the batch must not matter"
         notes.append(Note("positions", ", ".join(model.pinned_rope), reason))
     notes += _experts(recipe, scoring)
-    if model.idle:
+    if model.idle and recipe.model.lora is None:
         reason = "text does not reach them, so they keep their start weights: " + ", ".join(_parts(model.idle))
         notes.append(Note("not trained", f"{len(model.idle)} parameters", reason))
     if data.tokenizer is not None and recipe.model.path is not None:
@@ -83,13 +83,13 @@ def _check_ids(recipe: Recipe, scoring: ScoringModel, data: DataSet) -> None:
         )
 
 
-def _positions(recipe: Recipe, scoring: ScoringModel, most: int) -> list[Note]:
+def _positions(recipe: Recipe, model: MemoryModel, most: int) -> list[Note]:
     """ConfigError where a sequence is longer than a table of positions; a note where the recipe allows such, or where rotary positions go
     beyond what was trained. most: tokens of the longest sequence."""
     allowed = max(most, recipe.data.max_length)
-    config = scoring.hugging_face.config.get_text_config()
+    config = model.scoring.hugging_face.config.get_text_config()
     named = getattr(config, "max_position_embeddings", None)
-    tables = list(position_tables(scoring.hugging_face, named))
+    tables = [(name, size) for name, size in position_tables(model.scoring.hugging_face, named) if f"{name}.weight" not in model.idle]
     for name, size in tables:
         if most > size:
             raise ConfigError(
@@ -112,7 +112,7 @@ def position_tables(model: nn.Module, named: int | None) -> Iterable[tuple[str, 
     """(name, positions it holds) of each table of positions. Rows before the first position (OPT's two, RoBERTa's up to its padding) are
     not counted."""
     for name, module in model.named_modules():
-        if isinstance(module, nn.Embedding) and POSITIONS.search(name) and "vision" not in name and "audio" not in name:
+        if isinstance(module, nn.Embedding) and POSITIONS.search(name):
             rows = module.num_embeddings
             yield name, named if named is not None and rows > named else rows - (0 if module.padding_idx is None else module.padding_idx + 1)
     for name, buffer in model.named_buffers():

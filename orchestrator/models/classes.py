@@ -20,6 +20,8 @@ TWO_SIDED = frozenset({"xlnet"})
 """Language models that see tokens on both sides whatever their configuration says."""
 CHUNKED = frozenset({"reformer"})
 """Language models whose forward in training refuses rows of most lengths."""
+DRAFTERS = frozenset({"gemma4_assistant", "gemma4_unified_assistant"})
+"""Language models that go on from the hidden states of another model."""
 AHEAD = frozenset({"prophetnet"})
 """Language models with a stream of hidden states for each of several tokens ahead."""
 
@@ -79,6 +81,19 @@ def check_trainable(config: PretrainedConfig, where: str) -> None:
             f"{where}: {config.model_type} predicts several tokens ahead",
             why="its log-probs come from streams of their own, and an objective needs those of the next token from one pass",
             fix="give a model that predicts the next token",
+        )
+    if config.model_type in DRAFTERS:
+        raise ConfigError(
+            f"{where}: {config.model_type} drafts for another model, whose hidden states and keys its forward takes",
+            why="a row of text is not enough for it",
+            fix="give the model that it drafts for",
+        )
+    text = config.get_text_config()
+    if (getattr(text, "unpadded_vocab_size", None) or text.vocab_size) < text.vocab_size:
+        raise ConfigError(
+            f"{where}: {config.model_type} leaves out the last rows of its head (unpadded_vocab_size={text.unpadded_vocab_size})",
+            why="log-probs here are over all its rows",
+            fix="cut the head's weight in the file to those rows, and set vocab_size to their number",
         )
     packed = getattr(config, "quantization_config", None)
     if packed is not None:

@@ -125,7 +125,10 @@ def build_fake(
         if cfg.lora is not None:
             model = _with_lora(model, cfg.lora, 0, head, idle)
     with mode:  # peft's conversions work on meta tensors, not on fake ones
-        return model.to_empty(device="cpu")
+        model.to_empty(device="cpu")
+        base = model if cfg.lora is None else model.get_base_model()
+        base.tie_weights()  # which the move has undone: each name was given storage of its own
+    return model
 
 
 M = TypeVar("M", bound=nn.Module)
@@ -236,6 +239,14 @@ def _idle(model: nn.Module) -> tuple[str, ...]:
         said = "%s: what text never reaches could not be found, and nothing is frozen: %s: %s"
         logging.getLogger(__name__).warning(said, type(model).__name__, type(error).__name__, str(error).partition("\n")[0])
         return ()
+
+
+def unreached(model: Any) -> tuple[str, ...]:
+    """Names of the parameters that were found idle when the model was made here, adapters left out."""
+    if not hasattr(model, "peft_config"):
+        return tuple(name for name, parameter in model.named_parameters() if not parameter.requires_grad)
+    base, modules = model.get_base_model(), model.peft_config["default"].exclude_modules or ()
+    return tuple(name for name, _ in base.named_parameters() if name.rpartition(".")[0] in modules)
 
 
 def _check_targets(model: nn.Module, targets: Sequence[str]) -> None:

@@ -264,13 +264,12 @@ def _until(tokens: list[int], eos: int) -> list[int]:
 def logit_transform(config: Any) -> tuple[float | None, float]:
     """(soft cap, factor) that the architecture applies to its logits.
 
-    Gemma 2 and 3 cap: c * tanh(logits / c), as RecurrentGemma; Cohere multiplies by logit_scale, Falcon-H1 by
-    lm_head_multiplier; Granite divides by logits_scaling, HyperCLOVA X multiplies by it.
+    Gemma 2 and 3 cap: c * tanh(logits / c), as RecurrentGemma and xLSTM; Cohere multiplies by logit_scale, Falcon-H1 by
+    lm_head_multiplier; Granite divides by logits_scaling, HyperCLOVA X multiplies by it; Inkling divides by its width's multiplier.
     """
-    soft_cap = getattr(config, "final_logit_softcapping", None)
-    if soft_cap is None:
-        soft_cap = getattr(config, "logits_soft_cap", None)
-    scale = 1.0
+    caps = (getattr(config, name, None) for name in ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap"))
+    soft_cap = next((cap for cap in caps if cap is not None), None)
+    scale = 1.0 / (getattr(config, "logits_mup_width_multiplier", None) or 1.0)
     for name in ("logit_scale", "lm_head_multiplier"):
         factor = getattr(config, name, None)
         scale *= factor if factor is not None else 1.0

@@ -6,12 +6,14 @@ A parameter without a gradient is left alone by plain torch; DeepSpeed gives it 
 of an earlier step. Frozen, it is the same everywhere. Works on tensors without storage as well, so that a plan sees what a learner does.
 """
 
+import copy
 from collections.abc import Iterable
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 TOKENS = 8
@@ -46,9 +48,13 @@ def freeze_unused(model: nn.Module) -> tuple[str, ...]:
 def unused(model: nn.Module) -> frozenset[str]:
     """Names of the parameters that learn, by `requires_grad`, and that the output for a short text does not depend on."""
     device = next(model.parameters()).device
+    shapes: Any = nullcontext()
+    if device.type == "meta":  # as fake tensors they pass where transformers asks for values, since it takes them for traced
+        shapes = FakeTensorMode(allow_non_fake_inputs=True)
+        model = copy.deepcopy(model)  # the mode refers to what it has seen, which could not be moved afterwards
     ids = torch.arange(TOKENS, device="cpu").clamp(max=_rows(model) - 1)[None].to(device)
-    with _evaluating(model), GroupedShapes():
-        logits = model(input_ids=ids, use_cache=False).logits
+    with _evaluating(model), shapes, GroupedShapes():
+        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
     held = _leaves([logits])
     return frozenset(name for name, p in model.named_parameters() if p.requires_grad and id(p) not in held and ROUTED not in name)
 

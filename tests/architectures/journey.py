@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from rich.console import Console
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING  # pyright: ignore[reportPrivateImportUsage]
 
@@ -28,6 +29,7 @@ from orchestrator.learner.engine import ProcessGroup
 from orchestrator.learner.export import export_learner
 from orchestrator.learner.learner import LearnerSpec, RankLearner
 from orchestrator.learner.plain import PlainTrainer
+from orchestrator.memory_model import fake_model
 from orchestrator.models.classes import auto_class
 from orchestrator.models.tiny import byte_tokenizer
 from orchestrator.startup import check_layout, measured_throughput, probed_cut
@@ -38,6 +40,10 @@ GAP = 1e-4
 """nat: of a token's log-prob between the learner and its export, read by transformers; both fp32."""
 WEIGHTS = 5e-5
 """Relative: of the weights after two steps, from those of plain torch on the whole batch."""
+
+
+UNFOLLOWED = ("blt", "dbrx", "gemma3n_text", "jetmoe", "longcat_flash", "qwen4_exp", "qwen4_exp_text", "reformer", "xlm", "xlnet", "xmod")
+"""Their forward asks for values, which a model without storage has not: the plan does not know what text never reaches, and says so."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +95,7 @@ def make_folder(name: str, folder: Path) -> str:
     """Random weights of the architecture in little, with a byte tokenizer; the class's name."""
     config = small(name)
     tokenizer = byte_tokenizer()
-    config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    config.get_text_config(decoder=True).pad_token_id = tokenizer.pad_token_id
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         config.save_pretrained(folder)
@@ -100,13 +106,15 @@ def make_folder(name: str, folder: Path) -> str:
 
 
 def _their_class(config: PretrainedConfig) -> Any:
-    return AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModelForImageTextToText
+    """The composite one where the causal one writes a configuration of its text alone, which transformers reads as no causal model."""
+    readable = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and type(config.get_text_config(decoder=True)) in MODEL_FOR_CAUSAL_LM_MAPPING
+    return AutoModelForCausalLM if readable else AutoModelForImageTextToText
 
 
 def plain(folder: Path) -> str:
     """Transformers' own forward and backward in training mode on the CPU: "" or what it raised."""
     try:
-        model = auto_class(AutoConfig.from_pretrained(folder), "lm").from_pretrained(folder, dtype=torch.float32).train()
+        model = _their_class(AutoConfig.from_pretrained(folder)).from_pretrained(folder, dtype=torch.float32).train()
         ids = torch.from_numpy(np.random.default_rng(0).integers(10, 200, (2, 24)))
         logits = model(input_ids=ids, use_cache=False).logits
         torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
@@ -133,6 +141,8 @@ def journey(name: str, work: Path, group: ProcessGroup, **learners: Any) -> Outc
         job = plan_job(recipe(work / "model", **learners), Console(quiet=True))
         stage = "learner"
         here = Here(LearnerSpec(job.recipe, job.plan.cut, STEPS), group)
+        stage = "sizes"
+        _planned_as_learned(job, here.learner, name)
         stage = "checks"
         cut = probed_cut(job.plan, job.data, job.plan.cut, here, lambda _: None)
         check_layout(job.recipe, job.algorithm, job.data, cut, here, lambda _: None)
@@ -161,6 +171,18 @@ def journey(name: str, work: Path, group: ProcessGroup, **learners: Any) -> Outc
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return Outcome(name, kind, "works", "reload", "")
+
+
+def _planned_as_learned(job: Job, learner: RankLearner, kind: str) -> None:
+    """The plan's model without storage has the learner's parameters: tied where they are, frozen where no text reaches them."""
+
+    def look(model: torch.nn.Module) -> dict[str, tuple[int, bool]]:
+        return {name: (p.numel(), p.requires_grad or kind in UNFOLLOWED) for name, p in model.named_parameters()}
+
+    planned = look(fake_model(job.recipe, job.algorithm, FakeTensorMode(allow_non_fake_inputs=True)).hugging_face)
+    learned = look(learner.scoring.hugging_face)
+    if planned != learned:
+        raise AssertionError(f"plan and learner differ in {sorted(dict(planned.items() ^ learned.items()))[:4]}")
 
 
 def _equals_plain(job: Job, learner: RankLearner, steps: Sequence[Any], losses: Sequence[float]) -> None:

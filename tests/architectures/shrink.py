@@ -40,7 +40,7 @@ RULES: tuple[tuple[str, int], ...] = (
     (r".*(chunk_size|chunk_length)", 16),
     (r".*(moe|expert)_?\w*(intermediate|ffn|hidden)\w*_(size|dim)|\w*(expert|moe)_intermediate_size", 32),
     (r".*(intermediate|ffn|inner|mlp|feed_forward|ff)_?\w*(size|dim|hidden)|n_inner|d_ff|d_inner", 2 * HIDDEN),
-    (r".*(hidden_size|embedding_size|embed_dim|hidden_dim|model_dim|embd|embed_size|lru_width|d_model)", HIDDEN),
+    (r".*(hidden_size|hidden_size_global|embedding_size|embed_dim|hidden_dim|model_dim|embd|embed_size|lru_width|d_model)", HIDDEN),
     (r".*(embedding_dim|proj_dim|width)|dim|n_embd", HIDDEN),
     (r".*sliding_window(_size)?|local_attention|attention_window(_size)?|.*window(_size)?", 8),
 )
@@ -52,6 +52,8 @@ LAYERS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "decoder_lay
 
 def small(model_type: str) -> PretrainedConfig:
     """The configuration of an architecture in little."""
+    if model_type in PARTS:
+        return AutoConfig.for_model(model_type, **{name: small(part).to_dict() for name, part in PARTS[model_type].items()})
     default = AutoConfig.for_model(model_type)
     changes = _changes(default)
     if "text_config" in default.sub_configs and default.text_config is None:  # a drafter for another model
@@ -71,7 +73,8 @@ def _changes(default: PretrainedConfig) -> dict[str, Any]:
         value = vars(default).get(name)
         if name in default.sub_configs:
             if isinstance(value, PretrainedConfig):
-                said = {k: v for k, v in value.to_diff_dict().items() if k != "per_layer_config"}
+                fields = {f.name for f in dataclasses.fields(type(value))}  # what is not one is computed from those
+                said = {k: v for k, v in value.to_diff_dict().items() if k in fields}
                 changes[name] = {**said, **_changes(value), "model_type": value.model_type}
         elif layers and _per_layer(value, getattr(default, layers)):
             changes[name] = [_small(name, value[i]) for i in picked]
@@ -122,6 +125,13 @@ def _small(name: str, value: Any) -> Any:
     return value
 
 
+_OF_MUSIC = {"text_encoder": "t5", "audio_encoder": "encodec"}
+PARTS = {
+    "musicgen": {**_OF_MUSIC, "decoder": "musicgen_decoder"},
+    "musicgen_melody": {**_OF_MUSIC, "decoder": "musicgen_melody_decoder"},
+}
+"""Configurations that are made of others, which have no defaults."""
+
 FILLED: dict[str, Any] = {
     "head_dim": HEAD_DIM,
     "num_key_value_heads": HEADS,
@@ -171,7 +181,12 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "blt": {"encoder_hash_byte_group_vocab": 64},
     "xlm": {"emb_dim": HIDDEN, "causal": True},
-    "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}, "pooling": None},
+    "cohere_compass_text": {
+        "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [3, 3, 2]}},
+        "pooling": None,
+    },
+    "emu3": {"vocabulary_map": {"<image>": 201, "<|extra_200|>": 202}},
+    "emu3_vqgan": {"base_channels": 32},
     "gemma3n_text": {"num_kv_shared_layers": 0},
 }
 """What the name of a field does not tell, by model type."""

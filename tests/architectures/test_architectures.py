@@ -15,7 +15,12 @@ TWELVE = ("llama", "gpt2", "qwen3", "gemma3", "llama4", "mistral3", "qwen2_5_vl"
 OTHERS = [name for name in NAMES if name not in TWELVE]
 SHARE = 24
 """Architectures to a process."""
-OUT_OF_SCOPE = ("predicts several tokens ahead", "lets a token see those after it", "rows of a multiple of its chunk length")
+OUT_OF_SCOPE = (
+    "is an encoder with a decoder",
+    "predicts several tokens ahead",
+    "lets a token see those after it",
+    "rows of a multiple of its chunk length",
+)
 """Features that `plan` names; transformers' own forward works."""
 
 

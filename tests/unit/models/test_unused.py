@@ -1,10 +1,37 @@
-"""A model whose code cannot be followed learns all the same, and the log says what is not known of it."""
+"""A plan's model without storage has the parameters of a learner's: tied ones once, frozen what text never reaches.
+A model that cannot be followed learns whole."""
+
+from pathlib import Path
 
 import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import LlamaForCausalLM
 
-from orchestrator.config import Model, TinyModel
-from orchestrator.models.load import load
+from orchestrator.config import Lora, Model, TinyModel
+from orchestrator.models.load import build_fake, load, unreached
+from tests.architectures.journey import make_folder
+
+
+def frozen(model: torch.nn.Module) -> set[str]:
+    return {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+
+
+@pytest.mark.parametrize("lora", [None, Lora(rank=2)], ids=["whole", "lora"])
+@pytest.mark.parametrize(("architecture", "tower"), [("llama", ""), ("mixtral", ""), ("gemma3", "vision_tower")])
+def test_a_plan_freezes_what_a_learner_does(
+    architecture: str, tower: str, lora: Lora | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    make_folder(architecture, tmp_path)
+    model = Model(path=str(tmp_path), lora=lora)
+    planned = build_fake(model, "lm", torch.float32, FakeTensorMode(allow_non_fake_inputs=True))
+    learned = load(model, seed=0, head="lm").model
+    assert {n: p.shape for n, p in planned.named_parameters()} == {n: p.shape for n, p in learned.named_parameters()}, "tied alike"
+    assert frozen(planned) == frozen(learned) and not [line for line in caplog.messages if "could not be found" in line]
+    assert any(tower in name for name in frozen(learned)) if tower or lora else not frozen(learned)
+    assert unreached(planned) == unreached(learned) and bool(unreached(planned)) == bool(tower)
+    adapters = [name for name, parameter in learned.named_parameters() if parameter.requires_grad]
+    assert adapters and (not tower or not any(tower in name for name in adapters))
 
 
 def test_what_cannot_be_followed_is_said(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
@@ -13,6 +40,6 @@ def test_what_cannot_be_followed_is_said(monkeypatch: pytest.MonkeyPatch, caplog
 
     monkeypatch.setattr(LlamaForCausalLM, "forward", needs_a_gpu)
     loaded = load(Model(tiny=TinyModel(hidden_size=16, layers=1)), seed=0, head="lm")
-    assert all(parameter.requires_grad for parameter in loaded.model.parameters())
+    assert not frozen(loaded.model)
     (line,) = caplog.messages
     assert line == "LlamaForCausalLM: what text never reaches could not be found, and nothing is frozen: NotImplementedError: no kernel"
