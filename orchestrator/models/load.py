@@ -126,8 +126,8 @@ def build_fake(
             model = _with_lora(model, cfg.lora, 0, head, idle)
     with mode:  # peft's conversions work on meta tensors, not on fake ones
         model.to_empty(device="cpu")
-        base = model if cfg.lora is None else model.get_base_model()
-        base.tie_weights()  # which the move has undone: each name was given storage of its own
+        whole: Any = model
+        (whole if cfg.lora is None else whole.get_base_model()).tie_weights()  # which the move has undone: each name was given storage of its own
     return model
 
 

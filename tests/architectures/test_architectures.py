@@ -10,7 +10,7 @@ from tests.architectures.journey import Outcome, journey
 from tests.architectures.table import NAMES, rows
 from tests.invariants.engine_ranks import on_ranks
 
-TWELVE = ("llama", "gpt2", "qwen3", "gemma3", "llama4", "mistral3", "qwen2_5_vl", "mixtral", "opt", "mamba", "bert", "emu3")
+TWELVE = ("llama", "gpt2", "qwen3", "gemma3", "llama4", "mistral3", "qwen2_5_vl", "mixtral", "opt", "mamba", "bert", "xlnet")
 """What differs most: rotary and learned positions, composites, experts, no attention, an encoder made causal, one that is refused."""
 OTHERS = [name for name in NAMES if name not in TWELVE]
 SHARE = 24
