@@ -35,7 +35,7 @@ from orchestrator.models.shapes import as_folder, known
 from orchestrator.observe.dashboard import write_report
 from orchestrator.observe.sinks import read_lines
 from orchestrator.observe.tracking import honoured
-from orchestrator.plan import Choice, Plan, finer_cut
+from orchestrator.plan import Choice, DataReport, Plan, data_report, finer_cut
 from orchestrator.plan_view import data_notes
 from orchestrator.preflight import asked_by, look, need_of, require
 from orchestrator.prompts import load_prompts
@@ -255,15 +255,15 @@ def diagnose(stages: Sequence[Stage], root: Path | None) -> tuple[Finding, ...]:
         return (*judge(facts, asked), Finding("plan", "error", ready[0].run.name, error.what, error.fix))
 
 
-def first_batch(recipe: Recipe) -> tuple[tuple[SequenceGroup, ...], Callable[[int], str]]:
-    """The examples of the first optimizer step, and a decoder of single tokens."""
+def first_batch(recipe: Recipe) -> tuple[tuple[SequenceGroup, ...], Callable[[int], str], DataReport]:
+    """The examples of the first optimizer step, a decoder of single tokens, and what is to be said of the data."""
     algorithm = build(recipe.algorithm, recipe.rollouts)
     if algorithm.online is None:
         data = load_data(recipe, algorithm)
-        return data.batches.at(0), lambda token: data.tokenizer.decode([token])
+        return data.batches.at(0), lambda token: data.tokenizer.decode([token]), data_report(data)
     prompts = load_prompts(recipe, algorithm)
     bare = tuple(SequenceGroup(p.id, p.ids, (), p.source) for p in prompts.batches.at(0))
-    return bare, lambda token: prompts.tokenizer.decode([token])
+    return bare, lambda token: prompts.tokenizer.decode([token]), data_report(prompts.longest)
 
 
 def evaluate(recipe: Recipe, model: Path | None, console: Console) -> dict[str, float]:

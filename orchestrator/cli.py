@@ -131,8 +131,11 @@ def inspect(recipe: RecipeArgument, overrides: Overrides = None, examples: Annot
     cfg = _last(recipe, overrides)
     from orchestrator.assemble import first_batch
     from orchestrator.observe.inspect import render_group
+    from orchestrator.plan_view import data_notes
 
-    groups, decode = first_batch(cfg)
+    groups, decode, report = first_batch(cfg)
+    for line in data_notes(report):
+        out.print(line)
     for group in groups[:examples]:
         out.rule(f"example {group.id}", align="left")
         out.print(render_group(group, decode))

@@ -138,7 +138,7 @@ def make_plan(recipe: Recipe, algorithm: Algorithm, data: DataSet, hardware: Har
         arithmetic=_arithmetic(recipe.batch.effective, cut, first, algorithm),
         nearest=_nearest(recipe.batch.effective, cut, algorithm.group_examples),
         choices=tuple(choices),
-        data=_data_report(data, kl_notes(algorithm)),
+        data=data_report(data, kl_notes(algorithm)),
         memory=memory,
         memory_limit=limits.device,
         ram_limit=limits.ram,
@@ -335,7 +335,8 @@ def _nearest(effective: int, cut: Cut, share: int) -> tuple[int, ...]:
     return tuple(n for n in (below, below + unit) if n)
 
 
-def _data_report(data: DataSet, notes: tuple[str, ...]) -> DataReport:
+def data_report(data: DataSet, notes: tuple[str, ...] = ()) -> DataReport:
+    """What `plan` shows of the data; notes: what the algorithm adds to those of the data."""
     report, bins = data.report, 10
     top = max(report.lengths)
     width = max(1, -(-top // bins))
