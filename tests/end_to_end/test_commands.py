@@ -65,7 +65,7 @@ def test_evaluate_names_what_only_a_run_makes(sandbox: Sandbox) -> None:
 
 def test_inspect_shows_the_first_batch_and_what_is_to_be_said_of_the_data(sandbox: Sandbox, tmp_path: Path) -> None:
     said = succeeded(sandbox.run("inspect", "tiny/dpo", f"data.train={FEW % 'preference'}", "data.eval=null", "--examples", "2"))
-    assert said.count("5 scored") == 4 and said.startswith("unused columns: answer\\n"), "two pairs"
+    assert said.count("5 scored") == 4 and said.startswith("unused columns: answer\n"), "two pairs"
     rows = "".join(f'{{"prompt": "p{i}", "chosen": "good", "rejected": "bad", "annotator": {i}}}\n' for i in range(16))
     (tmp_path / "rows.jsonl").write_text(rows)
     said = succeeded(sandbox.run("inspect", "tiny/dpo", f"data.train={tmp_path}/rows.jsonl", "data.eval=null", "batch.effective=8"))
