@@ -141,6 +141,7 @@ def _knock(named: str, address: str) -> None:
 def _start(store: int) -> None:
     """A Ray of this machine alone, whatever else runs or ran on it."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 starves workers on a machine that others use as well
     _have_token()
     folder = _short_folder()
     try:

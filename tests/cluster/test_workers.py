@@ -22,7 +22,7 @@ from orchestrator.records import Cut
 from tests.running import Sandbox, shared_ray
 
 
-def test_workers_are_named_by_role_and_rank_and_can_be_replaced_at_once(tmp_path: Path) -> None:
+def test_workers_are_named_by_role_and_rank_as_nice_as_their_driver_and_can_be_replaced_at_once(tmp_path: Path) -> None:
     learners = Learners(workers=2, cpus_per_worker=0.5)  # pyright: ignore[reportCallIssue]
     with shared_ray(tmp_path):
         pids = []
@@ -30,6 +30,7 @@ def test_workers_are_named_by_role_and_rank_and_can_be_replaced_at_once(tmp_path
             with LearnerGroup(learners) as group:
                 assert sorted(list_named_actors()) == ["learner-0", "learner-1"]
                 assert len(set(group.hosts)) == 1 and ray.util.get_node_ip_address() in group.hosts
+                assert [os.getpriority(os.PRIO_PROCESS, pid) for pid in group.pids] == [os.getpriority(os.PRIO_PROCESS, 0)] * 2
                 pids += group.pids
         assert len(set(pids)) == 4
 
