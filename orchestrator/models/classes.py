@@ -89,9 +89,10 @@ def check_trainable(config: PretrainedConfig, where: str) -> None:
             fix="give the model that it drafts for",
         )
     text = config.get_text_config()
-    if (getattr(text, "unpadded_vocab_size", None) or text.vocab_size) < text.vocab_size:
+    kept = getattr(text, "unpadded_vocab_size", None)
+    if kept is not None and kept < text.vocab_size:
         raise ConfigError(
-            f"{where}: {config.model_type} leaves out the last rows of its head (unpadded_vocab_size={text.unpadded_vocab_size})",
+            f"{where}: {config.model_type} leaves out the last rows of its head (unpadded_vocab_size={kept})",
             why="log-probs here are over all its rows",
             fix="cut the head's weight in the file to those rows, and set vocab_size to their number",
         )

@@ -13,8 +13,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from orchestrator.config import Algorithm, Batch, Data, Learners, Lora, Model, Optimizer, Recipe, Rollouts, Run, Source
 from orchestrator.errors import ConfigError, Exit, OrchestratorError
 from orchestrator.job import plan_job
+from orchestrator.models.classes import check_trainable
 from orchestrator.models.tiny import byte_tokenizer
 from orchestrator.plan import Choice
+from tests.architectures.journey import make_folder
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 64}
 LONG_ROPE = {
@@ -159,6 +161,25 @@ def test_an_encoder_that_sees_both_sides_is_refused(folder):
 def test_an_unknown_model_type_is_refused(folder):
     error = refusal(edited(folder("llama"), model_type="llama-99"))
     assert isinstance(error, ConfigError) and "model.path" in error.what and "llama-99" in error.why
+
+
+def test_a_drafter_for_another_model_is_refused():
+    with pytest.raises(ConfigError, match="drafts for another model"):
+        check_trainable(AutoConfig.for_model("gemma4_assistant"), "model.path: here")
+
+
+def test_a_head_whose_last_rows_are_left_out_is_refused():
+    sizes = {**SIZES, "vocab_size": 320}
+    check_trainable(AutoConfig.for_model("inkling_text", **sizes, unpadded_vocab_size=320), "model.path: here")
+    with pytest.raises(ConfigError, match="unpadded_vocab_size=300"):
+        check_trainable(AutoConfig.for_model("inkling_text", **sizes, unpadded_vocab_size=300), "model.path: here")
+
+
+def test_a_table_of_positions_that_no_text_reaches_does_not_count(tmp_path):
+    """phi4_multimodal's tower for pictures has one of four rows."""
+    make_folder("phi4_multimodal", tmp_path)
+    found = notes(tmp_path)  # and not refused
+    assert "vision" in found["not trained"].reason or "image" in found["not trained"].reason
 
 
 def test_packed_weights_are_refused(folder):
