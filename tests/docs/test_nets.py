@@ -1,0 +1,19 @@
+"""CONTRIBUTING.md counts the nets as they are."""
+
+from pathlib import Path
+
+from tests.architectures.table import NAMES
+from tests.end_to_end.test_samplers import CASES
+from tests.invariants.test_samplers import GRID, KINDS
+from tests.unit.data.test_columns_net import COLUMNS, STAGES
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_the_nets_are_counted_as_they_are() -> None:
+    page = " ".join((ROOT / "CONTRIBUTING.md").read_text().split())
+    assert f"({len(COLUMNS)} kinds × {len(STAGES)} kinds of stage" in page
+    assert f"({len(GRID)} × {len(KINDS)} corrections" in page and f"{len(CASES)} whole runs" in page
+    assert f"every architecture ({len(NAMES)}:" in page
+    keys, values = (ROOT / "docs" / "recipe-reference.md").read_text().split("The schema holds ")[1].split(", in all")[0].split(" keys.", 1)
+    assert f"({keys} keys, {values.split('kind of value, ')[1].split(' in all')[0]} values" in page
