@@ -184,6 +184,7 @@ def test_out_of_memory_is_replayed_in_place(shared: Shared, undisturbed: Undistu
     check_close(outcome.folder, undisturbed, 1e-6)
 
 
+@pytest.mark.slow
 def test_out_of_memory_in_the_update_rebuilds_the_workers(shared: Shared, undisturbed: Undisturbed, tmp_path: Path) -> None:
     """Nobody knows which weights were moved by then. It is no lost worker: the step is cut finer, and no restart is spent on it."""
     fault = {"site": "optim_step", "action": "oom", "step": 4, "rank": 1, "once": str(tmp_path / "oom")}

@@ -110,7 +110,7 @@ def test_each_family_is_independent_of_the_cut(two_workers: LearnerGroup, data: 
         assert difference.within(TOLERANCE["fp32"]), difference
 
 
-@pytest.mark.parametrize("algorithm", [{"name": "dpo"}, {"name": "kto"}], ids=lambda a: a["name"])
+@pytest.mark.parametrize("algorithm", [{"name": "dpo"}, pytest.param({"name": "kto"}, marks=pytest.mark.slow)], ids=lambda a: a["name"])
 def test_loras_dropout_is_independent_of_the_cut(two_workers: LearnerGroup, data: Path, algorithm: dict) -> None:
     """Masks belong to tokens: the same ones under each layout, micro-batch, rank and with layers computed again, in both passes of KTO."""
     adapted = {"tiny": {"architecture": "llama", "hidden_size": 32, "layers": 2, "heads": 2}, "lora": {"rank": 4, "dropout": 0.3}}
