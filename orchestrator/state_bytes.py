@@ -159,12 +159,14 @@ def _stage_1_and_2(sizes: Sizes, learners: Learners, cut: Cut, element: int) -> 
 
 
 def _stage_3(sizes: Sizes, learners: Learners, cut: Cut, element: int) -> Held:
-    """DeepSpeedZeroOptimizer_Stage3: all of it partitioned, each tensor by itself; small ones are whole as well."""
+    """DeepSpeedZeroOptimizer_Stage3: all of it partitioned, each tensor by itself; small ones are whole as well, in the same storage
+    where the one rank's partition is the whole and lies where it is needed."""
     workers, offload = cut.workers, learners.offload
     share = sum(-(-n // workers) for n in sizes.trainable)
     partitions = element * (share + sum(-(-n // workers) for n in sizes.frozen))
-    persistent = element * (sizes.all - sizes.partitioned)
     on_host, optimizer_on_host = offload.parameters != "none", offload.optimizer != "none"
+    same = workers == 1 and not (on_host and learners.gpus_per_worker)
+    persistent = 0 if same else element * (sizes.all - sizes.partitioned)
     device = StateBytes(
         weights=persistent + (0 if on_host else partitions),
         gradients=element * sizes.learns if cut.sync == "coalesced" else 0,

@@ -35,6 +35,7 @@ for recipe in sys.argv[1:]:
 @pytest.fixture
 def sandbox(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("PYTHONPATH", FAKE["PYTHONPATH"])
+    monkeypatch.delenv("FAKE_GPU_FOR", raising=False)  # of a suite that is itself told the lie
     box = Sandbox(tmp_path)
     yield box
     box.close()

@@ -37,7 +37,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shared]:
 
 @pytest.fixture(scope="module")
 def sft(shared: Shared) -> Path:
-    small = ("run.max_steps=20", "learners.workers=1", "tracking.wandb=off", "evaluation.every=null", "data.eval=null")
+    small = ("learners.workers=1", "tracking.wandb=off", "evaluation.every=null", "data.eval=null")
     return shared.train("tiny/sft", "sft", *small)[0].export
 
 

@@ -83,7 +83,8 @@ def walk_ways(group: ProcessGroup, ways: list[Way]) -> list[Walked]:
 
 def _walk_way(group: ProcessGroup, way: Way) -> Walked:
     gc.collect()
-    before = {s.data_ptr() for s in map(_storage, _reachable()) if s is not None}
+    others = [s for s in map(_storage, _reachable()) if s is not None]  # held, so that nothing of this engine comes to lie where one was
+    before = {s.data_ptr() for s in others}
     how = cut(way, group.world)
     learner = RankLearner(LearnerSpec(recipe(way, group.world), how, 10), group, torch.device("cpu"))
     found: list[Counted] = []

@@ -100,7 +100,7 @@ def pool(group: LearnerGroup, faults: Path) -> Iterator[RolloutPool]:
         ]
     cfg = recipe(placement="colocated", max_restarts=100)
     with planned_faults(*planned), RolloutPool(cfg, placement=group.placement) as pool:
-        assert pool.own is None
+        assert not pool.reserved
         yield pool
 
 
