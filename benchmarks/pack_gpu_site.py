@@ -20,10 +20,15 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 WHEELS = """
-accelerate annotated-types datasets dill hjson httpcore2 httpx httpx2 huggingface-hub jsonschema jsonschema-specifications
-latex2sympy2-extended math-verify multiprocess pathspec peft platformdirs py-cpuinfo pydantic pydantic-core ray referencing rpds-py
-tokenizers transformers trl truststore typer typing-inspection
+accelerate annotated-doc annotated-types certifi charset-normalizer datasets dill einops hjson httpcore httpcore2 httpx httpx2 huggingface-hub
+jsonschema jsonschema-specifications latex2sympy2-extended math-verify msgpack multiprocess ninja pathspec peft platformdirs protobuf psutil py-cpuinfo
+pydantic pydantic-core ray referencing requests rpds-py tokenizers transformers trl truststore typer typing-inspection urllib3 xxhash
 """
+ON_THE_HOST = """
+aiohttp anyio click filelock fsspec h11 hf-xet idna numpy packaging pandas pyarrow pyyaml regex rich safetensors shellingham torch tqdm
+typing-extensions
+"""
+"""There already, with what these need: what any transformers 5 brings."""
 SOURCES = ("deepspeed", "antlr4-python3-runtime")
 """Published as source only, pure Python: the installed files are taken. DeepSpeed's operators are built where they run."""
 NOT_NEEDED = ("ray/jars", "ray/rllib", "ray/dashboard/client", "bin")
