@@ -15,6 +15,7 @@ from rich.table import Table
 
 from orchestrator import cluster_commands
 from orchestrator import recipe as recipes
+from orchestrator.cluster.forkserver import forked_workers
 from orchestrator.cluster_commands import Overrides, RecipeArgument, out
 from orchestrator.errors import ConfigError, Exit, OrchestratorError, OutputError
 from orchestrator.stages import STAGE, references
@@ -41,9 +42,10 @@ def train(
 ) -> None:
     """Trains; goes on by itself if the folder holds a verified checkpoint of the same run."""
     loaded = recipes.load(recipe, overrides or ())
-    from orchestrator.assemble import train_stages
+    with forked_workers():
+        from orchestrator.assemble import train_stages
 
-    outcomes = train_stages(loaded.stages, output or Path("runs") / loaded.name, out)
+        outcomes = train_stages(loaded.stages, output or Path("runs") / loaded.name, out)
     if (results := held_out(outcomes)).row_count:
         out.print(results)
     for outcome in outcomes.values():

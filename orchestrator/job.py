@@ -16,7 +16,6 @@ from orchestrator.dataset import DataSet, load_data
 from orchestrator.errors import NotEnoughResources
 from orchestrator.facts import WorkerGroup
 from orchestrator.hardware import Hardware, this_machine
-from orchestrator.memory_model import Sizes, model_sizes
 from orchestrator.models.buckets import WIRE
 from orchestrator.models.load import load_config
 from orchestrator.observe.card import model_card
@@ -31,6 +30,7 @@ from orchestrator.rollout.functions import check_rewards
 from orchestrator.rollout.trial import try_user_code
 from orchestrator.run_folder import RunFolder
 from orchestrator.sketch import Lengths, made_up
+from orchestrator.state_bytes import Sizes
 from orchestrator.words import size
 
 Stopped = Callable[[], bool]
@@ -68,7 +68,7 @@ class Job:
 
     def sizes(self) -> Sizes:
         """Parameters of the policy."""
-        return model_sizes(self.recipe, self.algorithm)
+        return self.plan.sizes
 
     def store_bytes(self) -> int:
         """Of the published weights that lie in Ray's object store at once: the version in use, the one being written, and those that
@@ -147,7 +147,7 @@ def _job(recipe: Recipe, console: Console, hardware: Hardware, lengths: Lengths 
     try_user_code(recipe.rewards, recipe.rollouts.environment, columns)
     plan = make_plan(recipe, algorithm, longest, hardware)
     total = recipe.run.max_steps or (prompts.batches.steps_in(recipe.run.epochs) if prompts is not None else plan.total_steps)
-    plan = replace(plan, total_steps=total, choices=(*plan.choices, *_rollout_choices(recipe, algorithm, steps)))
+    plan = replace(plan, total_steps=total, choices=(*plan.choices, *_rollout_choices(recipe, plan.sizes, steps)))
     return Job(plan.recipe, algorithm, longest, prompts, plan, steps, console)
 
 
@@ -175,7 +175,7 @@ def _fitted(recipe: Recipe, algorithm: Algorithm, hardware: Hardware) -> Recipe:
     return recipe.with_workers(room)
 
 
-def _rollout_choices(recipe: Recipe, algorithm: Algorithm, steps: int) -> list[Choice]:
+def _rollout_choices(recipe: Recipe, sizes: Sizes, steps: int) -> list[Choice]:
     """What `orchestrator plan` says of the rollouts."""
     rollouts = recipe.rollouts
     drawn = f"{rollouts.prompts} prompts x {rollouts.samples} samples = {rollouts.prompts * rollouts.samples} completions"
@@ -184,11 +184,11 @@ def _rollout_choices(recipe: Recipe, algorithm: Algorithm, steps: int) -> list[C
     return [
         Choice("rollout batch", drawn, f"{steps} optimizer step{'s' if steps > 1 else ''} from each; run.max_steps counts rollout batches"),
         Choice("rollouts", actors, ahead),
-        Choice("rollout memory", size(rollout_bytes(recipe, algorithm)), f"per actor: weights, keys and values of {rollouts.rows} full rows"),
+        Choice("rollout memory", size(rollout_bytes(recipe, sizes)), f"per actor: weights, keys and values of {rollouts.rows} full rows"),
     ]
 
 
-def rollout_bytes(recipe: Recipe, algorithm: Algorithm) -> int:
+def rollout_bytes(recipe: Recipe, sizes: Sizes) -> int:
     """Predicted bytes of a transformers rollout actor: its weights, and keys and values of rollouts.rows full rows."""
     config = load_config(recipe.model).get_text_config()
     element = 4 if recipe.learners.precision == "fp32" else 2
@@ -196,5 +196,5 @@ def rollout_bytes(recipe: Recipe, algorithm: Algorithm) -> int:
     heads = getattr(config, "num_key_value_heads", None) or attention
     width = getattr(config, "head_dim", None) or (config.hidden_size // attention if attention else 0)
     per_token = 2 * element * (getattr(config, "num_hidden_layers", None) or 0) * heads * width
-    return element * model_sizes(recipe, algorithm).all + per_token * recipe.rollouts.rows * recipe.data.max_length
+    return element * sizes.all + per_token * recipe.rollouts.rows * recipe.data.max_length
 

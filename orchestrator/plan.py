@@ -20,6 +20,7 @@ from orchestrator.models.attention import capabilities
 from orchestrator.models.load import load_config
 from orchestrator.models.scoring import Checkpointing
 from orchestrator.records import Cut, Layout, PackedBatch, Sync
+from orchestrator.state_bytes import Sizes
 from orchestrator.ways import (
     LEGAL_SYNC,
     Limits,
@@ -97,6 +98,8 @@ class Plan:
     ram_limit: int
     traffic: Traffic
     mean_length: int
+    sizes: Sizes
+    """Parameters of the policy, tensor by tensor."""
 
     def to_json(self) -> dict[str, Any]:
         plain = ("algorithm", "micro_batches", "total_steps", "arithmetic", "nearest", "memory_limit", "ram_limit", "mean_length")
@@ -107,6 +110,7 @@ class Plan:
             "data": asdict(self.data),
             "memory": {**asdict(self.memory), "total": self.memory.total},
             "traffic": asdict(self.traffic),
+            "sizes": {"all": self.sizes.all, "learns": self.sizes.learns},
             "recipe": self.recipe.model_dump(mode="json"),
         }
 
@@ -144,6 +148,7 @@ def make_plan(recipe: Recipe, algorithm: Algorithm, data: DataSet, hardware: Har
         ram_limit=limits.ram,
         traffic=sent,
         mean_length=max(1, sum(data.report.lengths) // len(data.report.lengths)),
+        sizes=work.model.sizes,
     )
 
 
@@ -231,11 +236,17 @@ def _fit(work: Work, layout: Layout, choices: list[Choice]) -> Way:
     learners = work.recipe.learners
     ways, modes = ways_of(work.recipe), modes_of(work.recipe, work.model.checkpoints)
     whole = [Cut(learners.count, None, None, layout, stage, sync, one_row=_one_row(work.recipe, layout)) for stage, sync in ways]
-    tried = [found for mode in modes for cut in whole if (found := work.largest(cut, mode))]
-    if not tried:  # the caller says by how much
+    best, possible = None, []
+    for mode in modes:
+        for index, cut in enumerate(whole):
+            if best is not None and work.least_seconds(cut, mode) >= best.seconds:
+                possible.append(index)  # it may fit, and cannot be quicker: its memory is not looked at, which takes seconds
+            elif (found := work.largest(cut, mode)) is not None:
+                possible.append(index)
+                best = found if best is None or found.seconds < best.seconds else best
+    if best is None:  # the caller says by how much
         return work.way(given(work.recipe, work.algorithm, whole[-1]), modes[-1])
-    best = min(tried, key=lambda way: way.seconds)
-    cut, lowest = best.cut, min(ways.index((way.cut.zero_stage, way.cut.sync)) for way in tried)
+    cut, lowest = best.cut, min(possible)
     at = ways.index((cut.zero_stage, cut.sync))
     why = (
         "the lowest stage whose state fits: fewest collectives"

@@ -50,7 +50,7 @@ def need_of(job: Job) -> Need:
 def _checkpoint_bytes(job: Job) -> int:
     """Of one checkpoint: the policy's state, TR-DPO's moving reference, and the state of PPO's critic."""
     recipe = job.recipe
-    sizes = model_sizes(recipe, job.algorithm)
+    sizes = job.sizes()
     total = STATE_BYTES * sizes.learns
     if recipe.algorithm.reference_sync_every is not None:
         total += (4 if recipe.learners.precision in ("fp32", "bf16_autocast") else 2) * sizes.all

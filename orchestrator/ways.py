@@ -152,18 +152,31 @@ class Work:
         wire = (sent.reduced * 2 + sent.gathered) / (self.hardware.link or (GPU_LINK if gpu else CPU_LINK))
         return flops / (GPU_FLOPS if gpu else CPU_FLOPS * learners.cpus_per_worker) + (MICRO_BATCH_S * len(share) if gpu else 0) + wire
 
-    def largest(self, cut: Cut, checkpointing: Checkpointing) -> Way | None:
-        """The way with the recipe's micro-batch, or with the largest that fits the predicted memory; None where nothing does."""
+    def least_seconds(self, cut: Cut, checkpointing: Checkpointing) -> float:
+        """Of a step by estimate, if its micro-batches could be as large as they make sense."""
         batch = self.recipe.batch
-        if batch.micro_batch_tokens is not None or batch.micro_batch != "auto":
-            way = self.way(given(self.recipe, self.algorithm, cut), checkpointing)
-            return way if way.fits else None
+        auto = batch.micro_batch_tokens is None and batch.micro_batch == "auto"
+        return self._seconds(replace(cut, positions=self._budgets(cut)[0]) if auto else given(self.recipe, self.algorithm, cut), checkpointing)
+
+    def _budgets(self, cut: Cut) -> list[int]:
+        """Positions of a micro-batch that make sense, from most to least."""
         cap = GPU_POSITIONS if self.recipe.learners.gpus_per_worker else CPU_POSITIONS
         most = max(positions_of(step, cut) for step in self.steps)
         longest = max(positions_of([g], cut) for step in self.steps for g in step)
         budgets = [max(longest, min(cap, -(-most // cut.workers)))]
         while budgets[-1] > 1.5 * longest:
             budgets.append(max(longest, budgets[-1] // 2))
+        return budgets
+
+    def largest(self, cut: Cut, checkpointing: Checkpointing) -> Way | None:
+        """The way with the recipe's micro-batch, or with the largest that fits the predicted memory; None where nothing does."""
+        batch = self.recipe.batch
+        if batch.micro_batch_tokens is not None or batch.micro_batch != "auto":
+            way = self.way(given(self.recipe, self.algorithm, cut), checkpointing)
+            return way if way.fits else None
+        budgets = self._budgets(cut)
+        if not self.recipe.learners.gpus_per_worker and (way := self.way(replace(cut, positions=budgets[0]), checkpointing)).fits:
+            return way  # a CPU's largest rows are soon followed, and mostly fit
         least = self.way(replace(cut, positions=budgets[-1]), checkpointing)
         if not least.fits:
             return None

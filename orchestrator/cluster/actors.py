@@ -13,6 +13,7 @@ from typing import Any
 import ray
 
 from orchestrator import faults
+from orchestrator.cluster.forkserver import py_executable
 from orchestrator.node_facts import NO_GPUS
 
 ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
@@ -45,10 +46,11 @@ def made(kind: type, share: Share, *, strategy: Any = None, name: str | None = N
     """The class as an actor class of Ray, ready for `.remote(…)`. strategy: where it is placed; name: as Ray's dashboard shows it."""
     options = {"name": name} if name is not None else {}
     placed = {"scheduling_strategy": strategy} if strategy is not None else {}
+    forked = None if share.gpus else py_executable(os.environ)
     return ray.remote(kind).options(
         num_cpus=share.cpus,
         num_gpus=share.gpus,
-        runtime_env={"env_vars": worker_environment(share)},
+        runtime_env={"env_vars": worker_environment(share), **({"py_executable": forked} if forked else {})},
         max_restarts=0,
         max_concurrency=1,
         **options,

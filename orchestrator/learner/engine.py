@@ -49,9 +49,7 @@ class ProcessGroup:
             MASTER_ADDR=self.address,
             MASTER_PORT=str(self.port),
         )
-        os.environ.setdefault("DS_ACCELERATOR", device.type)
-        deepspeed = _deepspeed()
-        deepspeed.init_distributed(
+        load_deepspeed(device.type).init_distributed(
             dist_backend="nccl" if device.type == "cuda" else "gloo",
             auto_mpi_discovery=False,
             verbose=False,
@@ -64,6 +62,12 @@ class ProcessGroup:
 
         for group in list(c10d._world.pg_map):
             c10d._set_pg_timeout(timedelta(seconds=self.timeout_s), group)
+
+
+def load_deepspeed(accelerator: str) -> Any:
+    """The library, told what it computes on ("cuda", "cpu"), which it would look for when it is imported. Takes a second."""
+    os.environ.setdefault("DS_ACCELERATOR", accelerator)
+    return _deepspeed()
 
 
 def _deepspeed() -> Any:

@@ -1,0 +1,179 @@
+"""Ray's workers on this machine, forked from one process that has imported what they need.
+
+    driver --fork--> fork server (torch, transformers, deepspeed imported) --fork--> worker, worker, …
+                          ^ unix socket
+    raylet --starts--> fork_client.py: "be this worker", with its arguments, variables and files
+
+An import of all libraries takes six seconds of a processor for each process; a fork takes a few hundredths, and shares the memory.
+Only a run's own Ray uses it, on Linux, on a machine without a GPU: CUDA does not outlive a fork.
+"""
+
+import atexit
+import ctypes
+import gc
+import json
+import os
+import runpy
+import selectors
+import shlex
+import signal
+import socket
+import sys
+import tempfile
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+from orchestrator.hardware import visible_gpus
+
+CLIENT = Path(__file__).with_name("fork_client.py")
+VARIABLE = "ORCHESTRATOR_FORK_SERVER"
+"""Where the server of this run listens."""
+WAITING = 64
+"""Workers that may ask at once."""
+LENGTH_BYTES = 8
+PR_SET_PDEATHSIG = 1
+
+
+@contextmanager
+def forked_workers() -> Iterator[None]:
+    """Inside, the workers of a Ray that is started here are forked from this process as it is now, with the modules they need; nothing is
+    changed where they may not be (see above), where the run joins another Ray, and where this process has imported ray: its library
+    reads what a worker is when it is loaded."""
+    if sys.platform != "linux" or "ray" in sys.modules or os.environ.get("RAY_ADDRESS", "local") not in ("", "local") or visible_gpus():
+        yield
+        return
+    _import()
+    with tempfile.TemporaryDirectory(prefix="fork-") as folder:
+        address = str(Path(folder) / "socket")
+        server = _start(address)
+        os.environ[VARIABLE] = address
+        try:
+            yield
+        finally:
+            del os.environ[VARIABLE]
+            os.kill(server, signal.SIGKILL)  # workers that it forked are Ray's, and stay
+            os.waitpid(server, 0)
+
+
+def _import() -> None:
+    """What takes a worker its time, and does not import ray."""
+    import orchestrator.learner.learner
+    import orchestrator.rollout.generator  # noqa: F401
+    from orchestrator.learner.engine import load_deepspeed
+
+    load_deepspeed("cpu")
+
+
+def py_executable(environment: Mapping[str, str]) -> str | None:
+    """What stands for the interpreter in Ray's command line of a worker without a GPU; None: the interpreter itself."""
+    address = environment.get(VARIABLE)
+    return shlex.join([sys.executable, "-S", "-E", str(CLIENT), address]) if address else None
+
+
+def _start(address: str) -> int:
+    """The server's process, off this one."""
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    listener.bind(address)
+    listener.listen(WAITING)
+    driver = os.getpid()
+    if server := os.fork():
+        listener.close()
+        return server
+    try:
+        _end_with(driver)
+        _serve(listener)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(1)
+
+
+def _end_with(parent: int) -> None:
+    """The kernel ends this process when its parent is gone."""
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(0)
+
+
+def _serve(listener: socket.socket) -> NoReturn:
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    gc.collect()
+    gc.freeze()  # a collection in a worker would write to, and so copy, the pages it shares with the others
+    children: dict[int, socket.socket] = {}
+    reader, writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    signal.set_wakeup_fd(writer)
+    signal.signal(signal.SIGCHLD, lambda number, frame: None)
+    with selectors.DefaultSelector() as waiting:
+        waiting.register(listener, selectors.EVENT_READ)
+        waiting.register(reader, selectors.EVENT_READ)
+        while True:
+            for key, _ in waiting.select():
+                if key.fileobj is listener:
+                    client, _ = listener.accept()
+                    _fork(client, listener, children)
+                else:
+                    os.read(reader, 4096)
+            _reap(children)
+
+
+def _fork(client: socket.socket, listener: socket.socket, children: dict[int, socket.socket]) -> None:
+    """A worker for this client."""
+    length, files, _, _ = socket.recv_fds(client, LENGTH_BYTES, 3)
+    with client.makefile("rb") as stream:
+        message = stream.read(int.from_bytes(length))
+    pid = os.fork()
+    if pid:
+        children[pid] = client
+        for file in files:
+            os.close(file)
+        return
+    code = 1
+    try:
+        signal.set_wakeup_fd(-1)
+        listener.close()
+        client.close()
+        for other in children.values():
+            other.close()
+        _become(json.loads(message), files)
+        code = 0
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else int(error.code is not None)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        atexit._run_exitfuncs()  # as an interpreter does at its end; this one's own end would be the driver's
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _become(request: dict[str, Any], files: Sequence[int]) -> None:
+    """This process as the worker that the client was started to be."""
+    for number, file in enumerate(files):
+        os.dup2(file, number)
+        os.close(file)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD):
+        signal.signal(number, signal.SIG_IGN if number in request["ignored"] else signal.SIG_DFL)
+    if signal.SIGINT not in request["ignored"]:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.pthread_sigmask(signal.SIG_SETMASK, request["blocked"])
+    os.environ.clear()
+    os.environ.update(request["environment"])
+    os.chdir(request["directory"])
+    sys.argv = request["command"]
+    runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+def _reap(children: dict[int, socket.socket]) -> None:
+    """Tells the clients of workers that have ended."""
+    while children:
+        pid, status = os.waitpid(-1, os.WNOHANG)
+        if not pid:
+            return
+        client = children.pop(pid)
+        with client:
+            client.send(str(os.waitstatus_to_exitcode(status)).encode())
