@@ -18,6 +18,7 @@ from orchestrator import recipe as recipes
 from orchestrator.cluster_commands import Overrides, RecipeArgument, out
 from orchestrator.errors import ConfigError, Exit, OrchestratorError, OutputError
 from orchestrator.stages import STAGE, references
+from orchestrator.stopping import enduring_output, stop_signals
 
 if TYPE_CHECKING:
     from orchestrator.assemble import Outcome
@@ -40,10 +41,11 @@ def train(
     output: Annotated[Path | None, typer.Option("--output", "-o", help="run folder; default runs/NAME")] = None,
 ) -> None:
     """Trains; goes on by itself if the folder holds a verified checkpoint of the same run."""
-    loaded = recipes.load(recipe, overrides or ())
-    from orchestrator.assemble import train_stages
+    with stop_signals() as stop, enduring_output():
+        loaded = recipes.load(recipe, overrides or ())
+        from orchestrator.assemble import train_stages
 
-    outcomes = train_stages(loaded.stages, output or Path("runs") / loaded.name, out)
+        outcomes = train_stages(loaded.stages, output or Path("runs") / loaded.name, out, stop)
     if (results := held_out(outcomes)).row_count:
         out.print(results)
     for outcome in outcomes.values():

@@ -18,6 +18,7 @@ from typing import Any
 from orchestrator.checkpoints import write_atomically
 from orchestrator.errors import OutputError
 from orchestrator.identity import TOKENS, Identity
+from orchestrator.observe.sinks import read_lines
 
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)
 """What flock says on a file system that has none."""
@@ -49,6 +50,11 @@ class RunFolder:
     @property
     def metrics(self) -> Path:
         return self.root / "metrics.jsonl"
+
+    def evaluated(self, step: int) -> bool:
+        """Is the evaluation of a step on record?"""
+        lines = read_lines(self.metrics) if self.metrics.is_file() else []
+        return any(line.get("step") == step and any(name.startswith("eval/") for name in line) for line in lines)
 
 
 @contextmanager

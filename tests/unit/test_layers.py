@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "orchestrator"
 
 FLOORS: tuple[frozenset[str], ...] = (
-    frozenset({"__init__", "errors", "config", "records", "episodes", "roles", "faults", "facts", "words"}),
+    frozenset({"__init__", "errors", "config", "records", "episodes", "roles", "faults", "facts", "words", "stopping"}),
     frozenset(
         {"objectives", "checkpoints", "strict_yaml", "stages", "keys", "validation", "findings", "node_facts", "hardware", "state_bytes", "hub"}
     ),
