@@ -82,7 +82,7 @@ class Stop:
         if self._again:
             what, why = f"ended at once by a second {name} while {self.doing}", "what came after the last checkpoint is lost"
         else:
-            what, why = f"stopped by {name} while {self.doing}", "nothing is lost: all that was done before is in the last checkpoint, if any"
+            what, why = f"stopped by {name} while {self.doing}", "no step is lost: those that were done are in the last checkpoint"
         return Interrupted(what, why=why, fix="run the same command again to go on")
 
 
