@@ -24,9 +24,10 @@ from orchestrator.cluster.workers import LearnerGroup
 from orchestrator.config import ONLINE, Recipe
 from orchestrator.dataset import load_data
 from orchestrator.errors import ConfigError, NotEnoughResources, OutOfMemory, WorkerFailed, WorkerLost
+from orchestrator.extension import End
 from orchestrator.findings import Finding, judge
 from orchestrator.hardware import Hardware, of_cluster
-from orchestrator.identity import TOKENS, Identity, file_digest, identity_of, tokenizer_digest, tokens_digest
+from orchestrator.identity import TOKENS, Identity, file_digest, identity_of, text_digest, tokenizer_digest, tokens_digest
 from orchestrator.job import Job, plan_job, plan_sketch
 from orchestrator.learner.learner import LearnerSpec
 from orchestrator.models.shapes import as_folder, known
@@ -61,14 +62,14 @@ class Outcome:
     after: Mapping[str, float]
 
 
-def train(recipe: Recipe, root: Path, console: Console, stop: Stop | None = None) -> Outcome:
+def train(recipe: Recipe, root: Path, console: Console, stop: Stop | None = None, *, extend: bool = False) -> Outcome:
     """Runs a recipe to its end in the folder `root`, going on from a verified checkpoint if one is there. stop: of a caller that handles the
-    signals already; None: they are handled here."""
+    signals already, None: they are handled here; extend: the run may have another end, though its schedule looks at it."""
     with nullcontext(stop) if stop is not None else stop_signals() as asked:
-        return _train(recipe, root, console, asked)
+        return _train(recipe, root, console, asked, extend)
 
 
-def _train(recipe: Recipe, root: Path, console: Console, stop: Stop) -> Outcome:
+def _train(recipe: Recipe, root: Path, console: Console, stop: Stop, extend: bool) -> Outcome:
     tracking, told = honoured(recipe.tracking, os.environ)
     recipe = recipe.model_copy(update={"tracking": tracking})
     for line in told:
@@ -82,7 +83,8 @@ def _train(recipe: Recipe, root: Path, console: Console, stop: Stop) -> Outcome:
         for function in recipe.rewards.functions:
             if function.url is not None:
                 knock(function)
-    with open_run(root, _identity(recipe, job), dump(recipe), job.plan_json(), _say(console)) as folder:
+    end = End(recipe.optimizer, job.plan.total_steps, job.optimizer_steps, extend)
+    with open_run(root, _identity(recipe, job), dump(recipe), job.plan_json(), _say(console), end=end) as folder:
         for line in data_notes(job.plan.data):
             console.print(line)
         progress = _finished(job, folder) or _supervise(job, folder, stop)
@@ -99,8 +101,11 @@ def _identity(recipe: Recipe, job: Job) -> Identity:
         written = {f"the file of rewards.functions, {f.name}": f.function for f in recipe.rewards.functions if is_users(f)}
         for name, where in (written | {"the file of rollouts.environment": recipe.rollouts.environment}).items():
             if where is not None and (file := source_of(where)) is not None:
-                watched[f"{name} ({file})"] = file_digest(file)
-    return identity_of(recipe, job.data.loaded.fingerprint, tokenizer=tokenizer_digest(job.data.tokenizer), watched=watched)
+                watched[f"{name} ({file.name})"] = file_digest(file)
+        watched |= {f"the url of rewards.functions, {f.name}": text_digest(f.url) for f in recipe.rewards.functions if f.url is not None}
+    loaded = job.data.loaded
+    sources = list(zip(loaded.sizes, loaded.weights, strict=True))
+    return identity_of(recipe, loaded.fingerprint, tokenizer=tokenizer_digest(job.data.tokenizer), sources=sources, watched=watched)
 
 
 def _say(console: Console) -> Callable[[str], None]:
@@ -147,16 +152,11 @@ def _supervise(job: Job, folder: RunFolder, stop: Stop) -> Progress:
             if error.repeats is not None and error.repeats in seen:
                 raise WorkerFailed(f"{error.what}, twice at the same place", why=error.why, fix=f"no other attempt will help: {error.fix}") from error
             seen |= {error.repeats} if error.repeats is not None else set()
-            count = restarts.add(_saved_steps(folder))
+            count = restarts.add(folder.saved_steps)
             if count > restarts.limit:
                 raise
             _require_room(job, error)
             job.console.print(f"{error}\nrestart {count} of {restarts.limit} from the last checkpoint", markup=False)
-
-
-def _saved_steps(folder: RunFolder) -> int:
-    """Of the newest checkpoint by its name: only progress moves it."""
-    return max((int(d.name[5:13]) for d in folder.checkpoints.glob("step_????????")), default=0)
 
 
 def _require_room(job: Job, lost: WorkerLost) -> None:
@@ -179,7 +179,7 @@ def _before_and_after(metrics: Path) -> tuple[dict[str, float], dict[str, float]
     return (evaluations[0], evaluations[-1]) if evaluations else ({}, {})
 
 
-def train_stages(stages: Sequence[Stage], root: Path, console: Console, stop: Stop | None = None) -> dict[str, Outcome]:
+def train_stages(stages: Sequence[Stage], root: Path, console: Console, stop: Stop | None = None, *, extend: bool = False) -> dict[str, Outcome]:
     """Trains a recipe, or a pipeline stage by stage in root/NAME, each with the exports of the stages it names."""
     for stage in stages[1:]:  # the first one is about to be planned; a mistake in a later one is not to be told hours later
         if stage.recipe.algorithm.name in ONLINE:
@@ -193,7 +193,7 @@ def train_stages(stages: Sequence[Stage], root: Path, console: Console, stop: St
         if len(stages) > 1:
             console.rule(stage.name, align="left")
         with own_ray():
-            outcomes[stage.name] = train(resolve(stage.recipe, {n: o.export for n, o in outcomes.items()}), folder, console, stop)
+            outcomes[stage.name] = train(resolve(stage.recipe, {n: o.export for n, o in outcomes.items()}), folder, console, stop, extend=extend)
     return outcomes
 
 

@@ -39,13 +39,14 @@ def train(
     recipe: RecipeArgument,
     overrides: Overrides = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="run folder; default runs/NAME")] = None,
+    extend: Annotated[bool, typer.Option("--extend", help="another run.max_steps or run.epochs though the schedule looks at the end")] = False,
 ) -> None:
     """Trains; goes on by itself if the folder holds a verified checkpoint of the same run."""
     with stop_signals() as stop, enduring_output():
         loaded = recipes.load(recipe, overrides or ())
         from orchestrator.assemble import train_stages
 
-        outcomes = train_stages(loaded.stages, output or Path("runs") / loaded.name, out, stop)
+        outcomes = train_stages(loaded.stages, output or Path("runs") / loaded.name, out, stop, extend=extend)
     if (results := held_out(outcomes)).row_count:
         out.print(results)
     for outcome in outcomes.values():
