@@ -6,10 +6,8 @@
 """
 
 import os
-import signal
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -26,9 +24,10 @@ from orchestrator.cluster.workers import LearnerGroup
 from orchestrator.config import ONLINE, Recipe
 from orchestrator.dataset import load_data
 from orchestrator.errors import ConfigError, NotEnoughResources, OutOfMemory, WorkerFailed, WorkerLost
+from orchestrator.extension import End
 from orchestrator.findings import Finding, judge
 from orchestrator.hardware import Hardware, of_cluster
-from orchestrator.identity import TOKENS, Identity, file_digest, identity_of, tokenizer_digest, tokens_digest
+from orchestrator.identity import TOKENS, Identity, file_digest, identity_of, text_digest, tokenizer_digest, tokens_digest
 from orchestrator.job import Job, plan_job, plan_sketch
 from orchestrator.learner.learner import LearnerSpec
 from orchestrator.models.shapes import as_folder, known
@@ -48,6 +47,7 @@ from orchestrator.run_folder import RunFolder, open_run
 from orchestrator.sketch import Lengths
 from orchestrator.stages import Stage, references, resolve
 from orchestrator.startup import attach_reference
+from orchestrator.stopping import Stop, stop_signals
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +62,14 @@ class Outcome:
     after: Mapping[str, float]
 
 
-def train(recipe: Recipe, root: Path, console: Console) -> Outcome:
-    """Runs a recipe to its end in the folder `root`, going on from a verified checkpoint if one is there."""
+def train(recipe: Recipe, root: Path, console: Console, stop: Stop | None = None, *, extend: bool = False) -> Outcome:
+    """Runs a recipe to its end in the folder `root`, going on from a verified checkpoint if one is there. stop: of a caller that handles the
+    signals already, None: they are handled here; extend: the run may have another end, though its schedule looks at it."""
+    with nullcontext(stop) if stop is not None else stop_signals() as asked:
+        return _train(recipe, root, console, asked, extend)
+
+
+def _train(recipe: Recipe, root: Path, console: Console, stop: Stop, extend: bool) -> Outcome:
     tracking, told = honoured(recipe.tracking, os.environ)
     recipe = recipe.model_copy(update={"tracking": tracking})
     for line in told:
@@ -77,10 +83,11 @@ def train(recipe: Recipe, root: Path, console: Console) -> Outcome:
         for function in recipe.rewards.functions:
             if function.url is not None:
                 knock(function)
-    with open_run(root, _identity(recipe, job), dump(recipe), job.plan_json(), _say(console)) as folder, _stop_signals() as stopped:
+    end = End(recipe.optimizer, job.plan.total_steps, job.optimizer_steps, extend)
+    with open_run(root, _identity(recipe, job), dump(recipe), job.plan_json(), _say(console), end=end) as folder:
         for line in data_notes(job.plan.data):
             console.print(line)
-        progress = _finished(job, folder) or _supervise(job, folder, stopped)
+        progress = _finished(job, folder) or _supervise(job, folder, stop)
         report = write_report(root)
     before, after = _before_and_after(folder.metrics)
     return Outcome(root, folder.export, report, progress.step, before, after)
@@ -94,8 +101,11 @@ def _identity(recipe: Recipe, job: Job) -> Identity:
         written = {f"the file of rewards.functions, {f.name}": f.function for f in recipe.rewards.functions if is_users(f)}
         for name, where in (written | {"the file of rollouts.environment": recipe.rollouts.environment}).items():
             if where is not None and (file := source_of(where)) is not None:
-                watched[f"{name} ({file})"] = file_digest(file)
-    return identity_of(recipe, job.data.loaded.fingerprint, tokenizer=tokenizer_digest(job.data.tokenizer), watched=watched)
+                watched[f"{name} ({file.name})"] = file_digest(file)
+        watched |= {f"the url of rewards.functions, {f.name}": text_digest(f.url) for f in recipe.rewards.functions if f.url is not None}
+    loaded = job.data.loaded
+    sources = list(zip(loaded.sizes, loaded.weights, strict=True))
+    return identity_of(recipe, loaded.fingerprint, tokenizer=tokenizer_digest(job.data.tokenizer), sources=sources, watched=watched)
 
 
 def _say(console: Console) -> Callable[[str], None]:
@@ -125,31 +135,28 @@ def _preflight(findings: Sequence[Finding], console: Console) -> None:
     require(findings)
 
 
-def _supervise(job: Job, folder: RunFolder, stopped: Callable[[], bool]) -> Progress:
+def _supervise(job: Job, folder: RunFolder, stop: Stop) -> Progress:
     """Runs attempts until one ends: a lost worker restarts from the last checkpoint, an out-of-memory error a rank
     could not recover from in place restarts with a finer cut, or the next ZeRO stage. Neither changes an optimizer step."""
     attempt = run_offline.attempt if job.algorithm.online is None else run_online.attempt
     cut, restarts, seen = job.plan.cut, Restarts(job.recipe.learners.max_restarts), set[str]()
     while True:
         try:
-            return attempt(job, folder, cut, stopped)
+            return attempt(job, folder, cut, stop)
         except OutOfMemory as error:
             cut = finer_cut(job.plan, job.data, cut)
             job.console.print(f"{error.what}: starting the workers again with {cut}", markup=False)
         except WorkerLost as error:
+            if stop():
+                raise
             if error.repeats is not None and error.repeats in seen:
                 raise WorkerFailed(f"{error.what}, twice at the same place", why=error.why, fix=f"no other attempt will help: {error.fix}") from error
             seen |= {error.repeats} if error.repeats is not None else set()
-            count = restarts.add(_saved_steps(folder))
+            count = restarts.add(folder.saved_steps)
             if count > restarts.limit:
                 raise
             _require_room(job, error)
             job.console.print(f"{error}\nrestart {count} of {restarts.limit} from the last checkpoint", markup=False)
-
-
-def _saved_steps(folder: RunFolder) -> int:
-    """Of the newest checkpoint by its name: only progress moves it."""
-    return max((int(d.name[5:13]) for d in folder.checkpoints.glob("step_????????")), default=0)
 
 
 def _require_room(job: Job, lost: WorkerLost) -> None:
@@ -172,30 +179,7 @@ def _before_and_after(metrics: Path) -> tuple[dict[str, float], dict[str, float]
     return (evaluations[0], evaluations[-1]) if evaluations else ({}, {})
 
 
-@contextmanager
-def _stop_signals() -> Iterator[Callable[[], bool]]:
-    """SIGTERM and Ctrl-C ask the run to stop after its current step; a second one ends it at once."""
-    asked = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield asked.is_set
-        return
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-
-    def ask(number: int, frame: object) -> None:
-        if asked.is_set():
-            raise KeyboardInterrupt
-        asked.set()
-
-    for number in before:
-        signal.signal(number, ask)
-    try:
-        yield asked.is_set
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def train_stages(stages: Sequence[Stage], root: Path, console: Console) -> dict[str, Outcome]:
+def train_stages(stages: Sequence[Stage], root: Path, console: Console, stop: Stop | None = None, *, extend: bool = False) -> dict[str, Outcome]:
     """Trains a recipe, or a pipeline stage by stage in root/NAME, each with the exports of the stages it names."""
     for stage in stages[1:]:  # the first one is about to be planned; a mistake in a later one is not to be told hours later
         if stage.recipe.algorithm.name in ONLINE:
@@ -209,7 +193,7 @@ def train_stages(stages: Sequence[Stage], root: Path, console: Console) -> dict[
         if len(stages) > 1:
             console.rule(stage.name, align="left")
         with own_ray():
-            outcomes[stage.name] = train(resolve(stage.recipe, {n: o.export for n, o in outcomes.items()}), folder, console)
+            outcomes[stage.name] = train(resolve(stage.recipe, {n: o.export for n, o in outcomes.items()}), folder, console, stop, extend=extend)
     return outcomes
 
 

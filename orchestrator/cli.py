@@ -19,6 +19,7 @@ from orchestrator.cluster.forkserver import forked_workers
 from orchestrator.cluster_commands import Overrides, RecipeArgument, out
 from orchestrator.errors import ConfigError, Exit, OrchestratorError, OutputError
 from orchestrator.stages import STAGE, references
+from orchestrator.stopping import enduring_output, stop_signals
 
 if TYPE_CHECKING:
     from orchestrator.assemble import Outcome
@@ -39,13 +40,15 @@ def train(
     recipe: RecipeArgument,
     overrides: Overrides = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="run folder; default runs/NAME")] = None,
+    extend: Annotated[bool, typer.Option("--extend", help="another run.max_steps or run.epochs though the schedule looks at the end")] = False,
 ) -> None:
     """Trains; goes on by itself if the folder holds a verified checkpoint of the same run."""
-    loaded = recipes.load(recipe, overrides or ())
-    with forked_workers():
-        from orchestrator.assemble import train_stages
+    with stop_signals() as stop, enduring_output():
+        loaded = recipes.load(recipe, overrides or ())
+        with forked_workers():
+            from orchestrator.assemble import train_stages
 
-        outcomes = train_stages(loaded.stages, output or Path("runs") / loaded.name, out)
+            outcomes = train_stages(loaded.stages, output or Path("runs") / loaded.name, out, stop, extend=extend)
     if (results := held_out(outcomes)).row_count:
         out.print(results)
     for outcome in outcomes.values():

@@ -10,6 +10,10 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 
+DURATION_PATTERN = r"^[0-9]*[1-9][0-9]*[smh]$"
+DURATIONS = {"s": 1.0, "m": 60.0, "h": 3600.0}
+"""Seconds of the units of a duration."""
+
 Key = tuple[str | int, ...]
 """Path of a value in a recipe: ("data", "eval", 0, "path")."""
 
@@ -350,8 +354,33 @@ class Critic(Section):
 
 
 class Checkpoint(Section):
-    every: int | None = Field(None, ge=1, description="optimizer steps between checkpoints; null: only at the end")
+    every: Annotated[int, Field(ge=1)] | Annotated[str, Field(pattern=DURATION_PATTERN)] | None = Field(
+        "10m", description="between checkpoints: optimizer steps, or time (90s, 10m, 1h); null: only at the end"
+    )
     keep: int = Field(2, ge=1, description="newest checkpoints that stay on disk")
+    final: Literal["full", "weights", "none"] = Field(
+        "full",
+        description="what stays of a run that is done: full can be extended; weights: the fp32 weights alone, a third of it; none: only the export",
+    )
+
+    @property
+    def steps(self) -> int | None:
+        """Optimizer steps between checkpoints, where they are counted."""
+        return self.every if isinstance(self.every, int) else None
+
+    @property
+    def seconds(self) -> float | None:
+        """Between checkpoints, where the time counts."""
+        return float(self.every[:-1]) * DURATIONS[self.every[-1]] if isinstance(self.every, str) else None
+
+
+class Export(Section):
+    dtype: Literal["source", "fp32", "bf16", "fp16"] = Field(
+        "source", description="of the exported weights; source: of the model that the run, or the pipeline, began with (an adapter's stay fp32)"
+    )
+    lora: Literal["both", "merged", "adapter"] = Field(
+        "both", description="with model.lora: the whole model, with the adapter in adapter/ beside it; one of them alone"
+    )
 
 
 class Generation(Section):
@@ -409,6 +438,7 @@ class Recipe(Section):
     critic: Critic = Critic()  # pyright: ignore[reportCallIssue]
     reference: Reference = Reference()  # pyright: ignore[reportCallIssue]
     checkpoint: Checkpoint = Checkpoint()  # pyright: ignore[reportCallIssue]
+    export: Export = Export()  # pyright: ignore[reportCallIssue]
     evaluation: Evaluation = Evaluation()  # pyright: ignore[reportCallIssue]
     tracking: Tracking = Tracking()  # pyright: ignore[reportCallIssue]
 

@@ -1,24 +1,30 @@
 """What makes two runs the same run: everything that decides the result, and nothing else; and what is watched beside it.
 
-    recipe, rows, template, tokenizer -> deciding (another value: another run)        user's files, tokens -> watched (a change is told)
+    recipe, rows, weights, template, tokenizer -> deciding (another value: another run)        user's files, tokens -> watched (a change is told)
+
+Content decides, never a place: data, models and the run's own folder may be moved. The end of a run is compared apart (extension.py).
 """
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from orchestrator.config import ONLINE, Recipe
+from orchestrator.config import ONLINE, Model, Recipe, RewardFunction
 from orchestrator.episodes import Prompt
 from orchestrator.records import SequenceGroup
 
 TOKENS = "encoded tokens"
 """Name of what rows became, in `watched`."""
-_ENDS = ("run.max_steps", "run.epochs")
+FREE = (
+    "run.max_steps and run.epochs (it goes on), data.eval, evaluation.*, tracking.*, checkpoint.*, export.*, run.name, workers and all of "
+    "learners.* but precision, and where data, model and run folder lie"
+)
+"""What may change under a run that goes on, for messages."""
 SAMPLED = 1 << 20
 """Bytes at either end of a file of weights that stand for all of it."""
 
@@ -41,9 +47,6 @@ class Identity:
         keys = sorted(self.deciding.keys() | other.keys())
         return [f"{k}: {_shown(other, k)} -> {_shown(self.deciding, k)}" for k in keys if other.get(k) != self.deciding.get(k)]
 
-    def only_the_end_differs(self, other: Mapping[str, Any]) -> bool:
-        return all(k in _ENDS for k in self.deciding.keys() | other.keys() if other.get(k) != self.deciding.get(k))
-
 
 def _shown(values: Mapping[str, Any], key: str) -> str:
     if key not in values:
@@ -52,35 +55,71 @@ def _shown(values: Mapping[str, Any], key: str) -> str:
     return text if len(text) <= 60 else f"{text[:57]}…"
 
 
-def identity_of(recipe: Recipe, data: str, *, tokenizer: str = "", watched: Mapping[str, str] | None = None) -> Identity:
-    """data: fingerprint of the rows; tokenizer: of the tokenizer with its chat template. Workers, micro-batches, layout, ZeRO stage and tracking
-    decide nothing; nor does the end of a run whose schedule does not look at it: it can be extended."""
+def identity_of(
+    recipe: Recipe,
+    data: str,
+    *,
+    tokenizer: str = "",
+    sources: Sequence[tuple[int, float]] = (),
+    watched: Mapping[str, str] | None = None,
+) -> Identity:
+    """data: fingerprint of the rows; tokenizer: of the tokenizer with its chat template; sources: rows and weight of each. Workers, micro-batches,
+    layout, ZeRO stage, evaluation and tracking decide nothing."""
     whole = recipe.model_dump(mode="json")
-    online = _deciding_online(whole) if recipe.algorithm.name in ONLINE else {}
-    model = {key: value for key, value in whole["model"].items() if key != "chat_template"}  # its text decides, wherever it lies
-    end = {} if recipe.optimizer.schedule == "constant" else {key: whole["run"][key] for key in ("max_steps", "epochs")}
+    online = _deciding_online(recipe, whole) if recipe.algorithm.name in ONLINE else {}
+    encoding = ("max_length", "overlong", "remainder", "append_eos")
     sections = {
-        "run": {"seed": whole["run"]["seed"], **end},
+        "run": {"seed": whole["run"]["seed"]},
         "batch": {"effective": whole["batch"]["effective"]},
         "learners": {"precision": whole["learners"]["precision"]},
-        "model": model,
-        **{section: whole[section] for section in ("data", "algorithm", "optimizer")},
+        "model": _model(recipe.model),
+        "data": {key: whole["data"][key] for key in encoding},
+        **{section: whole[section] for section in ("algorithm", "optimizer")},
         **online,
     }
-    deciding = _flat(sections) | {"rows": data, "tokenizer and chat template": tokenizer}
-    if recipe.model.reference is not None and Path(recipe.model.reference).is_dir():
-        deciding["weights of model.reference"] = folder_digest(Path(recipe.model.reference))
+    mixture = {"rows and weight of each source": [list(source) for source in sources]} if len(sources) > 1 else {}
+    weight = {"weight of the source": sources[0][1]} if len(sources) == 1 and sources[0][1] != 1.0 else {}
+    deciding = _flat(sections) | {"rows": data, "tokenizer and chat template": tokenizer} | mixture | weight
     return Identity(deciding, watched or {})
 
 
-def _deciding_online(whole: Mapping[str, Any]) -> dict[str, Any]:
-    """What of an online recipe decides its result: how completions are drawn and rewarded, not who does it."""
-    rollouts = ("engine", "prompts", "samples", "max_new_tokens", "temperature", "top_p", "top_k", "min_p", "stop", "environment")
+def _model(model: Model) -> dict[str, Any]:
+    """What a model is: the weights of a folder, wherever it lies; the name and revision of one from the hub."""
+    whole = model.model_dump(mode="json")
+    return {"tiny": whole["tiny"], "lora": whole["lora"], **_weights("path", model.path, model.revision), **_weights("reference", model.reference)}
+
+
+def _weights(key: str, place: str | None, revision: str | None = None) -> dict[str, Any]:
+    if place is not None and Path(place).is_dir():
+        return {f"{key} (its weights)": folder_digest(Path(place))}
+    return {key: place, **({"revision": revision} if revision is not None else {})}
+
+
+def _deciding_online(recipe: Recipe, whole: Mapping[str, Any]) -> dict[str, Any]:
+    """What of an online recipe decides its result: how completions are drawn and rewarded, not who does it, and where."""
+    drawn = ("engine", "prompts", "samples", "max_new_tokens", "temperature", "top_p", "top_k", "min_p", "stop", "max_turns")
+    rollouts = {key: whole["rollouts"][key] for key in (*drawn, "max_staleness", "update")} | {"environment": _named(recipe.rollouts.environment)}
+    replay = recipe.rollouts.replay
+    rollouts["replay"] = file_digest(Path(replay)) if replay is not None and Path(replay).is_file() else replay
+    critic = {key: whole["critic"][key] for key in ("learning_rate", "warmup_steps")}
     return {
-        "rollouts": {key: whole["rollouts"][key] for key in (*rollouts, "max_turns", "max_staleness", "update", "replay")},
-        "rewards": {key: whole["rewards"][key] for key in ("functions", "normalise")},
-        "critic": {key: whole["critic"][key] for key in ("model", "learning_rate", "warmup_steps")},
+        "rollouts": rollouts,
+        "rewards": {"functions": [_component(f) for f in recipe.rewards.functions], "normalise": whole["rewards"]["normalise"]},
+        "critic": critic | {"model": None if recipe.critic.model is None else _model(recipe.critic.model)},
     }
+
+
+def _component(function: RewardFunction) -> dict[str, Any]:
+    """A reward without the place of its code, its model or its server: code and address are watched."""
+    kind = {"function": _named(function.function)} if function.function is not None else {"url": True} if function.url is not None else {}
+    model = _weights("model", function.model, function.revision) if function.model is not None else {}
+    return {"name": function.name, "weight": function.weight, "options": function.options, **kind, **model}
+
+
+def _named(code: str | None) -> str | None:
+    """`folder/file.py:name` without the folder."""
+    place, colon, name = (code or "").rpartition(":")
+    return f"{Path(place).name}:{name}" if colon and place.endswith(".py") else code
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -117,15 +156,19 @@ def _bytes(ids: Any) -> bytes:
     return len(ids).to_bytes(8, "little") + np.asarray(ids, np.int64).tobytes()
 
 
+def text_digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def file_digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def folder_digest(folder: Path) -> str:
-    """SHA-256 of names, sizes and both ends of the files of a model: other weights are other in their first million bytes."""
+    """SHA-256 of names, sizes and both ends of a model's configuration and weights: other weights are other in their first million bytes."""
     digest = hashlib.sha256()
-    for path in sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".bin", ".json")):
+    for path in sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".bin") or p.name == "config.json"):
         size = path.stat().st_size
         digest.update(f"{path.name} {size} ".encode())
         with path.open("rb") as file:

@@ -1,7 +1,6 @@
 """A planned run, and what its parts are made of, offline and online alike."""
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 
@@ -33,7 +32,6 @@ from orchestrator.sketch import Lengths, made_up
 from orchestrator.state_bytes import Sizes
 from orchestrator.words import size
 
-Stopped = Callable[[], bool]
 TRACKED_PLAN = ("arithmetic", "total_steps", "cut", "choices", "memory", "memory_limit", "traffic")
 """What wandb is told of the plan; what it says of the data may quote rows."""
 

@@ -168,7 +168,7 @@ def _rows(every_run: str, **others: Readers) -> Mapping[str, Readers]:
 
 READERS: Mapping[type[BaseModel], Mapping[str, Readers]] = {
     Recipe: _rows(
-        "run model data algorithm batch optimizer learners reference checkpoint evaluation tracking",
+        "run model data algorithm batch optimizer learners reference checkpoint export evaluation tracking",
         rollouts=ONLINE,
         rewards=ONLINE,
         critic=PPO,
@@ -303,7 +303,8 @@ READERS: Mapping[type[BaseModel], Mapping[str, Readers]] = {
         gpus=where("model is set", lambda _, function: function.model is not None),
     ),
     c.Critic: _rows("model learning_rate workers gpus_per_worker cpus_per_worker warmup_steps export"),
-    c.Checkpoint: _rows("every keep"),
+    c.Checkpoint: _rows("every keep final"),
+    c.Export: _rows("dtype", lora=where("model.lora is set", lambda r, _: r.model.lora is not None)),
     c.Generation: _rows("max_new_tokens max_prompts checker"),
     c.Evaluation: _rows(
         "",

@@ -17,7 +17,9 @@ from typing import Any
 
 from orchestrator.checkpoints import write_atomically
 from orchestrator.errors import OutputError
-from orchestrator.identity import TOKENS, Identity
+from orchestrator.extension import End
+from orchestrator.identity import FREE, TOKENS, Identity
+from orchestrator.observe.sinks import read_lines
 
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)
 """What flock says on a file system that has none."""
@@ -50,11 +52,23 @@ class RunFolder:
     def metrics(self) -> Path:
         return self.root / "metrics.jsonl"
 
+    @property
+    def saved_steps(self) -> int:
+        """Of the newest checkpoint by its name; 0 without any."""
+        return max((int(d.name[5:13]) for d in self.checkpoints.glob("step_????????")), default=0)
+
+    def evaluated(self, step: int) -> bool:
+        """Is the evaluation of a step on record?"""
+        lines = read_lines(self.metrics) if self.metrics.is_file() else []
+        return any(line.get("step") == step and any(name.startswith("eval/") for name in line) for line in lines)
+
 
 @contextmanager
-def open_run(root: Path, identity: Identity, recipe_yaml: str, plan_json: str, note: Callable[[str], None] = print) -> Iterator[RunFolder]:
+def open_run(
+    root: Path, identity: Identity, recipe_yaml: str, plan_json: str, note: Callable[[str], None] = print, *, end: End | None = None
+) -> Iterator[RunFolder]:
     """Locks the folder and writes what the run is; OutputError where it holds another run or one that is running. note: is told what of the
-    user's files has changed since the run began."""
+    user's files has changed since the run began; end: where the run ends now."""
     folder = RunFolder(root, identity.fingerprint)
     _refuse_passing(root)
     try:
@@ -68,8 +82,9 @@ def open_run(root: Path, identity: Identity, recipe_yaml: str, plan_json: str, n
         changes = _changes(before, identity)
         for name, then, now in changes:
             note(_told(name, then, now))
+        changes += _other_end(folder, before, end, note)
         try:
-            write_atomically(root / "run.json", json.dumps(_record(before, identity, changes), indent=1) + "\n")
+            write_atomically(root / "run.json", json.dumps(_record(before, identity, changes, end), indent=1) + "\n")
             write_atomically(root / "recipe.yaml", recipe_yaml)
             write_atomically(root / "plan.json", plan_json + "\n")
             folder.logs.mkdir(exist_ok=True)
@@ -78,7 +93,7 @@ def open_run(root: Path, identity: Identity, recipe_yaml: str, plan_json: str, n
         yield folder
 
 
-def _record(before: Mapping[str, Any], identity: Identity, changes: Sequence[tuple[str, str, str]]) -> dict[str, Any]:
+def _record(before: Mapping[str, Any], identity: Identity, changes: Sequence[tuple[str, str, str]], end: End | None) -> dict[str, Any]:
     """Content of run.json. changes: of this start, added to those of the starts before."""
     added = [{"at": time.time(), "what": name, "from": then, "to": now} for name, then, now in changes]
     return {
@@ -86,6 +101,7 @@ def _record(before: Mapping[str, Any], identity: Identity, changes: Sequence[tup
         "deciding": dict(identity.deciding),
         "watched": dict(identity.watched),
         "changes": [*before.get("changes", []), *added],
+        **({"schedule_steps": end.steps} if end is not None else {}),
     }
 
 
@@ -93,6 +109,25 @@ def _changes(before: Mapping[str, Any], identity: Identity) -> list[tuple[str, s
     """(name, SHA-256 then, now) of what is watched and is another now."""
     then = before.get("watched", {})
     return [(name, then[name], now) for name, now in identity.watched.items() if name in then and then[name] != now]
+
+
+def _other_end(folder: RunFolder, before: Mapping[str, Any], end: End | None, note: Callable[[str], None]) -> list[tuple[str, str, str]]:
+    """What is recorded of another end; OutputError where the steps that are done would have been others, unless the user wants it so."""
+    then = before.get("schedule_steps")
+    if end is None or then is None or then == end.steps:
+        return []
+    differing = end.other_rates(folder.saved_steps, then)
+    if differing is not None and not end.allowed:
+        raise OutputError(
+            f"{folder.root} holds a run of {then} optimizer steps, this one has {end.steps}",
+            why=f"optimizer.schedule={end.optimizer.schedule} looks at the end: {differing}",
+            fix="add --extend to go on all the same, with the rates of the new end from the next step on; or choose another --output",
+        )
+    note(
+        f"another end: {then} -> {end.steps} optimizer steps; "
+        + (f"not what a run of {end.steps} steps from the start gives: {differing}" if differing else "as if it had been so from the start")
+    )
+    return [("optimizer steps of the run", str(then), str(end.steps))]
 
 
 def _told(name: str, then: str, now: str) -> str:
@@ -121,19 +156,14 @@ def _refuse_foreign(root: Path, identity: Identity) -> Mapping[str, Any]:
         return {}
     if there["fingerprint"] == identity.fingerprint:
         return there
-    other = "choose another --output, or use the recipe this folder was started with (its recipe.yaml)"
+    other = f"choose another --output, or set them back. Free to change are {FREE}"
     if "deciding" not in there:
         why = f"run {there['fingerprint'][:12]} was started there, this recipe and data are run {identity.fingerprint[:12]}"
         raise OutputError(f"{root} holds another run", why=why, fix=other)
     differing = identity.differences(there["deciding"])
-    if identity.only_the_end_differs(there["deciding"]):
-        raise OutputError(
-            f"{root} holds a run with another end: {'; '.join(differing)}",
-            why="its optimizer.schedule sets every step's learning rate by the last one, so the steps that are done would have been others",
-            fix="only optimizer.schedule=constant can be extended; choose another --output, with the export as model.path to go on from it",
-        )
     why = "\n       ".join(differing[:10] + ([f"… and {len(differing) - 10} more"] if len(differing) > 10 else []))
-    raise OutputError(f"{root} holds another run, which differs in {len(differing)} keys (there -> here)", why=why, fix=other)
+    many = "keys" if len(differing) > 1 else "key"
+    raise OutputError(f"{root} holds another run, which differs in {len(differing)} {many} (there -> here)", why=why, fix=other)
 
 
 def _read(root: Path) -> dict[str, Any] | None:

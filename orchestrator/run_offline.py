@@ -11,16 +11,17 @@ from orchestrator.config import Recipe
 from orchestrator.controllers.evaluation import Evaluator, HeldOut
 from orchestrator.controllers.offline import OfflinePlan, OfflineTrainer
 from orchestrator.dataset import DataSet
-from orchestrator.job import Job, Stopped
+from orchestrator.job import Job
 from orchestrator.learner.checks import model_fingerprint
 from orchestrator.learner.learner import LearnerSpec
 from orchestrator.records import Cut, Progress
 from orchestrator.resume import RunCheckpoints
 from orchestrator.run_folder import RunFolder
 from orchestrator.startup import attach_reference, check_layout, measured_throughput, probed_cut
+from orchestrator.stopping import Stop
 
 
-def attempt(job: Job, folder: RunFolder, cut: Cut, stopped: Stopped) -> Progress:
+def attempt(job: Job, folder: RunFolder, cut: Cut, stop: Stop) -> Progress:
     """Runs from the newest checkpoint to the end, or until a worker is lost."""
     recipe = job.recipe
     store = CheckpointStore(folder.checkpoints, run=folder.fingerprint, keep=recipe.checkpoint.keep, note=job.console.print)
@@ -34,8 +35,9 @@ def attempt(job: Job, folder: RunFolder, cut: Cut, stopped: Stopped) -> Progress
         cut = probed_cut(job.plan, job.data, cut, group, reporter.note)
         check_layout(recipe, job.algorithm, job.data, cut, group, reporter.note)
         base = group.call(model_fingerprint)[0]
+        evaluated = saved is not None and folder.evaluated(saved.progress.step)
         trainer = OfflineTrainer(
-            plan=_plan(job),
+            plan=_plan(job, evaluated),
             cut=cut,
             policy=group,
             attach_reference=attach,
@@ -44,22 +46,25 @@ def attempt(job: Job, folder: RunFolder, cut: Cut, stopped: Stopped) -> Progress
             report=reporter,
             checkpoints=RunCheckpoints(store, [group], saved, base),
             throughput=measured_throughput(job.plan, job.algorithm, group, reporter.note),
-            should_stop=stopped,
+            stop=stop,
         )
         progress = trainer.run()
+        stop.doing = "exporting the model"
         reporter.note(f"exporting to {folder.export}")
         group.export(folder.export, job.card(folder))
         return progress
 
 
-def _plan(job: Job) -> OfflinePlan:
+def _plan(job: Job, evaluated: bool) -> OfflinePlan:
     recipe = job.recipe
     return OfflinePlan(
         algorithm=job.algorithm,
         total_steps=job.plan.total_steps,
         evaluate_every=recipe.evaluation.every,
         evaluate_at_start=recipe.evaluation.at_start,
-        save_every=recipe.checkpoint.every,
+        save_every=recipe.checkpoint.steps,
+        save_after_s=recipe.checkpoint.seconds,
+        evaluated=evaluated,
         reference_sync_every=recipe.algorithm.reference_sync_every,
         reference_sync_alpha=recipe.algorithm.reference_sync_alpha,
         guards=job.guards(),

@@ -20,7 +20,7 @@ from orchestrator.controllers.online import Learning, OnlinePlan, OnlineTrainer
 from orchestrator.controllers.rollout_evaluation import RolloutEvaluator
 from orchestrator.controllers.step import Attach, Guards, Stepper
 from orchestrator.episodes import Sampling
-from orchestrator.job import Job, Stopped
+from orchestrator.job import Job
 from orchestrator.learner.checks import model_fingerprint
 from orchestrator.learner.learner import LearnerSpec
 from orchestrator.memory_model import model_sizes
@@ -32,9 +32,10 @@ from orchestrator.roles import Generator, Learner, Scorer, WeightBridge
 from orchestrator.rollout.replay import NoBridge, Replay
 from orchestrator.run_folder import RunFolder
 from orchestrator.startup import check_layout, probed_cut
+from orchestrator.stopping import Stop
 
 
-def attempt(job: Job, folder: RunFolder, cut: Cut, stopped: Stopped) -> Progress:
+def attempt(job: Job, folder: RunFolder, cut: Cut, stop: Stop) -> Progress:
     """Runs from the newest checkpoint to the end, or until a worker is lost."""
     recipe, online = job.recipe, job.algorithm.online
     assert online is not None and job.prompts is not None
@@ -56,8 +57,9 @@ def attempt(job: Job, folder: RunFolder, cut: Cut, stopped: Stopped) -> Progress
         generator, scorer, bridge = _rollouts(job, parameters, folder, group, placed, stack)
         learners = [group] if critic is None else [group, critic]
         sampling = sampling_of(recipe)
+        evaluated = saved is not None and folder.evaluated(saved.progress.step)
         trainer = OnlineTrainer(
-            plan=_plan(job, sampling),
+            plan=_plan(job, sampling, evaluated),
             learning=_learning(job, cut, group, critic, reporter),
             prompts=job.prompts.batches,
             generator=generator,
@@ -67,9 +69,10 @@ def attempt(job: Job, folder: RunFolder, cut: Cut, stopped: Stopped) -> Progress
             report=reporter,
             checkpoints=RunCheckpoints(store, learners, saved, group.call(model_fingerprint)[0]),
             timeline=Timeline(folder.root / "trace.json"),
-            should_stop=stopped,
+            stop=stop,
         )
         progress = trainer.run()
+        stop.doing = "exporting the model"
         reporter.note(f"exporting to {folder.export}")
         group.export(folder.export, job.card(folder))
         if critic is not None and recipe.critic.export:
@@ -154,7 +157,7 @@ def sampling_of(recipe: Recipe) -> Sampling:
     )
 
 
-def _plan(job: Job, sampling: Sampling) -> OnlinePlan:
+def _plan(job: Job, sampling: Sampling, evaluated: bool) -> OnlinePlan:
     recipe = job.recipe
     algorithm = recipe.algorithm
     return OnlinePlan(
@@ -175,7 +178,9 @@ def _plan(job: Job, sampling: Sampling) -> OnlinePlan:
         critic_warmup=recipe.critic.warmup_steps,
         evaluate_every=recipe.evaluation.every,
         evaluate_at_start=recipe.evaluation.at_start,
-        save_every=recipe.checkpoint.every,
+        save_every=recipe.checkpoint.steps,
+        save_after_s=recipe.checkpoint.seconds,
+        evaluated=evaluated,
     )
 
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
-from orchestrator.config import Key, Recipe
+from orchestrator.config import DURATION_PATTERN, Key, Recipe
 from orchestrator.errors import ConfigError
 
 _MUST_BE = {
@@ -152,7 +152,8 @@ def _problems(error: ValidationError, data: Mapping[str, Any], origins: Mapping[
     for item in error.errors():
         path, kind = _path(item["loc"], data, item["type"] == "missing"), item["type"]
         if kind in _MUST_BE:
-            must.setdefault(path, []).append(_MUST_BE[kind].format(**item.get("ctx", {})))
+            words = _MUST_BE[kind].format(**item.get("ctx", {}))
+            must.setdefault(path, []).append("a time such as 90s, 10m or 1h" if DURATION_PATTERN in words else words)
             said[path] = f"must be {' or '.join(dict.fromkeys(must[path]))} (got {_shown(item['input'])}"
         elif kind == "extra_forbidden":
             said[path] = f"unknown key{_suggestion(path)} ("

@@ -1,6 +1,6 @@
 """Which Ray a run is on: the cluster that RAY_ADDRESS names, or one that it starts for itself and that ends with it.
 
-    RAY_ADDRESS --knock, seconds--> ray.init(address)          none --short folder, token, SIGTERM held back--> ray.init("local")
+    RAY_ADDRESS --knock, seconds--> ray.init(address)          none --short folder, token, signals held back--> ray.init("local")
 
 A Ray that runs on the machine, or once ran there, is not joined unless RAY_ADDRESS names it.
 """
@@ -25,6 +25,7 @@ from ray.exceptions import RayError
 
 from orchestrator.errors import ConfigError, Forbidden, NotEnoughResources, OutputError, Unreachable
 from orchestrator.node_facts import SHM
+from orchestrator.stopping import STOPPING, held_back
 
 OBJECT_STORE_BYTES = 256 * 1024 * 1024
 """For batches, log-probs and rollouts; published weights come on top (`store_for`)."""
@@ -51,7 +52,7 @@ def connect(store: int = OBJECT_STORE_BYTES) -> None:
     if ray.is_initialized():
         return
     address = named_cluster()
-    with _held_back(signal.SIGTERM) if address is None else nullcontext(), _own_signals():
+    with held_back() if address is None else nullcontext(), _own_signals():
         _without_uv_hook()
         _join(address) if address is not None else _start(store)
 
@@ -210,20 +211,9 @@ def _without_uv_hook() -> None:
 
 
 @contextmanager
-def _held_back(number: signal.Signals) -> Iterator[None]:
-    """Blocks a signal, also in all processes that are started inside: systemd, Slurm and containers send SIGTERM to every process of a
-    run, and Ray's have to live until the driver has written its checkpoint. They end with the driver."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {number})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-@contextmanager
 def _own_signals() -> Iterator[None]:
-    """Keeps this process's handlers: Ray puts its crash handler in their place, and SIGTERM would abort the run."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    """Keeps this process's handlers: Ray puts its crash handler in the place of SIGTERM's, which would abort the run."""
+    before = {number: signal.getsignal(number) for number in STOPPING}
     try:
         yield
     finally:

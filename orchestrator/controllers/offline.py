@@ -3,21 +3,22 @@
     batches --cut--> PackedBatch --reference log-probs--> forward_backward --> optim_step --> report, evaluate, save
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from orchestrator.algorithms import Algorithm
+from orchestrator.controllers.cadence import AfterSteps
 from orchestrator.controllers.evaluation import Evaluator
-from orchestrator.controllers.step import Attach, Clock, Guards, Stepper, evaluate_and_save
+from orchestrator.controllers.step import Attach, Clock, Guards, Stepper
 from orchestrator.data.order import Batches
 from orchestrator.observe.metrics import Throughput, flatten
 from orchestrator.records import Cut, Progress, SequenceGroup, StepReport
 from orchestrator.roles import Checkpoints, Learner, Reporter
+from orchestrator.stopping import Stop
 
 
 @dataclass(frozen=True, slots=True)
 class OfflinePlan:
-    """What the loop has to know."""
+    """What the loop has to know. save_every: steps; save_after_s: seconds since the last checkpoint; evaluated: see cadence.py."""
 
     algorithm: Algorithm
     total_steps: int
@@ -27,6 +28,8 @@ class OfflinePlan:
     reference_sync_every: int | None
     reference_sync_alpha: float
     guards: Guards
+    save_after_s: float | None = None
+    evaluated: bool = False
 
 
 class OfflineTrainer:
@@ -43,11 +46,12 @@ class OfflineTrainer:
         report: Reporter,
         checkpoints: Checkpoints,
         throughput: Throughput,
-        should_stop: Callable[[], bool],
+        stop: Stop,
     ) -> None:
         self.plan, self.policy, self.batches, self.evaluator = plan, policy, batches, evaluator
         self.report, self.checkpoints = report, checkpoints
-        self.throughput, self.should_stop = throughput, should_stop
+        self.throughput, self.stop = throughput, stop
+        self.after = AfterSteps(plan, self._evaluate, checkpoints, stop)
         self.steps = Stepper(plan.algorithm, policy, cut, attach_reference, report, plan.guards)
 
     @property
@@ -59,8 +63,11 @@ class OfflineTrainer:
         """Trains to the plan's last step and returns where it ended."""
         plan = self.plan
         progress = self.checkpoints.restore()
-        if progress.step == 0 and progress.examples == 0 and plan.evaluate_at_start:
-            self._evaluate(0)
+        with self.stop.waits("training"):
+            return self._steps(plan, progress)
+
+    def _steps(self, plan: OfflinePlan, progress: Progress) -> Progress:
+        self.after.begin(progress)
         while progress.step < plan.total_steps:
             clock = Clock()
             with clock.phase("data"):
@@ -72,7 +79,7 @@ class OfflineTrainer:
             progress = progress.after(taken.batch)
             self._after_step(progress, clock)
             self.report.step(StepReport(progress.step, flatten(progress, taken.learned, taken.applied, clock.phases, self.throughput)))
-            evaluate_and_save(plan, progress, self._evaluate, self.checkpoints, self.should_stop)
+            self.after.step(progress)
         return progress
 
     def _after_step(self, progress: Progress, clock: Clock) -> None:

@@ -7,17 +7,18 @@
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from orchestrator.algorithms import Algorithm
 from orchestrator.config import Kl
+from orchestrator.controllers.cadence import AfterSteps
 from orchestrator.controllers.experience import Made, Needs, has_signal, make_experience, pairs
 from orchestrator.controllers.rollout_evaluation import RolloutEvaluator
 from orchestrator.controllers.rollout_report import Batch, batch_metrics, over_steps, samples_of
-from orchestrator.controllers.step import Clock, Stepper, Taken, evaluate_and_save
+from orchestrator.controllers.step import Clock, Stepper, Taken
 from orchestrator.data.order import Batches, permutation
 from orchestrator.episodes import Prompt, Sampling, ScoredGroup, WeightsDelivered
 from orchestrator.errors import OrchestratorError
@@ -25,6 +26,7 @@ from orchestrator.objectives.kl import adapt
 from orchestrator.observe.timeline import Timeline
 from orchestrator.records import Floats, Progress, SequenceGroup, StepReport
 from orchestrator.roles import Checkpoints, Generator, Learner, Pending, Reporter, Scorer, WeightBridge
+from orchestrator.stopping import Stop
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +56,8 @@ class OnlinePlan:
     evaluate_every: int | None
     evaluate_at_start: bool
     save_every: int | None
+    save_after_s: float | None = None
+    evaluated: bool = False
 
     @property
     def needs(self) -> Needs:
@@ -90,11 +94,12 @@ class OnlineTrainer:
         report: Reporter,
         checkpoints: Checkpoints,
         timeline: Timeline,
-        should_stop: Callable[[], bool],
+        stop: Stop,
     ) -> None:
         self.plan, self.learning, self.prompts, self.generator = plan, learning, prompts, generator
         self.scorer, self.weights, self.evaluator = scorer, weights, evaluator
-        self.report, self.checkpoints, self.timeline, self.should_stop = report, checkpoints, timeline, should_stop
+        self.report, self.checkpoints, self.timeline, self.stop = report, checkpoints, timeline, stop
+        self.after = AfterSteps(plan, self._evaluate, checkpoints, stop)
         self.in_flight: deque[tuple[int, Pending]] = deque()
         self.next_prompt = 0
 
@@ -102,9 +107,12 @@ class OnlineTrainer:
         """Trains to the plan's last step and returns where it ended."""
         plan, progress = self.plan, self.checkpoints.restore()
         self.next_prompt = progress.examples
-        delivered = self.weights.publish(progress.step)
-        if progress.step == 0 and plan.evaluate_at_start:
-            self._evaluate(0)
+        self.weights.publish(progress.step)
+        with self.stop.waits("training"):
+            return self._steps(plan, progress)
+
+    def _steps(self, plan: OnlinePlan, progress: Progress) -> Progress:
+        self.after.begin(progress)
         while progress.step < plan.total_steps:
             clock = Clock()
             batch = self._collect(progress, clock)
@@ -112,7 +120,7 @@ class OnlineTrainer:
             with clock.phase("publish"):
                 delivered = self.weights.publish(progress.step)
             self._report(progress, batch, taken, delivered, clock)
-            evaluate_and_save(plan, progress, self._evaluate, self.checkpoints, self.should_stop)
+            self.after.step(progress)
         return progress
 
     # ---- rollouts

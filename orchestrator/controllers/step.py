@@ -10,14 +10,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Protocol
 
 from orchestrator.algorithms import Algorithm
 from orchestrator.controllers.coupled import with_coefficients
 from orchestrator.cut import cut_step
-from orchestrator.errors import ConfigError, Diverged, Interrupted, OutOfMemory
-from orchestrator.records import Cut, LearnReport, PackedBatch, Progress, SequenceGroup, StepApplied
-from orchestrator.roles import Checkpoints, Learner, Reporter
+from orchestrator.errors import ConfigError, Diverged, OutOfMemory
+from orchestrator.records import Cut, LearnReport, PackedBatch, SequenceGroup, StepApplied
+from orchestrator.roles import Learner, Reporter
 
 Attach = Callable[[PackedBatch], PackedBatch]
 """Adds the reference log-probs to a batch: from the cache, live, or (reference-free losses) not at all."""
@@ -152,40 +151,8 @@ class Stepper:
             )
 
 
-class Cadence(Protocol):
-    """The part of a loop's plan that says when to evaluate and to save, in its own steps."""
-
-    @property
-    def total_steps(self) -> int: ...
-    @property
-    def evaluate_every(self) -> int | None: ...
-    @property
-    def save_every(self) -> int | None: ...
-
-
-def evaluate_and_save(
-    cadence: Cadence, progress: Progress, evaluate: Callable[[int], None], checkpoints: Checkpoints, should_stop: Callable[[], bool]
-) -> None:
-    """What follows a step: an evaluation and a checkpoint where they are due, and at the end; Interrupted where a signal asked
-    for it, after a checkpoint."""
-    last, stopping = progress.step == cadence.total_steps, should_stop()
-    if _due(cadence.evaluate_every, progress.step) or last:
-        evaluate(progress.step)
-    if _due(cadence.save_every, progress.step) or last or stopping:
-        checkpoints.save(progress)
-    if stopping and not last:
-        raise Interrupted(
-            f"stopped by request after step {progress.step} of {cadence.total_steps}; a checkpoint was written",
-            fix="run the same command again to go on",
-        )
-
-
 def _largest(batch: PackedBatch) -> int:
     return max(micro_batch.positions for rank in batch.micro_batches for micro_batch in rank)
-
-
-def _due(every: int | None, step: int) -> bool:
-    return every is not None and step % every == 0
 
 
 def _budget(cut: Cut) -> str:

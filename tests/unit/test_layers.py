@@ -12,13 +12,13 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "orchestrator"
 
 FLOORS: tuple[frozenset[str], ...] = (
-    frozenset({"__init__", "errors", "config", "records", "episodes", "roles", "faults", "facts", "words"}),
+    frozenset({"__init__", "errors", "config", "records", "episodes", "roles", "faults", "facts", "words", "stopping"}),
     frozenset(
         {"objectives", "checkpoints", "strict_yaml", "stages", "keys", "validation", "findings", "node_facts", "hardware", "state_bytes", "hub"}
     ),
     frozenset({"data", "models", "observe", "algorithms", "recipe", "reference_page", "identity", "upload"}),
     frozenset({"learner", "rollout", "cut", "dataset", "memory_model", "launchers"}),
-    frozenset({"prompts", "ways", "model_advice"}),
+    frozenset({"prompts", "ways", "model_advice", "extension"}),
     frozenset({"plan", "sketch"}),
     frozenset({"controllers", "cluster", "plan_view"}),
     frozenset({"startup", "resume", "run_folder", "submission"}),

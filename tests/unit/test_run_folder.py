@@ -13,7 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from orchestrator.config import Optimizer
 from orchestrator.errors import OutputError
+from orchestrator.extension import End
 from orchestrator.identity import TOKENS, Identity
 from orchestrator.run_folder import open_run
 
@@ -114,7 +116,9 @@ def test_the_lock_ends_with_the_run_also_after_an_error(tmp_path):
 OPEN = """
 import os, sys
 from pathlib import Path
+from orchestrator.config import Optimizer
 from orchestrator.errors import OutputError
+from orchestrator.extension import End
 from orchestrator.identity import Identity
 from orchestrator.run_folder import open_run
 if os.getuid() == 0:
@@ -219,13 +223,27 @@ def test_a_refusal_names_the_keys_that_differ(tmp_path: Path) -> None:
     assert "run.seed" not in caught.value.why and "rows: " in caught.value.why
 
 
-def test_the_end_of_a_schedule_is_named_as_what_cannot_move(tmp_path: Path) -> None:
-    with open_run(tmp_path / "run", Identity({"run.max_steps": 80, "run.epochs": 1.0, "run.seed": 0}), "", ""):
-        pass
-    longer = Identity({"run.max_steps": 90, "run.epochs": 1.0, "run.seed": 0})
-    with pytest.raises(OutputError, match="another end: ") as caught, open_run(tmp_path / "run", longer, "", ""):
-        pass
-    assert "run.max_steps: 80 -> 90" in caught.value.what and "optimizer.schedule" in caught.value.why and "schedule=constant" in caught.value.fix
+def test_the_end_of_a_schedule_moves_where_the_user_says_so(tmp_path: Path) -> None:
+    identity, said = Identity({"run.seed": 0}), []
+    constant, cosine = Optimizer(learning_rate=1e-3), Optimizer(learning_rate=1e-3, schedule="cosine")
+
+    def go_on(root: Path, optimizer: Optimizer, steps: int, allowed: bool = False) -> None:
+        with open_run(root, identity, "", "", said.append, end=End(optimizer, steps, allowed=allowed)) as folder:
+            (folder.checkpoints / "step_00000040").mkdir(parents=True, exist_ok=True)
+
+    for steps in (80, 90):
+        go_on(tmp_path / "constant", constant, steps)
+    assert said == ["another end: 80 -> 90 optimizer steps; as if it had been so from the start"]
+    go_on(tmp_path / "cosine", cosine, 80)
+    with pytest.raises(OutputError, match="holds a run of 80 optimizer steps, this one has 90") as caught:
+        go_on(tmp_path / "cosine", cosine, 90)
+    assert "optimizer.schedule=cosine looks at the end: 39 of the 40" in caught.value.why and "--extend" in caught.value.fix
+    go_on(tmp_path / "cosine", cosine, 90, allowed=True)
+    assert "not what a run of 90 steps from the start gives" in said[1]
+    go_on(tmp_path / "cosine", cosine, 90)  # said once, and kept
+    assert len(said) == 2
+    record = json.loads((tmp_path / "cosine" / "run.json").read_text())
+    assert record["schedule_steps"] == 90 and [c["what"] for c in record["changes"]] == ["optimizer steps of the run"]
 
 
 def test_a_change_of_what_is_watched_is_told_once_and_kept(tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 import json
 import math
+import signal
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from torch.nn.attention import flex_attention
 
 from orchestrator.algorithms import build
 from orchestrator.config import Evaluation, Model, TinyModel
+from orchestrator.controllers.cadence import AfterSteps
 from orchestrator.controllers.evaluation import Evaluator, HeldOut
 from orchestrator.controllers.offline import OfflinePlan, OfflineTrainer
 from orchestrator.controllers.step import Guards
@@ -20,6 +23,7 @@ from orchestrator.faults import VARIABLE
 from orchestrator.models.block_attention import compiled_attention
 from orchestrator.observe.metrics import Throughput
 from orchestrator.records import Cut, PackedBatch, Progress
+from orchestrator.stopping import Stop
 from tests.unit.controllers.conftest import WHOLE, Kept, Said, batches, pairs, recipe
 
 LN2 = math.log(2.0)
@@ -33,7 +37,7 @@ def trainer(
     kept=None,
     cut=WHOLE,
     said=None,
-    stop=lambda: False,
+    stop=None,
     groups=None,
     held_out=(),
     anchor_tolerance=1e-5,
@@ -58,7 +62,7 @@ def trainer(
     )
     evaluator = Evaluator(HeldOut(tuple(held_out), ("held",)), Evaluation(), policy, policy.with_live_reference, str)
     reader = batches(groups or pairs(40))
-    return OfflineTrainer(whole, cut, policy, attach, reader, evaluator, said or Said(), kept or Kept(), Throughput(), stop)
+    return OfflineTrainer(whole, cut, policy, attach, reader, evaluator, said or Said(), kept or Kept(), Throughput(), stop or Stop())
 
 
 def test_steps_are_counted_reported_and_start_at_the_anchor(one_rank):
@@ -263,19 +267,78 @@ def test_without_held_out_examples_no_evaluation_is_reported(one_rank):
     assert not said.evaluations
 
 
+class Signals(Said):
+    """A reporter that gets a signal at a step, or when an evaluation is reported."""
+
+    def __init__(self, stop, *, step=None, evaluation=None):
+        super().__init__()
+        self.stop, self.at_step, self.at_evaluation = stop, step, evaluation
+
+    def step(self, report):
+        super().step(report)
+        if report.step == self.at_step:
+            self.stop.hear(signal.SIGTERM)
+            self.stop.hear(signal.SIGTERM)  # as `timeout` does
+
+    def evaluation(self, report):
+        if report.step == self.at_evaluation:
+            self.stop.hear(signal.SIGHUP)
+        super().evaluation(report)
+
+
 def test_a_stop_is_obeyed_after_the_step_with_a_checkpoint(one_rank):
-    said, kept = Said(), Kept()
+    stop, kept = Stop(), Kept()
     with pytest.raises(Interrupted, match="after step 2 of 5") as error:
-        trainer(one_rank(), said=said, kept=kept, total=5, stop=lambda: len(said.steps) == 2).run()
+        trainer(one_rank(), said=Signals(stop, step=2), kept=kept, total=5, stop=stop).run()
     assert [p.step for p in kept.saved] == [2]
     assert error.value.exit_code == 75
 
 
-def test_a_stop_at_the_last_step_is_the_end(one_rank):
-    kept = Kept()
-    said = Said()
-    end = trainer(one_rank(), said=said, kept=kept, total=2, stop=lambda: len(said.steps) == 2).run()
-    assert end.step == 2 and kept.saved == [end]
+def test_a_stop_in_an_evaluation_ends_it_and_the_next_attempt_makes_up_for_it(one_rank):
+    """Also at the last step, before which everything was lost."""
+    for at, total in ((2, 5), (4, 4)):
+        stop, kept = Stop(), Kept()
+        with pytest.raises(Interrupted, match=f"after step {at} of {total}; a checkpoint was written"):
+            trainer(
+                one_rank(), said=Signals(stop, evaluation=at), kept=kept, total=total, stop=stop, evaluate_every=2, held_out=pairs(4, seed=9)
+            ).run()
+        assert [p.step for p in kept.saved] == [at]
+        for recorded, expected in ((False, [at]), (True, [])):
+            said, again = Said(), Kept(kept.saved[0])
+            trainer(one_rank(), said=said, kept=again, total=total, evaluate_every=2, held_out=pairs(4, seed=9), evaluated=recorded).run()
+            assert [e.step for e in said.evaluations] == expected + ([4, 5] if total == 5 else [])
+
+
+def test_a_stop_at_the_last_step_leaves_the_evaluation_to_the_next_attempt(one_rank):
+    stop, kept = Stop(), Kept()
+    with pytest.raises(Interrupted, match="after step 2 of 2"):
+        trainer(one_rank(), said=Signals(stop, step=2), kept=kept, total=2, stop=stop, held_out=pairs(4)).run()
+    assert [p.step for p in kept.saved] == [2]
+
+
+def test_a_stop_before_the_first_step_has_nothing_to_save(one_rank):
+    stop, kept = Stop(), Kept()
+    with pytest.raises(Interrupted, match="nothing to save yet"):
+        trainer(one_rank(), said=Signals(stop, evaluation=0), kept=kept, stop=stop, held_out=pairs(4)).run()
+    assert not kept.saved
+
+
+def test_checkpoints_by_time_count_from_the_last_one():
+    """Two seconds a step, and one for writing."""
+    now, kept = [0.0], Kept()
+
+    class Slow(Kept):
+        def save(self, progress):
+            now[0] += 1.0
+            return kept.save(progress)
+
+    plan = SimpleNamespace(total_steps=9, evaluate_every=None, evaluate_at_start=False, save_every=None, save_after_s=4.0, evaluated=True)
+    after = AfterSteps(plan, lambda step: None, Slow(), Stop(), clock=lambda: now[0])
+    after.begin(Progress())
+    for step in range(1, 10):
+        now[0] += 2.0
+        after.step(Progress(step=step))
+    assert [p.step for p in kept.saved] == [2, 4, 6, 8, 9]
 
 
 def test_the_reference_follows_the_policy_every_n_steps(one_rank):

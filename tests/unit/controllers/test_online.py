@@ -20,6 +20,7 @@ from orchestrator.episodes import Prompt, Rollout, RolloutGroup, Sampling, Score
 from orchestrator.errors import OrchestratorError
 from orchestrator.observe.timeline import Timeline
 from orchestrator.records import Progress, SequenceGroup
+from orchestrator.stopping import Stop
 from tests.unit.controllers.conftest import WHOLE, Kept, OneRank, Said, recipe
 
 SAMPLES, PROMPTS = 4, 3
@@ -108,7 +109,7 @@ def run(one_rank: Callable[..., OneRank], tmp_path: Path, script: Scripted, *, s
         report=said,
         checkpoints=kept or Kept(),
         timeline=Timeline(tmp_path / "trace.json"),
-        should_stop=lambda: False,
+        stop=Stop(),
     )
     return trainer.run(), policy
 

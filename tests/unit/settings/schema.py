@@ -74,6 +74,8 @@ def _of(member: Any, leaf: Leaf) -> list[Value]:
     if kind is float:
         return _floats(limits)
     if kind is str:
+        if get_origin(member) is Annotated:  # a time
+            return [Value(text, text) for text in ("90s", "10m", "1h")]
         named = [Value("tiny", "tiny"), Value('"1e3"', "1e3")]
         return named if _pattern(leaf) else [Value(text, text) for text in ("off", "plain.jsonl", "1e-5x", "no")]
     if get_origin(kind) is tuple:
