@@ -36,7 +36,7 @@ from orchestrator.observe.dashboard import write_report
 from orchestrator.observe.sinks import read_lines
 from orchestrator.observe.tracking import honoured
 from orchestrator.plan import Choice, DataReport, Plan, data_report, finer_cut
-from orchestrator.plan_view import data_notes
+from orchestrator.plan_view import data_notes, warning_lines
 from orchestrator.preflight import asked_by, look, need_of, require
 from orchestrator.prompts import load_prompts
 from orchestrator.recipe import dump
@@ -77,8 +77,9 @@ def train(recipe: Recipe, root: Path, console: Console) -> Outcome:
         for function in recipe.rewards.functions:
             if function.url is not None:
                 knock(function)
-    with open_run(root, _identity(recipe, job), dump(recipe), job.plan_json(), _say(console)) as folder, _stop_signals() as stopped:
-        for line in data_notes(job.plan.data):
+    identity = _identity(recipe.model_copy(update={"learners": job.recipe.learners}), job)
+    with open_run(root, identity, dump(recipe), job.plan_json(), _say(console)) as folder, _stop_signals() as stopped:
+        for line in (*data_notes(job.plan.data), *warning_lines(job.plan)):
             console.print(line)
         progress = _finished(job, folder) or _supervise(job, folder, stopped)
         report = write_report(root)
@@ -278,6 +279,7 @@ def evaluate(recipe: Recipe, model: Path | None, console: Console) -> dict[str, 
     if job.prompts is not None:
         return run_online.evaluate(job)
     with LearnerGroup(job.recipe.learners, parameters=job.sizes().all) as group:
+        policy, recipe = (r.model_copy(update={"learners": job.recipe.learners}) for r in (policy, recipe))
         attach = attach_reference(recipe, job.algorithm, job.data, job.plan.cut, group, console.print, train=False)
         group.build(LearnerSpec(job.recipe, job.plan.cut, 1))
         return dict(run_offline.evaluator(job.data, policy, group, attach).evaluate(job.plan.cut, 0).metrics)

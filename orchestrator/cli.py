@@ -78,8 +78,11 @@ def verify(
 ) -> None:
     """The proof: runs the same steps under many cuts and prints the largest difference from one plain large batch."""
     cfg = _last(recipe, overrides)
+    from orchestrator.hardware import this_machine
+    from orchestrator.settle import settle
     from orchestrator.verify import TOLERANCE, run
 
+    cfg, _ = settle(cfg, this_machine())
     cfg = cfg.with_workers(2) if cfg.learners.workers == "auto" else cfg
     try:
         counts = sorted({int(n) for n in workers.split(",")} if workers else {1, cfg.learners.count})

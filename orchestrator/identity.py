@@ -58,7 +58,8 @@ def identity_of(recipe: Recipe, data: str, *, tokenizer: str = "", watched: Mapp
     whole = recipe.model_dump(mode="json")
     online = _deciding_online(whole) if recipe.algorithm.name in ONLINE else {}
     model = {key: value for key, value in whole["model"].items() if key != "chat_template"}  # its text decides, wherever it lies
-    end = {} if recipe.optimizer.schedule == "constant" else {key: whole["run"][key] for key in ("max_steps", "epochs")}
+    free = recipe.optimizer.schedule == "constant" and not (recipe.optimizer.warmup_ratio and not recipe.optimizer.warmup_steps)
+    end = {} if free else {key: whole["run"][key] for key in ("max_steps", "epochs")}
     sections = {
         "run": {"seed": whole["run"]["seed"], **end},
         "batch": {"effective": whole["batch"]["effective"]},

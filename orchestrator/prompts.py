@@ -6,7 +6,7 @@
 """
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,11 +18,12 @@ from orchestrator.data.chat import Encoder, EncodingReport, bad_row
 from orchestrator.data.order import Batches, Order
 from orchestrator.data.rows import Reads
 from orchestrator.data.sources import LoadedRows, load_rows
+from orchestrator.data.turns import with_fewer_turns
 from orchestrator.dataset import DataSet, held_out_source, seen_in
 from orchestrator.episodes import Prompt
 from orchestrator.errors import ConfigError, DataError
 from orchestrator.models.load import load_tokenizer
-from orchestrator.records import Branch, Experience, SequenceGroup
+from orchestrator.records import Branch, Experience, Row, SequenceGroup
 from orchestrator.rollout.reads import columns_read
 
 
@@ -112,10 +113,17 @@ def _encode(loaded: LoadedRows, tokenizer: Any, recipe: Recipe) -> tuple[tuple[P
         )
     if data.overlong == "truncate_end":
         raise ConfigError("data.overlong=truncate_end has no meaning for prompts", fix="use error, drop or truncate_prompt_left")
-    prompts, bad, dropped, truncated = [], [], 0, 0
+    prompts, bad, dropped, truncated, turns = [], [], 0, 0, 0
     for row in loaded.rows:
         try:
             ids = encoder.prompt_tokens(row)
+            if len(ids) > room and data.overlong == "truncate_prompt_left" and isinstance(row.prompt, list):
+                found = _with_fewer_turns(encoder, row, room)
+                if found is None:
+                    dropped += 1
+                    continue
+                row, ids = found
+                truncated, turns = truncated + 1, turns + 1
         except DataError as error:
             bad.append(bad_row(row, error))
             continue
@@ -138,8 +146,14 @@ def _encode(loaded: LoadedRows, tokenizer: Any, recipe: Recipe) -> tuple[tuple[P
     if not prompts:
         raise DataError("no prompt is left after data.overlong", why=f"{room} tokens are left for a prompt", fix="raise data.max_length")
     lengths = tuple(len(p.ids) + recipe.rollouts.max_new_tokens for p in prompts)
-    report = EncodingReport(len(loaded.rows), len(prompts), dropped, truncated, (), 0, lengths, tuple(bad), encoder.notes)
+    report = EncodingReport(len(loaded.rows), len(prompts), dropped, truncated, (), 0, lengths, tuple(bad), encoder.notes, turns)
     return tuple(prompts), report
+
+
+def _with_fewer_turns(encoder: Encoder, row: Row, room: int) -> tuple[Row, tuple[int, ...]] | None:
+    """The row without its oldest turns, as rewards will see it too, and its tokens; None where its last one is too long."""
+    found = with_fewer_turns(row.prompt, lambda left: encoder.prompt_tokens(replace(row, prompt=left)), lambda ids: len(ids) <= room)
+    return None if found is None else (replace(row, prompt=found[0]), found[1])
 
 
 def _reads(recipe: Recipe) -> Reads:
