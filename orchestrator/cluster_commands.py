@@ -131,10 +131,11 @@ def plan(
         documents = [{"stage": name, **p.to_json(), "not_read": ignored[name]} for name, p in plans]
         print(json.dumps(documents[0] if len(documents) == 1 else documents, indent=1))
         return
+    page = out if out.is_terminal else Console(width=PLAN_WIDTH, highlight=False, markup=False)
     given = {stage.name: stage.recipe for stage in loaded.stages}
     for name, p in plans:
         out.rule(name, align="left")
-        out.print(render(p, given[name]), soft_wrap=False, width=None if out.is_terminal else PLAN_WIDTH)
+        page.print(render(p, given[name]), soft_wrap=False)
     for stage in loaded.stages:
         if stage.ignored:
             out.rule(f"{stage.name}, keys", align="left")

@@ -11,6 +11,7 @@ from typing import Any
 from orchestrator.algorithms import Algorithm, build, kl_notes
 from orchestrator.config import ONLINE, Recipe
 from orchestrator.cut import cut_step
+from orchestrator.data.bad_rows import grouped
 from orchestrator.dataset import DataSet
 from orchestrator.errors import ConfigError, NotEnoughResources
 from orchestrator.hardware import Hardware, this_machine
@@ -41,6 +42,8 @@ CHECKPOINTING_REASONS: dict[Checkpointing, str] = {
     "selective": "matrix products and attention are kept, the rest is computed again: a few per cent of a step, for larger micro-batches",
     "full": "only the inputs of layers are kept: a third more to compute, for micro-batches that would not fit or would be too small",
 }
+BAD_REASONS = 3
+"""That a plan names."""
 BINS = 10
 """Of the histogram of lengths."""
 SYNC_REASONS: dict[Sync, str] = {
@@ -62,7 +65,8 @@ class Choice:
 @dataclass(frozen=True, slots=True)
 class DataReport:
     """What the data turned into. histogram: (upper bound in tokens, rows) over equal bins of the lengths. unused: columns of the rows
-    that no part of the run reads; notes: what else there is to know; turns: rows of the truncated that lost their oldest turns whole."""
+    that no part of the run reads; notes: what else there is to know; turns: rows of the truncated that lost their oldest turns whole;
+    reasons: of the bad rows, equal ones together."""
 
     rows: int
     bad: tuple[str, ...]
@@ -79,6 +83,7 @@ class DataReport:
     unused: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     turns: int = 0
+    reasons: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -359,6 +364,7 @@ def data_report(data: DataSet, notes: tuple[str, ...] = ()) -> DataReport:
     return DataReport(
         rows=report.rows,
         bad=tuple(str(row) for row in (*data.loaded.bad, *report.bad)),
+        reasons=tuple(grouped((*data.loaded.bad, *report.bad), BAD_REASONS)),
         kept=report.kept,
         dropped=report.dropped,
         truncated=report.truncated,

@@ -13,8 +13,6 @@ from orchestrator.stages import Ignored
 from orchestrator.words import size
 
 BARS = "▁▂▃▄▅▆▇█"
-SHOWN_BAD = 3
-"""Rows or reasons that are shown of those that are left out."""
 
 
 def render(plan: Plan, given: Recipe | None = None) -> RenderableType:
@@ -95,7 +93,7 @@ def _data(data: DataReport) -> Group:
         Text(f"data: {data.rows} rows of {formats}; {data.kept} kept, {data.held_out} held out"),
         Text(f"bad rows {len(data.bad)}, too long: {data.dropped} dropped, {data.truncated} truncated{turns}{equal}"),
     ]
-    lines += [Text(f"  {bad}", style="yellow") for bad in data.bad[:SHOWN_BAD]]
+    lines += [Text(f"  {reason}", style="yellow") for reason in data.reasons]
     if data.not_prefix:
         lines.append(Text(f"{data.not_prefix} prompts are not a token prefix of their completions; cut back to the shared tokens", style="yellow"))
     lines += data_notes(data)

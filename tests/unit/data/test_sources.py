@@ -98,7 +98,7 @@ def test_the_recipes_columns_hold_for_sources_without_their_own(tmp_path):
 GOOD = json.dumps(PAIRS[0]).encode()
 BAD_LINES = [
     (b'{"prompt": "p", ', "broken JSON: Expecting property name enclosed in double quotes at column 16"),
-    (b'{"prompt": "p"}', "'chosen' is missing; has prompt"),
+    (b'{"prompt": "p"}', "no 'chosen' and no 'rejected'; columns are prompt"),
     (b'{"prompt": "p", "chosen": "", "rejected": "b"}', "chosen is empty"),
     (b'{"prompt": "p", "chosen": "a", "rejected": "a"}', "chosen and rejected are equal"),
     (b'{"prompt": "\xff", "chosen": "a", "rejected": "b"}', "not UTF-8 at byte 12"),
