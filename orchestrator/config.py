@@ -221,7 +221,7 @@ class Learners(Section):
         1, description="DeepSpeed ranks, each a Ray actor; auto: as many as there is room for beside the other actors"
     )
     gpus_per_worker: Annotated[float, Field(ge=0)] | Literal["auto"] = Field(
-        0, description="0: on the CPU; auto: one where the machines have GPUs (half of it beside a colocated actor), else 0"
+        0.0, description="0: on the CPU; auto: one where the machines have GPUs (half of it beside a colocated actor), else 0"
     )
     cpus_per_worker: float = Field(1, gt=0, description="reserved in Ray for each worker")
     zero_stage: Literal["auto", 0, 1, 2, 3] = Field("auto", description="auto: the lowest whose state fits")
@@ -278,7 +278,7 @@ class Rollouts(Section):
         1, description="rollout actors; auto: colocated one per learner, separate half of what there is room for"
     )
     gpus_per_worker: Annotated[float, Field(ge=0)] | Literal["auto"] = Field(
-        0, description="of one actor; 0: on the CPU; auto: one where the machines have GPUs (half of it beside a colocated learner), else 0"
+        0.0, description="of one actor; 0: on the CPU; auto: one where the machines have GPUs (half of it beside a colocated learner), else 0"
     )
     cpus_per_worker: float = Field(1, gt=0, description="reserved in Ray for each actor")
     placement: Literal["separate", "colocated"] = Field("separate", description="colocated: actor i shares the bundle of learner worker i")

@@ -1,6 +1,6 @@
 """The plan as a person reads it, on one screen: batch arithmetic first, then warnings, what was set, what was decided and why, data and memory."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -22,9 +22,9 @@ def render(plan: Plan, given: Recipe | None = None) -> RenderableType:
         *_nearest(plan),
         Text(f"{plan.total_steps} {'rollout batches' if plan.is_online else 'optimizer steps'} of {plan.algorithm}"),
         *warning_lines(plan),
-        *([] if given is None else [Text(), _table(("set", section, words) for section, words in set_keys(given))]),
-        Text(),
-        _table(("decided", choice.name, choice.value, choice.reason) for choice in plan.choices),
+        *([] if given is None else [Text("\nset", style="bold"), _table(set_keys(given))]),
+        Text("\ndecided", style="bold"),
+        _table((choice.name, choice.value, choice.reason) for choice in plan.choices),
         Text(),
         _data(plan.data),
         *_memory(plan),
@@ -76,12 +76,11 @@ def _nearest(plan: Plan) -> list[Text]:
     return [Text(f"cuts evenly at batch.effective {' or '.join(map(str, plan.nearest))}; as it is, the result is the same and a little slower")]
 
 
-def _table(rows: Any) -> Table:
-    """Rows whose first cell is the table's own name, said once."""
+def _table(rows: Iterable[tuple[str, ...]]) -> Table:
+    """Name, value in bold, and the reason."""
     table = Table(box=None, pad_edge=False, show_header=False)
-    for i, (name, *cells) in enumerate(rows):
-        words = [Text(cells[0]), *(Text(cell, style="bold") for cell in cells[1:-1]), Text(cells[-1], style="dim" if len(cells) > 2 else "")]
-        table.add_row(Text(name if i == 0 else "", style="bold"), *words)
+    for name, value, *reason in rows:
+        table.add_row(name, Text(value, style="bold" if reason else ""), *(Text(word, style="dim") for word in reason))
     return table
 
 

@@ -112,7 +112,7 @@ def _mapped(record: Mapping[str, Any], columns: Columns, kind: DataKind, reads: 
         if theirs is None:
             continue
         if theirs != name and theirs not in record:
-            raise BadRecord(f"column {theirs!r} (mapped to {name}) is missing")
+            raise BadRecord(f"column {theirs!r} (mapped to {name}) is missing; columns are {', '.join(map(str, record))}")
         if record.get(theirs) is not None:
             fields[name] = record[theirs]
     if "messages" not in fields and columns.messages is not None and record.get(SHAREGPT_COLUMN) is not None:

@@ -141,7 +141,7 @@ REFUSED = [
     ("sft", {"prompt": "p", "chosen": "a", "rejected": "b"}, "a preference pair in a data set for SFT"),
     ("preference", {"prompt": "p", "chosen": "a"}, "no 'rejected'; columns are prompt, chosen"),
     ("preference", {"prompt": "p", "chosen": "a", "rejected": "a"}, "chosen and rejected are equal"),
-    ("preference", {"prompt": "p", "chosen": "a", "rejected": None}, "'rejected' is missing"),
+    ("preference", {"prompt": "p", "chosen": "a", "rejected": None}, "no 'rejected'"),
     ("preference", {"chosen": HH + " a", "rejected": HH + " a"}, "chosen and rejected are equal"),
     ("preference", {"chosen": [USER, BLUE], "rejected": [USER, BLUE]}, "chosen and rejected are equal"),
     ("preference", {"chosen": [USER], "rejected": [USER, BLUE]}, "one of chosen and rejected is the beginning of the other"),
