@@ -86,11 +86,10 @@ def _table(rows: Iterable[tuple[str, ...]]) -> Table:
 
 def _data(data: DataReport) -> Group:
     formats = ", ".join(f"{name} ({form})" for name, form in zip(data.sources, data.formats, strict=True))
-    turns = f", {data.turns} of them by whole turns" if data.turns else ""
     equal = f", {data.made_identical} pairs made equal" if data.made_identical else ""
     lines = [
         Text(f"data: {data.rows} rows of {formats}; {data.kept} kept, {data.held_out} held out"),
-        Text(f"bad rows {len(data.bad)}, too long: {data.dropped} dropped, {data.truncated} truncated{turns}{equal}"),
+        Text(f"bad rows {len(data.bad)}, too long: {data.dropped} dropped, {data.truncated} truncated{equal}"),
     ]
     lines += [Text(f"  {reason}", style="yellow") for reason in data.reasons]
     if data.not_prefix:

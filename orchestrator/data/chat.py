@@ -15,7 +15,7 @@ from orchestrator.config import Data
 from orchestrator.data.bad_rows import BadRow, check_bad
 from orchestrator.data.messages import is_learned
 from orchestrator.data.template import given_names, is_marked, own_template, render, training_template
-from orchestrator.data.turns import with_fewer_turns
+from orchestrator.data.turns import said_of, with_fewer_turns
 from orchestrator.errors import ConfigError, DataError
 from orchestrator.records import Branch, DataKind, Ints, Row, SequenceGroup
 
@@ -58,6 +58,7 @@ class _Counts:
     truncated: int = 0
     identical: int = 0
     turns: int = 0
+    last_turns: int = 0
     bad: list[BadRow] = field(default_factory=list)
 
 
@@ -92,7 +93,7 @@ def encode_rows(rows: Sequence[Row], tokenizer: Any, data: Data, kind: DataKind,
             identical=counts.identical,
             lengths=tuple(g.longest for g in groups),
             bad=tuple(counts.bad),
-            notes=encoder.notes,
+            notes=(*encoder.notes, *said_of(counts.turns, counts.last_turns, f"data.max_length={data.max_length}")),
             turns=counts.turns,
         ),
     )
@@ -111,6 +112,7 @@ def _with_fewer_turns(encoder: "Encoder", row: Row, counts: _Counts) -> Sequence
     found = with_fewer_turns(getattr(row, name), lambda left: encoder.encode(replace(row, **{name: left})), fits, teaches)
     if found is None:
         counts.dropped += 1
+        counts.last_turns += 1
         return None
     counts.truncated += 1
     counts.turns += 1

@@ -40,3 +40,10 @@ def with_fewer_turns(
         else:
             low = middle + 1
     return best
+
+
+def said_of(turns: int, dropped: int, what: str) -> tuple[str, ...]:
+    """What the user is told of conversations that lost turns, and of those whose last exchange did not fit. what: they were too long for."""
+    shorter_ones = [f"{turns} conversation{'s' if turns > 1 else ''} lost the oldest turns to fit {what}"] if turns else []
+    gone = [f"{dropped} conversation{'s' if dropped > 1 else ''} dropped: the last user's turn alone does not fit {what}"] if dropped else []
+    return (*shorter_ones, *gone)

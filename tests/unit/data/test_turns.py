@@ -79,6 +79,7 @@ def test_a_last_turn_that_does_not_fit_drops_the_row_and_says_so(tokenizer: PreT
     long = pair([*ASKED[:-1], say("user", "y" * 300)])
     report = encode_rows([long, pair([say("user", "a")], 1)], tokenizer, data(120), "preference").report
     assert (report.kept, report.dropped, report.truncated, report.turns) == (1, 1, 0, 0)
+    assert report.notes == ("1 conversation dropped: the last user's turn alone does not fit data.max_length=120",)
     with pytest.raises(DataError, match="no row is left"):
         encode_rows([long], tokenizer, data(120), "preference")
 
