@@ -35,7 +35,7 @@ from orchestrator.observe.dashboard import write_report
 from orchestrator.observe.sinks import read_lines
 from orchestrator.observe.tracking import honoured
 from orchestrator.plan import Choice, DataReport, Plan, data_report, finer_cut
-from orchestrator.plan_view import data_notes
+from orchestrator.plan_view import data_notes, warning_lines
 from orchestrator.preflight import asked_by, look, need_of, require
 from orchestrator.prompts import load_prompts
 from orchestrator.recipe import dump
@@ -84,8 +84,9 @@ def _train(recipe: Recipe, root: Path, console: Console, stop: Stop, extend: boo
             if function.url is not None:
                 knock(function)
     end = End(recipe.optimizer, job.plan.total_steps, job.optimizer_steps, extend)
-    with open_run(root, _identity(recipe, job), dump(recipe), job.plan_json(), _say(console), end=end) as folder:
-        for line in data_notes(job.plan.data):
+    identity = _identity(recipe.model_copy(update={"learners": job.recipe.learners}), job)
+    with open_run(root, identity, dump(recipe), job.plan_json(), _say(console), end=end) as folder:
+        for line in (*data_notes(job.plan.data), *warning_lines(job.plan)):
             console.print(line)
         progress = _finished(job, folder) or _supervise(job, folder, stop)
         report = write_report(root)
@@ -262,6 +263,7 @@ def evaluate(recipe: Recipe, model: Path | None, console: Console) -> dict[str, 
     if job.prompts is not None:
         return run_online.evaluate(job)
     with LearnerGroup(job.recipe.learners, parameters=job.sizes().all) as group:
+        policy, recipe = (r.model_copy(update={"learners": job.recipe.learners}) for r in (policy, recipe))
         attach = attach_reference(recipe, job.algorithm, job.data, job.plan.cut, group, console.print, train=False)
         group.build(LearnerSpec(job.recipe, job.plan.cut, 1))
         return dict(run_offline.evaluator(job.data, policy, group, attach).evaluate(job.plan.cut, 0).metrics)

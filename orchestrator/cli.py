@@ -56,6 +56,29 @@ def train(
 
 
 @app.command()
+def init(
+    columns: Annotated[list[str] | None, typer.Argument(metavar="[data.columns.NAME=COLUMN]...", help="columns that are not recognised")] = None,
+    model: Annotated[str, typer.Option("--model", help="a folder, or a hub name with --revision")] = ...,  # pyright: ignore[reportArgumentType]
+    data: Annotated[str, typer.Option("--data", help="rows to train on: a file or a folder")] = ...,  # pyright: ignore[reportArgumentType]
+    held_out: Annotated[str | None, typer.Option("--eval", help="held-out rows")] = None,
+    kind: Annotated[str | None, typer.Option("--kind", metavar="sft|dpo|lora-dpo|reward|grpo|kto", help="default: what the rows look like")] = None,
+    revision: Annotated[str | None, typer.Option("--revision", help="commit of a model of the hub")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="the recipe file; default KIND.yaml")] = None,
+) -> None:
+    """Writes a recipe for your model and data: columns recognised, lengths measured, every choice with its reason. Asks nothing."""
+    from orchestrator.starting import asked, look, next_commands, save
+
+    wanted = asked(model, revision, data, held_out, kind, columns or ())
+    found = look(wanted)
+    target = output or Path(f"{found.kind}.yaml")
+    for file in save(wanted, found, target):
+        out.print(f"wrote {file}")
+    out.print(f"{found.rows} rows, {found.form}: {found.why}")
+    for line in next_commands(found, target):
+        out.print(f"  {line}")
+
+
+@app.command()
 def evaluate(
     recipe: RecipeArgument,
     overrides: Overrides = None,
@@ -83,8 +106,11 @@ def verify(
 ) -> None:
     """The proof: runs the same steps under many cuts and prints the largest difference from one plain large batch."""
     cfg = _last(recipe, overrides)
+    from orchestrator.hardware import this_machine
+    from orchestrator.settle import settle
     from orchestrator.verify import TOLERANCE, run
 
+    cfg, _ = settle(cfg, this_machine())
     cfg = cfg.with_workers(2) if cfg.learners.workers == "auto" else cfg
     try:
         counts = sorted({int(n) for n in workers.split(",")} if workers else {1, cfg.learners.count})
@@ -152,6 +178,7 @@ def recipes_ls() -> None:
     for name, path in recipes.builtin_recipes().items():
         first = path.read_text().splitlines()[0].removeprefix("#").strip()
         out.print(f"{name:<24}{first}")
+    out.print("start/… are for a model and data of your own (orchestrator init writes one fitted to them); tiny/… are for random-weight toy models")
 
 
 @recipes_app.command("show")

@@ -37,6 +37,8 @@ RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="the name of a s
 WorkingDir = Annotated[Path, typer.Option("--working-dir", help="the folder that the job brings along: recipe, code, small data")]
 Grace = Annotated[int, typer.Option("--stop-grace", min=1, metavar="SECONDS", help="between SIGTERM and SIGKILL when the job is stopped")]
 Follow = Annotated[bool, typer.Option("--follow/--no-follow", help="show the job's log until it ends; Ctrl-C leaves the job running")]
+PLAN_WIDTH = 100
+"""Columns of a plan that is not read on a terminal."""
 ON_GPUS = ("learners.workers=auto", "learners.gpus_per_worker=1")
 """What a plan for GPUs fills in where the command line says nothing else."""
 
@@ -100,6 +102,7 @@ def plan(
     network_gbit: Annotated[float | None, typer.Option(min=0.001, help="with --gpu: Gbit/s between machines; default 100")] = None,
     lengths: Annotated[str | None, typer.Option(metavar="MEAN,MAX", help="plan without data: tokens of prompt and completion together")] = None,
     shape: Annotated[str | None, typer.Option(help="plan without the model: a known one, e.g. llama-3-8b, or a config.json")] = None,
+    whole: Annotated[bool, typer.Option("--recipe", help="print the whole resolved recipe too, with every default")] = False,
     as_json: Annotated[bool, typer.Option("--json")] = False,
     working_dir: WorkingDir = Path("."),
 ) -> None:
@@ -109,6 +112,7 @@ def plan(
         fill = ["learners.workers=auto", *(overrides or ())]
         recipes.load(recipe, fill)
         options = [*(["--lengths", lengths] if lengths else []), *(["--shape", shape] if shape else []), *(["--json"] if as_json else [])]
+        options += ["--recipe"] if whole else []
         _ask_cluster(address, recipe, working_dir, lambda there: ["plan", there, *fill, *options], document=as_json)
         return
     if gpu is None and (nodes > 1 or gpus_per_node or network_gbit):
@@ -127,18 +131,20 @@ def plan(
         documents = [{"stage": name, **p.to_json(), "not_read": ignored[name]} for name, p in plans]
         print(json.dumps(documents[0] if len(documents) == 1 else documents, indent=1))
         return
+    page = out if out.is_terminal else Console(width=PLAN_WIDTH, highlight=False, markup=False)
+    given = {stage.name: stage.recipe for stage in loaded.stages}
     for name, p in plans:
         out.rule(name, align="left")
-        out.print(render(p))
+        page.print(render(p, given[name]), soft_wrap=False)
     for stage in loaded.stages:
         if stage.ignored:
             out.rule(f"{stage.name}, keys", align="left")
             out.print(not_read(stage.ignored))
         if needed := ", ".join(dict.fromkeys(references(stage.recipe).values())):
             out.print(f"{stage.name} is planned when what it takes from other stages has been trained ({needed})")
-    if len(loaded.stages) == 1:
-        out.rule("resolved recipe", align="left")
-        out.print(recipes.dump(plans[0][1].recipe))
+    for name, p in plans if whole else ():
+        out.rule(f"{name}, resolved recipe", align="left")
+        out.print(recipes.dump(p.recipe))
 
 
 @app.command()

@@ -211,6 +211,7 @@ class Optimizer(Section):
     max_grad_norm: float | None = Field(1.0, gt=0, description="clips the gradient norm of the whole step; null: off")
     schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="of the learning rate after the warm-up")
     warmup_steps: int = Field(0, ge=0, description="optimizer steps, never micro-batches; from 0 at the first, as in transformers")
+    warmup_ratio: float = Field(0.0, ge=0, lt=1, description="share of the run's optimizer steps that warm up, rounded up, as in transformers")
     min_learning_rate: float = Field(0.0, ge=0, description="where linear and cosine end")
 
 
@@ -223,11 +224,14 @@ class Learners(Section):
     workers: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
         1, description="DeepSpeed ranks, each a Ray actor; auto: as many as there is room for beside the other actors"
     )
-    gpus_per_worker: float = Field(0, ge=0, description="0: on the CPU")
+    gpus_per_worker: Annotated[float, Field(ge=0)] | Literal["auto"] = Field(
+        0.0, description="0: on the CPU; auto: one where the machines have GPUs (half of it beside a colocated actor), else 0"
+    )
     cpus_per_worker: float = Field(1, gt=0, description="reserved in Ray for each worker")
     zero_stage: Literal["auto", 0, 1, 2, 3] = Field("auto", description="auto: the lowest whose state fits")
-    precision: Literal["fp32", "bf16", "fp16", "bf16_autocast"] = Field(
-        "fp32", description="of parameters and activations; master weights and accumulation are always fp32"
+    precision: Literal["auto", "fp32", "bf16", "fp16", "bf16_autocast"] = Field(
+        "fp32",
+        description="of parameters and activations; master weights and accumulation are always fp32; auto: bf16 on GPUs that know it, else fp32",
     )
     sync: Literal["auto", "no_sync", "coalesced", "per_micro_batch"] = Field(
         "auto", description="how gradients are held back; see [cutting](cutting.md)"
@@ -258,6 +262,12 @@ class Learners(Section):
         return self.workers
 
     @property
+    def gpus(self) -> float:
+        """GPUs of each worker of a planned run."""
+        assert self.gpus_per_worker != "auto", "plan first"
+        return self.gpus_per_worker
+
+    @property
     def checkpointing(self) -> Literal["none", "selective", "full"]:
         """Of a planned run; none where nothing was planned."""
         return "none" if self.activation_checkpointing == "auto" else self.activation_checkpointing
@@ -268,8 +278,12 @@ class Reference(Section):
 
 
 class Rollouts(Section):
-    workers: int = Field(1, ge=1, description="rollout actors")
-    gpus_per_worker: float = Field(0, ge=0, description="of one actor; 0: on the CPU")
+    workers: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        1, description="rollout actors; auto: colocated one per learner, separate half of what there is room for"
+    )
+    gpus_per_worker: Annotated[float, Field(ge=0)] | Literal["auto"] = Field(
+        0.0, description="of one actor; 0: on the CPU; auto: one where the machines have GPUs (half of it beside a colocated learner), else 0"
+    )
     cpus_per_worker: float = Field(1, gt=0, description="reserved in Ray for each actor")
     placement: Literal["separate", "colocated"] = Field("separate", description="colocated: actor i shares the bundle of learner worker i")
     engine: Literal["transformers", "vllm"] = Field("transformers", description="who decodes")
@@ -303,6 +317,18 @@ class Rollouts(Section):
         description="deadline for an actor to be ready, and more by the model's bytes; default: 900 for vLLM on a GPU, else learners.start_timeout_s",
     )
     max_restarts: int = Field(8, ge=0, description="times a lost rollout actor is replaced: within an hour, or while nothing is rolled out")
+
+    @property
+    def count(self) -> int:
+        """Actors of a planned run."""
+        assert self.workers != "auto", "plan first"
+        return self.workers
+
+    @property
+    def gpus(self) -> float:
+        """GPUs of each actor of a planned run."""
+        assert self.gpus_per_worker != "auto", "plan first"
+        return self.gpus_per_worker
 
     @property
     def rows(self) -> int:

@@ -13,11 +13,18 @@ SLACK = 1e-6
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """A device as nvidia-smi sees it. memory: bytes, 0 where it does not say; driver: its version, "" where it does not say."""
+    """A device as nvidia-smi sees it. memory: bytes, 0 where it does not say; driver: its version, "" where it does not say; compute: its
+    compute capability, such as 9.0, "" where it does not say."""
 
     name: str
     memory: int
     driver: str = ""
+    compute: str = ""
+
+    @property
+    def knows_bf16(self) -> bool:
+        """From Ampere (8.0) on; what does not say is taken for one that does."""
+        return not self.compute or float(self.compute) >= 8.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,12 +13,14 @@ from orchestrator.facts import ClusterFacts, WorkerGroup
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """One node. cpus, gpus: what can be given out; ram: bytes; gpu_memory: bytes of each GPU, 0 without one."""
+    """One node. cpus, gpus: what can be given out; ram: bytes; gpu_memory: bytes of each GPU, 0 without one;
+    bf16: whether its GPUs compute in it."""
 
     cpus: float
     gpus: float
     ram: int
     gpu_memory: int = 0
+    bf16: bool = True
 
     def holds(self, group: WorkerGroup) -> int:
         """Workers of the group that it has room for."""
@@ -39,6 +41,11 @@ class Hardware:
     def gpu_memory(self) -> int | None:
         """Bytes of the smallest GPU; None without one."""
         return min((m.gpu_memory for m in self.machines if m.gpu_memory), default=None)
+
+    @property
+    def has_gpus(self) -> bool:
+        """Has any machine a GPU to give out?"""
+        return any(m.gpus > 0 for m in self.machines)
 
     @property
     def link(self) -> float | None:
@@ -80,7 +87,7 @@ def this_machine() -> Hardware:
     """What this process sees."""
     gpus = visible_gpus()
     ram = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return Hardware((Machine(float(os.cpu_count() or 1), float(len(gpus)), ram, min(gpus, default=0)),))
+    return Hardware((Machine(float(os.cpu_count() or 1), float(len(gpus)), ram, min(gpus, default=0), _bf16(len(gpus))),))
 
 
 def visible_gpus() -> list[int]:
@@ -90,6 +97,13 @@ def visible_gpus() -> list[int]:
     return [torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())]
 
 
+def _bf16(gpus: int) -> bool:
+    """Does every GPU that this process sees compute in bf16: Ampere and newer?"""
+    import torch
+
+    return all(torch.cuda.get_device_properties(i).major >= 8 for i in range(gpus))
+
+
 def of_cluster(facts: ClusterFacts) -> Hardware:
     """The machines that answered, with the measured bandwidth of their all-reduce. NotEnoughResources where none did."""
     if not facts.nodes:
@@ -97,7 +111,14 @@ def of_cluster(facts: ClusterFacts) -> Hardware:
         raise NotEnoughResources("no node of the cluster answered", why=silent, fix="look at `ray status`, and at `orchestrator doctor`")
     capacity = {c.node: c for c in facts.capacities}
     machines = tuple(
-        Machine(capacity[n.name].cpus, capacity[n.name].gpus, n.ram, min((d.memory for d in n.devices), default=0)) for n in facts.nodes
+        Machine(
+            capacity[n.name].cpus,
+            capacity[n.name].gpus,
+            n.ram,
+            min((d.memory for d in n.devices), default=0),
+            all(d.knows_bf16 for d in n.devices),
+        )
+        for n in facts.nodes
     )
     measured = facts.all_reduce.rate if facts.all_reduce is not None and facts.all_reduce.error is None else None
     return Hardware(machines, between=measured, source="measured" if measured else "as it is" if len(machines) == 1 else "as Ray counts it")

@@ -12,7 +12,7 @@ from orchestrator.cluster.placement import demands
 from orchestrator.config import Recipe
 from orchestrator.controllers.step import Guards
 from orchestrator.dataset import DataSet, load_data
-from orchestrator.errors import NotEnoughResources
+from orchestrator.errors import ConfigError, NotEnoughResources
 from orchestrator.facts import WorkerGroup
 from orchestrator.hardware import Hardware, this_machine
 from orchestrator.models.buckets import WIRE
@@ -28,6 +28,8 @@ from orchestrator.recipe import dump
 from orchestrator.rollout.functions import check_rewards
 from orchestrator.rollout.trial import try_user_code
 from orchestrator.run_folder import RunFolder
+from orchestrator.sense import Seen, what_makes_no_sense
+from orchestrator.settle import settle
 from orchestrator.sketch import Lengths, made_up
 from orchestrator.state_bytes import Sizes
 from orchestrator.words import size
@@ -128,12 +130,25 @@ def plan_sketch(recipe: Recipe, hardware: Hardware, lengths: Lengths) -> Plan:
 
 def _job(recipe: Recipe, console: Console, hardware: Hardware, lengths: Lengths | None) -> Job:
     algorithm = build(recipe.algorithm, recipe.rollouts)
-    recipe = _fitted(recipe, algorithm, hardware)
-    if algorithm.online is None:
-        data = load_data(recipe, algorithm) if lengths is None else made_up(recipe, algorithm, lengths)
-        plan = make_plan(recipe, algorithm, data, hardware)
-        return Job(plan.recipe, algorithm, data, None, plan, 1, console)
+    settled, reasons = settle(recipe, hardware)
+    fitted = _fitted(settled, algorithm, hardware)
+    counted = recipe.learners.workers == "auto" and (recipe.rollouts.workers == "auto" or recipe.rollouts.placement == "separate")
+    make = _offline if algorithm.online is None else _online
+    job = make(fitted, algorithm, hardware, lengths, console, fewer=counted and not fitted.learners.gpus)
+    choices = (*(Choice(why.name, why.value, why.reason) for why in reasons), *job.plan.choices)
+    seen = Seen(job.recipe, job.data, job.plan.data, job.plan.total_steps, job.schedule_steps, job.plan.parameters)
+    return replace(job, plan=replace(job.plan, choices=choices, warnings=() if lengths is not None else what_makes_no_sense(seen)))
+
+
+def _offline(recipe: Recipe, algorithm: Algorithm, hardware: Hardware, lengths: Lengths | None, console: Console, *, fewer: bool) -> Job:
+    data = load_data(recipe, algorithm) if lengths is None else made_up(recipe, algorithm, lengths)
+    plan = _planned(recipe, algorithm, data, hardware, fewer)
+    return Job(plan.recipe, algorithm, data, None, plan, 1, console)
+
+
+def _online(recipe: Recipe, algorithm: Algorithm, hardware: Hardware, lengths: Lengths | None, console: Console, *, fewer: bool) -> Job:
     steps = check_batches(recipe, algorithm) * recipe.algorithm.epochs
+    _require_reward(recipe)
     check_rewards(recipe.rewards)
     prompts, columns = None, None
     if lengths is None:
@@ -143,10 +158,35 @@ def _job(recipe: Recipe, console: Console, hardware: Hardware, lengths: Lengths 
     else:
         longest = made_up(recipe, algorithm, lengths)
     try_user_code(recipe.rewards, recipe.rollouts.environment, columns)
-    plan = make_plan(recipe, algorithm, longest, hardware)
+    plan = _planned(recipe, algorithm, longest, hardware, fewer)
     total = recipe.run.max_steps or (prompts.batches.steps_in(recipe.run.epochs) if prompts is not None else plan.total_steps)
-    plan = replace(plan, total_steps=total, choices=(*plan.choices, *_rollout_choices(recipe, plan.sizes, steps)))
+    plan = replace(plan, total_steps=total, choices=(*plan.choices, *_rollout_choices(plan.recipe, plan.sizes, steps)))
     return Job(plan.recipe, algorithm, longest, prompts, plan, steps, console)
+
+
+def _require_reward(recipe: Recipe) -> None:
+    """ConfigError where nothing says how good a completion is."""
+    if not recipe.rewards.functions and recipe.rollouts.environment is None and recipe.rollouts.replay is None:
+        raise ConfigError(
+            "rewards.functions is empty: nothing gives a reward",
+            why=f"{recipe.algorithm.name} learns from a number for each completion",
+            fix="add e.g. rewards.functions=[{name: correct, function: last_number}] (exact_match, file.py:function, trl:NAME; a model or url), "
+            "or set rollouts.environment",
+        )
+
+
+def _planned(recipe: Recipe, algorithm: Algorithm, data: DataSet, hardware: Hardware, fewer: bool) -> Plan:
+    """The plan; with `fewer` on half as many workers, as often as it takes, where they are too many for the machine's RAM."""
+    while True:
+        try:
+            return make_plan(recipe, algorithm, data, hardware)
+        except NotEnoughResources:
+            if not fewer or recipe.learners.count == 1:
+                raise
+        colocated = algorithm.online is not None and recipe.rollouts.placement == "colocated"
+        recipe = recipe.with_workers(recipe.learners.count // 2)
+        if colocated:
+            recipe = recipe.model_copy(update={"rollouts": recipe.rollouts.model_copy(update={"workers": recipe.learners.count})})
 
 
 def _demands(recipe: Recipe, algorithm: Algorithm) -> tuple[WorkerGroup, ...]:
@@ -160,7 +200,7 @@ def _fitted(recipe: Recipe, algorithm: Algorithm, hardware: Hardware) -> Recipe:
     if recipe.learners.workers != "auto":
         return recipe
     if algorithm.online is not None and recipe.rollouts.placement == "colocated":
-        return recipe.with_workers(recipe.rollouts.workers)
+        return recipe.with_workers(recipe.rollouts.count)
     learners, *others = _demands(recipe.with_workers(1), algorithm)
     room = min(hardware.room_for(learners, others), recipe.batch.effective // algorithm.group_examples)
     if room < 1:
@@ -178,7 +218,7 @@ def _rollout_choices(recipe: Recipe, sizes: Sizes, steps: int) -> list[Choice]:
     rollouts = recipe.rollouts
     drawn = f"{rollouts.prompts} prompts x {rollouts.samples} samples = {rollouts.prompts * rollouts.samples} completions"
     ahead = "strictly on-policy" if not rollouts.max_staleness else f"generation runs at most {rollouts.max_staleness} versions ahead of learning"
-    actors = f"{rollouts.workers} {rollouts.engine} actor{'s' if rollouts.workers > 1 else ''}, {rollouts.placement}"
+    actors = f"{rollouts.count} {rollouts.engine} actor{'s' if rollouts.count > 1 else ''}, {rollouts.placement}"
     return [
         Choice("rollout batch", drawn, f"{steps} optimizer step{'s' if steps > 1 else ''} from each; run.max_steps counts rollout batches"),
         Choice("rollouts", actors, ahead),

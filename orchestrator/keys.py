@@ -269,6 +269,7 @@ READERS: Mapping[type[BaseModel], Mapping[str, Readers]] = {
     ),
     c.Optimizer: _rows(
         "learning_rate betas eps weight_decay max_grad_norm schedule warmup_steps",
+        warmup_ratio=where("optimizer.warmup_steps is 0", lambda _, optimizer: not optimizer.warmup_steps),
         min_learning_rate=where("optimizer.schedule is linear or cosine", lambda _, optimizer: optimizer.schedule != "constant"),
     ),
     c.Learners: _rows(

@@ -104,7 +104,7 @@ def fake_model(recipe: Recipe, algorithm: Algorithm, mode: FakeTensorMode, layer
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(recipe.learners.precision, torch.float32)
     model = build_fake(recipe.model, algorithm.head, dtype, mode, layers=layers, longest=recipe.data.max_length)
     scoring = ScoringModel(model, head=algorithm.head, spec=algorithm.scores)
-    if algorithm.head == "lm" and recipe.learners.gpus_per_worker:
+    if algorithm.head == "lm" and recipe.learners.gpus:
         scoring.head.computes_as = "cuda"
     return scoring
 
@@ -146,7 +146,7 @@ class MemoryModel:
         element = element_bytes(learners)
         held = state_bytes(self.sizes, learners, cut)
         step = self._step_bytes(micro_batch, checkpointing)
-        gpu, logits = bool(learners.gpus_per_worker), self._logits(micro_batch)
+        gpu, logits = bool(learners.gpus), self._logits(micro_batch)
         runtime = CONTEXT_BYTES + (NCCL_BYTES if cut.workers > 1 else 0) if gpu else int(MALLOC_OVERHEAD * max(step, logits)) + LIBRARY_BYTES
         return MemoryEstimate(
             weights=held.device.weights,
@@ -201,7 +201,7 @@ class MemoryModel:
 
     def _logits(self, micro_batch: MicroBatch) -> int:
         """Of the head; none where the model has another one."""
-        chunk = chunk_logits("cuda" if self.recipe.learners.gpus_per_worker else "cpu")
+        chunk = chunk_logits("cuda" if self.recipe.learners.gpus else "cpu")
         return 2 * 4 * min(chunk, len(micro_batch.targets) * self._vocabulary)
 
     def _extrapolated(self, micro_batch: MicroBatch, checkpointing: Checkpointing) -> int:

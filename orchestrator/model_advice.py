@@ -46,6 +46,8 @@ def advise(recipe: Recipe, algorithm: Algorithm, model: MemoryModel, data: DataS
         reason = f"its frequencies are those of sequences of up to data.max_length={recipe.data.max_length} for all rows: the batch must not matter"
         notes.append(Note("positions", ", ".join(model.pinned_rope), reason))
     notes += _experts(recipe, scoring)
+    if recipe.model.lora is not None:
+        notes.append(_adapters(model))
     if model.idle and recipe.model.lora is None:
         reason = "text does not reach them, so they keep their start weights: " + ", ".join(_parts(model.idle))
         notes.append(Note("not trained", f"{len(model.idle)} parameters", reason))
@@ -118,6 +120,13 @@ def position_tables(model: nn.Module, named: int | None) -> Iterable[tuple[str, 
     for name, buffer in model.named_buffers():
         if POSITIONS.search(name) and buffer.ndim == 2 and torch.is_floating_point(buffer):
             yield name, buffer.shape[0]
+
+
+def _adapters(model: MemoryModel) -> Note:
+    layers = sum(name.endswith(".lora_A") for name, _ in model.scoring.named_modules())
+    learns, all_of_them = model.sizes.learns, model.sizes.all
+    reason = f"{learns:,} of {all_of_them:,} parameters learn ({learns / all_of_them:.2%})"
+    return Note("LoRA", f"on {layers} layers", reason)
 
 
 def _experts(recipe: Recipe, scoring: ScoringModel) -> list[Note]:

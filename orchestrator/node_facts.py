@@ -102,14 +102,17 @@ def devices() -> tuple[Gpu, ...]:
     """The GPUs of the machine, whatever CUDA_VISIBLE_DEVICES hides from this process."""
     if shutil.which("nvidia-smi") is None:
         return ()
-    query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader,nounits"]
+    query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version,compute_cap", "--format=csv,noheader,nounits"]
     try:
         said = subprocess.run(query, capture_output=True, text=True, timeout=SMI_S, check=True).stdout
     except (OSError, subprocess.SubprocessError):  # a broken driver: Ray's own count says what can be used
         return ()
-    rows = [[part.strip() for part in line.rsplit(",", 2)] for line in said.splitlines() if line.count(",") >= 2]
+    rows = [[part.strip() for part in line.rsplit(",", 3)] for line in said.splitlines() if line.count(",") >= 3]
     # memory is "[N/A]" where GPU and CPU share it
-    return tuple(Gpu(name, int(memory) * 2**20 if memory.isdecimal() else 0, driver) for name, memory, driver in rows)
+    return tuple(
+        Gpu(name, int(memory) * 2**20 if memory.isdecimal() else 0, driver, compute if compute.replace(".", "", 1).isdecimal() else "")
+        for name, memory, driver, compute in rows
+    )
 
 
 def built_for() -> str:

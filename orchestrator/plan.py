@@ -9,8 +9,9 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from orchestrator.algorithms import Algorithm, build, kl_notes
-from orchestrator.config import Recipe
+from orchestrator.config import ONLINE, Recipe
 from orchestrator.cut import cut_step
+from orchestrator.data.bad_rows import grouped
 from orchestrator.dataset import DataSet
 from orchestrator.errors import ConfigError, NotEnoughResources
 from orchestrator.hardware import Hardware, this_machine
@@ -42,6 +43,10 @@ CHECKPOINTING_REASONS: dict[Checkpointing, str] = {
     "selective": "matrix products and attention are kept, the rest is computed again: a few per cent of a step, for larger micro-batches",
     "full": "only the inputs of layers are kept: a third more to compute, for micro-batches that would not fit or would be too small",
 }
+BAD_REASONS = 3
+"""That a plan names."""
+BINS = 10
+"""Of the histogram of lengths."""
 SYNC_REASONS: dict[Sync, str] = {
     "no_sync": "gradients stay on the rank until the step: one reduction instead of one per micro-batch",
     "coalesced": "whole gradients are held back and reduced once at the end of the step",
@@ -61,7 +66,8 @@ class Choice:
 @dataclass(frozen=True, slots=True)
 class DataReport:
     """What the data turned into. histogram: (upper bound in tokens, rows) over equal bins of the lengths. unused: columns of the rows
-    that no part of the run reads; notes: what else there is to know."""
+    that no part of the run reads; notes: what else there is to know; turns: rows of the truncated that lost their oldest turns whole;
+    reasons: of the bad rows, equal ones together."""
 
     rows: int
     bad: tuple[str, ...]
@@ -77,12 +83,15 @@ class DataReport:
     histogram: tuple[tuple[int, int], ...]
     unused: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    turns: int = 0
+    reasons: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
     """All that `orchestrator plan` shows. recipe: with activation_checkpointing decided; memory_limit, ram_limit: bytes that a rank may
-    use of its device, and a GPU learner of the machine's RAM; mean_length: tokens, for FLOPs."""
+    use of its device, and a GPU learner of the machine's RAM; mean_length: tokens, for FLOPs; parameters: of the model;
+    warnings: what makes no sense, see sense.py."""
 
     recipe: Recipe
     algorithm: str
@@ -100,6 +109,17 @@ class Plan:
     mean_length: int
     sizes: Sizes
     """Parameters of the policy, tensor by tensor."""
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def parameters(self) -> int:
+        """Of the policy, in all."""
+        return self.sizes.all
+
+    @property
+    def is_online(self) -> bool:
+        """Does a step of the run draw completions first?"""
+        return self.algorithm in ONLINE
 
     def to_json(self) -> dict[str, Any]:
         plain = ("algorithm", "micro_batches", "total_steps", "arithmetic", "nearest", "memory_limit", "ram_limit", "mean_length")
@@ -107,6 +127,7 @@ class Plan:
             **{name: getattr(self, name) for name in plain},
             "cut": asdict(self.cut),
             "choices": [asdict(c) for c in self.choices],
+            "warnings": list(self.warnings),
             "data": asdict(self.data),
             "memory": {**asdict(self.memory), "total": self.memory.total},
             "traffic": asdict(self.traffic),
@@ -161,7 +182,7 @@ def _check(recipe: Recipe, share: int) -> None:
             why="every worker needs at least one example of each optimizer step",
             fix=f"set learners.workers to {effective // share} or fewer, or batch.effective to {learners.count * share} or more",
         )
-    if learners.precision == "fp16" and not learners.gpus_per_worker:
+    if learners.precision == "fp16" and not learners.gpus:
         raise ConfigError("learners.precision=fp16 needs a GPU", why="DeepSpeed has no fp16 on a CPU", fix="use fp32, bf16 or bf16_autocast")
     low = learners.precision in ("bf16", "fp16")
     if low and learners.zero_stage == 0:
@@ -207,7 +228,7 @@ def _layout(recipe: Recipe, algorithm: Algorithm, choices: list[Choice]) -> Layo
     can = capabilities(config.get_text_config())
     wanted = recipe.batch.layout
     shares = algorithm.branches > 1
-    best: Layout = "prefix_shared" if shares else ("packed" if recipe.learners.gpus_per_worker else "padded")
+    best: Layout = "prefix_shared" if shares else ("packed" if recipe.learners.gpus else "padded")
     if wanted != "auto":
         if wanted not in can.layouts:
             raise ConfigError(f"batch.layout={wanted} is not possible", why=can.reason, fix="set batch.layout=auto or padded")
@@ -228,7 +249,7 @@ def _layout(recipe: Recipe, algorithm: Algorithm, choices: list[Choice]) -> Layo
 def _one_row(recipe: Recipe, layout: Layout) -> bool:
     """A GPU computes one long row under masks of blocks; on a CPU short rows are faster than a long one."""
     can = capabilities(load_config(recipe.model).get_text_config())
-    return bool(recipe.learners.gpus_per_worker) and layout != "padded" and can.blocks
+    return bool(recipe.learners.gpus) and layout != "padded" and can.blocks
 
 
 def _fit(work: Work, layout: Layout, choices: list[Choice]) -> Way:
@@ -348,15 +369,16 @@ def _nearest(effective: int, cut: Cut, share: int) -> tuple[int, ...]:
 
 def data_report(data: DataSet, notes: tuple[str, ...] = ()) -> DataReport:
     """What `plan` shows of the data; notes: what the algorithm adds to those of the data."""
-    report, bins = data.report, 10
+    report = data.report
     top = max(report.lengths)
-    width = max(1, -(-top // bins))
-    counts = [0] * bins
+    width = max(1, -(-top // BINS))
+    counts = [0] * BINS
     for length in report.lengths:
-        counts[min(bins - 1, (length - 1) // width)] += 1
+        counts[min(BINS - 1, (length - 1) // width)] += 1
     return DataReport(
         rows=report.rows,
         bad=tuple(str(row) for row in (*data.loaded.bad, *report.bad)),
+        reasons=tuple(grouped((*data.loaded.bad, *report.bad), BAD_REASONS)),
         kept=report.kept,
         dropped=report.dropped,
         truncated=report.truncated,
@@ -369,15 +391,16 @@ def data_report(data: DataSet, notes: tuple[str, ...] = ()) -> DataReport:
         histogram=tuple(((i + 1) * width, n) for i, n in enumerate(counts) if n),
         unused=data.unused,
         notes=(*data.notes, *notes),
+        turns=report.turns,
     )
 
 
 def _one_gpu_each(recipe: Recipe) -> None:
     """ConfigError where a process is given more than the one GPU that it computes on: the rest would be reserved and lie idle."""
     asked = {
-        "learners.gpus_per_worker": recipe.learners.gpus_per_worker,
+        "learners.gpus_per_worker": recipe.learners.gpus,
         "critic.gpus_per_worker": recipe.critic.gpus_per_worker,
-        "rollouts.gpus_per_worker": recipe.rollouts.gpus_per_worker,
+        "rollouts.gpus_per_worker": recipe.rollouts.gpus,
         **{f"rewards.functions, gpus of {function.name}": function.gpus for function in recipe.rewards.functions},
     }
     for key, gpus in asked.items():
@@ -387,9 +410,9 @@ def _one_gpu_each(recipe: Recipe) -> None:
                 why="each worker is one process on one device; what is beyond it would be reserved and lie idle",
                 fix="set it to 1, or to a part of a GPU such as 0.5, and take more workers: the effective batch stays as it is",
             )
-    beside = recipe.rollouts.gpus_per_worker if recipe.rollouts.placement == "colocated" else 0.0
+    beside = recipe.rollouts.gpus if recipe.rollouts.placement == "colocated" else 0.0
     learners, critic = recipe.learners, recipe.critic
-    ranks = (("learners", learners.count, learners.gpus_per_worker, beside), ("critic", critic.workers, critic.gpus_per_worker, 0.0))
+    ranks = (("learners", learners.count, learners.gpus, beside), ("critic", critic.workers, critic.gpus_per_worker, 0.0))
     for section, workers, gpus, others in ranks:
         if workers > 1 and gpus > 0 and gpus + others <= 0.5:
             raise ConfigError(

@@ -6,7 +6,7 @@
 """
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,11 +18,12 @@ from orchestrator.data.chat import Encoder, EncodingReport, bad_row
 from orchestrator.data.order import Batches, Order
 from orchestrator.data.rows import Reads
 from orchestrator.data.sources import LoadedRows, load_rows
+from orchestrator.data.turns import said_of, with_fewer_turns
 from orchestrator.dataset import DataSet, held_out_source, seen_in
 from orchestrator.episodes import Prompt
 from orchestrator.errors import ConfigError, DataError
 from orchestrator.models.load import load_tokenizer
-from orchestrator.records import Branch, Experience, SequenceGroup
+from orchestrator.records import Branch, Experience, Row, SequenceGroup
 from orchestrator.rollout.reads import columns_read
 
 
@@ -112,24 +113,21 @@ def _encode(loaded: LoadedRows, tokenizer: Any, recipe: Recipe) -> tuple[tuple[P
         )
     if data.overlong == "truncate_end":
         raise ConfigError("data.overlong=truncate_end has no meaning for prompts", fix="use error, drop or truncate_prompt_left")
-    prompts, bad, dropped, truncated = [], [], 0, 0
+    prompts, bad, counts = [], [], _Counts()
     for row in loaded.rows:
         try:
-            ids = encoder.prompt_tokens(row)
+            fitted = _fitted(encoder, row, room, counts)
         except DataError as error:
             bad.append(bad_row(row, error))
             continue
-        if len(ids) > room:
-            if data.overlong == "error":
-                raise DataError(
-                    f"{row.where}: the prompt has {len(ids)} tokens, {room} are left beside the completion",
-                    fix="raise data.max_length, or set data.overlong to drop or truncate_prompt_left",
-                )
-            if data.overlong == "drop":
-                dropped += 1
-                continue
-            truncated += 1
-            ids = ids[-room:]
+        if fitted is None:
+            continue
+        row, ids = fitted
+        if len(ids) > room:  # data.overlong is error: the run ends, however many bad rows it allows
+            raise DataError(
+                f"{row.where}: the prompt has {len(ids)} tokens, {room} are left beside the completion",
+                fix="raise data.max_length, or set data.overlong to drop or truncate_prompt_left",
+            )
         if not ids:
             raise DataError(f"{row.where}: the prompt has no token", fix="remove the row")
         tokens = np.array(ids, np.int64)
@@ -138,8 +136,42 @@ def _encode(loaded: LoadedRows, tokenizer: Any, recipe: Recipe) -> tuple[tuple[P
     if not prompts:
         raise DataError("no prompt is left after data.overlong", why=f"{room} tokens are left for a prompt", fix="raise data.max_length")
     lengths = tuple(len(p.ids) + recipe.rollouts.max_new_tokens for p in prompts)
-    report = EncodingReport(len(loaded.rows), len(prompts), dropped, truncated, (), 0, lengths, tuple(bad), encoder.notes)
+    notes = (*encoder.notes, *said_of(counts.turns, counts.last_turns, f"{room} tokens beside rollouts.max_new_tokens"))
+    report = EncodingReport(len(loaded.rows), len(prompts), counts.dropped, counts.truncated, (), 0, lengths, tuple(bad), notes, counts.turns)
     return tuple(prompts), report
+
+
+@dataclass(slots=True)
+class _Counts:
+    """turns: prompts that lost their oldest turns; last_turns: dropped, as their last one is too long."""
+
+    dropped: int = 0
+    truncated: int = 0
+    turns: int = 0
+    last_turns: int = 0
+
+
+def _fitted(encoder: Encoder, row: Row, room: int, counts: _Counts) -> tuple[Row, tuple[int, ...]] | None:
+    """The row, as rewards will see it too, and its tokens, by data.overlong at most `room` of them; None where it is dropped.
+
+    A conversation loses whole turns, plain text its beginning."""
+    ids, overlong = encoder.prompt_tokens(row), encoder.data.overlong
+    if len(ids) <= room or overlong == "error":
+        return row, ids
+    if overlong == "drop":
+        counts.dropped += 1
+        return None
+    if not isinstance(row.prompt, list):
+        counts.truncated += 1
+        return row, ids[-room:]
+    found = with_fewer_turns(row.prompt, lambda left: encoder.prompt_tokens(replace(row, prompt=left)), lambda ids: len(ids) <= room)
+    if found is None:
+        counts.dropped += 1
+        counts.last_turns += 1
+        return None
+    counts.truncated += 1
+    counts.turns += 1
+    return replace(row, prompt=found[0]), found[1]
 
 
 def _reads(recipe: Recipe) -> Reads:

@@ -53,7 +53,7 @@ class Sizes:
 
     def bucket(self, learners: Learners) -> int:
         """Elements of a reduction's bucket (deepspeed_config in learner/engine.py)."""
-        return min(bucket_elements(bool(learners.gpus_per_worker)), self.learns)
+        return min(bucket_elements(bool(learners.gpus)), self.learns)
 
     @property
     def partitioned(self) -> int:
@@ -132,7 +132,7 @@ def _stage_1_and_2(sizes: Sizes, learners: Learners, cut: Cut, element: int) -> 
     offloaded = learners.offload.optimizer != "none"
     whole = cut.zero_stage == 1 or cut.sync == "coalesced"
     kept = 4 * (share if low else sizes.overlap(cut.workers))  # of the partition
-    count = 2 if overlaps(bool(learners.gpus_per_worker), cut.zero_stage) else 1
+    count = 2 if overlaps(bool(learners.gpus), cut.zero_stage) else 1
     bucket = count * sizes.bucket(learners) * (4 if cut.zero_stage == 1 else element)
     accumulators = 4 * learns if whole and low else 0 if whole else kept
     sums_on_host = offloaded and not whole and not low
@@ -165,7 +165,7 @@ def _stage_3(sizes: Sizes, learners: Learners, cut: Cut, element: int) -> Held:
     share = sum(-(-n // workers) for n in sizes.trainable)
     partitions = element * (share + sum(-(-n // workers) for n in sizes.frozen))
     on_host, optimizer_on_host = offload.parameters != "none", offload.optimizer != "none"
-    same = workers == 1 and not (on_host and learners.gpus_per_worker)
+    same = workers == 1 and not (on_host and learners.gpus)
     persistent = 0 if same else element * (sizes.all - sizes.partitioned)
     device = StateBytes(
         weights=persistent + (0 if on_host else partitions),
@@ -181,7 +181,7 @@ def _stage_3(sizes: Sizes, learners: Learners, cut: Cut, element: int) -> Held:
         master=4 * share if optimizer_on_host else 0,
         moments=8 * share if optimizer_on_host else 0,
     )
-    ahead = bucket_elements(True) + sizes.largest if learners.gpus_per_worker else 0
+    ahead = bucket_elements(True) + sizes.largest if learners.gpus else 0
     return Held(
         device,
         host,

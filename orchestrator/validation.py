@@ -5,6 +5,7 @@
 
 import difflib
 import math
+import re
 import types
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -26,6 +27,10 @@ _MUST_BE = {
 }
 
 
+OWN = {"model": "model.path=MODEL", "data": "data.train=FILE", "data.train": "data.train=FILE"}
+"""What no starting recipe can know, and how it is given on the command line."""
+
+
 @dataclass(frozen=True)
 class _Misplaced:
     """Stands for a value that pydantic would quietly read as another: `workers: true` is not one worker."""
@@ -43,9 +48,16 @@ def validate(data: Mapping[str, Any], origins: Mapping[Key, object], name: str) 
     except ValidationError as error:
         problems = _problems(error, data, origins)
         what = f"{name}: {len(problems)} problem{'s' if len(problems) > 1 else ''} in the recipe"
-        raise ConfigError(what, why=listed(problems), fix="mend these keys; `orchestrator config schema` lists every key") from error
+        raise ConfigError(what, why=listed(problems), fix=_cure(problems)) from error
     assert not any(isinstance(value, _Misplaced) for value in _values(recipe)), "a mark was left in the recipe"
     return recipe
+
+
+def _cure(problems: list[str]) -> str:
+    absent = [key for key in OWN if any(p.startswith(f"{key}: required") or p.startswith(f"{key}: set exactly one") for p in problems)]
+    if absent and len(absent) == len(problems):
+        return f"give what is yours: {' '.join(dict.fromkeys(OWN[key] for key in absent))}"
+    return "mend these keys; `orchestrator config schema` lists every key"
 
 
 def listed(problems: list[str]) -> str:
@@ -154,7 +166,7 @@ def _problems(error: ValidationError, data: Mapping[str, Any], origins: Mapping[
         if kind in _MUST_BE:
             words = _MUST_BE[kind].format(**item.get("ctx", {}))
             must.setdefault(path, []).append("a time such as 90s, 10m or 1h" if DURATION_PATTERN in words else words)
-            said[path] = f"must be {' or '.join(dict.fromkeys(must[path]))} (got {_shown(item['input'])}"
+            said[path] = f"must be {' or '.join(dict.fromkeys(must[path]))} (got {_shown(item['input'])}{_meant(item)}"
         elif kind == "extra_forbidden":
             said[path] = f"unknown key{_suggestion(path)} ("
         else:
@@ -166,6 +178,13 @@ def _problems(error: ValidationError, data: Mapping[str, Any], origins: Mapping[
             joint = "; " if place and not text.endswith("(") else ""
             lines.append(f"{dotted(path)}: {text}{joint}{place})".replace(" ()", ""))
     return lines
+
+
+def _meant(item: Any) -> str:
+    """The words ", did you mean …?" for text that is nearly one of the words of a key."""
+    known = re.findall(r"'([^']*)'", item.get("ctx", {}).get("expected", ""))
+    close = difflib.get_close_matches(str(item["input"]), known, n=3)
+    return f", did you mean {' or '.join(close)}?" if close else ""
 
 
 def _path(location: Key, data: Any, missing: bool) -> Key:

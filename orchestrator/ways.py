@@ -60,8 +60,8 @@ def memory_limit(recipe: Recipe, hardware: Hardware) -> int:
     batch, learners = recipe.batch, recipe.learners
     if batch.memory_limit_gb is not None:
         device = batch.memory_limit_gb * 1e9
-    elif learners.gpus_per_worker:
-        device = (hardware.gpu_memory or ASSUMED_GPU_BYTES) * min(1.0, learners.gpus_per_worker)
+    elif learners.gpus:
+        device = (hardware.gpu_memory or ASSUMED_GPU_BYTES) * min(1.0, learners.gpus)
     else:
         device = _ram(learners, hardware, 0.0)
     return int(device * batch.memory_utilisation)
@@ -70,7 +70,7 @@ def memory_limit(recipe: Recipe, hardware: Hardware) -> int:
 def ram_limit(recipe: Recipe, hardware: Hardware) -> int:
     """Bytes of RAM that a GPU learner may use: its share of batch.memory_utilisation of its machine. A CPU learner's RAM is its device."""
     learners = recipe.learners
-    return int(_ram(learners, hardware, learners.gpus_per_worker) * recipe.batch.memory_utilisation)
+    return int(_ram(learners, hardware, learners.gpus) * recipe.batch.memory_utilisation)
 
 
 def _ram(learners: Learners, hardware: Hardware, gpus: float) -> float:
@@ -145,7 +145,7 @@ class Work:
     def _seconds(self, cut: Cut, checkpointing: Checkpointing) -> float:
         """Of the first step: 6 FLOPs per parameter and position, what is computed again, a cost per micro-batch, and the wire."""
         learners, dealt = self.recipe.learners, shares(self.steps[0], cut)
-        gpu, share = bool(learners.gpus_per_worker), max(dealt, key=len)
+        gpu, share = bool(learners.gpus), max(dealt, key=len)
         positions = max(sum(positions_of(chunk, cut) for chunk in rank) for rank in dealt)
         flops = 6 * self.model.sizes.all * positions * (1 + COMPUTED_AGAIN[checkpointing])
         sent = self.model.traffic(cut, len(share))
@@ -160,7 +160,7 @@ class Work:
 
     def _budgets(self, cut: Cut) -> list[int]:
         """Positions of a micro-batch that make sense, from most to least."""
-        cap = GPU_POSITIONS if self.recipe.learners.gpus_per_worker else CPU_POSITIONS
+        cap = GPU_POSITIONS if self.recipe.learners.gpus else CPU_POSITIONS
         most = max(positions_of(step, cut) for step in self.steps)
         longest = max(positions_of([g], cut) for step in self.steps for g in step)
         budgets = [max(longest, min(cap, -(-most // cut.workers)))]
@@ -175,7 +175,7 @@ class Work:
             way = self.way(given(self.recipe, self.algorithm, cut), checkpointing)
             return way if way.fits else None
         budgets = self._budgets(cut)
-        if not self.recipe.learners.gpus_per_worker and (way := self.way(replace(cut, positions=budgets[0]), checkpointing)).fits:
+        if not self.recipe.learners.gpus and (way := self.way(replace(cut, positions=budgets[0]), checkpointing)).fits:
             return way  # a CPU's largest rows are soon followed, and mostly fit
         least = self.way(replace(cut, positions=budgets[-1]), checkpointing)
         if not least.fits:
@@ -184,7 +184,7 @@ class Work:
         for positions in budgets[:-1]:
             candidate = replace(cut, positions=positions)
             more = known * (self.largest_micro_batch(candidate).positions / length - 1) * SURELY
-            if self.recipe.learners.gpus_per_worker and least.memory.total + more > self.limits.device:
+            if self.recipe.learners.gpus and least.memory.total + more > self.limits.device:
                 continue  # far beyond; with as many positions as a GPU holds, a pass takes seconds
             if (way := self.way(candidate, checkpointing)).fits:
                 return way

@@ -27,9 +27,9 @@ def demands(recipe: Recipe, *, critic: bool, rollouts: bool) -> tuple[WorkerGrou
     """All worker groups of a run. Colocated rollout actors are part of the learners' bundles."""
     learners, actors = recipe.learners, recipe.rollouts
     together = rollouts and actors.placement == "colocated"
-    if together and actors.workers != learners.count:
+    if together and actors.count != learners.count:
         raise ConfigError(
-            f"rollouts.placement=colocated needs as many rollouts.workers ({actors.workers}) as learners.workers ({learners.count})",
+            f"rollouts.placement=colocated needs as many rollouts.workers ({actors.count}) as learners.workers ({learners.count})",
             why="actor i shares the bundle of learner worker i",
             fix=f"set rollouts.workers={learners.count}, or rollouts.placement=separate",
         )
@@ -37,14 +37,14 @@ def demands(recipe: Recipe, *, critic: bool, rollouts: bool) -> tuple[WorkerGrou
     if critic:
         groups.append(WorkerGroup("critic", recipe.critic.workers, recipe.critic.cpus_per_worker, recipe.critic.gpus_per_worker))
     if rollouts and not together:
-        groups.append(WorkerGroup("rollouts", actors.workers, actors.cpus_per_worker, actors.gpus_per_worker))
+        groups.append(WorkerGroup("rollouts", actors.count, actors.cpus_per_worker, actors.gpus))
     return tuple(groups)
 
 
 def learner_demand(learners: Learners, colocated: Rollouts | None = None) -> WorkerGroup:
     """The learners' own, with a rollout actor in each bundle where they are colocated."""
-    cpus, gpus = (colocated.cpus_per_worker, colocated.gpus_per_worker) if colocated else (0.0, 0.0)
-    return WorkerGroup("learners", learners.count, learners.cpus_per_worker + cpus, learners.gpus_per_worker + gpus)
+    cpus, gpus = (colocated.cpus_per_worker, colocated.gpus) if colocated else (0.0, 0.0)
+    return WorkerGroup("learners", learners.count, learners.cpus_per_worker + cpus, learners.gpus + gpus)
 
 
 @contextmanager

@@ -89,7 +89,7 @@ class RolloutPool:
         self.recipe, self.logs, self.name = recipe, logs, name
         rollouts = recipe.rollouts
         self.deadlines = Deadlines(_start_s(recipe), rollouts.timeout_s, parameters)
-        demand = WorkerGroup("rollouts", rollouts.workers, rollouts.cpus_per_worker, rollouts.gpus_per_worker)
+        demand = WorkerGroup("rollouts", rollouts.count, rollouts.cpus_per_worker, rollouts.gpus)
         self.reserved = placement is None
         self.placement = placement or Placement.reserve(demand, recipe.learners.start_timeout_s)
         self.shared, self.changed = _Shared(), threading.Condition()
@@ -97,13 +97,13 @@ class RolloutPool:
         self.threads: list[threading.Thread] = []
         self.actors: list[Any] = []
         try:
-            self.actors += (self._new(i) for i in range(rollouts.workers))
+            self.actors += (self._new(i) for i in range(rollouts.count))
             building = [a.build.remote(recipe) for a in self.actors]
             self.pids = [self._built(i, reference) for i, reference in enumerate(building)]
         except BaseException:
             self.close()
             raise
-        self.threads = [threading.Thread(target=self._serve, args=(i,), name=self._who(i), daemon=True) for i in range(rollouts.workers)]
+        self.threads = [threading.Thread(target=self._serve, args=(i,), name=self._who(i), daemon=True) for i in range(rollouts.count)]
         for thread in self.threads:
             thread.start()
 
@@ -187,7 +187,7 @@ class RolloutPool:
     def _chunk_size(self, prompts: int, samples: int) -> int:
         """Prompts of a chunk: all for one actor, which refills its rows itself; else so many that each actor gets two or more
         chunks, but no fewer rows than fit at once where the batch allows it."""
-        workers = self.recipe.rollouts.workers
+        workers = self.recipe.rollouts.count
         if workers == 1 and self.recipe.rollouts.update == "batch":
             return max(1, prompts)
         return max(1, min(-(-prompts // (2 * workers)), max(1, self.recipe.rollouts.rows // samples)))
@@ -295,7 +295,7 @@ class RolloutPool:
 
     def _new(self, index: int) -> Any:
         assert self.placement is not None
-        cpus, gpus = self.recipe.rollouts.cpus_per_worker, self.recipe.rollouts.gpus_per_worker
+        cpus, gpus = self.recipe.rollouts.cpus_per_worker, self.recipe.rollouts.gpus
         share = Share(cpus, gpus, self.placement.threads(index, cpus, gpus))
         log = str(self.logs / f"{self._who(index)}.log") if self.logs else None
         return self.placement.start(RolloutActor, index, index, log, share.threads, name=self._who(index), share=share)
@@ -316,4 +316,4 @@ def _start_s(recipe: Recipe) -> float:
     rollouts = recipe.rollouts
     if rollouts.start_timeout_s is not None:
         return rollouts.start_timeout_s
-    return VLLM_START_S if rollouts.engine == "vllm" and rollouts.gpus_per_worker else recipe.learners.start_timeout_s
+    return VLLM_START_S if rollouts.engine == "vllm" and rollouts.gpus else recipe.learners.start_timeout_s

@@ -209,11 +209,11 @@ def make_bridge(recipe: Recipe, learners: LearnerGroup, pool: RolloutPool) -> We
     if rollouts.transport == "cuda_ipc" and not shared:
         raise ConfigError(
             "rollouts.transport=cuda_ipc needs a learner and a rollout actor on each GPU",
-            why=f"placement={rollouts.placement}, GPUs per learner: {recipe.learners.gpus_per_worker:g}, per actor: {rollouts.gpus_per_worker:g}",
+            why=f"placement={rollouts.placement}, GPUs per learner: {recipe.learners.gpus:g}, per actor: {rollouts.gpus:g}",
             fix="set rollouts.placement=colocated and learners.gpus_per_worker=rollouts.gpus_per_worker=0.5, or rollouts.transport=auto",
         )
     if rollouts.transport == "broadcast":
-        on_gpus = recipe.learners.gpus_per_worker > 0 and rollouts.gpus_per_worker > 0 and not shared
+        on_gpus = recipe.learners.gpus > 0 and rollouts.gpus > 0 and not shared
         return BroadcastBridge(learners, pool, size, "nccl" if on_gpus else "gloo")  # NCCL takes one process per GPU
     if rollouts.transport == "cuda_ipc":
         return CudaIpcBridge(learners, pool, size)
@@ -222,5 +222,5 @@ def make_bridge(recipe: Recipe, learners: LearnerGroup, pool: RolloutPool) -> We
 
 def shares_gpus(recipe: Recipe) -> bool:
     """True where learner i and rollout actor i have parts of one GPU."""
-    learner, actor = recipe.learners.gpus_per_worker, recipe.rollouts.gpus_per_worker
+    learner, actor = recipe.learners.gpus, recipe.rollouts.gpus
     return recipe.rollouts.placement == "colocated" and learner > 0 and actor > 0 and learner + actor <= 1

@@ -187,7 +187,7 @@ class LearnerGroup:
         self.learners, self.logs, self.name = learners, logs, name
         self.world = learners.count
         self.deadlines = Deadlines(learners.start_timeout_s, learners.timeout_s, parameters)
-        self.expandable = learners.gpus_per_worker > 0 and (colocated is None or colocated.transport != "cuda_ipc")
+        self.expandable = learners.gpus > 0 and (colocated is None or colocated.transport != "cuda_ipc")
         self.reserved = placement is None
         self.placement = placement or Placement.reserve(learner_demand(learners, colocated), learners.start_timeout_s)
         self.actors: list[Any] = []
@@ -207,7 +207,7 @@ class LearnerGroup:
         self.pids: list[int] = self._collect(joins, "join the process group", self.deadlines.start_s, START)
 
     def _new(self, rank: int) -> Any:
-        cpus, gpus = self.learners.cpus_per_worker, self.learners.gpus_per_worker
+        cpus, gpus = self.learners.cpus_per_worker, self.learners.gpus
         share = Share(cpus, gpus, self.placement.threads(rank, cpus, gpus), self.expandable)
         log = str(self.logs / f"{self.name}-{rank}.log") if self.logs else None
         return self.placement.start(LearnerActor, rank, rank, log, share, name=f"{self.name}-{rank}", share=share)

@@ -15,6 +15,7 @@ from orchestrator.config import Data
 from orchestrator.data.bad_rows import BadRow, check_bad
 from orchestrator.data.messages import is_learned
 from orchestrator.data.template import given_names, is_marked, own_template, render, training_template
+from orchestrator.data.turns import said_of, with_fewer_turns
 from orchestrator.errors import ConfigError, DataError
 from orchestrator.records import Branch, DataKind, Ints, Row, SequenceGroup
 
@@ -23,6 +24,7 @@ from orchestrator.records import Branch, DataKind, Ints, Row, SequenceGroup
 class EncodingReport:
     """What encoding did: rows kept, dropped, truncated; not_prefix: rows whose prompt is not a token prefix of the
     completion; identical: pairs that truncation made equal; lengths: tokens of prompt + longest branch of kept rows;
+    turns: rows of the truncated that lost their oldest turns whole;
     bad: rows that could not be encoded; notes: what else the user should know."""
 
     rows: int
@@ -34,6 +36,7 @@ class EncodingReport:
     lengths: tuple[int, ...]
     bad: tuple[BadRow, ...] = ()
     notes: tuple[str, ...] = ()
+    turns: int = 0
 
     def quantiles(self) -> dict[str, int]:
         """Minimum, median, 95th percentile and maximum of the lengths."""
@@ -54,6 +57,8 @@ class _Counts:
     dropped: int = 0
     truncated: int = 0
     identical: int = 0
+    turns: int = 0
+    last_turns: int = 0
     bad: list[BadRow] = field(default_factory=list)
 
 
@@ -66,10 +71,12 @@ def encode_rows(rows: Sequence[Row], tokenizer: Any, data: Data, kind: DataKind,
     for row in rows:
         try:
             whole = encoder.encode(row)
+            if data.overlong == "truncate_prompt_left" and whole.longest > data.max_length and (turns := row.messages or row.prompt):
+                whole = whole if isinstance(turns, str) else _with_fewer_turns(encoder, row, counts)
         except DataError as error:
             counts.bad.append(bad_row(row, error))
             continue
-        group = _fit(whole, row, data, counts)
+        group = None if whole is None else _fit(whole, row, data, counts)
         if group is not None:
             groups.append(group)
     check_bad([*bad, *counts.bad], data.max_bad_rows)
@@ -82,13 +89,34 @@ def encode_rows(rows: Sequence[Row], tokenizer: Any, data: Data, kind: DataKind,
             kept=len(groups),
             dropped=counts.dropped,
             truncated=counts.truncated,
-            not_prefix=tuple(encoder.not_prefix),
+            not_prefix=tuple(dict.fromkeys(encoder.not_prefix)),  # a row that lost turns was encoded more than once
             identical=counts.identical,
             lengths=tuple(g.longest for g in groups),
             bad=tuple(counts.bad),
-            notes=encoder.notes,
+            notes=(*encoder.notes, *said_of(counts.turns, counts.last_turns, f"data.max_length={data.max_length}")),
+            turns=counts.turns,
         ),
     )
+
+
+def _with_fewer_turns(encoder: "Encoder", row: Row, counts: _Counts) -> SequenceGroup | None:
+    """The group of an overlong conversation without its oldest turns; None, and counted as dropped, where its last one is too long."""
+    name = "prompt" if row.messages is None else "messages"
+
+    def teaches(left: list[Any]) -> bool:
+        return name == "prompt" or any(m["role"] == "assistant" and is_learned(m) for m in left)
+
+    def fits(group: SequenceGroup) -> bool:
+        return group.longest <= encoder.data.max_length
+
+    found = with_fewer_turns(getattr(row, name), lambda left: encoder.encode(replace(row, **{name: left})), fits, teaches)
+    if found is None:
+        counts.dropped += 1
+        counts.last_turns += 1
+        return None
+    counts.truncated += 1
+    counts.turns += 1
+    return found[1]
 
 
 def bad_row(row: Row, error: DataError) -> BadRow:

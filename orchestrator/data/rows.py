@@ -7,6 +7,7 @@ from typing import Any
 
 from orchestrator.config import Columns
 from orchestrator.data.bad_rows import BadRecord
+from orchestrator.data.hints import lacking
 from orchestrator.data.messages import check_weights, is_learned, messages_of, refuse_weights, unicode
 from orchestrator.data.template import tools_of, variables_of
 from orchestrator.data.values import plain, without_nulls
@@ -43,6 +44,21 @@ def to_rows(record: Any, columns: Columns, kind: DataKind, reads: Reads = EVERYT
     fields = _mapped(record, columns, kind, reads)
     if filled:
         fields = {name: without_nulls(value) for name, value in fields.items()}
+    try:
+        return _of_kind(fields, record, columns, kind)
+    except _Lacking as missing:
+        raise BadRecord(lacking(missing.wanted, str(missing), record)) from None
+
+
+class _Lacking(BadRecord):
+    """A record without columns that its kind needs."""
+
+    def __init__(self, needs: str, *wanted: str) -> None:
+        super().__init__(needs)
+        self.wanted = wanted
+
+
+def _of_kind(fields: dict[str, Any], record: Mapping[str, Any], columns: Columns, kind: DataKind) -> list[dict[str, Any]]:
     if kind == "sft":
         return [_sft(fields)]
     if kind == "preference":
@@ -96,7 +112,7 @@ def _mapped(record: Mapping[str, Any], columns: Columns, kind: DataKind, reads: 
         if theirs is None:
             continue
         if theirs != name and theirs not in record:
-            raise BadRecord(f"column {theirs!r} (mapped to {name}) is missing")
+            raise BadRecord(f"column {theirs!r} (mapped to {name}) is missing; columns are {', '.join(map(str, record))}")
         if record.get(theirs) is not None:
             fields[name] = record[theirs]
     if "messages" not in fields and columns.messages is not None and record.get(SHAREGPT_COLUMN) is not None:
@@ -137,13 +153,13 @@ def _sft(fields: dict[str, Any]) -> dict[str, Any]:
         return {"text": _text(fields["text"], "text"), **_extra(fields)}
     if "chosen" in fields:
         raise BadRecord("a preference pair in a data set for SFT; to learn the chosen answers set data.columns.completion=chosen")
-    raise BadRecord(f"needs messages, prompt + completion, or text; has {_names(fields)}")
+    wanted = ("completion",) if "prompt" in fields else ("messages", "text", "prompt", "completion")
+    raise _Lacking("no messages, prompt + completion, or text", *wanted)
 
 
 def _preference(fields: dict[str, Any]) -> dict[str, Any]:
-    for name in ("chosen", "rejected"):
-        if name not in fields:
-            raise BadRecord(f"{name!r} is missing; has {_names(fields)}")
+    if missing := [name for name in ("chosen", "rejected") if name not in fields]:
+        raise _Lacking(f"no {' and no '.join(map(repr, missing))}", *missing)
     if "prompt" in fields and not _is_redundant(fields):
         prompt, chosen, rejected = _texts(fields, ("prompt", "chosen", "rejected"))
     else:
@@ -166,9 +182,8 @@ def _is_redundant(fields: Mapping[str, Any]) -> bool:
 
 
 def _unpaired(fields: dict[str, Any]) -> dict[str, Any]:
-    for name in ("prompt", "completion", "label"):
-        if name not in fields:
-            raise BadRecord(f"{name!r} is missing; has {_names(fields)}")
+    if missing := [name for name in ("prompt", "completion", "label") if name not in fields]:
+        raise _Lacking(f"no {' and no '.join(map(repr, missing))}", *missing)
     if not isinstance(fields["label"], bool):
         raise BadRecord(f"label must be true or false, not {fields['label']!r}")
     prompt, completion = _texts(fields, ("prompt", "completion"))
@@ -189,7 +204,7 @@ def _prompt(fields: dict[str, Any], record: Mapping[str, Any], columns: Columns)
         if not prompt:
             raise BadRecord("messages hold no turn before the assistant's")
     else:
-        raise BadRecord(f"needs prompt, or messages; has {_names(fields)}")
+        raise _Lacking("no prompt, and no messages", "prompt", "messages")
     template = _template(fields)
     left_out = {"prompt", "messages"} | {name for name, theirs in columns.model_dump().items() if theirs is None}
     left_out |= set(PICTURES) if columns.images is None else set()
@@ -275,7 +290,3 @@ def _extra(fields: Mapping[str, Any]) -> dict[str, Any]:
             raise BadRecord(f"margin must be a finite number, not {margin!r}")
         extra["margin"] = float(margin)
     return extra
-
-
-def _names(fields: Mapping[str, Any]) -> str:
-    return ", ".join(fields) or "none of the known columns"

@@ -83,6 +83,11 @@ def load_rows(spec: str | list[Source], data: Data, kind: DataKind, reads: Reads
     )
 
 
+def raw_records(path: str) -> Iterator[Record]:
+    """What a file, a folder or a toy task holds, as it is, before any column is looked for."""
+    return _Reader("prompt", EVERYTHING)._records(Source(path=path))  # pyright: ignore[reportCallIssue]
+
+
 def check_apart(train: LoadedRows, held_out: LoadedRows) -> str | None:
     """ConfigError where held-out rows come from what is trained on, or every one of them is trained on; a note where some are, None
     where none is."""

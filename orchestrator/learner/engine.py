@@ -162,7 +162,7 @@ class GuardedAdamW(torch.optim.AdamW):
 
 def deepspeed_config(learners: Learners, optimizer: Optimizer, stage: int, sync: str, trainable: int) -> dict[str, Any]:
     """Every key that DeepSpeed would otherwise default in silence, written out. trainable: elements; no bucket is larger."""
-    gpu = bool(learners.gpus_per_worker)
+    gpu = bool(learners.gpus)
     bucket = bucket_elements(gpu)
     zero: dict[str, Any] = {
         "stage": stage,

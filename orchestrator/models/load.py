@@ -160,7 +160,10 @@ def _pretrained(cfg: Model, auto: Any, **options: Any) -> Any:
     looks_local = local.is_absolute() or cfg.path.startswith(".") or cfg.path.count("/") != 1
     if not local.is_dir():
         if looks_local:
-            raise MissingInput(f"model.path: no folder {cfg.path}", fix="give a folder with config.json, or a hub name ORG/NAME")
+            near = sorted(p.name for p in local.parent.iterdir() if p.is_dir()) if local.parent.is_dir() else []
+            close = [str(local.parent / name) for name in difflib.get_close_matches(local.name, near, n=3, cutoff=0.5)]
+            fix = f"did you mean {' or '.join(close)}?" if close else "give a folder with config.json, or a hub name ORG/NAME"
+            raise MissingInput(f"model.path: no folder {cfg.path}", fix=fix)
         if cfg.revision is None:
             raise ConfigError(
                 f"model.path: {cfg.path} comes from the hub and has no pinned revision",

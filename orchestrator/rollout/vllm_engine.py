@@ -254,7 +254,7 @@ def gpu_share(recipe: Recipe, size: int, memory: int) -> float:
     (`size` bytes) where they arrive on the GPU and are kept there until all of them are verified."""
     rollouts = recipe.rollouts
     kept = size / memory if rollouts.transport in ("broadcast", "cuda_ipc") else 0.0
-    return GPU_SHARE * min(1.0, rollouts.gpus_per_worker) - kept
+    return GPU_SHARE * min(1.0, rollouts.gpus) - kept
 
 
 def _gpu_bytes(device: torch.device) -> int:

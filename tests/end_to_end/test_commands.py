@@ -43,7 +43,7 @@ def test_plan_as_json(sandbox: Sandbox) -> None:
 
 @pytest.mark.slow
 def test_plan_names_batches_that_divide(sandbox: Sandbox) -> None:
-    said = succeeded(sandbox.run("plan", "tiny/dpo", f"data.train={FEW % 'preference'}", "data.eval=null", "batch.micro_batch=5"))
+    said = succeeded(sandbox.run("plan", "tiny/dpo", f"data.train={FEW % 'preference'}", "data.eval=null", "batch.micro_batch=5", "--recipe"))
     assert "cuts evenly at batch.effective 60 or 70" in said
     assert "predicted memory per worker" in said
     assert "architecture: llama" in said, "the resolved recipe"

@@ -16,11 +16,11 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset(
         {"objectives", "checkpoints", "strict_yaml", "stages", "keys", "validation", "findings", "node_facts", "hardware", "state_bytes", "hub"}
     ),
-    frozenset({"data", "models", "observe", "algorithms", "recipe", "reference_page", "identity", "upload"}),
+    frozenset({"data", "models", "observe", "algorithms", "recipe", "reference_page", "identity", "upload", "settle"}),
     frozenset({"learner", "rollout", "cut", "dataset", "memory_model", "launchers"}),
-    frozenset({"prompts", "ways", "model_advice", "extension"}),
+    frozenset({"prompts", "ways", "model_advice", "extension", "starting"}),
     frozenset({"plan", "sketch"}),
-    frozenset({"controllers", "cluster", "plan_view"}),
+    frozenset({"controllers", "cluster", "plan_view", "sense"}),
     frozenset({"startup", "resume", "run_folder", "submission"}),
     frozenset({"job"}),
     frozenset({"run_offline", "run_online", "preflight"}),

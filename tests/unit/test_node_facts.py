@@ -86,12 +86,13 @@ def put_nvidia_smi(folder: Path, script: str, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_devices_are_those_of_nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    put_nvidia_smi(tmp_path, "echo 'NVIDIA H100 80GB HBM3, 81559, 580.65.06'; echo 'NVIDIA H100 80GB HBM3, 81559, 580.65.06'", monkeypatch)
-    assert node_facts.devices() == (Gpu("NVIDIA H100 80GB HBM3", 81559 * 2**20, "580.65.06"),) * 2
+    put_nvidia_smi(tmp_path, "echo 'NVIDIA H100 80GB HBM3, 81559, 580.65.06, 9.0'; echo 'NVIDIA H100 80GB HBM3, 81559, 580.65.06, 9.0'", monkeypatch)
+    assert node_facts.devices() == (Gpu("NVIDIA H100 80GB HBM3", 81559 * 2**20, "580.65.06", "9.0"),) * 2
+    assert all(gpu.knows_bf16 for gpu in node_facts.devices()) and not Gpu("Tesla T4", 1, "", "7.5").knows_bf16
 
 
 def test_a_device_that_shares_the_memory_of_its_cpu_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    put_nvidia_smi(tmp_path, "echo 'NVIDIA GB10, [N/A], 580.95.05'", monkeypatch)
+    put_nvidia_smi(tmp_path, "echo 'NVIDIA GB10, [N/A], 580.95.05, [N/A]'", monkeypatch)
     assert node_facts.devices() == (Gpu("NVIDIA GB10", 0, "580.95.05"),)
 
 

@@ -8,8 +8,9 @@ from rich.console import Console
 
 from orchestrator.algorithms import build
 from orchestrator.dataset import load_data
+from orchestrator.job import plan_job
 from orchestrator.plan import make_plan
-from orchestrator.plan_view import not_read, render
+from orchestrator.plan_view import not_read, render, set_keys
 from orchestrator.recipe import load
 
 
@@ -32,7 +33,7 @@ def test_everything_a_user_asks_is_there():
         "one reduction instead of one per micro-batch",
         "8 examples     set in the recipe",
         "data: 64 rows of toy:preference (preference, text); 64 kept, 8 held out",
-        "bad rows 0, too long: 0 dropped, 0 truncated (0 pairs made equal)",
+        "bad rows 0, too long: 0 dropped, 0 truncated",
         "tokens: min 10, median 10, p95 10, max 10",
         "predicted memory per worker",
         "weights",
@@ -76,3 +77,29 @@ def test_what_nothing_reads_and_what_else_there_is_to_know_of_the_data_is_told(t
     text = printed(f"data.train={tmp_path}/train.jsonl", f"data.eval={tmp_path}/eval.jsonl", "batch.effective=4", width=400)
     assert "\nunused columns: made at\n" in text
     assert f"1 of 2 held-out rows are trained on too, the first at {tmp_path}/eval.jsonl:1" in text
+
+
+@pytest.mark.parametrize("name", ["start/dpo", "start/lora-dpo", "start/sft", "start/reward", "start/grpo", "tiny/dpo"])
+def test_a_plan_fits_a_screen_and_says_what_was_set_and_what_was_decided(tmp_path, name):
+    rows = {"prompt": "2 + 2 = ", "chosen": "4", "rejected": "5", "completion": "4", "answer": "4"}
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(rows | {"prompt": f"{'x' * i} 2 + 2 = "}) + "\n" for i in range(64)))
+    mine = ["model.tiny={}", f"data.train={tmp_path}/rows.jsonl"] if name.startswith("start/") else []
+    given = load(name, [*mine, "optimizer.warmup_steps=900"]).stages[0].recipe
+    plan = plan_job(given, Console(quiet=True)).plan
+    console = Console(record=True, width=100, file=StringIO())
+    console.print(render(plan, given))
+    text = console.export_text()
+    assert len(text.splitlines()) <= 40, text
+    assert "warning: optimizer.warmup_steps=900 warms up for 900 of" in text
+    for section, keys in set_keys(given):
+        assert section in text and all(pair.split()[0] in text for pair in keys.split(", "))
+    wanted = ["precision", "micro-batch", "ZeRO stage"] if name.startswith("start/") else ["micro-batch"]
+    assert all(any(line.startswith(choice) for line in text.splitlines()) for choice in wanted)
+    assert ("LoRA" in text and "on 14 layers" in text) == (given.model.lora is not None)
+
+
+def test_only_what_differs_from_the_defaults_is_shown_as_set():
+    recipe = load("tiny/dpo", ["data.overlong=truncate_prompt_left", "algorithm.loss={sigmoid: 0.5}"]).stages[0].recipe
+    found = dict(set_keys(recipe))
+    assert "overlong" not in found["data"] and found["algorithm"] == "name dpo, loss {'sigmoid': 0.5}"
+    assert found["optimizer"] == "learning_rate 0.0005, warmup_steps 10" and "rollouts" not in found

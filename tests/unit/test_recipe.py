@@ -14,6 +14,7 @@ from orchestrator.config import Algorithm, Recipe
 from orchestrator.errors import ConfigError, Exit, MissingInput
 from orchestrator.identity import identity_of
 from orchestrator.recipe import builtin_recipes, dump, find, json_schema, load
+from orchestrator.sense import rates_of
 from orchestrator.stages import references, resolve
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -141,7 +142,7 @@ tracking:
         f"data.train[1]: must be a mapping of keys (got 'toy:sft'; {file}:6)",
         f"data.eval: must be text or a list (got 5; {file}:7)",
         f"data.max_bad_rows: must be at least 0 (got -1; {file}:8)",
-        f"algorithm.name: must be {', '.join(NAMES[:-1])} or {NAMES[-1]} (got 'dpoo'; {file}:9)",
+        f"algorithm.name: must be {', '.join(NAMES[:-1])} or {NAMES[-1]} (got 'dpoo', did you mean dpo or dapo or online_dpo?; {file}:9)",
         f"algorithm.loss.sigmoid: must be a number (got true; {file}:9)",
         f"algorithm.wpo: must be true or false (got 'maybe'; {file}:9)",
         f"batch.effective: must be at least 1 (got 0; {file}:10)",
@@ -391,17 +392,25 @@ def test_shipped_recipes_load(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     shipped = builtin_recipes()
     assert list(shipped) == [
         *("dpo/llama-3-8b", "dpo/qwen2.5-0.5b", "grpo/qwen2.5-1.5b-gsm8k"),
+        *("start/dpo", "start/grpo", "start/lora-dpo", "start/reward", "start/sft"),
         *("tiny/demo", "tiny/dpo", "tiny/grpo", "tiny/grpo_tool", "tiny/kto"),
         *("tiny/online_dpo", "tiny/ppo", "tiny/reward", "tiny/rlhf", "tiny/rloo", "tiny/sft"),
     ]
     for name in shipped:
-        for stage in load(name).stages:
+        first = shipped[name].read_text().splitlines()[0]
+        assert first.startswith("# Random-weight toy: ") == name.startswith("tiny/")
+        for stage in load(name, ["model.path=mine", "data.train=mine.jsonl"] if name.startswith("start/") else ()).stages:
             recipe = stage.recipe
             if name.startswith("tiny/"):
                 assert (recipe.learners.precision, recipe.tracking.wandb) == ("fp32", "offline")
                 assert recipe.learners.workers == (1 if recipe.algorithm.name == "ppo" else 2)  # the critic is the second learner
                 assert 32 <= recipe.batch.effective <= 256 and recipe.checkpoint.every is not None
                 assert isinstance(recipe.data.train, str) and recipe.data.train.startswith("toy:")
+            elif name.startswith("start/"):
+                assert (recipe.learners.workers, recipe.learners.gpus_per_worker, recipe.learners.precision) == ("auto",) * 3
+                assert recipe.batch.micro_batch == recipe.batch.layout == "auto" and 32 <= recipe.batch.effective <= 64
+                usual = rates_of(recipe)
+                assert usual.low <= recipe.optimizer.learning_rate <= usual.high
             else:
                 assert 256 <= recipe.batch.effective <= 512 and recipe.model.revision is not None and not recipe.model.trust_remote_code
 

@@ -126,8 +126,8 @@ def test_columns_are_renamed_and_extras_kept():
 
 REFUSED = [
     ("sft", [1], "must be an object, this is list"),
-    ("sft", {"body": "x"}, "needs messages, prompt + completion, or text; has none of the known columns"),
-    ("sft", {"prompt": "x"}, "needs messages, prompt + completion, or text; has prompt"),
+    ("sft", {"body": "x"}, "no messages, prompt + completion, or text; columns are body; data.columns.text=body?"),
+    ("sft", {"prompt": "x"}, "no messages, prompt + completion, or text; columns are prompt"),
     ("sft", {"prompt": "p", "completion": " \n"}, "completion is empty"),
     ("sft", {"prompt": "p", "completion": 3}, "completion must be text or a list of messages, not int"),
     ("sft", {"prompt": "p", "completion": [BLUE]}, "mix strings and message lists"),
@@ -139,9 +139,9 @@ REFUSED = [
     ("sft", {"messages": [USER, {"role": "assistant", "content": "\ud800"}]}, "messages[1].content holds half of a surrogate pair"),
     ("sft", {"text": "ab\ud83d"}, "text holds half of a surrogate pair at character 2"),
     ("sft", {"prompt": "p", "chosen": "a", "rejected": "b"}, "a preference pair in a data set for SFT"),
-    ("preference", {"prompt": "p", "chosen": "a"}, "'rejected' is missing; has prompt, chosen"),
+    ("preference", {"prompt": "p", "chosen": "a"}, "no 'rejected'; columns are prompt, chosen"),
     ("preference", {"prompt": "p", "chosen": "a", "rejected": "a"}, "chosen and rejected are equal"),
-    ("preference", {"prompt": "p", "chosen": "a", "rejected": None}, "'rejected' is missing"),
+    ("preference", {"prompt": "p", "chosen": "a", "rejected": None}, "no 'rejected'"),
     ("preference", {"chosen": HH + " a", "rejected": HH + " a"}, "chosen and rejected are equal"),
     ("preference", {"chosen": [USER, BLUE], "rejected": [USER, BLUE]}, "chosen and rejected are equal"),
     ("preference", {"chosen": [USER], "rejected": [USER, BLUE]}, "one of chosen and rejected is the beginning of the other"),
@@ -158,7 +158,7 @@ REFUSED = [
     ("preference", {"prompt": "p", "chosen": "a", "rejected": "b", "margin": "2"}, "margin must be a finite number, not '2'"),
     ("preference", {"prompt": "p", "chosen": "a", "rejected": "b", "margin": float("nan")}, "margin must be a finite number"),
     ("preference", {"prompt": "p", "chosen": "a", "rejected": "b", "margin": True}, "margin must be a finite number"),
-    ("unpaired", {"prompt": "p", "completion": "c"}, "'label' is missing; has prompt, completion"),
+    ("unpaired", {"prompt": "p", "completion": "c"}, "no 'label'; columns are prompt, completion"),
     ("unpaired", {"prompt": "p", "completion": "c", "label": 1}, "label must be true or false, not 1"),
 ]
 

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from orchestrator.config import Columns, Data, Source
+from orchestrator.data.bad_rows import BadRow, grouped
 from orchestrator.data.sources import load_rows
 from orchestrator.errors import ConfigError, DataError, Exit, MissingInput
 
@@ -98,7 +99,7 @@ def test_the_recipes_columns_hold_for_sources_without_their_own(tmp_path):
 GOOD = json.dumps(PAIRS[0]).encode()
 BAD_LINES = [
     (b'{"prompt": "p", ', "broken JSON: Expecting property name enclosed in double quotes at column 16"),
-    (b'{"prompt": "p"}', "'chosen' is missing; has prompt"),
+    (b'{"prompt": "p"}', "no 'chosen' and no 'rejected'; columns are prompt"),
     (b'{"prompt": "p", "chosen": "", "rejected": "b"}', "chosen is empty"),
     (b'{"prompt": "p", "chosen": "a", "rejected": "a"}', "chosen and rejected are equal"),
     (b'{"prompt": "\xff", "chosen": "a", "rejected": "b"}', "not UTF-8 at byte 12"),
@@ -121,7 +122,21 @@ def test_a_bad_row_is_named_by_file_and_line(tmp_path, line, reason):
     assert [row.where for row in loaded.rows] == [f"{path}:1", f"{path}:4"]
 
 
-def test_bad_rows_of_all_sources_count_together_and_ten_are_shown(tmp_path):
+def test_equal_reasons_of_bad_rows_are_one_line_and_ten_lines_are_shown(tmp_path):
+    (tmp_path / "a.jsonl").write_text(
+        "".join(json.dumps({"prompt": "p", "good": "a", "bad": "b"}) + "\n" for _ in range(96)) + '{"prompt": 1, "chosen": "a", "rejected": "b"}\n'
+    )
+    with pytest.raises(DataError) as failure:
+        load_rows([source(tmp_path / "a.jsonl")], Data(train="unused"), "preference")
+    many = grouped([BadRow(f"f:{i}", f"reason {i // 2}") for i in range(24)], 10)
+    assert len(many) == 11 and many[0] == "2 rows: reason 0 (the first is f:0)" and many[-1] == "… and 4 more"
+    lines = [line.strip() for line in failure.value.why.splitlines() if line.strip()]
+    hint = "data.columns.chosen=good data.columns.rejected=bad?"
+    assert lines[0] == f"96 rows: no 'chosen' and no 'rejected'; columns are prompt, good, bad; {hint} (the first is {tmp_path}/a.jsonl:1)"
+    assert len(lines) == 2 and lines[1].startswith(f"{tmp_path}/a.jsonl:97: prompt must be text")
+
+
+def test_bad_rows_of_all_sources_count_together(tmp_path):
     for name, count in (("a", 8), ("b", 4)):
         (tmp_path / f"{name}.jsonl").write_bytes(b"\n".join([GOOD, *[b"{"] * count]))
     sources = [source(tmp_path / "a.jsonl"), source(tmp_path / "b.jsonl")]
@@ -129,7 +144,7 @@ def test_bad_rows_of_all_sources_count_together_and_ten_are_shown(tmp_path):
         load_rows(sources, Data(train="unused", max_bad_rows=11), "preference")
     text = str(failure.value)
     assert text.startswith("12 bad rows, data.max_bad_rows allows 11")
-    assert (text.count("broken JSON"), "… and 2 more" in text) == (10, True)
+    assert "12 rows: broken JSON" in text and text.count("broken JSON") == 1
     assert len(load_rows(sources, Data(train="unused", max_bad_rows=12), "preference").bad) == 12
 
 

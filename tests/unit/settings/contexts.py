@@ -67,6 +67,7 @@ CONTEXTS: dict[str, Context] = {
     "model.reference": _only(*DPO),
     "model.lora": PLAIN,
     "data.append_eos": Context((), GRPO),
+    "optimizer.warmup_ratio": Context((), ("optimizer.warmup_steps=1",)),
     **dict.fromkeys(("data.columns", *(f"data.columns.{name}" for name in ALL_READ)), Context((), ("data.train=[{path: rows.jsonl, columns: {}}]",))),
     **{f"data.columns.{name}": Context(*pair) for name, pair in COLUMNS.items()},
     **{f"data.{spec}[]": _in(spec) for spec in ("train", "eval")},

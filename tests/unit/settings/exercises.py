@@ -231,6 +231,7 @@ EXERCISES: dict[str, Row | Elsewhere | Unseen] = {
     "optimizer.learning_rate": Row(o.schedule, ("1e-3", "2e-3"), ([1e-3] * 4, [2e-3] * 4)),
     "optimizer.schedule": Row(o.schedule, ("constant", "linear"), ([1e-3] * 4, [1e-3, 0.75e-3, 0.5e-3, 0.25e-3])),
     "optimizer.warmup_steps": Row(o.schedule, ("0", "2"), ([1e-3] * 4, [0.0, 0.5e-3, 1e-3, 1e-3])),
+    "optimizer.warmup_ratio": Row(o.schedule, ("0", "0.3"), ([1e-3] * 4, [0.0, 0.5e-3, 1e-3, 1e-3])),
     "optimizer.min_learning_rate": Row(o.schedule, ("0", "1e-3")),
     "optimizer.betas": Row(o.stepped, ("[0.9, 0.999]", "[0.5, 0.9]")),
     "optimizer.eps": Row(o.stepped, ("1e-8", "0.1")),
