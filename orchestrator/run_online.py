@@ -176,6 +176,7 @@ def _plan(job: Job, sampling: Sampling) -> OnlinePlan:
         evaluate_every=recipe.evaluation.every,
         evaluate_at_start=recipe.evaluation.at_start,
         save_every=recipe.checkpoint.every,
+        sources=job.data.loaded.names,
     )
 
 

@@ -17,7 +17,7 @@ from orchestrator.roles import Checkpoints, Learner, Reporter
 
 @dataclass(frozen=True, slots=True)
 class OfflinePlan:
-    """What the loop has to know."""
+    """What the loop has to know. sources: names of the training data's."""
 
     algorithm: Algorithm
     total_steps: int
@@ -27,6 +27,7 @@ class OfflinePlan:
     reference_sync_every: int | None
     reference_sync_alpha: float
     guards: Guards
+    sources: tuple[str, ...] = ()
 
 
 class OfflineTrainer:
@@ -48,6 +49,7 @@ class OfflineTrainer:
         self.plan, self.policy, self.batches, self.evaluator = plan, policy, batches, evaluator
         self.report, self.checkpoints = report, checkpoints
         self.throughput, self.should_stop = throughput, should_stop
+        self._from_reference = evaluator.ranking.starts_at_reference
         self.steps = Stepper(plan.algorithm, policy, cut, attach_reference, report, plan.guards)
 
     @property
@@ -71,7 +73,9 @@ class OfflineTrainer:
                 continue
             progress = progress.after(taken.batch)
             self._after_step(progress, clock)
-            self.report.step(StepReport(progress.step, flatten(progress, taken.learned, taken.applied, clock.phases, self.throughput)))
+            first = progress.step == 1 and self._from_reference
+            metrics = flatten(progress, taken.learned, taken.applied, clock.phases, self.throughput, plan.sources, at_reference=first)
+            self.report.step(StepReport(progress.step, metrics))
             evaluate_and_save(plan, progress, self._evaluate, self.checkpoints, self.should_stop)
         return progress
 

@@ -13,6 +13,7 @@ from orchestrator.algorithms import build
 from orchestrator.config import Evaluation, Model, TinyModel
 from orchestrator.controllers.evaluation import Evaluator, HeldOut
 from orchestrator.controllers.offline import OfflinePlan, OfflineTrainer
+from orchestrator.controllers.ranking import Ranking
 from orchestrator.controllers.step import Guards
 from orchestrator.cut import cut_step
 from orchestrator.errors import ConfigError, Diverged, Interrupted, OutOfMemory
@@ -56,7 +57,7 @@ def trainer(
             **plan,
         }
     )
-    evaluator = Evaluator(HeldOut(tuple(held_out), ("held",)), Evaluation(), policy, policy.with_live_reference, str)
+    evaluator = Evaluator(HeldOut(tuple(held_out), ("held",)), Evaluation(), policy, policy.with_live_reference, str, Ranking("implicit reward", 0.1))
     reader = batches(groups or pairs(40))
     return OfflineTrainer(whole, cut, policy, attach, reader, evaluator, said or Said(), kept or Kept(), Throughput(), stop)
 

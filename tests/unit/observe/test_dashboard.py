@@ -56,7 +56,7 @@ def test_the_page_has_its_parts_and_only_charts_with_data(tmp_path: Path) -> Non
     page = write_report(make_run(tmp_path)).read_text()
     titles = chart_titles(page)
     assert titles[:5] == ["Loss", "Reward accuracy", "Reward margin", "Rewards", "Log-probs"]
-    assert titles[5:] == ["Gradient norm", "Learning rate", "Tokens per second", "Seconds per phase", "Goodput", "Loss", "Preference accuracy"]
+    assert titles[5:] == ["Gradient norm", "Learning rate", "Tokens per second", "Seconds per phase", "Goodput", "Loss", "Preference accuracy, by reward"]
     questions = ["Before and after", "Is it learning?", "Is it stable?", "Is it fast?", "Is it healthy?", "Held-out evaluation"]
     assert re.findall(r"<h2>([^<]*)</h2>", page)[:6] == questions
     assert "0 throughout: skipped steps." in page
@@ -64,7 +64,7 @@ def test_the_page_has_its_parts_and_only_charts_with_data(tmp_path: Path) -> Non
     assert "8 pairs = 2 workers &#215; 1 micro-batch" in page
     assert "12 of 12" in page
     assert "dpo &#183; random-weight llama" in page
-    assert "<td>preference_accuracy</td><td>0.5</td><td>0.62</td><td class=soft>+0.12</td>" in page
+    assert "<td>preference_accuracy (by reward)</td><td>0.5</td><td>0.62</td><td class=soft>+0.12</td>" in page
     assert "one reduction per step" in page
 
 
