@@ -135,7 +135,8 @@ def _reward_metrics(batch: Batch) -> dict[str, float]:
     rewards = np.stack([g.rewards for g in batch.scored]).astype(np.float64)
     metrics |= {"reward/mean": float(rewards.mean()), "reward/std": float(rewards.std()), "reward/max": float(rewards.max())}
     metrics["reward/group_std"] = float(rewards.std(1).mean())
-    metrics["reward/no_signal_ratio"] = float(np.mean(np.ptp(rewards, axis=1) <= 1e-6))
+    if rewards.shape[1] > 1:  # a lone answer has nothing to be compared with
+        metrics["reward/no_signal_ratio"] = float(np.mean(np.ptp(rewards, axis=1) <= 1e-6))
     for name in batch.scored[0].parts:
         metrics[f"reward/{name}"] = float(np.mean([g.parts[name] for g in batch.scored]))
     return metrics

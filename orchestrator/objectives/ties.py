@@ -29,7 +29,7 @@ Length = TypeVar("Length", float, Tensor, NDArray[np.float64])
 
 def margin_noise(tokens: Length, precision: str) -> Length:
     """Rounding noise in nat of the log-ratio of two answers that hold so many scored tokens together."""
-    return TOKEN_NOISE[precision] * tokens**0.5
+    return TOKEN_NOISE[precision] * tokens**0.5  # pyright: ignore[reportReturnType]  # of a float it could be complex, were it negative
 
 
 def preferred(margin: Tensor, noise: Tensor) -> Tensor:
