@@ -95,9 +95,10 @@ class MarginAlone:
     def check(self, metrics: Metrics) -> str | None:
         limits = self._limits
         margin, accuracy = (metrics.get(f"{self._prefix}rewards/{name}", math.nan) for name in ("margins", "accuracies"))
-        if not math.isfinite(margin) or not math.isfinite(accuracy):
+        if not math.isfinite(margin) or f"{self._prefix}rewards/accuracies" not in metrics:
             return None
-        self._recent.append((margin, accuracy))
+        # not known means that all pairs are ties, which count one half
+        self._recent.append((margin, accuracy if math.isfinite(accuracy) else 0.5))
         if len(self._recent) < (self._recent.maxlen or 0):
             return None
         margin, accuracy = (mean(values) for values in zip(*self._recent, strict=True))

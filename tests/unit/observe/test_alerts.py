@@ -76,6 +76,12 @@ def test_margin_without_accuracy_on_held_out_pairs() -> None:
     assert found == [(2, "margin without accuracy, held out")]
 
 
+def test_a_start_at_the_reference_counts_as_half_right() -> None:
+    rules = AlertRules(LIMITS)
+    stream = pairs((0.0, math.nan), (1.0, 0.505), prefix="eval/")
+    assert [a.title for i, m in enumerate(stream) for a in rules.evaluation(EvaluationReport(i, m))] == ["margin without accuracy, held out"]
+
+
 def test_low_goodput() -> None:
     slow = [{"perf/goodput": 0.2, "perf/elapsed_s": seconds} for seconds in (60.0, 900.0, 1799.0, 1900.0, 2000.0, 2100.0, 2200.0)]
     assert fired(slow) == [(6, "goodput low")], "three steps in a row after half an hour"
