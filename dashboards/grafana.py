@@ -25,7 +25,7 @@ COLUMNS, WIDTH, HEIGHT = 3, 8, 7
 
 def dashboard() -> dict[str, Any]:
     """The whole dashboard. Import it in Grafana and choose the Prometheus that scrapes Ray."""
-    rows = [(question.title, list(map(_of_run, question.panels))) for question in QUESTIONS]
+    rows = [(question.title, [_of_run(panel) for panel in question.panels if panel.names]) for question in QUESTIONS]
     rows.append(("The cluster", [_of_cluster(*panel) for panel in CLUSTER]))
     return {
         "uid": "orchestrator",

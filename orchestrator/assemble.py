@@ -266,4 +266,5 @@ def evaluate(recipe: Recipe, model: Path | None, console: Console) -> dict[str, 
         policy, recipe = (r.model_copy(update={"learners": job.recipe.learners}) for r in (policy, recipe))
         attach = attach_reference(recipe, job.algorithm, job.data, job.plan.cut, group, console.print, train=False)
         group.build(LearnerSpec(job.recipe, job.plan.cut, 1))
-        return dict(run_offline.evaluator(job.data, policy, group, attach).evaluate(job.plan.cut, 0).metrics)
+        evaluator = run_offline.evaluator(job.data, policy, job.algorithm, group, attach, itself=model is None)
+        return dict(evaluator.evaluate(job.plan.cut, 0).metrics)

@@ -7,6 +7,7 @@ import errno
 import json
 import shutil
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -90,10 +91,12 @@ def evaluate(
         fix = "give the recipe.yaml in the run folder of that stage, where they are folders"
         raise ConfigError(f"{', '.join(named)} of {recipe} are made by stages of a run", fix=fix)
     from orchestrator.assemble import evaluate as run
+    from orchestrator.observe.names import spoken, unknown
 
     metrics = run(cfg, model, out)
     for name, value in metrics.items():
-        out.print(f"{name:<32}{value:.4f}")
+        shown = "–" if unknown(name, value) else f"{value:.4f}"
+        out.print(f"{spoken(name, metrics):<48}{shown}")
 
 
 @app.command()
@@ -225,18 +228,26 @@ def _last(recipe: str, overrides: list[str] | None) -> "Recipe":
 
 def held_out(outcomes: "dict[str, Outcome]") -> Table:
     """Held-out metrics before and after each stage."""
+    from orchestrator.observe.names import spoken
+
     table = Table(title="held out", title_justify="left")
     table.add_column("metric")
     for name in outcomes:
         table.add_column(f"before {name}", justify="right")
         table.add_column(f"after {name}", justify="right")
     metrics = dict.fromkeys(k for o in outcomes.values() for k in o.after)
-    names = ("eval/loss", "eval/preference_accuracy", "eval/rewards/accuracies", "eval/exact_match", "eval/reward/mean")
+    names = ("eval/loss", "eval/preference_accuracy", "eval/logp_accuracy", "eval/rewards/margins", "eval/exact_match", "eval/reward/mean")
     wanted = [m for m in metrics if m in names or m.startswith("eval/pass@")]
     for metric in wanted:
-        cells = [f"{side[metric]:.3f}" if metric in side else "" for o in outcomes.values() for side in (o.before, o.after)]
-        table.add_row(metric.removeprefix("eval/"), *cells)
+        last = next(o.after for o in reversed(outcomes.values()) if metric in o.after)
+        cells = [_cell(metric, o.after, side) for o in outcomes.values() for side in (o.before, o.after)]
+        table.add_row(spoken(metric, last), *cells)
     return table
+
+
+def _cell(metric: str, measured: Mapping[str, float], side: Mapping[str, float]) -> str:
+    """– where a stage measures this and has no value: policy and reference are one; empty where it does not measure it."""
+    return f"{side[metric]:.3f}" if metric in side else "–" if metric in measured else ""
 
 
 def machine_trouble(error: OSError) -> OrchestratorError:

@@ -435,6 +435,11 @@ class Alerts(Section):
     margin_growth: float = Field(0.5, gt=0, description="growth of rewards/margins that has to show in rewards/accuracies")
     accuracy_gain: float = Field(0.01, gt=0, description="growth of rewards/accuracies that is enough for it")
     accuracy_enough: float = Field(0.9, gt=0, le=1, description="rewards/accuracies from which on margins may grow alone")
+    loss_rise: float = Field(1e-3, ge=0, description="rise of eval/loss above its first value, as a share of it, that is told")
+    kl: float = Field(1.0, gt=0, description="divergence from the reference, nat per token, that is told")
+    component_fall: float = Field(
+        0.5, gt=0, lt=1, description="share of its start that a reward component may lose while reward/mean rises"
+    )
     restarts: int = Field(3, ge=1, description="restarts within restarts_s")
     restarts_s: float = Field(3600.0, gt=0, description="seconds within which `restarts` alarm")
     goodput: float = Field(0.5, ge=0, le=1, description="least share of the time since the first start that is spent in steps")

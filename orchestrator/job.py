@@ -18,8 +18,9 @@ from orchestrator.hardware import Hardware, this_machine
 from orchestrator.models.buckets import WIRE
 from orchestrator.models.load import load_config
 from orchestrator.observe.card import model_card
+from orchestrator.observe.console import ConsoleSink
 from orchestrator.observe.reporter import RunReporter
-from orchestrator.observe.sinks import ConsoleSink, JsonlSink, Sink
+from orchestrator.observe.sinks import JsonlSink, Sink
 from orchestrator.observe.tracking import WandbSink, stable_run_id
 from orchestrator.observe.watch import Watch
 from orchestrator.plan import Choice, Plan, make_plan
@@ -81,7 +82,8 @@ class Job:
     def guards(self) -> Guards:
         """What its steps are checked against."""
         exact, starts_as_reference = self.recipe.learners.precision == "fp32", self.recipe.model.reference is None
-        return Guards((1e-5 if exact else 3e-2) if starts_as_reference else None, self.plan.traffic.per_reduction)
+        tolerance = (1e-5 if exact else 3e-2) if starts_as_reference else None
+        return Guards(tolerance, self.plan.traffic.per_reduction, precision=self.recipe.learners.precision)
 
     def reporter(self, folder: RunFolder, resume_step: int) -> RunReporter:
         """All sinks that the recipe asks for. To be used as a context: it then knows whether the run failed."""

@@ -331,6 +331,9 @@ READERS: Mapping[type[BaseModel], Mapping[str, Readers]] = {
         margin_growth=MARGINS,
         accuracy_gain=MARGINS,
         accuracy_enough=MARGINS,
+        loss_rise=together("by algorithms that learn from rows, where data.eval is set", HELD_OUT, OFFLINE),
+        kl=ONLINE,
+        component_fall=ONLINE,
     ),
     c.Tracking: _rows("wandb group alerts", **dict.fromkeys(("project", "entity", "init_timeout_s", "finish_timeout_s"), TRACKED)),
 }

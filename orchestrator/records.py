@@ -187,7 +187,7 @@ class MicroBatch:
     last_at: Int[n*branches], flat position of the last token of each sequence (where reward heads read).
     one_row: the row is single and made for block masks. examples: Int[n], group ids. weight: 0.0 for a filler that only keeps ranks in step.
     ref_logprobs: Float[N]; coefficients: Float[N], d loss / d token log-prob of losses that couple the whole batch.
-    label, margin: Float[n]. experience: columns Float[N] of a policy-gradient step.
+    source: Int[n], which source of the data an example is from. label, margin: Float[n]. experience: columns Float[N] of a policy-gradient step.
     """
 
     layout: Layout
@@ -205,6 +205,7 @@ class MicroBatch:
     unshared_tokens: int
     one_row: bool = False
     weight: float = 1.0
+    source: Ints | None = None
     ref_logprobs: Floats | None = None
     coefficients: Floats | None = None
     label: Floats | None = None
@@ -299,6 +300,10 @@ class LearnReport:
     peak_bytes: int = 0
     maxima: Mapping[str, float] = field(default_factory=dict)
     attended: int = 0
+
+
+SOURCE = "/source "
+"""Between a metric's name and the number of a source of the data, until the driver puts the source's name there."""
 
 
 def joined_metrics(reports: Sequence[LearnReport]) -> tuple[dict[str, Mean], dict[str, float]]:

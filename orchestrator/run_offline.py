@@ -5,11 +5,13 @@
 
 from collections.abc import Callable
 
+from orchestrator.algorithms import Algorithm
 from orchestrator.checkpoints import CheckpointStore
 from orchestrator.cluster.workers import LearnerGroup
 from orchestrator.config import Recipe
 from orchestrator.controllers.evaluation import Evaluator, HeldOut
 from orchestrator.controllers.offline import OfflinePlan, OfflineTrainer
+from orchestrator.controllers.ranking import Ranking
 from orchestrator.dataset import DataSet
 from orchestrator.job import Job
 from orchestrator.learner.checks import model_fingerprint
@@ -42,7 +44,7 @@ def attempt(job: Job, folder: RunFolder, cut: Cut, stop: Stop) -> Progress:
             policy=group,
             attach_reference=attach,
             batches=job.data.batches,
-            evaluator=evaluator(job.data, recipe, group, attach),
+            evaluator=evaluator(job.data, recipe, job.algorithm, group, attach),
             report=reporter,
             checkpoints=RunCheckpoints(store, [group], saved, base),
             throughput=measured_throughput(job.plan, job.algorithm, group, reporter.note),
@@ -68,10 +70,11 @@ def _plan(job: Job, evaluated: bool) -> OfflinePlan:
         reference_sync_every=recipe.algorithm.reference_sync_every,
         reference_sync_alpha=recipe.algorithm.reference_sync_alpha,
         guards=job.guards(),
+        sources=job.data.loaded.names,
     )
 
 
-def evaluator(data: DataSet, recipe: Recipe, group: LearnerGroup, attach: Callable) -> Evaluator:
-    """Evaluates held-out rows with the learners."""
+def evaluator(data: DataSet, recipe: Recipe, algorithm: Algorithm, group: LearnerGroup, attach: Callable, *, itself: bool = True) -> Evaluator:
+    """Evaluates held-out rows with the learners. itself: the policy starts as the recipe's model."""
     held_out = HeldOut(data.held_out, data.held_out_names, data.prompts, data.answers)
-    return Evaluator(held_out, recipe.evaluation, group, attach, data.decode)
+    return Evaluator(held_out, recipe.evaluation, group, attach, data.decode, Ranking.of(recipe, algorithm, itself=itself))

@@ -181,6 +181,7 @@ def _plan(job: Job, sampling: Sampling, evaluated: bool) -> OnlinePlan:
         save_every=recipe.checkpoint.steps,
         save_after_s=recipe.checkpoint.seconds,
         evaluated=evaluated,
+        sources=job.data.loaded.names,
     )
 
 

@@ -13,6 +13,7 @@ import torch
 from orchestrator.algorithms import Algorithm
 from orchestrator.objectives.coupling import coefficients
 from orchestrator.objectives.scores import LossSum, TokenScores
+from orchestrator.objectives.sources import by_source
 from orchestrator.records import Floats, LearnReport, Mean, PackedBatch
 from orchestrator.roles import Learner, PerMicroBatch
 
@@ -28,13 +29,15 @@ class WholeLoss:
         return replace(report, loss=self.loss, means=self.means)
 
 
-def with_coefficients(batch: PackedBatch, policy: Learner, algorithm: Algorithm, step: int) -> tuple[PackedBatch, WholeLoss]:
+def with_coefficients(
+    batch: PackedBatch, policy: Learner, algorithm: Algorithm, step: int, precision: str = "fp32"
+) -> tuple[PackedBatch, WholeLoss]:
     """Pass 1: the batch with d loss / d log-prob in every micro-batch, and the loss of the whole effective batch.
 
-    step: of the optimizer step whose dropout pass 2 will draw: both passes see one network."""
-    scores = whole_scores(batch, policy.token_logprobs(batch, step=step))
+    step: of the optimizer step whose dropout pass 2 will draw: both passes see one network. precision: the learner's."""
+    scores = replace(whole_scores(batch, policy.token_logprobs(batch, step=step)), precision=precision)
     loss, gradient = coefficients(algorithm.objective, scores, batch.units)
-    return batch.with_coefficients(_split(batch, gradient.float().numpy())), _whole(loss)
+    return batch.with_coefficients(_split(batch, gradient.float().numpy())), _whole(loss, batch)
 
 
 def whole_scores(batch: PackedBatch, logprobs: PerMicroBatch) -> TokenScores:
@@ -76,6 +79,9 @@ def _split(batch: PackedBatch, gradient: Floats) -> PerMicroBatch:
     return tuple(ranks)
 
 
-def _whole(loss: LossSum) -> WholeLoss:
-    return WholeLoss(float(loss.total), {name: Mean(float(total), float(count)) for name, (total, count) in loss.means.items()})
+def _whole(loss: LossSum, batch: PackedBatch) -> WholeLoss:
+    source = np.concatenate([mb.source for rank in batch.micro_batches for mb in rank if mb.weight and mb.source is not None])
+    present = sorted({int(number) for number in source})
+    means = loss.means | (by_source(loss.per_example, torch.from_numpy(source), present) if len(present) > 1 else {})
+    return WholeLoss(float(loss.total), {name: Mean(float(total), float(count)) for name, (total, count) in means.items()})
 

@@ -1,18 +1,24 @@
 """Held-out evaluation: preference accuracy and margins per source, and greedy generation with a checker.
 
-`eval/preference_accuracy` counts log p(chosen) > log p(rejected) under the policy alone: it needs no reference and can
-be compared between an SFT and a DPO model. `eval/rewards/accuracies` is TRL's, on rewards relative to the reference.
+`eval/preference_accuracy` counts the pairs whose chosen answer ranks higher, by what `ranking` says: the implicit reward where there is a
+reference. `eval/logp_accuracy` then says beside it what the policy alone prefers, by its log-prob per token. Ties count one half; where every
+pair is a tie (the policy is its reference still) nothing is known: NaN, null in metrics.jsonl, – in tables.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from orchestrator.config import Evaluation
+from orchestrator.controllers.ranking import Margin, Ranking
 from orchestrator.cut import cut_step
 from orchestrator.data.checkers import matches
-from orchestrator.records import Cut, EvaluationReport, Floats, PackedBatch, Sample, SequenceGroup
+from orchestrator.objectives.ties import accuracy
+from orchestrator.observe.metrics import values
+from orchestrator.observe.names import MARGINS, named
+from orchestrator.records import Cut, EvaluationReport, PackedBatch, Sample, SequenceGroup
 from orchestrator.roles import Learner, PerMicroBatch
 
 Decode = Callable[[Sequence[int]], str]
@@ -38,9 +44,10 @@ class Evaluator:
         policy: Learner,
         attach_reference: Callable[[PackedBatch], PackedBatch],
         decode: Decode,
+        ranking: Ranking,
     ) -> None:
         self.held_out, self.config, self.policy = held_out, config, policy
-        self.attach_reference, self.decode = attach_reference, decode
+        self.attach_reference, self.decode, self.ranking = attach_reference, decode, ranking
 
     def evaluate(self, cut: Cut, step: int) -> EvaluationReport:
         """Metrics `eval/...` after `step` optimizer steps, with the most-wrong pairs and the generations."""
@@ -50,30 +57,43 @@ class Evaluator:
             batch = self.attach_reference(cut_step(self.held_out.groups, cut))
             report, sums = self.policy.evaluate(batch)
             metrics["eval/loss"] = report.loss
-            metrics.update({f"eval/{name}": mean.value for name, mean in report.means.items()})
+            at_reference = step == 0 and self.ranking.starts_at_reference
+            found = named(values(report.means, at_reference=at_reference), self.held_out.sources)
+            metrics.update({f"eval/{name}": value for name, value in found.items()})
             if len(self.held_out.groups[0].branches) == 2 and self.held_out.groups[0].label is None:
-                metrics.update(self._preferences(batch, sums))
-                samples += self._most_wrong(batch, sums, step)
+                margins = self.ranking.margins(batch, sums)
+                margins = {i: Margin(0.0, 0.0) for i in margins} if at_reference else margins
+                metrics.update(self._preferences(margins))
+                if self.ranking.basis == "implicit reward":
+                    metrics.update(self._likelihoods(batch, sums))
+                samples += self._most_wrong(margins, step)
         if self.held_out.prompts and self.config.generate is not None:
             generated, rate = self._generate(step)
             metrics["eval/exact_match"] = rate
             samples += generated
         return EvaluationReport(step, metrics, tuple(samples))
 
-    def _preferences(self, batch: PackedBatch, sums: PerMicroBatch) -> dict[str, float]:
-        margins = _margins(batch, sums)
-        metrics = {"eval/preference_accuracy": _accuracy(margins.values()), "eval/logp_margin": float(np.mean(list(margins.values())))}
-        by_source: dict[int, list[float]] = {}
+    def _preferences(self, margins: Mapping[int, Margin]) -> dict[str, float]:
+        metrics = {"eval/preference_accuracy": _accuracy(margins.values())}
+        by_source: dict[int, list[Margin]] = {}
         for group in self.held_out.groups:
             by_source.setdefault(group.source, []).append(margins[group.id])
         if len(by_source) > 1:
-            for source, values in by_source.items():
-                metrics[f"eval/preference_accuracy/{self.held_out.sources[source]}"] = _accuracy(values)
+            for source, margins_of in by_source.items():
+                metrics[f"eval/preference_accuracy/{self.held_out.sources[source]}"] = _accuracy(margins_of)
         return metrics
 
-    def _most_wrong(self, batch: PackedBatch, sums: PerMicroBatch, step: int) -> list[Sample]:
-        margins = _margins(batch, sums)
-        worst = sorted(self.held_out.groups, key=lambda g: (margins[g.id], g.id))[: self.config.worst_pairs]
+    def _likelihoods(self, batch: PackedBatch, sums: PerMicroBatch) -> dict[str, float]:
+        """Whether the policy alone, without its reference, gives the chosen answer more probability per token: to be compared with a model
+        that has none, and known before the first step."""
+        margins = replace(self.ranking, basis="log-prob per token").margins(batch, sums).values()
+        return {"eval/logp_accuracy": _accuracy(margins), "eval/logp_margin": float(np.mean([m.value for m in margins]))}
+
+    def _most_wrong(self, margins: Mapping[int, Margin], step: int) -> list[Sample]:
+        """The pairs with the lowest margins; none where all are ties and no pair is more wrong than another."""
+        if math.isnan(_accuracy(margins.values())):
+            return []
+        worst = sorted(self.held_out.groups, key=lambda g: (margins[g.id].value, g.id))[: self.config.worst_pairs]
         return [
             Sample(
                 step,
@@ -81,7 +101,7 @@ class Evaluator:
                 prompt=self.decode(g.prompt.tolist()),
                 chosen=self.decode(g.branches[0].ids.tolist()),
                 rejected=self.decode(g.branches[1].ids.tolist()),
-                scores={"margin": margins[g.id]},
+                scores={MARGINS[self.ranking.basis]: margins[g.id].value},
             )
             for g in worst
         ]
@@ -101,16 +121,5 @@ class Evaluator:
         return samples, right / len(samples)
 
 
-def _accuracy(margins: Sequence[float] | object) -> float:
-    return float(np.mean([m > 0 for m in margins]))  # pyright: ignore[reportGeneralTypeIssues]
-
-
-def _margins(batch: PackedBatch, sums: PerMicroBatch) -> dict[int, float]:
-    """chosen minus rejected of each example, by id."""
-    margins: dict[int, float] = {}
-    for rank, values in zip(batch.micro_batches, sums, strict=True):
-        for mb, per_example in zip(rank, values, strict=True):
-            if mb.weight:
-                pair: Floats = per_example
-                margins.update({int(i): float(p[0] - p[1]) for i, p in zip(mb.examples, pair, strict=True)})
-    return margins
+def _accuracy(margins: Collection[Margin]) -> float:
+    return accuracy([m.value for m in margins], [m.noise for m in margins])

@@ -18,7 +18,8 @@ from orchestrator.stopping import Stop
 
 @dataclass(frozen=True, slots=True)
 class OfflinePlan:
-    """What the loop has to know. save_every: steps; save_after_s: seconds since the last checkpoint; evaluated: see cadence.py."""
+    """What the loop has to know. save_every: steps; save_after_s: seconds since the last checkpoint; evaluated: see cadence.py; sources: names of
+    the training data's."""
 
     algorithm: Algorithm
     total_steps: int
@@ -30,6 +31,7 @@ class OfflinePlan:
     guards: Guards
     save_after_s: float | None = None
     evaluated: bool = False
+    sources: tuple[str, ...] = ()
 
 
 class OfflineTrainer:
@@ -52,6 +54,7 @@ class OfflineTrainer:
         self.report, self.checkpoints = report, checkpoints
         self.throughput, self.stop = throughput, stop
         self.after = AfterSteps(plan, self._evaluate, checkpoints, stop)
+        self._from_reference = evaluator.ranking.starts_at_reference
         self.steps = Stepper(plan.algorithm, policy, cut, attach_reference, report, plan.guards)
 
     @property
@@ -78,7 +81,9 @@ class OfflineTrainer:
                 continue
             progress = progress.after(taken.batch)
             self._after_step(progress, clock)
-            self.report.step(StepReport(progress.step, flatten(progress, taken.learned, taken.applied, clock.phases, self.throughput)))
+            first = progress.step == 1 and self._from_reference
+            metrics = flatten(progress, taken.learned, taken.applied, clock.phases, self.throughput, plan.sources, at_reference=first)
+            self.report.step(StepReport(progress.step, metrics))
             self.after.step(progress)
         return progress
 

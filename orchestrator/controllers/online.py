@@ -35,7 +35,7 @@ class OnlinePlan:
 
     dropout: the learner's network drops features that the generator's has: who sampled a token is then the learner without dropout.
     mini_batch: groups (or pairs) of one optimizer step; optimizer_steps: of a full rollout batch; alarm: mean gap in nat
-    between the generator's and the learner's log-probs above which a note is written.
+    between the generator's and the learner's log-probs above which a note is written; sources: names of the prompts' sources.
     """
 
     algorithm: Algorithm
@@ -58,6 +58,7 @@ class OnlinePlan:
     save_every: int | None
     save_after_s: float | None = None
     evaluated: bool = False
+    sources: tuple[str, ...] = ()
 
     @property
     def needs(self) -> Needs:
@@ -250,7 +251,7 @@ class OnlineTrainer:
         policy = over_steps([p for p, _ in taken if p is not None])
         critic = over_steps([c for _, c in taken if c is not None])
         spans = self.generator.spans()
-        metrics = batch_metrics(progress, batch, policy, critic, delivered, clock.phases, clock.spans, spans)
+        metrics = batch_metrics(progress, batch, policy, critic, delivered, clock.phases, clock.spans, spans, self.plan.sources)
         gap = metrics.get("policy/train_rollout_gap", 0.0)
         if self.plan.max_staleness == 0 and gap > self.plan.alarm:
             self.report.note(

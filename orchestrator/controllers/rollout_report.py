@@ -10,7 +10,9 @@ from orchestrator.controllers.experience import has_signal
 from orchestrator.controllers.step import Taken
 from orchestrator.episodes import Rollout, RolloutGroup, ScoredGroup, Scoring, Span, WeightsDelivered
 from orchestrator.objectives.value import explained_variance
-from orchestrator.records import LearnReport, Progress, Sample, StepApplied, joined_metrics
+from orchestrator.observe.metrics import values
+from orchestrator.observe.names import named
+from orchestrator.records import Floats, LearnReport, Progress, Sample, StepApplied, joined_metrics
 
 LEARNING = ("experience", "reference", "first_pass", "forward_backward", "optim")
 """Phases in which the learners work; in the others they wait."""
@@ -85,12 +87,14 @@ def batch_metrics(
     phases: Mapping[str, float],
     spans: Sequence[tuple[str, float, float]],
     actors: Sequence[Span],
+    sources: Sequence[str] = (),
 ) -> dict[str, float]:
-    """One line of metrics.jsonl. time/<phase>: seconds the controller spent; time/idle/<role>: seconds a role had no work."""
+    """One line of metrics.jsonl. sources: names of the data's, by their numbers. time/<phase>: seconds the controller spent;
+    time/idle/<role>: seconds a role had no work."""
     metrics: dict[str, float] = {}
     if policy is not None:
-        known = {n: m.value for n, m in policy.report.means.items() if m.count}  # nothing is known where all completions are masked
-        metrics |= {"loss": policy.report.loss, **known, **policy.report.maxima}
+        means = {n: m for n, m in policy.report.means.items() if m.count}  # nothing is known where all completions are masked
+        metrics |= {"loss": policy.report.loss, **named(values(means), sources), **policy.report.maxima}
         if policy.applied is not None:
             metrics |= {"grad_norm": policy.applied.grad_norm, "learning_rate": policy.applied.learning_rate}
         metrics["perf/learn_tokens_per_s"] = policy.report.tokens / max(1e-9, policy.report.seconds)
@@ -98,7 +102,7 @@ def batch_metrics(
         metrics["perf/peak_memory_gb"] = policy.report.peak_bytes / 1e9
     if critic is not None:
         metrics |= _critic_metrics(critic)
-    metrics |= _reward_metrics(batch) | _completion_metrics(batch) | _kept_mass(batch)
+    metrics |= _reward_metrics(batch) | _rewards_by_source(batch, sources) | _completion_metrics(batch) | _kept_mass(batch)
     metrics["policy/staleness"] = float(np.mean([progress.step - 1 - r.version for g in batch.groups for r in g.rollouts]))
     if progress.kl_coefficient is not None:
         metrics["kl_coefficient"] = progress.kl_coefficient
@@ -131,10 +135,21 @@ def _reward_metrics(batch: Batch) -> dict[str, float]:
     rewards = np.stack([g.rewards for g in batch.scored]).astype(np.float64)
     metrics |= {"reward/mean": float(rewards.mean()), "reward/std": float(rewards.std()), "reward/max": float(rewards.max())}
     metrics["reward/group_std"] = float(rewards.std(1).mean())
-    metrics["reward/no_signal_ratio"] = float(np.mean(np.ptp(rewards, axis=1) <= 1e-6))
+    if rewards.shape[1] > 1:  # a lone answer has nothing to be compared with
+        metrics["reward/no_signal_ratio"] = float(np.mean(np.ptp(rewards, axis=1) <= 1e-6))
     for name in batch.scored[0].parts:
         metrics[f"reward/{name}"] = float(np.mean([g.parts[name] for g in batch.scored]))
     return metrics
+
+
+def _rewards_by_source(batch: Batch, sources: Sequence[str]) -> dict[str, float]:
+    """reward/mean of each source of the prompts, where there are several."""
+    if len(sources) < 2:
+        return {}
+    by_source: dict[int, list[Floats]] = {}
+    for item in batch.scored:
+        by_source.setdefault(item.group.prompt.source, []).append(item.rewards)
+    return {f"reward/mean/{sources[source]}": float(np.mean(np.concatenate(by_source[source]))) for source in sorted(by_source)}
 
 
 def _completion_metrics(batch: Batch) -> dict[str, float]:

@@ -41,11 +41,12 @@ class Clock:
 @dataclass(frozen=True, slots=True)
 class Guards:
     """What a step is checked against. anchor_tolerance: how far the first loss may be from the algorithm's anchor, relative to
-    it where it is above 1, None: not checked. gradient_bytes: of one whole reduction, 0 with one worker."""
+    it where it is above 1, None: not checked. gradient_bytes: of one whole reduction, 0 with one worker. precision: the learner's."""
 
     anchor_tolerance: float | None = None
     gradient_bytes: int = 0
     max_skipped_in_a_row: int = 5
+    precision: str = "fp32"
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +99,7 @@ class Stepper:
                     with clock.phase("forward_backward"):
                         return ready, self.learner.forward_backward(ready, step)
                 with clock.phase("first_pass"):
-                    ready, whole = with_coefficients(ready, self.learner, self.algorithm, step)
+                    ready, whole = with_coefficients(ready, self.learner, self.algorithm, step, self.guards.precision)
                 with clock.phase("forward_backward"):
                     return ready, whole.merged_into(self.learner.forward_backward(ready, step))
             except OutOfMemory as error:

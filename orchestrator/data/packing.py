@@ -88,6 +88,7 @@ def pack(
         one_row=one_row,
         unshared_tokens=sum(g.tokens for g in groups),
         weight=weight,
+        source=np.array([g.source for g in groups], np.int64),
         label=_column([g.label for g in groups]),
         margin=_column([g.margin for g in groups]),
         experience=_experience([b.experience for row in rows for i in row for b in pieces[i].branches]),

@@ -5,7 +5,7 @@ import difflib
 import hashlib
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,7 +72,7 @@ def load_rows(spec: str | list[Source], data: Data, kind: DataKind, reads: Reads
         bad=tuple(reader.bad),
         sizes=tuple(sizes),
         weights=tuple(s.weight for s in sources),
-        names=tuple(Path(s.path).stem for s in sources),
+        names=_distinct([Path(s.path).stem for s in sources]),
         formats=tuple(formats),
         fingerprint=digest.hexdigest(),
         used=frozenset(reader.used),
@@ -86,6 +86,17 @@ def load_rows(spec: str | list[Source], data: Data, kind: DataKind, reads: Reads
 def raw_records(path: str) -> Iterator[Record]:
     """What a file, a folder or a toy task holds, as it is, before any column is looked for."""
     return _Reader("prompt", EVERYTHING)._records(Source(path=path))  # pyright: ignore[reportCallIssue]
+
+
+def _distinct(names: Sequence[str]) -> tuple[str, ...]:
+    """The names, a number after one that came before: metrics are told by them. Example: train, train -> train, train-2"""
+    told: list[str] = []
+    for name in names:
+        count = 1
+        while (one := name if count == 1 else f"{name}-{count}") in told:
+            count += 1
+        told.append(one)
+    return tuple(told)
 
 
 def check_apart(train: LoadedRows, held_out: LoadedRows) -> str | None:

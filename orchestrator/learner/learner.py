@@ -10,7 +10,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -34,6 +34,7 @@ from orchestrator.models.scoring import Scored, ScoringModel, scored
 from orchestrator.objectives.coupling import linear
 from orchestrator.objectives.logprobs import HeadSpec
 from orchestrator.objectives.scores import LossSum, TokenScores
+from orchestrator.objectives.sources import by_source
 from orchestrator.records import Branch, Cut, Floats, LearnReport, LossUnits, Mean, MicroBatch, SequenceGroup, StepApplied
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "bf16_autocast": torch.float32}
@@ -103,6 +104,7 @@ class RankLearner:
         self.spec, self.group, self.device = spec, group, device
         recipe = spec.recipe
         self.algorithm: Algorithm = build(recipe.algorithm, recipe.rollouts) if spec.role == "policy" else critic(recipe.algorithm)
+        self.by_source = any(isinstance(data, list) and len(data) > 1 for data in (recipe.data.train, recipe.data.eval))
         self.bytes_before_model = current_bytes(device)
         self.loaded: Loaded = loaded or load(recipe.model, seed=recipe.run.seed, head=self.algorithm.head, longest=recipe.data.max_length)
         self.scoring = ScoringModel(self.loaded.model, head=self.algorithm.head, spec=self.algorithm.scores)
@@ -184,8 +186,9 @@ class RankLearner:
         sums = Sums()
         per_example = []
         for micro_batch in micro_batches:
-            scores = self._token_scores(micro_batch, MicroBatchTensors.of(micro_batch, self.device))
-            sums.add(self.algorithm.objective(scores, units), micro_batch.weight)
+            rows = MicroBatchTensors.of(micro_batch, self.device)
+            scores = self._token_scores(micro_batch, rows)
+            sums.add(self._objective(scores, units, micro_batch, rows), micro_batch.weight)
             per_example.append(scores.rewards if scores.rewards is not None else scores.sums())
         read, values = sums.read(), on_host(per_example)
         return self._report(read, micro_batches, time.perf_counter() - started, 0), values
@@ -219,7 +222,15 @@ class RankLearner:
         if self.algorithm.couples_batch:
             assert rows.coefficients is not None, "a loss that couples the batch needs the coefficients of pass 1"
             return LossSum(linear(scores.logps, rows.coefficients), {})
-        return self.algorithm.objective(scores, units)
+        return self._objective(scores, units, micro_batch, rows)
+
+    def _objective(self, scores: TokenScores, units: LossUnits, micro_batch: MicroBatch, rows: MicroBatchTensors) -> LossSum:
+        """The loss, its metrics for each source beside them where the data has several."""
+        loss = self.algorithm.objective(scores, units)
+        if not self.by_source or rows.source is None or micro_batch.source is None:
+            return loss
+        present = sorted({int(number) for number in micro_batch.source})
+        return replace(loss, means=loss.means | by_source(loss.per_example, rows.source, present))
 
     def _forward(self, rows: MicroBatchTensors) -> Scored:
         return scored(self.engine, rows)
@@ -239,6 +250,7 @@ class RankLearner:
             entropy=result.entropy,
             values=result.state_values,
             experience=rows.experience,
+            precision=self.spec.recipe.learners.precision,
         )
 
     def _report(self, read: Read, micro_batches: Sequence[MicroBatch], seconds: float, peak: int) -> LearnReport:

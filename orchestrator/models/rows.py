@@ -59,6 +59,7 @@ class MicroBatchTensors:
     sequence: Tensor
     last_at: Tensor
     identity: Tensor
+    source: Tensor | None = None
     ref_logprobs: Tensor | None = None
     coefficients: Tensor | None = None
     label: Tensor | None = None

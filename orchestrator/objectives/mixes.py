@@ -12,7 +12,8 @@ from torch import Tensor
 from orchestrator.objectives import preference
 from orchestrator.objectives.logprobs import ld_weights
 from orchestrator.objectives.preference import Knobs, Pairs, f_divergence_link
-from orchestrator.objectives.scores import LossSum, Means, TokenScores
+from orchestrator.objectives.scores import LossSum, Means, PerExample, TokenScores, totals
+from orchestrator.objectives.ties import margin_noise, preferred, tied
 from orchestrator.records import LossUnits
 
 PairLoss = Callable[[Pairs, Knobs], Tensor]
@@ -58,13 +59,19 @@ class PreferenceMix:
         pairs = self._pairs(scores)
         weight = _wpo_weights(scores) if self.wpo else torch.ones_like(pairs.chosen)
         total = scores.logps.sum() * 0.0
+        each = torch.zeros_like(pairs.chosen)
         for name, share in self.terms.items():
             if name == SFT:
                 total = total - share * scores.sums()[:, 0].sum() / units.branch_tokens[0]
             else:
                 losses = (WITH_REFERENCE.get(name) or REFERENCE_FREE[name])(pairs, self.knobs)
                 total = total + share * (losses * weight).sum() / units.examples
-        return LossSum(total, self._metrics(pairs, scores))
+                each = each + share * (losses * weight).detach()
+        per_example = self._per_pair(pairs, scores)
+        metrics = self._metrics(pairs, scores) | totals(per_example)
+        if SFT not in self.terms and not COUPLED & self.terms.keys():  # only then is the loss a mean over pairs
+            per_example["loss"] = (each, None)
+        return LossSum(total, metrics, per_example=per_example)
 
     def _pairs(self, scores: TokenScores) -> Pairs:
         weights = None
@@ -79,18 +86,34 @@ class PreferenceMix:
         lengths = scores.lengths()
         return Pairs(*policy.unbind(1), *reference.unbind(1), *link.unbind(1), *lengths.unbind(1))
 
-    def _metrics(self, pairs: Pairs, scores: TokenScores) -> Means:
-        """TRL's names. rewards: beta times the log-ratio (SimPO, ORPO: beta times the mean log-prob)."""
-        count = float(scores.examples)
+    def _per_pair(self, pairs: Pairs, scores: TokenScores) -> PerExample:
+        """A tie counts one half in rewards/accuracies, where TRL counts it as wrong."""
+        chosen, rejected = self._rewards(pairs)
+        one, other = pairs.tokens_chosen.clamp(min=1), pairs.tokens_rejected.clamp(min=1)
+        noise = margin_noise(one + other, scores.precision)
+        if "simpo" in self.terms or "orpo" in self.terms:
+            noise = margin_noise(1.0 / one + 1.0 / other, scores.precision)
+        noise = self.knobs.beta * noise
+        return {
+            "rewards/margins": (chosen - rejected, None),
+            "rewards/accuracies": (preferred(chosen - rejected, noise), None),
+            "rewards/ties": (tied(chosen - rejected, noise), None),
+        }
+
+    def _rewards(self, pairs: Pairs) -> tuple[Tensor, Tensor]:
+        """Of chosen and rejected, Float[n] each: beta times the log-ratio (SimPO, ORPO: beta times the mean log-prob)."""
         chosen, rejected = pairs.ratio_chosen.detach(), pairs.ratio_rejected.detach()
         if "simpo" in self.terms or "orpo" in self.terms:
             chosen, rejected = chosen / pairs.tokens_chosen.clamp(min=1), rejected / pairs.tokens_rejected.clamp(min=1)
-        chosen, rejected = self.knobs.beta * chosen, self.knobs.beta * rejected
+        return self.knobs.beta * chosen, self.knobs.beta * rejected
+
+    def _metrics(self, pairs: Pairs, scores: TokenScores) -> Means:
+        """TRL's names."""
+        count = float(scores.examples)
+        chosen, rejected = self._rewards(pairs)
         metrics: Means = {
             "rewards/chosen": (chosen.sum(), count),
             "rewards/rejected": (rejected.sum(), count),
-            "rewards/margins": ((chosen - rejected).sum(), count),
-            "rewards/accuracies": ((chosen > rejected).double().sum(), count),
             "logps/chosen": (pairs.chosen.detach().sum(), count),
             "logps/rejected": (pairs.rejected.detach().sum(), count),
         }
@@ -123,7 +146,8 @@ class Kto:
         ratio, mismatched = (policy - reference).unbind(1)
         kl = (mismatched.detach().sum() / units.examples).clamp(min=0)
         losses = preference.kto_losses(ratio, scores.label, kl, self.beta, self.desirable, self.undesirable)
-        return LossSum(losses.sum() / units.examples, self._metrics(policy[:, 0].detach(), ratio.detach(), scores.label, kl))
+        means = self._metrics(policy[:, 0].detach(), ratio.detach(), scores.label, kl)
+        return LossSum(losses.sum() / units.examples, means, per_example={"loss": (losses.detach(), None)})
 
     def _metrics(self, logps: Tensor, ratio: Tensor, label: Tensor, kl: Tensor) -> Means:
         metrics: Means = {"kl": (kl, 1.0)}

@@ -3,7 +3,8 @@
 from torch import Tensor
 from torch.nn import functional as F
 
-from orchestrator.objectives.scores import LossSum, TokenScores
+from orchestrator.objectives.scores import LossSum, PerExample, TokenScores, totals
+from orchestrator.objectives.ties import preferred, reward_noise, tied
 from orchestrator.records import LossUnits
 
 
@@ -22,14 +23,13 @@ def bradley_terry(scores: TokenScores, units: LossUnits, *, centring: float = 0.
     assert scores.rewards is not None, "a reward loss needs a scalar head"
     chosen, rejected = scores.rewards.unbind(1)
     losses = bradley_terry_losses(chosen, rejected, scores.margin, centring)
+    one, other = chosen.detach(), rejected.detach()
+    noise = reward_noise(one, other, scores.precision)
+    per_example: PerExample = {
+        "rewards/margins": (one - other, None),
+        "rewards/accuracies": (preferred(one - other, noise), None),
+        "rewards/ties": (tied(one - other, noise), None),
+    }
     count = float(scores.examples)
-    difference = (chosen - rejected).detach()
-    return LossSum(
-        losses.sum() / units.examples,
-        {
-            "rewards/chosen": (chosen.detach().sum(), count),
-            "rewards/rejected": (rejected.detach().sum(), count),
-            "rewards/margins": (difference.sum(), count),
-            "rewards/accuracies": ((difference > 0).double().sum(), count),
-        },
-    )
+    means = {"rewards/chosen": (one.sum(), count), "rewards/rejected": (other.sum(), count), **totals(per_example)}
+    return LossSum(losses.sum() / units.examples, means, per_example=per_example | {"loss": (losses.detach(), None)})

@@ -29,7 +29,7 @@ class TokenScores:
     sequence: Int[N], which sequence (example * branches + branch) a token belongs to. label, margin: Float[n].
     wpo: Float[N], log p(token) - log sum p^2, without gradient. rewards: Float[n, branches] of a scalar head.
     entropy: Float[N], of the distribution at each scored token. values: Float[N] of a critic (carries its gradient).
-    experience: what RL knows of the tokens.
+    experience: what RL knows of the tokens. precision: learners.precision, that all these were made in.
     """
 
     logps: Tensor
@@ -44,6 +44,7 @@ class TokenScores:
     entropy: Tensor | None = None
     values: Tensor | None = None
     experience: ExperienceTensors | None = None
+    precision: str = "fp32"
 
     def per_sequence(self, values: Tensor) -> Tensor:
         """Sums Float[N] token values into Float[n, branches]."""
@@ -68,12 +69,20 @@ class TokenScores:
 class LossSum:
     """total: scalar, a sum of losses already divided by the GLOBAL count of its unit. means: name -> (sum, count), a count that
     only the device knows being a tensor: nothing in an objective may wait for the device.
-    maxima: name -> scalar, metrics whose reduction over micro-batches and ranks is the maximum."""
+    maxima: name -> scalar, metrics whose reduction over micro-batches and ranks is the maximum.
+    per_example: name -> (Float[n] sums, Float[n] counts or None for 1): of the means that are also told for each source of the data."""
 
     total: Tensor
     means: "Means"
     maxima: dict[str, Tensor] = field(default_factory=dict)
+    per_example: "PerExample" = field(default_factory=dict)
 
 
 Means = dict[str, tuple[Tensor, float | Tensor]]
+PerExample = dict[str, tuple[Tensor, Tensor | None]]
 Objective = Callable[[TokenScores, LossUnits], LossSum]
+
+
+def totals(per_example: PerExample) -> Means:
+    """The means of a micro-batch from its examples' values."""
+    return {name: (sums.sum(), float(len(sums)) if counts is None else counts.sum()) for name, (sums, counts) in per_example.items()}

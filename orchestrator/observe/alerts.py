@@ -10,6 +10,9 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from orchestrator.config import Alerts
+from orchestrator.observe.advice import ADVICE
+from orchestrator.observe.drift import ComponentFell, HeldOutLossRose, KlBeyond, NoSignal
+from orchestrator.observe.latch import Latch, RunningMean, mean
 from orchestrator.records import EvaluationReport, StepReport
 
 Metrics = Mapping[str, float]
@@ -18,7 +21,7 @@ Level = Literal["INFO", "WARN", "ERROR"]
 
 @dataclass(frozen=True, slots=True)
 class Alert:
-    """level: as wandb has them; step: of the report that it was found in."""
+    """text: the numbers, why they matter, and a fix; level: as wandb has them; step: of the report that it was found in."""
 
     title: str
     text: str
@@ -30,21 +33,6 @@ class Rule(Protocol):
     def check(self, metrics: Metrics) -> str | None:
         """What is wrong, where this report is the one to say it at. Metrics that are not there say nothing."""
         ...
-
-
-class Latch:
-    """True once, when a condition has held for `holds` checks in a row; then again only after it did not for `rests`."""
-
-    def __init__(self, holds: int, rests: int) -> None:
-        self._holds, self._rests = holds, rests
-        self._fired, self._run = False, 0
-
-    def __call__(self, condition: bool) -> bool:
-        self._run = self._run + 1 if condition != self._fired else 0
-        if self._run < (self._rests if self._fired else self._holds):
-            return False
-        self._fired, self._run = not self._fired, 0
-        return self._fired
 
 
 class NonFinite:
@@ -77,7 +65,7 @@ class RewardFell:
         self._recent.append(reward)
         typical = self._deviation.after(deviation)
         if len(self._recent) == self._recent.maxlen:
-            self._best = max(self._best, _mean(self._recent))
+            self._best = max(self._best, mean(self._recent))
         fallen = typical > 0 and reward < self._best - self._drop * typical
         return f"reward/mean {reward:.4g}, its best was {self._best:.4g}; one reward's deviation {typical:.4g}" if self._latch(fallen) else None
 
@@ -93,7 +81,7 @@ class RewardFlat:
         if not math.isfinite(deviation):
             return None
         flat = deviation <= self._spread * self._deviation.after(deviation)
-        return f"every reward is {metrics.get('reward/mean', math.nan):.4g}: all is solved, or the reward is broken" if self._latch(flat) else None
+        return f"every reward is {metrics.get('reward/mean', math.nan):.4g}" if self._latch(flat) else None
 
 
 class MarginAlone:
@@ -107,12 +95,13 @@ class MarginAlone:
     def check(self, metrics: Metrics) -> str | None:
         limits = self._limits
         margin, accuracy = (metrics.get(f"{self._prefix}rewards/{name}", math.nan) for name in ("margins", "accuracies"))
-        if not math.isfinite(margin) or not math.isfinite(accuracy):
+        if not math.isfinite(margin) or f"{self._prefix}rewards/accuracies" not in metrics:
             return None
-        self._recent.append((margin, accuracy))
+        # not known means that all pairs are ties, which count one half
+        self._recent.append((margin, accuracy if math.isfinite(accuracy) else 0.5))
         if len(self._recent) < (self._recent.maxlen or 0):
             return None
-        margin, accuracy = (_mean(values) for values in zip(*self._recent, strict=True))
+        margin, accuracy = (mean(values) for values in zip(*self._recent, strict=True))
         if self._mark is None or accuracy >= self._mark[1] + limits.accuracy_gain:
             self._mark = (margin, accuracy)
         grown = margin - self._mark[0] >= limits.margin_growth and accuracy < limits.accuracy_enough
@@ -133,18 +122,7 @@ class GoodputLow:
         if goodput is None or elapsed < self._limits.goodput_after_s:
             return None
         share = f"{goodput:.0%} of {elapsed / 3600:.1f} h since the first start were spent in steps"
-        return f"{share}; restarts, checkpoints and evaluations took the rest" if self._latch(goodput < self._limits.goodput) else None
-
-
-class RunningMean:
-    """The mean of all values so far."""
-
-    def __init__(self) -> None:
-        self._sum, self._count = 0.0, 0
-
-    def after(self, value: float) -> float:
-        self._sum, self._count = self._sum + value, self._count + 1
-        return self._sum / self._count
+        return share if self._latch(goodput < self._limits.goodput) else None
 
 
 class AlertRules:
@@ -156,21 +134,22 @@ class AlertRules:
             ("non-finite step", "ERROR", NonFinite(limits)),
             ("reward collapse", "ERROR", RewardFell(limits)),
             ("rewards without spread", "WARN", RewardFlat(limits)),
+            ("no signal", "ERROR", NoSignal(limits)),
+            ("far from the reference", "WARN", KlBeyond(limits)),
+            ("a component falls", "WARN", ComponentFell(limits)),
             ("margin without accuracy", "WARN", MarginAlone(limits, "", limits.steps)),
             ("goodput low", "WARN", GoodputLow(limits)),
         )
-        self._held_out = MarginAlone(limits, "eval/", 1)
+        self._evaluations: tuple[tuple[str, Level, Rule], ...] = (
+            ("margin without accuracy, held out", "WARN", MarginAlone(limits, "eval/", 1)),
+            ("held-out loss rose", "WARN", HeldOutLossRose(limits)),
+        )
 
     def step(self, report: StepReport) -> tuple[Alert, ...]:
-        alerts: list[Alert] = []
-        for title, level, rule in self._steps:  # every rule sees every report
-            if (text := rule.check(report.metrics)) is not None:
-                alerts.append(Alert(title, text, level, report.step))
-        return tuple(alerts)
+        return _found(self._steps, report)
 
     def evaluation(self, report: EvaluationReport) -> tuple[Alert, ...]:
-        text = self._held_out.check(report.metrics)
-        return () if text is None else (Alert("margin without accuracy, held out", text, "WARN", report.step),)
+        return _found(self._evaluations, report)
 
     def started(self, step: int, starts: Sequence[float]) -> tuple[Alert, ...]:
         """At a start. step: that it goes on from; starts: seconds of the clock, of all starts, this one last."""
@@ -182,9 +161,14 @@ class AlertRules:
         last = len(starts) - 1
         if not often(last) or often(last - 1):  # it was said at the start before
             return ()
-        text = f"{limits.restarts} restarts within {limits.restarts_s / 60:.0f} minutes, {last} in all; logs/ says why"
-        return (Alert("repeated restarts", text, "ERROR", step),)
+        text = f"{limits.restarts} restarts within {limits.restarts_s / 60:.0f} minutes, {last} in all"
+        return (_alert("repeated restarts", text, "ERROR", step),)
 
 
-def _mean(values: Sequence[float] | deque[float]) -> float:
-    return sum(values) / len(values)
+def _found(rules: Sequence[tuple[str, Level, Rule]], report: StepReport | EvaluationReport) -> tuple[Alert, ...]:
+    told = [(title, level, rule.check(report.metrics)) for title, level, rule in rules]  # every rule sees every report
+    return tuple(_alert(title, text, level, report.step) for title, level, text in told if text is not None)
+
+
+def _alert(title: str, text: str, level: Level, step: int) -> Alert:
+    return Alert(title, f"{text}. {ADVICE[title]}", level, step)

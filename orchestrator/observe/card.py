@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from orchestrator.observe.names import spoken
 from orchestrator.observe.sinks import number, read_lines
 
 CURVE_POINTS = 10
@@ -59,7 +60,7 @@ def _results(steps: Sequence[Mapping[str, Any]], evaluations: Sequence[Mapping[s
     if evaluations:
         first, last = evaluations[0], evaluations[-1]
         head = ("held-out metric", f"step {first['step']}", f"step {last['step']}")
-        return _table(head, [(n, _cell(first.get(n)), _cell(v)) for n, v in last.items() if n.startswith("eval/")])
+        return _table(head, [(f"eval/{spoken(n, last)}", _cell(first.get(n)), _cell(v)) for n, v in last.items() if n.startswith("eval/")])
     if steps:
         return _table(("metric at the last step", "value"), [(n, _cell(steps[-1][n])) for n in CURVE if n in steps[-1]])
     return "No metrics were recorded."
@@ -73,7 +74,7 @@ def _curve(steps: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _cell(value: Any) -> str:
-    return "" if value is None else number(value)
+    return "–" if value is None else number(value)
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -11,6 +11,10 @@ Point = tuple[float, float | None]
 
 WIDTH, HEIGHT = 420, 220
 LEFT, RIGHT, TOP, BOTTOM = 46, 10, 10, 24
+CHARACTER = 6.7
+"""Width of a digit of a tick's label, of the widest font in the style."""
+LONGEST = 9
+"""Characters of a label; where more would be needed the axis says what is to be added to all of them."""
 MOST_POINTS = 600
 DOTS_BELOW = 30
 SMOOTH_ABOVE = 40
@@ -41,9 +45,10 @@ class Frame:
     x_high: float
     y_low: float
     y_high: float
+    left: float = LEFT
 
     def x(self, value: float) -> float:
-        return LEFT + (value - self.x_low) / (self.x_high - self.x_low) * (WIDTH - LEFT - RIGHT)
+        return self.left + (value - self.x_low) / (self.x_high - self.x_low) * (WIDTH - self.left - RIGHT)
 
     def y(self, value: float) -> float:
         return HEIGHT - BOTTOM - (value - self.y_low) / (self.y_high - self.y_low) * (HEIGHT - TOP - BOTTOM)
@@ -81,17 +86,36 @@ def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
     return [i * step for i in range(first, last + 1)]
 
 
-def label(value: float, step: float) -> str:
-    """A tick in few characters. step: distance of the ticks, which decides the unit. Example: 0.25, 15k, 5e-6."""
+def label(value: float, step: float, largest: float | None = None) -> str:
+    """A tick in few characters. step: distance of the ticks, which with the largest of them decides the unit. Example: 0.25, 15k, 5e-6."""
     if abs(value) < step / 1000:
         return "0"
-    if step >= 1e9 or (step < 1e-3 and abs(value) < 1e-2):
-        exponent = math.floor(math.log10(abs(value)) + 1e-9)
-        return f"{value / 10.0**exponent:.3g}e{exponent}"
+    largest = max(abs(value), step) if largest is None else largest
+    if step >= 1e9 or (step < 1e-3 and largest < 1e-2):
+        exponent = math.floor(math.log10(largest) + 1e-9)
+        return f"{value / 10.0**exponent:.{_decimals(step / 10.0**exponent)}f}e{exponent}"
     for size, letter in ((1e6, "M"), (1e3, "k")):
         if step >= size:
-            return f"{value / size:.6g}{letter}"
+            return f"{value / size:.{_decimals(step / size)}f}{letter}"
     return f"{value:.{_decimals(step)}f}"
+
+
+def labels(ticks: Sequence[float]) -> tuple[list[str], str]:
+    """(the label of each tick, what is to be added to all of them). No two are the same, and none is longer than LONGEST.
+
+    Example: 123456.0001, 123456.0002 -> ["0", "1e-4"], "123456.0001 +"
+    """
+    step = _gap(ticks)
+    found = _labels(ticks, step)
+    if max(map(len, found)) <= LONGEST:
+        return found, ""
+    digits = min(17, max(1, math.ceil(math.log10(max(abs(ticks[0]), step) / step)) + 2))
+    return _labels([i * step for i in range(len(ticks))], step), f"{ticks[0]:.{digits}g} +"
+
+
+def _labels(ticks: Sequence[float], step: float) -> list[str]:
+    largest = max(step, *(abs(tick) for tick in ticks))
+    return [label(tick, step, largest) for tick in ticks]
 
 
 def thinned(points: Sequence[Point], most: int = MOST_POINTS) -> tuple[Point, ...]:
@@ -135,23 +159,28 @@ def _frame(chart: Chart, values: Sequence[float]) -> tuple[Frame, list[float]]:
     ticks = nice_ticks(low, high)
     steps = [x for s in chart.series for x, _ in s.points]
     first, last = min(steps), max(steps)
-    return Frame(first, last if last > first else first + 1, ticks[0], ticks[-1]), ticks
+    left = max(LEFT, 8 + CHARACTER * max(map(len, labels(ticks)[0])))
+    return Frame(first, last if last > first else first + 1, ticks[0], ticks[-1], left), ticks
 
 
 def _axes(frame: Frame, y_ticks: Sequence[float]) -> str:
     x_step = max(1.0, _gap(nice_ticks(frame.x_low, frame.x_high, 6)))
     x_ticks = [i * x_step for i in range(math.ceil(frame.x_low / x_step), math.floor(frame.x_high / x_step) + 1)]
+    left, texts, base_value = f"{frame.left:.1f}", *labels(y_ticks)
     parts = []
-    for tick in y_ticks:
+    for tick, text in zip(y_ticks, texts, strict=True):
         y = f"{frame.y(tick):.1f}"
-        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y}" y2="{y}"/>')
-        parts.append(f'<text class="tick" x="{LEFT - 6}" y="{y}" dy="3.5" text-anchor="end">{label(tick, _gap(y_ticks))}</text>')
+        parts.append(f'<line class="grid" x1="{left}" x2="{WIDTH - RIGHT}" y1="{y}" y2="{y}"/>')
+        parts.append(f'<text class="tick" x="{frame.left - 6:.1f}" y="{y}" dy="3.5" text-anchor="end">{text}</text>')
+    if base_value:
+        parts.append(f'<text class="base" x="{frame.left + 4:.1f}" y="{TOP + 9}">{base_value}</text>')
     base = HEIGHT - BOTTOM
     for tick in x_ticks:
-        x = f"{frame.x(tick):.1f}"
-        parts.append(f'<line class="axis" x1="{x}" x2="{x}" y1="{base}" y2="{base + 4}"/>')
-        parts.append(f'<text class="tick" x="{x}" y="{base + 16}" text-anchor="middle">{label(tick, x_step)}</text>')
-    parts.append(f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{base}" y2="{base}"/>')
+        x, text = frame.x(tick), label(tick, x_step)
+        inside = min(x, WIDTH - 1 - CHARACTER * len(text) / 2)
+        parts.append(f'<line class="axis" x1="{x:.1f}" x2="{x:.1f}" y1="{base}" y2="{base + 4}"/>')
+        parts.append(f'<text class="tick" x="{inside:.1f}" y="{base + 16}" text-anchor="middle">{text}</text>')
+    parts.append(f'<line class="axis" x1="{left}" x2="{WIDTH - RIGHT}" y1="{base}" y2="{base}"/>')
     return "".join(parts)
 
 
@@ -189,7 +218,7 @@ def _data(series: Sequence[Series], frame: Frame) -> str:
     steps = sorted({x for s in series for x, _ in s.points})
     columns = [dict(s.points) for s in series]
     rounded = [[None if (y := c.get(x)) is None else float(f"{y:.5g}") for x in steps] for c in columns]
-    plot = [LEFT, WIDTH - RIGHT, TOP, HEIGHT - BOTTOM]
+    plot = [frame.left, WIDTH - RIGHT, TOP, HEIGHT - BOTTOM]
     box = [frame.x_low, frame.x_high, frame.y_low, frame.y_high]
     return escape(json.dumps({"x": steps, "y": rounded, "box": box, "plot": plot, "width": WIDTH}, separators=(",", ":")))
 
@@ -200,7 +229,7 @@ def _gap(ticks: Sequence[float]) -> float:
 
 def _decimals(step: float) -> int:
     """Digits after the point that tell ticks apart. Example: 0.2 -> 1, 0.25 -> 2, 5 -> 0."""
-    return next(d for d in range(12) if abs(round(step, d) - step) < step * 1e-6)
+    return next(d for d in range(20) if abs(round(step, d) - step) < step * 1e-6)
 
 
 SCRIPT = """
@@ -239,7 +268,7 @@ STYLE = """
 .legend .at { margin-left: auto; font-variant-numeric: tabular-nums; }
 .swatch { display: inline-block; width: 10px; height: 3px; border-radius: 2px; margin-right: 6px; vertical-align: middle; background: var(--c); }
 .grid { stroke: var(--grid); } .axis { stroke: var(--axis); }
-.tick { font-size: 10.5px; fill: var(--soft); font-variant-numeric: tabular-nums; }
+.tick, .base { font-size: 10.5px; fill: var(--soft); font-variant-numeric: tabular-nums; }
 .line { fill: none; stroke: var(--c); stroke-width: 1.8; stroke-linejoin: round; stroke-linecap: round; }
 .line.raw { stroke-width: 1; opacity: .32; }
 .dot, .mark { fill: var(--c); } .mark { stroke: var(--card); stroke-width: 1.5; }

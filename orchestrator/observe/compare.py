@@ -18,10 +18,11 @@ from rich.text import Text
 
 from orchestrator.errors import MissingInput
 from orchestrator.observe.metrics import step_seconds
+from orchestrator.observe.names import ranked_by
 from orchestrator.observe.sinks import duration, is_evaluation, number, read_lines
 from orchestrator.strict_yaml import parse
 
-HIGHER = ("reward/mean", "exact_match", "preference_accuracy", "rewards/accuracies", "rewards/margins", "explained_variance")
+HIGHER = ("reward/mean", "exact_match", "preference_accuracy", "logp_accuracy", "rewards/accuracies", "rewards/margins", "explained_variance")
 """Metrics of which more is better, by the end of their names; so are pass@k. Of losses less is better; the others have no best."""
 SHOWN = ("loss", "nll_loss", *HIGHER, "kl", "policy/entropy", "completions/mean_length", "grad_norm")
 """Metrics that are compared, by their names without `eval/`; reward components and pass@k besides."""
@@ -41,7 +42,8 @@ class RunSummary:
     """What a run folder says. settings: the keys of its recipe, dotted; tokens_per_s: median over steps.
 
     seconds: spent in the recorded steps. wall_seconds: from the first start to the last step; with evaluations, checkpoints, restarts
-    and the time the run was down. None where a run has not recorded it, like restarts.
+    and the time the run was down. None where a run has not recorded it, like restarts. ranked_by:
+    what preference_accuracy ranks pairs by.
     """
 
     name: str
@@ -52,6 +54,7 @@ class RunSummary:
     seconds: float
     wall_seconds: float | None
     restarts: int | None
+    ranked_by: str | None = None
 
 
 def run_folders(directory: Path) -> list[tuple[str, Path]]:
@@ -85,6 +88,7 @@ def read_run(name: str, folder: Path) -> RunSummary:
         sum(map(step_seconds, steps)),
         _last(steps, "perf/elapsed_s"),
         _last(steps, "faults/restarts"),
+        ranked_by(key for line in lines for key in line),
     )
 
 
@@ -112,7 +116,7 @@ def table(runs: Sequence[RunSummary]) -> Table:
     found.add_section()
     found.add_row("steps", *(str(run.steps) for run in runs))
     for key in sorted(dict.fromkeys(key for run in runs for key in run.metrics), key=_order):
-        found.add_row(key, *(_shown(run.metrics.get(key)) for run in runs))
+        found.add_row(_label(key, runs), *(_shown(run.metrics.get(key)) for run in runs))
     found.add_row("tokens/s, median", *("" if run.tokens_per_s is None else f"{run.tokens_per_s:,.0f}" for run in runs))
     found.add_row("time in steps", *(duration(run.seconds) for run in runs))
     found.add_row("wall time", *("" if run.wall_seconds is None else duration(run.wall_seconds) for run in runs))
@@ -172,8 +176,16 @@ def _order(key: str) -> tuple[bool, bool, int, str]:
     return not key.startswith("eval/"), name not in SHOWN, SHOWN.index(name) if name in SHOWN else 0, name
 
 
+def _label(key: str, runs: Sequence[RunSummary]) -> str:
+    """Says by what pairs are ranked; of several runs each one's, in their order."""
+    if key != "eval/preference_accuracy":
+        return key
+    bases = dict.fromkeys(basis for run in runs if (basis := run.ranked_by) is not None)
+    return f"{key} (by {', '.join(bases)})" if bases else key
+
+
 def _shown(value: Value | None) -> str:
     if value is None:
-        return ""
+        return "–"
     best = "" if value.best is None or value.best == value.final else f" (best {number(value.best)} at {value.best_step})"
     return number(value.final) + best

@@ -18,6 +18,7 @@ from orchestrator.observe import charts
 from orchestrator.observe.charts import Chart, Point, Series
 from orchestrator.observe.layout import PHASES, QUESTIONS, Question
 from orchestrator.observe.metrics import step_seconds
+from orchestrator.observe.names import ranked_by, spoken
 from orchestrator.observe.sample_cards import sample_sections
 from orchestrator.observe.sinks import duration, is_evaluation, number, read_lines
 
@@ -177,7 +178,7 @@ def _before_after(evaluations: Sequence[Line]) -> str:
     names = [n for question in QUESTIONS for panel in question.panels for n in panel.among(last) if n.startswith(EVAL)]
     names += [n for n in last if n.startswith(EVAL) and n not in names]
     single = len(evaluations) == 1
-    rows = "".join(_change(n.removeprefix(EVAL), first.get(n), last.get(n), single) for n in names)
+    rows = "".join(_change(spoken(n, last), first.get(n), last.get(n), single) for n in names)
     before = "" if single else f"<th>step {first['step']}</th>"
     change = "" if single else "<th>change</th>"
     head = f"<tr><th>metric</th>{before}<th>step {last['step']}</th>{change}</tr>"
@@ -219,8 +220,8 @@ def _question(question: Question, steps: Sequence[Line]) -> str:
     emitted = _names(steps)
     found, quiet = [], []
     for panel in question.panels:
-        names = panel.steps + (_other_phases(emitted) if panel.steps == PHASES else ())
-        series = _series(steps, [name for name in names if name in emitted])
+        names = [name for name in panel.among(emitted) if not name.startswith(EVAL)]
+        series = _series(steps, [*names, *(_other_phases(emitted) if panel.steps == PHASES else ())])
         if series and _quiet(series):
             quiet.append(panel.title[0].lower() + panel.title[1:])
         elif series:
@@ -243,8 +244,9 @@ def _other_phases(emitted: Sequence[str]) -> tuple[str, ...]:
 
 def _other_charts(steps: Sequence[Line]) -> list[Chart]:
     """Metrics that no question asks for: parts of a reward, of a loss …"""
-    asked = {name for question in QUESTIONS for panel in question.panels for name in panel.steps} | HIDDEN
-    names = (n for n in _names(steps) if n not in asked and not n.startswith(TOLD_ELSEWHERE))
+    emitted = _names(steps)
+    asked = {name for question in QUESTIONS for panel in question.panels for name in panel.among(emitted)} | HIDDEN
+    names = (n for n in emitted if n not in asked and not n.startswith(TOLD_ELSEWHERE))
     found = (Chart(n, _series(steps, [n]), smooth=True) for n in names)
     return [chart for chart in found if not _quiet(chart.series)]
 
@@ -255,15 +257,18 @@ def _evaluation_charts(evaluations: Sequence[Line]) -> list[Chart]:
     names = [name for name in _names(evaluations) if name.startswith(EVAL)]
     left, found = dict.fromkeys(names), []
     for panel in (panel for question in QUESTIONS for panel in question.panels):
-        series = _series(evaluations, [EVAL + name for name in panel.held_out])
-        left = {name: None for name in left if name not in panel.names}
+        asked = panel.among(names)
+        series = _series(evaluations, asked)
+        left = {name: None for name in left if name not in asked}
         if series and not _quiet(series):
-            found.append(Chart(panel.title, series))
-    source = EVAL + "preference_accuracy/"
-    per_source = tuple(Series(name.removeprefix(source), _points(evaluations, name)) for name in left if name.startswith(source))
-    if per_source:
-        found.append(Chart("Preference accuracy per source", per_source))
-    return found + [Chart(name.removeprefix(EVAL), _series(evaluations, [name])) for name in left if not name.startswith(source)]
+            found.append(Chart(_heading(panel.title, names), series))
+    return found + [Chart(name.removeprefix(EVAL), _series(evaluations, [name])) for name in left]
+
+
+def _heading(title: str, metrics: Sequence[str]) -> str:
+    """Says what a preference is read from."""
+    basis = ranked_by(metrics) if title.startswith("Preference accuracy") else None
+    return title if basis is None else f"{title}, by {basis}"
 
 
 # --- alerts, samples, plan ----------------------------------------------------------------------------------------------------

@@ -6,16 +6,21 @@ Names are those of metrics.jsonl (names.py has the others). A run has the charts
 from collections.abc import Collection
 from dataclasses import dataclass
 
+from orchestrator.observe.names import REWARD_FIGURES
+
 
 @dataclass(frozen=True, slots=True)
 class Panel:
-    """One chart. steps: metrics of training steps; held_out: of evaluations, without `eval/`; from_zero: its axis starts there."""
+    """One chart. steps: metrics of training steps; held_out: of evaluations, without `eval/`; from_zero: its axis starts there.
+
+    family: instead, the beginning of metrics whose last word the recipe names: reward components, sources of the data."""
 
     title: str
     steps: tuple[str, ...] = ()
     held_out: tuple[str, ...] = ()
     smooth: bool = True
     from_zero: bool = False
+    family: str = ""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -24,7 +29,13 @@ class Panel:
 
     def among(self, emitted: Collection[str]) -> tuple[str, ...]:
         """Those of its metrics that a run emits."""
+        if self.family:
+            return tuple(name for name in emitted if self._of_family(name.removeprefix("eval/")))
         return tuple(name for name in self.names if name in emitted)
+
+    def _of_family(self, name: str) -> bool:
+        last = name.removeprefix(self.family)
+        return name != last and "/" not in last and name not in REWARD_FIGURES
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +44,11 @@ class Question:
 
     title: str
     panels: tuple[Panel, ...]
+
+
+def per_source(title: str, family: str) -> Panel:
+    """Of what is also told for each source of the data."""
+    return Panel(f"{title} per source", family=f"{family}/")
 
 
 def _both(title: str, *names: str) -> Panel:
@@ -48,12 +64,18 @@ QUESTIONS: tuple[Question, ...] = (
         "Is it learning?",
         (
             _both("Reward", "reward/mean"),
+            Panel("Reward components", family="reward/"),
+            per_source("Reward", "reward/mean"),
             Panel("pass@k", held_out=PASS_AT),
             _both("Loss", "loss"),
-            Panel("Preference accuracy", held_out=("preference_accuracy",)),
+            per_source("Loss", "loss"),
+            Panel("Preference accuracy", held_out=("preference_accuracy", "logp_accuracy")),
+            per_source("Preference accuracy", "preference_accuracy"),
             Panel("Exact match", held_out=("exact_match",)),
             _both("Reward accuracy", "rewards/accuracies"),
+            per_source("Reward accuracy", "rewards/accuracies"),
             _both("Reward margin", "rewards/margins"),
+            per_source("Reward margin", "rewards/margins"),
             _both("Rewards", "rewards/chosen", "rewards/rejected"),
             _both("Log-probs", "logps/chosen", "logps/rejected"),
         ),

@@ -1,8 +1,10 @@
 """The newest steps on a terminal: of a run in this process, or of a job whose log is followed from elsewhere."""
 
+import math
 import re
+import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from rich.console import Console, Group
@@ -12,6 +14,8 @@ from rich.text import Text
 
 ROWS = 8
 """Steps that the table shows."""
+REDRAW_S = 0.1
+"""Steps of milliseconds would spend more time on the terminal than on learning."""
 _LINE = re.compile(r"step (\d+)/(\d+)  (.+)")
 
 
@@ -38,10 +42,11 @@ class StepLine:
 
 
 class LiveTable:
-    """The newest steps, drawn again with every one. On a terminal only."""
+    """The newest steps, drawn again as they come, at most every REDRAW_S. On a terminal only."""
 
-    def __init__(self, console: Console) -> None:
-        self._console = console
+    def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
+        self._console, self._clock = console, clock
+        self._drawn_at = -math.inf
         self._rows: deque[StepLine] = deque(maxlen=ROWS)
         self._live: Live | None = None
 
@@ -50,10 +55,13 @@ class LiveTable:
         if self._live is None:
             self._live = Live(console=self._console, auto_refresh=False)
             self._live.start()
-        self._live.update(self._drawn(), refresh=True)
+        if (now := self._clock()) - self._drawn_at >= REDRAW_S:
+            self._drawn_at = now
+            self._live.update(self._drawn(), refresh=True)
 
     def stop(self) -> None:
         if self._live is not None:
+            self._live.update(self._drawn(), refresh=True)
             self._live.stop()
 
     def _drawn(self) -> Group:

@@ -1,9 +1,11 @@
 """Flat metrics of an optimizer step, by the names TRL users know."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from orchestrator.records import LearnReport, Progress, StepApplied
+from orchestrator.observe.names import named
+from orchestrator.records import LearnReport, Mean, Progress, StepApplied
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,11 +31,35 @@ class Throughput:
         return 100.0 * useful / learned.seconds / self.peak_flops
 
 
+ACCURACIES, TIES = "rewards/accuracies", "rewards/ties"
+
+
+def values(means: Mapping[str, Mean], *, at_reference: bool = False) -> dict[str, float]:
+    """The value of each metric. Of an accuracy nothing is known, NaN, where every pair is a tie, or the policy is its reference still."""
+    found: dict[str, float] = {}
+    for name, mean in means.items():
+        if name.startswith(ACCURACIES):
+            ties = means.get(TIES + name.removeprefix(ACCURACIES))
+            unknown = at_reference or (ties is not None and ties.total >= ties.count)
+            found[name] = math.nan if unknown else mean.value
+        elif not name.startswith(TIES):
+            found[name] = mean.value
+    return found
+
+
 def flatten(
-    progress: Progress, learned: LearnReport, applied: StepApplied, phases: Mapping[str, float], throughput: Throughput
+    progress: Progress,
+    learned: LearnReport,
+    applied: StepApplied,
+    phases: Mapping[str, float],
+    throughput: Throughput,
+    sources: Sequence[str] = (),
+    *,
+    at_reference: bool = False,
 ) -> dict[str, float]:
-    """One line of metrics.jsonl. phases: seconds by name. perf/tokens_per_s counts unshared tokens, as TRL does."""
-    metrics = {"loss": learned.loss, **{name: mean.value for name, mean in learned.means.items()}}
+    """One line of metrics.jsonl. phases: seconds by name; sources: names of the data's, by their numbers; at_reference: the policy was its
+    reference in this step. perf/tokens_per_s counts unshared tokens, as TRL does."""
+    metrics = {"loss": learned.loss, **named(values(learned.means, at_reference=at_reference), sources)}
     metrics |= {"grad_norm": applied.grad_norm, "learning_rate": applied.learning_rate}
     metrics["perf/tokens_per_s"] = learned.tokens / sum(phases.values())
     utilisation = throughput.mfu(learned)

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from typing import Any, TypeVar
 
+from orchestrator.observe.names import MARGINS
 from orchestrator.observe.sinks import number
 
 Line = Mapping[str, Any]
@@ -35,7 +36,7 @@ def _score(sample: Line) -> float:
 
 def sample_sections(samples: Sequence[Line]) -> list[tuple[str, str, str]]:
     """(title, HTML, lead) of each kind of sample; the HTML is empty where there is none."""
-    pairs = sorted((s for s in samples if s.get("kind") == "pair"), key=lambda s: (s.get("scores") or {}).get("margin") or 0.0)
+    pairs = sorted((s for s in samples if s.get("kind") == "pair"), key=lambda s: _margin(s)[1] or 0.0)
     generations = [s for s in samples if s.get("kind") == "generation"]
     rollouts = spread([s for s in samples if s.get("kind") == "rollout"], reward_of)
     wrong = [s for s in generations if not _score(s)]
@@ -44,10 +45,24 @@ def sample_sections(samples: Sequence[Line]) -> list[tuple[str, str, str]]:
     mixed += right[len(wrong) :] + wrong[len(right) :]
     scored = f" {len(right)} of {len(generations)} correct." if any(s.get("answer") is not None for s in generations) else ""
     return [
-        ("Most-wrong pairs", _cards(pairs, _pair), f"Held-out pairs of the last evaluation with the lowest margin.{_shown(pairs)}"),
+        (_most_wrong(pairs), _cards(pairs, _pair), f"Held-out pairs of the last evaluation with the lowest margin.{_shown(pairs)}"),
         ("Generations", _cards(mixed, _generation), f"Greedy answers to held-out prompts.{scored}{_shown(mixed)}"),
         ("Rollouts", _cards(rollouts, _generation), "Of the last rollout batch: the worst, those in the middle, and the best by reward."),
     ]
+
+
+def _margin(sample: Line) -> tuple[str, float | None]:
+    """(by what, value) of a pair's margin; runs of before did not say by what."""
+    scores = sample.get("scores") or {}
+    for basis, name in MARGINS.items():
+        if name in scores:
+            return basis, scores[name]
+    return "", scores.get("margin")
+
+
+def _most_wrong(pairs: Sequence[Line]) -> str:
+    basis = _margin(pairs[0])[0] if pairs else ""
+    return f"Most-wrong pairs by {basis}" if basis else "Most-wrong pairs"
 
 
 def _shown(samples: Sequence[Line]) -> str:
@@ -66,7 +81,7 @@ def _text(title: str, value: Any, style: str = "") -> str:
 
 
 def _pair(sample: Line) -> str:
-    margin = (sample.get("scores") or {}).get("margin")
+    margin = _margin(sample)[1]
     head = "" if margin is None else f"<p class=score>margin <b>{number(margin)}</b></p>"
     texts = _text("prompt", sample.get("prompt")) + _text("chosen", sample.get("chosen"), "good") + _text("rejected", sample.get("rejected"), "bad")
     return f"<article>{head}{texts}</article>"

@@ -1,4 +1,4 @@
-"""Where reports go: JSONL files (always) and the console.
+"""Where reports go: what a sink is, and the JSONL files, which are always written.
 
 `metrics.jsonl` and `samples.jsonl` are the run's ledger. All other views (report, card, wandb) can be lost and made
 again from it, so it is ASCII, one flat object per line, and holds each step once however often the run was resumed.
@@ -6,27 +6,18 @@ again from it, so it is ASCII, one flat object per line, and holds each step onc
 
 import json
 import math
-import time
-from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
-from rich.console import Console
-from rich.text import Text
-
 from orchestrator.checkpoints import write_atomically
 from orchestrator.errors import DataError, OutputError
 from orchestrator.observe.alerts import Alert
-from orchestrator.observe.live_table import LiveTable, StepLine
-from orchestrator.observe.metrics import step_seconds
 from orchestrator.records import EvaluationReport, Sample, StepReport
 
 Note = Callable[[str], None]
-ETA_STEPS = 20
-"""Steps whose mean duration the ETA is made of."""
 
 
 class Sink(Protocol):
@@ -153,68 +144,6 @@ def _trim(path: Path, last: int) -> int:
     if text.encode() != path.read_bytes():
         write_atomically(path, text)
     return len(records) - len(kept)
-
-
-class ConsoleSink:
-    """What the user sees while a run goes on: a live table on a terminal, else one plain line per step.
-
-    total_steps: of the run; clock: seconds, for the ETA.
-    """
-
-    def __init__(self, total_steps: int, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
-        self._total, self._console, self._clock = total_steps, console, clock
-        self._times: deque[float] = deque(maxlen=ETA_STEPS + 1)
-        self._live = LiveTable(console)
-
-    def open(self, note: Note) -> None:
-        """The live table comes up with the first step: notes before it need no table below them."""
-
-    def step(self, report: StepReport) -> None:
-        self._times.append(self._clock())
-        line = StepLine(report.step, self._total, self._columns(report))
-        if self._console.is_interactive:
-            self._live.add(line)
-        else:
-            self._print(str(line))
-
-    def evaluation(self, report: EvaluationReport) -> None:
-        values = "  ".join(f"{name.removeprefix('eval/')} {number(value)}" for name, value in report.metrics.items())
-        self._print(f"evaluation at step {report.step}  {values}")
-
-    def note(self, message: str) -> None:
-        self._print(message)
-
-    def alert(self, alert: Alert) -> None:
-        """The note says it."""
-
-    def close(self, *, failed: bool = False) -> None:
-        self._live.stop()
-
-    def _print(self, message: str) -> None:
-        # Text and soft_wrap: square brackets are no markup, and a log line is not cut at 80 columns
-        self._console.print(Text(printable(message)), soft_wrap=True)
-
-    def _columns(self, report: StepReport) -> dict[str, str]:
-        wanted = {
-            "loss": "loss",
-            "reward": "reward/mean",
-            "acc": "rewards/accuracies",
-            "margin": "rewards/margins",
-            "kl": "kl",
-            "length": "completions/mean_length",
-            "grad": "grad_norm",
-            "lr": "learning_rate",
-        }
-        columns = {short: number(report.metrics[name]) for short, name in wanted.items() if name in report.metrics}
-        if "perf/tokens_per_s" in report.metrics:
-            columns["tok/s"] = f"{report.metrics['perf/tokens_per_s']:,.0f}"
-        return columns | {"eta": self._eta(report)}
-
-    def _eta(self, report: StepReport) -> str:
-        """Time left at the mean pace of the last steps, evaluations and checkpoints between them included."""
-        several = len(self._times) > 1
-        pace = (self._times[-1] - self._times[0]) / (len(self._times) - 1) if several else step_seconds(report.metrics)
-        return duration(pace * (self._total - report.step))
 
 
 def number(value: float) -> str:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from orchestrator.config import Tracking
 from orchestrator.observe.alerts import Alert
-from orchestrator.observe.names import grouped
+from orchestrator.observe.names import grouped, unknown
 from orchestrator.observe.sample_cards import spread
 from orchestrator.observe.sinks import Note, is_evaluation, read_lines
 from orchestrator.records import EvaluationReport, Sample, StepReport
@@ -27,7 +27,7 @@ SUMMARIES = {
     "reward/mean": "max,last",
     "memory/peak_gb": "max",
     "eval/loss": "min,last",
-    **{f"eval/{name}": "max,last" for name in ("preference_accuracy", "exact_match", "rewards/accuracies", "reward/mean", "pass@*")},
+    **{f"eval/{name}": "max,last" for name in ("preference_accuracy", "logp_accuracy", "exact_match", "rewards/accuracies", "reward/mean", "pass@*")},
 }
 """What the run table shows of a metric, where the last value does not say enough."""
 TABLE_ROWS = 64
@@ -123,7 +123,7 @@ class WandbSink:
         """One row, unless wandb has it from before a crash."""
         by = EVALUATION_STEP if is_evaluation(metrics) else STEP
         if step > self._logged[by]:
-            row = {grouped(name): value for name, value in metrics.items()}
+            row = {grouped(name): value for name, value in metrics.items() if not unknown(name, value)}
             self._guarded(lambda run: run.log({**row, **_tables(samples), STEP: step, by: step}))
 
     def _catch_up(self, run: "Run") -> None:

@@ -115,7 +115,7 @@ def test_the_config_holds_recipe_plan_and_versions_and_no_secret(tracked: Tracke
 
 def test_tables_are_uploaded_and_bounded(tracked: Tracked) -> None:
     columns, rows = tracked.run.table("eval/most_wrong_pairs")
-    assert columns == ["step", "prompt", "chosen", "rejected", "margin"]
+    assert columns == ["step", "prompt", "chosen", "rejected", "implicit_reward_margin"]
     assert 0 < len(rows) <= TABLE_ROWS
     assert {row[0] for row in rows} == {STEPS}
     columns, rows = tracked.run.table("eval/generations")

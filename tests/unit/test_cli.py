@@ -14,3 +14,10 @@ def test_the_table_of_held_out_metrics_has_rows_where_there_are_any() -> None:
     assert held_out({"run": outcome({}, {})}).row_count == 0, "without data.eval nothing is printed"
     table = held_out({"sft": outcome({}, {}), "dpo": outcome({"eval/loss": 0.7, "eval/odd": 1.0}, {"eval/loss": 0.5, "eval/odd": 1.0})})
     assert [list(column.cells) for column in table.columns] == [["loss"], [""], [""], ["0.700"], ["0.500"]]
+
+
+def test_an_unknown_accuracy_is_a_dash_and_what_a_stage_does_not_measure_is_empty() -> None:
+    before, after = {"eval/loss": 0.69}, {"eval/loss": 0.5, "eval/preference_accuracy": 0.75, "eval/logp_accuracy": 0.5}
+    table = held_out({"sft": outcome({"eval/loss": 2.0}, {"eval/loss": 1.0}), "dpo": outcome(before, after)})
+    assert list(table.columns[0].cells) == ["loss", "preference_accuracy (by implicit reward)", "logp_accuracy (by log-prob per token)"]
+    assert [list(column.cells)[1] for column in table.columns[1:]] == ["", "", "–", "0.750"]

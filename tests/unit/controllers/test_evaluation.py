@@ -1,12 +1,16 @@
 """Held-out numbers by hand: checkers, accuracies by source, the most-wrong pairs."""
 
+import math
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from orchestrator.algorithms import build
 from orchestrator.config import Evaluation, Generation
 from orchestrator.controllers.evaluation import Evaluator, HeldOut
+from orchestrator.controllers.ranking import Ranking
+from orchestrator.cut import cut_step
 from orchestrator.data.checkers import matches
 from orchestrator.records import Branch, Cut, LearnReport, Mean, SequenceGroup
 from tests.unit.controllers.conftest import pairs, recipe
@@ -73,8 +77,13 @@ def words(ids):
     return "".join(map(chr, ids))
 
 
-def evaluator(policy, groups, sources=("a",), prompts=(), answers=(), attach=lambda b: b, **config):
-    return Evaluator(HeldOut(tuple(groups), sources, tuple(prompts), tuple(answers)), Evaluation(**config), policy, attach, words)
+BY_REWARD = Ranking("reward")
+BY_DPO = Ranking.of(recipe(), build(recipe().algorithm))
+
+
+def evaluator(policy, groups, sources=("a",), prompts=(), answers=(), attach=lambda b: b, ranking=BY_REWARD, **config):
+    held_out = HeldOut(tuple(groups), sources, tuple(prompts), tuple(answers))
+    return Evaluator(held_out, Evaluation(**config), policy, attach, words, ranking)
 
 
 def test_accuracies_and_margins_in_all_and_by_source():
@@ -86,23 +95,59 @@ def test_accuracies_and_margins_in_all_and_by_source():
         {
             "eval/loss": 0.5,
             "eval/rewards/accuracies": 0.75,
-            "eval/preference_accuracy": 0.6,
-            "eval/logp_margin": 0.5,
+            "eval/preference_accuracy": 0.7,
             "eval/preference_accuracy/easy": 0.5,
-            "eval/preference_accuracy/hard": 2 / 3,
+            "eval/preference_accuracy/hard": 2.5 / 3,
         }
     )
 
 
-def test_a_tie_is_not_right_and_one_source_has_no_line_of_its_own():
-    found = evaluator(Fixed({0: 0.0}), pairs(1)).evaluate(CUT, 0).metrics
-    assert found["eval/preference_accuracy"] == 0.0
+def test_a_tie_is_half_right_and_one_source_has_no_line_of_its_own():
+    found = evaluator(Fixed({0: 0.0, 1: 1.0}), pairs(2)).evaluate(CUT, 0).metrics
+    assert found["eval/preference_accuracy"] == 0.75
     assert not [name for name in found if name.startswith("eval/preference_accuracy/")]
+
+
+def test_nothing_but_ties_is_nothing_known_and_no_pair_is_more_wrong_than_another():
+    found = evaluator(Fixed({0: 0.0, 1: 0.0}), pairs(2)).evaluate(CUT, 0)
+    assert math.isnan(found.metrics["eval/preference_accuracy"]) and found.samples == ()
+
+
+def test_pairs_rank_by_log_prob_per_token_where_there_is_no_reference():
+    """The sum of log-probs prefers the shorter answer whatever it says."""
+    long, short = np.arange(20), np.arange(2)
+    group = SequenceGroup(0, np.array([1]), (Branch(long, np.ones(20, bool)), Branch(short, np.ones(2, bool))))
+
+    class Sums(Fixed):
+        def evaluate(self, batch):
+            return super().evaluate(batch)[0], tuple(tuple(np.array([[-20.0, -4.0]], np.float32) for _ in rank) for rank in batch.micro_batches)
+
+    found = evaluator(Sums({0: 0.0}), [group], ranking=Ranking("log-prob per token")).evaluate(CUT, 0)
+    assert found.metrics["eval/preference_accuracy"] == 1.0, "-1 nat a token against -2"
+    assert found.samples[0].scores == {"logp_per_token_margin": pytest.approx(1.0)}
+    assert "eval/logp_accuracy" not in found.metrics
+
+
+@pytest.mark.parametrize("layout", ["prefix_shared", "padded", "packed"])
+def test_pairs_rank_by_implicit_reward_where_there_is_a_reference(one_rank, layout):
+    policy = one_rank()
+    cut = Cut(1, 3, None, layout, 0, "no_sync")
+    held_out = evaluator(policy, pairs(7), attach=policy.with_live_reference, ranking=BY_DPO)
+    before = held_out.evaluate(cut, 0)
+    assert math.isnan(before.metrics["eval/preference_accuracy"]) and math.isnan(before.metrics["eval/rewards/accuracies"])
+    assert before.samples == () and 0.0 < before.metrics["eval/logp_accuracy"] < 1.0, "what the policy alone prefers is known before"
+    for step in range(3):
+        policy.forward_backward(policy.with_live_reference(cut_step(pairs(7), Cut(1, 8, None, "padded", 0, "no_sync"))), step)
+        policy.optim_step(step)
+    after = held_out.evaluate(cut, 3)
+    assert after.metrics["eval/preference_accuracy"] == after.metrics["eval/rewards/accuracies"]
+    margins = [sample.scores["implicit_reward_margin"] for sample in after.samples]
+    assert margins == sorted(margins) and np.mean(margins) == pytest.approx(after.metrics["eval/rewards/margins"], rel=1e-5)
 
 
 def test_the_most_wrong_pairs_come_first_and_ties_by_id():
     found = evaluator(Fixed({0: 1.0, 1: -2.0, 2: -3.0, 3: -2.0, 4: 5.0}), pairs(5), worst_pairs=4).evaluate(CUT, 3)
-    assert [s.scores["margin"] for s in found.samples] == [-3.0, -2.0, -2.0, 1.0]
+    assert [s.scores["reward_margin"] for s in found.samples] == [-3.0, -2.0, -2.0, 1.0]
     groups = pairs(5)
     for sample, which in zip(found.samples, (2, 1, 3, 0), strict=True):
         group = groups[which]
@@ -145,10 +190,11 @@ def test_nothing_held_out_gives_no_metrics():
 def test_a_real_learner_is_evaluated_alike_in_any_cut(one_rank, layout, examples):
     policy = one_rank()
     groups = pairs(7)
-    found = evaluator(policy, groups, attach=policy.with_live_reference).evaluate(Cut(1, examples, None, layout, 0, "no_sync"), 0).metrics
-    whole = evaluator(policy, groups, attach=policy.with_live_reference).evaluate(Cut(1, 7, None, "padded", 0, "no_sync"), 0).metrics
+    held_out = evaluator(policy, groups, attach=policy.with_live_reference, ranking=BY_DPO)
+    found = held_out.evaluate(Cut(1, examples, None, layout, 0, "no_sync"), 0).metrics
+    whole = held_out.evaluate(Cut(1, 7, None, "padded", 0, "no_sync"), 0).metrics
     assert found.keys() == whole.keys()
-    assert found == pytest.approx(whole, rel=1e-4, abs=1e-5)
+    assert found == pytest.approx(whole, rel=1e-4, abs=1e-5, nan_ok=True)
 
 
 def test_a_reward_model_prefers_by_its_rewards(one_rank):
@@ -160,4 +206,4 @@ def test_a_reward_model_prefers_by_its_rewards(one_rank):
 def test_a_pair_of_one_token_answers():
     one = np.array([5])
     group = SequenceGroup(3, one, (Branch(one, np.array([True])), Branch(one, np.array([True]))))
-    assert evaluator(Fixed({3: 0.25}), [group]).evaluate(CUT, 0).metrics["eval/logp_margin"] == 0.25
+    assert evaluator(Fixed({3: 0.25}), [group]).evaluate(CUT, 0).metrics["eval/preference_accuracy"] == 1.0

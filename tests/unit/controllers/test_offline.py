@@ -12,10 +12,11 @@ import torch
 from torch.nn.attention import flex_attention
 
 from orchestrator.algorithms import build
-from orchestrator.config import Evaluation, Model, TinyModel
+from orchestrator.config import Evaluation, Model, Source, TinyModel
 from orchestrator.controllers.cadence import AfterSteps
 from orchestrator.controllers.evaluation import Evaluator, HeldOut
 from orchestrator.controllers.offline import OfflinePlan, OfflineTrainer
+from orchestrator.controllers.ranking import Ranking
 from orchestrator.controllers.step import Guards
 from orchestrator.cut import cut_step
 from orchestrator.errors import ConfigError, Diverged, Interrupted, OutOfMemory
@@ -27,6 +28,7 @@ from orchestrator.stopping import Stop
 from tests.unit.controllers.conftest import WHOLE, Kept, Said, batches, pairs, recipe
 
 LN2 = math.log(2.0)
+BY_REWARD = Ranking("implicit reward", 0.1)
 
 
 def trainer(
@@ -43,6 +45,7 @@ def trainer(
     anchor_tolerance=1e-5,
     gradient_bytes=0,
     max_skipped_in_a_row=5,
+    ranking=BY_REWARD,
     **plan,
 ):
     cfg = policy.rank.spec.recipe
@@ -60,7 +63,7 @@ def trainer(
             **plan,
         }
     )
-    evaluator = Evaluator(HeldOut(tuple(held_out), ("held",)), Evaluation(), policy, policy.with_live_reference, str)
+    evaluator = Evaluator(HeldOut(tuple(held_out), ("held", "other")), Evaluation(), policy, attach, str, ranking)
     reader = batches(groups or pairs(40))
     return OfflineTrainer(whole, cut, policy, attach, reader, evaluator, said or Said(), kept or Kept(), Throughput(), stop or Stop())
 
@@ -382,3 +385,47 @@ def test_a_run_on_single_rows_is_the_run_on_short_ones_and_compiles_its_attentio
         assert losses == pytest.approx(curves[0][0], abs=1e-5)
         assert evaluations == pytest.approx(curves[0][1], abs=1e-5)
     assert abs(curves[0][0][-1] - curves[0][0][0]) > 1e-3  # the curve has to move
+
+
+def two_sources(name: str, **algorithm):
+    cfg = recipe(name=name, **algorithm)
+    paths = [Source(path="a.jsonl"), Source(path="b.jsonl")]  # pyright: ignore[reportCallIssue]
+    return cfg.model_copy(update={"data": cfg.data.model_copy(update={"train": paths, "eval": paths})})
+
+
+@pytest.mark.parametrize("cut", [Cut(1, 8, None, "padded", 0, "no_sync"), Cut(1, 3, None, "prefix_shared", 0, "no_sync")], ids=str)
+@pytest.mark.parametrize("loss", ["sigmoid", "aot", {"sigmoid": 1.0, "sft": 0.5}], ids=str)
+def test_figures_of_each_source_add_up_to_those_of_all_in_any_cut(one_rank, cut, loss):
+    """8 pairs a step, some of each source; the numbers are those of a plain sum by hand."""
+    groups = [replace(g, source=i % 3 == 0) for i, g in enumerate(pairs(40))]
+    said = Said()
+    trainer(one_rank(two_sources("dpo", loss=loss), cut), said=said, groups=groups, held_out=groups[:6], cut=cut, sources=("a", "b")).run()
+    reader = batches(groups)
+    for step in said.steps:
+        share = np.mean([g.source for g in reader.at(8 * (step.step - 1))])
+        names = ["rewards/margins", *(["loss"] if loss == "sigmoid" else []), *(["rewards/accuracies"] if step.step > 1 else [])]
+        for name in names:
+            by = [step.metrics[f"{name}/{source}"] for source in ("a", "b")]
+            assert (1 - share) * by[0] + share * by[1] == pytest.approx(step.metrics[name], rel=1e-5, abs=1e-7), name
+        assert ("loss/a" in step.metrics) == (loss == "sigmoid"), "a sorted or token-mean loss has no meaning per pair"
+        assert not [name for name in step.metrics if "source" in name]
+
+
+def test_an_sft_loss_of_each_source_is_a_mean_over_its_tokens(one_rank):
+    groups = [replace(g, source=i % 2, branches=g.branches[:1]) for i, g in enumerate(pairs(40))]
+    said, policy = Said(), one_rank(two_sources("sft"))
+    trainer(policy, said=said, groups=groups, sources=("a", "b"), attach=lambda batch: batch).run()
+    first = batches(groups).at(0)
+    tokens = [sum(g.scored_tokens for g in first if g.source == source) for source in (0, 1)]
+    metrics = said.steps[0].metrics
+    assert (tokens[0] * metrics["loss/a"] + tokens[1] * metrics["loss/b"]) / sum(tokens) == pytest.approx(metrics["loss"], rel=1e-5)
+
+
+def test_at_the_first_step_and_the_evaluation_before_it_no_accuracy_is_known(one_rank):
+    said = Said()
+    trainer(one_rank(), said=said, held_out=pairs(6), ranking=Ranking("implicit reward", 0.1, starts_at_reference=True)).run()
+    assert [bool(np.isnan(s.metrics["rewards/accuracies"])) for s in said.steps] == [True, False, False]
+    before, after = said.evaluations
+    for name in ("eval/rewards/accuracies", "eval/preference_accuracy"):
+        assert np.isnan(before.metrics[name]) and 0.0 <= after.metrics[name] <= 1.0
+    assert before.samples == () and after.samples

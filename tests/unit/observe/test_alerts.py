@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 import pytest
 
 from orchestrator.config import Alerts
+from orchestrator.observe.advice import ADVICE
 from orchestrator.observe.alerts import AlertRules, Latch
 from orchestrator.records import EvaluationReport, StepReport
 
@@ -75,6 +76,12 @@ def test_margin_without_accuracy_on_held_out_pairs() -> None:
     assert found == [(2, "margin without accuracy, held out")]
 
 
+def test_a_start_at_the_reference_counts_as_half_right() -> None:
+    rules = AlertRules(LIMITS)
+    stream = pairs((0.0, math.nan), (1.0, 0.505), prefix="eval/")
+    assert [a.title for i, m in enumerate(stream) for a in rules.evaluation(EvaluationReport(i, m))] == ["margin without accuracy, held out"]
+
+
 def test_low_goodput() -> None:
     slow = [{"perf/goodput": 0.2, "perf/elapsed_s": seconds} for seconds in (60.0, 900.0, 1799.0, 1900.0, 2000.0, 2100.0, 2200.0)]
     assert fired(slow) == [(6, "goodput low")], "three steps in a row after half an hour"
@@ -99,4 +106,60 @@ def test_repeated_restarts(starts: tuple[float, ...], fires: bool) -> None:
 def test_texts_name_the_numbers() -> None:
     rules = AlertRules(LIMITS)
     alerts = [a for i, m in enumerate(rewards(0.9, 0.9, 0.9, 0.1, 0.1, 0.1), 1) for a in rules.step(StepReport(i, m))]
-    assert [(a.level, a.text) for a in alerts] == [("ERROR", "reward/mean 0.1, its best was 0.9; one reward's deviation 0.2")]
+    (alert,) = alerts
+    assert alert.level == "ERROR" and alert.text.startswith("reward/mean 0.1, its best was 0.9; one reward's deviation 0.2. ")
+
+
+def test_every_alert_says_why_it_matters_and_a_fix() -> None:
+    rules = AlertRules(LIMITS)
+    titles = {title for title, *_ in (*rules._steps, *rules._evaluations)} | {"repeated restarts"}
+    assert titles == ADVICE.keys()
+    for advice in ADVICE.values():
+        why, fix, what = advice.partition(" Fix: ")
+        assert why.endswith(".") and fix and what and not what.endswith(".")
+
+
+def held_out(*losses: float, limits: Alerts = LIMITS) -> list[tuple[int, str]]:
+    rules = AlertRules(limits)
+    return [(a.step, a.title) for i, loss in enumerate(losses) for a in rules.evaluation(EvaluationReport(i, {"eval/loss": loss}))]
+
+
+def test_a_held_out_loss_above_its_first_value_is_told_once_until_it_is_right_again() -> None:
+    assert held_out(0.693, 0.695, 0.70, 0.71) == [(1, "held-out loss rose")], "the LoRA run that got worse"
+    assert held_out(0.693, 0.68, 0.694, 0.68, 0.695) == [(2, "held-out loss rose"), (4, "held-out loss rose")]
+    assert held_out(0.69315, 0.69316, 0.5, 0.6) == [], "rounding, and worse than its best but not than its start"
+    assert held_out(-1.0, -0.9) == [(1, "held-out loss rose")], "a loss may be negative"
+    assert held_out(0.693, 0.75, limits=Alerts(loss_rise=0.1)) == []  # pyright: ignore[reportCallIssue]
+    assert held_out(math.nan, 0.7, 0.6) == []
+
+
+def online(*rows: tuple[float, float], **more: float) -> list[dict[str, float]]:
+    """Of (kl, share of groups without signal) each."""
+    return [{"reward/mean": 0.5, "reward/std": 0.2, "kl": kl, "reward/no_signal_ratio": ratio, **more} for kl, ratio in rows]
+
+
+def test_a_policy_far_from_its_reference() -> None:
+    assert fired(online((0.1, 0), (1.9, 0), (0.2, 0), (1.5, 0), (5.9, 0), (5.8, 0))) == [(5, "far from the reference")], "twice in a row"
+    assert fired([{"kl": 9.0, "rewards/chosen": 1.0}] * 5) == [], "KTO's offset is of sequences"
+
+
+def test_no_signal_is_told_within_two_steps_where_there_never_was_one() -> None:
+    assert fired(online((0, 1.0), (0, 1.0), (0, 1.0))) == [(2, "no signal")]
+    assert fired(online((0, 0.5), (0, 1.0), (0, 1.0))) == [], "now and then is no cause"
+    assert fired(online((0, 0.5), (0, 1.0), (0, 1.0), (0, 1.0))) == [(4, "no signal")]
+    assert fired(online((0, 1.0), (0, 1.0), **{"value/loss": 1.0})) == [], "PPO compares with its critic"
+
+
+def parts(*rows: tuple[float, float], std: float = 0.5) -> list[dict[str, float]]:
+    return [{"reward/mean": a + b, "reward/std": std, "reward/no_signal_ratio": 0.0, "reward/brief": a, "reward/right": b} for a, b in rows]
+
+
+def test_a_component_that_is_traded_for_the_total() -> None:
+    hacked = [(0.3 + 0.1 * i, 0.19 - 0.02 * i) for i in range(9)]
+    rules = AlertRules(LIMITS)
+    found = [a for i, m in enumerate(parts(*hacked), 1) for a in rules.step(StepReport(i, m))]
+    assert [(a.step, a.title) for a in found] == [(8, "a component falls")]
+    assert found[0].text.startswith("reward/right fell from 0.17 to 0.07 while reward/mean rose from 0.57 to 0.97. ")
+    assert fired(parts(*((0.3 + 0.1 * i, 0.19) for i in range(9)))) == [], "it stays"
+    assert fired(parts(*((0.3 - 0.02 * i, 0.19 - 0.02 * i) for i in range(9)))) == [], "nothing is traded where all falls"
+    assert fired([{**m, "reward/right": -m["reward/right"]} for m in parts(*hacked)]) == [], "a penalty that falls is no loss"

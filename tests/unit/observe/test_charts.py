@@ -4,13 +4,14 @@ import json
 import math
 import re
 from html import unescape
+from itertools import pairwise
 from xml.etree import ElementTree
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.observe.charts import MOST_POINTS, Chart, Series, figure, label, nice_ticks, running_mean, thinned
+from orchestrator.observe.charts import CHARACTER, HEIGHT, MOST_POINTS, WIDTH, Chart, Series, figure, label, labels, nice_ticks, running_mean, thinned
 
 finite = st.floats(-1e12, 1e12, allow_nan=False)
 
@@ -51,6 +52,67 @@ def test_ticks_are_round_few_and_enclose_the_data(low: float, width: float) -> N
 )
 def test_tick_labels(value: float, step: float, text: str) -> None:
     assert label(value, step) == text
+
+
+EXTREMES: tuple[tuple[float, ...], ...] = (
+    (0.999998, 1.000001),
+    (0.9999981, 0.9999984),
+    (1e-9, 3e-9),
+    (-1e-9, 1e-9),
+    (123456.0, 123457.5),
+    (123456.0001, 123456.0005),
+    (-0.0001, 0.0001),
+    (-0.0001, 7.0),
+    (-123456.0, 3.0),
+    (0.00123, 0.001232),
+    (0.0123, 0.012302),
+    (1e12, 1e12 + 5e3),
+    (-2.5e9, 4e9),
+    (1e-30, 2e-30),
+    (5.0, 5.0),
+    (0.04, 0.04 * (1 + 2e-9)),
+)
+
+
+def boxes(svg: ElementTree.Element, style: str) -> list[tuple[str, float, float, float]]:
+    """(text, left, right, y) of the texts of a class, each as wide as its characters at most are."""
+    found = []
+    for text in svg.iter("text"):
+        if text.attrib["class"] == style:
+            width, x = CHARACTER * len(text.text or ""), float(text.attrib["x"])
+            left = {"end": x - width, "middle": x - width / 2, "start": x}[text.attrib.get("text-anchor", "start")]
+            found.append((text.text or "", left, left + width, float(text.attrib["y"])))
+    return found
+
+
+@pytest.mark.parametrize("steps", [(1, 2), (1, 2000), (123450, 123456), (999_990, 1_000_000)], ids=str)
+@pytest.mark.parametrize("values", EXTREMES, ids=str)
+def test_every_label_is_whole_in_the_picture_and_one_of_a_kind(values: tuple[float, ...], steps: tuple[int, int]) -> None:
+    points = tuple(zip(map(float, steps), values, strict=True))
+    svg = parse(figure(Chart("t", (Series("a", points),))))
+    ticks = boxes(svg, "tick")
+    across = {y for *_, y in ticks if y > HEIGHT - 20}
+    beside, below = ([box for box in ticks if (box[3] in across) is flag] for flag in (False, True))
+    for box in (beside, below):
+        texts = [text for text, *_ in box]
+        assert len(set(texts)) == len(texts) >= 1, texts
+    for text, left, right, y in (*ticks, *boxes(svg, "base")):
+        assert left >= 0 and right <= WIDTH and 0 <= y <= HEIGHT, (text, left, right)
+    rows = sorted(below, key=lambda box: box[1])
+    assert all(one[2] < other[1] for one, other in pairwise(rows)), "labels run into each other"
+
+
+@given(finite, st.floats(1e-9, 1e12))
+def test_labels_are_few_characters_and_add_up_to_their_ticks(low: float, width: float) -> None:
+    if width <= 1e-8 * abs(low):
+        return
+    ticks = nice_ticks(low, low + width)
+    texts, base = labels(ticks)
+    assert len(set(texts)) == len(texts) and max(map(len, texts)) <= 9
+    start = float(base.removesuffix(" +")) if base else 0.0
+    for tick, text in zip(ticks, texts, strict=True):
+        scale = {"k": 1e3, "M": 1e6}.get(text[-1], 1.0)
+        assert start + float(text.rstrip("kM")) * scale == pytest.approx(tick, abs=0.05 * (ticks[1] - ticks[0]))
 
 
 def test_thinning_keeps_every_spike_and_the_order() -> None:

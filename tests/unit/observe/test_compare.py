@@ -134,3 +134,13 @@ def test_a_run_that_has_only_begun(tmp_path: Path) -> None:
     run = read_run("a", folder)
     assert (run.steps, run.tokens_per_s, run.seconds) == (0, None, 0.0)
     assert "0.7" in shown(folder)
+
+
+def test_preference_accuracy_says_what_it_ranks_by_and_what_a_run_lacks_is_a_dash(tmp_path: Path) -> None:
+    pairs = [{"step": i, "eval/preference_accuracy": v, "eval/logp_accuracy": 0.5, "eval/logps/chosen": -9.0} for i, v in ((0, None), (2, 0.75))]
+    free = [{"step": 2, "eval/preference_accuracy": 0.6, "eval/logps/chosen": -9.0}]
+    dpo, simpo = make_run(tmp_path / "dpo", pairs), make_run(tmp_path / "simpo", free)
+    assert [read_run("a", folder).ranked_by for folder in (dpo, simpo)] == ["implicit reward", "log-prob per token"]
+    lines = [row.split() for row in shown(dpo, simpo).splitlines()]
+    assert [*["eval/preference_accuracy", "(by", "implicit", "reward,", "log-prob", "per", "token)", "0.75", "0.6"]] in lines
+    assert ["eval/logp_accuracy", "0.5", "–"] in lines

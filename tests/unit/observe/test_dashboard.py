@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -56,7 +57,8 @@ def test_the_page_has_its_parts_and_only_charts_with_data(tmp_path: Path) -> Non
     page = write_report(make_run(tmp_path)).read_text()
     titles = chart_titles(page)
     assert titles[:5] == ["Loss", "Reward accuracy", "Reward margin", "Rewards", "Log-probs"]
-    assert titles[5:] == ["Gradient norm", "Learning rate", "Tokens per second", "Seconds per phase", "Goodput", "Loss", "Preference accuracy"]
+    assert titles[5:-2] == ["Gradient norm", "Learning rate", "Tokens per second", "Seconds per phase", "Goodput"]
+    assert titles[-2:] == ["Loss", "Preference accuracy, by reward"]
     questions = ["Before and after", "Is it learning?", "Is it stable?", "Is it fast?", "Is it healthy?", "Held-out evaluation"]
     assert re.findall(r"<h2>([^<]*)</h2>", page)[:6] == questions
     assert "0 throughout: skipped steps." in page
@@ -64,7 +66,7 @@ def test_the_page_has_its_parts_and_only_charts_with_data(tmp_path: Path) -> Non
     assert "8 pairs = 2 workers &#215; 1 micro-batch" in page
     assert "12 of 12" in page
     assert "dpo &#183; random-weight llama" in page
-    assert "<td>preference_accuracy</td><td>0.5</td><td>0.62</td><td class=soft>+0.12</td>" in page
+    assert "<td>preference_accuracy (by reward)</td><td>0.5</td><td>0.62</td><td class=soft>+0.12</td>" in page
     assert "one reduction per step" in page
 
 
@@ -155,6 +157,10 @@ const seen = {
   value: document.querySelector("figure .key b").textContent,
   wide: document.documentElement.scrollWidth <= window.innerWidth,
   loaded: performance.getEntriesByType("resource").map(e => e.name),
+  inside: [...document.querySelectorAll("figure svg text")].every(t => {
+    const b = t.getBBox(), v = t.ownerSVGElement.viewBox.baseVal;
+    return b.x >= 0 && b.y >= 0 && b.x + b.width <= v.width && b.y + b.height <= v.height;
+  }),
   images: document.images.length, scripts: document.scripts.length, title: document.title,
 };
 const out = document.createElement("output"); out.id = "probe"; out.textContent = JSON.stringify(seen); document.body.append(out);
@@ -173,4 +179,44 @@ def test_a_browser_draws_the_charts_and_the_readout_follows_the_pointer(tmp_path
     assert seen["drawn"]
     assert (seen["at"], seen["value"]) == ("step 12", "0.05833")
     assert seen["wide"], "the page scrolls sideways"
+    assert seen["inside"], "a label is cut off"
     assert (seen["loaded"], seen["images"], seen["scripts"], seen["title"]) == ([], 0, 2, "my-run")
+
+
+def page_of(tmp_path: Path, steps: Sequence[dict], evaluations: Sequence[dict] = (), samples: Sequence[dict] = ()) -> str:
+    tmp_path.mkdir(exist_ok=True)
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in (*evaluations, *steps)))
+    (tmp_path / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in samples))
+    return write_report(tmp_path).read_text()
+
+
+def test_reward_components_and_sources_stand_beside_the_reward(tmp_path: Path) -> None:
+    figures = {"reward/std": 0.1, "reward/no_signal_ratio": 0.5}
+    parts = {"reward/brief": 0.5, "reward/right": 0.2, "reward/mean/easy": 0.7, "reward/mean/hard": 0.1}
+    steps = [{"step": i, "reward/mean": 0.1 * i, **figures, **parts, "kl": 0.1} for i in (1, 2)]
+    evaluations = [{"step": i, "eval/reward/mean": 0.5, "eval/reward/brief": 0.4, "eval/reward/right": 0.1} for i in (0, 2)]
+    titles = chart_titles(page_of(tmp_path, steps, evaluations))
+    assert titles[:3] == ["Reward", "Reward components", "Reward per source"]
+    assert titles[3:] == ["KL from the reference", "Spread of rewards", "Groups without a signal", "Reward", "Reward components"]
+
+
+def test_figures_of_each_source_stand_beside_those_of_all(tmp_path: Path) -> None:
+    line = {f"{name}{source}": 0.5 for name in ("loss", "rewards/accuracies", "rewards/margins") for source in ("", "/a", "/b")}
+    titles = chart_titles(page_of(tmp_path, [{"step": i, **line} for i in (1, 2)]))
+    pairs = [(name, f"{name} per source") for name in ("Loss", "Reward accuracy", "Reward margin")]
+    assert titles == [title for pair in pairs for title in pair]
+
+
+def test_the_page_says_what_pairs_are_ranked_by_and_what_is_not_known(tmp_path: Path) -> None:
+    lines = [{"step": i, "eval/preference_accuracy": value, "eval/logp_accuracy": 0.5} for i, value in ((0, None), (2, 0.75))]
+    pair = {"step": 2, "kind": "pair", "prompt": "p", "chosen": "a", "rejected": "b", "scores": {"implicit_reward_margin": -0.5}}
+    page = page_of(tmp_path, [], lines, [pair])
+    assert "Most-wrong pairs by implicit reward" in page and "margin <b>-0.5</b>" in page
+    cells = "<td>preference_accuracy (by implicit reward)</td><td>&#8211;</td><td>0.75</td><td class=soft>&#8211;</td>"
+    assert cells in page
+
+
+def test_a_run_of_before_claims_no_ranking(tmp_path: Path) -> None:
+    pair = {"step": 2, "kind": "pair", "prompt": "p", "chosen": "a", "rejected": "b", "scores": {"margin": -0.5}}
+    page = page_of(tmp_path, [], [{"step": 2, "eval/preference_accuracy": 0.5, "eval/logp_margin": 0.1, "eval/logps/chosen": -9.0}], [pair])
+    assert "<h2>Most-wrong pairs</h2>" in page and "<td>preference_accuracy</td>" in page

@@ -2,13 +2,15 @@
 
 import io
 import json
+import math
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 from orchestrator.errors import DataError, OutputError
-from orchestrator.observe.sinks import ConsoleSink, JsonlSink, duration, printable, read_lines
+from orchestrator.observe.console import FIRST_LINES, ConsoleSink
+from orchestrator.observe.sinks import JsonlSink, duration, printable, read_lines
 from orchestrator.records import EvaluationReport, Sample, StepReport
 
 NOTES: list[str] = []
@@ -158,6 +160,69 @@ def test_plain_output_is_one_line_per_step() -> None:
         r"[bold]not markup[/bold] \x1b]0;title\x07",
         "evaluation at step 2  loss 0.25  exact_match 0.75",
     ]
+
+
+class Fast(Ticks):
+    """A clock of steps that take 10 ms each."""
+
+    def __call__(self) -> float:
+        self.now += 0.01
+        return self.now
+
+
+def test_thousands_of_steps_are_not_thousands_of_lines_in_a_pipe() -> None:
+    out = io.StringIO()
+    sink = ConsoleSink(4000, Console(file=out), clock=Fast())
+    for step in range(1, 4001):
+        sink.step(report(step))
+        if step == 1233:
+            sink.evaluation(EvaluationReport(step, {"eval/loss": 0.25}))
+    sink.close()
+    lines = out.getvalue().splitlines()
+    told = [int(line.split()[1].partition("/")[0]) for line in lines if line.startswith("step")]
+    assert told[:FIRST_LINES] == list(range(1, FIRST_LINES + 1)) and told == sorted(set(told))
+    assert len(lines) <= FIRST_LINES + 100 + 40 / 5 + 2
+    assert {1233, 4000} <= set(told), "the step that an evaluation follows, and the last one"
+    assert lines[lines.index("evaluation at step 1233  loss 0.25") - 1].startswith("step 1233/4000")
+
+
+def test_slow_steps_are_all_told() -> None:
+    out = io.StringIO()
+    sink = ConsoleSink(4000, Console(file=out), clock=iter(range(0, 6000, 6)).__next__)
+    for step in range(1, 101):
+        sink.step(report(step))
+    assert len(out.getvalue().splitlines()) == 100
+
+
+def test_a_run_that_ends_early_tells_its_last_step() -> None:
+    out = io.StringIO()
+    sink = ConsoleSink(4000, Console(file=out), clock=Fast())
+    for step in range(101, 134):
+        sink.step(report(step))
+    sink.close(failed=True)
+    assert out.getvalue().splitlines()[-1].startswith("step 133/4000")
+
+
+def test_reward_components_stand_beside_the_reward() -> None:
+    out = io.StringIO()
+    sink = ConsoleSink(9, Console(file=out, width=40), clock=Ticks())
+    rewards = {"reward/mean": 1.13, "reward/std": 0.4, "reward/brief": 1.09, "reward/kl": 0.04, "reward/no_signal_ratio": 0.1}
+    sink.step(StepReport(1, {"loss": 0.0, **rewards, "kl": 0.5}))
+    sink.step(StepReport(2, {"loss": 0.0, "reward/mean": 1.0, "reward/only": 1.0}))
+    assert out.getvalue().splitlines() == [
+        "step 1/9  loss 0  reward 1.13  brief 1.09  reward/kl 0.04  kl 0.5  eta 0s",
+        "step 2/9  loss 0  reward 1  eta 14s",
+    ]
+
+
+def test_what_nothing_is_known_of_is_a_dash() -> None:
+    out = io.StringIO()
+    sink = ConsoleSink(9, Console(file=out, width=40), clock=Ticks())
+    sink.evaluation(EvaluationReport(0, {"eval/loss": 0.7, "eval/rewards/accuracies": math.nan}))
+    sink.step(StepReport(1, {"loss": math.nan, "rewards/accuracies": math.nan, "rewards/margins": 1e-8}))
+    first, second = out.getvalue().splitlines()
+    assert first == "evaluation at step 0  loss 0.7  rewards/accuracies –"
+    assert second.startswith("step 1/9  loss nan  acc –  margin 1e-08")
 
 
 def test_an_sft_line_has_no_empty_columns() -> None:

@@ -1,6 +1,7 @@
 """Real wandb runs, offline, read back from the file they leave; and what happens when wandb cannot be reached."""
 
 import json
+import math
 import os
 import socket
 import struct
@@ -84,7 +85,7 @@ def offline(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
     sink = WandbSink(folder, Tracking(project="p", group="g"), "a-run", {"algorithm": {"beta": 0.1}}, "id0123", "dpo")
     sink.open(notes.append)
     sink.step(StepReport(1, {"loss": 0.75, "rewards/accuracies": 0.5}))
-    sink.step(StepReport(2, {"loss": float("nan")}, ROLLOUTS))
+    sink.step(StepReport(2, {"loss": float("nan"), "rewards/accuracies": float("nan")}, ROLLOUTS))
     sink.evaluation(EvaluationReport(2, {"eval/loss": 0.25}, SAMPLES))
     sink.alert(Alert("reward collapse", "it fell: http://user:canary@rewards/score", "ERROR", 2))
     sink.close(failed=True)
@@ -95,6 +96,11 @@ def test_metrics_are_recorded_by_our_step(offline: tuple[Path, list[str]]) -> No
     rows = history(offline[0])
     assert [row[STEP] for row in rows] == [1, 2, 2]
     assert (rows[0]["train/loss"], rows[0]["rewards/accuracies"], rows[2]["eval/loss"]) == (0.75, 0.5, 0.25)
+
+
+def test_what_nothing_is_known_of_is_not_logged_but_a_broken_loss_is(offline: tuple[Path, list[str]]) -> None:
+    second = history(offline[0])[1]
+    assert "rewards/accuracies" not in second and math.isnan(second["train/loss"])
 
 
 def test_the_step_metric_is_defined_for_all_metrics(offline: tuple[Path, list[str]]) -> None:

@@ -165,7 +165,8 @@ CONTEXTS: dict[str, Context] = {
     "evaluation.pass_at_k": Context(ONLINE_EVAL, EVAL),
     "evaluation.pass_reward": Context((*ONLINE_EVAL, "evaluation.pass_at_k=2"), ONLINE_EVAL),
     **{f"tracking.{name}": Context((), ("tracking.wandb=off",)) for name in ("project", "entity", "init_timeout_s", "finish_timeout_s")},
-    **{f"tracking.alerts.{name}": _only(*GRPO) for name in ("reward_drop", "reward_spread")},
+    **{f"tracking.alerts.{name}": _only(*GRPO) for name in ("reward_drop", "reward_spread", "kl", "component_fall")},
+    "tracking.alerts.loss_rise": Context((*DPO, *EVAL), DPO),
     **{f"tracking.alerts.{name}": _only(*DPO) for name in ("margin_growth", "accuracy_gain", "accuracy_enough")},
 }
 """Key or section -> its context; of a key without a row that of the section above it."""

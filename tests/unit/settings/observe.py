@@ -430,15 +430,16 @@ def function(recipe: Recipe) -> RewardFunction:
 
 def alerts(recipe: Recipe) -> list[tuple[int, str]]:
     """(step, title) of what is said of a fixed history: rewards that fall and become equal, margins that grow alone, little time in
-    steps, restarts."""
+    steps, restarts, a component that falls while the rest rises, a held-out loss that rises."""
     limits = recipe.tracking.alerts
     if limits is None:
         return []
-    rules = AlertRules(limits)
+    rules, traded = AlertRules(limits), AlertRules(limits)
     said = [(0, alert.title) for alert in rules.started(0, [0.0, 10.0, 400.0])]
     for step in range(1, 13):
         metrics = {
             "reward/mean": 1.0 if step < 5 else 0.3,
+            "kl": 0.1 * step,
             "reward/std": 0.5 if step < 9 else 0.02,
             "rewards/margins": 0.1 * step,
             "rewards/accuracies": 0.5 + 0.004 * step,
@@ -446,7 +447,10 @@ def alerts(recipe: Recipe) -> list[tuple[int, str]]:
             "perf/elapsed_s": 100.0 * step,
         }
         said += [(step, alert.title) for alert in rules.step(StepReport(step, metrics))]
-    rules.evaluation(EvaluationReport(12, {}))
+    for step in range(1, 7):
+        parts = {"reward/mean": 0.1 * step, "reward/std": 0.1, "reward/easy": 0.2 * step, "reward/hard": 0.9 - 0.1 * step}
+        said += [(step, alert.title) for alert in traded.step(StepReport(step, parts))]
+        said += [(step, alert.title) for alert in rules.evaluation(EvaluationReport(step, {"eval/loss": 0.9 + 0.1 * step}))]
     return said
 
 
