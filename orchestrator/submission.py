@@ -136,7 +136,11 @@ def _paths(recipe: Recipe) -> Iterator[tuple[str, str, bool]]:
 
 
 def _check_path(key: str, path: str, upload: Upload, *, is_file: bool) -> None:
-    if upload.holds(Path(path)):
+    run, goes = upload.run_of(Path(path)), upload.holds(Path(path))
+    if run is not None and (run == Path(path) or not goes):
+        fix = "copy it out of the run folder, or put it on storage that all nodes see and give its absolute path"
+        raise ConfigError(f"{key}: {path} does not go with the job", why=f"{run} is the folder of a run, which stays behind", fix=fix)
+    if goes:
         return
     if path.startswith("..") or (upload.root / path).exists():
         raise ConfigError(

@@ -21,7 +21,7 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"prompts", "ways", "model_advice"}),
     frozenset({"plan", "sketch"}),
     frozenset({"controllers", "cluster", "plan_view"}),
-    frozenset({"startup", "resume", "run_folder", "submission"}),
+    frozenset({"startup", "resume", "run_folder", "submission", "status"}),
     frozenset({"job"}),
     frozenset({"run_offline", "run_online", "preflight"}),
     frozenset({"assemble", "verify"}),
