@@ -17,15 +17,15 @@ FLOORS: tuple[frozenset[str], ...] = (
         {"objectives", "checkpoints", "strict_yaml", "stages", "keys", "validation", "findings", "node_facts", "hardware", "state_bytes", "hub"}
     ),
     frozenset({"data", "models", "observe", "algorithms", "recipe", "reference_page", "identity", "upload"}),
-    frozenset({"learner", "rollout", "cut", "dataset", "memory_model", "launchers"}),
-    frozenset({"prompts", "ways", "model_advice"}),
+    frozenset({"learner", "rollout", "cut", "dataset", "memory_model", "launchers", "chat_models"}),
+    frozenset({"prompts", "ways", "model_advice", "chat"}),
     frozenset({"plan", "sketch"}),
     frozenset({"controllers", "cluster", "plan_view"}),
     frozenset({"startup", "resume", "run_folder", "submission", "status"}),
     frozenset({"job"}),
     frozenset({"run_offline", "run_online", "preflight"}),
     frozenset({"assemble", "verify"}),
-    frozenset({"cluster_commands"}),
+    frozenset({"cluster_commands", "chat_command"}),
     frozenset({"cli"}),
     frozenset({"__main__"}),
 )
