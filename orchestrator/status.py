@@ -18,6 +18,8 @@ from orchestrator.observe.sinks import duration
 
 STOPPED_BY_REQUEST = re.compile(r"^error: stopped by request after step (\d+) of (\d+)", re.MULTILINE)
 """What a driver says last that was stopped and has saved; Ray keeps no exit code of a job that it stopped."""
+SPEAK_FOR_THEMSELVES = ("RUNNING", "SUCCEEDED")
+"""Words of Ray to which its message adds nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +55,7 @@ class StatusRow:
             step=step,
             total=total,
             loss=steps[0].columns.get("loss") if steps else None,
-            message="" if attempt.status == "SUCCEEDED" else " ".join(attempt.message.split()),
+            message="" if attempt.status in SPEAK_FOR_THEMSELVES else " ".join(attempt.message.split()),
         )
 
     def words(self) -> tuple[str, str, str, str, str, str]:
