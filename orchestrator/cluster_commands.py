@@ -18,10 +18,11 @@ from rich.console import Console
 from orchestrator import recipe as recipes
 from orchestrator import submission
 from orchestrator.cluster.jobs import LOCAL, Jobs, exit_code
+from orchestrator.cluster.quiet import is_small_talk
 from orchestrator.errors import ConfigError, Exit, OrchestratorError
 from orchestrator.observe.live_table import LiveTable, StepLine
 from orchestrator.stages import references
-from orchestrator.status import StatusRow, status_lines, status_table
+from orchestrator.status import LOG_AGAIN, StatusRow, status_lines, status_table
 from orchestrator.upload import collect
 
 app = typer.Typer(add_completion=False)
@@ -206,7 +207,7 @@ def logs(run: RunArgument, address: Address = LOCAL, follow: Follow = False) -> 
     if follow:
         _follow(jobs, attempt.id, attempt.run, address)
     else:
-        print(jobs.logs(attempt.id), end="")
+        print("".join(line for line in jobs.logs(attempt.id).splitlines(keepends=True) if not is_small_talk(line)), end="")
 
 
 @app.command()
@@ -277,7 +278,7 @@ def _follow(jobs: Jobs, id: str, run: str, address: str) -> None:
     if code == Exit.RESUMABLE:
         out.print(f"it can go on: orchestrator resume {run} --address {address}")
     elif code:
-        out.print(attempt.message)
+        out.print(attempt.message.partition(LOG_AGAIN)[0])  # the log has been shown
     if code:
         sys.exit(code)
 
@@ -299,6 +300,8 @@ class LogView:
         self._table.stop()
 
     def _line(self, line: str) -> None:
+        if is_small_talk(line):
+            return
         step = StepLine.parse(line) if self._console.is_interactive else None
         if step is None:
             self._console.print(line, markup=False)

@@ -18,6 +18,7 @@ from orchestrator.observe.sinks import duration
 
 STOPPED_BY_REQUEST = re.compile(r"^error: stopped by request after step (\d+) of (\d+)", re.MULTILINE)
 """What a driver says last that was stopped and has saved; Ray keeps no exit code of a job that it stopped."""
+LOG_AGAIN = ", last available logs (truncated"
 SPEAK_FOR_THEMSELVES = ("RUNNING", "SUCCEEDED")
 """Words of Ray to which its message adds nothing."""
 
@@ -55,7 +56,7 @@ class StatusRow:
             step=step,
             total=total,
             loss=steps[0].columns.get("loss") if steps else None,
-            message="" if attempt.status in SPEAK_FOR_THEMSELVES else " ".join(attempt.message.split()),
+            message="" if attempt.status in SPEAK_FOR_THEMSELVES else reason(attempt.message),
         )
 
     def words(self) -> tuple[str, str, str, str, str, str]:
@@ -63,6 +64,13 @@ class StatusRow:
         code = "" if self.exit_code is None else str(self.exit_code)
         step = "" if self.step is None else f"{self.step}/{self.total}"
         return self.status, code, _time(self.age_s), _time(self.took_s), step, self.loss or ""
+
+
+def reason(message: str) -> str:
+    """What Ray says of the end of a job, on one line: it repeats the log, of which the driver's own error is enough."""
+    what, _, log = message.partition(LOG_AGAIN)
+    errors = [line for line in log.splitlines() if line.startswith("error: ")]
+    return " ".join(f"{what}{': ' if errors else ''}{errors[-1].removeprefix('error: ') if errors else ''}".split())
 
 
 def status_lines(rows: Sequence[StatusRow]) -> str:

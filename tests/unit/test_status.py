@@ -7,7 +7,7 @@ from dataclasses import asdict, replace
 from rich.console import Console
 
 from orchestrator.cluster.jobs import Attempt
-from orchestrator.status import StatusRow, status_lines, status_table
+from orchestrator.status import StatusRow, reason, status_lines, status_table
 
 NOW = 1_800_000_000.0
 JOB = Attempt("llama-dpo-a-long-name.2", "llama-dpo-a-long-name", 2, "train", "FAILED", "Job failed: " + "x" * 200, NOW - 90_000, NOW - 89_928, 69)
@@ -31,6 +31,15 @@ def test_a_stopped_run_shows_75_where_it_said_that_it_saved() -> None:
     killed = StatusRow.of(stopped, LOG, NOW)
     assert killed.exit_code is None and killed.step == 12
     assert StatusRow.of(replace(JOB, status="SUCCEEDED", exit_code=None), "", NOW).exit_code == 0
+
+
+def test_the_log_that_ray_repeats_is_told_by_its_error() -> None:
+    ray = "Job entrypoint command failed with exit code 78, last available logs (truncated to 20,000 chars):\nRunning …\nerror: no data file x\n  fix: y\n"
+    assert reason(ray) == "Job entrypoint command failed with exit code 78: no data file x"
+    assert reason("Job entrypoint command failed with exit code 1, last available logs (truncated to 20,000 chars):\nTraceback") == (
+        "Job entrypoint command failed with exit code 1"
+    )
+    assert reason("Unexpected error\n occurred") == "Unexpected error occurred"
 
 
 def test_status_is_readable_at_80_columns() -> None:
