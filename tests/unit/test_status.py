@@ -34,11 +34,9 @@ def test_a_stopped_run_shows_75_where_it_said_that_it_saved() -> None:
 
 
 def test_the_log_that_ray_repeats_is_told_by_its_error() -> None:
-    ray = "Job entrypoint command failed with exit code 78, last available logs (truncated to 20,000 chars):\nRunning …\nerror: no data file x\n  fix: y\n"
-    assert reason(ray) == "Job entrypoint command failed with exit code 78: no data file x"
-    assert reason("Job entrypoint command failed with exit code 1, last available logs (truncated to 20,000 chars):\nTraceback") == (
-        "Job entrypoint command failed with exit code 1"
-    )
+    again = ", last available logs (truncated to 20,000 chars):\nRunning …\n"
+    assert reason(f"it failed with exit code 78{again}error: no data file x\n  fix: y\n") == "it failed with exit code 78: no data file x"
+    assert reason(f"it failed with exit code 1{again}Traceback") == "it failed with exit code 1"
     assert reason("Unexpected error\n occurred") == "Unexpected error occurred"
 
 
