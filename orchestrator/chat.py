@@ -78,7 +78,9 @@ class Conversation:
 
     def _ids(self, text: str, turns: list[dict[str, str]]) -> list[int]:
         if not self.has_template:
-            return list(self.loaded.tokenizer(text)["input_ids"])
+            tokenizer = self.loaded.tokenizer
+            first = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+            return list(tokenizer(text)["input_ids"]) or [first]
         encoded = render(self.loaded.tokenizer, [*self._system, *turns], Inputs(self.name), add_generation_prompt=True)
         return list(encoded["input_ids"])
 

@@ -92,6 +92,8 @@ def _answer_once(conversations: "Sequence[Conversation]", text: str, as_json: bo
     for conversation in conversations:
         conversation.reset()
         answers.append(conversation.say(text, lambda words: None))
+        if answers[-1].ended == "interrupted":
+            sys.exit(128 + 2)
     if as_json:
         told = [{"model": c.name, **asdict(answer)} for c, answer in zip(conversations, answers, strict=True)]
         print(json.dumps({"prompt": text, "answers": told}, ensure_ascii=False), flush=True)

@@ -96,6 +96,11 @@ def test_a_system_message_reaches_the_template(models: Path) -> None:
     assert say(with_system, "hello") != say(Conversation(loaded, Settings(max_new_tokens=12), "it"), "hello")
 
 
+def test_a_model_without_a_template_continues_any_text(models: Path) -> None:
+    plain = speak(models / "plain")
+    assert say(plain, "ab") == say(plain, "ab") != say(plain, ""), "nothing is remembered, and nothing is a beginning too"
+
+
 def test_temperature_and_seed(models: Path) -> None:
     greedy, warm = say(speak(models / "another"), "a"), [say(speak(models / "another", temperature=2.0, seed=s), "a") for s in (1, 1, 2)]
     assert warm[0] == warm[1] != warm[2] and warm[0] != greedy
