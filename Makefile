@@ -1,6 +1,7 @@
 # make demo       two DeepSpeed workers align a tiny model on this machine: SFT, then DPO
 # make test       the default test suite, on the CPU
 # make test-slow  the tests that take minutes
+# make test-newest  unit tests and one short run of each kind, on the newest Python here with the newest releases of everything but torch
 # make test-vllm  the vLLM engine on the CPU, with vLLM installed beside the rest
 # make lint       ruff and pyright
 # make docs       the pages of docs/ as a site, in build/site
@@ -14,18 +15,20 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 VLLM_STAMP := .venv/.vllm
 REAL_MODEL := build/SmolLM2-135M-Instruct
+NEWEST_PYTHON ?= $(shell for n in 14 13 12 11; do p=$$(command -v python3.$$n) && $$p -c "" 2>/dev/null && { echo $$p; break; }; done)
+NEW := .venv-newest/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 TORCH_VERSION := $(BIN)/python -c 'from importlib.metadata import version; print(version("torch"))'
 VERSIONS := $(BIN)/python -c 'from importlib.metadata import version; print(version("torch"), version("transformers"), version("numpy"))'
 
-.PHONY: venv demo test test-slow test-vllm lint docs wheel gpu-archive real-model
+.PHONY: venv demo test test-slow test-newest test-vllm lint docs wheel gpu-archive real-model
 
 venv: $(STAMP)
 
 # torch comes first and alone, so that its build is the index's choice and no other package's.
 $(STAMP): pyproject.toml constraints.txt
-	@test -x $(BIN)/python || $(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))' \
-		|| { echo "Python 3.11 or 3.12 is needed: make PYTHON=python3.12 ..." >&2; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 15))' \
+		|| { echo "Python 3.11 to 3.14 is needed: make PYTHON=python3.13 ..." >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(PIP) install -c constraints.txt torch==2.13.0
 	$(TORCH_VERSION) > .venv/.torch
@@ -42,6 +45,15 @@ test: venv
 
 test-slow: venv
 	$(BIN)/python -m pytest -m "slow and not gpu"
+
+# made anew each time, without constraints.txt: what a user gets who installs today. Another Python: make test-newest NEWEST_PYTHON=PATH
+test-newest:
+	$(NEWEST_PYTHON) -m venv --clear .venv-newest
+	echo torch==2.13.0 > .venv-newest/torch.txt
+	$(NEW)/python -m pip install -c .venv-newest/torch.txt torch
+	$(NEW)/python -m pip install --upgrade --upgrade-strategy eager -c .venv-newest/torch.txt -e ".[dev]"
+	$(NEW)/python -m pip list --format=freeze
+	$(NEW)/python -m pytest -n 2 --dist loadfile tests/unit tests/end_to_end/test_training.py tests/end_to_end/test_online.py
 
 test-vllm: $(VLLM_STAMP)
 	$(BIN)/python -m pytest tests/vllm

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from orchestrator import cluster_commands
+from orchestrator import chat_command, cluster_commands
 from orchestrator import recipe as recipes
 from orchestrator.cluster.forkserver import forked_workers
 from orchestrator.cluster_commands import Overrides, RecipeArgument, out
@@ -32,6 +32,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 recipes_app = typer.Typer(no_args_is_help=True, help="The recipes that come with the program.")
 config_app = typer.Typer(no_args_is_help=True, help="The recipe schema.")
 app.add_typer(cluster_commands.app)
+app.add_typer(chat_command.app)
 app.add_typer(recipes_app, name="recipes")
 app.add_typer(config_app, name="config")
 

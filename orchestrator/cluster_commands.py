@@ -7,22 +7,22 @@ import json
 import re
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import astuple, dataclass
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console, Group, RenderableType
-from rich.table import Table
-from rich.text import Text
+from rich.console import Console
 
 from orchestrator import recipe as recipes
 from orchestrator import submission
-from orchestrator.cluster.jobs import LOCAL, Attempt, Jobs, exit_code
+from orchestrator.cluster.jobs import LOCAL, Jobs, exit_code
+from orchestrator.cluster.quiet import is_small_talk
 from orchestrator.errors import ConfigError, Exit, OrchestratorError
 from orchestrator.observe.live_table import LiveTable, StepLine
 from orchestrator.stages import references
+from orchestrator.status import LOG_AGAIN, StatusRow, status_lines, status_table
 from orchestrator.upload import collect
 
 app = typer.Typer(add_completion=False)
@@ -167,8 +167,6 @@ def doctor(
 
         _ask_cluster(address, recipe, working_dir, words, document=as_json)
         return
-    from dataclasses import asdict
-
     from orchestrator.assemble import diagnose
     from orchestrator.findings import render
     from orchestrator.preflight import exit_code as code_of
@@ -184,19 +182,25 @@ def doctor(
 
 @app.command()
 def status(
-    run: Annotated[str | None, typer.Argument(metavar="[RUN]", help="a run; without it, all runs of the cluster")] = None, address: Address = LOCAL
+    run: Annotated[str | None, typer.Argument(metavar="[RUN]", help="a run; without it, all runs of the cluster")] = None,
+    address: Address = LOCAL,
+    as_json: Annotated[bool, typer.Option("--json")] = False,
 ) -> None:
-    """Where submitted runs stand."""
+    """Where submitted runs stand: step, exit code, age. In a pipe a line for each attempt, columns by tabs."""
     jobs = Jobs(address)
     attempts = jobs.attempts(run)
     if run is not None and not attempts:
         attempts = [jobs.find(run)]
+    newest = {attempt.run: attempt.id for attempt in attempts}
+    now = time.time()
     rows = []
     for attempt in attempts:
-        last = _last_step(jobs, attempt) if run is not None or not attempt.is_over else None
-        rows.append(StatusRow.of(attempt, last))
-    if out.is_terminal:
-        out.print(status_table(rows), soft_wrap=False)
+        read = run is not None or attempt.id == newest[attempt.run]  # a log is a request of its own
+        rows.append(StatusRow.of(attempt, jobs.logs(attempt.id) if read else "", now))
+    if as_json:
+        print(json.dumps([asdict(row) for row in rows], indent=1))
+    elif out.is_terminal:
+        out.print(status_table(rows) if rows else f"no run was submitted to {address}", soft_wrap=False)
     elif rows:
         print(status_lines(rows))
 
@@ -209,7 +213,7 @@ def logs(run: RunArgument, address: Address = LOCAL, follow: Follow = False) -> 
     if follow:
         _follow(jobs, attempt.id, attempt.run, address)
     else:
-        print(jobs.logs(attempt.id), end="")
+        print("".join(line for line in jobs.logs(attempt.id).splitlines(keepends=True) if not is_small_talk(line)), end="")
 
 
 @app.command()
@@ -280,45 +284,9 @@ def _follow(jobs: Jobs, id: str, run: str, address: str) -> None:
     if code == Exit.RESUMABLE:
         out.print(f"it can go on: orchestrator resume {run} --address {address}")
     elif code:
-        out.print(attempt.message)
+        out.print(attempt.message.partition(LOG_AGAIN)[0])  # the log has been shown
     if code:
         sys.exit(code)
-
-
-@dataclass(frozen=True, slots=True)
-class StatusRow:
-    """What `status` says of an attempt, as text. message: why it ended as it did, on one line."""
-
-    run: str
-    job: str
-    status: str
-    exit: str
-    took: str
-    last: str
-    message: str
-
-    @classmethod
-    def of(cls, attempt: Attempt, last: StepLine | None) -> "StatusRow":
-        shown = f"{last.step}/{last.total} loss {last.columns.get('loss', '?')}" if last else ""
-        code = "" if attempt.exit_code is None else str(attempt.exit_code)
-        message = "" if attempt.status == "SUCCEEDED" else " ".join(attempt.message.split())
-        return cls(attempt.run, attempt.id, attempt.status, code, _took(attempt), shown, message)
-
-
-def status_lines(rows: Sequence[StatusRow]) -> str:
-    """For a pipe: a line for each attempt, columns by tabs, cut nowhere."""
-    return "\n".join("\t".join(astuple(row)) for row in rows)
-
-
-def status_table(rows: Sequence[StatusRow]) -> RenderableType:
-    """A table no wider than the terminal, with what ended a job below it."""
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-    for name in ("job", "status", "exit", "took", "last step"):  # a job's name begins with its run's
-        table.add_column(name, overflow="fold")
-    for row in rows:
-        table.add_row(row.job, row.status, row.exit, row.took, row.last)
-    said = [Text(f"{row.job}: {row.message}", overflow="ellipsis", no_wrap=True) for row in rows if row.message]
-    return Group(table, *said)
 
 
 class LogView:
@@ -338,6 +306,8 @@ class LogView:
         self._table.stop()
 
     def _line(self, line: str) -> None:
+        if is_small_talk(line):
+            return
         step = StepLine.parse(line) if self._console.is_interactive else None
         if step is None:
             self._console.print(line, markup=False)
@@ -349,16 +319,3 @@ def _say_next(run: str, address: str) -> None:
     where = "" if address == LOCAL else f" --address {address}"
     for words in (f"status {run}", f"logs {run} --follow", f"stop {run}", f"resume {run}"):
         out.print(f"  orchestrator {words}{where}")
-
-
-def _last_step(jobs: Jobs, attempt: Attempt) -> StepLine | None:
-    for line in reversed(jobs.logs(attempt.id).splitlines()):
-        if (step := StepLine.parse(line)) is not None:
-            return step
-    return None
-
-
-def _took(attempt: Attempt) -> str:
-    from orchestrator.observe.sinks import duration
-
-    return "" if attempt.started is None else duration((attempt.ended or time.time()) - attempt.started)

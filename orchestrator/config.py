@@ -92,7 +92,7 @@ class Columns(Section):
 
 
 class Source(Section):
-    path: str = Field(description="JSONL(.gz) or Parquet file or its URL (s3://…), a folder of them, `toy:NAME`, or a hub data set")
+    path: str = Field(description="JSONL, JSON array, Parquet or CSV file or its URL (s3://…), a folder of them, `toy:NAME`, or a hub data set")
     weight: float = Field(1.0, gt=0, description="passes over this source per epoch: 0.5 takes half of it, 2 takes it twice")
     split: str | None = Field(
         None, description="of a hub data set, a folder with several splits, or toy data; default: train, of a folder its only split"

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from orchestrator.cluster.jobs import STOP_GRACE, Attempt, Jobs, Submission
 from orchestrator.config import ONLINE, Recipe
+from orchestrator.data.files import SUFFIXES
 from orchestrator.errors import ConfigError, MissingInput, OutputError
 from orchestrator.recipe import builtin_recipes, parts
 from orchestrator.stages import STAGE, Stage
@@ -131,11 +132,15 @@ def _paths(recipe: Recipe) -> Iterator[tuple[str, str, bool]]:
         found += [("rollouts.replay", recipe.rollouts.replay)] if recipe.rollouts.replay is not None else []
     for key, path in found:
         if not Path(path).is_absolute() and "://" not in path and not path.startswith(("toy:", STAGE)):
-            yield key, path, key.endswith(("chat_template", "replay")) or Path(path).suffix in (".jsonl", ".json", ".gz", ".parquet", ".py")
+            yield key, path, key.endswith(("chat_template", "replay")) or path.endswith((*SUFFIXES, ".py"))
 
 
 def _check_path(key: str, path: str, upload: Upload, *, is_file: bool) -> None:
-    if upload.holds(Path(path)):
+    run, goes = upload.run_of(Path(path)), upload.holds(Path(path))
+    if run is not None and (run == Path(path) or not goes):
+        fix = "copy it out of the run folder, or put it on storage that all nodes see and give its absolute path"
+        raise ConfigError(f"{key}: {path} does not go with the job", why=f"{run} is the folder of a run, which stays behind", fix=fix)
+    if goes:
         return
     if path.startswith("..") or (upload.root / path).exists():
         raise ConfigError(

@@ -47,18 +47,25 @@ id_ed25519*
 """
 SECRETS = GitIgnoreSpec.from_lines(_SECRETS.split())
 PRIVATE_KEY = re.compile(rb"-----BEGIN [A-Z ]*PRIVATE KEY-----")
+RECORD, RESULTS = "run.json", ("checkpoints", "export", "run.lock")
+"""A folder with this file and one of these beside it is a run's (run_folder.py). What it was started with goes along, nothing that it made."""
+STARTED_WITH = ("recipe.yaml",)
+NAMED = 3
+"""Run folders that the summary names."""
 LOOKED_INTO = 4096
 """Bytes at the beginning of a file in which a private key is looked for."""
 
 
 @dataclass(frozen=True, slots=True)
 class Upload:
-    """Files below `root` that go along, relative to it, and their bytes. left: what stays behind though nothing ignores it, and why."""
+    """Files below `root` that go along, relative to it, and their bytes. left: what stays behind though nothing ignores it, and why; runs: folders
+    of runs, which stay behind too."""
 
     root: Path
     files: tuple[Path, ...]
     size: int
     left: tuple[str, ...] = ()
+    runs: tuple[Path, ...] = ()
 
     def summary(self) -> str:
         """Example: 41 files, 0.3 MB of /home/me/work: orchestrator/ (38), recipes/ (2), README.md"""
@@ -67,8 +74,19 @@ class Upload:
             head = file.parts[0] + ("/" if len(file.parts) > 1 else "")
             heads[head] = heads.get(head, 0) + 1
         names = ", ".join(f"{name} ({count})" if name.endswith("/") else name for name, count in sorted(heads.items()))
-        left = f"\n  not: {', '.join(self.left)}" if self.left else ""
+        stays = [*self.left, *([self._runs()] if self.runs else [])]
+        left = f"\n  not: {', '.join(stays)}" if stays else ""
         return f"{len(self.files)} files, {self.size / 1e6:.1f} MB of {self.root}: {names}{left}"
+
+    def _runs(self) -> str:
+        """Example: what 4 runs made (runs/a, runs/b, runs/c …)."""
+        named = ", ".join(map(str, self.runs[:NAMED])) + (" …" if len(self.runs) > NAMED else "")
+        return f"what {len(self.runs)} run{'s' * (len(self.runs) > 1)} made ({named})"
+
+    def run_of(self, path: Path) -> Path | None:
+        """The run folder that stays behind and that a path lies in, or is. path: relative to the root."""
+        path = Path(os.path.normpath(path))
+        return next((run for run in self.runs if run == path or run in path.parents), None)
 
     def holds(self, path: Path) -> bool:
         """Whether a file, or anything of a folder, goes along. path: relative to the root."""
@@ -96,7 +114,8 @@ def collect(root: Path) -> Upload:
         raise MissingInput(f"{root} is no folder", fix="give --working-dir the folder that holds your recipe and code")
     root = root.resolve()
     left: list[str] = []
-    files = tuple(sorted(_walk(root, Path(), (), left)))
+    runs: list[Path] = []
+    files = tuple(sorted(_walk(root, Path(), (), left, runs)))
     _refuse_secrets(root, files)
     sizes = {file: (root / file).stat().st_size for file in files}
     total = sum(sizes.values())
@@ -108,12 +127,14 @@ def collect(root: Path) -> Upload:
             why=f"the largest files are {named}",
             fix="name what should stay in .rayignore; put data and models on storage that all nodes see",
         )
-    return Upload(root, files, total, tuple(left))
+    return Upload(root, files, total, tuple(left), tuple(runs))
 
 
-def _walk(root: Path, folder: Path, rules: tuple[tuple[Path, GitIgnoreSpec], ...], left: list[str]) -> Iterator[Path]:
+def _walk(
+    root: Path, folder: Path, rules: tuple[tuple[Path, GitIgnoreSpec], ...], left: list[str], runs: list[Path]
+) -> Iterator[Path]:
     """Files below root/folder, relative to root, links followed. rules: the ignore files met on the way, each with its folder; left: gets
-    what cannot go."""
+    what cannot go; runs: the folders of runs."""
     for name in IGNORE_FILES:
         if (file := root / folder / name).is_file():
             rules += ((folder, GitIgnoreSpec.from_lines(file.read_text(encoding="utf-8").splitlines())),)
@@ -123,12 +144,19 @@ def _walk(root: Path, folder: Path, rules: tuple[tuple[Path, GitIgnoreSpec], ...
             continue
         if is_folder and entry.is_symlink() and (root / folder).resolve().is_relative_to((root / path).resolve()):
             left.append(f"{path} (a link to a folder that it lies in)")
+        elif is_folder and _is_run(root / path):
+            runs.append(path)
+            yield from (path / name for name in STARTED_WITH if (root / path / name).is_file())
         elif is_folder:
-            yield from _walk(root, path, rules, left)
+            yield from _walk(root, path, rules, left, runs)
         elif entry.is_file():
             yield path
         else:
             left.append(f"{path} ({'a link to nothing' if entry.is_symlink() else 'no file'})")
+
+
+def _is_run(folder: Path) -> bool:
+    return (folder / RECORD).is_file() and any((folder / name).exists() for name in RESULTS)
 
 
 def _ignores(spec: GitIgnoreSpec, base: Path, path: Path, entry: os.DirEntry[str]) -> bool:

@@ -168,7 +168,7 @@ def _problems(error: ValidationError, data: Mapping[str, Any], origins: Mapping[
             must.setdefault(path, []).append("a time such as 90s, 10m or 1h" if DURATION_PATTERN in words else words)
             said[path] = f"must be {' or '.join(dict.fromkeys(must[path]))} (got {_shown(item['input'])}{_meant(item)}"
         elif kind == "extra_forbidden":
-            said[path] = f"unknown key{_suggestion(path)} ("
+            said |= {whole: f"unknown key{_suggestion(whole)} (" for whole in _leaves(path, item["input"])}
         else:
             said[path] = "required, but not set (" if kind == "missing" else f"{item.get('ctx', {}).get('error', item['msg'])} ("
     lines: list[str] = []
@@ -204,15 +204,42 @@ def _holds(data: Any, part: str | int) -> bool:
     return isinstance(data, dict) and part in data
 
 
+def _leaves(path: Key, value: Any) -> Iterator[Key]:
+    """The keys that were written of an unknown one: of `optimiser: {lr: 1}` its optimiser.lr."""
+    if isinstance(value, dict) and value:
+        for key, inner in value.items():
+            yield from _leaves((*path, key), inner)
+    else:
+        yield path
+
+
 def _suggestion(path: Key) -> str:
     """The words ", did you mean …?": close keys of the same section, else the same key in another section."""
-    section: type[BaseModel] | None = Recipe
-    for part in path[:-1]:
-        section = section_at(section, part)
-    close = [dotted((*path[:-1], key)) for key in difflib.get_close_matches(str(path[-1]), section.model_fields if section else ())]
+    close = _close(path)
     every = list(all_keys(Recipe, ""))
     close = close or [key for key in every if key.endswith(f".{path[-1]}")] or difflib.get_close_matches(dotted(path), every, cutoff=0.75)
     return f", did you mean {' or '.join(close[:3])}?" if close else ""
+
+
+def _close(path: Key) -> list[str]:
+    """Keys of the schema that are near to a path in each of its parts, as far as any is: optimizer.learning_rate for optimiser.lr."""
+    section: type[BaseModel] | None = Recipe
+    right: Key = ()
+    for n, part in enumerate(path):
+        known = list(section.model_fields) if section else []
+        near = [part] if isinstance(part, int) or part in known else _near(str(part), known)
+        if not near:
+            return [dotted(right)] if n and right != path[:n] else []  # a section was misspelt, and has no such key
+        if n == len(path) - 1:
+            return [dotted((*right, key)) for key in near]
+        right, section = (*right, near[0]), section_at(section, near[0])
+    return []
+
+
+def _near(name: str, known: list[str]) -> list[str]:
+    """Names that are spelt alike, or of which it is the initials: lr for learning_rate."""
+    initials = [key for key in known if "_" in key and "".join(word[0] for word in key.split("_")) == name]
+    return initials or difflib.get_close_matches(name, known)
 
 
 def _shown(value: Any) -> str:

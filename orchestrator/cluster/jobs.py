@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from orchestrator.cluster.quiet import without_small_talk
 from orchestrator.errors import ConfigError, Exit, Forbidden, MissingInput, OrchestratorError, Unreachable
 
 LOCAL = "http://127.0.0.1:8265"
@@ -220,6 +221,7 @@ def _client(address: str, token: str | None) -> Any:
 
     for chatty in ("ray._private.runtime_env.packaging", "ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
+    without_small_talk()
 
     class Client(JobSubmissionClient):
         def _do_request(self, method: str, endpoint: str, **options: Any) -> Any:

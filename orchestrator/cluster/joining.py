@@ -23,6 +23,7 @@ import ray
 from ray._private import ray_constants, services, worker
 from ray.exceptions import RayError
 
+from orchestrator.cluster.quiet import without_small_talk
 from orchestrator.errors import ConfigError, Forbidden, NotEnoughResources, OutputError, Unreachable
 from orchestrator.node_facts import SHM
 from orchestrator.stopping import STOPPING, held_back
@@ -54,6 +55,7 @@ def connect(store: int = OBJECT_STORE_BYTES) -> None:
     address = named_cluster()
     with held_back() if address is None else nullcontext(), _own_signals():
         _without_uv_hook()
+        without_small_talk()
         _join(address) if address is not None else _start(store)
 
 

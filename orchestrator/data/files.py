@@ -9,25 +9,31 @@ import gzip
 import json
 import re
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from orchestrator.data import card
+from orchestrator.data import card, csv_table
 from orchestrator.data.bad_rows import BadRow
 from orchestrator.errors import ConfigError, DataError, MissingInput
 
 REFETCH = "fetch or write the file again, and check that it may be read"
-SUFFIXES = (".jsonl", ".jsonl.gz", ".json.gz", ".parquet")
+USUAL = (".jsonl", ".jsonl.gz", ".json.gz", ".parquet")
+"""What a folder is read for first: beside such files a .json or .csv mostly says something about them."""
+TABLES = {".csv": ",", ".csv.gz": ",", ".tsv": "\t", ".tsv.gz": "\t"}
+"""Suffix -> what separates columns."""
+SUFFIXES = (*USUAL, ".json", *TABLES)
+ABOUT = ("config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
+"""Files of a folder that say something of its data and are none, as the hub knows them."""
 SPLITS = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }
 """The words for splits in names of files and folders, as the hub knows them."""
-OTHERS = (".json", ".csv", ".tsv", ".arrow", ".jsonl.zst", ".jsonl.bz2")
-"""Data that is not read here, and is told of where it lies beside data that is."""
+OTHERS = (".arrow", ".jsonl.zst", ".jsonl.bz2")
+"""Data that is not read here; with USUAL or without, it is told of where it lies beside data that is read."""
 SHARD = re.compile(r"(?P<split>\w+(?:\.\w+)*)-\d{5}-of-\d{5,}")
 
 
@@ -78,7 +84,7 @@ def _laid_out(folder: Path, subset: str | None, split: str | None) -> Chosen:
     by_split: dict[str | None, list[Path]] = {}
     for file in own:
         by_split.setdefault(_split_of(file.relative_to(base)), []).append(file)
-    unread = [p.name for p in sorted(base.iterdir()) if p.name.endswith(OTHERS) and not p.name.startswith(".")]
+    unread = [p.name for p in sorted(base.iterdir()) if p not in own and (_is_data(p) or p.name.endswith(OTHERS)) and not p.name.startswith(".")]
     return Chosen(tuple(_of_split(folder, by_split, split)), tuple(others + unread))
 
 
@@ -106,7 +112,8 @@ def _of_split(folder: Path, by_split: Mapping[str | None, list[Path]], split: st
 
 
 def _found(base: Path) -> tuple[list[Path], list[str]]:
-    """Data files of a folder (its own, of `data` and of folders named after splits), and its other folders that hold some."""
+    """Data files of a folder (its own, of `data` and of folders named after splits; the usual kinds alone where there are any), and its
+    other folders that hold some."""
     own = _files(base)
     others = []
     for name in _folders(base):
@@ -115,7 +122,7 @@ def _found(base: Path) -> tuple[list[Path], list[str]]:
             own += inside
         elif inside:
             others.append(name)
-    return own, others
+    return [file for file in own if file.name.endswith(USUAL)] or own, others
 
 
 def _files(folder: Path) -> list[Path]:
@@ -127,7 +134,7 @@ def _folders(folder: Path) -> list[str]:
 
 
 def _is_data(file: Path) -> bool:
-    return file.name.endswith(SUFFIXES) and not file.name.startswith(".") and file.is_file()
+    return file.name.endswith(SUFFIXES) and not file.name.startswith(".") and file.name not in ABOUT and file.is_file()
 
 
 def _split_of(file: Path) -> str | None:
@@ -148,13 +155,25 @@ def _word(name: str) -> str | None:
     return words[0] if words else None
 
 
-def records(path: str, bad: list[BadRow]) -> Iterator[Record]:
-    """Of one file; path: of a local file, or a URL. What is no JSON goes to `bad`."""
+def records(path: str, bad: list[BadRow], texts: Collection[str] = (), note: Callable[[str], None] = print) -> Iterator[Record]:
+    """Of one file; path: of a local file, or a URL. What is no record goes to `bad`. texts: columns that stay text where the file does not say
+    what is a number; note: is told what the user should know."""
     if path.endswith(".parquet"):
         yield from _parquet(path, bad)
         return
     if not path.endswith(SUFFIXES):
         raise ConfigError(f"{path}: unknown kind of data file", fix=f"use one of {', '.join(SUFFIXES)}")
+    separator = next((mark for suffix, mark in TABLES.items() if path.endswith(suffix)), None)
+    if separator is not None:
+        yield from _table(path, separator, bad, texts, note)
+    elif path.endswith((".json", ".json.gz")) and (whole := _whole(path)) is not None:
+        yield from whole
+    else:
+        yield from _json_lines(path, bad)
+
+
+def _json_lines(path: str, bad: list[BadRow]) -> Iterator[Record]:
+    """An object in each line."""
     for number, line in enumerate(_lines(path), start=1):
         if not line.strip():
             continue
@@ -169,6 +188,38 @@ def records(path: str, bad: list[BadRow]) -> Iterator[Record]:
             bad.append(BadRow(where, "broken JSON: lists or objects are nested too deeply"))
         except ValueError as error:  # a number of thousands of digits
             bad.append(BadRow(where, f"broken JSON: {' '.join(str(error).split())[:120]}"))
+
+
+def _whole(path: str) -> list[Record] | None:
+    """The entries of a file that is one JSON array, by their number; None for a file of lines. DataError where it is neither."""
+    content = b"".join(_lines(path))
+    start = content[:4096].lstrip(b"\xef\xbb\xbf \t\r\n")
+    first, _, rest = content.strip().partition(b"\n")
+    if not start.startswith(b"[") and not (rest and first.strip() == b"{"):
+        return None
+    try:
+        value = json.loads(content.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
+        fix = "mend it, or write one object per line as .jsonl"
+        raise DataError(f"{path}: broken JSON", why=" ".join(str(error).split())[:200], fix=fix) from error
+    if isinstance(value, list):
+        return [Record(entry, f"{path}:{number}") for number, entry in enumerate(value, start=1)]
+    lists = [name for name, entry in value.items() if isinstance(entry, list)]
+    why = f"it is one object, with {'the list ' + lists[0] if lists else 'no list'} in it"
+    raise DataError(f"{path} holds no array of rows", why=why, fix="write the rows as one array, or one object per line as .jsonl")
+
+
+def _table(path: str, separator: str, bad: list[BadRow], texts: Collection[str], note: Callable[[str], None]) -> Iterator[Record]:
+    try:
+        with _open(path) as raw, _unpacked(raw, path) as file:
+            for value, line in csv_table.rows(file, path, separator, texts, bad, note):
+                yield Record(value, f"{path}:{line}", filled=True)
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path} cannot be read", why=str(error), fix=REFETCH) from error
+
+
+def _unpacked(raw: BinaryIO, path: str) -> Any:
+    return gzip.open(raw, "rb") if path.endswith(".gz") else raw
 
 
 def _open(path: str) -> BinaryIO:
@@ -194,7 +245,7 @@ def _open(path: str) -> BinaryIO:
 def _lines(path: str) -> Iterator[bytes]:
     number = 0
     try:
-        with _open(path) as raw, gzip.open(raw, "rb") if path.endswith(".gz") else raw as file:
+        with _open(path) as raw, _unpacked(raw, path) as file:
             for number, line in enumerate(file, start=1):  # noqa: B007 (the error names it)
                 yield line
     except (OSError, EOFError, zlib.error) as error:

@@ -14,13 +14,15 @@ from orchestrator import hub
 from orchestrator.config import Columns, Data, Source
 from orchestrator.data.bad_rows import BadRecord, BadRow, check_bad
 from orchestrator.data.files import SUFFIXES, Record, choose, records
-from orchestrator.data.rows import EVERYTHING, Reads, describe, to_rows, used_columns
+from orchestrator.data.rows import EVERYTHING, SHAREGPT_COLUMN, Reads, describe, to_rows, used_columns
 from orchestrator.data.toy import DEFAULT_ROWS, toy_rows
 from orchestrator.errors import ConfigError, DataError, MissingInput
 from orchestrator.records import DataKind, Row
 
 EMPTY: tuple[Any, ...] = (None, "", [], {})
 """Values that say nothing: a column of nothing else is not missed where it is not read."""
+MEASURED = ("label", "margin", "answer")
+"""Columns of a run that may be no text: in a CSV their values say what they are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +140,7 @@ class _Reader:
         left = source.max_rows if source.max_rows is not None else sys.maxsize
         seen: dict[str, None] = {}
         used: set[str] = set()
-        for record in self._records(source):
+        for record in self._records(source, columns):
             try:
                 rows = to_rows(record.value, columns, self.kind, self.reads, filled=record.filled)
             except BadRecord as error:
@@ -154,7 +156,7 @@ class _Reader:
         self.used |= used
         self.unused |= dict.fromkeys(str(name) for name in seen if name not in used)
 
-    def _records(self, source: Source) -> Iterator[Record]:
+    def _records(self, source: Source, columns: Columns) -> Iterator[Record]:
         path = Path(source.path)
         if source.path.startswith("toy:"):
             _refuse(source, "toy data", "subset", "revision")
@@ -162,14 +164,14 @@ class _Reader:
             yield from _toy(source)
         elif "://" in source.path or path.is_file():
             _refuse(source, "a file", "split", "subset", "revision")
-            yield from self._file(source.path)
+            yield from self._file(source.path, columns)
         elif path.is_dir():
             _refuse(source, "a folder", "revision")
             chosen = choose(path, source.subset, source.split)
             if chosen.passed_over:
                 self.notes.append(f"{path}: not read of it: {', '.join(chosen.passed_over)}")
             for file in chosen.files:
-                yield from self._file(str(file))
+                yield from self._file(str(file), columns)
         elif path.name.endswith(SUFFIXES) or path.is_absolute() or source.path.startswith(".") or source.path.count("/") > 1:
             near = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
             close = difflib.get_close_matches(path.name, near, n=3)
@@ -178,9 +180,10 @@ class _Reader:
             self.origins.add(f"{source.path}, subset {source.subset}, split {source.split or 'train'}, revision {source.revision}")
             yield from _hub(source)
 
-    def _file(self, path: str) -> Iterator[Record]:
+    def _file(self, path: str, columns: Columns) -> Iterator[Record]:
         self.origins.add(path if "://" in path else str(Path(path).resolve()))
-        return records(path, self.bad)
+        texts = {SHAREGPT_COLUMN, *(theirs for name, theirs in columns.model_dump().items() if theirs is not None and name not in MEASURED)}
+        return records(path, self.bad, texts, self.notes.append)
 
 
 def _refuse(source: Source, what: str, *keys: str) -> None:

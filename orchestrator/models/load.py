@@ -69,6 +69,16 @@ def load(cfg: Model, *, seed: int, head: Head, reference: bool = False, longest:
     return Loaded(model, tokenizer, digest, name)
 
 
+def load_for_text(cfg: Model, *, seed: int, dtype: torch.dtype | str = torch.float32) -> Any:
+    """The language model as it lies there, to write text with: no adapter, nothing frozen, pinned or hashed. dtype: "auto" keeps that of
+    the files."""
+    config = load_config(cfg)
+    auto = auto_class(config, "lm", _where(cfg))
+    if cfg.tiny is not None:
+        return build(cfg.tiny, seed, auto)
+    return _pretrained(cfg, auto, dtype=dtype, attn_implementation=plain_attention(config))
+
+
 def load_tokenizer(cfg: Model) -> Any:
     """The tokenizer, with `model.chat_template` and a pad token (eos where there is none: masking is by position)."""
     tokenizer = byte_tokenizer() if cfg.tiny is not None else _pretrained(cfg, AutoTokenizer)

@@ -20,6 +20,9 @@ from orchestrator.rollout.rewards import Component, Outcome, RewardFailure, is_f
 SHARES = 4
 """A group asked alone gets at least this part of a round's time, so that a few that hang leave time for the others."""
 
+REASONS, PLACES = 5, 3
+"""What a message names of them."""
+
 
 @dataclass(frozen=True, slots=True)
 class Judged:
@@ -90,7 +93,8 @@ def combine(groups: Sequence[RolloutGroup], rewards: Rewards, judged: Mapping[st
     rewards.max_dropped_fraction of the groups have no reward.
     """
     weights = {f.name: f.weight for f in rewards.functions}
-    scored, dropped = [], []
+    scored: list[ScoredGroup] = []
+    dropped: list[tuple[str, str]] = []
     for i, group in enumerate(groups):
         found = _from_environment(group)
         reasons = [found] if isinstance(found, str) else []
@@ -105,10 +109,10 @@ def combine(groups: Sequence[RolloutGroup], rewards: Rewards, judged: Mapping[st
                 scored.append(ScoredGroup(group, total.astype(np.float32), parts))
                 continue
             reasons = ["the weighted sum of its rewards is not finite"]
-        dropped.append(f"{group.prompt.where}: {'; '.join(reasons)}")
+        dropped.append((group.prompt.where, "; ".join(reasons)))
     seconds = {name: judged[name].seconds for name in weights}
     _check_dropped(dropped, len(groups), rewards.max_dropped_fraction)
-    return Scoring(tuple(scored), tuple(dropped), seconds)
+    return Scoring(tuple(scored), tuple(f"{where}: {reason}" for where, reason in dropped), seconds)
 
 
 def _from_environment(group: RolloutGroup) -> Floats | str | None:
@@ -134,12 +138,22 @@ def check_any(groups: Sequence[RolloutGroup], rewards: Rewards) -> None:
         )
 
 
-def _check_dropped(dropped: Sequence[str], groups: int, allowed: float) -> None:
+def _check_dropped(dropped: Sequence[tuple[str, str]], groups: int, allowed: float) -> None:
+    """dropped: where a prompt stands, and why its group has no reward. A reason that many share is told once."""
     if len(dropped) <= allowed * groups:
         return
-    shown = [*dropped[:5], *([f"… and {len(dropped) - 5} more"] if len(dropped) > 5 else [])]
+    places: dict[str, list[str]] = {}
+    for where, reason in dropped:
+        places.setdefault(reason, []).append(where)
+    shown = [f"{_listed(found)}: {reason}" for reason, found in list(places.items())[:REASONS]]
+    shown += [f"… and {len(places) - REASONS} other reasons"] if len(places) > REASONS else []
     raise RewardsFailed(
         f"{len(dropped)} of {groups} groups of a rollout batch have no reward; rewards.max_dropped_fraction allows {allowed:g}",
         why="\n       ".join(shown),
         fix="mend what is named: the output of a component is in logs/reward-NAME.log of the run folder, an environment's in logs/rollout-N.log",
     )
+
+
+def _listed(places: Sequence[str]) -> str:
+    """Example: a.jsonl:3, a.jsonl:7, a.jsonl:8 and 5 more."""
+    return ", ".join(places[:PLACES]) + (f" and {len(places) - PLACES} more" if len(places) > PLACES else "")

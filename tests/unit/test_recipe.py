@@ -171,7 +171,10 @@ def test_a_missing_section_needs_no_line(tmp_path: Path) -> None:
         ("learners.worker=2", "learners.worker: unknown key, did you mean learners.workers? (override `learners.worker=2`)"),
         ("max_steps=2", "max_steps: unknown key, did you mean run.max_steps? (override `max_steps=2`)"),
         ("batch.effective=-8", "batch.effective: must be at least 1 (got -8; override `batch.effective=-8`)"),
-        ("zzz.qqq=1", "zzz: unknown key"),
+        ("zzz.qqq=1", "zzz.qqq: unknown key (override `zzz.qqq=1`)"),
+        ("optimiser.lr=1", "optimiser.lr: unknown key, did you mean optimizer.learning_rate? (override `optimiser.lr=1`)"),
+        ("bacth.efective=2", "bacth.efective: unknown key, did you mean batch.effective? (override `bacth.efective=2`)"),
+        ("optimiser.qqq=1", "optimiser.qqq: unknown key, did you mean optimizer? (override `optimiser.qqq=1`)"),
     ],
 )
 def test_a_wrong_override_is_named(minimal: Path, override: str, problem: str) -> None:

@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from orchestrator.cluster.jobs import Attempt, exit_code, find_token
-from orchestrator.cluster_commands import LogView, StatusRow, status_lines, status_table
+from orchestrator.cluster_commands import LogView
 from orchestrator.errors import ConfigError, MissingInput, OrchestratorError, OutputError
 from orchestrator.recipe import load
 from orchestrator.submission import FIND_PYTHON, check_paths, decide, entrypoint, environment, there
@@ -163,27 +163,11 @@ def test_relative_paths_are_looked_for_in_what_goes_along(tmp_path: Path, monkey
     (tmp_path / "out.jsonl").write_text("x")
     outside = refused("data.train=../out.jsonl")
     assert "lies outside of" in outside.why and "absolute path" in outside.fix
+    for name in ("run.json", "checkpoints/x", "export/config.json"):
+        (root / "runs/sft" / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / "runs/sft" / name).write_text("x")
+    for path in ("runs/sft", "runs/sft/export"):
+        assert "runs/sft is the folder of a run" in refused(f"model.path={path}").why
     (root / "r.yaml").write_text(f"extends: ../base.yaml\n{RECIPE}")
     (tmp_path / "base.yaml").write_text("run: {seed: 3}\n")
     assert "base.yaml" in refused().what
-
-
-MESSAGE = "Job entrypoint failed: " + "x" * 200
-FAILED = StatusRow("llama-dpo-a-long-name", "llama-dpo-a-long-name.2", "FAILED", "69", "1m 12s", "12/300 loss 0.5312", MESSAGE)
-ROWS = [FAILED, StatusRow("tiny", "tiny", "RUNNING", "", "2s", "1/3 loss 1.0", "")]
-
-
-def test_status_is_readable_at_80_columns() -> None:
-    said = io.StringIO()
-    console = Console(file=said, width=80, force_terminal=True, color_system=None, highlight=False, soft_wrap=True, markup=False)
-    console.print(status_table(ROWS), soft_wrap=False)
-    lines = said.getvalue().splitlines()
-    assert max(map(len, lines)) <= 80
-    assert lines[1].split() == ["llama-dpo-a-long-name.2", "FAILED", "69", "1m", "12s", "12/300", "loss", "0.5312"]
-    assert lines[2].split()[:2] == ["tiny", "RUNNING"] and lines[3].startswith("llama-dpo-a-long-name.2: Job entrypoint failed: xxx")
-
-
-def test_status_in_a_pipe_is_a_line_for_each_attempt_with_everything() -> None:
-    first, second = status_lines(ROWS).splitlines()
-    assert first.split("\t") == [FAILED.run, FAILED.job, "FAILED", "69", "1m 12s", FAILED.last, FAILED.message]
-    assert second.split("\t")[:3] == ["tiny", "tiny", "RUNNING"]

@@ -141,3 +141,17 @@ def test_a_program_stays_one_on_the_way(tmp_path: Path) -> None:
     (tmp_path / "judge.sh").chmod(0o755)
     with collect(tmp_path).staged({"run.sh": "#!/bin/sh\n"}) as folder:
         assert [os.access(folder / name, os.X_OK) for name in ("judge.sh", "run.sh", "plain.txt")] == [True, True, False]
+
+
+def test_what_runs_made_stays_behind_and_is_told(tmp_path: Path) -> None:
+    """A folder with a few tries of a real model held 6,475 MB."""
+    for run in ("runs/dpo", "runs/pipe/sft", "runs/pipe/dpo", "old"):
+        write(tmp_path / run, "run.json", "recipe.yaml", "run.lock", "checkpoints/step-1/w.safetensors", "export/model.safetensors", "logs/learner-0")
+    os.truncate(tmp_path / "old/checkpoints/step-1/w.safetensors", 2 * LIMIT_BYTES)
+    write(tmp_path, "recipe.yaml", "notes/run.json", "notes/a.txt", "runs/pipe/readme.txt")
+    upload = collect(tmp_path)
+    assert {f.as_posix() for f in upload.files if f.name not in ("recipe.yaml",)} == {"notes/run.json", "notes/a.txt", "runs/pipe/readme.txt"}
+    assert upload.runs == (Path("old"), Path("runs/dpo"), Path("runs/pipe/dpo"), Path("runs/pipe/sft"))
+    assert "not: what 4 runs made (old, runs/dpo, runs/pipe/dpo …)" in upload.summary()
+    assert upload.holds(Path("runs/dpo/recipe.yaml")), "a run may be started again from its folder's recipe"
+    assert upload.run_of(Path("runs/dpo/export")) == Path("runs/dpo") and upload.run_of(Path("runs/pipe")) is None

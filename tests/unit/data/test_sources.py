@@ -173,7 +173,7 @@ def test_a_folder_without_data_files(tmp_path):
 
 
 def test_an_unknown_suffix(tmp_path):
-    path = tmp_path / "pairs.csv"
+    path = tmp_path / "pairs.xlsx"
     path.write_text("a,b\n")
     with pytest.raises(ConfigError, match=r"unknown kind of data file[\s\S]*\.parquet"):
         load_rows(str(path), DATA, "preference")
@@ -286,7 +286,7 @@ def test_urls_that_cannot_be_read(store):
         load_rows("s3://key:hidden@bucket/pairs.jsonl", DATA, "preference")
     assert "hidden" not in str(caught.value)
     with pytest.raises(ConfigError, match="unknown kind of data file"):
-        load_rows("memory://bucket/pairs.csv", DATA, "preference")
+        load_rows("memory://bucket/pairs.xlsx", DATA, "preference")
 
 
 @pytest.mark.skipif(importlib.util.find_spec("s3fs") is not None, reason="s3fs is installed")

@@ -293,6 +293,16 @@ def test_too_many_dropped_groups_end_the_run() -> None:
     assert "q.jsonl:2: reward a is None" in str(told.value) and told.value.exit_code == Exit.SOFTWARE
 
 
+def test_a_reason_that_many_groups_share_is_told_once() -> None:
+    judged = parts("a", *[None] * 6, reasons={i: "reward a is None" if i < 5 else "reward a is nan" for i in range(6)})
+    with pytest.raises(RewardsFailed, match="6 of 6 groups") as told:
+        combine(batch(*[["x"]] * 6), rewards(function("a", "exact_match")), judged)
+    assert told.value.why.splitlines() == [
+        "q.jsonl:1, q.jsonl:2, q.jsonl:3 and 2 more: reward a is None",
+        "       q.jsonl:6: reward a is nan",
+    ]
+
+
 @pytest.mark.parametrize(("given", "words"), [([1.0, None], "sample 1 no reward"), ([1.0, float("nan")], "sample 1 the reward nan")])
 def test_an_environment_that_gave_half_a_reward_drops_the_group(given, words: str) -> None:
     scoring = combine([group(0, ["x", "y"], environment=given)], rewards(max_dropped_fraction=1), {})
