@@ -7,6 +7,7 @@
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from orchestrator import run_offline, run_online
 from orchestrator.algorithms import build
 from orchestrator.checkpoints import CheckpointStore
 from orchestrator.cluster.deadlines import Restarts
-from orchestrator.cluster.joining import own_ray
+from orchestrator.cluster.joining import connect, own_ray
 from orchestrator.cluster.placement import check_capacity
 from orchestrator.cluster.probes import on_cluster
 from orchestrator.cluster.workers import LearnerGroup
@@ -32,6 +33,7 @@ from orchestrator.job import Job, plan_job, plan_sketch
 from orchestrator.learner.learner import LearnerSpec
 from orchestrator.models.shapes import as_folder, known
 from orchestrator.observe.dashboard import write_report
+from orchestrator.observe.phases import phase
 from orchestrator.observe.sinks import read_lines
 from orchestrator.observe.tracking import honoured
 from orchestrator.plan import Choice, DataReport, Plan, data_report, finer_cut
@@ -48,6 +50,9 @@ from orchestrator.sketch import Lengths
 from orchestrator.stages import Stage, references, resolve
 from orchestrator.startup import attach_reference
 from orchestrator.stopping import Stop, stop_signals
+
+MISTAKES_S = 0.7
+"""In which most mistakes in a recipe and its data are found."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +82,7 @@ def _train(recipe: Recipe, root: Path, console: Console, stop: Stop, extend: boo
     asked = asked_by([recipe])
     facts = look(asked, root)
     require(judge(facts, asked))  # before the plan: a node that is silent is no lack of room
-    job = plan_job(recipe, console, of_cluster(facts))
+    job = _planned(recipe, console, of_cluster(facts))
     _preflight(judge(facts, need_of(job)), console)
     if job.prompts is not None and recipe.rollouts.replay is None:
         for function in recipe.rewards.functions:
@@ -92,6 +97,18 @@ def _train(recipe: Recipe, root: Path, console: Console, stop: Stop, extend: boo
         report = write_report(root)
     before, after = _before_and_after(folder.metrics)
     return Outcome(root, folder.export, report, progress.step, before, after)
+
+
+def _planned(recipe: Recipe, console: Console, hardware: Hardware) -> Job:
+    """The planned run. A Ray of its own starts meanwhile, where its size does not come from the plan (that of published weights does)."""
+    if recipe.algorithm.name in ONLINE or on_cluster():
+        with phase(console, "planning"):
+            return plan_job(recipe, console, hardware)
+    with phase(console, "planning, and starting Ray"), ThreadPoolExecutor(1) as pool:
+        job = pool.submit(plan_job, recipe, console, hardware)
+        if not wait([job], timeout=MISTAKES_S).done:  # a recipe or data that cannot be used are told at once
+            connect()  # here: it handles signals, which only the main thread may
+        return job.result()
 
 
 def _identity(recipe: Recipe, job: Job) -> Identity:

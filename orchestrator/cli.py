@@ -19,6 +19,7 @@ from orchestrator import recipe as recipes
 from orchestrator.cluster.forkserver import forked_workers
 from orchestrator.cluster_commands import Overrides, RecipeArgument, out
 from orchestrator.errors import ConfigError, Exit, OrchestratorError, OutputError
+from orchestrator.observe.phases import phase
 from orchestrator.stages import STAGE, references
 from orchestrator.stopping import enduring_output, stop_signals
 
@@ -47,7 +48,7 @@ def train(
     """Trains; goes on by itself if the folder holds a verified checkpoint of the same run."""
     with stop_signals() as stop, enduring_output():
         loaded = recipes.load(recipe, overrides or ())
-        with forked_workers():
+        with forked_workers(lambda: phase(out, "loading torch, transformers and DeepSpeed")):
             from orchestrator.assemble import train_stages
 
             outcomes = train_stages(loaded.stages, output or Path("runs") / loaded.name, out, stop, extend=extend)

@@ -109,6 +109,8 @@ class Plan:
     mean_length: int
     sizes: Sizes
     """Parameters of the policy, tensor by tensor."""
+    followed: bool = True
+    """Whether activations were counted on a step without storage; False: by a formula."""
     warnings: tuple[str, ...] = ()
 
     @property
@@ -131,6 +133,7 @@ class Plan:
             "data": asdict(self.data),
             "memory": {**asdict(self.memory), "total": self.memory.total},
             "traffic": asdict(self.traffic),
+            "followed": self.followed,
             "sizes": {"all": self.sizes.all, "learns": self.sizes.learns},
             "recipe": self.recipe.model_dump(mode="json"),
         }
@@ -170,6 +173,7 @@ def make_plan(recipe: Recipe, algorithm: Algorithm, data: DataSet, hardware: Har
         traffic=sent,
         mean_length=max(1, sum(data.report.lengths) // len(data.report.lengths)),
         sizes=work.model.sizes,
+        followed=not work.model.unpredicted,
     )
 
 

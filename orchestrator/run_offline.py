@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Callable
+from contextlib import ExitStack
 
 from orchestrator.algorithms import Algorithm
 from orchestrator.checkpoints import CheckpointStore
@@ -16,10 +17,12 @@ from orchestrator.dataset import DataSet
 from orchestrator.job import Job
 from orchestrator.learner.checks import model_fingerprint
 from orchestrator.learner.learner import LearnerSpec
+from orchestrator.observe.phases import phase
+from orchestrator.observe.reporter import RunReporter
 from orchestrator.records import Cut, Progress
 from orchestrator.resume import RunCheckpoints
 from orchestrator.run_folder import RunFolder
-from orchestrator.startup import attach_reference, check_layout, measured_throughput, probed_cut
+from orchestrator.startup import Attach, attach_reference, check_layout, learners_are_reference, measured_throughput, probed_cut
 from orchestrator.stopping import Stop
 
 
@@ -28,14 +31,11 @@ def attempt(job: Job, folder: RunFolder, cut: Cut, stop: Stop) -> Progress:
     recipe = job.recipe
     store = CheckpointStore(folder.checkpoints, run=folder.fingerprint, keep=recipe.checkpoint.keep, note=job.console.print)
     saved = store.newest()
-    with (
-        job.reporter(folder, saved.progress.step if saved else 0) as reporter,
-        LearnerGroup(recipe.learners, parameters=job.sizes().all, logs=folder.logs) as group,
-    ):
-        attach = attach_reference(recipe, job.algorithm, job.data, cut, group, reporter.note)
-        group.build(LearnerSpec(recipe, cut, job.schedule_steps))
-        cut = probed_cut(job.plan, job.data, cut, group, reporter.note)
-        check_layout(recipe, job.algorithm, job.data, cut, group, reporter.note)
+    with ExitStack() as stack:
+        reporter = stack.enter_context(job.reporter(folder, saved.progress.step if saved else 0))
+        with phase(job.console, f"starting {recipe.learners.count} worker{'s' if recipe.learners.count > 1 else ''}"):
+            group = stack.enter_context(LearnerGroup(recipe.learners, parameters=job.sizes().all, logs=folder.logs))
+        cut, attach = _begun(job, cut, group, reporter)
         base = group.call(model_fingerprint)[0]
         evaluated = saved is not None and folder.evaluated(saved.progress.step)
         trainer = OfflineTrainer(
@@ -55,6 +55,22 @@ def attempt(job: Job, folder: RunFolder, cut: Cut, stop: Stop) -> Progress:
         reporter.note(f"exporting to {folder.export}")
         group.export(folder.export, job.card(folder))
         return progress
+
+
+def _begun(job: Job, cut: Cut, group: LearnerGroup, reporter: RunReporter) -> tuple[Cut, Attach]:
+    """Learners with the start weights, checked: the cut that fits them, and how batches get their reference log-probs."""
+    recipe, attach = job.recipe, None
+    if not learners_are_reference(recipe):
+        with phase(job.console, "loading the reference, its log-probs"):
+            attach = attach_reference(recipe, job.algorithm, job.data, cut, group, reporter.note)
+    with phase(job.console, "loading the model"):
+        group.build(LearnerSpec(recipe, cut, job.schedule_steps))
+    with phase(job.console, "checking memory and layout"):
+        cut = probed_cut(job.plan, job.data, cut, group, reporter.note)
+        check_layout(recipe, job.algorithm, job.data, cut, group, reporter.note)
+    if attach is None:
+        attach = attach_reference(recipe, job.algorithm, job.data, cut, group, reporter.note, built=True)
+    return cut, attach
 
 
 def _plan(job: Job, evaluated: bool) -> OfflinePlan:

@@ -24,6 +24,7 @@ from orchestrator.job import Job
 from orchestrator.learner.checks import model_fingerprint
 from orchestrator.learner.learner import LearnerSpec
 from orchestrator.memory_model import model_sizes
+from orchestrator.observe.phases import phase
 from orchestrator.observe.reporter import RunReporter
 from orchestrator.observe.timeline import Timeline
 from orchestrator.records import Cut, PackedBatch, Progress
@@ -44,18 +45,21 @@ def attempt(job: Job, folder: RunFolder, cut: Cut, stop: Stop) -> Progress:
     with ExitStack() as stack:
         reporter = stack.enter_context(job.reporter(folder, saved.progress.step if saved else 0))
         together = _together(recipe)
-        connect(store_for(job.store_bytes()))
-        placed = stack.enter_context(reserved((*job.demands(), *job.reward_models()), recipe.learners.start_timeout_s))
+        with phase(job.console, "starting Ray"):
+            connect(store_for(job.store_bytes()))
         parameters = job.sizes().all
-        group = stack.enter_context(
-            LearnerGroup(recipe.learners, parameters=parameters, logs=folder.logs, colocated=together, placement=placed["learners"])
-        )
-        group.build(LearnerSpec(recipe, cut, job.schedule_steps))
-        cut = probed_cut(job.plan, job.data, cut, group, reporter.note)
-        check_layout(recipe, job.algorithm, job.data, cut, group, reporter.note)
+        with phase(job.console, "starting workers"):
+            placed = stack.enter_context(reserved((*job.demands(), *job.reward_models()), recipe.learners.start_timeout_s))
+            learners = LearnerGroup(recipe.learners, parameters=parameters, logs=folder.logs, colocated=together, placement=placed["learners"])
+            group = stack.enter_context(learners)
+        with phase(job.console, "loading the model"):
+            group.build(LearnerSpec(recipe, cut, job.schedule_steps))
+        with phase(job.console, "checking memory and layout"):
+            cut = probed_cut(job.plan, job.data, cut, group, reporter.note)
+            check_layout(recipe, job.algorithm, job.data, cut, group, reporter.note)
         critic = _critic(job, folder, cut, placed, stack) if online.critic else None
         generator, scorer, bridge = _rollouts(job, parameters, folder, group, placed, stack)
-        learners = [group] if critic is None else [group, critic]
+        trained = [group] if critic is None else [group, critic]
         sampling = sampling_of(recipe)
         evaluated = saved is not None and folder.evaluated(saved.progress.step)
         trainer = OnlineTrainer(
@@ -67,7 +71,7 @@ def attempt(job: Job, folder: RunFolder, cut: Cut, stop: Stop) -> Progress:
             weights=bridge,
             evaluator=RolloutEvaluator(_held_out(job), recipe.evaluation, sampling, generator, scorer),
             report=reporter,
-            checkpoints=RunCheckpoints(store, learners, saved, group.call(model_fingerprint)[0]),
+            checkpoints=RunCheckpoints(store, trained, saved, group.call(model_fingerprint)[0]),
             timeline=Timeline(folder.root / "trace.json"),
             stop=stop,
         )

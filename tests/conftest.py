@@ -1,6 +1,9 @@
 """Settings of every test: no network, one thread per process, property tests that do not flake on a busy machine."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
 # Before torch, ray or wandb are imported: they read these once.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -9,6 +12,8 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "offline"
 os.environ["WANDB_SILENT"] = "true"
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="cache-")  # what is remembered of models and layouts is not the user's
+atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 import pytest
 from hypothesis import settings

@@ -63,6 +63,7 @@ class Sandbox:
         inherited = {k: v for k, v in os.environ.items() if not k.startswith("RAY_") and k not in ours}
         own = {
             "HOME": str(self.root / "home"),
+            "XDG_CACHE_HOME": str(self.root / "home" / ".cache"),
             "RAY_TMPDIR": str(self.ray_folder),
             "RAY_USAGE_STATS_ENABLED": "0",
             "OMP_NUM_THREADS": "1",

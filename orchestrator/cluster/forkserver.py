@@ -21,8 +21,8 @@ import socket
 import sys
 import tempfile
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -38,14 +38,21 @@ PR_SET_PDEATHSIG = 1
 
 
 @contextmanager
-def forked_workers() -> Iterator[None]:
-    """Inside, the workers of a Ray that is started here are forked from this process as it is now, with the modules they need; nothing is
-    changed where they may not be (see above), where the run joins another Ray, and where this process has imported ray: its library
-    reads what a worker is when it is loaded."""
-    if sys.platform != "linux" or "ray" in sys.modules or os.environ.get("RAY_ADDRESS", "local") not in ("", "local") or visible_gpus():
+def forked_workers(said: Callable[[], AbstractContextManager[None]] = nullcontext) -> Iterator[None]:
+    """Inside, the workers of a Ray that is started here are forked from this process as it is now, with the modules they need. said: around
+    their import, which takes seconds.
+
+    Nothing is changed where workers may not be forked (see above), where the run joins another Ray, and where this process has imported ray:
+    its library reads what a worker is when it is loaded."""
+    possible = sys.platform == "linux" and "ray" not in sys.modules and os.environ.get("RAY_ADDRESS", "local") in ("", "local")
+    with said():
+        if possible and not visible_gpus():
+            _import()
+        else:
+            possible = False
+    if not possible:
         yield
         return
-    _import()
     with tempfile.TemporaryDirectory(prefix="fork-") as folder:
         address = str(Path(folder) / "socket")
         server = _start(address)

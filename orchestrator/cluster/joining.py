@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray._private import ray_constants, services, worker
+from ray._private import parameter, ray_constants, services, worker
 from ray.exceptions import RayError
 
 from orchestrator.cluster.quiet import without_small_talk
@@ -42,6 +42,13 @@ SOCKET_AT_MOST = 107
 """Bytes in the path of a Unix socket."""
 SOCKET = "/session_2026-11-27_00-00-00_000000_4194304/sockets/plasma_store"
 """The longest path that Ray puts below its folder."""
+SETTINGS_OF_RAY = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_worker_niceness": "0",  # Ray's 15 starves workers on a machine that others use as well
+    "RAY_prestart_worker_first_driver": "0",  # idle processes, of which none has what an actor asks for
+    "RAY_enable_worker_prestart": "0",
+}
+"""Of a Ray that is started here, where the user has not set them."""
 UV_HOOK = "RAY_ENABLE_UV_RUN_RUNTIME_ENV"
 UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.ENOENT, errno.ENAMETOOLONG)
 
@@ -143,12 +150,13 @@ def _knock(named: str, address: str) -> None:
 
 def _start(store: int) -> None:
     """A Ray of this machine alone, whatever else runs or ran on it."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 starves workers on a machine that others use as well
+    for name, value in SETTINGS_OF_RAY.items():
+        os.environ.setdefault(name, value)
     _have_token()
     folder = _short_folder()
     try:
-        ray.init(address="local", include_dashboard=False, object_store_memory=store, _temp_dir=folder, **_QUIET)
+        with _lean():
+            ray.init(address="local", include_dashboard=False, object_store_memory=store, _temp_dir=folder, **_QUIET)
     except Exception as error:  # Ray raises plain Exceptions too
         why = " ".join(f"{type(error).__name__}: {error}".split())[:500]
         if isinstance(error, OSError) and error.errno in UNWRITABLE:
@@ -158,6 +166,24 @@ def _start(store: int) -> None:
         raise NotEnoughResources("Ray did not start on this machine", why=why, fix=fix) from error
     _protect_token()
     _end_helpers_at_once()
+
+
+class _LeanParams(parameter.RayParams):
+    """A Ray without the processes that serve a cluster: the autoscaler, and the reader of logs, which nobody asks for here."""
+
+    def __init__(self, **given: Any) -> None:
+        super().__init__(**{**given, "no_monitor": True, "include_log_monitor": False})
+
+
+@contextmanager
+def _lean() -> Iterator[None]:
+    """ray.init makes its parameters by this name, and offers none of these two."""
+    whole = parameter.RayParams
+    parameter.RayParams = _LeanParams
+    try:
+        yield
+    finally:
+        parameter.RayParams = whole
 
 
 def _short_folder() -> str:

@@ -55,23 +55,17 @@ def worst(gaps: Sequence[Gap]) -> Gap:
     return max(gaps, key=lambda gap: (np.isnan(gap.roundings), gap.roundings))
 
 
-def layout_gap(learner: RankLearner, chosen: MicroBatch, padded: MicroBatch) -> Gap:
-    """Difference between two layouts of the same examples. A collective."""
+def start_gaps(learner: RankLearner, chosen: MicroBatch | None, padded: MicroBatch) -> tuple[Gap, Gap]:
+    """How far the rows as they are laid out are from padded ones (chosen: None where they are padded themselves), and our chunked log-probs (or
+    rewards) from the model's own logits; nothing for critics, whose head is ours. A collective."""
     plain = _values(learner, padded)
     with rounded(learner):
         control = _values(learner, padded) - plain
-    return Gap.of(_values(learner, chosen) - plain, control)
-
-
-def head_check(learner: RankLearner, padded: MicroBatch) -> Gap:
-    """Difference of our chunked log-probs (or rewards) from the model's own logits; nothing for critics. A collective."""
+    layout = Gap(0.0, 0.0, 0.0) if chosen is None else Gap.of(_values(learner, chosen) - plain, control)
     if learner.algorithm.head == "value":
-        return Gap(0.0, 0.0, 0.0)
-    plain = _values(learner, padded)
-    with rounded(learner):
-        control = _values(learner, padded) - plain
+        return layout, Gap(0.0, 0.0, 0.0)
     difference = head_gap(learner.scoring, MicroBatchTensors.of(padded, learner.device))
-    return Gap.of(difference.float().cpu().numpy(), control)
+    return layout, Gap.of(difference.float().cpu().numpy(), control)
 
 
 @torch.no_grad()
@@ -120,6 +114,13 @@ def probe_peak(learner: RankLearner, micro_batch: MicroBatch, units: LossUnits) 
 def usable_bytes(learner: RankLearner) -> int:
     """Memory of this rank's device."""
     return device_bytes(learner.device, learner.group.world)
+
+
+def device_kind(learner: RankLearner) -> str:
+    """What this rank computes on: the name of its GPU, or the CPU with its instructions and threads."""
+    if learner.device.type == "cuda":
+        return torch.cuda.get_device_name(learner.device)
+    return f"cpu {torch.backends.cpu.get_cpu_capability()} {torch.get_num_threads()}"
 
 
 def attention_compilations(learner: RankLearner) -> int:

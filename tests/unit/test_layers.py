@@ -14,7 +14,7 @@ PACKAGE = ROOT / "orchestrator"
 FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"__init__", "errors", "config", "records", "episodes", "roles", "faults", "facts", "words", "stopping"}),
     frozenset(
-        {"objectives", "checkpoints", "strict_yaml", "stages", "keys", "validation", "findings", "node_facts", "hardware", "state_bytes", "hub"}
+        {"objectives", "checkpoints", "strict_yaml", "stages", "keys", "validation", "findings", "node_facts", "hardware", "state_bytes", "hub", "remembered"}
     ),
     frozenset({"data", "models", "observe", "algorithms", "recipe", "reference_page", "identity", "upload", "settle"}),
     frozenset({"learner", "rollout", "cut", "dataset", "memory_model", "launchers", "chat_models"}),

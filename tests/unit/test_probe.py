@@ -1,14 +1,19 @@
 """The probe before training: cut finer until it fits, as far as that helps, and no further."""
 
+import shutil
+from dataclasses import replace
+
 import pytest
 
 from orchestrator.algorithms import build
 from orchestrator.dataset import load_data
 from orchestrator.errors import NotEnoughResources
+from orchestrator.learner.checks import probe_peak
 from orchestrator.learner.learner import LearnerSpec
 from orchestrator.plan import make_plan
 from orchestrator.recipe import load
-from orchestrator.startup import probed_cut
+from orchestrator.remembered import cache_folder
+from orchestrator.startup import SAFE, probed_cut
 from orchestrator.ways import first_steps, largest_micro_batch
 
 
@@ -18,8 +23,10 @@ class Workers:
     def __init__(self, spec, state):
         self.spec, self.state, self.built, self.probes = spec, state, [], 0
 
-    def call(self, function, largest, units):
-        self.probes += 1
+    def call(self, function, *arguments):
+        if function is not probe_peak:
+            return ["what the model and the device are"]
+        self.probes, largest = self.probes + 1, arguments[0]
         return [self.state(self.spec.cut.zero_stage) + 1_000_000 * largest.positions]
 
     def build(self, spec):
@@ -38,7 +45,12 @@ def planned():
     recipe = load("recipes/tiny/dpo.yaml", [rows, "data.eval=null", "batch.micro_batch=auto", *options]).stages[0].recipe
     algorithm = build(recipe.algorithm)
     data = load_data(recipe, algorithm)
-    return make_plan(recipe, algorithm, data), data
+    return replace(make_plan(recipe, algorithm, data), followed=False), data  # so that it is probed, however much room there is
+
+
+@pytest.fixture(autouse=True)
+def nothing_remembered(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
 
 
 def probed(planned, state):
@@ -72,3 +84,20 @@ def test_what_fits_nowhere_is_refused_with_the_arithmetic(planned):
     with pytest.raises(NotEnoughResources) as error:
         probed(planned, lambda stage: 8_000_000_000)
     assert "ZeRO 3" in error.value.what and "weights" in error.value.why
+
+
+def test_what_was_measured_is_not_measured_again(planned):
+    assert probed(planned, lambda stage: 0)[1].probes == 1
+    cut, workers, notes = probed(planned, lambda stage: 8_000_000_000)
+    assert workers.probes == 0 and cut == planned[0].cut
+    assert "as measured before" in notes[0]
+
+
+def test_a_cpu_run_far_below_its_limit_is_not_probed(planned):
+    plan, data = planned
+    roomy = replace(plan, followed=True, memory_limit=int(plan.memory.peak / SAFE) + 1)
+    for there, probes in ((roomy, 0), (replace(roomy, followed=False), 1), (replace(roomy, memory_limit=int(plan.memory.peak / SAFE) - 1), 1)):
+        workers = Workers(LearnerSpec(plan.recipe, plan.cut, 77), lambda stage: 0)
+        assert probed_cut(there, data, plan.cut, workers, lambda _: None) == plan.cut
+        assert workers.probes == probes
+        shutil.rmtree(cache_folder("probes"), ignore_errors=True)
