@@ -14,9 +14,9 @@ PACKAGE = ROOT / "orchestrator"
 FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"__init__", "errors", "config", "records", "episodes", "roles", "faults", "facts", "words", "stopping"}),
     frozenset(
-        {"objectives", "checkpoints", "strict_yaml", "stages", "keys", "validation", "findings", "node_facts", "hardware", "state_bytes", "hub", "remembered"}
+        {"objectives", "checkpoints", "strict_yaml", "stages", "keys", "validation", "findings", "node_facts", "hardware", "state_bytes", "hub"}
     ),
-    frozenset({"data", "models", "observe", "algorithms", "recipe", "reference_page", "identity", "upload", "settle"}),
+    frozenset({"data", "models", "observe", "algorithms", "recipe", "reference_page", "identity", "upload", "settle", "remembered"}),
     frozenset({"learner", "rollout", "cut", "dataset", "memory_model", "launchers", "chat_models"}),
     frozenset({"prompts", "ways", "model_advice", "extension", "starting", "chat"}),
     frozenset({"plan", "sketch"}),
