@@ -38,7 +38,7 @@ from orchestrator.observe.sinks import read_lines
 from orchestrator.observe.tracking import honoured
 from orchestrator.plan import Choice, DataReport, Plan, data_report, finer_cut
 from orchestrator.plan_view import data_notes, warning_lines
-from orchestrator.preflight import asked_by, look, need_of, require
+from orchestrator.preflight import asked_by, look, need_of, require, this_machine
 from orchestrator.prompts import load_prompts
 from orchestrator.recipe import dump
 from orchestrator.records import Progress, SequenceGroup
@@ -67,28 +67,37 @@ class Outcome:
     after: Mapping[str, float]
 
 
-def train(recipe: Recipe, root: Path, console: Console, stop: Stop | None = None, *, extend: bool = False) -> Outcome:
+@dataclass(frozen=True, slots=True)
+class How:
+    """What a caller decides of a run beside its recipe. extend: it may have another end, though its schedule looks at it; in_process: the only
+    worker is this process, without Ray."""
+
+    extend: bool = False
+    in_process: bool = False
+
+
+def train(recipe: Recipe, root: Path, console: Console, stop: Stop | None = None, how: How = How()) -> Outcome:
     """Runs a recipe to its end in the folder `root`, going on from a verified checkpoint if one is there. stop: of a caller that handles the
-    signals already, None: they are handled here; extend: the run may have another end, though its schedule looks at it."""
+    signals already; None: they are handled here."""
     with nullcontext(stop) if stop is not None else stop_signals() as asked:
-        return _train(recipe, root, console, asked, extend)
+        return _train(recipe, root, console, asked, how)
 
 
-def _train(recipe: Recipe, root: Path, console: Console, stop: Stop, extend: bool) -> Outcome:
+def _train(recipe: Recipe, root: Path, console: Console, stop: Stop, how: How) -> Outcome:
     tracking, told = honoured(recipe.tracking, os.environ)
     recipe = recipe.model_copy(update={"tracking": tracking})
     for line in told:
         console.print(line, markup=False)
     asked = asked_by([recipe])
-    facts = look(asked, root)
+    facts = this_machine(asked, root) if how.in_process else look(asked, root)
     require(judge(facts, asked))  # before the plan: a node that is silent is no lack of room
-    job = _planned(recipe, console, of_cluster(facts))
+    job = _here(recipe, console, of_cluster(facts)) if how.in_process else _planned(recipe, console, of_cluster(facts))
     _preflight(judge(facts, need_of(job)), console)
     if job.prompts is not None and recipe.rollouts.replay is None:
         for function in recipe.rewards.functions:
             if function.url is not None:
                 knock(function)
-    end = End(recipe.optimizer, job.plan.total_steps, job.optimizer_steps, extend)
+    end = End(recipe.optimizer, job.plan.total_steps, job.optimizer_steps, how.extend)
     identity = _identity(recipe.model_copy(update={"learners": job.recipe.learners}), job)
     with open_run(root, identity, dump(recipe), job.plan_json(), _say(console), end=end) as folder:
         for line in (*data_notes(job.plan.data), *warning_lines(job.plan)):
@@ -97,6 +106,15 @@ def _train(recipe: Recipe, root: Path, console: Console, stop: Stop, extend: boo
         report = write_report(root)
     before, after = _before_and_after(folder.metrics)
     return Outcome(root, folder.export, report, progress.step, before, after)
+
+
+def _here(recipe: Recipe, console: Console, hardware: Hardware) -> Job:
+    """The planned run on one worker, which is this process."""
+    if recipe.algorithm.name in ONLINE:
+        what = f"--in-process: {recipe.algorithm.name} draws completions on rollout actors, which are processes of Ray"
+        raise ConfigError(what, fix="run it without --in-process, or learn from recorded rollouts' pairs with an offline recipe")
+    with phase(console, "planning"):
+        return replace(plan_job(recipe.with_workers(1), console, hardware), in_process=True)
 
 
 def _planned(recipe: Recipe, console: Console, hardware: Hardware) -> Job:
@@ -197,7 +215,7 @@ def _before_and_after(metrics: Path) -> tuple[dict[str, float], dict[str, float]
     return (evaluations[0], evaluations[-1]) if evaluations else ({}, {})
 
 
-def train_stages(stages: Sequence[Stage], root: Path, console: Console, stop: Stop | None = None, *, extend: bool = False) -> dict[str, Outcome]:
+def train_stages(stages: Sequence[Stage], root: Path, console: Console, stop: Stop | None = None, how: How = How()) -> dict[str, Outcome]:
     """Trains a recipe, or a pipeline stage by stage in root/NAME, each with the exports of the stages it names."""
     for stage in stages[1:]:  # the first one is about to be planned; a mistake in a later one is not to be told hours later
         if stage.recipe.algorithm.name in ONLINE:
@@ -211,7 +229,7 @@ def train_stages(stages: Sequence[Stage], root: Path, console: Console, stop: St
         if len(stages) > 1:
             console.rule(stage.name, align="left")
         with own_ray():
-            outcomes[stage.name] = train(resolve(stage.recipe, {n: o.export for n, o in outcomes.items()}), folder, console, stop, extend=extend)
+            outcomes[stage.name] = train(resolve(stage.recipe, {n: o.export for n, o in outcomes.items()}), folder, console, stop, how)
     return outcomes
 
 

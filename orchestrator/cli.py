@@ -8,6 +8,7 @@ import json
 import shutil
 import sys
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -38,20 +39,26 @@ app.add_typer(recipes_app, name="recipes")
 app.add_typer(config_app, name="config")
 
 
+def _loading() -> AbstractContextManager[None]:
+    return phase(out, "loading torch, transformers and DeepSpeed")
+
+
 @app.command()
 def train(
     recipe: RecipeArgument,
     overrides: Overrides = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="run folder; default runs/NAME")] = None,
+    in_process: Annotated[bool, typer.Option("--in-process", help="one worker in this process, without Ray: for breakpoints and profilers")] = False,
     extend: Annotated[bool, typer.Option("--extend", help="another run.max_steps or run.epochs though the schedule looks at the end")] = False,
 ) -> None:
     """Trains; goes on by itself if the folder holds a verified checkpoint of the same run."""
     with stop_signals() as stop, enduring_output():
         loaded = recipes.load(recipe, overrides or ())
-        with forked_workers(lambda: phase(out, "loading torch, transformers and DeepSpeed")):
-            from orchestrator.assemble import train_stages
+        with nullcontext() if in_process else forked_workers(_loading):
+            with _loading() if in_process else nullcontext():
+                from orchestrator.assemble import How, train_stages
 
-            outcomes = train_stages(loaded.stages, output or Path("runs") / loaded.name, out, stop, extend=extend)
+            outcomes = train_stages(loaded.stages, output or Path("runs") / loaded.name, out, stop, How(extend, in_process))
     if (results := held_out(outcomes)).row_count:
         out.print(results)
     for outcome in outcomes.values():

@@ -43,7 +43,7 @@ TRACKED_PLAN = ("arithmetic", "total_steps", "cut", "choices", "memory", "memory
 class Job:
     """A planned run. data: what steps are planned and checked with; prompts: of an online run; console: where the user looks.
 
-    optimizer_steps: of one step of the loop: 1, or what an online run takes from a rollout batch."""
+    optimizer_steps: of one step of the loop: 1, or what an online run takes from a rollout batch; in_process: the only worker is this process."""
 
     recipe: Recipe
     algorithm: Algorithm
@@ -52,6 +52,7 @@ class Job:
     plan: Plan
     optimizer_steps: int
     console: Console
+    in_process: bool = False
 
     @property
     def schedule_steps(self) -> int:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from orchestrator.checkpoints import CheckpointStore, FileEntry, Saved
-from orchestrator.cluster.workers import LearnerGroup
+from orchestrator.cluster.ranks import Ranks
 from orchestrator.errors import OutputError
 from orchestrator.learner.checks import adam_steps
 from orchestrator.records import Progress
@@ -14,7 +14,7 @@ class RunCheckpoints:
     """Saves and restores one run. learners: the policy's, and PPO's critic; saved: the newest verified checkpoint, if any;
     base: fingerprint of the start weights."""
 
-    def __init__(self, store: CheckpointStore, learners: Sequence[LearnerGroup], saved: Saved | None, base: str) -> None:
+    def __init__(self, store: CheckpointStore, learners: Sequence[Ranks], saved: Saved | None, base: str) -> None:
         self.store, self.learners, self.saved, self.base = store, learners, saved, base
 
     def restore(self) -> Progress:

@@ -8,6 +8,8 @@ from contextlib import ExitStack
 
 from orchestrator.algorithms import Algorithm
 from orchestrator.checkpoints import CheckpointStore
+from orchestrator.cluster.in_process import LocalRank
+from orchestrator.cluster.ranks import Ranks
 from orchestrator.cluster.workers import LearnerGroup
 from orchestrator.config import Recipe
 from orchestrator.controllers.evaluation import Evaluator, HeldOut
@@ -34,7 +36,7 @@ def attempt(job: Job, folder: RunFolder, cut: Cut, stop: Stop) -> Progress:
     with ExitStack() as stack:
         reporter = stack.enter_context(job.reporter(folder, saved.progress.step if saved else 0))
         with phase(job.console, f"starting {recipe.learners.count} worker{'s' if recipe.learners.count > 1 else ''}"):
-            group = stack.enter_context(LearnerGroup(recipe.learners, parameters=job.sizes().all, logs=folder.logs))
+            group = stack.enter_context(_ranks(job, folder))
         cut, attach = _begun(job, cut, group, reporter)
         base = group.call(model_fingerprint)[0]
         evaluated = saved is not None and folder.evaluated(saved.progress.step)
@@ -57,7 +59,12 @@ def attempt(job: Job, folder: RunFolder, cut: Cut, stop: Stop) -> Progress:
         return progress
 
 
-def _begun(job: Job, cut: Cut, group: LearnerGroup, reporter: RunReporter) -> tuple[Cut, Attach]:
+def _ranks(job: Job, folder: RunFolder) -> LearnerGroup | LocalRank:
+    learners = job.recipe.learners
+    return LocalRank(learners) if job.in_process else LearnerGroup(learners, parameters=job.sizes().all, logs=folder.logs)
+
+
+def _begun(job: Job, cut: Cut, group: Ranks, reporter: RunReporter) -> tuple[Cut, Attach]:
     """Learners with the start weights, checked: the cut that fits them, and how batches get their reference log-probs."""
     recipe, attach = job.recipe, None
     if not learners_are_reference(recipe):
@@ -90,7 +97,7 @@ def _plan(job: Job, evaluated: bool) -> OfflinePlan:
     )
 
 
-def evaluator(data: DataSet, recipe: Recipe, algorithm: Algorithm, group: LearnerGroup, attach: Callable, *, itself: bool = True) -> Evaluator:
+def evaluator(data: DataSet, recipe: Recipe, algorithm: Algorithm, group: Ranks, attach: Callable, *, itself: bool = True) -> Evaluator:
     """Evaluates held-out rows with the learners. itself: the policy starts as the recipe's model."""
     held_out = HeldOut(data.held_out, data.held_out_names, data.prompts, data.answers)
     return Evaluator(held_out, recipe.evaluation, group, attach, data.decode, Ranking.of(recipe, algorithm, itself=itself))

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from orchestrator.algorithms import Algorithm
-from orchestrator.cluster.workers import LearnerGroup
+from orchestrator.cluster.ranks import Ranks
 from orchestrator.config import Recipe
 from orchestrator.controllers.reference import ReferenceCache
 from orchestrator.cut import cut_step, loss_units
@@ -56,7 +56,7 @@ def learners_are_reference(recipe: Recipe) -> bool:
 
 
 def attach_reference(
-    recipe: Recipe, algorithm: Algorithm, data: DataSet, cut: Cut, group: LearnerGroup, note: Note, *, train: bool = True, built: bool = False
+    recipe: Recipe, algorithm: Algorithm, data: DataSet, cut: Cut, group: Ranks, note: Note, *, train: bool = True, built: bool = False
 ) -> Attach:
     """How a batch (training data included, or held-out examples only) gets its reference log-probs: not at all, live each
     step (TR-DPO), or from the cache on disk, filled by the workers here: before they hold a learner, or built: by learners that hold the
@@ -85,7 +85,7 @@ def attach_reference(
     return cache.attach
 
 
-def probed_cut(plan: Plan, data: DataSet, cut: Cut, group: LearnerGroup, note: Note) -> Cut:
+def probed_cut(plan: Plan, data: DataSet, cut: Cut, group: Ranks, note: Note) -> Cut:
     """With `micro_batch: auto`: measures the largest micro-batch, and cuts finer until it fits: see plan.finer_cut. Where the prediction, which
     is exact to a fifth on a CPU, leaves more room than that, and where the same was measured before, nothing is."""
     batch = plan.recipe.batch
@@ -105,7 +105,7 @@ def probed_cut(plan: Plan, data: DataSet, cut: Cut, group: LearnerGroup, note: N
         group.build(replace(group.spec, cut=cut))
 
 
-def _peak(plan: Plan, largest: MicroBatch, units: LossUnits, cut: Cut, group: LearnerGroup) -> tuple[int, str]:
+def _peak(plan: Plan, largest: MicroBatch, units: LossUnits, cut: Cut, group: Ranks) -> tuple[int, str]:
     """Peak bytes of a rank with this micro-batch, Adam's moments included, which do not exist yet; and whether it is remembered."""
     shape = [list(largest.input_ids.shape), len(largest.targets), len(largest.last_at)]
     known = Remembered("probes", {**_computing(plan.recipe, group), "cut": asdict(cut), "shape": shape, "algorithm": plan.algorithm})
@@ -116,14 +116,14 @@ def _peak(plan: Plan, largest: MicroBatch, units: LossUnits, cut: Cut, group: Le
     return peak + plan.memory.moments, ""
 
 
-def _computing(recipe: Recipe, group: LearnerGroup) -> dict[str, Any]:
+def _computing(recipe: Recipe, group: Ranks) -> dict[str, Any]:
     """What decides how a model computes here, beside its rows."""
     learners = recipe.learners.model_dump(mode="json", include={"precision", "activation_checkpointing", "fused", "offload"})
     lora = recipe.model.lora.model_dump(mode="json") if recipe.model.lora is not None else None
     return {"weights": group.call(model_fingerprint)[0], "device": sorted(set(group.call(device_kind))), "lora": lora, **learners}
 
 
-def check_layout(recipe: Recipe, algorithm: Algorithm, data: DataSet, cut: Cut, group: LearnerGroup, note: Note) -> None:
+def check_layout(recipe: Recipe, algorithm: Algorithm, data: DataSet, cut: Cut, group: Ranks, note: Note) -> None:
     """Compares the chosen rows with padded ones, and our chunked head with the model's own logits, on a short and a long example; once for a
     model, its rows and a device. ConfigError where rows or head are not the model's."""
     ordered = sorted(data.groups[:64], key=lambda g: g.longest)
@@ -165,7 +165,7 @@ def _digest(rows: MicroBatch) -> str:
     return digest.hexdigest()
 
 
-def measured_throughput(plan: Plan, algorithm: Algorithm, group: LearnerGroup, note: Note) -> Throughput:
+def measured_throughput(plan: Plan, algorithm: Algorithm, group: Ranks, note: Note) -> Throughput:
     """FLOPs of the model and the peak of all workers; without an MFU for architectures that TRL's count lacks."""
     config = load_config(plan.recipe.model).get_text_config()
     try:

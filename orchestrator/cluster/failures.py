@@ -105,8 +105,8 @@ Kind = TypeVar("Kind", bound=type)
 def telling(kind: Kind) -> Kind:
     """An actor's class whose public methods raise OrchestratorErrors as they are and everything else as Raised, the whole traceback
     printed to the actor's log."""
-    for name, method in list(vars(kind).items()):
-        if callable(method) and not name.startswith("_"):
+    for name in dir(kind):
+        if not name.startswith("_") and callable(method := getattr(kind, name)):
             setattr(kind, name, _told(method))
     return kind
 

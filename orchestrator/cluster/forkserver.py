@@ -39,23 +39,20 @@ PR_SET_PDEATHSIG = 1
 
 @contextmanager
 def forked_workers(said: Callable[[], AbstractContextManager[None]] = nullcontext) -> Iterator[None]:
-    """Inside, the workers of a Ray that is started here are forked from this process as it is now, with the modules they need. said: around
-    their import, which takes seconds.
+    """Inside, the workers of a Ray that is started here are forked. said: around the imports, which take seconds.
 
-    Nothing is changed where workers may not be forked (see above), where the run joins another Ray, and where this process has imported ray:
-    its library reads what a worker is when it is loaded."""
-    possible = sys.platform == "linux" and "ray" not in sys.modules and os.environ.get("RAY_ADDRESS", "local") in ("", "local")
-    with said():
-        if possible and not visible_gpus():
-            _import()
-        else:
-            possible = False
-    if not possible:
+    The server is this process as it is now, with all that workers need, where ray is not imported yet: its library reads what a worker is when
+    it is loaded. Else it is a new process. Nothing is changed where workers may not be forked (see above), and where the run joins another Ray."""
+    own = os.environ.get("RAY_ADDRESS", "") in ("", "local")
+    if sys.platform != "linux" or not own or VARIABLE in os.environ or _has_gpus(said):
         yield
         return
     with tempfile.TemporaryDirectory(prefix="fork-") as folder:
         address = str(Path(folder) / "socket")
-        server = _start(address)
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:  # here only until the server has it
+            listener.bind(address)
+            listener.listen(WAITING)
+            server = _spawned(listener) if "ray" in sys.modules else _forked(listener)
         os.environ[VARIABLE] = address
         try:
             yield
@@ -63,6 +60,20 @@ def forked_workers(said: Callable[[], AbstractContextManager[None]] = nullcontex
             del os.environ[VARIABLE]
             os.kill(server, signal.SIGKILL)  # workers that it forked are Ray's, and stay
             os.waitpid(server, 0)
+
+
+def _has_gpus(said: Callable[[], AbstractContextManager[None]]) -> bool:
+    """Told by torch, which is imported for it: with all the rest where that is not to be done again in a process of its own."""
+    with said():
+        if "ray" not in sys.modules:
+            _import()
+        return bool(visible_gpus())
+
+
+def py_executable(environment: Mapping[str, str]) -> str | None:
+    """What stands for the interpreter in Ray's command line of a worker without a GPU; None: the interpreter itself."""
+    address = environment.get(VARIABLE)
+    return shlex.join([sys.executable, "-S", "-E", str(CLIENT), address]) if address else None
 
 
 def _import() -> None:
@@ -74,20 +85,10 @@ def _import() -> None:
     load_deepspeed("cpu")
 
 
-def py_executable(environment: Mapping[str, str]) -> str | None:
-    """What stands for the interpreter in Ray's command line of a worker without a GPU; None: the interpreter itself."""
-    address = environment.get(VARIABLE)
-    return shlex.join([sys.executable, "-S", "-E", str(CLIENT), address]) if address else None
-
-
-def _start(address: str) -> int:
+def _forked(listener: socket.socket) -> int:
     """The server's process, off this one."""
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    listener.bind(address)
-    listener.listen(WAITING)
     driver = os.getpid()
     if server := os.fork():
-        listener.close()
         return server
     try:
         _end_with(driver)
@@ -96,6 +97,13 @@ def _start(address: str) -> int:
         traceback.print_exc()
     finally:
         os._exit(1)
+
+
+def _spawned(listener: socket.socket) -> int:
+    """The server's process, a new one: see the end of this file."""
+    listener.set_inheritable(True)
+    command = [sys.executable, "-m", __name__, str(listener.fileno()), str(os.getpid())]
+    return os.posix_spawn(command[0], command, os.environ)
 
 
 def _end_with(parent: int) -> None:
@@ -184,3 +192,9 @@ def _reap(children: dict[int, socket.socket]) -> None:
         client = children.pop(pid)
         with client:
             client.send(str(os.waitstatus_to_exitcode(status)).encode())
+
+
+if __name__ == "__main__":
+    _end_with(int(sys.argv[2]))
+    _import()
+    _serve(socket.socket(fileno=int(sys.argv[1])))

@@ -1,0 +1,181 @@
+"""The verbs of a learner: what one rank does, and all ranks together. Neither knows where a rank lives.
+
+    Ranks.forward_backward(batch) --a share each--> Rank.forward_backward --> RankLearner           (workers.py: actors; in_process.py: here)
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from orchestrator.checkpoints import FileEntry
+from orchestrator.config import Recipe
+from orchestrator.learner.learner import LearnerSpec
+from orchestrator.records import LearnReport, PackedBatch, StepApplied, joined_metrics
+from orchestrator.roles import PerMicroBatch, TokenLists
+
+
+class Rank:
+    """One rank: holds a RankLearner (or, before it, the reference policy) and forwards verbs to it."""
+
+    def __init__(self, rank: int, device: Any) -> None:
+        self.rank, self.device = rank, device
+        self.learner: Any = None
+        self.group: Any = None
+
+    def join(self, world: int, address: str, port: int, timeout_s: float) -> int:
+        from orchestrator.learner.engine import ProcessGroup
+
+        self.group = ProcessGroup(self.rank, world, address, port, timeout_s)
+        self.group.join(self.device)
+        return os.getpid()
+
+    def build_reference(self, recipe: Recipe) -> str:
+        from orchestrator.learner.learner import RankReference
+
+        self.learner = RankReference(recipe, self.device)
+        return self.learner.fingerprint
+
+    def build(self, spec: LearnerSpec) -> None:
+        from orchestrator.learner.learner import RankLearner
+
+        self.learner = None  # frees the reference or the previous learner first
+        self.learner = RankLearner(spec, self.group, self.device)
+        self.group.keep_deadline()
+
+    def forward_backward(self, micro_batches: Sequence[Any], units: Any, step: int) -> LearnReport:
+        return self.learner.forward_backward(micro_batches, units, step)
+
+    def optim_step(self, step: int) -> StepApplied:
+        return self.learner.optim_step(step)
+
+    def discard(self) -> None:
+        self.learner.discard()
+
+    def token_logprobs(self, micro_batches: Sequence[Any], reference: bool, step: int | None) -> tuple[Any, ...]:
+        return self.learner.token_logprobs(micro_batches, reference=reference, step=step)
+
+    def token_values(self, micro_batches: Sequence[Any]) -> tuple[Any, ...]:
+        return self.learner.token_values(micro_batches)
+
+    def evaluate(self, micro_batches: Sequence[Any], units: Any) -> Any:
+        return self.learner.evaluate(micro_batches, units)
+
+    def generate(self, prompts: TokenLists, max_new_tokens: int) -> TokenLists:
+        return self.learner.generate(prompts, max_new_tokens)
+
+    def sync_reference(self, alpha: float) -> None:
+        self.learner.sync_reference(alpha)
+
+    def save_state(self, directory: str) -> list[FileEntry]:
+        from orchestrator.learner.state import save_state
+
+        return save_state(self.learner, Path(directory))
+
+    def load_state(self, directory: str, optimizer_step: int) -> None:
+        from orchestrator.learner.state import load_state
+
+        load_state(self.learner, Path(directory), optimizer_step)
+
+    def export(self, directory: str, card: str) -> str:
+        from orchestrator.learner.export import export_learner
+
+        return str(export_learner(self.learner, Path(directory), card))
+
+    def call(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Runs function(rank_learner, *args): for checks that are not verbs (weights, digests, probes)."""
+        return function(self.learner, *args)
+
+
+class Ranks:
+    """roles.Learner over all ranks, by one call of them all: `_each`."""
+
+    world: int
+    spec: LearnerSpec | None = None
+
+    def build(self, spec: LearnerSpec) -> None:
+        """Builds model and optimizer on every rank; again for another cut or after a reference pass."""
+        self.spec = spec
+        self._all("build", spec)
+
+    def build_reference(self, recipe: Recipe) -> str:
+        """Loads only the reference policy on every rank, to fill the cache through `token_logprobs`; its fingerprint."""
+        return self._all("build_reference", recipe)[0]
+
+    def forward_backward(self, batch: PackedBatch, step: int) -> LearnReport:
+        units = self._shared(batch.units)
+        reports = self._each("forward_backward", [(share, units, step) for share in batch.micro_batches])
+        return merge_reports(reports)
+
+    def optim_step(self, step: int) -> StepApplied:
+        return self._all("optim_step", step)[0]
+
+    def discard(self) -> None:
+        self._all("discard")
+
+    def token_logprobs(self, batch: PackedBatch, *, reference: bool = False, step: int | None = None) -> PerMicroBatch:
+        return tuple(self._each("token_logprobs", [(share, reference, step) for share in batch.micro_batches]))
+
+    def token_values(self, batch: PackedBatch) -> PerMicroBatch:
+        return tuple(self._each("token_values", [(share,) for share in batch.micro_batches]))
+
+    def evaluate(self, batch: PackedBatch) -> tuple[LearnReport, PerMicroBatch]:
+        results = self._each("evaluate", [(share, batch.units) for share in batch.micro_batches])
+        return merge_reports([r[0] for r in results]), tuple(r[1] for r in results)
+
+    def generate(self, prompts: TokenLists, max_new_tokens: int) -> TokenLists:
+        shares = [list(prompts[rank :: self.world]) or [prompts[0]] for rank in range(self.world)]
+        answers = self._each("generate", [(share, max_new_tokens) for share in shares])
+        return [answers[i % self.world][i // self.world] for i in range(len(prompts))]
+
+    def sync_reference(self, alpha: float) -> None:
+        self._all("sync_reference", alpha)
+
+    def save_state(self, directory: Path) -> list[FileEntry]:
+        return [entry for entries in self._all("save_state", str(directory)) for entry in entries]
+
+    def load_state(self, directory: Path, optimizer_step: int) -> None:
+        self._all("load_state", str(directory), optimizer_step)
+
+    def export(self, directory: Path, card: str) -> Path:
+        return Path(self._all("export", str(directory), card)[0])
+
+    def call(self, function: Callable[..., Any], *args: Any) -> list[Any]:
+        """function(rank_learner, *args) on every rank, results by rank."""
+        return self._all("call", function, *args)
+
+    def _shared(self, value: Any) -> Any:
+        """A value that every rank is given."""
+        return value
+
+    def _all(self, verb: str, *args: Any) -> list[Any]:
+        return self._each(verb, [args] * self.world)
+
+    def _each(self, verb: str, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
+        """Results of a verb by rank; an OutOfMemory says whether it can be recovered from in place."""
+        raise NotImplementedError
+
+    def _holds_back(self) -> bool:
+        """True where a rank that stops early leaves no other rank waiting in a collective, and its gradients can be dropped."""
+        if self.spec is None:
+            return True
+        cut = self.spec.cut
+        return cut.sync == "no_sync" or (cut.sync == "coalesced" and cut.zero_stage < 3)
+
+
+def merge_reports(reports: Sequence[LearnReport]) -> LearnReport:
+    """One report of all ranks: sums add up, the slowest rank gives the time and the largest the memory."""
+    means, maxima = joined_metrics(reports)
+    return LearnReport(
+        loss=sum(r.loss for r in reports),
+        means=means,
+        micro_batches=max(r.micro_batches for r in reports),
+        tokens=sum(r.tokens for r in reports),
+        computed=sum(r.computed for r in reports),
+        scored=sum(r.scored for r in reports),
+        positions=sum(r.positions for r in reports),
+        seconds=max(r.seconds for r in reports),
+        peak_bytes=max(r.peak_bytes for r in reports),
+        maxima=maxima,
+        attended=sum(r.attended for r in reports),
+    )
