@@ -150,7 +150,7 @@ def _offline(recipe: Recipe, algorithm: Algorithm, hardware: Hardware, lengths: 
 
 def _online(recipe: Recipe, algorithm: Algorithm, hardware: Hardware, lengths: Lengths | None, console: Console, *, fewer: bool) -> Job:
     steps = check_batches(recipe, algorithm) * recipe.algorithm.epochs
-    _require_reward(recipe)
+    require_reward(recipe)
     check_rewards(recipe.rewards)
     prompts, columns = None, None
     if lengths is None:
@@ -166,7 +166,7 @@ def _online(recipe: Recipe, algorithm: Algorithm, hardware: Hardware, lengths: L
     return Job(plan.recipe, algorithm, longest, prompts, plan, steps, console)
 
 
-def _require_reward(recipe: Recipe) -> None:
+def require_reward(recipe: Recipe) -> None:
     """ConfigError where nothing says how good a completion is."""
     if not recipe.rewards.functions and recipe.rollouts.environment is None and recipe.rollouts.replay is None:
         raise ConfigError(

@@ -12,7 +12,8 @@ from orchestrator.errors import ConfigError, DataError, MissingInput, OutputErro
 from orchestrator.models.load import load as load_model
 from orchestrator.models.load import load_tokenizer
 from orchestrator.recipe import load
-from orchestrator.starting import REWARD, ROWS_OF, Asked, asked, look, next_commands, save
+from orchestrator.starting import ROWS_OF, Asked, asked, look
+from orchestrator.starting_recipe import REWARD, next_commands, save
 
 GSM8K = Path(__file__).resolve().parents[1] / "data" / "gsm8k"
 USER, YES, NO = ({"role": role, "content": text} for role, text in (("user", "ready?"), ("assistant", "yes"), ("assistant", "no")))
