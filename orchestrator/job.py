@@ -222,7 +222,7 @@ def _rollout_choices(recipe: Recipe, algorithm: Algorithm, steps: int) -> list[C
     ahead = "strictly on-policy" if not rollouts.max_staleness else f"generation runs at most {rollouts.max_staleness} versions ahead of learning"
     actors = f"{rollouts.count} {rollouts.engine} actor{'s' if rollouts.count > 1 else ''}, {rollouts.placement}"
     return [
-        Choice("rollout batch", drawn, f"{steps} optimizer step{'s' if steps > 1 else ''} from each; run.max_steps counts these"),
+        Choice("rollout batch", drawn, f"{steps} optimizer step{'s' if steps > 1 else ''} from each"),
         Choice("rollouts", actors, ahead),
         Choice("rollout memory", size(rollout_bytes(recipe, algorithm)), f"per actor: weights, keys and values of {rollouts.rows} full rows"),
     ]

@@ -12,7 +12,7 @@ from orchestrator.plan import BINS, DataReport, Plan
 from orchestrator.stages import Ignored
 from orchestrator.words import size
 
-PARTS = 4
+PARTS = 3
 """Of the memory that are named one by one, the largest."""
 BARS = "▁▂▃▄▅▆▇█"
 
