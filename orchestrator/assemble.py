@@ -29,7 +29,7 @@ from orchestrator.extension import End
 from orchestrator.findings import Finding, judge
 from orchestrator.hardware import Hardware, of_cluster
 from orchestrator.identity import TOKENS, Identity, file_digest, identity_of, text_digest, tokenizer_digest, tokens_digest
-from orchestrator.job import Job, plan_job, plan_sketch
+from orchestrator.job import Job, plan_job, plan_sketch, require_reward
 from orchestrator.learner.learner import LearnerSpec
 from orchestrator.models.shapes import as_folder, known
 from orchestrator.observe.dashboard import write_report
@@ -217,12 +217,7 @@ def _before_and_after(metrics: Path) -> tuple[dict[str, float], dict[str, float]
 
 def train_stages(stages: Sequence[Stage], root: Path, console: Console, stop: Stop | None = None, how: How = How()) -> dict[str, Outcome]:
     """Trains a recipe, or a pipeline stage by stage in root/NAME, each with the exports of the stages it names."""
-    for stage in stages[1:]:  # the first one is about to be planned; a mistake in a later one is not to be told hours later
-        if stage.recipe.algorithm.name in ONLINE:
-            functions = [f for f in stage.recipe.rewards.functions if f.model is None]  # a model may be a stage's that is yet to come
-            rewards = stage.recipe.rewards.model_copy(update={"functions": functions})
-            check_rewards(rewards)
-            try_user_code(rewards, stage.recipe.rollouts.environment, None)
+    _check_later(stages[1:])  # the first one is about to be planned
     outcomes: dict[str, Outcome] = {}
     for stage in _grouped(stages, root.name):
         folder = root if len(stages) == 1 else root / stage.name
@@ -231,6 +226,16 @@ def train_stages(stages: Sequence[Stage], root: Path, console: Console, stop: St
         with own_ray():
             outcomes[stage.name] = train(resolve(stage.recipe, {n: o.export for n, o in outcomes.items()}), folder, console, stop, how)
     return outcomes
+
+
+def _check_later(stages: Sequence[Stage]) -> None:
+    """What can be known of stages that cannot be planned yet: a mistake in one is not to be told hours later."""
+    for recipe in (stage.recipe for stage in stages if stage.recipe.algorithm.name in ONLINE):
+        require_reward(recipe)
+        functions = [f for f in recipe.rewards.functions if f.model is None]  # a model may be a stage's that is yet to come
+        rewards = recipe.rewards.model_copy(update={"functions": functions})
+        check_rewards(rewards)
+        try_user_code(rewards, recipe.rollouts.environment, None)
 
 
 def _grouped(stages: Sequence[Stage], name: str) -> list[Stage]:
@@ -251,6 +256,7 @@ def plan_stages(
     """Plans of the stages that take no other stage's export, on `hardware` or on what there is. lengths: of rows to make up instead of
     reading data; shape: of the model (see models/shapes.py), by default the known one where data is made up."""
     ready = [s for s in stages if not references(s.recipe)]
+    _check_later([s for s in stages if s not in ready])
     hardware = hardware or of_cluster(look(asked_by([s.recipe for s in ready])))
     return [(stage.name, _plan(stage.recipe, hardware, lengths, shape)) for stage in ready]
 

@@ -76,7 +76,8 @@ def init(
     output: Annotated[Path | None, typer.Option("--output", "-o", help="the recipe file; default KIND.yaml")] = None,
 ) -> None:
     """Writes a recipe for your model and data: columns recognised, lengths measured, every choice with its reason. Asks nothing."""
-    from orchestrator.starting import asked, look, next_commands, save
+    from orchestrator.starting import asked, look
+    from orchestrator.starting_recipe import next_commands, save
 
     wanted = asked(model, revision, data, held_out, kind, columns or ())
     found = look(wanted)

@@ -39,7 +39,7 @@ Grace = Annotated[int, typer.Option("--stop-grace", min=1, metavar="SECONDS", he
 Follow = Annotated[bool, typer.Option("--follow/--no-follow", help="show the job's log until it ends; Ctrl-C leaves the job running")]
 PLAN_WIDTH = 100
 """Columns of a plan that is not read on a terminal."""
-ON_GPUS = ("learners.workers=auto", "learners.gpus_per_worker=1")
+ON_GPUS = ("learners.workers=auto", "learners.gpus_per_worker=auto")
 """What a plan for GPUs fills in where the command line says nothing else."""
 
 

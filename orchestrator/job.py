@@ -151,7 +151,7 @@ def _offline(recipe: Recipe, algorithm: Algorithm, hardware: Hardware, lengths: 
 
 def _online(recipe: Recipe, algorithm: Algorithm, hardware: Hardware, lengths: Lengths | None, console: Console, *, fewer: bool) -> Job:
     steps = check_batches(recipe, algorithm) * recipe.algorithm.epochs
-    _require_reward(recipe)
+    require_reward(recipe)
     check_rewards(recipe.rewards)
     prompts, columns = None, None
     if lengths is None:
@@ -167,7 +167,7 @@ def _online(recipe: Recipe, algorithm: Algorithm, hardware: Hardware, lengths: L
     return Job(plan.recipe, algorithm, longest, prompts, plan, steps, console)
 
 
-def _require_reward(recipe: Recipe) -> None:
+def require_reward(recipe: Recipe) -> None:
     """ConfigError where nothing says how good a completion is."""
     if not recipe.rewards.functions and recipe.rollouts.environment is None and recipe.rollouts.replay is None:
         raise ConfigError(
@@ -223,7 +223,7 @@ def _rollout_choices(recipe: Recipe, sizes: Sizes, steps: int) -> list[Choice]:
     ahead = "strictly on-policy" if not rollouts.max_staleness else f"generation runs at most {rollouts.max_staleness} versions ahead of learning"
     actors = f"{rollouts.count} {rollouts.engine} actor{'s' if rollouts.count > 1 else ''}, {rollouts.placement}"
     return [
-        Choice("rollout batch", drawn, f"{steps} optimizer step{'s' if steps > 1 else ''} from each; run.max_steps counts rollout batches"),
+        Choice("rollout batch", drawn, f"{steps} optimizer step{'s' if steps > 1 else ''} from each"),
         Choice("rollouts", actors, ahead),
         Choice("rollout memory", size(rollout_bytes(recipe, sizes)), f"per actor: weights, keys and values of {rollouts.rows} full rows"),
     ]

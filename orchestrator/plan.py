@@ -21,6 +21,7 @@ from orchestrator.models.attention import capabilities
 from orchestrator.models.load import load_config
 from orchestrator.models.scoring import Checkpointing
 from orchestrator.records import Cut, Layout, PackedBatch, Sync
+from orchestrator.settle import one_gpu_each
 from orchestrator.state_bytes import Sizes
 from orchestrator.ways import (
     LEGAL_SYNC,
@@ -179,7 +180,7 @@ def make_plan(recipe: Recipe, algorithm: Algorithm, data: DataSet, hardware: Har
 
 def _check(recipe: Recipe, share: int) -> None:
     learners, effective = recipe.learners, recipe.batch.effective
-    _one_gpu_each(recipe)
+    one_gpu_each(recipe)
     if effective < learners.count * share:
         raise ConfigError(
             f"batch.effective={effective} cannot be cut over learners.workers={learners.count}",
@@ -397,30 +398,3 @@ def data_report(data: DataSet, notes: tuple[str, ...] = ()) -> DataReport:
         notes=(*data.notes, *notes),
         turns=report.turns,
     )
-
-
-def _one_gpu_each(recipe: Recipe) -> None:
-    """ConfigError where a process is given more than the one GPU that it computes on: the rest would be reserved and lie idle."""
-    asked = {
-        "learners.gpus_per_worker": recipe.learners.gpus,
-        "critic.gpus_per_worker": recipe.critic.gpus_per_worker,
-        "rollouts.gpus_per_worker": recipe.rollouts.gpus,
-        **{f"rewards.functions, gpus of {function.name}": function.gpus for function in recipe.rewards.functions},
-    }
-    for key, gpus in asked.items():
-        if gpus > 1:
-            raise ConfigError(
-                f"{key} is {gpus:g}, and a worker computes on one GPU",
-                why="each worker is one process on one device; what is beyond it would be reserved and lie idle",
-                fix="set it to 1, or to a part of a GPU such as 0.5, and take more workers: the effective batch stays as it is",
-            )
-    beside = recipe.rollouts.gpus if recipe.rollouts.placement == "colocated" else 0.0
-    learners, critic = recipe.learners, recipe.critic
-    ranks = (("learners", learners.count, learners.gpus, beside), ("critic", critic.workers, critic.gpus_per_worker, 0.0))
-    for section, workers, gpus, others in ranks:
-        if workers > 1 and gpus > 0 and gpus + others <= 0.5:
-            raise ConfigError(
-                f"{section}.gpus_per_worker={gpus:g} puts two of {workers} workers on one GPU",
-                why="NCCL takes one rank per GPU",
-                fix=f"set {section}.gpus_per_worker above 0.5, or {section}.workers=1",
-            )

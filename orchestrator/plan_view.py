@@ -12,6 +12,8 @@ from orchestrator.plan import BINS, DataReport, Plan
 from orchestrator.stages import Ignored
 from orchestrator.words import size
 
+PARTS = 3
+"""Of the memory that are named one by one, the largest."""
 BARS = "▁▂▃▄▅▆▇█"
 
 
@@ -77,10 +79,10 @@ def _nearest(plan: Plan) -> list[Text]:
 
 
 def _table(rows: Iterable[tuple[str, ...]]) -> Table:
-    """Name, value in bold, and the reason."""
+    """Name; value, in bold where a reason follows it."""
     table = Table(box=None, pad_edge=False, show_header=False)
     for name, value, *reason in rows:
-        table.add_row(name, Text(value, style="bold" if reason else ""), *(Text(word, style="dim") for word in reason))
+        table.add_row(name, Text.assemble((value, "bold" if reason else ""), *((f"  {why}", "dim") for why in reason)))
     return table
 
 
@@ -115,7 +117,9 @@ def data_notes(data: DataReport) -> list[Text]:
 
 def _memory(plan: Plan) -> list[Text]:
     memory, limit = plan.memory, size(plan.memory_limit)
-    parts = ", ".join(f"{name} {size(count)}" for name, count in sorted(memory.parts.items(), key=lambda part: -part[1]) if count)
+    ordered = sorted(((name, count) for name, count in memory.parts.items() if count), key=lambda part: -part[1])
+    few = sum(count for _, count in ordered[PARTS:])
+    parts = ", ".join(f"{name} {size(count)}" for name, count in [*ordered[:PARTS], *([("others", few)] if few else [])])
     lines = [
         Text.assemble("predicted memory per worker: ", (f"peak {size(memory.total)}", "bold"), f" of {limit} a worker may use, beyond Python itself"),
         Text(f"  {parts}; while loading {size(memory.loading)}", style="dim"),

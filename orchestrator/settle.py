@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from orchestrator.config import ONLINE, Recipe
+from orchestrator.errors import ConfigError
 from orchestrator.facts import WorkerGroup
 from orchestrator.hardware import Hardware
 
@@ -81,3 +82,29 @@ def _actors(recipe: Recipe, hardware: Hardware) -> tuple[int, str]:
     alone = WorkerGroup("rollouts", 0, rollouts.cpus_per_worker, rollouts.gpus)
     return max(1, min(hardware.room_for(alone) // 2, at_most)), "half of what there is room for: the other half learns"
 
+
+def one_gpu_each(recipe: Recipe) -> None:
+    """ConfigError where a process is given more than the one GPU that it computes on: the rest would be reserved and lie idle."""
+    asked = {
+        "learners.gpus_per_worker": recipe.learners.gpus,
+        "critic.gpus_per_worker": recipe.critic.gpus_per_worker,
+        "rollouts.gpus_per_worker": recipe.rollouts.gpus,
+        **{f"rewards.functions, gpus of {function.name}": function.gpus for function in recipe.rewards.functions},
+    }
+    for key, gpus in asked.items():
+        if gpus > 1:
+            raise ConfigError(
+                f"{key} is {gpus:g}, and a worker computes on one GPU",
+                why="each worker is one process on one device; what is beyond it would be reserved and lie idle",
+                fix="set it to 1, or to a part of a GPU such as 0.5, and take more workers: the effective batch stays as it is",
+            )
+    beside = recipe.rollouts.gpus if recipe.rollouts.placement == "colocated" else 0.0
+    learners, critic = recipe.learners, recipe.critic
+    ranks = (("learners", learners.count, learners.gpus, beside), ("critic", critic.workers, critic.gpus_per_worker, 0.0))
+    for section, workers, gpus, others in ranks:
+        if workers > 1 and gpus > 0 and gpus + others <= 0.5:
+            raise ConfigError(
+                f"{section}.gpus_per_worker={gpus:g} puts two of {workers} workers on one GPU",
+                why="NCCL takes one rank per GPU",
+                fix=f"set {section}.gpus_per_worker above 0.5, or {section}.workers=1",
+            )

@@ -12,7 +12,7 @@ from typing import Any
 
 from orchestrator import hub
 from orchestrator.config import Columns, Data, Source
-from orchestrator.data.bad_rows import BadRecord, BadRow, check_bad
+from orchestrator.data.bad_rows import BadRecord, BadRow, check_bad, grouped
 from orchestrator.data.files import SUFFIXES, Record, choose, records
 from orchestrator.data.rows import EVERYTHING, SHAREGPT_COLUMN, Reads, describe, to_rows, used_columns
 from orchestrator.data.toy import DEFAULT_ROWS, toy_rows
@@ -66,7 +66,8 @@ def load_rows(spec: str | list[Source], data: Data, kind: DataKind, reads: Reads
         formats.append(describe(rows[start]) if len(rows) > start else "empty")
     check_bad(reader.bad, data.max_bad_rows)
     if not rows:
-        raise DataError("the data holds no usable row", why=", ".join(s.path for s in sources), fix="check data.train and data.columns")
+        reasons = "".join(f"\n    {line}" for line in grouped(reader.bad, 3))
+        raise DataError("the data holds no usable row", why=", ".join(s.path for s in sources) + reasons, fix="check data.train and data.columns")
     if reads.margin:
         _check_margins(rows)
     return LoadedRows(

@@ -19,7 +19,7 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"data", "models", "observe", "algorithms", "recipe", "reference_page", "identity", "upload", "settle", "remembered"}),
     frozenset({"learner", "rollout", "cut", "dataset", "memory_model", "launchers", "chat_models"}),
     frozenset({"prompts", "ways", "model_advice", "extension", "starting", "chat"}),
-    frozenset({"plan", "sketch"}),
+    frozenset({"plan", "sketch", "starting_recipe"}),
     frozenset({"controllers", "cluster", "plan_view", "sense"}),
     frozenset({"startup", "resume", "run_folder", "submission", "status"}),
     frozenset({"job"}),

@@ -31,7 +31,7 @@ def test_everything_a_user_asks_is_there():
         "prefix_shared  each prompt is computed once for its branches",
         "the lowest stage whose state fits: fewest collectives",
         "one reduction instead of one per micro-batch",
-        "8 examples     set in the recipe",
+        "8 examples  set in the recipe",
         "data: 64 rows of toy:preference (preference, text); 64 kept, 8 held out",
         "bad rows 0, too long: 0 dropped, 0 truncated",
         "tokens: min 10, median 10, p95 10, max 10",

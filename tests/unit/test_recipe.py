@@ -142,7 +142,7 @@ tracking:
         f"data.train[1]: must be a mapping of keys (got 'toy:sft'; {file}:6)",
         f"data.eval: must be text or a list (got 5; {file}:7)",
         f"data.max_bad_rows: must be at least 0 (got -1; {file}:8)",
-        f"algorithm.name: must be {', '.join(NAMES[:-1])} or {NAMES[-1]} (got 'dpoo', did you mean dpo or dapo or online_dpo?; {file}:9)",
+        f"algorithm.name: must be {', '.join(NAMES[:-1])} or {NAMES[-1]} (got 'dpoo', did you mean dpo or dapo?; {file}:9)",
         f"algorithm.loss.sigmoid: must be a number (got true; {file}:9)",
         f"algorithm.wpo: must be true or false (got 'maybe'; {file}:9)",
         f"batch.effective: must be at least 1 (got 0; {file}:10)",

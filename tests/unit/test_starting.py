@@ -12,7 +12,8 @@ from orchestrator.errors import ConfigError, DataError, MissingInput, OutputErro
 from orchestrator.models.load import load as load_model
 from orchestrator.models.load import load_tokenizer
 from orchestrator.recipe import load
-from orchestrator.starting import REWARD, ROWS_OF, Asked, asked, look, next_commands, save
+from orchestrator.starting import ROWS_OF, Asked, asked, look
+from orchestrator.starting_recipe import REWARD, next_commands, save
 
 GSM8K = Path(__file__).resolve().parents[1] / "data" / "gsm8k"
 USER, YES, NO = ({"role": role, "content": text} for role, text in (("user", "ready?"), ("assistant", "yes"), ("assistant", "no")))
@@ -138,8 +139,13 @@ def test_what_is_not_there_is_told(tmp_path: Path, model: str) -> None:
     assert model in missing.value.fix
     with pytest.raises(MissingInput):
         look(of(model, rows(tmp_path, PAIR), held_out=str(tmp_path / "held.jsonl")))
-    with pytest.raises(DataError, match="does not hold rows for sft"):
+    with pytest.raises(DataError, match="no usable row") as none:
         look(of(model, rows(tmp_path, {"messages": "no list"}), "sft"))
+    assert "40 rows: messages must be a non-empty list of messages" in none.value.why
+    mixed = rows(tmp_path, {"messages": "no list"})
+    Path(mixed).write_text(Path(mixed).read_text() + json.dumps({"messages": [USER, YES]}) + "\n")
+    with pytest.raises(DataError, match="does not hold rows for sft"):
+        look(of(model, mixed, "sft"))
 
 
 @pytest.mark.parametrize("file", ["preferences.jsonl", "train.jsonl"])

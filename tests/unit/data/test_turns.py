@@ -95,6 +95,6 @@ def test_plain_text_keeps_its_last_tokens_and_other_policies_are_as_they_were(to
 def test_a_conversation_keeps_what_teaches(tokenizer: PreTrainedTokenizerBase) -> None:
     """The last exchange has weight 0 or no answer: it is not what is kept alone."""
     silent = [*TALK[:-1], {**TALK[-1], "weight": 0}]
-    for messages in (silent, ASKED):
-        encoded = encode_rows([Row(0, "f:0", 0, messages=messages), Row(1, "f:1", 0, messages=TALK[-2:])], tokenizer, data(110), "sft")
+    for messages, room in ((silent, 80), (ASKED, 80)):
+        encoded = encode_rows([Row(0, "f:0", 0, messages=messages), Row(1, "f:1", 0, messages=TALK[-2:])], tokenizer, data(room), "sft")
         assert (encoded.report.dropped, encoded.report.bad) == (1, ())
