@@ -166,8 +166,11 @@ class AlertRules:
 
 
 def _found(rules: Sequence[tuple[str, Level, Rule]], report: StepReport | EvaluationReport) -> tuple[Alert, ...]:
-    told = [(title, level, rule.check(report.metrics)) for title, level, rule in rules]  # every rule sees every report
-    return tuple(_alert(title, text, level, report.step) for title, level, text in told if text is not None)
+    alerts: list[Alert] = []
+    for title, level, rule in rules:  # every rule sees every report
+        if (text := rule.check(report.metrics)) is not None:
+            alerts.append(_alert(title, text, level, report.step))
+    return tuple(alerts)
 
 
 def _alert(title: str, text: str, level: Level, step: int) -> Alert:

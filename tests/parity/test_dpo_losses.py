@@ -45,6 +45,19 @@ def assert_equal(batch: Batch, cfg: Config, losses: dict[str, float]) -> None:
         assert float(total) / count == pytest.approx(logged[name], rel=1e-6), name
 
 
+def test_ties_count_one_half_where_trl_counts_them_as_wrong():
+    """Half of a batch is at its reference: only there do the accuracies differ, by half of the ties."""
+    batch = random_batch(CHOSEN, REJECTED)
+    pairs, at_reference = len(CHOSEN), batch.policy.clone()
+    at_reference[: pairs // 2], at_reference[pairs : pairs + pairs // 2] = batch.reference[: pairs // 2], batch.reference[pairs : pairs + pairs // 2]
+    tied = Batch(at_reference, batch.reference, batch.log_sum_sq, batch.mask)
+    _, logged = dpo(tied, {"sigmoid": 1.0})
+    total, count = ours(tied, Config(name="dpo")).means["rewards/accuracies"]
+    assert float(total) / count == pytest.approx(logged["rewards/accuracies"] + 0.5 * (pairs // 2) / pairs, rel=1e-6)
+    ties, _ = ours(tied, Config(name="dpo")).means["rewards/ties"]
+    assert float(ties) == pairs // 2
+
+
 @pytest.mark.parametrize("beta", [0.1, 0.7])
 @pytest.mark.parametrize("name", TRL_LOSSES)
 def test_each_loss_equals_trl(name, beta):

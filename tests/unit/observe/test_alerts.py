@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import pytest
 
@@ -117,6 +118,12 @@ def test_every_alert_says_why_it_matters_and_a_fix() -> None:
     for advice in ADVICE.values():
         why, fix, what = advice.partition(" Fix: ")
         assert why.endswith(".") and fix and what and not what.endswith(".")
+
+
+def test_every_alert_is_explained_in_the_docs() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "watching.md").read_text()
+    for title in ADVICE:
+        assert f"\n| {title.removesuffix(', held out')} | " in page
 
 
 def held_out(*losses: float, limits: Alerts = LIMITS) -> list[tuple[int, str]]:

@@ -70,3 +70,13 @@ def test_short_runs_and_runs_without_metrics(tmp_path: Path) -> None:
 def test_a_recipe_cannot_end_its_code_block(tmp_path: Path) -> None:
     text = card(tmp_path, recipe_yaml="a: |\n  ```\n  # not a heading\n")
     assert "````yaml\na: |\n  ```\n  # not a heading\n````" in text
+
+
+def test_what_is_not_known_is_a_dash_and_a_preference_says_what_it_is_read_from(tmp_path: Path) -> None:
+    names = ("eval/preference_accuracy", "eval/logp_accuracy")
+    lines = [{"step": 0, **dict.fromkeys(names, None)}, {"step": 3, **dict.fromkeys(names, 0.75)}]
+    lines.append({"step": 3, "loss": 0.5, "rewards/accuracies": None})
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    text = card(tmp_path)
+    assert ["eval/preference_accuracy (by implicit reward)", "–", "0.75"] in rows(text, "Results")
+    assert rows(text, "Training curve")[-1] == ["3", "0.5", "–"]
