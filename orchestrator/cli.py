@@ -15,7 +15,7 @@ from rich.table import Table
 
 from orchestrator import chat_command, cluster_commands
 from orchestrator import recipe as recipes
-from orchestrator.cluster_commands import Overrides, RecipeArgument, out
+from orchestrator.cluster_commands import Overrides, RecipeArgument, out, show
 from orchestrator.errors import ConfigError, Exit, OrchestratorError, OutputError
 from orchestrator.stages import STAGE, references
 
@@ -46,7 +46,7 @@ def train(
 
     outcomes = train_stages(loaded.stages, output or Path("runs") / loaded.name, out)
     if (results := held_out(outcomes)).row_count:
-        out.print(results)
+        show(results)
     for outcome in outcomes.values():
         out.print(f"report  {outcome.report}\nmodel   {outcome.export}")
 
@@ -123,7 +123,7 @@ def compare(
     if as_json:
         print(json.dumps(to_json(runs), indent=1))
     else:
-        out.print(table(runs))
+        show(table(runs))
 
 
 @app.command()

@@ -2,8 +2,12 @@
 
 from pathlib import Path
 
+import pytest
+from rich.table import Table
+
 from orchestrator.assemble import Outcome
 from orchestrator.cli import held_out
+from orchestrator.cluster_commands import show
 
 
 def outcome(before: dict[str, float], after: dict[str, float]) -> Outcome:
@@ -14,3 +18,12 @@ def test_the_table_of_held_out_metrics_has_rows_where_there_are_any() -> None:
     assert held_out({"run": outcome({}, {})}).row_count == 0, "without data.eval nothing is printed"
     table = held_out({"sft": outcome({}, {}), "dpo": outcome({"eval/loss": 0.7, "eval/odd": 1.0}, {"eval/loss": 0.5, "eval/odd": 1.0})})
     assert [list(column.cells) for column in table.columns] == [["loss"], [""], [""], ["0.700"], ["0.500"]]
+
+
+def test_a_table_in_a_pipe_is_folded_nowhere(capsys: pytest.CaptureFixture[str]) -> None:
+    names = [f"a-run-of-a-rather-long-name-{i}" for i in range(8)]
+    table = Table(*names, box=None)
+    table.add_row(*names)
+    show(table)
+    head, row = capsys.readouterr().out.splitlines()
+    assert head.split() == row.split() == names
