@@ -37,6 +37,8 @@ def find(given: str) -> Choice:
     """The model of a run folder, a pipeline's folder (its last stage), a model's or an adapter's folder, or of the hub (ORG/NAME@REVISION).
     MissingInput where there is none."""
     folder = Path(given)
+    if folder.is_file():
+        raise MissingInput(f"{given} is a file", fix="give the folder of a run (its --output), or of a model")
     if not folder.is_dir():
         return _of_the_hub(given)
     if (folder / "config.json").is_file():

@@ -18,7 +18,7 @@ from rich.table import Table
 from orchestrator import chat_command, cluster_commands
 from orchestrator import recipe as recipes
 from orchestrator.cluster.forkserver import forked_workers
-from orchestrator.cluster_commands import Overrides, RecipeArgument, out
+from orchestrator.cluster_commands import Overrides, RecipeArgument, out, show
 from orchestrator.errors import ConfigError, Exit, OrchestratorError, OutputError
 from orchestrator.observe.phases import phase
 from orchestrator.stages import STAGE, references
@@ -60,7 +60,7 @@ def train(
 
             outcomes = train_stages(loaded.stages, output or Path("runs") / loaded.name, out, stop, How(extend, in_process))
     if (results := held_out(outcomes)).row_count:
-        out.print(results)
+        show(results)
     for outcome in outcomes.values():
         out.print(f"report  {outcome.report}\nmodel   {outcome.export}")
 
@@ -166,7 +166,7 @@ def compare(
     if as_json:
         print(json.dumps(to_json(runs), indent=1))
     else:
-        out.print(table(runs))
+        show(table(runs))
 
 
 @app.command()

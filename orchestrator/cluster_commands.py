@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
+from rich.console import Console, RenderableType
 
 from orchestrator import recipe as recipes
 from orchestrator import submission
@@ -27,6 +27,8 @@ from orchestrator.upload import collect
 
 app = typer.Typer(add_completion=False)
 out = Console(highlight=False, soft_wrap=True, markup=False)  # names, paths and logs are the user's
+WIDE = 10_000
+"""Columns of a table in a pipe: nothing is folded where no screen ends."""
 
 RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="a YAML file, or a built-in name such as tiny/dpo")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[a.b=c]...", help="overrides, e.g. batch.effective=64")]
@@ -41,6 +43,12 @@ PLAN_WIDTH = 100
 """Columns of a plan that is not read on a terminal."""
 ON_GPUS = ("learners.workers=auto", "learners.gpus_per_worker=auto")
 """What a plan for GPUs fills in where the command line says nothing else."""
+
+
+def show(table: RenderableType) -> None:
+    """A table: as wide as the terminal, or as it needs in a pipe."""
+    console = out if out.is_terminal else Console(highlight=False, markup=False, width=WIDE)
+    console.print(table, soft_wrap=False)
 
 
 @app.command()
@@ -175,7 +183,7 @@ def doctor(
     if as_json:
         print(json.dumps([asdict(f) for f in findings], indent=1))
     else:
-        out.print(render(findings))
+        show(render(findings))
     if code := code_of(findings):
         sys.exit(code)
 
@@ -200,7 +208,7 @@ def status(
     if as_json:
         print(json.dumps([asdict(row) for row in rows], indent=1))
     elif out.is_terminal:
-        out.print(status_table(rows) if rows else f"no run was submitted to {address}", soft_wrap=False)
+        show(status_table(rows) if rows else f"no run was submitted to {address}")
     elif rows:
         print(status_lines(rows))
 

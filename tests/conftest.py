@@ -13,13 +13,13 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "offline"
 os.environ["WANDB_SILENT"] = "true"
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="cache-")  # what is remembered of models and layouts is not the user's
-atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 import pytest
 from hypothesis import settings
 
 settings.register_profile("orchestrator", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("orchestrator")
+atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -139,6 +139,8 @@ def test_what_cannot_speak_says_why(models: Path, tmp_path: Path) -> None:
         find(str(models / "anothr"))
     with pytest.raises(MissingInput, match="neither a run nor a model"):
         find(str(tmp_path))
+    with pytest.raises(MissingInput, match="is a file"):
+        find(str(models / "run/recipe.yaml"))
     with pytest.raises(ConfigError, match="is a reward model"):
         load(find(str(models / "reward")), CPU)
     with pytest.raises(ConfigError, match=r"--system: .*no chat template"):

@@ -2,8 +2,12 @@
 
 from pathlib import Path
 
+import pytest
+from rich.table import Table
+
 from orchestrator.assemble import Outcome
 from orchestrator.cli import held_out
+from orchestrator.cluster_commands import show
 
 
 def outcome(before: dict[str, float], after: dict[str, float]) -> Outcome:
@@ -21,3 +25,12 @@ def test_an_unknown_accuracy_is_a_dash_and_what_a_stage_does_not_measure_is_empt
     table = held_out({"sft": outcome({"eval/loss": 2.0}, {"eval/loss": 1.0}), "dpo": outcome(before, after)})
     assert list(table.columns[0].cells) == ["loss", "preference_accuracy (by implicit reward)", "logp_accuracy (by log-prob per token)"]
     assert [list(column.cells)[1] for column in table.columns[1:]] == ["", "", "–", "0.750"]
+
+
+def test_a_table_in_a_pipe_is_folded_nowhere(capsys: pytest.CaptureFixture[str]) -> None:
+    names = [f"a-run-of-a-rather-long-name-{i}" for i in range(8)]
+    table = Table(*names, box=None)
+    table.add_row(*names)
+    show(table)
+    head, row = capsys.readouterr().out.splitlines()
+    assert head.split() == row.split() == names
