@@ -3,6 +3,7 @@
 import json
 from dataclasses import dataclass, replace
 from importlib.metadata import version
+from pathlib import Path
 
 from rich.console import Console
 
@@ -94,20 +95,25 @@ class Job:
 
     def card(self, folder: RunFolder) -> str:
         """The model card of the export."""
-        recipe = self.recipe
-        base = recipe.model.path or f"a random-weight {recipe.model.tiny.architecture} model" if recipe.model.tiny else str(recipe.model.path)
-        return model_card(
-            name=recipe.run.name,
-            base=base,
-            algorithm=recipe.algorithm.name,
-            recipe_yaml=dump(recipe),
-            data_fingerprint=self.data.loaded.fingerprint,
-            metrics_path=folder.metrics,
-            library_versions=_versions(),
-        )
+        return card_of(self.recipe, self.data.loaded.fingerprint, folder.metrics)
 
     def plan_json(self) -> str:
         return json.dumps(self.plan.to_json(), indent=1)
+
+
+def card_of(recipe: Recipe, rows: str, metrics: Path, last: int | None = None) -> str:
+    """The model card of an export. rows: fingerprint of the training data; last: the step that is exported, None: the newest."""
+    tiny = recipe.model.tiny
+    return model_card(
+        name=recipe.run.name,
+        base=f"a random-weight {tiny.architecture} model" if tiny is not None else str(recipe.model.path),
+        algorithm=recipe.algorithm.name,
+        recipe_yaml=dump(recipe),
+        data_fingerprint=rows,
+        metrics_path=metrics,
+        library_versions=_versions(),
+        last=last,
+    )
 
 
 def _versions() -> dict[str, str]:

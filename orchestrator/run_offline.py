@@ -36,6 +36,7 @@ def attempt(job: Job, folder: RunFolder, cut: Cut, stop: Stop) -> Progress:
         check_layout(recipe, job.algorithm, job.data, cut, group, reporter.note)
         base = group.call(model_fingerprint)[0]
         evaluated = saved is not None and folder.evaluated(saved.progress.step)
+        checkpoints = RunCheckpoints(store, [group], saved, base, final=recipe.checkpoint.final, last=job.plan.total_steps)
         trainer = OfflineTrainer(
             plan=_plan(job, evaluated),
             cut=cut,
@@ -44,7 +45,7 @@ def attempt(job: Job, folder: RunFolder, cut: Cut, stop: Stop) -> Progress:
             batches=job.data.batches,
             evaluator=evaluator(job.data, recipe, group, attach),
             report=reporter,
-            checkpoints=RunCheckpoints(store, [group], saved, base),
+            checkpoints=checkpoints,
             throughput=measured_throughput(job.plan, job.algorithm, group, reporter.note),
             stop=stop,
         )
@@ -52,6 +53,8 @@ def attempt(job: Job, folder: RunFolder, cut: Cut, stop: Stop) -> Progress:
         stop.doing = "exporting the model"
         reporter.note(f"exporting to {folder.export}")
         group.export(folder.export, job.card(folder))
+        folder.mark_done(progress.step)
+        checkpoints.finish()
         return progress
 
 
