@@ -261,6 +261,12 @@ def machine_trouble(error: OSError) -> OrchestratorError:
     return OrchestratorError(f"{type(error).__name__}: {error}", fix="this is a bug; run again with --debug and report the traceback")
 
 
+def _tell(text: str) -> None:
+    """On a terminal that may be closed by now: the exit code has to be told all the same."""
+    with enduring_output():
+        print(text, file=sys.stderr)
+
+
 def main() -> None:
     """Runs a command; a failure is one message and an exit code. `--debug` anywhere shows the traceback."""
     debug = "--debug" in sys.argv
@@ -270,10 +276,10 @@ def main() -> None:
     except OrchestratorError as error:
         if debug:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        _tell(f"error: {error}")
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
-        print("interrupted; run the same command again to go on from the last checkpoint", file=sys.stderr)
+        _tell("interrupted; run the same command again to go on from the last checkpoint")
         sys.exit(Exit.RESUMABLE)
     except OSError as error:
         if debug:
