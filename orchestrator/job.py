@@ -7,6 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from orchestrator import disk
 from orchestrator.algorithms import Algorithm, build
 from orchestrator.cluster.metrics_sink import RayMetricsSink
 from orchestrator.cluster.placement import demands
@@ -137,7 +138,7 @@ def _job(recipe: Recipe, console: Console, hardware: Hardware, lengths: Lengths 
     recipe = _fitted(recipe, algorithm, hardware)
     if algorithm.online is None:
         data = load_data(recipe, algorithm) if lengths is None else made_up(recipe, algorithm, lengths)
-        plan = make_plan(recipe, algorithm, data, hardware)
+        plan = _with_disk(make_plan(recipe, algorithm, data, hardware), algorithm)
         return Job(plan.recipe, algorithm, data, None, plan, 1, console)
     steps = check_batches(recipe, algorithm) * recipe.algorithm.epochs
     check_rewards(recipe.rewards)
@@ -149,10 +150,14 @@ def _job(recipe: Recipe, console: Console, hardware: Hardware, lengths: Lengths 
     else:
         longest = made_up(recipe, algorithm, lengths)
     try_user_code(recipe.rewards, recipe.rollouts.environment, columns)
-    plan = make_plan(recipe, algorithm, longest, hardware)
+    plan = _with_disk(make_plan(recipe, algorithm, longest, hardware), algorithm)
     total = recipe.run.max_steps or (prompts.batches.steps_in(recipe.run.epochs) if prompts is not None else plan.total_steps)
     plan = replace(plan, total_steps=total, choices=(*plan.choices, *_rollout_choices(recipe, algorithm, steps)))
     return Job(plan.recipe, algorithm, longest, prompts, plan, steps, console)
+
+
+def _with_disk(plan: Plan, algorithm: Algorithm) -> Plan:
+    return replace(plan, choices=(*plan.choices, Choice("disk", *disk.in_words(plan.recipe, algorithm))))
 
 
 def _demands(recipe: Recipe, algorithm: Algorithm) -> tuple[WorkerGroup, ...]:

@@ -18,7 +18,7 @@ FLOORS: tuple[frozenset[str], ...] = (
     ),
     frozenset({"data", "models", "observe", "algorithms", "recipe", "reference_page", "identity", "upload"}),
     frozenset({"learner", "rollout", "cut", "dataset", "memory_model", "launchers", "stage_exports"}),
-    frozenset({"prompts", "ways", "model_advice", "extension"}),
+    frozenset({"prompts", "ways", "model_advice", "extension", "disk"}),
     frozenset({"plan", "sketch"}),
     frozenset({"controllers", "cluster", "plan_view"}),
     frozenset({"startup", "resume", "run_folder", "submission"}),
