@@ -42,11 +42,13 @@ from orchestrator.preflight import asked_by, look, need_of, require, this_machin
 from orchestrator.prompts import load_prompts
 from orchestrator.recipe import dump
 from orchestrator.records import Progress, SequenceGroup
+from orchestrator.resume import refuse_without_checkpoint, refuse_without_optimizer
 from orchestrator.rollout.functions import check_rewards, is_users, source_of
 from orchestrator.rollout.http_reward import knock
 from orchestrator.rollout.trial import try_user_code
 from orchestrator.run_folder import RunFolder, open_run
 from orchestrator.sketch import Lengths
+from orchestrator.stage_exports import with_types
 from orchestrator.stages import Stage, references, resolve
 from orchestrator.startup import attach_reference
 from orchestrator.stopping import Stop, stop_signals
@@ -156,10 +158,19 @@ def _finished(job: Job, folder: RunFolder) -> Progress | None:
     if not all(export.is_dir() for export in exports):
         return None
     saved = CheckpointStore(folder.checkpoints, run=folder.fingerprint, keep=recipe.checkpoint.keep, note=job.console.print).newest()
-    if saved is None or saved.progress.step < job.plan.total_steps:
+    total = job.plan.total_steps
+    if saved is None and folder.done_steps == 0:
         return None
-    job.console.print(f"{folder.root}: all {saved.progress.step} steps are done already", markup=False)
-    return saved.progress
+    progress = saved.progress if saved is not None else Progress(step=folder.done_steps)
+    if saved is None:
+        refuse_without_checkpoint(folder.root, progress.step, total)
+    elif progress.step < total:
+        refuse_without_optimizer(saved, total)  # before workers are started for it
+        return None
+    elif 0 < folder.done_steps < progress.step:  # extended, and interrupted before the new export
+        return None
+    job.console.print(f"{folder.root}: all {progress.step} steps are done already", markup=False)
+    return progress
 
 
 def _preflight(findings: Sequence[Finding], console: Console) -> None:
@@ -219,7 +230,7 @@ def train_stages(stages: Sequence[Stage], root: Path, console: Console, stop: St
     """Trains a recipe, or a pipeline stage by stage in root/NAME, each with the exports of the stages it names."""
     _check_later(stages[1:])  # the first one is about to be planned
     outcomes: dict[str, Outcome] = {}
-    for stage in _grouped(stages, root.name):
+    for stage in _grouped(with_types(stages), root.name):
         folder = root if len(stages) == 1 else root / stage.name
         if len(stages) > 1:
             console.rule(stage.name, align="left")

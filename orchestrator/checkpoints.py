@@ -23,6 +23,8 @@ from orchestrator.records import Progress
 
 FORMAT = 1
 REPLACED = ".replaced"
+GONE = ".gone-"
+"""Begins the name of a checkpoint that is being removed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,12 +150,41 @@ class CheckpointStore:
         faults.inject("checkpoint.renamed", step=step)
         write_atomically(self.root / "LATEST", final.name + "\n")
 
+    def at(self, step: int | None) -> Saved:
+        """The verified checkpoint of a step, None: the newest; CheckpointError where there is none."""
+        there = sorted(int(d.name[5:]) for d in self.root.glob("step_????????"))
+        if step is None and (saved := self.newest()) is not None:
+            return saved
+        if step not in there:
+            fix = f"there are steps {', '.join(map(str, there))}" if there else "checkpoint.every and checkpoint.final decide what stays"
+            raise CheckpointError(f"{self.root} holds no {'' if step is None else f'verified checkpoint of step {step}'}", fix=fix)
+        return verify(self.root / f"step_{step:08d}")
+
+    def keep_only(self, count: int) -> None:
+        """Removes all but the newest `count` checkpoints."""
+        folders = sorted(d for d in self.root.glob("step_*") if d.suffix != REPLACED)
+        for folder in folders[: len(folders) - count]:
+            self._remove(folder)
+        if count == 0:
+            shutil.rmtree(self.root, ignore_errors=True)
+
     def _purge(self, newest: str) -> None:
+        """Removes what is older, once the new one is whole on disk: each file is there with the size whose SHA-256 its writer read back."""
+        verify(self.root / newest, content=False)
         folders = sorted(d for d in self.root.glob("step_*") if d.name <= newest and d.suffix != REPLACED)
-        for folder in [*folders[: -self.keep], *self.root.glob(".tmp-*"), *self.root.glob(f"step_*{REPLACED}")]:
+        for folder in folders[: -self.keep]:
+            self._remove(folder)
+        for folder in [*self.root.glob(".tmp-*"), *self.root.glob(f"{GONE}*"), *self.root.glob(f"step_*{REPLACED}")]:
             shutil.rmtree(folder, ignore_errors=True)
         for file in self.root.glob(".LATEST.*"):
             file.unlink(missing_ok=True)
+
+    def _remove(self, folder: Path) -> None:
+        """Whole or not at all, as far as a reader sees."""
+        gone = folder.with_name(f"{GONE}{folder.name}")
+        shutil.rmtree(gone, ignore_errors=True)
+        os.rename(folder, gone)
+        shutil.rmtree(gone, ignore_errors=True)
 
 
 def _age(directory: Path) -> tuple[str, bool]:
@@ -161,8 +192,8 @@ def _age(directory: Path) -> tuple[str, bool]:
     return directory.name.removesuffix(REPLACED), directory.suffix != REPLACED
 
 
-def verify(directory: Path) -> Saved:
-    """Checks every file of a checkpoint against its manifest; CheckpointError names the first that differs."""
+def verify(directory: Path, *, content: bool = True) -> Saved:
+    """Checks every file of a checkpoint against its manifest; CheckpointError names the first that differs. content: False reads no file."""
     manifest = _read_manifest(directory)
     for entry in (FileEntry(**e) for e in manifest["files"]):
         path = directory / entry.path
@@ -172,7 +203,7 @@ def verify(directory: Path) -> Saved:
             raise CheckpointError(f"{entry.path} is missing", why=f"{directory} is incomplete")
         if path.stat().st_size != entry.size:
             raise CheckpointError(f"{entry.path} is truncated", why=f"{path.stat().st_size} bytes instead of {entry.size}")
-        if sha256(path) != entry.sha256:
+        if content and sha256(path) != entry.sha256:
             raise CheckpointError(f"{entry.path} is damaged", why="its SHA-256 is not the one in the manifest")
     return Saved(directory, Progress(**manifest["progress"]), manifest["run"], manifest["facts"])
 

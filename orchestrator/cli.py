@@ -7,6 +7,7 @@ import errno
 import json
 import shutil
 import sys
+import tempfile
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -91,22 +92,64 @@ def init(
 
 @app.command()
 def evaluate(
-    recipe: RecipeArgument,
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE|RUN", help="a recipe, or a run folder: the model that it trained")],
     overrides: Overrides = None,
     model: Annotated[Path | None, typer.Option("--model", help="a folder to evaluate instead of the recipe's model")] = None,
+    step: Annotated[int | None, typer.Option("--step", min=1, help="of a run: its checkpoint of this step")] = None,
 ) -> None:
     """Held-out preference accuracy and greedy exact match of a model; of an online recipe the reward, greedy and pass@k."""
-    cfg = _last(recipe, overrides)
-    if named := references(cfg):
-        fix = "give the recipe.yaml in the run folder of that stage, where they are folders"
-        raise ConfigError(f"{', '.join(named)} of {recipe} are made by stages of a run", fix=fix)
-    from orchestrator.assemble import evaluate as run
-    from orchestrator.observe.names import spoken, unknown
+    run = Path(recipe) if Path(recipe).is_dir() else None
+    if run is None and step is not None:
+        raise ConfigError("--step goes with a run folder", fix=f"{recipe} is a recipe; give the --output of a run")
+    if model is not None and step is not None:
+        raise ConfigError("--step and --model name two models", fix="leave one of them out")
+    if run is not None:
+        from orchestrator.from_run import recipe_of
 
-    metrics = run(cfg, model, out)
+        cfg = recipe_of(run, overrides or ())
+    else:
+        cfg = _last(recipe, overrides)
+    if named := references(cfg):
+        fix = "give the run folder of that stage, where they are folders"
+        raise ConfigError(f"{', '.join(named)} of {recipe} are made by stages of a run", fix=fix)
+    with forked_workers(), tempfile.TemporaryDirectory(prefix="orchestrator-evaluate-") as scratch:
+        from orchestrator.assemble import evaluate as evaluated
+        from orchestrator.observe.names import spoken, unknown
+
+        if run is not None and model is None:
+            model = _trained(run, cfg, step, Path(scratch))
+        metrics = evaluated(cfg, model, out)
     for name, value in metrics.items():
         shown = "–" if unknown(name, value) else f"{value:.4f}"
         out.print(f"{spoken(name, metrics):<48}{shown}")
+
+
+def _trained(run: Path, cfg: "Recipe", step: int | None, scratch: Path) -> Path:
+    """A folder with the model of a run: its export, or what a checkpoint holds, in fp32."""
+    from orchestrator.from_run import export_run
+
+    if step is None and (run / "export" / "config.json").is_file():
+        out.print(f"evaluating {run / 'export'}", markup=False)
+        return run / "export"
+    exact = cfg.export.model_copy(update={"dtype": "fp32", "lora": "merged"})
+    return export_run(run, cfg.model_copy(update={"export": exact}), step, scratch / "model", lambda text: out.print(text, markup=False))
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="a run folder")],
+    overrides: Overrides = None,
+    step: Annotated[int | None, typer.Option("--step", min=1, help="a checkpoint's; default: the newest")] = None,
+    dtype: Annotated[str | None, typer.Option("--dtype", metavar="source|fp32|bf16|fp16", help="default: the recipe's export.dtype")] = None,
+    lora: Annotated[str | None, typer.Option("--lora", metavar="both|merged|adapter", help="default: the recipe's export.lora")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="default: RUN/export-step-N")] = None,
+) -> None:
+    """Writes a checkpoint of a run as a Hugging Face folder."""
+    from orchestrator.from_run import export_run, recipe_of
+
+    asked = [f"export.{key}={value}" for key, value in (("dtype", dtype), ("lora", lora)) if value is not None]
+    cfg = recipe_of(run, [*(overrides or ()), *asked])
+    out.print(f"model   {export_run(run, cfg, step, output, lambda text: out.print(text, markup=False))}", markup=False)
 
 
 @app.command()
@@ -118,7 +161,11 @@ def verify(
     everything: Annotated[bool, typer.Option("--all", help="every combination instead of a covering set")] = False,
 ) -> None:
     """The proof: runs the same steps under many cuts and prints the largest difference from one plain large batch."""
-    cfg = _last(recipe, overrides)
+    with forked_workers():
+        _verify(_last(recipe, overrides), steps, workers, everything)
+
+
+def _verify(cfg: "Recipe", steps: int, workers: str, everything: bool) -> None:
     from orchestrator.hardware import this_machine
     from orchestrator.settle import settle
     from orchestrator.verify import TOLERANCE, run
@@ -268,6 +315,12 @@ def machine_trouble(error: OSError) -> OrchestratorError:
     return OrchestratorError(f"{type(error).__name__}: {error}", fix="this is a bug; run again with --debug and report the traceback")
 
 
+def _tell(text: str) -> None:
+    """On a terminal that may be closed by now: the exit code has to be told all the same."""
+    with enduring_output():
+        print(text, file=sys.stderr)
+
+
 def main() -> None:
     """Runs a command; a failure is one message and an exit code. `--debug` anywhere shows the traceback."""
     debug = "--debug" in sys.argv
@@ -277,10 +330,10 @@ def main() -> None:
     except OrchestratorError as error:
         if debug:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        _tell(f"error: {error}")
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
-        print("interrupted; run the same command again to go on from the last checkpoint", file=sys.stderr)
+        _tell("interrupted; run the same command again to go on from the last checkpoint")
         sys.exit(Exit.RESUMABLE)
     except OSError as error:
         if debug:

@@ -3,9 +3,11 @@
 import json
 from dataclasses import dataclass, replace
 from importlib.metadata import version
+from pathlib import Path
 
 from rich.console import Console
 
+from orchestrator import disk
 from orchestrator.algorithms import Algorithm, build
 from orchestrator.cluster.metrics_sink import RayMetricsSink
 from orchestrator.cluster.placement import demands
@@ -99,20 +101,25 @@ class Job:
 
     def card(self, folder: RunFolder) -> str:
         """The model card of the export."""
-        recipe = self.recipe
-        base = recipe.model.path or f"a random-weight {recipe.model.tiny.architecture} model" if recipe.model.tiny else str(recipe.model.path)
-        return model_card(
-            name=recipe.run.name,
-            base=base,
-            algorithm=recipe.algorithm.name,
-            recipe_yaml=dump(recipe),
-            data_fingerprint=self.data.loaded.fingerprint,
-            metrics_path=folder.metrics,
-            library_versions=_versions(),
-        )
+        return card_of(self.recipe, self.data.loaded.fingerprint, folder.metrics)
 
     def plan_json(self) -> str:
         return json.dumps(self.plan.to_json(), indent=1)
+
+
+def card_of(recipe: Recipe, rows: str, metrics: Path, last: int | None = None) -> str:
+    """The model card of an export. rows: fingerprint of the training data; last: the step that is exported, None: the newest."""
+    tiny = recipe.model.tiny
+    return model_card(
+        name=recipe.run.name,
+        base=f"a random-weight {tiny.architecture} model" if tiny is not None else str(recipe.model.path),
+        algorithm=recipe.algorithm.name,
+        recipe_yaml=dump(recipe),
+        data_fingerprint=rows,
+        metrics_path=metrics,
+        library_versions=_versions(),
+        last=last,
+    )
 
 
 def _versions() -> dict[str, str]:
@@ -182,7 +189,7 @@ def _planned(recipe: Recipe, algorithm: Algorithm, data: DataSet, hardware: Hard
     """The plan; with `fewer` on half as many workers, as often as it takes, where they are too many for the machine's RAM."""
     while True:
         try:
-            return make_plan(recipe, algorithm, data, hardware)
+            return _with_disk(make_plan(recipe, algorithm, data, hardware), algorithm)
         except NotEnoughResources:
             if not fewer or recipe.learners.count == 1:
                 raise
@@ -190,6 +197,10 @@ def _planned(recipe: Recipe, algorithm: Algorithm, data: DataSet, hardware: Hard
         recipe = recipe.with_workers(recipe.learners.count // 2)
         if colocated:
             recipe = recipe.model_copy(update={"rollouts": recipe.rollouts.model_copy(update={"workers": recipe.learners.count})})
+
+
+def _with_disk(plan: Plan, algorithm: Algorithm) -> Plan:
+    return replace(plan, choices=(*plan.choices, Choice("disk", *disk.in_words(plan.recipe, algorithm, plan.sizes))))
 
 
 def _demands(recipe: Recipe, algorithm: Algorithm) -> tuple[WorkerGroup, ...]:

@@ -8,22 +8,19 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from orchestrator.algorithms import critic
 from orchestrator.cluster.probes import here, on_cluster, survey
 from orchestrator.cluster.smoke import in_a_process
 from orchestrator.config import ONLINE, Recipe
+from orchestrator.disk import checkpoint_bytes
 from orchestrator.errors import ConfigError, Exit, MissingInput, NotEnoughResources, OrchestratorError, OutputError
 from orchestrator.facts import Capacity, ClusterFacts, ModelSource, Need
 from orchestrator.findings import Finding
 from orchestrator.hardware import visible_gpus
 from orchestrator.job import Job
-from orchestrator.memory_model import model_sizes
 from orchestrator.node_facts import shared_folder, unmet_requirements, wandb_trouble
 from orchestrator.stages import STAGE
 
 HERE = "this machine"
-STATE_BYTES = 12
-"""Of a trainable parameter in a checkpoint: the fp32 master weight and Adam's two moments."""
 ERRORS: dict[str, type[OrchestratorError]] = {
     "versions": ConfigError,
     "auth": ConfigError,
@@ -40,24 +37,11 @@ def need_of(job: Job) -> Need:
     return replace(
         asked_by([recipe]),
         groups=(*job.demands(), *job.reward_models()),
-        checkpoint_bytes=_checkpoint_bytes(job),
+        checkpoint_bytes=checkpoint_bytes(job.recipe, job.algorithm, job.sizes()),
         keep=recipe.checkpoint.keep,
         wandb=recipe.tracking.wandb,
         object_store=job.store_bytes(),
     )
-
-
-def _checkpoint_bytes(job: Job) -> int:
-    """Of one checkpoint: the policy's state, TR-DPO's moving reference, and the state of PPO's critic."""
-    recipe = job.recipe
-    sizes = job.sizes()
-    total = STATE_BYTES * sizes.learns
-    if recipe.algorithm.reference_sync_every is not None:
-        total += (4 if recipe.learners.precision in ("fp32", "bf16_autocast") else 2) * sizes.all
-    if job.algorithm.online is not None and job.algorithm.online.critic:
-        model = recipe.critic.model or recipe.model.model_copy(update={"lora": None})
-        total += STATE_BYTES * model_sizes(recipe.model_copy(update={"model": model}), critic(recipe.algorithm)).learns
-    return total
 
 
 def model_sources(recipe: Recipe) -> tuple[ModelSource, ...]:

@@ -21,6 +21,7 @@ from orchestrator.extension import End
 from orchestrator.identity import FREE, TOKENS, Identity
 from orchestrator.observe.sinks import read_lines
 
+DONE = "done_steps"
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)
 """What flock says on a file system that has none."""
 
@@ -51,6 +52,14 @@ class RunFolder:
     @property
     def metrics(self) -> Path:
         return self.root / "metrics.jsonl"
+
+    @property
+    def done_steps(self) -> int:
+        """Steps of the loop after which the run was exported last; 0 before."""
+        return int((run_record(self.root) or {}).get(DONE, 0))
+
+    def mark_done(self, steps: int) -> None:
+        write_atomically(self.root / "run.json", json.dumps({**(run_record(self.root) or {}), DONE: steps}, indent=1) + "\n")
 
     @property
     def saved_steps(self) -> int:
@@ -101,6 +110,7 @@ def _record(before: Mapping[str, Any], identity: Identity, changes: Sequence[tup
         "deciding": dict(identity.deciding),
         "watched": dict(identity.watched),
         "changes": [*before.get("changes", []), *added],
+        **{key: before[key] for key in (DONE,) if key in before},
         **({"schedule_steps": end.steps} if end is not None else {}),
     }
 
@@ -149,7 +159,7 @@ def _refuse_passing(root: Path) -> None:
 
 def _refuse_foreign(root: Path, identity: Identity) -> Mapping[str, Any]:
     """What run.json says, nothing in a new folder. OutputError where the folder holds another run or things of somebody else's."""
-    there = _read(root)
+    there = run_record(root)
     if there is None:
         if root.is_dir() and any(p.name not in ("run.lock", "run.owner") and not p.name.startswith(".run.json.") for p in root.iterdir()):
             raise OutputError(f"{root} is not empty and holds no run", fix="choose a new folder as --output")
@@ -166,7 +176,8 @@ def _refuse_foreign(root: Path, identity: Identity) -> Mapping[str, Any]:
     raise OutputError(f"{root} holds another run, which differs in {len(differing)} {many} (there -> here)", why=why, fix=other)
 
 
-def _read(root: Path) -> dict[str, Any] | None:
+def run_record(root: Path) -> dict[str, Any] | None:
+    """What run.json says; None where there is none."""
     path = root / "run.json"
     if not path.is_file():
         return None

@@ -40,6 +40,7 @@ def attempt(job: Job, folder: RunFolder, cut: Cut, stop: Stop) -> Progress:
         cut, attach = _begun(job, cut, group, reporter)
         base = group.call(model_fingerprint)[0]
         evaluated = saved is not None and folder.evaluated(saved.progress.step)
+        checkpoints = RunCheckpoints(store, [group], saved, base, final=recipe.checkpoint.final, last=job.plan.total_steps)
         trainer = OfflineTrainer(
             plan=_plan(job, evaluated),
             cut=cut,
@@ -48,7 +49,7 @@ def attempt(job: Job, folder: RunFolder, cut: Cut, stop: Stop) -> Progress:
             batches=job.data.batches,
             evaluator=evaluator(job.data, recipe, job.algorithm, group, attach),
             report=reporter,
-            checkpoints=RunCheckpoints(store, [group], saved, base),
+            checkpoints=checkpoints,
             throughput=measured_throughput(job.plan, job.algorithm, group, reporter.note),
             stop=stop,
         )
@@ -56,6 +57,8 @@ def attempt(job: Job, folder: RunFolder, cut: Cut, stop: Stop) -> Progress:
         stop.doing = "exporting the model"
         reporter.note(f"exporting to {folder.export}")
         group.export(folder.export, job.card(folder))
+        folder.mark_done(progress.step)
+        checkpoints.finish()
         return progress
 
 

@@ -61,6 +61,8 @@ def attempt(job: Job, folder: RunFolder, cut: Cut, stop: Stop) -> Progress:
         generator, scorer, bridge = _rollouts(job, parameters, folder, group, placed, stack)
         trained = [group] if critic is None else [group, critic]
         sampling = sampling_of(recipe)
+        base = group.call(model_fingerprint)[0]
+        checkpoints = RunCheckpoints(store, trained, saved, base, final=recipe.checkpoint.final, last=job.plan.total_steps)
         evaluated = saved is not None and folder.evaluated(saved.progress.step)
         trainer = OnlineTrainer(
             plan=_plan(job, sampling, evaluated),
@@ -71,7 +73,7 @@ def attempt(job: Job, folder: RunFolder, cut: Cut, stop: Stop) -> Progress:
             weights=bridge,
             evaluator=RolloutEvaluator(_held_out(job), recipe.evaluation, sampling, generator, scorer),
             report=reporter,
-            checkpoints=RunCheckpoints(store, trained, saved, group.call(model_fingerprint)[0]),
+            checkpoints=checkpoints,
             timeline=Timeline(folder.root / "trace.json"),
             stop=stop,
         )
@@ -81,6 +83,8 @@ def attempt(job: Job, folder: RunFolder, cut: Cut, stop: Stop) -> Progress:
         group.export(folder.export, job.card(folder))
         if critic is not None and recipe.critic.export:
             critic.export(folder.critic_export, job.card(folder))
+        folder.mark_done(progress.step)
+        checkpoints.finish()
         return progress
 
 

@@ -61,6 +61,9 @@ def check(recipe: Recipe, where: str, earlier: Mapping[str, Recipe]) -> None:
         if name not in earlier:
             fix = f"the stages before it are {', '.join(earlier)}" if earlier else "no stage comes before it; give a folder or a hub name"
             raise ConfigError(f"{where}: {key}: {STAGE}{name} names no earlier stage", fix=fix)
+        if earlier[name].model.lora is not None and earlier[name].export.lora == "adapter":
+            what = f"{where}: {key}: stage {name} exports its adapter alone"
+            raise ConfigError(what, why="export.lora=adapter: there is no model to load", fix=f"set {name}:export.lora=both")
         scores = earlier[name].algorithm.name == "reward"
         wanted = key.startswith(_REWARD) or recipe.algorithm.name == "reward" or key == _CRITIC
         if scores and not wanted:

@@ -117,8 +117,13 @@ def held_back() -> Iterator[None]:
 @contextmanager
 def enduring_output() -> Iterator[None]:
     """A terminal that was closed, or a `| tee` that Ctrl-C ended first, takes the output with it and not the run: logs/driver.log has it all."""
-    with redirect_stdout(_Enduring(sys.stdout)), redirect_stderr(_Enduring(sys.stderr)):
-        yield
+    out, err = _Enduring(sys.stdout), _Enduring(sys.stderr)
+    with redirect_stdout(out), redirect_stderr(err):
+        try:
+            yield
+        finally:
+            out.flush()  # else Python finds at its end that nobody reads, and ends with 120
+            err.flush()
 
 
 class _Enduring:

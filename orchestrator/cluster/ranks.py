@@ -67,10 +67,10 @@ class Rank:
     def sync_reference(self, alpha: float) -> None:
         self.learner.sync_reference(alpha)
 
-    def save_state(self, directory: str) -> list[FileEntry]:
+    def save_state(self, directory: str, moments: bool) -> list[FileEntry]:
         from orchestrator.learner.state import save_state
 
-        return save_state(self.learner, Path(directory))
+        return save_state(self.learner, Path(directory), moments)
 
     def load_state(self, directory: str, optimizer_step: int) -> None:
         from orchestrator.learner.state import load_state
@@ -131,8 +131,8 @@ class Ranks:
     def sync_reference(self, alpha: float) -> None:
         self._all("sync_reference", alpha)
 
-    def save_state(self, directory: Path) -> list[FileEntry]:
-        return [entry for entries in self._all("save_state", str(directory)) for entry in entries]
+    def save_state(self, directory: Path, *, moments: bool = True) -> list[FileEntry]:
+        return [entry for entries in self._all("save_state", str(directory), moments) for entry in entries]
 
     def load_state(self, directory: Path, optimizer_step: int) -> None:
         self._all("load_state", str(directory), optimizer_step)

@@ -1,4 +1,8 @@
-"""From a learner on any number of ranks to a Hugging Face folder."""
+"""From a learner on any number of ranks, or from a checkpoint, to a Hugging Face folder.
+
+    live learner --gathers--> fp32 weights by name --+-- merged with the start weights (LoRA), in the recipe's type --> models/export.py
+    checkpoint --------------read--------------------+
+"""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -7,33 +11,71 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from orchestrator.algorithms import build, critic
+from orchestrator.config import Recipe
+from orchestrator.errors import OutputError
 from orchestrator.learner.engine import on_cpu
-from orchestrator.learner.learner import RankLearner
-from orchestrator.learner.state import full_weights
+from orchestrator.learner.learner import RankLearner, Role
+from orchestrator.learner.state import full_weights, saved_weights
+from orchestrator.models.classes import Head
 from orchestrator.models.export import export
-from orchestrator.models.load import load
+from orchestrator.models.load import Loaded, load
+from orchestrator.models.source import export_dtype
+
+LOW = ("bf16", "fp16")
 
 
 def export_learner(learner: RankLearner, directory: Path, card: str) -> Path:
     """Writes the trained model to `directory` on rank 0; the other ranks take part in the gathers. A collective."""
-    names = learner.scoring.hf_names()
-    weights = {names[name]: weight for name, weight in full_weights(learner, keep=learner.group.rank == 0)}
-    if learner.spec.recipe.model.lora is None:
-        weights |= {names[name]: weight for name, weight in _frozen(learner, keep=learner.group.rank == 0)}
+    recipe, head = learner.spec.recipe, learner.algorithm.head
+    names, keep = learner.scoring.hf_names(), learner.group.rank == 0
+    trained = {names[name]: weight for name, weight in full_weights(learner, keep=keep)}
+    again = recipe.model.lora is None and recipe.learners.precision in LOW and any(not p.requires_grad for p in learner.scoring.parameters())
+    if recipe.model.lora is None and not again:
+        trained |= {names[name]: weight for name, weight in _frozen(learner, keep=keep)}
     if learner.group.rank != 0:
         return directory
-    recipe = learner.spec.recipe
-    base, adapter = learner.loaded.model, None
-    if recipe.model.lora is not None:
-        base, adapter = _merged(learner, weights)
-        weights = dict(base.named_parameters())
-    dtype = "bfloat16" if recipe.learners.precision in ("bf16", "bf16_autocast") else "float32"
-    return export(weights, base=base, tokenizer=learner.loaded.tokenizer, directory=directory, card=card, dtype=dtype, adapter=adapter)
+    start = _start(recipe, head) if again else learner.loaded  # what never learns was rounded to compute with
+    return _write(recipe, head, start, trained, directory, card)
+
+
+def export_saved(recipe: Recipe, checkpoint: Path, directory: Path, card: str, *, role: Role = "policy", start: str) -> Path:
+    """The same from a verified checkpoint, without any learner. start: fingerprint of the weights that the run began with."""
+    head = (build(recipe.algorithm, recipe.rollouts) if role == "policy" else critic(recipe.algorithm)).head
+    loaded = _start(recipe, head)
+    if loaded.fingerprint != start:
+        raise OutputError(
+            f"{checkpoint} was trained from other start weights than model.path holds now",
+            why=f"fingerprint {start[:12]} then, {loaded.fingerprint[:12]} now",
+            fix="put the model back, or say where it is: model.path=FOLDER",
+        )
+    names = [name for name, parameter in loaded.model.named_parameters() if parameter.requires_grad]
+    with saved_weights(checkpoint, role) as read:
+        trained = {name: read(f"model.{name}") for name in names}
+    return _write(recipe, head, loaded, trained, directory, card)
+
+
+def _start(recipe: Recipe, head: Head) -> Loaded:
+    return load(recipe.model, seed=recipe.run.seed, head=head, longest=recipe.data.max_length)
+
+
+def _write(recipe: Recipe, head: Head, start: Loaded, trained: Mapping[str, Tensor], directory: Path, card: str) -> Path:
+    """trained: by Hugging Face name, or an adapter's; what it lacks of the model is taken from `start`."""
+    dtype, base, adapter, weights = export_dtype(recipe.export.dtype, recipe.model), start.model, None, None
+    if recipe.model.lora is None:
+        weights = dict(base.named_parameters()) | dict(trained)
+    else:
+        if recipe.export.lora != "adapter":
+            merge: Any = _with_adapter(recipe, head, trained)
+            base = merge.merge_and_unload()
+            weights = dict(base.named_parameters())
+        if recipe.export.lora != "merged":
+            adapter = _with_adapter(recipe, head, trained)
+    return export(weights, base=base, tokenizer=start.tokenizer, directory=directory, card=card, dtype=dtype, adapter=adapter)
 
 
 def _frozen(learner: RankLearner, *, keep: bool) -> Iterator[tuple[str, Tensor]]:
-    """(name, weight on the CPU) of what never learns, in the precision that the model computes in: towers that text does not reach.
-    A collective."""
+    """(name, fp32 weight on the CPU) of what never learns: towers that text does not reach. A collective."""
     for name, parameter in learner.engine.module.named_parameters():
         if not parameter.requires_grad:
             with learner.engine.full_parameters([parameter]):
@@ -42,14 +84,10 @@ def _frozen(learner: RankLearner, *, keep: bool) -> Iterator[tuple[str, Tensor]]
 
 
 @torch.no_grad()
-def _merged(learner: RankLearner, adapter: Mapping[str, Tensor]) -> tuple[Any, Any]:
-    """(start weights with the trained adapter merged in, the same with the adapter apart), loaded anew on the CPU, since
-    the learner's own base weights may be partitioned."""
-    recipe = learner.spec.recipe
-    pair = [load(recipe.model, seed=recipe.run.seed, head=learner.algorithm.head).model for _ in range(2)]
-    for model in pair:
-        parameters = dict(model.named_parameters())
-        for name, weight in adapter.items():
-            parameters[name].copy_(weight)
-    merge: Any = pair[0]
-    return merge.merge_and_unload(), pair[1]
+def _with_adapter(recipe: Recipe, head: Head, trained: Mapping[str, Tensor]) -> Any:
+    """The start weights with the trained adapter, loaded anew on the CPU: a learner's own base weights may be partitioned."""
+    model = load(recipe.model, seed=recipe.run.seed, head=head).model
+    parameters = dict(model.named_parameters())
+    for name, weight in trained.items():
+        parameters[name].copy_(weight)
+    return model

@@ -6,7 +6,8 @@ time. Saved on one number of ranks or stage, it is put back on any other (docs/d
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -16,14 +17,16 @@ from torch import Tensor
 
 from orchestrator.checkpoints import FileEntry, fsync_file
 from orchestrator.learner.engine import Engine, on_cpu
-from orchestrator.learner.learner import RankLearner, iterate_trainable
+from orchestrator.learner.learner import RankLearner, Role, iterate_trainable
 
 SHARD_BYTES = 1 << 30
 MOMENTS = ("exp_avg", "exp_avg_sq")
+PREFIXES: Mapping[Role, str] = {"policy": "state", "critic": "critic"}
 
 
-def save_state(learner: RankLearner, directory: Path) -> list[FileEntry]:
-    """Writes this rank's shards and returns them with size and SHA-256. A collective: call it on all ranks.
+def save_state(learner: RankLearner, directory: Path, moments: bool = True) -> list[FileEntry]:
+    """Writes this rank's shards and returns them with size and SHA-256. A collective: call it on all ranks. moments: False leaves Adam's
+    out, which a run that is done has no use for.
 
     A critic's files lie beside the policy's: `critic-rank…` and `state-rank…`."""
     group, engine = learner.group, learner.engine
@@ -38,7 +41,7 @@ def save_state(learner: RankLearner, directory: Path) -> list[FileEntry]:
             entries.append(FileEntry.of(path, directory))
             pending.clear()
 
-    for index, (name, tensor) in enumerate(_named_state(learner, engine)):
+    for index, (name, tensor) in enumerate(_named_state(learner, engine, moments)):
         if index % group.world == group.rank:
             pending[name] = on_cpu(tensor)
             if sum(t.numel() * t.element_size() for t in pending.values()) >= SHARD_BYTES:
@@ -82,9 +85,9 @@ def weights_digest(learner: RankLearner) -> str:
     return digest.hexdigest()
 
 
-def _named_state(learner: RankLearner, engine: Engine) -> Iterator[tuple[str, Tensor]]:
+def _named_state(learner: RankLearner, engine: Engine, moments: bool) -> Iterator[tuple[str, Tensor]]:
     """Each tensor by its name, whole on the device of every rank until the next one is asked for."""
-    has_moments = engine.has_moments()
+    has_moments = moments and engine.has_moments()
     for name, parameter in iterate_trainable(engine.module):
         yield f"weight.{name}", engine.weight(parameter)
         for moment in MOMENTS if has_moments else ():
@@ -107,7 +110,14 @@ def _materialise_moments(learner: RankLearner) -> None:
 
 
 def _prefix(learner: RankLearner) -> str:
-    return "state" if learner.spec.role == "policy" else "critic"
+    return PREFIXES[learner.spec.role]
+
+
+@contextmanager
+def saved_weights(directory: Path, role: Role) -> Iterator[Callable[[str], Tensor]]:
+    """Reads fp32 weights of a checkpoint by the parameter's name, without a learner."""
+    with _Shards(directory, PREFIXES[role]) as shards:
+        yield lambda name: shards.read(f"weight.{name}")
 
 
 class _Shards:

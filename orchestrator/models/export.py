@@ -14,21 +14,27 @@ from orchestrator.checkpoints import fsync_directory, fsync_file
 
 
 def export(
-    weights: Mapping[str, Tensor], *, base: nn.Module, tokenizer: Any, directory: Path, card: str, dtype: str, adapter: Any = None
+    weights: Mapping[str, Tensor] | None, *, base: nn.Module, tokenizer: Any, directory: Path, card: str, dtype: str, adapter: Any = None
 ) -> Path:
     """Writes `directory` atomically; it loads with AutoModelForCausalLM.from_pretrained.
 
-    weights: Hugging Face name -> fp32 tensor, every parameter of `base`. dtype: "float32" or "bfloat16". adapter: a peft
-    model whose adapter alone goes to `directory`/adapter, beside the merged weights.
+    weights: Hugging Face name -> fp32 tensor, every parameter of `base`; None: only the adapter is exported. dtype: torch's name of a type.
+    adapter: a peft model whose adapter, in fp32, goes to `directory`/adapter beside the merged weights, or to `directory` itself.
     """
+    for left in directory.parent.glob(f".{directory.name}.*"):  # of an export that was interrupted
+        shutil.rmtree(left, ignore_errors=True)
     temporary = directory.with_name(f".{directory.name}.{uuid.uuid4().hex[:8]}")
     temporary.mkdir(parents=True)
     try:
-        _write_model(base, {name: tensor.to(getattr(torch, dtype)) for name, tensor in weights.items()}, temporary, dtype)
-        tokenizer.save_pretrained(temporary)
+        if weights is not None:
+            _write_model(base, {name: tensor.detach().to(getattr(torch, dtype)) for name, tensor in weights.items()}, temporary, dtype)
         if adapter is not None:
-            adapter.save_pretrained(temporary / "adapter")
-        (temporary / "README.md").write_text(card, encoding="utf-8")
+            place = temporary / "adapter" if weights is not None else temporary
+            adapter.save_pretrained(place)
+            (place / "README.md").write_text(card.replace("library_name: transformers", "library_name: peft", 1), encoding="utf-8")
+        tokenizer.save_pretrained(temporary)
+        if weights is not None:
+            (temporary / "README.md").write_text(card, encoding="utf-8")
         for path in temporary.rglob("*"):
             if path.is_file():
                 fsync_file(path)

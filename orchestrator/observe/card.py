@@ -24,12 +24,15 @@ def model_card(
     data_fingerprint: str,
     metrics_path: Path,
     library_versions: Mapping[str, str],
+    last: int | None = None,
 ) -> str:
     """The README.md of an exported model: Hugging Face front matter, then recipe, data and results.
 
-    base: hub name, folder or description of the start weights; metrics_path: the run's metrics.jsonl.
+    base: hub name, folder or description of the start weights; metrics_path: the run's metrics.jsonl, of which only
+    the steps up to `last` count.
     """
     lines = read_lines(metrics_path) if metrics_path.is_file() else []
+    lines = [line for line in lines if last is None or line.get("step", 0) <= last]
     steps = [line for line in lines if "loss" in line]
     evaluations = [line for line in lines if any(n.startswith("eval/") for n in line)]
     parts = [

@@ -66,6 +66,7 @@ CONTEXTS: dict[str, Context] = {
     "model.trust_remote_code": Context(("model.tiny=null", "model.path=org/name"), ()),
     "model.reference": _only(*DPO),
     "model.lora": PLAIN,
+    "export.lora": Context(("model.lora={}",), ()),
     "data.append_eos": Context((), GRPO),
     "optimizer.warmup_ratio": Context((), ("optimizer.warmup_steps=1",)),
     **dict.fromkeys(("data.columns", *(f"data.columns.{name}" for name in ALL_READ)), Context((), ("data.train=[{path: rows.jsonl, columns: {}}]",))),

@@ -51,6 +51,9 @@ ALONE = ("tracking.alerts.steps=2", "tracking.alerts.accuracy_gain=1")
 FUNCTION = "rewards.functions=[{name: a, function: '%s'}]"
 
 
+LIVE = "tests/faults/test_runs_that_live.py"
+
+
 def _drawn(values: tuple[str, str], see: Callable[[Recipe], Any] = o.drawn, wanted: tuple[Any, Any] | None = None, *given: str) -> Row:
     return Row(see, values, wanted, (*SEQUENCE, *given))
 
@@ -256,6 +259,9 @@ EXERCISES: dict[str, Row | Elsewhere | Unseen] = {
     "learners.fused": Row(o.stages, ("false", "true"), ((0, 1, 2, 2, 3), (0, 1, 2, 2))),
     "learners.timeout_s": Row(lambda r: o.deadlines(r)[0], ("60", "600"), (60.0, 600.0)),
     "learners.start_timeout_s": Row(lambda r: o.deadlines(r)[1], ("900", "1800"), (960.0, 1860.0)),
+    "checkpoint.final": Elsewhere(f"{LIVE}::test_weights_alone_are_a_third_and_cannot_be_extended"),
+    "export.dtype": Elsewhere(f"{LIVE}::test_moved_extended_and_evaluated_otherwise_it_is_the_same_run"),
+    "export.lora": Elsewhere(f"{LIVE}::test_lora_is_exported_as_the_recipe_says"),
     "learners.max_restarts": Elsewhere("tests/end_to_end/test_settings.py::test_a_lost_worker_is_replaced_as_often_as_the_recipe_says"),
     # ---- rollouts, rewards, critic
     "rollouts.gpus_per_worker": Row(_group("rollouts", 2), ("0", "0.5"), (0.0, 0.5)),
