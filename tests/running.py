@@ -12,7 +12,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from rich.console import Console
 from safetensors.numpy import load_file
 
 from orchestrator.assemble import Outcome, train
+from orchestrator.cluster.forkserver import VARIABLE as FORK_SERVER
 from orchestrator.faults import VARIABLE
 from orchestrator.recipe import load
 
@@ -59,7 +60,7 @@ class Sandbox:
 
     def environment(self, faults: Sequence[Fault] = ()) -> dict[str, str]:
         """Variables of the processes."""
-        ours = (VARIABLE, "WANDB_SERVICE")  # wandb sets the second, to its process that ends with this one
+        ours = (VARIABLE, "WANDB_SERVICE", *(() if self.address else (FORK_SERVER,)))  # wandb sets the second, to its process that ends with this one
         inherited = {k: v for k, v in os.environ.items() if not k.startswith("RAY_") and k not in ours}
         own = {
             "HOME": str(self.root / "home"),
@@ -232,14 +233,16 @@ def shared_ray(root: Path) -> Iterator[Shared]:
     import ray
     import wandb
 
+    from orchestrator.cluster.forkserver import forked_workers
     from orchestrator.cluster.joining import connect
 
     sandbox = Sandbox(root)
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, ExitStack() as stack:
         # not HOME: Ray reads its token there once per process, for all the clusters that the process will start
         for name, value in (sandbox.environment() | {"HOME": str(Path.home())}).items():
             patch.setenv(name, value)
         patch.delenv("RAY_ADDRESS", raising=False)
+        stack.enter_context(forked_workers())
         try:
             connect()
             sandbox.address = ray.get_runtime_context().gcs_address
@@ -247,6 +250,7 @@ def shared_ray(root: Path) -> Iterator[Shared]:
         finally:
             wandb.teardown()
             ray.shutdown()
+            stack.close()
             sandbox.close()
 
 

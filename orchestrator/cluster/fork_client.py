@@ -34,6 +34,7 @@ def main(address: str, *command: str) -> int:
 if __name__ == "__main__":
     code = main(*sys.argv[1:])
     if code < 0:
-        signal.signal(-code, signal.SIG_DFL)
+        if -code not in (signal.SIGKILL, signal.SIGSTOP):
+            signal.signal(-code, signal.SIG_DFL)
         os.kill(os.getpid(), -code)
     sys.exit(code)

@@ -176,6 +176,7 @@ def _become(request: dict[str, Any], files: Sequence[int]) -> None:
     if signal.SIGINT not in request["ignored"]:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.pthread_sigmask(signal.SIG_SETMASK, request["blocked"])
+    os.setpgid(0, 0)  # Ray ends a worker's whole process group with it, and the server's is the driver's
     os.environ.clear()
     os.environ.update(request["environment"])
     os.chdir(request["directory"])
