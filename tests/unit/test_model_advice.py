@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-from orchestrator.config import Algorithm, Batch, Data, Learners, Lora, Model, Optimizer, Recipe, Rollouts, Run, Source
+from orchestrator.config import Algorithm, Batch, Data, Learners, Lora, Model, Optimizer, Recipe, RewardFunction, Rewards, Rollouts, Run, Source
 from orchestrator.errors import ConfigError, Exit, OrchestratorError
 from orchestrator.job import plan_job
 from orchestrator.models.classes import check_trainable
@@ -91,6 +91,7 @@ def test_a_rollout_of_full_length_counts(folder):
         "data": Data(train=[Source(path="toy:prompts", max_rows=8)], max_length=128),
         "algorithm": Algorithm(name="grpo"),
         "rollouts": Rollouts(prompts=2, samples=2, max_new_tokens=100),
+        "rewards": Rewards(functions=[RewardFunction(name="exact", function="exact_match")]),
     }
     assert "do not fit the model's 64 positions" in refusal(folder("gpt2", n_positions=64), **online).what
 

@@ -38,7 +38,8 @@ RECOGNISED: list[tuple[dict[str, Any], str, dict[str, str], str]] = [
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("model")
     cfg = Model(tiny=TinyModel(hidden_size=16, layers=1, heads=2))  # pyright: ignore[reportCallIssue]
-    load_model(cfg, seed=0, head="lm").model.save_pretrained(folder)
+    whole: Any = load_model(cfg, seed=0, head="lm").model
+    whole.save_pretrained(folder)
     tokenizer = load_tokenizer(cfg)
     tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
     tokenizer.save_pretrained(folder)
