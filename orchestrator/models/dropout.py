@@ -103,9 +103,35 @@ def quieten(model: nn.Module) -> None:
             layer.register_forward_hook(partial(_leave, asked), always_call=True)
 
 
+INSIDE = "__call__" not in vars(GradientCheckpointingLayer)
+"""Since transformers 5.24 a layer decides in its forward, after the hooks, whether it is computed again, and is not where there are no gradients."""
+
+
 def _enter(asked: list[bool], layer: nn.Module, _: Any) -> None:
     asked.append(layer.training)
-    layer.training = False
+    if not INSIDE or not torch.is_grad_enabled():
+        layer.training = False
+    elif layer.training:
+        any_layer: Any = layer
+        any_layer._gradient_checkpointing_func = partial(_quietly, layer, _plain(any_layer._gradient_checkpointing_func))
+
+
+def _plain(checkpoint: Any) -> Any:
+    """What was set by transformers, without our own wrapping of an earlier call."""
+    return checkpoint.args[1] if isinstance(checkpoint, partial) and checkpoint.func is _quietly else checkpoint
+
+
+def _quietly(layer: nn.Module, checkpoint: Any, run: Any, *inputs: Any) -> Any:
+    """The layer through `checkpoint`, computing as it is used each time that it runs."""
+
+    def quiet(*given: Any) -> Any:
+        before, layer.training = layer.training, False
+        try:
+            return run(*given)
+        finally:
+            layer.training = before
+
+    return checkpoint(quiet, *inputs)
 
 
 def _leave(asked: list[bool], layer: nn.Module, _: Any, __: Any) -> None:
