@@ -5,6 +5,7 @@ Heavy imports happen inside the commands, so that `--help` needs neither torch n
 
 import errno
 import json
+import os
 import shutil
 import sys
 import tempfile
@@ -145,8 +146,12 @@ def export(
     output: Annotated[Path | None, typer.Option("--output", "-o", help="default: RUN/export-step-N")] = None,
 ) -> None:
     """Writes a checkpoint of a run as a Hugging Face folder."""
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # of this process alone, which computes nothing: DeepSpeed need not look for a GPU, and say so
+    from transformers.utils import logging
+
     from orchestrator.from_run import export_run, recipe_of
 
+    logging.disable_progress_bar()
     asked = [f"export.{key}={value}" for key, value in (("dtype", dtype), ("lora", lora)) if value is not None]
     cfg = recipe_of(run, [*(overrides or ()), *asked])
     out.print(f"model   {export_run(run, cfg, step, output, lambda text: out.print(text, markup=False))}", markup=False)

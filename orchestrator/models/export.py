@@ -1,5 +1,6 @@
 """A Hugging Face folder from trained weights: safetensors, config, tokenizer, generation config, model card."""
 
+import json
 import os
 import shutil
 import uuid
@@ -64,6 +65,14 @@ def _write_model(base: Any, state: dict[str, Tensor], folder: Path, dtype: str) 
     buffers = dict(base.named_buffers())
     state |= {name: tensor for name, tensor in base.state_dict().items() if name not in state and name in buffers}
     config_dtype = base.config.dtype
-    base.config.dtype = dtype
     base.save_pretrained(folder, state_dict=state, safe_serialization=True)
-    base.config.dtype = config_dtype
+    base.config.dtype = config_dtype  # save_pretrained says that of `base`, there and in the file, not that of what it was given
+    path = folder / "config.json"
+    path.write_text(json.dumps(_of_type(json.loads(path.read_text()), dtype), indent=2) + "\n")
+
+
+def _of_type(config: Any, dtype: str) -> Any:
+    """A configuration, and those inside it, that names the type of the weights."""
+    if not isinstance(config, dict):
+        return config
+    return {key: dtype if key == "dtype" and isinstance(value, str) else _of_type(value, dtype) for key, value in config.items()}

@@ -92,6 +92,7 @@ class StopsAtExport(Stop):
             raise KeyboardInterrupt
 
 
+@pytest.mark.slow
 def test_an_interrupted_export_is_made_up_for_also_of_an_extended_run(shared: Shared, undisturbed: str) -> None:
     from rich.console import Console
 
@@ -109,7 +110,7 @@ def test_an_interrupted_export_is_made_up_for_also_of_an_extended_run(shared: Sh
     assert exported_hash(outcome.folder) == undisturbed
 
 
-@pytest.mark.parametrize("kind", ["adapter", "merged"])
+@pytest.mark.parametrize("kind", ["adapter", pytest.param("merged", marks=pytest.mark.slow)])
 def test_lora_is_exported_as_the_recipe_says(shared: Shared, kind: str) -> None:
     data = rows(shared.root / "there" / "rows.jsonl")
     lora = ("model.lora={rank: 2}", f"export.lora={kind}", "run.max_steps=2")
