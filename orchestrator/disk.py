@@ -39,5 +39,5 @@ def in_words(recipe: Recipe, algorithm: Algorithm, sizes: Sizes) -> tuple[str, s
     final = {"full": "", "weights": "; weights alone at the end", "none": "; none at the end"}[recipe.checkpoint.final]
     exported = export_bytes(recipe, sizes)
     most = (keep + 1) * saved + exported
-    reason = f"{when}, at most {keep} kept{final}; export {size(exported)} ({recipe.export.dtype}); at most {size(most)} at once"
+    reason = f"{when}, {keep} kept{final}; export {size(exported)} ({recipe.export.dtype}); {size(most)} at most"
     return f"a checkpoint is {size(saved)}", reason

@@ -348,7 +348,7 @@ def _micro_batch_choice(recipe: Recipe, cut: Cut) -> Choice:
         return Choice("micro-batch", f"{cut.examples} examples", "set in the recipe")
     if recipe.batch.micro_batch_tokens is not None:
         return Choice("micro-batch", f"{cut.positions} positions", "set in the recipe")
-    return Choice("micro-batch", f"{cut.positions} positions", "the predicted memory fits; a probe step checks it before training")
+    return Choice("micro-batch", f"{cut.positions} positions", "fits the predicted memory, which a probe checks where it is tight")
 
 
 def _arithmetic(effective: int, cut: Cut, first: PackedBatch, algorithm: Algorithm) -> str:

@@ -88,7 +88,7 @@ def load_rows(spec: str | list[Source], data: Data, kind: DataKind, reads: Reads
 
 def raw_records(path: str) -> Iterator[Record]:
     """What a file, a folder or a toy task holds, as it is, before any column is looked for."""
-    return _Reader("prompt", EVERYTHING)._records(Source(path=path))  # pyright: ignore[reportCallIssue]
+    return _Reader("prompt", EVERYTHING)._records(Source(path=path), Columns())  # pyright: ignore[reportCallIssue]
 
 
 def _distinct(names: Sequence[str]) -> tuple[str, ...]:

@@ -36,7 +36,7 @@ def test_everything_a_user_asks_is_there():
         "bad rows 0, too long: 0 dropped, 0 truncated",
         "tokens: min 10, median 10, p95 10, max 10",
         "predicted memory per worker",
-        "weights",
+        "others",
         " a worker may use",
         "traffic per worker and step: 0.5 MB reduced, 0.0 MB gathered",
     ):

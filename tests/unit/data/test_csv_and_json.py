@@ -144,7 +144,7 @@ def test_messages_as_json_text_are_messages_and_said(tmp_path: Path) -> None:
         ("a.csv", "prompt,prompt\na,b\n", "several columns are named prompt"),
         ("a.csv", "", "no usable row"),
         ("a.csv", "prompt,completion\n", "no usable row"),
-        ("a.json", '{"data": [{"prompt": "a", "completion": "b"}]}', "needs messages"),
+        ("a.json", '{"data": [{"prompt": "a", "completion": "b"}]}', "columns are data"),
         ("a.json", '{\n "data": [{"prompt": "a"}]}', r"one object, with the list data in it[\s\S]*one array"),
         ("a.json", '[{"prompt": "a"},\n {"prompt": ]', r"broken JSON[\s\S]*line 2"),
         ("a.json", '[{"prompt": "a", "completion": "b"}, 3]', r"a\.json:2: a record must be an object"),
