@@ -106,8 +106,10 @@ ONLINE = ("run.max_steps=2", "evaluation.every=2", "rollouts.prompts=8", "rollou
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["grpo", "ppo", "online_dpo", "grpo_tool"])
 def test_an_online_run_is_the_same_in_one_process(sandbox, tmp_path, recipe):
-    mine = (f"{recipe}:{change}" for change in (*ONLINE, "rollouts.workers=1"))
-    few = ["sft:run.max_steps=80", "sft:learners.workers=1", *mine]
+    (tmp_path / "brief.py").write_text("def brief(completions, **_):\n    return [-float(len(text)) for text in completions]\n")
+    reward = f"rewards.functions=[{{name: brief, function: {tmp_path}/brief.py:brief}}]"
+    mine = (f"{recipe}:{change}" for change in (*ONLINE, "rollouts.workers=1", reward))
+    few = ["sft:run.max_steps=2", "sft:learners.workers=1", *mine]
     ray = sandbox.run("train", f"tiny/{recipe}", *few, "--output", tmp_path / "ray")
     here = sandbox.run("train", f"tiny/{recipe}", *few, "--in-process", "--output", tmp_path / "here")
     assert (ray.code, here.code) == (0, 0), ray.err + here.err
