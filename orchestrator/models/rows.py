@@ -17,6 +17,8 @@ from torch import Tensor
 from orchestrator.objectives.scores import ExperienceTensors
 from orchestrator.records import Experience, Layout, MicroBatch
 
+PADDING = 0.03
+"""Share of rows that may be padding before it is left out: what that costs beside each layer's attention."""
 ALIGNMENT = 16
 """Bytes that each column starts at a multiple of: no view is torn, and vectorised loads are."""
 NARROW = frozenset({"position_ids", "segment", "branch"})
@@ -45,7 +47,8 @@ def _slice(buffer: Tensor, start: int, column: NDArray[Any]) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class MicroBatchTensors:
-    """The columns of a records.MicroBatch on the device, by their names and shapes."""
+    """The columns of a records.MicroBatch on the device, by their names and shapes. tokens_at: Int[N], where in the rows the N tokens lie that
+    are no padding; None where the rows are to be computed as they are."""
 
     layout: Layout
     one_row: bool
@@ -59,6 +62,7 @@ class MicroBatchTensors:
     sequence: Tensor
     last_at: Tensor
     identity: Tensor
+    tokens_at: Tensor | None = None
     source: Tensor | None = None
     ref_logprobs: Tensor | None = None
     coefficients: Tensor | None = None
@@ -71,7 +75,7 @@ class MicroBatchTensors:
         """The micro-batch on `device`."""
         names = [f.name for f in fields(cls) if f.name not in ("layout", "one_row", "branches", "experience")]
         known = [] if mb.experience is None else experience_columns(mb.experience)
-        own = [_narrowed(name, getattr(mb, name)) for name in names]
+        own = [_tokens_at(mb) if name == "tokens_at" else _narrowed(name, getattr(mb, name)) for name in names]
         tensors: list[Any] = moved([*own, *known], device)
         experience = ExperienceTensors(*tensors[len(names) :]) if known else None
         return cls(mb.layout, mb.one_row, mb.branches, **dict(zip(names, tensors, strict=False)), experience=experience)
@@ -80,6 +84,12 @@ class MicroBatchTensors:
 def experience_columns(experience: Experience) -> list[NDArray[Any] | None]:
     """Its columns in the order of ExperienceTensors."""
     return [getattr(experience, f.name) for f in fields(Experience)]
+
+
+def _tokens_at(mb: MicroBatch) -> NDArray[Any] | None:
+    """None where there is next to no padding, and for padded rows: whose mask is none at all, and cheaper than what is left out."""
+    at = np.flatnonzero(mb.segment >= 0)
+    return None if mb.layout == "padded" or mb.one_row or len(at) > (1 - PADDING) * mb.positions else at
 
 
 def _narrowed(name: str, column: NDArray[Any] | None) -> NDArray[Any] | None:
