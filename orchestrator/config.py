@@ -402,7 +402,9 @@ class Checkpoint(Section):
 
 class Export(Section):
     dtype: Literal["source", "fp32", "bf16", "fp16"] = Field(
-        "source", description="of the exported weights; source: of the model that the run, or the pipeline, began with (an adapter's stay fp32)"
+        "source",
+        description="of the exported weights; source: of the model that the run, or the pipeline, began with, or fp32 where an fp32 run would lose "
+        "much of what it learned by rounding (an adapter's stay fp32)",
     )
     lora: Literal["both", "merged", "adapter"] = Field(
         "both", description="with model.lora: the whole model, with the adapter in adapter/ beside it; one of them alone"

@@ -3,6 +3,7 @@
 from orchestrator.algorithms import Algorithm, critic
 from orchestrator.config import Recipe
 from orchestrator.memory_model import model_sizes
+from orchestrator.models.rounding import FULL, may_be_too_coarse
 from orchestrator.models.source import export_dtype
 from orchestrator.state_bytes import Sizes
 from orchestrator.words import size
@@ -24,8 +25,8 @@ def checkpoint_bytes(recipe: Recipe, algorithm: Algorithm, sizes: Sizes) -> int:
 
 
 def export_bytes(recipe: Recipe, sizes: Sizes) -> int:
-    """Of the exported weights; an adapter's are fp32."""
-    element = ELEMENT[export_dtype(recipe.export.dtype, recipe.model)]
+    """Of the exported weights, at most; an adapter's are fp32."""
+    element = ELEMENT[FULL if may_be_too_coarse(recipe) else export_dtype(recipe.export.dtype, recipe.model)]
     if recipe.model.lora is None:
         return element * sizes.all
     whole = element * (sizes.all - sizes.learns) if recipe.export.lora != "adapter" else 0

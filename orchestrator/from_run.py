@@ -12,6 +12,7 @@ from orchestrator.config import Recipe
 from orchestrator.errors import ConfigError, MissingInput
 from orchestrator.job import card_of
 from orchestrator.learner.export import export_saved
+from orchestrator.models.rounding import widened
 from orchestrator.recipe import load
 from orchestrator.run_folder import run_record
 
@@ -36,7 +37,10 @@ def export_run(run: Path, recipe: Recipe, step: int | None, output: Path | None,
     card = card_of(recipe, _rows(record), run / "metrics.jsonl", last=saved.progress.step)
     directory.parent.mkdir(parents=True, exist_ok=True)
     note(f"step {saved.progress.step} of {run}, weights {recipe.export.dtype}")
-    return export_saved(recipe, saved.directory, directory, card, start=saved.facts["base_model"])
+    export_saved(recipe, saved.directory, directory, card, start=saved.facts["base_model"])
+    if said := widened(recipe, directory):
+        note(said)
+    return directory
 
 
 def _saved(run: Path, step: int | None, note: Callable[[str], None]) -> Saved:

@@ -19,6 +19,7 @@ from orchestrator.dataset import DataSet
 from orchestrator.job import Job
 from orchestrator.learner.checks import model_fingerprint
 from orchestrator.learner.learner import LearnerSpec
+from orchestrator.models.rounding import widened
 from orchestrator.observe.phases import phase
 from orchestrator.observe.reporter import RunReporter
 from orchestrator.records import Cut, Progress
@@ -59,6 +60,8 @@ def attempt(job: Job, folder: RunFolder, cut: Cut, stop: Stop) -> Progress:
         stop.doing = "exporting the model"
         reporter.note(f"exporting to {folder.export}")
         group.export(folder.export, job.card(folder))
+        if said := widened(job.recipe, folder.export):
+            reporter.note(said)
         folder.mark_done(progress.step)
         checkpoints.finish()
         return progress

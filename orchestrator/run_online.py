@@ -26,6 +26,7 @@ from orchestrator.job import Job
 from orchestrator.learner.checks import model_fingerprint
 from orchestrator.learner.learner import LearnerSpec
 from orchestrator.memory_model import model_sizes
+from orchestrator.models.rounding import widened
 from orchestrator.observe.phases import phase
 from orchestrator.observe.reporter import RunReporter
 from orchestrator.observe.timeline import Timeline
@@ -79,6 +80,8 @@ def attempt(job: Job, folder: RunFolder, cut: Cut, stop: Stop) -> Progress:
         stop.doing = "exporting the model"
         reporter.note(f"exporting to {folder.export}")
         group.export(folder.export, job.card(folder))
+        if said := widened(job.recipe, folder.export):
+            reporter.note(said)
         if critic is not None and recipe.critic.export:
             critic.export(folder.critic_export, job.card(folder))
         folder.mark_done(progress.step)

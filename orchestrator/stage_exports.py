@@ -1,12 +1,15 @@
 """In which type the stages of a pipeline export: rounding between stages is the user's choice, not a default.
 
-    stage that another takes --source--> fp32, as trained        the last ones --source--> the type of the model that the chain began with
+    stage that another takes --source--> fp32, as trained
+    the last ones            --source--> the type of the model that the chain began with; fp32 where they may compute in fp32, of which rounding
+                                         would lose what small rates learn (models/rounding.py)
 """
 
 from collections.abc import Sequence
 from dataclasses import replace
 
 from orchestrator.config import Recipe
+from orchestrator.models.rounding import WIDE
 from orchestrator.models.source import ASKED, source_dtype
 from orchestrator.stages import STAGE, Stage, references
 
@@ -27,5 +30,5 @@ def _typed(recipe: Recipe, stages: dict[str, Recipe], taken: bool) -> Recipe:
     first = recipe
     while (path := first.model.path or "").startswith(STAGE):
         first = stages[path.removeprefix(STAGE)]
-    dtype = "fp32" if taken else SHORT[source_dtype(first.model)]
+    dtype = "fp32" if taken or recipe.learners.precision in WIDE else SHORT[source_dtype(first.model)]
     return recipe.model_copy(update={"export": recipe.export.model_copy(update={"dtype": dtype})})

@@ -20,6 +20,7 @@ from orchestrator.learner.state import full_weights, saved_weights
 from orchestrator.models.classes import Head
 from orchestrator.models.export import export
 from orchestrator.models.load import Loaded, load
+from orchestrator.models.rounding import FULL, MOST, may_be_too_coarse, rounding_share
 from orchestrator.models.source import export_dtype
 
 LOW = ("bf16", "fp16")
@@ -35,6 +36,7 @@ def export_learner(learner: RankLearner, directory: Path, card: str) -> Path:
         trained |= {names[name]: weight for name, weight in _frozen(learner, keep=keep)}
     if learner.group.rank != 0:
         return directory
+    again = again or (recipe.model.lora is None and may_be_too_coarse(recipe))  # to know what was learned
     start = _start(recipe, head) if again else learner.loaded  # what never learns was rounded to compute with
     return _write(recipe, head, start, trained, directory, card)
 
@@ -62,8 +64,10 @@ def _start(recipe: Recipe, head: Head) -> Loaded:
 def _write(recipe: Recipe, head: Head, start: Loaded, trained: Mapping[str, Tensor], directory: Path, card: str) -> Path:
     """trained: by Hugging Face name, or an adapter's; what it lacks of the model is taken from `start`."""
     dtype, base, adapter, weights = export_dtype(recipe.export.dtype, recipe.model), start.model, None, None
+    before: Mapping[str, Tensor] | None = None
     if recipe.model.lora is None:
-        weights = dict(base.named_parameters()) | dict(trained)
+        before = dict(base.named_parameters())
+        weights = before | dict(trained)
     else:
         if recipe.export.lora != "adapter":
             merge: Any = _with_adapter(recipe, head, trained)
@@ -71,7 +75,14 @@ def _write(recipe: Recipe, head: Head, start: Loaded, trained: Mapping[str, Tens
             weights = dict(base.named_parameters())
         if recipe.export.lora != "merged":
             adapter = _with_adapter(recipe, head, trained)
+    if weights is not None and may_be_too_coarse(recipe):
+        before = before or dict(_start(_without_adapter(recipe), head).model.named_parameters())
+        dtype = FULL if rounding_share(weights, before, dtype) > MOST else dtype
     return export(weights, base=base, tokenizer=start.tokenizer, directory=directory, card=card, dtype=dtype, adapter=adapter)
+
+
+def _without_adapter(recipe: Recipe) -> Recipe:
+    return recipe.model_copy(update={"model": recipe.model.model_copy(update={"lora": None})})
 
 
 def _frozen(learner: RankLearner, *, keep: bool) -> Iterator[tuple[str, Tensor]]:
