@@ -100,7 +100,8 @@ def test_a_server_that_is_killed_costs_no_run(sandbox, tmp_path):
     assert command.finish(200).code == 0
 
 
-ONLINE = ("run.max_steps=3", "evaluation.every=2", "rollouts.prompts=8", "rollouts.samples=4", "batch.effective=32", "learners.workers=1", "optimizer.warmup_steps=0")
+ROLLED = ("rollouts.prompts=8", "rollouts.samples=4", "batch.effective=32")
+ONLINE = ("run.max_steps=3", "evaluation.every=3", "learners.workers=1", "optimizer.warmup_steps=0", *ROLLED)
 
 
 @pytest.mark.slow
