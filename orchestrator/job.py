@@ -170,7 +170,8 @@ def _online(recipe: Recipe, algorithm: Algorithm, hardware: Hardware, lengths: L
     try_user_code(recipe.rewards, recipe.rollouts.environment, columns)
     plan = _planned(recipe, algorithm, longest, hardware, fewer)
     total = recipe.run.max_steps or (prompts.batches.steps_in(recipe.run.epochs) if prompts is not None else plan.total_steps)
-    plan = replace(plan, total_steps=total, choices=(*plan.choices, *_rollout_choices(plan.recipe, plan.sizes, steps)))
+    data = replace(plan.data, held_out=0 if prompts is None else len(prompts.held_out))
+    plan = replace(plan, total_steps=total, data=data, choices=(*plan.choices, *_rollout_choices(plan.recipe, plan.sizes, steps)))
     return Job(plan.recipe, algorithm, longest, prompts, plan, steps, console)
 
 

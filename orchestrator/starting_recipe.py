@@ -42,7 +42,7 @@ def fit(found: Look) -> Fit:
     while effective > 1 and found.rows * epochs // effective < STEPS:
         effective //= 2
     effective = min(max(effective, 4), found.rows)
-    return Fit(length, effective, epochs, max(1, found.rows * epochs // effective), new_tokens)
+    return Fit(length, effective, epochs, max(1, -(-found.rows * epochs // effective)), new_tokens)
 
 
 def write(asked: Asked, found: Look, output: Path) -> dict[Path, str]:

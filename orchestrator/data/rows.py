@@ -262,12 +262,18 @@ def _shared(chosen: Any, rejected: Any) -> int:
     return len(extract_prompt({"chosen": chosen, "rejected": rejected})["prompt"])
 
 
+def _mixed(names: Sequence[str], values: Sequence[Any]) -> str:
+    talks, texts = ([n for n, v in zip(names, values, strict=True) if isinstance(v, list) is listed] for listed in (True, False))
+    leave_out = f"; data.columns.{texts[0]}=null leaves it out" if texts == ["prompt"] else ""
+    return f"{' and '.join(texts)} text, {' and '.join(talks)} message lists: write all as text or all as messages{leave_out}"
+
+
 def _texts(fields: Mapping[str, Any], names: Sequence[str]) -> list[Any]:
     """The named fields, all strings or all message lists; only the prompt may be empty text."""
     values = [fields.get(name, "") for name in names]
     if any(isinstance(v, list) for v in values):
         if not all(isinstance(v, list) for v in values):
-            raise BadRecord(f"{', '.join(names)} mix strings and message lists; data.columns.{names[0]}=null leaves a column out")
+            raise BadRecord(_mixed(names, values))
         return [messages_of(v, name) for v, name in zip(values, names, strict=True)]
     return [_text(v, name, may_be_empty=name == "prompt") for v, name in zip(values, names, strict=True)]
 

@@ -167,7 +167,7 @@ def _pretrained(cfg: Model, auto: Any, **options: Any) -> Any:
     """auto.from_pretrained with what the recipe pins, and errors that say what to do."""
     assert cfg.path is not None
     local = Path(cfg.path)
-    looks_local = local.is_absolute() or cfg.path.startswith(".") or cfg.path.count("/") != 1
+    looks_local = local.is_absolute() or cfg.path.startswith(".") or cfg.path.count("/") != 1 or (cfg.revision is None and local.parent.is_dir())
     if not local.is_dir():
         if looks_local:
             near = sorted(p.name for p in local.parent.iterdir() if p.is_dir()) if local.parent.is_dir() else []

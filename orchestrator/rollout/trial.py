@@ -3,6 +3,7 @@
     try_user_code(rewards, environment, columns) --JSON--> `python -m orchestrator.rollout.trial` --JSON--> what cannot work, or nothing
 """
 
+import difflib
 import inspect
 import json
 import os
@@ -98,7 +99,9 @@ def _of_function(function: RewardFunction, columns: Sequence[str] | None) -> dic
         return None
     given = ", ".join([*GIVEN, *(columns or ())])
     what = f"reward {function.name}: {function.function} needs {', '.join(missing)}, which it is not given"
-    return {"what": what, "why": f"there are {given}", "fix": "give it a default, an entry in options, or a column of that name"}
+    close = difflib.get_close_matches(missing[0], [*GIVEN, *(columns or ())])
+    fix = f"did you mean {close[0]}? Or give it" if close else "give it"
+    return {"what": what, "why": f"there are {given}", "fix": f"{fix} a default, an entry in options, or a column of that name"}
 
 
 def _missing(function: Callable[..., Any], columns: Sequence[str] | None) -> list[str]:

@@ -26,7 +26,9 @@ from tests.running import REPOSITORY, Sandbox
 
 pytestmark = pytest.mark.timeout(1800)
 
-PAGES = (REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md")))
+JOURNEYS = tuple(sorted((REPOSITORY / "docs" / "journeys").glob("*.md")))
+"""Pages that are run with a real model, by test_journeys.py."""
+PAGES = (REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md")), *JOURNEYS)
 BLOCK = re.compile(r"(?:^<!-- (?P<mark>[^\n]*?) -->\n)?^```(?P<language>bash|sh|shell|python)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
 MARK = re.compile(r"run|run: (?P<how>slow|imports|after the block above)(?:; with (?P<extra>\S+))?|not run: (?P<reason>.{10,})")
 INLINE = re.compile(r"`([a-z_]+\.[a-z_.]+)(?:=[^`]*)?`")
@@ -82,14 +84,11 @@ def run_page(page: Path, root: Path, slow: bool) -> Iterator[str]:
     folder = root / "here"
     folder.mkdir()
     sandbox = Sandbox(root / "sandbox")
-    environment = sandbox.environment() | {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "PYTHONPATH": str(folder)}
-    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     try:
         for block in blocks(page):
             if not block.runs or (block.slow and not slow):
                 continue
-            command = ["bash", "-euo", "pipefail", "-c", block.script()] if block.language == "bash" else [sys.executable, "-c", block.text]
-            done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=900)
+            done = run_block(block, folder, sandbox)
             if done.returncode:
                 yield f"{block.place} ended with {done.returncode}:\n{done.stdout[-1500:]}\n{done.stderr[-1500:]}"
     finally:
@@ -97,8 +96,16 @@ def run_page(page: Path, root: Path, slow: bool) -> Iterator[str]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def run_block(block: Block, folder: Path, sandbox: Sandbox, **more: str) -> subprocess.CompletedProcess[str]:
+    """A block as the reader runs it in `folder`. more: variables of the environment."""
+    environment = sandbox.environment() | {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "PYTHONPATH": str(folder), **more}
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    command = ["bash", "-euo", "pipefail", "-c", block.script()] if block.language == "bash" else [sys.executable, "-c", block.text]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=900)
+
+
 def with_blocks(slow: bool) -> list[Path]:
-    return [page for page in PAGES if any(block.slow if slow else block.runs and not block.slow for block in blocks(page))]
+    return [page for page in PAGES if page not in JOURNEYS and any(block.slow if slow else block.runs and not block.slow for block in blocks(page))]
 
 
 @pytest.mark.parametrize("page", with_blocks(slow=False), ids=lambda page: page.name)

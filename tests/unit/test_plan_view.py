@@ -103,3 +103,13 @@ def test_only_what_differs_from_the_defaults_is_shown_as_set():
     found = dict(set_keys(recipe))
     assert "overlong" not in found["data"] and found["algorithm"] == "name dpo, loss {'sigmoid': 0.5}"
     assert found["optimizer"] == "learning_rate 0.0005, warmup_steps 10" and "rollouts" not in found
+
+
+@pytest.mark.parametrize("name", ["start/dpo", "start/grpo"])
+def test_held_out_rows_are_counted_in_every_kind_of_run(tmp_path, name):
+    rows = [{"prompt": f"{i} + 2 = ", "chosen": "4", "rejected": "5", "answer": "4"} for i in range(70)]
+    for file, part in (("rows", rows[:64]), ("held", rows[64:])):
+        (tmp_path / f"{file}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    mine = ["model.tiny={}", f"data.train={tmp_path}/rows.jsonl", f"data.eval={tmp_path}/held.jsonl"]
+    plan = plan_job(load(name, mine).stages[0].recipe, Console(quiet=True)).plan
+    assert (plan.data.kept, plan.data.held_out) == (64, 6)

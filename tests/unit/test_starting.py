@@ -138,6 +138,11 @@ def test_what_is_not_there_is_told(tmp_path: Path, model: str) -> None:
     with pytest.raises(MissingInput, match="no folder") as missing:
         look(of(model[:-1], rows(tmp_path, PAIR)))
     assert model in missing.value.fix
+    with pytest.MonkeyPatch.context() as patch:  # models/nam looks like a hub name, and there is a folder models/
+        patch.chdir(Path(model).parent.parent)
+        with pytest.raises(MissingInput, match="no folder") as missing:
+            look(of(str(Path(model).relative_to(Path.cwd()))[:-1], rows(tmp_path, PAIR)))
+        assert Path(model).name in missing.value.fix
     with pytest.raises(MissingInput):
         look(of(model, rows(tmp_path, PAIR), held_out=str(tmp_path / "held.jsonl")))
     with pytest.raises(DataError, match="no usable row") as none:

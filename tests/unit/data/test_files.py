@@ -329,7 +329,7 @@ def test_ultrafeedbacks_redundant_prompt_is_dropped():
     good, bad = [*talk, {"role": "assistant", "content": "Blue."}], [*talk, {"role": "assistant", "content": "Green."}]
     (fields,) = to_rows({"prompt": "Sky?", "chosen": good, "rejected": bad}, Columns(), "preference")
     assert fields == {"prompt": talk, "chosen": good[1:], "rejected": bad[1:]}
-    with pytest.raises(BadRecord, match=r"mix strings and message lists; data\.columns\.prompt=null leaves a column out"):
+    with pytest.raises(BadRecord, match=r"prompt text, chosen and rejected message lists: .*; data\.columns\.prompt=null leaves it out"):
         to_rows({"prompt": "Sea?", "chosen": good, "rejected": bad}, Columns(), "preference")
     assert to_rows({"prompt": "Sea?", "chosen": good, "rejected": bad}, Columns(prompt=None), "preference") == [fields]
     assert len(to_rows({"prompt": "Sky?", "chosen": good, "rejected": bad}, Columns(), "unpaired")) == 2

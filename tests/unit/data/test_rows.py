@@ -130,7 +130,7 @@ REFUSED = [
     ("sft", {"prompt": "x"}, "no messages, prompt + completion, or text; columns are prompt"),
     ("sft", {"prompt": "p", "completion": " \n"}, "completion is empty"),
     ("sft", {"prompt": "p", "completion": 3}, "completion must be text or a list of messages, not int"),
-    ("sft", {"prompt": "p", "completion": [BLUE]}, "mix strings and message lists"),
+    ("sft", {"prompt": "p", "completion": [BLUE]}, "prompt text, completion message lists: write all as text or all as messages"),
     ("sft", {"text": ""}, "text is empty"),
     ("sft", {"messages": []}, "messages must be a non-empty list"),
     ("sft", {"messages": [USER]}, "no assistant turn"),

@@ -114,6 +114,13 @@ def test_a_function_that_cannot_work_is_told(there: Path, source: str, said: str
     assert said in f"{caught.value.what} {caught.value.why}" and "bad.py:f" in caught.value.what and caught.value.fix
 
 
+def test_the_name_of_an_argument_that_is_nearly_one_is_told(there: Path) -> None:
+    (there / "bad.py").write_text("def f(completion, **columns): ...\n")
+    with pytest.raises(ConfigError, match="needs completion") as caught:
+        try_user_code(one("bad.py:f"), None, ["answer"])
+    assert caught.value.fix.startswith("did you mean completions?")
+
+
 @pytest.mark.parametrize(
     ("spec", "source", "said"),
     [
