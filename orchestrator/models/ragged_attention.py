@@ -6,6 +6,8 @@ Rows are as long as the longest, and products with weights are most of a step: 3
 long. Here only attention, which is a small part of a short row, sees rows at all.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,7 +20,46 @@ RAGGED = "ragged_rows"
 """The name under which transformers' layers find `attend`."""
 INSIDE = "sdpa"
 """transformers' own attention, which computes the rows."""
-_AT = "orchestrator_tokens_at"
+_ROWS = "orchestrator_rows"
+NEAR = 0.8
+"""A row joins longer ones where it is at least so long, in parts of the longest: attention grows with the square of that."""
+SHORT = 48
+"""Rows of at most so many tokens are near to each other."""
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Rows of about one length that lie one after the other. tokens: theirs among all tokens; length: of the longest."""
+
+    rows: slice
+    tokens: slice
+    length: int
+
+    def __len__(self) -> int:
+        return self.rows.stop - self.rows.start
+
+
+@dataclass(frozen=True, slots=True)
+class Ragged:
+    """Where tokens lie in rows [R, T]. at: Int[N] of r*T + t; within: Int[N], likewise in the rows of a token's block."""
+
+    at: Tensor
+    within: Tensor
+    blocks: tuple[Block, ...]
+
+
+def blocks_of(lengths: Sequence[int]) -> tuple[Block, ...]:
+    """Blocks of rows with these numbers of tokens. Example: [100, 90, 20] -> rows 0 and 1 of 100, row 2 of 20."""
+    blocks: list[Block] = []
+    first = start = 0
+    for row in range(1, len(lengths) + 1):
+        longest = lengths[first]
+        if row < len(lengths) and (NEAR * longest <= lengths[row] <= longest or longest <= SHORT >= lengths[row]):
+            continue
+        end = start + sum(lengths[first:row])
+        blocks.append(Block(slice(first, row), slice(start, end), max(lengths[first:row])))
+        first, start = row, end
+    return tuple(blocks)
 
 
 def spread(values: Tensor, at: Tensor, size: int) -> Tensor:
@@ -26,26 +67,29 @@ def spread(values: Tensor, at: Tensor, size: int) -> Tensor:
     return values.new_zeros(size, *values.shape[1:]).index_copy(0, at, values)
 
 
-def with_tokens(mask: Mask, at: Tensor) -> Mask:
-    """The mask of rows [R, T] which says where in them the tokens lie, at: Int[N] of r*T + t. Layers are given their mask and nothing else of
-    ours, now and when a layer is computed again in the backward, perhaps after other rows went through another model."""
+def with_rows(mask: Mask, rows: Ragged) -> Mask:
+    """The mask of rows [R, T] that says where in them the tokens lie. Layers are given their mask and nothing else of ours, now and when one
+    is computed again in the backward, perhaps after other rows went through another model."""
     for tensor in mask.values() if isinstance(mask, dict) else (mask,):
-        setattr(tensor, _AT, at)
+        setattr(tensor, _ROWS, rows)
     return mask
 
 
-def attend(
-    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **options: Any
-) -> tuple[Tensor, Tensor | None]:
+def attend(module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **options: Any) -> tuple[Tensor, None]:
     """transformers' attention interface. query: [1, heads, N, D]; key, value: [1, kv heads, N, D]; the output: [1, N, heads, D]."""
-    at = getattr(attention_mask, _AT, None)
-    if at is None:
+    rows: Ragged | None = getattr(attention_mask, _ROWS, None)
+    if rows is None:
         raise TypeError(f"{type(module).__name__} got a mask without rows: this architecture builds masks of its own")
-    rows, _, length, _ = attention_mask.shape
+    inside, outputs = ALL_ATTENTION_FUNCTIONS[INSIDE], []
+    for block in rows.blocks:
+        at = rows.within[block.tokens]
+        parts = (_as_rows(values[0, :, block.tokens], at, block) for values in (query, key, value))
+        output, _ = inside(module, *parts, attention_mask[block.rows, :, : block.length, : block.length], **options)
+        outputs.append(output.flatten(0, 1).index_select(0, at))
+    return torch.cat(outputs)[None], None
 
-    def as_rows(values: Tensor) -> Tensor:
-        flat = values[0].transpose(0, 1).flatten(1)
-        return spread(flat, at, rows * length).view(rows, length, values.shape[1], values.shape[3]).transpose(1, 2)
 
-    output, weights = ALL_ATTENTION_FUNCTIONS[INSIDE](module, as_rows(query), as_rows(key), as_rows(value), attention_mask, **options)
-    return output.flatten(0, 1).index_select(0, at)[None], weights
+def _as_rows(values: Tensor, at: Tensor, block: Block) -> Tensor:
+    """Float[rows, heads, length, D] of values Float[heads, n, D]."""
+    heads, _, width = values.shape
+    return spread(values.transpose(0, 1).flatten(1), at, len(block) * block.length).view(len(block), block.length, heads, width).transpose(1, 2)
