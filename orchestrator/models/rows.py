@@ -78,7 +78,8 @@ class MicroBatchTensors:
         known = [] if mb.experience is None else experience_columns(mb.experience)
         own = [_narrowed(name, getattr(mb, name)) for name in names]
         places, blocks = _places(mb)
-        *tensors, at, within = moved([*own, *known, *places], device)
+        arrived: list[Any] = moved([*own, *known, *places], device)
+        *tensors, at, within = arrived
         ragged = None if at is None or within is None else Ragged(at, within, blocks)
         experience = ExperienceTensors(*tensors[len(names) :]) if known else None
         named: dict[str, Any] = dict(zip(names, tensors, strict=False))

@@ -151,6 +151,7 @@ class ScoringModel(nn.Module):
         dtype = torch.get_autocast_dtype(rows.input_ids.device.type) if torch.is_autocast_enabled() else self._dtype()
         # stays set until rows of the other kind come: with checkpointing, layers run again in the backward
         set_attention(self.hugging_face, BLOCKS if rows.one_row else self.plain_attention if ragged is None else RAGGED)
+        mask: Any
         if rows.one_row:
             mask = block_masks(rows.segment, rows.branch, rows.position_ids, self.can)
         else:

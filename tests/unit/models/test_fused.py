@@ -51,7 +51,7 @@ def test_layers_share_their_graphs_whatever_the_rows(layers):
         learned(model, layout, count)
         with torch.no_grad():
             scored(model, MicroBatchTensors.of(pack(groups()[:count], layout), torch.device("cpu")))
-    assert 2 <= counter.frame_count <= 6
+    assert 2 <= counter.frame_count <= 8  # of two kinds, with and without gradients, for a row of tokens and for several rows
 
 
 def test_names_stay():

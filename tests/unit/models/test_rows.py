@@ -32,13 +32,15 @@ def test_every_column_arrives(rl, full):
     rows = micro_batch(rl=rl, full=full)
     there = MicroBatchTensors.of(rows, CPU)
     for name in MicroBatchTensors.__dataclass_fields__:
-        if name in ("layout", "one_row", "branches", "experience"):
+        if name in ("layout", "one_row", "branches", "experience", "ragged"):
             continue
         column, tensor = getattr(rows, name), getattr(there, name)
         assert (column is None) == (tensor is None), name
         if column is not None:
             np.testing.assert_array_equal(tensor.numpy(), column, err_msg=name)
             assert tensor.dtype == (torch.int32 if name in NARROW else torch.from_numpy(column).dtype)
+    if there.ragged is not None:
+        np.testing.assert_array_equal(there.ragged.at.numpy(), np.flatnonzero(rows.segment >= 0))
     assert (there.experience is None) == (not rl)
     if there.experience is not None:
         assert rows.experience is not None
