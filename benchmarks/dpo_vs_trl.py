@@ -1,18 +1,23 @@
-"""One 256-pair DPO step: this project's learner (DeepSpeed, one rank) against TRL's DPOTrainer, side by side.
+"""One DPO step: this project's learner (DeepSpeed, one rank) against TRL's DPOTrainer, side by side.
 
-    python benchmarks/dpo_vs_trl.py --data PREFERENCES.jsonl [--rounds 5]
+    python benchmarks/dpo_vs_trl.py --data PREFERENCES.jsonl [--rounds 5] [--gate 3]
+    python benchmarks/dpo_vs_trl.py --data PREFERENCES.jsonl --model FOLDER --pairs 16 --short --gate 3
 
-Both get the same random-weight Llama, the same tokenizer (BPE, trained here on the data), the same 256 pairs and
-micro-batches of 8 pairs, fp32, no clipping, no activation checkpointing, reference log-probs computed beforehand. TRL pads
-and scores every position; the learner shares prompts, sorts by length and scores answers only. Each contestant runs in
-a child process with one thread; rounds are interleaved. A gate comes first: loss and gradient norm of step 1 must be
-equal to 1e-5 relative. Reported: tokens (prompt repeated for both answers, as TRL counts) per CPU second of the best
-step, and the peak resident memory of the whole process.
+Without --model both get the same random-weight Llama and tokenizer (BPE, trained here on the data), 256 pairs and micro-batches of 8
+pairs. With it: the model of that folder, its chat template, TRL's quickest micro-batch of those tried, and the plan's own for the learner.
+--short cuts the texts to what dialogues have: about 60 tokens of prompt and 40 of answer, some a few times that.
+
+fp32, no clipping, no activation checkpointing, reference log-probs computed beforehand. TRL pads and scores every position; the learner
+shares prompts, leaves out padding and scores answers only. Each contestant runs in a child process with one thread; rounds are
+interleaved. A gate comes first: loss and gradient norm of step 1 must be equal to 1e-5 relative. Reported: tokens (prompt repeated for
+both answers, as TRL counts) per CPU second of the best step, and the peak resident memory of the whole process. Ends with 1 where the
+median ratio of speeds is below --gate.
 """
 
 import argparse
 import json
 import os
+import random
 import resource
 import statistics
 import subprocess
@@ -21,8 +26,23 @@ import tempfile
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-PAIRS, MICRO_BATCH, STEPS, BETA, RATE = 256, 8, 2, 0.1, 1e-4
+STEPS, BETA = 2, 0.1
+
+
+@dataclass(frozen=True)
+class Job:
+    """What both do. pairs: of a step; micro_batch: TRL's, and ours but for a model of one's own; model: its folder."""
+
+    pairs: int
+    micro_batch: int
+    model: str
+    own: bool
+
+    @property
+    def rate(self) -> float:
+        return 1e-6 if self.own else 1e-4
 
 
 @dataclass(frozen=True)
@@ -43,22 +63,31 @@ def main() -> None:
     arguments.add_argument("--hidden", type=int, default=256)
     arguments.add_argument("--layers", type=int, default=4)
     arguments.add_argument("--vocabulary", type=int, default=8192)
-    arguments.add_argument("--child", choices=["ours", "trl"], help=argparse.SUPPRESS)
-    arguments.add_argument("--work", type=Path, help=argparse.SUPPRESS)
+    arguments.add_argument("--model", type=Path, help="a folder with a model, its tokenizer and chat template")
+    arguments.add_argument("--pairs", type=int, default=256)
+    arguments.add_argument("--short", action="store_true", help="cut texts to the lengths of dialogues")
+    arguments.add_argument("--micro-batches", type=int, nargs="+", default=[8], help="TRL's, in pairs; the quickest is taken")
+    arguments.add_argument("--gate", type=float, default=0.0, help="least ratio of speeds")
+    arguments.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     args = arguments.parse_args()
     if args.child:
-        print(json.dumps(asdict(CONTESTANTS[args.child](args.work))))
+        print(json.dumps(asdict(CONTESTANTS[args.child[0]](Path.cwd(), Job(**json.loads(args.child[1]))))))
         return
     with tempfile.TemporaryDirectory(prefix="dpo-vs-trl-") as folder:
-        prepare(Path(folder), args.data, args.hidden, args.layers, args.vocabulary)
-        compare(Path(folder), args)
+        if args.model is None:
+            prepare(Path(folder), args.data, args.hidden, args.layers, args.vocabulary)
+        model = str((args.model or Path(folder) / "model").resolve())
+        write_pairs(Path(folder), args.data, args.pairs, model if args.model else None, args.short)
+        compare(Path(folder), args, [Job(args.pairs, size, model, args.model is not None) for size in args.micro_batches])
 
 
-def compare(folder: Path, args: argparse.Namespace) -> None:
+def compare(folder: Path, args: argparse.Namespace, jobs: list[Job]) -> None:
     results: dict[str, list[Result]] = {"trl": [], "ours": []}
+    job = min(jobs, key=lambda each: child("trl", folder, each).cpu_s) if len(jobs) > 1 else jobs[0]
+    print(f"TRL's micro-batch: {job.micro_batch} pairs", flush=True)
     for round_number in range(args.rounds):
         for name in results:
-            result = child(name, folder, args)
+            result = child(name, folder, job)
             results[name].append(result)
             print(
                 f"round {round_number + 1} {name:<5} loss {result.loss:.7f}  grad norm {result.grad_norm:.6f}  {result.cpu_s:6.2f} cpu-s  "
@@ -74,6 +103,8 @@ def compare(folder: Path, args: argparse.Namespace) -> None:
     print(f"{'orchestrator':<14}{speed['ours']:>10.0f}{memory['ours']:>9.0f}")
     print(f"{'ratio':<14}{speed['ours'] / speed['trl']:>9.2f}x{memory['ours'] / memory['trl']:>8.2f}x", end="")
     print(f"   speed by round {min(ratios):.2f}-{max(ratios):.2f}x; same loss and gradient norm")
+    if statistics.median(ratios) < args.gate:
+        sys.exit(f"{statistics.median(ratios):.2f}x is below the gate of {args.gate}x")
 
 
 def gate(ours: Result, trl: Result) -> None:
@@ -84,9 +115,9 @@ def gate(ours: Result, trl: Result) -> None:
             sys.exit(f"not the same step: {name} {a!r} (ours) against {b!r} (TRL)")
 
 
-def child(name: str, folder: Path, args: argparse.Namespace) -> Result:
+def child(name: str, folder: Path, job: Job) -> Result:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "WANDB_MODE": "disabled"}
-    command = [sys.executable, __file__, "--data", str(args.data), "--child", name, "--work", str(folder)]
+    command = [sys.executable, str(Path(__file__).resolve()), "--data", "", "--child", name, json.dumps(asdict(job))]
     done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{name} failed:\n{done.stderr[-3000:]}")
@@ -94,7 +125,7 @@ def child(name: str, folder: Path, args: argparse.Namespace) -> Result:
 
 
 def prepare(folder: Path, data: Path, hidden: int, layers: int, vocabulary: int) -> None:
-    """Writes model/ (random Llama and its tokenizer) and pairs.jsonl."""
+    """Writes model/ (random Llama and its tokenizer)."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -123,12 +154,35 @@ def prepare(folder: Path, data: Path, hidden: int, layers: int, vocabulary: int)
     )
     LlamaForCausalLM(config).save_pretrained(folder / "model")
     fast.save_pretrained(folder / "model")
+
+
+def write_pairs(folder: Path, data: Path, pairs: int, chat: str | None, short: bool) -> None:
+    """Writes pairs.jsonl; chat: the folder of a model with a chat template, for which rows are messages."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(chat or folder / "model")
+    draw = random.Random(0)
+    rows = [json.loads(line) for line in data.read_text().rstrip("\n").split("\n")]
+    if len(rows) < pairs:
+        sys.exit(f"{data} has {len(rows)} rows, not {pairs}")
     with (folder / "pairs.jsonl").open("w") as file:
-        for row in rows[:PAIRS]:
-            file.write(json.dumps({k: row[k] for k in ("prompt", "chosen", "rejected")}) + "\n")
+        for row in rows[:pairs]:
+            texts = {name: row[name] for name in ROLES}
+            if short:  # median lengths; the mean is a fifth above
+                texts = {name: shortened(tokenizer, text, draw.lognormvariate(0, 0.6) * ROLES[name][1]) for name, text in texts.items()}
+            given = {name: [{"role": ROLES[name][0], "content": text}] if chat else text for name, text in texts.items()}
+            file.write(json.dumps(given) + "\n")
 
 
-def run_ours(folder: Path) -> Result:
+ROLES = {"prompt": ("user", 50), "chosen": ("assistant", 33), "rejected": ("assistant", 33)}
+"""By column: who speaks, and the tokens of a short text."""
+
+
+def shortened(tokenizer: Any, text: str, tokens: float) -> str:
+    return tokenizer.decode(tokenizer(text)["input_ids"][: max(4, round(tokens))])
+
+
+def run_ours(folder: Path, job: Job) -> Result:
     """The learner as the program uses it, on one DeepSpeed rank in this process."""
     import torch
 
@@ -139,19 +193,20 @@ def run_ours(folder: Path) -> Result:
     from orchestrator.learner.engine import ProcessGroup
     from orchestrator.learner.learner import LearnerSpec, RankLearner, RankReference
     from orchestrator.records import Cut
+    from orchestrator.ways import CPU_POSITIONS
 
     torch.set_num_threads(1)
     recipe = Recipe.model_validate(
         {
-            "model": {"path": str(folder / "model")},
+            "model": {"path": job.model},
             "data": {"train": str(folder / "pairs.jsonl"), "max_length": 2048},
             "algorithm": {"name": "dpo", "beta": BETA},
-            "batch": {"effective": PAIRS, "micro_batch": MICRO_BATCH},
-            "optimizer": {"learning_rate": RATE, "max_grad_norm": None},
+            "batch": {"effective": job.pairs},
+            "optimizer": {"learning_rate": job.rate, "max_grad_norm": None},
         }
     )
     data = load_data(recipe, build(recipe.algorithm))
-    cut = Cut(workers=1, examples=MICRO_BATCH, positions=None, layout="prefix_shared", zero_stage=0, sync="no_sync")
+    cut = Cut(1, *((None, CPU_POSITIONS) if job.own else (job.micro_batch, None)), layout="prefix_shared", zero_stage=0, sync="no_sync")
     batch = cut_step(data.groups, cut)
     share, device = batch.micro_batches[0], torch.device("cpu")
     group = ProcessGroup(0, 1, "127.0.0.1", free_port(), 60.0)
@@ -170,7 +225,7 @@ def run_ours(folder: Path) -> Result:
     return Result(*first, batch.tokens, best, learner_peak_mb())
 
 
-def run_trl(folder: Path) -> Result:
+def run_trl(folder: Path, job: Job) -> Result:
     import torch
     from datasets import load_dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
@@ -193,10 +248,10 @@ def run_trl(folder: Path) -> Result:
 
     config = DPOConfig(
         output_dir=str(folder / "trl"),
-        per_device_train_batch_size=MICRO_BATCH,
-        gradient_accumulation_steps=PAIRS // MICRO_BATCH,
+        per_device_train_batch_size=job.micro_batch,
+        gradient_accumulation_steps=job.pairs // job.micro_batch,
         max_steps=STEPS,
-        learning_rate=RATE,
+        learning_rate=job.rate,
         lr_scheduler_type="constant",
         beta=BETA,
         max_length=2048,
@@ -211,12 +266,12 @@ def run_trl(folder: Path) -> Result:
         report_to=[],
         disable_tqdm=True,
     )
-    model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(job.model, dtype=torch.float32)
     trainer = DPOTrainer(
         model=model,
         args=config,
         train_dataset=load_dataset("json", data_files=str(folder / "pairs.jsonl"), split="train", cache_dir=str(folder / "cache")),
-        processing_class=AutoTokenizer.from_pretrained(folder / "model"),
+        processing_class=AutoTokenizer.from_pretrained(job.model),
         callbacks=[Clock()],
     )
     trainer.train()

@@ -112,11 +112,8 @@ def _train(recipe: Recipe, root: Path, console: Console, stop: Stop, how: How) -
 
 def _here(recipe: Recipe, console: Console, hardware: Hardware) -> Job:
     """The planned run on one worker, which is this process."""
-    if recipe.algorithm.name in ONLINE:
-        what = f"--in-process: {recipe.algorithm.name} draws completions on rollout actors, which are processes of Ray"
-        raise ConfigError(what, fix="run it without --in-process, or learn from recorded rollouts' pairs with an offline recipe")
     with phase(console, "planning"):
-        return replace(plan_job(recipe.with_workers(1), console, hardware), in_process=True)
+        return replace(plan_job(recipe.in_one_process(), console, hardware), in_process=True)
 
 
 def _planned(recipe: Recipe, console: Console, hardware: Hardware) -> Job:

@@ -479,6 +479,11 @@ class Recipe(Section):
         """The same run on another number of learners."""
         return self._with_learners(workers=count)
 
+    def in_one_process(self) -> "Recipe":
+        """The same run on one learner, one critic and one rollout actor."""
+        ones = {"rollouts": self.rollouts.model_copy(update={"workers": 1}), "critic": self.critic.model_copy(update={"workers": 1})}
+        return self.with_workers(1).model_copy(update=ones)
+
     def with_checkpointing(self, mode: Literal["none", "selective", "full"]) -> "Recipe":
         """The same run with activations computed again, or not."""
         return self._with_learners(activation_checkpointing=mode)

@@ -181,7 +181,7 @@ class MemoryModel:
         At any moment a pass holds so much per layer whose output is still needed, and so much besides: a line over the number of
         layers. The steepest line is that of the moment when all layers are held. So where the peak grows by the same step, above
         zero, from 2 to 3 to 4 equal layers, it goes on like that exactly."""
-        shape = (micro_batch.input_ids.shape, len(micro_batch.targets), len(micro_batch.last_at))
+        shape = (micro_batch.input_ids.shape, micro_batch.tokens, len(micro_batch.targets), len(micro_batch.last_at))
         key = (checkpointing, micro_batch.layout, micro_batch.one_row, *shape)
         if key not in self._steps:
             self._steps[key] = self._followed(micro_batch, checkpointing)

@@ -4,7 +4,7 @@
 """
 
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 
 from orchestrator.algorithms import Algorithm
 from orchestrator.checkpoints import CheckpointStore
@@ -27,6 +27,8 @@ from orchestrator.resume import RunCheckpoints
 from orchestrator.run_folder import RunFolder
 from orchestrator.startup import Attach, attach_reference, check_layout, learners_are_reference, measured_throughput, probed_cut
 from orchestrator.stopping import Stop
+
+REFERENCE = "reference log-probs"
 
 
 def attempt(job: Job, folder: RunFolder, cut: Cut, stop: Stop) -> Progress:
@@ -74,7 +76,7 @@ def _begun(job: Job, cut: Cut, group: Ranks, reporter: RunReporter) -> tuple[Cut
     """Learners with the start weights, checked: the cut that fits them, and how batches get their reference log-probs."""
     recipe, attach = job.recipe, None
     if not learners_are_reference(recipe):
-        with phase(job.console, "loading the reference, its log-probs"):
+        with phase(job.console, REFERENCE):
             attach = attach_reference(recipe, job.algorithm, job.data, cut, group, reporter.note)
     with phase(job.console, "loading the model"):
         group.build(LearnerSpec(recipe, cut, job.schedule_steps))
@@ -82,7 +84,8 @@ def _begun(job: Job, cut: Cut, group: Ranks, reporter: RunReporter) -> tuple[Cut
         cut = probed_cut(job.plan, job.data, cut, group, reporter.note)
         check_layout(recipe, job.algorithm, job.data, cut, group, reporter.note)
     if attach is None:
-        attach = attach_reference(recipe, job.algorithm, job.data, cut, group, reporter.note, built=True)
+        with phase(job.console, REFERENCE) if job.algorithm.needs_reference else nullcontext():
+            attach = attach_reference(recipe, job.algorithm, job.data, cut, group, reporter.note, built=True)
     return cut, attach
 
 

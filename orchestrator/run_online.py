@@ -3,14 +3,16 @@
     plan --learners, critic--> policy --bridge--> rollout actors --reward pool--> OnlineTrainer --> export
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from orchestrator.algorithms import critic as value_model
 from orchestrator.checkpoints import CheckpointStore
+from orchestrator.cluster.in_process import LocalRank, LocalRewards, LocalRollouts
 from orchestrator.cluster.joining import connect, store_for
 from orchestrator.cluster.placement import Placement, reserved
+from orchestrator.cluster.ranks import Ranks
 from orchestrator.cluster.reward_workers import RewardPool
 from orchestrator.cluster.rollout_workers import RolloutPool
 from orchestrator.cluster.weight_bridge import make_bridge
@@ -45,21 +47,17 @@ def attempt(job: Job, folder: RunFolder, cut: Cut, stop: Stop) -> Progress:
     saved = store.newest()
     with ExitStack() as stack:
         reporter = stack.enter_context(job.reporter(folder, saved.progress.step if saved else 0))
-        together = _together(recipe)
-        with phase(job.console, "starting Ray"):
-            connect(store_for(job.store_bytes()))
-        parameters = job.sizes().all
-        with phase(job.console, "starting workers"):
-            placed = stack.enter_context(reserved((*job.demands(), *job.reward_models()), recipe.learners.start_timeout_s))
-            learners = LearnerGroup(recipe.learners, parameters=parameters, logs=folder.logs, colocated=together, placement=placed["learners"])
-            group = stack.enter_context(learners)
+        parts = _here(job, stack) if job.in_process else _on_ray(job, folder, stack)
+        group, critic = parts.policy, parts.critic
         with phase(job.console, "loading the model"):
             group.build(LearnerSpec(recipe, cut, job.schedule_steps))
         with phase(job.console, "checking memory and layout"):
             cut = probed_cut(job.plan, job.data, cut, group, reporter.note)
             check_layout(recipe, job.algorithm, job.data, cut, group, reporter.note)
-        critic = _critic(job, folder, cut, placed, stack) if online.critic else None
-        generator, scorer, bridge = _rollouts(job, parameters, folder, group, placed, stack)
+        if critic is not None:
+            critic.build(LearnerSpec(critic_recipe(recipe), replace(cut, workers=critic.world), job.schedule_steps, "critic"))
+        with phase(job.console, "starting rollout actors and rewards"):
+            generator, scorer, bridge = parts.rollouts()
         trained = [group] if critic is None else [group, critic]
         sampling = sampling_of(recipe)
         base = group.call(model_fingerprint)[0]
@@ -91,17 +89,60 @@ def attempt(job: Job, folder: RunFolder, cut: Cut, stop: Stop) -> Progress:
         return progress
 
 
-def _rollouts(
-    job: Job, parameters: int, folder: RunFolder, group: LearnerGroup, placed: Mapping[str, Placement], stack: ExitStack
-) -> tuple[Generator, Scorer, WeightBridge]:
-    """Live actors and rewards, or a recording of them."""
+Rolling = tuple[Generator, Scorer, WeightBridge]
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """The live objects of an attempt: learners that hold no model yet, and what makes completions and rewards when they do."""
+
+    policy: Ranks
+    critic: Ranks | None
+    rollouts: Callable[[], Rolling]
+
+
+def _on_ray(job: Job, folder: RunFolder, stack: ExitStack) -> Parts:
+    """Workers and actors of Ray, in the resources that are reserved for all of them at once."""
+    recipe, parameters, logs = job.recipe, job.sizes().all, folder.logs
+    with phase(job.console, "starting Ray"):
+        connect(store_for(job.store_bytes()))
+    with phase(job.console, "starting workers"):
+        placed = stack.enter_context(reserved((*job.demands(), *job.reward_models()), recipe.learners.start_timeout_s))
+        learners, together = recipe.learners, _together(recipe)
+        policy = stack.enter_context(LearnerGroup(learners, parameters=parameters, logs=logs, colocated=together, placement=placed["learners"]))
+        critic = stack.enter_context(_critic(job, folder, placed)) if _has_critic(job) else None
+
+    def rollouts() -> Rolling:
+        scorer = stack.enter_context(RewardPool(recipe.rewards, model_for_tokenizer=recipe.model, logs=logs, placed=placed))
+        pool = stack.enter_context(RolloutPool(recipe, parameters=parameters, logs=logs, placement=_of_rollouts(placed)))
+        return pool, scorer, make_bridge(recipe, policy, pool)
+
+    return Parts(policy, critic, _recorded(recipe) or rollouts)
+
+
+def _here(job: Job, stack: ExitStack) -> Parts:
+    """All of it in this process."""
     recipe = job.recipe
-    if recipe.rollouts.replay is not None:
-        replay = Replay.read(recipe.rollouts.replay)
-        return replay, replay, NoBridge()
-    scorer = stack.enter_context(RewardPool(recipe.rewards, model_for_tokenizer=recipe.model, logs=folder.logs, placed=placed))
-    pool = stack.enter_context(RolloutPool(recipe, parameters=parameters, logs=folder.logs, placement=_of_rollouts(placed)))
-    return pool, scorer, make_bridge(recipe, group, pool)
+    policy = stack.enter_context(LocalRank(recipe.learners))
+    critic = stack.enter_context(LocalRank(critic_recipe(recipe).learners)) if _has_critic(job) else None
+
+    def rollouts() -> Rolling:
+        local = LocalRollouts(recipe, policy)
+        return local, LocalRewards(recipe.rewards, recipe.model), local
+
+    return Parts(policy, critic, _recorded(recipe) or rollouts)
+
+
+def _has_critic(job: Job) -> bool:
+    return job.algorithm.online is not None and job.algorithm.online.critic
+
+
+def _recorded(recipe: Recipe) -> Callable[[], Rolling] | None:
+    """A recording in the place of live actors and rewards."""
+    if recipe.rollouts.replay is None:
+        return None
+    replay = Replay.read(recipe.rollouts.replay)
+    return lambda: (replay, replay, NoBridge())
 
 
 def _together(recipe: Recipe) -> Rollouts | None:
@@ -124,15 +165,13 @@ def critic_recipe(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"model": model, "optimizer": optimizer, "learners": learners})
 
 
-def _critic(job: Job, folder: RunFolder, cut: Cut, placed: Mapping[str, Placement], stack: ExitStack) -> LearnerGroup:
+def _critic(job: Job, folder: RunFolder, placed: Mapping[str, Placement]) -> LearnerGroup:
     recipe = critic_recipe(job.recipe)
     parameters = model_sizes(recipe, value_model(recipe.algorithm)).all
-    group = stack.enter_context(LearnerGroup(recipe.learners, parameters=parameters, logs=folder.logs, name="critic", placement=placed["critic"]))
-    group.build(LearnerSpec(recipe, replace(cut, workers=recipe.learners.count), job.schedule_steps, "critic"))
-    return group
+    return LearnerGroup(recipe.learners, parameters=parameters, logs=folder.logs, name="critic", placement=placed["critic"])
 
 
-def _learning(job: Job, cut: Cut, group: LearnerGroup, critic: LearnerGroup | None, reporter: RunReporter) -> Learning:
+def _learning(job: Job, cut: Cut, group: Ranks, critic: Ranks | None, reporter: RunReporter) -> Learning:
     policy = Stepper(job.algorithm, group, cut, _attach(job, group), reporter, job.guards())
     if critic is None:
         return Learning(policy)

@@ -1,18 +1,30 @@
-"""One rank in this process, without Ray: for breakpoints, profilers and notebooks. The numbers are those of one worker.
+"""A run in this process, without Ray: for breakpoints, profilers and notebooks. The numbers are those of one worker and one actor.
 
-    Ranks._each --a call--> Rank --> RankLearner
+    Ranks._each --a call--> Rank --> RankLearner     LocalRollouts.start --> RolloutWorker     LocalRewards.score --> the functions themselves
 """
 
+import os
 import socket
+import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from orchestrator.cluster.deadlines import Deadlines
 from orchestrator.cluster.ranks import Rank, Ranks
-from orchestrator.config import Learners
+from orchestrator.config import Learners, Model, Recipe, RewardFunction, Rewards
+from orchestrator.episodes import Prompt, RolloutGroup, Sampling, Scoring, Span, WeightsDelivered
 from orchestrator.errors import OutOfMemory
+from orchestrator.learner.publish import flat_buckets
+from orchestrator.models.buckets import Bucket, checksum
+from orchestrator.rollout.functions import check_rewards, resolve
+from orchestrator.rollout.generator import RolloutWorker
+from orchestrator.rollout.http_reward import HttpReward
+from orchestrator.rollout.rewards import Component, Outcome, RewardCall, invoke, judge
+from orchestrator.rollout.rounds import check_any, combine, judge_batch
+from orchestrator.rollout.scoring import RewardModel
 
 
 class LocalRank(Ranks):
@@ -20,16 +32,16 @@ class LocalRank(Ranks):
 
     def __init__(self, learners: Learners) -> None:
         self.world = 1
-        self._rank = Rank(0, torch.device("cuda" if learners.gpus else "cpu"))
+        self.rank = Rank(0, _device(learners.gpus))
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         deadlines = Deadlines(learners.start_timeout_s, learners.timeout_s, 0)
-        self._rank.join(1, "127.0.0.1", port, deadlines.collective_s)
+        self.rank.join(1, "127.0.0.1", port, deadlines.collective_s)
 
     def _each(self, verb: str, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
         try:
-            return [getattr(self._rank, verb)(*own) for own in arguments]
+            return [getattr(self.rank, verb)(*own) for own in arguments]
         except OutOfMemory as error:
             error.in_place = error.in_place and self._holds_back()
             raise
@@ -39,4 +51,84 @@ class LocalRank(Ranks):
 
     def __exit__(self, *_: object) -> None:
         """The process group stays: the next run in this process takes it over."""
-        self._rank.learner = None
+        self.rank.learner = None
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """roles.Pending of what was done at once."""
+
+    groups: tuple[RolloutGroup, ...]
+
+    def result(self) -> tuple[RolloutGroup, ...]:
+        return self.groups
+
+
+class LocalRollouts:
+    """roles.Generator and roles.WeightBridge: one engine beside the learner that it takes its weights from."""
+
+    def __init__(self, recipe: Recipe, policy: LocalRank) -> None:
+        self.recipe, self.policy = recipe, policy
+        self.worker = RolloutWorker(recipe, _device(recipe.rollouts.gpus))
+        self._spans: list[Span] = []
+
+    def start(self, prompts: Sequence[tuple[int, Prompt]], sampling: Sampling, version: int) -> Done:
+        began = time.perf_counter()
+        groups = self.worker.roll_out(prompts, sampling, version)
+        self._spans.append(Span(0, began, time.perf_counter(), version))
+        return Done(tuple(groups))
+
+    def spans(self) -> Sequence[Span]:
+        spans, self._spans = self._spans, []
+        now = time.perf_counter()
+        return spans or [Span(0, now, now, -1)]
+
+    def publish(self, version: int) -> WeightsDelivered:
+        """Copies the weights over, in the buckets that they would travel in."""
+        began, sizes = time.perf_counter(), []
+        buckets = []
+        for plan, flat in flat_buckets(self.policy.rank.learner, int(self.recipe.rollouts.bucket_mb * 1e6)):
+            flat = flat.cpu()
+            buckets.append(Bucket(plan.entries, flat.numpy(), checksum(flat)))
+            sizes.append(plan.size)
+        self.worker.engine.load(version, buckets)
+        return WeightsDelivered(version, sum(sizes), time.perf_counter() - began, len(sizes), "in_process")
+
+
+class LocalFunction:
+    """A component (rewards.Component) that is called here: a breakpoint in it stops the run. No process of its own, no time limit."""
+
+    def __init__(self, function: RewardFunction) -> None:
+        self.name, self._function = function.name, resolve(function)
+        self._for_trl = (function.function or "").startswith("trl:")
+
+    def score(self, groups: Sequence[RolloutGroup], timeout_s: float) -> list[Outcome]:
+        call = RewardCall.of(groups)
+        return judge(self.name, invoke(self.name, self._function, call.for_trl() if self._for_trl else call), call.samples)
+
+
+class LocalRewards:
+    """roles.Scorer: the components one after the other."""
+
+    def __init__(self, rewards: Rewards, policy: Model) -> None:
+        check_rewards(rewards)
+        self.rewards, self.policy = rewards, policy
+        self.components = [self._component(function) for function in rewards.functions]
+
+    def score(self, groups: Sequence[RolloutGroup]) -> Scoring:
+        check_any(groups, self.rewards)
+        if not groups:
+            return Scoring(())
+        limits = {"timeout_s": self.rewards.timeout_s, "retries": self.rewards.retries}
+        return combine(groups, self.rewards, {c.name: judge_batch(c, groups, **limits) for c in self.components})
+
+    def _component(self, function: RewardFunction) -> Component:
+        if function.url is not None:
+            return HttpReward(function, batch_size=self.rewards.batch_size, environment=os.environ, retry=self.rewards.retries > 0)
+        if function.model is not None:
+            return RewardModel(function, policy=self.policy, batch_size=self.rewards.batch_size, device=_device(function.gpus))
+        return LocalFunction(function)
+
+
+def _device(gpus: float) -> torch.device:
+    return torch.device("cuda" if gpus else "cpu")

@@ -121,7 +121,7 @@ def _lengths(group: SequenceGroup, layout: Layout) -> list[int]:
 
 
 def _rows(lengths: Sequence[int], layout: Layout, row_tokens: int | None) -> list[list[int]]:
-    """First-fit decreasing into rows; padded rows hold one piece each."""
+    """First-fit decreasing into rows, longest first; padded rows hold one piece each."""
     if layout == "padded":
         return [[i] for i in range(len(lengths))]
     capacity = max(row_tokens or 0, max(lengths))
@@ -135,7 +135,7 @@ def _rows(lengths: Sequence[int], layout: Layout, row_tokens: int | None) -> lis
             row = len(rows) - 1
         rows[row].append(i)
         free[row] -= lengths[i]
-    return rows
+    return sorted(rows, key=lambda row: -sum(lengths[i] for i in row))
 
 
 def _pieces(group: SequenceGroup, first_sequence: int, layout: Layout) -> Iterator[_Piece]:

@@ -19,7 +19,9 @@ from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from orchestrator.errors import ConfigError
+from orchestrator.models import ragged_attention
 from orchestrator.models.attention import Capabilities
+from orchestrator.models.ragged_attention import RAGGED
 from orchestrator.records import ROW_MULTIPLE as BLOCK
 
 BLOCKS = "one_row_blocks"
@@ -31,9 +33,10 @@ Masks = BlockMask | dict[str, BlockMask]
 
 
 def set_attention(model: PreTrainedModel, name: str | None) -> None:
-    """Makes all layers of `model` compute attention with `name`: BLOCKS, or one of transformers' own (None: it has but one)."""
-    if name == BLOCKS and BLOCKS not in ALL_ATTENTION_FUNCTIONS.valid_keys():
-        ALL_ATTENTION_FUNCTIONS.register(BLOCKS, attend)
+    """Makes all layers of `model` compute attention with `name`: BLOCKS, RAGGED, or one of transformers' own (None: it has but one)."""
+    own = {BLOCKS: attend, RAGGED: ragged_attention.attend}.get(name or "")
+    if name is not None and own is not None and name not in ALL_ATTENTION_FUNCTIONS.valid_keys():
+        ALL_ATTENTION_FUNCTIONS.register(name, own)
     if name is not None and model.config._attn_implementation != name:
         model.set_attn_implementation(name)
 

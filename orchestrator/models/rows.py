@@ -14,9 +14,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from orchestrator.models.ragged_attention import Block, Ragged, blocks_of
 from orchestrator.objectives.scores import ExperienceTensors
 from orchestrator.records import Experience, Layout, MicroBatch
 
+PADDING = 0.03
+"""Share of rows that may be padding before it is left out: what that costs beside each layer's attention."""
 ALIGNMENT = 16
 """Bytes that each column starts at a multiple of: no view is torn, and vectorised loads are."""
 NARROW = frozenset({"position_ids", "segment", "branch"})
@@ -45,7 +48,8 @@ def _slice(buffer: Tensor, start: int, column: NDArray[Any]) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class MicroBatchTensors:
-    """The columns of a records.MicroBatch on the device, by their names and shapes."""
+    """The columns of a records.MicroBatch on the device, by their names and shapes. ragged: where in the rows the tokens lie that are no
+    padding; None where rows are to be computed as they are."""
 
     layout: Layout
     one_row: bool
@@ -59,6 +63,7 @@ class MicroBatchTensors:
     sequence: Tensor
     last_at: Tensor
     identity: Tensor
+    ragged: Ragged | None = None
     source: Tensor | None = None
     ref_logprobs: Tensor | None = None
     coefficients: Tensor | None = None
@@ -69,17 +74,32 @@ class MicroBatchTensors:
     @classmethod
     def of(cls, mb: MicroBatch, device: torch.device) -> "MicroBatchTensors":
         """The micro-batch on `device`."""
-        names = [f.name for f in fields(cls) if f.name not in ("layout", "one_row", "branches", "experience")]
+        names = [f.name for f in fields(cls) if f.name not in ("layout", "one_row", "branches", "experience", "ragged")]
         known = [] if mb.experience is None else experience_columns(mb.experience)
         own = [_narrowed(name, getattr(mb, name)) for name in names]
-        tensors: list[Any] = moved([*own, *known], device)
+        places, blocks = _places(mb)
+        *tensors, at, within = moved([*own, *known, *places], device)
+        ragged = None if at is None or within is None else Ragged(at, within, blocks)
         experience = ExperienceTensors(*tensors[len(names) :]) if known else None
-        return cls(mb.layout, mb.one_row, mb.branches, **dict(zip(names, tensors, strict=False)), experience=experience)
+        named: dict[str, Any] = dict(zip(names, tensors, strict=False))
+        return cls(mb.layout, mb.one_row, mb.branches, **named, ragged=ragged, experience=experience)
 
 
 def experience_columns(experience: Experience) -> list[NDArray[Any] | None]:
     """Its columns in the order of ExperienceTensors."""
     return [getattr(experience, f.name) for f in fields(Experience)]
+
+
+def _places(mb: MicroBatch) -> tuple[tuple[NDArray[Any] | None, NDArray[Any] | None], tuple[Block, ...]]:
+    """The columns of Ragged. None where there is next to no padding, and for padded rows: theirs needs no mask, which is worth more."""
+    real = mb.segment >= 0
+    at = np.flatnonzero(real)
+    if mb.layout == "padded" or mb.one_row or len(at) > (1 - PADDING) * mb.positions:
+        return (None, None), ()
+    blocks = blocks_of(real.sum(1).tolist())
+    row, column = np.divmod(at, mb.input_ids.shape[1])
+    within = [(row[b.tokens] - b.rows.start) * b.length + column[b.tokens] for b in blocks]
+    return (at, np.concatenate(within)), blocks
 
 
 def _narrowed(name: str, column: NDArray[Any] | None) -> NDArray[Any] | None:

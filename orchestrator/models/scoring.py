@@ -20,6 +20,7 @@ from orchestrator.errors import ConfigError
 from orchestrator.models.attention import Capabilities, attention_mask, capabilities
 from orchestrator.models.block_attention import BLOCKS, block_masks, set_attention
 from orchestrator.models.dropout import Draws, keyed_dropout, quieten
+from orchestrator.models.ragged_attention import INSIDE, RAGGED, spread, with_rows
 from orchestrator.models.rows import MicroBatchTensors
 from orchestrator.objectives.logprobs import HeadSpec, chunked_logprobs
 
@@ -145,15 +146,20 @@ class ScoringModel(nn.Module):
 
     def hidden_states(self, rows: MicroBatchTensors) -> Tensor:
         """Final hidden states Float[R*T, H]."""
-        self.dropout.identity = rows.identity.flatten()
+        ragged = rows.ragged if self.can.blocks and self.plain_attention == INSIDE else None
+        self.dropout.identity = rows.identity.flatten() if ragged is None else rows.identity.flatten()[ragged.at]
         dtype = torch.get_autocast_dtype(rows.input_ids.device.type) if torch.is_autocast_enabled() else self._dtype()
         # stays set until rows of the other kind come: with checkpointing, layers run again in the backward
-        set_attention(self.hugging_face, BLOCKS if rows.one_row else self.plain_attention)
+        set_attention(self.hugging_face, BLOCKS if rows.one_row else self.plain_attention if ragged is None else RAGGED)
         if rows.one_row:
             mask = block_masks(rows.segment, rows.branch, rows.position_ids, self.can)
         else:
             mask = attention_mask(rows.segment, rows.branch, rows.position_ids, rows.layout, self.can, dtype)
         inputs = {"input_ids": rows.input_ids, "attention_mask": mask, "use_cache": False}
+        if ragged is not None:
+            tokens = {name: getattr(rows, name).flatten()[ragged.at][None] for name in ("input_ids", "position_ids")}
+            hidden = self.backbone(**tokens, attention_mask=with_rows(mask, ragged), use_cache=False).last_hidden_state
+            return spread(hidden[0], ragged.at, rows.input_ids.numel())
         if rows.layout != "padded":  # a padded row counts up from the model's own first position, which for some is not 0
             inputs["position_ids"] = rows.position_ids
         if self.kind == "lm" and self._nested_head:

@@ -100,6 +100,18 @@ def test_a_server_that_is_killed_costs_no_run(sandbox, tmp_path):
     assert command.finish(200).code == 0
 
 
-def test_an_online_recipe_says_why_it_cannot_be_in_one_process(sandbox):
-    done = sandbox.run("train", "tiny/grpo", "--in-process", "--output", sandbox.root / "run")
-    assert done.code == 78 and "rollout actors" in done.err
+ROLLED = ("rollouts.prompts=8", "rollouts.samples=4", "batch.effective=32")
+ONLINE = ("run.max_steps=3", "evaluation.every=3", "learners.workers=1", "optimizer.warmup_steps=0", *ROLLED)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["grpo", "ppo", "online_dpo", "grpo_tool"])
+def test_an_online_run_is_the_same_in_one_process(sandbox, tmp_path, recipe):
+    (tmp_path / "brief.py").write_text("def brief(completions, **_):\n    return [-float(len(text)) for text in completions]\n")
+    reward = f"rewards.functions=[{{name: brief, function: {tmp_path}/brief.py:brief}}]"
+    mine = (f"{recipe}:{change}" for change in (*ONLINE, "rollouts.workers=1", reward))
+    few = ["sft:run.max_steps=2", "sft:learners.workers=1", *mine]
+    ray = sandbox.run("train", f"tiny/{recipe}", *few, "--output", tmp_path / "ray")
+    here = sandbox.run("train", f"tiny/{recipe}", *few, "--in-process", "--output", tmp_path / "here")
+    assert (ray.code, here.code) == (0, 0), ray.err + here.err
+    assert exported_hash(tmp_path / "ray" / recipe) == exported_hash(tmp_path / "here" / recipe) != exported_hash(tmp_path / "here" / "sft")

@@ -32,7 +32,7 @@ def test_plan_as_json(sandbox: Sandbox) -> None:
     assert plan["nearest"] == []
     cut = {"workers": 2, "examples": 6, "positions": None, "layout": "prefix_shared", "zero_stage": 0, "sync": "no_sync", "one_row": False}
     assert plan["cut"] == cut
-    named = ("hardware", "layout", "ZeRO stage", "sync", "checkpointing", "micro-batch")
+    named = ("hardware", "layout", "ZeRO stage", "sync", "checkpointing", "micro-batch", "disk")
     assert {c["name"]: bool(c["reason"]) for c in plan["choices"]} == dict.fromkeys(named, True)
     assert plan["data"]["rows"] == plan["data"]["kept"] == 64
     assert sum(count for _, count in plan["data"]["histogram"]) == 64
@@ -60,7 +60,7 @@ def test_evaluate_names_what_only_a_run_makes(sandbox: Sandbox) -> None:
     finished = sandbox.run("evaluate", "tiny/rlhf")
     assert finished.code == 78
     assert "rewards.functions[0].model, critic.model.path of tiny/rlhf are made by stages of a run" in finished.err
-    assert "recipe.yaml in the run folder" in finished.err
+    assert "the run folder of that stage" in finished.err
 
 
 def test_inspect_shows_the_first_batch_and_what_is_to_be_said_of_the_data(sandbox: Sandbox, tmp_path: Path) -> None:

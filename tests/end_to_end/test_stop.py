@@ -62,7 +62,7 @@ def test_sigterm_to_every_process_stops_after_the_step_and_the_next_run_goes_on(
 
 SMALL = (f"data.train={FEW % 'preference'}", "batch.effective=16", "learners.cpus_per_worker=0.5", "tracking.wandb=off", "checkpoint.every=null")
 PHASES: dict[str, tuple[Callable[[Command], None], str, tuple[str, ...]]] = {
-    "first second": (lambda command: time.sleep(1.0), "while starting", ("run.max_steps=4",)),
+    "first second": (lambda command: command.wait_for("loading torch"), "while starting", ("run.max_steps=4",)),
     "start": (lambda command: time.sleep(6.0), "while starting", ("run.max_steps=4",)),
     "step": (lambda command: command.wait_for(f"step 2/{STEPS}"), "a checkpoint was written", (f"run.max_steps={STEPS}",)),
     "export": (lambda command: command.wait_for("exporting to"), "while exporting the model", ("run.max_steps=2",)),

@@ -200,9 +200,29 @@ def test_rewards_equal_the_models_own():
     """A sequence at a time through the classification model, which reads the last token."""
     hugging_face = make(CASES[0], AutoModelForSequenceClassification, num_labels=1)
     mb = pack(groups(), "prefix_shared")
+    rows = [[torch.from_numpy(np.concatenate([g.prompt, b.ids]))[None] for b in g.branches] for g in groups()]
     with torch.no_grad():
+        own = [[float(hugging_face(input_ids=ids).logits) for ids in row] for row in rows]
         got: Scored = scored(ScoringModel(hugging_face, head="scalar"), tensors(mb))
-        for example, group in enumerate(groups()):
-            for k, answer in enumerate(group.branches):
-                ids = torch.from_numpy(np.concatenate([group.prompt, answer.ids]))[None]
-                assert float(hugging_face(input_ids=ids).logits) == pytest.approx(float(got.rewards[example, k]), abs=TOLERANCE)
+    assert got.rewards.tolist() == [pytest.approx(row, abs=TOLERANCE) for row in own]
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.architecture not in ("gpt2", "falcon", "gemma2")], ids=str)
+def test_layers_see_no_padding(case):
+    """gpt2 and falcon want a mask of their own size, gemma2 computes attention in a way of its own."""
+    seen = []
+    model = ScoringModel(make(case), head="lm")
+    model.hugging_face.get_input_embeddings().register_forward_hook(lambda layer, given, out: seen.append(out[..., 0].numel()))
+    for layout in SHARING:
+        mb = pack(groups(), layout)
+        assert mb.tokens < mb.positions
+        scored(model, tensors(mb))
+        assert seen.pop() == mb.tokens
+
+
+def test_a_mask_without_rows_is_refused():
+    """Another model's rows would be taken for one sequence."""
+    model = ScoringModel(make(CASES[0]), head="lm")
+    scored(model, tensors(pack(groups(), "packed")))
+    with pytest.raises(TypeError, match="masks of its own"):
+        model.hugging_face(input_ids=torch.zeros(1, 4, dtype=torch.long))

@@ -152,7 +152,7 @@ def test_the_largest_micro_batch_that_fits_is_taken():
         double = limited(1e9, *options, f"batch.micro_batch_tokens={found.cut.positions * 2}")
         assert found.memory.total <= found.memory_limit < double.memory.total
         assert found.micro_batches > 1
-        assert reason(found, "micro-batch")[1] == "the predicted memory fits; a probe step checks it before training"
+        assert reason(found, "micro-batch")[1] == "fits the predicted memory, which a probe checks where it is tight"
 
 
 def test_a_micro_batch_never_falls_below_one_example():
