@@ -299,7 +299,9 @@ def held_out(outcomes: "dict[str, Outcome]") -> Table:
         table.add_column(f"after {name}", justify="right")
     metrics = dict.fromkeys(k for o in outcomes.values() for k in o.after)
     names = ("eval/loss", "eval/preference_accuracy", "eval/logp_accuracy", "eval/rewards/margins", "eval/exact_match", "eval/reward/mean")
-    wanted = [m for m in metrics if m in names or m.startswith("eval/pass@")]
+    parts = [m for m in metrics if m.startswith("eval/reward/") and m != "eval/reward/mean"]
+    shown = {*names, *(parts if len(parts) > 1 else ())}  # one component alone is the reward
+    wanted = [m for m in metrics if m in shown or m.startswith("eval/pass@")]
     for metric in wanted:
         last = next(o.after for o in reversed(outcomes.values()) if metric in o.after)
         cells = [_cell(metric, o.after, side) for o in outcomes.values() for side in (o.before, o.after)]

@@ -20,6 +20,11 @@ LOCAL = "http://127.0.0.1:8265"
 FINAL = ("SUCCEEDED", "FAILED", "STOPPED")
 STOP_GRACE = "RAY_JOB_STOP_WAIT_TIME_S"
 SERVER_ERROR = re.compile(r"status code 5\d\d")
+NO_AGENT = (
+    "try again in some seconds; if it stays so, another Ray on that machine holds the port of the job agent: "
+    "ray start --head --dashboard-agent-listen-port=PORT"
+)
+"""What mends Ray's \"No available agent to submit job\": the agent is not up yet, or never will be, its port being taken."""
 RUN, ATTEMPT = "orchestrator_run", "orchestrator_attempt"
 """Names in a job's metadata."""
 RECONNECT_S = 120.0
@@ -179,7 +184,8 @@ class Jobs:
             ) from error
         except RuntimeError as error:
             if SERVER_ERROR.search(str(error)):
-                raise Unreachable(f"the dashboard at {self.address} is in trouble", why=_first_line(error)[:200], fix="try again") from error
+                fix = NO_AGENT if "No available agent" in str(error) else "try again"
+                raise Unreachable(f"the dashboard at {self.address} is in trouble", why=_first_line(error)[:200], fix=fix) from error
             raise OrchestratorError(f"{self.address} refused", why=_first_line(error)[:400], fix="see the dashboard's log") from error
 
 

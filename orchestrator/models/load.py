@@ -172,7 +172,8 @@ def _pretrained(cfg: Model, auto: Any, **options: Any) -> Any:
         if looks_local:
             near = sorted(p.name for p in local.parent.iterdir() if p.is_dir()) if local.parent.is_dir() else []
             close = [str(local.parent / name) for name in difflib.get_close_matches(local.name, near, n=3, cutoff=0.5)]
-            fix = f"did you mean {' or '.join(close)}?" if close else "give a folder with config.json, or a hub name ORG/NAME"
+            there = f"; {local.parent} holds {', '.join(near[:5])}{', …' if len(near) > 5 else ''}" if near else ""
+            fix = f"did you mean {' or '.join(close)}?" if close else f"give a folder with config.json, or a hub name ORG/NAME{there}"
             raise MissingInput(f"model.path: no folder {cfg.path}", fix=fix)
         if cfg.revision is None:
             raise ConfigError(

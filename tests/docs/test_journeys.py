@@ -125,11 +125,12 @@ def ray_of_its_own(root: Path) -> Iterator[str]:
     """`ray start --head` with a token, as the page has it, on free ports and ended by itself alone; the address of its dashboard."""
     sandbox, home = Sandbox(root / "ray"), root / "home"
     home.mkdir()
-    port, dashboard = free_port(), free_port()
+    port, dashboard, agent = free_port(), free_port(), free_port()
     environment = sandbox.environment() | {"HOME": str(home), "RAY_AUTH_MODE": "token"}
     ray = str(Path(sys.executable).parent / "ray")
     subprocess.run([ray, "get-auth-token", "--generate"], env=environment, check=True, capture_output=True)
     command = [ray, "start", "--head", "--block", "--node-ip-address=127.0.0.1", f"--port={port}", f"--dashboard-port={dashboard}"]
+    command.append(f"--dashboard-agent-listen-port={agent}")  # jobs are started there; another Ray of this machine may hold the usual one
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     try:
         assert wait_until(lambda: listens(dashboard), 120.0), "Ray's dashboard did not come up"

@@ -16,6 +16,10 @@ def outcome(before: dict[str, float], after: dict[str, float]) -> Outcome:
 
 def test_the_table_of_held_out_metrics_has_rows_where_there_are_any() -> None:
     assert held_out({"run": outcome({}, {})}).row_count == 0, "without data.eval nothing is printed"
+    before, after = ({"eval/reward/mean": m, "eval/reward/brief": m, "eval/reward/whole": w} for m, w in ((0.575, 0.5), (0.592, 0.333)))
+    assert held_out({"grpo": outcome(before, after)}).row_count == 3, "a component that falls stands beside the reward that rises"
+    one = {name: value for name, value in after.items() if not name.endswith("whole")}
+    assert held_out({"grpo": outcome(one, one)}).row_count == 1, "one component is the reward itself"
     table = held_out({"sft": outcome({}, {}), "dpo": outcome({"eval/loss": 0.7, "eval/odd": 1.0}, {"eval/loss": 0.5, "eval/odd": 1.0})})
     assert [list(column.cells) for column in table.columns] == [["loss"], [""], [""], ["0.700"], ["0.500"]]
 
