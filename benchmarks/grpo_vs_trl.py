@@ -1,10 +1,11 @@
 """One GRPO step, generation included: this project against TRL's GRPOTrainer, side by side.
 
     python benchmarks/grpo_vs_trl.py [--data PROMPTS.jsonl] [--rounds 5]
+    python benchmarks/grpo_vs_trl.py --data PROMPTS.jsonl --model FOLDER --prompts 8 --samples 8 --room 24 --rows 64 --gate 2.5
 
     prompts --generate--> completions --rewards, advantages--> loss --> gradient --> AdamW (--> weights to the generator)
 
-Both get the same random-weight Llama (one token in forty ends an answer: ragged lengths), the same prompt tokens, temperature 1,
+Both get the same random-weight Llama (one token in forty ends an answer: ragged lengths) or --model, the same prompt tokens, temperature 1,
 no KL, no clipping of gradients, fp32, one optimizer step a rollout batch, loss divided by the batch's tokens (TRL's default), and
 a reward that is a line of Python. Each runs in child processes with one thread, interleaved. Gate: on recorded completions loss
 and gradient norm must be equal to 1e-5 (a loss below 0.1: to 1e-6) in every round. TRL takes the best of the tried micro-batches
@@ -91,6 +92,8 @@ def main() -> None:
     for name, default in Sizes(16, 8, 96, 256, 4, 4096, 64).__dict__.items():
         arguments.add_argument(f"--{name}", type=int, default=default)
     arguments.add_argument("--trl-micro-batches", type=int, nargs="+", default=[8, 16, 32, 128])
+    arguments.add_argument("--model", type=Path, help="a folder with a model and its tokenizer, instead of the random one")
+    arguments.add_argument("--gate", type=float, default=0.0, help="least ratio of whole steps")
     arguments.add_argument("--child", choices=["ours", "trl"], help=argparse.SUPPRESS)
     arguments.add_argument("--setting", help=argparse.SUPPRESS)
     args = arguments.parse_args()
@@ -100,11 +103,14 @@ def main() -> None:
         print(json.dumps(asdict(run_ours(Path.cwd(), sizes) if args.child == "ours" else run_trl(Path.cwd(), sizes, setting))))
         return
     with tempfile.TemporaryDirectory(prefix="grpo-vs-trl-") as folder:
-        prepare(Path(folder), args.data, sizes)
-        compare(Path(folder), args.rounds, args.trl_micro_batches)
+        prepare(Path(folder), args.data, sizes, args.model)
+        ratio = compare(Path(folder), args.rounds, args.trl_micro_batches)
+    if ratio < args.gate:
+        sys.exit(f"{ratio:.2f}x is below the gate of {args.gate}x")
 
 
-def compare(folder: Path, rounds: int, micro_batches: Sequence[int]) -> None:
+def compare(folder: Path, rounds: int, micro_batches: Sequence[int]) -> float:
+    """The median ratio of the whole step's speeds."""
     run = partial(child, folder)
     setting = best_setting(micro_batches, run)
     print(f"TRL runs with {setting}\n")
@@ -114,6 +120,8 @@ def compare(folder: Path, rounds: int, micro_batches: Sequence[int]) -> None:
         results["ours"].append(show(f"round {number + 1} ours", run("ours", setting)))
         gate(results["ours"][-1], results["TRL"][-1])
     table(results["ours"], results["TRL"])
+    whole = ROWS["whole step, tokens/cpu-s"]
+    return statistics.median(whole(o) / whole(t) for o, t in zip(results["ours"], results["TRL"], strict=True))
 
 
 def best_setting(micro_batches: Sequence[int], run: Callable[[str, Setting], Result]) -> Setting:
@@ -158,15 +166,36 @@ def child(folder: Path, name: str, setting: Setting) -> Result:
     return Result(**json.loads(done.stdout.splitlines()[-1]))
 
 
-def prepare(folder: Path, data: Path | None, sizes: Sizes) -> None:
-    """Writes sizes.json, model/ (random Llama and its tokenizer) and recorded.json: prompts, their ids, completions for the gate."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+def prepare(folder: Path, data: Path | None, sizes: Sizes, own: Path | None) -> None:
+    """Writes sizes.json, model/ (random Llama and its tokenizer, or a link to one's own) and recorded.json: prompts, their ids, completions
+    for the gate."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from orchestrator.episodes import Sampling
     from orchestrator.rollout.sampling import sample_seed
     from orchestrator.rollout.static import Request, StaticDecoder
 
     texts = read_prompts(data) if data else made_prompts(sizes.prompts)
+    if own is None:
+        random_model(folder / "model", texts, sizes)
+    else:
+        (folder / "model").symlink_to(own.resolve(), target_is_directory=True)
+    model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    eos = model.generation_config.eos_token_id
+    prompts = [tokenizer(text)["input_ids"] for text in texts[: sizes.prompts]]
+    seeds = [tuple(sample_seed(0, i, 0, k, 0) for k in range(sizes.samples)) for i in range(sizes.prompts)]
+    requests = [Request(np.array(p), s, sizes.room) for p, s in zip(prompts, seeds, strict=True)]
+    groups = StaticDecoder(model, eos if isinstance(eos, list) else [eos], sizes.rows, str).generate(requests, Sampling(sizes.samples, sizes.room))
+    completions = [[c.ids.tolist() for c in group] for group in groups]
+    (folder / "sizes.json").write_text(json.dumps(asdict(sizes)))
+    (folder / "recorded.json").write_text(json.dumps({"texts": texts[: sizes.prompts], "prompts": prompts, "completions": completions}))
+
+
+def random_model(folder: Path, texts: Sequence[str], sizes: Sizes) -> None:
+    """A Llama and a tokenizer of these texts."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
     tokenizer = train_tokenizer(texts, sizes.vocabulary)
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -179,15 +208,8 @@ def prepare(folder: Path, data: Path | None, sizes: Sizes) -> None:
     )
     model = LlamaForCausalLM(config)
     model.generation_config.eos_token_id = [2, *range(sizes.vocabulary - sizes.vocabulary // 40, sizes.vocabulary)]
-    model.save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
-    prompts = [tokenizer(text)["input_ids"] for text in texts[: sizes.prompts]]
-    seeds = [tuple(sample_seed(0, i, 0, k, 0) for k in range(sizes.samples)) for i in range(sizes.prompts)]
-    requests = [Request(np.array(p), s, sizes.room) for p, s in zip(prompts, seeds, strict=True)]
-    groups = StaticDecoder(model, model.generation_config.eos_token_id, sizes.rows, str).generate(requests, Sampling(sizes.samples, sizes.room))
-    completions = [[c.ids.tolist() for c in group] for group in groups]
-    (folder / "sizes.json").write_text(json.dumps(asdict(sizes)))
-    (folder / "recorded.json").write_text(json.dumps({"texts": texts[: sizes.prompts], "prompts": prompts, "completions": completions}))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def read_prompts(data: Path) -> list[str]:

@@ -219,7 +219,7 @@ class MicroBatch:
 
     @property
     def positions(self) -> int:
-        """Positions the model computes, padding included: what memory grows with."""
+        """Places in its rows, padding included: what attention and so memory grow with, at most."""
         return int(self.input_ids.size)
 
     def attended(self, window: int | None = None) -> int:

@@ -8,13 +8,11 @@ long. Here only attention, which is a small part of a short row, sees rows at al
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-from orchestrator.models.attention import Mask
 
 RAGGED = "ragged_rows"
 """The name under which transformers' layers find `attend`."""
@@ -67,7 +65,10 @@ def spread(values: Tensor, at: Tensor, size: int) -> Tensor:
     return values.new_zeros(size, *values.shape[1:]).index_copy(0, at, values)
 
 
-def with_rows(mask: Mask, rows: Ragged) -> Mask:
+M = TypeVar("M")
+
+
+def with_rows(mask: M, rows: Ragged) -> M:
     """The mask of rows [R, T] that says where in them the tokens lie. Layers are given their mask and nothing else of ours, now and when one
     is computed again in the backward, perhaps after other rows went through another model."""
     for tensor in mask.values() if isinstance(mask, dict) else (mask,):

@@ -78,10 +78,10 @@ class MicroBatchTensors:
         known = [] if mb.experience is None else experience_columns(mb.experience)
         own = [_narrowed(name, getattr(mb, name)) for name in names]
         places, blocks = _places(mb)
-        arrived: list[Any] = moved([*own, *known, *places], device)
-        *tensors, at, within = arrived
-        ragged = None if at is None or within is None else Ragged(at, within, blocks)
-        experience = ExperienceTensors(*tensors[len(names) :]) if known else None
+        tensors: list[Any] = moved([*own, *known, *places], device)
+        at, within = tensors[-2:]
+        ragged = None if at is None else Ragged(at, within, blocks)
+        experience = ExperienceTensors(*tensors[len(names) : -2]) if known else None
         named: dict[str, Any] = dict(zip(names, tensors, strict=False))
         return cls(mb.layout, mb.one_row, mb.branches, **named, ragged=ragged, experience=experience)
 

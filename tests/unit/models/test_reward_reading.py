@@ -48,11 +48,12 @@ def theirs(some: Any, pad: int) -> torch.Tensor:
 @pytest.mark.parametrize("layout", ["padded", "packed", "prefix_shared"])
 def test_rewards_are_transformers_own(layout, pad):
     some = model(pad)
-    rows, expected = MicroBatchTensors.of(pack(groups(), layout), torch.device("cpu")), theirs(some, pad)
+    own = theirs(some, pad)
+    rows = MicroBatchTensors.of(pack(groups(), layout), torch.device("cpu"))
     with torch.no_grad():
         found = scored(ScoringModel(some, head="scalar"), rows).rewards
     assert found is not None
-    torch.testing.assert_close(found, expected, rtol=0.0, atol=1e-5)
+    torch.testing.assert_close(found, own, rtol=0.0, atol=1e-5)
 
 
 def test_the_start_up_check_sees_a_reward_that_is_read_elsewhere():

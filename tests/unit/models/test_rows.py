@@ -6,6 +6,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from orchestrator.data.packing import pack
+from orchestrator.models.ragged_attention import blocks_of
 from orchestrator.models.rows import ALIGNMENT, NARROW, MicroBatchTensors, moved
 from orchestrator.records import Branch, Experience, MicroBatch, SequenceGroup
 
@@ -69,3 +70,35 @@ def test_the_memory_model_may_ask_for_it_without_storage():
     with FakeTensorMode(allow_non_fake_inputs=True):
         there = MicroBatchTensors.of(micro_batch(), CPU)
         assert isinstance(there.input_ids + 1, FakeTensor)
+
+
+def test_tokens_are_found_in_their_rows_and_in_their_blocks():
+    rows = micro_batch()
+    there = MicroBatchTensors.of(rows, CPU).ragged
+    assert there is not None
+    np.testing.assert_array_equal(rows.segment.ravel()[there.at.numpy()] >= 0, True)
+    assert len(there.at) == rows.tokens
+    for block in there.blocks:
+        square = torch.zeros(len(block) * block.length, dtype=torch.long)
+        square[there.within[block.tokens]] = 1 + torch.from_numpy(rows.input_ids.ravel())[there.at[block.tokens]]
+        own = np.where(rows.segment >= 0, 1 + rows.input_ids, 0)[block.rows, : block.length]
+        np.testing.assert_array_equal(square.view(own.shape).numpy(), own)
+
+
+@pytest.mark.parametrize("layout", ["padded", "packed"])
+def test_rows_without_padding_or_mask_stay_as_they_are(layout):
+    branch = Branch(np.arange(9), np.ones(9, np.bool_))
+    sizes = (3, 30) if layout == "padded" else (3, 3)
+    rows = pack([SequenceGroup(i, np.arange(size), (branch, branch)) for i, size in enumerate(sizes)], layout)
+    assert MicroBatchTensors.of(rows, CPU).ragged is None
+
+
+@pytest.mark.parametrize(
+    ("lengths", "starts"), [([5], [0]), ([100, 90, 81, 79, 50, 20, 8], [0, 3, 4, 5]), ([40, 3, 1], [0]), ([60, 70], [0, 1])]
+)
+def test_blocks_hold_rows_of_about_one_length(lengths, starts):
+    blocks = blocks_of(lengths)
+    assert [b.rows.start for b in blocks] == starts
+    assert [i for b in blocks for i in range(b.rows.start, b.rows.stop)] == list(range(len(lengths)))
+    assert all(b.length == max(lengths[b.rows]) and b.tokens.stop - b.tokens.start == sum(lengths[b.rows]) for b in blocks)
+    assert blocks[-1].tokens.stop == sum(lengths)
