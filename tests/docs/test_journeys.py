@@ -126,7 +126,7 @@ def ray_of_its_own(root: Path) -> Iterator[str]:
     sandbox, home = Sandbox(root / "ray"), root / "home"
     home.mkdir()
     port, dashboard, agent = free_port(), free_port(), free_port()
-    environment = sandbox.environment() | {"HOME": str(home), "RAY_AUTH_MODE": "token"}
+    environment = sandbox.environment() | {"HOME": str(home), "RAY_AUTH_MODE": "token", "RAY_worker_niceness": "0"}
     ray = str(Path(sys.executable).parent / "ray")
     subprocess.run([ray, "get-auth-token", "--generate"], env=environment, check=True, capture_output=True)
     command = [ray, "start", "--head", "--block", "--node-ip-address=127.0.0.1", f"--port={port}", f"--dashboard-port={dashboard}"]
