@@ -102,7 +102,8 @@ def test_a_step_that_does_not_fit_is_replayed_with_half_the_micro_batch(one_rank
     assert policy.discarded == len(tight.notes) > 0
     assert "same effective batch" in tight.notes[0]
     for name, weight in undisturbed.weights().items():
-        np.testing.assert_allclose(policy.weights()[name], weight, atol=2e-5)
+        # as vectors: Adam's first steps turn the rounding of a gradient that is next to nothing into a share of a whole step
+        assert np.linalg.norm(policy.weights()[name] - weight) <= 3e-5 * np.linalg.norm(weight), name
 
 
 def test_gradients_of_the_micro_batches_before_the_one_that_did_not_fit_are_dropped(one_rank):
