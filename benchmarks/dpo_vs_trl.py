@@ -7,7 +7,7 @@ Without --model both get the same random-weight Llama and tokenizer (BPE, traine
 pairs. With it: the model of that folder, its chat template, TRL's quickest micro-batch of those tried, and the plan's own for the learner.
 --short cuts the texts to what dialogues have: about 60 tokens of prompt and 40 of answer, some a few times that.
 
-fp32, no clipping, no activation checkpointing, reference log-probs computed beforehand. TRL pads and scores every position; the learner
+fp32, no clipping, no activation checkpointing, reference log-probs computed beforehand (--live-reference: not TRL's). TRL pads and scores every position; the learner
 shares prompts, leaves out padding and scores answers only. Each contestant runs in a child process with one thread; rounds are
 interleaved. A gate comes first: loss and gradient norm of step 1 must be equal to 1e-5 relative. Reported: tokens (prompt repeated for
 both answers, as TRL counts) per CPU second of the best step, and the peak resident memory of the whole process. Ends with 1 where the
@@ -33,12 +33,14 @@ STEPS, BETA = 2, 0.1
 
 @dataclass(frozen=True)
 class Job:
-    """What both do. pairs: of a step; micro_batch: TRL's, and ours but for a model of one's own; model: its folder."""
+    """What both do. pairs: of a step; micro_batch: TRL's, and ours but for a model of one's own; model: its folder; live: TRL computes its
+    reference in the step, as it does by default."""
 
     pairs: int
     micro_batch: int
     model: str
     own: bool
+    live: bool = False
 
     @property
     def rate(self) -> float:
@@ -67,6 +69,7 @@ def main() -> None:
     arguments.add_argument("--pairs", type=int, default=256)
     arguments.add_argument("--short", action="store_true", help="cut texts to the lengths of dialogues")
     arguments.add_argument("--micro-batches", type=int, nargs="+", default=[8], help="TRL's, in pairs; the quickest is taken")
+    arguments.add_argument("--live-reference", action="store_true", help="TRL as it is by default: its reference is computed in the step")
     arguments.add_argument("--gate", type=float, default=0.0, help="least ratio of speeds")
     arguments.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     args = arguments.parse_args()
@@ -78,7 +81,7 @@ def main() -> None:
             prepare(Path(folder), args.data, args.hidden, args.layers, args.vocabulary)
         model = str((args.model or Path(folder) / "model").resolve())
         write_pairs(Path(folder), args.data, args.pairs, model if args.model else None, args.short)
-        compare(Path(folder), args, [Job(args.pairs, size, model, args.model is not None) for size in args.micro_batches])
+        compare(Path(folder), args, [Job(args.pairs, size, model, args.model is not None, args.live_reference) for size in args.micro_batches])
 
 
 def compare(folder: Path, args: argparse.Namespace, jobs: list[Job]) -> None:
@@ -257,7 +260,7 @@ def run_trl(folder: Path, job: Job) -> Result:
         max_length=2048,
         max_grad_norm=0.0,
         weight_decay=0.0,
-        precompute_ref_log_probs=True,
+        precompute_ref_log_probs=not job.live,
         gradient_checkpointing=False,
         use_cpu=True,
         bf16=False,
