@@ -7,11 +7,11 @@ Without --model both get the same random-weight Llama and tokenizer (BPE, traine
 pairs. With it: the model of that folder, its chat template, TRL's quickest micro-batch of those tried, and the plan's own for the learner.
 --short cuts the texts to what dialogues have: about 60 tokens of prompt and 40 of answer, some a few times that.
 
-fp32, no clipping, no activation checkpointing, reference log-probs computed beforehand (--live-reference: not TRL's). TRL pads and scores every position; the learner
-shares prompts, leaves out padding and scores answers only. Each contestant runs in a child process with one thread; rounds are
-interleaved. A gate comes first: loss and gradient norm of step 1 must be equal to 1e-5 relative. Reported: tokens (prompt repeated for
-both answers, as TRL counts) per CPU second of the best step, and the peak resident memory of the whole process. Ends with 1 where the
-median ratio of speeds is below --gate.
+fp32, no clipping, no activation checkpointing, reference log-probs computed beforehand (--live-reference: not TRL's). TRL pads and scores
+every position; the learner shares prompts, leaves out padding and scores answers only. Each contestant runs in a child process with one
+thread; rounds are interleaved. A gate comes first: loss and gradient norm of step 1 must be equal to 1e-5 relative. Reported: tokens (prompt
+repeated for both answers, as TRL counts) per CPU second of the best step, and the peak resident memory of the whole process. Ends with 1
+where the median ratio of speeds is below --gate.
 """
 
 import argparse
