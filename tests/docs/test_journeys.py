@@ -94,7 +94,7 @@ def test_pairs(tmp_path: Path) -> None:
             assert losses[-1] < losses[0]
             right, before = walk.answers(run)
             assert before == 10 and right >= 9, run
-        assert "export is in float32" in walk.said[3], "rounded, there would be nothing to talk with"
+        assert "export is in float32" in walk.said[2], "rounded, there would be nothing to talk with"
 
 
 def test_reward(tmp_path: Path) -> None:
