@@ -106,7 +106,7 @@ def ours(folder: Path, model: Path, cache: Path, run: Path) -> dict[str, float]:
 
 def trl(folder: Path, model: Path, run: Path) -> float:
     """The same of TRL's shortest script."""
-    script = folder / "trl.py"
+    script = folder / "baseline.py"
     script.write_text(TRL)
     began = time.time()
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(run / "datasets")}
