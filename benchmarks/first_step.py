@@ -37,10 +37,12 @@ from datasets import load_dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32)
-started = lambda *_: (print(f"first forward {time.time()}", flush=True), handle.remove())
+def started(*_):
+    print(f"first forward {time.time()}", flush=True)
+    handle.remove()
 handle = model.register_forward_pre_hook(started)
 rows = load_dataset("json", data_files=sys.argv[2], split="train")
-options = dict(max_steps=1, per_device_train_batch_size=8, learning_rate=1e-6, report_to=[], use_cpu=True, save_strategy="no")
+options = dict(max_steps=1, per_device_train_batch_size=8, learning_rate=1e-6, report_to=[], use_cpu=True, bf16=False, save_strategy="no")
 args = DPOConfig(output_dir=sys.argv[3], **options)
 DPOTrainer(model, args=args, train_dataset=rows, processing_class=AutoTokenizer.from_pretrained(sys.argv[1])).train()
 """
