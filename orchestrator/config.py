@@ -220,7 +220,26 @@ class Offload(Section):
     parameters: Literal["none", "cpu"] = Field("none", description="where ZeRO-3's parameters live")
 
 
-class Learners(Section):
+class Workers(Section):
+    """A group of workers whose number and GPUs may be left to the plan."""
+
+    workers: Annotated[int, Field(ge=1)] | Literal["auto"]
+    gpus_per_worker: Annotated[float, Field(ge=0)] | Literal["auto"]
+
+    @property
+    def count(self) -> int:
+        """Workers of a planned run: the plan has put a number in the place of `auto`."""
+        assert self.workers != "auto", "plan first"
+        return self.workers
+
+    @property
+    def gpus(self) -> float:
+        """GPUs of each worker of a planned run."""
+        assert self.gpus_per_worker != "auto", "plan first"
+        return self.gpus_per_worker
+
+
+class Learners(Workers):
     workers: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
         1, description="DeepSpeed ranks, each a Ray actor; auto: as many as there is room for beside the other actors"
     )
@@ -256,18 +275,6 @@ class Learners(Section):
         return value
 
     @property
-    def count(self) -> int:
-        """Workers of a planned run: the plan has put a number in the place of `auto`."""
-        assert self.workers != "auto", "plan first"
-        return self.workers
-
-    @property
-    def gpus(self) -> float:
-        """GPUs of each worker of a planned run."""
-        assert self.gpus_per_worker != "auto", "plan first"
-        return self.gpus_per_worker
-
-    @property
     def checkpointing(self) -> Literal["none", "selective", "full"]:
         """Of a planned run; none where nothing was planned."""
         return "none" if self.activation_checkpointing == "auto" else self.activation_checkpointing
@@ -277,7 +284,7 @@ class Reference(Section):
     cache_dir: str | None = Field(None, description="where reference log-probs are kept; default ~/.cache/orchestrator")
 
 
-class Rollouts(Section):
+class Rollouts(Workers):
     workers: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
         1, description="rollout actors; auto: colocated one per learner, separate half of what there is room for"
     )
@@ -317,18 +324,6 @@ class Rollouts(Section):
         description="deadline for an actor to be ready, and more by the model's bytes; default: 900 for vLLM on a GPU, else learners.start_timeout_s",
     )
     max_restarts: int = Field(8, ge=0, description="times a lost rollout actor is replaced: within an hour, or while nothing is rolled out")
-
-    @property
-    def count(self) -> int:
-        """Actors of a planned run."""
-        assert self.workers != "auto", "plan first"
-        return self.workers
-
-    @property
-    def gpus(self) -> float:
-        """GPUs of each actor of a planned run."""
-        assert self.gpus_per_worker != "auto", "plan first"
-        return self.gpus_per_worker
 
     @property
     def rows(self) -> int:

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from orchestrator.hardware import visible_gpus
+from orchestrator.stopping import STOPPING
 
 CLIENT = Path(__file__).with_name("fork_client.py")
 VARIABLE = "ORCHESTRATOR_FORK_SERVER"
@@ -114,7 +115,7 @@ def _end_with(parent: int) -> None:
 
 
 def _serve(listener: socket.socket) -> NoReturn:
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in STOPPING:
         signal.signal(number, signal.SIG_IGN)
     gc.collect()
     gc.freeze()  # a collection in a worker would write to, and so copy, the pages it shares with the others
@@ -171,7 +172,7 @@ def _become(request: dict[str, Any], files: Sequence[int]) -> None:
     for number, file in enumerate(files):
         os.dup2(file, number)
         os.close(file)
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD):
+    for number in (*STOPPING, signal.SIGCHLD):
         signal.signal(number, signal.SIG_IGN if number in request["ignored"] else signal.SIG_DFL)
     if signal.SIGINT not in request["ignored"]:
         signal.signal(signal.SIGINT, signal.default_int_handler)
