@@ -99,12 +99,11 @@ class LocalFunction:
     """A component (rewards.Component) that is called here: a breakpoint in it stops the run. No process of its own, no time limit."""
 
     def __init__(self, function: RewardFunction) -> None:
-        self.name, self._function = function.name, resolve(function)
-        self._for_trl = (function.function or "").startswith("trl:")
+        self.name, self._written, self._function = function.name, function.function, resolve(function)
 
     def score(self, groups: Sequence[RolloutGroup], timeout_s: float) -> list[Outcome]:
         call = RewardCall.of(groups)
-        return judge(self.name, invoke(self.name, self._function, call.for_trl() if self._for_trl else call), call.samples)
+        return judge(self.name, invoke(self.name, self._function, call.given_to(self._written)), call.samples)
 
 
 class LocalRewards:

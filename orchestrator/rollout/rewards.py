@@ -84,6 +84,10 @@ class RewardCall:
             columns = {name: values[part] for name, values in self.columns.items()}
             yield RewardCall(self.prompts[part], self.completions[part], self.completion_ids[part], self.samples[part], columns)
 
+    def given_to(self, function: str | None) -> "RewardCall":
+        """As the function of this name (`trl:NAME`, a file's, ours) wants it."""
+        return self.for_trl() if (function or "").startswith("trl:") else self
+
     def for_trl(self) -> "RewardCall":
         """As TRL's own functions want it: completions as messages, and the answers under `solution` too."""
         messages = [[{"role": "assistant", "content": c}] if isinstance(c, str) else c for c in self.completions]

@@ -264,14 +264,13 @@ def main() -> None:
         _send(channel, {"failure": words_of(error, function)})
         return
     _send(channel, {"ready": True})
-    is_trl = (function.function or "").startswith("trl:")
     while True:
         try:
             request = _receive(channel, lambda: None)
         except _Ended:
             return
         call = RewardCall(**request)
-        _send(channel, _answer(function, callable_, call.for_trl() if is_trl else call))
+        _send(channel, _answer(function, callable_, call.given_to(function.function)))
 
 
 def _answer(function: RewardFunction, callable_: Callable[..., Any], call: RewardCall) -> dict[str, Any]:
