@@ -23,7 +23,7 @@ fi
 
 state=$(mktemp -d /tmp/ray-XXXXXX) # 0700; short, as sockets lie below it
 (umask 077 && head -c 32 /dev/urandom | od -An -v -tx1 | tr -d ' \n' >"$state/token")
-export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$state/token RAY_TMPDIR=$state RAY_USAGE_STATS_ENABLED=${RAY_USAGE_STATS_ENABLED:-0}
+export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$state/token RAY_TMPDIR=$state RAY_worker_niceness=0 RAY_USAGE_STATS_ENABLED=${RAY_USAGE_STATS_ENABLED:-0}
 
 ray="" run=""
 finish() {

@@ -50,6 +50,7 @@ export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$dir/token RAY_USAGE_STATS_ENABLE
 export RAY_TMPDIR=/tmp/ray-$(id -un)-'"$RAY_PORT"' # short: sockets lie below it; of every machine, as the head decides
 mkdir -p "$RAY_TMPDIR"
 export RAY_health_check_period_ms=2000 RAY_health_check_timeout_ms=5000 RAY_health_check_failure_threshold=3
+export RAY_worker_niceness=0  # Ray gives its workers 15: beside other work on the machine they would starve
 '"$ACTIVATE"
 
 # Starts `ray start --block` in a session of its own, whose id is what `down` ends. Arguments: name, options of ray start.
