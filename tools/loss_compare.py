@@ -30,7 +30,7 @@ RECIPES = ("sft", "reward", "dpo", "kto", "demo", "grpo", "grpo_tool", "ppo", "r
 ONLINE = {"grpo": "grpo", "grpo_tool": "grpo", "ppo": "ppo", "rloo": "rloo", "online_dpo": "online_dpo"}
 """Stage that samples, by recipe. rlhf has a reward model, which is dense."""
 SMALL = ("run.max_steps=4", "evaluation.every=null", "evaluation.at_start=false", "checkpoint.every=null", "checkpoint.final=none", "tracking.wandb=off")
-COMPARED = ("loss", "grad_norm", "reward")
+COMPARED = ("loss", "grad_norm", "reward/mean")
 LIMIT_S = 600.0
 
 
