@@ -189,14 +189,14 @@ def run_ours(folder: Path, job: Job) -> Result:
     """The learner as the program uses it, on one DeepSpeed rank in this process."""
     import torch
 
-    from orchestrator.algorithms import build
-    from orchestrator.config import Recipe
-    from orchestrator.cut import cut_step
-    from orchestrator.dataset import load_data
+    from orchestrator.algorithms.table import build
+    from orchestrator.recipe.schema import Recipe
+    from orchestrator.data.micro_batches import cut_step
+    from orchestrator.data.dataset import load_data
     from orchestrator.learner.engine import ProcessGroup
-    from orchestrator.learner.learner import LearnerSpec, RankLearner, RankReference
-    from orchestrator.records import Cut
-    from orchestrator.ways import CPU_POSITIONS
+    from orchestrator.learner.rank_learner import LearnerSpec, RankLearner, RankReference
+    from orchestrator.core.batches import Cut
+    from orchestrator.plan.ways import CPU_POSITIONS
 
     torch.set_num_threads(1)
     recipe = Recipe.model_validate(

@@ -171,9 +171,9 @@ def prepare(folder: Path, data: Path | None, sizes: Sizes, own: Path | None) -> 
     for the gate."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from orchestrator.episodes import Sampling
-    from orchestrator.rollout.sampling import sample_seed
-    from orchestrator.rollout.static import Request, StaticDecoder
+    from orchestrator.core.rollouts import Sampling
+    from orchestrator.rollout.engines.sampling import sample_seed
+    from orchestrator.rollout.engines.padded_decoder import Request, StaticDecoder
 
     texts = read_prompts(data) if data else made_prompts(sizes.prompts)
     if own is None:
@@ -261,14 +261,15 @@ class Ours:
     """The parts of an online run, called in this process."""
 
     def __init__(self, folder: Path, sizes: Sizes) -> None:
-        from orchestrator.algorithms import build
-        from orchestrator.config import Recipe
-        from orchestrator.controllers import step
-        from orchestrator.episodes import Prompt, Sampling
-        from orchestrator.learner import engine, learner
-        from orchestrator.records import Cut
-        from orchestrator.rollout.generator import RolloutWorker
-        from orchestrator.ways import CPU_POSITIONS
+        from orchestrator.algorithms.table import build
+        from orchestrator.recipe.schema import Recipe
+        from orchestrator.trainers import optimizer_step as step
+        from orchestrator.core.rollouts import Prompt, Sampling
+        from orchestrator.learner import engine
+        from orchestrator.learner import rank_learner as learner
+        from orchestrator.core.batches import Cut
+        from orchestrator.rollout.engines.transformers_engine import RolloutWorker
+        from orchestrator.plan.ways import CPU_POSITIONS
 
         torch.set_num_threads(1)
         recipe = Recipe.model_validate(
@@ -297,7 +298,7 @@ class Ours:
         self.prompts = [Prompt(i, "", 0, np.array(ids), text) for i, (text, ids) in enumerate(given)]
 
     def recorded(self):
-        from orchestrator.episodes import Rollout, RolloutGroup
+        from orchestrator.core.rollouts import Rollout, RolloutGroup
 
         def rollout(sample: int, ids: list[int]) -> Rollout:
             return Rollout(sample, 0, np.array(ids), np.ones(len(ids), bool), np.zeros(len(ids), np.float32), "stop", "")
@@ -307,11 +308,11 @@ class Ours:
 
     def learn(self, groups, at: int) -> tuple[float, float]:
         """Rewards, advantages, one optimizer step, and the weights for the generator: (loss, gradient norm)."""
-        from orchestrator.controllers.experience import Needs, make_experience
-        from orchestrator.controllers.step import Clock
-        from orchestrator.episodes import ScoredGroup
-        from orchestrator.learner.publish import flat_buckets
-        from orchestrator.models.buckets import Bucket, checksum
+        from orchestrator.trainers.experience import Needs, make_experience
+        from orchestrator.trainers.optimizer_step import Clock
+        from orchestrator.core.rollouts import ScoredGroup
+        from orchestrator.learner.weights import flat_buckets
+        from orchestrator.models.weight_buckets import Bucket, checksum
 
         scored = [ScoredGroup(g, np.array([reward(r.ids.tolist()) for r in g.rollouts], np.float32)) for g in groups]
         needs, rewards = Needs(False, False, 0.0, "k3"), [s.rewards for s in scored]

@@ -99,13 +99,13 @@ def measure(model: str, effective: int, micro: int, data_file: Path) -> Row:
     """Steps of one rank under one cut, with the plan's prediction."""
     import torch
 
-    from orchestrator.algorithms import build
-    from orchestrator.config import Recipe
-    from orchestrator.cut import cut_step
-    from orchestrator.dataset import load_data
+    from orchestrator.algorithms.table import build
+    from orchestrator.recipe.schema import Recipe
+    from orchestrator.data.micro_batches import cut_step
+    from orchestrator.data.dataset import load_data
     from orchestrator.learner.engine import ProcessGroup
-    from orchestrator.learner.learner import LearnerSpec, RankLearner
-    from orchestrator.plan import make_plan
+    from orchestrator.learner.rank_learner import LearnerSpec, RankLearner
+    from orchestrator.plan.planner import make_plan
 
     torch.set_num_threads(1)
     recipe = Recipe.model_validate(

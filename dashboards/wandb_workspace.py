@@ -13,10 +13,10 @@ from typing import Any
 
 import yaml
 
-from orchestrator.observe.layout import board
-from orchestrator.observe.names import grouped
-from orchestrator.observe.sinks import read_lines
-from orchestrator.observe.tracking import STEP
+from orchestrator.observe.report.panels import board
+from orchestrator.observe.metric_names import grouped
+from orchestrator.observe.jsonl import read_lines
+from orchestrator.observe.wandb_sink import STEP
 
 
 def emitted(run_dir: Path) -> set[str]:

@@ -15,8 +15,8 @@ import torch
 
 from gpu_stages.bench import Bench
 from gpu_stages.shapes import made_pairs
-from orchestrator import faults
-from orchestrator.config import Recipe
+from orchestrator.core import faults
+from orchestrator.recipe.schema import Recipe
 
 SMALL = {
     "tracking": {"wandb": "off"},
@@ -69,7 +69,7 @@ def trained(bench: Bench, name: str, recipe: Recipe) -> Path:
     """The folder of a run, with all it said beside it."""
     from rich.console import Console
 
-    from orchestrator.assemble import train
+    from orchestrator.run.supervise import train
 
     with (bench.work / f"{name}.txt").open("w") as said:
         return train(recipe, bench.work / name, Console(file=said, width=200)).folder
@@ -101,13 +101,13 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
 
 def transports(bench: Bench) -> None:
     """New weights through every transport: the actor's are the learner's, bit by bit."""
-    from orchestrator.cluster.rollout_workers import RolloutPool
-    from orchestrator.cluster.weight_bridge import BroadcastBridge, CudaIpcBridge, ObjectStoreBridge
-    from orchestrator.cluster.workers import LearnerGroup
-    from orchestrator.cut import cut_step
-    from orchestrator.episodes import Prompt, Sampling
-    from orchestrator.learner.learner import LearnerSpec
-    from orchestrator.records import Cut
+    from orchestrator.cluster.rollout_pool import RolloutPool
+    from orchestrator.cluster.weight_sync import BroadcastBridge, CudaIpcBridge, ObjectStoreBridge
+    from orchestrator.cluster.learner_group import LearnerGroup
+    from orchestrator.data.micro_batches import cut_step
+    from orchestrator.core.rollouts import Prompt, Sampling
+    from orchestrator.learner.rank_learner import LearnerSpec
+    from orchestrator.core.batches import Cut
 
     recipe = made(bench, algorithm={"name": "orpo"}, rollouts={"max_new_tokens": 4})
     cut = Cut(workers=1, examples=2, positions=None, layout="padded", zero_stage=0, sync="no_sync")

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 
 from gpu_stages.device import release
-from orchestrator.config import Recipe
+from orchestrator.recipe.schema import Recipe
 from orchestrator.learner.engine import ProcessGroup
-from orchestrator.learner.learner import LearnerSpec, RankLearner, RankReference
+from orchestrator.learner.rank_learner import LearnerSpec, RankLearner, RankReference
 from orchestrator.models.load import Loaded
-from orchestrator.records import LearnReport, PackedBatch, StepApplied
-from orchestrator.roles import PerMicroBatch
+from orchestrator.core.batches import LearnReport, PackedBatch, StepApplied
+from orchestrator.core.roles import PerMicroBatch
 
 
 @cache

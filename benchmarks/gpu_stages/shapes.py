@@ -6,10 +6,10 @@ import numpy as np
 import torch
 
 from gpu_stages.device import release
-from orchestrator.config import Recipe
+from orchestrator.recipe.schema import Recipe
 from orchestrator.models.load import Loaded, load_config, placed
-from orchestrator.models.scoring import Checkpointing
-from orchestrator.records import Branch, SequenceGroup
+from orchestrator.models.forward import Checkpointing
+from orchestrator.core.batches import Branch, SequenceGroup
 
 BETA = 0.1
 

@@ -8,16 +8,16 @@ from gpu_stages.bench import Bench, Speed, first_line
 from gpu_stages.device import peak_flops, release, reserved, settle
 from gpu_stages.local import join
 from gpu_stages.shapes import Shape, on_device, shapes
-from orchestrator.algorithms import build
-from orchestrator.config import Recipe
-from orchestrator.cut import cut_step
-from orchestrator.errors import OutOfMemory
-from orchestrator.learner.learner import LearnerSpec, RankLearner
+from orchestrator.algorithms.table import build
+from orchestrator.recipe.schema import Recipe
+from orchestrator.data.micro_batches import cut_step
+from orchestrator.core.errors import OutOfMemory
+from orchestrator.learner.rank_learner import LearnerSpec, RankLearner
 from orchestrator.learner.memory import device_bytes
-from orchestrator.memory_model import MemoryEstimate, MemoryModel
-from orchestrator.models.scoring import Checkpointing
-from orchestrator.records import Cut
-from orchestrator.ways import largest_micro_batch
+from orchestrator.plan.memory import MemoryEstimate, MemoryModel
+from orchestrator.models.forward import Checkpointing
+from orchestrator.core.batches import Cut
+from orchestrator.plan.ways import largest_micro_batch
 
 STEPS = 3
 """The first warms up (and is not timed), the others are timed; the best counts."""

@@ -1,6 +1,6 @@
 """How every actor is made: what its process may see and use of the machine, whoever started Ray.
 
-    Share (CPUs, GPUs, threads) --worker_environment--> variables of the process --made--> ray.remote(kind).options(…)
+Share (CPUs, GPUs, threads) --worker_environment--> variables of the process --made--> ray.remote(kind).options(…)
 """
 
 import os
@@ -12,9 +12,9 @@ from typing import Any
 
 import ray
 
-from orchestrator import faults
 from orchestrator.cluster.forkserver import py_executable
-from orchestrator.node_facts import NO_GPUS
+from orchestrator.core import faults
+from orchestrator.core.resources import NO_GPUS
 
 ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
 """How torch's allocator is told what to do: the name since torch 2.9, and the older ones, which it still reads."""

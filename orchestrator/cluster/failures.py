@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
-from orchestrator.errors import ConfigError, MissingInput, OrchestratorError, OutOfMemory, OutputError, WorkerFailed, WorkerLost
+from orchestrator.core.errors import ConfigError, MissingInput, OrchestratorError, OutOfMemory, OutputError, WorkerFailed, WorkerLost
 from orchestrator.learner.memory import is_out_of_memory
 
 LOADING = ("build", "build_reference", "load_state")

@@ -26,8 +26,8 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
 
-from orchestrator.hardware import visible_gpus
-from orchestrator.stopping import STOPPING
+from orchestrator.plan.hardware import visible_gpus
+from orchestrator.core.stopping import STOPPING
 
 CLIENT = Path(__file__).with_name("fork_client.py")
 VARIABLE = "ORCHESTRATOR_FORK_SERVER"
@@ -79,8 +79,8 @@ def py_executable(environment: Mapping[str, str]) -> str | None:
 
 def _import() -> None:
     """What takes a worker its time, and does not import ray."""
-    import orchestrator.learner.learner
-    import orchestrator.rollout.generator  # noqa: F401
+    import orchestrator.learner.rank_learner
+    import orchestrator.rollout.engines.transformers_engine  # noqa: F401
     from orchestrator.learner.engine import load_deepspeed
 
     load_deepspeed("cpu")

@@ -14,17 +14,17 @@ import torch
 
 from orchestrator.cluster.deadlines import Deadlines
 from orchestrator.cluster.ranks import Rank, Ranks
-from orchestrator.config import Learners, Model, Recipe, RewardFunction, Rewards
-from orchestrator.episodes import Prompt, RolloutGroup, Sampling, Scoring, Span, WeightsDelivered
-from orchestrator.errors import OutOfMemory
-from orchestrator.learner.publish import flat_buckets
-from orchestrator.models.buckets import Bucket, checksum
-from orchestrator.rollout.functions import check_rewards, resolve
-from orchestrator.rollout.generator import RolloutWorker
-from orchestrator.rollout.http_reward import HttpReward
-from orchestrator.rollout.rewards import Component, Outcome, RewardCall, invoke, judge
-from orchestrator.rollout.rounds import check_any, combine, judge_batch
-from orchestrator.rollout.scoring import RewardModel
+from orchestrator.recipe.schema import Learners, Model, Recipe, RewardFunction, Rewards
+from orchestrator.core.rollouts import Prompt, RolloutGroup, Sampling, Scoring, Span, WeightsDelivered
+from orchestrator.core.errors import OutOfMemory
+from orchestrator.learner.weights import flat_buckets
+from orchestrator.models.weight_buckets import Bucket, checksum
+from orchestrator.rollout.rewards.lookup import check_rewards, resolve
+from orchestrator.rollout.engines.transformers_engine import RolloutWorker
+from orchestrator.rollout.rewards.http import HttpReward
+from orchestrator.rollout.rewards.component import Component, Outcome, RewardCall, invoke, judge
+from orchestrator.rollout.rewards.combine import check_any, combine, judge_batch
+from orchestrator.rollout.rewards.reward_model import RewardModel
 
 
 class LocalRank(Ranks):

@@ -24,9 +24,9 @@ from ray._private import parameter, ray_constants, services, worker
 from ray.exceptions import RayError
 
 from orchestrator.cluster.quiet import without_small_talk
-from orchestrator.errors import ConfigError, Forbidden, NotEnoughResources, OutputError, Unreachable
-from orchestrator.node_facts import SHM
-from orchestrator.stopping import STOPPING, held_back
+from orchestrator.core.errors import ConfigError, Forbidden, NotEnoughResources, OutputError, Unreachable
+from orchestrator.cluster.doctor.node import SHM
+from orchestrator.core.stopping import STOPPING, held_back
 
 OBJECT_STORE_BYTES = 256 * 1024 * 1024
 """For batches, log-probs and rollouts; published weights come on top (`store_for`)."""

@@ -7,9 +7,9 @@ import ray
 from ray.util.metrics import Gauge
 
 from orchestrator.observe.alerts import Alert
-from orchestrator.observe.names import gauge
-from orchestrator.observe.sinks import Note
-from orchestrator.records import EvaluationReport, StepReport
+from orchestrator.observe.metric_names import gauge
+from orchestrator.observe.jsonl import Note
+from orchestrator.core.batches import EvaluationReport, StepReport
 
 TAGS = ("run", "algorithm", "stage")
 

@@ -2,7 +2,7 @@
 
 import os
 
-from orchestrator.node_facts import interface_of
+from orchestrator.cluster.doctor.node import interface_of
 
 INTERFACES = {"GLOO_SOCKET_IFNAME": "{}", "NCCL_SOCKET_IFNAME": "={}"}
 """How gloo and NCCL are told of an interface; NCCL takes what follows "=" as a whole name, else as the beginning of one."""

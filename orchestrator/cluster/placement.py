@@ -14,10 +14,10 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from orchestrator.cluster.actors import Share, made
 from orchestrator.cluster.joining import connect, named_cluster
-from orchestrator.config import Learners, Recipe, Rollouts
-from orchestrator.errors import ConfigError, NotEnoughResources
-from orchestrator.facts import SLACK, WorkerGroup, times
-from orchestrator.hardware import visible_gpus
+from orchestrator.core.errors import ConfigError, NotEnoughResources
+from orchestrator.core.resources import SLACK, WorkerGroup, times
+from orchestrator.plan.hardware import visible_gpus
+from orchestrator.recipe.schema import Learners, Recipe, Rollouts
 
 NAME_FREE_S = 60.0
 """Until a killed actor's name is free again; where its node is lost, Ray has to notice that first."""

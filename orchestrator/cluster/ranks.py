@@ -1,6 +1,6 @@
 """The verbs of a learner: what one rank does, and all ranks together. Neither knows where a rank lives.
 
-    Ranks.forward_backward(batch) --a share each--> Rank.forward_backward --> RankLearner           (workers.py: actors; in_process.py: here)
+Ranks.forward_backward(batch) --a share each--> Rank.forward_backward --> RankLearner           (workers.py: actors; in_process.py: here)
 """
 
 import os
@@ -8,11 +8,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from orchestrator.checkpoints import FileEntry
-from orchestrator.config import Recipe
-from orchestrator.learner.learner import LearnerSpec
-from orchestrator.records import LearnReport, PackedBatch, StepApplied, joined_metrics
-from orchestrator.roles import PerMicroBatch, TokenLists
+from orchestrator.core.batches import LearnReport, PackedBatch, StepApplied, joined_metrics
+from orchestrator.core.files import FileEntry
+from orchestrator.core.roles import PerMicroBatch, TokenLists
+from orchestrator.learner.rank_learner import LearnerSpec
+from orchestrator.recipe.schema import Recipe
 
 
 class Rank:
@@ -31,13 +31,13 @@ class Rank:
         return os.getpid()
 
     def build_reference(self, recipe: Recipe) -> str:
-        from orchestrator.learner.learner import RankReference
+        from orchestrator.learner.rank_learner import RankReference
 
         self.learner = RankReference(recipe, self.device)
         return self.learner.fingerprint
 
     def build(self, spec: LearnerSpec) -> None:
-        from orchestrator.learner.learner import RankLearner
+        from orchestrator.learner.rank_learner import RankLearner
 
         self.learner = None  # frees the reference or the previous learner first
         self.learner = RankLearner(spec, self.group, self.device)

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from orchestrator.errors import DataError
+from orchestrator.core.errors import DataError
 
 SHOWN = 10
 

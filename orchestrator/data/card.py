@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from orchestrator.errors import ConfigError, MissingInput
+from orchestrator.core.errors import ConfigError, MissingInput
 
 DEFAULT = "default"
 """The subset that is read where none is named: so called, or marked `default: true`, or the only one."""

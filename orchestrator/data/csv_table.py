@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 from orchestrator.data.bad_rows import BadRow
-from orchestrator.errors import DataError
+from orchestrator.core.errors import DataError
 
 TRUTH = {"true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False}
 WHOLE = re.compile(r" *[+-]?(0|[1-9]\d{0,17}) *")

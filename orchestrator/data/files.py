@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 
 from orchestrator.data import card, csv_table
 from orchestrator.data.bad_rows import BadRow
-from orchestrator.errors import ConfigError, DataError, MissingInput
+from orchestrator.core.errors import ConfigError, DataError, MissingInput
 
 REFETCH = "fetch or write the file again, and check that it may be read"
 USUAL = (".jsonl", ".jsonl.gz", ".json.gz", ".parquet")
@@ -39,7 +39,7 @@ SHARD = re.compile(r"(?P<split>\w+(?:\.\w+)*)-\d{5}-of-\d{5,}")
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """What a file holds at `where` ("file:line"). filled: it comes from a table (data/rows.py)."""
+    """What a file holds at `where` ("file:line"). filled: it comes from a table (data/formats.py)."""
 
     value: Any
     where: str

@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
-from orchestrator.records import ROW_MULTIPLE, SHORTEST_ROW, Bools, Branch, Experience, Floats, Ints, Layout, MicroBatch, SequenceGroup
+from orchestrator.core.batches import ROW_MULTIPLE, SHORTEST_ROW, Bools, Branch, Experience, Floats, Ints, Layout, MicroBatch, SequenceGroup
 
 _WORD = 0xFFFF_FFFF_FFFF_FFFF
 

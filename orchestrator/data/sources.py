@@ -10,14 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from orchestrator import hub
-from orchestrator.config import Columns, Data, Source
+from orchestrator.core import hub
+from orchestrator.recipe.schema import Columns, Data, Source
 from orchestrator.data.bad_rows import BadRecord, BadRow, check_bad, grouped
 from orchestrator.data.files import SUFFIXES, Record, choose, records
-from orchestrator.data.rows import EVERYTHING, SHAREGPT_COLUMN, Reads, describe, to_rows, used_columns
+from orchestrator.data.formats import EVERYTHING, SHAREGPT_COLUMN, Reads, describe, to_rows, used_columns
 from orchestrator.data.toy import DEFAULT_ROWS, toy_rows
-from orchestrator.errors import ConfigError, DataError, MissingInput
-from orchestrator.records import DataKind, Row
+from orchestrator.core.errors import ConfigError, DataError, MissingInput
+from orchestrator.core.batches import DataKind, Row
 
 EMPTY: tuple[Any, ...] = (None, "", [], {})
 """Values that say nothing: a column of nothing else is not missed where it is not read."""

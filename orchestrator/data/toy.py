@@ -3,7 +3,7 @@
 Demonstrations answer right (the word itself) and wrong (the word backwards) equally often, so a model that imitates
 them is right half of the time; preference pairs say which one is wanted. That is what preference tuning is for.
 
-The calculator's task: add two numbers with a tool (orchestrator/rollout/calculator.py). Half of the demonstrations call it and
+The calculator's task: add two numbers with a tool (orchestrator/rollout/environments/calculator.py). Half of the demonstrations call it and
 copy its result, the other half guess, and guess wrong; a reward says which pays.
 """
 
@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from orchestrator.errors import ConfigError
+from orchestrator.core.errors import ConfigError
 
 LETTERS = "abcdefghijklmnop"
 LENGTH = 4

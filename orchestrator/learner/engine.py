@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from orchestrator.config import Learners, Optimizer
-from orchestrator.learner.collectives import CollectiveCounter
+from orchestrator.core.batches import StepApplied
+from orchestrator.core.zero import PERSISTENT_ELEMENTS, bucket_elements, overlaps
+from orchestrator.learner.traffic import CollectiveCounter
 from orchestrator.models.decay import parameter_groups
-from orchestrator.records import StepApplied
-from orchestrator.state_bytes import PERSISTENT_ELEMENTS, bucket_elements, overlaps
+from orchestrator.recipe.schema import Learners, Optimizer
 
 NORM_CHUNK = 1 << 12
 """Values whose squares are added in fp32; the sums of chunks are added in double."""
@@ -206,9 +206,7 @@ class Engine:
     end of `accumulation()`), "per_micro_batch" (stages 2, 3: a reduction in every backward).
     """
 
-    def __init__(
-        self, module: nn.Module, *, learners: Learners, optimizer: Optimizer, stage: int, sync: str, world: int
-    ) -> None:
+    def __init__(self, module: nn.Module, *, learners: Learners, optimizer: Optimizer, stage: int, sync: str, world: int) -> None:
         deepspeed = _deepspeed()
         self.stage, self.sync, self.world = stage, sync, world
         self.casts_weights = learners.precision == "bf16_autocast" and stage < 3  # at 3 the casts would be what it partitions

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from orchestrator.algorithms import build, critic
-from orchestrator.config import Recipe
-from orchestrator.errors import OutputError
+from orchestrator.algorithms.table import build, critic
+from orchestrator.recipe.schema import Recipe
+from orchestrator.core.errors import OutputError
 from orchestrator.learner.engine import on_cpu
-from orchestrator.learner.learner import RankLearner, Role
+from orchestrator.learner.rank_learner import RankLearner, Role
 from orchestrator.learner.state import full_weights, saved_weights
 from orchestrator.models.classes import Head
 from orchestrator.models.export import export

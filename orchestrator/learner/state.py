@@ -15,9 +15,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from orchestrator.checkpoints import FileEntry, fsync_file
+from orchestrator.core.files import FileEntry, fsync_file
 from orchestrator.learner.engine import Engine, on_cpu
-from orchestrator.learner.learner import RankLearner, Role, iterate_trainable
+from orchestrator.learner.rank_learner import RankLearner, Role, iterate_trainable
 
 SHARD_BYTES = 1 << 30
 MOMENTS = ("exp_avg", "exp_avg_sq")

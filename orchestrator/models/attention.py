@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from orchestrator.records import Layout
+from orchestrator.core.batches import Layout
 
 _ONE_MASK = frozenset(
     {"llama", "mistral", "gemma", "phi", "phi3", "gpt2", "gpt_neox", "olmo2", "granite", "cohere", "falcon", "mixtral"}

@@ -18,11 +18,11 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from orchestrator.errors import ConfigError
+from orchestrator.core.errors import ConfigError
 from orchestrator.models import ragged_attention
 from orchestrator.models.attention import Capabilities
 from orchestrator.models.ragged_attention import RAGGED
-from orchestrator.records import ROW_MULTIPLE as BLOCK
+from orchestrator.core.batches import ROW_MULTIPLE as BLOCK
 
 BLOCKS = "one_row_blocks"
 """The name under which transformers' layers find `attend`."""

@@ -12,7 +12,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,  # pyright: ignore[reportPrivateImportUsage]
 )
 
-from orchestrator.errors import ConfigError
+from orchestrator.core.errors import ConfigError
 
 Head = Literal["lm", "scalar", "value"]
 """A language model, or a scalar head: of a reward model or a critic (the same weights, read at other positions)."""

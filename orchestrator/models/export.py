@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from orchestrator.checkpoints import fsync_directory, fsync_file
+from orchestrator.core.files import fsync_directory, fsync_file
 
 
 def export(

@@ -16,9 +16,9 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 
-from orchestrator import hub
-from orchestrator.config import Lora, Model
-from orchestrator.errors import ConfigError, MissingInput
+from orchestrator.core import hub
+from orchestrator.recipe.schema import Lora, Model
+from orchestrator.core.errors import ConfigError, MissingInput
 from orchestrator.models.attention import plain_attention
 from orchestrator.models.classes import Head, auto_class, check_trainable
 from orchestrator.models.generation import savable

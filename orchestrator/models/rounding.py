@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from orchestrator.config import Model, Recipe
+from orchestrator.recipe.schema import Model, Recipe
 from orchestrator.models.load import load_config
 from orchestrator.models.source import source_dtype
 

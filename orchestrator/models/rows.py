@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from orchestrator.models.ragged_attention import Block, Ragged, blocks_of
-from orchestrator.objectives.scores import ExperienceTensors
-from orchestrator.records import Experience, Layout, MicroBatch
+from orchestrator.algorithms.losses.interface import ExperienceTensors
+from orchestrator.core.batches import Experience, Layout, MicroBatch
 
 PADDING = 0.03
 """Share of rows that may be padding before it is left out: what that costs beside each layer's attention."""

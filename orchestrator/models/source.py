@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from orchestrator.config import Model
+from orchestrator.recipe.schema import Model
 from orchestrator.models.load import load_config
 
 TYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}

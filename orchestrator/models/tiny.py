@@ -6,8 +6,8 @@ import torch
 from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerFast
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES  # pyright: ignore[reportPrivateImportUsage]
 
-from orchestrator.config import TinyModel
-from orchestrator.errors import ConfigError
+from orchestrator.recipe.schema import TinyModel
+from orchestrator.core.errors import ConfigError
 from orchestrator.models.attention import plain_attention
 
 CHAT_TEMPLATE = (

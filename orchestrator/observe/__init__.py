@@ -1,1 +1,1 @@
-"""What a run shows of itself: sinks (JSONL, console, wandb), the HTML report, the model card, coloured tokens."""
+"""What a run shows of itself: metrics, sinks (JSONL, console, wandb), alerts, reports."""

@@ -15,9 +15,9 @@ from rich.text import Text
 from orchestrator.observe.alerts import Alert
 from orchestrator.observe.live_table import LiveTable, StepLine
 from orchestrator.observe.metrics import step_seconds
-from orchestrator.observe.names import components, unknown
-from orchestrator.observe.sinks import Note, duration, number, printable
-from orchestrator.records import EvaluationReport, StepReport
+from orchestrator.observe.metric_names import components, unknown
+from orchestrator.observe.jsonl import Note, duration, number, printable
+from orchestrator.core.batches import EvaluationReport, StepReport
 
 ETA_STEPS = 20
 """Steps whose mean duration the ETA is made of."""

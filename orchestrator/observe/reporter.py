@@ -7,9 +7,9 @@ from pathlib import Path
 from types import TracebackType
 
 from orchestrator.observe.alerts import Alert
-from orchestrator.observe.sinks import Sink
+from orchestrator.observe.jsonl import Sink
 from orchestrator.observe.watch import Watch
-from orchestrator.records import EvaluationReport, StepReport
+from orchestrator.core.batches import EvaluationReport, StepReport
 
 
 class RunReporter:

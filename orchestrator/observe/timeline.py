@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from orchestrator.checkpoints import write_atomically
-from orchestrator.episodes import Span
+from orchestrator.core.files import write_atomically
+from orchestrator.core.rollouts import Span
 
 
 class Timeline:

@@ -6,12 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from orchestrator.config import Alerts
-from orchestrator.errors import Interrupted, OrchestratorError, OutOfMemory, WorkerLost
+from orchestrator.recipe.schema import Alerts
+from orchestrator.core.errors import Interrupted, OrchestratorError, OutOfMemory, WorkerLost
 from orchestrator.observe.alerts import Alert, AlertRules
-from orchestrator.observe.attempts import Attempts
-from orchestrator.observe.sinks import is_evaluation, read_lines
-from orchestrator.records import EvaluationReport, StepReport
+from orchestrator.observe.goodput import Attempts
+from orchestrator.observe.jsonl import is_evaluation, read_lines
+from orchestrator.core.batches import EvaluationReport, StepReport
 
 GOES_ON = (Interrupted, WorkerLost, OutOfMemory)
 """Ends of an attempt that another attempt follows."""

@@ -1,1 +1,1 @@
-"""Samples and what they are worth: generators, environments, reward functions and reward models, without ray."""
+"""Samples and what they are worth: engines, environments, rewards, without Ray."""

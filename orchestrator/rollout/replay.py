@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from orchestrator.episodes import Prompt, Rollout, RolloutGroup, Sampling, ScoredGroup, Scoring, Span, WeightsDelivered
-from orchestrator.errors import DataError, MissingInput
-from orchestrator.observe.sinks import read_lines
+from orchestrator.core.rollouts import Prompt, Rollout, RolloutGroup, Sampling, ScoredGroup, Scoring, Span, WeightsDelivered
+from orchestrator.core.errors import DataError, MissingInput
+from orchestrator.observe.jsonl import read_lines
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,10 +15,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from orchestrator.config import RewardFunction, Rewards
-from orchestrator.errors import ConfigError, OrchestratorError
-from orchestrator.rollout.functions import GIVEN, is_users, needs_answer, resolve
-from orchestrator.rollout.sandbox import START_TIMEOUT_S, Confinement, started_process, words_of
+from orchestrator.recipe.schema import RewardFunction, Rewards
+from orchestrator.core.errors import ConfigError, OrchestratorError
+from orchestrator.rollout.rewards.lookup import GIVEN, is_users, needs_answer, resolve
+from orchestrator.rollout.rewards.sandbox import START_TIMEOUT_S, Confinement, started_process, words_of
 
 
 def try_user_code(rewards: Rewards, environment: str | None, columns: Sequence[str] | None) -> None:
@@ -117,7 +117,7 @@ def _missing(function: Callable[..., Any], columns: Sequence[str] | None) -> lis
 
 
 def _of_environment(spec: str) -> dict[str, str] | None:
-    from orchestrator.rollout.turns import load_environment  # with torch, which functions alone do not need
+    from orchestrator.rollout.episodes import load_environment  # with torch, which functions alone do not need
 
     try:
         factory: Any = load_environment(spec)
@@ -129,7 +129,7 @@ def _of_environment(spec: str) -> dict[str, str] | None:
         except ValueError:
             continue
         except TypeError as error:
-            fix = "a class without arguments, with reset(row) and step(completion): see orchestrator.rollout.turns.Environment"
+            fix = "a class without arguments, with reset(row) and step(completion): see orchestrator.rollout.episodes.Environment"
             return {"what": f"rollouts.environment: {name} of {spec} cannot be called as it will be", "why": str(error), "fix": fix}
     return None
 

@@ -11,15 +11,15 @@ import torch
 from ray.cluster_utils import Cluster
 
 from orchestrator.cluster.actors import ALLOCATOR, EXPANDABLE, Share, grow_segments, keep_to_share, made, worker_environment
+from orchestrator.cluster.doctor.checks import judge
+from orchestrator.cluster.doctor.facts import Need
+from orchestrator.cluster.doctor.survey import _place, alive_nodes, survey
+from orchestrator.cluster.learner_group import LearnerActor
 from orchestrator.cluster.placement import Placement
-from orchestrator.cluster.probes import _place, alive_nodes, survey
-from orchestrator.cluster.reward_workers import RewardPool
-from orchestrator.cluster.workers import LearnerActor
-from orchestrator.config import RewardFunction, Rewards
-from orchestrator.facts import Need, WorkerGroup
-from orchestrator.findings import judge
-from orchestrator.node_facts import NO_GPUS
-from orchestrator.rollout.sandbox import Confinement
+from orchestrator.cluster.reward_pool import RewardPool
+from orchestrator.core.resources import NO_GPUS, WorkerGroup
+from orchestrator.recipe.schema import RewardFunction, Rewards
+from orchestrator.rollout.rewards.sandbox import Confinement
 from tests.running import Sandbox
 
 SEEN = (*NO_GPUS, *ALLOCATOR, "OMP_NUM_THREADS")

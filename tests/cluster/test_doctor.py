@@ -18,14 +18,15 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster
 
-from orchestrator.cluster import probes
-from orchestrator.cluster.probe_actor import tournament
-from orchestrator.cluster.probes import survey
-from orchestrator.errors import NotEnoughResources
-from orchestrator.facts import Capacity, ClusterFacts, Need, WorkerGroup
-from orchestrator.findings import Finding, judge
-from orchestrator.node_facts import MARKER, shared_folder
-from orchestrator.preflight import require, this_machine
+from orchestrator.cluster.doctor import survey as probes
+from orchestrator.cluster.doctor.checks import Finding, judge
+from orchestrator.cluster.doctor.facts import Capacity, ClusterFacts, Need
+from orchestrator.cluster.doctor.node import MARKER, shared_folder
+from orchestrator.cluster.doctor.probe import tournament
+from orchestrator.cluster.doctor.survey import survey
+from orchestrator.core.errors import NotEnoughResources
+from orchestrator.core.resources import WorkerGroup
+from orchestrator.run.preflight import require, this_machine
 from tests.hosts import Hosts, hosts
 from tests.running import Sandbox
 
@@ -161,9 +162,9 @@ SCRIPT = """
 import json, sys
 from dataclasses import asdict
 from pathlib import Path
-from orchestrator.facts import Need, WorkerGroup
-from orchestrator.findings import judge
-from orchestrator.preflight import look
+from orchestrator.cluster.doctor.facts import Need, WorkerGroup
+from orchestrator.cluster.doctor.checks import judge
+from orchestrator.run.preflight import look
 need = Need((WorkerGroup("learners", 3, 1, 0),), checkpoint_bytes=1_000_000, keep=2)
 print(json.dumps([asdict(f) for f in judge(look(need, Path(sys.argv[1])), need)]))
 """

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from orchestrator.cluster import joining
-from orchestrator.errors import ConfigError, Exit, OrchestratorError, OutputError, Unreachable
+from orchestrator.core.errors import ConfigError, Exit, OrchestratorError, OutputError, Unreachable
 from tests.running import REPOSITORY, Sandbox, wait_until
 
 ALONE = """

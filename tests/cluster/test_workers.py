@@ -13,12 +13,12 @@ from ray.util import list_named_actors
 
 from orchestrator.cluster.deadlines import GRACE_S
 from orchestrator.cluster.joining import OBJECT_STORE_BYTES, connect, own_ray, store_for
-from orchestrator.cluster.workers import LearnerGroup
-from orchestrator.config import Learners
-from orchestrator.errors import WorkerLost
-from orchestrator.learner.learner import LearnerSpec
-from orchestrator.recipe import load
-from orchestrator.records import Cut
+from orchestrator.cluster.learner_group import LearnerGroup
+from orchestrator.recipe.schema import Learners
+from orchestrator.core.errors import WorkerLost
+from orchestrator.learner.rank_learner import LearnerSpec
+from orchestrator.recipe.loading import load
+from orchestrator.core.batches import Cut
 from tests.running import Sandbox, shared_ray
 
 

@@ -20,8 +20,8 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.config import Recipe
-from orchestrator.validation import all_keys
+from orchestrator.recipe.schema import Recipe
+from orchestrator.recipe.validation import all_keys
 from tests.running import REPOSITORY, Sandbox
 
 pytestmark = pytest.mark.timeout(1800)

@@ -3,8 +3,8 @@
 import re
 from pathlib import Path
 
-from orchestrator.config import Recipe
-from orchestrator.reference_page import render
+from orchestrator.recipe.schema import Recipe
+from orchestrator.recipe.reference_page import render
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "recipe-reference.md"
 
@@ -16,7 +16,7 @@ def test_the_committed_page_is_fresh() -> None:
 def test_every_key_says_what_it_is() -> None:
     rows = [row for row in render().splitlines() if row.startswith("| `")]
     assert len(rows) > 150
-    assert not [row for row in rows if row.endswith("|  |")], "give the field a description in config.py"
+    assert not [row for row in rows if row.endswith("|  |")], "give the field a description in recipe/schema.py"
 
 
 def test_sections_types_bounds_and_defaults() -> None:

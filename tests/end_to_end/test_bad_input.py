@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.config import Model as ModelConfig
-from orchestrator.config import TinyModel
+from orchestrator.recipe.schema import Model as ModelConfig
+from orchestrator.recipe.schema import TinyModel
 from orchestrator.models.load import load_config, load_tokenizer
 from tests.running import Sandbox
 

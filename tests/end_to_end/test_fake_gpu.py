@@ -23,7 +23,7 @@ LOOK = """
 import sys
 import torch
 from typer.testing import CliRunner
-from orchestrator.cli import app
+from orchestrator.cli.main import app
 assert torch.cuda.is_available()
 for recipe in sys.argv[1:]:
     for command in (["plan", recipe], ["inspect", recipe]):

@@ -7,19 +7,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from orchestrator.algorithms import build
-from orchestrator.cluster.rollout_workers import RolloutPool
-from orchestrator.cluster.weight_bridge import ObjectStoreBridge
-from orchestrator.cluster.workers import LearnerGroup
-from orchestrator.config import Recipe
-from orchestrator.controllers.experience import sequences
-from orchestrator.cut import cut_step
+from orchestrator.algorithms.table import build
+from orchestrator.cluster.rollout_pool import RolloutPool
+from orchestrator.cluster.weight_sync import ObjectStoreBridge
+from orchestrator.cluster.learner_group import LearnerGroup
+from orchestrator.recipe.schema import Recipe
+from orchestrator.trainers.experience import sequences
+from orchestrator.data.micro_batches import cut_step
 from orchestrator.data.packing import by_branch
-from orchestrator.episodes import RolloutGroup, Sampling, ScoredGroup
-from orchestrator.learner.learner import LearnerSpec
-from orchestrator.prompts import load_prompts
-from orchestrator.recipe import load
-from orchestrator.records import Cut
+from orchestrator.core.rollouts import RolloutGroup, Sampling, ScoredGroup
+from orchestrator.learner.rank_learner import LearnerSpec
+from orchestrator.data.prompts import load_prompts
+from orchestrator.recipe.loading import load
+from orchestrator.core.batches import Cut
 from tests.running import REPOSITORY, Shared, every_line, exported, exported_hash, metrics, shared_ray
 
 pytestmark = pytest.mark.timeout(600)

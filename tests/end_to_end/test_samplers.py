@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from orchestrator.config import Model, TinyModel
+from orchestrator.recipe.schema import Model, TinyModel
 from orchestrator.models.load import load
 from tests.running import Shared, metrics, shared_ray
 

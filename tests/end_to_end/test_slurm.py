@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.launchers import Launch, artefact
+from orchestrator.cluster.submit.schedulers import Launch, artefact
 from tests.running import FEW, REPOSITORY, steps, wait_until
 
 MISSING = [program for program in ("slurmctld", "slurmd", "munged", "sbatch", "unshare", "nsenter", "ip") if shutil.which(program) is None]

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.stopping import ECHO_S, Stop, stop_signals
+from orchestrator.core.stopping import ECHO_S, Stop, stop_signals
 from tests.running import FEW, REPOSITORY, Command, Sandbox, steps
 
 pytestmark = pytest.mark.timeout(600)
@@ -99,7 +99,7 @@ def test_any_signal_in_any_phase_ends_with_75_and_nothing_left(tmp_path: Path, p
 IGNORING = """
 import os, signal, sys
 signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup
-from orchestrator.stopping import stop_signals
+from orchestrator.core.stopping import stop_signals
 with stop_signals() as stop:
     os.kill(os.getpid(), signal.SIGHUP)
     with stop.waits("training"):
@@ -136,7 +136,7 @@ def test_handlers_are_put_back() -> None:
 
 PRINTING = """
 import sys, time
-from orchestrator.stopping import enduring_output
+from orchestrator.core.stopping import enduring_output
 with enduring_output():
     for i in range(int(sys.argv[1])):
         print("line", i, flush=True)

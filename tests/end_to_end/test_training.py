@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from orchestrator.recipe import load
+from orchestrator.recipe.loading import load
 from tests.running import Shared, every_line, exported, exported_hash, metrics, shared_ray, steps
 
 pytestmark = pytest.mark.timeout(600)

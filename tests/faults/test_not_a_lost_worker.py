@@ -10,11 +10,11 @@ import pytest
 import ray
 from safetensors.numpy import load_file
 
+from orchestrator.cluster.learner_group import LearnerGroup
 from orchestrator.cluster.placement import reserved
-from orchestrator.cluster.workers import LearnerGroup
-from orchestrator.config import Learners
-from orchestrator.errors import ConfigError, Exit, MissingInput, NotEnoughResources, OrchestratorError, OutputError, RewardsFailed, WorkerFailed
-from orchestrator.facts import WorkerGroup
+from orchestrator.core.errors import ConfigError, Exit, MissingInput, NotEnoughResources, OrchestratorError, OutputError, RewardsFailed, WorkerFailed
+from orchestrator.core.resources import WorkerGroup
+from orchestrator.recipe.schema import Learners
 from tests.running import FEW, Shared, metrics, shared_ray, steps
 
 pytestmark = pytest.mark.timeout(600)
@@ -24,7 +24,7 @@ OFFLINE = (f"data.train={FEW % 'preference'}", "batch.effective=16", "optimizer.
 WORLD = """
 import os
 from pathlib import Path
-from orchestrator.rollout.turns import Turn
+from orchestrator.rollout.episodes import Turn
 class World:
     def reset(self, row): return [{"role": "user", "content": str(row["prompt"])}]
     def step(self, completion):

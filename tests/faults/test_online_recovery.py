@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from orchestrator.recipe import dump, load
+from orchestrator.recipe.loading import dump, load
 from tests.running import Shared, every_line, exported_hash, metrics, planned_faults, shared_ray, steps
 
 pytestmark = pytest.mark.timeout(600)

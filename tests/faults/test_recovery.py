@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.errors import Diverged, Exit
+from orchestrator.core.errors import Diverged, Exit
 from tests.running import FEW, Command, Sandbox, Shared, distance, exported, exported_hash, metrics, planned_faults, shared_ray, steps
 
 pytestmark = pytest.mark.timeout(600)

@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 import torch
 
-from orchestrator.cluster.reward_workers import RewardPool
-from orchestrator.config import Model, RewardFunction, Rewards, TinyModel
-from orchestrator.episodes import Prompt, Rollout, RolloutGroup, Scoring
-from orchestrator.errors import ConfigError, NotEnoughResources, RewardsFailed
+from orchestrator.cluster.reward_pool import RewardPool
+from orchestrator.recipe.schema import Model, RewardFunction, Rewards, TinyModel
+from orchestrator.core.rollouts import Prompt, Rollout, RolloutGroup, Scoring
+from orchestrator.core.errors import ConfigError, NotEnoughResources, RewardsFailed
 from orchestrator.models.export import export
 from orchestrator.models.load import load, load_tokenizer
-from orchestrator.rollout.rewards import RewardFailure
-from orchestrator.rollout.scoring import RewardModel, same_tokenizer
+from orchestrator.rollout.rewards.component import RewardFailure
+from orchestrator.rollout.rewards.reward_model import RewardModel, same_tokenizer
 from tests.running import Shared, shared_ray, wait_until
 
 pytestmark = pytest.mark.timeout(240)
@@ -310,7 +310,7 @@ def sandboxes() -> set[int]:
             line = (folder / "cmdline").read_bytes()
         except OSError:  # it ended meanwhile
             continue
-        if b"orchestrator.rollout.sandbox" in line:
+        if b"orchestrator.rollout.rewards.sandbox" in line:
             found.add(int(folder.name))
     return found
 

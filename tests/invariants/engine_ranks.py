@@ -23,19 +23,19 @@ import numpy as np
 import pytest
 import torch
 
-from orchestrator.config import Algorithm, Data, Learners, Model, Offload, Optimizer, Recipe, TinyModel
-from orchestrator.cut import cut_step
+from orchestrator.recipe.schema import Algorithm, Data, Learners, Model, Offload, Optimizer, Recipe, TinyModel
+from orchestrator.data.micro_batches import cut_step
 from orchestrator.data.packing import filler
-from orchestrator.errors import OutOfMemory
-from orchestrator.faults import VARIABLE
-from orchestrator.learner.checks import probe_peak
+from orchestrator.core.errors import OutOfMemory
+from orchestrator.core.faults import VARIABLE
+from orchestrator.learner.probes import probe_peak
 from orchestrator.learner.engine import Engine, ProcessGroup, on_cpu
-from orchestrator.learner.learner import LearnerSpec, RankLearner
+from orchestrator.learner.rank_learner import LearnerSpec, RankLearner
 from orchestrator.learner.state import MOMENTS, full_weights, load_state, save_state
 from orchestrator.models.load import load
-from orchestrator.models.scoring import ScoringModel
-from orchestrator.records import Branch, Cut, LearnReport, SequenceGroup, StepApplied
-from orchestrator.ways import LEGAL_SYNC
+from orchestrator.models.forward import ScoringModel
+from orchestrator.core.batches import Branch, Cut, LearnReport, SequenceGroup, StepApplied
+from orchestrator.plan.ways import LEGAL_SYNC
 
 WORLD = 2
 CLIP = 0.05

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from orchestrator.config import Algorithm, Data, Learners, Lora, Model, Offload, Optimizer, Recipe, TinyModel
-from orchestrator.cut import cut_step
+from orchestrator.recipe.schema import Algorithm, Data, Learners, Lora, Model, Offload, Optimizer, Recipe, TinyModel
+from orchestrator.data.micro_batches import cut_step
 from orchestrator.learner.engine import ProcessGroup
-from orchestrator.learner.learner import LearnerSpec, RankLearner
-from orchestrator.records import Cut, Sync
+from orchestrator.learner.rank_learner import LearnerSpec, RankLearner
+from orchestrator.core.batches import Cut, Sync
 from tests.invariants.engine_ranks import pairs
 
 

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from orchestrator.config import Lora
-from orchestrator.cut import cut_step
+from orchestrator.recipe.schema import Lora
+from orchestrator.data.micro_batches import cut_step
 from orchestrator.learner.engine import ProcessGroup
-from orchestrator.learner.learner import LearnerSpec, RankLearner
+from orchestrator.learner.rank_learner import LearnerSpec, RankLearner
 from orchestrator.learner.state import full_weights
 from tests.invariants.engine_ranks import STEPS, cut, on_ranks, recipe
 

@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from orchestrator.learner import publish, state
-from orchestrator.learner.checks import final_weights
+from orchestrator.learner import weights as publish
+from orchestrator.learner import state
+from orchestrator.learner.probes import final_weights
 from orchestrator.learner.engine import ProcessGroup
 from orchestrator.learner.export import export_learner
 from orchestrator.learner.state import MOMENTS, save_state

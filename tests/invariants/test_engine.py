@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from orchestrator.algorithms import build
-from orchestrator.cut import cut_step, loss_units
-from orchestrator.learner.plain import PlainTrainer
-from orchestrator.memory_model import model_sizes, traffic
+from orchestrator.algorithms.table import build
+from orchestrator.data.micro_batches import cut_step, loss_units
+from orchestrator.learner.torch_baseline import PlainTrainer
+from orchestrator.plan.memory import model_sizes, traffic
 from orchestrator.models.load import load
-from orchestrator.models.scoring import MicroBatchTensors, ScoringModel, scored
-from orchestrator.objectives.scores import TokenScores
-from orchestrator.records import MicroBatch
+from orchestrator.models.forward import MicroBatchTensors, ScoringModel, scored
+from orchestrator.algorithms.losses.interface import TokenScores
+from orchestrator.core.batches import MicroBatch
 from tests.invariants.engine_ranks import (
     BETA1,
     BF16,

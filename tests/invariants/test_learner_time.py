@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from orchestrator.cut import cut_step, loss_units
+from orchestrator.data.micro_batches import cut_step, loss_units
 from orchestrator.data.packing import pack
-from orchestrator.learner import learner as learner_module
+from orchestrator.learner import rank_learner as learner_module
 from orchestrator.learner.engine import ProcessGroup
 from orchestrator.models import rows
 from tests.invariants.engine_ranks import STEPS, Rank, on_ranks

@@ -7,13 +7,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from orchestrator.config import Recipe, TinyModel
+from orchestrator.recipe.schema import Recipe, TinyModel
 from orchestrator.data.packing import pack
-from orchestrator.learner.learner import RankReference
+from orchestrator.learner.rank_learner import RankReference
 from orchestrator.models.load import placed
 from orchestrator.models.tiny import build, byte_tokenizer
-from orchestrator.records import Branch, SequenceGroup
-from orchestrator.rollout.generator import TransformersEngine
+from orchestrator.core.batches import Branch, SequenceGroup
+from orchestrator.rollout.engines.transformers_engine import TransformersEngine
 
 CPU, LENGTH = torch.device("cpu"), 1200
 

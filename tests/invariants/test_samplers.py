@@ -11,16 +11,16 @@ import numpy as np
 import pytest
 import torch
 
-from orchestrator.algorithms import build
-from orchestrator.config import Algorithm, Correction, Rollouts
-from orchestrator.episodes import Sampling
-from orchestrator.objectives.logprobs import chunked_logprobs
-from orchestrator.objectives.policy import CorrectionKind, correction_weights
-from orchestrator.objectives.scores import ExperienceTensors, TokenScores
-from orchestrator.records import LossUnits
-from orchestrator.rollout.continuous import ContinuousDecoder
-from orchestrator.rollout.sampling import draw, drawn_from
-from orchestrator.rollout.static import StaticDecoder
+from orchestrator.algorithms.table import build
+from orchestrator.recipe.schema import Algorithm, Correction, Rollouts
+from orchestrator.core.rollouts import Sampling
+from orchestrator.algorithms.losses.logprobs import chunked_logprobs
+from orchestrator.algorithms.losses.policy import CorrectionKind, correction_weights
+from orchestrator.algorithms.losses.interface import ExperienceTensors, TokenScores
+from orchestrator.core.batches import LossUnits
+from orchestrator.rollout.engines.paged_decoder import ContinuousDecoder
+from orchestrator.rollout.engines.sampling import draw, drawn_from
+from orchestrator.rollout.engines.padded_decoder import StaticDecoder
 from tests.unit.rollout.decoding_cases import CASES, EOS, kept_gap, letters, requests, worst_gap
 
 ROWS, VOCABULARY, LENGTH = 96, 128, 12

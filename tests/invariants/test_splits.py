@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.cluster.workers import LearnerGroup
-from orchestrator.config import Recipe
-from orchestrator.verify import TOLERANCE, Difference, Proof, run, splits
+from orchestrator.cluster.learner_group import LearnerGroup
+from orchestrator.recipe.schema import Recipe
+from orchestrator.run.verify import TOLERANCE, Difference, Proof, run, splits
 from tests.running import shared_ray
 
 pytestmark = pytest.mark.timeout(600)

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from orchestrator import startup
-from orchestrator.algorithms import build
+from orchestrator.run import startup
+from orchestrator.algorithms.table import build
 from orchestrator.data.packing import pack
-from orchestrator.errors import ConfigError
+from orchestrator.core.errors import ConfigError
 from orchestrator.learner.engine import ProcessGroup
-from orchestrator.records import Branch, Cut, MicroBatch, SequenceGroup
-from orchestrator.startup import check_layout
+from orchestrator.core.batches import Branch, Cut, MicroBatch, SequenceGroup
+from orchestrator.run.startup import check_layout
 from tests.invariants.engine_ranks import Rank, on_ranks, recipe
 
 pytestmark = pytest.mark.timeout(300)

@@ -1,4 +1,4 @@
-"""The plan's bytes are DeepSpeed's: state_bytes.py against the live storages of real engines, class by class."""
+"""The plan's bytes are DeepSpeed's: plan/state_bytes.py against the live storages of real engines, class by class."""
 
 import os
 from dataclasses import asdict
@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.algorithms import build
-from orchestrator.memory_model import model_sizes
-from orchestrator.state_bytes import StateBytes, state_bytes
-from orchestrator.ways import LEGAL_SYNC
-from orchestrator.words import size
+from orchestrator.algorithms.table import build
+from orchestrator.plan.memory import model_sizes
+from orchestrator.plan.state_bytes import StateBytes, state_bytes
+from orchestrator.plan.ways import LEGAL_SYNC
+from orchestrator.core.format import size
 from tests.invariants.engine_ranks import on_ranks
 from tests.invariants.memory_ranks import Counted, Walked, Way, cut, recipe, walk_ways
 

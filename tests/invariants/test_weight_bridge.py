@@ -17,20 +17,20 @@ import ray
 import torch
 from ray.exceptions import RayActorError
 
-from orchestrator.cluster.rollout_workers import RolloutPool
-from orchestrator.cluster.weight_bridge import BroadcastBridge, CudaIpcBridge, ObjectStoreBridge, make_bridge
-from orchestrator.cluster.workers import LearnerGroup
-from orchestrator.config import Recipe
-from orchestrator.cut import cut_step
+from orchestrator.cluster.rollout_pool import RolloutPool
+from orchestrator.cluster.weight_sync import BroadcastBridge, CudaIpcBridge, ObjectStoreBridge, make_bridge
+from orchestrator.cluster.learner_group import LearnerGroup
+from orchestrator.recipe.schema import Recipe
+from orchestrator.data.micro_batches import cut_step
 from orchestrator.data.packing import by_branch
-from orchestrator.episodes import Prompt, RolloutGroup, Sampling
-from orchestrator.errors import ConfigError, WorkerLost
+from orchestrator.core.rollouts import Prompt, RolloutGroup, Sampling
+from orchestrator.core.errors import ConfigError, WorkerLost
 from orchestrator.learner import engine
-from orchestrator.learner.learner import LearnerSpec, RankLearner
+from orchestrator.learner.rank_learner import LearnerSpec, RankLearner
 from orchestrator.learner.state import full_weights
-from orchestrator.models.buckets import WIRE, CorruptWeights
-from orchestrator.records import Branch, Cut, SequenceGroup
-from orchestrator.roles import WeightBridge
+from orchestrator.models.weight_buckets import WIRE, CorruptWeights
+from orchestrator.core.batches import Branch, Cut, SequenceGroup
+from orchestrator.core.roles import WeightBridge
 from tests.running import planned_faults, shared_ray, wait_until
 
 pytestmark = pytest.mark.timeout(300)

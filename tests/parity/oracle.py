@@ -18,8 +18,8 @@ from trl.experimental.cpo import CPOTrainer
 from trl.experimental.orpo import ORPOTrainer
 from trl.trainer.utils import FusedCausalLMOutput
 
-from orchestrator.objectives.scores import TokenScores
-from orchestrator.records import LossUnits
+from orchestrator.algorithms.losses.interface import TokenScores
+from orchestrator.core.batches import LossUnits
 
 QUIET = {"use_cpu": True, "bf16": False, "report_to": "none"}
 """What TRL's configurations need on any machine; nothing of it is read by a loss."""

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
-from orchestrator.objectives.scores import ExperienceTensors, TokenScores
-from orchestrator.records import LossUnits
+from orchestrator.algorithms.losses.interface import ExperienceTensors, TokenScores
+from orchestrator.core.batches import LossUnits
 from tests.parity.oracle import QUIET
 
 

@@ -10,20 +10,20 @@ from pathlib import Path
 import pytest
 import torch
 
-from orchestrator.config import TinyModel
+from orchestrator.recipe.schema import TinyModel
 from orchestrator.models.tiny import build, byte_tokenizer
 
 STEPS, EFFECTIVE, MICRO_BATCH, RATE, BETA = 10, 16, 4, 2e-3, 0.1
 
 OURS = """
 import json, sys, torch
-from orchestrator.algorithms import build
-from orchestrator.config import Recipe
-from orchestrator.cut import cut_step
-from orchestrator.dataset import load_data
+from orchestrator.algorithms.table import build
+from orchestrator.recipe.schema import Recipe
+from orchestrator.data.micro_batches import cut_step
+from orchestrator.data.dataset import load_data
 from orchestrator.learner.engine import ProcessGroup
-from orchestrator.learner.learner import LearnerSpec, RankLearner, RankReference
-from orchestrator.plan import make_plan
+from orchestrator.learner.rank_learner import LearnerSpec, RankLearner, RankReference
+from orchestrator.plan.planner import make_plan
 torch.set_num_threads(1)
 recipe = Recipe.model_validate(json.loads(sys.argv[1]))
 algorithm = build(recipe.algorithm)

@@ -19,7 +19,7 @@ import pytest
 import torch
 import yaml
 
-from orchestrator.config import Lora, Model
+from orchestrator.recipe.schema import Lora, Model
 from orchestrator.models.load import load
 from tests.running import REPOSITORY, Shared, every_line, metrics, shared_ray, steps
 

@@ -22,10 +22,10 @@ import torch
 from safetensors.numpy import load_file
 from torch.utils.data import SequentialSampler
 
-from orchestrator.config import TinyModel
-from orchestrator.episodes import Sampling
+from orchestrator.recipe.schema import TinyModel
+from orchestrator.core.rollouts import Sampling
 from orchestrator.models.tiny import build, byte_tokenizer
-from orchestrator.rollout.static import Request, StaticDecoder
+from orchestrator.rollout.engines.padded_decoder import Request, StaticDecoder
 
 pytestmark = pytest.mark.timeout(600)
 

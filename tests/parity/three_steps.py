@@ -14,17 +14,17 @@ import numpy as np
 import torch
 from safetensors.numpy import save_file
 
-from orchestrator.algorithms import Algorithm, build
-from orchestrator.config import Recipe
-from orchestrator.controllers.coupled import with_coefficients
-from orchestrator.controllers.experience import Needs, make_experience
-from orchestrator.cut import cut_step
-from orchestrator.dataset import load_data
-from orchestrator.episodes import Prompt, Rollout, RolloutGroup, ScoredGroup
+from orchestrator.algorithms.table import Algorithm, build
+from orchestrator.recipe.schema import Recipe
+from orchestrator.trainers.two_pass import with_coefficients
+from orchestrator.trainers.experience import Needs, make_experience
+from orchestrator.data.micro_batches import cut_step
+from orchestrator.data.dataset import load_data
+from orchestrator.core.rollouts import Prompt, Rollout, RolloutGroup, ScoredGroup
 from orchestrator.learner.engine import ProcessGroup
 from orchestrator.learner.state import full_weights
-from orchestrator.records import Cut, SequenceGroup
-from tests.unit.controllers.conftest import OneRank
+from orchestrator.core.batches import Cut, SequenceGroup
+from tests.unit.trainers.conftest import OneRank
 
 CUT = Cut(1, 3, None, "prefix_shared", 0, "no_sync")
 """Micro-batches of three examples, so that the step is cut with a remainder."""

@@ -31,15 +31,15 @@ FLOORS: tuple[frozenset[str], ...] = (
 )
 CUDA = {
     "hardware.py": "counts what there is, for plans",
-    "cluster/smoke.py": "tries each GPU, for the doctor",
-    "cluster/probe_actor.py": "times collectives on the GPU that Ray gave it",
+    "cluster/doctor/smoke.py": "tries each GPU, for the doctor",
+    "cluster/doctor/probe.py": "times collectives on the GPU that Ray gave it",
     "cluster/actors.py": "names the device that Ray gave an actor, and bounds its share",
     "cluster/rollout_actor.py": "waits for a copy on its device",
     "learner/memory.py": "measures the device it is given",
-    "learner/checks.py": "asks the name of the device it is given",
-    "models/buckets.py": "waits for a broadcast on its device",
-    "rollout/scoring.py": "gives memory back on its device",
-    "rollout/vllm_engine.py": "asks the memory of its device",
+    "learner/probes.py": "asks the name of the device it is given",
+    "models/weight_buckets.py": "waits for a broadcast on its device",
+    "rollout/rewards/reward_model.py": "gives memory back on its device",
+    "rollout/engines/vllm_engine.py": "asks the memory of its device",
 }
 """Who may name torch.cuda, and what for. Nobody asks whether the machine has a GPU: the device that is computed on is a parameter."""
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
@@ -59,7 +59,7 @@ def imported(source: str, module: str, is_package: bool = False) -> Iterator[tup
             parts = module.split(".")
             folder = parts[: len(parts) - node.level + is_package] if node.level else []
             base = ".".join([*folder, *([node.module] if node.module else [])])
-            # `from orchestrator import faults` names a room, `from orchestrator.errors import X` does not
+            # `from orchestrator import faults` names a room, `from orchestrator.core.errors import X` does not
             yield from ((f"{base}.{alias.name}" if base == "orchestrator" else base, node.lineno) for alias in node.names)
 
 
@@ -130,15 +130,15 @@ def test_the_check_sees_cuda_by_any_name(source: str) -> None:
 @pytest.mark.parametrize(
     ("file", "source", "reason"),
     [
-        ("data/chat.py", "from orchestrator.models.load import load", "one floor"),
-        ("data/chat.py", "def f():\n    from orchestrator.controllers import offline", "above it"),
-        ("data/chat.py", "from orchestrator import plan", "above it"),
-        ("data/chat.py", "from ..learner import engine", "above it"),
-        ("data/chat.py", "from .. import cli", "above it"),
+        ("data/tokenize.py", "from orchestrator.models.load import load", "one floor"),
+        ("data/tokenize.py", "def f():\n    from orchestrator.controllers import offline", "above it"),
+        ("data/tokenize.py", "from orchestrator import plan", "above it"),
+        ("data/tokenize.py", "from ..learner import engine", "above it"),
+        ("data/tokenize.py", "from .. import cli", "above it"),
         ("observe/__init__.py", "from ..models import load", "one floor"),
-        ("data/chat.py", "import ray.util", "ray may only"),
-        ("learner/learner.py", "import deepspeed", "deepspeed may only"),
-        ("controllers/offline.py", "from wandb import init", "wandb may only"),
+        ("data/tokenize.py", "import ray.util", "ray may only"),
+        ("learner/rank_learner.py", "import deepspeed", "deepspeed may only"),
+        ("trainers/offline.py", "from wandb import init", "wandb may only"),
         ("attic/x.py", "import os", "not on the floor plan"),
     ],
 )
@@ -150,11 +150,11 @@ def test_the_check_sees_a_wrong_import(file: str, source: str, reason: str) -> N
 @pytest.mark.parametrize(
     ("file", "source"),
     [
-        ("cut.py", "from orchestrator.data.packing import pack"),
-        ("observe/report.py", "from orchestrator.checkpoints import read"),
+        ("data/micro_batches.py", "from orchestrator.data.packing import pack"),
+        ("observe/report.py", "from orchestrator.run.checkpoints import read"),
         ("learner/engine.py", "def f():\n    import deepspeed.comm"),
-        ("records.py", "from orchestrator.errors import DataError"),
-        ("data/chat.py", "from .rows import to_rows\nfrom orchestrator import __version__\nimport raylib"),
+        ("core/batches.py", "from orchestrator.core.errors import DataError"),
+        ("data/tokenize.py", "from .rows import to_rows\nfrom orchestrator import __version__\nimport raylib"),
     ],
 )
 def test_the_check_passes_a_right_import(file: str, source: str) -> None:

@@ -10,19 +10,19 @@ from typing import Any
 import numpy as np
 import pytest
 
-from orchestrator.algorithms import build
-from orchestrator.config import Columns
-from orchestrator.dataset import load_data
-from orchestrator.episodes import Completion, Rollout, RolloutGroup, Sampling
-from orchestrator.errors import DataError
+from orchestrator.algorithms.table import build
+from orchestrator.recipe.schema import Columns
+from orchestrator.data.dataset import load_data
+from orchestrator.core.rollouts import Completion, Rollout, RolloutGroup, Sampling
+from orchestrator.core.errors import DataError
 from orchestrator.models.tiny import CHAT_TEMPLATE, byte_tokenizer
-from orchestrator.prompts import load_prompts
-from orchestrator.recipe import load
-from orchestrator.records import SequenceGroup
-from orchestrator.rollout.calculator import Calculator
-from orchestrator.rollout.rewards import RewardCall
-from orchestrator.rollout.static import Request
-from orchestrator.rollout.turns import Roller
+from orchestrator.data.prompts import load_prompts
+from orchestrator.recipe.loading import load
+from orchestrator.core.batches import SequenceGroup
+from orchestrator.rollout.environments.calculator import Calculator
+from orchestrator.rollout.rewards.component import RewardCall
+from orchestrator.rollout.engines.padded_decoder import Request
+from orchestrator.rollout.episodes import Roller
 
 ROOT = Path(__file__).resolve().parents[3]
 TEMPLATE = (

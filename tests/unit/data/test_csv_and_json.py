@@ -11,10 +11,10 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from orchestrator.config import Columns, Data
+from orchestrator.recipe.schema import Columns, Data
 from orchestrator.data.files import choose, records
 from orchestrator.data.sources import load_rows
-from orchestrator.errors import DataError
+from orchestrator.core.errors import DataError
 
 DATA = Data(train="unused")
 PAIR = {"prompt": "The sea is", "chosen": ' "blue",\nand deep.', "rejected": " ä dry; place."}

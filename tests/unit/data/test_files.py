@@ -12,13 +12,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from orchestrator.config import Columns, Data, Source
+from orchestrator.recipe.schema import Columns, Data, Source
 from orchestrator.data.bad_rows import BadRecord
 from orchestrator.data.files import choose
-from orchestrator.data.rows import Reads
+from orchestrator.data.formats import Reads
 from orchestrator.data.sources import check_apart, load_rows
 from orchestrator.data.values import in_json, plain
-from orchestrator.errors import ConfigError, DataError, MissingInput
+from orchestrator.core.errors import ConfigError, DataError, MissingInput
 
 DATA = Data(train="unused")
 
@@ -323,7 +323,7 @@ def test_nulls_that_a_table_fills_in_reach_no_template(tmp_path):
 
 
 def test_ultrafeedbacks_redundant_prompt_is_dropped():
-    from orchestrator.data.rows import to_rows
+    from orchestrator.data.formats import to_rows
 
     talk = [{"role": "user", "content": "Sky?"}]
     good, bad = [*talk, {"role": "assistant", "content": "Blue."}], [*talk, {"role": "assistant", "content": "Green."}]

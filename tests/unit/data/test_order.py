@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orchestrator.data.order import Batches, Order, permutation
-from orchestrator.records import Branch, SequenceGroup
+from orchestrator.core.batches import Branch, SequenceGroup
 
 SEEDS = st.integers(0, 2**31)
 REMAINDERS = st.sampled_from(["drop", "use", "carry"])

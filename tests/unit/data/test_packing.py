@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orchestrator.data.packing import cost, filler, pack
-from orchestrator.records import Branch, SequenceGroup
+from orchestrator.core.batches import Branch, SequenceGroup
 
 LAYOUTS = ("prefix_shared", "packed", "padded")
 

@@ -10,10 +10,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from orchestrator.config import Columns, Data, Source
+from orchestrator.recipe.schema import Columns, Data, Source
 from orchestrator.data.bad_rows import BadRow, grouped
 from orchestrator.data.sources import load_rows
-from orchestrator.errors import ConfigError, DataError, Exit, MissingInput
+from orchestrator.core.errors import ConfigError, DataError, Exit, MissingInput
 
 PAIRS = [{"prompt": f"p{i}", "chosen": f"good {i}", "rejected": f"bad {i}"} for i in range(5)]
 DATA = Data(train="unused")
@@ -225,7 +225,7 @@ def test_an_unknown_toy_split():
 
 
 def test_real_pairs_load_and_encode_without_a_bad_row():
-    from orchestrator.data.chat import encode_rows
+    from orchestrator.data.tokenize import encode_rows
     from orchestrator.models.tiny import byte_tokenizer
 
     path = GSM8K / "preferences.jsonl"

@@ -2,8 +2,8 @@
 
 import pytest
 
-from orchestrator.config import Columns
-from orchestrator.data.rows import to_rows
+from orchestrator.recipe.schema import Columns
+from orchestrator.data.formats import to_rows
 from orchestrator.data.toy import LENGTH, LETTERS, NAMES, toy_rows
 
 KINDS = {

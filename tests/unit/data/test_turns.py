@@ -3,12 +3,12 @@
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from orchestrator.config import Data, Model, TinyModel
-from orchestrator.data.chat import encode_rows
+from orchestrator.recipe.schema import Data, Model, TinyModel
+from orchestrator.data.tokenize import encode_rows
 from orchestrator.data.turns import shorter, with_fewer_turns
-from orchestrator.errors import DataError
+from orchestrator.core.errors import DataError
 from orchestrator.models.load import load_tokenizer
-from orchestrator.records import Row
+from orchestrator.core.batches import Row
 
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
 SYSTEM = {"role": "system", "content": "be brief"}

@@ -2,7 +2,7 @@
 
 import pytest
 
-from orchestrator.config import Learners, Optimizer
+from orchestrator.recipe.schema import Learners, Optimizer
 from orchestrator.learner.engine import bucket_elements, deepspeed_config
 
 MANY = 10**9

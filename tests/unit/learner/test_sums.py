@@ -2,9 +2,9 @@
 
 import torch
 
-from orchestrator.learner.learner import Sums
-from orchestrator.objectives.scores import LossSum
-from orchestrator.records import Mean
+from orchestrator.learner.rank_learner import Sums
+from orchestrator.algorithms.losses.interface import LossSum
+from orchestrator.core.batches import Mean
 
 
 def loss(total: float, value: float, count: float | torch.Tensor, largest: float) -> LossSum:

@@ -5,11 +5,11 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from orchestrator.config import Lora, Model, TinyModel
+from orchestrator.recipe.schema import Lora, Model, TinyModel
 from orchestrator.data.packing import pack
 from orchestrator.models.load import load
-from orchestrator.models.scoring import MicroBatchTensors, ScoringModel, scored
-from orchestrator.records import Branch, SequenceGroup
+from orchestrator.models.forward import MicroBatchTensors, ScoringModel, scored
+from orchestrator.core.batches import Branch, SequenceGroup
 
 PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
 

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
 
 from orchestrator.models.decay import parameter_groups
-from orchestrator.models.scoring import ScoringModel
+from orchestrator.models.forward import ScoringModel
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 4, "vocab_size": 100}
 

@@ -5,10 +5,10 @@ import torch
 from torch._dynamo.testing import CompileCounter
 from transformers import AutoModelForCausalLM
 
-from orchestrator.config import TinyModel
+from orchestrator.recipe.schema import TinyModel
 from orchestrator.data.packing import pack
 from orchestrator.models.fused import fuse
-from orchestrator.models.scoring import MicroBatchTensors, ScoringModel, scored
+from orchestrator.models.forward import MicroBatchTensors, ScoringModel, scored
 from orchestrator.models.tiny import build
 from tests.invariants.test_layouts import groups
 

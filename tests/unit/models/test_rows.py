@@ -8,7 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from orchestrator.data.packing import pack
 from orchestrator.models.ragged_attention import blocks_of
 from orchestrator.models.rows import ALIGNMENT, NARROW, MicroBatchTensors, moved
-from orchestrator.records import Branch, Experience, MicroBatch, SequenceGroup
+from orchestrator.core.batches import Branch, Experience, MicroBatch, SequenceGroup
 
 CPU = torch.device("cpu")
 DRAW = np.random.default_rng(0)

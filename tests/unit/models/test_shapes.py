@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from orchestrator.config import Model
-from orchestrator.errors import ConfigError
+from orchestrator.recipe.schema import Model
+from orchestrator.core.errors import ConfigError
 from orchestrator.models.load import load_config
 from orchestrator.models.shapes import SHAPES, as_folder, known
 

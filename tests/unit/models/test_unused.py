@@ -8,7 +8,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import LlamaForCausalLM
 
-from orchestrator.config import Lora, Model, TinyModel
+from orchestrator.recipe.schema import Lora, Model, TinyModel
 from orchestrator.models.load import build_fake, load, unreached
 from tests.architectures.journey import make_folder
 

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.config import Alerts
+from orchestrator.recipe.schema import Alerts
 from orchestrator.observe.advice import ADVICE
 from orchestrator.observe.alerts import AlertRules, Latch
-from orchestrator.records import EvaluationReport, StepReport
+from orchestrator.core.batches import EvaluationReport, StepReport
 
 LIMITS = Alerts(steps=3)  # pyright: ignore[reportCallIssue]
 

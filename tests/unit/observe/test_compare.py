@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from orchestrator.errors import MissingInput
-from orchestrator.observe.compare import Value, differences, read_run, run_folders, table, to_json
+from orchestrator.core.errors import MissingInput
+from orchestrator.observe.report.compare import Value, differences, read_run, run_folders, table, to_json
 
 RECIPE = """run: {name: NAME}
 optimizer: {learning_rate: RATE}

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.config import Alerts
-from orchestrator.errors import OutputError
+from orchestrator.recipe.schema import Alerts
+from orchestrator.core.errors import OutputError
 from orchestrator.observe.alerts import Alert
 from orchestrator.observe.reporter import RunReporter
-from orchestrator.observe.sinks import JsonlSink, Note, read_lines
+from orchestrator.observe.jsonl import JsonlSink, Note, read_lines
 from orchestrator.observe.watch import Watch
-from orchestrator.records import EvaluationReport, StepReport
+from orchestrator.core.batches import EvaluationReport, StepReport
 
 
 class Recorder:

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.config import Alerts
-from orchestrator.errors import Diverged, Interrupted, WorkerLost
-from orchestrator.observe.attempts import Attempts
+from orchestrator.recipe.schema import Alerts
+from orchestrator.core.errors import Diverged, Interrupted, WorkerLost
+from orchestrator.observe.goodput import Attempts
 from orchestrator.observe.reporter import RunReporter
-from orchestrator.observe.sinks import JsonlSink, read_lines
+from orchestrator.observe.jsonl import JsonlSink, read_lines
 from orchestrator.observe.watch import Watch
-from orchestrator.records import EvaluationReport, StepReport
+from orchestrator.core.batches import EvaluationReport, StepReport
 
 LIMITS = Alerts(steps=2)  # pyright: ignore[reportCallIssue]
 

@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
-from orchestrator.config import TinyModel
-from orchestrator.episodes import Completion, Sampling
+from orchestrator.recipe.schema import TinyModel
+from orchestrator.core.rollouts import Completion, Sampling
 from orchestrator.models.tiny import build
-from orchestrator.rollout.sampling import drawn_from, policy_logps, sample_seed
-from orchestrator.rollout.static import Request
+from orchestrator.rollout.engines.sampling import drawn_from, policy_logps, sample_seed
+from orchestrator.rollout.engines.padded_decoder import Request
 
 EOS = tuple(range(2, 16))
 """Fourteen of 263 tokens end a sequence: about one in twenty does."""

@@ -5,9 +5,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from orchestrator.data.toy import toy_rows
-from orchestrator.errors import DataError
-from orchestrator.rollout.calculator import LARGEST, Calculator, evaluate
-from orchestrator.rollout.turns import Turn, load_environment
+from orchestrator.core.errors import DataError
+from orchestrator.rollout.environments.calculator import LARGEST, Calculator, evaluate
+from orchestrator.rollout.episodes import Turn, load_environment
 
 numbers = st.integers(0, 999).map(str)
 expressions = st.recursive(
@@ -78,7 +78,7 @@ def test_the_prompt_may_be_text_and_needs_an_answer():
 
 
 def test_the_recipe_finds_it_and_the_toy_demonstrations_are_paid():
-    environment = load_environment("orchestrator.rollout.calculator:Calculator")
+    environment = load_environment("orchestrator.rollout.environments.calculator:Calculator")
     paid = []
     for row in toy_rows("calculator_sft", "train", 100):
         world = environment()

@@ -12,18 +12,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from orchestrator.algorithms import build
-from orchestrator.config import Data, RewardFunction, Rewards
-from orchestrator.data.rows import Reads
+from orchestrator.algorithms.table import build
+from orchestrator.recipe.schema import Data, RewardFunction, Rewards
+from orchestrator.data.formats import Reads
 from orchestrator.data.sources import load_rows
-from orchestrator.episodes import Prompt, Rollout, RolloutGroup
-from orchestrator.errors import DataError
-from orchestrator.prompts import load_prompts
-from orchestrator.recipe import load
-from orchestrator.rollout.http_reward import _body
-from orchestrator.rollout.reads import columns_read
-from orchestrator.rollout.rewards import RewardCall
-from orchestrator.rollout.sandbox import Confinement, Sandbox
+from orchestrator.core.rollouts import Prompt, Rollout, RolloutGroup
+from orchestrator.core.errors import DataError
+from orchestrator.data.prompts import load_prompts
+from orchestrator.recipe.loading import load
+from orchestrator.rollout.rewards.http import _body
+from orchestrator.rollout.rewards.columns import columns_read
+from orchestrator.rollout.rewards.component import RewardCall
+from orchestrator.rollout.rewards.sandbox import Confinement, Sandbox
 
 SOURCE = """
 def named(completions, price, *, when=None): return [0.0] * len(completions)

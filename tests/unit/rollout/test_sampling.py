@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import LogitsProcessorList, MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from orchestrator.episodes import Sampling
+from orchestrator.core.rollouts import Sampling
 from orchestrator.models.noise import words
-from orchestrator.rollout.sampling import draw, drawn_from, gumbel, sample_seed
+from orchestrator.rollout.engines.sampling import draw, drawn_from, gumbel, sample_seed
 
 ROWS, VOCABULARY = 2000, 64
 

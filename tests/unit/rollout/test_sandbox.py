@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.config import Rewards
-from orchestrator.errors import ConfigError
-from orchestrator.rollout.rewards import Outcome, RewardCall, RewardFailure
-from orchestrator.rollout.sandbox import Confinement, Sandbox
+from orchestrator.recipe.schema import Rewards
+from orchestrator.core.errors import ConfigError
+from orchestrator.rollout.rewards.component import Outcome, RewardCall, RewardFailure
+from orchestrator.rollout.rewards.sandbox import Confinement, Sandbox
 from tests.running import wait_until
 from tests.unit.rollout.reward_cases import batch, function
 
@@ -174,8 +174,8 @@ SUPERVISOR = """
 import os, sys
 from pathlib import Path
 from tests.unit.rollout.reward_cases import batch, function, rewards
-from orchestrator.rollout.rewards import RewardCall
-from orchestrator.rollout.sandbox import Confinement, Sandbox
+from orchestrator.rollout.rewards.component import RewardCall
+from orchestrator.rollout.rewards.sandbox import Confinement, Sandbox
 with Sandbox(function("f", sys.argv[1] + ":starts_one"), Confinement.of(rewards(), os.environ, Path(sys.argv[2]))) as sandbox:
     sandbox.score(RewardCall.of(batch(["a"])), 600)
 """

@@ -2,8 +2,8 @@
 
 import pytest
 
-from orchestrator.recipe import load
-from orchestrator.rollout.vllm_engine import gpu_share
+from orchestrator.recipe.loading import load
+from orchestrator.rollout.engines.vllm_engine import gpu_share
 
 GB = 1_000_000_000
 

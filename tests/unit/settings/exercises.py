@@ -9,9 +9,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from orchestrator.algorithms import build
-from orchestrator.cluster.rollout_workers import _start_s
-from orchestrator.config import Recipe
+from orchestrator.algorithms.table import build
+from orchestrator.cluster.rollout_pool import _start_s
+from orchestrator.recipe.schema import Recipe
 from tests.unit.settings import observe as o
 from tests.unit.settings.contexts import EXACT, GRPO
 
@@ -133,7 +133,7 @@ HELD_SOURCES: dict[str, Row] = {
     "max_rows": Row(lambda r: len(o.data(r).held_out), ("2", "3"), (2, 3)),
     "split": Row(o.held_out, ("train", "eval")),
 }
-FOLLOWS = "tests/unit/controllers/test_offline.py::test_the_reference_follows_the_policy_every_n_steps"
+FOLLOWS = "tests/unit/trainers/test_offline.py::test_the_reference_follows_the_policy_every_n_steps"
 BRIDGE = "tests/invariants/test_weight_bridge.py"
 SNAPSHOTS = ("a" * 40, "b" * 40)
 
@@ -268,7 +268,7 @@ EXERCISES: dict[str, Row | Elsewhere | Unseen] = {
     "rollouts.cpus_per_worker": Row(_group("rollouts", 1), ("1", "0.5"), (1.0, 0.5)),
     "rollouts.placement": Row(lambda r: sorted(o.groups(r)), ("separate", "colocated"), (["learners", "rollouts"], ["learners"])),
     "rollouts.engine": Row(o.engine, ("transformers", "vllm"), None, SEQUENCE),
-    "rollouts.batching": Elsewhere("tests/unit/rollout/test_continuous.py::test_the_recipe_and_the_device_name_the_decoder"),
+    "rollouts.batching": Elsewhere("tests/unit/rollout/test_paged_decoder.py::test_the_recipe_and_the_device_name_the_decoder"),
     "rollouts.max_staleness": Elsewhere("tests/faults/test_online_recovery.py::test_generation_runs_one_version_ahead_and_never_more"),
     "rollouts.update": Elsewhere("tests/faults/test_online_recovery.py::test_weights_may_change_between_the_requests_of_a_batch"),
     "rollouts.transport": Elsewhere(f"{BRIDGE}::test_the_transport_follows_from_the_recipe"),
@@ -276,15 +276,15 @@ EXERCISES: dict[str, Row | Elsewhere | Unseen] = {
     "rollouts.timeout_s": Elsewhere(f"{BRIDGE}::test_an_actor_that_hangs_in_a_broadcast_is_named_and_replaced"),
     "rollouts.max_restarts": Elsewhere(f"{BRIDGE}::test_an_actor_that_hangs_in_a_broadcast_is_named_and_replaced"),
     "rollouts.start_timeout_s": Row(_start_s, ("null", "7"), (180.0, 7.0)),
-    "algorithm.correction.alarm": Elsewhere("tests/unit/controllers/test_online.py::test_the_alarm_names_a_gap"),
+    "algorithm.correction.alarm": Elsewhere("tests/unit/trainers/test_online.py::test_the_alarm_names_a_gap"),
     "algorithm.dynamic_sampling": Row(lambda r: build(r.algorithm, r.rollouts).online.dynamic_sampling, ("true", "false"), (True, False)),
     "algorithm.max_resampled": Elsewhere(
-        "tests/unit/controllers/test_online.py::test_dynamic_sampling_replaces_groups_without_signal_and_consumes_what_it_drew"
+        "tests/unit/trainers/test_online.py::test_dynamic_sampling_replaces_groups_without_signal_and_consumes_what_it_drew"
     ),
-    "rewards.normalise": Elsewhere("tests/unit/controllers/test_online.py::test_running_rewards_follow_numpy"),
+    "rewards.normalise": Elsewhere("tests/unit/trainers/test_online.py::test_running_rewards_follow_numpy"),
     "rewards.functions[].revision": Unseen("a reward model on the hub is needed, and there is no hub"),
     "evaluation.generate": Row(lambda r: len(o.answers(r)), ("null", "{}"), (0, 6)),
-    "evaluation.generate.checker": Elsewhere("tests/unit/controllers/test_evaluation.py::test_generations_are_checked_and_shown"),
+    "evaluation.generate.checker": Elsewhere("tests/unit/trainers/test_evaluation.py::test_generations_are_checked_and_shown"),
     "tracking.alerts": Row(lambda r: len(o.alerts(r)) > 0, ("null", "{goodput: 1, goodput_after_s: 0, steps: 1}"), (False, True)),
     "rollouts.rows_at_once": _drawn(("1", "8"), lambda r: r.rollouts.rows, (1, 8)),
     "rollouts.temperature": _drawn(("0.5", "2")),

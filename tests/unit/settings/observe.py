@@ -17,30 +17,30 @@ from typing import Any
 import numpy as np
 import torch
 
-from orchestrator.algorithms import build, critic
+from orchestrator.algorithms.table import build, critic
 from orchestrator.cluster.deadlines import Deadlines
 from orchestrator.cluster.placement import demands
-from orchestrator.config import ONLINE, Alerts, Recipe, RewardFunction
-from orchestrator.controllers.experience import sequences
-from orchestrator.dataset import DataSet, load_data
-from orchestrator.episodes import Prompt, RolloutGroup, ScoredGroup
-from orchestrator.errors import OrchestratorError
-from orchestrator.hardware import Hardware, imagined, this_machine
+from orchestrator.recipe.schema import ONLINE, Alerts, Recipe, RewardFunction
+from orchestrator.trainers.experience import sequences
+from orchestrator.data.dataset import DataSet, load_data
+from orchestrator.core.rollouts import Prompt, RolloutGroup, ScoredGroup
+from orchestrator.core.errors import OrchestratorError
+from orchestrator.plan.hardware import Hardware, imagined, this_machine
 from orchestrator.learner.engine import deepspeed_config
-from orchestrator.learner.schedule import learning_rate
+from orchestrator.algorithms.schedule import learning_rate
 from orchestrator.models.load import load, load_config, load_tokenizer
-from orchestrator.objectives.estimators import Episodes
-from orchestrator.objectives.scores import ExperienceTensors, TokenScores
+from orchestrator.algorithms.losses.estimators import Episodes
+from orchestrator.algorithms.losses.interface import ExperienceTensors, TokenScores
 from orchestrator.observe.alerts import AlertRules
-from orchestrator.prompts import load_prompts
-from orchestrator.records import EvaluationReport, LossUnits, StepReport
-from orchestrator.rollout.generator import RolloutWorker, make_engine
-from orchestrator.rollout.http_reward import HttpReward
-from orchestrator.rollout.rewards import RewardCall, RewardFailure
-from orchestrator.rollout.rounds import combine, judge_batch
-from orchestrator.rollout.sandbox import Confinement, Sandbox
-from orchestrator.run_online import critic_recipe, sampling_of
-from orchestrator.ways import given, lowest_stage, memory_limit, modes_of, ways_of
+from orchestrator.data.prompts import load_prompts
+from orchestrator.core.batches import EvaluationReport, LossUnits, StepReport
+from orchestrator.rollout.engines.transformers_engine import RolloutWorker, make_engine
+from orchestrator.rollout.rewards.http import HttpReward
+from orchestrator.rollout.rewards.component import RewardCall, RewardFailure
+from orchestrator.rollout.rewards.combine import combine, judge_batch
+from orchestrator.rollout.rewards.sandbox import Confinement, Sandbox
+from orchestrator.run.online import critic_recipe, sampling_of
+from orchestrator.plan.ways import given, lowest_stage, memory_limit, modes_of, ways_of
 
 # ---- losses
 
@@ -250,7 +250,7 @@ def room_here(recipe: Recipe, hardware: Hardware | None = None) -> int:
 
 def micro_batch(recipe: Recipe) -> tuple[int | None, int | None]:
     """(examples, positions) of a micro-batch as the recipe says."""
-    from orchestrator.records import Cut
+    from orchestrator.core.batches import Cut
 
     cut = given(recipe, build(recipe.algorithm), Cut(1, None, None, "padded", 0, "no_sync"))
     return cut.examples, cut.positions

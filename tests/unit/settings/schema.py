@@ -8,8 +8,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from orchestrator.config import NAME_PATTERN, Recipe, Section
-from orchestrator.validation import inside
+from orchestrator.recipe.schema import NAME_PATTERN, Recipe, Section
+from orchestrator.recipe.validation import inside
 
 
 @dataclass(frozen=True, slots=True)

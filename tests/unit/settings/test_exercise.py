@@ -8,11 +8,11 @@ import pytest
 from huggingface_hub import constants
 from transformers import AutoModelForCausalLM
 
-from orchestrator import hub
-from orchestrator.config import Model, TinyModel
+from orchestrator.core import hub
+from orchestrator.recipe.schema import Model, TinyModel
 from orchestrator.models.load import load as load_model
 from orchestrator.models.load import load_tokenizer
-from orchestrator.recipe import load
+from orchestrator.recipe.loading import load
 from tests.running import REPOSITORY
 from tests.unit.settings.contexts import BASE, NEVER_READ, context
 from tests.unit.settings.exercises import EXERCISES, SNAPSHOTS, Elsewhere, Row, Unseen
@@ -34,7 +34,7 @@ class Mine(PretrainedConfig):
     model_type = "mine"
     hidden_size = 5
 """
-TALKS = """from orchestrator.rollout.turns import Turn
+TALKS = """from orchestrator.rollout.episodes import Turn
 class Talks:
     done = False
     def reset(self, row): return [{"role": "user", "content": "go"}]

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.observe.tracking import WandbSink
-from orchestrator.recipe import load
+from orchestrator.observe.wandb_sink import WandbSink
+from orchestrator.recipe.loading import load
 from tests.unit.settings.contexts import BASE
 
 FIRST = {"project": "one", "entity": "us", "group": "sweep", "init_timeout_s": 40.0, "finish_timeout_s": 50.0}

@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import yaml
 
-from orchestrator import reference_page
-from orchestrator.config import Recipe, Section
-from orchestrator.errors import ConfigError
-from orchestrator.keys import ALWAYS, READERS
-from orchestrator.recipe import builtin_recipes, load
-from orchestrator.stages import Ignored
-from orchestrator.strict_yaml import Dumper, parse
+from orchestrator.recipe import reference_page
+from orchestrator.recipe.schema import Recipe, Section
+from orchestrator.core.errors import ConfigError
+from orchestrator.recipe.keys import ALWAYS, READERS
+from orchestrator.recipe.loading import builtin_recipes, load
+from orchestrator.recipe.pipeline import Ignored
+from orchestrator.recipe.strict_yaml import Dumper, parse
 from tests.unit.settings.contexts import ALWAYS_HERE, BASE, NEVER_READ, NULLED, context
 from tests.unit.settings.schema import Leaf, Value, illegal, leaves, legal
 
@@ -125,7 +125,7 @@ def test_a_key_that_nobody_reads_is_refused_where_the_user_wrote_it_and_listed_w
 
 def test_every_key_says_who_reads_it_and_is_tried_without_a_reader() -> None:
     for section in {leaf.holder for leaf in LEAVES}:
-        assert READERS[section].keys() == section.model_fields.keys(), f"keys.py: a row for every key of {section.__name__}"
+        assert READERS[section].keys() == section.model_fields.keys(), f"recipe/keys.py: a row for every key of {section.__name__}"
     for leaf in LEAVES:
         conditional = _conditional(leaf.path) and leaf.path not in ALWAYS_HERE
         assert (context(leaf.path).unread is not None) == conditional, f"{leaf.path}: mend its context"
@@ -144,13 +144,13 @@ def _conditional(path: str) -> bool:
 
 def test_the_reference_page_says_how_many() -> None:
     found = len(LEAVES), sum(len(legal(leaf)) for leaf in LEAVES)
-    assert found == (reference_page.KEYS, reference_page.VALUES), "write these numbers into reference_page.py"
+    assert found == (reference_page.KEYS, reference_page.VALUES), "write these numbers into recipe/reference_page.py"
 
 
 @pytest.mark.parametrize("name", builtin_recipes())
 def test_shipped_recipes_set_nothing_that_they_do_not_read(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Copied into a user's folder, where their keys are the user's own."""
-    from orchestrator.recipe import parts
+    from orchestrator.recipe.loading import parts
 
     for file in parts(builtin_recipes()[name]):
         (tmp_path / file.name).write_text(file.read_text())

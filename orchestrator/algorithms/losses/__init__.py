@@ -1,0 +1,1 @@
+"""The equations: pure functions from log-probs to sums of losses, never means."""

@@ -1,0 +1,263 @@
+"""The table: one row per algorithm. A new one is a function, a row, a parity test and a tiny recipe."""
+
+import difflib
+import math
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Literal
+
+from orchestrator.recipe.schema import ONLINE, Recipe, Rollouts
+from orchestrator.recipe.schema import Algorithm as Config
+from orchestrator.core.errors import ConfigError
+from orchestrator.algorithms.losses import advantages
+from orchestrator.algorithms.losses import estimators
+from orchestrator.algorithms.losses.estimators import Estimator
+from orchestrator.algorithms.losses.logprobs import HeadSpec
+from orchestrator.algorithms.losses.preference_mix import COUPLED, PAIR_LOSSES, REFERENCE_FREE, SFT, WITH_REFERENCE, Kto, PreferenceMix
+from orchestrator.algorithms.losses.policy import Level, Normaliser, PolicyGradient
+from orchestrator.algorithms.losses.preference import Knobs
+from orchestrator.algorithms.losses.reward import bradley_terry
+from orchestrator.algorithms.losses.interface import Objective
+from orchestrator.algorithms.losses.supervised import cross_entropy
+from orchestrator.algorithms.losses.value import ValueLoss
+from orchestrator.core.batches import DataKind
+
+
+@dataclass(frozen=True, slots=True)
+class Online:
+    """What the online loop needs to know beyond the objective.
+
+    estimate: advantages from rewards; None: the best and the worst sample of each prompt become a preference pair.
+    critic: values come from a learner of their own. dynamic_sampling: groups of equal rewards teach nothing and are replaced.
+    """
+
+    estimate: Estimator | None
+    critic: bool = False
+    dynamic_sampling: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Algorithm:
+    """What the loop needs to know of an objective.
+
+    per: what its loss is divided by. branches: sequences per example. couples_batch: the loss of an example depends on
+    the others, so it takes two passes over the effective batch. head, scores: what the model has to give. anchor: the
+    loss where policy == reference, if known. online: set for algorithms that learn from rollouts.
+    """
+
+    name: str
+    data: DataKind
+    objective: Objective
+    per: Literal["token", "pair", "example", "sequence"]
+    branches: int
+    needs_reference: bool
+    couples_batch: bool = False
+    head: Literal["lm", "scalar", "value"] = "lm"
+    scores: HeadSpec = field(default_factory=HeadSpec)
+    anchor: float | None = None
+    online: Online | None = None
+
+    @property
+    def group_examples(self) -> int:
+        """What one sequence group counts in batch.effective: the completions of a prompt are one group, a pair or a row is one."""
+        return self.branches if self.per == "sequence" else 1
+
+    def keeps_reference(self, recipe: Recipe) -> bool:
+        """True where a worker holds a reference policy of its own while it learns: TR-DPO's moving one, or a frozen one for
+        rollouts, which no cache can know beforehand. With LoRA the base weights are the reference: no second copy."""
+        if recipe.algorithm.reference_sync_every is not None:
+            return True
+        return self.online is not None and self.needs_reference and recipe.model.lora is None
+
+
+#         default loss of each preference algorithm
+DEFAULTS: dict[str, dict[str, float]] = {
+    "dpo": {"sigmoid": 1.0},
+    "simpo": {"simpo": 1.0},
+    "cpo": {"cpo": 1.0, SFT: 1.0},
+    "orpo": {"orpo": 1.0, SFT: 1.0},
+}
+
+
+@dataclass(frozen=True, slots=True)
+class OnlineRow:
+    """A line of the table of policy-gradient algorithms: its loss and its advantages, where the recipe does not say otherwise."""
+
+    loss: PolicyGradient
+    estimate: Estimator | None = None
+    critic: bool = False
+    dynamic_sampling: bool = False
+
+
+def _clip(level: Level, per: Normaliser, low: float, high: float, *, kl_ratio: bool = False) -> PolicyGradient:
+    return PolicyGradient("clip", level, per, clip_low=low, clip_high=high, kl_ratio=kl_ratio)
+
+
+_SCALED = estimators.by_group(advantages.group_normalised)
+_CENTRED = estimators.by_group(advantages.group_centred)
+
+ONLINE_ROWS: dict[str, OnlineRow] = {
+    #                              ratio of     divided by   clip          advantages
+    "grpo": OnlineRow(_clip("token", "sequence", 0.2, 0.2, kl_ratio=True), _SCALED),
+    "dr_grpo": OnlineRow(_clip("token", "constant", 0.2, 0.2, kl_ratio=True), _CENTRED),
+    "dapo": OnlineRow(_clip("token", "token", 0.2, 0.28, kl_ratio=True), _SCALED, dynamic_sampling=True),
+    "gspo": OnlineRow(_clip("sequence", "sequence", 3e-4, 4e-4, kl_ratio=True), _SCALED),
+    "cispo": OnlineRow(PolicyGradient("cispo", "token", "token", clip_high=5.0, kl_ratio=True), _SCALED),
+    "rloo": OnlineRow(_clip("trajectory", "sequence", 0.2, 0.2), estimators.by_group(advantages.leave_one_out)),
+    "reinforce_pp": OnlineRow(_clip("token", "token", 0.2, 0.2), estimators.reinforce_pp),
+    "reinforce_pp_baseline": OnlineRow(_clip("token", "token", 0.2, 0.2), estimators.reinforce_pp_baseline),
+    "ppo": OnlineRow(_clip("token", "token", 0.2, 0.2), critic=True),
+}
+
+
+def build(cfg: Config, rollouts: Rollouts | None = None) -> Algorithm:
+    """The row of `algorithm.name` with its loss; ConfigError for an unknown loss or an impossible combination.
+
+    rollouts: of an online recipe: its samples per prompt and its temperature are part of the row."""
+    if cfg.name in ONLINE:
+        return _online(cfg, rollouts or Rollouts())  # pyright: ignore[reportCallIssue]
+    if cfg.name in DEFAULTS:
+        return _preference(cfg)
+    if cfg.loss is not None:
+        raise ConfigError(f"algorithm.loss: {cfg.name} has one loss of its own", fix="remove algorithm.loss, or set algorithm.name=dpo")
+    if cfg.name == "sft":
+        return Algorithm("sft", "sft", cross_entropy, "token", 1, False)
+    if cfg.name == "reward":
+        objective = partial(bradley_terry, centring=cfg.reward_centring)
+        return Algorithm("reward", "preference", objective, "pair", 2, False, head="scalar")
+    kto = Kto(cfg.beta, cfg.kto_desirable_weight, cfg.kto_undesirable_weight)
+    return Algorithm("kto", "unpaired", kto, "example", 2, True, couples_batch=True)
+
+
+def kl_notes(algorithm: Algorithm) -> tuple[str, ...]:
+    """What is odd about the KL term of a loss, for the plan; nothing where nothing is."""
+    loss = algorithm.objective
+    if not isinstance(loss, PolicyGradient) or not loss.kl_coefficient or loss.kl_estimator != "k1" or loss.kl_ratio:
+        return ()
+    return ("algorithm.kl: k1 in the loss has no gradient in expectation; set kl.ratio=true, kl.estimator=k2 or k3, or kl.place=reward",)
+
+
+def critic(cfg: Config) -> Algorithm:
+    """PPO's value model: the row of its learner."""
+    return Algorithm("critic", "prompt", ValueLoss(cfg.value_clip), "token", 1, False, head="value")
+
+
+def _online(cfg: Config, rollouts: Rollouts) -> Algorithm:
+    if rollouts.temperature == 0.0:
+        raise ConfigError(
+            "rollouts.temperature=0 cannot be trained with",
+            why="greedy samples of a prompt are all the same, so none is better than another, and their probability says nothing",
+            fix="set a temperature above 0, such as 1; evaluation is greedy whatever it is",
+        )
+    if cfg.name == "online_dpo":
+        scores = HeadSpec(want_wpo=cfg.wpo)  # the pairs' loss is that of the model itself, as in TRL: the temperature only explores
+        pairs = _preference(cfg.model_copy(update={"name": "dpo"}))
+        return replace(pairs, name=cfg.name, data="prompt", scores=scores, online=Online(None))
+    if cfg.loss is not None:
+        raise ConfigError(f"algorithm.loss: {cfg.name} has one loss of its own", fix="remove algorithm.loss, or set algorithm.name=online_dpo")
+    scores = HeadSpec(temperature=rollouts.temperature, want_entropy=True)
+    row = ONLINE_ROWS[cfg.name]
+    loss = replace(
+        row.loss,
+        normaliser=row.loss.normaliser if cfg.normaliser == "auto" else cfg.normaliser,
+        constant=float(rollouts.max_new_tokens),
+        clip_low=row.loss.clip_low if cfg.clip.low is None else cfg.clip.low,
+        clip_high=row.loss.clip_high if cfg.clip.high is None else cfg.clip.high,
+        dual=cfg.clip.dual,
+        kl_coefficient=cfg.kl.coefficient if cfg.kl.place == "loss" else 0.0,
+        kl_estimator="k3" if cfg.kl.estimator == "auto" else cfg.kl.estimator,
+        kl_ratio=(row.loss.kl_ratio and cfg.kl.estimator != "k2") if cfg.kl.ratio is None else cfg.kl.ratio,
+        entropy_bonus=cfg.entropy_bonus,
+        correction=cfg.correction.kind,
+        cap=cfg.correction.cap,
+    )
+    estimate = estimators.gae(cfg.gamma, cfg.gae_lambda, whiten=cfg.whiten) if row.critic else row.estimate
+    if cfg.scale_by_std is not None and estimate in (_SCALED, _CENTRED):
+        estimate = _SCALED if cfg.scale_by_std else _CENTRED
+    dynamic = row.dynamic_sampling if cfg.dynamic_sampling is None else cfg.dynamic_sampling
+    reference = cfg.kl.coefficient > 0
+    if cfg.kl.target is not None and not reference:
+        what = "algorithm.kl.target needs algorithm.kl.coefficient > 0"
+        raise ConfigError(what, why="the controller changes it by factors", fix="set algorithm.kl.coefficient=0.05")
+    online = Online(estimate, row.critic, dynamic)
+    return Algorithm(cfg.name, "prompt", loss, "sequence", rollouts.samples, reference, scores=scores, online=online)
+
+
+def _preference(cfg: Config) -> Algorithm:
+    terms = _terms(cfg)
+    _check(cfg, terms)
+    knobs = Knobs(cfg.beta, cfg.label_smoothing, cfg.ipo_length_average, cfg.simpo_gamma, cfg.discopop_tau)
+    mix = PreferenceMix(terms, knobs, cfg.f_divergence, cfg.f_alpha, cfg.ld_alpha, cfg.wpo)
+    reference = any(name in WITH_REFERENCE for name in terms)
+    return Algorithm(
+        cfg.name,
+        "preference",
+        mix,
+        "pair",
+        2,
+        reference,
+        couples_batch=any(name in COUPLED for name in terms),
+        scores=HeadSpec(want_wpo=cfg.wpo),
+        anchor=_anchor(cfg, terms),
+    )
+
+
+def _terms(cfg: Config) -> dict[str, float]:
+    if cfg.loss is None:
+        return DEFAULTS[cfg.name]
+    terms = {cfg.loss: 1.0} if isinstance(cfg.loss, str) else dict(cfg.loss)
+    for name in terms:
+        if name not in PAIR_LOSSES:
+            close = difflib.get_close_matches(name, PAIR_LOSSES, n=3, cutoff=0.5)
+            hint = f"did you mean {', '.join(close)}?" if close else f"choose from {', '.join(PAIR_LOSSES)}"
+            raise ConfigError(f"algorithm.loss: there is no loss {name!r}", fix=hint)
+    if not any(name != SFT for name in terms):
+        raise ConfigError("algorithm.loss: only the sft term is left", fix="set algorithm.name=sft, or add a preference loss")
+    return terms
+
+
+def _check(cfg: Config, terms: dict[str, float]) -> None:
+    if cfg.wpo and any(name in COUPLED or name == SFT for name in terms):
+        raise ConfigError(
+            f"algorithm.wpo cannot be combined with {', '.join(n for n in terms if n in COUPLED or n == SFT)}",
+            why="its per-pair weight has no meaning for losses that sort the batch, nor for a token mean",
+            fix="drop algorithm.wpo, or use the pair losses alone",
+        )
+    if "exo_pair" in terms and cfg.label_smoothing == 0:
+        raise ConfigError(
+            "algorithm.loss: exo_pair needs algorithm.label_smoothing > 0", why="its target has log(label_smoothing)", fix="set it to 0.001"
+        )
+    free = [name for name in terms if name in REFERENCE_FREE]
+    if free and (cfg.f_divergence != "reverse_kl" or cfg.reference_sync_every is not None):
+        raise ConfigError(
+            f"algorithm.loss: {', '.join(free)} has no reference policy",
+            why="f_divergence and reference_sync_every act on the reference",
+            fix="remove them",
+        )
+    if cfg.reference_sync_every is not None and not any(name in WITH_REFERENCE for name in terms):
+        raise ConfigError("algorithm.reference_sync_every needs a loss with a reference policy", fix="remove it")
+
+
+def _anchor(cfg: Config, terms: dict[str, float]) -> float | None:
+    """Loss at policy == reference, where every log-ratio is 0: ln 2 for DPO."""
+    ln2, eps = math.log(2.0), cfg.label_smoothing
+    half_beta = 0.5 / cfg.beta
+    known = {
+        "sigmoid": ln2,
+        "robust": ln2,
+        "hinge": 1.0,
+        "ipo": half_beta**2,
+        "exo_pair": -ln2 - 0.5 * (math.log1p(-eps) + math.log(eps)) if eps > 0 else 0.0,
+        "nca_pair": 2.0 * ln2,
+        "bco_pair": 2.0 * ln2,
+        "sppo_hard": 2.0 * half_beta**2,
+        "aot": ln2,
+        "aot_unpaired": ln2,
+        "apo_zero": 1.0,
+        "apo_down": 1.0,
+        "discopop": 0.5 * ln2 + 0.5,
+        "sigmoid_norm": ln2,
+    }
+    if cfg.wpo or any(name not in known for name in terms):
+        return None
+    return sum(weight * known[name] for name, weight in terms.items())

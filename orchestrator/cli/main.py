@@ -1,0 +1,356 @@
+"""The program: every command reads a recipe, does one thing, and ends with an exit code of sysexits.h.
+
+Heavy imports happen inside the commands, so that `--help` needs neither torch nor ray.
+"""
+
+import errno
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+
+from orchestrator.cli.chat import command as chat_command
+from orchestrator.cli import cluster as cluster_commands
+from orchestrator.recipe import loading as recipes
+from orchestrator.cluster.forkserver import forked_workers
+from orchestrator.cli.cluster import Overrides, RecipeArgument, out, show
+from orchestrator.core.errors import ConfigError, Exit, OrchestratorError, OutputError
+from orchestrator.observe.phases import phase
+from orchestrator.recipe.pipeline import STAGE, references
+from orchestrator.core.stopping import enduring_output, stop_signals
+
+if TYPE_CHECKING:
+    from orchestrator.run.supervise import Outcome
+    from orchestrator.recipe.schema import Recipe
+
+OF_THE_PATH = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ESTALE)
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Trains language models on preferences.")
+recipes_app = typer.Typer(no_args_is_help=True, help="The recipes that come with the program.")
+config_app = typer.Typer(no_args_is_help=True, help="The recipe schema.")
+app.add_typer(cluster_commands.app)
+app.add_typer(chat_command.app)
+app.add_typer(recipes_app, name="recipes")
+app.add_typer(config_app, name="config")
+
+
+def _loading() -> AbstractContextManager[None]:
+    return phase(out, "loading torch, transformers and DeepSpeed")
+
+
+@app.command()
+def train(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="run folder; default runs/NAME")] = None,
+    in_process: Annotated[bool, typer.Option("--in-process", help="one worker in this process, without Ray: for breakpoints and profilers")] = False,
+    extend: Annotated[bool, typer.Option("--extend", help="another run.max_steps or run.epochs though the schedule looks at the end")] = False,
+) -> None:
+    """Trains; goes on by itself if the folder holds a verified checkpoint of the same run."""
+    with stop_signals() as stop, enduring_output():
+        loaded = recipes.load(recipe, overrides or ())
+        with nullcontext() if in_process else forked_workers(_loading):
+            with _loading() if in_process else nullcontext():
+                from orchestrator.run.supervise import How, train_stages
+
+            outcomes = train_stages(loaded.stages, output or Path("runs") / loaded.name, out, stop, How(extend, in_process))
+    if (results := held_out(outcomes)).row_count:
+        show(results)
+    for outcome in outcomes.values():
+        out.print(f"report  {outcome.report}\nmodel   {outcome.export}")
+
+
+@app.command()
+def init(
+    columns: Annotated[list[str] | None, typer.Argument(metavar="[data.columns.NAME=COLUMN]...", help="columns that are not recognised")] = None,
+    model: Annotated[str, typer.Option("--model", help="a folder, or a hub name with --revision")] = ...,  # pyright: ignore[reportArgumentType]
+    data: Annotated[str, typer.Option("--data", help="rows to train on: a file or a folder")] = ...,  # pyright: ignore[reportArgumentType]
+    held_out: Annotated[str | None, typer.Option("--eval", help="held-out rows")] = None,
+    kind: Annotated[str | None, typer.Option("--kind", metavar="sft|dpo|lora-dpo|reward|grpo|kto", help="default: what the rows look like")] = None,
+    revision: Annotated[str | None, typer.Option("--revision", help="commit of a model of the hub")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="the recipe file; default KIND.yaml")] = None,
+) -> None:
+    """Writes a recipe for your model and data: columns recognised, lengths measured, every choice with its reason. Asks nothing."""
+    from orchestrator.cli.init.look import asked, look
+    from orchestrator.cli.init.recipe import next_commands, save
+
+    wanted = asked(model, revision, data, held_out, kind, columns or ())
+    found = look(wanted)
+    target = output or Path(f"{found.kind}.yaml")
+    for file in save(wanted, found, target):
+        out.print(f"wrote {file}")
+    out.print(f"{found.rows} rows, {found.form}: {found.why}")
+    for line in next_commands(found, target):
+        out.print(f"  {line}")
+
+
+@app.command()
+def evaluate(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE|RUN", help="a recipe, or a run folder: the model that it trained")],
+    overrides: Overrides = None,
+    model: Annotated[Path | None, typer.Option("--model", help="a folder to evaluate instead of the recipe's model")] = None,
+    step: Annotated[int | None, typer.Option("--step", min=1, help="of a run: its checkpoint of this step")] = None,
+) -> None:
+    """Held-out preference accuracy and greedy exact match of a model; of an online recipe the reward, greedy and pass@k."""
+    run = Path(recipe) if Path(recipe).is_dir() else None
+    if run is None and step is not None:
+        raise ConfigError("--step goes with a run folder", fix=f"{recipe} is a recipe; give the --output of a run")
+    if model is not None and step is not None:
+        raise ConfigError("--step and --model name two models", fix="leave one of them out")
+    if run is not None:
+        from orchestrator.run.export import recipe_of
+
+        cfg = recipe_of(run, overrides or ())
+    else:
+        cfg = _last(recipe, overrides)
+    if named := references(cfg):
+        fix = "give the run folder of that stage, where they are folders"
+        raise ConfigError(f"{', '.join(named)} of {recipe} are made by stages of a run", fix=fix)
+    with forked_workers(), tempfile.TemporaryDirectory(prefix="orchestrator-evaluate-") as scratch:
+        from orchestrator.run.supervise import evaluate as evaluated
+        from orchestrator.observe.metric_names import spoken, unknown
+
+        if run is not None and model is None:
+            model = _trained(run, cfg, step, Path(scratch))
+        metrics = evaluated(cfg, model, out)
+    for name, value in metrics.items():
+        shown = "–" if unknown(name, value) else f"{value:.4f}"
+        out.print(f"{spoken(name, metrics):<48}{shown}")
+
+
+def _trained(run: Path, cfg: "Recipe", step: int | None, scratch: Path) -> Path:
+    """A folder with the model of a run: its export, or what a checkpoint holds, in fp32."""
+    from orchestrator.run.export import export_run
+
+    if step is None and (run / "export" / "config.json").is_file():
+        out.print(f"evaluating {run / 'export'}", markup=False)
+        return run / "export"
+    exact = cfg.export.model_copy(update={"dtype": "fp32", "lora": "merged"})
+    return export_run(run, cfg.model_copy(update={"export": exact}), step, scratch / "model", lambda text: out.print(text, markup=False))
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="a run folder")],
+    overrides: Overrides = None,
+    step: Annotated[int | None, typer.Option("--step", min=1, help="a checkpoint's; default: the newest")] = None,
+    dtype: Annotated[str | None, typer.Option("--dtype", metavar="source|fp32|bf16|fp16", help="default: the recipe's export.dtype")] = None,
+    lora: Annotated[str | None, typer.Option("--lora", metavar="both|merged|adapter", help="default: the recipe's export.lora")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="default: RUN/export-step-N")] = None,
+) -> None:
+    """Writes a checkpoint of a run as a Hugging Face folder."""
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # of this process alone, which computes nothing: DeepSpeed need not look for a GPU, and say so
+    from transformers.utils import logging
+
+    from orchestrator.run.export import export_run, recipe_of
+
+    logging.disable_progress_bar()
+    asked = [f"export.{key}={value}" for key, value in (("dtype", dtype), ("lora", lora)) if value is not None]
+    cfg = recipe_of(run, [*(overrides or ()), *asked])
+    out.print(f"model   {export_run(run, cfg, step, output, lambda text: out.print(text, markup=False))}", markup=False)
+
+
+@app.command()
+def verify(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    steps: Annotated[int, typer.Option(min=1, help="optimizer steps of each cut")] = 5,
+    workers: Annotated[str, typer.Option(help="worker counts to try, e.g. 1,2,4; default 1 and the recipe's")] = "",
+    everything: Annotated[bool, typer.Option("--all", help="every combination instead of a covering set")] = False,
+) -> None:
+    """The proof: runs the same steps under many cuts and prints the largest difference from one plain large batch."""
+    with forked_workers():
+        _verify(_last(recipe, overrides), steps, workers, everything)
+
+
+def _verify(cfg: "Recipe", steps: int, workers: str, everything: bool) -> None:
+    from orchestrator.plan.hardware import this_machine
+    from orchestrator.plan.settle import settle
+    from orchestrator.run.verify import TOLERANCE, run
+
+    cfg, _ = settle(cfg, this_machine())
+    cfg = cfg.with_workers(2) if cfg.learners.workers == "auto" else cfg
+    try:
+        counts = sorted({int(n) for n in workers.split(",")} if workers else {1, cfg.learners.count})
+    except ValueError:
+        raise ConfigError(f"--workers {workers!r} is not a list of numbers", fix="write e.g. --workers 1,2,4") from None
+    tolerance, failed = TOLERANCE[cfg.learners.precision], 0
+    out.print(f"{steps} steps, {cfg.batch.effective} examples each, {cfg.learners.precision}, against one process, one batch, plain torch")
+    out.print(f"{'workers':>7} {'micro':>6} {'layout':<14} {'ZeRO':>4} {'sync':<16} {'loss':>9} {'grad norm':>9} {'weights':>9}")
+    for result in run(cfg, steps=steps, workers=counts, everything=everything):
+        cut, good = result.cut, result.within(tolerance)
+        failed += not good
+        row = f"{cut.workers:>7} {cut.examples:>6} {cut.layout:<14} {cut.zero_stage:>4} {cut.sync:<16}"
+        out.print(f"{row} {result.loss:>9.1e} {result.grad_norm:>9.1e} {result.weights:>9.1e}{'' if good else '   ABOVE TOLERANCE'}")
+    if failed:
+        raise OrchestratorError(
+            f"{failed} cuts differ by more than {tolerance:g}",
+            why="the effective batch is not independent of the hardware here",
+            fix="report it with this table; do not trust accumulation with these settings",
+        )
+    out.print(f"all within {tolerance:g} (relative; weights: norm of the difference over norm)")
+
+
+@app.command()
+def report(directory: Annotated[Path, typer.Argument(metavar="DIR", help="a run folder")]) -> None:
+    """Writes one self-contained report.html with the curves and sample pairs."""
+    from orchestrator.observe.report.html import write_report
+
+    out.print(str(write_report(directory)))
+
+
+@app.command()
+def compare(
+    directories: Annotated[list[Path], typer.Argument(metavar="DIR...", help="run folders; a pipeline's root stands for its stages")],
+    as_json: Annotated[bool, typer.Option("--json")] = False,
+) -> None:
+    """Runs side by side: where their recipes differ, held-out and training metrics, speed."""
+    from orchestrator.observe.report.compare import read_run, run_folders, table, to_json
+
+    runs = [read_run(name, folder) for directory in directories for name, folder in run_folders(directory)]
+    if as_json:
+        print(json.dumps(to_json(runs), indent=1))
+    else:
+        show(table(runs))
+
+
+@app.command()
+def inspect(recipe: RecipeArgument, overrides: Overrides = None, examples: Annotated[int, typer.Option(min=1)] = 3) -> None:
+    """The first batch, tokens coloured by loss mask."""
+    cfg = _last(recipe, overrides)
+    from orchestrator.run.supervise import first_batch
+    from orchestrator.observe.report.tokens import render_group
+    from orchestrator.plan.view import data_notes
+
+    groups, decode, report = first_batch(cfg)
+    for line in data_notes(report):
+        out.print(line)
+    for group in groups[:examples]:
+        out.rule(f"example {group.id}", align="left")
+        out.print(render_group(group, decode))
+
+
+@recipes_app.command("ls")
+def recipes_ls() -> None:
+    """Names of the built-in recipes, with their first comment."""
+    for name, path in recipes.builtin_recipes().items():
+        first = path.read_text().splitlines()[0].removeprefix("#").strip()
+        out.print(f"{name:<24}{first}")
+    out.print("start/… are for a model and data of your own (orchestrator init writes one fitted to them); tiny/… are for random-weight toy models")
+
+
+@recipes_app.command("show")
+def recipes_show(name: str) -> None:
+    """Prints a recipe file as it is."""
+    out.print(recipes.find(name).read_text())
+
+
+@recipes_app.command("cp")
+def recipes_cp(name: str, target: Path) -> None:
+    """Copies a recipe, with the files it extends, into the folder TARGET."""
+    source = recipes.find(name)
+    target.mkdir(parents=True, exist_ok=True)
+    for file in recipes.parts(source):
+        if (target / file.name).exists():
+            raise OutputError(f"{target / file.name} exists already", fix="choose another folder")
+    for file in recipes.parts(source):
+        shutil.copyfile(file, target / file.name)
+        out.print(str(target / file.name))
+
+
+@config_app.command("schema")
+def config_schema() -> None:
+    """The JSON schema of recipe files, for editors."""
+    print(json.dumps(recipes.json_schema(), indent=1))
+
+
+@config_app.command("reference")
+def config_reference() -> None:
+    """Every key with its default and what it means, as Markdown."""
+    from orchestrator.recipe.reference_page import render
+
+    print(render(), end="")
+
+
+def _last(recipe: str, overrides: list[str] | None) -> "Recipe":
+    """The recipe of the last stage, with the model that its first ancestor starts from: for what needs no trained weights."""
+    stages = {stage.name: stage.recipe for stage in recipes.load(recipe, overrides or ()).stages}
+    last = model = list(stages.values())[-1]
+    while (path := model.model.path or "").startswith(STAGE):
+        model = stages[path.removeprefix(STAGE)]
+    return last.model_copy(update={"model": model.model})
+
+
+def held_out(outcomes: "dict[str, Outcome]") -> Table:
+    """Held-out metrics before and after each stage."""
+    from orchestrator.observe.metric_names import spoken
+
+    table = Table(title="held out", title_justify="left")
+    table.add_column("metric")
+    for name in outcomes:
+        table.add_column(f"before {name}", justify="right")
+        table.add_column(f"after {name}", justify="right")
+    metrics = dict.fromkeys(k for o in outcomes.values() for k in o.after)
+    names = ("eval/loss", "eval/preference_accuracy", "eval/logp_accuracy", "eval/rewards/margins", "eval/exact_match", "eval/reward/mean")
+    parts = [m for m in metrics if m.startswith("eval/reward/") and m != "eval/reward/mean"]
+    shown = {*names, *(parts if len(parts) > 1 else ())}  # one component alone is the reward
+    wanted = [m for m in metrics if m in shown or m.startswith("eval/pass@")]
+    for metric in wanted:
+        last = next(o.after for o in reversed(outcomes.values()) if metric in o.after)
+        cells = [_cell(metric, o.after, side) for o in outcomes.values() for side in (o.before, o.after)]
+        table.add_row(spoken(metric, last), *cells)
+    return table
+
+
+def _cell(metric: str, measured: Mapping[str, float], side: Mapping[str, float]) -> str:
+    """– where a stage measures this and has no value: policy and reference are one; empty where it does not measure it."""
+    return f"{side[metric]:.3f}" if metric in side else "–" if metric in measured else ""
+
+
+def machine_trouble(error: OSError) -> OrchestratorError:
+    """What a user can read from an error of the system that nobody told better: a path that cannot be used, or a bug."""
+    if error.filename is not None and error.errno in OF_THE_PATH:
+        fix = "free space, fix its permissions, or choose another place (HOME, TMPDIR, --output and the recipe's paths decide where it lies)"
+        return OutputError(f"{error.filename} cannot be used", why=f"{error.strerror or type(error).__name__} ({type(error).__name__})", fix=fix)
+    return OrchestratorError(f"{type(error).__name__}: {error}", fix="this is a bug; run again with --debug and report the traceback")
+
+
+def _tell(text: str) -> None:
+    """On a terminal that may be closed by now: the exit code has to be told all the same."""
+    with enduring_output():
+        print(text, file=sys.stderr)
+
+
+def main() -> None:
+    """Runs a command; a failure is one message and an exit code. `--debug` anywhere shows the traceback."""
+    debug = "--debug" in sys.argv
+    sys.argv = [argument for argument in sys.argv if argument != "--debug"]
+    try:
+        app()
+    except OrchestratorError as error:
+        if debug:
+            raise
+        _tell(f"error: {error}")
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        _tell("interrupted; run the same command again to go on from the last checkpoint")
+        sys.exit(Exit.RESUMABLE)
+    except OSError as error:
+        if debug:
+            raise
+        told = machine_trouble(error)
+        print(f"error: {told}", file=sys.stderr)
+        sys.exit(told.exit_code)
+    except Exception as error:
+        if debug:
+            raise
+        print(f"error: {type(error).__name__}: {error}\n  fix: this is a bug; run again with --debug and report the traceback", file=sys.stderr)
+        sys.exit(Exit.SOFTWARE)

@@ -1,0 +1,1 @@
+"""What is known of the machines, and what is wrong with them."""

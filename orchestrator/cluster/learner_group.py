@@ -1,0 +1,234 @@
+"""Learner workers: one Ray actor per DeepSpeed rank, and the group that speaks to all of them at once."""
+
+import os
+import socket
+import time
+from collections.abc import Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import RayError, RayTaskError
+
+from orchestrator.cluster.actors import Share, grow_segments, keep_to_share, outlive_sigterm, own_device
+from orchestrator.cluster.deadlines import Deadlines
+from orchestrator.cluster.failures import learner_failure, telling
+from orchestrator.cluster.network import speak_from
+from orchestrator.cluster.placement import Placement, learner_demand
+from orchestrator.cluster.ranks import Rank, Ranks
+from orchestrator.recipe.schema import Learners, Rollouts
+from orchestrator.core.errors import OrchestratorError, OutOfMemory, WorkerLost
+
+ROOT_S = 2.0
+"""Seconds in which another rank may say what the first failure came from."""
+START = "learners.start_timeout_s"
+"""The key that gives more time to what comes before the first verb."""
+
+
+@telling
+class LearnerActor(Rank):
+    """A rank in a process of its own, and what it does for weights that are sent to rollout actors."""
+
+    def __init__(self, rank: int, log: str | None, share: Share) -> None:
+        if log is not None:
+            redirect_output(Path(log))
+        outlive_sigterm()
+        if share.expandable:
+            os.environ.update(grow_segments(os.environ))
+        import torch
+
+        torch.set_num_threads(share.threads)
+        self.share = share
+        self.node = ray.util.get_node_ip_address()
+        speak_from(self.node)
+        super().__init__(rank, own_device())
+        self.store: Any = None
+        self.channel: Any = None
+
+    def host(self) -> str:
+        """This node's address."""
+        return self.node
+
+    def address(self) -> tuple[str, int]:
+        """This node's address and a free port, for the rendezvous at rank 0."""
+        with socket.socket() as free:
+            free.bind(("", 0))
+            return self.node, free.getsockname()[1]
+
+    def join(self, world: int, address: str, port: int, timeout_s: float) -> int:
+        pid = super().join(world, address, port, timeout_s)
+        keep_to_share(self.device, self.share.gpus)
+        return pid
+
+    def put_buckets(self, bucket_bytes: int) -> tuple[list[Any], int]:
+        """Rank 0: the weights in Ray's object store, a reference per bucket, and their bytes. A collective at ZeRO-3."""
+        from orchestrator.learner.weights import flat_buckets
+        from orchestrator.models.weight_buckets import Bucket, checksum
+
+        references, size = [], 0
+        for plan, flat in flat_buckets(self.learner, bucket_bytes, keep=self.rank == 0):
+            flat = flat.cpu()
+            references.append(ray.put(Bucket(plan.entries, flat.numpy(), checksum(flat))))
+            size += plan.size
+        return references, size
+
+    def listen(self, timeout_s: float) -> tuple[str, int]:
+        """Rank 0: where the members of a new channel meet."""
+        from torch._C._distributed_c10d import TCPStore
+
+        self.store = TCPStore(self.node, 0, is_master=True, timeout=timedelta(seconds=timeout_s), wait_for_workers=False)
+        return self.node, self.store.port
+
+    def open_channel(self, meeting: Any) -> str | None:
+        """Rank 0: waits for the other members; what went wrong, if anything did."""
+        from orchestrator.models.weight_buckets import Channel, ChannelBroken
+
+        self.channel = None
+        try:
+            self.channel = Channel(meeting, 0, self.store)
+        except ChannelBroken as error:
+            return str(error)
+        return None
+
+    def broadcast_buckets(self, bucket_bytes: int) -> str | None:
+        from orchestrator.learner.weights import broadcast
+
+        return broadcast(self.learner, self.channel, bucket_bytes)
+
+
+def redirect_output(path: Path) -> None:
+    """Sends this process's stdout and stderr to the run folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+
+
+class LearnerGroup(Ranks):
+    """Ranks as actors. Every call has a deadline and names the worker that is late or lost."""
+
+    def __init__(
+        self,
+        learners: Learners,
+        *,
+        parameters: int = 0,
+        logs: Path | None = None,
+        name: str = "learner",
+        colocated: Rollouts | None = None,
+        placement: Placement | None = None,
+    ) -> None:
+        """parameters: of the model, for deadlines; colocated: rollout actors that share the bundles (see RolloutPool); placement: reserved by
+        the caller together with the run's other groups, and released by it."""
+        self.learners, self.logs, self.name = learners, logs, name
+        self.world = learners.count
+        self.deadlines = Deadlines(learners.start_timeout_s, learners.timeout_s, parameters)
+        self.expandable = learners.gpus > 0 and (colocated is None or colocated.transport != "cuda_ipc")
+        self.reserved = placement is None
+        self.placement = placement or Placement.reserve(learner_demand(learners, colocated), learners.start_timeout_s)
+        self.actors: list[Any] = []
+        self.hosts: list[str] = []
+        try:
+            self._start()
+        except BaseException:
+            self.close()
+            raise
+
+    def _start(self) -> None:
+        self.actors = [self._new(rank) for rank in range(self.world)]
+        address, port = self._collect([self.actors[0].address.remote()], "start", self.deadlines.start_s, START)[0]
+        self.hosts = self._collect([a.host.remote() for a in self.actors], "start", self.deadlines.start_s, START)
+        joins = [a.join.remote(self.world, address, port, self.deadlines.collective_s) for a in self.actors]
+        self.pids: list[int] = self._collect(joins, "join the process group", self.deadlines.start_s, START)
+
+    def _new(self, rank: int) -> Any:
+        cpus, gpus = self.learners.cpus_per_worker, self.learners.gpus
+        share = Share(cpus, gpus, self.placement.threads(rank, cpus, gpus), self.expandable)
+        log = str(self.logs / f"{self.name}-{rank}.log") if self.logs else None
+        return self.placement.start(LearnerActor, rank, rank, log, share, name=f"{self.name}-{rank}", share=share)
+
+    def put_buckets(self, bucket_bytes: int) -> tuple[list[Any], int]:
+        """The policy's weights as references to buckets in Ray's object store, and their bytes."""
+        return self._all("put_buckets", bucket_bytes)[0]
+
+    def listen(self) -> tuple[str, int]:
+        """Address and port where a new channel's members meet."""
+        return self._collect([self.actors[0].listen.remote(self.deadlines.start_s)], "listen", self.deadlines.start_s, START)[0]
+
+    def open_channel(self, meeting: Any) -> str | None:
+        """Rank 0 becomes the sender of a channel (models/weight_buckets.py); what went wrong, if it did."""
+        return self._collect([self.actors[0].open_channel.remote(meeting)], "open the channel for weights", self.deadlines.verb_s)[0]
+
+    def broadcast_buckets(self, bucket_bytes: int) -> str | None:
+        """Sends the weights through the channel; what broke it, if anything did."""
+        return self._all("broadcast_buckets", bucket_bytes)[0]
+
+    def close(self) -> None:
+        """Ends the workers and gives their resources back."""
+        for actor in self.actors:
+            ray.kill(actor)
+        self.actors = []
+        if self.reserved:
+            self.placement.release()
+
+    def __enter__(self) -> "LearnerGroup":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _shared(self, value: Any) -> Any:
+        return ray.put(value)
+
+    def _each(self, verb: str, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
+        refs = [getattr(actor, verb).remote(*args) for actor, args in zip(self.actors, arguments, strict=True)]
+        return self._collect(refs, verb, self.deadlines.of(verb))
+
+    def _collect(self, refs: list[Any], verb: str, timeout_s: float, key: str = "learners.timeout_s") -> list[Any]:
+        """Results by rank; raises at the first failure, or WorkerLost naming who did not answer in time. key: of the recipe, that
+        gives more time."""
+        deadline = time.monotonic() + timeout_s
+        waiting, memory_error = list(refs), None
+        while waiting:
+            done, waiting = ray.wait(waiting, timeout=max(0.0, deadline - time.monotonic()))
+            if not done:
+                late = [self._who(refs.index(ref)) for ref in waiting]
+                raise WorkerLost(
+                    f"{', '.join(late)} did not answer `{verb}` within {timeout_s:.0f} s",
+                    why="the process hangs, is stopped, or waits for another rank",
+                    fix=f"see logs/ in the run folder; raise {key} if it really takes longer",
+                )
+            try:
+                ray.get(done[0])
+            except RayError as error:
+                failure = learner_failure(error, self._who(refs.index(done[0])), verb)
+                if isinstance(failure, WorkerLost) and isinstance(error, RayTaskError):
+                    failure = self._root(failure, refs, waiting, verb)
+                if not isinstance(failure, OutOfMemory):
+                    raise failure from error
+                failure.in_place = failure.in_place and self._holds_back()
+                if not failure.in_place:
+                    raise failure from error
+                memory_error = failure
+        if memory_error is not None:
+            raise memory_error
+        return ray.get(refs)
+
+    def _root(self, first: WorkerLost, refs: list[Any], waiting: list[Any], verb: str) -> OrchestratorError:
+        """The failure to tell: a rank that lost its peers is often told before the peer that died or failed, which comes a moment later."""
+        deadline = time.monotonic() + ROOT_S
+        while waiting:
+            done, waiting = ray.wait(waiting, timeout=max(0.0, deadline - time.monotonic()))
+            if not done:
+                break
+            try:
+                ray.get(done[0])
+            except RayError as error:
+                later = learner_failure(error, self._who(refs.index(done[0])), verb)
+                if not isinstance(later, WorkerLost) or not isinstance(error, RayTaskError):
+                    return later
+        return first
+
+    def _who(self, rank: int) -> str:
+        """The worker by name, and its host where there are several."""
+        return f"{self.name}-{rank}" + (f" on {self.hosts[rank]}" if len(set(self.hosts)) > 1 else "")

@@ -1,0 +1,1 @@
+"""From a recipe here to a job there: Ray jobs, Slurm, Kubernetes, SkyPilot."""

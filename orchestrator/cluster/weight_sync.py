@@ -1,0 +1,226 @@
+"""How the policy's weights reach the rollout actors: one transport per class, the same verb.
+
+    learners: gather a bucket (ZeRO-3), checksum it --transport--> actor: verify, put it in place; then it takes traffic
+
+    object_store   every bucket into Ray's object store; an actor fetches them before its first work with the version
+    broadcast      every bucket from rank 0 to all actors at once, over gloo or NCCL (models/buckets.Channel)
+    cuda_ipc       every bucket from rank i to actor i on the same GPU, by a handle: nothing is copied between processes
+"""
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import ray
+from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
+
+from orchestrator.cluster.actors import device_name
+from orchestrator.cluster.failures import translate
+from orchestrator.cluster.rollout_pool import SENDS, RolloutPool
+from orchestrator.cluster.learner_group import LearnerGroup
+from orchestrator.recipe.schema import Recipe
+from orchestrator.core.rollouts import WeightsDelivered
+from orchestrator.core.errors import ConfigError, OrchestratorError, WorkerLost
+from orchestrator.learner.rank_learner import RankLearner
+from orchestrator.learner.weights import bucket_plans, send_each
+from orchestrator.models.weight_buckets import BucketPlan, ChannelBroken, CorruptWeights, Meeting, checksum
+from orchestrator.core.roles import WeightBridge
+
+PATIENCE = 0.8
+"""Of a deadline: what a member of a transfer waits for another one. It gives up before the driver does, so that only who
+hangs is late."""
+
+
+class ObjectStoreBridge:
+    """Through Ray's object store: shared memory on one node, Ray's own transfer between nodes. Works everywhere.
+
+    The learner goes on at once; an actor fetches a version before its first piece of work of it.
+    """
+
+    def __init__(self, learners: LearnerGroup, pool: RolloutPool, bucket_bytes: int) -> None:
+        self.learners, self.pool, self.bucket_bytes = learners, pool, bucket_bytes
+
+    def publish(self, version: int) -> WeightsDelivered:
+        """Makes the learners' weights available as `version`."""
+        started = time.perf_counter()
+        references, size = self.learners.put_buckets(self.bucket_bytes)
+        self.pool.offer(version, references)
+        return WeightsDelivered(version, size, time.perf_counter() - started, len(references), "object_store")
+
+
+@dataclass(frozen=True, slots=True)
+class Undelivered:
+    """Why an actor does not hold a version. lost, late: it has to be replaced; broken: another member may be to blame."""
+
+    kind: Literal["damaged", "broken", "lost", "late", "failed"]
+    error: OrchestratorError
+
+    @classmethod
+    def of(cls, error: Exception, who: str, verb: str) -> "Undelivered":
+        if isinstance(error, GetTimeoutError):
+            return cls("late", WorkerLost(f"{who} did not {verb} in time", fix="raise rollouts.timeout_s if it really takes longer"))
+        found = translate(error, who, verb)
+        if isinstance(error, RayActorError):
+            return cls("lost", found)
+        return cls("damaged" if isinstance(found, CorruptWeights) else "broken" if isinstance(found, ChannelBroken) else "failed", found)
+
+
+def outcomes(references: Sequence[Any], verb: str, timeout_s: float) -> dict[int, Undelivered]:
+    """What went wrong, by actor. references: of one call to each."""
+    _, late = ray.wait(list(references), num_returns=len(references), timeout=timeout_s)
+    failed: dict[int, Undelivered] = {}
+    for index, reference in enumerate(references):
+        try:
+            if reference in late:
+                raise GetTimeoutError
+            ray.get(reference)
+        except (RayTaskError, RayActorError, GetTimeoutError) as error:
+            failed[index] = Undelivered.of(error, f"rollout-{index}", verb)
+    return failed
+
+
+class _DirectBridge(ABC):
+    """Puts the weights into the actors while `publish` waits: once all work with the old version is done. An actor that dies on
+    the way is replaced, and all are sent to again.
+
+    With rollouts.max_staleness the learners wait here for what is in flight: the object store lets them go on.
+    """
+
+    transport: str
+
+    def __init__(self, learners: LearnerGroup, pool: RolloutPool, bucket_bytes: int) -> None:
+        self.learners, self.pool, self.bucket_bytes = learners, pool, bucket_bytes
+        self.deadline_s = min(pool.recipe.learners.timeout_s, pool.recipe.rollouts.timeout_s)
+        self.plans: tuple[BucketPlan, ...] = ()
+
+    def publish(self, version: int) -> WeightsDelivered:
+        """Returns when every actor holds `version`; CorruptWeights where it arrived damaged SENDS times. Call it from the thread
+        that starts rollouts."""
+        started = time.perf_counter()
+        self.pool.wait_until_idle()
+        if not self.plans:
+            self.plans = self.learners.call(bucket_plans, self.bucket_bytes)[0]
+        sends = 0
+        while failed := self._send(version):
+            error = self._mend(failed)
+            sends += error is not None
+            if error is not None and sends == SENDS:
+                raise error
+        self.pool.offer(version, [], self.plans)
+        size = sum(plan.size for plan in self.plans)
+        return WeightsDelivered(version, size, time.perf_counter() - started, len(self.plans), self.transport)
+
+    @abstractmethod
+    def _send(self, version: int) -> Mapping[int, Undelivered]:
+        """Sends all buckets to all actors; what went wrong, by actor."""
+
+    def _mend(self, failed: Mapping[int, Undelivered]) -> OrchestratorError | None:
+        """Replaces who has to be; the error that counts as one failed send, None where a lost actor explains all of it."""
+        for index, found in failed.items():
+            if found.kind == "failed":
+                raise found.error
+            if found.kind in ("lost", "late"):
+                ended = self.pool.replace(index, late=found.kind == "late", why=found.error.what)
+                if ended is not None:
+                    raise ended
+        damaged = [f.error for f in failed.values() if f.kind == "damaged"]
+        broken = [f.error for f in failed.values() if f.kind == "broken"]
+        only_broken = len(broken) == len(failed)
+        return damaged[0] if damaged else broken[0] if only_broken else None
+
+
+class BroadcastBridge(_DirectBridge):
+    """From rank 0 to all actors at once, through a channel that is opened anew whenever an actor is."""
+
+    transport = "broadcast"
+
+    def __init__(self, learners: LearnerGroup, pool: RolloutPool, bucket_bytes: int, backend: str = "gloo") -> None:
+        super().__init__(learners, pool, bucket_bytes)
+        self.backend = backend
+        self.members: list[Any] = []
+
+    def _send(self, version: int) -> Mapping[int, Undelivered]:
+        if self.members != self.pool.actors and (failed := self._open()):
+            return failed
+        started = time.monotonic()
+        receiving = [actor.receive.remote(version) for actor in self.pool.actors]
+        broken = self.learners.broadcast_buckets(self.bucket_bytes)
+        rest = max(self.deadline_s - (time.monotonic() - started), (1 - PATIENCE) * self.deadline_s)
+        failed = outcomes(receiving, "receive weights", rest)
+        if broken is not None or any(f.kind != "damaged" for f in failed.values()):
+            self.members = []
+        return failed
+
+    def _open(self) -> Mapping[int, Undelivered]:
+        """A new channel to the actors there are now."""
+        self.members, actors = [], list(self.pool.actors)
+        gone = outcomes([a.leave_channel.remote() for a in actors], "leave the channel for weights", self.deadline_s)
+        if gone:
+            return gone
+        address, port = self.learners.listen()
+        meeting = Meeting(address, port, len(actors) + 1, self.backend, PATIENCE * self.deadline_s)
+        joining = [a.join_channel.remote(meeting, self.plans) for a in actors]
+        broken = self.learners.open_channel(meeting)
+        failed = outcomes(joining, "join the channel for weights", self.deadline_s)
+        if broken is not None and not failed:
+            raise WorkerLost("the channel for weights could not be opened", why=broken, fix="see logs/ in the run folder")
+        if not failed:
+            self.members = actors
+        return failed
+
+
+class CudaIpcBridge(_DirectBridge):
+    """From rank i to actor i in the memory of the GPU that both use."""
+
+    transport = "cuda_ipc"
+
+    def _send(self, version: int) -> Mapping[int, Undelivered]:
+        found = self.learners.call(hand_buckets, list(self.pool.actors), version, self.bucket_bytes, PATIENCE * self.deadline_s)
+        failed = {index: f for index, f in enumerate(found) if f is not None}
+        return failed or outcomes([a.commit.remote(version) for a in self.pool.actors], "take weights", self.deadline_s)
+
+
+def hand_buckets(learner: RankLearner, receivers: Sequence[Any], version: int, bucket_bytes: int, timeout_s: float) -> Undelivered | None:
+    """On every rank: hands each bucket to the actor with the rank's number, which has taken it before the next is gathered."""
+    from torch.multiprocessing.reductions import reduce_tensor
+
+    rank, device = learner.group.rank, device_name(learner.device)
+    failed: list[Undelivered] = []
+
+    def hand(index: int, plan: BucketPlan, flat: Any) -> None:
+        expected = checksum(flat)  # waits for the device
+        try:
+            ray.get(receivers[rank].take.remote(version, index, plan, reduce_tensor(flat), expected, device), timeout=timeout_s)
+        except RayError as error:
+            failed.append(Undelivered.of(error, f"rollout-{rank}", "take weights"))
+            raise ChannelBroken(f"rollout-{rank} takes no more buckets") from error
+
+    send_each(learner, bucket_bytes, hand)
+    return failed[0] if failed else None
+
+
+def make_bridge(recipe: Recipe, learners: LearnerGroup, pool: RolloutPool) -> WeightBridge:
+    """The transport that the recipe names. auto: the object store, which works everywhere; CUDA IPC saves its copies where
+    learner and actor share a GPU, but its handles have not run on one yet, so it has to be asked for."""
+    rollouts, size = recipe.rollouts, int(recipe.rollouts.bucket_mb * 1e6)
+    shared = shares_gpus(recipe)
+    if rollouts.transport == "cuda_ipc" and not shared:
+        raise ConfigError(
+            "rollouts.transport=cuda_ipc needs a learner and a rollout actor on each GPU",
+            why=f"placement={rollouts.placement}, GPUs per learner: {recipe.learners.gpus:g}, per actor: {rollouts.gpus:g}",
+            fix="set rollouts.placement=colocated and learners.gpus_per_worker=rollouts.gpus_per_worker=0.5, or rollouts.transport=auto",
+        )
+    if rollouts.transport == "broadcast":
+        on_gpus = recipe.learners.gpus > 0 and rollouts.gpus > 0 and not shared
+        return BroadcastBridge(learners, pool, size, "nccl" if on_gpus else "gloo")  # NCCL takes one process per GPU
+    if rollouts.transport == "cuda_ipc":
+        return CudaIpcBridge(learners, pool, size)
+    return ObjectStoreBridge(learners, pool, size)
+
+
+def shares_gpus(recipe: Recipe) -> bool:
+    """True where learner i and rollout actor i have parts of one GPU."""
+    learner, actor = recipe.learners.gpus, recipe.rollouts.gpus
+    return recipe.rollouts.placement == "colocated" and learner > 0 and actor > 0 and learner + actor <= 1

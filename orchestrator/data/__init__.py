@@ -1,0 +1,1 @@
+"""Files to tokens to micro-batches: read, validate, tokenize, order, pack, cut."""

@@ -1,0 +1,1 @@
+"""One DeepSpeed rank: forward, backward, optimizer step, state, weights to publish."""

@@ -1,0 +1,176 @@
+"""What is easily wrong in silence, looked at once at start-up, and probes that measure instead of assume."""
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from orchestrator.learner.rank_learner import RankLearner
+from orchestrator.learner.memory import device_bytes
+from orchestrator.learner.state import full_weights
+from orchestrator.models.block_attention import compiled_attention
+from orchestrator.models.rows import MicroBatchTensors
+from orchestrator.models.forward import head_gap, scored
+from orchestrator.core.batches import Floats, LossUnits, MicroBatch
+
+
+@dataclass(frozen=True, slots=True)
+class Gap:
+    """How far two ways to compute the same log-probs (or rewards, values) are apart, token by token, and what rounding alone does.
+
+    rms, largest: over tokens, in nat; roundings: in units of what one more rounding of each layer's output changes (the
+    larger of both ratios; NaN where a value is none). So neither the length of an answer nor the model's temper matters.
+    """
+
+    rms: float
+    largest: float
+    roundings: float
+
+    @classmethod
+    def of(cls, difference: Floats, control: Floats) -> "Gap":
+        rms, largest = _size(difference)
+        unit_rms, unit_largest = _size(control)
+        return cls(rms, largest, float(np.max([rms / (unit_rms + TINY), largest / (unit_largest + TINY)])))
+
+    def __str__(self) -> str:
+        return f"{self.rms:.1e} nat a token, at most {self.largest:.1e}, {self.roundings:.1f} times what rounding does"
+
+
+TINY = 1e-8
+"""nat: what no comparison is finer than, also where rounding changes nothing."""
+
+
+def _size(values: Floats) -> tuple[float, float]:
+    return float(np.sqrt(np.square(values, dtype=np.float64).mean())), float(np.abs(values).max())
+
+
+def worst(gaps: Sequence[Gap]) -> Gap:
+    """The largest of several ranks' gaps, which is one with a NaN if there is any."""
+    return max(gaps, key=lambda gap: (np.isnan(gap.roundings), gap.roundings))
+
+
+def start_gaps(learner: RankLearner, chosen: MicroBatch | None, padded: MicroBatch) -> tuple[Gap, Gap]:
+    """How far the rows as they are laid out are from padded ones (chosen: None where they are padded themselves), and our chunked log-probs (or
+    rewards) from the model's own logits; nothing for critics, whose head is ours. A collective."""
+    plain = _values(learner, padded)
+    with rounded(learner):
+        control = _values(learner, padded) - plain
+    layout = Gap(0.0, 0.0, 0.0) if chosen is None else Gap.of(_values(learner, chosen) - plain, control)
+    if learner.algorithm.head == "value":
+        return layout, Gap(0.0, 0.0, 0.0)
+    difference = head_gap(learner.scoring, MicroBatchTensors.of(padded, learner.device))
+    return layout, Gap.of(difference.float().cpu().numpy(), control)
+
+
+@torch.no_grad()
+def _values(learner: RankLearner, micro_batch: MicroBatch) -> Floats:
+    """What the model gives for each token (or sequence: rewards), in the order (sequence, position), whatever the layout."""
+    learner.scoring.eval()
+    learner.scoring.dropout.off()
+    result = scored(learner.engine, MicroBatchTensors.of(micro_batch, learner.device))
+    values = result.values.float().cpu().numpy()
+    return values.ravel() if result.rewards is not None else values[np.lexsort((micro_batch.score_at, micro_batch.sequence))]
+
+
+@contextmanager
+def rounded(learner: RankLearner) -> Iterator[None]:
+    """The model with the output of its embedding and of each layer rounded once more: off by up to half a unit of the training
+    precision, differently for each value. Rows of another length or number often change nothing at all, so are no control."""
+    size = 2.0**-24 if learner.spec.recipe.learners.precision == "fp32" else 2.0**-8
+    draw = torch.Generator(learner.device).manual_seed(0)
+
+    def again(module: nn.Module, inputs: Any, output: Any) -> Any:
+        values, *rest = output if isinstance(output, tuple) else (output,)
+        noise = 2.0 * torch.rand(values.shape, generator=draw, device=values.device) - 1.0
+        values = (values.float() * (1.0 + size * noise)).to(values.dtype)
+        return (values, *rest) if isinstance(output, tuple) else values
+
+    model = learner.scoring.hugging_face
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    hooks = [module.register_forward_hook(again) for module in (model.get_input_embeddings(), *layers)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def probe_peak(learner: RankLearner, micro_batch: MicroBatch, units: LossUnits) -> int:
+    """Peak bytes of a forward and backward of one micro-batch beyond what the process held before the model; the
+    gradient is dropped, nothing has changed after. A collective."""
+    nothing = np.zeros(len(micro_batch.targets), np.float32)
+    probe = replace(micro_batch, ref_logprobs=nothing, coefficients=nothing)  # only the size of things is asked for
+    report = learner.forward_backward([probe, probe], units, step=-1)
+    learner.discard()
+    return report.peak_bytes
+
+
+def usable_bytes(learner: RankLearner) -> int:
+    """Memory of this rank's device."""
+    return device_bytes(learner.device, learner.group.world)
+
+
+def device_kind(learner: RankLearner) -> str:
+    """What this rank computes on: the name of its GPU, or the CPU with its instructions and threads."""
+    if learner.device.type == "cuda":
+        return torch.cuda.get_device_name(learner.device)
+    return f"cpu {torch.backends.cpu.get_cpu_capability()} {torch.get_num_threads()}"
+
+
+def attention_compilations(learner: RankLearner) -> int:
+    """Graphs of attention that this process has compiled so far; 0 where no row needed any."""
+    return compiled_attention().compilations
+
+
+def model_fingerprint(learner: RankLearner) -> str:
+    """SHA-256 of the weights this run starts from."""
+    return learner.loaded.fingerprint
+
+
+def adam_steps(learner: RankLearner) -> int:
+    """Optimizer steps that were applied; refused ones and a critic's warm-up make it differ from the schedule's count."""
+    return learner.engine.optimizer_step()
+
+
+FP32_PEAKS = (
+    *(("H100 NVL", 60e12), ("H100 PCIe", 51e12), ("H100", 67e12), ("H200 NVL", 60e12), ("H200", 67e12)),
+    *(("A100", 19.5e12), ("L40S", 91.6e12), ("L4", 30.3e12), ("A10", 31.2e12), ("T4", 8.1e12)),
+)
+"""Dense fp32 FLOP/s outside the tensor cores, from NVIDIA's data sheets: what matmul precision "highest" can reach. Longer names first."""
+
+
+def peak_flops(learner: RankLearner) -> float | None:
+    """FLOP/s the device could reach in the training precision: data sheets for GPUs, a measured matrix product on a CPU."""
+    if learner.device.type == "cuda":
+        return sheet_flops(torch.cuda.get_device_name(learner.device), learner.spec.recipe.learners.precision)
+    return _measured_flops()
+
+
+def sheet_flops(device: str, precision: str) -> float | None:
+    """Peak FLOP/s of a GPU by its name; None where it is not known. TRL's table has no fp32."""
+    from trl.trainer.utils import get_peak_flops
+
+    if precision == "fp32":
+        return next((peak for name, peak in FP32_PEAKS if name.lower() in device.lower()), None)
+    return get_peak_flops(device, "float16" if precision == "fp16" else "bfloat16")
+
+
+def _measured_flops(size: int = 768, repeats: int = 3) -> float:
+    a, b = torch.rand(size, size), torch.rand(size, size)
+    best = float("inf")
+    for _ in range(repeats + 1):
+        started = time.perf_counter()
+        torch.matmul(a, b)
+        best = min(best, time.perf_counter() - started)
+    return 2.0 * size**3 / best
+
+
+def final_weights(learner: RankLearner) -> dict[str, Floats]:
+    """Whole fp32 weights by name on rank 0, nothing elsewhere: for `verify`. A collective."""
+    return {name: weight.numpy() for name, weight in full_weights(learner, keep=learner.group.rank == 0)}

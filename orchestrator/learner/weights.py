@@ -1,0 +1,84 @@
+"""The policy's weights, bucket by bucket, for the generators: gathered from ZeRO-3 shards, never the whole model at once.
+
+LoRA sends its adapter only: the generators hold the base weights already.
+"""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from orchestrator.learner.rank_learner import RankLearner, iterate_trainable
+from orchestrator.models.weight_buckets import WIRE, BucketPlan, Channel, ChannelBroken, fill, layout
+
+
+def bucket_plans(learner: RankLearner, bucket_bytes: int) -> tuple[BucketPlan, ...]:
+    """How the trainable parameters fall into buckets of at most `bucket_bytes` (a larger parameter has one of its own)."""
+    return tuple(BucketPlan(*layout([(name, _shape(p)) for name, p in part], _wire(learner))) for part in _parts(learner, bucket_bytes))
+
+
+def flat_buckets(learner: RankLearner, bucket_bytes: int, *, keep: bool = True) -> Iterator[tuple[BucketPlan, Tensor]]:
+    """(plan, bytes UInt8 on the learner's device) of each bucket in turn. keep: False on a rank that only takes part in ZeRO-3's
+    gathers: it fills no bucket and sees none. A collective at ZeRO-3: run it on all ranks, to its end."""
+    for plan, part in zip(bucket_plans(learner, bucket_bytes), _parts(learner, bucket_bytes), strict=True):
+        flat = None
+        with learner.engine.full_parameters([p for _, p in part]):
+            if keep:
+                flat = fill(plan.entries, plan.size, {name: p.data for name, p in part}, learner.device)
+        if flat is not None:
+            yield plan, flat
+
+
+def broadcast(learner: RankLearner, channel: Channel | None, bucket_bytes: int) -> str | None:
+    """Sends the weights through the channel, which rank 0 alone has; what broke that, if anything did."""
+    if channel is None:
+        return send_each(learner, bucket_bytes, None)
+    try:
+        broken = send_each(learner, bucket_bytes, lambda index, plan, flat: channel.send(flat))
+    except BaseException:
+        channel.close()  # a rank failed: the receivers shall hear of it at once
+        raise
+    if broken is not None:
+        channel.close()
+    return broken
+
+
+def send_each(learner: RankLearner, bucket_bytes: int, send: Callable[[int, BucketPlan, Tensor], None] | None) -> str | None:
+    """send(index, plan, bytes) of each bucket, until one raises ChannelBroken: what it said. Gathers to the end even then: at
+    ZeRO-3 the other ranks wait in a collective."""
+    broken = None
+    for index, (plan, flat) in enumerate(flat_buckets(learner, bucket_bytes, keep=send is not None)):
+        if send is not None and broken is None:
+            try:
+                send(index, plan, flat)
+            except ChannelBroken as error:
+                broken = str(error)
+    return broken
+
+
+def _parts(learner: RankLearner, bucket_bytes: int) -> Iterator[list[tuple[str, nn.Parameter]]]:
+    names, element = learner.scoring.hf_names(), _wire(learner).itemsize
+    part: list[tuple[str, nn.Parameter]] = []
+    held = 0
+    for name, parameter in iterate_trainable(learner.engine.module):
+        size = element * _numel(parameter)
+        if part and held + size > bucket_bytes:
+            yield part
+            part, held = [], 0
+        part.append((names[name], parameter))
+        held += size
+    if part:
+        yield part
+
+
+def _wire(learner: RankLearner) -> torch.dtype:
+    return WIRE[learner.spec.recipe.learners.precision]
+
+
+def _shape(parameter: nn.Parameter) -> tuple[int, ...]:
+    """Of the whole parameter; at ZeRO-3 a rank holds a part."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def _numel(parameter: nn.Parameter) -> int:
+    return int(getattr(parameter, "ds_numel", parameter.numel()))

@@ -1,0 +1,1 @@
+"""Transformers models: load, forward, attention, weights on their way, export."""

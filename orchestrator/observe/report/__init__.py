@@ -1,0 +1,1 @@
+"""`report.html`, model cards, comparisons of runs, coloured tokens."""

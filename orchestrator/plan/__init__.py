@@ -1,0 +1,1 @@
+"""Recipe, lengths and hardware to a `Cut`: memory, time, and why."""

@@ -1,0 +1,44 @@
+"""What a run folder takes of a disk: checkpoints by checkpoint.keep and checkpoint.final, and the export."""
+
+from orchestrator.algorithms.table import Algorithm, critic
+from orchestrator.recipe.schema import Recipe
+from orchestrator.plan.memory import model_sizes
+from orchestrator.models.rounding import FULL, may_be_too_coarse
+from orchestrator.models.source import export_dtype
+from orchestrator.plan.state_bytes import Sizes
+from orchestrator.core.format import size
+
+STATE_BYTES = 12
+"""Of a trainable parameter in a checkpoint: the fp32 master weight and Adam's two moments."""
+ELEMENT = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+def checkpoint_bytes(recipe: Recipe, algorithm: Algorithm, sizes: Sizes) -> int:
+    """Of one checkpoint: the state of the policy (sizes: its parameters), TR-DPO's moving reference, and the state of PPO's critic."""
+    total = STATE_BYTES * sizes.learns
+    if recipe.algorithm.reference_sync_every is not None:
+        total += (4 if recipe.learners.precision in ("fp32", "bf16_autocast") else 2) * sizes.all
+    if algorithm.online is not None and algorithm.online.critic:
+        model = recipe.critic.model or recipe.model.model_copy(update={"lora": None})
+        total += STATE_BYTES * model_sizes(recipe.model_copy(update={"model": model}), critic(recipe.algorithm)).learns
+    return total
+
+
+def export_bytes(recipe: Recipe, sizes: Sizes) -> int:
+    """Of the exported weights, at most; an adapter's are fp32."""
+    element = ELEMENT[FULL if may_be_too_coarse(recipe) else export_dtype(recipe.export.dtype, recipe.model)]
+    if recipe.model.lora is None:
+        return element * sizes.all
+    whole = element * (sizes.all - sizes.learns) if recipe.export.lora != "adapter" else 0
+    return whole + (4 * sizes.learns if recipe.export.lora != "merged" else 0)
+
+
+def in_words(recipe: Recipe, algorithm: Algorithm, sizes: Sizes) -> tuple[str, str]:
+    """(a checkpoint, how many of them and the export), for the plan. Example: "a checkpoint is 1.6 GB", "every 10m, at most 2 kept …"."""
+    saved, keep, every = checkpoint_bytes(recipe, algorithm, sizes), recipe.checkpoint.keep, recipe.checkpoint.every
+    when = "at the end only" if every is None else f"every {every}" if isinstance(every, str) else f"every {every} steps"
+    final = {"full": "", "weights": "; weights alone at the end", "none": "; none at the end"}[recipe.checkpoint.final]
+    exported = export_bytes(recipe, sizes)
+    most = (keep + 1) * saved + exported
+    reason = f"{when}, {keep} kept{final}; export {size(exported)} ({recipe.export.dtype}); {size(most)} at most"
+    return f"a checkpoint is {size(saved)}", reason

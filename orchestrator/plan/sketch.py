@@ -1,0 +1,78 @@
+"""Data that is not there: rows of lengths that are said, to plan with before anything is downloaded."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from orchestrator.algorithms.table import Algorithm
+from orchestrator.recipe.schema import Recipe
+from orchestrator.data.tokenize import EncodingReport
+from orchestrator.data.order import Batches, Order
+from orchestrator.data.sources import LoadedRows
+from orchestrator.data.dataset import DataSet
+from orchestrator.core.rollouts import Prompt
+from orchestrator.core.errors import ConfigError
+from orchestrator.data.prompts import longest_rollouts
+from orchestrator.core.batches import Branch, Ints, SequenceGroup
+
+STEPS = 8
+"""Effective batches of rows that are made up."""
+SPREAD = 3.0
+"""Of the lengths: those of a gamma distribution with this shape, a long tail like that of most preference data."""
+
+
+@dataclass(frozen=True, slots=True)
+class Lengths:
+    """Tokens of a prompt and one completion together. Example: Lengths(900, 2048)"""
+
+    mean: int
+    most: int
+
+    def __str__(self) -> str:
+        return f"{self.mean} tokens in the mean, at most {self.most}"
+
+    @classmethod
+    def parse(cls, text: str) -> "Lengths":
+        """From MEAN,MAX; ConfigError for anything else."""
+        parts = text.split(",")
+        if len(parts) != 2 or not all(p.strip().isdigit() for p in parts) or not 2 <= int(parts[0]) <= int(parts[1]):
+            raise ConfigError(f"--lengths {text} is not MEAN,MAX", why="tokens of a prompt and one completion", fix="write e.g. --lengths 900,2048")
+        return cls(int(parts[0]), int(parts[1]))
+
+    def draw(self, count: int, seed: int) -> Ints:
+        """`count` lengths, the same for the same seed; one of them is the largest there can be."""
+        drawn = np.random.default_rng(seed).gamma(SPREAD, self.mean / SPREAD, count)
+        lengths = np.clip(np.rint(drawn), 2, self.most).astype(np.int64)
+        lengths[0] = self.most
+        return lengths
+
+
+def made_up(recipe: Recipe, algorithm: Algorithm, lengths: Lengths) -> DataSet:
+    """A data set of such rows: half of each is the prompt; of an online run the prompt is what rollouts.max_new_tokens leaves."""
+    effective = recipe.batch.effective // algorithm.group_examples
+    drawn = np.minimum(lengths.draw(STEPS * effective, recipe.run.seed), recipe.data.max_length)
+    if algorithm.online is not None:
+        spare = recipe.rollouts.max_new_tokens
+        prompts = [Prompt(i, f"made up:{i + 1}", 0, np.zeros(max(1, n - spare), np.int64), None, {}) for i, n in enumerate(drawn.tolist())]
+        groups = tuple(longest_rollouts(p, recipe, algorithm) for p in prompts)
+        drawn = np.array([len(p.ids) + spare for p in prompts])
+    else:
+        groups = tuple(_group(i, n, algorithm) for i, n in enumerate(drawn.tolist()))
+    count = len(groups)
+    return DataSet(
+        tokenizer=None,
+        loaded=LoadedRows((), (), (count,), (1.0,), ("made-up lengths",), (str(lengths),), ""),
+        report=EncodingReport(count, count, 0, 0, (), 0, tuple(drawn.tolist())),
+        groups=groups,
+        batches=Batches(groups, Order([count], [1.0], recipe.run.seed), effective, recipe.data.remainder),
+        held_out=(),
+        held_out_report=None,
+        held_out_names=(),
+        prompts=(),
+        answers=(),
+    )
+
+
+def _group(index: int, length: int, algorithm: Algorithm) -> SequenceGroup:
+    prompt, answer = np.zeros(length // 2, np.int64), np.zeros(length - length // 2, np.int64)
+    return SequenceGroup(index, prompt, (Branch(answer, np.ones(len(answer), np.bool_)),) * algorithm.branches, 0)

@@ -1,0 +1,1 @@
+"""YAML to a checked `Recipe`: the schema, files and `extends`, overrides, pipelines, who reads each key, the fingerprint."""

@@ -1,0 +1,116 @@
+"""docs/recipe-reference.md, made from the schema: `orchestrator config reference` prints it, and a test compares it with the page.
+
+    config.Recipe -> sections in the order of the file -> a table of keys each: type and bounds, default, description, who reads it
+"""
+
+import types
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from orchestrator.recipe.schema import Recipe
+from orchestrator.recipe.keys import ALWAYS, READERS, Readers
+
+HEAD = """# Recipe reference
+
+A recipe is a YAML file with these sections. `extends: FILE` takes another recipe as its base, `a.b=c` on the command line sets one key,
+and `orchestrator config schema` prints the JSON schema for editors. An unknown key is an error that names the nearest one.
+
+A file with `pipeline:` holds a list of stages instead; each is a recipe with a `name` besides, and where it says `stage:NAME`
+(`model.path`, `model.reference`, `critic.model.path`, `rewards.functions[].model`) it takes what the stage NAME before it exported.
+On the command line `NAME:a.b=c` sets a key of one stage; `a.b=c` sets it in every stage that reads it.
+
+## Keys that a run does not read
+Every key below says who reads it. What stands in your own file or on the command line and is not read is an error, whole sections too: it
+would do nothing, so take it out, even where it repeats the default. Only null, `auto`, `[]` and `{{}}` may stand anywhere where they are the
+default: they ask for nothing, and take back what a file that is extended says. A key that comes from a file under `extends`, from a recipe of
+the program itself, or that is useless only because of a change on the command line (`run.max_steps=2` beside the file's `run.epochs`) is no
+error: `orchestrator plan` lists it, and the run has the default there.
+
+The schema holds {keys} keys. `tests/unit/settings` sets each of them to every legal kind of value, {values} in all, from a file and from the
+command line, and to what is not legal, and looks at what two values of each change.
+
+This page is generated from the schema: `orchestrator config reference > docs/recipe-reference.md`.
+"""
+KEYS, VALUES = 275, 1129
+"""Counted by tests/unit/settings/test_values.py, which says what to write here."""
+WORDS = {str: "text", int: "whole number", float: "number", bool: "true or false", type(None): "null"}
+BOUNDS = (("ge", "≥"), ("gt", ">"), ("le", "≤"), ("lt", "<"))
+
+
+def render() -> str:
+    """The page as Markdown. A section that stands in several places is told once."""
+    places: dict[type[BaseModel], list[str]] = {}
+    for path, section in _sections(Recipe, ""):
+        places.setdefault(section, []).append(path)
+    return HEAD.format(keys=KEYS, values=VALUES) + "".join(_section(paths, section) for section, paths in places.items())
+
+
+def _sections(section: type[BaseModel], path: str) -> Iterator[tuple[str, type[BaseModel]]]:
+    """(dotted path, section) of every section below one, depth first; `[]` stands for the entries of a list."""
+    for key, field in section.model_fields.items():
+        for inner, many in _inside(field.annotation):
+            below = f"{path}{key}{'[]' if many else ''}"
+            yield below, inner
+            yield from _sections(inner, f"{below}.")
+
+
+def _inside(annotation: Any, many: bool = False) -> Iterator[tuple[type[BaseModel], bool]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation, many
+    for argument in get_args(annotation):
+        yield from _inside(argument, many or get_origin(annotation) is list)
+
+
+def _section(paths: Sequence[str], section: type[BaseModel]) -> str:
+    about = " ".join((section.__doc__ or "").split())
+    readers = READERS.get(section, {})
+    rows = "".join(_row(key, field, readers.get(key, ALWAYS)) for key, field in section.model_fields.items())
+    text = f"\n{about}\n" if about else ""
+    return f"\n## {', '.join(paths)}\n{text}\n| key | value | default | |\n|---|---|---|---|\n{rows}"
+
+
+def _row(key: str, field: FieldInfo, readers: Readers) -> str:
+    bounds = [f"{sign} {getattr(item, name):g}" for item in field.metadata for name, sign in BOUNDS if getattr(item, name, None) is not None]
+    about = field.description or ("see below" if any(_inside(field.annotation)) else "")
+    about += f"; **read only {readers.words}**" if readers.words else ""
+    value = ", ".join([_type(field.annotation), *bounds])
+    return f"| `{key}` | {value} | {_default(field)} | {_cell(about)} |\n"
+
+
+def _default(field: FieldInfo) -> str:
+    if field.is_required():
+        return "required"
+    if isinstance(field.default, BaseModel):
+        return "its own"
+    if field.default is None or field.default is PydanticUndefined:
+        return "–"
+    shown = str(field.default).lower() if isinstance(field.default, bool) else field.default
+    return f"`{list(shown) if isinstance(shown, tuple) else shown}`"
+
+
+def _type(annotation: Any) -> str:
+    """A type in a reader's words."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Literal:
+        return _cell(" | ".join(f"`{value}`" for value in arguments))
+    if origin in (Union, types.UnionType):
+        return " or ".join(_type(argument) for argument in arguments if argument is not type(None))
+    if origin is list:
+        return "list of mappings" if any(_inside(arguments[0])) else f"list of {_type(arguments[0])}s"
+    if origin is tuple:
+        return f"list of {len(arguments)} {_type(arguments[0])}s"
+    if origin is dict:
+        return "mapping"
+    if arguments:  # Annotated
+        return _type(arguments[0])
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return "mapping"
+    return WORDS.get(annotation, "anything")
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ").replace("<", "&lt;")

@@ -1,0 +1,1 @@
+"""What decodes: transformers with a padded or a paged batch, and vLLM."""

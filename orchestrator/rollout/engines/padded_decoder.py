@@ -1,0 +1,234 @@
+"""The transformers engine with a padded batch that is refilled while it decodes.
+
+    requests --admit: prefill each prompt once, fork it for its samples--> rows of one left-padded batch
+                 ^                                                             |
+                 +---- rows end, the batch is compacted <--- one token a row --+
+
+A model's own `generate` repeats the prompt for every sample and keeps ended rows until the longest one ends.
+"""
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+from orchestrator.core.rollouts import Completion, Sampling
+from orchestrator.core.errors import ConfigError
+from orchestrator.models.noise import words
+from orchestrator.core.batches import Finish, Ints
+from orchestrator.rollout.engines.sampling import Drawn, draw
+
+COMPACT_AT = 0.25
+"""Share of ended rows at which the batch is compacted: copying the cache costs more than a few idle rows."""
+SPARE_TOKENS = 8
+"""Decoded beside the longest stop text: some tokenizers lose a space at the beginning of what they decode."""
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One prompt and the seeds of its samples. position: tokens the seeds have drawn before (multi-turn); room: tokens
+    each sample may still draw."""
+
+    prompt: Ints
+    seeds: tuple[int, ...]
+    room: int
+    position: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Ends:
+    """What ends a completion: an eos token, a stop text, no room. decode: tokens -> text, special ones included."""
+
+    eos: frozenset[int]
+    decode: Callable[[Sequence[int]], str]
+
+    def finish(self, ids: Sequence[int], room: int, stop: Sequence[str]) -> Finish | None:
+        """Why a completion ends with the last of its tokens, None where it goes on."""
+        if ids[-1] in self.eos or (stop and self._stops(ids, stop)):
+            return "stop"
+        return "length" if len(ids) >= room else None
+
+    def _stops(self, ids: Sequence[int], stop: Sequence[str]) -> bool:
+        tokens = SPARE_TOKENS + max(len(text.encode()) for text in stop)  # no token is shorter than a byte
+        tail = self.decode(ids[-tokens:])
+        return any(text in tail for text in stop)
+
+
+@dataclass(slots=True)
+class _Row:
+    request: int
+    sample: int
+    room: int
+    ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    kept: list[float] = field(default_factory=list)
+    finish: Finish | None = None
+
+    def completion(self) -> Completion:
+        return as_completion(self.ids, self.logprobs, self.kept, self.finish)
+
+
+class StaticDecoder:
+    """Decodes requests with one model in this process. rows: sequences decoded together; eos: tokens that end a sequence.
+    ConfigError where the model's cache is more than keys and values."""
+
+    def __init__(self, model: Any, eos: Sequence[int], rows: int, decode: Callable[[Sequence[int]], str]) -> None:
+        self.model, self.rows, self.ends = model, rows, Ends(frozenset(eos), decode)
+        self.device = next(model.parameters()).device
+        kinds = {type(layer) for layer in DynamicCache(config=model.config).layers}
+        if getattr(model, "_is_stateful", False) or kinds - {DynamicLayer, DynamicSlidingWindowLayer}:
+            raise ConfigError(
+                f"{type(model).__name__} keeps more than keys and values while it generates",
+                why="rows of its cache cannot be forked and refilled",
+                fix="set rollouts.engine=vllm",
+            )
+
+    @torch.no_grad()
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[tuple[Completion, ...]]:
+        """The completions of each request, in order. A stop text or eos is the last token of its completion."""
+        self.model.eval()
+        done: list[list[Completion | None]] = [[None] * len(r.seeds) for r in requests]
+        waiting = deque(range(len(requests)))
+        batch = _Batch(self.device)
+        while waiting or batch.rows:
+            self._admit(batch, waiting, requests)
+            self._draw(batch, sampling)
+            for row in batch.rows:
+                if row.finish is not None and done[row.request][row.sample] is None:
+                    done[row.request][row.sample] = row.completion()
+            alive = [i for i, row in enumerate(batch.rows) if row.finish is None]
+            if not alive:
+                batch = _Batch(self.device)
+                continue
+            if len(batch.rows) - len(alive) >= max(1, COMPACT_AT * len(batch.rows)):
+                batch.keep(alive)
+            self._forward(batch)
+        return [tuple(c for c in completions if c is not None) for completions in done]
+
+    def _admit(self, batch: "_Batch", waiting: deque[int], requests: Sequence[Request]) -> None:
+        """Fills free rows; not before a quarter of them is free, as each prefill interrupts all the others."""
+        free = self.rows - len(batch.rows)
+        if not waiting or (batch.rows and free < max(len(requests[waiting[0]].seeds), COMPACT_AT * self.rows)):
+            return
+        admitted: list[int] = []
+        while waiting and (not (admitted or batch.rows) or len(requests[waiting[0]].seeds) <= free):
+            free -= len(requests[waiting[0]].seeds)
+            admitted.append(waiting.popleft())
+        chosen = [requests[i] for i in admitted]
+        width = max(len(r.prompt) for r in chosen)
+        ids = torch.zeros(len(chosen), width, dtype=torch.long)
+        mask = torch.zeros(len(chosen), width, dtype=torch.long)
+        for row, request in enumerate(chosen):
+            ids[row, width - len(request.prompt) :] = torch.from_numpy(request.prompt)
+            mask[row, width - len(request.prompt) :] = 1
+        ids, mask = ids.to(self.device), mask.to(self.device)
+        cache = DynamicCache()  # without the config: sliding layers keep all, so that rows can be padded and compacted alike
+        logits = self._logits(ids, mask, (mask.cumsum(1) - 1).clamp(min=0), cache)
+        forks = torch.tensor([len(r.seeds) for r in chosen], device=self.device)
+        origin = torch.repeat_interleave(torch.arange(len(chosen), device=self.device), forks)
+        rows = [_Row(i, k, r.room) for i, r in zip(admitted, chosen, strict=True) for k in range(len(r.seeds))]
+        seeds = torch.tensor([words(seed) for r in chosen for seed in r.seeds], device=self.device)
+        start = torch.tensor([r.position for r in chosen for _ in r.seeds], device=self.device)
+        layers = [(keys[origin], values[origin]) for keys, values in map(_keys_values, cache.layers)]
+        batch.add(rows, layers, mask[origin], logits[origin], seeds, start)
+
+    def _draw(self, batch: "_Batch", sampling: Sampling) -> None:
+        drawn = draw(batch.logits, batch.seeds, batch.positions, sampling)
+        batch.tokens, batch.positions = drawn.tokens, batch.positions + 1
+        for row, token, logprob, kept in zip(batch.rows, *on_host(drawn), strict=True):
+            if row.finish is not None:
+                continue
+            row.ids.append(token)
+            row.logprobs.append(logprob)
+            row.kept.extend(kept)
+            row.finish = self.ends.finish(row.ids, row.room, sampling.stop)
+
+    def _forward(self, batch: "_Batch") -> None:
+        """One token further: the logits after the last drawn tokens."""
+        batch.mask = torch.cat([batch.mask, batch.mask.new_ones(len(batch.rows), 1)], 1)
+        positions = batch.mask.sum(1, keepdim=True) - 1
+        batch.logits = self._logits(batch.tokens[:, None], batch.mask, positions, batch.cache)
+
+    def _logits(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache) -> Tensor:
+        output = self.model(
+            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1
+        )
+        return output.logits[:, -1]
+
+
+class _Batch:
+    """Rows that decode together, left-padded to one length. mask: Int[R, T]; logits: Float[R, V] that the next token is drawn
+    from; seeds: Int[R, 2]; positions: Int[R], tokens drawn so far."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.rows: list[_Row] = []
+        self.cache = DynamicCache()
+        self.mask = torch.zeros(0, 0, dtype=torch.long, device=device)
+        self.logits = self.seeds = self.positions = self.tokens = torch.zeros(0, device=device)
+
+    def add(
+        self, rows: list[_Row], layers: list[tuple[Tensor, Tensor]], mask: Tensor, logits: Tensor, seeds: Tensor, positions: Tensor
+    ) -> None:
+        """Joins new rows, both sides padded on the left to the longer of the two."""
+        if not self.rows:
+            self.rows, self.mask, self.logits, self.seeds, self.positions = rows, mask, logits, seeds, positions
+            for index, (keys, values) in enumerate(layers):
+                self.cache.update(keys, values, index)
+            return
+        width = max(self.mask.shape[1], mask.shape[1])
+        for layer, added in zip(self.cache.layers, layers, strict=True):
+            pairs = zip(_keys_values(layer), added, strict=True)
+            _set(layer, *(torch.cat([_left(old, width, 2), _left(new, width, 2)]) for old, new in pairs))
+        self.mask = torch.cat([_left(self.mask, width, 1), _left(mask, width, 1)])
+        self.rows = self.rows + rows
+        self.logits, self.seeds = torch.cat([self.logits, logits]), torch.cat([self.seeds, seeds])
+        self.positions = torch.cat([self.positions, positions])
+
+    def keep(self, alive: list[int]) -> None:
+        """Drops the other rows, and the columns that are padding in all that stay."""
+        index = torch.tensor(alive, device=self.mask.device)
+        self.rows = [self.rows[i] for i in alive]
+        self.mask = self.mask[index]
+        first = int(self.mask.argmax(1).min())
+        self.mask = self.mask[:, first:]
+        for layer in self.cache.layers:
+            _set(layer, *(part[index, :, first:] for part in _keys_values(layer)))
+        self.logits, self.seeds = self.logits[index], self.seeds[index]
+        self.positions, self.tokens = self.positions[index], self.tokens[index]
+
+
+def on_host(drawn: Drawn) -> tuple[list[int], list[float], list[list[float]]]:
+    """Of each row: its token, its log-prob, and a list with the log of its kept mass, empty where all is kept."""
+    kept = [[] for _ in drawn.tokens] if drawn.kept is None else [[k] for k in drawn.kept.tolist()]
+    return drawn.tokens.tolist(), drawn.logprobs.tolist(), kept
+
+
+def as_completion(ids: list[int], logprobs: list[float], kept: list[float], finish: Finish | None) -> Completion:
+    """The arrays of a sample that has ended."""
+    assert finish is not None and len(kept) in (0, len(ids))
+    masses = np.array(kept, np.float32) if kept else None
+    return Completion(np.array(ids, np.int64), np.array(logprobs, np.float32), finish, masses)
+
+
+def _keys_values(layer: Any) -> tuple[Tensor, Tensor]:
+    """Float[R, heads, T, d] each."""
+    return layer.keys, layer.values
+
+
+def _set(layer: Any, keys: Tensor, values: Tensor) -> None:
+    layer.keys, layer.values = keys, values
+
+
+def _left(values: Tensor, width: int, dim: int) -> Tensor:
+    """Zeros in front until `dim` has `width`."""
+    missing = width - values.shape[dim]
+    if not missing:
+        return values
+    shape = list(values.shape)
+    shape[dim] = missing
+    return torch.cat([values.new_zeros(shape), values], dim)

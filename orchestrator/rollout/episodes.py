@@ -1,0 +1,309 @@
+"""Episodes: one completion of a prompt, or a conversation with an environment turn by turn.
+
+    prompt --sample--> completion                                                      (no environment)
+    reset(row) -> messages --template--> prompt --sample--> completion --step--> messages --template--> … until done
+
+Only the model's own tokens are scored. What it sampled is kept as it was sampled: later turns are appended to those very
+tokens, never tokenized again.
+"""
+
+import math
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from orchestrator.data.template import render
+from orchestrator.core.rollouts import Completion, Prompt, Rollout, RolloutGroup, Sampling
+from orchestrator.core.errors import ConfigError, DataError
+from orchestrator.core.batches import Finish, Ints
+from orchestrator.rollout.engines.sampling import sample_seed
+from orchestrator.rollout.engines.padded_decoder import Request
+from orchestrator.rollout.user_code import load_module
+
+Messages = list[dict[str, Any]]
+_ANSWER = "\x02answer\x03"
+"""Stands for the assistant's text where the template is asked what comes after it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """What an environment says to a completion: its messages, whether the episode is over, and a reward (summed up)."""
+
+    messages: Messages = field(default_factory=list)
+    done: bool = False
+    reward: float = 0.0
+
+
+class Environment(Protocol):
+    """One episode with the model. A new object is made for every rollout.
+
+    Example: orchestrator/rollout/environments/calculator.py, a tool that the model may call before it answers.
+    """
+
+    def reset(self, row: Mapping[str, Any]) -> Messages:
+        """The conversation that the episode begins with; row: `prompt` and the other columns of the data. The same row must
+        always give the same messages: the samples of a prompt share it."""
+        ...
+
+    def step(self, completion: str) -> Turn:
+        """Answers the model's turn."""
+        ...
+
+
+Factory = Callable[[], Environment]
+
+
+class Decoder(Protocol):
+    """Samples completions for requests with weights that are already in place."""
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[tuple[Completion, ...]]: ...
+
+
+def load_environment(spec: str) -> Factory:
+    """The class named by `module:Class` or `file.py:Class`; ConfigError where there is none or its module cannot be loaded."""
+    place, _, name = spec.rpartition(":")
+    if not place or not name:
+        raise ConfigError(f"rollouts.environment: {spec!r} names no class", fix="write module:Class or file.py:Class")
+    if place.endswith(".py") and not Path(place).is_file():
+        raise ConfigError(f"rollouts.environment: no file {place}", fix="give a path relative to where you start the run")
+    try:
+        module = load_module(place)
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"rollouts.environment: {error}", fix="install it, or give a file.py:Class") from error
+    except (Exception, SystemExit) as error:
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        said = f"{type(error).__name__} at {where.filename}:{where.lineno}: {error}"
+        raise ConfigError(f"rollouts.environment: {place} cannot be loaded", why=said, fix="import it on its own to see why") from error
+    factory = getattr(module, name, None)
+    if not callable(getattr(factory, "reset", None)) or not callable(getattr(factory, "step", None)):
+        raise ConfigError(f"rollouts.environment: {place} has no class {name} with reset and step", fix="see orchestrator.rollout.episodes.Environment")
+    return factory  # pyright: ignore[reportReturnType]
+
+
+class Roller:
+    """Rolls out groups with one decoder and, where the recipe names one, an environment."""
+
+    def __init__(self, decoder: Decoder, tokenizer: Any, environment: Factory | None, max_turns: int, retries: int = 0) -> None:
+        """retries: of an episode whose environment raised something."""
+        self.decoder, self.tokenizer, self.environment, self.max_turns = decoder, tokenizer, environment, max_turns
+        self.retries = retries
+
+    def roll_out(self, work: Sequence[tuple[int, Prompt]], sampling: Sampling, version: int) -> tuple[RolloutGroup, ...]:
+        """A group for each (draw, prompt), in order."""
+        if self.environment is None:
+            return self._single(work, sampling, version)
+        return self._episodes(work, sampling, version, self.environment)
+
+    def _single(self, work: Sequence[tuple[int, Prompt]], sampling: Sampling, version: int) -> tuple[RolloutGroup, ...]:
+        requests = [Request(p.ids, _seeds(sampling, p.id, draw, version), sampling.max_new_tokens) for draw, p in work]
+        groups = []
+        for (draw, prompt), completions in zip(work, self.decoder.generate(requests, sampling), strict=True):
+            rollouts = tuple(
+                Rollout(k, version, c.ids, np.ones(len(c.ids), np.bool_), c.logprobs, c.finish, self._shown(prompt.text, c.ids), kept=c.kept)
+                for k, c in enumerate(completions)
+            )
+            groups.append(RolloutGroup(prompt, draw, rollouts))
+        return tuple(groups)
+
+    def _episodes(
+        self, work: Sequence[tuple[int, Prompt]], sampling: Sampling, version: int, environment: Factory
+    ) -> tuple[RolloutGroup, ...]:
+        """All episodes, turn by turn. One whose environment failed is begun anew with a fresh one, from the same seed; what fails to the
+        last stays a rollout without a reward, and costs its group, not the run."""
+        groups = [[_Episode(k, seed, p, sampling.max_new_tokens) for k, seed in enumerate(_seeds(sampling, p.id, draw, version))] for draw, p in work]
+        for left in reversed(range(self.retries + 1)):
+            for (_, prompt), group in zip(work, groups, strict=True):
+                self._begin(prompt, group, environment)
+            self._play([e for group in groups for e in group], sampling)
+            if not any(e.failure for group in groups for e in group):
+                break
+            groups = [[e.fresh(sampling.max_new_tokens) if e.failure and left else e for e in group] for group in groups]
+        return tuple(
+            RolloutGroup(_told(group, prompt), draw, tuple(e.rollout(version) for e in group))
+            for (draw, prompt), group in zip(work, groups, strict=True)
+        )
+
+    def _play(self, episodes: Sequence["_Episode"], sampling: Sampling) -> None:
+        """Turns of the model until every episode is over."""
+        for _ in range(self.max_turns):
+            active = [e for e in episodes if not e.over]
+            if not active:
+                break
+            requests = [Request(e.tokens(), (e.seed,), e.room, e.drawn) for e in active]
+            for episode, (completion,) in zip(active, self.decoder.generate(requests, sampling), strict=True):
+                self._advance(episode, completion)
+
+    def _begin(self, prompt: Prompt, group: Sequence["_Episode"], environment: Factory) -> None:
+        """Resets the episodes of a prompt that have no environment yet."""
+        for episode in group:
+            if episode.world is not None or episode.over:
+                continue
+            with episode.guarded():
+                episode.world = environment()
+                found = episode.world.reset(deepcopy({**prompt.columns, "prompt": prompt.text}))  # it may write on in both
+                if not found:
+                    raise ValueError("reset gave no messages")
+                episode.messages = _checked_messages(found, "reset")
+            if episode.failure:
+                continue
+            first = next(e for e in group if e.messages)
+            if episode.messages != first.messages:
+                raise DataError(f"{prompt.where}: the environment began two episodes of one row differently", fix="make reset a function of the row")
+            ids = first.prompt.ids if first is not episode else np.array(self._render(episode.messages, prompt), np.int64)
+            episode.prompt = replace(prompt, ids=ids, text=episode.messages)
+
+    def _advance(self, episode: "_Episode", completion: Completion) -> None:
+        """Adds the model's turn, asks the environment, and adds what it says if the model has a turn left."""
+        episode.add(completion.ids, scored=True)
+        episode.logprobs.append(completion.logprobs)
+        if completion.kept is not None:
+            episode.kept.append(completion.kept)
+        text = self._text(completion.ids)
+        episode.said.append({"role": "assistant", "content": text})
+        episode.drawn += len(completion.ids)
+        episode.turns += 1
+        turn = Turn(done=True)
+        with episode.guarded():
+            assert episode.world is not None
+            turn = _checked(episode.world.step(text))
+        if episode.failure:
+            return
+        episode.reward += turn.reward
+        episode.said += turn.messages
+        suffix = [] if turn.done else self._suffix(turn.messages, completion, episode.prompt)
+        if turn.done:
+            episode.finish = completion.finish
+        elif completion.finish == "length" or len(suffix) >= episode.room or episode.turns >= self.max_turns:
+            episode.finish = "length"
+        else:
+            episode.add(np.array(suffix, np.int64), scored=False)
+
+    def _suffix(self, messages: Messages, completion: Completion, prompt: Prompt) -> list[int]:
+        """The tokens between the model's turn and its next: what the template writes after the assistant's text."""
+        before = [{"role": "user", "content": "x"}, {"role": "assistant", "content": _ANSWER}]
+        whole = render(self.tokenizer, [*before, *messages], prompt, tokenize=False, add_generation_prompt=True)
+        _, found, tail = whole.rpartition(_ANSWER)
+        if not found:
+            raise ConfigError(f"{prompt.where}: the chat template changes the assistant's text", fix="use another model.chat_template")
+        last = int(completion.ids[-1])
+        if last == self.tokenizer.eos_token_id or last in self.tokenizer.added_tokens_decoder:  # <|eot_id|> is not Llama's eos_token
+            tail = tail.removeprefix(self.tokenizer.decode([last]))  # the model wrote it itself
+        return list(self.tokenizer(text=tail, add_special_tokens=False)["input_ids"])
+
+    def _render(self, messages: Messages, prompt: Prompt) -> list[int]:
+        if not self.tokenizer.chat_template:
+            what = f"{prompt.where}: environments speak in messages, but the tokenizer has no chat template"
+            raise ConfigError(what, fix="set model.chat_template")
+        return list(render(self.tokenizer, messages, prompt, add_generation_prompt=True)["input_ids"])
+
+    def _text(self, ids: Ints) -> str:
+        return self.tokenizer.decode(ids.tolist(), skip_special_tokens=True)
+
+    def _shown(self, prompt: Any, ids: Ints) -> Any:
+        """A completion as TRL hands it to reward functions: text for text, messages for messages."""
+        text = self._text(ids)
+        return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+
+
+@dataclass(slots=True)
+class _Episode:
+    """A conversation under way. prompt: the row's, and the conversation's own once it has begun; room: tokens that may still follow; drawn:
+    tokens the seed has been used for; failure: what the environment raised."""
+
+    sample: int
+    seed: int
+    prompt: Prompt
+    room: int
+    world: Environment | None = None
+    messages: Messages = field(default_factory=list)
+    ids: list[Ints] = field(default_factory=list)
+    scored: list[np.ndarray] = field(default_factory=list)
+    logprobs: list[np.ndarray] = field(default_factory=list)
+    kept: list[np.ndarray] = field(default_factory=list)
+    said: Messages = field(default_factory=list)
+    drawn: int = 0
+    turns: int = 0
+    reward: float = 0.0
+    finish: Finish | None = None
+    failure: str | None = None
+
+    @property
+    def over(self) -> bool:
+        return self.finish is not None or self.failure is not None
+
+    def fresh(self, room: int) -> "_Episode":
+        """The same episode, not begun."""
+        return _Episode(self.sample, self.seed, self.prompt, room)
+
+    @contextmanager
+    def guarded(self) -> Iterator[None]:
+        """What the user's code raises inside becomes the episode's failure; the whole traceback goes to the actor's log."""
+        try:
+            yield
+        except (Exception, SystemExit) as error:
+            traceback.print_exc()
+            self.failure = _words(error)
+
+    def tokens(self) -> Ints:
+        return np.concatenate([self.prompt.ids, *self.ids])
+
+    def add(self, ids: Ints, *, scored: bool) -> None:
+        self.ids.append(ids)
+        self.scored.append(np.full(len(ids), scored, np.bool_))
+        self.room -= len(ids)
+
+    def rollout(self, version: int) -> Rollout:
+        return Rollout(
+            sample=self.sample,
+            version=version,
+            ids=np.concatenate([np.zeros(0, np.int64), *self.ids]),
+            scored=np.concatenate([np.zeros(0, np.bool_), *self.scored]),
+            logprobs=np.concatenate([np.zeros(0, np.float32), *self.logprobs]),
+            finish=self.finish or "length",
+            completion=self.said,
+            turns=self.turns,
+            environment_reward=None if self.failure else self.reward,
+            failure=self.failure,
+            kept=np.concatenate(self.kept) if self.kept else None,
+        )
+
+
+def _told(group: Sequence[_Episode], prompt: Prompt) -> Prompt:
+    """The prompt as the environment began it; the row's where it never did."""
+    return next((e.prompt for e in group if e.messages), prompt)
+
+
+def _checked(turn: Any) -> Turn:
+    """A turn of the environment, with a finite reward; TypeError or ValueError where it is none."""
+    if not all(hasattr(turn, name) for name in ("messages", "done", "reward")):
+        raise TypeError(f"step returned a {type(turn).__name__}, not a Turn")
+    if turn.reward is None:
+        raise ValueError("step gave the reward None, not a number")
+    reward = float(turn.reward)
+    if not math.isfinite(reward):
+        raise ValueError(f"step gave the reward {reward}")
+    return Turn(_checked_messages(turn.messages, "step"), bool(turn.done), reward)
+
+
+def _checked_messages(found: Any, verb: str) -> Messages:
+    if not isinstance(found, list | tuple) or not all(isinstance(m, Mapping) and "role" in m for m in found):
+        raise TypeError(f"{verb} gave {str(found)[:60]!r} for messages, not a list of {{role, content}}")
+    return deepcopy([dict(m) for m in found])
+
+
+def _words(error: BaseException) -> str:
+    """An error of the environment and its line, in one line."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename != __file__]
+    where = f" at {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
+    said = " ".join(str(error).split())[:200]
+    return f"{type(error).__name__}{where}{': ' + said if said else ''}"
+
+
+def _seeds(sampling: Sampling, prompt: int, draw: int, version: int) -> tuple[int, ...]:
+    return tuple(sample_seed(sampling.seed, prompt, draw, k, version) for k in range(sampling.samples))

@@ -1,0 +1,314 @@
+"""From a name in the recipe to a reward function, and the check of the names before anything is started.
+
+    exact_match | last_number        the checkers of data/answers.py, against the row's `answer`
+    module:function                  importable from the working folder or the Python path
+    file.py:function                 a loose file
+    trl:NAME                         of trl.rewards; `options` go to its makers (`get_*`)
+
+`check_rewards` reads sources and imports nothing of the user's; only the sandbox process calls `resolve`.
+"""
+
+import ast
+import difflib
+import functools
+import importlib.util
+import math
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.machinery import ModuleSpec, PathFinder
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from orchestrator.recipe.schema import RewardFunction, Rewards
+from orchestrator.data.answers import CHECKERS, matches
+from orchestrator.core.errors import ConfigError, MissingInput
+from orchestrator.rollout.user_code import load_module
+
+ENVIRONMENT = "environment"
+"""The component that holds what environments gave; no function may have its name."""
+
+NEEDS_MATH_VERIFY = "accuracy_rewards"
+"""The file of trl.rewards whose functions work only with the package math-verify."""
+
+GIVEN = ("prompts", "completions", "completion_ids")
+ONLY_TRL = ("trainer_state", "log_metric", "log_extra", "environments")
+"""What TRL's trainers give beside these; there is no such trainer here."""
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where a function is written. file: its source, None where there is none to read; module: None for a loose file."""
+
+    name: str
+    module: str | None
+    file: Path | None
+
+    @property
+    def is_trl(self) -> bool:
+        return self.module == "trl.rewards"
+
+
+def check_rewards(rewards: Rewards) -> None:
+    """ConfigError or MissingInput where a component cannot work as written; nothing of the user's is imported or called."""
+    names = [f.name for f in rewards.functions]
+    for name in names:
+        if names.count(name) > 1 or name == ENVIRONMENT:
+            why = "it names what environments give" if name == ENVIRONMENT else "metrics are told apart by the names"
+            raise ConfigError(f"rewards.functions: the name {name} is taken", why=why, fix="rename the component")
+    for function in rewards.functions:
+        _check_weight(function)
+        if function.function is not None:
+            _check_function(function)
+        elif function.url is not None:
+            _check_url(function.url, f"rewards.functions, {function.name}: url")
+            header_values(function, os.environ)
+        else:
+            _check_model(function)
+
+
+def header_values(function: RewardFunction, environment: Mapping[str, str]) -> dict[str, str]:
+    """HTTP headers of a component; a value is never put into a message."""
+    headers = {}
+    for header, variable in function.headers_from.items():
+        value = environment.get(variable, "").strip()
+        if not value or not (value.isascii() and value.isprintable()):
+            state = "holds characters that no header may" if value else "is not set"
+            raise ConfigError(
+                f"rewards.functions, {function.name}: the variable {variable} for the header {header} {state}", fix=f"export {variable}=…"
+            )
+        if not re.fullmatch(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+", header):
+            raise ConfigError(f"rewards.functions, {function.name}: {header!r} is no name of an HTTP header")
+        headers[header] = value
+    return headers
+
+
+def parameters_of(function: RewardFunction) -> ast.arguments | None:
+    """What a function takes by its source; None where none is read: a method, a decorated function, one that is imported or made."""
+    origin = _locate(function)
+    if origin.file is None:
+        return None
+    definition = _definitions(origin.file, function).names.get(origin.name)
+    return None if definition is None or definition.decorator_list or origin.is_trl else definition.args
+
+
+def resolve(function: RewardFunction) -> Callable[..., Any]:
+    """The function with its options bound. Runs the user's module: only for the sandbox process."""
+    origin = _locate(function)
+    if origin.module == __name__:
+        return functools.partial(_check_answers, checker=origin.name)
+    found: Any = functools.reduce(getattr, origin.name.split("."), load_module(origin.module or str(origin.file)))
+    if origin.is_trl and origin.name.startswith("get_"):
+        return found(**function.options)
+    return functools.partial(found, **function.options) if function.options else found
+
+
+def _check_answers(completions: Sequence[Any], checker: str, answer: Sequence[str | None], **_: Any) -> list[float | None]:
+    """1.0 where the completion's text is the row's answer, else 0.0; None where the row has no answer."""
+    return [
+        None if wanted is None else float(matches(text_of(completion), str(wanted), checker))
+        for completion, wanted in zip(completions, answer, strict=True)
+    ]
+
+
+def text_of(completion: Any) -> str:
+    """A completion's text; of messages, what the assistant said last."""
+    if isinstance(completion, str):
+        return completion
+    said = next((m["content"] for m in reversed(completion) if m["role"] == "assistant"), "") or ""
+    return said if isinstance(said, str) else "".join(part.get("text", "") for part in said)
+
+
+def is_users(function: RewardFunction) -> bool:
+    """True for code that is neither this program's nor TRL's."""
+    return function.function is not None and ":" in function.function and not function.function.startswith("trl:")
+
+
+def source_of(written: str) -> Path | None:
+    """The file of `module:name` or `file.py:name`; None where there is none to read."""
+    place = written.rpartition(":")[0]
+    if place.endswith(".py"):
+        return Path(place) if Path(place).is_file() else None
+    spec = _spec(place)
+    return Path(spec.origin) if spec is not None and spec.origin is not None and spec.origin.endswith(".py") else None
+
+
+def needs_answer(function: RewardFunction) -> bool:
+    """True for the checkers of this program."""
+    return function.function in CHECKERS
+
+
+def _check_weight(function: RewardFunction) -> None:
+    if not math.isfinite(function.weight):
+        raise ConfigError(f"rewards.functions, {function.name}: the weight is {function.weight}", fix="give a finite number")
+
+
+def _check_function(function: RewardFunction) -> None:
+    """ConfigError where the function or the package it needs is not there, or it does not take the options."""
+    origin = _locate(function)
+    if origin.file is None:
+        return
+    if origin.is_trl and origin.file.stem == NEEDS_MATH_VERIFY and importlib.util.find_spec("math_verify") is None:
+        raise ConfigError(
+            f"rewards.functions, {function.name}: {function.function} needs the package math-verify",
+            fix="pip install 'math-verify[antlr4_13_2]'",
+        )
+    defined = _definitions(origin.file, function)
+    first = origin.name.split(".")[0]
+    if first not in defined.names and not defined.open:
+        raise _unknown(function, f"{origin.file} defines no {first}", first, defined.names)
+    definition = defined.names.get(first)
+    if definition is not None and first == origin.name:
+        _check_options(function, definition, maker=origin.is_trl and first.startswith("get_"))
+
+
+def _check_options(function: RewardFunction, definition: ast.FunctionDef | ast.AsyncFunctionDef, *, maker: bool) -> None:
+    if definition.decorator_list:  # they may change what it takes
+        return
+    arguments = definition.args
+    positional = [a.arg for a in arguments.posonlyargs + arguments.args]
+    takes = [*positional, *(a.arg for a in arguments.kwonlyargs)]
+    for option in function.options:
+        if (option not in takes and arguments.kwarg is None) or (option in GIVEN and not maker):
+            why = "the orchestrator gives it" if option in takes else ""
+            raise _unknown(function, f"{function.function} takes no option {option}", option, set(takes) - set(GIVEN), why)
+    required = positional[: len(positional) - len(arguments.defaults)]
+    missing = [name for name in required if name not in function.options]
+    foreign = [name for name in (*missing, *_without_default(arguments)) if name in ONLY_TRL and name not in function.options]
+    if foreign and not maker:
+        raise ConfigError(
+            f"rewards.functions, {function.name}: {function.function} needs {', '.join(foreign)}, which only TRL's trainers give",
+            why="it is given prompts, completions, completion_ids and the columns of the data",
+            fix=f"give the argument a default ({foreign[0]}=None) and leave out what needs it",
+        )
+    if maker and missing:
+        raise ConfigError(
+            f"rewards.functions, {function.name}: {function.function} needs the options {', '.join(missing)}",
+            fix=f"options: {{{missing[0]}: …}}",
+        )
+
+
+def _without_default(arguments: ast.arguments) -> list[str]:
+    """Keyword-only arguments that have to be given."""
+    return [a.arg for a, default in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True) if default is None]
+
+
+def _locate(function: RewardFunction) -> Origin:
+    """Where the function is, without importing it; ConfigError or MissingInput where there is no such place."""
+    assert function.function is not None
+    where, colon, name = function.function.rpartition(":")
+    if not colon:
+        if name not in CHECKERS:
+            raise _unknown(function, f"no built-in reward is named {name}", name, CHECKERS, "others are written module:function or file.py:function")
+        if function.options:
+            raise ConfigError(f"rewards.functions, {function.name}: {name} takes no options", fix="remove them")
+        return Origin(name, __name__, None)
+    if where == "trl":
+        return _of_trl(function, name)
+    if where.endswith(".py"):
+        file = Path(where).absolute()
+        if not file.is_file():
+            close = difflib.get_close_matches(file.name, [p.name for p in file.parent.glob("*.py")])
+            raise MissingInput(f"rewards.functions, {function.name}: no file {where}", fix=_did_you_mean(close) or "give the path of the file")
+        return Origin(name, None, file)
+    spec = _spec(where)
+    if spec is None:
+        close = difflib.get_close_matches(where, [p.stem for p in Path.cwd().glob("*.py")])
+        raise ConfigError(
+            f"rewards.functions, {function.name}: no module is named {where!r}",
+            why="it is neither in the working folder nor installed",
+            fix=_did_you_mean([f"{c}:{name}" for c in close]) or "check the name, set PYTHONPATH, or write file.py:function",
+        )
+    return Origin(name, where, Path(spec.origin) if spec.origin is not None and spec.origin.endswith(".py") else None)
+
+
+def _of_trl(function: RewardFunction, name: str) -> Origin:
+    spec = _spec("trl.rewards")
+    if spec is None or spec.origin is None:
+        raise ConfigError(f"rewards.functions, {function.name}: this trl has no trl.rewards", fix="pip install 'trl>=1.16'")
+    known: dict[str, Path] = {}
+    for file in sorted(Path(spec.origin).parent.glob("*.py")):
+        known |= {defined: file for defined in _definitions(file, function).names if not defined.startswith("_") and file.stem != "__init__"}
+    known = {name: file for name, file in known.items() if name.endswith("_reward") or name.startswith("get_")}
+    if name not in known:
+        raise _unknown(function, f"trl.rewards has no {name}", name, known)
+    return Origin(name, "trl.rewards", known[name])
+
+
+def _spec(module: str) -> ModuleSpec | None:
+    """A module's spec, found without importing its parents."""
+    head, *rest = module.split(".")
+    try:
+        spec = PathFinder.find_spec(head, [os.getcwd(), *sys.path]) or importlib.util.find_spec(head)
+    except (ValueError, ImportError):  # a name that Python itself does not look up, like __main__ or ""
+        return None
+    for part in rest:
+        if spec is None or spec.submodule_search_locations is None:
+            return None
+        head = f"{head}.{part}"
+        spec = PathFinder.find_spec(head, list(spec.submodule_search_locations))
+    return spec
+
+
+@dataclass(frozen=True, slots=True)
+class _Definitions:
+    """Names at the top level of a source, functions with their definition. open: others may come from a star import."""
+
+    names: Mapping[str, ast.FunctionDef | ast.AsyncFunctionDef | None]
+    open: bool
+
+
+def _definitions(file: Path, function: RewardFunction) -> _Definitions:
+    try:
+        tree = ast.parse(file.read_bytes())
+    except (SyntaxError, ValueError) as error:
+        line = getattr(error, "lineno", None) or 1
+        raise ConfigError(f"rewards.functions, {function.name}: {file}:{line} is not Python", why=str(error), fix="mend the file") from error
+    names: dict[str, ast.FunctionDef | ast.AsyncFunctionDef | None] = {}
+    for node in _top_level(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            names[node.name] = node
+        elif isinstance(node, ast.ClassDef):
+            names[node.name] = None
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            names |= {(alias.asname or alias.name).split(".")[0]: None for alias in node.names}
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names[node.id] = None
+    return _Definitions(names, "*" in names or "__getattr__" in names)
+
+
+def _top_level(tree: ast.AST) -> Iterator[ast.AST]:
+    """Nodes that run when the module is imported, what is inside functions and classes left out."""
+    for node in ast.iter_child_nodes(tree):
+        yield node
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Lambda):
+            yield from _top_level(node)
+
+
+def _check_url(url: str, key: str) -> None:
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ConfigError(f"{key} is no http:// or https:// address", fix="write http://host:port/path")
+    if parts.username or parts.password:
+        raise ConfigError(f"{key} holds a user or a password", why="recipes are kept and logged", fix="use headers_from with a variable")
+
+
+def _check_model(function: RewardFunction) -> None:
+    path = str(function.model)
+    looks_local = Path(path).is_absolute() or path.startswith(".") or path.count("/") != 1
+    if looks_local and not (Path(path) / "config.json").is_file():
+        raise MissingInput(f"rewards.functions, {function.name}: {path} holds no config.json", fix="point to the export folder of a reward run")
+
+
+def _unknown(function: RewardFunction, what: str, name: str, known: Any, why: str = "") -> ConfigError:
+    names = sorted(str(k) for k in known)
+    close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    fix = _did_you_mean(close) or (f"there are {', '.join(names[:12])}" if names else "")
+    return ConfigError(f"rewards.functions, {function.name}: {what}", why=why, fix=fix)
+
+
+def _did_you_mean(close: Sequence[str]) -> str:
+    return f"did you mean {' or '.join(close)}?" if close else ""

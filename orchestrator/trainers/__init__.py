@@ -1,0 +1,1 @@
+"""The loops, over Protocols alone: offline, online, one optimizer step, evaluation."""

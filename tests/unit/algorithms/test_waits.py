@@ -1,0 +1,79 @@
+"""No objective asks the device for a number: each runs, forward and backward, on tensors that have none."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+
+from orchestrator.algorithms.table import Algorithm, build, critic
+from orchestrator.recipe.schema import ONLINE
+from orchestrator.recipe.schema import Algorithm as Config
+from orchestrator.algorithms.losses.logprobs import HeadSpec, chunked_logprobs
+from orchestrator.algorithms.losses.preference_mix import WITH_REFERENCE
+from orchestrator.algorithms.losses.interface import ExperienceTensors, LossSum, TokenScores
+from orchestrator.core.batches import LossUnits
+
+TOKENS, EXAMPLES = 24, 4
+
+
+def algorithms() -> list[Algorithm]:
+    made = [build(Config(name="dpo", loss=loss, label_smoothing=0.01)) for loss in WITH_REFERENCE]
+    made += [build(Config(name=name)) for name in ("simpo", "orpo", "cpo")]
+    made += [build(Config(name="dpo", loss={"sigmoid": 0.5, "sft": 1.0}, ld_alpha=0.5))]
+    made += [build(Config(name="dpo", wpo=True)), build(Config(name="sft")), build(Config(name="reward")), build(Config(name="kto"))]
+    made += [build(Config(name=name)) for name in ONLINE]
+    return [*made, critic(Config(name="ppo"))]
+
+
+def scores(algorithm: Algorithm) -> TokenScores:
+    def column(requires_grad: bool = False) -> Tensor:
+        return torch.zeros(TOKENS, requires_grad=requires_grad)
+
+    branches = algorithm.branches
+    one = algorithm.head == "value"
+    return TokenScores(
+        logps=column(True),
+        sequence=torch.zeros(TOKENS, dtype=torch.long),
+        examples=EXAMPLES,
+        branches=branches,
+        ref_logps=column(),
+        label=torch.zeros(EXAMPLES),
+        margin=torch.zeros(EXAMPLES),
+        wpo=column(),
+        rewards=torch.zeros(EXAMPLES, branches, requires_grad=True) if algorithm.head == "scalar" else None,
+        entropy=column(),
+        values=column(True) if one else None,
+        experience=ExperienceTensors(*(column() for _ in range(6))),
+    )
+
+
+def run(algorithm: Algorithm) -> LossSum:
+    with FakeTensorMode():
+        loss = algorithm.objective(scores(algorithm), LossUnits(EXAMPLES, (TOKENS,) * algorithm.branches))
+        loss.total.backward()
+    return loss
+
+
+@pytest.mark.parametrize("algorithm", algorithms(), ids=lambda a: a.name)
+def test_an_objective_never_waits_for_the_device(algorithm):
+    assert run(algorithm).means
+
+
+def test_neither_does_the_head():
+    with FakeTensorMode():
+        hidden, weight = torch.zeros(9, 4, requires_grad=True), torch.zeros(11, 4, requires_grad=True)
+        spec = HeadSpec(chunk=4, want_wpo=True, want_entropy=True)
+        chunked_logprobs(hidden, weight, None, torch.zeros(9, dtype=torch.long), spec).logps.sum().backward()
+
+
+@pytest.mark.parametrize("ask", [lambda s: float(s.logps.sum()), lambda s: s.logps[s.logps > 0].sum()], ids=["float", "mask"])
+def test_one_that_did_would_be_seen(ask):
+    plain = build(Config(name="sft"))
+
+    def asking(known: TokenScores, units: LossUnits) -> LossSum:
+        return LossSum(plain.objective(known, units).total, {"asked": (known.logps.sum(), ask(known))})
+
+    with pytest.raises((DataDependentOutputException, DynamicOutputShapeException)):
+        run(replace(plain, objective=asking))

@@ -1,0 +1,59 @@
+"""The hub is asked once, and its absence costs seconds."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from orchestrator.core import hub
+
+OFFLINE = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": "/nonexistent-cache"}
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    hub.reachable.cache_clear()
+    yield monkeypatch
+    hub.reachable.cache_clear()
+
+
+def test_a_port_that_listens_is_a_hub_and_a_closed_one_is_none(asked):
+    import socket
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        asked.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
+        assert hub.reachable()
+        hub.reachable.cache_clear()
+        asked.setenv("HF_HUB_OFFLINE", "1")
+        assert not hub.reachable()
+        asked.delenv("HF_HUB_OFFLINE")
+        hub.reachable.cache_clear()
+        asked.setenv("HF_ENDPOINT", "http://hub.invalid")
+        asked.setenv("http_proxy", f"127.0.0.1:{server.getsockname()[1]}")
+        assert hub.reachable(), "the proxy is asked in its place"
+    hub.reachable.cache_clear()
+    asked.delenv("http_proxy")
+    asked.setenv("HF_ENDPOINT", OFFLINE["HF_ENDPOINT"])
+    assert not hub.reachable()
+
+
+@pytest.mark.parametrize(
+    ("recipe", "change", "what"),
+    [
+        ("recipes/dpo/llama-3-8b.yaml", "data.max_length=2048", "data set OpenRLHF/preference_dataset_mixture2_and_safe_pku cannot be fetched"),
+        ("recipes/dpo/qwen2.5-0.5b.yaml", "data.train=toy:preference", "model Qwen/Qwen2.5-0.5B-Instruct cannot be fetched"),
+    ],
+)
+def test_a_plan_without_a_network_says_at_once_what_it_lacks(recipe, change, what, tmp_path):
+    environment = {k: v for k, v in os.environ.items() if not k.lower().endswith("_proxy")} | OFFLINE | {"HF_HOME": str(tmp_path)}
+    command = [sys.executable, "-m", "orchestrator", "plan", recipe, change, "data.eval=null", "--gpu", "h100-80g"]
+    started = os.times().children_user
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    assert ended.returncode and what in ended.stderr + ended.stdout, ended.stdout + ended.stderr
+    assert "--lengths MEAN,MAX" in ended.stderr + ended.stdout
+    assert "Retrying" not in ended.stderr + ended.stdout
+    assert os.times().children_user - started < 60

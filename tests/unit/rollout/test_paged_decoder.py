@@ -1,0 +1,254 @@
+"""Continuous batching: the static decoder's tokens whatever the batch, and never a key of old weights."""
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers.generation.configuration_utils import ContinuousBatchingConfig
+
+from orchestrator.recipe.schema import Model, Rollouts, TinyModel
+from orchestrator.core.rollouts import Completion, Sampling
+from orchestrator.models.load import load
+from orchestrator.rollout.engines import paged_decoder as continuous
+from orchestrator.rollout.engines.paged_decoder import ContinuousBatchingFailed, ContinuousDecoder, MeasuredDecoder, logprob_gap
+from orchestrator.rollout.engines.transformers_engine import make_decoder
+from orchestrator.rollout.engines.padded_decoder import Request, StaticDecoder
+from tests.unit.rollout.decoding_cases import CASES, EOS, MIXED, SAMPLING, Case, letters, requests, same, worst_gap
+
+LLAMA = CASES[0].model()
+REQUESTS = requests()
+EXPECTED = StaticDecoder(LLAMA, EOS, 64, letters).generate(REQUESTS, SAMPLING)
+
+
+def update(model: Any) -> None:
+    """New weights in place, as a learner sends them."""
+    for parameter in model.parameters():
+        parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel())), alpha=0.05)
+
+
+@pytest.mark.parametrize("case", [*CASES[:-1], Case("gemma3_text", MIXED), Case("qwen3"), Case("gpt_neox")], ids=str)
+def test_tokens_are_those_of_the_static_decoder(case):
+    model = case.model()
+    expected = StaticDecoder(model, EOS, 9, letters).generate(REQUESTS, SAMPLING)
+    found = ContinuousDecoder(model, EOS, 9, letters).generate(REQUESTS, SAMPLING)
+    assert same(found, expected)
+    assert worst_gap(model, REQUESTS, found) < 1e-4
+
+
+@pytest.mark.parametrize("rows", [1, 4, 5, 64])
+def test_tokens_do_not_depend_on_rows_at_once(rows):
+    assert same(ContinuousDecoder(LLAMA, EOS, rows, letters).generate(REQUESTS, SAMPLING), EXPECTED)
+
+
+@pytest.mark.parametrize("order", [[6, 0], [3], [5, 4, 3, 2, 1, 0, 6]])
+def test_tokens_do_not_depend_on_the_other_requests(order):
+    found = ContinuousDecoder(LLAMA, EOS, 8, letters).generate([REQUESTS[i] for i in order], SAMPLING)
+    assert same(found, [EXPECTED[i] for i in order])
+
+
+def test_prompts_longer_than_a_step_and_groups_larger_than_the_rows():
+    random = np.random.default_rng(0)
+    long = [Request(random.integers(16, 250, length), tuple(range(10 * i, 10 * i + 6)), 12) for i, length in enumerate((190, 200, 3))]
+    assert same(
+        ContinuousDecoder(LLAMA, EOS, 4, letters).generate(long, SAMPLING), StaticDecoder(LLAMA, EOS, 64, letters).generate(long, SAMPLING)
+    )
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [replace(SAMPLING, temperature=0.7, top_k=50, top_p=0.9, min_p=0.01), replace(SAMPLING, temperature=0.0), replace(SAMPLING, stop=("ab", "q"))],
+    ids=["filtered", "greedy", "stop texts"],
+)
+def test_every_way_of_sampling_is_the_static_decoders(sampling):
+    expected = StaticDecoder(LLAMA, EOS, 64, letters).generate(REQUESTS, sampling)
+    assert same(ContinuousDecoder(LLAMA, EOS, 8, letters).generate(REQUESTS, sampling), expected)
+    assert not same(expected, EXPECTED)
+
+
+def test_a_request_can_go_on_where_another_stopped():
+    request, (completion, *_) = max(zip(REQUESTS, EXPECTED, strict=True), key=lambda pair: len(pair[1][0].ids))
+    prompt = np.concatenate([request.prompt, completion.ids[:3]])
+    ((rest,),) = ContinuousDecoder(LLAMA, EOS, 4, letters).generate([Request(prompt, request.seeds[:1], request.room - 3, 3)], SAMPLING)
+    assert np.array_equal(rest.ids, completion.ids[3:]) and rest.finish == completion.finish
+
+
+def test_the_model_has_its_attention_back_and_no_thread_is_left():
+    model = CASES[0].model()
+    attention, threads = model.config._attn_implementation, threading.active_count()
+    ContinuousDecoder(model, EOS, 4, letters).generate(REQUESTS[:2], SAMPLING)
+    assert model.config._attn_implementation == attention
+    assert threading.active_count() == threads
+
+
+class SharedPages(ContinuousDecoder):
+    """What the decoder must not be: pages shared between requests, in a manager that outlives a weight update."""
+
+    kept: Any = None
+
+    def _pages(self, requests: Sequence[Request]) -> ContinuousBatchingConfig:
+        pages = super()._pages(requests)
+        pages.allow_block_sharing = True
+        return pages
+
+    @contextmanager
+    def _manager(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[Any]:
+        if self.kept is None:
+            self.context = super()._manager(requests, sampling)
+            self.kept = self.context.__enter__()
+        yield self.kept
+
+    def close(self) -> None:
+        self.context.__exit__(None, None, None)
+
+
+LONG = [Request(np.random.default_rng(1).integers(16, 250, 100), (1, 2), 10)]
+
+
+def test_new_weights_in_place_are_used_for_the_prompt_too():
+    model = CASES[0].model()
+    decoder = ContinuousDecoder(model, EOS, 4, letters)
+    assert worst_gap(model, LONG, decoder.generate(LONG, SAMPLING)) < 1e-5
+    update(model)
+    found = decoder.generate(LONG, SAMPLING)
+    assert worst_gap(model, LONG, found) < 1e-5
+    assert worst_gap(LLAMA, LONG, found) > 0.1
+
+
+def test_pages_shared_across_a_weight_update_would_be_seen():
+    model = CASES[0].model()
+    decoder = SharedPages(model, EOS, 4, letters)
+    try:
+        assert worst_gap(model, LONG, decoder.generate(LONG, SAMPLING)) < 1e-5
+        update(model)
+        assert worst_gap(model, LONG, decoder.generate(LONG, SAMPLING)) > 0.1
+    finally:
+        decoder.close()
+
+
+@pytest.mark.parametrize("case", [Case("bloom"), Case("falcon"), Case("gptj", {"rotary_dim": 4}), CASES[-1]], ids=str)
+def test_a_model_with_an_attention_of_its_own_is_refused(case):
+    with pytest.raises(ContinuousBatchingFailed, match="cannot decode with continuous batching") as refusal:
+        ContinuousDecoder(case.model(), EOS, 6, letters)
+    assert "static" in refusal.value.fix
+
+
+def test_what_breaks_the_managers_thread_is_told():
+    """A prompt with a token that the model does not have."""
+    model = CASES[0].model()
+    threads = threading.active_count()
+    with pytest.raises(ContinuousBatchingFailed, match="does not decode") as failure:
+        ContinuousDecoder(model, EOS, 4, letters).generate([Request(np.array([5, 10_000]), (1,), 5)], SAMPLING)
+    assert "IndexError" in failure.value.why
+    assert threading.active_count() == threads
+
+
+class Clock:
+    """Time that passes only where a decoder says how long it took."""
+
+    now = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+
+class AnotherModel(ContinuousDecoder):
+    """Quick, and wrong."""
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[tuple[Completion, ...]]:
+        return StaticDecoder(CASES[0].model(seed=1), EOS, 64, letters).generate(requests, sampling)
+
+
+def taking(kind: Any, seconds: float, clock: Clock) -> Any:
+    """A decoder of that kind that takes so long."""
+
+    class Taking(kind):
+        def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[tuple[Completion, ...]]:
+            clock.now += seconds
+            return super().generate(requests, sampling)
+
+    return Taking(LLAMA, EOS, 6, letters)
+
+
+@pytest.mark.parametrize(
+    ("kind", "static_s", "continuous_s", "chosen"),
+    [(ContinuousDecoder, 2.0, 1.0, "continuous"), (ContinuousDecoder, 1.0, 2.0, "static"), (AnotherModel, 2.0, 1.0, "static")],
+)
+def test_the_quicker_decoder_is_chosen_once_unless_it_is_wrong(kind, static_s, continuous_s, chosen, monkeypatch):
+    said: list[str] = []
+    clock = Clock()
+    monkeypatch.setattr("orchestrator.rollout.engines.paged_decoder.time", clock)
+    decoder = MeasuredDecoder(taking(StaticDecoder, static_s, clock), taking(kind, continuous_s, clock), said.append)
+    assert decoder.generate([], SAMPLING) == [] and decoder.chosen is None
+    found = decoder.generate(REQUESTS, SAMPLING)
+    assert same(found, EXPECTED) and same(decoder.generate(REQUESTS[:2], SAMPLING), EXPECTED[:2])
+    assert decoder.chosen is (decoder.continuous if chosen == "continuous" else decoder.static)
+    assert len(said) == 1
+    times = f"static {static_s:.2f} s, continuous {continuous_s:.2f} s"
+    assert said[0].startswith(f"rollouts.batching=measured: {chosen} (12 samples: {times}, log-probs")
+
+
+def test_a_failure_while_measuring_chooses_static_and_is_told():
+    class Failing(ContinuousDecoder):
+        def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[tuple[Completion, ...]]:
+            return super().generate([replace(r, prompt=np.array([5, 10_000])) for r in requests], sampling)
+
+    said: list[str] = []
+    options = (LLAMA, EOS, 6, letters)
+    decoder = MeasuredDecoder(StaticDecoder(*options), Failing(*options), said.append)
+    assert same(decoder.generate(REQUESTS, SAMPLING), EXPECTED)
+    assert decoder.chosen is decoder.static and "IndexError" in said[0]
+
+
+def test_gap_of_log_probs_ends_where_the_tokens_part():
+    def completion(ids: list[int], logprobs: list[float]) -> tuple[Completion, ...]:
+        return (Completion(np.array(ids), np.array(logprobs, np.float32), "length"),)
+
+    one = [completion([1, 2, 3], [-1.0, -1.0, -1.0])]
+    assert logprob_gap(one, [completion([1, 2, 4], [-1.0, -1.5, -9.0])]) == pytest.approx(0.25)
+    assert logprob_gap(one, [completion([1], [-1.0])]) == 0.0
+    assert logprob_gap(one, [completion([4, 2, 3], [-1.0, -1.0, -1.0])]) == float("inf")
+
+
+@pytest.mark.parametrize(
+    ("batching", "device", "kind"),
+    [
+        ("static", "cuda", StaticDecoder),
+        ("continuous", "cpu", ContinuousDecoder),
+        ("measured", "cpu", MeasuredDecoder),
+        ("auto", "cpu", StaticDecoder),
+        ("auto", "cuda", ContinuousDecoder),
+    ],
+)
+def test_the_recipe_and_the_device_name_the_decoder(batching, device, kind):
+    loaded = load(Model(tiny=TinyModel()), seed=0, head="lm")  # pyright: ignore[reportCallIssue]
+    rollouts = Rollouts(batching=batching)  # pyright: ignore[reportCallIssue]
+    assert type(make_decoder(rollouts, loaded.model, loaded.tokenizer, torch.device(device))) is kind
+
+
+def test_measured_is_static_where_the_model_reads_no_pages(capsys):
+    tokenizer = load(Model(tiny=TinyModel()), seed=0, head="lm").tokenizer  # pyright: ignore[reportCallIssue]
+    assert type(make_decoder(Rollouts(batching="measured"), Case("bloom").model(), tokenizer, torch.device("cpu"))) is StaticDecoder  # pyright: ignore[reportCallIssue]
+    assert "BloomForCausalLM cannot decode" in capsys.readouterr().out
+
+
+@dataclass(frozen=True)
+class OfTransformers518:
+    """What transformers 5.18 calls its settings: pages are blocks, and there is no choice of a kernel."""
+
+    block_size: int = 32
+    num_blocks: int | None = None
+
+
+def test_another_release_of_transformers_is_static_or_refused_with_the_version_to_install(monkeypatch, capsys):
+    monkeypatch.setattr(continuous, "ContinuousBatchingConfig", OfTransformers518)
+    tokenizer = load(Model(tiny=TinyModel()), seed=0, head="lm").tokenizer  # pyright: ignore[reportCallIssue]
+    with pytest.raises(ContinuousBatchingFailed, match="another continuous batching") as refused:
+        make_decoder(Rollouts(batching="continuous"), LLAMA, tokenizer, torch.device("cpu"))  # pyright: ignore[reportCallIssue]
+    assert "page_size" in refused.value.why and "transformers>=5.19" in refused.value.fix
+    assert type(make_decoder(Rollouts(batching="measured"), LLAMA, tokenizer, torch.device("cpu"))) is StaticDecoder  # pyright: ignore[reportCallIssue]
+    assert "rollouts.batching=measured: static" in capsys.readouterr().out
