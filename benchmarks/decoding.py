@@ -23,12 +23,13 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
-from orchestrator.recipe.schema import TinyModel
 from orchestrator.core.rollouts import Sampling
 from orchestrator.models.tiny import build
+from orchestrator.recipe.schema import TinyModel
+from orchestrator.rollout.engines.engine import Request
+from orchestrator.rollout.engines.padded_decoder import StaticDecoder
 from orchestrator.rollout.engines.paged_decoder import ContinuousDecoder
 from orchestrator.rollout.engines.sampling import sample_seed
-from orchestrator.rollout.engines.padded_decoder import Request, StaticDecoder
 
 VOCABULARY, ROOM, SAMPLES, PROMPTS, ROUNDS = 2048, 160, 8, 16, 3
 EOS = range(2, 2 + VOCABULARY // 40)

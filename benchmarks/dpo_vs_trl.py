@@ -190,13 +190,14 @@ def run_ours(folder: Path, job: Job) -> Result:
     import torch
 
     from orchestrator.algorithms.table import build
-    from orchestrator.recipe.schema import Recipe
-    from orchestrator.data.micro_batches import cut_step
-    from orchestrator.data.dataset import load_data
-    from orchestrator.learner.engine import ProcessGroup
-    from orchestrator.learner.rank_learner import LearnerSpec, RankLearner, RankReference
     from orchestrator.core.batches import Cut
+    from orchestrator.data.micro_batches import cut_step
+    from orchestrator.learner.engine import ProcessGroup
+    from orchestrator.learner.rank_learner import LearnerSpec, RankLearner
+    from orchestrator.learner.reference import RankReference
     from orchestrator.plan.ways import CPU_POSITIONS
+    from orchestrator.recipe.schema import Recipe
+    from orchestrator.run.inputs import read_data
 
     torch.set_num_threads(1)
     recipe = Recipe.model_validate(
@@ -208,7 +209,7 @@ def run_ours(folder: Path, job: Job) -> Result:
             "optimizer": {"learning_rate": job.rate, "max_grad_norm": None},
         }
     )
-    data = load_data(recipe, build(recipe.algorithm))
+    data = read_data(recipe, build(recipe.algorithm))
     cut = Cut(1, *((None, CPU_POSITIONS) if job.own else (job.micro_batch, None)), layout="prefix_shared", zero_stage=0, sync="no_sync")
     batch = cut_step(data.groups, cut)
     share, device = batch.micro_batches[0], torch.device("cpu")

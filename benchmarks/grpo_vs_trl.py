@@ -172,8 +172,9 @@ def prepare(folder: Path, data: Path | None, sizes: Sizes, own: Path | None) -> 
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from orchestrator.core.rollouts import Sampling
+    from orchestrator.rollout.engines.engine import Request
+    from orchestrator.rollout.engines.padded_decoder import StaticDecoder
     from orchestrator.rollout.engines.sampling import sample_seed
-    from orchestrator.rollout.engines.padded_decoder import Request, StaticDecoder
 
     texts = read_prompts(data) if data else made_prompts(sizes.prompts)
     if own is None:
@@ -262,14 +263,14 @@ class Ours:
 
     def __init__(self, folder: Path, sizes: Sizes) -> None:
         from orchestrator.algorithms.table import build
-        from orchestrator.recipe.schema import Recipe
-        from orchestrator.trainers import optimizer_step as step
+        from orchestrator.core.batches import Cut
         from orchestrator.core.rollouts import Prompt, Sampling
         from orchestrator.learner import engine
         from orchestrator.learner import rank_learner as learner
-        from orchestrator.core.batches import Cut
-        from orchestrator.rollout.engines.transformers_engine import RolloutWorker
         from orchestrator.plan.ways import CPU_POSITIONS
+        from orchestrator.recipe.schema import Recipe
+        from orchestrator.rollout.worker import RolloutWorker
+        from orchestrator.trainers import optimizer_step as step
 
         torch.set_num_threads(1)
         recipe = Recipe.model_validate(
@@ -308,11 +309,11 @@ class Ours:
 
     def learn(self, groups, at: int) -> tuple[float, float]:
         """Rewards, advantages, one optimizer step, and the weights for the generator: (loss, gradient norm)."""
-        from orchestrator.trainers.experience import Needs, make_experience
-        from orchestrator.trainers.optimizer_step import Clock
         from orchestrator.core.rollouts import ScoredGroup
         from orchestrator.learner.weights import flat_buckets
         from orchestrator.models.weight_buckets import Bucket, checksum
+        from orchestrator.trainers.experience import Needs, make_experience
+        from orchestrator.trainers.optimizer_step import Clock
 
         scored = [ScoredGroup(g, np.array([reward(r.ids.tolist()) for r in g.rollouts], np.float32)) for g in groups]
         needs, rewards = Needs(False, False, 0.0, "k3"), [s.rewards for s in scored]

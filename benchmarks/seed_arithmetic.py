@@ -100,12 +100,12 @@ def measure(model: str, effective: int, micro: int, data_file: Path) -> Row:
     import torch
 
     from orchestrator.algorithms.table import build
-    from orchestrator.recipe.schema import Recipe
     from orchestrator.data.micro_batches import cut_step
-    from orchestrator.data.dataset import load_data
     from orchestrator.learner.engine import ProcessGroup
     from orchestrator.learner.rank_learner import LearnerSpec, RankLearner
     from orchestrator.plan.planner import make_plan
+    from orchestrator.recipe.schema import Recipe
+    from orchestrator.run.inputs import read_data
 
     torch.set_num_threads(1)
     recipe = Recipe.model_validate(
@@ -119,7 +119,7 @@ def measure(model: str, effective: int, micro: int, data_file: Path) -> Row:
         }
     )
     algorithm = build(recipe.algorithm)
-    data = load_data(recipe, algorithm)
+    data = read_data(recipe, algorithm)
     plan = make_plan(recipe, algorithm, data)
     device = torch.device("cpu")
     group = ProcessGroup(0, 1, "127.0.0.1", free_port(), 60.0)

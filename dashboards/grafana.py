@@ -7,8 +7,8 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from orchestrator.observe.report.panels import QUESTIONS, Panel
 from orchestrator.observe.metric_names import gauge, grouped
+from orchestrator.observe.report.panels import QUESTIONS, Panel
 
 SOURCE = {"type": "prometheus", "uid": "${datasource}"}
 CHOSEN = 'run=~"$run", stage=~"$stage"'

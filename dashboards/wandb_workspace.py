@@ -13,9 +13,9 @@ from typing import Any
 
 import yaml
 
-from orchestrator.observe.report.panels import board
+from orchestrator.core.files import read_lines
 from orchestrator.observe.metric_names import grouped
-from orchestrator.observe.jsonl import read_lines
+from orchestrator.observe.report.panels import board
 from orchestrator.observe.wandb_sink import STEP
 
 

@@ -22,10 +22,10 @@ import pytest
 from rich.console import Console
 from safetensors.numpy import load_file
 
-from orchestrator.run.supervise import Outcome, train
 from orchestrator.cluster.forkserver import VARIABLE as FORK_SERVER
 from orchestrator.core.faults import VARIABLE
 from orchestrator.recipe.loading import load
+from orchestrator.run.supervise import Outcome, train
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 TAG = "ORCHESTRATOR_TEST_RUN"

@@ -1,7 +1,7 @@
 """A stand-in for Weights & Biases on the loopback: the part of its HTTP API that one run uses, and what it was told.
 
-    wandb client --GraphQL--> run: config, group, tags, alerts      --file_stream--> history, summary
-                 --GraphQL--> where to upload --PUT--> files
+wandb client --GraphQL--> run: config, group, tags, alerts      --file_stream--> history, summary
+             --GraphQL--> where to upload --PUT--> files
 """
 
 import gzip

@@ -14,14 +14,14 @@ from transformers import AutoModelForCausalLM
 from gpu_stages.bench import Bench
 from gpu_stages.device import release
 from gpu_stages.pretend import allow_backward
-from orchestrator.recipe.schema import TinyModel
-from orchestrator.data.packing import by_branch, pack
-from orchestrator.models.block_attention import MAX_COMPILATIONS, compiled_attention
-from orchestrator.models.load import placed
-from orchestrator.models.forward import MicroBatchTensors, ScoredHead, ScoringModel, scored
-from orchestrator.models.tiny import build
 from orchestrator.algorithms.losses.logprobs import HeadSpec
 from orchestrator.core.batches import Branch, MicroBatch, SequenceGroup
+from orchestrator.data.packing import by_branch, pack
+from orchestrator.models.block_attention import MAX_COMPILATIONS, compiled_attention
+from orchestrator.models.forward import MicroBatchTensors, ScoredHead, ScoringModel, scored
+from orchestrator.models.load import placed
+from orchestrator.models.tiny import build
+from orchestrator.recipe.schema import TinyModel
 
 MIXED = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 50}
 MODELS = {"llama": {}, "qwen3": {**MIXED, "use_sliding_window": True}, "gemma2": MIXED}

@@ -101,13 +101,13 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
 
 def transports(bench: Bench) -> None:
     """New weights through every transport: the actor's are the learner's, bit by bit."""
+    from orchestrator.cluster.learner_group import LearnerGroup
     from orchestrator.cluster.rollout_pool import RolloutPool
     from orchestrator.cluster.weight_sync import BroadcastBridge, CudaIpcBridge, ObjectStoreBridge
-    from orchestrator.cluster.learner_group import LearnerGroup
-    from orchestrator.data.micro_batches import cut_step
-    from orchestrator.core.rollouts import Prompt, Sampling
-    from orchestrator.learner.rank_learner import LearnerSpec
     from orchestrator.core.batches import Cut
+    from orchestrator.core.rollouts import Prompt, Sampling
+    from orchestrator.data.micro_batches import cut_step
+    from orchestrator.learner.rank_learner import LearnerSpec
 
     recipe = made(bench, algorithm={"name": "orpo"}, rollouts={"max_new_tokens": 4})
     cut = Cut(workers=1, examples=2, positions=None, layout="padded", zero_stage=0, sync="no_sync")

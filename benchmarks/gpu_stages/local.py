@@ -8,12 +8,14 @@ from typing import Any
 import torch
 
 from gpu_stages.device import release
-from orchestrator.recipe.schema import Recipe
-from orchestrator.learner.engine import ProcessGroup
-from orchestrator.learner.rank_learner import LearnerSpec, RankLearner, RankReference
-from orchestrator.models.load import Loaded
-from orchestrator.core.batches import LearnReport, PackedBatch, StepApplied
+from orchestrator.core.batches import PackedBatch
+from orchestrator.core.reports import LearnReport, StepApplied
 from orchestrator.core.roles import PerMicroBatch
+from orchestrator.learner.engine import ProcessGroup
+from orchestrator.learner.rank_learner import LearnerSpec, RankLearner
+from orchestrator.learner.reference import RankReference
+from orchestrator.models.load import Loaded
+from orchestrator.recipe.schema import Recipe
 
 
 @cache

@@ -12,9 +12,9 @@ from gpu_stages.local import join
 from gpu_stages.pretend import compiled_flex
 from gpu_stages.shapes import Shape, on_device, shapes
 from gpu_stages.speed_ours import cut_of
+from orchestrator.algorithms.losses.logprobs import HeadSpec, chunked_logprobs
 from orchestrator.data.micro_batches import cut_step
 from orchestrator.learner.rank_learner import LearnerSpec, RankLearner
-from orchestrator.algorithms.losses.logprobs import HeadSpec, chunked_logprobs
 
 TOP = 12
 

@@ -6,10 +6,10 @@ import numpy as np
 import torch
 
 from gpu_stages.device import release
-from orchestrator.recipe.schema import Recipe
-from orchestrator.models.load import Loaded, load_config, placed
-from orchestrator.models.forward import Checkpointing
 from orchestrator.core.batches import Branch, SequenceGroup
+from orchestrator.models.forward import Checkpointing
+from orchestrator.models.load import Loaded, load_config, placed
+from orchestrator.recipe.schema import Recipe
 
 BETA = 0.1
 

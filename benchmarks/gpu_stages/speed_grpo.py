@@ -13,16 +13,16 @@ from gpu_stages.device import settle
 from gpu_stages.local import LocalGroup
 from gpu_stages.shapes import on_device
 from orchestrator.algorithms.table import build
-from orchestrator.recipe.schema import Recipe
-from orchestrator.trainers.experience import Needs, make_experience
-from orchestrator.trainers.optimizer_step import Clock, Guards, Stepper
+from orchestrator.core.batches import Cut
 from orchestrator.core.rollouts import Prompt, RolloutGroup, Sampling, ScoredGroup
 from orchestrator.learner.rank_learner import LearnerSpec
 from orchestrator.learner.weights import flat_buckets
 from orchestrator.models.weight_buckets import Bucket, checksum
-from orchestrator.core.batches import Cut
-from orchestrator.rollout.engines.transformers_engine import RolloutWorker
 from orchestrator.plan.ways import CPU_POSITIONS
+from orchestrator.recipe.schema import Recipe
+from orchestrator.rollout.worker import RolloutWorker
+from orchestrator.trainers.experience import Needs, make_experience
+from orchestrator.trainers.optimizer_step import Clock, Guards, Stepper
 
 T = TypeVar("T")
 QWEN_0B5 = {"architecture": "qwen2", "hidden_size": 896, "layers": 24, "heads": 14, "kv_heads": 2, "intermediate_size": 4864, "vocab_size": 151936}

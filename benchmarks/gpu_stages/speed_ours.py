@@ -9,15 +9,15 @@ from gpu_stages.device import peak_flops, release, reserved, settle
 from gpu_stages.local import join
 from gpu_stages.shapes import Shape, on_device, shapes
 from orchestrator.algorithms.table import build
-from orchestrator.recipe.schema import Recipe
-from orchestrator.data.micro_batches import cut_step
-from orchestrator.core.errors import OutOfMemory
-from orchestrator.learner.rank_learner import LearnerSpec, RankLearner
-from orchestrator.learner.memory import device_bytes
-from orchestrator.plan.memory import MemoryEstimate, MemoryModel
-from orchestrator.models.forward import Checkpointing
 from orchestrator.core.batches import Cut
+from orchestrator.core.errors import OutOfMemory
+from orchestrator.data.micro_batches import cut_step
+from orchestrator.learner.memory import device_bytes
+from orchestrator.learner.rank_learner import LearnerSpec, RankLearner
+from orchestrator.models.forward import Checkpointing
+from orchestrator.plan.memory import MemoryEstimate, MemoryModel
 from orchestrator.plan.ways import largest_micro_batch
+from orchestrator.recipe.schema import Recipe
 
 STEPS = 3
 """The first warms up (and is not timed), the others are timed; the best counts."""
@@ -99,5 +99,3 @@ def steps(shape: Shape, recipe: Recipe, cut: Cut, device: torch.device) -> tuple
         norms.append(applied.grad_norm)
         peak = max(peak, learned.peak_bytes)
     return best, tuple(losses), norms[0], peak
-
-

@@ -19,15 +19,15 @@ from gpu_stages.local import LocalGroup
 from gpu_stages.pretend import allow_backward
 from gpu_stages.shapes import made_pairs
 from orchestrator.core import faults
-from orchestrator.recipe.schema import Recipe
-from orchestrator.trainers.optimizer_step import Clock, Guards, Stepper
+from orchestrator.core.batches import Cut, PackedBatch
 from orchestrator.data.micro_batches import cut_step
+from orchestrator.learner.memory import reset_peak
 from orchestrator.learner.probes import final_weights
 from orchestrator.learner.rank_learner import LearnerSpec
-from orchestrator.learner.memory import reset_peak
 from orchestrator.learner.state import weights_digest
-from orchestrator.core.batches import Cut, PackedBatch
+from orchestrator.recipe.schema import Recipe
 from orchestrator.run.verify import TOLERANCE, Difference, Proof, Trajectory
+from orchestrator.trainers.optimizer_step import Clock, Guards, Stepper
 
 STEPS, PAIRS, MICRO_BATCH = 3, 16, 4
 ANCHOR = {"fp32": 1e-5, "bf16": 3e-2}

@@ -6,21 +6,20 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Literal
 
-from orchestrator.recipe.schema import ONLINE, Recipe, Rollouts
-from orchestrator.recipe.schema import Algorithm as Config
-from orchestrator.core.errors import ConfigError
-from orchestrator.algorithms.losses import advantages
-from orchestrator.algorithms.losses import estimators
+from orchestrator.algorithms.losses import advantages, estimators
 from orchestrator.algorithms.losses.estimators import Estimator
+from orchestrator.algorithms.losses.interface import Objective
 from orchestrator.algorithms.losses.logprobs import HeadSpec
-from orchestrator.algorithms.losses.preference_mix import COUPLED, PAIR_LOSSES, REFERENCE_FREE, SFT, WITH_REFERENCE, Kto, PreferenceMix
 from orchestrator.algorithms.losses.policy import Level, Normaliser, PolicyGradient
 from orchestrator.algorithms.losses.preference import Knobs
+from orchestrator.algorithms.losses.preference_mix import COUPLED, PAIR_LOSSES, REFERENCE_FREE, SFT, WITH_REFERENCE, Kto, PreferenceMix
 from orchestrator.algorithms.losses.reward import bradley_terry
-from orchestrator.algorithms.losses.interface import Objective
 from orchestrator.algorithms.losses.supervised import cross_entropy
 from orchestrator.algorithms.losses.value import ValueLoss
 from orchestrator.core.batches import DataKind
+from orchestrator.core.errors import ConfigError
+from orchestrator.recipe.schema import ONLINE, Recipe, Rollouts
+from orchestrator.recipe.schema import Algorithm as Config
 
 
 @dataclass(frozen=True, slots=True)

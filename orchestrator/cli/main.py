@@ -4,42 +4,35 @@ Heavy imports happen inside the commands, so that `--help` needs neither torch n
 """
 
 import errno
-import json
 import os
-import shutil
 import sys
 import tempfile
-from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.table import Table
 
-from orchestrator.cli.chat import command as chat_command
-from orchestrator.cli import cluster as cluster_commands
-from orchestrator.recipe import loading as recipes
+from orchestrator.cli import cluster, inspect, planning
+from orchestrator.cli.chat import command as chat
+from orchestrator.cli.held_out import held_out
+from orchestrator.cli.options import Overrides, RecipeArgument, last_recipe, out, show
 from orchestrator.cluster.forkserver import forked_workers
-from orchestrator.cli.cluster import Overrides, RecipeArgument, out, show
 from orchestrator.core.errors import ConfigError, Exit, OrchestratorError, OutputError
-from orchestrator.observe.phases import phase
-from orchestrator.recipe.pipeline import STAGE, references
 from orchestrator.core.stopping import enduring_output, stop_signals
+from orchestrator.observe.phases import phase
+from orchestrator.recipe import loading as recipes
+from orchestrator.recipe.pipeline import references
 
 if TYPE_CHECKING:
-    from orchestrator.run.supervise import Outcome
     from orchestrator.recipe.schema import Recipe
 
 OF_THE_PATH = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ESTALE)
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Trains language models on preferences.")
-recipes_app = typer.Typer(no_args_is_help=True, help="The recipes that come with the program.")
-config_app = typer.Typer(no_args_is_help=True, help="The recipe schema.")
-app.add_typer(cluster_commands.app)
-app.add_typer(chat_command.app)
-app.add_typer(recipes_app, name="recipes")
-app.add_typer(config_app, name="config")
+
+for commands in (planning, cluster, chat, inspect):
+    app.add_typer(commands.app)
 
 
 def _loading() -> AbstractContextManager[None]:
@@ -59,7 +52,8 @@ def train(
         loaded = recipes.load(recipe, overrides or ())
         with nullcontext() if in_process else forked_workers(_loading):
             with _loading() if in_process else nullcontext():
-                from orchestrator.run.supervise import How, train_stages
+                from orchestrator.run.stages import train_stages
+                from orchestrator.run.supervise import How
 
             outcomes = train_stages(loaded.stages, output or Path("runs") / loaded.name, out, stop, How(extend, in_process))
     if (results := held_out(outcomes)).row_count:
@@ -110,13 +104,13 @@ def evaluate(
 
         cfg = recipe_of(run, overrides or ())
     else:
-        cfg = _last(recipe, overrides)
+        cfg = last_recipe(recipe, overrides)
     if named := references(cfg):
         fix = "give the run folder of that stage, where they are folders"
         raise ConfigError(f"{', '.join(named)} of {recipe} are made by stages of a run", fix=fix)
     with forked_workers(), tempfile.TemporaryDirectory(prefix="orchestrator-evaluate-") as scratch:
-        from orchestrator.run.supervise import evaluate as evaluated
         from orchestrator.observe.metric_names import spoken, unknown
+        from orchestrator.run.evaluate import evaluate as evaluated
 
         if run is not None and model is None:
             model = _trained(run, cfg, step, Path(scratch))
@@ -168,7 +162,7 @@ def verify(
 ) -> None:
     """The proof: runs the same steps under many cuts and prints the largest difference from one plain large batch."""
     with forked_workers():
-        _verify(_last(recipe, overrides), steps, workers, everything)
+        _verify(last_recipe(recipe, overrides), steps, workers, everything)
 
 
 def _verify(cfg: "Recipe", steps: int, workers: str, everything: bool) -> None:
@@ -197,122 +191,6 @@ def _verify(cfg: "Recipe", steps: int, workers: str, everything: bool) -> None:
             fix="report it with this table; do not trust accumulation with these settings",
         )
     out.print(f"all within {tolerance:g} (relative; weights: norm of the difference over norm)")
-
-
-@app.command()
-def report(directory: Annotated[Path, typer.Argument(metavar="DIR", help="a run folder")]) -> None:
-    """Writes one self-contained report.html with the curves and sample pairs."""
-    from orchestrator.observe.report.html import write_report
-
-    out.print(str(write_report(directory)))
-
-
-@app.command()
-def compare(
-    directories: Annotated[list[Path], typer.Argument(metavar="DIR...", help="run folders; a pipeline's root stands for its stages")],
-    as_json: Annotated[bool, typer.Option("--json")] = False,
-) -> None:
-    """Runs side by side: where their recipes differ, held-out and training metrics, speed."""
-    from orchestrator.observe.report.compare import read_run, run_folders, table, to_json
-
-    runs = [read_run(name, folder) for directory in directories for name, folder in run_folders(directory)]
-    if as_json:
-        print(json.dumps(to_json(runs), indent=1))
-    else:
-        show(table(runs))
-
-
-@app.command()
-def inspect(recipe: RecipeArgument, overrides: Overrides = None, examples: Annotated[int, typer.Option(min=1)] = 3) -> None:
-    """The first batch, tokens coloured by loss mask."""
-    cfg = _last(recipe, overrides)
-    from orchestrator.run.supervise import first_batch
-    from orchestrator.observe.report.tokens import render_group
-    from orchestrator.plan.view import data_notes
-
-    groups, decode, report = first_batch(cfg)
-    for line in data_notes(report):
-        out.print(line)
-    for group in groups[:examples]:
-        out.rule(f"example {group.id}", align="left")
-        out.print(render_group(group, decode))
-
-
-@recipes_app.command("ls")
-def recipes_ls() -> None:
-    """Names of the built-in recipes, with their first comment."""
-    for name, path in recipes.builtin_recipes().items():
-        first = path.read_text().splitlines()[0].removeprefix("#").strip()
-        out.print(f"{name:<24}{first}")
-    out.print("start/… are for a model and data of your own (orchestrator init writes one fitted to them); tiny/… are for random-weight toy models")
-
-
-@recipes_app.command("show")
-def recipes_show(name: str) -> None:
-    """Prints a recipe file as it is."""
-    out.print(recipes.find(name).read_text())
-
-
-@recipes_app.command("cp")
-def recipes_cp(name: str, target: Path) -> None:
-    """Copies a recipe, with the files it extends, into the folder TARGET."""
-    source = recipes.find(name)
-    target.mkdir(parents=True, exist_ok=True)
-    for file in recipes.parts(source):
-        if (target / file.name).exists():
-            raise OutputError(f"{target / file.name} exists already", fix="choose another folder")
-    for file in recipes.parts(source):
-        shutil.copyfile(file, target / file.name)
-        out.print(str(target / file.name))
-
-
-@config_app.command("schema")
-def config_schema() -> None:
-    """The JSON schema of recipe files, for editors."""
-    print(json.dumps(recipes.json_schema(), indent=1))
-
-
-@config_app.command("reference")
-def config_reference() -> None:
-    """Every key with its default and what it means, as Markdown."""
-    from orchestrator.recipe.reference_page import render
-
-    print(render(), end="")
-
-
-def _last(recipe: str, overrides: list[str] | None) -> "Recipe":
-    """The recipe of the last stage, with the model that its first ancestor starts from: for what needs no trained weights."""
-    stages = {stage.name: stage.recipe for stage in recipes.load(recipe, overrides or ()).stages}
-    last = model = list(stages.values())[-1]
-    while (path := model.model.path or "").startswith(STAGE):
-        model = stages[path.removeprefix(STAGE)]
-    return last.model_copy(update={"model": model.model})
-
-
-def held_out(outcomes: "dict[str, Outcome]") -> Table:
-    """Held-out metrics before and after each stage."""
-    from orchestrator.observe.metric_names import spoken
-
-    table = Table(title="held out", title_justify="left")
-    table.add_column("metric")
-    for name in outcomes:
-        table.add_column(f"before {name}", justify="right")
-        table.add_column(f"after {name}", justify="right")
-    metrics = dict.fromkeys(k for o in outcomes.values() for k in o.after)
-    names = ("eval/loss", "eval/preference_accuracy", "eval/logp_accuracy", "eval/rewards/margins", "eval/exact_match", "eval/reward/mean")
-    parts = [m for m in metrics if m.startswith("eval/reward/") and m != "eval/reward/mean"]
-    shown = {*names, *(parts if len(parts) > 1 else ())}  # one component alone is the reward
-    wanted = [m for m in metrics if m in shown or m.startswith("eval/pass@")]
-    for metric in wanted:
-        last = next(o.after for o in reversed(outcomes.values()) if metric in o.after)
-        cells = [_cell(metric, o.after, side) for o in outcomes.values() for side in (o.before, o.after)]
-        table.add_row(spoken(metric, last), *cells)
-    return table
-
-
-def _cell(metric: str, measured: Mapping[str, float], side: Mapping[str, float]) -> str:
-    """– where a stage measures this and has no value: policy and reference are one; empty where it does not measure it."""
-    return f"{side[metric]:.3f}" if metric in side else "–" if metric in measured else ""
 
 
 def machine_trouble(error: OSError) -> OrchestratorError:

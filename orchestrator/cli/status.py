@@ -1,6 +1,6 @@
 """What `status` says of the attempts of submitted runs: for people, for a pipe, for programs.
 
-    Attempt, its log --StatusRow.of--> StatusRow --> a table of 80 columns | lines with tabs | JSON
+Attempt, its log --StatusRow.of--> StatusRow --> a table of 80 columns | lines with tabs | JSON
 """
 
 import re
@@ -13,8 +13,8 @@ from rich.text import Text
 
 from orchestrator.cluster.submit.ray_jobs import Attempt
 from orchestrator.core.errors import Exit
+from orchestrator.core.format import duration
 from orchestrator.observe.live_table import StepLine
-from orchestrator.observe.jsonl import duration
 
 STOPPED_BY_REQUEST = re.compile(r"^error: stopped by request after step (\d+) of (\d+)", re.MULTILINE)
 """What a driver says last that was stopped and has saved; Ray keeps no exit code of a job that it stopped."""

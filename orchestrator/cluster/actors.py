@@ -8,6 +8,7 @@ import signal
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -93,3 +94,11 @@ def keep_to_share(device: Any, gpus: float) -> None:
 
     if device.type == "cuda" and gpus < 1:
         torch.cuda.set_per_process_memory_fraction(gpus)  # of the current device; one without an index is refused
+
+
+def redirect_output(path: Path) -> None:
+    """Sends this process's stdout and stderr to the run folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)

@@ -26,8 +26,8 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
 
-from orchestrator.plan.hardware import visible_gpus
 from orchestrator.core.stopping import STOPPING
+from orchestrator.plan.hardware import visible_gpus
 
 CLIENT = Path(__file__).with_name("fork_client.py")
 VARIABLE = "ORCHESTRATOR_FORK_SERVER"

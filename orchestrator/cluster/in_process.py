@@ -1,6 +1,6 @@
 """A run in this process, without Ray: for breakpoints, profilers and notebooks. The numbers are those of one worker and one actor.
 
-    Ranks._each --a call--> Rank --> RankLearner     LocalRollouts.start --> RolloutWorker     LocalRewards.score --> the functions themselves
+Ranks._each --a call--> Rank --> RankLearner     LocalRollouts.start --> RolloutWorker     LocalRewards.score --> the functions themselves
 """
 
 import os
@@ -14,17 +14,17 @@ import torch
 
 from orchestrator.cluster.deadlines import Deadlines
 from orchestrator.cluster.ranks import Rank, Ranks
-from orchestrator.recipe.schema import Learners, Model, Recipe, RewardFunction, Rewards
-from orchestrator.core.rollouts import Prompt, RolloutGroup, Sampling, Scoring, Span, WeightsDelivered
 from orchestrator.core.errors import OutOfMemory
+from orchestrator.core.rollouts import Prompt, RolloutGroup, Sampling, Scoring, Span, WeightsDelivered
 from orchestrator.learner.weights import flat_buckets
 from orchestrator.models.weight_buckets import Bucket, checksum
-from orchestrator.rollout.rewards.lookup import check_rewards, resolve
-from orchestrator.rollout.engines.transformers_engine import RolloutWorker
-from orchestrator.rollout.rewards.http import HttpReward
-from orchestrator.rollout.rewards.component import Component, Outcome, RewardCall, invoke, judge
+from orchestrator.recipe.schema import Learners, Model, Recipe, RewardFunction, Rewards
 from orchestrator.rollout.rewards.combine import check_any, combine, judge_batch
+from orchestrator.rollout.rewards.component import Component, Outcome, RewardCall, invoke, judge
+from orchestrator.rollout.rewards.http import HttpReward
+from orchestrator.rollout.rewards.lookup import check_rewards, resolve
 from orchestrator.rollout.rewards.reward_model import RewardModel
+from orchestrator.rollout.worker import RolloutWorker
 
 
 class LocalRank(Ranks):

@@ -23,9 +23,9 @@ import ray
 from ray._private import parameter, ray_constants, services, worker
 from ray.exceptions import RayError
 
+from orchestrator.cluster.doctor.node import SHM
 from orchestrator.cluster.quiet import without_small_talk
 from orchestrator.core.errors import ConfigError, Forbidden, NotEnoughResources, OutputError, Unreachable
-from orchestrator.cluster.doctor.node import SHM
 from orchestrator.core.stopping import STOPPING, held_back
 
 OBJECT_STORE_BYTES = 256 * 1024 * 1024

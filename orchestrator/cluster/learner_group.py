@@ -1,108 +1,26 @@
 """Learner workers: one Ray actor per DeepSpeed rank, and the group that speaks to all of them at once."""
 
-import os
-import socket
 import time
 from collections.abc import Sequence
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import ray
 from ray.exceptions import RayError, RayTaskError
 
-from orchestrator.cluster.actors import Share, grow_segments, keep_to_share, outlive_sigterm, own_device
+from orchestrator.cluster.actors import Share
 from orchestrator.cluster.deadlines import Deadlines
-from orchestrator.cluster.failures import learner_failure, telling
-from orchestrator.cluster.network import speak_from
+from orchestrator.cluster.failures import learner_failure
+from orchestrator.cluster.learner_actor import LearnerActor
 from orchestrator.cluster.placement import Placement, learner_demand
-from orchestrator.cluster.ranks import Rank, Ranks
-from orchestrator.recipe.schema import Learners, Rollouts
+from orchestrator.cluster.ranks import Ranks
 from orchestrator.core.errors import OrchestratorError, OutOfMemory, WorkerLost
+from orchestrator.recipe.schema import Learners, Rollouts
 
 ROOT_S = 2.0
 """Seconds in which another rank may say what the first failure came from."""
 START = "learners.start_timeout_s"
 """The key that gives more time to what comes before the first verb."""
-
-
-@telling
-class LearnerActor(Rank):
-    """A rank in a process of its own, and what it does for weights that are sent to rollout actors."""
-
-    def __init__(self, rank: int, log: str | None, share: Share) -> None:
-        if log is not None:
-            redirect_output(Path(log))
-        outlive_sigterm()
-        if share.expandable:
-            os.environ.update(grow_segments(os.environ))
-        import torch
-
-        torch.set_num_threads(share.threads)
-        self.share = share
-        self.node = ray.util.get_node_ip_address()
-        speak_from(self.node)
-        super().__init__(rank, own_device())
-        self.store: Any = None
-        self.channel: Any = None
-
-    def host(self) -> str:
-        """This node's address."""
-        return self.node
-
-    def address(self) -> tuple[str, int]:
-        """This node's address and a free port, for the rendezvous at rank 0."""
-        with socket.socket() as free:
-            free.bind(("", 0))
-            return self.node, free.getsockname()[1]
-
-    def join(self, world: int, address: str, port: int, timeout_s: float) -> int:
-        pid = super().join(world, address, port, timeout_s)
-        keep_to_share(self.device, self.share.gpus)
-        return pid
-
-    def put_buckets(self, bucket_bytes: int) -> tuple[list[Any], int]:
-        """Rank 0: the weights in Ray's object store, a reference per bucket, and their bytes. A collective at ZeRO-3."""
-        from orchestrator.learner.weights import flat_buckets
-        from orchestrator.models.weight_buckets import Bucket, checksum
-
-        references, size = [], 0
-        for plan, flat in flat_buckets(self.learner, bucket_bytes, keep=self.rank == 0):
-            flat = flat.cpu()
-            references.append(ray.put(Bucket(plan.entries, flat.numpy(), checksum(flat))))
-            size += plan.size
-        return references, size
-
-    def listen(self, timeout_s: float) -> tuple[str, int]:
-        """Rank 0: where the members of a new channel meet."""
-        from torch._C._distributed_c10d import TCPStore
-
-        self.store = TCPStore(self.node, 0, is_master=True, timeout=timedelta(seconds=timeout_s), wait_for_workers=False)
-        return self.node, self.store.port
-
-    def open_channel(self, meeting: Any) -> str | None:
-        """Rank 0: waits for the other members; what went wrong, if anything did."""
-        from orchestrator.models.weight_buckets import Channel, ChannelBroken
-
-        self.channel = None
-        try:
-            self.channel = Channel(meeting, 0, self.store)
-        except ChannelBroken as error:
-            return str(error)
-        return None
-
-    def broadcast_buckets(self, bucket_bytes: int) -> str | None:
-        from orchestrator.learner.weights import broadcast
-
-        return broadcast(self.learner, self.channel, bucket_bytes)
-
-
-def redirect_output(path: Path) -> None:
-    """Sends this process's stdout and stderr to the run folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
 
 
 class LearnerGroup(Ranks):

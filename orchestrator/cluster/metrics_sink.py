@@ -6,10 +6,10 @@ from collections.abc import Mapping
 import ray
 from ray.util.metrics import Gauge
 
+from orchestrator.core.reports import EvaluationReport, StepReport
 from orchestrator.observe.alerts import Alert
 from orchestrator.observe.metric_names import gauge
-from orchestrator.observe.jsonl import Note
-from orchestrator.core.batches import EvaluationReport, StepReport
+from orchestrator.observe.sink import Note
 
 TAGS = ("run", "algorithm", "stage")
 

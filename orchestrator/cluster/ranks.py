@@ -8,8 +8,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from orchestrator.core.batches import LearnReport, PackedBatch, StepApplied, joined_metrics
+from orchestrator.core.batches import PackedBatch
 from orchestrator.core.files import FileEntry
+from orchestrator.core.reports import LearnReport, StepApplied, joined_metrics
 from orchestrator.core.roles import PerMicroBatch, TokenLists
 from orchestrator.learner.rank_learner import LearnerSpec
 from orchestrator.recipe.schema import Recipe
@@ -31,7 +32,7 @@ class Rank:
         return os.getpid()
 
     def build_reference(self, recipe: Recipe) -> str:
-        from orchestrator.learner.rank_learner import RankReference
+        from orchestrator.learner.reference import RankReference
 
         self.learner = RankReference(recipe, self.device)
         return self.learner.fingerprint

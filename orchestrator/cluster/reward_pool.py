@@ -1,10 +1,10 @@
 """roles.Scorer on a cluster: all components of the reward at once, each where it can do no harm.
 
-    function   RewardActor -> a clean process of its own (rollout/rewards/sandbox.py), on the driver's node
-    model      RewardModelActor with the GPUs it is given
-    url        threads of the driver (rollout/rewards/http.py)
+function   RewardActor -> a clean process of its own (rollout/rewards/sandbox.py), on the driver's node
+model      RewardModelActor with the GPUs it is given
+url        threads of the driver (rollout/rewards/http.py)
 
-    groups --each component in a thread: judge_batch--> {name: Judged} --combine--> Scoring
+groups --each component in a thread: judge_batch--> {name: Judged} --combine--> Scoring
 """
 
 import os
@@ -21,13 +21,13 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from orchestrator.cluster.actors import Share, made, outlive_sigterm, own_device
 from orchestrator.cluster.joining import connect
 from orchestrator.cluster.placement import Placement, named
-from orchestrator.recipe.schema import Model, RewardFunction, Rewards
-from orchestrator.core.rollouts import RolloutGroup, Scoring
 from orchestrator.core.errors import NotEnoughResources, OrchestratorError, RewardsFailed
-from orchestrator.rollout.rewards.lookup import check_rewards
-from orchestrator.rollout.rewards.http import HttpReward
-from orchestrator.rollout.rewards.component import Component, Outcome, RewardCall, RewardFailure
+from orchestrator.core.rollouts import RolloutGroup, Scoring
+from orchestrator.recipe.schema import Model, RewardFunction, Rewards
 from orchestrator.rollout.rewards.combine import Judged, check_any, combine, judge_batch
+from orchestrator.rollout.rewards.component import Component, Outcome, RewardCall, RewardFailure
+from orchestrator.rollout.rewards.http import HttpReward
+from orchestrator.rollout.rewards.lookup import check_rewards
 from orchestrator.rollout.rewards.sandbox import START_TIMEOUT_S, Confinement, Sandbox
 
 LOAD_TIMEOUT_S = 600.0

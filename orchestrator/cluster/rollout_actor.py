@@ -8,15 +8,14 @@ from typing import Any
 import ray
 import torch
 
-from orchestrator.core import faults
-from orchestrator.cluster.actors import device_name, outlive_sigterm, own_device
+from orchestrator.cluster.actors import device_name, outlive_sigterm, own_device, redirect_output
 from orchestrator.cluster.failures import telling
 from orchestrator.cluster.network import speak_from
-from orchestrator.cluster.learner_group import redirect_output
-from orchestrator.recipe.schema import Recipe
-from orchestrator.core.rollouts import Prompt, RolloutGroup, Sampling
+from orchestrator.core import faults
 from orchestrator.core.errors import ConfigError, WorkerLost
+from orchestrator.core.rollouts import Prompt, RolloutGroup, Sampling
 from orchestrator.models.weight_buckets import Bucket, BucketPlan, Channel, CorruptWeights, Meeting, check, join
+from orchestrator.recipe.schema import Recipe
 
 Work = Sequence[tuple[int, Prompt]]
 """(draw, prompt) each."""
@@ -39,7 +38,7 @@ class RolloutActor:
         self.plans: Sequence[BucketPlan] = ()
 
     def build(self, recipe: Recipe) -> int:
-        from orchestrator.rollout.engines.transformers_engine import RolloutWorker
+        from orchestrator.rollout.worker import RolloutWorker
 
         self.worker = RolloutWorker(recipe, self.device)
         return os.getpid()

@@ -1,10 +1,10 @@
 """How the policy's weights reach the rollout actors: one transport per class, the same verb.
 
-    learners: gather a bucket (ZeRO-3), checksum it --transport--> actor: verify, put it in place; then it takes traffic
+learners: gather a bucket (ZeRO-3), checksum it --transport--> actor: verify, put it in place; then it takes traffic
 
-    object_store   every bucket into Ray's object store; an actor fetches them before its first work with the version
-    broadcast      every bucket from rank 0 to all actors at once, over gloo or NCCL (models/buckets.Channel)
-    cuda_ipc       every bucket from rank i to actor i on the same GPU, by a handle: nothing is copied between processes
+object_store   every bucket into Ray's object store; an actor fetches them before its first work with the version
+broadcast      every bucket from rank 0 to all actors at once, over gloo or NCCL (models/buckets.Channel)
+cuda_ipc       every bucket from rank i to actor i on the same GPU, by a handle: nothing is copied between processes
 """
 
 import time
@@ -18,15 +18,15 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskErro
 
 from orchestrator.cluster.actors import device_name
 from orchestrator.cluster.failures import translate
-from orchestrator.cluster.rollout_pool import SENDS, RolloutPool
 from orchestrator.cluster.learner_group import LearnerGroup
-from orchestrator.recipe.schema import Recipe
-from orchestrator.core.rollouts import WeightsDelivered
+from orchestrator.cluster.rollout_pool import SENDS, RolloutPool
 from orchestrator.core.errors import ConfigError, OrchestratorError, WorkerLost
+from orchestrator.core.roles import WeightBridge
+from orchestrator.core.rollouts import WeightsDelivered
 from orchestrator.learner.rank_learner import RankLearner
 from orchestrator.learner.weights import bucket_plans, send_each
 from orchestrator.models.weight_buckets import BucketPlan, ChannelBroken, CorruptWeights, Meeting, checksum
-from orchestrator.core.roles import WeightBridge
+from orchestrator.recipe.schema import Recipe
 
 PATIENCE = 0.8
 """Of a deadline: what a member of a transfer waits for another one. It gives up before the driver does, so that only who

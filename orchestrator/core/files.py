@@ -1,10 +1,16 @@
 """Files that a crash cannot leave half written, and what tells them apart."""
 
 import hashlib
+import json
+import math
 import os
 import uuid
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from orchestrator.core.errors import DataError
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,3 +56,44 @@ def write_atomically(path: Path, text: str) -> None:
     finally:
         temporary.unlink(missing_ok=True)
     fsync_directory(path.parent)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSONL file. A torn last line is left out; DataError for a damaged line before it."""
+    return [record for _, record in _parsed(path)]
+
+
+def _parsed(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    found: list[tuple[str, dict[str, Any]]] = []
+    lines = path.read_bytes().decode("utf-8", "replace").rstrip("\n").split("\n")  # not splitlines: it cuts at U+2028
+    for number, line in enumerate(lines, 1):
+        record = _json_object(line)
+        if record is not None:
+            found.append((line, record))
+        elif number < len(lines):
+            raise DataError(f"{path}:{number}: not a JSON object", why="only the last line may be torn", fix="remove that line")
+    return found
+
+
+def _json_object(line: str) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError:
+        return None
+    return record if isinstance(record, dict) else None
+
+
+def is_evaluation(line: Mapping[str, Any]) -> bool:
+    """Whether a line of metrics.jsonl is one of an evaluation, not of a step."""
+    return any(name.startswith("eval/") for name in line)
+
+
+def json_line(record: Mapping[str, Any]) -> str:
+    """One line of strict JSON in ASCII; numbers that JSON has no word for (nan, inf) become null."""
+    return json.dumps({name: _finite(value) for name, value in record.items()}, allow_nan=False) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _finite(inner) for name, inner in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -2,16 +2,11 @@
 
 import os
 import socket
-from contextlib import contextmanager
 from functools import lru_cache
-from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 from orchestrator.core.errors import MissingInput
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 PROBE_S = 3.0
 """Seconds that the hub, or the proxy before it, has to take a connection."""
@@ -45,18 +40,3 @@ def absent(what: str, of: str) -> MissingInput:
     """The error where the hub is not there and `what` (ORG/NAME) not in the cache. of: e.g. "model"."""
     why = f"{endpoint()} does not answer within {PROBE_S:g} s, or HF_HUB_OFFLINE is set, and the cache does not hold it"
     return MissingInput(f"{of} {what} cannot be fetched", why=why, fix=GO_ON.format(what=what if of == "model" else f"{what} --repo-type dataset"))
-
-
-@contextmanager
-def cached_data_sets() -> "Iterator[None]":
-    """`datasets` looks into its cache only, where the hub is not there."""
-    import datasets.config
-    from huggingface_hub import constants
-
-    before = datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE
-    if not reachable():
-        datasets.config.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE = True
-    try:
-        yield
-    finally:
-        datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE = before

@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
+from orchestrator.core.batches import Floats, PackedBatch
+from orchestrator.core.reports import EvaluationReport, LearnReport, Progress, StepApplied, StepReport
 from orchestrator.core.rollouts import Prompt, RolloutGroup, Sampling, Scoring, Span, WeightsDelivered
-from orchestrator.core.batches import EvaluationReport, Floats, LearnReport, PackedBatch, Progress, StepApplied, StepReport
 
 PerMicroBatch = tuple[tuple[Floats, ...], ...]
 """Values [rank][i]: Float[N] for the scored tokens of each micro-batch of a PackedBatch."""

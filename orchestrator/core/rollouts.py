@@ -1,6 +1,6 @@
 """What flows before a rollout becomes training data: prompts, samples, groups and their rewards, frozen and typed.
 
-    Prompt --generator--> Completion --turns--> Rollout -> RolloutGroup --scorer--> ScoredGroup -> records.SequenceGroup
+Prompt --generator--> Completion --turns--> Rollout -> RolloutGroup --scorer--> ScoredGroup -> records.SequenceGroup
 """
 
 from collections.abc import Mapping, Sequence
@@ -129,3 +129,31 @@ class WeightsDelivered:
     seconds: float
     buckets: int
     transport: str
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """A scored rollout batch. prompts: drawn from the data for it; learned_from: the groups that become training data; wanted: how many
+    they should be by the recipe."""
+
+    prompts: int
+    groups: tuple[RolloutGroup, ...]
+    scoring: Scoring
+    learned_from: tuple[ScoredGroup, ...]
+    wanted: int
+
+    @property
+    def scored(self) -> tuple[ScoredGroup, ...]:
+        return self.scoring.groups
+
+    @property
+    def tokens(self) -> int:
+        """Unshared tokens of all rollouts, prompts repeated."""
+        return sum(len(g.prompt.ids) + len(r.ids) for g in self.groups for r in g.rollouts)
+
+    def joined(self, other: "Batch") -> "Batch":
+        """Both, as one batch."""
+        mine, theirs = self.scoring.seconds, other.scoring.seconds
+        seconds = {name: mine.get(name, 0.0) + theirs.get(name, 0.0) for name in {**mine, **theirs}}
+        scoring = Scoring(self.scored + other.scored, self.scoring.dropped + other.scoring.dropped, seconds)
+        return Batch(self.prompts + other.prompts, self.groups + other.groups, scoring, self.learned_from + other.learned_from, self.wanted)

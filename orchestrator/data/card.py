@@ -1,6 +1,6 @@
 """What a data set's README.md says of its files, as the hub reads it: the `configs` of its YAML head.
 
-    configs: [{config_name: main, data_files: [{split: train, path: main/train-*}, …]}, …] --declared--> {subset: {split: files}}
+configs: [{config_name: main, data_files: [{split: train, path: main/train-*}, …]}, …] --declared--> {subset: {split: files}}
 """
 
 from collections.abc import Mapping

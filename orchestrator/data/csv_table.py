@@ -21,8 +21,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
-from orchestrator.data.bad_rows import BadRow
 from orchestrator.core.errors import DataError
+from orchestrator.data.bad_rows import BadRow
 
 TRUTH = {"true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False}
 WHOLE = re.compile(r" *[+-]?(0|[1-9]\d{0,17}) *")

@@ -1,6 +1,6 @@
 """From the recipe's `data` section to batches: read, validate, encode, order. No model weights, no workers.
 
-    sources --load_rows--> rows --encode_rows--> groups --Order, Batches--> the examples of any optimizer step
+sources --load_rows--> rows --encode_rows--> groups --Order, Batches--> the examples of any optimizer step
 """
 
 from collections import Counter
@@ -9,16 +9,15 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from orchestrator.algorithms.table import Algorithm
-from orchestrator.recipe.schema import Recipe, Source
-from orchestrator.data.bad_rows import BadRow, check_bad
-from orchestrator.data.tokenize import Encoded, Encoder, EncodingReport, bad_row, encode_rows
-from orchestrator.data.order import Batches, Order
-from orchestrator.data.formats import Reads
-from orchestrator.data.sources import LoadedRows, check_apart, load_rows
-from orchestrator.data.kto_pairs import with_mismatched
-from orchestrator.core.errors import DataError
-from orchestrator.models.load import load_tokenizer
 from orchestrator.core.batches import Row, SequenceGroup
+from orchestrator.core.errors import DataError
+from orchestrator.data.bad_rows import BadRow, check_bad
+from orchestrator.data.formats import Reads
+from orchestrator.data.kto_pairs import with_mismatched
+from orchestrator.data.order import Batches, Order
+from orchestrator.data.sources import LoadedRows, check_apart, load_rows
+from orchestrator.data.tokenize import Encoded, Encoder, EncodingReport, bad_row, encode_rows
+from orchestrator.recipe.schema import Recipe, Source
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +46,8 @@ class DataSet:
         return lambda ids: self.tokenizer.decode(ids, skip_special_tokens=True)
 
 
-def load_data(recipe: Recipe, algorithm: Algorithm) -> DataSet:
-    """Reads and checks all data of a recipe; DataError or MissingInput before anything expensive starts."""
+def load_data(recipe: Recipe, algorithm: Algorithm, tokenizer: Any) -> DataSet:
+    """Reads and checks all data of a recipe; DataError or MissingInput before anything expensive starts. tokenizer: the model's."""
     reads = Reads(margin=algorithm.name == "reward", answer=False)
     loaded = load_rows(recipe.data.train, recipe.data, algorithm.data, reads)
     held_out = None
@@ -56,7 +55,6 @@ def load_data(recipe: Recipe, algorithm: Algorithm) -> DataSet:
         answered = replace(reads, answer=recipe.evaluation.generate is not None and algorithm.head == "lm")
         held_out = load_rows(held_out_source(recipe.data.eval), recipe.data, algorithm.data, answered)
     unused, notes = seen_in(loaded, held_out)
-    tokenizer = load_tokenizer(recipe.model)
     train = _encode(loaded, tokenizer, recipe, algorithm)
     sizes = Counter(group.source for group in train.groups)
     order = Order([sizes[s] for s in range(len(loaded.sizes))], loaded.weights, recipe.run.seed)

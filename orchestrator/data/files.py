@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from orchestrator.core.errors import ConfigError, DataError, MissingInput
 from orchestrator.data import card, csv_table
 from orchestrator.data.bad_rows import BadRow
-from orchestrator.core.errors import ConfigError, DataError, MissingInput
 
 REFETCH = "fetch or write the file again, and check that it may be read"
 USUAL = (".jsonl", ".jsonl.gz", ".json.gz", ".parquet")

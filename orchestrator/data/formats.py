@@ -5,13 +5,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from orchestrator.recipe.schema import Columns
+from orchestrator.core.batches import DataKind, Row
 from orchestrator.data.bad_rows import BadRecord
 from orchestrator.data.hints import lacking
 from orchestrator.data.messages import check_weights, is_learned, messages_of, refuse_weights, unicode
 from orchestrator.data.template import tools_of, variables_of
 from orchestrator.data.values import plain, without_nulls
-from orchestrator.core.batches import DataKind, Row
+from orchestrator.recipe.schema import Columns
 
 HH_TURN = "\n\nAssistant:"
 SHAREGPT_COLUMN = "conversations"
@@ -175,9 +175,7 @@ def _is_redundant(fields: Mapping[str, Any]) -> bool:
     """True for a prompt of text that is the first user turn of both answers, which are whole conversations (UltraFeedback's form)."""
     if not isinstance(fields["prompt"], str) or not all(isinstance(fields[name], list) and fields[name] for name in ("chosen", "rejected")):
         return False
-    firsts = [
-        next((m["content"] for m in messages_of(fields[name], name) if m["role"] == "user"), None) for name in ("chosen", "rejected")
-    ]
+    firsts = [next((m["content"] for m in messages_of(fields[name], name) if m["role"] == "user"), None) for name in ("chosen", "rejected")]
     return all(isinstance(first, str) and first.strip() == fields["prompt"].strip() for first in firsts)
 
 

@@ -1,9 +1,9 @@
 """A list of chat messages, checked and in one form: roles and text, ShareGPT's names, content parts, per-turn weights.
 
-    {"role": …, "content": …}        as it is
-    {"from": …, "value": …}          renamed, as TRL does; `human` and `gpt`, which no template knows, are user and assistant
-    content: [{"type": "text", …}]   the joined text; a part that is no text is refused by its type
-    weight: 0 or 1                   OpenAI's: whether a turn is learned (SFT); other values are refused
+{"role": …, "content": …}        as it is
+{"from": …, "value": …}          renamed, as TRL does; `human` and `gpt`, which no template knows, are user and assistant
+content: [{"type": "text", …}]   the joined text; a part that is no text is refused by its type
+weight: 0 or 1                   OpenAI's: whether a turn is learned (SFT); other values are refused
 """
 
 from collections.abc import Mapping, Sequence

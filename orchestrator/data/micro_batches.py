@@ -12,8 +12,8 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import replace
 
-from orchestrator.data.packing import cost, filler, pack
 from orchestrator.core.batches import Cut, LossUnits, PackedBatch, SequenceGroup
+from orchestrator.data.packing import cost, filler, pack
 
 IMBALANCE = 0.03
 """Share of a step that ranks may wait for the one with most positions before the step is cut anew."""

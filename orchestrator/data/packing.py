@@ -36,9 +36,7 @@ class _Piece:
         return len(self.ids)
 
 
-def pack(
-    groups: Sequence[SequenceGroup], layout: Layout, *, row_tokens: int | None = None, one_row: bool = False, weight: float = 1.0
-) -> MicroBatch:
+def pack(groups: Sequence[SequenceGroup], layout: Layout, *, row_tokens: int | None = None, one_row: bool = False, weight: float = 1.0) -> MicroBatch:
     """One MicroBatch holding `groups` in `layout`.
 
     row_tokens: length of a packed or prefix-shared row, default the longest piece, so that rows stay short (attention

@@ -1,8 +1,8 @@
 """From the recipe's `data` section to prompts for rollouts, and what the planner has to know of them.
 
-    sources --load_rows--> rows --encode--> Prompt --Order, Batches--> the prompts of any rollout batch
-                                              |
-                                              +-- with full-length completions --> SequenceGroups: the longest steps there can be
+sources --load_rows--> rows --encode--> Prompt --Order, Batches--> the prompts of any rollout batch
+                                          |
+                                          +-- with full-length completions --> SequenceGroups: the longest steps there can be
 """
 
 from collections import Counter
@@ -12,19 +12,17 @@ from typing import Any
 import numpy as np
 
 from orchestrator.algorithms.table import Algorithm
-from orchestrator.recipe.schema import Recipe
-from orchestrator.data.bad_rows import check_bad
-from orchestrator.data.tokenize import Encoder, EncodingReport, bad_row
-from orchestrator.data.order import Batches, Order
-from orchestrator.data.formats import Reads
-from orchestrator.data.sources import LoadedRows, load_rows
-from orchestrator.data.turns import said_of, with_fewer_turns
-from orchestrator.data.dataset import DataSet, held_out_source, seen_in
-from orchestrator.core.rollouts import Prompt
-from orchestrator.core.errors import ConfigError, DataError
-from orchestrator.models.load import load_tokenizer
 from orchestrator.core.batches import Branch, Experience, Row, SequenceGroup
-from orchestrator.rollout.rewards.columns import columns_read
+from orchestrator.core.errors import ConfigError, DataError
+from orchestrator.core.rollouts import Prompt
+from orchestrator.data.bad_rows import check_bad
+from orchestrator.data.dataset import DataSet, held_out_source, seen_in
+from orchestrator.data.formats import Reads
+from orchestrator.data.order import Batches, Order
+from orchestrator.data.sources import LoadedRows, load_rows
+from orchestrator.data.tokenize import Encoder, EncodingReport, bad_row
+from orchestrator.data.turns import said_of, with_fewer_turns
+from orchestrator.recipe.schema import Recipe
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,10 +37,12 @@ class PromptSet:
     longest: DataSet
 
 
-def load_prompts(recipe: Recipe, algorithm: Algorithm) -> PromptSet:
-    """Reads and checks all prompts of a recipe; DataError, ConfigError or MissingInput before anything expensive starts."""
-    tokenizer = load_tokenizer(recipe.model)
-    reads = _reads(recipe)
+def load_prompts(recipe: Recipe, algorithm: Algorithm, tokenizer: Any, rewarded: frozenset[str] | None) -> PromptSet:
+    """Reads and checks all prompts of a recipe; DataError, ConfigError or MissingInput before anything expensive starts.
+
+    tokenizer: the model's. rewarded: columns that the reward's components read; None if all columns go to one of them.
+    """
+    reads = _reads(recipe, rewarded)
     loaded = load_rows(recipe.data.train, recipe.data, "prompt", reads)
     prompts, report = _encode(loaded, tokenizer, recipe)
     sizes = Counter(p.source for p in prompts)
@@ -91,9 +91,7 @@ def check_batches(recipe: Recipe, algorithm: Algorithm) -> int:
     if algorithm.online is not None and algorithm.online.estimate is None and rollouts.samples < 2:
         raise ConfigError("online_dpo needs rollouts.samples of at least 2", why="it compares the best with the worst", fix="set it to 4")
     if recipe.algorithm.name in ("grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo", "reinforce_pp_baseline") and rollouts.samples < 2:
-        raise ConfigError(
-            f"{recipe.algorithm.name} needs rollouts.samples of at least 2", why="its baseline is the group's mean", fix="set it to 8"
-        )
+        raise ConfigError(f"{recipe.algorithm.name} needs rollouts.samples of at least 2", why="its baseline is the group's mean", fix="set it to 8")
     if algorithm.online is not None and algorithm.online.dynamic_sampling and rollouts.max_staleness:
         raise ConfigError(
             "dynamic sampling needs rollouts.max_staleness=0",
@@ -174,11 +172,11 @@ def _fitted(encoder: Encoder, row: Row, room: int, counts: _Counts) -> tuple[Row
     return replace(row, prompt=found[0]), found[1]
 
 
-def _reads(recipe: Recipe) -> Reads:
+def _reads(recipe: Recipe, rewarded: frozenset[str] | None) -> Reads:
     """Environments and endpoints are given whole rows; functions what they name."""
     if recipe.rollouts.environment is not None:
         return Reads(margin=False, environment=True)
-    return Reads(margin=False, others=columns_read(recipe.rewards))
+    return Reads(margin=False, others=rewarded)
 
 
 def longest_rollouts(prompt: Prompt, recipe: Recipe, algorithm: Algorithm) -> SequenceGroup:
@@ -188,4 +186,3 @@ def longest_rollouts(prompt: Prompt, recipe: Recipe, algorithm: Algorithm) -> Se
     experience = None if algorithm.per == "pair" else Experience(zeros, zeros, zeros, zeros, zeros, zeros)
     branch = Branch(np.full(tokens, prompt.ids[0], np.int64), np.ones(tokens, np.bool_), experience)
     return SequenceGroup(prompt.id, prompt.ids, (branch,) * algorithm.branches, prompt.source)
-

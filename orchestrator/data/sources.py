@@ -6,18 +6,19 @@ import hashlib
 import json
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from orchestrator.core import hub
-from orchestrator.recipe.schema import Columns, Data, Source
+from orchestrator.core.batches import DataKind, Row
+from orchestrator.core.errors import ConfigError, DataError, MissingInput
 from orchestrator.data.bad_rows import BadRecord, BadRow, check_bad, grouped
 from orchestrator.data.files import SUFFIXES, Record, choose, records
 from orchestrator.data.formats import EVERYTHING, SHAREGPT_COLUMN, Reads, describe, to_rows, used_columns
 from orchestrator.data.toy import DEFAULT_ROWS, toy_rows
-from orchestrator.core.errors import ConfigError, DataError, MissingInput
-from orchestrator.core.batches import DataKind, Row
+from orchestrator.recipe.schema import Columns, Data, Source
 
 EMPTY: tuple[Any, ...] = (None, "", [], {})
 """Values that say nothing: a column of nothing else is not missed where it is not read."""
@@ -213,7 +214,7 @@ def _hub(source: Source) -> Iterator[Record]:
     from datasets import load_dataset
 
     try:
-        with hub.cached_data_sets():
+        with cached_data_sets():
             dataset = load_dataset(source.path, source.subset, split=source.split or "train", revision=source.revision)
     except (OSError, ValueError) as error:
         if not hub.reachable():
@@ -221,3 +222,18 @@ def _hub(source: Source) -> Iterator[Record]:
         raise MissingInput(f"data set {source.path} cannot be loaded", why=str(error).splitlines()[0]) from error
     for i, record in enumerate(dataset):
         yield Record(record, f"{source.path}:{i + 1}", filled=True)
+
+
+@contextmanager
+def cached_data_sets() -> Iterator[None]:
+    """`datasets` looks into its cache only, where the hub is not there."""
+    import datasets.config
+    from huggingface_hub import constants
+
+    before = datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE
+    if not hub.reachable():
+        datasets.config.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE = before

@@ -1,16 +1,16 @@
 """The ONE place where a chat template is applied, with everything that a row gives it: messages, tools and further variables.
 
-    rows   -> Encoder (data/tokenize.py)     -+
-    turns  -> Roller (rollout/episodes.py)  -+-> render -> tokens (and which of them the assistant wrote), or text
+rows   -> Encoder (data/tokenize.py)     -+
+turns  -> Roller (rollout/episodes.py)  -+-> render -> tokens (and which of them the assistant wrote), or text
 """
 
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
+from orchestrator.core.errors import ConfigError, DataError
 from orchestrator.data.bad_rows import BadRecord
 from orchestrator.data.values import plain
-from orchestrator.core.errors import ConfigError, DataError
 
 OWN_ARGUMENTS = frozenset(
     {"conversation", "messages", "tools", "chat_template", "add_generation_prompt", "continue_final_message", "tokenize", "padding", "truncation"}

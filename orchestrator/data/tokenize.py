@@ -11,13 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from orchestrator.recipe.schema import Data
+from orchestrator.core.batches import Branch, DataKind, Ints, Row, SequenceGroup
+from orchestrator.core.errors import ConfigError, DataError
 from orchestrator.data.bad_rows import BadRow, check_bad
 from orchestrator.data.messages import is_learned
 from orchestrator.data.template import given_names, is_marked, own_template, render, training_template
 from orchestrator.data.turns import said_of, with_fewer_turns
-from orchestrator.core.errors import ConfigError, DataError
-from orchestrator.core.batches import Branch, DataKind, Ints, Row, SequenceGroup
+from orchestrator.recipe.schema import Data
 
 
 @dataclass(frozen=True, slots=True)

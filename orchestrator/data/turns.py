@@ -1,7 +1,7 @@
 """Which turns of a conversation are left out where it is too long: whole ones, so that no header of the chat template is cut.
 
-    system | user assistant | user assistant | user        the oldest exchanges go first, from one user's turn to the next;
-    ^ stays  ^ goes first     ^ then           ^ stays     the system message and the last user's turn never do
+system | user assistant | user assistant | user        the oldest exchanges go first, from one user's turn to the next;
+^ stays  ^ goes first     ^ then           ^ stays     the system message and the last user's turn never do
 """
 
 from collections.abc import Callable, Sequence

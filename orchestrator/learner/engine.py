@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from orchestrator.core.batches import StepApplied
+from orchestrator.core.reports import StepApplied
 from orchestrator.core.zero import PERSISTENT_ELEMENTS, bucket_elements, overlaps
 from orchestrator.learner.traffic import CollectiveCounter
 from orchestrator.models.decay import parameter_groups

@@ -1,7 +1,7 @@
 """From a learner on any number of ranks, or from a checkpoint, to a Hugging Face folder.
 
-    live learner --gathers--> fp32 weights by name --+-- merged with the start weights (LoRA), in the recipe's type --> models/export.py
-    checkpoint --------------read--------------------+
+live learner --gathers--> fp32 weights by name --+-- merged with the start weights (LoRA), in the recipe's type --> models/export.py
+checkpoint --------------read--------------------+
 """
 
 from collections.abc import Iterator, Mapping
@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from orchestrator.algorithms.table import build, critic
-from orchestrator.recipe.schema import Recipe
 from orchestrator.core.errors import OutputError
 from orchestrator.learner.engine import on_cpu
 from orchestrator.learner.rank_learner import RankLearner, Role
@@ -22,6 +21,7 @@ from orchestrator.models.export import export
 from orchestrator.models.load import Loaded, load
 from orchestrator.models.rounding import FULL, MOST, may_be_too_coarse, rounding_share
 from orchestrator.models.source import export_dtype
+from orchestrator.recipe.schema import Recipe
 
 LOW = ("bf16", "fp16")
 

@@ -11,13 +11,13 @@ import torch
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from orchestrator.learner.rank_learner import RankLearner
+from orchestrator.core.batches import Floats, LossUnits, MicroBatch
 from orchestrator.learner.memory import device_bytes
+from orchestrator.learner.rank_learner import RankLearner
 from orchestrator.learner.state import full_weights
 from orchestrator.models.block_attention import compiled_attention
-from orchestrator.models.rows import MicroBatchTensors
 from orchestrator.models.forward import head_gap, scored
-from orchestrator.core.batches import Floats, LossUnits, MicroBatch
+from orchestrator.models.rows import MicroBatchTensors
 
 
 @dataclass(frozen=True, slots=True)

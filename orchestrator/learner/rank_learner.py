@@ -17,28 +17,26 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from orchestrator.core import faults
-from orchestrator.algorithms.table import Algorithm, build, critic
-from orchestrator.recipe.schema import Recipe
-from orchestrator.data.packing import pack
-from orchestrator.core.errors import OutOfMemory
-from orchestrator.learner.engine import Engine, ProcessGroup
-from orchestrator.learner.memory import current_bytes, finish, give_back, is_out_of_memory, peak_bytes, reset_peak
-from orchestrator.algorithms.schedule import learning_rate
-from orchestrator.models.attention import attention_windows
-from orchestrator.models.dropout import as_used
-from orchestrator.models.fused import fuse
-from orchestrator.models.load import Loaded, load, placed
-from orchestrator.models.rows import MicroBatchTensors
-from orchestrator.models.forward import Scored, ScoringModel, scored
-from orchestrator.algorithms.losses.whole_batch import linear
-from orchestrator.algorithms.losses.logprobs import HeadSpec
 from orchestrator.algorithms.losses.interface import LossSum, TokenScores
 from orchestrator.algorithms.losses.sources import by_source
-from orchestrator.core.batches import Branch, Cut, Floats, LearnReport, LossUnits, Mean, MicroBatch, SequenceGroup, StepApplied
-
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "bf16_autocast": torch.float32}
-
+from orchestrator.algorithms.losses.whole_batch import linear
+from orchestrator.algorithms.schedule import learning_rate
+from orchestrator.algorithms.table import Algorithm, build, critic
+from orchestrator.core import faults
+from orchestrator.core.batches import Branch, Cut, Floats, LossUnits, MicroBatch, SequenceGroup
+from orchestrator.core.errors import OutOfMemory
+from orchestrator.core.reports import LearnReport, Mean, StepApplied
+from orchestrator.data.packing import pack
+from orchestrator.learner.engine import Engine, ProcessGroup
+from orchestrator.learner.memory import current_bytes, finish, give_back, is_out_of_memory, peak_bytes, reset_peak
+from orchestrator.learner.reference import load_reference, logprobs_of, on_host
+from orchestrator.models.attention import attention_windows
+from orchestrator.models.dropout import as_used
+from orchestrator.models.forward import Scored, ScoringModel, scored
+from orchestrator.models.fused import fuse
+from orchestrator.models.load import Loaded, load
+from orchestrator.models.rows import MicroBatchTensors
+from orchestrator.recipe.schema import Recipe
 
 Role = Literal["policy", "critic"]
 
@@ -160,9 +158,7 @@ class RankLearner:
         self.engine.discard(self.idle_loss)
 
     @torch.no_grad()
-    def token_logprobs(
-        self, micro_batches: Sequence[MicroBatch], *, reference: bool = False, step: int | None = None
-    ) -> tuple[Floats, ...]:
+    def token_logprobs(self, micro_batches: Sequence[MicroBatch], *, reference: bool = False, step: int | None = None) -> tuple[Floats, ...]:
         """fp32 log-probs of the scored tokens of each micro-batch, under the policy or the reference. step: with LoRA's dropout of that
         optimizer step, as forward_backward will draw it; None: without dropout."""
         self._still()
@@ -170,7 +166,7 @@ class RankLearner:
             self.scoring.dropout.at(self.spec.recipe.run.seed, step)
         model, scope = self._scorer(reference)
         with scope:
-            return on_host([_logps(scored(model, MicroBatchTensors.of(mb, self.device))) for mb in micro_batches])
+            return on_host([logprobs_of(scored(model, MicroBatchTensors.of(mb, self.device))) for mb in micro_batches])
 
     @torch.no_grad()
     def token_values(self, micro_batches: Sequence[MicroBatch]) -> tuple[Floats, ...]:
@@ -309,44 +305,6 @@ class _OutOfMemoryLocator:
                 why=str(error).splitlines()[0],
                 fix="set a smaller batch.micro_batch, or learners.activation_checkpointing=full",
             ) from None
-
-
-def _logps(result: Scored) -> Tensor:
-    assert result.logps is not None, "token_logprobs needs a language-model head"
-    return result.logps
-
-
-def on_host(values: Sequence[Tensor]) -> tuple[Floats, ...]:
-    """Float arrays of what the device computed, fp32, read only once all of it has been asked for."""
-    return tuple(value.float().cpu().numpy() for value in values)
-
-
-def load_reference(recipe: Recipe, device: torch.device) -> tuple[ScoringModel, str]:
-    """The frozen reference policy and its fingerprint: `model.reference`, else the start weights, never a resumed policy."""
-    loaded = load(recipe.model, seed=recipe.run.seed, head="lm", reference=True, longest=recipe.data.max_length)
-    algorithm = build(recipe.algorithm, recipe.rollouts)
-    scoring = ScoringModel(loaded.model, head="lm", spec=HeadSpec(temperature=algorithm.scores.temperature))
-    scoring = placed(scoring, device, _DTYPES[recipe.learners.precision])
-    if recipe.learners.fused:  # as the policy is: else the two differ by rounding before the first step
-        fuse(scoring.hugging_face)
-    scoring.requires_grad_(False)
-    return scoring.eval(), loaded.fingerprint
-
-
-class RankReference:
-    """The reference policy alone on one rank, to fill the cache of reference log-probs before the learner is built."""
-
-    def __init__(self, recipe: Recipe, device: torch.device) -> None:
-        self.recipe, self.device = recipe, device
-        self.scoring, self.fingerprint = load_reference(recipe, device)
-
-    @torch.no_grad()
-    def token_logprobs(self, micro_batches: Sequence[MicroBatch], *, reference: bool = True, step: int | None = None) -> tuple[Floats, ...]:
-        """fp32 log-probs of the scored tokens of each micro-batch."""
-        assert reference and step is None, "only the reference policy is loaded, and nothing of it is dropped"
-        autocast = self.recipe.learners.precision == "bf16_autocast"
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=autocast):
-            return on_host([_logps(scored(self.scoring, MicroBatchTensors.of(mb, self.device))) for mb in micro_batches])
 
 
 def iterate_trainable(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

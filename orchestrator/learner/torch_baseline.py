@@ -11,17 +11,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from orchestrator.algorithms.losses.interface import ExperienceTensors, TokenScores
+from orchestrator.algorithms.schedule import learning_rate
 from orchestrator.algorithms.table import Algorithm
-from orchestrator.recipe.schema import Recipe
+from orchestrator.core.batches import Floats, LossUnits, MicroBatch, SequenceGroup
 from orchestrator.data.packing import by_branch, pack
 from orchestrator.learner.engine import zero_missing
-from orchestrator.algorithms.schedule import learning_rate
 from orchestrator.models.decay import parameter_groups
 from orchestrator.models.dropout import keyed_dropout
 from orchestrator.models.load import load
 from orchestrator.models.rows import experience_columns
-from orchestrator.algorithms.losses.interface import ExperienceTensors, TokenScores
-from orchestrator.core.batches import Floats, LossUnits, MicroBatch, SequenceGroup
+from orchestrator.recipe.schema import Recipe
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,9 +11,7 @@ from transformers import PretrainedConfig
 
 from orchestrator.core.batches import Layout
 
-_ONE_MASK = frozenset(
-    {"llama", "mistral", "gemma", "phi", "phi3", "gpt2", "gpt_neox", "olmo2", "granite", "cohere", "falcon", "mixtral"}
-)
+_ONE_MASK = frozenset({"llama", "mistral", "gemma", "phi", "phi3", "gpt2", "gpt_neox", "olmo2", "granite", "cohere", "falcon", "mixtral"})
 _MASK_PER_KIND = frozenset({"qwen2", "qwen2_moe", "qwen3", "gemma2", "gemma3_text"})
 """Architectures measured to give the same log-probs under a 4-D mask (tests/invariants/test_layouts.py), the second
 set with one mask per kind of layer. Every other one gets padded rows, which need no mask of ours."""

@@ -18,11 +18,11 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from orchestrator.core.batches import ROW_MULTIPLE as BLOCK
 from orchestrator.core.errors import ConfigError
 from orchestrator.models import ragged_attention
 from orchestrator.models.attention import Capabilities
 from orchestrator.models.ragged_attention import RAGGED
-from orchestrator.core.batches import ROW_MULTIPLE as BLOCK
 
 BLOCKS = "one_row_blocks"
 """The name under which transformers' layers find `attend`."""
@@ -63,9 +63,7 @@ def _block_mask(segment: Tensor, branch: Tensor, positions: Tensor, window: int 
 
     length, rule = segment.shape[1], visible if window is None else near
     (partly, which_partly), (wholly, which_wholly) = _ordered(some & ~whole), _ordered(whole)
-    return BlockMask.from_kv_blocks(
-        partly, which_partly, wholly, which_wholly, BLOCK_SIZE=BLOCK, mask_mod=rule, seq_lengths=(length, length)
-    )
+    return BlockMask.from_kv_blocks(partly, which_partly, wholly, which_wholly, BLOCK_SIZE=BLOCK, mask_mod=rule, seq_lengths=(length, length))
 
 
 def _visible_blocks(segment: Tensor, branch: Tensor, positions: Tensor, window: int | None) -> tuple[Tensor, Tensor]:

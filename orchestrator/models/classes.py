@@ -1,6 +1,6 @@
 """Which of transformers' classes reads a configuration, and which configurations no learner can train: said before weights are read.
 
-    config.json --unsuitable--> "" or why it cannot be trained --auto_class--> AutoModelForCausalLM | …ImageTextToText | …SequenceClassification
+config.json --unsuitable--> "" or why it cannot be trained --auto_class--> AutoModelForCausalLM | …ImageTextToText | …SequenceClassification
 """
 
 from typing import Any, Literal

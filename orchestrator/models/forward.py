@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from transformers import PreTrainedModel
 
+from orchestrator.algorithms.losses.logprobs import HeadSpec, chunked_logprobs
 from orchestrator.core.errors import ConfigError
 from orchestrator.models.attention import Capabilities, attention_mask, capabilities
 from orchestrator.models.block_attention import BLOCKS, block_masks, set_attention
 from orchestrator.models.dropout import Draws, keyed_dropout, quieten
 from orchestrator.models.ragged_attention import INSIDE, RAGGED, spread, with_rows
 from orchestrator.models.rows import MicroBatchTensors
-from orchestrator.algorithms.losses.logprobs import HeadSpec, chunked_logprobs
 
 
 def chunk_logits(device_type: str) -> int:

@@ -17,7 +17,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 
 from orchestrator.core import hub
-from orchestrator.recipe.schema import Lora, Model
 from orchestrator.core.errors import ConfigError, MissingInput
 from orchestrator.models.attention import plain_attention
 from orchestrator.models.classes import Head, auto_class, check_trainable
@@ -25,6 +24,7 @@ from orchestrator.models.generation import savable
 from orchestrator.models.rope import pin
 from orchestrator.models.tiny import build, byte_tokenizer, check_sizes, tiny_config
 from orchestrator.models.unused import freeze_unused
+from orchestrator.recipe.schema import Lora, Model
 
 
 @dataclass(frozen=True, slots=True)

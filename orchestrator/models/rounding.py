@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from orchestrator.recipe.schema import Model, Recipe
 from orchestrator.models.load import load_config
 from orchestrator.models.source import source_dtype
+from orchestrator.recipe.schema import Model, Recipe
 
 MOST = 0.25
 """Rounding that moves the weights by more than this share of what training moved them is not done unless it is asked for."""

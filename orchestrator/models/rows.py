@@ -14,9 +14,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from orchestrator.models.ragged_attention import Block, Ragged, blocks_of
 from orchestrator.algorithms.losses.interface import ExperienceTensors
 from orchestrator.core.batches import Experience, Layout, MicroBatch
+from orchestrator.models.ragged_attention import Block, Ragged, blocks_of
 
 PADDING = 0.03
 """Share of rows that may be padding before it is left out: what that costs beside each layer's attention."""

@@ -10,8 +10,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from orchestrator.recipe.schema import Model
 from orchestrator.core.errors import ConfigError
+from orchestrator.recipe.schema import Model
 
 
 def _shape(kind: str, hidden: int, inner: int, layers: int, heads: int, kv: int, vocabulary: int, positions: int, **more: Any) -> dict[str, Any]:

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from orchestrator.recipe.schema import Model
 from orchestrator.models.load import load_config
+from orchestrator.recipe.schema import Model
 
 TYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 ASKED = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}

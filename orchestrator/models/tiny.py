@@ -6,9 +6,9 @@ import torch
 from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerFast
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES  # pyright: ignore[reportPrivateImportUsage]
 
-from orchestrator.recipe.schema import TinyModel
 from orchestrator.core.errors import ConfigError
 from orchestrator.models.attention import plain_attention
+from orchestrator.recipe.schema import TinyModel
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}"

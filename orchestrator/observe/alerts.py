@@ -9,11 +9,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from orchestrator.recipe.schema import Alerts
+from orchestrator.core.reports import EvaluationReport, StepReport
 from orchestrator.observe.advice import ADVICE
 from orchestrator.observe.drift import ComponentFell, HeldOutLossRose, KlBeyond, NoSignal
 from orchestrator.observe.latch import Latch, RunningMean, mean
-from orchestrator.core.batches import EvaluationReport, StepReport
+from orchestrator.recipe.schema import Alerts
 
 Metrics = Mapping[str, float]
 Level = Literal["INFO", "WARN", "ERROR"]

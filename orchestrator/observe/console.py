@@ -12,12 +12,13 @@ from collections.abc import Callable
 from rich.console import Console
 from rich.text import Text
 
+from orchestrator.core.format import duration, number, printable
+from orchestrator.core.reports import EvaluationReport, StepReport
 from orchestrator.observe.alerts import Alert
 from orchestrator.observe.live_table import LiveTable, StepLine
-from orchestrator.observe.metrics import step_seconds
 from orchestrator.observe.metric_names import components, unknown
-from orchestrator.observe.jsonl import Note, duration, number, printable
-from orchestrator.core.batches import EvaluationReport, StepReport
+from orchestrator.observe.metrics import step_seconds
+from orchestrator.observe.sink import Note
 
 ETA_STEPS = 20
 """Steps whose mean duration the ETA is made of."""

@@ -7,9 +7,9 @@ import math
 from collections import deque
 from collections.abc import Mapping
 
-from orchestrator.recipe.schema import Alerts
 from orchestrator.observe.latch import Latch, RunningMean, mean
 from orchestrator.observe.metric_names import components
+from orchestrator.recipe.schema import Alerts
 
 Metrics = Mapping[str, float]
 AT_FIRST = 2

@@ -5,8 +5,7 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from orchestrator.core.files import write_atomically
-from orchestrator.observe.jsonl import read_lines
+from orchestrator.core.files import read_lines, write_atomically
 from orchestrator.observe.metrics import step_seconds
 
 

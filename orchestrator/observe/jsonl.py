@@ -4,74 +4,17 @@
 again from it, so it is ASCII, one flat object per line, and holds each step once however often the run was resumed.
 """
 
-import json
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import Any, TextIO
 
-from orchestrator.core.batches import EvaluationReport, Sample, StepReport
-from orchestrator.core.errors import DataError, OutputError
-from orchestrator.core.files import write_atomically
+from orchestrator.core.errors import OutputError
+from orchestrator.core.files import _parsed, json_line, write_atomically
+from orchestrator.core.reports import EvaluationReport, Sample, StepReport
 from orchestrator.observe.alerts import Alert
-
-Note = Callable[[str], None]
-
-
-class Sink(Protocol):
-    """Takes every report of one run. open() comes first and close() last; both may say something by `note`.
-
-    alert(): is told as a note too; what a sink does beyond that. failed: an error ended the run, or this attempt at it."""
-
-    def open(self, note: Note) -> None: ...
-    def step(self, report: StepReport) -> None: ...
-    def evaluation(self, report: EvaluationReport) -> None: ...
-    def note(self, message: str) -> None: ...
-    def alert(self, alert: Alert) -> None: ...
-    def close(self, *, failed: bool = False) -> None: ...
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSONL file. A torn last line is left out; DataError for a damaged line before it."""
-    return [record for _, record in _parsed(path)]
-
-
-def _parsed(path: Path) -> list[tuple[str, dict[str, Any]]]:
-    found: list[tuple[str, dict[str, Any]]] = []
-    lines = path.read_bytes().decode("utf-8", "replace").rstrip("\n").split("\n")  # not splitlines: it cuts at U+2028
-    for number, line in enumerate(lines, 1):
-        record = _json_object(line)
-        if record is not None:
-            found.append((line, record))
-        elif number < len(lines):
-            raise DataError(f"{path}:{number}: not a JSON object", why="only the last line may be torn", fix="remove that line")
-    return found
-
-
-def _json_object(line: str) -> dict[str, Any] | None:
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError:
-        return None
-    return record if isinstance(record, dict) else None
-
-
-def is_evaluation(line: Mapping[str, Any]) -> bool:
-    """Whether a line of metrics.jsonl is one of an evaluation, not of a step."""
-    return any(name.startswith("eval/") for name in line)
-
-
-def json_line(record: Mapping[str, Any]) -> str:
-    """One line of strict JSON in ASCII; numbers that JSON has no word for (nan, inf) become null."""
-    return json.dumps({name: _finite(value) for name, value in record.items()}, allow_nan=False) + "\n"
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {name: _finite(inner) for name, inner in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+from orchestrator.observe.sink import Note
 
 
 class JsonlSink:
@@ -144,23 +87,3 @@ def _trim(path: Path, last: int) -> int:
     if text.encode() != path.read_bytes():
         write_atomically(path, text)
     return len(records) - len(kept)
-
-
-def number(value: float) -> str:
-    """Four significant digits. Example: 0.6931, 5e-06, 1234."""
-    return f"{value:.4g}"
-
-
-def duration(seconds: float) -> str:
-    """Example: 8s, 3m12s, 2h05m; "?" where it is not known."""
-    if not math.isfinite(seconds):
-        return "?"
-    whole = max(0, round(seconds))
-    if whole < 60:
-        return f"{whole}s"
-    return f"{whole // 60}m{whole % 60:02d}s" if whole < 3600 else f"{whole // 3600}h{whole % 3600 // 60:02d}m"
-
-
-def printable(text: str) -> str:
-    """The text without control characters (a row of data could hold terminal commands); line ends and tabs stay."""
-    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode("ascii") for c in text)

@@ -4,7 +4,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
-from orchestrator.core.batches import SOURCE
+from orchestrator.core.reports import SOURCE
 
 _RENAMED = {
     "kl": "kl/mean",

@@ -4,8 +4,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from orchestrator.core.reports import LearnReport, Mean, Progress, StepApplied
 from orchestrator.observe.metric_names import named
-from orchestrator.core.batches import LearnReport, Mean, Progress, StepApplied
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,6 @@
 """What a run is doing while nothing else can be seen of it.
 
-    on a terminal: a spinner, then the seconds it took        elsewhere: a line when it begins
+on a terminal: a spinner, then the seconds it took        elsewhere: a line when it begins
 """
 
 import time

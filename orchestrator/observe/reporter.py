@@ -6,10 +6,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 
+from orchestrator.core.reports import EvaluationReport, StepReport
 from orchestrator.observe.alerts import Alert
-from orchestrator.observe.jsonl import Sink
+from orchestrator.observe.sink import Sink
 from orchestrator.observe.watch import Watch
-from orchestrator.core.batches import EvaluationReport, StepReport
 
 
 class RunReporter:

@@ -9,12 +9,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.recipe.schema import Tracking
+from orchestrator.core.files import is_evaluation, read_lines
+from orchestrator.core.reports import EvaluationReport, Sample, StepReport
 from orchestrator.observe.alerts import Alert
 from orchestrator.observe.metric_names import grouped, unknown
 from orchestrator.observe.report.samples import spread
-from orchestrator.observe.jsonl import Note, is_evaluation, read_lines
-from orchestrator.core.batches import EvaluationReport, Sample, StepReport
+from orchestrator.observe.sink import Note
+from orchestrator.recipe.schema import Tracking
 
 if TYPE_CHECKING:
     from wandb import Run

@@ -6,12 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from orchestrator.recipe.schema import Alerts
 from orchestrator.core.errors import Interrupted, OrchestratorError, OutOfMemory, WorkerLost
+from orchestrator.core.files import is_evaluation, read_lines
+from orchestrator.core.reports import EvaluationReport, StepReport
 from orchestrator.observe.alerts import Alert, AlertRules
 from orchestrator.observe.goodput import Attempts
-from orchestrator.observe.jsonl import is_evaluation, read_lines
-from orchestrator.core.batches import EvaluationReport, StepReport
+from orchestrator.recipe.schema import Alerts
 
 GOES_ON = (Interrupted, WorkerLost, OutOfMemory)
 """Ends of an attempt that another attempt follows."""

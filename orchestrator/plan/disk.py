@@ -1,12 +1,12 @@
 """What a run folder takes of a disk: checkpoints by checkpoint.keep and checkpoint.final, and the export."""
 
 from orchestrator.algorithms.table import Algorithm, critic
-from orchestrator.recipe.schema import Recipe
-from orchestrator.plan.memory import model_sizes
+from orchestrator.core.format import size
 from orchestrator.models.rounding import FULL, may_be_too_coarse
 from orchestrator.models.source import export_dtype
+from orchestrator.plan.memory import model_sizes
 from orchestrator.plan.state_bytes import Sizes
-from orchestrator.core.format import size
+from orchestrator.recipe.schema import Recipe
 
 STATE_BYTES = 12
 """Of a trainable parameter in a checkpoint: the fp32 master weight and Adam's two moments."""

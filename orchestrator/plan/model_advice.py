@@ -1,6 +1,6 @@
 """What a plan says of the model before it is loaded: tables that rows do not fit into, what is not learned yet, what the export changes.
 
-    fake model, configuration, rows --advise--> notes, or ConfigError where a worker would end in an IndexError
+fake model, configuration, rows --advise--> notes, or ConfigError where a worker would end in an IndexError
 """
 
 import re
@@ -14,14 +14,14 @@ from torch import nn
 from transformers import GenerationConfig
 
 from orchestrator.algorithms.table import Algorithm
-from orchestrator.recipe.schema import Recipe
-from orchestrator.data.dataset import DataSet
 from orchestrator.core.errors import ConfigError, OutputError
-from orchestrator.plan.memory import MemoryModel
+from orchestrator.data.dataset import DataSet
 from orchestrator.models.classes import auto_class
+from orchestrator.models.forward import ScoringModel
 from orchestrator.models.generation import savable
 from orchestrator.models.load import check_files, load_config
-from orchestrator.models.forward import ScoringModel
+from orchestrator.plan.memory import MemoryModel
+from orchestrator.recipe.schema import Recipe
 
 POSITIONS = re.compile(r"(^|\.)(wpe|pos_emb|embed_positions?|position(al)?_?embeddings?|pos_embed(ding)?s?)(\.|$)")
 """Names that transformers' models give to a table of positions."""

@@ -9,18 +9,18 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from orchestrator.algorithms.table import Algorithm, build, kl_notes
-from orchestrator.recipe.schema import ONLINE, Recipe
-from orchestrator.data.micro_batches import cut_step
+from orchestrator.core.batches import Cut, Layout, PackedBatch, Sync
+from orchestrator.core.errors import ConfigError, NotEnoughResources
+from orchestrator.core.format import size
 from orchestrator.data.bad_rows import grouped
 from orchestrator.data.dataset import DataSet
-from orchestrator.core.errors import ConfigError, NotEnoughResources
+from orchestrator.data.micro_batches import cut_step
+from orchestrator.models.attention import capabilities
+from orchestrator.models.forward import Checkpointing
+from orchestrator.models.load import load_config
 from orchestrator.plan.hardware import Hardware, this_machine
 from orchestrator.plan.memory import MemoryEstimate, MemoryModel, Traffic
 from orchestrator.plan.model_advice import advise
-from orchestrator.models.attention import capabilities
-from orchestrator.models.load import load_config
-from orchestrator.models.forward import Checkpointing
-from orchestrator.core.batches import Cut, Layout, PackedBatch, Sync
 from orchestrator.plan.settle import one_gpu_each
 from orchestrator.plan.state_bytes import Sizes
 from orchestrator.plan.ways import (
@@ -37,7 +37,7 @@ from orchestrator.plan.ways import (
     ram_limit,
     ways_of,
 )
-from orchestrator.core.format import size
+from orchestrator.recipe.schema import ONLINE, Recipe
 
 CHECKPOINTING_REASONS: dict[Checkpointing, str] = {
     "none": "activations fit the memory: nothing is computed again",

@@ -1,15 +1,15 @@
 """What of a recipe makes no sense with its model and data: legal, but hardly what anyone wants. A function for each, a sentence with its number.
 
-    recipe, data, steps --what_makes_no_sense--> warnings of `orchestrator plan`, and of `train` before its first step
+recipe, data, steps --what_makes_no_sense--> warnings of `orchestrator plan`, and of `train` before its first step
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from orchestrator.recipe.schema import ONLINE, Recipe
-from orchestrator.data.dataset import DataSet
 from orchestrator.algorithms.schedule import warmup
+from orchestrator.data.dataset import DataSet
 from orchestrator.plan.planner import DataReport
+from orchestrator.recipe.schema import ONLINE, Recipe
 
 TOY = 5_000_000
 """Parameters below which a model is a toy, which learns at any rate."""

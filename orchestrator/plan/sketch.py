@@ -5,15 +5,15 @@ from dataclasses import dataclass
 import numpy as np
 
 from orchestrator.algorithms.table import Algorithm
-from orchestrator.recipe.schema import Recipe
-from orchestrator.data.tokenize import EncodingReport
-from orchestrator.data.order import Batches, Order
-from orchestrator.data.sources import LoadedRows
-from orchestrator.data.dataset import DataSet
-from orchestrator.core.rollouts import Prompt
-from orchestrator.core.errors import ConfigError
-from orchestrator.data.prompts import longest_rollouts
 from orchestrator.core.batches import Branch, Ints, SequenceGroup
+from orchestrator.core.errors import ConfigError
+from orchestrator.core.rollouts import Prompt
+from orchestrator.data.dataset import DataSet
+from orchestrator.data.order import Batches, Order
+from orchestrator.data.prompts import longest_rollouts
+from orchestrator.data.sources import LoadedRows
+from orchestrator.data.tokenize import EncodingReport
+from orchestrator.recipe.schema import Recipe
 
 STEPS = 8
 """Effective batches of rows that are made up."""

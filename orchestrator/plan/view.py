@@ -7,10 +7,10 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from orchestrator.recipe.schema import Recipe, Section
+from orchestrator.core.format import size
 from orchestrator.plan.planner import BINS, DataReport, Plan
 from orchestrator.recipe.pipeline import Ignored
-from orchestrator.core.format import size
+from orchestrator.recipe.schema import Recipe, Section
 
 PARTS = 3
 """Of the memory that are named one by one, the largest."""

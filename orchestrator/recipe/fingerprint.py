@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from orchestrator.recipe.schema import ONLINE, Model, Recipe, RewardFunction
-from orchestrator.core.rollouts import Prompt
 from orchestrator.core.batches import SequenceGroup
+from orchestrator.core.rollouts import Prompt
+from orchestrator.recipe.schema import ONLINE, Model, Recipe, RewardFunction
 
 TOKENS = "encoded tokens"
 """Name of what rows became, in `watched`."""
@@ -43,7 +43,7 @@ class Identity:
         return hashlib.sha256(json.dumps(dict(self.deciding), sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
     def differences(self, other: Mapping[str, Any]) -> list[str]:
-        """"key: value there -> value here" for each key in which a run with `other` as deciding is another one."""
+        """ "key: value there -> value here" for each key in which a run with `other` as deciding is another one."""
         keys = sorted(self.deciding.keys() | other.keys())
         return [f"{k}: {_shown(other, k)} -> {_shown(self.deciding, k)}" for k in keys if other.get(k) != self.deciding.get(k)]
 

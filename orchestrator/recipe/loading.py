@@ -8,7 +8,6 @@ exports where it says `stage:NAME` (recipe/pipeline.py). Nothing here needs torc
 """
 
 import copy
-import difflib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,19 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel
 
-from orchestrator.recipe.schema import NAME_PATTERN, Key, Recipe
-from orchestrator.core.errors import ConfigError, MissingInput
+from orchestrator.core.errors import ConfigError
+from orchestrator.recipe.files import PIPELINE, Draft, Origin, Override, find, parse_file, parse_override, shipped_folder
 from orchestrator.recipe.keys import READERS, Readers, unread
+from orchestrator.recipe.merging import apply_overrides, extend
 from orchestrator.recipe.pipeline import STAGE, Ignored, Stage, check
-from orchestrator.recipe.strict_yaml import Dumper, parse
-from orchestrator.recipe.validation import dotted, listed, section_at, validate, where
-
-PIPELINE = "pipeline"
-SHARED_PART = re.compile(r"(.*-)?base")  # shipped files of these names are extended by recipes and are no recipes by themselves
-
-_OVERRIDE = re.compile(r"(?:(?P<stage>[A-Za-z0-9][A-Za-z0-9._-]*):)?(?P<key>[A-Za-z_]\w*(?:\.\w+)*)=(?P<value>.*)", re.DOTALL)
+from orchestrator.recipe.schema import NAME_PATTERN, Key, Recipe
+from orchestrator.recipe.strict_yaml import Dumper
+from orchestrator.recipe.validation import dotted, listed, validate, where
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,37 +39,6 @@ class Loaded:
         return self.stages[0].recipe.run.name if len(self.stages) == 1 else self.path.stem
 
 
-@dataclass(frozen=True, slots=True)
-class _Override:
-    """text: as the user wrote it. stage: None for every stage."""
-
-    text: str
-    stage: str | None
-    keys: tuple[str, ...]
-    value: Any
-
-
-@dataclass(frozen=True, slots=True)
-class _Origin:
-    """Where a key was written: "file:line" or "override `a.b=c`". own: in the file that the user named or on the command line, not
-    in one that it extends or that comes with the program."""
-
-    text: str
-    own: bool
-    change: _Override | None = None
-
-    def __str__(self) -> str:
-        return self.text
-
-
-@dataclass(frozen=True, slots=True)
-class _Draft:
-    """A mapping before validation, and where each of its keys was written."""
-
-    data: dict[str, Any]
-    origins: dict[Key, _Origin]
-
-
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Loaded:
     """The checked recipe of a file or of a built-in name such as `tiny/dpo`.
 
@@ -83,57 +47,21 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Loaded:
     Raises MissingInput (no such file) or ConfigError (one error that lists every problem, or every key that nobody reads).
     """
     file = find(path)
-    changes = [_parse_override(text) for text in overrides]
-    draft = _parse_file(file, own=not file.resolve().is_relative_to(_shipped()))
+    changes = [parse_override(text) for text in overrides]
+    draft = parse_file(file, own=not file.resolve().is_relative_to(shipped_folder()))
     if PIPELINE in draft.data:
         return Loaded(file, _pipeline(draft, file, changes))
     for change in changes:
         if change.stage is not None:
             raise ConfigError(f"override `{change.text}`: {file} is no pipeline", fix=f"write {'.'.join(change.keys)}=…")
-    read = _read(_extend(draft, file, ()), changes, str(file), {})
+    read = _read(extend(draft, file, ()), changes, str(file), {})
     return Loaded(file, (Stage(read.recipe.run.name, read.recipe, read.ignored),))
-
-
-def find(name: str | Path) -> Path:
-    """The recipe file of a path or a built-in name; MissingInput with close matches if there is none."""
-    path = Path(name)
-    if path.is_file():
-        return path
-    shipped = builtin_recipes()
-    key = path.as_posix().removesuffix(".yaml")
-    if key in shipped:
-        return shipped[key]
-    close = _neighbours(path) or difflib.get_close_matches(key.removeprefix("recipes/"), shipped)
-    raise MissingInput(
-        f"no recipe {name}" + (" (it is a folder)" if path.is_dir() else ""),
-        fix=f"did you mean {', '.join(close)}?" if close else "`orchestrator recipes ls` lists the built-in recipes",
-    )
-
-
-def _neighbours(missing: Path) -> list[str]:
-    """Recipe files beside `missing` that are named nearly so."""
-    files = {file.stem: str(file) for file in missing.parent.glob("*.yaml")}
-    return [files[stem] for stem in difflib.get_close_matches(missing.stem, files)]
-
-
-def builtin_recipes() -> Mapping[str, Path]:
-    """Name -> file of the recipes that come with the program, e.g. `tiny/dpo`, sorted by name."""
-    root = _shipped()
-    files = (f for f in root.rglob("*.yaml") if SHARED_PART.fullmatch(f.stem) is None)
-    return dict(sorted((f.relative_to(root).with_suffix("").as_posix(), f) for f in files))
-
-
-def _shipped() -> Path:
-    """The folder of the recipes that come with the program."""
-    package = Path(__file__).resolve().parent
-    packaged = package / "_recipes"  # a wheel has them inside the package, a checkout beside it
-    return packaged if packaged.is_dir() else package.parent / "recipes"
 
 
 def parts(file: Path) -> tuple[Path, ...]:
     """A recipe file and the files it extends, its stages' included: what has to be copied to use it elsewhere."""
     found = [file]
-    draft = _parse_file(file, own=False).data
+    draft = parse_file(file, own=False).data
     for entry in [draft, *(draft.get(PIPELINE) or [])]:
         if entry.get("extends"):
             found += parts(file.parent / entry["extends"])
@@ -164,94 +92,10 @@ def json_schema() -> dict[str, Any]:
 # ---- extends and overrides
 
 
-def _parse_file(file: Path, *, own: bool) -> _Draft:
-    try:
-        data, origins = parse(file.read_text(encoding="utf-8"), str(file))
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{file}: not UTF-8 at byte {error.start}", fix="save the file as UTF-8") from error
-    if not isinstance(data, dict):
-        raise ConfigError(f"{file}: holds no recipe", why="a recipe is a mapping of sections", fix="see `orchestrator recipes show tiny/dpo`")
-    return _Draft(data, {key: _Origin(text, own) for key, text in origins.items()})
-
-
-def _extend(draft: _Draft, file: Path, chain: tuple[Path, ...]) -> _Draft:
-    """`draft`, written in `file`, on top of the recipe that it extends. chain: the files that led here."""
-    own = {k: v for k, v in draft.data.items() if k != "extends"}
-    target = draft.data.get("extends")
-    if target is None:
-        return _Draft(own, draft.origins)
-    place = f"{draft.origins.get(('extends',), file)}: extends"
-    if not isinstance(target, str):
-        raise ConfigError(f"{place}: must be the path of one recipe file (got {target!r})")
-    base_file, chain = file.parent / target, (*chain, file.resolve())
-    if not base_file.is_file():
-        close = _neighbours(base_file)
-        fix = f"did you mean {', '.join(close)}?" if close else "the path is relative to the file that says `extends`"
-        raise MissingInput(f"{place}: no file {base_file}", fix=fix)
-    if base_file.resolve() in chain:
-        circle = " -> ".join(p.name for p in (*chain, base_file.resolve()))
-        raise ConfigError(f"{place}: goes round in a circle", why=circle, fix="take one `extends` out")
-    base = _parse_file(base_file, own=False)
-    if PIPELINE in base.data:
-        raise ConfigError(f"{place}: {base_file} is a pipeline", fix="extend the file of one of its stages")
-    base = _extend(base, base_file, chain)
-    model = own.get("model")
-    touched = {k for k, v in model.items() if v is not None} if isinstance(model, dict) else set[str]()
-    return _Draft(_settle_model(_merge(base.data, own, Recipe), base.data, touched), {**base.origins, **draft.origins})
-
-
-def _merge(base: Mapping[str, Any], over: Mapping[str, Any], section: type[BaseModel]) -> dict[str, Any]:
-    """`over` on top of `base`: sections are merged key by key; values, lists and loss mixes are replaced whole."""
-    merged = dict(base)
-    for key, value in over.items():
-        inner, old = section_at(section, key), merged.get(key)
-        merged[key] = _merge(old, value, inner) if inner and isinstance(old, dict) and isinstance(value, dict) else value
-    return merged
-
-
-def _settle_model(data: dict[str, Any], before: Mapping[str, Any], touched: set[str]) -> dict[str, Any]:
-    """Only one of model.path and model.tiny may be set: the one just set (in `touched`) takes the place of the other."""
-    old, new = before.get("model"), data.get("model")
-    if not isinstance(old, dict) or not isinstance(new, dict):
-        return data
-    stale = {"tiny"} & old.keys() if "path" in touched else set[str]()
-    stale |= {"path"} if "tiny" in touched else set()
-    stale |= {"revision"} if "tiny" in touched or new.get("path") != old.get("path") else set()  # it belongs to the old path
-    return {**data, "model": {k: v for k, v in new.items() if k not in stale - touched}}
-
-
-def _parse_override(text: str) -> _Override:
-    match = _OVERRIDE.fullmatch(text)
-    if match is None:
-        raise ConfigError(f"override `{text}` is not of the form key=value", fix="write e.g. batch.effective=64; give a list as a whole")
-    value, _ = parse(match["value"], f"override `{text}`")
-    return _Override(text, match["stage"], tuple(match["key"].split(".")), value)
-
-
-def _override(draft: _Draft, changes: Sequence[_Override]) -> _Draft:
-    """The draft with the key of every change set, later ones winning; missing sections are made."""
-    data, origins = copy.deepcopy(draft.data), dict(draft.origins)
-    for change in changes:
-        node = data
-        for depth, key in enumerate(change.keys[:-1], start=1):
-            if node.get(key) is None:
-                node[key] = {}
-            if not isinstance(node[key], dict):
-                name = ".".join(change.keys[:depth])
-                kind = "a list, which cannot be indexed" if isinstance(node[key], list) else f"{node[key]!r}, which has no keys"
-                raise ConfigError(f"override `{change.text}`: {name} is {kind}", fix=f"give it as a whole: {name}=…")
-            node = node[key]
-        node[change.keys[-1]] = change.value
-        origins = {key: origin for key, origin in origins.items() if key[: len(change.keys)] != change.keys}
-        origins[change.keys] = _Origin(f"override `{change.text}`", own=True, change=change)
-    touched = {c.keys[1] for c in changes if len(c.keys) > 1 and c.keys[0] == "model" and c.value is not None}
-    return _Draft(_settle_model(data, draft.data, touched), origins)
-
-
 # ---- pipelines
 
 
-def _pipeline(draft: _Draft, file: Path, changes: Sequence[_Override]) -> tuple[Stage, ...]:
+def _pipeline(draft: Draft, file: Path, changes: Sequence[Override]) -> tuple[Stage, ...]:
     example = "write `- {name: sft, extends: sft.yaml}`"
     for key in draft.data.keys() - {PIPELINE}:
         fix = "put the key into a file that the stages extend"
@@ -276,11 +120,11 @@ def _pipeline(draft: _Draft, file: Path, changes: Sequence[_Override]) -> tuple[
     return tuple(Stage(name, read.recipe, read.ignored) for name, read in stages.items())
 
 
-def _stage(pipeline: _Draft, index: int, file: Path, earlier: Mapping[str, Recipe], changes: Sequence[_Override]) -> "_Read":
+def _stage(pipeline: Draft, index: int, file: Path, earlier: Mapping[str, Recipe], changes: Sequence[Override]) -> "_Read":
     """Entry `index` of the file, after the stages `earlier`."""
     name = pipeline.data[PIPELINE][index]["name"]
     entry = {k: v for k, v in pipeline.data[PIPELINE][index].items() if k != "name"}
-    draft = _extend(_Draft(entry, {k[2:]: v for k, v in pipeline.origins.items() if k[:2] == (PIPELINE, index)}), file, ())
+    draft = extend(Draft(entry, {k[2:]: v for k, v in pipeline.origins.items() if k[:2] == (PIPELINE, index)}), file, ())
     model = draft.data.get("model")
     chained = isinstance(model, dict) and str(model.get("path")).startswith(STAGE)
     mine = [c for c in changes if c.stage == name or (c.stage is None and not (chained and _names_model(c.keys)))]
@@ -304,12 +148,12 @@ class _Read:
     applied: Mapping[str, frozenset[Key]]
 
 
-def _read(base: _Draft, changes: Sequence[_Override], name: str, earlier: Mapping[str, Recipe], *, one_of_many: bool = False) -> _Read:
+def _read(base: Draft, changes: Sequence[Override], name: str, earlier: Mapping[str, Recipe], *, one_of_many: bool = False) -> _Read:
     """The checked recipe of a draft with its changes; ConfigError where what the user wrote is wrong, or would do nothing.
 
     earlier: the stages it may take exports of. one_of_many: changes for all stages may be for the others. What is inherited and not
     read, or useless only because of a change on the command line, is listed."""
-    draft = _override(base, changes)
+    draft = apply_overrides(base, changes)
     recipe = validate(draft.data, draft.origins, name)
     check(recipe, name, earlier)
     found = unread(recipe, draft.data)
@@ -321,7 +165,7 @@ def _read(base: _Draft, changes: Sequence[_Override], name: str, earlier: Mappin
         theirs: list[Ignored] = []
         for key in item.wishes:
             origin = where(key, draft.origins)
-            assert isinstance(origin, _Origin), "every key was written somewhere"
+            assert isinstance(origin, Origin), "every key was written somewhere"
             if one_of_many and origin.change is not None and origin.change.stage is None:
                 applied[origin.change.text].add(key)
             elif not origin.own:
@@ -344,13 +188,13 @@ def _read(base: _Draft, changes: Sequence[_Override], name: str, earlier: Mappin
     return _Read(recipe, tuple(ignored), {text: frozenset(keys) for text, keys in applied.items()})
 
 
-def _made_useless(base: _Draft, changes: Sequence[_Override], key: Key) -> str | None:
+def _made_useless(base: Draft, changes: Sequence[Override], key: Key) -> str | None:
     """The change without which a key of the user's file is read: `run.max_steps=2` for a try does not ask for the file's run.epochs to
     be removed. Another algorithm is no such change: what it does not read would mean something else than was written."""
     for change in changes:
         if change.keys in (("algorithm",), ("algorithm", "name")):
             continue
-        draft = _override(base, [other for other in changes if other is not change])
+        draft = apply_overrides(base, [other for other in changes if other is not change])
         try:
             recipe = validate(draft.data, draft.origins, "")
         except ConfigError:  # the file is no recipe without that change
@@ -360,7 +204,7 @@ def _made_useless(base: _Draft, changes: Sequence[_Override], key: Key) -> str |
     return None
 
 
-def _refuse_idle(name: str, changes: Sequence[_Override], stages: Sequence[_Read]) -> None:
+def _refuse_idle(name: str, changes: Sequence[Override], stages: Sequence[_Read]) -> None:
     """ConfigError for a change of all stages that none of them reads."""
     for change in changes:
         if change.stage is None:

@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from orchestrator.recipe.schema import Model, Recipe
 from orchestrator.core.errors import ConfigError
+from orchestrator.recipe.schema import Model, Recipe
 
 STAGE = "stage:"
 _CRITIC = "critic.model.path"

@@ -1,6 +1,6 @@
 """docs/recipe-reference.md, made from the schema: `orchestrator config reference` prints it, and a test compares it with the page.
 
-    config.Recipe -> sections in the order of the file -> a table of keys each: type and bounds, default, description, who reads it
+config.Recipe -> sections in the order of the file -> a table of keys each: type and bounds, default, description, who reads it
 """
 
 import types
@@ -11,8 +11,8 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from orchestrator.recipe.schema import Recipe
 from orchestrator.recipe.keys import ALWAYS, READERS, Readers
+from orchestrator.recipe.schema import Recipe
 
 HEAD = """# Recipe reference
 

@@ -117,9 +117,7 @@ class Data(Section):
 
 
 OfflineName = Literal["sft", "reward", "dpo", "kto", "simpo", "orpo", "cpo"]
-OnlineName = Literal[
-    "grpo", "dr_grpo", "dapo", "rloo", "reinforce_pp", "reinforce_pp_baseline", "gspo", "cispo", "ppo", "online_dpo"
-]
+OnlineName = Literal["grpo", "dr_grpo", "dapo", "rloo", "reinforce_pp", "reinforce_pp_baseline", "gspo", "cispo", "ppo", "online_dpo"]
 ONLINE: tuple[str, ...] = get_args(OnlineName)
 """Algorithms that learn from rollouts of the policy itself; the others learn from rows."""
 
@@ -434,9 +432,7 @@ class Alerts(Section):
     accuracy_enough: float = Field(0.9, gt=0, le=1, description="rewards/accuracies from which on margins may grow alone")
     loss_rise: float = Field(1e-3, ge=0, description="rise of eval/loss above its first value, as a share of it, that is told")
     kl: float = Field(1.0, gt=0, description="divergence from the reference, nat per token, that is told")
-    component_fall: float = Field(
-        0.5, gt=0, lt=1, description="share of its start that a reward component may lose while reward/mean rises"
-    )
+    component_fall: float = Field(0.5, gt=0, lt=1, description="share of its start that a reward component may lose while reward/mean rises")
     restarts: int = Field(3, ge=1, description="restarts within restarts_s")
     restarts_s: float = Field(3600.0, gt=0, description="seconds within which `restarts` alarm")
     goodput: float = Field(0.5, ge=0, le=1, description="least share of the time since the first start that is spent in steps")

@@ -6,8 +6,8 @@ from typing import Any, ClassVar
 
 import yaml
 
-from orchestrator.recipe.schema import Key
 from orchestrator.core.errors import ConfigError
+from orchestrator.recipe.schema import Key
 
 
 def _resolvers() -> dict[str, list[tuple[str, re.Pattern[str]]]]:

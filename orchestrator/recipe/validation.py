@@ -1,6 +1,6 @@
 """A mapping to a checked `config.Recipe`: no value changes its kind on the way, and one error lists every problem.
 
-    mapping --mark what pydantic would quietly read as another value--> pydantic --problems in the recipe's words--> Recipe
+mapping --mark what pydantic would quietly read as another value--> pydantic --problems in the recipe's words--> Recipe
 """
 
 import difflib
@@ -13,8 +13,8 @@ from typing import Annotated, Any, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
-from orchestrator.recipe.schema import DURATION_PATTERN, Key, Recipe
 from orchestrator.core.errors import ConfigError
+from orchestrator.recipe.schema import DURATION_PATTERN, Key, Recipe
 
 _MUST_BE = {
     **dict.fromkeys(("int_type", "int_parsing", "int_from_float", "int_parsing_size"), "a whole number"),

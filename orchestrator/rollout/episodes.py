@@ -9,7 +9,7 @@ tokens, never tokenized again.
 
 import math
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
@@ -18,72 +18,22 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from orchestrator.data.template import render
-from orchestrator.core.rollouts import Completion, Prompt, Rollout, RolloutGroup, Sampling
-from orchestrator.core.errors import ConfigError, DataError
 from orchestrator.core.batches import Finish, Ints
+from orchestrator.core.errors import ConfigError, DataError
+from orchestrator.core.rollouts import Completion, Prompt, Rollout, RolloutGroup, Sampling
+from orchestrator.data.template import render
+from orchestrator.rollout.engines.engine import Request
 from orchestrator.rollout.engines.sampling import sample_seed
-from orchestrator.rollout.engines.padded_decoder import Request
-from orchestrator.rollout.user_code import load_module
+from orchestrator.rollout.environment import Environment, Factory, Messages, Turn
 
-Messages = list[dict[str, Any]]
 _ANSWER = "\x02answer\x03"
 """Stands for the assistant's text where the template is asked what comes after it."""
-
-
-@dataclass(frozen=True, slots=True)
-class Turn:
-    """What an environment says to a completion: its messages, whether the episode is over, and a reward (summed up)."""
-
-    messages: Messages = field(default_factory=list)
-    done: bool = False
-    reward: float = 0.0
-
-
-class Environment(Protocol):
-    """One episode with the model. A new object is made for every rollout.
-
-    Example: orchestrator/rollout/environments/calculator.py, a tool that the model may call before it answers.
-    """
-
-    def reset(self, row: Mapping[str, Any]) -> Messages:
-        """The conversation that the episode begins with; row: `prompt` and the other columns of the data. The same row must
-        always give the same messages: the samples of a prompt share it."""
-        ...
-
-    def step(self, completion: str) -> Turn:
-        """Answers the model's turn."""
-        ...
-
-
-Factory = Callable[[], Environment]
 
 
 class Decoder(Protocol):
     """Samples completions for requests with weights that are already in place."""
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[tuple[Completion, ...]]: ...
-
-
-def load_environment(spec: str) -> Factory:
-    """The class named by `module:Class` or `file.py:Class`; ConfigError where there is none or its module cannot be loaded."""
-    place, _, name = spec.rpartition(":")
-    if not place or not name:
-        raise ConfigError(f"rollouts.environment: {spec!r} names no class", fix="write module:Class or file.py:Class")
-    if place.endswith(".py") and not Path(place).is_file():
-        raise ConfigError(f"rollouts.environment: no file {place}", fix="give a path relative to where you start the run")
-    try:
-        module = load_module(place)
-    except ModuleNotFoundError as error:
-        raise ConfigError(f"rollouts.environment: {error}", fix="install it, or give a file.py:Class") from error
-    except (Exception, SystemExit) as error:
-        where = traceback.extract_tb(error.__traceback__)[-1]
-        said = f"{type(error).__name__} at {where.filename}:{where.lineno}: {error}"
-        raise ConfigError(f"rollouts.environment: {place} cannot be loaded", why=said, fix="import it on its own to see why") from error
-    factory = getattr(module, name, None)
-    if not callable(getattr(factory, "reset", None)) or not callable(getattr(factory, "step", None)):
-        raise ConfigError(f"rollouts.environment: {place} has no class {name} with reset and step", fix="see orchestrator.rollout.episodes.Environment")
-    return factory  # pyright: ignore[reportReturnType]
 
 
 class Roller:
@@ -111,9 +61,7 @@ class Roller:
             groups.append(RolloutGroup(prompt, draw, rollouts))
         return tuple(groups)
 
-    def _episodes(
-        self, work: Sequence[tuple[int, Prompt]], sampling: Sampling, version: int, environment: Factory
-    ) -> tuple[RolloutGroup, ...]:
+    def _episodes(self, work: Sequence[tuple[int, Prompt]], sampling: Sampling, version: int, environment: Factory) -> tuple[RolloutGroup, ...]:
         """All episodes, turn by turn. One whose environment failed is begun anew with a fresh one, from the same seed; what fails to the
         last stays a rollout without a reward, and costs its group, not the run."""
         groups = [[_Episode(k, seed, p, sampling.max_new_tokens) for k, seed in enumerate(_seeds(sampling, p.id, draw, version))] for draw, p in work]

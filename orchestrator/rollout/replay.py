@@ -1,6 +1,6 @@
 """Rollouts from a recording instead of a generator: the same learning steps again, to debug them.
 
-    samples.jsonl of a run --by step--> groups and their rewards
+samples.jsonl of a run --by step--> groups and their rewards
 """
 
 from collections import deque
@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from orchestrator.core.rollouts import Prompt, Rollout, RolloutGroup, Sampling, ScoredGroup, Scoring, Span, WeightsDelivered
 from orchestrator.core.errors import DataError, MissingInput
-from orchestrator.observe.jsonl import read_lines
+from orchestrator.core.files import read_lines
+from orchestrator.core.rollouts import Prompt, Rollout, RolloutGroup, Sampling, ScoredGroup, Scoring, Span, WeightsDelivered
 
 
 @dataclass(frozen=True, slots=True)

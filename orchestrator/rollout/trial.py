@@ -1,6 +1,6 @@
 """The user's functions and environment are loaded once in a process that is thrown away, before anything is placed for them.
 
-    try_user_code(rewards, environment, columns) --JSON--> `python -m orchestrator.rollout.trial` --JSON--> what cannot work, or nothing
+try_user_code(rewards, environment, columns) --JSON--> `python -m orchestrator.rollout.trial` --JSON--> what cannot work, or nothing
 """
 
 import difflib
@@ -15,8 +15,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from orchestrator.recipe.schema import RewardFunction, Rewards
 from orchestrator.core.errors import ConfigError, OrchestratorError
+from orchestrator.recipe.schema import RewardFunction, Rewards
 from orchestrator.rollout.rewards.lookup import GIVEN, is_users, needs_answer, resolve
 from orchestrator.rollout.rewards.sandbox import START_TIMEOUT_S, Confinement, started_process, words_of
 
@@ -117,7 +117,7 @@ def _missing(function: Callable[..., Any], columns: Sequence[str] | None) -> lis
 
 
 def _of_environment(spec: str) -> dict[str, str] | None:
-    from orchestrator.rollout.episodes import load_environment  # with torch, which functions alone do not need
+    from orchestrator.rollout.environment import load_environment
 
     try:
         factory: Any = load_environment(spec)

@@ -1,8 +1,8 @@
 """One loader for the user's modules, reward functions and environments alike: as `python file.py` and `import module` find them.
 
-    module            from the working folder, then the Python path
-    file.py           under its own name in sys.modules (pickle and dataclasses look there), its folder on the path (siblings)
-    package/file.py   that imports relatively: as a module of its package
+module            from the working folder, then the Python path
+file.py           under its own name in sys.modules (pickle and dataclasses look there), its folder on the path (siblings)
+package/file.py   that imports relatively: as a module of its package
 """
 
 import ast

@@ -18,9 +18,9 @@ from typing import Any
 from safetensors import SafetensorError
 
 from orchestrator.core import faults
-from orchestrator.core.batches import Progress
 from orchestrator.core.errors import CheckpointError, OutputError
 from orchestrator.core.files import FileEntry, fsync_directory, sha256, write_atomically
+from orchestrator.core.reports import Progress
 
 FORMAT = 1
 REPLACED = ".replaced"

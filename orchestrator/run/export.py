@@ -1,20 +1,20 @@
 """What is taken from a run folder afterwards: the weights of any of its checkpoints as a Hugging Face folder, without Ray.
 
-    RUN/recipe.yaml + RUN/checkpoints/step_N --export_saved--> folder
+RUN/recipe.yaml + RUN/checkpoints/step_N --export_saved--> folder
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from orchestrator.run.checkpoints import CheckpointStore, Saved
-from orchestrator.recipe.schema import Recipe
 from orchestrator.core.errors import ConfigError, MissingInput
-from orchestrator.run.planned_run import card_of
 from orchestrator.learner.export import export_saved
 from orchestrator.models.rounding import widened
 from orchestrator.recipe.loading import load
+from orchestrator.recipe.schema import Recipe
+from orchestrator.run.checkpoints import CheckpointStore, Saved
 from orchestrator.run.folder import run_record
+from orchestrator.run.planned_run import card_of
 
 
 def recipe_of(run: Path, overrides: Sequence[str] = ()) -> Recipe:

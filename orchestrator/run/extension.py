@@ -1,12 +1,12 @@
 """A run that is to end elsewhere than it began to: longer, by run.max_steps or run.epochs.
 
-    steps done, rates under the end then and the end now --other_rates--> None: the same run, only longer      text: what would differ
+steps done, rates under the end then and the end now --other_rates--> None: the same run, only longer      text: what would differ
 """
 
 from dataclasses import dataclass
 
-from orchestrator.recipe.schema import Optimizer
 from orchestrator.algorithms.schedule import learning_rate
+from orchestrator.recipe.schema import Optimizer
 
 
 @dataclass(frozen=True, slots=True)

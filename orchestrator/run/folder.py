@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.core.errors import OutputError
-from orchestrator.core.files import write_atomically
-from orchestrator.observe.jsonl import read_lines
+from orchestrator.core.files import read_lines, write_atomically
 from orchestrator.recipe.fingerprint import FREE, TOKENS, Identity
 from orchestrator.run.extension import End
 

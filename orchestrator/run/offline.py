@@ -1,32 +1,33 @@
 """One attempt at an offline run: the live objects of a recipe, and the loop over them.
 
-    plan --workers--> reference log-probs --> learner --probe, checks--> OfflineTrainer --> export
+plan --workers--> reference log-probs --> learner --probe, checks--> OfflineTrainer --> export
 """
 
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 
 from orchestrator.algorithms.table import Algorithm
-from orchestrator.run.checkpoints import CheckpointStore
 from orchestrator.cluster.in_process import LocalRank
-from orchestrator.cluster.ranks import Ranks
 from orchestrator.cluster.learner_group import LearnerGroup
-from orchestrator.recipe.schema import Recipe
-from orchestrator.trainers.evaluation import Evaluator, HeldOut
-from orchestrator.trainers.offline import OfflinePlan, OfflineTrainer
-from orchestrator.trainers.ranking import Ranking
+from orchestrator.cluster.ranks import Ranks
+from orchestrator.core.batches import Cut
+from orchestrator.core.reports import Progress
+from orchestrator.core.stopping import Stop
 from orchestrator.data.dataset import DataSet
-from orchestrator.run.planned_run import Job
 from orchestrator.learner.probes import model_fingerprint
 from orchestrator.learner.rank_learner import LearnerSpec
 from orchestrator.models.rounding import widened
 from orchestrator.observe.phases import phase
 from orchestrator.observe.reporter import RunReporter
-from orchestrator.core.batches import Cut, Progress
-from orchestrator.run.resume import RunCheckpoints
+from orchestrator.recipe.schema import Recipe
+from orchestrator.run.checkpoints import CheckpointStore
 from orchestrator.run.folder import RunFolder
+from orchestrator.run.planned_run import Job
+from orchestrator.run.resume import RunCheckpoints
 from orchestrator.run.startup import Attach, attach_reference, check_layout, learners_are_reference, measured_throughput, probed_cut
-from orchestrator.core.stopping import Stop
+from orchestrator.trainers.evaluation import Evaluator, HeldOut
+from orchestrator.trainers.offline import OfflinePlan, OfflineTrainer
+from orchestrator.trainers.ranking import Ranking
 
 REFERENCE = "reference log-probs"
 

@@ -1,6 +1,6 @@
 """One attempt at an online run: the live objects of a recipe, and the loop over them.
 
-    plan --learners, critic--> policy --bridge--> rollout actors --reward pool--> OnlineTrainer --> export
+plan --learners, critic--> policy --bridge--> rollout actors --reward pool--> OnlineTrainer --> export
 """
 
 from collections.abc import Callable, Mapping
@@ -8,35 +8,36 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
 from orchestrator.algorithms.table import critic as value_model
-from orchestrator.run.checkpoints import CheckpointStore
 from orchestrator.cluster.in_process import LocalRank, LocalRewards, LocalRollouts
 from orchestrator.cluster.joining import connect, store_for
+from orchestrator.cluster.learner_group import LearnerGroup
 from orchestrator.cluster.placement import Placement, reserved
 from orchestrator.cluster.ranks import Ranks
 from orchestrator.cluster.reward_pool import RewardPool
 from orchestrator.cluster.rollout_pool import RolloutPool
 from orchestrator.cluster.weight_sync import make_bridge
-from orchestrator.cluster.learner_group import LearnerGroup
-from orchestrator.recipe.schema import Learners, Recipe, Rollouts
-from orchestrator.trainers.online import Learning, OnlinePlan, OnlineTrainer
-from orchestrator.trainers.online_evaluation import RolloutEvaluator
-from orchestrator.trainers.optimizer_step import Attach, Guards, Stepper
+from orchestrator.core.batches import Cut, PackedBatch
+from orchestrator.core.reports import Progress
+from orchestrator.core.roles import Generator, Learner, Scorer, WeightBridge
 from orchestrator.core.rollouts import Sampling
-from orchestrator.run.planned_run import Job
+from orchestrator.core.stopping import Stop
 from orchestrator.learner.probes import model_fingerprint
 from orchestrator.learner.rank_learner import LearnerSpec
-from orchestrator.plan.memory import model_sizes
 from orchestrator.models.rounding import widened
 from orchestrator.observe.phases import phase
 from orchestrator.observe.reporter import RunReporter
 from orchestrator.observe.timeline import Timeline
-from orchestrator.core.batches import Cut, PackedBatch, Progress
-from orchestrator.run.resume import RunCheckpoints
-from orchestrator.core.roles import Generator, Learner, Scorer, WeightBridge
+from orchestrator.plan.memory import model_sizes
+from orchestrator.recipe.schema import Learners, Recipe, Rollouts
 from orchestrator.rollout.replay import NoBridge, Replay
+from orchestrator.run.checkpoints import CheckpointStore
 from orchestrator.run.folder import RunFolder
+from orchestrator.run.planned_run import Job
+from orchestrator.run.resume import RunCheckpoints
 from orchestrator.run.startup import check_layout, probed_cut
-from orchestrator.core.stopping import Stop
+from orchestrator.trainers.online import Learning, OnlinePlan, OnlineTrainer
+from orchestrator.trainers.online_evaluation import RolloutEvaluator
+from orchestrator.trainers.optimizer_step import Attach, Guards, Stepper
 
 
 def attempt(job: Job, folder: RunFolder, cut: Cut, stop: Stop) -> Progress:
@@ -239,7 +240,6 @@ def _held_out(job: Job) -> tuple:
     """No actor is there to answer held-out prompts where rollouts are replayed."""
     assert job.prompts is not None
     return () if job.recipe.rollouts.replay is not None else job.prompts.held_out
-
 
 
 def evaluate(job: Job) -> dict[str, float]:

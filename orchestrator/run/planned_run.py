@@ -13,14 +13,15 @@ from orchestrator.cluster.placement import demands
 from orchestrator.core.errors import ConfigError, NotEnoughResources
 from orchestrator.core.format import size
 from orchestrator.core.resources import WorkerGroup
-from orchestrator.data.dataset import DataSet, load_data
-from orchestrator.data.prompts import PromptSet, check_batches, load_prompts
+from orchestrator.data.dataset import DataSet
+from orchestrator.data.prompts import PromptSet, check_batches
 from orchestrator.models.load import load_config
 from orchestrator.models.weight_buckets import WIRE
 from orchestrator.observe.console import ConsoleSink
-from orchestrator.observe.jsonl import JsonlSink, Sink
+from orchestrator.observe.jsonl import JsonlSink
 from orchestrator.observe.report.model_card import model_card
 from orchestrator.observe.reporter import RunReporter
+from orchestrator.observe.sink import Sink
 from orchestrator.observe.wandb_sink import WandbSink, stable_run_id
 from orchestrator.observe.watch import Watch
 from orchestrator.plan import disk
@@ -35,6 +36,7 @@ from orchestrator.recipe.schema import Recipe
 from orchestrator.rollout.rewards.lookup import check_rewards
 from orchestrator.rollout.trial import try_user_code
 from orchestrator.run.folder import RunFolder
+from orchestrator.run.inputs import read_data, read_prompts
 from orchestrator.trainers.optimizer_step import Guards
 
 TRACKED_PLAN = ("arithmetic", "total_steps", "cut", "choices", "memory", "memory_limit", "traffic")
@@ -151,7 +153,7 @@ def _job(recipe: Recipe, console: Console, hardware: Hardware, lengths: Lengths 
 
 
 def _offline(recipe: Recipe, algorithm: Algorithm, hardware: Hardware, lengths: Lengths | None, console: Console, *, fewer: bool) -> Job:
-    data = load_data(recipe, algorithm) if lengths is None else made_up(recipe, algorithm, lengths)
+    data = read_data(recipe, algorithm) if lengths is None else made_up(recipe, algorithm, lengths)
     plan = _planned(recipe, algorithm, data, hardware, fewer)
     return Job(plan.recipe, algorithm, data, None, plan, 1, console)
 
@@ -162,7 +164,7 @@ def _online(recipe: Recipe, algorithm: Algorithm, hardware: Hardware, lengths: L
     check_rewards(recipe.rewards)
     prompts, columns = None, None
     if lengths is None:
-        prompts = load_prompts(recipe, algorithm)
+        prompts = read_prompts(recipe, algorithm)
         longest = prompts.longest
         columns = list(dict.fromkeys(name for prompt in prompts.batches.groups for name in prompt.columns))
     else:

@@ -1,6 +1,6 @@
 """Before anything is placed: does the cluster have what the run needs?
 
-    recipes --asked_by, look--> ClusterFacts      job --need_of--> Need      judge(facts, need) --require--> goes on, or every fix at once
+recipes --asked_by, look--> ClusterFacts      job --need_of--> Need      judge(facts, need) --require--> goes on, or every fix at once
 """
 
 import os
@@ -8,17 +8,17 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from orchestrator.cluster.doctor.survey import here, on_cluster, survey
-from orchestrator.cluster.doctor.smoke import in_a_process
-from orchestrator.recipe.schema import ONLINE, Recipe
-from orchestrator.plan.disk import checkpoint_bytes
-from orchestrator.core.errors import ConfigError, Exit, MissingInput, NotEnoughResources, OrchestratorError, OutputError
-from orchestrator.cluster.doctor.facts import Capacity, ClusterFacts, ModelSource, Need
 from orchestrator.cluster.doctor.checks import Finding
-from orchestrator.plan.hardware import visible_gpus
-from orchestrator.run.planned_run import Job
+from orchestrator.cluster.doctor.facts import Capacity, ClusterFacts, ModelSource, Need
 from orchestrator.cluster.doctor.node import shared_folder, unmet_requirements, wandb_trouble
+from orchestrator.cluster.doctor.smoke import in_a_process
+from orchestrator.cluster.doctor.survey import here, on_cluster, survey
+from orchestrator.core.errors import ConfigError, Exit, MissingInput, NotEnoughResources, OrchestratorError, OutputError
+from orchestrator.plan.disk import checkpoint_bytes
+from orchestrator.plan.hardware import visible_gpus
 from orchestrator.recipe.pipeline import STAGE
+from orchestrator.recipe.schema import ONLINE, Recipe
+from orchestrator.run.planned_run import Job
 
 HERE = "this machine"
 ERRORS: dict[str, type[OrchestratorError]] = {

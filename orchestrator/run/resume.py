@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Literal
 
 from orchestrator.cluster.ranks import Ranks
-from orchestrator.core.batches import Progress
 from orchestrator.core.errors import OutputError
 from orchestrator.core.files import FileEntry
+from orchestrator.core.reports import Progress
 from orchestrator.learner.probes import adam_steps
 from orchestrator.run.checkpoints import CheckpointStore, Saved
 

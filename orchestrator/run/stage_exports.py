@@ -1,17 +1,17 @@
 """In which type the stages of a pipeline export: rounding between stages is the user's choice, not a default.
 
-    stage that another takes --source--> fp32, as trained
-    the last ones            --source--> the type of the model that the chain began with; fp32 where they may compute in fp32, of which rounding
-                                         would lose what small rates learn (models/rounding.py)
+stage that another takes --source--> fp32, as trained
+the last ones            --source--> the type of the model that the chain began with; fp32 where they may compute in fp32, of which rounding
+                                     would lose what small rates learn (models/rounding.py)
 """
 
 from collections.abc import Sequence
 from dataclasses import replace
 
-from orchestrator.recipe.schema import Recipe
 from orchestrator.models.rounding import WIDE
 from orchestrator.models.source import ASKED, source_dtype
 from orchestrator.recipe.pipeline import STAGE, Stage, references
+from orchestrator.recipe.schema import Recipe
 
 SHORT = {long: short for short, long in ASKED.items()}
 

@@ -10,12 +10,11 @@ import numpy as np
 
 from orchestrator.algorithms.table import Algorithm
 from orchestrator.cluster.ranks import Ranks
-from orchestrator.recipe.schema import Recipe
-from orchestrator.trainers.reference_cache import ReferenceCache
+from orchestrator.core.batches import Cut, LossUnits, MicroBatch, PackedBatch, SequenceGroup
+from orchestrator.core.errors import ConfigError
+from orchestrator.data.dataset import DataSet
 from orchestrator.data.micro_batches import cut_step, loss_units
 from orchestrator.data.packing import pack
-from orchestrator.data.dataset import DataSet
-from orchestrator.core.errors import ConfigError
 from orchestrator.learner.probes import (
     attention_compilations,
     device_kind,
@@ -29,9 +28,10 @@ from orchestrator.models.block_attention import MAX_COMPILATIONS
 from orchestrator.models.load import load_config
 from orchestrator.observe.metrics import Throughput
 from orchestrator.plan.planner import Plan, finer_cut
-from orchestrator.core.batches import Cut, LossUnits, MicroBatch, PackedBatch, SequenceGroup
-from orchestrator.run.remembered import Remembered, cache_folder
 from orchestrator.plan.ways import first_steps, largest_micro_batch
+from orchestrator.recipe.schema import Recipe
+from orchestrator.run.remembered import Remembered, cache_folder
+from orchestrator.trainers.reference_cache import ReferenceCache
 
 Note = Callable[[str], None]
 Attach = Callable[[PackedBatch], PackedBatch]

@@ -14,46 +14,35 @@ from pathlib import Path
 
 from rich.console import Console
 
-from orchestrator.algorithms.table import build
 from orchestrator.cluster.deadlines import Restarts
 from orchestrator.cluster.doctor.checks import Finding, judge
 from orchestrator.cluster.doctor.facts import of_cluster
 from orchestrator.cluster.doctor.survey import on_cluster
-from orchestrator.cluster.joining import connect, own_ray
-from orchestrator.cluster.learner_group import LearnerGroup
+from orchestrator.cluster.joining import connect
 from orchestrator.cluster.placement import check_capacity
-from orchestrator.core.batches import Progress, SequenceGroup
-from orchestrator.core.errors import ConfigError, NotEnoughResources, OutOfMemory, WorkerFailed, WorkerLost
+from orchestrator.core.errors import NotEnoughResources, OutOfMemory, WorkerFailed, WorkerLost
+from orchestrator.core.files import read_lines
+from orchestrator.core.reports import Progress
 from orchestrator.core.stopping import Stop, stop_signals
-from orchestrator.data.dataset import load_data
-from orchestrator.data.prompts import load_prompts
-from orchestrator.learner.rank_learner import LearnerSpec
-from orchestrator.models.shapes import as_folder, known
-from orchestrator.observe.jsonl import read_lines
 from orchestrator.observe.phases import phase
 from orchestrator.observe.report.html import write_report
 from orchestrator.observe.wandb_sink import honoured
 from orchestrator.plan.hardware import Hardware
-from orchestrator.plan.planner import Choice, DataReport, Plan, data_report, finer_cut
-from orchestrator.plan.sketch import Lengths
+from orchestrator.plan.planner import finer_cut
 from orchestrator.plan.view import data_notes, warning_lines
 from orchestrator.recipe.fingerprint import TOKENS, Identity, file_digest, identity_of, text_digest, tokenizer_digest, tokens_digest
 from orchestrator.recipe.loading import dump
-from orchestrator.recipe.pipeline import Stage, references, resolve
 from orchestrator.recipe.schema import ONLINE, Recipe
 from orchestrator.rollout.rewards.http import knock
-from orchestrator.rollout.rewards.lookup import check_rewards, is_users, source_of
-from orchestrator.rollout.trial import try_user_code
+from orchestrator.rollout.rewards.lookup import is_users, source_of
 from orchestrator.run import offline as run_offline
 from orchestrator.run import online as run_online
 from orchestrator.run.checkpoints import CheckpointStore
 from orchestrator.run.extension import End
 from orchestrator.run.folder import RunFolder, open_run
-from orchestrator.run.planned_run import Job, plan_job, plan_sketch, require_reward
+from orchestrator.run.planned_run import Job, plan_job
 from orchestrator.run.preflight import asked_by, look, need_of, require, this_machine
 from orchestrator.run.resume import refuse_without_checkpoint, refuse_without_optimizer
-from orchestrator.run.stage_exports import with_types
-from orchestrator.run.startup import attach_reference
 
 MISTAKES_S = 0.7
 """In which most mistakes in a recipe and its data are found."""
@@ -223,99 +212,3 @@ def _before_and_after(metrics: Path) -> tuple[dict[str, float], dict[str, float]
     evaluations = [{k: v for k, v in line.items() if k.startswith("eval/") and v is not None} for line in lines]
     evaluations = [e for e in evaluations if e]
     return (evaluations[0], evaluations[-1]) if evaluations else ({}, {})
-
-
-def train_stages(stages: Sequence[Stage], root: Path, console: Console, stop: Stop | None = None, how: How = How()) -> dict[str, Outcome]:
-    """Trains a recipe, or a pipeline stage by stage in root/NAME, each with the exports of the stages it names."""
-    _check_later(stages[1:])  # the first one is about to be planned
-    outcomes: dict[str, Outcome] = {}
-    for stage in _grouped(with_types(stages), root.name):
-        folder = root if len(stages) == 1 else root / stage.name
-        if len(stages) > 1:
-            console.rule(stage.name, align="left")
-        with own_ray():
-            outcomes[stage.name] = train(resolve(stage.recipe, {n: o.export for n, o in outcomes.items()}), folder, console, stop, how)
-    return outcomes
-
-
-def _check_later(stages: Sequence[Stage]) -> None:
-    """What can be known of stages that cannot be planned yet: a mistake in one is not to be told hours later."""
-    for recipe in (stage.recipe for stage in stages if stage.recipe.algorithm.name in ONLINE):
-        require_reward(recipe)
-        functions = [f for f in recipe.rewards.functions if f.model is None]  # a model may be a stage's that is yet to come
-        rewards = recipe.rewards.model_copy(update={"functions": functions})
-        check_rewards(rewards)
-        try_user_code(rewards, recipe.rollouts.environment, None)
-
-
-def _grouped(stages: Sequence[Stage], name: str) -> list[Stage]:
-    """Stages of a pipeline stand together in wandb, under its name if the recipe gives none."""
-    if len(stages) == 1:
-        return list(stages)
-
-    def tracked(recipe: Recipe) -> Recipe:
-        group = recipe.tracking.group or name
-        return recipe.model_copy(update={"tracking": recipe.tracking.model_copy(update={"group": group})})
-
-    return [replace(stage, recipe=tracked(stage.recipe)) for stage in stages]
-
-
-def plan_stages(
-    stages: Sequence[Stage], hardware: Hardware | None = None, lengths: Lengths | None = None, shape: str | None = None
-) -> list[tuple[str, Plan]]:
-    """Plans of the stages that take no other stage's export, on `hardware` or on what there is. lengths: of rows to make up instead of
-    reading data; shape: of the model (see models/shapes.py), by default the known one where data is made up."""
-    ready = [s for s in stages if not references(s.recipe)]
-    _check_later([s for s in stages if s not in ready])
-    hardware = hardware or of_cluster(look(asked_by([s.recipe for s in ready])))
-    return [(stage.name, _plan(stage.recipe, hardware, lengths, shape)) for stage in ready]
-
-
-def _plan(recipe: Recipe, hardware: Hardware, lengths: Lengths | None, shape: str | None) -> Plan:
-    shape = shape or (known(recipe.model.path) if lengths is not None else None)
-    with as_folder(recipe.model, shape) if shape is not None else nullcontext(recipe.model) as model:
-        shaped = recipe.model_copy(update={"model": model})
-        plan = plan_job(shaped, Console(quiet=True), hardware).plan if lengths is None else plan_sketch(shaped, hardware, lengths)
-    choices = plan.choices if shape is None else (Choice("model", shape, "its shape only"), *plan.choices)
-    return replace(plan, choices=choices, recipe=plan.recipe.model_copy(update={"model": recipe.model}))
-
-
-def diagnose(stages: Sequence[Stage], root: Path | None) -> tuple[Finding, ...]:
-    """What `orchestrator doctor` finds: of the cluster, and of what the first plannable stage needs, if a recipe is given."""
-    asked = asked_by([stage.recipe for stage in stages])
-    facts = look(asked, root, kernels=True)
-    ready = [s.recipe for s in stages if not references(s.recipe)]
-    try:
-        return judge(facts, need_of(plan_job(ready[0], Console(quiet=True), of_cluster(facts))) if ready else asked)
-    except NotEnoughResources as error:
-        return (*judge(facts, asked), Finding("plan", "error", ready[0].run.name, error.what, error.fix))
-
-
-def first_batch(recipe: Recipe) -> tuple[tuple[SequenceGroup, ...], Callable[[int], str], DataReport]:
-    """The examples of the first optimizer step, a decoder of single tokens, and what is to be said of the data."""
-    algorithm = build(recipe.algorithm, recipe.rollouts)
-    if algorithm.online is None:
-        data = load_data(recipe, algorithm)
-        return data.batches.at(0), lambda token: data.tokenizer.decode([token]), data_report(data)
-    prompts = load_prompts(recipe, algorithm)
-    bare = tuple(SequenceGroup(p.id, p.ids, (), p.source) for p in prompts.batches.at(0))
-    return bare, lambda token: prompts.tokenizer.decode([token]), data_report(prompts.longest)
-
-
-def evaluate(recipe: Recipe, model: Path | None, console: Console) -> dict[str, float]:
-    """Held-out metrics of the recipe's model, or of the folder `model` against the recipe's model as reference."""
-    if recipe.data.eval is None:
-        raise ConfigError("data.eval is not set", fix="add a held-out file, e.g. data.eval=eval.jsonl")
-    policy = recipe
-    if model is not None:
-        cfg = recipe.model.model_copy(update={"path": str(model), "tiny": None, "revision": None, "lora": None})
-        policy = recipe.model_copy(update={"model": cfg})
-    job = plan_job(policy, console, of_cluster(look(asked_by([policy]))))
-    if job.prompts is not None:
-        return run_online.evaluate(job)
-    with LearnerGroup(job.recipe.learners, parameters=job.sizes().all) as group:
-        policy, recipe = (r.model_copy(update={"learners": job.recipe.learners}) for r in (policy, recipe))
-        attach = attach_reference(recipe, job.algorithm, job.data, job.plan.cut, group, console.print, train=False)
-        group.build(LearnerSpec(job.recipe, job.plan.cut, 1))
-        evaluator = run_offline.evaluator(job.data, policy, job.algorithm, group, attach, itself=model is None)
-        return dict(evaluator.evaluate(job.plan.cut, 0).metrics)

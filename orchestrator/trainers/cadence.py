@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from orchestrator.core.errors import Interrupted
-from orchestrator.core.batches import Progress
+from orchestrator.core.reports import Progress
 from orchestrator.core.roles import Checkpoints
 from orchestrator.core.stopping import Stop
 

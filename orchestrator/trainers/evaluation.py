@@ -11,15 +11,16 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from orchestrator.algorithms.losses.ties import accuracy
+from orchestrator.core.batches import Cut, PackedBatch, SequenceGroup
+from orchestrator.core.reports import EvaluationReport, Sample
+from orchestrator.core.roles import Learner, PerMicroBatch
+from orchestrator.data.answers import matches
+from orchestrator.data.micro_batches import cut_step
+from orchestrator.observe.metric_names import MARGINS, named
+from orchestrator.observe.metrics import values
 from orchestrator.recipe.schema import Evaluation
 from orchestrator.trainers.ranking import Margin, Ranking
-from orchestrator.data.micro_batches import cut_step
-from orchestrator.data.answers import matches
-from orchestrator.algorithms.losses.ties import accuracy
-from orchestrator.observe.metrics import values
-from orchestrator.observe.metric_names import MARGINS, named
-from orchestrator.core.batches import Cut, EvaluationReport, PackedBatch, Sample, SequenceGroup
-from orchestrator.core.roles import Learner, PerMicroBatch
 
 Decode = Callable[[Sequence[int]], str]
 
@@ -115,9 +116,7 @@ class Evaluator:
             text = self.decode(tokens)
             correct = matches(text, answer, generation.checker)
             right += correct
-            samples.append(
-                Sample(step, "generation", self.decode(prompt), completion=text, answer=answer, scores={"correct": float(correct)})
-            )
+            samples.append(Sample(step, "generation", self.decode(prompt), completion=text, answer=answer, scores={"correct": float(correct)}))
         return samples, right / len(samples)
 
 

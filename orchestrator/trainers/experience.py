@@ -1,8 +1,8 @@
 """From scored rollouts to training data: what the learner thinks of each token, and what each token was worth.
 
-    ScoredGroup -> SequenceGroup (tokens) --learner: old, reference log-probs; critic: values--> Columns
-                                          --Estimator: rewards, KL penalties, values--> Experience on every branch
-    ScoredGroup -> SequenceGroup (best, worst)                                            (online DPO)
+ScoredGroup -> SequenceGroup (tokens) --learner: old, reference log-probs; critic: values--> Columns
+                                      --Estimator: rewards, KL penalties, values--> Experience on every branch
+ScoredGroup -> SequenceGroup (best, worst)                                            (online DPO)
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,14 +11,14 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from orchestrator.algorithms.table import Algorithm
-from orchestrator.data.micro_batches import cut_step, loss_units
-from orchestrator.data.packing import by_branch
-from orchestrator.core.rollouts import ScoredGroup
 from orchestrator.algorithms.losses.estimators import Episodes
 from orchestrator.algorithms.losses.kl import ESTIMATORS, k3
+from orchestrator.algorithms.table import Algorithm
 from orchestrator.core.batches import Branch, Cut, Experience, Floats, PackedBatch, SequenceGroup
 from orchestrator.core.roles import Learner, PerMicroBatch
+from orchestrator.core.rollouts import ScoredGroup
+from orchestrator.data.micro_batches import cut_step, loss_units
+from orchestrator.data.packing import by_branch
 
 Columns = list[Floats]
 """Float[scored tokens] of each branch, group after group."""
@@ -48,9 +48,7 @@ def sequences(scored: Sequence[ScoredGroup], *, mask_truncated: bool) -> tuple[S
     groups = []
     for index, item in enumerate(scored):
         rollouts = item.group.rollouts
-        branches = tuple(
-            Branch(r.ids, np.zeros(len(r.ids), np.bool_) if mask_truncated and r.finish == "length" else r.scored) for r in rollouts
-        )
+        branches = tuple(Branch(r.ids, np.zeros(len(r.ids), np.bool_) if mask_truncated and r.finish == "length" else r.scored) for r in rollouts)
         groups.append(SequenceGroup(index, item.group.prompt.ids, branches, item.group.prompt.source))
     return tuple(groups)
 

@@ -1,19 +1,20 @@
 """The offline loop: SFT, reward models and the preference family.
 
-    batches --cut--> PackedBatch --reference log-probs--> forward_backward --> optim_step --> report, evaluate, save
+batches --cut--> PackedBatch --reference log-probs--> forward_backward --> optim_step --> report, evaluate, save
 """
 
 from dataclasses import dataclass
 
 from orchestrator.algorithms.table import Algorithm
+from orchestrator.core.batches import Cut, SequenceGroup
+from orchestrator.core.reports import Progress, StepReport
+from orchestrator.core.roles import Checkpoints, Learner, Reporter
+from orchestrator.core.stopping import Stop
+from orchestrator.data.order import Batches
+from orchestrator.observe.metrics import Throughput, flatten
 from orchestrator.trainers.cadence import AfterSteps
 from orchestrator.trainers.evaluation import Evaluator
 from orchestrator.trainers.optimizer_step import Attach, Clock, Guards, Stepper
-from orchestrator.data.order import Batches
-from orchestrator.observe.metrics import Throughput, flatten
-from orchestrator.core.batches import Cut, Progress, SequenceGroup, StepReport
-from orchestrator.core.roles import Checkpoints, Learner, Reporter
-from orchestrator.core.stopping import Stop
 
 
 @dataclass(frozen=True, slots=True)

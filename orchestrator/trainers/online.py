@@ -1,9 +1,9 @@
 """The online loop: PPO, GRPO and their family, and online DPO.
 
-    prompts --generator--> groups --scorer--> rewards --experience--> mini-batches --policy, critic--> new version --publish--+
-       ^          ^                                                                                                           |
-       |          +------------------------- at most max_staleness versions ahead of learning --------------------------------+
-       +-- consumed cursor: what was in flight is sampled again after a resume
+prompts --generator--> groups --scorer--> rewards --experience--> mini-batches --policy, critic--> new version --publish--+
+   ^          ^                                                                                                           |
+   |          +------------------------- at most max_staleness versions ahead of learning --------------------------------+
+   +-- consumed cursor: what was in flight is sampled again after a resume
 """
 
 from collections import deque
@@ -12,21 +12,22 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from orchestrator.algorithms.losses.kl import adapt
 from orchestrator.algorithms.table import Algorithm
+from orchestrator.core.batches import Floats, SequenceGroup
+from orchestrator.core.errors import OrchestratorError
+from orchestrator.core.reports import Progress, StepReport
+from orchestrator.core.roles import Checkpoints, Generator, Learner, Pending, Reporter, Scorer, WeightBridge
+from orchestrator.core.rollouts import Batch, Prompt, Sampling, ScoredGroup, WeightsDelivered
+from orchestrator.core.stopping import Stop
+from orchestrator.data.order import Batches, permutation
+from orchestrator.observe.timeline import Timeline
 from orchestrator.recipe.schema import Kl
 from orchestrator.trainers.cadence import AfterSteps
 from orchestrator.trainers.experience import Made, Needs, has_signal, make_experience, pairs
 from orchestrator.trainers.online_evaluation import RolloutEvaluator
-from orchestrator.trainers.online_metrics import Batch, batch_metrics, over_steps, samples_of
+from orchestrator.trainers.online_metrics import batch_metrics, over_steps, samples_of
 from orchestrator.trainers.optimizer_step import Clock, Stepper, Taken
-from orchestrator.data.order import Batches, permutation
-from orchestrator.core.rollouts import Prompt, Sampling, ScoredGroup, WeightsDelivered
-from orchestrator.core.errors import OrchestratorError
-from orchestrator.algorithms.losses.kl import adapt
-from orchestrator.observe.timeline import Timeline
-from orchestrator.core.batches import Floats, Progress, SequenceGroup, StepReport
-from orchestrator.core.roles import Checkpoints, Generator, Learner, Pending, Reporter, Scorer, WeightBridge
-from orchestrator.core.stopping import Stop
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,9 +221,7 @@ class OnlineTrainer:
             return Made(pairs(scored, rewards), None)
         needs = replace(plan.needs, penalty=coefficient) if plan.needs.penalty else plan.needs
         policy, critic = self.learning.policy, self.learning.critic_learner
-        return make_experience(
-            scored, rewards, plan.algorithm, needs, policy.learner, critic, policy.cut, mask_truncated=plan.mask_truncated
-        )
+        return make_experience(scored, rewards, plan.algorithm, needs, policy.learner, critic, policy.cut, mask_truncated=plan.mask_truncated)
 
     def _mini_batches(self, groups: Sequence[SequenceGroup], step: int) -> Iterator[list[SequenceGroup]]:
         """Epochs x mini-batches, in an order that is a function of (seed, step, epoch)."""

@@ -5,11 +5,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from orchestrator.core.reports import EvaluationReport
+from orchestrator.core.roles import Generator, Scorer
+from orchestrator.core.rollouts import Prompt, Sampling, ScoredGroup
 from orchestrator.recipe.schema import Evaluation
 from orchestrator.trainers.online_metrics import sample_of
-from orchestrator.core.rollouts import Prompt, Sampling, ScoredGroup
-from orchestrator.core.batches import EvaluationReport
-from orchestrator.core.roles import Generator, Scorer
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,44 +6,17 @@ from typing import Any, Literal
 
 import numpy as np
 
+from orchestrator.algorithms.losses.value import explained_variance
+from orchestrator.core.batches import Floats
+from orchestrator.core.reports import LearnReport, Progress, Sample, StepApplied, joined_metrics
+from orchestrator.core.rollouts import Batch, Rollout, ScoredGroup, Span, WeightsDelivered
+from orchestrator.observe.metric_names import named
+from orchestrator.observe.metrics import values
 from orchestrator.trainers.experience import has_signal
 from orchestrator.trainers.optimizer_step import Taken
-from orchestrator.core.rollouts import Rollout, RolloutGroup, ScoredGroup, Scoring, Span, WeightsDelivered
-from orchestrator.algorithms.losses.value import explained_variance
-from orchestrator.observe.metrics import values
-from orchestrator.observe.metric_names import named
-from orchestrator.core.batches import Floats, LearnReport, Progress, Sample, StepApplied, joined_metrics
 
 LEARNING = ("experience", "reference", "first_pass", "forward_backward", "optim")
 """Phases in which the learners work; in the others they wait."""
-
-
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """A scored rollout batch. prompts: drawn from the data for it; learned_from: the groups that become training data; wanted: how many
-    they should be by the recipe."""
-
-    prompts: int
-    groups: tuple[RolloutGroup, ...]
-    scoring: Scoring
-    learned_from: tuple[ScoredGroup, ...]
-    wanted: int
-
-    @property
-    def scored(self) -> tuple[ScoredGroup, ...]:
-        return self.scoring.groups
-
-    @property
-    def tokens(self) -> int:
-        """Unshared tokens of all rollouts, prompts repeated."""
-        return sum(len(g.prompt.ids) + len(r.ids) for g in self.groups for r in g.rollouts)
-
-    def joined(self, other: "Batch") -> "Batch":
-        """Both, as one batch."""
-        mine, theirs = self.scoring.seconds, other.scoring.seconds
-        seconds = {name: mine.get(name, 0.0) + theirs.get(name, 0.0) for name in {**mine, **theirs}}
-        scoring = Scoring(self.scored + other.scored, self.scoring.dropped + other.scoring.dropped, seconds)
-        return Batch(self.prompts + other.prompts, self.groups + other.groups, scoring, self.learned_from + other.learned_from, self.wanted)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,8 +1,8 @@
 """One optimizer step, whoever asks for it: learn, guard, apply.
 
-    groups --cut--> PackedBatch --attach--> forward_backward --guard--> optim_step
-              ^                                  |
-              +------- finer, after an out-of-memory error: same effective batch
+groups --cut--> PackedBatch --attach--> forward_backward --guard--> optim_step
+          ^                                  |
+          +------- finer, after an out-of-memory error: same effective batch
 """
 
 import math
@@ -12,11 +12,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 from orchestrator.algorithms.table import Algorithm
-from orchestrator.trainers.two_pass import with_coefficients
-from orchestrator.data.micro_batches import cut_step
+from orchestrator.core.batches import Cut, PackedBatch, SequenceGroup
 from orchestrator.core.errors import ConfigError, Diverged, OutOfMemory
-from orchestrator.core.batches import Cut, LearnReport, PackedBatch, SequenceGroup, StepApplied
+from orchestrator.core.reports import LearnReport, StepApplied
 from orchestrator.core.roles import Learner, Reporter
+from orchestrator.data.micro_batches import cut_step
+from orchestrator.trainers.two_pass import with_coefficients
 
 Attach = Callable[[PackedBatch], PackedBatch]
 """Adds the reference log-probs to a batch: from the cache, live, or (reference-free losses) not at all."""

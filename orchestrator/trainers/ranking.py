@@ -1,8 +1,8 @@
 """By what held-out pairs are ranked: what the training itself ranks them by, never the sum of log-probs, which ranks by length.
 
-    a reference      implicit reward    beta * (log pi(y)/pi_ref(y)), chosen less rejected
-    none             log-prob per token log pi(y)/|y|, chosen less rejected
-    a reward model   reward             r(chosen) - r(rejected)
+a reference      implicit reward    beta * (log pi(y)/pi_ref(y)), chosen less rejected
+none             log-prob per token log pi(y)/|y|, chosen less rejected
+a reward model   reward             r(chosen) - r(rejected)
 """
 
 from dataclasses import dataclass
@@ -10,11 +10,11 @@ from typing import Literal
 
 import numpy as np
 
-from orchestrator.algorithms.table import Algorithm
-from orchestrator.recipe.schema import Recipe
 from orchestrator.algorithms.losses.ties import EPSILON, margin_noise
+from orchestrator.algorithms.table import Algorithm
 from orchestrator.core.batches import Floats, MicroBatch, PackedBatch
 from orchestrator.core.roles import PerMicroBatch
+from orchestrator.recipe.schema import Recipe
 
 Basis = Literal["implicit reward", "log-prob per token", "reward"]
 

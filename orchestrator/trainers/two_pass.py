@@ -1,8 +1,8 @@
 """Losses that couple the examples of a batch (AOT's sort, KTO's KL term) over the EFFECTIVE batch, in two passes.
 
-    pass 1  token log-probs of all micro-batches, no gradient
-            the loss once over the whole effective batch  ->  d loss / d log-prob of every token
-    pass 2  micro-batch by micro-batch: gradient of sum(coefficient * log-prob), exactly that of one large batch
+pass 1  token log-probs of all micro-batches, no gradient
+        the loss once over the whole effective batch  ->  d loss / d log-prob of every token
+pass 2  micro-batch by micro-batch: gradient of sum(coefficient * log-prob), exactly that of one large batch
 """
 
 from dataclasses import dataclass, replace
@@ -10,11 +10,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from orchestrator.algorithms.table import Algorithm
-from orchestrator.algorithms.losses.whole_batch import coefficients
 from orchestrator.algorithms.losses.interface import LossSum, TokenScores
 from orchestrator.algorithms.losses.sources import by_source
-from orchestrator.core.batches import Floats, LearnReport, Mean, PackedBatch
+from orchestrator.algorithms.losses.whole_batch import coefficients
+from orchestrator.algorithms.table import Algorithm
+from orchestrator.core.batches import Floats, PackedBatch
+from orchestrator.core.reports import LearnReport, Mean
 from orchestrator.core.roles import Learner, PerMicroBatch
 
 
@@ -29,9 +30,7 @@ class WholeLoss:
         return replace(report, loss=self.loss, means=self.means)
 
 
-def with_coefficients(
-    batch: PackedBatch, policy: Learner, algorithm: Algorithm, step: int, precision: str = "fp32"
-) -> tuple[PackedBatch, WholeLoss]:
+def with_coefficients(batch: PackedBatch, policy: Learner, algorithm: Algorithm, step: int, precision: str = "fp32") -> tuple[PackedBatch, WholeLoss]:
     """Pass 1: the batch with d loss / d log-prob in every micro-batch, and the loss of the whole effective batch.
 
     step: of the optimizer step whose dropout pass 2 will draw: both passes see one network. precision: the learner's."""
@@ -84,4 +83,3 @@ def _whole(loss: LossSum, batch: PackedBatch) -> WholeLoss:
     present = sorted({int(number) for number in source})
     means = loss.means | (by_source(loss.per_example, torch.from_numpy(source), present) if len(present) > 1 else {})
     return WholeLoss(float(loss.total), {name: Mean(float(total), float(count)) for name, (total, count) in means.items()})
-

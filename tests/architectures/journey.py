@@ -19,20 +19,20 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING  # pyright: ignore[reportPrivateImportUsage]
 
-from orchestrator.recipe.schema import Algorithm, Batch, Data, Learners, Model, Optimizer, Recipe, Run, Source
+from orchestrator.core.errors import OrchestratorError
 from orchestrator.data.micro_batches import cut_step, loss_units
 from orchestrator.data.packing import pack
-from orchestrator.core.errors import OrchestratorError
-from orchestrator.run.planned_run import Job, plan_job
-from orchestrator.learner.probes import final_weights
 from orchestrator.learner.engine import ProcessGroup
 from orchestrator.learner.export import export_learner
+from orchestrator.learner.probes import final_weights
 from orchestrator.learner.rank_learner import LearnerSpec, RankLearner
 from orchestrator.learner.torch_baseline import PlainTrainer
-from orchestrator.plan.memory import fake_model
 from orchestrator.models.classes import auto_class
 from orchestrator.models.tiny import byte_tokenizer
 from orchestrator.models.unused import ROUTED
+from orchestrator.plan.memory import fake_model
+from orchestrator.recipe.schema import Algorithm, Batch, Data, Learners, Model, Optimizer, Recipe, Run, Source
+from orchestrator.run.planned_run import Job, plan_job
 from orchestrator.run.startup import check_layout, measured_throughput, probed_cut
 from tests.architectures.shrink import small
 

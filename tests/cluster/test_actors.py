@@ -14,7 +14,7 @@ from orchestrator.cluster.actors import ALLOCATOR, EXPANDABLE, Share, grow_segme
 from orchestrator.cluster.doctor.checks import judge
 from orchestrator.cluster.doctor.facts import Need
 from orchestrator.cluster.doctor.survey import _place, alive_nodes, survey
-from orchestrator.cluster.learner_group import LearnerActor
+from orchestrator.cluster.learner_actor import LearnerActor
 from orchestrator.cluster.placement import Placement
 from orchestrator.cluster.reward_pool import RewardPool
 from orchestrator.core.resources import NO_GPUS, WorkerGroup

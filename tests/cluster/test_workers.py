@@ -14,11 +14,11 @@ from ray.util import list_named_actors
 from orchestrator.cluster.deadlines import GRACE_S
 from orchestrator.cluster.joining import OBJECT_STORE_BYTES, connect, own_ray, store_for
 from orchestrator.cluster.learner_group import LearnerGroup
-from orchestrator.recipe.schema import Learners
+from orchestrator.core.batches import Cut
 from orchestrator.core.errors import WorkerLost
 from orchestrator.learner.rank_learner import LearnerSpec
 from orchestrator.recipe.loading import load
-from orchestrator.core.batches import Cut
+from orchestrator.recipe.schema import Learners
 from tests.running import Sandbox, shared_ray
 
 

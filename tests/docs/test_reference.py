@@ -3,8 +3,8 @@
 import re
 from pathlib import Path
 
-from orchestrator.recipe.schema import Recipe
 from orchestrator.recipe.reference_page import render
+from orchestrator.recipe.schema import Recipe
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "recipe-reference.md"
 

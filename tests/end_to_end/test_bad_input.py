@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from orchestrator.models.load import load_config, load_tokenizer
 from orchestrator.recipe.schema import Model as ModelConfig
 from orchestrator.recipe.schema import TinyModel
-from orchestrator.models.load import load_config, load_tokenizer
 from tests.running import Sandbox
 
 pytestmark = pytest.mark.timeout(600)

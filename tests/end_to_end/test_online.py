@@ -8,18 +8,18 @@ import numpy as np
 import pytest
 
 from orchestrator.algorithms.table import build
+from orchestrator.cluster.learner_group import LearnerGroup
 from orchestrator.cluster.rollout_pool import RolloutPool
 from orchestrator.cluster.weight_sync import ObjectStoreBridge
-from orchestrator.cluster.learner_group import LearnerGroup
-from orchestrator.recipe.schema import Recipe
-from orchestrator.trainers.experience import sequences
+from orchestrator.core.batches import Cut
+from orchestrator.core.rollouts import RolloutGroup, Sampling, ScoredGroup
 from orchestrator.data.micro_batches import cut_step
 from orchestrator.data.packing import by_branch
-from orchestrator.core.rollouts import RolloutGroup, Sampling, ScoredGroup
 from orchestrator.learner.rank_learner import LearnerSpec
-from orchestrator.data.prompts import load_prompts
 from orchestrator.recipe.loading import load
-from orchestrator.core.batches import Cut
+from orchestrator.recipe.schema import Recipe
+from orchestrator.run.inputs import read_prompts
+from orchestrator.trainers.experience import sequences
 from tests.running import REPOSITORY, Shared, every_line, exported, exported_hash, metrics, shared_ray
 
 pytestmark = pytest.mark.timeout(600)
@@ -51,9 +51,7 @@ def total_rewards(folder: Path) -> list[float]:
 # ---- learning
 
 
-@pytest.mark.parametrize(
-    "recipe", ["grpo", *(pytest.param(name, marks=pytest.mark.slow) for name in ("rloo", "ppo", "online_dpo"))]
-)
+@pytest.mark.parametrize("recipe", ["grpo", *(pytest.param(name, marks=pytest.mark.slow) for name in ("rloo", "ppo", "online_dpo"))])
 def test_the_tiny_recipes_raise_the_reward_on_held_out_prompts(shared: Shared, sft: Path, recipe: str) -> None:
     outcome, _ = shared.train_last(f"tiny/{recipe}", sft, recipe, "tracking.wandb=off")
     assert 0.2 < outcome.before["eval/reward/mean"] < 0.6
@@ -152,7 +150,7 @@ def last_stage(sft: Path, **rollouts: object) -> Recipe:
 
 def rolled_out(policy: tuple[Recipe, LearnerGroup], sft: Path, workers: int, rows: int) -> tuple[RolloutGroup, ...]:
     recipe = last_stage(sft, workers=workers, rows_at_once=rows)
-    prompts = load_prompts(recipe, build(recipe.algorithm, recipe.rollouts)).batches.at(0)
+    prompts = read_prompts(recipe, build(recipe.algorithm, recipe.rollouts)).batches.at(0)
     with RolloutPool(recipe) as pool:
         ObjectStoreBridge(policy[1], pool, 100_000).publish(0)
         return pool.start(list(enumerate(prompts)), Sampling(8, 8, seed=3), 0).result()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.observe.jsonl import read_lines
+from orchestrator.core.files import read_lines
 from tests.running import Shared, exported_hash, shared_ray, steps
 
 pytestmark = [pytest.mark.timeout(900), pytest.mark.slow]

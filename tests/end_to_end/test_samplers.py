@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from orchestrator.recipe.schema import Model, TinyModel
 from orchestrator.models.load import load
+from orchestrator.recipe.schema import Model, TinyModel
 from tests.running import Shared, metrics, shared_ray
 
 pytestmark = pytest.mark.timeout(600)

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from orchestrator.run.supervise import train
 from orchestrator.core.errors import WorkerLost
 from orchestrator.recipe.loading import load
+from orchestrator.run.supervise import train
 from tests.running import Shared, planned_faults, shared_ray
 from tests.unit.settings.runs import RUNS, steps
 

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from orchestrator.cluster.metrics_sink import RayMetricsSink
-from orchestrator.observe.report.panels import QUESTIONS
+from orchestrator.core.reports import EvaluationReport, StepReport
 from orchestrator.observe.metric_names import gauge, grouped
+from orchestrator.observe.report.panels import QUESTIONS
 from orchestrator.observe.wandb_sink import EVALUATION_STEP, STEP, TABLE_ROWS
-from orchestrator.core.batches import EvaluationReport, StepReport
 from tests.running import FEW, Shared, every_line, metrics, shared_ray, wait_until
 from tests.wandb_server import RecordedRun, WandbServer
 

@@ -14,11 +14,11 @@ import pytest
 import torch
 
 from orchestrator.cluster.reward_pool import RewardPool
-from orchestrator.recipe.schema import Model, RewardFunction, Rewards, TinyModel
-from orchestrator.core.rollouts import Prompt, Rollout, RolloutGroup, Scoring
 from orchestrator.core.errors import ConfigError, NotEnoughResources, RewardsFailed
+from orchestrator.core.rollouts import Prompt, Rollout, RolloutGroup, Scoring
 from orchestrator.models.export import export
 from orchestrator.models.load import load, load_tokenizer
+from orchestrator.recipe.schema import Model, RewardFunction, Rewards, TinyModel
 from orchestrator.rollout.rewards.component import RewardFailure
 from orchestrator.rollout.rewards.reward_model import RewardModel, same_tokenizer
 from tests.running import Shared, shared_ray, wait_until

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file
 
 from orchestrator.core.errors import CheckpointError, OutputError
-from orchestrator.run.export import export_run, recipe_of
 from orchestrator.core.stopping import Stop
+from orchestrator.run.export import export_run, recipe_of
 from tests.running import Shared, exported_hash, shared_ray, steps
 
 pytestmark = pytest.mark.timeout(600)
@@ -96,8 +96,8 @@ class StopsAtExport(Stop):
 def test_an_interrupted_export_is_made_up_for_also_of_an_extended_run(shared: Shared, undisturbed: str) -> None:
     from rich.console import Console
 
-    from orchestrator.run.supervise import train
     from orchestrator.recipe.loading import load
+    from orchestrator.run.supervise import train
 
     data = rows(shared.root / "there" / "rows.jsonl")
     common = (*SMALL, f"data.train={data}", "data.eval=null")

@@ -23,19 +23,20 @@ import numpy as np
 import pytest
 import torch
 
-from orchestrator.recipe.schema import Algorithm, Data, Learners, Model, Offload, Optimizer, Recipe, TinyModel
-from orchestrator.data.micro_batches import cut_step
-from orchestrator.data.packing import filler
+from orchestrator.core.batches import Branch, Cut, SequenceGroup
 from orchestrator.core.errors import OutOfMemory
 from orchestrator.core.faults import VARIABLE
-from orchestrator.learner.probes import probe_peak
+from orchestrator.core.reports import LearnReport, StepApplied
+from orchestrator.data.micro_batches import cut_step
+from orchestrator.data.packing import filler
 from orchestrator.learner.engine import Engine, ProcessGroup, on_cpu
+from orchestrator.learner.probes import probe_peak
 from orchestrator.learner.rank_learner import LearnerSpec, RankLearner
 from orchestrator.learner.state import MOMENTS, full_weights, load_state, save_state
-from orchestrator.models.load import load
 from orchestrator.models.forward import ScoringModel
-from orchestrator.core.batches import Branch, Cut, LearnReport, SequenceGroup, StepApplied
+from orchestrator.models.load import load
 from orchestrator.plan.ways import LEGAL_SYNC
+from orchestrator.recipe.schema import Algorithm, Data, Learners, Model, Offload, Optimizer, Recipe, TinyModel
 
 WORLD = 2
 CLIP = 0.05
@@ -130,9 +131,7 @@ def cut(policy: Policy, examples: int = 2, world: int = WORLD) -> Cut:
 class Rank:
     """A fresh learner on this rank and its share of each step."""
 
-    def __init__(
-        self, group: ProcessGroup, policy: Policy, clip: float | None = CLIP, examples: int = 2, offload: Offload | None = None
-    ) -> None:
+    def __init__(self, group: ProcessGroup, policy: Policy, clip: float | None = CLIP, examples: int = 2, offload: Offload | None = None) -> None:
         self.cut, self.rank = cut(policy, examples, group.world), group.rank
         self.learner = RankLearner(LearnerSpec(recipe(policy[2], clip, offload), self.cut, 10), group, torch.device("cpu"))
 

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from orchestrator.recipe.schema import Algorithm, Data, Learners, Lora, Model, Offload, Optimizer, Recipe, TinyModel
+from orchestrator.core.batches import Cut, Sync
 from orchestrator.data.micro_batches import cut_step
 from orchestrator.learner.engine import ProcessGroup
 from orchestrator.learner.rank_learner import LearnerSpec, RankLearner
-from orchestrator.core.batches import Cut, Sync
+from orchestrator.recipe.schema import Algorithm, Data, Learners, Lora, Model, Offload, Optimizer, Recipe, TinyModel
 from tests.invariants.engine_ranks import pairs
 
 
@@ -67,7 +67,9 @@ def recipe(way: Way, workers: int) -> Recipe:
         algorithm=Algorithm(name="simpo"),
         optimizer=Optimizer(learning_rate=1e-3),
         learners=Learners(
-            workers=workers, precision=way.precision, offload=Offload(optimizer=way.optimizer, parameters=way.parameters)  # pyright: ignore
+            workers=workers,
+            precision=way.precision,
+            offload=Offload(optimizer=way.optimizer, parameters=way.parameters),  # pyright: ignore
         ),
     )
 

@@ -12,14 +12,14 @@ import torch
 import torch.nn.attention.flex_attention as flex
 from transformers import AutoModelForCausalLM
 
-from orchestrator.recipe.schema import TinyModel
-from orchestrator.data.packing import pack
+from orchestrator.core.batches import ROW_MULTIPLE, SHORTEST_ROW, MicroBatch, SequenceGroup
 from orchestrator.core.errors import ConfigError
+from orchestrator.data.packing import pack
 from orchestrator.models.attention import attention_mask, capabilities
 from orchestrator.models.block_attention import _visible_blocks, block_masks, compiled_attention
 from orchestrator.models.forward import MicroBatchTensors, ScoringModel, head_gap, scored
 from orchestrator.models.tiny import build
-from orchestrator.core.batches import ROW_MULTIPLE, SHORTEST_ROW, MicroBatch, SequenceGroup
+from orchestrator.recipe.schema import TinyModel
 from tests.invariants.test_layouts import CASES, SHARING, TOLERANCE, Case, branch, in_padded_order, tensors
 
 BLOCKS = [case for case in CASES if case.architecture not in ("gpt2", "falcon")]

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from orchestrator.recipe.schema import Lora
 from orchestrator.data.micro_batches import cut_step
 from orchestrator.learner.engine import ProcessGroup
 from orchestrator.learner.rank_learner import LearnerSpec, RankLearner
 from orchestrator.learner.state import full_weights
+from orchestrator.recipe.schema import Lora
 from tests.invariants.engine_ranks import STEPS, cut, on_ranks, recipe
 
 MODES = ("none", "selective", "full")

@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from orchestrator.learner import weights as publish
 from orchestrator.learner import state
-from orchestrator.learner.probes import final_weights
+from orchestrator.learner import weights as publish
 from orchestrator.learner.engine import ProcessGroup
 from orchestrator.learner.export import export_learner
+from orchestrator.learner.probes import final_weights
 from orchestrator.learner.state import MOMENTS, save_state
 from tests.invariants.engine_ranks import WORLD, Rank, on_ranks
 

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 import torch
 
+from orchestrator.algorithms.losses.interface import TokenScores
 from orchestrator.algorithms.table import build
+from orchestrator.core.batches import MicroBatch
 from orchestrator.data.micro_batches import cut_step, loss_units
 from orchestrator.learner.torch_baseline import PlainTrainer
-from orchestrator.plan.memory import model_sizes, traffic
-from orchestrator.models.load import load
 from orchestrator.models.forward import MicroBatchTensors, ScoringModel, scored
-from orchestrator.algorithms.losses.interface import TokenScores
-from orchestrator.core.batches import MicroBatch
+from orchestrator.models.load import load
+from orchestrator.plan.memory import model_sizes, traffic
 from tests.invariants.engine_ranks import (
     BETA1,
     BF16,
@@ -79,7 +79,6 @@ def norm_of(gradient: dict[str, np.ndarray]) -> float:
 
 def policies(some: list[Policy]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("policy", some, ids=lambda p: f"zero{p[0]}-{p[1]}-{p[2]}")
-
 
 
 def test_no_compiler_is_needed(ranks):

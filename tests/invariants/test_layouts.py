@@ -11,12 +11,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from orchestrator.recipe.schema import TinyModel
+from orchestrator.core.batches import Branch, Layout, MicroBatch, SequenceGroup
 from orchestrator.data.packing import pack
 from orchestrator.models.attention import capabilities
 from orchestrator.models.forward import MicroBatchTensors, Scored, ScoringModel, head_gap, scored
 from orchestrator.models.tiny import build
-from orchestrator.core.batches import Branch, Layout, MicroBatch, SequenceGroup
+from orchestrator.recipe.schema import TinyModel
 
 SHARING: tuple[Layout, ...] = ("prefix_shared", "packed")
 TOLERANCE = 1e-5

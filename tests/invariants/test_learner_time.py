@@ -109,5 +109,3 @@ def test_no_layout_changes_what_a_window_leaves(layout: Any):
     batch = pack([group], layout)
     assert batch.attended(4) == sum(seen) - twice
     assert loss_units([group]).examples == len(batch)
-
-

@@ -7,12 +7,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from orchestrator.recipe.schema import Recipe, TinyModel
+from orchestrator.core.batches import Branch, SequenceGroup
 from orchestrator.data.packing import pack
-from orchestrator.learner.rank_learner import RankReference
+from orchestrator.learner.reference import RankReference
 from orchestrator.models.load import placed
 from orchestrator.models.tiny import build, byte_tokenizer
-from orchestrator.core.batches import Branch, SequenceGroup
+from orchestrator.recipe.schema import Recipe, TinyModel
 from orchestrator.rollout.engines.transformers_engine import TransformersEngine
 
 CPU, LENGTH = torch.device("cpu"), 1200

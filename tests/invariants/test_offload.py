@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from orchestrator.recipe.schema import Offload
 from orchestrator.learner.engine import ProcessGroup
 from orchestrator.learner.state import load_state
 from orchestrator.plan.planner import LEGAL_SYNC
+from orchestrator.recipe.schema import Offload
 from orchestrator.run.verify import TOLERANCE
 from tests.invariants.engine_ranks import BAD_STEP, STEPS, Policy, Rank, bf16_gradient, on_ranks, one_bad_micro_batch, relative_gap, save_after_two
 

@@ -1,7 +1,7 @@
 """On policy every token weighs exactly 1, however it was drawn: a grid of samplers on shared logits, and both decoders on a model.
 
-    the same logits --rollout.sampling.draw--> sampled log-probs  ─┐
-                    --learner's head at HeadSpec.temperature--> old ┴─> weight = exp(old - sampled) = 1
+the same logits --rollout.sampling.draw--> sampled log-probs  ─┐
+                --learner's head at HeadSpec.temperature--> old ┴─> weight = exp(old - sampled) = 1
 """
 
 from collections.abc import Callable
@@ -11,16 +11,16 @@ import numpy as np
 import pytest
 import torch
 
-from orchestrator.algorithms.table import build
-from orchestrator.recipe.schema import Algorithm, Correction, Rollouts
-from orchestrator.core.rollouts import Sampling
+from orchestrator.algorithms.losses.interface import ExperienceTensors, TokenScores
 from orchestrator.algorithms.losses.logprobs import chunked_logprobs
 from orchestrator.algorithms.losses.policy import CorrectionKind, correction_weights
-from orchestrator.algorithms.losses.interface import ExperienceTensors, TokenScores
+from orchestrator.algorithms.table import build
 from orchestrator.core.batches import LossUnits
+from orchestrator.core.rollouts import Sampling
+from orchestrator.recipe.schema import Algorithm, Correction, Rollouts
+from orchestrator.rollout.engines.padded_decoder import StaticDecoder
 from orchestrator.rollout.engines.paged_decoder import ContinuousDecoder
 from orchestrator.rollout.engines.sampling import draw, drawn_from
-from orchestrator.rollout.engines.padded_decoder import StaticDecoder
 from tests.unit.rollout.decoding_cases import CASES, EOS, kept_gap, letters, requests, worst_gap
 
 ROWS, VOCABULARY, LENGTH = 96, 128, 12

@@ -130,9 +130,7 @@ def test_loras_dropout_is_independent_of_the_cut(two_workers: LearnerGroup, data
 def test_bf16_stays_within_its_stated_bound(two_workers: LearnerGroup, data: Path) -> None:
     proof = Proof.of(recipe(data, {"name": "dpo"}, learners={"workers": 2, "precision": "bf16"}), steps=5)
     baseline = proof.plain()
-    differences = [
-        baseline.difference(proof.split(cut, two_workers), cut) for cut in splits(proof.planned, EFFECTIVE, "bf16", [2], everything=False)
-    ]
+    differences = [baseline.difference(proof.split(cut, two_workers), cut) for cut in splits(proof.planned, EFFECTIVE, "bf16", [2], everything=False)]
     assert {d.cut.zero_stage for d in differences} == {1, 2, 3}
     assert all(d.within(TOLERANCE["bf16"]) for d in differences), differences
     print(f"bf16: loss {worst(differences)[0]:.1e}, weights {worst(differences)[2]:.1e}")

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from orchestrator.run import startup
 from orchestrator.algorithms.table import build
-from orchestrator.data.packing import pack
-from orchestrator.core.errors import ConfigError
-from orchestrator.learner.engine import ProcessGroup
 from orchestrator.core.batches import Branch, Cut, MicroBatch, SequenceGroup
+from orchestrator.core.errors import ConfigError
+from orchestrator.data.packing import pack
+from orchestrator.learner.engine import ProcessGroup
+from orchestrator.run import startup
 from orchestrator.run.startup import check_layout
 from tests.invariants.engine_ranks import Rank, on_ranks, recipe
 

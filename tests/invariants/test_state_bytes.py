@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from orchestrator.algorithms.table import build
+from orchestrator.core.format import size
 from orchestrator.plan.memory import model_sizes
 from orchestrator.plan.state_bytes import StateBytes, state_bytes
 from orchestrator.plan.ways import LEGAL_SYNC
-from orchestrator.core.format import size
 from tests.invariants.engine_ranks import on_ranks
 from tests.invariants.memory_ranks import Counted, Walked, Way, cut, recipe, walk_ways
 

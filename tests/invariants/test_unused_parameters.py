@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from orchestrator.recipe.schema import Learners, Offload, Optimizer
 from orchestrator.learner.engine import Engine, ProcessGroup, on_cpu
 from orchestrator.plan.ways import LEGAL_SYNC
+from orchestrator.recipe.schema import Learners, Offload, Optimizer
 from tests.invariants.engine_ranks import on_ranks
 
 pytestmark = pytest.mark.timeout(500)

@@ -17,20 +17,20 @@ import ray
 import torch
 from ray.exceptions import RayActorError
 
+from orchestrator.cluster.learner_group import LearnerGroup
 from orchestrator.cluster.rollout_pool import RolloutPool
 from orchestrator.cluster.weight_sync import BroadcastBridge, CudaIpcBridge, ObjectStoreBridge, make_bridge
-from orchestrator.cluster.learner_group import LearnerGroup
-from orchestrator.recipe.schema import Recipe
+from orchestrator.core.batches import Branch, Cut, SequenceGroup
+from orchestrator.core.errors import ConfigError, WorkerLost
+from orchestrator.core.roles import WeightBridge
+from orchestrator.core.rollouts import Prompt, RolloutGroup, Sampling
 from orchestrator.data.micro_batches import cut_step
 from orchestrator.data.packing import by_branch
-from orchestrator.core.rollouts import Prompt, RolloutGroup, Sampling
-from orchestrator.core.errors import ConfigError, WorkerLost
 from orchestrator.learner import engine
 from orchestrator.learner.rank_learner import LearnerSpec, RankLearner
 from orchestrator.learner.state import full_weights
 from orchestrator.models.weight_buckets import WIRE, CorruptWeights
-from orchestrator.core.batches import Branch, Cut, SequenceGroup
-from orchestrator.core.roles import WeightBridge
+from orchestrator.recipe.schema import Recipe
 from tests.running import planned_faults, shared_ray, wait_until
 
 pytestmark = pytest.mark.timeout(300)
@@ -289,9 +289,7 @@ def test_damaged_weights_are_refused_and_sent_again(trained: LearnerGroup, pool:
     assert pool.pids == pids  # a damaged transfer costs no actor
 
 
-def test_weights_that_are_always_damaged_end_the_run_without_a_rollout(
-    trained: LearnerGroup, pool: RolloutPool, transport: tuple[int, Any]
-) -> None:
+def test_weights_that_are_always_damaged_end_the_run_without_a_rollout(trained: LearnerGroup, pool: RolloutPool, transport: tuple[int, Any]) -> None:
     offset, bridge = transport
     version = CORRUPT_ALWAYS + offset
     pool.spans()

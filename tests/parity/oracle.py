@@ -124,13 +124,9 @@ def _inputs(mask: Tensor) -> dict[str, Tensor]:
     return {"input_ids": torch.ones_like(completion), "attention_mask": torch.ones_like(completion), "completion_mask": completion}
 
 
-def dpo(
-    batch: Batch, losses: dict[str, float], *, f_divergence: str = "reverse_kl", **changes: Any
-) -> tuple[Tensor, dict[str, float]]:
+def dpo(batch: Batch, losses: dict[str, float], *, f_divergence: str = "reverse_kl", **changes: Any) -> tuple[Tensor, dict[str, float]]:
     """DPOTrainer._compute_loss: the loss (with its graph) and the metrics it logged. f_divergence: by our name; changes: of DPOConfig()."""
-    args = DPOConfig(
-        **QUIET, loss_type=list(losses), loss_weights=list(losses.values()), f_divergence_type=TRL_DIVERGENCE[f_divergence], **changes
-    )
+    args = DPOConfig(**QUIET, loss_type=list(losses), loss_weights=list(losses.values()), f_divergence_type=TRL_DIVERGENCE[f_divergence], **changes)
 
     def reference(**_: Any) -> FusedCausalLMOutput:
         return _fused(batch.reference, batch.log_sum_sq)

@@ -99,6 +99,7 @@ def settings(config: type[Any], **changes: Any) -> Any:
 
 def _trainer(rollouts: Rollouts, args: Any, **fields: Any) -> SimpleNamespace:
     """What the losses of both trainers read of `self`, made of `args` as their constructors make it."""
+
     def scored(*_: Any, **__: Any) -> tuple[Tensor, Tensor, None]:
         return rollouts.logps, rollouts.entropy, None
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from orchestrator.recipe.schema import TinyModel
 from orchestrator.models.tiny import build, byte_tokenizer
+from orchestrator.recipe.schema import TinyModel
 
 STEPS, EFFECTIVE, MICRO_BATCH, RATE, BETA = 10, 16, 4, 2e-3, 0.1
 
@@ -20,14 +20,14 @@ import json, sys, torch
 from orchestrator.algorithms.table import build
 from orchestrator.recipe.schema import Recipe
 from orchestrator.data.micro_batches import cut_step
-from orchestrator.data.dataset import load_data
+from orchestrator.run.inputs import read_data
 from orchestrator.learner.engine import ProcessGroup
 from orchestrator.learner.rank_learner import LearnerSpec, RankLearner, RankReference
 from orchestrator.plan.planner import make_plan
 torch.set_num_threads(1)
 recipe = Recipe.model_validate(json.loads(sys.argv[1]))
 algorithm = build(recipe.algorithm)
-data = load_data(recipe, algorithm)
+data = read_data(recipe, algorithm)
 cut = make_plan(recipe, algorithm, data).cut
 group = ProcessGroup(0, 1, "127.0.0.1", int(sys.argv[2]), 60.0)
 group.join(torch.device("cpu"))

@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 
+from orchestrator.algorithms.losses.interface import LossSum
+from orchestrator.algorithms.losses.preference_mix import PAIR_LOSSES, REFERENCE_FREE
 from orchestrator.algorithms.table import Algorithm, build
 from orchestrator.recipe.schema import Algorithm as Config
-from orchestrator.algorithms.losses.preference_mix import PAIR_LOSSES, REFERENCE_FREE
-from orchestrator.algorithms.losses.interface import LossSum
 from tests.parity.oracle import Batch, dpo, random_batch, sequence_batch
 
 CHOSEN, REJECTED = (4, 1, 9, 3, 6, 2), (2, 5, 3, 3, 12, 1)

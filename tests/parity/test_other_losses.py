@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 
-from orchestrator.algorithms.table import build
-from orchestrator.recipe.schema import Algorithm as Config
 from orchestrator.algorithms.losses.interface import LossSum, TokenScores
+from orchestrator.algorithms.table import build
 from orchestrator.core.batches import LossUnits
+from orchestrator.recipe.schema import Algorithm as Config
 from tests.parity.oracle import LogitsBatch, cpo, kto, orpo, random_batch, random_logits, reward
 
 CHOSEN, REJECTED = (4, 1, 9, 3, 6, 2), (2, 5, 3, 3, 12, 1)

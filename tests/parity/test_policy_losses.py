@@ -5,13 +5,13 @@ from dataclasses import replace
 import pytest
 import torch
 
+from orchestrator.algorithms.losses import advantages
+from orchestrator.algorithms.losses.interface import LossSum
+from orchestrator.algorithms.losses.kl import k1, k2, k3
+from orchestrator.algorithms.losses.policy import PolicyGradient, correction_weights
 from orchestrator.algorithms.table import build, kl_notes
 from orchestrator.recipe.schema import Algorithm
 from orchestrator.recipe.schema import Rollouts as Rollouts_
-from orchestrator.algorithms.losses import advantages
-from orchestrator.algorithms.losses.kl import k1, k2, k3
-from orchestrator.algorithms.losses.policy import PolicyGradient, correction_weights
-from orchestrator.algorithms.losses.interface import LossSum
 from tests.parity.policy_oracle import Rollouts, grpo, grpo_advantages, importance_sampling_ratio, random_rollouts, rloo, rloo_advantages
 
 LENGTHS = (5, 1, 9, 3, 12, 2, 7, 4)

@@ -19,8 +19,8 @@ import pytest
 import torch
 import yaml
 
-from orchestrator.recipe.schema import Lora, Model
 from orchestrator.models.load import load
+from orchestrator.recipe.schema import Lora, Model
 from tests.running import REPOSITORY, Shared, every_line, metrics, shared_ray, steps
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]

@@ -22,10 +22,11 @@ import torch
 from safetensors.numpy import load_file
 from torch.utils.data import SequentialSampler
 
-from orchestrator.recipe.schema import TinyModel
 from orchestrator.core.rollouts import Sampling
 from orchestrator.models.tiny import build, byte_tokenizer
-from orchestrator.rollout.engines.padded_decoder import Request, StaticDecoder
+from orchestrator.recipe.schema import TinyModel
+from orchestrator.rollout.engines.engine import Request
+from orchestrator.rollout.engines.padded_decoder import StaticDecoder
 
 pytestmark = pytest.mark.timeout(600)
 

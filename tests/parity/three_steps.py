@@ -1,6 +1,6 @@
 """Our side of test_three_steps: trains jobs on one rank in this process, one after the other, through the product's own parts.
 
-    python -m tests.parity.three_steps JOBS.json    # [{name, recipe, folder, rollouts or null}]; writes folder/ours.safetensors
+python -m tests.parity.three_steps JOBS.json    # [{name, recipe, folder, rollouts or null}]; writes folder/ours.safetensors
 """
 
 import json
@@ -15,15 +15,15 @@ import torch
 from safetensors.numpy import save_file
 
 from orchestrator.algorithms.table import Algorithm, build
-from orchestrator.recipe.schema import Recipe
-from orchestrator.trainers.two_pass import with_coefficients
-from orchestrator.trainers.experience import Needs, make_experience
-from orchestrator.data.micro_batches import cut_step
-from orchestrator.data.dataset import load_data
+from orchestrator.core.batches import Cut, SequenceGroup
 from orchestrator.core.rollouts import Prompt, Rollout, RolloutGroup, ScoredGroup
+from orchestrator.data.micro_batches import cut_step
 from orchestrator.learner.engine import ProcessGroup
 from orchestrator.learner.state import full_weights
-from orchestrator.core.batches import Cut, SequenceGroup
+from orchestrator.recipe.schema import Recipe
+from orchestrator.run.inputs import read_data
+from orchestrator.trainers.experience import Needs, make_experience
+from orchestrator.trainers.two_pass import with_coefficients
 from tests.unit.trainers.conftest import OneRank
 
 CUT = Cut(1, 3, None, "prefix_shared", 0, "no_sync")
@@ -53,7 +53,7 @@ def train(job: dict[str, Any], group: ProcessGroup) -> None:
     algorithm, steps = build(recipe.algorithm, recipe.rollouts), recipe.run.max_steps
     assert steps is not None
     policy = OneRank(group, recipe, CUT, total_steps=steps)
-    rows, effective = () if job["rollouts"] else load_data(recipe, algorithm).groups, recipe.batch.effective
+    rows, effective = () if job["rollouts"] else read_data(recipe, algorithm).groups, recipe.batch.effective
     for step in range(steps):
         groups = rows[step * effective : (step + 1) * effective]  # in the file's order, as TRL is told to take them
         if job["rollouts"]:

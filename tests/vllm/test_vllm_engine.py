@@ -12,14 +12,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from orchestrator.recipe.schema import Model, Recipe, TinyModel
-from orchestrator.core.rollouts import Completion, Sampling
 from orchestrator.core.errors import ConfigError, DataError, OrchestratorError
-from orchestrator.models.weight_buckets import Bucket, CorruptWeights, checksum, fill, layout
+from orchestrator.core.rollouts import Completion, Sampling
 from orchestrator.models.load import load
-from orchestrator.rollout.engines.transformers_engine import TransformersEngine, make_engine
+from orchestrator.models.weight_buckets import Bucket, CorruptWeights, checksum, fill, layout
+from orchestrator.recipe.schema import Model, Recipe, TinyModel
+from orchestrator.rollout.engines.engine import Request
 from orchestrator.rollout.engines.sampling import drawn_from, policy_logps
-from orchestrator.rollout.engines.padded_decoder import Request
+from orchestrator.rollout.engines.transformers_engine import TransformersEngine
+from orchestrator.rollout.worker import make_engine
 
 INSTALLED = importlib.util.find_spec("vllm") is not None
 needs_vllm = pytest.mark.skipif(not INSTALLED, reason="vllm is not installed: run `make test-vllm`")

@@ -1,6 +1,6 @@
 """From the rewards of a rollout batch to an advantage for each token, in the one shape that the online loop needs.
 
-    rewards Float[G, n], KL penalties Float[N], a critic's values Float[N]  --Estimator-->  advantages Float[N], returns Float[N]
+rewards Float[G, n], KL penalties Float[N], a critic's values Float[N]  --Estimator-->  advantages Float[N], returns Float[N]
 """
 
 from collections.abc import Callable

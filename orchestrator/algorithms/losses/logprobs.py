@@ -88,9 +88,7 @@ class _ChunkedLogProbs(torch.autograd.Function):
     """Keeps the weight PARAMETER, not a copy: under ZeRO-3 its data is freed after the forward and gathered again."""
 
     @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, spec: HeadSpec
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, spec: HeadSpec) -> tuple[Tensor, Tensor, Tensor]:
         ctx.compute = torch.get_autocast_dtype(hidden.device.type) if torch.is_autocast_enabled(hidden.device.type) else hidden.dtype
         accurate = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         logps = torch.empty(len(hidden), dtype=accurate, device=hidden.device)
@@ -156,9 +154,7 @@ def _at(values: Tensor | None, part: slice) -> Tensor | None:
     return None if values is None else values[part, None]
 
 
-def _logits_gradient(
-    z: Tensor, targets: Tensor, norm: Tensor, grad: Tensor | None, grad_entropy: Tensor | None, entropy: Tensor | None
-) -> Tensor:
+def _logits_gradient(z: Tensor, targets: Tensor, norm: Tensor, grad: Tensor | None, grad_entropy: Tensor | None, entropy: Tensor | None) -> Tensor:
     """d/dz of grad . log p(target) + grad_entropy . H. z: [n, V], overwritten; norm = log sum exp z, gradients and entropy: [n, 1]."""
     if grad_entropy is not None:
         assert entropy is not None

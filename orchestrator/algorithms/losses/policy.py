@@ -20,8 +20,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from orchestrator.algorithms.losses.kl import ESTIMATORS, k3
 from orchestrator.algorithms.losses.interface import LossSum, Means, TokenScores
+from orchestrator.algorithms.losses.kl import ESTIMATORS, k3
 from orchestrator.core.batches import LossUnits
 
 Form = Literal["clip", "cispo", "reinforce"]

@@ -1,6 +1,6 @@
 """Objectives made of the preference family's equations: weighted mixes, token weights, metrics; and KTO.
 
-    token log-probs --token weights, sums--> Pairs --each loss, weighted--> sum / pairs of the effective batch
+token log-probs --token weights, sums--> Pairs --each loss, weighted--> sum / pairs of the effective batch
 """
 
 from collections.abc import Callable, Mapping
@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from orchestrator.algorithms.losses import preference
+from orchestrator.algorithms.losses.interface import LossSum, Means, PerExample, TokenScores, totals
 from orchestrator.algorithms.losses.logprobs import ld_weights
 from orchestrator.algorithms.losses.preference import Knobs, Pairs, f_divergence_link
-from orchestrator.algorithms.losses.interface import LossSum, Means, PerExample, TokenScores, totals
 from orchestrator.algorithms.losses.ties import margin_noise, preferred, tied
 from orchestrator.core.batches import LossUnits
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from orchestrator.algorithms.losses.interface import Means, PerExample
-from orchestrator.core.batches import SOURCE
+from orchestrator.core.reports import SOURCE
 
 
 def by_source(per_example: PerExample, source: Tensor, present: Sequence[int]) -> Means:

@@ -55,9 +55,7 @@ def chat(
     _talk(conversations, console)
 
 
-def _open(
-    model: str, against: str | None, system: str | None, settings: tuple[int, float, int], said: Console
-) -> "tuple[list[Conversation], bool]":
+def _open(model: str, against: str | None, system: str | None, settings: tuple[int, float, int], said: Console) -> "tuple[list[Conversation], bool]":
     """The conversations, and whether the first is with a run that has a start to be compared with. said: for notes."""
     from orchestrator.cli.chat.models import BASE, find
 

@@ -1,6 +1,6 @@
 """A conversation with a model: what was said, what the template makes of it, and the tokens of the next answer.
 
-    messages --template--> tokens --generate, token by token--> text --> messages
+messages --template--> tokens --generate, token by token--> text --> messages
 """
 
 from collections.abc import Callable
@@ -11,8 +11,8 @@ import torch
 from transformers import GenerationConfig, TextStreamer
 
 from orchestrator.cli.chat.models import Loaded
-from orchestrator.data.template import render
 from orchestrator.core.errors import ConfigError
+from orchestrator.data.template import render
 
 MARK = "END-OF-THIS"
 """A text after which a template closes a turn."""

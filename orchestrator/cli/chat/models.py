@@ -1,6 +1,6 @@
 """What `chat` speaks with: a run's export, the model that the run started from, a model folder, an adapter with its base.
 
-    RUN | PIPELINE | MODEL | ADAPTER | ORG/NAME@REVISION --find--> Choice --Speaker--> a model that writes text
+RUN | PIPELINE | MODEL | ADAPTER | ORG/NAME@REVISION --find--> Choice --Speaker--> a model that writes text
 """
 
 import difflib
@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
-from orchestrator.recipe import loading as recipes
-from orchestrator.recipe.schema import Model
 from orchestrator.core.errors import ConfigError, MissingInput
 from orchestrator.models.load import load_config, load_for_text, load_tokenizer
 from orchestrator.observe.report.compare import run_folders
+from orchestrator.recipe import loading as recipes
+from orchestrator.recipe.schema import Model
 
 BASE = "base"
 """What --against takes for the model that a run started from."""

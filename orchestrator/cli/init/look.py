@@ -1,6 +1,6 @@
 """Somebody's model and data, looked at for a first recipe: what the rows are, which columns hold what, and how long they are.
 
-    model, data --look--> Look (columns, kind, format, lengths)   -> cli/init/recipe.py
+model, data --look--> Look (columns, kind, format, lengths)   -> cli/init/recipe.py
 """
 
 import difflib
@@ -13,14 +13,14 @@ from typing import Any, Literal
 
 import numpy as np
 
-from orchestrator.recipe.schema import Columns, Data, Model
-from orchestrator.data.tokenize import Encoder
-from orchestrator.data.hints import LIKELY, lacking, likely
-from orchestrator.data.formats import SHAREGPT_COLUMN
-from orchestrator.data.sources import LoadedRows, load_rows, raw_records
-from orchestrator.core.errors import ConfigError, DataError
-from orchestrator.models.load import load_config, load_tokenizer
 from orchestrator.core.batches import DataKind, Row
+from orchestrator.core.errors import ConfigError, DataError
+from orchestrator.data.formats import SHAREGPT_COLUMN
+from orchestrator.data.hints import LIKELY, lacking, likely
+from orchestrator.data.sources import LoadedRows, load_rows, raw_records
+from orchestrator.data.tokenize import Encoder
+from orchestrator.models.load import load_config, load_tokenizer
+from orchestrator.recipe.schema import Columns, Data, Model
 
 Kind = Literal["sft", "dpo", "lora-dpo", "reward", "grpo", "kto"]
 ROWS_OF: dict[str, DataKind] = {

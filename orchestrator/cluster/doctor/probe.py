@@ -14,11 +14,11 @@ from typing import Any
 import ray
 
 from orchestrator.cluster.actors import own_device
-from orchestrator.cluster.network import speak_from
-from orchestrator.cluster.doctor.smoke import trouble_on
 from orchestrator.cluster.doctor.facts import ModelSource, NodeFacts, Storage, Unreachable
-from orchestrator.learner.engine import ProcessGroup
 from orchestrator.cluster.doctor.node import mark, node_facts, sweep, unseen
+from orchestrator.cluster.doctor.smoke import trouble_on
+from orchestrator.cluster.network import speak_from
+from orchestrator.learner.engine import ProcessGroup
 
 KNOCK_S = 3.0
 """For one TCP connection: a firewall that drops packets is only known by waiting."""

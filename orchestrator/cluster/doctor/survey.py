@@ -1,6 +1,6 @@
 """One small actor per node finds out what `judge` wants to know; a node that is late becomes a fact, not a hang.
 
-    facts, marker  ->  each sees the other markers?  ->  each reaches each  ->  all-reduce over one process per node
+facts, marker  ->  each sees the other markers?  ->  each reaches each  ->  all-reduce over one process per node
 """
 
 import logging
@@ -22,10 +22,10 @@ from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from orchestrator.cluster.actors import Share, made
-from orchestrator.cluster.joining import connect, named_cluster
-from orchestrator.cluster.doctor.probe import COLLECTIVE_S, SETTLE_S, Door, Probe
 from orchestrator.cluster.doctor.facts import AllReduce, Capacity, ClusterFacts, Kernel, ModelSource, NodeFacts, PairRate, Silent, Storage
 from orchestrator.cluster.doctor.node import ANSWER_S, mark, node_facts, shared_folder, sweep, unmet_requirements
+from orchestrator.cluster.doctor.probe import COLLECTIVE_S, SETTLE_S, Door, Probe
+from orchestrator.cluster.joining import connect, named_cluster
 
 START_S = 90.0
 """For a worker process to start and import the program on a busy or far node."""

@@ -1,6 +1,6 @@
 """Ray's Jobs API: submissions of a run, numbered, so that submitting again is safe and goes on.
 
-    NAME, NAME.2, NAME.3 …   one Ray job per attempt of the run NAME; the newest tells where it stands
+NAME, NAME.2, NAME.3 …   one Ray job per attempt of the run NAME; the newest tells where it stands
 """
 
 import asyncio

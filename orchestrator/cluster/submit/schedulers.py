@@ -183,7 +183,7 @@ _DROP = "\0"  # no value can hold it
 
 
 def _folder() -> Path:
-    package = Path(__file__).resolve().parent
+    package = Path(__file__).resolve().parents[2]
     packaged = package / "_launch"  # a wheel has it inside the package, a checkout beside it
     return packaged if packaged.is_dir() else package.parent / "launch"
 

@@ -1,6 +1,6 @@
 """From a recipe on this machine to a job on a cluster.
 
-    recipe, overrides --prepared--> Submission, Upload --decide--> start attempt n | follow the one that runs | nothing to do
+recipe, overrides --prepared--> Submission, Upload --decide--> start attempt n | follow the one that runs | nothing to do
 """
 
 import os
@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from orchestrator.cluster.submit.ray_jobs import STOP_GRACE, Attempt, Jobs, Submission
-from orchestrator.recipe.schema import ONLINE, Recipe
-from orchestrator.data.files import SUFFIXES
-from orchestrator.core.errors import ConfigError, MissingInput, OutputError
-from orchestrator.recipe.loading import builtin_recipes, parts
-from orchestrator.recipe.pipeline import STAGE, Stage
 from orchestrator.cluster.submit.upload import Upload
+from orchestrator.core.errors import ConfigError, MissingInput, OutputError
+from orchestrator.data.files import SUFFIXES
+from orchestrator.recipe.files import builtin_recipes
+from orchestrator.recipe.loading import parts
+from orchestrator.recipe.pipeline import STAGE, Stage
+from orchestrator.recipe.schema import ONLINE, Recipe
 
 STOP_GRACE_S = 300
 """Seconds between SIGTERM and SIGKILL of `ray job stop`: a step and its checkpoint have to fit. Ray's own default is 3."""

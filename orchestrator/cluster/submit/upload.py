@@ -1,6 +1,6 @@
 """What a submitted job brings along: the files of a folder, told before they go, without what must never go.
 
-    folder --.gitignore, .rayignore--> files --refusals--> Upload --staged--> a folder with just these
+folder --.gitignore, .rayignore--> files --refusals--> Upload --staged--> a folder with just these
 """
 
 import os
@@ -130,9 +130,7 @@ def collect(root: Path) -> Upload:
     return Upload(root, files, total, tuple(left), tuple(runs))
 
 
-def _walk(
-    root: Path, folder: Path, rules: tuple[tuple[Path, GitIgnoreSpec], ...], left: list[str], runs: list[Path]
-) -> Iterator[Path]:
+def _walk(root: Path, folder: Path, rules: tuple[tuple[Path, GitIgnoreSpec], ...], left: list[str], runs: list[Path]) -> Iterator[Path]:
     """Files below root/folder, relative to root, links followed. rules: the ignore files met on the way, each with its folder; left: gets
     what cannot go; runs: the folders of runs."""
     for name in IGNORE_FILES:

@@ -17,9 +17,10 @@ from rich.table import Table
 from rich.text import Text
 
 from orchestrator.core.errors import MissingInput
-from orchestrator.observe.metrics import step_seconds
+from orchestrator.core.files import is_evaluation, read_lines
+from orchestrator.core.format import duration, number
 from orchestrator.observe.metric_names import ranked_by
-from orchestrator.observe.jsonl import duration, is_evaluation, number, read_lines
+from orchestrator.observe.metrics import step_seconds
 from orchestrator.recipe.strict_yaml import parse
 
 HIGHER = ("reward/mean", "exact_match", "preference_accuracy", "logp_accuracy", "rewards/accuracies", "rewards/margins", "explained_variance")

@@ -13,8 +13,8 @@ from typing import Any
 import yaml
 
 from orchestrator.core.errors import DataError, MissingInput
-from orchestrator.core.files import write_atomically
-from orchestrator.observe.jsonl import duration, is_evaluation, number, read_lines
+from orchestrator.core.files import is_evaluation, read_lines, write_atomically
+from orchestrator.core.format import duration, number
 from orchestrator.observe.metric_names import ranked_by, spoken
 from orchestrator.observe.metrics import step_seconds
 from orchestrator.observe.report import charts

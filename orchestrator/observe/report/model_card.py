@@ -7,8 +7,9 @@ from typing import Any
 
 import yaml
 
+from orchestrator.core.files import read_lines
+from orchestrator.core.format import number
 from orchestrator.observe.metric_names import spoken
-from orchestrator.observe.jsonl import number, read_lines
 
 CURVE_POINTS = 10
 CURVE = ("loss", "rewards/accuracies", "rewards/margins", "grad_norm", "learning_rate")

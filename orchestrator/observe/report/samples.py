@@ -4,8 +4,8 @@ from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from typing import Any, TypeVar
 
+from orchestrator.core.format import number
 from orchestrator.observe.metric_names import MARGINS
-from orchestrator.observe.jsonl import number
 
 Line = Mapping[str, Any]
 Item = TypeVar("Item")

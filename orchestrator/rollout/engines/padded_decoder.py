@@ -17,27 +17,17 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from orchestrator.core.rollouts import Completion, Sampling
+from orchestrator.core.batches import Finish
 from orchestrator.core.errors import ConfigError
+from orchestrator.core.rollouts import Completion, Sampling
 from orchestrator.models.noise import words
-from orchestrator.core.batches import Finish, Ints
+from orchestrator.rollout.engines.engine import Request
 from orchestrator.rollout.engines.sampling import Drawn, draw
 
 COMPACT_AT = 0.25
 """Share of ended rows at which the batch is compacted: copying the cache costs more than a few idle rows."""
 SPARE_TOKENS = 8
 """Decoded beside the longest stop text: some tokenizers lose a space at the beginning of what they decode."""
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """One prompt and the seeds of its samples. position: tokens the seeds have drawn before (multi-turn); room: tokens
-    each sample may still draw."""
-
-    prompt: Ints
-    seeds: tuple[int, ...]
-    room: int
-    position: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,9 +145,7 @@ class StaticDecoder:
         batch.logits = self._logits(batch.tokens[:, None], batch.mask, positions, batch.cache)
 
     def _logits(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache) -> Tensor:
-        output = self.model(
-            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1
-        )
+        output = self.model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1)
         return output.logits[:, -1]
 
 
@@ -171,9 +159,7 @@ class _Batch:
         self.mask = torch.zeros(0, 0, dtype=torch.long, device=device)
         self.logits = self.seeds = self.positions = self.tokens = torch.zeros(0, device=device)
 
-    def add(
-        self, rows: list[_Row], layers: list[tuple[Tensor, Tensor]], mask: Tensor, logits: Tensor, seeds: Tensor, positions: Tensor
-    ) -> None:
+    def add(self, rows: list[_Row], layers: list[tuple[Tensor, Tensor]], mask: Tensor, logits: Tensor, seeds: Tensor, positions: Tensor) -> None:
         """Joins new rows, both sides padded on the left to the longer of the two."""
         if not self.rows:
             self.rows, self.mask, self.logits, self.seeds, self.positions = rows, mask, logits, seeds, positions

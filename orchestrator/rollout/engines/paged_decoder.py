@@ -29,12 +29,13 @@ from transformers.generation.configuration_utils import ContinuousBatchingConfig
 from transformers.generation.continuous_batching.cb_logits_processors import ContinuousBatchingLogitsProcessor
 from transformers.generation.continuous_batching.requests import FutureRequestState
 
-from orchestrator.core.rollouts import Completion, Sampling
-from orchestrator.core.errors import Exit, OrchestratorError
-from orchestrator.models.noise import words
 from orchestrator.core.batches import Finish
+from orchestrator.core.errors import Exit, OrchestratorError
+from orchestrator.core.rollouts import Completion, Sampling
+from orchestrator.models.noise import words
+from orchestrator.rollout.engines.engine import Request
+from orchestrator.rollout.engines.padded_decoder import Ends, StaticDecoder, as_completion, on_host
 from orchestrator.rollout.engines.sampling import draw
-from orchestrator.rollout.engines.padded_decoder import Ends, Request, StaticDecoder, as_completion, on_host
 
 PAGE_TOKENS = 32
 PREFILL_TOKENS = 256
@@ -196,7 +197,6 @@ class ContinuousDecoder:
                 self.model.set_attn_implementation(attention)
             gc.unfreeze()
 
-
     def _pages(self, requests: Sequence[Request]) -> ContinuousBatchingConfig:
         """Sizes from the requests."""
         return _settings(max(self.rows, max(len(r.seeds) for r in requests)), max(len(r.prompt) + r.room for r in requests))
@@ -272,9 +272,7 @@ def logprob_gap(one: Sequence[tuple[Completion, ...]], other: Sequence[tuple[Com
     return float(np.mean(gaps)) if gaps else float("inf")
 
 
-def _timed(
-    decoder: StaticDecoder | ContinuousDecoder, requests: Sequence[Request], sampling: Sampling
-) -> tuple[list[tuple[Completion, ...]], float]:
+def _timed(decoder: StaticDecoder | ContinuousDecoder, requests: Sequence[Request], sampling: Sampling) -> tuple[list[tuple[Completion, ...]], float]:
     """What it makes of the requests, and the seconds. The first tokens that a process decodes are slow, so some go before."""
     decoder.generate([replace(requests[0], room=min(2, requests[0].room))], sampling)
     start = time.perf_counter()

@@ -26,14 +26,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.conversion_mapping import get_model_conversion_mapping
 
-from orchestrator.recipe.schema import Model, Recipe
-from orchestrator.core.rollouts import Completion, Sampling
 from orchestrator.core.errors import ConfigError, DataError, OrchestratorError
-from orchestrator.models.weight_buckets import WIRE, Bucket, Entry, as_bytes, check, parts
+from orchestrator.core.rollouts import Completion, Sampling
 from orchestrator.models.load import load, load_config, load_tokenizer
 from orchestrator.models.noise import hashed
-from orchestrator.rollout.engines.transformers_engine import end_tokens
-from orchestrator.rollout.engines.padded_decoder import Request
+from orchestrator.models.weight_buckets import WIRE, Bucket, Entry, as_bytes, check, parts
+from orchestrator.recipe.schema import Model, Recipe
+from orchestrator.rollout.engines.engine import Request, end_tokens
 
 USE_TRANSFORMERS = "set rollouts.engine=transformers"
 ENVIRONMENT = {

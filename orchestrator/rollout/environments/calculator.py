@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from orchestrator.core.errors import DataError
-from orchestrator.rollout.episodes import Messages, Turn
+from orchestrator.rollout.environment import Messages, Turn
 
 CALL = re.compile(r"\s*=([0-9+*() -]{1,64});\s*")
 LARGEST = 10**12

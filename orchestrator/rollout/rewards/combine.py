@@ -1,7 +1,7 @@
 """A rollout batch through all components: what is tried again, what is dropped, and how parts add up.
 
-    component --whole batch--> groups without a reward --one by one, `retries` rounds--> Judged
-    {name: Judged} --combine--> Scoring(total = sum of weight * part, or the group is dropped with its reasons)
+component --whole batch--> groups without a reward --one by one, `retries` rounds--> Judged
+{name: Judged} --combine--> Scoring(total = sum of weight * part, or the group is dropped with its reasons)
 """
 
 import time
@@ -10,12 +10,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from orchestrator.recipe.schema import Rewards
-from orchestrator.core.rollouts import RolloutGroup, ScoredGroup, Scoring
-from orchestrator.core.errors import ConfigError, RewardsFailed
 from orchestrator.core.batches import Floats
-from orchestrator.rollout.rewards.lookup import ENVIRONMENT
+from orchestrator.core.errors import ConfigError, RewardsFailed
+from orchestrator.core.rollouts import RolloutGroup, ScoredGroup, Scoring
+from orchestrator.recipe.schema import Rewards
 from orchestrator.rollout.rewards.component import Component, Outcome, RewardFailure, is_finite
+from orchestrator.rollout.rewards.lookup import ENVIRONMENT
 
 SHARES = 4
 """A group asked alone gets at least this part of a round's time, so that a few that hang leave time for the others."""

@@ -15,8 +15,8 @@ from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 
-from orchestrator.core.rollouts import RolloutGroup
 from orchestrator.core.errors import OrchestratorError
+from orchestrator.core.rollouts import RolloutGroup
 from orchestrator.rollout.rewards.lookup import GIVEN, check_rewards
 
 __all__ = ["Component", "Outcome", "RewardCall", "RewardFailure", "check_rewards", "invoke", "judge"]

@@ -21,12 +21,12 @@ from email.utils import parsedate_to_datetime
 
 import httpx
 
-from orchestrator.recipe.schema import RewardFunction
-from orchestrator.data.values import in_json
-from orchestrator.core.rollouts import RolloutGroup
 from orchestrator.core.errors import ConfigError, Unreachable
-from orchestrator.rollout.rewards.lookup import header_values
+from orchestrator.core.rollouts import RolloutGroup
+from orchestrator.data.values import in_json
+from orchestrator.recipe.schema import RewardFunction
 from orchestrator.rollout.rewards.component import Outcome, RewardCall, RewardFailure, judge
+from orchestrator.rollout.rewards.lookup import header_values
 
 MAX_BODY_BYTES = 8 * 1024 * 1024
 IN_FLIGHT = 8

@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from orchestrator.recipe.schema import RewardFunction, Rewards
-from orchestrator.data.answers import CHECKERS, matches
 from orchestrator.core.errors import ConfigError, MissingInput
+from orchestrator.data.answers import CHECKERS, matches
+from orchestrator.recipe.schema import RewardFunction, Rewards
 from orchestrator.rollout.user_code import load_module
 
 ENVIRONMENT = "environment"

@@ -12,14 +12,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from orchestrator.recipe.schema import Data, Model, RewardFunction
-from orchestrator.data.tokenize import Encoder
-from orchestrator.data.packing import pack
-from orchestrator.core.rollouts import Prompt, Rollout, RolloutGroup
-from orchestrator.core.errors import ConfigError, DataError
-from orchestrator.models.load import load, load_config, load_tokenizer, placed
-from orchestrator.models.forward import MicroBatchTensors, ScoringModel, scored
 from orchestrator.core.batches import Branch, Row, SequenceGroup
+from orchestrator.core.errors import ConfigError, DataError
+from orchestrator.core.rollouts import Prompt, Rollout, RolloutGroup
+from orchestrator.data.packing import pack
+from orchestrator.data.tokenize import Encoder
+from orchestrator.models.forward import MicroBatchTensors, ScoringModel, scored
+from orchestrator.models.load import load, load_config, load_tokenizer, placed
+from orchestrator.recipe.schema import Data, Model, RewardFunction
 from orchestrator.rollout.rewards.component import Outcome, RewardFailure
 
 

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from orchestrator.algorithms.table import build
-from orchestrator.recipe.schema import Algorithm as Config
-from orchestrator.algorithms.losses.preference_mix import PAIR_LOSSES
 from orchestrator.algorithms.losses.interface import TokenScores
+from orchestrator.algorithms.losses.preference_mix import PAIR_LOSSES
+from orchestrator.algorithms.table import build
 from orchestrator.core.batches import LossUnits
+from orchestrator.recipe.schema import Algorithm as Config
 
 LENGTHS = ((3, 1), (2, 4), (1, 2), (4, 2))
 UNITS = LossUnits(5, (12, 9))

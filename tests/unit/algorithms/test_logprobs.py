@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from orchestrator.models.forward import ScoredHead
 from orchestrator.algorithms.losses.logprobs import HeadSpec, chunked_logprobs, ld_weights
+from orchestrator.models.forward import ScoredHead
 
 N, H, V = 13, 5, 17
 

@@ -8,12 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from orchestrator.algorithms.table import Algorithm, build
-from orchestrator.recipe.schema import Algorithm as Config
-from orchestrator.algorithms.losses.whole_batch import coefficients, linear
-from orchestrator.algorithms.losses.preference_mix import COUPLED, PAIR_LOSSES
 from orchestrator.algorithms.losses.interface import TokenScores
+from orchestrator.algorithms.losses.preference_mix import COUPLED, PAIR_LOSSES
+from orchestrator.algorithms.losses.whole_batch import coefficients, linear
+from orchestrator.algorithms.table import Algorithm, build
 from orchestrator.core.batches import LossUnits
+from orchestrator.recipe.schema import Algorithm as Config
 
 ALONE = [
     *(Config(name="dpo", loss=name, label_smoothing=0.1) for name in PAIR_LOSSES if name not in (*COUPLED, "sft")),

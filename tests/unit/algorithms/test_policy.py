@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from orchestrator.algorithms.losses.interface import ExperienceTensors, LossSum, TokenScores
 from orchestrator.algorithms.losses.policy import (
     PolicyGradient,
     clipped,
@@ -19,7 +20,6 @@ from orchestrator.algorithms.losses.policy import (
     reinforce,
     shares,
 )
-from orchestrator.algorithms.losses.interface import ExperienceTensors, LossSum, TokenScores
 from orchestrator.core.batches import LossUnits
 
 

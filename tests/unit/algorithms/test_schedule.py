@@ -4,8 +4,8 @@ import pytest
 import torch
 from transformers import get_scheduler
 
-from orchestrator.recipe.schema import Optimizer
 from orchestrator.algorithms.schedule import learning_rate
+from orchestrator.recipe.schema import Optimizer
 
 
 def rates(total, steps, **options):

@@ -7,14 +7,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.algorithms.table import build
-from orchestrator.recipe.schema import Algorithm as Config
 from orchestrator.algorithms.losses.interface import TokenScores
 from orchestrator.algorithms.losses.sources import by_source
 from orchestrator.algorithms.losses.ties import accuracy, margin_noise, preferred, tied
-from orchestrator.observe.metrics import values
+from orchestrator.algorithms.table import build
+from orchestrator.core.batches import LossUnits
+from orchestrator.core.reports import Mean
 from orchestrator.observe.metric_names import named
-from orchestrator.core.batches import LossUnits, Mean
+from orchestrator.observe.metrics import values
+from orchestrator.recipe.schema import Algorithm as Config
 
 
 def margins_of(precision: str, *margins: float, tokens: int = 100, name: str = "dpo") -> dict[str, float]:

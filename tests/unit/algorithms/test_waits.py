@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
-from orchestrator.algorithms.table import Algorithm, build, critic
-from orchestrator.recipe.schema import ONLINE
-from orchestrator.recipe.schema import Algorithm as Config
+from orchestrator.algorithms.losses.interface import ExperienceTensors, LossSum, TokenScores
 from orchestrator.algorithms.losses.logprobs import HeadSpec, chunked_logprobs
 from orchestrator.algorithms.losses.preference_mix import WITH_REFERENCE
-from orchestrator.algorithms.losses.interface import ExperienceTensors, LossSum, TokenScores
+from orchestrator.algorithms.table import Algorithm, build, critic
 from orchestrator.core.batches import LossUnits
+from orchestrator.recipe.schema import ONLINE
+from orchestrator.recipe.schema import Algorithm as Config
 
 TOKENS, EXAMPLES = 24, 4
 

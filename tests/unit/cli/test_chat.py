@@ -15,11 +15,11 @@ import torch
 
 from orchestrator.cli.chat.conversation import Conversation, Settings
 from orchestrator.cli.chat.models import find, load
-from orchestrator.recipe.schema import TinyModel
 from orchestrator.core.errors import ConfigError, MissingInput
 from orchestrator.models.tiny import CHAT_TEMPLATE, build, byte_tokenizer
 from orchestrator.recipe.loading import dump
 from orchestrator.recipe.loading import load as load_recipe
+from orchestrator.recipe.schema import TinyModel
 from tests.running import REPOSITORY
 
 CPU = torch.device("cpu")

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 from rich.table import Table
 
+from orchestrator.cli.held_out import held_out
+from orchestrator.cli.options import show
 from orchestrator.run.supervise import Outcome
-from orchestrator.cli.main import held_out
-from orchestrator.cli.cluster import show
 
 
 def outcome(before: dict[str, float], after: dict[str, float]) -> Outcome:

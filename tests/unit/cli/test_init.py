@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 
-from orchestrator.recipe.schema import Model, TinyModel
+from orchestrator.cli.init.look import ROWS_OF, Asked, asked, look
+from orchestrator.cli.init.recipe import REWARD, next_commands, save
 from orchestrator.core.errors import ConfigError, DataError, MissingInput, OutputError
 from orchestrator.models.load import load as load_model
 from orchestrator.models.load import load_tokenizer
 from orchestrator.recipe.loading import load
-from orchestrator.cli.init.look import ROWS_OF, Asked, asked, look
-from orchestrator.cli.init.recipe import REWARD, next_commands, save
+from orchestrator.recipe.schema import Model, TinyModel
 
 GSM8K = Path(__file__).resolve().parents[2] / "data" / "gsm8k"
 USER, YES, NO = ({"role": role, "content": text} for role, text in (("user", "ready?"), ("assistant", "yes"), ("assistant", "no")))
@@ -65,7 +65,7 @@ def test_rows_are_recognised_and_the_recipe_reads_them(
     save(wanted, found, tmp_path / "mine.yaml")
     (stage,) = load(tmp_path / "mine.yaml").stages
     assert not stage.ignored and stage.recipe.batch.effective <= max(40, 64)
-    from orchestrator.run.supervise import plan_stages
+    from orchestrator.run.stages import plan_stages
 
     ((_, plan),) = plan_stages([stage])
     assert plan.data.kept == 40 and not plan.data.bad and not any("more than the" in said or "warms up" in said for said in plan.warnings)

@@ -6,8 +6,8 @@ from dataclasses import asdict, replace
 
 from rich.console import Console
 
-from orchestrator.cluster.submit.ray_jobs import Attempt
 from orchestrator.cli.status import StatusRow, reason, status_lines, status_table
+from orchestrator.cluster.submit.ray_jobs import Attempt
 
 NOW = 1_800_000_000.0
 JOB = Attempt("llama-dpo-a-long-name.2", "llama-dpo-a-long-name", 2, "train", "FAILED", "Job failed: " + "x" * 200, NOW - 90_000, NOW - 89_928, 69)

@@ -11,23 +11,20 @@ import numpy as np
 import pytest
 
 from orchestrator.algorithms.table import build
-from orchestrator.recipe.schema import Columns
-from orchestrator.data.dataset import load_data
-from orchestrator.core.rollouts import Completion, Rollout, RolloutGroup, Sampling
-from orchestrator.core.errors import DataError
-from orchestrator.models.tiny import CHAT_TEMPLATE, byte_tokenizer
-from orchestrator.data.prompts import load_prompts
-from orchestrator.recipe.loading import load
 from orchestrator.core.batches import SequenceGroup
+from orchestrator.core.errors import DataError
+from orchestrator.core.rollouts import Completion, Rollout, RolloutGroup, Sampling
+from orchestrator.models.tiny import CHAT_TEMPLATE, byte_tokenizer
+from orchestrator.recipe.loading import load
+from orchestrator.recipe.schema import Columns
+from orchestrator.rollout.engines.engine import Request
 from orchestrator.rollout.environments.calculator import Calculator
-from orchestrator.rollout.rewards.component import RewardCall
-from orchestrator.rollout.engines.padded_decoder import Request
 from orchestrator.rollout.episodes import Roller
+from orchestrator.rollout.rewards.component import RewardCall
+from orchestrator.run.inputs import read_data, read_prompts
 
 ROOT = Path(__file__).resolve().parents[3]
-TEMPLATE = (
-    "{% if tools %}<|system|>{{ tools | tojson }}{% endif %}{% if mood is defined %}<|system|>mood={{ mood }}{% endif %}" + CHAT_TEMPLATE
-)
+TEMPLATE = "{% if tools %}<|system|>{{ tools | tojson }}{% endif %}{% if mood is defined %}<|system|>mood={{ mood }}{% endif %}" + CHAT_TEMPLATE
 TOOLS = [{"type": "function", "function": {"name": "stock", "description": "d", "parameters": {"type": "object", "properties": {}}}}]
 TOKENIZER = byte_tokenizer()
 TOKENIZER.chat_template = TEMPLATE
@@ -109,7 +106,7 @@ def see(tmp_path_factory: pytest.TempPathFactory):
 
 
 def _offline(recipe: Any, *, held_out: bool) -> Seen:
-    data = load_data(recipe, build(recipe.algorithm))
+    data = read_data(recipe, build(recipe.algorithm))
     if held_out:
         return Seen(TOKENIZER.decode(data.prompts[0]), (), data.unused, {"answer": data.answers[0]})
     (group,) = data.groups
@@ -135,7 +132,7 @@ class Wise:
 
 
 def _online(recipe: Any) -> Seen:
-    prompts = load_prompts(recipe, build(recipe.algorithm, recipe.rollouts))
+    prompts = read_prompts(recipe, build(recipe.algorithm, recipe.rollouts))
     prompt = prompts.batches.groups[0]
     if recipe.rollouts.environment is None:
         group = RolloutGroup(prompt, 0, (Rollout(0, 0, prompt.ids, prompt.ids > 0, np.zeros(len(prompt.ids), np.float32), "stop", "x"),))

@@ -11,10 +11,10 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from orchestrator.recipe.schema import Columns, Data
+from orchestrator.core.errors import DataError
 from orchestrator.data.files import choose, records
 from orchestrator.data.sources import load_rows
-from orchestrator.core.errors import DataError
+from orchestrator.recipe.schema import Columns, Data
 
 DATA = Data(train="unused")
 PAIR = {"prompt": "The sea is", "chosen": ' "blue",\nand deep.', "rejected": " ä dry; place."}
@@ -136,7 +136,7 @@ def test_messages_as_json_text_are_messages_and_said(tmp_path: Path) -> None:
     ("name", "text", "said"),
     [
         ("a.csv", "prompt,completion\na,b\nc,d,e\n", r"a\.csv:3: 3 fields, where the header has 2"),
-        ("a.csv", "prompt,completion\n\"a\nb\",c\nd\n", r"a\.csv:4: 1 fields"),
+        ("a.csv", 'prompt,completion\n"a\nb",c\nd\n', r"a\.csv:4: 1 fields"),
         ("a.csv", 'prompt,completion\na,"b\n', r"a\.csv:2: no CSV[\s\S]*doubled"),
         ("a.csv", 'prompt,completion\n"a"b,c\n', r"a\.csv:2: no CSV"),
         ("a.csv", "prompt;completion\na;b\n", r"separated by ';'[\s\S]*commas"),

@@ -5,15 +5,15 @@ import json
 import pytest
 
 from orchestrator.algorithms.table import build
-from orchestrator.recipe.schema import Generation
-from orchestrator.data.dataset import load_data
 from orchestrator.core.errors import DataError, MissingInput
 from orchestrator.recipe.loading import load
+from orchestrator.recipe.schema import Generation
+from orchestrator.run.inputs import read_data
 
 
 def data(*overrides, name="dpo"):
     recipe = load(f"recipes/tiny/{name}.yaml", overrides).stages[0].recipe
-    return load_data(recipe, build(recipe.algorithm))
+    return read_data(recipe, build(recipe.algorithm))
 
 
 def few(kind, split="train", rows=32):
@@ -75,7 +75,7 @@ def test_rows_without_an_answer_or_a_prompt_are_not_generated_for(tmp_path):
 def test_a_reward_model_generates_nothing():
     recipe = load("recipes/tiny/reward.yaml", [f"data.train={few('reward')}", "data.eval=toy:reward"]).stages[0].recipe
     asked = recipe.evaluation.model_copy(update={"generate": Generation()})  # pyright: ignore[reportCallIssue]
-    assert load_data(recipe.model_copy(update={"evaluation": asked}), build(recipe.algorithm)).prompts == ()
+    assert read_data(recipe.model_copy(update={"evaluation": asked}), build(recipe.algorithm)).prompts == ()
 
 
 def test_kto_gets_a_mismatched_second_branch():

@@ -12,13 +12,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from orchestrator.recipe.schema import Columns, Data, Source
+from orchestrator.core.errors import ConfigError, DataError, MissingInput
 from orchestrator.data.bad_rows import BadRecord
 from orchestrator.data.files import choose
 from orchestrator.data.formats import Reads
 from orchestrator.data.sources import check_apart, load_rows
 from orchestrator.data.values import in_json, plain
-from orchestrator.core.errors import ConfigError, DataError, MissingInput
+from orchestrator.recipe.schema import Columns, Data, Source
 
 DATA = Data(train="unused")
 

@@ -5,9 +5,9 @@ import re
 
 import pytest
 
-from orchestrator.recipe.schema import Columns
-from orchestrator.data.formats import BadRecord, describe, to_rows
 from orchestrator.core.batches import Row
+from orchestrator.data.formats import BadRecord, describe, to_rows
+from orchestrator.recipe.schema import Columns
 
 USER = {"role": "user", "content": "What colour is the sky?"}
 BLUE = {"role": "assistant", "content": "It is blue."}

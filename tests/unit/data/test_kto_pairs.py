@@ -4,8 +4,8 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.data.kto_pairs import with_mismatched
 from orchestrator.core.batches import Branch, SequenceGroup
+from orchestrator.data.kto_pairs import with_mismatched
 
 
 def group(index, prompt, answer):

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from orchestrator.data.micro_batches import cut_step, loss_units, micro_batches_per_worker
 from orchestrator.core.batches import Branch, Cut, LossUnits, SequenceGroup
+from orchestrator.data.micro_batches import cut_step, loss_units, micro_batches_per_worker
 
 LAYOUTS = ("prefix_shared", "packed", "padded")
 

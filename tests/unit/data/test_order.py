@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestrator.data.order import Batches, Order, permutation
 from orchestrator.core.batches import Branch, SequenceGroup
+from orchestrator.data.order import Batches, Order, permutation
 
 SEEDS = st.integers(0, 2**31)
 REMAINDERS = st.sampled_from(["drop", "use", "carry"])

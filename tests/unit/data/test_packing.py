@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestrator.data.packing import cost, filler, pack
 from orchestrator.core.batches import Branch, SequenceGroup
+from orchestrator.data.packing import cost, filler, pack
 
 LAYOUTS = ("prefix_shared", "packed", "padded")
 

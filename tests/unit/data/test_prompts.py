@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 
 from orchestrator.algorithms.table import build
-from orchestrator.recipe.schema import Recipe
 from orchestrator.core.errors import ConfigError, DataError
-from orchestrator.data.prompts import check_batches, load_prompts
+from orchestrator.data.prompts import check_batches
+from orchestrator.recipe.schema import Recipe
+from orchestrator.run.inputs import read_prompts
 
 
 def recipe(train: str = "toy:prompts", algorithm: dict | None = None, **sections: dict) -> Recipe:
@@ -51,7 +52,7 @@ def test_what_cannot_be_cut_is_refused_with_a_fix(sections, says):
 
 
 def load(cfg: Recipe):
-    return load_prompts(cfg, build(cfg.algorithm, cfg.rollouts))
+    return read_prompts(cfg, build(cfg.algorithm, cfg.rollouts))
 
 
 def test_every_other_column_goes_to_the_rewards(tmp_path: Path):

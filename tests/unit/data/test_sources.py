@@ -10,10 +10,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from orchestrator.recipe.schema import Columns, Data, Source
+from orchestrator.core.errors import ConfigError, DataError, Exit, MissingInput
 from orchestrator.data.bad_rows import BadRow, grouped
 from orchestrator.data.sources import load_rows
-from orchestrator.core.errors import ConfigError, DataError, Exit, MissingInput
+from orchestrator.recipe.schema import Columns, Data, Source
 
 PAIRS = [{"prompt": f"p{i}", "chosen": f"good {i}", "rejected": f"bad {i}"} for i in range(5)]
 DATA = Data(train="unused")

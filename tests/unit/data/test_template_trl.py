@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import trl
 
-from orchestrator.recipe.schema import Columns, Data
-from orchestrator.data.tokenize import Encoder, encode_rows
-from orchestrator.data.formats import to_rows
-from orchestrator.core.errors import DataError
-from orchestrator.models.tiny import byte_tokenizer
 from orchestrator.core.batches import DataKind, Row, SequenceGroup
+from orchestrator.core.errors import DataError
+from orchestrator.data.formats import to_rows
+from orchestrator.data.tokenize import Encoder, encode_rows
+from orchestrator.models.tiny import byte_tokenizer
+from orchestrator.recipe.schema import Columns, Data
 
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"
 PARAMETERS = {"type": "object", "properties": {"item": {"type": "string"}}, "required": ["item"]}

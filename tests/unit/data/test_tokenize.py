@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 
-from orchestrator.recipe.schema import Data
-from orchestrator.data.tokenize import Encoder, encode_rows
-from orchestrator.data.packing import pack
-from orchestrator.core.errors import ConfigError, DataError
-from orchestrator.models.tiny import CHAT_TEMPLATE, byte_tokenizer
 from orchestrator.core.batches import Row
+from orchestrator.core.errors import ConfigError, DataError
+from orchestrator.data.packing import pack
+from orchestrator.data.tokenize import Encoder, encode_rows
+from orchestrator.models.tiny import CHAT_TEMPLATE, byte_tokenizer
+from orchestrator.recipe.schema import Data
 
 WITHOUT_MARKERS = CHAT_TEMPLATE.replace("{% generation %}", "").replace("{% endgeneration %}", "")
 FORGETFUL = WITHOUT_MARKERS.replace("message['content'] + eos_token", "(message['content'] if loop.last else '') + eos_token")

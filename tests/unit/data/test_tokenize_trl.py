@@ -4,11 +4,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from orchestrator.recipe.schema import Columns, Data
-from orchestrator.data.tokenize import encode_rows
-from orchestrator.data.formats import to_rows
-from orchestrator.models.tiny import CHAT_TEMPLATE, byte_tokenizer
 from orchestrator.core.batches import Row
+from orchestrator.data.formats import to_rows
+from orchestrator.data.tokenize import encode_rows
+from orchestrator.models.tiny import CHAT_TEMPLATE, byte_tokenizer
+from orchestrator.recipe.schema import Columns, Data
 
 USER = {"role": "user", "content": "What colour is the sky?"}
 BLUE = {"role": "assistant", "content": "It is blue."}

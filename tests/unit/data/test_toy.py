@@ -2,9 +2,9 @@
 
 import pytest
 
-from orchestrator.recipe.schema import Columns
 from orchestrator.data.formats import to_rows
 from orchestrator.data.toy import LENGTH, LETTERS, NAMES, toy_rows
+from orchestrator.recipe.schema import Columns
 
 KINDS = {
     "sft": "sft",

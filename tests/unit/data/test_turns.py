@@ -3,12 +3,12 @@
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from orchestrator.recipe.schema import Data, Model, TinyModel
+from orchestrator.core.batches import Row
+from orchestrator.core.errors import DataError
 from orchestrator.data.tokenize import encode_rows
 from orchestrator.data.turns import shorter, with_fewer_turns
-from orchestrator.core.errors import DataError
 from orchestrator.models.load import load_tokenizer
-from orchestrator.core.batches import Row
+from orchestrator.recipe.schema import Data, Model, TinyModel
 
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
 SYSTEM = {"role": "system", "content": "be brief"}

@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
-from orchestrator.cluster.network import INTERFACES, speak_from
-from orchestrator.cluster.doctor.probe import Door, _answer, _knock
-from orchestrator.cluster.doctor.survey import _pairs
-from orchestrator.cluster.doctor.smoke import all_here, in_a_process, trouble_on
 from orchestrator.cluster.doctor.facts import Kernel, PairRate
+from orchestrator.cluster.doctor.probe import Door, _answer, _knock
+from orchestrator.cluster.doctor.smoke import all_here, in_a_process, trouble_on
+from orchestrator.cluster.doctor.survey import _pairs
+from orchestrator.cluster.network import INTERFACES, speak_from
 
 
 def test_a_visitor_who_hangs_up_leaves_the_door_open() -> None:

@@ -2,8 +2,8 @@
 
 import pytest
 
-from orchestrator.recipe.schema import Learners, Optimizer
 from orchestrator.learner.engine import bucket_elements, deepspeed_config
+from orchestrator.recipe.schema import Learners, Optimizer
 
 MANY = 10**9
 

@@ -6,15 +6,15 @@ from dataclasses import replace
 import pytest
 
 from orchestrator.algorithms.table import build
-from orchestrator.data.dataset import load_data
 from orchestrator.core.errors import NotEnoughResources
 from orchestrator.learner.probes import probe_peak
 from orchestrator.learner.rank_learner import LearnerSpec
 from orchestrator.plan.planner import make_plan
+from orchestrator.plan.ways import first_steps, largest_micro_batch
 from orchestrator.recipe.loading import load
+from orchestrator.run.inputs import read_data
 from orchestrator.run.remembered import cache_folder
 from orchestrator.run.startup import SAFE, probed_cut
-from orchestrator.plan.ways import first_steps, largest_micro_batch
 
 
 class Workers:
@@ -44,7 +44,7 @@ def planned():
     options = ("batch.effective=64", "learners.workers=4", *shape, *LIMITS)
     recipe = load("recipes/tiny/dpo.yaml", [rows, "data.eval=null", "batch.micro_batch=auto", *options]).stages[0].recipe
     algorithm = build(recipe.algorithm)
-    data = load_data(recipe, algorithm)
+    data = read_data(recipe, algorithm)
     return replace(make_plan(recipe, algorithm, data), followed=False), data  # so that it is probed, however much room there is
 
 

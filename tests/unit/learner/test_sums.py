@@ -2,9 +2,9 @@
 
 import torch
 
-from orchestrator.learner.rank_learner import Sums
 from orchestrator.algorithms.losses.interface import LossSum
-from orchestrator.core.batches import Mean
+from orchestrator.core.reports import Mean
+from orchestrator.learner.rank_learner import Sums
 
 
 def loss(total: float, value: float, count: float | torch.Tensor, largest: float) -> LossSum:

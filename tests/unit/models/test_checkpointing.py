@@ -5,11 +5,11 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from orchestrator.recipe.schema import Lora, Model, TinyModel
-from orchestrator.data.packing import pack
-from orchestrator.models.load import load
-from orchestrator.models.forward import MicroBatchTensors, ScoringModel, scored
 from orchestrator.core.batches import Branch, SequenceGroup
+from orchestrator.data.packing import pack
+from orchestrator.models.forward import MicroBatchTensors, ScoringModel, scored
+from orchestrator.models.load import load
+from orchestrator.recipe.schema import Lora, Model, TinyModel
 
 PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
 

@@ -43,9 +43,7 @@ def test_a_step_is_the_trainers(tmp_path: Path) -> None:
     weight by about 1e-4 a step and a norm's by 5e-3, rounding of the two kernels by 4e-7."""
     theirs, ours = made("qwen3"), made("qwen3")
     ours.load_state_dict(theirs.state_dict())
-    arguments = TrainingArguments(
-        output_dir=str(tmp_path), weight_decay=0.5, learning_rate=1e-2, adam_beta2=0.99, use_cpu=True, report_to=[]
-    )
+    arguments = TrainingArguments(output_dir=str(tmp_path), weight_decay=0.5, learning_rate=1e-2, adam_beta2=0.99, use_cpu=True, report_to=[])
     pair = (
         (theirs, Trainer(model=theirs, args=arguments).create_optimizer()),
         (ours, torch.optim.AdamW(parameter_groups(ours, 0.5), lr=1e-2, betas=(0.9, 0.99), eps=1e-8)),

@@ -9,14 +9,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from orchestrator.recipe.schema import Lora, Model, TinyModel
-from orchestrator.data.packing import pack
-from orchestrator.core.errors import ConfigError
-from orchestrator.models.dropout import Draws, KeyedDropout, as_used, kept
-from orchestrator.models.load import load
-from orchestrator.models.forward import MicroBatchTensors, ScoringModel, scored
-from orchestrator.models.tiny import build
 from orchestrator.core.batches import Branch, Layout, MicroBatch, SequenceGroup
+from orchestrator.core.errors import ConfigError
+from orchestrator.data.packing import pack
+from orchestrator.models.dropout import Draws, KeyedDropout, as_used, kept
+from orchestrator.models.forward import MicroBatchTensors, ScoringModel, scored
+from orchestrator.models.load import load
+from orchestrator.models.tiny import build
+from orchestrator.recipe.schema import Lora, Model, TinyModel
 
 CPU = torch.device("cpu")
 LAYOUTS: tuple[Layout, ...] = ("prefix_shared", "packed", "padded")

@@ -5,11 +5,11 @@ import torch
 from torch._dynamo.testing import CompileCounter
 from transformers import AutoModelForCausalLM
 
-from orchestrator.recipe.schema import TinyModel
 from orchestrator.data.packing import pack
-from orchestrator.models.fused import fuse
 from orchestrator.models.forward import MicroBatchTensors, ScoringModel, scored
+from orchestrator.models.fused import fuse
 from orchestrator.models.tiny import build
+from orchestrator.recipe.schema import TinyModel
 from tests.invariants.test_layouts import groups
 
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
-from orchestrator.data.packing import pack
-from orchestrator.models.rows import MicroBatchTensors
-from orchestrator.models.forward import ScoringModel, head_gap, scored
 from orchestrator.core.batches import Branch, SequenceGroup
+from orchestrator.data.packing import pack
+from orchestrator.models.forward import ScoringModel, head_gap, scored
+from orchestrator.models.rows import MicroBatchTensors
 
 EOS, PAD = 7, 0
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64, "vocab_size": 100, "num_labels": 1}

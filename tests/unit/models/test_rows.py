@@ -5,10 +5,10 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+from orchestrator.core.batches import Branch, Experience, MicroBatch, SequenceGroup
 from orchestrator.data.packing import pack
 from orchestrator.models.ragged_attention import blocks_of
 from orchestrator.models.rows import ALIGNMENT, NARROW, MicroBatchTensors, moved
-from orchestrator.core.batches import Branch, Experience, MicroBatch, SequenceGroup
 
 CPU = torch.device("cpu")
 DRAW = np.random.default_rng(0)
@@ -93,9 +93,7 @@ def test_rows_without_padding_or_mask_stay_as_they_are(layout):
     assert MicroBatchTensors.of(rows, CPU).ragged is None
 
 
-@pytest.mark.parametrize(
-    ("lengths", "starts"), [([5], [0]), ([100, 90, 81, 79, 50, 20, 8], [0, 3, 4, 5]), ([40, 3, 1], [0]), ([60, 70], [0, 1])]
-)
+@pytest.mark.parametrize(("lengths", "starts"), [([5], [0]), ([100, 90, 81, 79, 50, 20, 8], [0, 3, 4, 5]), ([40, 3, 1], [0]), ([60, 70], [0, 1])])
 def test_blocks_hold_rows_of_about_one_length(lengths, starts):
     blocks = blocks_of(lengths)
     assert [b.rows.start for b in blocks] == starts

@@ -6,10 +6,10 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from orchestrator.recipe.schema import Model
 from orchestrator.core.errors import ConfigError
 from orchestrator.models.load import load_config
 from orchestrator.models.shapes import SHAPES, as_folder, known
+from orchestrator.recipe.schema import Model
 
 COUNTS = {
     "llama-3-8b": 8_030_261_248,

@@ -8,8 +8,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import LlamaForCausalLM
 
-from orchestrator.recipe.schema import Lora, Model, TinyModel
 from orchestrator.models.load import build_fake, load, unreached
+from orchestrator.recipe.schema import Lora, Model, TinyModel
 from tests.architectures.journey import make_folder
 
 

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.recipe.schema import Alerts
+from orchestrator.core.reports import EvaluationReport, StepReport
 from orchestrator.observe.advice import ADVICE
 from orchestrator.observe.alerts import AlertRules, Latch
-from orchestrator.core.batches import EvaluationReport, StepReport
+from orchestrator.recipe.schema import Alerts
 
 LIMITS = Alerts(steps=3)  # pyright: ignore[reportCallIssue]
 

@@ -11,7 +11,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.observe.report.charts import CHARACTER, HEIGHT, MOST_POINTS, WIDTH, Chart, Series, figure, label, labels, nice_ticks, running_mean, thinned
+from orchestrator.observe.report.charts import (
+    CHARACTER,
+    HEIGHT,
+    MOST_POINTS,
+    WIDTH,
+    Chart,
+    Series,
+    figure,
+    label,
+    labels,
+    nice_ticks,
+    running_mean,
+    thinned,
+)
 
 finite = st.floats(-1e12, 1e12, allow_nan=False)
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from orchestrator.observe.report.panels import QUESTIONS, board
 from orchestrator.observe.metric_names import gauge
+from orchestrator.observe.report.panels import QUESTIONS, board
 
 DASHBOARDS = Path(__file__).parents[3] / "dashboards"
 RAY_METRIC = re.compile(r"\bray_\w+")

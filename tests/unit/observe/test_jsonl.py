@@ -9,9 +9,11 @@ import pytest
 from rich.console import Console
 
 from orchestrator.core.errors import DataError, OutputError
+from orchestrator.core.files import read_lines
+from orchestrator.core.format import duration, printable
+from orchestrator.core.reports import EvaluationReport, Sample, StepReport
 from orchestrator.observe.console import FIRST_LINES, ConsoleSink
-from orchestrator.observe.jsonl import JsonlSink, duration, printable, read_lines
-from orchestrator.core.batches import EvaluationReport, Sample, StepReport
+from orchestrator.observe.jsonl import JsonlSink
 
 NOTES: list[str] = []
 

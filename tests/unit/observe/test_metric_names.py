@@ -2,8 +2,8 @@
 
 import pytest
 
-from orchestrator.observe.report.panels import QUESTIONS
 from orchestrator.observe.metric_names import gauge, grouped
+from orchestrator.observe.report.panels import QUESTIONS
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from orchestrator.core.errors import DataError, MissingInput
-from orchestrator.observe.report.html import write_report
+from orchestrator.core.reports import EvaluationReport, Sample, StepReport
 from orchestrator.observe.jsonl import JsonlSink
-from orchestrator.core.batches import EvaluationReport, Sample, StepReport
+from orchestrator.observe.report.html import write_report
 
 HOSTILE = '</pre></article><script>document.title="owned"</script><img src=x onerror="document.title=\'owned\'">&amp;\u2028\ud800'
 URL = re.compile(r"""(?:src|href|action|poster)\s*=\s*["']?(?!data:)[^"'\s>]+|url\(|@import|https?://|//[a-z]+\.""")

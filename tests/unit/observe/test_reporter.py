@@ -5,13 +5,15 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.recipe.schema import Alerts
 from orchestrator.core.errors import OutputError
+from orchestrator.core.files import read_lines
+from orchestrator.core.reports import EvaluationReport, StepReport
 from orchestrator.observe.alerts import Alert
+from orchestrator.observe.jsonl import JsonlSink
 from orchestrator.observe.reporter import RunReporter
-from orchestrator.observe.jsonl import JsonlSink, Note, read_lines
+from orchestrator.observe.sink import Note
 from orchestrator.observe.watch import Watch
-from orchestrator.core.batches import EvaluationReport, StepReport
+from orchestrator.recipe.schema import Alerts
 
 
 class Recorder:

@@ -6,11 +6,11 @@ import pytest
 from transformers import LlamaConfig, MistralConfig, Qwen3Config
 
 from orchestrator.algorithms.table import build
-from orchestrator.recipe.schema import Algorithm, Data, Model, Optimizer, Recipe, TinyModel
+from orchestrator.core.reports import LearnReport
 from orchestrator.learner.probes import sheet_flops
 from orchestrator.models.attention import attention_windows
 from orchestrator.observe.metrics import Throughput
-from orchestrator.core.batches import LearnReport
+from orchestrator.recipe.schema import Algorithm, Data, Model, Optimizer, Recipe, TinyModel
 from orchestrator.run.startup import measured_throughput, model_flops
 
 LLAMA = LlamaConfig(hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, intermediate_size=11008, vocab_size=32000)

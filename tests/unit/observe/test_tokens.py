@@ -5,8 +5,8 @@ import io
 import numpy as np
 from rich.console import Console
 
-from orchestrator.observe.report.tokens import PROMPT, SCORED, UNSCORED, render_group, visible
 from orchestrator.core.batches import Branch, SequenceGroup
+from orchestrator.observe.report.tokens import PROMPT, SCORED, UNSCORED, render_group, visible
 
 WORDS = {1: "Hi", 2: " there", 3: "yes", 4: "\n", 5: "\x1b[31m", 6: "no"}
 

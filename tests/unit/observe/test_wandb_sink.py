@@ -15,11 +15,11 @@ from typing import Any
 
 import pytest
 
-from orchestrator.recipe.schema import Tracking
+from orchestrator.core.reports import EvaluationReport, Sample, StepReport
 from orchestrator.observe.alerts import Alert
 from orchestrator.observe.jsonl import JsonlSink
 from orchestrator.observe.wandb_sink import STEP, WandbSink, failed_within, honoured, stable_run_id, without_credentials
-from orchestrator.core.batches import EvaluationReport, Sample, StepReport
+from orchestrator.recipe.schema import Tracking
 from tests.wandb_server import WandbServer
 
 SAMPLES = (

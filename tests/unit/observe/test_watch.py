@@ -5,13 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.recipe.schema import Alerts
 from orchestrator.core.errors import Diverged, Interrupted, WorkerLost
+from orchestrator.core.files import read_lines
+from orchestrator.core.reports import EvaluationReport, StepReport
 from orchestrator.observe.goodput import Attempts
+from orchestrator.observe.jsonl import JsonlSink
 from orchestrator.observe.reporter import RunReporter
-from orchestrator.observe.jsonl import JsonlSink, read_lines
 from orchestrator.observe.watch import Watch
-from orchestrator.core.batches import EvaluationReport, StepReport
+from orchestrator.recipe.schema import Alerts
 
 LIMITS = Alerts(steps=2)  # pyright: ignore[reportCallIssue]
 

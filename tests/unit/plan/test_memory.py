@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from orchestrator.algorithms.table import build
-from orchestrator.recipe.schema import Algorithm, Batch, Data, Learners, Lora, Model, Offload, Optimizer, Recipe, TinyModel
+from orchestrator.core.batches import Branch, Cut, SequenceGroup
 from orchestrator.data.packing import pack
 from orchestrator.plan.memory import DEPTHS, MemoryModel
-from orchestrator.core.batches import Branch, Cut, SequenceGroup
+from orchestrator.recipe.schema import Algorithm, Batch, Data, Learners, Lora, Model, Offload, Optimizer, Recipe, TinyModel
 
 HIDDEN, VOCABULARY = 64, 2048
 LARGE = 2 * VOCABULARY * HIDDEN  # input and output embedding: the tensors that ZeRO-3 partitions

@@ -10,12 +10,26 @@ import torch
 from rich.console import Console
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-from orchestrator.recipe.schema import Algorithm, Batch, Data, Learners, Lora, Model, Optimizer, Recipe, RewardFunction, Rewards, Rollouts, Run, Source
 from orchestrator.core.errors import ConfigError, Exit, OrchestratorError
-from orchestrator.run.planned_run import plan_job
 from orchestrator.models.classes import check_trainable
 from orchestrator.models.tiny import byte_tokenizer
 from orchestrator.plan.planner import Choice
+from orchestrator.recipe.schema import (
+    Algorithm,
+    Batch,
+    Data,
+    Learners,
+    Lora,
+    Model,
+    Optimizer,
+    Recipe,
+    RewardFunction,
+    Rewards,
+    Rollouts,
+    Run,
+    Source,
+)
+from orchestrator.run.planned_run import plan_job
 from tests.architectures.journey import make_folder
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 64}

@@ -7,21 +7,22 @@ from functools import lru_cache
 import pytest
 
 from orchestrator.algorithms.table import build
-from orchestrator.recipe.schema import Learners, Recipe
-from orchestrator.data.packing import cost
-from orchestrator.data.dataset import DataSet, load_data
 from orchestrator.core.errors import ConfigError, NotEnoughResources
+from orchestrator.core.format import size
+from orchestrator.data.dataset import DataSet
+from orchestrator.data.packing import cost
 from orchestrator.plan.hardware import Hardware, Machine, imagined, this_machine
 from orchestrator.plan.planner import Plan, finer_cut, make_plan
-from orchestrator.recipe.loading import load
 from orchestrator.plan.ways import LEGAL_SYNC, first_steps, largest_micro_batch, memory_limit
-from orchestrator.core.format import size
+from orchestrator.recipe.loading import load
+from orchestrator.recipe.schema import Learners, Recipe
+from orchestrator.run.inputs import read_data
 
 
 @lru_cache
 def _load(key: str) -> DataSet:
     recipe = Recipe.model_validate_json(key)
-    return load_data(recipe, build(recipe.algorithm))
+    return read_data(recipe, build(recipe.algorithm))
 
 
 def data_of(recipe: Recipe) -> DataSet:

@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 
 from orchestrator.plan import sense
-from orchestrator.recipe.schema import OfflineName, OnlineName, Recipe
 from orchestrator.plan.planner import DataReport
 from orchestrator.plan.sense import Seen, rates_of, what_makes_no_sense
+from orchestrator.recipe.schema import OfflineName, OnlineName, Recipe
 
 REPORT = DataReport(
     rows=100, bad=(), kept=100, dropped=0, truncated=0, made_identical=0, not_prefix=0, formats=("preference, conversational",), sources=("pairs",),

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from orchestrator.recipe.schema import Recipe
 from orchestrator.plan.hardware import Hardware, Machine
 from orchestrator.plan.settle import settle
+from orchestrator.recipe.schema import Recipe
 
 CPU = Hardware((Machine(8, 0, 1),))
 GPUS = Hardware((Machine(64, 4, 1, 80_000_000_000),))

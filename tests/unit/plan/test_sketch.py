@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
-from orchestrator.run.supervise import plan_stages
 from orchestrator.core.errors import ConfigError
 from orchestrator.plan.hardware import imagined
-from orchestrator.recipe.loading import load
 from orchestrator.plan.sketch import Lengths
+from orchestrator.recipe.loading import load
+from orchestrator.run.stages import plan_stages
 
 GPU = ["learners.workers=auto", "learners.gpus_per_worker=1"]
 

@@ -7,18 +7,18 @@ import pytest
 from rich.console import Console
 
 from orchestrator.algorithms.table import build
-from orchestrator.data.dataset import load_data
-from orchestrator.run.planned_run import plan_job
 from orchestrator.plan.planner import make_plan
 from orchestrator.plan.view import not_read, render, set_keys
 from orchestrator.recipe.loading import load
+from orchestrator.run.inputs import read_data
+from orchestrator.run.planned_run import plan_job
 
 
 def printed(*overrides, width=160):
     recipe = load("recipes/tiny/dpo.yaml", ["data.train=[{path: toy:preference, max_rows: 64}]", *overrides]).stages[0].recipe
     algorithm = build(recipe.algorithm)
     console = Console(record=True, width=width, file=StringIO())
-    console.print(render(make_plan(recipe, algorithm, load_data(recipe, algorithm))))
+    console.print(render(make_plan(recipe, algorithm, read_data(recipe, algorithm))))
     return console.export_text()
 
 

@@ -4,13 +4,13 @@ from pathlib import Path
 
 import numpy as np
 
-from orchestrator.recipe.schema import Optimizer, Recipe
-from orchestrator.core.rollouts import Prompt
-from orchestrator.run.extension import End
-from orchestrator.recipe.fingerprint import folder_digest, identity_of, tokenizer_digest, tokens_digest
-from orchestrator.models.tiny import byte_tokenizer
-from orchestrator.recipe.loading import load
 from orchestrator.core.batches import Branch, SequenceGroup
+from orchestrator.core.rollouts import Prompt
+from orchestrator.models.tiny import byte_tokenizer
+from orchestrator.recipe.fingerprint import folder_digest, identity_of, tokenizer_digest, tokens_digest
+from orchestrator.recipe.loading import load
+from orchestrator.recipe.schema import Optimizer, Recipe
+from orchestrator.run.extension import End
 
 
 def group(ids: list[int], scored: list[bool], prompt: list[int], **more: float) -> SequenceGroup:

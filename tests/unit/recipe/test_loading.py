@@ -10,12 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestrator.recipe.schema import Algorithm, Recipe
 from orchestrator.core.errors import ConfigError, Exit, MissingInput
-from orchestrator.recipe.fingerprint import identity_of
-from orchestrator.recipe.loading import builtin_recipes, dump, find, json_schema, load
 from orchestrator.plan.sense import rates_of
+from orchestrator.recipe.files import builtin_recipes, find
+from orchestrator.recipe.fingerprint import identity_of
+from orchestrator.recipe.loading import dump, json_schema, load
 from orchestrator.recipe.pipeline import references, resolve
+from orchestrator.recipe.schema import Algorithm, Recipe
 
 ROOT = Path(__file__).resolve().parents[3]
 MINIMAL = "model: {tiny: {}}\ndata: {train: rows.jsonl}\nalgorithm: {name: dpo}\noptimizer: {learning_rate: 1e-5}\n"
@@ -495,9 +496,7 @@ def trees() -> st.SearchStrategy[dict[str, Any]]:
                 {"name": st.sampled_from(["sft", "dpo", "kto"])},
                 optional={"beta": positive, "loss": texts | st.dictionaries(texts, positive, max_size=3)},
             ),
-            "optimizer": st.fixed_dictionaries(
-                {"learning_rate": positive}, optional={"betas": betas, "max_grad_norm": st.none() | positive}
-            ),
+            "optimizer": st.fixed_dictionaries({"learning_rate": positive}, optional={"betas": betas, "max_grad_norm": st.none() | positive}),
         },
         optional={
             "run": st.fixed_dictionaries({}, optional={"seed": st.integers(0, 2**40), "epochs": positive}),

@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
-from orchestrator.recipe.schema import TinyModel
 from orchestrator.core.rollouts import Completion, Sampling
 from orchestrator.models.tiny import build
+from orchestrator.recipe.schema import TinyModel
+from orchestrator.rollout.engines.engine import Request
 from orchestrator.rollout.engines.sampling import drawn_from, policy_logps, sample_seed
-from orchestrator.rollout.engines.padded_decoder import Request
 
 EOS = tuple(range(2, 16))
 """Fourteen of 263 tokens end a sequence: about one in twenty does."""
@@ -61,9 +61,7 @@ def requests(count: int = 7, *, longest: int = 20, room: int = 40, samples: int 
     return [Request(p, s, int(r)) for p, s, r in zip(prompts, seeds, rooms, strict=True)]
 
 
-def forward_logprobs(
-    model: Any, prompt: np.ndarray, completion: Completion, sampling: Sampling = SAMPLING, *, narrowed: bool = False
-) -> np.ndarray:
+def forward_logprobs(model: Any, prompt: np.ndarray, completion: Completion, sampling: Sampling = SAMPLING, *, narrowed: bool = False) -> np.ndarray:
     """What one forward over prompt and completion says of the completion's tokens, Float[S]: under the policy, or where narrowed,
     under what top-k, top-p and min-p leave of it."""
     ids = torch.from_numpy(np.concatenate([prompt, completion.ids]))[None]

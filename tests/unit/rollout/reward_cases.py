@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from orchestrator.recipe.schema import RewardFunction, Rewards
 from orchestrator.core.rollouts import Prompt, Rollout, RolloutGroup
+from orchestrator.recipe.schema import RewardFunction, Rewards
 
 
 def group(

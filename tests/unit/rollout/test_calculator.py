@@ -4,10 +4,10 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from orchestrator.data.toy import toy_rows
 from orchestrator.core.errors import DataError
+from orchestrator.data.toy import toy_rows
+from orchestrator.rollout.environment import Turn, load_environment
 from orchestrator.rollout.environments.calculator import LARGEST, Calculator, evaluate
-from orchestrator.rollout.episodes import Turn, load_environment
 
 numbers = st.integers(0, 999).map(str)
 expressions = st.recursive(

@@ -13,17 +13,17 @@ import pyarrow.parquet as pq
 import pytest
 
 from orchestrator.algorithms.table import build
-from orchestrator.recipe.schema import Data, RewardFunction, Rewards
+from orchestrator.core.errors import DataError
+from orchestrator.core.rollouts import Prompt, Rollout, RolloutGroup
 from orchestrator.data.formats import Reads
 from orchestrator.data.sources import load_rows
-from orchestrator.core.rollouts import Prompt, Rollout, RolloutGroup
-from orchestrator.core.errors import DataError
-from orchestrator.data.prompts import load_prompts
 from orchestrator.recipe.loading import load
-from orchestrator.rollout.rewards.http import _body
+from orchestrator.recipe.schema import Data, RewardFunction, Rewards
 from orchestrator.rollout.rewards.columns import columns_read
 from orchestrator.rollout.rewards.component import RewardCall
+from orchestrator.rollout.rewards.http import _body
 from orchestrator.rollout.rewards.sandbox import Confinement, Sandbox
+from orchestrator.run.inputs import read_prompts
 
 SOURCE = """
 def named(completions, price, *, when=None): return [0.0] * len(completions)
@@ -69,7 +69,7 @@ def test_the_plan_lists_what_no_reward_reads(folder: Path) -> None:
         changes = [f"grpo:data.train={folder / 'rows.parquet'}", "grpo:data.eval=null", f"grpo:rewards.functions={named}"]
         recipe = load("tiny/grpo", changes).stages[-1].recipe
         recipe = recipe.model_copy(update={"model": load("tiny/sft").stages[0].recipe.model})
-        return load_prompts(recipe, build(recipe.algorithm, recipe.rollouts)).longest.unused
+        return read_prompts(recipe, build(recipe.algorithm, recipe.rollouts)).longest.unused
 
     assert unused({"function": "exact_match"}) == ("when", "price", "raw", "score")
     assert unused({"function": f"{folder}/mine.py:named"}) == ("raw", "score")
@@ -107,7 +107,7 @@ def test_a_prompt_that_the_template_refuses_is_a_bad_row(tmp_path: Path) -> None
         changes = (f"data.train={tmp_path}/rows.jsonl", "data.eval=null", *more)
         recipe = load("tiny/grpo", [f"grpo:{change}" for change in changes]).stages[-1].recipe
         model = load("tiny/sft").stages[0].recipe.model.model_copy(update={"chat_template": f"{tmp_path}/t.jinja"})
-        return load_prompts(recipe.model_copy(update={"model": model}), build(recipe.algorithm, recipe.rollouts))
+        return read_prompts(recipe.model_copy(update={"model": model}), build(recipe.algorithm, recipe.rollouts))
 
     with pytest.raises(DataError, match=r"1 bad rows[\s\S]*rows\.jsonl:2: the chat template refuses the conversation \(one turn only\)"):
         load_with()

@@ -9,16 +9,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-from orchestrator.core.rollouts import Completion, Prompt, Rollout, RolloutGroup, Sampling
-from orchestrator.core.errors import ConfigError, DataError, RewardsFailed
-from orchestrator.models.tiny import CHAT_TEMPLATE, byte_tokenizer
 from orchestrator.core.batches import Finish
-from orchestrator.rollout.environments.calculator import Calculator
+from orchestrator.core.errors import ConfigError, DataError, RewardsFailed
+from orchestrator.core.rollouts import Completion, Prompt, Rollout, RolloutGroup, Sampling
+from orchestrator.models.tiny import CHAT_TEMPLATE, byte_tokenizer
+from orchestrator.rollout.engines.engine import Request
+from orchestrator.rollout.engines.padded_decoder import StaticDecoder
 from orchestrator.rollout.engines.paged_decoder import ContinuousDecoder
-from orchestrator.rollout.rewards.combine import combine
 from orchestrator.rollout.engines.sampling import sample_seed
-from orchestrator.rollout.engines.padded_decoder import Request, StaticDecoder
-from orchestrator.rollout.episodes import Messages, Roller, Turn, load_environment
+from orchestrator.rollout.environment import Messages, Turn, load_environment
+from orchestrator.rollout.environments.calculator import Calculator
+from orchestrator.rollout.episodes import Roller
+from orchestrator.rollout.rewards.combine import combine
 from tests.unit.rollout.decoding_cases import CASES, EOS, SAMPLING, forward_logprobs, letters
 from tests.unit.rollout.reward_cases import rewards
 

@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 
-from orchestrator.recipe.schema import RewardFunction
 from orchestrator.core.errors import ConfigError, Unreachable
-from orchestrator.rollout.rewards.http import MAX_BODY_BYTES, Breaker, HttpReward, Unavailable, _retry_after, knock
+from orchestrator.recipe.schema import RewardFunction
 from orchestrator.rollout.rewards.component import RewardFailure
+from orchestrator.rollout.rewards.http import MAX_BODY_BYTES, Breaker, HttpReward, Unavailable, _retry_after, knock
 from tests.unit.rollout.reward_cases import batch, group
 
 SECRET = "geheim-93ab"

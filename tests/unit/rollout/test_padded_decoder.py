@@ -8,9 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestrator.core.rollouts import Sampling
 from orchestrator.core.errors import ConfigError
-from orchestrator.rollout.engines.padded_decoder import Request, StaticDecoder
+from orchestrator.core.rollouts import Sampling
+from orchestrator.rollout.engines.engine import Request
+from orchestrator.rollout.engines.padded_decoder import StaticDecoder
 from tests.unit.rollout.decoding_cases import (
     CASES,
     EOS,

@@ -11,13 +11,14 @@ import pytest
 import torch
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
-from orchestrator.recipe.schema import Model, Rollouts, TinyModel
 from orchestrator.core.rollouts import Completion, Sampling
 from orchestrator.models.load import load
+from orchestrator.recipe.schema import Model, Rollouts, TinyModel
 from orchestrator.rollout.engines import paged_decoder as continuous
+from orchestrator.rollout.engines.engine import Request
+from orchestrator.rollout.engines.padded_decoder import StaticDecoder
 from orchestrator.rollout.engines.paged_decoder import ContinuousBatchingFailed, ContinuousDecoder, MeasuredDecoder, logprob_gap
 from orchestrator.rollout.engines.transformers_engine import make_decoder
-from orchestrator.rollout.engines.padded_decoder import Request, StaticDecoder
 from tests.unit.rollout.decoding_cases import CASES, EOS, MIXED, SAMPLING, Case, letters, requests, same, worst_gap
 
 LLAMA = CASES[0].model()
@@ -54,9 +55,7 @@ def test_tokens_do_not_depend_on_the_other_requests(order):
 def test_prompts_longer_than_a_step_and_groups_larger_than_the_rows():
     random = np.random.default_rng(0)
     long = [Request(random.integers(16, 250, length), tuple(range(10 * i, 10 * i + 6)), 12) for i, length in enumerate((190, 200, 3))]
-    assert same(
-        ContinuousDecoder(LLAMA, EOS, 4, letters).generate(long, SAMPLING), StaticDecoder(LLAMA, EOS, 64, letters).generate(long, SAMPLING)
-    )
+    assert same(ContinuousDecoder(LLAMA, EOS, 4, letters).generate(long, SAMPLING), StaticDecoder(LLAMA, EOS, 64, letters).generate(long, SAMPLING))
 
 
 @pytest.mark.parametrize(

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from orchestrator.recipe.schema import RewardFunction
 from orchestrator.core.errors import ConfigError, Exit, MissingInput, OrchestratorError, RewardsFailed
-from orchestrator.rollout.rewards.lookup import resolve
-from orchestrator.rollout.rewards.component import RewardCall, RewardFailure, check_rewards, invoke, judge
+from orchestrator.recipe.schema import RewardFunction
 from orchestrator.rollout.rewards.combine import Judged, check_any, combine, judge_batch
+from orchestrator.rollout.rewards.component import RewardCall, RewardFailure, check_rewards, invoke, judge
+from orchestrator.rollout.rewards.lookup import resolve
 from tests.unit.rollout.reward_cases import batch, function, group, rewards
 
 HERE = Path(__file__)

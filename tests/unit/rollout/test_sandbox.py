@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.recipe.schema import Rewards
 from orchestrator.core.errors import ConfigError
+from orchestrator.recipe.schema import Rewards
 from orchestrator.rollout.rewards.component import Outcome, RewardCall, RewardFailure
 from orchestrator.rollout.rewards.sandbox import Confinement, Sandbox
 from tests.running import wait_until

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
-from orchestrator.recipe.schema import RewardFunction, Rewards
 from orchestrator.core.errors import ConfigError, MissingInput, OrchestratorError
-from orchestrator.rollout.rewards.lookup import check_rewards
+from orchestrator.recipe.schema import RewardFunction, Rewards
+from orchestrator.rollout.environment import load_environment
 from orchestrator.rollout.rewards.component import RewardCall
+from orchestrator.rollout.rewards.lookup import check_rewards
 from orchestrator.rollout.rewards.sandbox import Confinement, Sandbox
 from orchestrator.rollout.trial import try_user_code
-from orchestrator.rollout.episodes import load_environment
 from orchestrator.rollout.user_code import load_module
 from tests.unit.rollout.reward_cases import function
 

@@ -12,9 +12,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from orchestrator.core import faults
-from orchestrator.core.batches import Progress
 from orchestrator.core.errors import CheckpointError, Exit, OutputError, WorkerLost
 from orchestrator.core.files import FileEntry, sha256, write_atomically
+from orchestrator.core.reports import Progress
 from orchestrator.run.checkpoints import CheckpointStore, verify
 
 FILES = ("state-rank0000.safetensors", "state-rank0001.safetensors", "rng/rank0.json")

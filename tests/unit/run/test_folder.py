@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.recipe.schema import Optimizer
 from orchestrator.core.errors import OutputError
-from orchestrator.run.extension import End
 from orchestrator.recipe.fingerprint import TOKENS, Identity
+from orchestrator.recipe.schema import Optimizer
+from orchestrator.run.extension import End
 from orchestrator.run.folder import open_run
 
 

@@ -7,13 +7,13 @@ import torch
 from safetensors.torch import save_file
 
 from orchestrator.algorithms.table import build
-from orchestrator.recipe.schema import Model
-from orchestrator.plan.disk import checkpoint_bytes, export_bytes, in_words
 from orchestrator.core.errors import ConfigError
-from orchestrator.plan.memory import model_sizes
 from orchestrator.models.rounding import may_be_too_coarse, rounding_share
 from orchestrator.models.source import source_dtype
+from orchestrator.plan.disk import checkpoint_bytes, export_bytes, in_words
+from orchestrator.plan.memory import model_sizes
 from orchestrator.recipe.loading import load
+from orchestrator.recipe.schema import Model
 from orchestrator.run.stage_exports import with_types
 
 PIPELINE = """pipeline:

@@ -9,7 +9,7 @@ PPO = ("algorithm.name=ppo",)
 KTO = ("algorithm.name=kto",)
 REWARD = ("algorithm.name=reward",)
 EVAL = ("data.eval=held.jsonl",)
-EXACT = 'rewards.functions=[{name: exact, function: exact_match%s}]'
+EXACT = "rewards.functions=[{name: exact, function: exact_match%s}]"
 BASE = "model: {tiny: {}}\ndata: {train: rows.jsonl}\nalgorithm: {name: sft}\noptimizer: {learning_rate: 1e-3}\n"
 """The plainest recipe: SFT, nothing held out."""
 

@@ -17,30 +17,31 @@ from typing import Any
 import numpy as np
 import torch
 
+from orchestrator.algorithms.losses.estimators import Episodes
+from orchestrator.algorithms.losses.interface import ExperienceTensors, TokenScores
+from orchestrator.algorithms.schedule import learning_rate
 from orchestrator.algorithms.table import build, critic
 from orchestrator.cluster.deadlines import Deadlines
 from orchestrator.cluster.placement import demands
-from orchestrator.recipe.schema import ONLINE, Alerts, Recipe, RewardFunction
-from orchestrator.trainers.experience import sequences
-from orchestrator.data.dataset import DataSet, load_data
-from orchestrator.core.rollouts import Prompt, RolloutGroup, ScoredGroup
+from orchestrator.core.batches import LossUnits
 from orchestrator.core.errors import OrchestratorError
-from orchestrator.plan.hardware import Hardware, imagined, this_machine
+from orchestrator.core.reports import EvaluationReport, StepReport
+from orchestrator.core.rollouts import Prompt, RolloutGroup, ScoredGroup
+from orchestrator.data.dataset import DataSet
 from orchestrator.learner.engine import deepspeed_config
-from orchestrator.algorithms.schedule import learning_rate
 from orchestrator.models.load import load, load_config, load_tokenizer
-from orchestrator.algorithms.losses.estimators import Episodes
-from orchestrator.algorithms.losses.interface import ExperienceTensors, TokenScores
 from orchestrator.observe.alerts import AlertRules
-from orchestrator.data.prompts import load_prompts
-from orchestrator.core.batches import EvaluationReport, LossUnits, StepReport
-from orchestrator.rollout.engines.transformers_engine import RolloutWorker, make_engine
-from orchestrator.rollout.rewards.http import HttpReward
-from orchestrator.rollout.rewards.component import RewardCall, RewardFailure
-from orchestrator.rollout.rewards.combine import combine, judge_batch
-from orchestrator.rollout.rewards.sandbox import Confinement, Sandbox
-from orchestrator.run.online import critic_recipe, sampling_of
+from orchestrator.plan.hardware import Hardware, imagined, this_machine
 from orchestrator.plan.ways import given, lowest_stage, memory_limit, modes_of, ways_of
+from orchestrator.recipe.schema import ONLINE, Alerts, Recipe, RewardFunction
+from orchestrator.rollout.rewards.combine import combine, judge_batch
+from orchestrator.rollout.rewards.component import RewardCall, RewardFailure
+from orchestrator.rollout.rewards.http import HttpReward
+from orchestrator.rollout.rewards.sandbox import Confinement, Sandbox
+from orchestrator.rollout.worker import RolloutWorker, make_engine
+from orchestrator.run.inputs import read_data, read_prompts
+from orchestrator.run.online import critic_recipe, sampling_of
+from orchestrator.trainers.experience import sequences
 
 # ---- losses
 
@@ -114,7 +115,7 @@ def needs_reference(recipe: Recipe) -> bool:
 @lru_cache(maxsize=8)
 def _data(key: str) -> DataSet:
     recipe = Recipe.model_validate_json(key)
-    return load_data(recipe, build(recipe.algorithm))
+    return read_data(recipe, build(recipe.algorithm))
 
 
 def data(recipe: Recipe) -> DataSet:
@@ -141,7 +142,7 @@ def counts(recipe: Recipe) -> tuple[int, int, int]:
 
 def prompts(recipe: Recipe) -> list[str]:
     """Of an online recipe, with the columns that rewards see."""
-    found = load_prompts(recipe, build(recipe.algorithm, recipe.rollouts))
+    found = read_prompts(recipe, build(recipe.algorithm, recipe.rollouts))
     prompt = found.batches.at(0)[0]
     return [found.tokenizer.decode(prompt.ids), json.dumps(dict(prompt.columns), sort_keys=True)]
 
@@ -198,7 +199,7 @@ def reference_weights(recipe: Recipe) -> str:
 def refusal(recipe: Recipe) -> str:
     """The kind of error that says why the data cannot be read."""
     try:
-        load_data(recipe, build(recipe.algorithm))
+        read_data(recipe, build(recipe.algorithm))
     except OrchestratorError as error:
         return type(error).__name__
     return "read"

@@ -9,10 +9,10 @@ from huggingface_hub import constants
 from transformers import AutoModelForCausalLM
 
 from orchestrator.core import hub
-from orchestrator.recipe.schema import Model, TinyModel
 from orchestrator.models.load import load as load_model
 from orchestrator.models.load import load_tokenizer
 from orchestrator.recipe.loading import load
+from orchestrator.recipe.schema import Model, TinyModel
 from tests.running import REPOSITORY
 from tests.unit.settings.contexts import BASE, NEVER_READ, context
 from tests.unit.settings.exercises import EXERCISES, SNAPSHOTS, Elsewhere, Row, Unseen

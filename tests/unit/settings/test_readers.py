@@ -5,14 +5,14 @@ from typing import Any
 
 import pytest
 
-from orchestrator.algorithms.table import DEFAULTS, ONLINE_ROWS, build
-from orchestrator.recipe.schema import ONLINE, Algorithm, Model, Recipe
-from orchestrator.core.errors import ConfigError
-from orchestrator.recipe.keys import DEFAULT_LOSS, LOSSES, READERS, has_reference, samples_dynamically
-from orchestrator.models.load import load_config
 from orchestrator.algorithms.losses.preference_mix import PAIR_LOSSES
+from orchestrator.algorithms.table import DEFAULTS, ONLINE_ROWS, build
+from orchestrator.core.errors import ConfigError
+from orchestrator.models.load import load_config
+from orchestrator.recipe.keys import DEFAULT_LOSS, LOSSES, READERS, has_reference, samples_dynamically
 from orchestrator.recipe.loading import dump, load
 from orchestrator.recipe.pipeline import Ignored
+from orchestrator.recipe.schema import ONLINE, Algorithm, Model, Recipe
 from tests.unit.settings import observe as o
 from tests.unit.settings.contexts import BASE
 

@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 import yaml
 
-from orchestrator.recipe import reference_page
-from orchestrator.recipe.schema import Recipe, Section
 from orchestrator.core.errors import ConfigError
+from orchestrator.recipe import reference_page
+from orchestrator.recipe.files import builtin_recipes
 from orchestrator.recipe.keys import ALWAYS, READERS
-from orchestrator.recipe.loading import builtin_recipes, load
+from orchestrator.recipe.loading import load
 from orchestrator.recipe.pipeline import Ignored
+from orchestrator.recipe.schema import Recipe, Section
 from orchestrator.recipe.strict_yaml import Dumper, parse
 from tests.unit.settings.contexts import ALWAYS_HERE, BASE, NEVER_READ, NULLED, context
 from tests.unit.settings.schema import Leaf, Value, illegal, leaves, legal

@@ -11,8 +11,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from orchestrator.cluster.submit import schedulers as launchers
-from orchestrator.core.errors import ConfigError, MissingInput, NotEnoughResources, OrchestratorError
 from orchestrator.cluster.submit.schedulers import FILES, TARGETS, Launch, artefact, dispatch, shell_word, yaml_string
+from orchestrator.core.errors import ConfigError, MissingInput, NotEnoughResources, OrchestratorError
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 LAUNCH = REPOSITORY / "launch"

@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from orchestrator.cluster.submit.ray_jobs import Attempt, exit_code, find_token
 from orchestrator.cli.cluster import LogView
-from orchestrator.core.errors import ConfigError, MissingInput, OrchestratorError, OutputError
-from orchestrator.recipe.loading import load
+from orchestrator.cluster.submit.ray_jobs import Attempt, exit_code, find_token
 from orchestrator.cluster.submit.submission import FIND_PYTHON, check_paths, decide, entrypoint, environment, there
 from orchestrator.cluster.submit.upload import collect
+from orchestrator.core.errors import ConfigError, MissingInput, OrchestratorError, OutputError
+from orchestrator.recipe.loading import load
 from tests.running import REPOSITORY
 
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.core.errors import ConfigError, MissingInput
 from orchestrator.cluster.submit.upload import LIMIT_BYTES, collect
+from orchestrator.core.errors import ConfigError, MissingInput
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 

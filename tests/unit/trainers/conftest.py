@@ -10,13 +10,15 @@ import numpy as np
 import pytest
 import torch
 
-from orchestrator.recipe.schema import Algorithm, Data, Learners, Model, Optimizer, Recipe, TinyModel
+from orchestrator.core.batches import Branch, Cut, PackedBatch, SequenceGroup
+from orchestrator.core.reports import EvaluationReport, LearnReport, Progress, StepApplied, StepReport
+from orchestrator.core.roles import PerMicroBatch, TokenLists
 from orchestrator.data.order import Batches, Order
 from orchestrator.learner.engine import ProcessGroup
-from orchestrator.learner.rank_learner import LearnerSpec, RankLearner, RankReference
+from orchestrator.learner.rank_learner import LearnerSpec, RankLearner
+from orchestrator.learner.reference import RankReference
 from orchestrator.learner.state import full_weights, weights_digest
-from orchestrator.core.batches import Branch, Cut, EvaluationReport, LearnReport, PackedBatch, Progress, SequenceGroup, StepApplied, StepReport
-from orchestrator.core.roles import PerMicroBatch, TokenLists
+from orchestrator.recipe.schema import Algorithm, Data, Learners, Model, Optimizer, Recipe, TinyModel
 
 CPU = torch.device("cpu")
 WHOLE = Cut(1, 8, None, "prefix_shared", 0, "no_sync")

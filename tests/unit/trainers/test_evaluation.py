@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 
 from orchestrator.algorithms.table import build
+from orchestrator.core.batches import Branch, Cut, SequenceGroup
+from orchestrator.core.reports import LearnReport, Mean
+from orchestrator.data.answers import matches
+from orchestrator.data.micro_batches import cut_step
 from orchestrator.recipe.schema import Evaluation, Generation
 from orchestrator.trainers.evaluation import Evaluator, HeldOut
 from orchestrator.trainers.ranking import Ranking
-from orchestrator.data.micro_batches import cut_step
-from orchestrator.data.answers import matches
-from orchestrator.core.batches import Branch, Cut, LearnReport, Mean, SequenceGroup
 from tests.unit.trainers.conftest import pairs, recipe
 
 

@@ -12,19 +12,20 @@ import torch
 from torch.nn.attention import flex_attention
 
 from orchestrator.algorithms.table import build
+from orchestrator.core.batches import Cut, PackedBatch
+from orchestrator.core.errors import ConfigError, Diverged, Interrupted, OutOfMemory
+from orchestrator.core.faults import VARIABLE
+from orchestrator.core.reports import Progress
+from orchestrator.core.stopping import Stop
+from orchestrator.data.micro_batches import cut_step
+from orchestrator.models.block_attention import compiled_attention
+from orchestrator.observe.metrics import Throughput
 from orchestrator.recipe.schema import Evaluation, Model, Source, TinyModel
 from orchestrator.trainers.cadence import AfterSteps
 from orchestrator.trainers.evaluation import Evaluator, HeldOut
 from orchestrator.trainers.offline import OfflinePlan, OfflineTrainer
-from orchestrator.trainers.ranking import Ranking
 from orchestrator.trainers.optimizer_step import Guards
-from orchestrator.data.micro_batches import cut_step
-from orchestrator.core.errors import ConfigError, Diverged, Interrupted, OutOfMemory
-from orchestrator.core.faults import VARIABLE
-from orchestrator.models.block_attention import compiled_attention
-from orchestrator.observe.metrics import Throughput
-from orchestrator.core.batches import Cut, PackedBatch, Progress
-from orchestrator.core.stopping import Stop
+from orchestrator.trainers.ranking import Ranking
 from tests.unit.trainers.conftest import WHOLE, Kept, Said, batches, pairs, recipe
 
 LN2 = math.log(2.0)

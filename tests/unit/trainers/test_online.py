@@ -11,16 +11,17 @@ import numpy as np
 import pytest
 
 from orchestrator.algorithms.table import build
+from orchestrator.core.batches import SequenceGroup
+from orchestrator.core.errors import OrchestratorError
+from orchestrator.core.reports import Progress
+from orchestrator.core.rollouts import Prompt, Rollout, RolloutGroup, Sampling, ScoredGroup, Scoring, Span, WeightsDelivered
+from orchestrator.core.stopping import Stop
+from orchestrator.data.order import Batches, Order
+from orchestrator.observe.timeline import Timeline
 from orchestrator.recipe.schema import ONLINE, Algorithm, Evaluation, Kl, Rollouts
 from orchestrator.trainers.online import Learning, OnlinePlan, OnlineTrainer
 from orchestrator.trainers.online_evaluation import RolloutEvaluator
 from orchestrator.trainers.optimizer_step import Guards, Stepper
-from orchestrator.data.order import Batches, Order
-from orchestrator.core.rollouts import Prompt, Rollout, RolloutGroup, Sampling, ScoredGroup, Scoring, Span, WeightsDelivered
-from orchestrator.core.errors import OrchestratorError
-from orchestrator.observe.timeline import Timeline
-from orchestrator.core.batches import Progress, SequenceGroup
-from orchestrator.core.stopping import Stop
 from tests.unit.trainers.conftest import WHOLE, Kept, OneRank, Said, recipe
 
 SAMPLES, PROMPTS = 4, 3

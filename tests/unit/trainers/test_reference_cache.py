@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from orchestrator.core.batches import Branch, Cut, SequenceGroup
+from orchestrator.core.errors import DataError
+from orchestrator.data.micro_batches import cut_step
 from orchestrator.trainers import reference_cache as reference
 from orchestrator.trainers.reference_cache import ReferenceCache, content_key
-from orchestrator.data.micro_batches import cut_step
-from orchestrator.core.errors import DataError
-from orchestrator.core.batches import Branch, Cut, SequenceGroup
 from tests.unit.trainers.conftest import pairs
 
 CUT = Cut(1, 4, None, "prefix_shared", 0, "no_sync")
@@ -30,7 +30,7 @@ def score():
     """The frozen reference policy on one rank, without a process group."""
     import torch
 
-    from orchestrator.learner.rank_learner import RankReference
+    from orchestrator.learner.reference import RankReference
     from tests.unit.trainers.conftest import recipe
 
     frozen = RankReference(recipe(), torch.device("cpu"))

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 
 from orchestrator.algorithms.table import build
-from orchestrator.trainers.two_pass import whole_scores, with_coefficients
+from orchestrator.core.batches import Cut
 from orchestrator.data.micro_batches import cut_step, loss_units
 from orchestrator.learner.torch_baseline import PlainTrainer
-from orchestrator.core.batches import Cut
+from orchestrator.trainers.two_pass import whole_scores, with_coefficients
 from tests.unit.trainers.conftest import pairs, recipe
 
 CASES = [

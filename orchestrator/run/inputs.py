@@ -1,0 +1,18 @@
+"""A recipe's rows and prompts, encoded by its own model's tokenizer."""
+
+from orchestrator.algorithms.table import Algorithm
+from orchestrator.data.dataset import DataSet, load_data
+from orchestrator.data.prompts import PromptSet, load_prompts
+from orchestrator.models.load import load_tokenizer
+from orchestrator.recipe.schema import Recipe
+from orchestrator.rollout.rewards.columns import columns_read
+
+
+def read_data(recipe: Recipe, algorithm: Algorithm) -> DataSet:
+    """Rows of an offline recipe."""
+    return load_data(recipe, algorithm, load_tokenizer(recipe.model))
+
+
+def read_prompts(recipe: Recipe, algorithm: Algorithm) -> PromptSet:
+    """Prompts of an online recipe."""
+    return load_prompts(recipe, algorithm, load_tokenizer(recipe.model), columns_read(recipe.rewards))

@@ -1,0 +1,127 @@
+"""Counts what keeps the code easy to enter, each figure with its limit; exit code 1 if one is beyond it.
+
+    python tools/house.py [--list]
+
+--list names the places behind each figure.
+"""
+
+import argparse
+import ast
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "orchestrator"
+WIDTH = 110
+WORDS = ("mend", "mends", "mended", "anew", "is no", "goes on", "where there is none", "trouble", "told")
+"""Words that read as translated: fix, again, is not a, continues, if there is none, problem, reported."""
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """One count. places: what was counted, worst first; limit: the most that is allowed."""
+
+    name: str
+    value: int
+    limit: int
+    places: tuple[str, ...]
+
+
+def figures() -> Iterator[Figure]:
+    """All counts of this checkout."""
+    entries = tuple(sorted(path.name for path in PACKAGE.iterdir() if path.name != "__pycache__"))
+    yield Figure("entries at the package's root", len(entries), 16, entries)
+    circles = tuple(sorted(" -> ".join(group) for group in import_circles()))
+    yield Figure("import circles between files", len(circles), 0, circles)
+    functions = sorted(((lines, place) for file in python_files(PACKAGE) for lines, place in function_lengths(file)), reverse=True)
+    yield Figure("lines of the longest function", functions[0][0], 55, tuple(f"{place}: {lines}" for lines, place in functions[:20]))
+    files = sorted(((len(file.read_text().splitlines()), shown(file)) for file in python_files(PACKAGE)), reverse=True)
+    yield Figure("lines of the largest file", files[0][0], 450, tuple(f"{place}: {lines}" for lines, place in files[:20]))
+    wide = tuple(wide_lines())
+    yield Figure(f"lines over {WIDTH} columns", len(wide), 0, wide)
+    words = tuple(listed_words())
+    yield Figure("words of the prose list", len(words), 19, words)
+
+
+def python_files(root: Path) -> list[Path]:
+    return sorted(root.rglob("*.py"))
+
+
+def shown(file: Path) -> str:
+    return file.relative_to(ROOT).as_posix()
+
+
+def function_lengths(file: Path) -> Iterator[tuple[int, str]]:
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield (node.end_lineno or node.lineno) - node.lineno + 1, f"{shown(file)}:{node.lineno} {node.name}"
+
+
+def wide_lines() -> Iterator[str]:
+    for folder in ("orchestrator", "tests", "tools", "benchmarks", "dashboards"):
+        for file in python_files(ROOT / folder):
+            for number, line in enumerate(file.read_text().splitlines(), start=1):
+                if len(line) > WIDTH:
+                    yield f"{shown(file)}:{number}"
+
+
+def listed_words() -> Iterator[str]:
+    """Whole words in the code, the docs and the README; docs/log.md is a diary and counts too."""
+    pattern = re.compile(rf"\b({'|'.join(map(re.escape, WORDS))})\b", re.IGNORECASE)
+    for file in [*python_files(PACKAGE), *sorted((ROOT / "docs").rglob("*.md")), ROOT / "README.md"]:
+        for number, line in enumerate(file.read_text().splitlines(), start=1):
+            yield from (f"{shown(file)}:{number} {match[0]}" for match in pattern.finditer(line))
+
+
+def import_circles() -> list[list[str]]:
+    """Groups of modules that import each other, over however many steps, imports inside functions included."""
+    modules = {module_name(file): file for file in python_files(PACKAGE) if file.stem != "__init__"}
+    imports = {module: imported_modules(file) & modules.keys() for module, file in modules.items()}
+    reached = {module: reachable(module, imports) for module in imports}
+    groups = {tuple(sorted(other for other in reached[module] if module in reached[other])) for module in imports if module in reached[module]}
+    return [list(group) for group in sorted(groups)]
+
+
+def module_name(file: Path) -> str:
+    return ".".join(file.relative_to(ROOT).with_suffix("").parts)
+
+
+def imported_modules(file: Path) -> set[str]:
+    """Modules that a file imports; `from a import b` may name the module a or the module a.b."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+    return found
+
+
+def reachable(module: str, imports: dict[str, set[str]]) -> set[str]:
+    seen: set[str] = set()
+    waiting = [module]
+    while waiting:
+        new = imports.get(waiting.pop(), set()) - seen
+        seen |= new
+        waiting += new
+    return seen
+
+
+def main() -> int:
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--list", action="store_true", help="name the places")
+    args = arguments.parse_args()
+    beyond = False
+    for figure in figures():
+        beyond = beyond or figure.value > figure.limit
+        print(f"{figure.name}: {figure.value} (at most {figure.limit}){'' if figure.value <= figure.limit else '  <--'}")
+        for place in figure.places if args.list else ():
+            print(f"    {place}")
+    return int(beyond)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
