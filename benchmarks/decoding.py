@@ -1,8 +1,8 @@
 """How fast the two decoders of the transformers engine are: `python benchmarks/decoding.py [--threads N]`.
 
-Random Llama models, 16 prompts of 16 to 96 tokens, 8 samples each of at most 160 tokens; one token in forty ends a sequence,
-so lengths are ragged (mean 40). CPU seconds of the best of three rounds, so that neighbours on the machine count little; both
-make the same tokens.
+Random Llama models, 16 prompts of 16 to 96 tokens, 8 samples each of at most 160 tokens; one token in forty
+ends a sequence, so lengths are ragged (mean 40). CPU seconds of the best of three rounds, so that neighbours
+on the machine count little; both make the same tokens.
 
 Two shared cores with AVX-512, torch 2.13, transformers 5.19, fp32, one thread, 5.0 and 5.3 thousand tokens:
 
@@ -12,8 +12,8 @@ Two shared cores with AVX-512, torch 2.13, transformers 5.19, fp32, one thread, 
     17.8 M       16    12.76 s   412 tok/s    12.72 s   414 tok/s
     17.8 M       64    10.07 s   523 tok/s    12.20 s   431 tok/s
 
-On a CPU the refilled static batch is as quick or quicker: SDPA over pages computes every row against the keys of all rows and
-masks most of it. `rollouts.batching=auto` finds out on the machine at hand.
+On a CPU the refilled static batch is as quick or quicker: SDPA over pages computes every row against the keys
+of all rows and masks most of it. `rollouts.batching=auto` finds out on the machine at hand.
 """
 
 import argparse
@@ -41,7 +41,10 @@ def requests() -> list[Request]:
     """The same ragged prompts every time."""
     random = np.random.default_rng(0)
     prompts = [random.integers(EOS.stop, VOCABULARY, length) for length in random.integers(16, 97, PROMPTS)]
-    return [Request(p, tuple(sample_seed(0, i, 0, k, 0) for k in range(SAMPLES)), ROOM) for i, p in enumerate(prompts)]
+    return [
+        Request(p, tuple(sample_seed(0, i, 0, k, 0) for k in range(SAMPLES)), ROOM)
+        for i, p in enumerate(prompts)
+    ]
 
 
 def main() -> None:
@@ -61,7 +64,11 @@ def main() -> None:
                     found = decoder.generate(requests(), Sampling(SAMPLES, ROOM))
                     seconds = min(seconds, time.process_time() - start)
                     tokens = sum(len(c.ids) for completions in found for c in completions)
-                print(f"{name:>6} {rows:>3} rows  {kind.__name__:<18} {tokens} tokens {seconds:6.2f} s {tokens / seconds:7.0f} tokens/s", flush=True)
+                print(
+                    f"{name:>6} {rows:>3} rows  {kind.__name__:<18} {tokens} tokens {seconds:6.2f} s "
+                    f"{tokens / seconds:7.0f} tokens/s",
+                    flush=True,
+                )
 
 
 if __name__ == "__main__":

@@ -3,15 +3,19 @@
     python benchmarks/dpo_vs_trl.py --data PREFERENCES.jsonl [--rounds 5] [--gate 3]
     python benchmarks/dpo_vs_trl.py --data PREFERENCES.jsonl --model FOLDER --pairs 16 --short --gate 3
 
-Without --model both get the same random-weight Llama and tokenizer (BPE, trained here on the data), 256 pairs and micro-batches of 8
-pairs. With it: the model of that folder, its chat template, TRL's quickest micro-batch of those tried, and the plan's own for the learner.
---short cuts the texts to what dialogues have: about 60 tokens of prompt and 40 of answer, some a few times that.
+Without --model both get the same random-weight Llama and tokenizer (BPE, trained here on the data), 256 pairs
+and micro-batches of 8
+pairs. With it: the model of that folder, its chat template, TRL's quickest micro-batch of those tried, and
+the plan's own for the learner.
+--short cuts the texts to what dialogues have: about 60 tokens of prompt and 40 of answer, some a few times
+that.
 
-fp32, no clipping, no activation checkpointing, reference log-probs computed beforehand (--live-reference: not TRL's). TRL pads and scores
-every position; the learner shares prompts, leaves out padding and scores answers only. Each contestant runs in a child process with one
-thread; rounds are interleaved. A gate comes first: loss and gradient norm of step 1 must be equal to 1e-5 relative. Reported: tokens (prompt
-repeated for both answers, as TRL counts) per CPU second of the best step, and the peak resident memory of the whole process. Ends with 1
-where the median ratio of speeds is below --gate.
+fp32, no clipping, no activation checkpointing, reference log-probs computed beforehand (--live-reference: not
+TRL's). TRL pads and scores every position; the learner shares prompts, leaves out padding and scores answers
+only. Each contestant runs in a child process with one thread; rounds are interleaved. A gate comes first:
+loss and gradient norm of step 1 must be equal to 1e-5 relative. Reported: tokens (prompt repeated for both
+answers, as TRL counts) per CPU second of the best step, and the peak resident memory of the whole process.
+Ends with 1 where the median ratio of speeds is below --gate.
 """
 
 import argparse
@@ -33,8 +37,8 @@ STEPS, BETA = 2, 0.1
 
 @dataclass(frozen=True)
 class Job:
-    """What both do. pairs: of a step; micro_batch: TRL's, and ours but for a model of one's own; model: its folder; live: TRL computes its
-    reference in the step, as it does by default."""
+    """What both do. pairs: of a step; micro_batch: TRL's, and ours but for a model of one's own; model: its
+    folder; live: TRL computes its reference in the step, as it does by default."""
 
     pairs: int
     micro_batch: int
@@ -65,11 +69,19 @@ def main() -> None:
     arguments.add_argument("--hidden", type=int, default=256)
     arguments.add_argument("--layers", type=int, default=4)
     arguments.add_argument("--vocabulary", type=int, default=8192)
-    arguments.add_argument("--model", type=Path, help="a folder with a model, its tokenizer and chat template")
+    arguments.add_argument(
+        "--model", type=Path, help="a folder with a model, its tokenizer and chat template"
+    )
     arguments.add_argument("--pairs", type=int, default=256)
     arguments.add_argument("--short", action="store_true", help="cut texts to the lengths of dialogues")
-    arguments.add_argument("--micro-batches", type=int, nargs="+", default=[8], help="TRL's, in pairs; the quickest is taken")
-    arguments.add_argument("--live-reference", action="store_true", help="TRL as it is by default: its reference is computed in the step")
+    arguments.add_argument(
+        "--micro-batches", type=int, nargs="+", default=[8], help="TRL's, in pairs; the quickest is taken"
+    )
+    arguments.add_argument(
+        "--live-reference",
+        action="store_true",
+        help="TRL as it is by default: its reference is computed in the step",
+    )
     arguments.add_argument("--gate", type=float, default=0.0, help="least ratio of speeds")
     arguments.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     args = arguments.parse_args()
@@ -81,7 +93,14 @@ def main() -> None:
             prepare(Path(folder), args.data, args.hidden, args.layers, args.vocabulary)
         model = str((args.model or Path(folder) / "model").resolve())
         write_pairs(Path(folder), args.data, args.pairs, model if args.model else None, args.short)
-        compare(Path(folder), args, [Job(args.pairs, size, model, args.model is not None, args.live_reference) for size in args.micro_batches])
+        compare(
+            Path(folder),
+            args,
+            [
+                Job(args.pairs, size, model, args.model is not None, args.live_reference)
+                for size in args.micro_batches
+            ],
+        )
 
 
 def compare(folder: Path, args: argparse.Namespace, jobs: list[Job]) -> None:
@@ -93,18 +112,24 @@ def compare(folder: Path, args: argparse.Namespace, jobs: list[Job]) -> None:
             result = child(name, folder, job)
             results[name].append(result)
             print(
-                f"round {round_number + 1} {name:<5} loss {result.loss:.7f}  grad norm {result.grad_norm:.6f}  {result.cpu_s:6.2f} cpu-s  "
+                f"round {round_number + 1} {name:<5} loss {result.loss:.7f}  grad norm "
+                f"{result.grad_norm:.6f}  {result.cpu_s:6.2f} cpu-s  "
                 f"{result.tokens / result.cpu_s:8.0f} tok/cpu-s  peak {result.peak_mb:6.0f} MB",
                 flush=True,
             )
         gate(results["ours"][-1], results["trl"][-1])
     speed = {name: statistics.median(r.tokens / r.cpu_s for r in rs) for name, rs in results.items()}
     memory = {name: statistics.median(r.peak_mb for r in rs) for name, rs in results.items()}
-    ratios = [o.tokens / o.cpu_s / (t.tokens / t.cpu_s) for o, t in zip(results["ours"], results["trl"], strict=True)]
+    ratios = [
+        o.tokens / o.cpu_s / (t.tokens / t.cpu_s)
+        for o, t in zip(results["ours"], results["trl"], strict=True)
+    ]
     print(f"\n{'':<14}{'tok/cpu-s':>10}{'peak MB':>9}   (medians of {args.rounds} interleaved rounds)")
     print(f"{'TRL':<14}{speed['trl']:>10.0f}{memory['trl']:>9.0f}")
     print(f"{'orchestrator':<14}{speed['ours']:>10.0f}{memory['ours']:>9.0f}")
-    print(f"{'ratio':<14}{speed['ours'] / speed['trl']:>9.2f}x{memory['ours'] / memory['trl']:>8.2f}x", end="")
+    print(
+        f"{'ratio':<14}{speed['ours'] / speed['trl']:>9.2f}x{memory['ours'] / memory['trl']:>8.2f}x", end=""
+    )
     print(f"   speed by round {min(ratios):.2f}-{max(ratios):.2f}x; same loss and gradient norm")
     if statistics.median(ratios) < args.gate:
         sys.exit(f"{statistics.median(ratios):.2f}x is below the gate of {args.gate}x")
@@ -119,8 +144,22 @@ def gate(ours: Result, trl: Result) -> None:
 
 
 def child(name: str, folder: Path, job: Job) -> Result:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "WANDB_MODE": "disabled"}
-    command = [sys.executable, str(Path(__file__).resolve()), "--data", "", "--child", name, json.dumps(asdict(job))]
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "WANDB_MODE": "disabled",
+    }
+    command = [
+        sys.executable,
+        str(Path(__file__).resolve()),
+        "--data",
+        "",
+        "--child",
+        name,
+        json.dumps(asdict(job)),
+    ]
     done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{name} failed:\n{done.stderr[-3000:]}")
@@ -138,10 +177,16 @@ def prepare(folder: Path, data: Path, hidden: int, layers: int, vocabulary: int)
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary, special_tokens=["<pad>", "<bos>", "<eos>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+        vocab_size=vocabulary,
+        special_tokens=["<pad>", "<bos>", "<eos>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
-    tokenizer.train_from_iterator((text for row in rows for text in row.values() if isinstance(text, str)), trainer)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>")
+    tokenizer.train_from_iterator(
+        (text for row in rows for text in row.values() if isinstance(text, str)), trainer
+    )
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>"
+    )
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=vocabulary,
@@ -172,8 +217,14 @@ def write_pairs(folder: Path, data: Path, pairs: int, chat: str | None, short: b
         for row in rows[:pairs]:
             texts = {name: row[name] for name in ROLES}
             if short:  # median lengths; the mean is a fifth above
-                texts = {name: shortened(tokenizer, text, draw.lognormvariate(0, 0.6) * ROLES[name][1]) for name, text in texts.items()}
-            given = {name: [{"role": ROLES[name][0], "content": text}] if chat else text for name, text in texts.items()}
+                texts = {
+                    name: shortened(tokenizer, text, draw.lognormvariate(0, 0.6) * ROLES[name][1])
+                    for name, text in texts.items()
+                }
+            given = {
+                name: [{"role": ROLES[name][0], "content": text}] if chat else text
+                for name, text in texts.items()
+            }
             file.write(json.dumps(given) + "\n")
 
 
@@ -210,7 +261,13 @@ def run_ours(folder: Path, job: Job) -> Result:
         }
     )
     data = read_data(recipe, build(recipe.algorithm))
-    cut = Cut(1, *((None, CPU_POSITIONS) if job.own else (job.micro_batch, None)), layout="prefix_shared", zero_stage=0, sync="no_sync")
+    cut = Cut(
+        1,
+        *((None, CPU_POSITIONS) if job.own else (job.micro_batch, None)),
+        layout="prefix_shared",
+        zero_stage=0,
+        sync="no_sync",
+    )
     batch = cut_step(data.groups, cut)
     share, device = batch.micro_batches[0], torch.device("cpu")
     group = ProcessGroup(0, 1, "127.0.0.1", free_port(), 60.0)
@@ -274,7 +331,9 @@ def run_trl(folder: Path, job: Job) -> Result:
     trainer = DPOTrainer(
         model=model,
         args=config,
-        train_dataset=load_dataset("json", data_files=str(folder / "pairs.jsonl"), split="train", cache_dir=str(folder / "cache")),
+        train_dataset=load_dataset(
+            "json", data_files=str(folder / "pairs.jsonl"), split="train", cache_dir=str(folder / "cache")
+        ),
         processing_class=AutoTokenizer.from_pretrained(job.model),
         callbacks=[Clock()],
     )

@@ -1,10 +1,13 @@
-"""Seconds from the command to the first forward of step 1: `orchestrator train` with its phases, and TRL's script, for the same DPO step.
+"""Seconds from the command to the first forward of step 1: `orchestrator train` with its phases, and TRL's
+script, for the same DPO step.
 
-    python benchmarks/first_step.py --model build/SmolLM2-135M-Instruct --data tests/data/gsm8k/preferences.jsonl [--rounds 5]
+    python benchmarks/first_step.py --model build/SmolLM2-135M-Instruct --data
+    tests/data/gsm8k/preferences.jsonl [--rounds 5]
 
-Eight pairs of at most 160 and 120 characters, fp32, one worker on all CPUs, no held-out rows. cold: nothing is remembered of the model, the
-layout or the reference, whose log-probs of all rows are a pass before step 1, named by itself; warm: the same command again. TRL computes its
-reference in the step. The rounds are interleaved; files are in the page cache. The gates are the medians, without the reference pass.
+Eight pairs of at most 160 and 120 characters, fp32, one worker on all CPUs, no held-out rows. cold: nothing
+is remembered of the model, the layout or the reference, whose log-probs of all rows are a pass before step 1,
+named by itself; warm: the same command again. TRL computes its reference in the step. The rounds are
+interleaved; files are in the page cache. The gates are the medians, without the reference pass.
 """
 
 import argparse
@@ -62,14 +65,24 @@ def main() -> None:
             cache = folder / f"cache-{number}"
             for kind in ("cold", "warm"):
                 found[kind].append(ours(folder, args.model.resolve(), cache, folder / f"{kind}-{number}"))
-            found["TRL"].append({"first forward": trl(folder, args.model.resolve(), folder / f"trl-{number}")})
-            print(f"round {number + 1}  " + "  ".join(f"{kind} {runs[-1]['first forward']:.1f} s" for kind, runs in found.items()), flush=True)
+            found["TRL"].append(
+                {"first forward": trl(folder, args.model.resolve(), folder / f"trl-{number}")}
+            )
+            print(
+                f"round {number + 1}  "
+                + "  ".join(f"{kind} {runs[-1]['first forward']:.1f} s" for kind, runs in found.items()),
+                flush=True,
+            )
     for kind, runs in found.items():
         each = {phase: statistics.median(run.get(phase, 0.0) for run in runs) for phase in runs[-1]}
         spread, first = [run["first forward"] for run in runs], each.pop("first forward")
         phases = ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in each.items())
         print(f"{kind:<5} {first:5.1f} s ({min(spread):.1f}–{max(spread):.1f})  {phases}")
-    late = [kind for kind, gate in GATES.items() if statistics.median(r["first forward"] - r.get(REFERENCE, 0.0) for r in found[kind]) > gate]
+    late = [
+        kind
+        for kind, gate in GATES.items()
+        if statistics.median(r["first forward"] - r.get(REFERENCE, 0.0) for r in found[kind]) > gate
+    ]
     if late:
         sys.exit(f"above the gate of {GATES} s: {', '.join(late)}")
 
@@ -79,9 +92,16 @@ def shorten(data: Path, target: Path) -> None:
     with target.open("w") as out:
         for line in data.read_text().rstrip("\n").split("\n"):
             row = json.loads(line)
-            said = {"prompt": row["prompt"][:160], "chosen": row["chosen"][-120:], "rejected": row["rejected"][-120:]}
+            said = {
+                "prompt": row["prompt"][:160],
+                "chosen": row["chosen"][-120:],
+                "rejected": row["rejected"][-120:],
+            }
             roles = {name: "user" if name == "prompt" else "assistant" for name in said}
-            out.write(json.dumps({name: [{"role": roles[name], "content": text}] for name, text in said.items()}) + "\n")
+            out.write(
+                json.dumps({name: [{"role": roles[name], "content": text}] for name, text in said.items()})
+                + "\n"
+            )
 
 
 def ours(folder: Path, model: Path, cache: Path, run: Path) -> dict[str, float]:
@@ -91,7 +111,9 @@ def ours(folder: Path, model: Path, cache: Path, run: Path) -> dict[str, float]:
     began, marks, stepped = time.time(), list[tuple[str, float]](), 0.0
     command = [sys.executable, "-m", "orchestrator", "train", str(recipe), "--output", str(run)]
     environment = {**os.environ, "XDG_CACHE_HOME": str(cache), "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
-    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
         assert process.stdout is not None
         for line in process.stdout:
             if line.rstrip().endswith(" …"):
@@ -100,7 +122,11 @@ def ours(folder: Path, model: Path, cache: Path, run: Path) -> dict[str, float]:
                 stepped = time.time() - began
     if process.returncode:
         sys.exit(f"the run failed with {process.returncode}: see {run}")
-    step = next(json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines() if '"time/optim"' in line)
+    step = next(
+        json.loads(line)
+        for line in (run / "metrics.jsonl").read_text().splitlines()
+        if '"time/optim"' in line
+    )
     first = stepped - sum(step[name] for name in STEP)
     ends = [at for _, at in marks[1:]] + [first]
     return {"first forward": first, **{name: end - at for (name, at), end in zip(marks, ends, strict=True)}}

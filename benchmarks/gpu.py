@@ -1,12 +1,19 @@
-"""Proves a GPU host in one command: correct, as fast as planned, and faster than TRL's DPOTrainer. At most eight minutes on one H100 or H200.
+"""Proves a GPU host in one command: correct, as fast as planned, and faster than TRL's DPOTrainer. At most
+eight minutes on one H100 or H200.
 
-    python benchmarks/gpu.py --out results.jsonl                                         # a host with this project installed
-    python benchmarks/gpu.py --site gpu-site.tar.xz --only 0,1,2,4 --out results.jsonl   # a bare host: torch and transformers, no network
-    python benchmarks/gpu.py --site gpu-site.tar.xz --only 3,5 --out results.jsonl       # the rest, added to the same file
-    python benchmarks/gpu.py --results results.jsonl                                     # the table, into benchmarks/results.md
-    python benchmarks/gpu.py --device cpu                                                # every stage in little, anywhere
+    # a host with this project installed
+    python benchmarks/gpu.py --out results.jsonl
+    # a bare host: torch and transformers, no network
+    python benchmarks/gpu.py --site gpu-site.tar.xz --only 0,1,2,4 --out results.jsonl
+    # the rest, added to the same file
+    python benchmarks/gpu.py --site gpu-site.tar.xz --only 3,5 --out results.jsonl
+    # the table, into benchmarks/results.md
+    python benchmarks/gpu.py --results results.jsonl
+    # every stage in little, anywhere
+    python benchmarks/gpu.py --device cpu
 
-`make gpu-archive` packs this repository and what a bare host lacks. A GPU host needs a C compiler for Triton, and no nvcc.
+`make gpu-archive` packs this repository and what a bare host lacks. A GPU host needs a C compiler for Triton,
+and no nvcc.
 
     0 host       versions, ceilings, every module imports, a plan, one compiled FlexAttention
     1 attention  one row under block masks == padded rows: log-probs, gradients; how often it compiles; the head against fp64
@@ -15,8 +22,9 @@
     4 speed      DPO at real shapes against TRL on the same pairs, memory against the plan, a GRPO step
     5 profiles   kernels, idle time, the head by chunk, FlexAttention against SDPA
 
-Each part runs in a process of its own; one that fails or passes its deadline costs a line, and the rest goes on. A deadline is the
-stage's budget and what the stages before it left over. Exit code 1: a check failed (on a GPU also: a speed was missed).
+Each part runs in a process of its own; one that fails or passes its deadline costs a line, and the rest goes
+on. A deadline is the stage's budget and what the stages before it left over. Exit code 1: a check failed (on
+a GPU also: a speed was missed).
 """
 
 import argparse
@@ -45,8 +53,8 @@ RESULTS = ROOT / "benchmarks" / "results.md"
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """parts: modules of gpu_stages, each with its own process, and their shares of the time. budget_s: of all of them on a GPU;
-    cpu_s: on a CPU, however busy."""
+    """parts: modules of gpu_stages, each with its own process, and their shares of the time. budget_s: of all
+    of them on a GPU; cpu_s: on a CPU, however busy."""
 
     parts: dict[str, int]
     budget_s: float
@@ -67,10 +75,29 @@ def main() -> None:
     """Exits with 1 where something failed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument("--only", type=lambda text: [int(n) for n in text.split(",")], default=list(STAGES), help="stages, e.g. 0,1,2,4")
-    parser.add_argument("--out", type=Path, default=ROOT / "build" / "gpu.jsonl", help="JSON lines are added to it; logs lie beside it")
-    parser.add_argument("--site", type=Path, help="packages that this host lacks: a folder, or the archive that `make gpu-archive` makes")
-    parser.add_argument("--results", type=Path, metavar="FILE", help="only writes the table of FILE into benchmarks/results.md")
+    parser.add_argument(
+        "--only",
+        type=lambda text: [int(n) for n in text.split(",")],
+        default=list(STAGES),
+        help="stages, e.g. 0,1,2,4",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=ROOT / "build" / "gpu.jsonl",
+        help="JSON lines are added to it; logs lie beside it",
+    )
+    parser.add_argument(
+        "--site",
+        type=Path,
+        help="packages that this host lacks: a folder, or the archive that `make gpu-archive` makes",
+    )
+    parser.add_argument(
+        "--results",
+        type=Path,
+        metavar="FILE",
+        help="only writes the table of FILE into benchmarks/results.md",
+    )
     parser.add_argument("--part", nargs=3, metavar=("STAGE", "MODULE", "SECONDS"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.results:
@@ -94,7 +121,15 @@ def run(device: str, only: Sequence[int], out: Path, site: Path | None) -> int:
     out.parent.mkdir(parents=True, exist_ok=True)
     before = len(read(out))
     environment = environment_of(device, unpacked(site) if site else None)
-    append(out, Machine(device, *described(device, environment), "python " + shlex.join(sys.argv), datetime.date.today().isoformat()))
+    append(
+        out,
+        Machine(
+            device,
+            *described(device, environment),
+            "python " + shlex.join(sys.argv),
+            datetime.date.today().isoformat(),
+        ),
+    )
     spare = 0.0
     for number in only:
         stage = STAGES[number]
@@ -109,20 +144,45 @@ def run(device: str, only: Sequence[int], out: Path, site: Path | None) -> int:
     return int(failed(records))
 
 
-def child(device: str, stage: int, part: str, allowed: float, out: Path, environment: dict[str, str]) -> float:
-    """Runs one part to its end or its deadline; what it says goes to the terminal, its errors to a file beside `out`. Seconds it took."""
+def child(
+    device: str, stage: int, part: str, allowed: float, out: Path, environment: dict[str, str]
+) -> float:
+    """Runs one part to its end or its deadline; what it says goes to the terminal, its errors to a file
+    beside `out`. Seconds it took."""
     log = out.with_name(f"{out.stem}-{stage}-{part}.log")
-    command = [sys.executable, str(Path(__file__).resolve()), "--device", device, "--out", str(out), "--part", str(stage), part, str(allowed)]
+    command = [
+        sys.executable,
+        str(Path(__file__).resolve()),
+        "--device",
+        device,
+        "--out",
+        str(out),
+        "--part",
+        str(stage),
+        part,
+        str(allowed),
+    ]
     started = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="gpu-", ignore_cleanup_errors=True) as folder, log.open("w") as errors:
-        process = subprocess.Popen(command, cwd=folder, env=environment, stderr=errors, start_new_session=True)
+    with (
+        tempfile.TemporaryDirectory(prefix="gpu-", ignore_cleanup_errors=True) as folder,
+        log.open("w") as errors,
+    ):
+        process = subprocess.Popen(
+            command, cwd=folder, env=environment, stderr=errors, start_new_session=True
+        )
         try:
             code: int | None = process.wait(max(1.0, allowed))
         except subprocess.TimeoutExpired:
             code = None
         finally:
             end(process)
-    error = None if code == 0 else f"its deadline of {allowed:.0f} s passed" if code is None else f"exit code {code}: {last_line(log)}"
+    error = (
+        None
+        if code == 0
+        else f"its deadline of {allowed:.0f} s passed"
+        if code is None
+        else f"exit code {code}: {last_line(log)}"
+    )
     ended = Ended(stage, part, time.monotonic() - started, error)
     append(out, ended)
     print(said(ended), flush=True)
@@ -146,10 +206,22 @@ def last_line(log: Path) -> str:
 def environment_of(device: str, site: Path | None) -> dict[str, str]:
     """Of the parts: no network, no accounts, and this repository beside the packages that were brought along."""
     path = os.pathsep.join([*([str(site)] if site else []), str(ROOT)])
-    quiet = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "WANDB_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
+    quiet = {
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "WANDB_MODE": "disabled",
+        "RAY_USAGE_STATS_ENABLED": "0",
+    }
     deepspeed = {"DS_ACCELERATOR": device, "DEEPSPEED_LOG_LEVEL": "error"}
     threads = {"OMP_NUM_THREADS": "1"} if device == "cpu" else {}  # the models are tiny there
-    return {**os.environ, **quiet, **deepspeed, **threads, "PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "false"}
+    return {
+        **os.environ,
+        **quiet,
+        **deepspeed,
+        **threads,
+        "PYTHONPATH": path,
+        "TOKENIZERS_PARALLELISM": "false",
+    }
 
 
 def unpacked(site: Path) -> Path:
@@ -169,9 +241,16 @@ def unpacked(site: Path) -> Path:
 def described(device: str, environment: dict[str, str]) -> tuple[str, str]:
     """(the device's name, versions), asked in a process that sees what the parts see."""
     names = ("torch", "transformers", "deepspeed", "ray", "trl")
-    listed = f"print('Python ', platform.python_version(), *(f', {{n}} {{m.version(n)}}' for n in {names}), sep='')"
+    listed = (
+        f"print('Python ', platform.python_version(), *(f', {{n}} {{m.version(n)}}' for n in {names}), "
+        "sep='')"
+    )
     ask = "import platform, importlib.metadata as m; " + listed
-    name = "; import torch; print(torch.cuda.get_device_name())" if device == "cuda" else f"; print('CPU, {os.cpu_count()} cores')"
+    name = (
+        "; import torch; print(torch.cuda.get_device_name())"
+        if device == "cuda"
+        else f"; print('CPU, {os.cpu_count()} cores')"
+    )
     done = subprocess.run([sys.executable, "-c", ask + name], env=environment, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"this host cannot run the benchmark: {(done.stderr.strip().splitlines() or ['?'])[-1]}")

@@ -1,19 +1,22 @@
 """One GRPO step, generation included: this project against TRL's GRPOTrainer, side by side.
 
     python benchmarks/grpo_vs_trl.py [--data PROMPTS.jsonl] [--rounds 5]
-    python benchmarks/grpo_vs_trl.py --data PROMPTS.jsonl --model FOLDER --prompts 8 --samples 8 --room 24 --rows 64 --gate 2.5
+    python benchmarks/grpo_vs_trl.py --data PROMPTS.jsonl --model FOLDER --prompts 8 --samples 8 --room 24
+    --rows 64 --gate 2.5
 
     prompts --generate--> completions --rewards, advantages--> loss --> gradient --> AdamW (--> weights to the generator)
 
-Both get the same random-weight Llama (one token in forty ends an answer: ragged lengths) or --model, the same prompt tokens, temperature 1,
-no KL, no clipping of gradients, fp32, one optimizer step a rollout batch, loss divided by the batch's tokens (TRL's default), and
-a reward that is a line of Python. Each runs in child processes with one thread, interleaved. Gate: on recorded completions loss
-and gradient norm must be equal to 1e-5 (a loss below 0.1: to 1e-6) in every round. TRL takes the best of the tried micro-batches
-(32 and 8 below) and of its two ways to generate (continuous batching). Ours is what the actors of a run hold, without Ray: a
-RolloutWorker, a RankLearner on one DeepSpeed rank, a Stepper, and the weights handed over in checksummed buckets; it holds the
-model twice where TRL holds it once.
+Both get the same random-weight Llama (one token in forty ends an answer: ragged lengths) or --model, the same
+prompt tokens, temperature 1, no KL, no clipping of gradients, fp32, one optimizer step a rollout batch, loss
+divided by the batch's tokens (TRL's default), and a reward that is a line of Python. Each runs in child
+processes with one thread, interleaved. Gate: on recorded completions loss and gradient norm must be equal to
+1e-5 (a loss below 0.1: to 1e-6) in every round. TRL takes the best of the tried micro-batches (32 and 8
+below) and of its two ways to generate (continuous batching). Ours is what the actors of a run hold, without
+Ray: a RolloutWorker, a RankLearner on one DeepSpeed rank, a Stepper, and the weights handed over in
+checksummed buckets; it holds the model twice where TRL holds it once.
 
-Two shared AMD EPYC cores, transformers 5.19, 16 x 8 completions of at most 96 tokens; medians, and the ratio's range over 5 rounds:
+Two shared AMD EPYC cores, transformers 5.19, 16 x 8 completions of at most 96 tokens; medians, and the
+ratio's range over 5 rounds:
 
     tokens/cpu-s    GSM8K prompts: TRL  ours              made prompts: TRL  ours
     generation                     745  1395  1.65-1.93x                895  1607  1.74-1.88x
@@ -45,7 +48,8 @@ RATE = 1e-5
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of the batch and of the model. room: new tokens of a completion at most; rows: sequences that ours decodes at once."""
+    """Of the batch and of the model. room: new tokens of a completion at most; rows: sequences that ours
+    decodes at once."""
 
     prompts: int
     samples: int
@@ -66,8 +70,8 @@ class Setting:
 
 @dataclass(frozen=True)
 class Result:
-    """loss, grad_norm: on the recorded completions. tokens: sampled in the timed step; generate_s, learn_s: their CPU seconds,
-    learning being all that is not generation. peak_mb: of the process."""
+    """loss, grad_norm: on the recorded completions. tokens: sampled in the timed step; generate_s, learn_s:
+    their CPU seconds, learning being all that is not generation. peak_mb: of the process."""
 
     loss: float
     grad_norm: float
@@ -87,20 +91,37 @@ ROWS: dict[str, Callable[[Result], float]] = {
 
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    arguments.add_argument("--data", type=Path, help="JSONL with prompt (or question); default: generated prompts of ragged length")
+    arguments.add_argument(
+        "--data",
+        type=Path,
+        help="JSONL with prompt (or question); default: generated prompts of ragged length",
+    )
     arguments.add_argument("--rounds", type=int, default=5)
     for name, default in Sizes(16, 8, 96, 256, 4, 4096, 64).__dict__.items():
         arguments.add_argument(f"--{name}", type=int, default=default)
     arguments.add_argument("--trl-micro-batches", type=int, nargs="+", default=[8, 16, 32, 128])
-    arguments.add_argument("--model", type=Path, help="a folder with a model and its tokenizer, instead of the random one")
+    arguments.add_argument(
+        "--model", type=Path, help="a folder with a model and its tokenizer, instead of the random one"
+    )
     arguments.add_argument("--gate", type=float, default=0.0, help="least ratio of whole steps")
     arguments.add_argument("--child", choices=["ours", "trl"], help=argparse.SUPPRESS)
     arguments.add_argument("--setting", help=argparse.SUPPRESS)
     args = arguments.parse_args()
     sizes = Sizes(**{name: getattr(args, name) for name in Sizes.__dataclass_fields__})
     if args.child:
-        sizes, setting = Sizes(**json.loads(Path("sizes.json").read_text())), Setting(**json.loads(args.setting))
-        print(json.dumps(asdict(run_ours(Path.cwd(), sizes) if args.child == "ours" else run_trl(Path.cwd(), sizes, setting))))
+        sizes, setting = (
+            Sizes(**json.loads(Path("sizes.json").read_text())),
+            Setting(**json.loads(args.setting)),
+        )
+        print(
+            json.dumps(
+                asdict(
+                    run_ours(Path.cwd(), sizes)
+                    if args.child == "ours"
+                    else run_trl(Path.cwd(), sizes, setting)
+                )
+            )
+        )
         return
     with tempfile.TemporaryDirectory(prefix="grpo-vs-trl-") as folder:
         prepare(Path(folder), args.data, sizes, args.model)
@@ -121,7 +142,9 @@ def compare(folder: Path, rounds: int, micro_batches: Sequence[int]) -> float:
         gate(results["ours"][-1], results["TRL"][-1])
     table(results["ours"], results["TRL"])
     whole = ROWS["whole step, tokens/cpu-s"]
-    return statistics.median(whole(o) / whole(t) for o, t in zip(results["ours"], results["TRL"], strict=True))
+    return statistics.median(
+        whole(o) / whole(t) for o, t in zip(results["ours"], results["TRL"], strict=True)
+    )
 
 
 def best_setting(micro_batches: Sequence[int], run: Callable[[str, Setting], Result]) -> Setting:
@@ -129,19 +152,27 @@ def best_setting(micro_batches: Sequence[int], run: Callable[[str, Setting], Res
     tried = {size: show(f"TRL, micro-batch {size}", run("trl", Setting(size))) for size in micro_batches}
     best = min(tried, key=lambda size: tried[size].learn_s)
     paged = show("TRL, continuous batching", run("trl", Setting(best, paged=True)))
-    return Setting(best, ROWS["generation, tokens/cpu-s"](paged) > max(map(ROWS["generation, tokens/cpu-s"], tried.values())))
+    return Setting(
+        best,
+        ROWS["generation, tokens/cpu-s"](paged) > max(map(ROWS["generation, tokens/cpu-s"], tried.values())),
+    )
 
 
 def show(name: str, result: Result) -> Result:
     seconds = f"generate {result.generate_s:5.2f} + learn {result.learn_s:5.2f} cpu-s"
     found = f"loss {result.loss:+.7f}  grad norm {result.grad_norm:.6f}"
-    print(f"{name:<26} {found}  {result.tokens:6d} tokens  {seconds}  peak {result.peak_mb:5.0f} MB", flush=True)
+    print(
+        f"{name:<26} {found}  {result.tokens:6d} tokens  {seconds}  peak {result.peak_mb:5.0f} MB", flush=True
+    )
     return result
 
 
 def gate(ours: Result, trl: Result) -> None:
     """The two must have computed the same step."""
-    for name, floor in (("loss", 0.1), ("grad_norm", 0.0)):  # a loss is near 0 by its nature: advantages add up to 0 in each group
+    for name, floor in (
+        ("loss", 0.1),
+        ("grad_norm", 0.0),
+    ):  # a loss is near 0 by its nature: advantages add up to 0 in each group
         a, b = getattr(ours, name), getattr(trl, name)
         if abs(a - b) > 1e-5 * max(abs(b), floor):
             sys.exit(f"not the same step: {name} {a!r} (ours) against {b!r} (TRL)")
@@ -158,8 +189,21 @@ def table(ours: Sequence[Result], trl: Sequence[Result]) -> None:
 
 def child(folder: Path, name: str, setting: Setting) -> Result:
     """One contestant in a process of its own."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "WANDB_MODE": "disabled"}
-    command = [sys.executable, str(Path(__file__).resolve()), "--child", name, "--setting", json.dumps(asdict(setting))]
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "WANDB_MODE": "disabled",
+    }
+    command = [
+        sys.executable,
+        str(Path(__file__).resolve()),
+        "--child",
+        name,
+        "--setting",
+        json.dumps(asdict(setting)),
+    ]
     done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{name} failed:\n{done.stderr[-3000:]}")
@@ -167,8 +211,8 @@ def child(folder: Path, name: str, setting: Setting) -> Result:
 
 
 def prepare(folder: Path, data: Path | None, sizes: Sizes, own: Path | None) -> None:
-    """Writes sizes.json, model/ (random Llama and its tokenizer, or a link to one's own) and recorded.json: prompts, their ids, completions
-    for the gate."""
+    """Writes sizes.json, model/ (random Llama and its tokenizer, or a link to one's own) and recorded.json:
+    prompts, their ids, completions for the gate."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from orchestrator.core.rollouts import Sampling
@@ -187,10 +231,14 @@ def prepare(folder: Path, data: Path | None, sizes: Sizes, own: Path | None) -> 
     prompts = [tokenizer(text)["input_ids"] for text in texts[: sizes.prompts]]
     seeds = [tuple(sample_seed(0, i, 0, k, 0) for k in range(sizes.samples)) for i in range(sizes.prompts)]
     requests = [Request(np.array(p), s, sizes.room) for p, s in zip(prompts, seeds, strict=True)]
-    groups = StaticDecoder(model, eos if isinstance(eos, list) else [eos], sizes.rows, str).generate(requests, Sampling(sizes.samples, sizes.room))
+    groups = StaticDecoder(model, eos if isinstance(eos, list) else [eos], sizes.rows, str).generate(
+        requests, Sampling(sizes.samples, sizes.room)
+    )
     completions = [[c.ids.tolist() for c in group] for group in groups]
     (folder / "sizes.json").write_text(json.dumps(asdict(sizes)))
-    (folder / "recorded.json").write_text(json.dumps({"texts": texts[: sizes.prompts], "prompts": prompts, "completions": completions}))
+    (folder / "recorded.json").write_text(
+        json.dumps({"texts": texts[: sizes.prompts], "prompts": prompts, "completions": completions})
+    )
 
 
 def random_model(folder: Path, texts: Sequence[str], sizes: Sizes) -> None:
@@ -208,7 +256,10 @@ def random_model(folder: Path, texts: Sequence[str], sizes: Sizes) -> None:
         pad_token_id=0,
     )
     model = LlamaForCausalLM(config)
-    model.generation_config.eos_token_id = [2, *range(sizes.vocabulary - sizes.vocabulary // 40, sizes.vocabulary)]
+    model.generation_config.eos_token_id = [
+        2,
+        *range(sizes.vocabulary - sizes.vocabulary // 40, sizes.vocabulary),
+    ]
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
@@ -234,10 +285,14 @@ def train_tokenizer(texts: Sequence[str], vocabulary: int):
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary, special_tokens=["<pad>", "<bos>", "<eos>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+        vocab_size=vocabulary,
+        special_tokens=["<pad>", "<bos>", "<eos>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
     tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>"
+    )
 
 
 def reward(ids: Sequence[int]) -> float:
@@ -279,19 +334,34 @@ class Ours:
                 "data": {"train": "none"},
                 "algorithm": {"name": "grpo", "normaliser": "token", "correction": {"kind": "none"}},
                 "optimizer": {"learning_rate": RATE, "max_grad_norm": None},
-                "rollouts": {"batching": "static", "rows_at_once": sizes.rows, "samples": sizes.samples, "max_new_tokens": sizes.room},
+                "rollouts": {
+                    "batching": "static",
+                    "rows_at_once": sizes.rows,
+                    "samples": sizes.samples,
+                    "max_new_tokens": sizes.room,
+                },
             }
         )
         device = torch.device("cpu")
         group = engine.ProcessGroup(0, 1, "127.0.0.1", free_port(), 60.0)
         group.join(device)
-        self.cut = Cut(workers=1, examples=None, positions=CPU_POSITIONS, layout="prefix_shared", zero_stage=0, sync="no_sync")
+        self.cut = Cut(
+            workers=1,
+            examples=None,
+            positions=CPU_POSITIONS,
+            layout="prefix_shared",
+            zero_stage=0,
+            sync="no_sync",
+        )
         self.rank = rank = learner.RankLearner(learner.LearnerSpec(recipe, self.cut, 2), group, device)
         self.algorithm = build(recipe.algorithm, recipe.rollouts)
         self.learner = SimpleNamespace(
-            forward_backward=lambda b, at: rank.forward_backward(b.micro_batches[0], b.units, at), optim_step=rank.optim_step
+            forward_backward=lambda b, at: rank.forward_backward(b.micro_batches[0], b.units, at),
+            optim_step=rank.optim_step,
         )
-        self.stepper = step.Stepper(self.algorithm, self.learner, self.cut, lambda b: b, SimpleNamespace(note=print), step.Guards())
+        self.stepper = step.OptimizerStepper(
+            self.algorithm, self.learner, self.cut, lambda b: b, SimpleNamespace(note=print), step.Guards()
+        )
         self.worker = RolloutWorker(recipe, device)
         self.sampling = Sampling(sizes.samples, sizes.room)
         self.data = json.loads((folder / "recorded.json").read_text())
@@ -302,24 +372,35 @@ class Ours:
         from orchestrator.core.rollouts import Rollout, RolloutGroup
 
         def rollout(sample: int, ids: list[int]) -> Rollout:
-            return Rollout(sample, 0, np.array(ids), np.ones(len(ids), bool), np.zeros(len(ids), np.float32), "stop", "")
+            return Rollout(
+                sample, 0, np.array(ids), np.ones(len(ids), bool), np.zeros(len(ids), np.float32), "stop", ""
+            )
 
         given = zip(self.prompts, self.data["completions"], strict=True)
-        return [RolloutGroup(prompt, 0, tuple(rollout(k, ids) for k, ids in enumerate(all_ids))) for prompt, all_ids in given]
+        return [
+            RolloutGroup(prompt, 0, tuple(rollout(k, ids) for k, ids in enumerate(all_ids)))
+            for prompt, all_ids in given
+        ]
 
     def learn(self, groups, at: int) -> tuple[float, float]:
         """Rewards, advantages, one optimizer step, and the weights for the generator: (loss, gradient norm)."""
-        from orchestrator.core.rollouts import ScoredGroup
+        from orchestrator.core.rollouts import RewardedGroup
         from orchestrator.learner.weights import flat_buckets
         from orchestrator.models.weight_buckets import Bucket, checksum
-        from orchestrator.trainers.experience import Needs, make_experience
+        from orchestrator.trainers.experience import ExperienceInputs, make_experience
         from orchestrator.trainers.optimizer_step import Clock
 
-        scored = [ScoredGroup(g, np.array([reward(r.ids.tolist()) for r in g.rollouts], np.float32)) for g in groups]
-        needs, rewards = Needs(False, False, 0.0, "k3"), [s.rewards for s in scored]
+        scored = [
+            RewardedGroup(g, np.array([reward(r.ids.tolist()) for r in g.rollouts], np.float32))
+            for g in groups
+        ]
+        needs, rewards = ExperienceInputs(False, False, 0.0, "k3"), [s.rewards for s in scored]
         made = make_experience(scored, rewards, self.algorithm, needs, self.learner, None, self.cut)
-        taken = self.stepper.take(made.groups, at, Clock())
-        buckets = (Bucket(plan.entries, flat.numpy(), checksum(flat)) for plan, flat in flat_buckets(self.rank, 256 << 20))
+        taken = self.stepper.step(made.groups, at, Clock())
+        buckets = (
+            Bucket(plan.entries, flat.numpy(), checksum(flat))
+            for plan, flat in flat_buckets(self.rank, 256 << 20)
+        )
         self.worker.engine.load(at + 1, buckets)
         assert taken.applied is not None, "the step was refused"
         return taken.learned.loss, taken.applied.grad_norm
@@ -346,7 +427,14 @@ def run_trl(folder: Path, sizes: Sizes, setting: Setting) -> Result:
     clock.watch(trainer, data["prompts"])
     trainer.train()
     loss = next(line["loss"] for line in trainer.state.log_history if "loss" in line)
-    return Result(loss, clock.norms[0], clock.tokens, clock.generate_s, clock.step_s - clock.generate_s, learner_peak_mb())
+    return Result(
+        loss,
+        clock.norms[0],
+        clock.tokens,
+        clock.generate_s,
+        clock.step_s - clock.generate_s,
+        learner_peak_mb(),
+    )
 
 
 def trl_config(folder: Path, sizes: Sizes, setting: Setting):
@@ -365,7 +453,9 @@ def trl_config(folder: Path, sizes: Sizes, setting: Setting):
         beta=0.0,
         shuffle_dataset=False,
         use_transformers_continuous_batching=setting.paged,
-        transformers_continuous_batching_config={"page_size": 16, "num_blocks": 2048, "max_batch_tokens": 512} if setting.paged else None,
+        transformers_continuous_batching_config={"page_size": 16, "num_blocks": 2048, "max_batch_tokens": 512}
+        if setting.paged
+        else None,
         gradient_checkpointing=False,
         use_cpu=True,
         bf16=False,
@@ -377,7 +467,8 @@ def trl_config(folder: Path, sizes: Sizes, setting: Setting):
 
 
 def trl_clock():
-    """A callback that reads the CPU clock around TRL's steps and generation, and the norm of its first gradient."""
+    """A callback that reads the CPU clock around TRL's steps and generation, and the norm of its first
+    gradient."""
     from transformers import TrainerCallback
 
     class TrlClock(TrainerCallback):
@@ -392,7 +483,9 @@ def trl_clock():
             output = self.inner(texts)
             self.generate_s += time.process_time() - begin
             self.tokens += sum(map(len, output[1]))
-            if sorted(output[0]) != sorted(ids for ids in self.prompts for _ in range(len(texts) // len(self.prompts))):
+            if sorted(output[0]) != sorted(
+                ids for ids in self.prompts for _ in range(len(texts) // len(self.prompts))
+            ):
                 raise AssertionError("TRL reads the prompts as other tokens")
             return output
 
@@ -401,7 +494,9 @@ def trl_clock():
 
         def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
             if not self.norms:  # summed in double: the logged norm adds fp32 squares in a row
-                self.norms.append(sum(float(p.grad.double().square().sum()) for p in model.parameters()) ** 0.5)
+                self.norms.append(
+                    sum(float(p.grad.double().square().sum()) for p in model.parameters()) ** 0.5
+                )
 
         def on_step_end(self, *args, **kwargs):
             self.step_s += time.process_time() - self.begin
@@ -413,10 +508,16 @@ def trl_clock():
 
 def recorded(texts: Sequence[str], data: dict) -> dict:
     """What a `rollout_func` returns: to each repetition of a prompt its next recorded completion."""
-    left = {text: list(completions) for text, completions in zip(data["texts"], data["completions"], strict=True)}
+    left = {
+        text: list(completions) for text, completions in zip(data["texts"], data["completions"], strict=True)
+    }
     ids = dict(zip(data["texts"], data["prompts"], strict=True))
     completions = [left[text].pop(0) for text in texts]
-    return {"prompt_ids": [ids[text] for text in texts], "completion_ids": completions, "logprobs": [[0.0] * len(c) for c in completions]}
+    return {
+        "prompt_ids": [ids[text] for text in texts],
+        "completion_ids": completions,
+        "logprobs": [[0.0] * len(c) for c in completions],
+    }
 
 
 if __name__ == "__main__":

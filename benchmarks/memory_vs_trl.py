@@ -1,11 +1,13 @@
 """Peak memory of a DPO run: all processes of `orchestrator train` against TRL's one.
 
-    python benchmarks/memory_vs_trl.py --data PREFERENCES.jsonl --model FOLDER [--pairs 8] [--micro-batch 8] [--rounds 2] [--gate 0.6]
+    python benchmarks/memory_vs_trl.py --data PREFERENCES.jsonl --model FOLDER [--pairs 8] [--micro-batch 8]
+    [--rounds 2] [--gate 0.6]
 
-Both take two optimizer steps on the same pairs (dpo_vs_trl.py's, cut to short texts), fp32. What is compared is the most that the PSS of all
-processes of a run adds up to (a page that n processes share counts 1/n in each), looked at ten times a second: the driver, the process that
-workers are forked from, Ray's own, and the workers. TRL runs with its default of 8 pairs in a micro-batch, ours as a user runs it. Ends with
-1 where the median ratio is above --gate.
+Both take two optimizer steps on the same pairs (dpo_vs_trl.py's, cut to short texts), fp32. What is compared
+is the most that the PSS of all processes of a run adds up to (a page that n processes share counts 1/n in
+each), looked at ten times a second: the driver, the process that workers are forked from, Ray's own, and the
+workers. TRL runs with its default of 8 pairs in a micro-batch, ours as a user runs it. Ends with 1 where the
+median ratio is above --gate.
 """
 
 import argparse
@@ -32,7 +34,9 @@ EVERY_S = 0.1
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     arguments.add_argument("--data", required=True, type=Path, help="JSONL with prompt, chosen, rejected")
-    arguments.add_argument("--model", required=True, type=Path, help="a folder with a model, its tokenizer and chat template")
+    arguments.add_argument(
+        "--model", required=True, type=Path, help="a folder with a model, its tokenizer and chat template"
+    )
     arguments.add_argument("--pairs", type=int, default=8)
     arguments.add_argument("--micro-batch", type=int, default=8, help="TRL's, in pairs")
     arguments.add_argument("--rounds", type=int, default=2)
@@ -44,12 +48,23 @@ def main() -> None:
         folder = Path(name)
         write_pairs(folder, args.data, args.pairs, model, short=True)
         job = Job(args.pairs, args.micro_batch, model, True)
-        trl = [sys.executable, str(Path(__file__).resolve().with_name("dpo_vs_trl.py")), "--data", "", "--child", "trl", json.dumps(asdict(job))]
+        trl = [
+            sys.executable,
+            str(Path(__file__).resolve().with_name("dpo_vs_trl.py")),
+            "--data",
+            "",
+            "--child",
+            "trl",
+            json.dumps(asdict(job)),
+        ]
         for number in range(args.rounds):
             theirs = show("TRL", peak(trl, folder))
             ours = show("orchestrator", peak(train_command(folder, job, number), folder))
             ratios.append(ours / theirs)
-    print(f"ratio {min(ratios):.2f} {statistics.median(ratios):.2f} {max(ratios):.2f} (min, median, max of {args.rounds} rounds)")
+    print(
+        f"ratio {min(ratios):.2f} {statistics.median(ratios):.2f} {max(ratios):.2f} (min, median, max of "
+        f"{args.rounds} rounds)"
+    )
     if statistics.median(ratios) > args.gate:
         sys.exit(f"{statistics.median(ratios):.2f}x is above the gate of {args.gate}x")
 
@@ -68,16 +83,35 @@ def train_command(folder: Path, job: Job, number: int) -> list[str]:
     }
     path = folder / "recipe.yaml"
     path.write_text(json.dumps(recipe))  # which is YAML
-    return [sys.executable, "-m", "orchestrator", "train", str(path), "--output", str(folder / f"run-{number}")]
+    return [
+        sys.executable,
+        "-m",
+        "orchestrator",
+        "train",
+        str(path),
+        "--output",
+        str(folder / f"run-{number}"),
+    ]
 
 
 def peak(command: Sequence[str], folder: Path) -> Counter[str]:
     """MB by kind of process at the moment when they added up to most."""
     mark = uuid.uuid4().hex
-    quiet = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "WANDB_MODE": "disabled"}
+    quiet = {
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "WANDB_MODE": "disabled",
+    }
     most: Counter[str] = Counter()
     with (folder / "output").open("w+") as output:
-        process = subprocess.Popen(command, cwd=folder, env={**os.environ, **quiet, MARK: mark}, stdout=output, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(
+            command,
+            cwd=folder,
+            env={**os.environ, **quiet, MARK: mark},
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
         while process.poll() is None:
             most = max(most, held(f"{MARK}={mark}".encode()), key=Counter.total)
             time.sleep(EVERY_S)
@@ -97,7 +131,11 @@ def held(mark: bytes) -> Counter[str]:
             if mark not in (process / "environ").read_bytes():
                 continue
             name = (process / "cmdline").read_bytes().split(b"\0")[0].split(b" ")[0].decode(errors="replace")
-            pss = next(line for line in (process / "smaps_rollup").read_text().splitlines() if line.startswith("Pss:"))
+            pss = next(
+                line
+                for line in (process / "smaps_rollup").read_text().splitlines()
+                if line.startswith("Pss:")
+            )
         except (OSError, StopIteration):  # it has ended, or belongs to somebody else
             continue
         found[Path(name).name or process.name] += int(pss.split()[1]) // 1024
@@ -105,7 +143,11 @@ def held(mark: bytes) -> Counter[str]:
 
 
 def show(name: str, most: Counter[str]) -> int:
-    print(f"{name:<13}{most.total():6d} MB   {', '.join(f'{kind} {size}' for kind, size in most.most_common(8))}", flush=True)
+    print(
+        f"{name:<13}{most.total():6d} MB   "
+        f"{', '.join(f'{kind} {size}' for kind, size in most.most_common(8))}",
+        flush=True,
+    )
     return most.total()
 
 

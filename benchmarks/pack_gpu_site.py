@@ -3,9 +3,10 @@
     dist/gpu-site.tar.xz       the packages that a host with torch and transformers still lacks, at this environment's versions
     dist/orchestrator-gpu.tar  the repository's tracked files, that archive, and HOWTO, two lines
 
-The host is x86-64 Linux with the Python of --python and has torch (CUDA) with its triton, numpy, safetensors, pandas, pyarrow, aiohttp and
-what Hugging Face's libraries need. transformers is packed all the same: continuous batching needs options that older ones lack. Left
-out: Ray's Java archive, RLlib and dashboard pages, wandb (tracking.wandb=off), documentation, tests and lint tools.
+The host is x86-64 Linux with the Python of --python and has torch (CUDA) with its triton, numpy, safetensors,
+pandas, pyarrow, aiohttp and what Hugging Face's libraries need. transformers is packed all the same:
+continuous batching needs options that older ones lack. Left out: Ray's Java archive, RLlib and dashboard
+pages, wandb (tracking.wandb=off), documentation, tests and lint tools.
 """
 
 import argparse
@@ -30,7 +31,8 @@ typing-extensions
 """
 """There already, with what these need: what any transformers 5 brings."""
 SOURCES = ("deepspeed", "antlr4-python3-runtime")
-"""Published as source only, pure Python: the installed files are taken. DeepSpeed's operators are built where they run."""
+"""Published as source only, pure Python: the installed files are taken. DeepSpeed's operators are built where
+they run."""
 NOT_NEEDED = ("ray/jars", "ray/rllib", "ray/dashboard/client", "bin")
 PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64")
 LIMIT = 60_000_000
@@ -60,8 +62,29 @@ def fill(folder: Path, python: str) -> None:
     """Puts the packages into `folder`, at the versions of this environment."""
     pins = [f"{name}=={distribution(name).version}" for name in WHEELS.split()]
     platforms = [option for platform in PLATFORMS for option in ("--platform", platform)]
-    options = ["--quiet", "--no-deps", "--no-compile", "--only-binary=:all:", "--python-version", python, *platforms]
-    subprocess.run([sys.executable, "-m", "pip", "--disable-pip-version-check", "install", *options, "--target", str(folder), *pins], check=True)
+    options = [
+        "--quiet",
+        "--no-deps",
+        "--no-compile",
+        "--only-binary=:all:",
+        "--python-version",
+        python,
+        *platforms,
+    ]
+    subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "--disable-pip-version-check",
+            "install",
+            *options,
+            "--target",
+            str(folder),
+            *pins,
+        ],
+        check=True,
+    )
     for name in SOURCES:
         copy_installed(distribution(name), folder)
     for path in NOT_NEEDED:
@@ -89,8 +112,11 @@ def anonymous(entry: tarfile.TarInfo) -> tarfile.TarInfo:
 
 
 def bundle(site: Path, out: Path) -> None:
-    """The files that git tracks, as they are in the working tree, with the packages and HOWTO. Not compressed again."""
-    tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True, text=True).stdout.split("\0")
+    """The files that git tracks, as they are in the working tree, with the packages and HOWTO. Not compressed
+    again."""
+    tracked = subprocess.run(
+        ["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True, text=True
+    ).stdout.split("\0")
     with tarfile.open(out, "w") as archive:
         entry = tarfile.TarInfo("HOWTO")
         entry.size = len(HOWTO.encode())

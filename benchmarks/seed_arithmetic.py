@@ -2,9 +2,10 @@
 
     python benchmarks/seed_arithmetic.py [--model tiny|50m]
 
-First table: one effective batch, K = 1, 4, 16, 64: memory falls with the micro-batch as activations do; the predicted
-peak of `orchestrator plan` stands beside the measured one. Second table: the micro-batch stays, K grows: time per
-example must not. One DeepSpeed rank and one thread per child process; the loss of every row must be the same.
+First table: one effective batch, K = 1, 4, 16, 64: memory falls with the micro-batch as activations do; the
+predicted peak of `orchestrator plan` stands beside the measured one. Second table: the micro-batch stays, K
+grows: time per example must not. One DeepSpeed rank and one thread per child process; the loss of every row
+must be the same.
 """
 
 import argparse
@@ -20,7 +21,14 @@ from pathlib import Path
 
 MODELS = {
     "tiny": {"architecture": "llama", "hidden_size": 128, "layers": 4, "heads": 4, "vocab_size": 4096},
-    "50m": {"architecture": "llama", "hidden_size": 512, "layers": 12, "heads": 8, "intermediate_size": 1536, "vocab_size": 8192},
+    "50m": {
+        "architecture": "llama",
+        "hidden_size": 512,
+        "layers": 12,
+        "heads": 8,
+        "intermediate_size": 1536,
+        "vocab_size": 8192,
+    },
 }
 EFFECTIVE = {"tiny": 64, "50m": 16}
 STEPS = 3
@@ -28,7 +36,8 @@ STEPS = 3
 
 @dataclass(frozen=True)
 class Row:
-    """seconds: CPU seconds per example of the quickest step; measured, predicted: peak bytes beyond the bare process."""
+    """seconds: CPU seconds per example of the quickest step; measured, predicted: peak bytes beyond the bare
+    process."""
 
     effective: int
     accumulations: int
@@ -43,7 +52,9 @@ class Row:
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     arguments.add_argument("--model", choices=list(MODELS), default="tiny")
-    arguments.add_argument("--child", nargs=2, type=int, metavar=("EFFECTIVE", "MICRO"), help=argparse.SUPPRESS)
+    arguments.add_argument(
+        "--child", nargs=2, type=int, metavar=("EFFECTIVE", "MICRO"), help=argparse.SUPPRESS
+    )
     arguments.add_argument("--data", type=Path, help=argparse.SUPPRESS)
     args = arguments.parse_args()
     if args.child:
@@ -59,16 +70,23 @@ def main() -> None:
         if max(abs(r.loss - rows[0].loss) for r in rows) > 1e-5 * abs(rows[0].loss):
             sys.exit("the loss depends on the cut")
         micro = max(1, effective // 16)
-        report(f"micro-batches of {micro}, K of them", [child(args.model, micro * k, micro, data) for k in counts])
+        report(
+            f"micro-batches of {micro}, K of them",
+            [child(args.model, micro * k, micro, data) for k in counts],
+        )
 
 
 def report(title: str, rows: list[Row]) -> None:
     print(f"\n{title}; {rows[0].parameters / 1e6:.1f} M parameters, one thread")
-    print("| K | micro-batch | ms / pair | peak MB | predicted MB | predicted / measured |\n|---:|---:|---:|---:|---:|---:|")
+    print(
+        "| K | micro-batch | ms / pair | peak MB | predicted MB | predicted / measured "
+        "|\n|---:|---:|---:|---:|---:|---:|"
+    )
     for r in rows:
         ratio = r.predicted / r.measured
         print(
-            f"| {r.accumulations} | {r.micro_batch} | {1e3 * r.seconds:.1f} | {r.measured / 1e6:.1f} | {r.predicted / 1e6:.1f} | {ratio:.2f} |",
+            f"| {r.accumulations} | {r.micro_batch} | {1e3 * r.seconds:.1f} | {r.measured / 1e6:.1f} | "
+            f"{r.predicted / 1e6:.1f} | {ratio:.2f} |",
             flush=True,
         )
 
@@ -82,13 +100,27 @@ def write_pairs(path: Path, count: int) -> None:
 
     with path.open("w") as file:
         for _ in range(count):
-            row = {"prompt": "p" + text(60, 120), "chosen": "c" + text(40, 120), "rejected": "r" + text(40, 120)}
+            row = {
+                "prompt": "p" + text(60, 120),
+                "chosen": "c" + text(40, 120),
+                "rejected": "r" + text(40, 120),
+            }
             file.write(json.dumps(row) + "\n")
 
 
 def child(model: str, effective: int, micro: int, data: Path) -> Row:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, __file__, "--model", model, "--data", str(data), "--child", str(effective), str(micro)]
+    command = [
+        sys.executable,
+        __file__,
+        "--model",
+        model,
+        "--data",
+        str(data),
+        "--child",
+        str(effective),
+        str(micro),
+    ]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
         sys.exit(done.stderr[-3000:])

@@ -25,7 +25,10 @@ COLUMNS, WIDTH, HEIGHT = 3, 8, 7
 
 def dashboard() -> dict[str, Any]:
     """The whole dashboard. Import it in Grafana and choose the Prometheus that scrapes Ray."""
-    rows = [(question.title, [_of_run(panel) for panel in question.panels if panel.names]) for question in QUESTIONS]
+    rows = [
+        (question.title, [_of_run(panel) for panel in question.panels if panel.names])
+        for question in QUESTIONS
+    ]
     rows.append(("The cluster", [_of_cluster(*panel) for panel in CLUSTER]))
     return {
         "uid": "orchestrator",
@@ -47,10 +50,14 @@ def _of_run(panel: Panel) -> dict[str, Any]:
 
 
 def _of_cluster(title: str, unit: str, names: tuple[str, ...]) -> dict[str, Any]:
-    return _timeseries(title, unit, [(name, f"{{{{ip}}}} {name.removeprefix('ray_node_')}") for name in names], {"min": 0})
+    return _timeseries(
+        title, unit, [(name, f"{{{{ip}}}} {name.removeprefix('ray_node_')}") for name in names], {"min": 0}
+    )
 
 
-def _timeseries(title: str, unit: str, targets: list[tuple[str, str]], limits: dict[str, float]) -> dict[str, Any]:
+def _timeseries(
+    title: str, unit: str, targets: list[tuple[str, str]], limits: dict[str, float]
+) -> dict[str, Any]:
     queries = [
         {"refId": chr(ord("A") + i), "datasource": SOURCE, "expr": expression, "legendFormat": legend}
         for i, (expression, legend) in enumerate(targets)
@@ -71,7 +78,14 @@ def _placed(rows: list[tuple[str, list[dict[str, Any]]]]) -> Iterator[dict[str, 
     number, top = 0, 0
     for title, panels in rows:
         number += 1
-        yield {"type": "row", "id": number, "title": title, "collapsed": False, "panels": [], "gridPos": {"x": 0, "y": top, "w": 24, "h": 1}}
+        yield {
+            "type": "row",
+            "id": number,
+            "title": title,
+            "collapsed": False,
+            "panels": [],
+            "gridPos": {"x": 0, "y": top, "w": 24, "h": 1},
+        }
         top += 1
         for i, panel in enumerate(panels):
             number += 1
@@ -81,13 +95,27 @@ def _placed(rows: list[tuple[str, list[dict[str, Any]]]]) -> Iterator[dict[str, 
 
 
 def _source_variable() -> dict[str, Any]:
-    return {"name": "datasource", "label": "Prometheus", "type": "datasource", "query": "prometheus", "refresh": 1}
+    return {
+        "name": "datasource",
+        "label": "Prometheus",
+        "type": "datasource",
+        "query": "prometheus",
+        "refresh": 1,
+    }
 
 
 def _variable(label: str) -> dict[str, Any]:
     chosen = {"includeAll": True, "multi": True, "current": {"text": ["All"], "value": ["$__all"]}}
     query = f"label_values(ray_{gauge('global_step')}, {label})"
-    return {"name": label, "type": "query", "datasource": SOURCE, "query": query, "refresh": 2, "sort": 1, **chosen}
+    return {
+        "name": label,
+        "type": "query",
+        "datasource": SOURCE,
+        "query": query,
+        "refresh": 2,
+        "sort": 1,
+        **chosen,
+    }
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
-"""Lays out a wandb workspace for runs like one that is there: a section per question, a panel per chart of report.html.
+"""Lays out a wandb workspace for runs like one that is there: a section per question, a panel per chart of
+report.html.
 
     pip install wandb-workspaces
     python dashboards/wandb_workspace.py runs/tiny-dpo --dry-run
     python dashboards/wandb_workspace.py runs/tiny-dpo --entity my-team
 
-A folder of a DPO run gives the DPO dashboard, one of a PPO run the RL dashboard: only what the run emits gets a panel.
+A folder of a DPO run gives the DPO dashboard, one of a PPO run the RL dashboard: only what the run emits gets
+a panel.
 """
 
 import argparse
@@ -33,7 +35,10 @@ def workspace(run_dir: Path, entity: str, project: str | None) -> Any:
     sections = [
         workspaces.Section(
             name=question,
-            panels=[reports.LinePlot(title=title, x=STEP, y=[grouped(name) for name in names]) for title, names in panels],
+            panels=[
+                reports.LinePlot(title=title, x=STEP, y=[grouped(name) for name in names])
+                for title, names in panels
+            ],
             is_open=True,
         )
         for question, panels in board(emitted(run_dir))
@@ -56,7 +61,11 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.dry_run:
         for question, panels in board(emitted(arguments.run_dir)):
-            print(question, *(f"  {title}: {', '.join(map(grouped, names))}" for title, names in panels), sep="\n")
+            print(
+                question,
+                *(f"  {title}: {', '.join(map(grouped, names))}" for title, names in panels),
+                sep="\n",
+            )
     elif not arguments.entity:
         parser.error("--entity is needed to save a workspace")
     else:

@@ -1,4 +1,5 @@
-"""Settings of every test: no network, one thread per process, property tests that do not flake on a busy machine."""
+"""Settings of every test: no network, one thread per process, property tests that do not flake on a busy
+machine."""
 
 import atexit
 import os
@@ -12,7 +13,9 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "offline"
 os.environ["WANDB_SILENT"] = "true"
-os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="cache-")  # what is remembered of models and layouts is not the user's
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(
+    prefix="cache-"
+)  # what is remembered of models and layouts is not the user's
 
 import pytest
 from hypothesis import settings

@@ -1,4 +1,5 @@
-"""Hosts for tests of a cluster: network namespaces on a bridge, each with its own home, a real Ray node and a token.
+"""Hosts for tests of a cluster: network namespaces on a bridge, each with its own home, a real Ray node and a
+token.
 
     host 0 (head)   host 1   host 2       10.77.N.1, .2, .3
         └──────────── bridge ────┘        10.77.N.254: this process (a wandb stand-in, say)
@@ -36,12 +37,15 @@ HEALTH = {
 
 @dataclass(slots=True)
 class Hosts:
-    """The running hosts. root: on the shared file system; token: of the cluster, None where it has no authentication."""
+    """The running hosts. root: on the shared file system; token: of the cluster, None where it has no
+    authentication."""
 
     root: Path
     count: int
     token: str | None
-    ray_folder: Path = field(default_factory=lambda: Path(tempfile.mkdtemp(prefix="o")))  # short: sockets lie below it
+    ray_folder: Path = field(
+        default_factory=lambda: Path(tempfile.mkdtemp(prefix="o"))
+    )  # short: sockets lie below it
     tag: str = field(default_factory=lambda: uuid.uuid4().hex)
     net: int = field(default_factory=lambda: secrets.randbelow(250) + 1)
 
@@ -70,7 +74,9 @@ class Hosts:
 
     def environment(self, host: int, extra: Mapping[str, str] | None = None) -> dict[str, str]:
         """Variables of a process on a host: nothing of this process's Ray, wandb or Hugging Face settings."""
-        inherited = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "WANDB_", "ORCHESTRATOR_"))}
+        inherited = {
+            k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "WANDB_", "ORCHESTRATOR_"))
+        }
         own = {
             "HOME": str(self.home(host)),
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
@@ -84,7 +90,12 @@ class Hosts:
         return inherited | own | dict(extra or {}) | {TAG: self.tag}
 
     def inside(
-        self, host: int, *command: str | Path, env: Mapping[str, str] | None = None, cwd: Path = REPOSITORY, timeout: float = 240.0
+        self,
+        host: int,
+        *command: str | Path,
+        env: Mapping[str, str] | None = None,
+        cwd: Path = REPOSITORY,
+        timeout: float = 240.0,
     ) -> Finished:
         """Runs a command on a host to its end."""
         with self.started(host, *command, env=env, cwd=cwd) as process:
@@ -93,7 +104,10 @@ class Hosts:
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
                 out, err = process.communicate()
-                pytest.fail(f"{' '.join(map(str, command))}: no end after {timeout:.0f} s; it said:\n{out[-3000:]}\n{err[-3000:]}")
+                pytest.fail(
+                    f"{' '.join(map(str, command))}: no end after {timeout:.0f} s; it "
+                    f"said:\n{out[-3000:]}\n{err[-3000:]}"
+                )
         return Finished(process.returncode, out, err)
 
     @contextmanager
@@ -101,7 +115,8 @@ class Hosts:
         self, host: int, *command: str | Path, env: Mapping[str, str] | None = None, cwd: Path = REPOSITORY
     ) -> Iterator["subprocess.Popen[str]"]:
         """A command that runs on a host while the block does."""
-        own_disk = f'mount --bind {self._disk(host)} {self.ray_folder} && exec "$@"'  # in the mount namespace of `ip netns exec`
+        # in the mount namespace of `ip netns exec`
+        own_disk = f'mount --bind {self._disk(host)} {self.ray_folder} && exec "$@"'
         process = subprocess.Popen(
             ["ip", "netns", "exec", self.name(host), "sh", "-c", own_disk, "sh", *map(str, command)],
             cwd=cwd,
@@ -120,22 +135,49 @@ class Hosts:
                     os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
 
-    def start_ray(self, host: int, *options: str, env: Mapping[str, str] | None = None, before: Sequence[str] = ()) -> None:
-        """`ray start` on a host: the head on host 0, a worker elsewhere. before: a command that runs it, such as unshare."""
+    def start_ray(
+        self, host: int, *options: str, env: Mapping[str, str] | None = None, before: Sequence[str] = ()
+    ) -> None:
+        """`ray start` on a host: the head on host 0, a worker elsewhere. before: a command that runs it, such
+        as unshare."""
         where = ["--head", "--port=6379"] if host == 0 else [f"--address={self.address(0)}:6379"]
-        common = [f"--node-ip-address={self.address(host)}", f"--object-store-memory={80 * 2**20}", "--disable-usage-stats"]
+        common = [
+            f"--node-ip-address={self.address(host)}",
+            f"--object-store-memory={80 * 2**20}",
+            "--disable-usage-stats",
+        ]
         own = [f"--temp-dir={self.ray_folder}", "--dashboard-host=127.0.0.1"] if host == 0 else []
-        done = self.inside(host, *before, "ray", "start", *where, *common, *own, *(options or ("--num-cpus=2",)), env=env, timeout=120.0)
+        done = self.inside(
+            host,
+            *before,
+            "ray",
+            "start",
+            *where,
+            *common,
+            *own,
+            *(options or ("--num-cpus=2",)),
+            env=env,
+            timeout=120.0,
+        )
         assert done.code == 0, done.out + done.err
 
     def start_cluster(self, *options: str, env: Mapping[str, str] | None = None) -> None:
-        """Ray on every host, up to the moment when the Jobs API answers and all nodes have joined. env: of the head's jobs too."""
+        """Ray on every host, up to the moment when the Jobs API answers and all nodes have joined. env: of
+        the head's jobs too."""
         for host in range(self.count):
             self.start_ray(host, *options, env=env)
         asking = ("curl", "-s", "-o", "/dev/null", "-w", "%{http_code}", f"{self.dashboard}/api/version")
-        assert wait_until(lambda: self.inside(0, *asking).out in ("200", "401"), 60.0), "the dashboard does not answer"
-        seen = (sys.executable, "-c", f"import ray; ray.init('{self.address(0)}:6379'); print(sum(n['Alive'] for n in ray.nodes()))")
-        assert wait_until(lambda: self.inside(0, *seen).out.strip() == str(self.count), 60.0), "not every host has joined"
+        assert wait_until(lambda: self.inside(0, *asking).out in ("200", "401"), 60.0), (
+            "the dashboard does not answer"
+        )
+        seen = (
+            sys.executable,
+            "-c",
+            f"import ray; ray.init('{self.address(0)}:6379'); print(sum(n['Alive'] for n in ray.nodes()))",
+        )
+        assert wait_until(lambda: self.inside(0, *seen).out.strip() == str(self.count), 60.0), (
+            "not every host has joined"
+        )
 
     def cut(self, host: int) -> None:
         """Takes the host off the network; what runs on it goes on running."""
@@ -158,7 +200,9 @@ class Hosts:
             _ip("-n", name, "link", "set", "lo", "up")
             _ip("-n", name, "link", "set", "eth0", "up")
             _ip("-n", name, "addr", "add", f"{self.address(host)}/24", "dev", "eth0")
-            _ip("-n", name, "route", "add", "default", "via", self.outside)  # by it a program finds out its own address
+            _ip(
+                "-n", name, "route", "add", "default", "via", self.outside
+            )  # by it a program finds out its own address
             (self.home(host) / ".ray").mkdir(parents=True)
             self._disk(host).mkdir()
             if self.token is not None:
@@ -177,7 +221,9 @@ class Hosts:
 
         ended = wait_until(kill, 30.0)
         for host in range(self.count):  # unchecked: `up` may not have come to all of them
-            subprocess.run(["ip", "link", "del", f"{self.name(host)}v"], check=False, capture_output=True)  # else it stays a while
+            subprocess.run(
+                ["ip", "link", "del", f"{self.name(host)}v"], check=False, capture_output=True
+            )  # else it stays a while
             subprocess.run(["ip", "netns", "del", self.name(host)], check=False, capture_output=True)
         subprocess.run(["ip", "link", "del", f"o{self.net}br"], check=False, capture_output=True)
         shutil.rmtree(self.ray_folder, ignore_errors=True)

@@ -1,4 +1,5 @@
-"""Runs of the program for tests: in a process of their own, or here on one shared local Ray; nothing is left behind."""
+"""Runs of the program for tests: in a process of their own, or here on one shared local Ray; nothing is left
+behind."""
 
 import contextlib
 import hashlib
@@ -29,7 +30,8 @@ from orchestrator.run.supervise import Outcome, train
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 TAG = "ORCHESTRATOR_TEST_RUN"
-"""Every process that a test starts, and all that those start, carry this variable with a value of that test alone."""
+"""Every process that a test starts, and all that those start, carry this variable with a value of that test
+alone."""
 FEW = "[{path: toy:%s, max_rows: 64}]"
 """Enough rows for four steps of 16, so that the pass over the reference is short."""
 
@@ -49,18 +51,25 @@ class Finished:
 
 
 class Sandbox:
-    """A home, a Ray folder and a tag of their own for the processes of a test. address: of a running Ray to join."""
+    """A home, a Ray folder and a tag of their own for the processes of a test. address: of a running Ray to
+    join."""
 
     def __init__(self, root: Path, address: str | None = None) -> None:
         self.root, self.address = root, address
         self.tag = uuid.uuid4().hex
-        self.ray_folder = Path(tempfile.mkdtemp(prefix="o"))  # short: the path of a socket below it has 107 characters at most
+        self.ray_folder = Path(
+            tempfile.mkdtemp(prefix="o")
+        )  # short: the path of a socket below it has 107 characters at most
         (root / "home").mkdir(parents=True, exist_ok=True)
         self._started: list[subprocess.Popen[bytes]] = []
 
     def environment(self, faults: Sequence[Fault] = ()) -> dict[str, str]:
         """Variables of the processes."""
-        ours = (VARIABLE, "WANDB_SERVICE", *(() if self.address else (FORK_SERVER,)))  # wandb sets the second, to its process that ends with this one
+        ours = (
+            VARIABLE,
+            "WANDB_SERVICE",
+            *(() if self.address else (FORK_SERVER,)),
+        )  # wandb sets the second, to its process that ends with this one
         inherited = {k: v for k, v in os.environ.items() if not k.startswith("RAY_") and k not in ours}
         own = {
             "HOME": str(self.root / "home"),
@@ -78,13 +87,20 @@ class Sandbox:
     def _joining(self) -> dict[str, str]:
         """For a running Ray, whose token lies in the home of who started it."""
         assert self.address is not None
-        return {"RAY_ADDRESS": self.address, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(Path.home() / ".ray" / "auth_token")}
+        return {
+            "RAY_ADDRESS": self.address,
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": str(Path.home() / ".ray" / "auth_token"),
+        }
 
     def start(self, *arguments: str | Path, faults: Sequence[Fault] = ()) -> "Command":
         """Starts the program in a process group of its own."""
         number = len(self._started)
         out, err = self.root / f"out-{number}.txt", self.root / f"err-{number}.txt"
-        with out.open("wb") as out_file, err.open("wb") as err_file:  # files: a worker that outlives its driver would hold a pipe
+        with (
+            out.open("wb") as out_file,
+            err.open("wb") as err_file,
+        ):  # files: a worker that outlives its driver would hold a pipe
             process = subprocess.Popen(
                 [sys.executable, "-m", "orchestrator", *map(str, arguments)],
                 cwd=REPOSITORY,
@@ -102,7 +118,8 @@ class Sandbox:
         return self.start(*arguments, faults=faults).finish(timeout)
 
     def living(self) -> dict[int, str]:
-        """Command lines of the processes that carry the tag or belong to the session of a started command, by process id."""
+        """Command lines of the processes that carry the tag or belong to the session of a started command, by
+        process id."""
         sessions = {process.pid for process in self._started}
         started = {*carriers(self.tag), *(pid for pid in _processes() if _session(pid) in sessions)}
         return {pid: _command_line(pid) for pid in started if pid != os.getpid()}
@@ -144,14 +161,21 @@ class Command:
         except subprocess.TimeoutExpired:
             os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
-            pytest.fail(f"no end after {timeout:.0f} s; it said:\n{self.out.read_text()[-3000:]}\n{self.err.read_text()[-3000:]}")
+            pytest.fail(
+                f"no end after {timeout:.0f} s; it "
+                f"said:\n{self.out.read_text()[-3000:]}\n{self.err.read_text()[-3000:]}"
+            )
         return Finished(code, self.out.read_text(), self.err.read_text())
 
     def wait_for(self, text: str, timeout: float = 240.0) -> None:
         """Waits until the command has printed `text`."""
-        arrived = wait_until(lambda: text in self.out.read_text() or self.process.poll() is not None, timeout, pause_s=0.02)
+        arrived = wait_until(
+            lambda: text in self.out.read_text() or self.process.poll() is not None, timeout, pause_s=0.02
+        )
         said = self.out.read_text()
-        assert arrived and text in said, f"never said {text!r}:\n{said[-3000:]}\n{self.err.read_text()[-3000:]}"
+        assert arrived and text in said, (
+            f"never said {text!r}:\n{said[-3000:]}\n{self.err.read_text()[-3000:]}"
+        )
 
 
 def wait_until(condition: Callable[[], bool], timeout: float, pause_s: float = 0.2) -> bool:
@@ -212,7 +236,8 @@ class Shared:
             return outcome, said.read()
 
     def train_last(self, recipe: str, model: Path, folder: str, *overrides: str) -> tuple[Outcome, str]:
-        """The same of a pipeline's last stage, from a model that is there already; overrides are of that stage."""
+        """The same of a pipeline's last stage, from a model that is there already; overrides are of that
+        stage."""
         stage = load(recipe).stages[-1].name
         changes = [f"{stage}:{change}" for change in (*self.overrides(), *overrides)]
         last = load(recipe, changes).stages[-1].recipe
@@ -238,7 +263,8 @@ def shared_ray(root: Path) -> Iterator[Shared]:
 
     sandbox = Sandbox(root)
     with pytest.MonkeyPatch.context() as patch, ExitStack() as stack:
-        # not HOME: Ray reads its token there once per process, for all the clusters that the process will start
+        # not HOME: Ray reads its token there once per process, for all the clusters that the process will
+        # start
         for name, value in (sandbox.environment() | {"HOME": str(Path.home())}).items():
             patch.setenv(name, value)
         patch.delenv("RAY_ADDRESS", raising=False)
@@ -264,7 +290,11 @@ def planned_faults(*faults: Fault) -> Iterator[None]:
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
     """The optimizer steps in metrics.jsonl, evaluations left out."""
-    return [line for line in every_line(folder / "metrics.jsonl") if not any(name.startswith("eval/") for name in line)]
+    return [
+        line
+        for line in every_line(folder / "metrics.jsonl")
+        if not any(name.startswith("eval/") for name in line)
+    ]
 
 
 def every_line(path: Path) -> list[dict[str, Any]]:
@@ -287,7 +317,11 @@ def exported_hash(folder: Path) -> str:
 
 def exported(folder: Path) -> dict[str, np.ndarray]:
     """The exported weights by name."""
-    return {name: value for path in sorted((folder / "export").glob("*.safetensors")) for name, value in load_file(path).items()}
+    return {
+        name: value
+        for path in sorted((folder / "export").glob("*.safetensors"))
+        for name, value in load_file(path).items()
+    }
 
 
 def distance(one: Mapping[str, np.ndarray], other: Mapping[str, np.ndarray]) -> float:

@@ -1,4 +1,5 @@
-"""A stand-in for Weights & Biases on the loopback: the part of its HTTP API that one run uses, and what it was told.
+"""A stand-in for Weights & Biases on the loopback: the part of its HTTP API that one run uses, and what it
+was told.
 
 wandb client --GraphQL--> run: config, group, tags, alerts      --file_stream--> history, summary
              --GraphQL--> where to upload --PUT--> files
@@ -31,7 +32,8 @@ class RecordedAlert:
 
 @dataclass(slots=True)
 class RecordedRun:
-    """What a run has told so far. files: uploaded content by the name within the run; history: rows by their line number."""
+    """What a run has told so far. files: uploaded content by the name within the run; history: rows by their
+    line number."""
 
     id: str
     project: str = ""
@@ -65,7 +67,8 @@ class RecordedRun:
 
 
 class WandbServer:
-    """Serves until it is stopped. key: the one API key it takes, else 401; host: where it listens, e.g. "0.0.0.0" for all."""
+    """Serves until it is stopped. key: the one API key it takes, else 401; host: where it listens, e.g.
+    "0.0.0.0" for all."""
 
     def __init__(self, host: str = "127.0.0.1", port: int = 0) -> None:
         self.host, self.key = host, secrets.token_hex(20)
@@ -199,7 +202,9 @@ class _Handler(BaseHTTPRequestHandler):
     # GraphQL operations, by their names
 
     def _Viewer(self, _: dict[str, Any]) -> dict[str, Any]:
-        return {"viewer": {"id": "u", "entity": ENTITY, "username": ENTITY, "flags": "{}", "teams": {"edges": []}}}
+        return {
+            "viewer": {"id": "u", "entity": ENTITY, "username": ENTITY, "flags": "{}", "teams": {"edges": []}}
+        }
 
     def _ServerFeaturesQuery(self, _: dict[str, Any]) -> dict[str, Any]:
         return {"serverInfo": {"features": []}}
@@ -256,7 +261,9 @@ class _Handler(BaseHTTPRequestHandler):
         return {"createRunFiles": {"runID": f"gid-{run}", "uploadHeaders": [], "files": files}}
 
     def _NotifyScriptableRunAlert(self, told: dict[str, Any]) -> dict[str, Any]:
-        self.recorder.run(told["runName"]).alerts.append(RecordedAlert(told["title"], told["text"], told["severity"]))
+        self.recorder.run(told["runName"]).alerts.append(
+            RecordedAlert(told["title"], told["text"], told["severity"])
+        )
         return {"notifyScriptableRunAlert": {"success": True}}
 
     def _ArtifactType(self, _: dict[str, Any]) -> dict[str, Any]:
@@ -264,7 +271,11 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _CreateArtifact(self, _: dict[str, Any]) -> dict[str, Any]:
         sequence = {"id": "sequence", "latestArtifact": None}
-        return {"createArtifact": {"artifact": {"id": "artifact", "state": "PENDING", "artifactSequence": sequence}}}
+        return {
+            "createArtifact": {
+                "artifact": {"id": "artifact", "state": "PENDING", "artifactSequence": sequence}
+            }
+        }
 
     def _CreateArtifactManifest(self, _: dict[str, Any]) -> dict[str, Any]:
         return {"createArtifactManifest": {"artifactManifest": self._manifest()}}
@@ -273,7 +284,10 @@ class _Handler(BaseHTTPRequestHandler):
         return {"updateArtifactManifest": {"artifactManifest": self._manifest()}}
 
     def _CreateArtifactFiles(self, asked: dict[str, Any]) -> dict[str, Any]:
-        edges = [{"node": self._artifact_file(f"file{i}", file["name"])} for i, file in enumerate(asked.get("artifactFiles", []))]
+        edges = [
+            {"node": self._artifact_file(f"file{i}", file["name"])}
+            for i, file in enumerate(asked.get("artifactFiles", []))
+        ]
         return {"createArtifactFiles": {"files": {"edges": edges}}}
 
     def _CommitArtifact(self, _: dict[str, Any]) -> dict[str, Any]:

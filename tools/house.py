@@ -36,10 +36,25 @@ def figures() -> Iterator[Figure]:
     yield Figure("entries at the package's root", len(entries), 16, entries)
     circles = tuple(sorted(" -> ".join(group) for group in import_circles()))
     yield Figure("import circles between files", len(circles), 0, circles)
-    functions = sorted(((lines, place) for file in python_files(PACKAGE) for lines, place in function_lengths(file)), reverse=True)
-    yield Figure("lines of the longest function", functions[0][0], 55, tuple(f"{place}: {lines}" for lines, place in functions[:20]))
-    files = sorted(((len(file.read_text().splitlines()), shown(file)) for file in python_files(PACKAGE)), reverse=True)
-    yield Figure("lines of the largest file", files[0][0], 450, tuple(f"{place}: {lines}" for lines, place in files[:20]))
+    functions = sorted(
+        ((lines, place) for file in python_files(PACKAGE) for lines, place in function_lengths(file)),
+        reverse=True,
+    )
+    yield Figure(
+        "lines of the longest function",
+        functions[0][0],
+        55,
+        tuple(f"{place}: {lines}" for lines, place in functions[:20]),
+    )
+    files = sorted(
+        ((len(file.read_text().splitlines()), shown(file)) for file in python_files(PACKAGE)), reverse=True
+    )
+    yield Figure(
+        "lines of the largest file",
+        files[0][0],
+        450,
+        tuple(f"{place}: {lines}" for lines, place in files[:20]),
+    )
     wide = tuple(wide_lines())
     yield Figure(f"lines over {WIDTH} columns", len(wide), 0, wide)
     words = tuple(listed_words())
@@ -57,7 +72,10 @@ def shown(file: Path) -> str:
 def function_lengths(file: Path) -> Iterator[tuple[int, str]]:
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            yield (node.end_lineno or node.lineno) - node.lineno + 1, f"{shown(file)}:{node.lineno} {node.name}"
+            yield (
+                (node.end_lineno or node.lineno) - node.lineno + 1,
+                f"{shown(file)}:{node.lineno} {node.name}",
+            )
 
 
 def wide_lines() -> Iterator[str]:
@@ -81,7 +99,11 @@ def import_circles() -> list[list[str]]:
     modules = {module_name(file): file for file in python_files(PACKAGE) if file.stem != "__init__"}
     imports = {module: imported_modules(file) & modules.keys() for module, file in modules.items()}
     reached = {module: reachable(module, imports) for module in imports}
-    groups = {tuple(sorted(other for other in reached[module] if module in reached[other])) for module in imports if module in reached[module]}
+    groups = {
+        tuple(sorted(other for other in reached[module] if module in reached[other]))
+        for module in imports
+        if module in reached[module]
+    }
     return [list(group) for group in sorted(groups)]
 
 
@@ -111,13 +133,18 @@ def reachable(module: str, imports: dict[str, set[str]]) -> set[str]:
 
 
 def main() -> int:
-    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     arguments.add_argument("--list", action="store_true", help="name the places")
     args = arguments.parse_args()
     beyond = False
     for figure in figures():
         beyond = beyond or figure.value > figure.limit
-        print(f"{figure.name}: {figure.value} (at most {figure.limit}){'' if figure.value <= figure.limit else '  <--'}")
+        print(
+            f"{figure.name}: {figure.value} (at most "
+            f"{figure.limit}){'' if figure.value <= figure.limit else '  <--'}"
+        )
         for place in figure.places if args.list else ():
             print(f"    {place}")
     return int(beyond)

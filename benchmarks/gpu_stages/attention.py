@@ -1,6 +1,8 @@
-"""Stage 1: one row under block masks gives the log-probs and gradients of padded rows, with few graphs; the head is as exact as its type.
+"""Stage 1: one row under block masks gives the log-probs and gradients of padded rows, with few graphs; the
+head is as exact as its type.
 
-On a CPU Dynamo's graphs run eagerly: that proves masks, rows, gradients and the number of graphs, not the kernel.
+On a CPU Dynamo's graphs run eagerly: that proves masks, rows, gradients and the number of graphs, not the
+kernel.
 """
 
 import random
@@ -18,7 +20,7 @@ from orchestrator.algorithms.losses.logprobs import HeadSpec
 from orchestrator.core.batches import Branch, MicroBatch, SequenceGroup
 from orchestrator.data.packing import by_branch, pack
 from orchestrator.models.block_attention import MAX_COMPILATIONS, compiled_attention
-from orchestrator.models.forward import MicroBatchTensors, ScoredHead, ScoringModel, scored
+from orchestrator.models.forward import MicroBatchTensors, ScoredHead, ScoringModel, run_forward
 from orchestrator.models.load import placed
 from orchestrator.models.tiny import build
 from orchestrator.recipe.schema import TinyModel
@@ -26,11 +28,13 @@ from orchestrator.recipe.schema import TinyModel
 MIXED = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 50}
 MODELS = {"llama": {}, "qwen3": {**MIXED, "use_sliding_window": True}, "gemma2": MIXED}
 EXACT, NOISE = 1e-5, 2.0
-"""fp32: largest difference of log-probs in nat, and of gradients in norm. bf16: at most this multiple of what padded rows in bf16 are off."""
+"""fp32: largest difference of log-probs in nat, and of gradients in norm. bf16: at most this multiple of what
+padded rows in bf16 are off."""
 MICRO_BATCHES = 30
 VOCABULARY = 128256
 HEAD = {torch.float32: (1e-5, 1e-5), torch.bfloat16: (3e-2, 1e-2)}
-"""The head against fp64 on the same inputs: log-probs in nat; gradients in norm. In bf16 a logit of 4 is rounded by 8e-3."""
+"""The head against fp64 on the same inputs: log-probs in nat; gradients in norm. In bf16 a logit of 4 is
+rounded by 8e-3."""
 
 
 def run(bench: Bench) -> None:
@@ -88,9 +92,11 @@ def pairs(draw: random.Random, count: int, prompt: int, answer: int) -> list[Seq
 def found(model: ScoringModel, rows: MicroBatch, device: torch.device) -> Found:
     """Log-probs, and gradients of a sum in which every sequence has a weight of its own."""
     model.zero_grad()
-    logps = scored(model, MicroBatchTensors.of(rows, device)).values
+    logps = run_forward(model, MicroBatchTensors.of(rows, device)).values
     (logps * torch.cos(torch.tensor(rows.sequence, device=device) + 1.0)).sum().backward()
-    by_sequence = [values for branches in by_branch(rows, logps.detach().float().cpu().numpy()) for values in branches]
+    by_sequence = [
+        values for branches in by_branch(rows, logps.detach().float().cpu().numpy()) for values in branches
+    ]
     gradient = torch.cat([p.grad.float().flatten().cpu() for p in model.parameters() if p.grad is not None])
     return Found(torch.from_numpy(np.concatenate(by_sequence)), gradient)
 
@@ -101,31 +107,46 @@ def equal(bench: Bench, architecture: str, device: torch.device) -> None:
     row, padded = pack(groups, "prefix_shared", one_row=True), pack(groups, "padded")
     model = model_of(architecture, device)
     truth = found(model, padded, device)
-    bench.below(f"{architecture} fp32, one row off padded rows: log-probs, gradients", found(model, row, device).apart(truth), EXACT)
+    bench.below(
+        f"{architecture} fp32, one row off padded rows: log-probs, gradients",
+        found(model, row, device).apart(truth),
+        EXACT,
+    )
     blind = found(model, replace(row, branch=np.zeros_like(row.branch)), device).apart(truth)
     bench.above(f"{architecture} fp32, control: answers that see each other", blind[0], 1e-2)
     placed(model, device, torch.bfloat16)
     noise, noise_slope = found(model, padded, device).apart(truth)
     gap, slope = found(model, row, device).apart(truth)
-    bench.below(f"{architecture} bf16, one row off fp32: same, in units of padded rows", (gap / noise, slope / noise_slope), NOISE)
+    bench.below(
+        f"{architecture} bf16, one row off fp32: same, in units of padded rows",
+        (gap / noise, slope / noise_slope),
+        NOISE,
+    )
 
 
 def ragged(bench: Bench, architecture: str, device: torch.device) -> None:
-    """A run's shapes, with gradients and without, from a clean slate: how many graphs they need. A call that would run uncompiled
-    is an error by itself."""
+    """A run's shapes, with gradients and without, from a clean slate: how many graphs they need. A call that
+    would run uncompiled is an error by itself."""
     torch._dynamo.reset()
     draw, model = random.Random(2), model_of(architecture, device)
     placed(model, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
-    before, lengths = compiled_attention().compilations, (20, 200, 1000) if device.type == "cuda" else (20, 60)
+    before, lengths = (
+        compiled_attention().compilations,
+        (20, 200, 1000) if device.type == "cuda" else (20, 60),
+    )
     for index in range(MICRO_BATCHES):
         groups = pairs(draw, draw.randint(1, 4), draw.choice(lengths), draw.choice(lengths))
         rows = MicroBatchTensors.of(pack(groups, "prefix_shared", one_row=True), device)
         if index % 3 == 2:
             with torch.no_grad():
-                scored(model.eval(), rows)
+                run_forward(model.eval(), rows)
         else:
-            scored(model.train(), rows).values.sum().backward()
-    bench.below(f"{architecture}: graphs for {MICRO_BATCHES} ragged micro-batches", compiled_attention().compilations - before, MAX_COMPILATIONS)
+            run_forward(model.train(), rows).values.sum().backward()
+    bench.below(
+        f"{architecture}: graphs for {MICRO_BATCHES} ragged micro-batches",
+        compiled_attention().compilations - before,
+        MAX_COMPILATIONS,
+    )
 
 
 def head(bench: Bench, dtype: torch.dtype, device: torch.device) -> None:
@@ -153,7 +174,9 @@ def relative(value: Tensor, truth: Tensor) -> float:
     return float((value.double() - truth).norm() / truth.norm())
 
 
-def exactly(rows: Tensor, weight: Tensor, targets: Tensor, weights: Tensor, chunk: int = 500) -> tuple[Tensor, Tensor, Tensor]:
+def exactly(
+    rows: Tensor, weight: Tensor, targets: Tensor, weights: Tensor, chunk: int = 500
+) -> tuple[Tensor, Tensor, Tensor]:
     """(log-probs, d sum / d rows, d sum / d weight) in fp64."""
     precise = weight.detach().double().requires_grad_()
     parts: list[Tensor] = []

@@ -1,4 +1,5 @@
-"""What the stages share: what they find (one JSON line each), where they run, and how much time is left. Imports no torch."""
+"""What the stages share: what they find (one JSON line each), where they run, and how much time is left.
+Imports no torch."""
 
 import json
 import sys
@@ -24,7 +25,8 @@ class Machine:
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One comparison. ok: the result keeps the limit. goal: a speed to reach; missing it is told and on a CPU fails nothing."""
+    """One comparison. ok: the result keeps the limit. goal: a speed to reach; missing it is told and on a CPU
+    fails nothing."""
 
     stage: int
     name: str
@@ -36,9 +38,9 @@ class Check:
 
 @dataclass(frozen=True, slots=True)
 class Speed:
-    """One contestant's training steps at one shape. tokens_per_s: prompts counted once per answer, as TRL counts; mfu: of the model's
-    FLOPs at the positions it computed; peak_gb: allocated (on a CPU: resident); plan_gb: predicted. losses: of the first two
-    steps; norm: of the first gradient."""
+    """One contestant's training steps at one shape. tokens_per_s: prompts counted once per answer, as TRL
+    counts; mfu: of the model's FLOPs at the positions it computed; peak_gb: allocated (on a CPU: resident);
+    plan_gb: predicted. losses: of the first two steps; norm: of the first gradient."""
 
     stage: int
     shape: str
@@ -85,7 +87,9 @@ def to_line(record: Record) -> str:
 def from_line(line: str) -> Record:
     fields: dict[str, Any] = json.loads(line)
     kind = KINDS[fields.pop("kind")]
-    return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()})
+    return kind(
+        **{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
+    )
 
 
 def read(path: Path) -> list[Record]:
@@ -160,8 +164,10 @@ def said(record: Record) -> str:
         return f"[{record.stage}] {verdict} {record.name}: {record.result} ({record.limit})"
     if isinstance(record, Speed):
         return (
-            f"[{record.stage}] {record.shape} {record.who} ({record.setting}): {record.tokens_per_s:.0f} tok/s, {record.step_s:.2f} s/step, "
-            f"MFU {record.mfu:.1%}, peak {record.peak_gb:.2f} GB, losses {', '.join(f'{loss:.6f}' for loss in record.losses)}, norm {record.norm:.5g}"
+            f"[{record.stage}] {record.shape} {record.who} ({record.setting}): {record.tokens_per_s:.0f} "
+            f"tok/s, {record.step_s:.2f} s/step, "
+            f"MFU {record.mfu:.1%}, peak {record.peak_gb:.2f} GB, losses "
+            f"{', '.join(f'{loss:.6f}' for loss in record.losses)}, norm {record.norm:.5g}"
         )
     if isinstance(record, Note):
         return f"[{record.stage}] {record.name}: {record.text}"

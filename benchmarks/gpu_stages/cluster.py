@@ -1,4 +1,5 @@
-"""Stage 3: the program as users start it, with Ray: GRPO with both decoders, every transport of weights, a worker that is killed."""
+"""Stage 3: the program as users start it, with Ray: GRPO with both decoders, every transport of weights, a
+worker that is killed."""
 
 import hashlib
 import json
@@ -28,7 +29,8 @@ SMALL = {
 REWARD = "def even(completions, **_):\n    return [sum(map(ord, text)) % 2 for text in completions]\n"
 """A reward that random policies earn half of the time."""
 GAP = {"cuda": 1e-3, "cpu": 1e-4}
-"""nat per token between the generator's log-probs and the learner's, in fp32, with other kernels on each side."""
+"""nat per token between the generator's log-probs and the learner's, in fp32, with other kernels on each
+side."""
 
 
 def run(bench: Bench) -> None:
@@ -36,7 +38,9 @@ def run(bench: Bench) -> None:
 
     from orchestrator.cluster.placement import connect
 
-    with tempfile.TemporaryDirectory(prefix="o") as ray_folder:  # short: the path of a socket below it has 107 characters at most
+    with tempfile.TemporaryDirectory(
+        prefix="o"
+    ) as ray_folder:  # short: the path of a socket below it has 107 characters at most
         os.environ["RAY_TMPDIR"] = ray_folder
         os.environ.pop("RAY_ADDRESS", None)
         connect()
@@ -56,13 +60,18 @@ def run(bench: Bench) -> None:
 def shares(bench: Bench) -> dict[str, Any]:
     """A learner and a rollout actor on one GPU, or on half a CPU each."""
     half = {"gpus_per_worker": 0.5} if bench.device == "cuda" else {"cpus_per_worker": 0.5}
-    return {"learners": {"workers": 1, **half}, "rollouts": {"workers": 1, "placement": "colocated", "batching": "static", **half}}
+    return {
+        "learners": {"workers": 1, **half},
+        "rollouts": {"workers": 1, "placement": "colocated", "batching": "static", **half},
+    }
 
 
 def made(bench: Bench, **sections: Mapping[str, Any]) -> Recipe:
     """A recipe from SMALL, what this machine has, and `sections`."""
     base = {**SMALL, **shares(bench)}
-    return Recipe.model_validate({**base, **{name: {**base.get(name, {}), **keys} for name, keys in sections.items()}})
+    return Recipe.model_validate(
+        {**base, **{name: {**base.get(name, {}), **keys} for name, keys in sections.items()}}
+    )
 
 
 def trained(bench: Bench, name: str, recipe: Recipe) -> Path:
@@ -89,7 +98,9 @@ def grpo(bench: Bench, batching: str) -> None:
     )
     lines = metrics(trained(bench, f"grpo-{batching}", recipe))
     finite = [line for line in lines if math.isfinite(line["loss"])]
-    bench.holds(f"GRPO, {batching}: steps with a finite loss", len(finite) == steps, str(len(finite)), str(steps))
+    bench.holds(
+        f"GRPO, {batching}: steps with a finite loss", len(finite) == steps, str(len(finite)), str(steps)
+    )
     gap = max(line["policy/train_rollout_gap"] for line in lines)
     bench.below(f"GRPO, {batching}: generator from learner, nat per token", gap, GAP[bench.device])
 
@@ -103,7 +114,7 @@ def transports(bench: Bench) -> None:
     """New weights through every transport: the actor's are the learner's, bit by bit."""
     from orchestrator.cluster.learner_group import LearnerGroup
     from orchestrator.cluster.rollout_pool import RolloutPool
-    from orchestrator.cluster.weight_sync import BroadcastBridge, CudaIpcBridge, ObjectStoreBridge
+    from orchestrator.cluster.weight_sync import BroadcastSync, CudaIpcSync, ObjectStoreSync
     from orchestrator.core.batches import Cut
     from orchestrator.core.rollouts import Prompt, Sampling
     from orchestrator.data.micro_batches import cut_step
@@ -111,9 +122,16 @@ def transports(bench: Bench) -> None:
 
     recipe = made(bench, algorithm={"name": "orpo"}, rollouts={"max_new_tokens": 4})
     cut = Cut(workers=1, examples=2, positions=None, layout="padded", zero_stage=0, sync="no_sync")
-    kinds: list[Callable[..., Any]] = [ObjectStoreBridge, BroadcastBridge, *([CudaIpcBridge] if bench.device == "cuda" else [])]
+    kinds: list[Callable[..., Any]] = [
+        ObjectStoreSync,
+        BroadcastSync,
+        *([CudaIpcSync] if bench.device == "cuda" else []),
+    ]
     work = [(0, Prompt(0, "", 0, np.arange(1, 6), ""))]
-    with LearnerGroup(recipe.learners, colocated=recipe.rollouts) as group, RolloutPool(recipe, placement=group.placement) as pool:
+    with (
+        LearnerGroup(recipe.learners, colocated=recipe.rollouts) as group,
+        RolloutPool(recipe, placement=group.placement) as pool,
+    ):
         group.build(LearnerSpec(recipe, cut, len(kinds)))
         seen = set()
         for version, kind in enumerate(kinds):
@@ -123,9 +141,14 @@ def transports(bench: Bench) -> None:
             pool.start(work, Sampling(samples=1, max_new_tokens=4), version).result()
             sent, held = group.call(learner_digest)[0], pool.call(actor_digest)[0]
             seen.add(sent)
-            text = f"{delivered.bytes / 1e6:.2f} MB in {delivered.seconds:.2f} s, {'equal' if sent == held else 'other weights'}"
+            text = (
+                f"{delivered.bytes / 1e6:.2f} MB in {delivered.seconds:.2f} s, "
+                f"{'equal' if sent == held else 'other weights'}"
+            )
             bench.holds(f"weights by {kind.__name__}", sent == held, text, "bit by bit")
-        bench.holds("versions of weights that differ", len(seen) == len(kinds), str(len(seen)), str(len(kinds)))
+        bench.holds(
+            "versions of weights that differ", len(seen) == len(kinds), str(len(seen)), str(len(kinds))
+        )
 
 
 def digest(named: Iterator[tuple[str, torch.Tensor]]) -> str:
@@ -148,7 +171,8 @@ def actor_digest(worker: Any) -> str:
 
 
 def killed_worker(bench: Bench) -> None:
-    """A learner dies in step 3 of 5: the run goes on from the checkpoint before and ends with the weights of an undisturbed one."""
+    """A learner dies in step 3 of 5: the run goes on from the checkpoint before and ends with the weights of
+    an undisturbed one."""
     folders = {}
     for name in ("calm", "killed"):
         recipe = made(
@@ -163,20 +187,30 @@ def killed_worker(bench: Bench) -> None:
     happened = (bench.work / "happened").exists()
     calm, killed = (weights(folder) for folder in folders.values())
     apart = max(float(np.abs(calm[name] - killed[name]).max()) for name in calm)
-    equal = happened and apart <= (1e-5 if bench.device == "cuda" else 0.0)  # a GPU's backward may add in another order
-    text = ("bitwise equal" if apart == 0.0 else f"{apart:.1e} apart") + ("" if happened else ", but nobody was killed")
+    equal = happened and apart <= (
+        1e-5 if bench.device == "cuda" else 0.0
+    )  # a GPU's backward may add in another order
+    text = ("bitwise equal" if apart == 0.0 else f"{apart:.1e} apart") + (
+        "" if happened else ", but nobody was killed"
+    )
     bench.holds("weights after a killed worker", equal, text, "bitwise" if bench.small else "<= 1e-05")
 
 
 def weights(folder: Path) -> dict[str, np.ndarray]:
     from safetensors.numpy import load_file
 
-    return {name: value for path in sorted((folder / "export").glob("*.safetensors")) for name, value in load_file(path).items()}
+    return {
+        name: value
+        for path in sorted((folder / "export").glob("*.safetensors"))
+        for name, value in load_file(path).items()
+    }
 
 
 @contextmanager
 def planned_fault(marker: Path) -> Iterator[None]:
-    os.environ[faults.VARIABLE] = json.dumps([{"site": "micro_batch", "action": "kill", "step": 3, "rank": 0, "once": str(marker)}])
+    os.environ[faults.VARIABLE] = json.dumps(
+        [{"site": "micro_batch", "action": "kill", "step": 3, "rank": 0, "once": str(marker)}]
+    )
     try:
         yield
     finally:

@@ -13,7 +13,9 @@ def settle(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def seconds(work: Callable[[], object], device: torch.device, repeats: int = 3, *, warm: bool = True) -> float:
+def seconds(
+    work: Callable[[], object], device: torch.device, repeats: int = 3, *, warm: bool = True
+) -> float:
     """The quickest of some repetitions, after one that is not counted."""
     if warm:
         work()
@@ -35,7 +37,8 @@ def matmul_flops(device: torch.device) -> float:
 
 
 def peak_flops(device: torch.device) -> float:
-    """What MFU is a share of: the data sheet's dense bf16 rate (TRL's table), or the measured product where there is none."""
+    """What MFU is a share of: the data sheet's dense bf16 rate (TRL's table), or the measured product where
+    there is none."""
     if device.type == "cuda":
         from trl.trainer.utils import get_peak_flops
 

@@ -19,14 +19,20 @@ def run(bench: Bench) -> None:
     with bench.attempt("versions"):
         bench.note("versions", versions(device))
     with bench.attempt("ceilings"):
-        bench.note("*ceilings", f"matrix product {matmul_flops(device) / 1e12:.3g} TFLOP/s, copy {copy_rate(device) / 1e9:.0f} GB/s")
+        bench.note(
+            "*ceilings",
+            f"matrix product {matmul_flops(device) / 1e12:.3g} TFLOP/s, copy {copy_rate(device) / 1e9:.0f} "
+            "GB/s",
+        )
     with bench.attempt("imports"):
         broken = broken_imports()
         bench.holds("modules that do not import", not broken, "; ".join(broken) or "0", "0")
     with bench.attempt("plan tiny/dpo"):
         plan(bench)
     with bench.attempt("one FlexAttention, compiled"):
-        bench.note("first compilation of FlexAttention", f"{compile_flex(device):.1f} s for forward and backward")
+        bench.note(
+            "first compilation of FlexAttention", f"{compile_flex(device):.1f} s for forward and backward"
+        )
         bench.holds("FlexAttention compiles, forward and backward", True, "yes", "yes")
 
 
@@ -39,11 +45,26 @@ def versions(device: torch.device) -> str:
         except PackageNotFoundError:
             return f"no {name}"
 
-    names = ("torch", "triton", "transformers", "accelerate", "deepspeed", "ray", "trl", "peft", "vllm", "flash-attn", "kernels")
+    names = (
+        "torch",
+        "triton",
+        "transformers",
+        "accelerate",
+        "deepspeed",
+        "ray",
+        "trl",
+        "peft",
+        "vllm",
+        "flash-attn",
+        "kernels",
+    )
     text = f"Python {sys.version.split()[0]}, " + ", ".join(map(of, names))
     if device.type == "cuda":
         found = torch.cuda.get_device_properties(device)
-        text += f", CUDA {torch.version.cuda}, {found.name}, {found.total_memory / 2**30:.1f} GiB, {torch.cuda.device_count()} GPUs"
+        text += (
+            f", CUDA {torch.version.cuda}, {found.name}, {found.total_memory / 2**30:.1f} GiB, "
+            f"{torch.cuda.device_count()} GPUs"
+        )
     return text
 
 
@@ -51,7 +72,11 @@ def broken_imports() -> list[str]:
     """Modules of this project, and libraries it stands on, that cannot be imported, and why."""
     import orchestrator
 
-    modules = [m.name for m in pkgutil.walk_packages(orchestrator.__path__, "orchestrator.") if not m.name.endswith("__main__")]
+    modules = [
+        m.name
+        for m in pkgutil.walk_packages(orchestrator.__path__, "orchestrator.")
+        if not m.name.endswith("__main__")
+    ]
     broken = []
     for name in (*LIBRARIES, *modules):
         try:
@@ -64,9 +89,16 @@ def broken_imports() -> list[str]:
 def plan(bench: Bench) -> None:
     """`plan tiny/dpo` ends with 0, in a process that sees every GPU of this host."""
     command = [sys.executable, "-m", "orchestrator", "plan", "tiny/dpo"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=bench.work, env={**os.environ, "COLUMNS": "200"})
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=bench.work, env={**os.environ, "COLUMNS": "200"}
+    )
     said = (done.stderr.strip() or done.stdout.strip()).splitlines()
-    bench.holds("plan tiny/dpo", done.returncode == 0, "exit 0" if done.returncode == 0 else f"exit {done.returncode}: {said[-1][:150]}", "exit 0")
+    bench.holds(
+        "plan tiny/dpo",
+        done.returncode == 0,
+        "exit 0" if done.returncode == 0 else f"exit {done.returncode}: {said[-1][:150]}",
+        "exit 0",
+    )
 
 
 def compile_flex(device: torch.device) -> float:

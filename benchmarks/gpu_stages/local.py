@@ -1,4 +1,5 @@
-"""roles.Learner in this process: one rank with the verbs of a worker group, for what is written for groups (verify, Stepper)."""
+"""roles.Learner in this process: one rank with the verbs of a worker group, for what is written for groups
+(verify, Stepper)."""
 
 import socket
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from orchestrator.core.roles import PerMicroBatch
 from orchestrator.learner.engine import ProcessGroup
 from orchestrator.learner.rank_learner import LearnerSpec, RankLearner
 from orchestrator.learner.reference import RankReference
-from orchestrator.models.load import Loaded
+from orchestrator.models.load import LoadedModel
 from orchestrator.recipe.schema import Recipe
 
 
@@ -36,7 +37,7 @@ class LocalGroup:
         self.device, self.group = device, join(device)
         self.held: Any = None
 
-    def build(self, spec: LearnerSpec, loaded: Loaded | None = None) -> None:
+    def build(self, spec: LearnerSpec, loaded: LoadedModel | None = None) -> None:
         self.free()
         self.held = RankLearner(spec, self.group, self.device, loaded)
 
@@ -54,7 +55,9 @@ class LocalGroup:
     def discard(self) -> None:
         self.held.discard()
 
-    def token_logprobs(self, batch: PackedBatch, *, reference: bool = False, step: int | None = None) -> PerMicroBatch:
+    def token_logprobs(
+        self, batch: PackedBatch, *, reference: bool = False, step: int | None = None
+    ) -> PerMicroBatch:
         return (self.held.token_logprobs(batch.micro_batches[0], reference=reference, step=step),)
 
     def call(self, function: Callable[..., Any], *args: Any) -> list[Any]:

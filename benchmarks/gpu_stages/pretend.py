@@ -1,7 +1,7 @@
 """FlexAttention on a device; on a CPU with what torch can do there: Dynamo's graphs run eagerly.
 
-torch refuses FlexAttention's backward on a CPU though its eager mathematics can do it; with the check off, masks, padding, gradients and
-the number of compilations are those of a GPU. The kernel is not.
+torch refuses FlexAttention's backward on a CPU though its eager mathematics can do it; with the check off,
+masks, padding, gradients and the number of compilations are those of a GPU. The kernel is not.
 """
 
 from typing import Any

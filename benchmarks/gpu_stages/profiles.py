@@ -32,21 +32,32 @@ def run(bench: Bench) -> None:
 
 
 def profile_step(bench: Bench, device: torch.device) -> None:
-    """The kernels that take most of one forward and backward, and the share of time in which the device had none."""
+    """The kernels that take most of one forward and backward, and the share of time in which the device had
+    none."""
     shape = next((s for s in shapes(bench.device) if s.name.startswith("7B")), shapes(bench.device)[0])
     step = stepper(replace(shape, pairs=4), device)
     step()
     settle(device)
-    kinds = [torch.profiler.ProfilerActivity.CPU, *([torch.profiler.ProfilerActivity.CUDA] if device.type == "cuda" else [])]
+    kinds = [
+        torch.profiler.ProfilerActivity.CPU,
+        *([torch.profiler.ProfilerActivity.CUDA] if device.type == "cuda" else []),
+    ]
     with torch.profiler.profile(activities=kinds) as profiler:
         wall = seconds(step, device, 1, warm=False)
     busy: list[tuple[float, int, str]] = []
     for event in profiler.key_averages():
-        own: float = getattr(event, "self_device_time_total", 0.0) if device.type == "cuda" else event.self_cpu_time_total
+        own: float = (
+            getattr(event, "self_device_time_total", 0.0)
+            if device.type == "cuda"
+            else event.self_cpu_time_total
+        )
         if device.type == "cpu" or event.device_type == torch.autograd.DeviceType.CUDA:
             busy.append((own / 1e6, event.count, event.key))
     total = sum(time for time, _, _ in busy)
-    bench.note(f"*{shape.name}, one step profiled", f"{wall:.3f} s, {max(0.0, 1 - total / wall):.0%} of it without a kernel")
+    bench.note(
+        f"*{shape.name}, one step profiled",
+        f"{wall:.3f} s, {max(0.0, 1 - total / wall):.0%} of it without a kernel",
+    )
     for time, count, name in sorted(busy, reverse=True)[:TOP]:
         bench.note("kernel", f"{time / total:6.1%} {1e3 * time:9.2f} ms {count:6d} x {name[:90]}")
 
@@ -93,7 +104,9 @@ def attention(bench: Bench, device: torch.device) -> None:
     heads, wide, lengths = (32, 128, (4096, 8192)) if device.type == "cuda" else (2, 16, (512,))
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     for length in lengths:
-        q, k, v = (torch.randn(1, heads, length, wide, device=device, dtype=dtype).requires_grad_() for _ in range(3))
+        q, k, v = (
+            torch.randn(1, heads, length, wide, device=device, dtype=dtype).requires_grad_() for _ in range(3)
+        )
         mask = create_block_mask(causal, None, None, length, length, device=str(device))
         flops = 3 * 4 * heads * wide * length * (length + 1) / 2
 
@@ -104,7 +117,9 @@ def attention(bench: Bench, device: torch.device) -> None:
             torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True).sum().backward()
 
         rates = [flops / seconds(work, device) / 1e12 for work in (flexed, plain)]
-        bench.note(f"*causal attention at {length}, TFLOP/s", f"FlexAttention {rates[0]:.3g}, SDPA {rates[1]:.3g}")
+        bench.note(
+            f"*causal attention at {length}, TFLOP/s", f"FlexAttention {rates[0]:.3g}, SDPA {rates[1]:.3g}"
+        )
 
 
 def causal(b: Any, h: Any, i: Any, j: Any) -> Any:

@@ -8,7 +8,7 @@ import torch
 from gpu_stages.device import release
 from orchestrator.core.batches import Branch, SequenceGroup
 from orchestrator.models.forward import Checkpointing
-from orchestrator.models.load import Loaded, load_config, placed
+from orchestrator.models.load import LoadedModel, load_config, placed
 from orchestrator.recipe.schema import Recipe
 
 BETA = 0.1
@@ -16,7 +16,8 @@ BETA = 0.1
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """sizes: of model.tiny. prompt, answer: tokens; every answer is as long as another, as padding is not what is compared."""
+    """sizes: of model.tiny. prompt, answer: tokens; every answer is as long as another, as padding is not
+    what is compared."""
 
     name: str
     sizes: dict[str, object]
@@ -49,8 +50,9 @@ class Shape:
         return made_pairs(self.pairs, self.prompt, self.answer)
 
     def flops(self, device: str, shared: bool) -> float:
-        """Model FLOPs of one step, forward and backward, nothing recomputed: 6 per weight and position, 12 per head dimension and
-        pair of positions that see each other, the head on answers only. shared: prompts are computed once per pair."""
+        """Model FLOPs of one step, forward and backward, nothing recomputed: 6 per weight and position, 12
+        per head dimension and pair of positions that see each other, the head on answers only. shared:
+        prompts are computed once per pair."""
         config = load_config(self.recipe(device).model).get_text_config()
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         wide, narrow = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
@@ -84,20 +86,28 @@ def _triangle(count: int) -> int:
     return count * (count + 1) // 2
 
 
-def on_device(recipe: Recipe, device: torch.device) -> Loaded:
-    """The recipe's model drawn on the device itself: no disk, no copy in RAM, no fingerprint. The same weights every time, in
-    the recipe's precision."""
+def on_device(recipe: Recipe, device: torch.device) -> LoadedModel:
+    """The recipe's model drawn on the device itself: no disk, no copy in RAM, no fingerprint. The same
+    weights every time, in the recipe's precision."""
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(0)
     with device:
-        model = AutoModelForCausalLM.from_config(load_config(recipe.model), attn_implementation="sdpa", dtype=torch.float32)
+        model = AutoModelForCausalLM.from_config(
+            load_config(recipe.model), attn_implementation="sdpa", dtype=torch.float32
+        )
     placed(model, device, torch.bfloat16 if recipe.learners.precision == "bf16" else torch.float32)
     release(device)
-    return Loaded(model, None, "", "random")
+    return LoadedModel(model, None, "", "random")
 
 
-LLAMA_7B = {"architecture": "llama", "hidden_size": 4096, "heads": 32, "intermediate_size": 11008, "vocab_size": 32000}
+LLAMA_7B = {
+    "architecture": "llama",
+    "hidden_size": 4096,
+    "heads": 32,
+    "intermediate_size": 11008,
+    "vocab_size": 32000,
+}
 QWEN_1B5 = {
     "architecture": "qwen2",
     "hidden_size": 1536,
@@ -107,7 +117,14 @@ QWEN_1B5 = {
     "intermediate_size": 8960,
     "vocab_size": 151936,
 }
-SMALL = {"architecture": "llama", "hidden_size": 64, "layers": 2, "heads": 4, "kv_heads": 2, "vocab_size": 512}
+SMALL = {
+    "architecture": "llama",
+    "hidden_size": 64,
+    "layers": 2,
+    "heads": 4,
+    "kv_heads": 2,
+    "vocab_size": 512,
+}
 
 
 def shapes(device: str) -> list[Shape]:

@@ -1,4 +1,5 @@
-"""Stage 4, last: one GRPO step with the transformers engine, phase by phase, in one process: publish, generate, learn."""
+"""Stage 4, last: one GRPO step with the transformers engine, phase by phase, in one process: publish,
+generate, learn."""
 
 import time
 from collections.abc import Callable
@@ -14,25 +15,34 @@ from gpu_stages.local import LocalGroup
 from gpu_stages.shapes import on_device
 from orchestrator.algorithms.table import build
 from orchestrator.core.batches import Cut
-from orchestrator.core.rollouts import Prompt, RolloutGroup, Sampling, ScoredGroup
+from orchestrator.core.rollouts import Prompt, RewardedGroup, RolloutGroup, Sampling
 from orchestrator.learner.rank_learner import LearnerSpec
 from orchestrator.learner.weights import flat_buckets
 from orchestrator.models.weight_buckets import Bucket, checksum
 from orchestrator.plan.ways import CPU_POSITIONS
 from orchestrator.recipe.schema import Recipe
 from orchestrator.rollout.worker import RolloutWorker
-from orchestrator.trainers.experience import Needs, make_experience
-from orchestrator.trainers.optimizer_step import Clock, Guards, Stepper
+from orchestrator.trainers.experience import ExperienceInputs, make_experience
+from orchestrator.trainers.optimizer_step import Clock, Guards, OptimizerStepper
 
 T = TypeVar("T")
-QWEN_0B5 = {"architecture": "qwen2", "hidden_size": 896, "layers": 24, "heads": 14, "kv_heads": 2, "intermediate_size": 4864, "vocab_size": 151936}
+QWEN_0B5 = {
+    "architecture": "qwen2",
+    "hidden_size": 896,
+    "layers": 24,
+    "heads": 14,
+    "kv_heads": 2,
+    "intermediate_size": 4864,
+    "vocab_size": 151936,
+}
 TINY = {"architecture": "llama", "hidden_size": 64, "layers": 2, "heads": 4}
 PROMPT = 64
 BUCKET_BYTES = 256 << 20
 STEPS = 2
 """The first one warms up."""
 GAP = {"cuda": 0.05, "cpu": 1e-4}
-"""nat per token between the generator's and the learner's log-probs: bf16 on a GPU, where the program writes a warning from this on."""
+"""nat per token between the generator's and the learner's log-probs: bf16 on a GPU, where the program writes
+a warning from this on."""
 
 
 def run(bench: Bench) -> None:
@@ -50,7 +60,12 @@ def recipe_of(device: str) -> Recipe:
             "algorithm": {"name": "grpo"},
             "optimizer": {"learning_rate": 1e-6, "max_grad_norm": None},
             "learners": {"precision": "bf16" if gpu else "fp32", "gpus_per_worker": int(gpu)},
-            "rollouts": {"samples": 8, "max_new_tokens": 128 if gpu else 8, "rows_at_once": 64, "gpus_per_worker": int(gpu)},
+            "rollouts": {
+                "samples": 8,
+                "max_new_tokens": 128 if gpu else 8,
+                "rows_at_once": 64,
+                "gpus_per_worker": int(gpu),
+            },
         }
     )
 
@@ -62,18 +77,25 @@ def grpo(bench: Bench, recipe: Recipe, device: torch.device) -> None:
     group = LocalGroup(device)
     group.build(LearnerSpec(recipe, cut, STEPS), on_device(recipe, device))
     algorithm, worker = build(recipe.algorithm, recipe.rollouts), RolloutWorker(recipe, device)
-    stepper = Stepper(algorithm, group, cut, lambda batch: batch, SimpleNamespace(note=print), Guards())  # pyright: ignore[reportArgumentType]
-    draw, needs = np.random.default_rng(0), Needs(False, False, 0.0, "k3")
+    stepper = OptimizerStepper(
+        algorithm, group, cut, lambda batch: batch, SimpleNamespace(note=print), Guards()
+    )  # pyright: ignore[reportArgumentType]
+    draw, needs = np.random.default_rng(0), ExperienceInputs(False, False, 0.0, "k3")
     prompts = [Prompt(i, "", 0, draw.integers(8, 200, PROMPT), "") for i in range(8)]
     sampling = Sampling(recipe.rollouts.samples, recipe.rollouts.max_new_tokens)
     for step in range(STEPS):
         publish_s, _ = timed(lambda version=step: publish(group, worker, version), device)
-        generate_s, groups = timed(lambda version=step: worker.roll_out(list(enumerate(prompts)), sampling, version), device)
-        scored = [ScoredGroup(g, rewards(g)) for g in groups]
+        generate_s, groups = timed(
+            lambda version=step: worker.roll_out(list(enumerate(prompts)), sampling, version), device
+        )
+        scored = [RewardedGroup(g, rewards(g)) for g in groups]
         made = make_experience(scored, [s.rewards for s in scored], algorithm, needs, group, None, cut)  # pyright: ignore[reportArgumentType]
-        learn_s, taken = timed(lambda at=step, made=made: stepper.take(made.groups, at, Clock()), device)
+        learn_s, taken = timed(lambda at=step, made=made: stepper.step(made.groups, at, Clock()), device)
     tokens = sum(len(rollout.ids) for g in groups for rollout in g.rollouts)
-    text = f"{tokens} tokens: publish {publish_s:.2f} s, generate {generate_s:.2f} s ({tokens / generate_s:.0f} tok/s), learn {learn_s:.2f} s"
+    text = (
+        f"{tokens} tokens: publish {publish_s:.2f} s, generate {generate_s:.2f} s "
+        f"({tokens / generate_s:.0f} tok/s), learn {learn_s:.2f} s"
+    )
     bench.note("*GRPO step" + (" at 0.5B" if gpu else ""), text)
     gap = taken.learned.means["policy/train_rollout_gap"].value
     bench.below("GRPO: generator from learner, nat per token", gap, GAP[bench.device])

@@ -21,8 +21,14 @@ from orchestrator.recipe.schema import Recipe
 
 STEPS = 3
 """The first warms up (and is not timed), the others are timed; the best counts."""
-SETTINGS: tuple[tuple[Checkpointing, bool], ...] = (("none", False), ("none", True), ("selective", False), ("full", False))
-"""(activation checkpointing, whether norms and feed-forward blocks are compiled). The latter not on a CPU, where it is a minute of C++."""
+SETTINGS: tuple[tuple[Checkpointing, bool], ...] = (
+    ("none", False),
+    ("none", True),
+    ("selective", False),
+    ("full", False),
+)
+"""(activation checkpointing, whether norms and feed-forward blocks are compiled). The latter not on a CPU,
+where it is a minute of C++."""
 PAIRS_AT_ONCE = (8, 4, 2, 1)
 LAST_START_S = {"cuda": 12.0, "cpu": 0.0}
 """Seconds that a shape takes at most."""
@@ -35,7 +41,9 @@ FILL = 0.9
 def run(bench: Bench) -> None:
     device, peak = torch.device(bench.device), peak_flops(torch.device(bench.device))
     for checkpointing, fused in SETTINGS if not bench.small else [s for s in SETTINGS if not s[1]]:
-        setting = ("no checkpointing" if checkpointing == "none" else f"{checkpointing} checkpointing") + (", fused" if fused else "")
+        setting = ("no checkpointing" if checkpointing == "none" else f"{checkpointing} checkpointing") + (
+            ", fused" if fused else ""
+        )
         for shape in shapes(bench.device):
             if bench.left_s < LAST_START_S[bench.device]:
                 bench.note(f"{shape.name}, {setting}", "left out: no time")
@@ -45,7 +53,9 @@ def run(bench: Bench) -> None:
             release(device)
 
 
-def measure(bench: Bench, shape: Shape, device: torch.device, recipe: Recipe, setting: str, peak: float) -> None:
+def measure(
+    bench: Bench, shape: Shape, device: torch.device, recipe: Recipe, setting: str, peak: float
+) -> None:
     found = largest_that_fits(recipe, shape, device)
     if found is None:
         bench.note(f"{shape.name}, {setting}", "left out: the plan says that not even one pair fits")
@@ -55,14 +65,40 @@ def measure(bench: Bench, shape: Shape, device: torch.device, recipe: Recipe, se
     try:
         step_s, losses, norm, measured = steps(shape, recipe, cut, device)
     except OutOfMemory as error:
-        bench.holds(f"{shape.name}, {label}: planned memory", False, f"{first_line(error)}; planned {planned.total / 1e9:.1f} GB", "fits")
+        bench.holds(
+            f"{shape.name}, {label}: planned memory",
+            False,
+            f"{first_line(error)}; planned {planned.total / 1e9:.1f} GB",
+            "fits",
+        )
         return
     mfu = shape.flops(bench.device, shared=True) / step_s / peak
     gb = (measured / 1e9, reserved(device) / 1e9)
-    counted = planned.total - (0 if bench.small else planned.runtime)  # torch's allocator does not see CUDA's context
-    bench.add(Speed(bench.stage, shape.name, "ours", label, shape.tokens / step_s, step_s, mfu, *gb, losses, norm, counted / 1e9))
+    counted = planned.total - (
+        0 if bench.small else planned.runtime
+    )  # torch's allocator does not see CUDA's context
+    bench.add(
+        Speed(
+            bench.stage,
+            shape.name,
+            "ours",
+            label,
+            shape.tokens / step_s,
+            step_s,
+            mfu,
+            *gb,
+            losses,
+            norm,
+            counted / 1e9,
+        )
+    )
     if not bench.small:  # a CPU's peak is of resident memory, which a tiny model does not move
-        bench.below(f"{shape.name}, {label}: planned memory, off the measured", abs(counted - measured) / measured, PLAN_GOAL, goal=True)
+        bench.below(
+            f"{shape.name}, {label}: planned memory, off the measured",
+            abs(counted - measured) / measured,
+            PLAN_GOAL,
+            goal=True,
+        )
 
 
 def cut_of(recipe: Recipe, pairs: int) -> Cut:
@@ -71,20 +107,28 @@ def cut_of(recipe: Recipe, pairs: int) -> Cut:
     return Cut(1, pairs, None, "prefix_shared", zero_stage=int(gpu), sync="no_sync", one_row=gpu)
 
 
-def largest_that_fits(recipe: Recipe, shape: Shape, device: torch.device) -> tuple[Cut, MemoryEstimate] | None:
+def largest_that_fits(
+    recipe: Recipe, shape: Shape, device: torch.device
+) -> tuple[Cut, MemoryEstimate] | None:
     """The largest micro-batch whose predicted memory fits, as the plan would choose it."""
     model, limit = MemoryModel(recipe, build(recipe.algorithm)), FILL * device_bytes(device, 1)
     for pairs in PAIRS_AT_ONCE:
         cut = cut_of(recipe, pairs)
-        planned = model.estimate(cut, largest_micro_batch([shape.groups()], cut), recipe.learners.checkpointing)
+        planned = model.estimate(
+            cut, largest_micro_batch([shape.groups()], cut), recipe.learners.checkpointing
+        )
         if planned.peak <= limit and pairs <= shape.pairs // 2:
             return cut, planned
     return None
 
 
-def steps(shape: Shape, recipe: Recipe, cut: Cut, device: torch.device) -> tuple[float, tuple[float, ...], float, int]:
+def steps(
+    shape: Shape, recipe: Recipe, cut: Cut, device: torch.device
+) -> tuple[float, tuple[float, ...], float, int]:
     """(seconds of the quickest timed step, losses of all steps, norm of the first gradient, peak bytes)."""
-    learner = RankLearner(LearnerSpec(recipe, cut, STEPS), join(device), device, loaded=on_device(recipe, device))
+    learner = RankLearner(
+        LearnerSpec(recipe, cut, STEPS), join(device), device, loaded=on_device(recipe, device)
+    )
     batch = cut_step(shape.groups(), cut)
     batch = batch.with_reference((learner.token_logprobs(batch.micro_batches[0]),))
     best, losses, norms, peak = float("inf"), [], [], 0

@@ -1,7 +1,8 @@
 """Stage 4, second half: TRL's DPOTrainer on the same weights and pairs, at its best of some settings.
 
-bf16 autocast over fp32 weights on a GPU (pure bf16 weights would lose the updates of such learning rates, so it would not be the same
-training); SDPA, padded rows, TRL's fused head, reference log-probs beforehand, fused AdamW, no clipping. Not tried: Liger's kernels.
+bf16 autocast over fp32 weights on a GPU (pure bf16 weights would lose the updates of such learning rates, so
+it would not be the same training); SDPA, padded rows, TRL's fused head, reference log-probs beforehand, fused
+AdamW, no clipping. Not tried: Liger's kernels.
 """
 
 import time
@@ -39,7 +40,9 @@ def run(bench: Bench) -> None:
         judge(bench, shape)
 
 
-def measure(bench: Bench, shape: Shape, device: torch.device, pairs: int, checkpointing: bool, label: str, peak: float) -> None:
+def measure(
+    bench: Bench, shape: Shape, device: torch.device, pairs: int, checkpointing: bool, label: str, peak: float
+) -> None:
     """One setting; what does not fit is noted."""
     try:
         step_s, losses, norm, gb = train(bench, shape, device, pairs, checkpointing)
@@ -49,17 +52,35 @@ def measure(bench: Bench, shape: Shape, device: torch.device, pairs: int, checkp
         bench.note(f"{shape.name}, TRL, {label}", f"out of memory: {first_line(error)[:80]}")
         return
     mfu = shape.flops(bench.device, shared=False) / step_s / peak
-    bench.add(Speed(bench.stage, shape.name, "TRL", label, shape.tokens / step_s, step_s, mfu, gb, reserved(device) / 1e9, losses, norm))
+    bench.add(
+        Speed(
+            bench.stage,
+            shape.name,
+            "TRL",
+            label,
+            shape.tokens / step_s,
+            step_s,
+            mfu,
+            gb,
+            reserved(device) / 1e9,
+            losses,
+            norm,
+        )
+    )
 
 
-def train(bench: Bench, shape: Shape, device: torch.device, pairs: int, checkpointing: bool) -> tuple[float, tuple[float, ...], float, float]:
+def train(
+    bench: Bench, shape: Shape, device: torch.device, pairs: int, checkpointing: bool
+) -> tuple[float, tuple[float, ...], float, float]:
     """(seconds of the last step, losses, norm of the first gradient, peak GB)."""
     from datasets import Dataset
     from transformers.trainer_callback import PrinterCallback
     from trl import DPOConfig
     from trl.trainer import dpo_trainer
 
-    dpo_trainer.hash_module = lambda module: shape.name  # only names a cache of this process; hashing gigabytes would take the time
+    dpo_trainer.hash_module = lambda module: (
+        shape.name
+    )  # only names a cache of this process; hashing gigabytes would take the time
 
     class Tokenized(dpo_trainer.DPOTrainer):
         def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
@@ -90,11 +111,17 @@ def train(bench: Bench, shape: Shape, device: torch.device, pairs: int, checkpoi
     )
     reset_peak(device)
     trainer = Tokenized(
-        model=on_device(shape.recipe(bench.device), device).model.float(),  # fp32 weights, at first with the values of ours
+        model=on_device(
+            shape.recipe(bench.device), device
+        ).model.float(),  # fp32 weights, at first with the values of ours
         args=config,
         train_dataset=Dataset.from_list(
             [
-                {"prompt_ids": g.prompt.tolist(), "chosen_ids": g.branches[0].ids.tolist(), "rejected_ids": g.branches[1].ids.tolist()}
+                {
+                    "prompt_ids": g.prompt.tolist(),
+                    "chosen_ids": g.branches[0].ids.tolist(),
+                    "rejected_ids": g.branches[1].ids.tolist(),
+                }
                 for g in shape.groups()
             ]
         ),
@@ -122,7 +149,14 @@ def clock_of(device: torch.device) -> Any:
 
         def on_pre_optimizer_step(self, *_: Any, model: Any = None, **__: Any) -> None:
             if not self.times:
-                self.norm = sum(float(p.grad.double().square().sum()) for p in model.parameters() if p.grad is not None) ** 0.5
+                self.norm = (
+                    sum(
+                        float(p.grad.double().square().sum())
+                        for p in model.parameters()
+                        if p.grad is not None
+                    )
+                    ** 0.5
+                )
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
             settle(device)
@@ -136,9 +170,17 @@ def judge(bench: Bench, shape: Shape) -> None:
     records = latest(read(bench.out))
     ours, theirs = best(records, shape.name, "ours"), best(records, shape.name, "TRL")
     if ours is None or theirs is None:
-        bench.holds(f"{shape.name}: both contestants ran", False, "no" if ours or theirs else "neither", "both")
+        bench.holds(
+            f"{shape.name}: both contestants ran", False, "no" if ours or theirs else "neither", "both"
+        )
         return
-    bench.below(f"{shape.name}: loss and gradient norm, off TRL's", difference(ours, theirs, bench.device), EQUAL[bench.device])
-    bench.above(f"{shape.name}: tokens/s against TRL", ours.tokens_per_s / theirs.tokens_per_s, RATIO_GOAL, goal=True)
+    bench.below(
+        f"{shape.name}: loss and gradient norm, off TRL's",
+        difference(ours, theirs, bench.device),
+        EQUAL[bench.device],
+    )
+    bench.above(
+        f"{shape.name}: tokens/s against TRL", ours.tokens_per_s / theirs.tokens_per_s, RATIO_GOAL, goal=True
+    )
     if shape.name.startswith("7B"):
         bench.above(f"{shape.name}: MFU", ours.mfu, MFU_GOAL, goal=True)

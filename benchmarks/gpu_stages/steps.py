@@ -26,8 +26,8 @@ from orchestrator.learner.probes import final_weights
 from orchestrator.learner.rank_learner import LearnerSpec
 from orchestrator.learner.state import weights_digest
 from orchestrator.recipe.schema import Recipe
-from orchestrator.run.verify import TOLERANCE, Difference, Proof, Trajectory
-from orchestrator.trainers.optimizer_step import Clock, Guards, Stepper
+from orchestrator.run.verify import TOLERANCE, Difference, LossCurve, Verification
+from orchestrator.trainers.optimizer_step import Clock, Guards, OptimizerStepper
 
 STEPS, PAIRS, MICRO_BATCH = 3, 16, 4
 ANCHOR = {"fp32": 1e-5, "bf16": 3e-2}
@@ -45,7 +45,11 @@ class Way:
     one_row: bool = False
 
     def __str__(self) -> str:
-        more = [self.sync] * bool(self.stage) + ["offload"] * (self.offload == "cpu") + ["one row"] * self.one_row
+        more = (
+            [self.sync] * bool(self.stage)
+            + ["offload"] * (self.offload == "cpu")
+            + ["one row"] * self.one_row
+        )
         return ", ".join([f"ZeRO {self.stage} {self.precision}", *more])
 
 
@@ -70,7 +74,7 @@ def run(bench: Bench) -> None:
     if bench.small:
         allow_backward()
     group = LocalGroup(device)
-    proof = Proof.of(recipe(bench.device, WAYS[0]), STEPS)
+    proof = Verification.of(recipe(bench.device, WAYS[0]), STEPS)
     baseline = proof.plain()
     for way in WAYS:
         with bench.attempt(str(way)):
@@ -95,34 +99,50 @@ def recipe(device: str, way: Way, **tiny: int) -> Recipe:
                 "precision": way.precision,
                 "zero_stage": way.stage,
                 "sync": way.sync,
-                "offload": {"optimizer": way.offload, "parameters": way.offload if way.stage == 3 else "none"},
+                "offload": {
+                    "optimizer": way.offload,
+                    "parameters": way.offload if way.stage == 3 else "none",
+                },
             },
         }
     )
 
 
 def cut_of(way: Way, planned: Cut) -> Cut:
-    return replace(planned, examples=MICRO_BATCH, positions=None, zero_stage=way.stage, sync=way.sync, one_row=way.one_row or planned.one_row)
+    return replace(
+        planned,
+        examples=MICRO_BATCH,
+        positions=None,
+        zero_stage=way.stage,
+        sync=way.sync,
+        one_row=way.one_row or planned.one_row,
+    )
 
 
-def compare(bench: Bench, proof: Proof, baseline: Trajectory, way: Way, group: LocalGroup) -> None:
-    """The steps of `way` against the plain ones, the first loss against ln 2, and whether discard() leaves the weights alone."""
+def compare(bench: Bench, proof: Verification, baseline: LossCurve, way: Way, group: LocalGroup) -> None:
+    """The steps of `way` against the plain ones, the first loss against ln 2, and whether discard() leaves
+    the weights alone."""
     proof = replace(proof, recipe=recipe(bench.device, way))
     cut = cut_of(way, proof.planned)
     trajectory = proof.split(cut, group)  # pyright: ignore[reportArgumentType]
     found, limit = baseline.difference(trajectory, cut), TOLERANCE[way.precision]
     anchor = abs(trajectory.losses[0] - math.log(2))
     kept = unharmed(proof, cut, group)
-    text = f"{apart(found)}; first loss {anchor:.1e} off ln 2; discard leaves weights {'as they are' if kept else 'CHANGED'}"
+    text = (
+        f"{apart(found)}; first loss {anchor:.1e} off ln 2; discard leaves weights "
+        f"{'as they are' if kept else 'CHANGED'}"
+    )
     ok = found.within(limit) and anchor <= ANCHOR[way.precision] and kept
-    bench.holds(f"{way}, off plain steps", ok, text, f"<= {limit:g}; {10 * limit:g}; {ANCHOR[way.precision]:g}")
+    bench.holds(
+        f"{way}, off plain steps", ok, text, f"<= {limit:g}; {10 * limit:g}; {ANCHOR[way.precision]:g}"
+    )
 
 
 def apart(found: Difference) -> str:
     return f"loss {found.loss:.1e}, norm {found.grad_norm:.1e}, weights {found.weights:.1e}"
 
 
-def unharmed(proof: Proof, cut: Cut, group: LocalGroup) -> bool:
+def unharmed(proof: Verification, cut: Cut, group: LocalGroup) -> bool:
     """The learner that has just trained adds up a gradient and drops it."""
     batch = cut_step(proof.steps[0], cut)
     batch = batch.with_reference(group.token_logprobs(batch))
@@ -132,23 +152,29 @@ def unharmed(proof: Proof, cut: Cut, group: LocalGroup) -> bool:
     return group.call(weights_digest) == before
 
 
-def same_start(bench: Bench, proof: Proof, group: LocalGroup) -> None:
-    """In bf16 and at positions where a rounded rotary frequency would be an angle, the untrained policy is the reference."""
+def same_start(bench: Bench, proof: Verification, group: LocalGroup) -> None:
+    """In bf16 and at positions where a rounded rotary frequency would be an angle, the untrained policy is
+    the reference."""
     way = WAYS[2]
     low, cut = recipe(bench.device, way), cut_of(way, proof.planned)
     batch = cut_step(made_pairs(2, 500, 500), cut)
     group.build_reference(low)
     reference = group.token_logprobs(batch, reference=True)[0]
     group.build(LearnerSpec(low, cut, 1))
-    gaps = [float(np.abs(a - b).max()) for a, b in zip(group.token_logprobs(batch)[0], reference, strict=True)]
+    gaps = [
+        float(np.abs(a - b).max()) for a, b in zip(group.token_logprobs(batch)[0], reference, strict=True)
+    ]
     bench.below("bf16, 1,000 tokens: policy off reference at the start, nat per token", max(gaps), 1e-4)
 
 
 def out_of_memory(bench: Bench, device: torch.device) -> None:
-    """The step is discarded, cut finer and replayed: the same loss, gradient norm and weights as without the error."""
+    """The step is discarded, cut finer and replayed: the same loss, gradient norm and weights as without the
+    error."""
     way = WAYS[2] if bench.device == "cuda" else WAYS[0]
     length = 1024 if bench.device == "cuda" else 16
-    proof = replace(Proof.of(roomy(bench.device, way), 1), steps=(tuple(made_pairs(PAIRS, length, length)),))
+    proof = replace(
+        Verification.of(roomy(bench.device, way), 1), steps=(tuple(made_pairs(PAIRS, length, length)),)
+    )
     cut = replace(cut_of(way, proof.planned), examples=PAIRS)
     calm, _ = taken(proof, cut, device)
     with trouble(proof, cut, device):
@@ -156,34 +182,48 @@ def out_of_memory(bench: Bench, device: torch.device) -> None:
     limit = TOLERANCE[way.precision]
     found = calm.difference(shaken, cut)
     text = f"{apart(found)}; {len(notes)} times finer"
-    bench.holds("out of memory, replayed, off undisturbed", bool(notes) and found.within(limit), text, f">= 1 time, <= {limit:g}")
+    bench.holds(
+        "out of memory, replayed, off undisturbed",
+        bool(notes) and found.within(limit),
+        text,
+        f">= 1 time, <= {limit:g}",
+    )
 
 
 def roomy(device: str, way: Way) -> Recipe:
     """The recipe with a model that fills gigabytes on a GPU, so that a limit on the memory is felt."""
-    return recipe(device, way, **({"hidden_size": 512, "layers": 4, "heads": 8, "vocab_size": 8192} if device == "cuda" else {}))
+    return recipe(
+        device,
+        way,
+        **({"hidden_size": 512, "layers": 4, "heads": 8, "vocab_size": 8192} if device == "cuda" else {}),
+    )
 
 
-def taken(proof: Proof, cut: Cut, device: torch.device) -> tuple[Trajectory, list[str]]:
+def taken(proof: Verification, cut: Cut, device: torch.device) -> tuple[LossCurve, list[str]]:
     """(the first step as the program takes it, what it noted)."""
     group, notes = LocalGroup(device), []
     group.build(LearnerSpec(proof.recipe, cut, 1))
 
     def attach(batch: PackedBatch) -> PackedBatch:
-        return batch.with_reference(group.token_logprobs(batch))  # before the first step the policy is the reference
+        return batch.with_reference(
+            group.token_logprobs(batch)
+        )  # before the first step the policy is the reference
 
-    stepper = Stepper(proof.algorithm, group, cut, attach, SimpleNamespace(note=notes.append), Guards())  # pyright: ignore[reportArgumentType]
-    done = stepper.take(proof.steps[0], 0, Clock())
+    stepper = OptimizerStepper(
+        proof.algorithm, group, cut, attach, SimpleNamespace(note=notes.append), Guards()
+    )  # pyright: ignore[reportArgumentType]
+    done = stepper.step(proof.steps[0], 0, Clock())
     assert done.applied is not None, "the step was refused"
     weights = group.call(final_weights)[0]
     settle(device)
     group.free()
-    return Trajectory((done.learned.loss,), (done.applied.grad_norm,), weights), notes
+    return LossCurve((done.learned.loss,), (done.applied.grad_norm,), weights), notes
 
 
 @contextmanager
-def trouble(proof: Proof, cut: Cut, device: torch.device) -> Iterator[None]:
-    """On a GPU: so little memory that half a micro-batch fits and a whole one does not. On a CPU: one injected error."""
+def trouble(proof: Verification, cut: Cut, device: torch.device) -> Iterator[None]:
+    """On a GPU: so little memory that half a micro-batch fits and a whole one does not. On a CPU: one
+    injected error."""
     if device.type == "cpu":
         with tempfile.TemporaryDirectory(prefix="oom-") as folder:
             once = {"site": "micro_batch", "action": "oom", "step": 0, "once": f"{folder}/happened"}
@@ -194,14 +234,16 @@ def trouble(proof: Proof, cut: Cut, device: torch.device) -> Iterator[None]:
                 del os.environ[faults.VARIABLE]
         return
     limit = (taking(proof, cut, device) + taking(proof, cut.halved(), device)) / 2
-    torch.cuda.set_per_process_memory_fraction(limit / torch.cuda.get_device_properties(device).total_memory, device)
+    torch.cuda.set_per_process_memory_fraction(
+        limit / torch.cuda.get_device_properties(device).total_memory, device
+    )
     try:
         yield
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0, device)
 
 
-def taking(proof: Proof, cut: Cut, device: torch.device) -> int:
+def taking(proof: Verification, cut: Cut, device: torch.device) -> int:
     """Bytes that the allocator reserves for the step."""
     release(device)
     reset_peak(device)

@@ -19,12 +19,15 @@ def failed(records: Sequence[Record]) -> bool:
     """True where a check failed, a part did not end well, or a speed was missed on a GPU."""
     on_gpu = any(isinstance(r, Machine) and r.device == "cuda" for r in records)
     checks = [r for r in records if isinstance(r, Check)]
-    return any(not c.ok and (on_gpu or not c.goal) for c in checks) or any(isinstance(r, Ended) and r.error for r in records)
+    return any(not c.ok and (on_gpu or not c.goal) for c in checks) or any(
+        isinstance(r, Ended) and r.error for r in records
+    )
 
 
 def difference(ours: Speed, theirs: Speed, device: str) -> float:
-    """Largest relative difference of the losses and the first gradient's norm. In bf16 only the first step is compared: after it, one
-    keeps bf16 copies of its weights and the other none, and updates below bf16's grid show in one of them."""
+    """Largest relative difference of the losses and the first gradient's norm. In bf16 only the first step is
+    compared: after it, one keeps bf16 copies of its weights and the other none, and updates below bf16's grid
+    show in one of them."""
     losses = zip(ours.losses[: 1 if device == "cuda" else None], theirs.losses, strict=False)
     return max(abs(a - b) / max(abs(b), 1e-12) for a, b in [*losses, (ours.norm, theirs.norm)])
 
@@ -46,14 +49,24 @@ def latest(records: Sequence[Record]) -> list[Record]:
             runs.append([])
         runs[-1].append(record)
     last = {r.stage: number for number, run in enumerate(runs) for r in run if not isinstance(r, Machine)}
-    return [r for number, run in enumerate(runs) for r in run if number in ([last[r.stage]] if not isinstance(r, Machine) else last.values())]
+    return [
+        r
+        for number, run in enumerate(runs)
+        for r in run
+        if number in ([last[r.stage]] if not isinstance(r, Machine) else last.values())
+    ]
 
 
 def table(records: Sequence[Record]) -> list[str]:
     """Markdown. Speeds first, then checks: what failed in full, what passed as far as there is room."""
     machines = [r for r in records if isinstance(r, Machine)]
     machine = machines[-1]
-    lines = [f"{machine.date}, {machine.card}; {machine.versions}", "", *(f"    {m.command}" for m in machines), ""]
+    lines = [
+        f"{machine.date}, {machine.card}; {machine.versions}",
+        "",
+        *(f"    {m.command}" for m in machines),
+        "",
+    ]
     lines += _speeds(records, machine.device)
     notes = [f"{n.name}: {n.text}" for n in records if isinstance(n, Note) and n.name.startswith("*")]
     ended = [f"stage {e.stage}, {e.part}: {e.error}" for e in records if isinstance(e, Ended) and e.error]
@@ -65,10 +78,17 @@ def _speeds(records: Sequence[Record], device: str) -> list[str]:
     shapes = list(dict.fromkeys(r.shape for r in records if isinstance(r, Speed)))
     if not shapes:
         return []
-    lines = ["| shape | ours tok/s, MFU, peak GB | TRL tok/s, MFU, peak GB | ratio | plan / measured GB |", "|---|---|---|---|---|"]
+    lines = [
+        "| shape | ours tok/s, MFU, peak GB | TRL tok/s, MFU, peak GB | ratio | plan / measured GB |",
+        "|---|---|---|---|---|",
+    ]
     for shape in shapes:
         ours, trl = best(records, shape, "ours"), best(records, shape, "TRL")
-        ratio = "" if ours is None or trl is None else f"{ours.tokens_per_s / trl.tokens_per_s:.2f}x, {difference(ours, trl, device):.0e} apart"
+        ratio = (
+            ""
+            if ours is None or trl is None
+            else f"{ours.tokens_per_s / trl.tokens_per_s:.2f}x, {difference(ours, trl, device):.0e} apart"
+        )
         plan = "" if ours is None or ours.plan_gb is None else f"{ours.plan_gb:.2f} / {ours.peak_gb:.2f}"
         lines.append(f"| {shape} | {_cell(ours)} | {_cell(trl)} | {ratio} | {plan} |")
     return [*lines, ""]
@@ -81,14 +101,25 @@ def _cell(speed: Speed | None) -> str:
 
 
 def _checks(records: Sequence[Record], room: int) -> list[str]:
-    """Failures in full; what passed in full where there is room, else the stages with most checks by their number."""
+    """Failures in full; what passed in full where there is room, else the stages with most checks by their
+    number."""
     checks = [r for r in records if isinstance(r, Check)]
     bad, good = [c for c in checks if not c.ok], [c for c in checks if c.ok]
-    stages = {number: [_row(c) for c in good if c.stage == number] for number in dict.fromkeys(c.stage for c in good)}
-    while sum(map(len, stages.values())) + len(bad) > room - 2 and any(len(rows) > 1 for rows in stages.values()):
+    stages = {
+        number: [_row(c) for c in good if c.stage == number]
+        for number in dict.fromkeys(c.stage for c in good)
+    }
+    while sum(map(len, stages.values())) + len(bad) > room - 2 and any(
+        len(rows) > 1 for rows in stages.values()
+    ):
         largest = max(stages, key=lambda number: len(stages[number]))
         stages[largest] = [f"| {largest}: {len(stages[largest])} checks | passed | |"]
-    return [f"| {len(good)} of {len(checks)} checks passed | result | limit |", "|---|---|---|", *map(_row, bad), *chain(*stages.values())]
+    return [
+        f"| {len(good)} of {len(checks)} checks passed | result | limit |",
+        "|---|---|---|",
+        *map(_row, bad),
+        *chain(*stages.values()),
+    ]
 
 
 def _row(check: Check) -> str:

@@ -13,8 +13,9 @@ def warmup(optimizer: Optimizer, total_steps: int) -> int:
 def learning_rate(optimizer: Optimizer, step: int, total_steps: int) -> float:
     """Learning rate of the 0-based optimizer step `step`; micro-batches never count.
 
-    As transformers' schedules, so that a recipe moves the weights as TRL does: linear warm-up over so many steps as `warmup` says, from 0 at
-    the first step to the peak after them; then constant, linear or cosine decay to `min_learning_rate` at step `total_steps`.
+    As transformers' schedules, so that a recipe moves the weights as TRL does: linear warm-up over so many
+    steps as `warmup` says, from 0 at the first step to the peak after them; then constant, linear or cosine
+    decay to `min_learning_rate` at step `total_steps`.
     """
     peak, floor, first = optimizer.learning_rate, optimizer.min_learning_rate, warmup(optimizer, total_steps)
     if step < first:

@@ -25,10 +25,22 @@ from orchestrator.recipe import loading as recipes
 
 app = typer.Typer(add_completion=False)
 
-RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="the name of a submitted run, or the id of one attempt")]
+RunArgument = Annotated[
+    str, typer.Argument(metavar="RUN", help="the name of a submitted run, or the id of one attempt")
+]
 
-Grace = Annotated[int, typer.Option("--stop-grace", min=1, metavar="SECONDS", help="between SIGTERM and SIGKILL when the job is stopped")]
-Follow = Annotated[bool, typer.Option("--follow/--no-follow", help="show the job's log until it ends; Ctrl-C leaves the job running")]
+Grace = Annotated[
+    int,
+    typer.Option(
+        "--stop-grace", min=1, metavar="SECONDS", help="between SIGTERM and SIGKILL when the job is stopped"
+    ),
+]
+Follow = Annotated[
+    bool,
+    typer.Option(
+        "--follow/--no-follow", help="show the job's log until it ends; Ctrl-C leaves the job running"
+    ),
+]
 
 
 @app.command()
@@ -36,26 +48,43 @@ def submit(
     recipe: RecipeArgument,
     overrides: Overrides = None,
     address: Address = LOCAL,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="run folder on storage that all nodes see; default ./runs/NAME")] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="run folder on storage that all nodes see; default ./runs/NAME"),
+    ] = None,
     working_dir: WorkingDir = Path("."),
     stop_grace: Grace = submission.STOP_GRACE_S,
     follow: Follow = True,
-    to: Annotated[str | None, typer.Option("--to", metavar="slurm|k8s|sky", help="start machines by a scheduler instead")] = None,
-    only_print: Annotated[bool, typer.Option("--print", help="with --to: print what would be handed over")] = False,
+    to: Annotated[
+        str | None,
+        typer.Option("--to", metavar="slurm|k8s|sky", help="start machines by a scheduler instead"),
+    ] = None,
+    only_print: Annotated[
+        bool, typer.Option("--print", help="with --to: print what would be handed over")
+    ] = False,
     nodes: Annotated[int, typer.Option(min=1, help="with --to: machines")] = 1,
     gpus_per_node: Annotated[int, typer.Option(min=0, help="with --to")] = 8,
     cpus_per_node: Annotated[int, typer.Option(min=1, help="with --to")] = 32,
     gpu: Annotated[str, typer.Option(help="with --to sky: the kind of GPU")] = "H100",
-    image: Annotated[str, typer.Option(help="with --to k8s or sky: a container built from docker/")] = "orchestrator:latest",
+    image: Annotated[
+        str, typer.Option(help="with --to k8s or sky: a container built from docker/")
+    ] = "orchestrator:latest",
 ) -> None:
     """Runs a recipe as a Ray job; submitting the same again follows it, or goes on where it ended early."""
-    loaded = recipes.load(recipe, overrides or ())  # a mistake in it is told before anything leaves this machine
+    loaded = recipes.load(
+        recipe, overrides or ()
+    )  # a mistake in it is told before anything leaves this machine
     folder = (output or Path("runs") / loaded.name).absolute()
     if to is not None:
         from orchestrator.cluster.submit.schedulers import Launch, artefact, dispatch
 
         changes = tuple(overrides or ())
-        text = artefact(to, Launch(recipe, changes, loaded.name, nodes, gpus_per_node, cpus_per_node, str(folder), image, gpu))
+        text = artefact(
+            to,
+            Launch(
+                recipe, changes, loaded.name, nodes, gpus_per_node, cpus_per_node, str(folder), image, gpu
+            ),
+        )
         print((text if only_print else dispatch(to, text)).rstrip("\n"))
         return
 
@@ -67,7 +96,11 @@ def submit(
     if decision.number is not None:
         out.print(f"uploading {upload.summary()}")
         id = submission.start(jobs, loaded.name, command, decision.number, upload, stop_grace)
-        again = "" if decision.attempt is None else f"; {decision.attempt.id} ended as {decision.attempt.status}, this goes on in its run folder"
+        again = (
+            ""
+            if decision.attempt is None
+            else f"; {decision.attempt.id} ended as {decision.attempt.status}, this goes on in its run folder"
+        )
         out.print(f"submitted {id} to {address}{again}")
     else:
         assert decision.attempt is not None
@@ -81,7 +114,9 @@ def submit(
 
 @app.command()
 def status(
-    run: Annotated[str | None, typer.Argument(metavar="[RUN]", help="a run; without it, all runs of the cluster")] = None,
+    run: Annotated[
+        str | None, typer.Argument(metavar="[RUN]", help="a run; without it, all runs of the cluster")
+    ] = None,
     address: Address = LOCAL,
     as_json: Annotated[bool, typer.Option("--json")] = False,
 ) -> None:
@@ -112,7 +147,12 @@ def logs(run: RunArgument, address: Address = LOCAL, follow: Follow = False) -> 
     if follow:
         _follow(jobs, attempt.id, attempt.run, address)
     else:
-        print("".join(line for line in jobs.logs(attempt.id).splitlines(keepends=True) if not is_small_talk(line)), end="")
+        print(
+            "".join(
+                line for line in jobs.logs(attempt.id).splitlines(keepends=True) if not is_small_talk(line)
+            ),
+            end="",
+        )
 
 
 @app.command()
@@ -124,7 +164,9 @@ def stop(run: RunArgument, address: Address = LOCAL) -> None:
         out.print(f"{attempt.id} is {attempt.status} already")
         return
     ended = jobs.stop(attempt.id)
-    out.print(f"{ended.id} is {ended.status}; go on with: orchestrator resume {ended.run} --address {address}")
+    out.print(
+        f"{ended.id} is {ended.status}; go on with: orchestrator resume {ended.run} --address {address}"
+    )
 
 
 @app.command()
@@ -140,7 +182,10 @@ def resume(
     last = jobs.find(jobs.find(run).run)
     decision = submission.decide([last], last.entrypoint)
     if decision.number is None:
-        raise OrchestratorError(f"{last.id} is {last.status}: there is nothing to resume", fix=f"orchestrator logs {last.run} --address {address}")
+        raise OrchestratorError(
+            f"{last.id} is {last.status}: there is nothing to resume",
+            fix=f"orchestrator logs {last.run} --address {address}",
+        )
     upload = collect(working_dir)
     out.print(f"uploading {upload.summary()}")
     id = submission.start(jobs, last.run, last.entrypoint, decision.number, upload, stop_grace)

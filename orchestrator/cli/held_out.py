@@ -19,7 +19,14 @@ def held_out(outcomes: "dict[str, Outcome]") -> Table:
         table.add_column(f"before {name}", justify="right")
         table.add_column(f"after {name}", justify="right")
     metrics = dict.fromkeys(k for o in outcomes.values() for k in o.after)
-    names = ("eval/loss", "eval/preference_accuracy", "eval/logp_accuracy", "eval/rewards/margins", "eval/exact_match", "eval/reward/mean")
+    names = (
+        "eval/loss",
+        "eval/preference_accuracy",
+        "eval/logp_accuracy",
+        "eval/rewards/margins",
+        "eval/exact_match",
+        "eval/reward/mean",
+    )
     parts = [m for m in metrics if m.startswith("eval/reward/") and m != "eval/reward/mean"]
     shown = {*names, *(parts if len(parts) > 1 else ())}  # one component alone is the reward
     wanted = [m for m in metrics if m in shown or m.startswith("eval/pass@")]
@@ -31,5 +38,6 @@ def held_out(outcomes: "dict[str, Outcome]") -> Table:
 
 
 def _cell(metric: str, measured: Mapping[str, float], side: Mapping[str, float]) -> str:
-    """– where a stage measures this and has no value: policy and reference are one; empty where it does not measure it."""
+    """– where a stage measures this and has no value: policy and reference are one; empty where it does not
+    measure it."""
     return f"{side[metric]:.3f}" if metric in side else "–" if metric in measured else ""

@@ -10,6 +10,7 @@ import typer
 from orchestrator.cli.options import Overrides, RecipeArgument, last_recipe, out, show
 from orchestrator.core.errors import OutputError
 from orchestrator.recipe import loading as recipes
+from orchestrator.recipe.files import builtin_recipes
 
 app = typer.Typer(add_completion=False)
 recipes_app = typer.Typer(no_args_is_help=True, help="The recipes that come with the program.")
@@ -30,7 +31,10 @@ def report(directory: Annotated[Path, typer.Argument(metavar="DIR", help="a run 
 
 @app.command()
 def compare(
-    directories: Annotated[list[Path], typer.Argument(metavar="DIR...", help="run folders; a pipeline's root stands for its stages")],
+    directories: Annotated[
+        list[Path],
+        typer.Argument(metavar="DIR...", help="run folders; a pipeline's root stands for its stages"),
+    ],
     as_json: Annotated[bool, typer.Option("--json")] = False,
 ) -> None:
     """Runs side by side: where their recipes differ, held-out and training metrics, speed."""
@@ -44,7 +48,9 @@ def compare(
 
 
 @app.command()
-def inspect(recipe: RecipeArgument, overrides: Overrides = None, examples: Annotated[int, typer.Option(min=1)] = 3) -> None:
+def inspect(
+    recipe: RecipeArgument, overrides: Overrides = None, examples: Annotated[int, typer.Option(min=1)] = 3
+) -> None:
     """The first batch, tokens coloured by loss mask."""
     cfg = last_recipe(recipe, overrides)
     from orchestrator.observe.report.tokens import render_group
@@ -62,10 +68,13 @@ def inspect(recipe: RecipeArgument, overrides: Overrides = None, examples: Annot
 @recipes_app.command("ls")
 def recipes_ls() -> None:
     """Names of the built-in recipes, with their first comment."""
-    for name, path in recipes.builtin_recipes().items():
+    for name, path in builtin_recipes().items():
         first = path.read_text().splitlines()[0].removeprefix("#").strip()
         out.print(f"{name:<24}{first}")
-    out.print("start/… are for a model and data of your own (orchestrator init writes one fitted to them); tiny/… are for random-weight toy models")
+    out.print(
+        "start/… are for a model and data of your own (orchestrator init writes one fitted to them); tiny/… "
+        "are for random-weight toy models"
+    )
 
 
 @recipes_app.command("show")
@@ -79,10 +88,10 @@ def recipes_cp(name: str, target: Path) -> None:
     """Copies a recipe, with the files it extends, into the folder TARGET."""
     source = recipes.find(name)
     target.mkdir(parents=True, exist_ok=True)
-    for file in recipes.parts(source):
+    for file in recipes.recipe_files(source):
         if (target / file.name).exists():
             raise OutputError(f"{target / file.name} exists already", fix="choose another folder")
-    for file in recipes.parts(source):
+    for file in recipes.recipe_files(source):
         shutil.copyfile(file, target / file.name)
         out.print(str(target / file.name))
 

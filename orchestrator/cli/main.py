@@ -27,9 +27,24 @@ from orchestrator.recipe.pipeline import references
 if TYPE_CHECKING:
     from orchestrator.recipe.schema import Recipe
 
-OF_THE_PATH = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ESTALE)
+OF_THE_PATH = (
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.ENAMETOOLONG,
+    errno.ESTALE,
+)
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Trains language models on preferences.")
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Trains language models on preferences.",
+)
 
 for commands in (planning, cluster, chat, inspect):
     app.add_typer(commands.app)
@@ -43,9 +58,21 @@ def _loading() -> AbstractContextManager[None]:
 def train(
     recipe: RecipeArgument,
     overrides: Overrides = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="run folder; default runs/NAME")] = None,
-    in_process: Annotated[bool, typer.Option("--in-process", help="one worker in this process, without Ray: for breakpoints and profilers")] = False,
-    extend: Annotated[bool, typer.Option("--extend", help="another run.max_steps or run.epochs though the schedule looks at the end")] = False,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="run folder; default runs/NAME")
+    ] = None,
+    in_process: Annotated[
+        bool,
+        typer.Option(
+            "--in-process", help="one worker in this process, without Ray: for breakpoints and profilers"
+        ),
+    ] = False,
+    extend: Annotated[
+        bool,
+        typer.Option(
+            "--extend", help="another run.max_steps or run.epochs though the schedule looks at the end"
+        ),
+    ] = False,
 ) -> None:
     """Trains; goes on by itself if the folder holds a verified checkpoint of the same run."""
     with stop_signals() as stop, enduring_output():
@@ -55,7 +82,9 @@ def train(
                 from orchestrator.run.stages import train_stages
                 from orchestrator.run.supervise import How
 
-            outcomes = train_stages(loaded.stages, output or Path("runs") / loaded.name, out, stop, How(extend, in_process))
+            outcomes = train_stages(
+                loaded.stages, output or Path("runs") / loaded.name, out, stop, How(extend, in_process)
+            )
     if (results := held_out(outcomes)).row_count:
         show(results)
     for outcome in outcomes.values():
@@ -64,15 +93,26 @@ def train(
 
 @app.command()
 def init(
-    columns: Annotated[list[str] | None, typer.Argument(metavar="[data.columns.NAME=COLUMN]...", help="columns that are not recognised")] = None,
+    columns: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[data.columns.NAME=COLUMN]...", help="columns that are not recognised"),
+    ] = None,
     model: Annotated[str, typer.Option("--model", help="a folder, or a hub name with --revision")] = ...,  # pyright: ignore[reportArgumentType]
     data: Annotated[str, typer.Option("--data", help="rows to train on: a file or a folder")] = ...,  # pyright: ignore[reportArgumentType]
     held_out: Annotated[str | None, typer.Option("--eval", help="held-out rows")] = None,
-    kind: Annotated[str | None, typer.Option("--kind", metavar="sft|dpo|lora-dpo|reward|grpo|kto", help="default: what the rows look like")] = None,
+    kind: Annotated[
+        str | None,
+        typer.Option(
+            "--kind", metavar="sft|dpo|lora-dpo|reward|grpo|kto", help="default: what the rows look like"
+        ),
+    ] = None,
     revision: Annotated[str | None, typer.Option("--revision", help="commit of a model of the hub")] = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="the recipe file; default KIND.yaml")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="the recipe file; default KIND.yaml")
+    ] = None,
 ) -> None:
-    """Writes a recipe for your model and data: columns recognised, lengths measured, every choice with its reason. Asks nothing."""
+    """Writes a recipe for your model and data: columns recognised, lengths measured, every choice with its
+    reason. Asks nothing."""
     from orchestrator.cli.init.look import asked, look
     from orchestrator.cli.init.recipe import next_commands, save
 
@@ -88,15 +128,24 @@ def init(
 
 @app.command()
 def evaluate(
-    recipe: Annotated[str, typer.Argument(metavar="RECIPE|RUN", help="a recipe, or a run folder: the model that it trained")],
+    recipe: Annotated[
+        str, typer.Argument(metavar="RECIPE|RUN", help="a recipe, or a run folder: the model that it trained")
+    ],
     overrides: Overrides = None,
-    model: Annotated[Path | None, typer.Option("--model", help="a folder to evaluate instead of the recipe's model")] = None,
-    step: Annotated[int | None, typer.Option("--step", min=1, help="of a run: its checkpoint of this step")] = None,
+    model: Annotated[
+        Path | None, typer.Option("--model", help="a folder to evaluate instead of the recipe's model")
+    ] = None,
+    step: Annotated[
+        int | None, typer.Option("--step", min=1, help="of a run: its checkpoint of this step")
+    ] = None,
 ) -> None:
-    """Held-out preference accuracy and greedy exact match of a model; of an online recipe the reward, greedy and pass@k."""
+    """Held-out preference accuracy and greedy exact match of a model; of an online recipe the reward, greedy
+    and pass@k."""
     run = Path(recipe) if Path(recipe).is_dir() else None
     if run is None and step is not None:
-        raise ConfigError("--step goes with a run folder", fix=f"{recipe} is a recipe; give the --output of a run")
+        raise ConfigError(
+            "--step goes with a run folder", fix=f"{recipe} is a recipe; give the --output of a run"
+        )
     if model is not None and step is not None:
         raise ConfigError("--step and --model name two models", fix="leave one of them out")
     if run is not None:
@@ -128,28 +177,49 @@ def _trained(run: Path, cfg: "Recipe", step: int | None, scratch: Path) -> Path:
         out.print(f"evaluating {run / 'export'}", markup=False)
         return run / "export"
     exact = cfg.export.model_copy(update={"dtype": "fp32", "lora": "merged"})
-    return export_run(run, cfg.model_copy(update={"export": exact}), step, scratch / "model", lambda text: out.print(text, markup=False))
+    return export_run(
+        run,
+        cfg.model_copy(update={"export": exact}),
+        step,
+        scratch / "model",
+        lambda text: out.print(text, markup=False),
+    )
 
 
 @app.command()
 def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="a run folder")],
     overrides: Overrides = None,
-    step: Annotated[int | None, typer.Option("--step", min=1, help="a checkpoint's; default: the newest")] = None,
-    dtype: Annotated[str | None, typer.Option("--dtype", metavar="source|fp32|bf16|fp16", help="default: the recipe's export.dtype")] = None,
-    lora: Annotated[str | None, typer.Option("--lora", metavar="both|merged|adapter", help="default: the recipe's export.lora")] = None,
+    step: Annotated[
+        int | None, typer.Option("--step", min=1, help="a checkpoint's; default: the newest")
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option("--dtype", metavar="source|fp32|bf16|fp16", help="default: the recipe's export.dtype"),
+    ] = None,
+    lora: Annotated[
+        str | None,
+        typer.Option("--lora", metavar="both|merged|adapter", help="default: the recipe's export.lora"),
+    ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="default: RUN/export-step-N")] = None,
 ) -> None:
     """Writes a checkpoint of a run as a Hugging Face folder."""
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # of this process alone, which computes nothing: DeepSpeed need not look for a GPU, and say so
+    os.environ.setdefault(
+        "DS_ACCELERATOR", "cpu"
+    )  # of this process alone, which computes nothing: DeepSpeed need not look for a GPU, and say so
     from transformers.utils import logging
 
     from orchestrator.run.export import export_run, recipe_of
 
     logging.disable_progress_bar()
-    asked = [f"export.{key}={value}" for key, value in (("dtype", dtype), ("lora", lora)) if value is not None]
+    asked = [
+        f"export.{key}={value}" for key, value in (("dtype", dtype), ("lora", lora)) if value is not None
+    ]
     cfg = recipe_of(run, [*(overrides or ()), *asked])
-    out.print(f"model   {export_run(run, cfg, step, output, lambda text: out.print(text, markup=False))}", markup=False)
+    out.print(
+        f"model   {export_run(run, cfg, step, output, lambda text: out.print(text, markup=False))}",
+        markup=False,
+    )
 
 
 @app.command()
@@ -157,10 +227,15 @@ def verify(
     recipe: RecipeArgument,
     overrides: Overrides = None,
     steps: Annotated[int, typer.Option(min=1, help="optimizer steps of each cut")] = 5,
-    workers: Annotated[str, typer.Option(help="worker counts to try, e.g. 1,2,4; default 1 and the recipe's")] = "",
-    everything: Annotated[bool, typer.Option("--all", help="every combination instead of a covering set")] = False,
+    workers: Annotated[
+        str, typer.Option(help="worker counts to try, e.g. 1,2,4; default 1 and the recipe's")
+    ] = "",
+    everything: Annotated[
+        bool, typer.Option("--all", help="every combination instead of a covering set")
+    ] = False,
 ) -> None:
-    """The proof: runs the same steps under many cuts and prints the largest difference from one plain large batch."""
+    """The proof: runs the same steps under many cuts and prints the largest difference from one plain large
+    batch."""
     with forked_workers():
         _verify(last_recipe(recipe, overrides), steps, workers, everything)
 
@@ -175,15 +250,26 @@ def _verify(cfg: "Recipe", steps: int, workers: str, everything: bool) -> None:
     try:
         counts = sorted({int(n) for n in workers.split(",")} if workers else {1, cfg.learners.count})
     except ValueError:
-        raise ConfigError(f"--workers {workers!r} is not a list of numbers", fix="write e.g. --workers 1,2,4") from None
+        raise ConfigError(
+            f"--workers {workers!r} is not a list of numbers", fix="write e.g. --workers 1,2,4"
+        ) from None
     tolerance, failed = TOLERANCE[cfg.learners.precision], 0
-    out.print(f"{steps} steps, {cfg.batch.effective} examples each, {cfg.learners.precision}, against one process, one batch, plain torch")
-    out.print(f"{'workers':>7} {'micro':>6} {'layout':<14} {'ZeRO':>4} {'sync':<16} {'loss':>9} {'grad norm':>9} {'weights':>9}")
+    out.print(
+        f"{steps} steps, {cfg.batch.effective} examples each, {cfg.learners.precision}, against one "
+        "process, one batch, plain torch"
+    )
+    out.print(
+        f"{'workers':>7} {'micro':>6} {'layout':<14} {'ZeRO':>4} {'sync':<16} {'loss':>9} {'grad norm':>9} "
+        f"{'weights':>9}"
+    )
     for result in run(cfg, steps=steps, workers=counts, everything=everything):
         cut, good = result.cut, result.within(tolerance)
         failed += not good
         row = f"{cut.workers:>7} {cut.examples:>6} {cut.layout:<14} {cut.zero_stage:>4} {cut.sync:<16}"
-        out.print(f"{row} {result.loss:>9.1e} {result.grad_norm:>9.1e} {result.weights:>9.1e}{'' if good else '   ABOVE TOLERANCE'}")
+        out.print(
+            f"{row} {result.loss:>9.1e} {result.grad_norm:>9.1e} "
+            f"{result.weights:>9.1e}{'' if good else '   ABOVE TOLERANCE'}"
+        )
     if failed:
         raise OrchestratorError(
             f"{failed} cuts differ by more than {tolerance:g}",
@@ -194,11 +280,22 @@ def _verify(cfg: "Recipe", steps: int, workers: str, everything: bool) -> None:
 
 
 def machine_trouble(error: OSError) -> OrchestratorError:
-    """What a user can read from an error of the system that nobody told better: a path that cannot be used, or a bug."""
+    """What a user can read from an error of the system that nobody told better: a path that cannot be used,
+    or a bug."""
     if error.filename is not None and error.errno in OF_THE_PATH:
-        fix = "free space, fix its permissions, or choose another place (HOME, TMPDIR, --output and the recipe's paths decide where it lies)"
-        return OutputError(f"{error.filename} cannot be used", why=f"{error.strerror or type(error).__name__} ({type(error).__name__})", fix=fix)
-    return OrchestratorError(f"{type(error).__name__}: {error}", fix="this is a bug; run again with --debug and report the traceback")
+        fix = (
+            "free space, fix its permissions, or choose another place (HOME, TMPDIR, --output and the "
+            "recipe's paths decide where it lies)"
+        )
+        return OutputError(
+            f"{error.filename} cannot be used",
+            why=f"{error.strerror or type(error).__name__} ({type(error).__name__})",
+            fix=fix,
+        )
+    return OrchestratorError(
+        f"{type(error).__name__}: {error}",
+        fix="this is a bug; run again with --debug and report the traceback",
+    )
 
 
 def _tell(text: str) -> None:
@@ -230,5 +327,9 @@ def main() -> None:
     except Exception as error:
         if debug:
             raise
-        print(f"error: {type(error).__name__}: {error}\n  fix: this is a bug; run again with --debug and report the traceback", file=sys.stderr)
+        print(
+            f"error: {type(error).__name__}: {error}\n  fix: this is a bug; run again with --debug and "
+            "report the traceback",
+            file=sys.stderr,
+        )
         sys.exit(Exit.SOFTWARE)

@@ -15,12 +15,23 @@ if TYPE_CHECKING:
 out = Console(highlight=False, soft_wrap=True, markup=False)  # names, paths and logs are the user's
 WIDE = 10_000
 """Columns of a table in a pipe: nothing is folded where no screen ends."""
-RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="a YAML file, or a built-in name such as tiny/dpo")]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[a.b=c]...", help="overrides, e.g. batch.effective=64")]
-Address = Annotated[
-    str, typer.Option("--address", envvar=["RAY_API_SERVER_ADDRESS", "RAY_DASHBOARD_ADDRESS"], help="the cluster's dashboard, http://HEAD:8265")
+RecipeArgument = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="a YAML file, or a built-in name such as tiny/dpo")
 ]
-WorkingDir = Annotated[Path, typer.Option("--working-dir", help="the folder that the job brings along: recipe, code, small data")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[a.b=c]...", help="overrides, e.g. batch.effective=64")
+]
+Address = Annotated[
+    str,
+    typer.Option(
+        "--address",
+        envvar=["RAY_API_SERVER_ADDRESS", "RAY_DASHBOARD_ADDRESS"],
+        help="the cluster's dashboard, http://HEAD:8265",
+    ),
+]
+WorkingDir = Annotated[
+    Path, typer.Option("--working-dir", help="the folder that the job brings along: recipe, code, small data")
+]
 
 
 def show(table: RenderableType) -> None:
@@ -30,7 +41,8 @@ def show(table: RenderableType) -> None:
 
 
 def last_recipe(recipe: str, overrides: list[str] | None) -> "Recipe":
-    """The recipe of the last stage, with the model that its first ancestor starts from: for what needs no trained weights."""
+    """The recipe of the last stage, with the model that its first ancestor starts from: for what needs no
+    trained weights."""
     stages = {stage.name: stage.recipe for stage in recipes.load(recipe, overrides or ()).stages}
     last = model = list(stages.values())[-1]
     while (path := model.model.path or "").startswith(STAGE):

@@ -30,31 +30,60 @@ ON_GPUS = ("learners.workers=auto", "learners.gpus_per_worker=auto")
 def plan(
     recipe: RecipeArgument,
     overrides: Overrides = None,
-    address: Annotated[str | None, typer.Option("--address", help="plan on the nodes of this cluster, http://HEAD:8265, bandwidth measured")] = None,
-    gpu: Annotated[str | None, typer.Option("--gpu", help="plan without the machines: a GPU of the table, e.g. h100-80g")] = None,
+    address: Annotated[
+        str | None,
+        typer.Option(
+            "--address", help="plan on the nodes of this cluster, http://HEAD:8265, bandwidth measured"
+        ),
+    ] = None,
+    gpu: Annotated[
+        str | None, typer.Option("--gpu", help="plan without the machines: a GPU of the table, e.g. h100-80g")
+    ] = None,
     nodes: Annotated[int, typer.Option("--nodes", min=1, help="with --gpu: machines")] = 1,
-    gpus_per_node: Annotated[int | None, typer.Option(min=1, help="with --gpu; default: as many as is usual")] = None,
-    network_gbit: Annotated[float | None, typer.Option(min=0.001, help="with --gpu: Gbit/s between machines; default 100")] = None,
-    lengths: Annotated[str | None, typer.Option(metavar="MEAN,MAX", help="plan without data: tokens of prompt and completion together")] = None,
-    shape: Annotated[str | None, typer.Option(help="plan without the model: a known one, e.g. llama-3-8b, or a config.json")] = None,
-    whole: Annotated[bool, typer.Option("--recipe", help="print the whole resolved recipe too, with every default")] = False,
+    gpus_per_node: Annotated[
+        int | None, typer.Option(min=1, help="with --gpu; default: as many as is usual")
+    ] = None,
+    network_gbit: Annotated[
+        float | None, typer.Option(min=0.001, help="with --gpu: Gbit/s between machines; default 100")
+    ] = None,
+    lengths: Annotated[
+        str | None,
+        typer.Option(metavar="MEAN,MAX", help="plan without data: tokens of prompt and completion together"),
+    ] = None,
+    shape: Annotated[
+        str | None,
+        typer.Option(help="plan without the model: a known one, e.g. llama-3-8b, or a config.json"),
+    ] = None,
+    whole: Annotated[
+        bool, typer.Option("--recipe", help="print the whole resolved recipe too, with every default")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json")] = False,
     working_dir: WorkingDir = Path("."),
 ) -> None:
-    """Dry run: data report, batch arithmetic, ZeRO stage and sync policy with the reason, memory and traffic. With --address or
+    """Dry run: data report, batch arithmetic, ZeRO stage and sync policy with the reason, memory and traffic.
+    With --address or
     --gpu the workers are as many as those machines have room for."""
     if address is not None:
         fill = ["learners.workers=auto", *(overrides or ())]
         recipes.load(recipe, fill)
-        options = [*(["--lengths", lengths] if lengths else []), *(["--shape", shape] if shape else []), *(["--json"] if as_json else [])]
+        options = [
+            *(["--lengths", lengths] if lengths else []),
+            *(["--shape", shape] if shape else []),
+            *(["--json"] if as_json else []),
+        ]
         options += ["--recipe"] if whole else []
-        _ask_cluster(address, recipe, working_dir, lambda there: ["plan", there, *fill, *options], document=as_json)
+        _ask_cluster(
+            address, recipe, working_dir, lambda there: ["plan", there, *fill, *options], document=as_json
+        )
         return
     if gpu is None and (nodes > 1 or gpus_per_node or network_gbit):
-        raise ConfigError("--nodes, --gpus-per-node and --network-gbit say nothing without --gpu", fix="add e.g. --gpu h100-80g")
+        raise ConfigError(
+            "--nodes, --gpus-per-node and --network-gbit say nothing without --gpu",
+            fix="add e.g. --gpu h100-80g",
+        )
     from orchestrator.plan import hardware
 
-    machines = hardware.imagined(nodes, gpu, gpus_per_node, network_gbit) if gpu else None
+    machines = hardware.hypothetical_hardware(nodes, gpu, gpus_per_node, network_gbit) if gpu else None
     loaded = recipes.load(recipe, [*(ON_GPUS if gpu else ()), *(overrides or ())])
     from orchestrator.plan.sketch import Lengths
     from orchestrator.plan.view import not_read, render
@@ -76,7 +105,9 @@ def plan(
             out.rule(f"{stage.name}, keys", align="left")
             out.print(not_read(stage.ignored))
         if needed := ", ".join(dict.fromkeys(references(stage.recipe).values())):
-            out.print(f"{stage.name} is planned when what it takes from other stages has been trained ({needed})")
+            out.print(
+                f"{stage.name} is planned when what it takes from other stages has been trained ({needed})"
+            )
     for name, p in plans if whole else ():
         out.rule(f"{name}, resolved recipe", align="left")
         out.print(recipes.dump(p.recipe))
@@ -84,14 +115,22 @@ def plan(
 
 @app.command()
 def doctor(
-    recipe: Annotated[str | None, typer.Argument(metavar="[RECIPE]", help="checks what this run needs as well")] = None,
+    recipe: Annotated[
+        str | None, typer.Argument(metavar="[RECIPE]", help="checks what this run needs as well")
+    ] = None,
     overrides: Overrides = None,
-    address: Annotated[str | None, typer.Option("--address", help="look at this cluster, http://HEAD:8265; default: this machine")] = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="the run folder that the nodes will share")] = None,
+    address: Annotated[
+        str | None,
+        typer.Option("--address", help="look at this cluster, http://HEAD:8265; default: this machine"),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="the run folder that the nodes will share")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json")] = False,
     working_dir: WorkingDir = Path("."),
 ) -> None:
-    """Looks at every node: versions, GPUs, storage, network, bandwidth, token. Each trouble comes with its fix."""
+    """Looks at every node: versions, GPUs, storage, network, bandwidth, token. Each trouble comes with its
+    fix."""
     loaded = recipes.load(recipe, overrides or ()) if recipe is not None else None
     folder = output.absolute() if output else None
     if address is not None:
@@ -115,14 +154,18 @@ def doctor(
         sys.exit(code)
 
 
-def _ask_cluster(address: str, recipe: str | None, working_dir: Path, words: Callable[[str], list[str]], *, document: bool) -> None:
-    """Runs a command on the cluster and shows what it says. words: the command, of the recipe's name there ("" without one);
-    document: it says JSON, and nothing else is to be shown."""
+def _ask_cluster(
+    address: str, recipe: str | None, working_dir: Path, words: Callable[[str], list[str]], *, document: bool
+) -> None:
+    """Runs a command on the cluster and shows what it says. words: the command, of the recipe's name there
+    ("" without one); document: it says JSON, and nothing else is to be shown."""
 
-    name = submission.there(recipe, working_dir) if recipe is not None else ""
+    name = submission.path_in_upload(recipe, working_dir) if recipe is not None else ""
     jobs, upload = Jobs(address), collect(working_dir)
     id = submission.ask(jobs, words(name), upload)
-    attempt = jobs.follow(id, (lambda text: None) if document else lambda text: print(text, end="", flush=True))
+    attempt = jobs.follow(
+        id, (lambda text: None) if document else lambda text: print(text, end="", flush=True)
+    )
     if document:
         found = re.search(r"^[\[{]$.*", jobs.logs(id), re.MULTILINE | re.DOTALL)
         print(found[0].rstrip() if found else jobs.logs(id))

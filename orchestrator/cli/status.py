@@ -11,7 +11,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from orchestrator.cluster.submit.ray_jobs import Attempt
+from orchestrator.cluster.submit.ray_jobs import JobAttempt
 from orchestrator.core.errors import Exit
 from orchestrator.core.format import duration
 from orchestrator.observe.live_table import StepLine
@@ -25,8 +25,9 @@ SPEAK_FOR_THEMSELVES = ("RUNNING", "SUCCEEDED")
 
 @dataclass(frozen=True, slots=True)
 class StatusRow:
-    """An attempt of a run. exit_code: of the driver, None while it runs and where nobody knows; age_s: since it started; took_s: from start
-    to end; step, total, loss: of the last step that its log tells; message: why it ended as it did, on one line."""
+    """An attempt of a run. exit_code: of the driver, None while it runs and where nobody knows; age_s: since
+    it started; took_s: from start to end; step, total, loss: of the last step that its log tells; message:
+    why it ended as it did, on one line."""
 
     run: str
     job: str
@@ -40,12 +41,20 @@ class StatusRow:
     message: str
 
     @classmethod
-    def of(cls, attempt: Attempt, log: str, now: float) -> "StatusRow":
+    def of(cls, attempt: JobAttempt, log: str, now: float) -> "StatusRow":
         """log: what the attempt has said, or nothing where it was not asked; now: Unix seconds."""
-        steps = [step for line in reversed(log.splitlines()) if (step := StepLine.parse(line)) is not None][:1]
+        steps = [step for line in reversed(log.splitlines()) if (step := StepLine.parse(line)) is not None][
+            :1
+        ]
         saved = STOPPED_BY_REQUEST.search(log) if attempt.status == "STOPPED" else None
         code = Exit.RESUMABLE.value if attempt.exit_code is None and saved else attempt.exit_code
-        step, total = (steps[0].step, steps[0].total) if steps else (int(saved[1]), int(saved[2])) if saved else (None, None)
+        step, total = (
+            (steps[0].step, steps[0].total)
+            if steps
+            else (int(saved[1]), int(saved[2]))
+            if saved
+            else (None, None)
+        )
         return cls(
             run=attempt.run,
             job=attempt.id,
@@ -67,10 +76,13 @@ class StatusRow:
 
 
 def reason(message: str) -> str:
-    """What Ray says of the end of a job, on one line: it repeats the log, of which the driver's own error is enough."""
+    """What Ray says of the end of a job, on one line: it repeats the log, of which the driver's own error is
+    enough."""
     what, _, log = message.partition(LOG_AGAIN)
     errors = [line for line in log.splitlines() if line.startswith("error: ")]
-    return " ".join(f"{what}{': ' if errors else ''}{errors[-1].removeprefix('error: ') if errors else ''}".split())
+    return " ".join(
+        f"{what}{': ' if errors else ''}{errors[-1].removeprefix('error: ') if errors else ''}".split()
+    )
 
 
 def status_lines(rows: Sequence[StatusRow]) -> str:
@@ -81,11 +93,21 @@ def status_lines(rows: Sequence[StatusRow]) -> str:
 def status_table(rows: Sequence[StatusRow]) -> RenderableType:
     """A table no wider than the terminal, with what ended a job below it."""
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-    for name in ("job", "status", "exit", "age", "took", "step", "loss"):  # a job's name begins with its run's
+    for name in (
+        "job",
+        "status",
+        "exit",
+        "age",
+        "took",
+        "step",
+        "loss",
+    ):  # a job's name begins with its run's
         table.add_column(name, overflow="fold")
     for row in rows:
         table.add_row(row.job, *row.words())
-    said = [Text(f"{row.job}: {row.message}", overflow="ellipsis", no_wrap=True) for row in rows if row.message]
+    said = [
+        Text(f"{row.job}: {row.message}", overflow="ellipsis", no_wrap=True) for row in rows if row.message
+    ]
     return Group(table, *said)
 
 

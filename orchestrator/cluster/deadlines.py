@@ -1,12 +1,15 @@
-"""How long the workers may take for a verb: what the recipe allows, and the time that the verb's bytes take at a slow rate."""
+"""How long the workers may take for a verb: what the recipe allows, and the time that the verb's bytes take
+at a slow rate."""
 
 import time
 from dataclasses import dataclass, field
 
 SLOW = 100e6
-"""Bytes per second that storage and network always have, all workers together: a shared disk behind one gigabit link."""
+"""Bytes per second that storage and network always have, all workers together: a shared disk behind one
+gigabit link."""
 GRACE_S = 60.0
-"""That a collective may take longer than the driver waits: the driver's message names who is late, NCCL's abort does not."""
+"""That a collective may take longer than the driver waits: the driver's message names who is late, NCCL's
+abort does not."""
 WINDOW_S = 3600.0
 """Restarts are counted over the last hour, and for as long as nothing has been reached since."""
 PER_PARAMETER = {
@@ -20,8 +23,8 @@ PER_PARAMETER = {
     "load": 4,
     "dump": 4,
 }
-"""Bytes that a verb reads or writes, at most: a parameter in fp32, or the master weight with Adam's two moments. Other verbs
-move little, or nothing beyond the device."""
+"""Bytes that a verb reads or writes, at most: a parameter in fp32, or the master weight with Adam's two
+moments. Other verbs move little, or nothing beyond the device."""
 
 
 def seconds(size: int) -> float:
@@ -52,16 +55,20 @@ class Deadlines:
 
 @dataclass(slots=True)
 class Restarts:
-    """How often something was started again. limit: of those that count: the ones of the last hour, and the ones since which nothing
-    was reached, however slow a start is. So a week may have any number of lost hosts, and a loop ends."""
+    """How often something was started again. limit: of those that count: the ones of the last hour, and the
+    ones since which nothing was reached, however slow a start is. So a week may have any number of lost
+    hosts, and a loop ends."""
 
     limit: int
     window_s: float = WINDOW_S
     counted: list[tuple[float, int]] = field(default_factory=list)
 
     def add(self, reached: int) -> int:
-        """Counts one more, at a mark that only progress moves; how many count now. Beyond `limit` there should be no other."""
+        """Counts one more, at a mark that only progress moves; how many count now. Beyond `limit` there
+        should be no other."""
         now = time.monotonic()
-        self.counted = [(when, mark) for when, mark in self.counted if now - when <= self.window_s or mark == reached]
+        self.counted = [
+            (when, mark) for when, mark in self.counted if now - when <= self.window_s or mark == reached
+        ]
         self.counted.append((now, reached))
         return len(self.counted)

@@ -2,8 +2,9 @@
 
     exception in an actor --telling: Trouble (text, places), traceback to its log--> RayTaskError --translate--> OrchestratorError
 
-Another attempt cures a process that died or is late, a broken connection and a device that failed: WorkerLost (75). What Python code
-raised would be raised again: WorkerFailed (70), or what its type says of the input: 66, 73, 78.
+Another attempt cures a process that died or is late, a broken connection and a device that failed: WorkerLost
+(75). What Python code raised would be raised again: WorkerFailed (70), or what its type says of the input:
+66, 73, 78.
 """
 
 import errno
@@ -17,7 +18,15 @@ from typing import Any, TypeVar
 
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
-from orchestrator.core.errors import ConfigError, MissingInput, OrchestratorError, OutOfMemory, OutputError, WorkerFailed, WorkerLost
+from orchestrator.core.errors import (
+    ConfigError,
+    MissingInput,
+    OrchestratorError,
+    OutOfMemory,
+    OutputError,
+    WorkerFailed,
+    WorkerLost,
+)
 from orchestrator.learner.memory import is_out_of_memory
 
 LOADING = ("build", "build_reference", "load_state")
@@ -26,18 +35,26 @@ WRITING = ("save_state", "export")
 STORAGE = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENETDOWN, errno.EHOSTDOWN, errno.ECONNRESET)
 """Of storage that is away for a while."""
 BROKEN_LINK = re.compile(
-    r"gloo|NCCL|connection (reset|closed|refused)|broken pipe|socket timeout|timed out (waiting|after)|heartbeat|rendezvous", re.IGNORECASE
+    r"gloo|NCCL|connection (reset|closed|refused)|broken pipe|socket timeout|timed out "
+    r"(waiting|after)|heartbeat|rendezvous",
+    re.IGNORECASE,
 )
-DEVICE = re.compile(r"CUDA (driver )?error|cuDNN error|CUBLAS_STATUS|uncorrectable ECC|device-side assert|hipError", re.IGNORECASE)
+DEVICE = re.compile(
+    r"CUDA (driver )?error|cuDNN error|CUBLAS_STATUS|uncorrectable ECC|device-side assert|hipError",
+    re.IGNORECASE,
+)
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
 SAID_AT_MOST = 400
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<name>\S+)')
-_LAST = re.compile(r"^(?P<kind>[A-Za-z_][\w.]*(?:Error|Exception|Warning|Exit|Interrupt))(?::\s*(?P<said>.*))?$")
+_LAST = re.compile(
+    r"^(?P<kind>[A-Za-z_][\w.]*(?:Error|Exception|Warning|Exit|Interrupt))(?::\s*(?P<said>.*))?$"
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Trouble:
-    """An exception as text. kinds: its class and those that it derives from; places: "file:line in function", innermost last."""
+    """An exception as text. kinds: its class and those that it derives from; places: "file:line in function",
+    innermost last."""
 
     kinds: tuple[str, ...]
     said: str
@@ -61,7 +78,11 @@ class Trouble:
         found = next((m for line in reversed(lines) if (m := _LAST.match(line))), None)
         if found is None:
             return None
-        return cls((found["kind"].rpartition(".")[2],), found["said"] or "", tuple(_place(*p) for p in _FRAME.findall(text)))
+        return cls(
+            (found["kind"].rpartition(".")[2],),
+            found["said"] or "",
+            tuple(_place(*p) for p in _FRAME.findall(text)),
+        )
 
     def is_a(self, *names: str) -> bool:
         return any(name in self.kinds for name in names)
@@ -75,21 +96,29 @@ class Trouble:
     @property
     def where(self) -> str:
         """The innermost place, and the innermost one of this program's if that is another."""
-        ours = [p for p in self.places if p.startswith("orchestrator/") and not p.startswith("orchestrator/cluster/failures.py")]
+        ours = [
+            p
+            for p in self.places
+            if p.startswith("orchestrator/") and not p.startswith("orchestrator/cluster/failures.py")
+        ]
         shown = dict.fromkeys([*self.places[-1:], *ours[-1:]])
         return ", called at ".join(shown)
 
 
 def _place(file: str, line: str, name: str) -> str:
     parts = Path(file).parts
-    start = next((len(parts) - i for i, p in enumerate(reversed(parts)) if p in ("site-packages", "dist-packages")), None)
+    start = next(
+        (len(parts) - i for i, p in enumerate(reversed(parts)) if p in ("site-packages", "dist-packages")),
+        None,
+    )
     if start is None and "orchestrator" in parts:
         start = len(parts) - 1 - parts[::-1].index("orchestrator")
     return f"{'/'.join(parts[start or 0 :])}:{line} in {name}".replace("//", "/")
 
 
 class Raised(Exception):
-    """Carries a Trouble from an actor to its driver: an exception of its own type may not survive the trip, and loses its places."""
+    """Carries a Trouble from an actor to its driver: an exception of its own type may not survive the trip,
+    and loses its places."""
 
     @property
     def trouble(self) -> Trouble:
@@ -103,8 +132,8 @@ Kind = TypeVar("Kind", bound=type)
 
 
 def telling(kind: Kind) -> Kind:
-    """An actor's class whose public methods raise OrchestratorErrors as they are and everything else as Raised, the whole traceback
-    printed to the actor's log."""
+    """An actor's class whose public methods raise OrchestratorErrors as they are and everything else as
+    Raised, the whole traceback printed to the actor's log."""
     for name in dir(kind):
         if not name.startswith("_") and callable(method := getattr(kind, name)):
             setattr(kind, name, _told(method))
@@ -133,8 +162,12 @@ def translate(error: Exception, who: str, verb: str) -> OrchestratorError:
             return cause
         if isinstance(cause, RayError):  # what it asked Ray for was lost with another process
             return _lost(cause, who, verb)
-        return _judged(cause.trouble if isinstance(cause, Raised) else Trouble.of(cause, str(error)), who, verb)
-    started_badly = Trouble.read(str(error)) if isinstance(error, RayActorError) and error.actor_init_failed else None
+        return _judged(
+            cause.trouble if isinstance(cause, Raised) else Trouble.of(cause, str(error)), who, verb
+        )
+    started_badly = (
+        Trouble.read(str(error)) if isinstance(error, RayActorError) and error.actor_init_failed else None
+    )
     return _lost(error, who, verb) if started_badly is None else _judged(started_badly, who, "start")
 
 
@@ -142,27 +175,48 @@ def _lost(error: Exception, who: str, verb: str) -> WorkerLost:
     return WorkerLost(
         f"{who} died during `{verb}`",
         why=ANSI.sub("", str(error)).strip().partition("\n")[0],
-        fix="the run goes on from its last checkpoint; if it repeats, look for out-of-memory kills on that node",
+        fix="the run goes on from its last checkpoint; if it repeats, look for out-of-memory kills on that "
+        "node",
     )
 
 
 def _judged(trouble: Trouble, who: str, verb: str) -> OrchestratorError:
     """Whether another attempt can cure it, and if not, whose it is."""
-    what, why = f"{who} failed in `{verb}`: {trouble.shown}", f"raised at {trouble.where}" if trouble.where else ""
-    if trouble.is_a("DistError", "DistBackendError", "ConnectionError", "TimeoutError", "EOFError") or _matches(BROKEN_LINK, trouble):
+    what, why = (
+        f"{who} failed in `{verb}`: {trouble.shown}",
+        f"raised at {trouble.where}" if trouble.where else "",
+    )
+    if trouble.is_a(
+        "DistError", "DistBackendError", "ConnectionError", "TimeoutError", "EOFError"
+    ) or _matches(BROKEN_LINK, trouble):
         return WorkerLost(what, why=why, fix="a peer or the network is gone; see logs/ in the run folder")
     if trouble.memory or _matches(DEVICE, trouble) or (trouble.errno in STORAGE and trouble.is_a("OSError")):
-        lost = WorkerLost(what, why=why, fix="see logs/ in the run folder; if it repeats at the same place the run ends")
+        lost = WorkerLost(
+            what, why=why, fix="see logs/ in the run folder; if it repeats at the same place the run ends"
+        )
         lost.repeats = f"{verb} {trouble.kinds[0]} {trouble.where}"
         return lost
     if trouble.is_a("ImportError", "ModuleNotFoundError"):
-        return ConfigError(what, why=why, fix="install what is missing on every node, or leave out what needs it")
+        return ConfigError(
+            what, why=why, fix="install what is missing on every node, or leave out what needs it"
+        )
     if verb in LOADING and trouble.is_a("OSError", "SafetensorError"):
-        return MissingInput(what, why=why, fix="the files of the model (model.path, or a reference or checkpoint) cannot be read: fetch them again")
+        return MissingInput(
+            what,
+            why=why,
+            fix="the files of the model (model.path, or a reference or checkpoint) cannot be read: fetch "
+            "them again",
+        )
     if verb in WRITING and trouble.is_a("OSError", "SafetensorError"):
-        fix = "free disk space or fix the permissions, then run the same command: it goes on from the last checkpoint"
+        fix = (
+            "free disk space or fix the permissions, then run the same command: it goes on from the last "
+            "checkpoint"
+        )
         return OutputError(what, why=why, fix=fix)
-    fix = "another attempt would fail the same way; the whole traceback is in the worker's log in logs/ of the run. If neither model nor data "
+    fix = (
+        "another attempt would fail the same way; the whole traceback is in the worker's log in logs/ of "
+        "the run. If neither model nor data "
+    )
     return WorkerFailed(what, why=why, fix=fix + "explains it, this is a bug: report it with that log")
 
 
@@ -172,8 +226,8 @@ def _matches(pattern: re.Pattern[str], trouble: Trouble) -> bool:
 
 
 def learner_failure(error: Exception, who: str, verb: str) -> OrchestratorError:
-    """`translate` of a learner's failure, for which memory that ran out in any verb leads to a finer cut: of workers that are built
-    again, since nobody knows what the verb left behind."""
+    """`translate` of a learner's failure, for which memory that ran out in any verb leads to a finer cut: of
+    workers that are built again, since nobody knows what the verb left behind."""
     if not isinstance(error, RayTaskError) or isinstance(error.cause, OrchestratorError):
         return translate(error, who, verb)
     trouble = error.cause.trouble if isinstance(error.cause, Raised) else Trouble.of(error.cause)
@@ -182,7 +236,8 @@ def learner_failure(error: Exception, who: str, verb: str) -> OrchestratorError:
     failure = OutOfMemory(
         f"{who} ran out of memory in `{verb}`",
         why=(trouble.said or trouble.kinds[0]).splitlines()[0],
-        fix="set a smaller batch.micro_batch, a higher learners.zero_stage, or learners.offload.optimizer=cpu",
+        fix="set a smaller batch.micro_batch, a higher learners.zero_stage, or "
+        "learners.offload.optimizer=cpu",
     )
     failure.in_place = False
     return failure

@@ -1,4 +1,5 @@
-"""What Ray starts in place of a worker's interpreter: asks the fork server (forkserver.py) for the worker, and ends as it ends.
+"""What Ray starts in place of a worker's interpreter: asks the fork server (forkserver.py) for the worker,
+and ends as it ends.
 
 Imports the standard library only, to start in hundredths of a second.
 """

@@ -4,8 +4,9 @@
                           ^ unix socket
     raylet --starts--> fork_client.py: "be this worker", with its arguments, variables and files
 
-An import of all libraries takes six seconds of a processor for each process; a fork takes a few hundredths, and shares the memory.
-Only a run's own Ray uses it, on Linux, on a machine without a GPU: CUDA does not outlive a fork.
+An import of all libraries takes six seconds of a processor for each process; a fork takes a few hundredths,
+and shares the memory. Only a run's own Ray uses it, on Linux, on a machine without a GPU: CUDA does not
+outlive a fork.
 """
 
 import atexit
@@ -40,17 +41,22 @@ PR_SET_PDEATHSIG = 1
 
 @contextmanager
 def forked_workers(said: Callable[[], AbstractContextManager[None]] = nullcontext) -> Iterator[None]:
-    """Inside, the workers of a Ray that is started here are forked. said: around the imports, which take seconds.
+    """Inside, the workers of a Ray that is started here are forked. said: around the imports, which take
+    seconds.
 
-    The server is this process as it is now, with all that workers need, where ray is not imported yet: its library reads what a worker is when
-    it is loaded. Else it is a new process. Nothing is changed where workers may not be forked (see above), and where the run joins another Ray."""
+    The server is this process as it is now, with all that workers need, where ray is not imported yet: its
+    library reads what a worker is when it is loaded. Else it is a new process. Nothing is changed where
+    workers may not be forked (see above), and where the run joins another Ray.
+    """
     own = os.environ.get("RAY_ADDRESS", "") in ("", "local")
     if sys.platform != "linux" or not own or VARIABLE in os.environ or _has_gpus(said):
         yield
         return
     with tempfile.TemporaryDirectory(prefix="fork-") as folder:
         address = str(Path(folder) / "socket")
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:  # here only until the server has it
+        with socket.socket(
+            socket.AF_UNIX, socket.SOCK_STREAM
+        ) as listener:  # here only until the server has it
             listener.bind(address)
             listener.listen(WAITING)
             server = _spawned(listener) if "ray" in sys.modules else _forked(listener)
@@ -64,7 +70,8 @@ def forked_workers(said: Callable[[], AbstractContextManager[None]] = nullcontex
 
 
 def _has_gpus(said: Callable[[], AbstractContextManager[None]]) -> bool:
-    """Told by torch, which is imported for it: with all the rest where that is not to be done again in a process of its own."""
+    """Told by torch, which is imported for it: with all the rest where that is not to be done again in a
+    process of its own."""
     with said():
         if "ray" not in sys.modules:
             _import()
@@ -72,7 +79,8 @@ def _has_gpus(said: Callable[[], AbstractContextManager[None]]) -> bool:
 
 
 def py_executable(environment: Mapping[str, str]) -> str | None:
-    """What stands for the interpreter in Ray's command line of a worker without a GPU; None: the interpreter itself."""
+    """What stands for the interpreter in Ray's command line of a worker without a GPU; None: the interpreter
+    itself."""
     address = environment.get(VARIABLE)
     return shlex.join([sys.executable, "-S", "-E", str(CLIENT), address]) if address else None
 

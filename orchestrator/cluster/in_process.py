@@ -1,4 +1,5 @@
-"""A run in this process, without Ray: for breakpoints, profilers and notebooks. The numbers are those of one worker and one actor.
+"""A run in this process, without Ray: for breakpoints, profilers and notebooks. The numbers are those of one
+worker and one actor.
 
 Ranks._each --a call--> Rank --> RankLearner     LocalRollouts.start --> RolloutWorker     LocalRewards.score --> the functions themselves
 """
@@ -15,12 +16,12 @@ import torch
 from orchestrator.cluster.deadlines import Deadlines
 from orchestrator.cluster.ranks import Rank, Ranks
 from orchestrator.core.errors import OutOfMemory
-from orchestrator.core.rollouts import Prompt, RolloutGroup, Sampling, Scoring, Span, WeightsDelivered
+from orchestrator.core.rollouts import BatchRewards, Prompt, RolloutGroup, Sampling, Span, WeightsDelivered
 from orchestrator.learner.weights import flat_buckets
 from orchestrator.models.weight_buckets import Bucket, checksum
 from orchestrator.recipe.schema import Learners, Model, Recipe, RewardFunction, Rewards
-from orchestrator.rollout.rewards.combine import check_any, combine, judge_batch
-from orchestrator.rollout.rewards.component import Component, Outcome, RewardCall, invoke, judge
+from orchestrator.rollout.rewards.combine import check_any, score_with_retries, sum_components
+from orchestrator.rollout.rewards.component import Component, Outcome, RewardCall, invoke, validate_rewards
 from orchestrator.rollout.rewards.http import HttpReward
 from orchestrator.rollout.rewards.lookup import check_rewards, resolve
 from orchestrator.rollout.rewards.reward_model import RewardModel
@@ -28,7 +29,8 @@ from orchestrator.rollout.worker import RolloutWorker
 
 
 class LocalRank(Ranks):
-    """The only rank. What it raises is raised where it happened: nothing is translated, nothing is tried again."""
+    """The only rank. What it raises is raised where it happened: nothing is translated, nothing is tried
+    again."""
 
     def __init__(self, learners: Learners) -> None:
         self.world = 1
@@ -41,7 +43,7 @@ class LocalRank(Ranks):
 
     def _each(self, verb: str, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
         try:
-            return [getattr(self.rank, verb)(*own) for own in arguments]
+            return [self.rank.do(verb, *own) for own in arguments]
         except OutOfMemory as error:
             error.in_place = error.in_place and self._holds_back()
             raise
@@ -96,14 +98,17 @@ class LocalRollouts:
 
 
 class LocalFunction:
-    """A component (rewards.Component) that is called here: a breakpoint in it stops the run. No process of its own, no time limit."""
+    """A component (rewards.Component) that is called here: a breakpoint in it stops the run. No process of
+    its own, no time limit."""
 
     def __init__(self, function: RewardFunction) -> None:
         self.name, self._written, self._function = function.name, function.function, resolve(function)
 
     def score(self, groups: Sequence[RolloutGroup], timeout_s: float) -> list[Outcome]:
         call = RewardCall.of(groups)
-        return judge(self.name, invoke(self.name, self._function, call.given_to(self._written)), call.samples)
+        return validate_rewards(
+            self.name, invoke(self.name, self._function, call.given_to(self._written)), call.samples
+        )
 
 
 class LocalRewards:
@@ -114,18 +119,30 @@ class LocalRewards:
         self.rewards, self.policy = rewards, policy
         self.components = [self._component(function) for function in rewards.functions]
 
-    def score(self, groups: Sequence[RolloutGroup]) -> Scoring:
+    def score(self, groups: Sequence[RolloutGroup]) -> BatchRewards:
         check_any(groups, self.rewards)
         if not groups:
-            return Scoring(())
+            return BatchRewards(())
         limits = {"timeout_s": self.rewards.timeout_s, "retries": self.rewards.retries}
-        return combine(groups, self.rewards, {c.name: judge_batch(c, groups, **limits) for c in self.components})
+        return sum_components(
+            groups, self.rewards, {c.name: score_with_retries(c, groups, **limits) for c in self.components}
+        )
 
     def _component(self, function: RewardFunction) -> Component:
         if function.url is not None:
-            return HttpReward(function, batch_size=self.rewards.batch_size, environment=os.environ, retry=self.rewards.retries > 0)
+            return HttpReward(
+                function,
+                batch_size=self.rewards.batch_size,
+                environment=os.environ,
+                retry=self.rewards.retries > 0,
+            )
         if function.model is not None:
-            return RewardModel(function, policy=self.policy, batch_size=self.rewards.batch_size, device=_device(function.gpus))
+            return RewardModel(
+                function,
+                policy=self.policy,
+                batch_size=self.rewards.batch_size,
+                device=_device(function.gpus),
+            )
         return LocalFunction(function)
 
 

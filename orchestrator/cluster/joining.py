@@ -1,4 +1,5 @@
-"""Which Ray a run is on: the cluster that RAY_ADDRESS names, or one that it starts for itself and that ends with it.
+"""Which Ray a run is on: the cluster that RAY_ADDRESS names, or one that it starts for itself and that ends
+with it.
 
     RAY_ADDRESS --knock, seconds--> ray.init(address)          none --short folder, token, signals held back--> ray.init("local")
 
@@ -25,13 +26,20 @@ from ray.exceptions import RayError
 
 from orchestrator.cluster.doctor.node import SHM
 from orchestrator.cluster.quiet import without_small_talk
-from orchestrator.core.errors import ConfigError, Forbidden, NotEnoughResources, OutputError, Unreachable
+from orchestrator.core.errors import (
+    ConfigError,
+    DashboardUnreachable,
+    Forbidden,
+    NotEnoughResources,
+    OutputError,
+)
 from orchestrator.core.stopping import STOPPING, held_back
 
 OBJECT_STORE_BYTES = 256 * 1024 * 1024
 """For batches, log-probs and rollouts; published weights come on top (`store_for`)."""
 SHM_SHARE, RAM_SHARE = 0.9, 0.3
-"""Of what is free of /dev/shm, beyond which Ray would put its store on disk, and of the RAM, of which it is a part."""
+"""Of what is free of /dev/shm, beyond which Ray would put its store on disk, and of the RAM, of which it is a
+part."""
 KNOCK_S = 5.0
 """For a cluster's head to answer a knock. Ray itself would wait a quarter of an hour."""
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\x00\x00\x00\x04\x00\x00\x00\x00\x00"
@@ -50,13 +58,22 @@ SETTINGS_OF_RAY = {
 }
 """Of a Ray that is started here, where the user has not set them."""
 UV_HOOK = "RAY_ENABLE_UV_RUN_RUNTIME_ENV"
-UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.ENOENT, errno.ENAMETOOLONG)
+UNWRITABLE = (
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.ENOTDIR,
+    errno.ENOENT,
+    errno.ENAMETOOLONG,
+)
 
 
 def connect(store: int = OBJECT_STORE_BYTES) -> None:
-    """Joins the cluster of RAY_ADDRESS (set inside `ray job submit`), or starts a local Ray without a dashboard. store: bytes of
-    its object store. Raises Unreachable (nothing answers there), ConfigError (that is no address of a cluster), OutputError (no
-    folder for it) or NotEnoughResources (it does not start)."""
+    """Joins the cluster of RAY_ADDRESS (set inside `ray job submit`), or starts a local Ray without a
+    dashboard. store: bytes of its object store. Raises Unreachable (nothing answers there), ConfigError (that
+    is no address of a cluster), OutputError (no folder for it) or NotEnoughResources (it does not start)."""
     if ray.is_initialized():
         return
     address = named_cluster()
@@ -84,8 +101,8 @@ def own_ray() -> Iterator[None]:
 
 
 def store_for(weights: int) -> int:
-    """Bytes of a local Ray's object store that holds so many bytes of published weights without spilling them to disk, as far as
-    the machine has the memory."""
+    """Bytes of a local Ray's object store that holds so many bytes of published weights without spilling them
+    to disk, as far as the machine has the memory."""
     shm = shutil.disk_usage(SHM).free * SHM_SHARE if SHM.is_dir() else float("inf")
     ram = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * RAM_SHARE
     return max(OBJECT_STORE_BYTES, int(min(OBJECT_STORE_BYTES + weights, shm, ram)))
@@ -109,7 +126,9 @@ def _join(named: str) -> None:
                 fix="set RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH to a copy of the head's ~/.ray/auth_token",
             ) from error
         fix = "look there with `ray status`; unset RAY_ADDRESS to run on a Ray of this machine alone"
-        raise Unreachable(f"the Ray at RAY_ADDRESS={named} cannot be joined", why=why, fix=fix) from error
+        raise DashboardUnreachable(
+            f"the Ray at RAY_ADDRESS={named} cannot be joined", why=why, fix=fix
+        ) from error
 
 
 def _resolved(named: str) -> str:
@@ -117,35 +136,54 @@ def _resolved(named: str) -> str:
     if "://" in named:
         client = named.startswith("ray://")
         raise ConfigError(
-            f"RAY_ADDRESS={named} is {'the address of a Ray Client server' if client else 'no address of a Ray cluster'}",
-            why="a run needs the head's own address" + ("" if client else "; http:// is the dashboard's, for `orchestrator submit --address`"),
-            fix="set RAY_ADDRESS=HOST:6379 on a machine of the cluster, or unset it and use `orchestrator submit --address http://HOST:8265`",
+            f"RAY_ADDRESS={named} is "
+            f"{'the address of a Ray Client server' if client else 'no address of a Ray cluster'}",
+            why="a run needs the head's own address"
+            + ("" if client else "; http:// is the dashboard's, for `orchestrator submit --address`"),
+            fix="set RAY_ADDRESS=HOST:6379 on a machine of the cluster, or unset it and use `orchestrator "
+            "submit --address http://HOST:8265`",
         )
     if named == "auto":
         try:
             return services.canonicalize_bootstrap_address_or_die("auto")
         except ConnectionError as error:
             fix = "start one (`ray start --head`), or unset RAY_ADDRESS: then the run starts its own"
-            raise Unreachable("RAY_ADDRESS=auto, and no Ray runs on this machine", why=str(error), fix=fix) from error
+            raise DashboardUnreachable(
+                "RAY_ADDRESS=auto, and no Ray runs on this machine", why=str(error), fix=fix
+            ) from error
     host, colon, port = named.rpartition(":")
     if not colon or not host or not port.isdecimal() or not 0 < int(port) < 65536:
-        raise ConfigError(f"RAY_ADDRESS={named} is no HOST:PORT", fix="set it to the head's address, e.g. 10.0.0.1:6379, or unset it")
+        raise ConfigError(
+            f"RAY_ADDRESS={named} is no HOST:PORT",
+            fix="set it to the head's address, e.g. 10.0.0.1:6379, or unset it",
+        )
     return named
 
 
 def _knock(named: str, address: str) -> None:
     """Unreachable where no gRPC server answers at the address in time."""
     host, _, port = address.rpartition(":")
-    fix = "start the cluster, or unset RAY_ADDRESS (it may be left over from another one): then the run starts a Ray of its own"
+    fix = (
+        "start the cluster, or unset RAY_ADDRESS (it may be left over from another one): then the run "
+        "starts a Ray of its own"
+    )
     try:
         with socket.create_connection((host.strip("[]"), int(port)), timeout=KNOCK_S) as door:
             door.settimeout(KNOCK_S)
             door.sendall(PREFACE)
             answer = door.recv(9)
     except OSError as error:
-        raise Unreachable(f"no Ray answers at RAY_ADDRESS={named}", why=error.strerror or str(error) or type(error).__name__, fix=fix) from error
+        raise DashboardUnreachable(
+            f"no Ray answers at RAY_ADDRESS={named}",
+            why=error.strerror or str(error) or type(error).__name__,
+            fix=fix,
+        ) from error
     if len(answer) < 4 or answer[3] != SETTINGS:
-        raise Unreachable(f"what answers at RAY_ADDRESS={named} is no head of a Ray cluster", why="it does not speak gRPC", fix=fix)
+        raise DashboardUnreachable(
+            f"what answers at RAY_ADDRESS={named} is no head of a Ray cluster",
+            why="it does not speak gRPC",
+            fix=fix,
+        )
 
 
 def _start(store: int) -> None:
@@ -156,20 +194,30 @@ def _start(store: int) -> None:
     folder = _short_folder()
     try:
         with _lean():
-            ray.init(address="local", include_dashboard=False, object_store_memory=store, _temp_dir=folder, **_QUIET)
+            ray.init(
+                address="local",
+                include_dashboard=False,
+                object_store_memory=store,
+                _temp_dir=folder,
+                **_QUIET,
+            )
     except Exception as error:  # Ray raises plain Exceptions too
         why = " ".join(f"{type(error).__name__}: {error}".split())[:500]
         if isinstance(error, OSError) and error.errno in UNWRITABLE:
             fix = "set RAY_TMPDIR to a folder that can be written"
             raise OutputError(f"Ray cannot write to {error.filename or folder}", why=why, fix=fix) from error
-        fix = f"see {folder}/session_latest/logs; free memory and processes (ulimit -u, -n), then run the same command again"
+        fix = (
+            f"see {folder}/session_latest/logs; free memory and processes (ulimit -u, -n), then run the "
+            "same command again"
+        )
         raise NotEnoughResources("Ray did not start on this machine", why=why, fix=fix) from error
     _protect_token()
     _end_helpers_at_once()
 
 
 class _LeanParams(parameter.RayParams):
-    """A Ray without the processes that serve a cluster: the autoscaler, and the reader of logs, which nobody asks for here."""
+    """A Ray without the processes that serve a cluster: the autoscaler, and the reader of logs, which nobody
+    asks for here."""
 
     def __init__(self, **given: Any) -> None:
         super().__init__(**{**given, "no_monitor": True, "include_log_monitor": False})
@@ -187,7 +235,8 @@ def _lean() -> Iterator[None]:
 
 
 def _short_folder() -> str:
-    """Where Ray puts its session: RAY_TMPDIR, else the temporary folder, else one of our own where that path is too long for sockets."""
+    """Where Ray puts its session: RAY_TMPDIR, else the temporary folder, else one of our own where that path
+    is too long for sockets."""
     room = SOCKET_AT_MOST - len(SOCKET)
     asked = os.environ.get("RAY_TMPDIR")
     folder = asked or os.path.join(tempfile.gettempdir(), "ray")
@@ -195,23 +244,43 @@ def _short_folder() -> str:
         return folder
     if asked:
         what = f"RAY_TMPDIR={asked} is too long: {len(os.fsencode(asked))} bytes"
-        raise OutputError(what, why=f"Ray's Unix sockets lie below it, which leaves {room}", fix="name a shorter folder, e.g. RAY_TMPDIR=/tmp/ray")
+        raise OutputError(
+            what,
+            why=f"Ray's Unix sockets lie below it, which leaves {room}",
+            fix="name a shorter folder, e.g. RAY_TMPDIR=/tmp/ray",
+        )
     own = Path(f"/tmp/ray-{os.getuid()}")
     try:
         own.mkdir(mode=0o700, exist_ok=True)
         info = own.lstat()
     except OSError as error:
-        what = f"the temporary folder {tempfile.gettempdir()} has too long a path for Ray's sockets, and {own} cannot be made"
-        raise OutputError(what, why=str(error), fix=f"set RAY_TMPDIR to a folder of at most {room} bytes that can be written") from error
+        what = (
+            f"the temporary folder {tempfile.gettempdir()} has too long a path for Ray's sockets, and "
+            f"{own} cannot be made"
+        )
+        raise OutputError(
+            what,
+            why=str(error),
+            fix=f"set RAY_TMPDIR to a folder of at most {room} bytes that can be written",
+        ) from error
     if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.getuid():
         fix = f"set RAY_TMPDIR to a folder of at most {room} bytes"
-        raise OutputError(f"{own} is somebody else's", why=f"{tempfile.gettempdir()} has too long a path for Ray's sockets", fix=fix)
+        raise OutputError(
+            f"{own} is somebody else's",
+            why=f"{tempfile.gettempdir()} has too long a path for Ray's sockets",
+            fix=fix,
+        )
     return str(own)
 
 
 def _have_token() -> None:
-    """Ray keeps the token of its own cluster in the home folder. Where that cannot be written it gets one that lives as long as this process."""
-    if os.environ.get("RAY_AUTH_MODE", "token") != "token" or os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH"):
+    """Ray keeps the token of its own cluster in the home folder. Where that cannot be written it gets one
+    that lives as long as this process."""
+    if (
+        os.environ.get("RAY_AUTH_MODE", "token") != "token"
+        or os.environ.get("RAY_AUTH_TOKEN")
+        or os.environ.get("RAY_AUTH_TOKEN_PATH")
+    ):
         return
     folder = Path.home() / ".ray"
     if (folder / "auth_token").is_file():
@@ -232,7 +301,8 @@ def _protect_token() -> None:
 
 
 def _without_uv_hook() -> None:
-    """Under `uv run` Ray would upload the project, secrets and all, and run the workers in that copy. They use this interpreter already."""
+    """Under `uv run` Ray would upload the project, secrets and all, and run the workers in that copy. They
+    use this interpreter already."""
     if UV_HOOK not in os.environ:
         os.environ[UV_HOOK] = "0"  # for the processes that are started
         ray_constants.RAY_ENABLE_UV_RUN_RUNTIME_ENV = False  # read when ray was imported
@@ -240,7 +310,8 @@ def _without_uv_hook() -> None:
 
 @contextmanager
 def _own_signals() -> Iterator[None]:
-    """Keeps this process's handlers: Ray puts its crash handler in the place of SIGTERM's, which would abort the run."""
+    """Keeps this process's handlers: Ray puts its crash handler in the place of SIGTERM's, which would abort
+    the run."""
     before = {number: signal.getsignal(number) for number in STOPPING}
     try:
         yield
@@ -252,9 +323,12 @@ def _own_signals() -> Iterator[None]:
 
 
 def _end_helpers_at_once() -> None:
-    """Ray ends its processes with SIGTERM, which they do not get, and waits a second for each before it kills it. Those that hold nothing are
-    killed at once."""
+    """Ray ends its processes with SIGTERM, which they do not get, and waits a second for each before it kills
+    it. Those that hold nothing are killed at once."""
     for kind, processes in getattr(worker._global_node, "all_processes", {}).items():
-        if kind not in ("raylet", "gcs_server"):  # the raylet's own helpers end in peace only while these answer
+        if kind not in (
+            "raylet",
+            "gcs_server",
+        ):  # the raylet's own helpers end in peace only while these answer
             for info in processes:
                 info.process.terminate = info.process.kill

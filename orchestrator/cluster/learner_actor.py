@@ -8,7 +8,14 @@ from typing import Any
 
 import ray
 
-from orchestrator.cluster.actors import Share, grow_segments, keep_to_share, outlive_sigterm, own_device, redirect_output
+from orchestrator.cluster.actors import (
+    Share,
+    grow_segments,
+    keep_to_share,
+    outlive_sigterm,
+    own_device,
+    redirect_output,
+)
 from orchestrator.cluster.failures import telling
 from orchestrator.cluster.network import speak_from
 from orchestrator.cluster.ranks import Rank
@@ -50,7 +57,8 @@ class LearnerActor(Rank):
         return pid
 
     def put_buckets(self, bucket_bytes: int) -> tuple[list[Any], int]:
-        """Rank 0: the weights in Ray's object store, a reference per bucket, and their bytes. A collective at ZeRO-3."""
+        """Rank 0: the weights in Ray's object store, a reference per bucket, and their bytes. A collective at
+        ZeRO-3."""
         from orchestrator.learner.weights import flat_buckets
         from orchestrator.models.weight_buckets import Bucket, checksum
 
@@ -65,7 +73,9 @@ class LearnerActor(Rank):
         """Rank 0: where the members of a new channel meet."""
         from torch._C._distributed_c10d import TCPStore
 
-        self.store = TCPStore(self.node, 0, is_master=True, timeout=timedelta(seconds=timeout_s), wait_for_workers=False)
+        self.store = TCPStore(
+            self.node, 0, is_master=True, timeout=timedelta(seconds=timeout_s), wait_for_workers=False
+        )
         return self.node, self.store.port
 
     def open_channel(self, meeting: Any) -> str | None:

@@ -36,14 +36,17 @@ class LearnerGroup(Ranks):
         colocated: Rollouts | None = None,
         placement: Placement | None = None,
     ) -> None:
-        """parameters: of the model, for deadlines; colocated: rollout actors that share the bundles (see RolloutPool); placement: reserved by
-        the caller together with the run's other groups, and released by it."""
+        """parameters: of the model, for deadlines; colocated: rollout actors that share the bundles (see
+        RolloutPool); placement: reserved by the caller together with the run's other groups, and released by
+        it."""
         self.learners, self.logs, self.name = learners, logs, name
         self.world = learners.count
         self.deadlines = Deadlines(learners.start_timeout_s, learners.timeout_s, parameters)
         self.expandable = learners.gpus > 0 and (colocated is None or colocated.transport != "cuda_ipc")
         self.reserved = placement is None
-        self.placement = placement or Placement.reserve(learner_demand(learners, colocated), learners.start_timeout_s)
+        self.placement = placement or Placement.reserve(
+            learner_demand(learners, colocated), learners.start_timeout_s
+        )
         self.actors: list[Any] = []
         self.hosts: list[str] = []
         try:
@@ -54,8 +57,12 @@ class LearnerGroup(Ranks):
 
     def _start(self) -> None:
         self.actors = [self._new(rank) for rank in range(self.world)]
-        address, port = self._collect([self.actors[0].address.remote()], "start", self.deadlines.start_s, START)[0]
-        self.hosts = self._collect([a.host.remote() for a in self.actors], "start", self.deadlines.start_s, START)
+        address, port = self._collect(
+            [self.actors[0].address.remote()], "start", self.deadlines.start_s, START
+        )[0]
+        self.hosts = self._collect(
+            [a.host.remote() for a in self.actors], "start", self.deadlines.start_s, START
+        )
         joins = [a.join.remote(self.world, address, port, self.deadlines.collective_s) for a in self.actors]
         self.pids: list[int] = self._collect(joins, "join the process group", self.deadlines.start_s, START)
 
@@ -63,7 +70,9 @@ class LearnerGroup(Ranks):
         cpus, gpus = self.learners.cpus_per_worker, self.learners.gpus
         share = Share(cpus, gpus, self.placement.threads(rank, cpus, gpus), self.expandable)
         log = str(self.logs / f"{self.name}-{rank}.log") if self.logs else None
-        return self.placement.start(LearnerActor, rank, rank, log, share, name=f"{self.name}-{rank}", share=share)
+        return self.placement.start(
+            LearnerActor, rank, rank, log, share, name=f"{self.name}-{rank}", share=share
+        )
 
     def put_buckets(self, bucket_bytes: int) -> tuple[list[Any], int]:
         """The policy's weights as references to buckets in Ray's object store, and their bytes."""
@@ -71,11 +80,17 @@ class LearnerGroup(Ranks):
 
     def listen(self) -> tuple[str, int]:
         """Address and port where a new channel's members meet."""
-        return self._collect([self.actors[0].listen.remote(self.deadlines.start_s)], "listen", self.deadlines.start_s, START)[0]
+        return self._collect(
+            [self.actors[0].listen.remote(self.deadlines.start_s)], "listen", self.deadlines.start_s, START
+        )[0]
 
     def open_channel(self, meeting: Any) -> str | None:
         """Rank 0 becomes the sender of a channel (models/weight_buckets.py); what went wrong, if it did."""
-        return self._collect([self.actors[0].open_channel.remote(meeting)], "open the channel for weights", self.deadlines.verb_s)[0]
+        return self._collect(
+            [self.actors[0].open_channel.remote(meeting)],
+            "open the channel for weights",
+            self.deadlines.verb_s,
+        )[0]
 
     def broadcast_buckets(self, bucket_bytes: int) -> str | None:
         """Sends the weights through the channel; what broke it, if anything did."""
@@ -99,12 +114,15 @@ class LearnerGroup(Ranks):
         return ray.put(value)
 
     def _each(self, verb: str, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
-        refs = [getattr(actor, verb).remote(*args) for actor, args in zip(self.actors, arguments, strict=True)]
+        named = zip(self.actors, arguments, strict=True)
+        refs = [actor.do.options(name=verb).remote(verb, *args) for actor, args in named]
         return self._collect(refs, verb, self.deadlines.of(verb))
 
-    def _collect(self, refs: list[Any], verb: str, timeout_s: float, key: str = "learners.timeout_s") -> list[Any]:
-        """Results by rank; raises at the first failure, or WorkerLost naming who did not answer in time. key: of the recipe, that
-        gives more time."""
+    def _collect(
+        self, refs: list[Any], verb: str, timeout_s: float, key: str = "learners.timeout_s"
+    ) -> list[Any]:
+        """Results by rank; raises at the first failure, or WorkerLost naming who did not answer in time. key:
+        of the recipe, that gives more time."""
         deadline = time.monotonic() + timeout_s
         waiting, memory_error = list(refs), None
         while waiting:
@@ -133,7 +151,8 @@ class LearnerGroup(Ranks):
         return ray.get(refs)
 
     def _root(self, first: WorkerLost, refs: list[Any], waiting: list[Any], verb: str) -> OrchestratorError:
-        """The failure to tell: a rank that lost its peers is often told before the peer that died or failed, which comes a moment later."""
+        """The failure to tell: a rank that lost its peers is often told before the peer that died or failed,
+        which comes a moment later."""
         deadline = time.monotonic() + ROOT_S
         while waiting:
             done, waiting = ray.wait(waiting, timeout=max(0.0, deadline - time.monotonic()))

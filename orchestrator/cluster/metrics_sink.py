@@ -1,4 +1,5 @@
-"""Every step's metrics as Ray gauges: Ray's agent on the driver's node serves them to Prometheus, beside Ray's own."""
+"""Every step's metrics as Ray gauges: Ray's agent on the driver's node serves them to Prometheus, beside
+Ray's own."""
 
 import math
 from collections.abc import Mapping
@@ -15,9 +16,11 @@ TAGS = ("run", "algorithm", "stage")
 
 
 class RayMetricsSink:
-    """Sets one gauge per metric, made when the metric first comes. Says nothing where Ray has no metrics agent.
+    """Sets one gauge per metric, made when the metric first comes. Says nothing where Ray has no metrics
+    agent.
 
-    run: what the run and its stages have in common; stage: its own name. Values that are not finite are left out.
+    run: what the run and its stages have in common; stage: its own name. Values that are not finite are left
+    out.
     """
 
     def __init__(self, run: str, algorithm: str, stage: str) -> None:
@@ -45,7 +48,9 @@ class RayMetricsSink:
 
     def _set(self, metrics: Mapping[str, float]) -> None:
         if self._served is None:
-            self._served = ray.is_initialized() and any(node["Alive"] and node.get("MetricsExportPort") for node in ray.nodes())
+            self._served = ray.is_initialized() and any(
+                node["Alive"] and node.get("MetricsExportPort") for node in ray.nodes()
+            )
         if not self._served:
             return
         for metric, value in metrics.items():

@@ -9,7 +9,12 @@ from typing import Any
 
 import ray
 from ray.exceptions import ActorAlreadyExistsError
-from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
+from ray.util.placement_group import (
+    PlacementGroup,
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from orchestrator.cluster.actors import Share, made
@@ -29,13 +34,18 @@ def demands(recipe: Recipe, *, critic: bool, rollouts: bool) -> tuple[WorkerGrou
     together = rollouts and actors.placement == "colocated"
     if together and actors.count != learners.count:
         raise ConfigError(
-            f"rollouts.placement=colocated needs as many rollouts.workers ({actors.count}) as learners.workers ({learners.count})",
+            f"rollouts.placement=colocated needs as many rollouts.workers ({actors.count}) as "
+            f"learners.workers ({learners.count})",
             why="actor i shares the bundle of learner worker i",
             fix=f"set rollouts.workers={learners.count}, or rollouts.placement=separate",
         )
     groups = [learner_demand(learners, actors if together else None)]
     if critic:
-        groups.append(WorkerGroup("critic", recipe.critic.workers, recipe.critic.cpus_per_worker, recipe.critic.gpus_per_worker))
+        groups.append(
+            WorkerGroup(
+                "critic", recipe.critic.workers, recipe.critic.cpus_per_worker, recipe.critic.gpus_per_worker
+            )
+        )
     if rollouts and not together:
         groups.append(WorkerGroup("rollouts", actors.count, actors.cpus_per_worker, actors.gpus))
     return tuple(groups)
@@ -49,8 +59,9 @@ def learner_demand(learners: Learners, colocated: Rollouts | None = None) -> Wor
 
 @contextmanager
 def reserved(groups: Sequence[WorkerGroup], timeout_s: float) -> Iterator[dict[str, "Placement"]]:
-    """All worker groups of a run by name, all or nothing: of two runs that come at once on a cluster with room for one, one waits with nothing.
-    NotEnoughResources after timeout_s seconds, or at once where the cluster cannot hold them."""
+    """All worker groups of a run by name, all or nothing: of two runs that come at once on a cluster with
+    room for one, one waits with nothing. NotEnoughResources after timeout_s seconds, or at once where the
+    cluster cannot hold them."""
     whole = _reserve(groups, timeout_s)
     try:
         firsts = [sum(g.workers for g in groups[:i]) for i in range(len(groups))]
@@ -76,7 +87,8 @@ def _reserve(groups: Sequence[WorkerGroup], timeout_s: float) -> PlacementGroup:
     raise NotEnoughResources(
         f"{wanted} were not free {'together ' if len(groups) > 1 else ''}within {timeout_s:.0f} s",
         why=f"free now: {_words(_of_interest(ray.available_resources(), asked))}",
-        fix=f"wait for the other jobs, ask for fewer {groups[0].what}.workers, or raise learners.start_timeout_s",
+        fix=f"wait for the other jobs, ask for fewer {groups[0].what}.workers, or raise "
+        "learners.start_timeout_s",
     )
 
 
@@ -97,13 +109,15 @@ class Placement:
         return PlacementGroupSchedulingStrategy(self.group, placement_group_bundle_index=self.first + rank)
 
     def start(self, kind: type, rank: int, *arguments: Any, name: str, share: Share) -> Any:
-        """An actor in the bundle of `rank`, taking its part of it. name: role and rank, as Ray's dashboard shows it."""
+        """An actor in the bundle of `rank`, taking its part of it. name: role and rank, as Ray's dashboard
+        shows it."""
         actor = made(kind, share, strategy=self.at(rank), name=name)
         return named(lambda: actor.remote(*arguments))
 
     def threads(self, rank: int, cpus: float, gpus: float) -> int:
-        """With which a worker in the bundle of `rank` computes on the CPU: one per CPU of its own, and on a GPU its share of the
-        node's, since a node with GPUs has idle CPUs beside them. Loading, hashing and offloaded AdamW wait for them."""
+        """With which a worker in the bundle of `rank` computes on the CPU: one per CPU of its own, and on a
+        GPU its share of the node's, since a node with GPUs has idle CPUs beside them. Loading, hashing and
+        offloaded AdamW wait for them."""
         own = max(1, int(cpus))
         if not gpus:
             return own
@@ -116,7 +130,8 @@ class Placement:
 
 
 def named(create: Callable[[], Any]) -> Any:
-    """Makes an actor that has a name. Ray gives the name of a killed one free a moment later, so it may take a few tries."""
+    """Makes an actor that has a name. Ray gives the name of a killed one free a moment later, so it may take
+    a few tries."""
     deadline = time.monotonic() + NAME_FREE_S
     while True:
         try:
@@ -128,10 +143,13 @@ def named(create: Callable[[], Any]) -> Any:
 
 
 def check_capacity(groups: Sequence[WorkerGroup]) -> None:
-    """NotEnoughResources where the cluster cannot hold the workers; told before Ray starts where that is this machine."""
+    """NotEnoughResources where the cluster cannot hold the workers; told before Ray starts where that is this
+    machine."""
     if not ray.is_initialized() and named_cluster() is None:
         gpus = any(g.gpus for g in groups)
-        _check_capacity(groups, {"CPU": float(os.cpu_count() or 1), "GPU": float(len(visible_gpus())) if gpus else 0.0})
+        _check_capacity(
+            groups, {"CPU": float(os.cpu_count() or 1), "GPU": float(len(visible_gpus())) if gpus else 0.0}
+        )
         return
     connect()
     _check_capacity(groups, ray.cluster_resources())
@@ -148,14 +166,19 @@ def _check_capacity(groups: Sequence[WorkerGroup], total: Mapping[str, float]) -
 def _too_few(groups: Sequence[WorkerGroup], resource: str, needed: float, has: float) -> NotEnoughResources:
     if len(groups) > 1:
         words = " + ".join(f"{g.workers} {g.what} x {_bundle(g)[resource]:g}" for g in groups)
-        fix = f"fewer workers, or a smaller {'cpus' if resource == 'CPU' else 'gpus'}_per_worker of {', '.join(g.what for g in groups)}"
+        fix = (
+            f"fewer workers, or a smaller {'cpus' if resource == 'CPU' else 'gpus'}_per_worker of "
+            f"{', '.join(g.what for g in groups)}"
+        )
         return NotEnoughResources(f"the cluster has {has:g} {resource}s, {words} need {needed:g}", fix=fix)
     (group,) = groups
     each = _bundle(group)[resource]
     fix = f"set {group.what}.workers to {times(has, each)} or fewer"
     if resource == "CPU" and has:
         fix += f", or {group.what}.cpus_per_worker={has / group.workers:.2g}"
-    return NotEnoughResources(f"the cluster has {has:g} {resource}s, {group.workers} workers x {each:g} need {needed:g}", fix=fix)
+    return NotEnoughResources(
+        f"the cluster has {has:g} {resource}s, {group.workers} workers x {each:g} need {needed:g}", fix=fix
+    )
 
 
 def _bundle(group: WorkerGroup) -> dict[str, float]:

@@ -1,4 +1,5 @@
-"""Ray's small talk, which says nothing of a run: dropped by what it says, so that its warnings and errors are still heard."""
+"""Ray's small talk, which says nothing of a run: dropped by what it says, so that its warnings and errors are
+still heard."""
 
 import logging
 import re
@@ -11,7 +12,11 @@ SMALL_TALK = (
     "Usage stats collection is",
 )
 """Beginnings of messages."""
-SPEAKERS = ("ray._private.authentication.authentication_token_setup", "ray._private.worker", "ray._common.usage.usage_lib")
+SPEAKERS = (
+    "ray._private.authentication.authentication_token_setup",
+    "ray._private.worker",
+    "ray._common.usage.usage_lib",
+)
 """Loggers that say them: a filter of a logger does not see what its children say."""
 INFORMS = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}\s+INFO \w+\.py:\d+ -- ")
 """A line of Ray's in the log of a job that is neither a warning nor an error."""

@@ -17,7 +17,7 @@ from orchestrator.recipe.schema import Recipe
 
 
 class Rank:
-    """One rank: holds a RankLearner (or, before it, the reference policy) and forwards verbs to it."""
+    """One rank: holds a RankLearner, or before it the reference policy."""
 
     def __init__(self, rank: int, device: Any) -> None:
         self.rank, self.device = rank, device
@@ -44,29 +44,9 @@ class Rank:
         self.learner = RankLearner(spec, self.group, self.device)
         self.group.keep_deadline()
 
-    def forward_backward(self, micro_batches: Sequence[Any], units: Any, step: int) -> LearnReport:
-        return self.learner.forward_backward(micro_batches, units, step)
-
-    def optim_step(self, step: int) -> StepApplied:
-        return self.learner.optim_step(step)
-
-    def discard(self) -> None:
-        self.learner.discard()
-
-    def token_logprobs(self, micro_batches: Sequence[Any], reference: bool, step: int | None) -> tuple[Any, ...]:
-        return self.learner.token_logprobs(micro_batches, reference=reference, step=step)
-
-    def token_values(self, micro_batches: Sequence[Any]) -> tuple[Any, ...]:
-        return self.learner.token_values(micro_batches)
-
-    def evaluate(self, micro_batches: Sequence[Any], units: Any) -> Any:
-        return self.learner.evaluate(micro_batches, units)
-
-    def generate(self, prompts: TokenLists, max_new_tokens: int) -> TokenLists:
-        return self.learner.generate(prompts, max_new_tokens)
-
-    def sync_reference(self, alpha: float) -> None:
-        self.learner.sync_reference(alpha)
+    def do(self, verb: str, *args: Any) -> Any:
+        """A verb by its name: one of this class, else one of the RankLearner that it holds."""
+        return getattr(self if hasattr(self, verb) else self.learner, verb)(*args)
 
     def save_state(self, directory: str, moments: bool) -> list[FileEntry]:
         from orchestrator.learner.state import save_state
@@ -100,7 +80,8 @@ class Ranks:
         self._all("build", spec)
 
     def build_reference(self, recipe: Recipe) -> str:
-        """Loads only the reference policy on every rank, to fill the cache through `token_logprobs`; its fingerprint."""
+        """Loads only the reference policy on every rank, to fill the cache through `token_logprobs`; its
+        fingerprint."""
         return self._all("build_reference", recipe)[0]
 
     def forward_backward(self, batch: PackedBatch, step: int) -> LearnReport:
@@ -114,8 +95,12 @@ class Ranks:
     def discard(self) -> None:
         self._all("discard")
 
-    def token_logprobs(self, batch: PackedBatch, *, reference: bool = False, step: int | None = None) -> PerMicroBatch:
-        return tuple(self._each("token_logprobs", [(share, reference, step) for share in batch.micro_batches]))
+    def token_logprobs(
+        self, batch: PackedBatch, *, reference: bool = False, step: int | None = None
+    ) -> PerMicroBatch:
+        return tuple(
+            self._each("token_logprobs", [(share, reference, step) for share in batch.micro_batches])
+        )
 
     def token_values(self, batch: PackedBatch) -> PerMicroBatch:
         return tuple(self._each("token_values", [(share,) for share in batch.micro_batches]))
@@ -157,7 +142,8 @@ class Ranks:
         raise NotImplementedError
 
     def _holds_back(self) -> bool:
-        """True where a rank that stops early leaves no other rank waiting in a collective, and its gradients can be dropped."""
+        """True where a rank that stops early leaves no other rank waiting in a collective, and its gradients
+        can be dropped."""
         if self.spec is None:
             return True
         cut = self.spec.cut
@@ -173,7 +159,7 @@ def merge_reports(reports: Sequence[LearnReport]) -> LearnReport:
         micro_batches=max(r.micro_batches for r in reports),
         tokens=sum(r.tokens for r in reports),
         computed=sum(r.computed for r in reports),
-        scored=sum(r.scored for r in reports),
+        scored_tokens=sum(r.scored_tokens for r in reports),
         positions=sum(r.positions for r in reports),
         seconds=max(r.seconds for r in reports),
         peak_bytes=max(r.peak_bytes for r in reports),

@@ -22,9 +22,14 @@ from orchestrator.cluster.actors import Share, made, outlive_sigterm, own_device
 from orchestrator.cluster.joining import connect
 from orchestrator.cluster.placement import Placement, named
 from orchestrator.core.errors import NotEnoughResources, OrchestratorError, RewardsFailed
-from orchestrator.core.rollouts import RolloutGroup, Scoring
+from orchestrator.core.rollouts import BatchRewards, RolloutGroup
 from orchestrator.recipe.schema import Model, RewardFunction, Rewards
-from orchestrator.rollout.rewards.combine import Judged, check_any, combine, judge_batch
+from orchestrator.rollout.rewards.combine import (
+    ComponentRewards,
+    check_any,
+    score_with_retries,
+    sum_components,
+)
 from orchestrator.rollout.rewards.component import Component, Outcome, RewardCall, RewardFailure
 from orchestrator.rollout.rewards.http import HttpReward
 from orchestrator.rollout.rewards.lookup import check_rewards
@@ -65,7 +70,9 @@ class RewardModelActor:
     def ready(self) -> None:
         from orchestrator.rollout.rewards.reward_model import RewardModel
 
-        self.model = RewardModel(self.function, policy=self.policy, batch_size=self.batch_size, device=own_device())
+        self.model = RewardModel(
+            self.function, policy=self.policy, batch_size=self.batch_size, device=own_device()
+        )
 
     def score(self, groups: Sequence[RolloutGroup], timeout_s: float) -> list[Outcome]:
         return self.model.score(groups, timeout_s)
@@ -76,14 +83,16 @@ class RewardModelActor:
 
 @dataclass(frozen=True, slots=True)
 class _Limits:
-    """Seconds. start: from asking for an actor until it is ready; margin: that a call may take beyond its timeout."""
+    """Seconds. start: from asking for an actor until it is ready; margin: that a call may take beyond its
+    timeout."""
 
     start: float
     margin: float
 
 
 class ActorComponent:
-    """A component (rewards.Component) behind a Ray actor, which is killed when it is late and made anew when it is gone."""
+    """A component (rewards.Component) behind a Ray actor, which is killed when it is late and made anew when
+    it is gone."""
 
     def __init__(self, name: str, make: Callable[[], Any], limits: _Limits) -> None:
         self.name, self.make, self.limits = name, make, limits
@@ -110,11 +119,15 @@ class ActorComponent:
             raise _cause(self.name, error) from error
         except RayActorError as error:
             self.close()
-            raise RewardFailure(f"reward {self.name}: its actor died at start", why=str(error).strip().splitlines()[0]) from error
+            raise RewardFailure(
+                f"reward {self.name}: its actor died at start", why=str(error).strip().splitlines()[0]
+            ) from error
 
     def score(self, groups: Sequence[RolloutGroup], timeout_s: float) -> list[Outcome]:
         try:
-            return ray.get(self._alive().score.remote(groups, timeout_s), timeout=timeout_s + self.limits.margin)
+            return ray.get(
+                self._alive().score.remote(groups, timeout_s), timeout=timeout_s + self.limits.margin
+            )
         except GetTimeoutError:
             why = f"it did not answer within {timeout_s + self.limits.margin:g} s and was ended"
         except RayTaskError as error:
@@ -130,11 +143,14 @@ class ActorComponent:
             try:
                 self.await_ready(self.start())
             except OrchestratorError as error:  # it did start before: a failure of this call
-                raise RewardFailure(f"reward {self.name} could not be started again", why=error.what) from error
+                raise RewardFailure(
+                    f"reward {self.name} could not be started again", why=error.what
+                ) from error
         return self.actor
 
     def close(self, patience_s: float = GRACE_S) -> None:
-        """Ends the actor; it may use `patience_s` to end its process, which ends itself too once the actor is gone."""
+        """Ends the actor; it may use `patience_s` to end its process, which ends itself too once the actor is
+        gone."""
         actor, self.actor = self.actor, None
         if actor is None:
             return
@@ -144,17 +160,24 @@ class ActorComponent:
 
 
 class RewardPool:
-    """roles.Scorer: scores rollout batches with all components at once; a context manager that ends its actors.
+    """roles.Scorer: scores rollout batches with all components at once; a context manager that ends its
+    actors.
 
-    model_for_tokenizer: the policy, whose token ids reward models read where theirs is the same tokenizer; logs: the folder
-    for what functions print (reward-NAME.log), None for nowhere. ConfigError, MissingInput or NotEnoughResources where a
-    component cannot start.
+    model_for_tokenizer: the policy, whose token ids reward models read where theirs is the same tokenizer;
+    logs: the folder for what functions print (reward-NAME.log), None for nowhere. ConfigError, MissingInput
+    or NotEnoughResources where a component cannot start.
     """
 
     def __init__(
-        self, rewards: Rewards, *, model_for_tokenizer: Model | None, logs: Path | None, placed: Mapping[str, Placement] | None = None
+        self,
+        rewards: Rewards,
+        *,
+        model_for_tokenizer: Model | None,
+        logs: Path | None,
+        placed: Mapping[str, Placement] | None = None,
     ) -> None:
-        """placed: of reward models with a GPU, by `reward NAME`, where the caller reserved them together with the run's other groups."""
+        """placed: of reward models with a GPU, by `reward NAME`, where the caller reserved them together with
+        the run's other groups."""
         check_rewards(rewards)
         self.placed = placed or {}
         self.rewards, self.logs = rewards, logs.absolute() if logs is not None else None
@@ -171,12 +194,13 @@ class RewardPool:
             self.close()
             raise
 
-    def score(self, groups: Sequence[RolloutGroup]) -> Scoring:
-        """Rewards of a batch; RewardsFailed where more than rewards.max_dropped_fraction of its groups have none."""
+    def score(self, groups: Sequence[RolloutGroup]) -> BatchRewards:
+        """Rewards of a batch; RewardsFailed where more than rewards.max_dropped_fraction of its groups have
+        none."""
         check_any(groups, self.rewards)
         if not groups:
-            return Scoring(())
-        return combine(groups, self.rewards, self._judge(groups))
+            return BatchRewards(())
+        return sum_components(groups, self.rewards, self._judge(groups))
 
     def close(self) -> None:
         for actor in self.actors:
@@ -189,10 +213,13 @@ class RewardPool:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _judge(self, groups: Sequence[RolloutGroup]) -> dict[str, Judged]:
+    def _judge(self, groups: Sequence[RolloutGroup]) -> dict[str, ComponentRewards]:
         """Each component's word, by name."""
         timeout_s, retries = self.rewards.timeout_s, self.rewards.retries
-        futures = {c.name: self.threads.submit(judge_batch, c, groups, timeout_s=timeout_s, retries=retries) for c in self.components}
+        futures = {
+            c.name: self.threads.submit(score_with_retries, c, groups, timeout_s=timeout_s, retries=retries)
+            for c in self.components
+        }
         margin = max((a.limits.start + a.limits.margin for a in self.actors), default=0.0) + GRACE_S
         patience = (retries + 1) * (timeout_s + margin)
         wait(futures.values(), timeout=patience)
@@ -201,14 +228,17 @@ class RewardPool:
             raise RewardsFailed(
                 f"the rewards {', '.join(late)} did not come within {patience:.0f} s",
                 why="every call and restart has a deadline of its own, and one was not kept",
-                fix="look at logs/reward-NAME.log and the Ray logs; lower rewards.timeout_s or rewards.retries to be told earlier",
+                fix="look at logs/reward-NAME.log and the Ray logs; lower rewards.timeout_s or "
+                "rewards.retries to be told earlier",
             )
         return {name: future.result() for name, future in futures.items()}
 
     def _component(self, function: RewardFunction) -> Component:
         if function.url is not None:
             rewards = self.rewards
-            return HttpReward(function, batch_size=rewards.batch_size, environment=os.environ, retry=rewards.retries > 0)
+            return HttpReward(
+                function, batch_size=rewards.batch_size, environment=os.environ, retry=rewards.retries > 0
+            )
         connect()
         actor = self._model(function) if function.model is not None else self._sandboxed(function)
         self.actors.append(actor)
@@ -221,17 +251,31 @@ class RewardPool:
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
         kind = made(RewardActor, Share(cpus=0, gpus=0), strategy=here, name=f"reward-{function.name}")
         limits = _Limits(START_TIMEOUT_S, START_TIMEOUT_S + GRACE_S)
-        return ActorComponent(function.name, lambda: named(lambda: kind.remote(function, confinement)), limits)
+        return ActorComponent(
+            function.name, lambda: named(lambda: kind.remote(function, confinement)), limits
+        )
 
     def _model(self, function: RewardFunction) -> ActorComponent:
         has = ray.cluster_resources().get("GPU", 0.0)
         if function.gpus > has:
-            raise NotEnoughResources(f"reward {function.name} asks for {function.gpus:g} GPUs, the cluster has {has:g}", fix="lower its gpus")
+            raise NotEnoughResources(
+                f"reward {function.name} asks for {function.gpus:g} GPUs, the cluster has {has:g}",
+                fix="lower its gpus",
+            )
         placed = self.placed.get(f"reward {function.name}")
         there = placed.at(0) if placed is not None else None
-        kind = made(RewardModelActor, Share(cpus=0, gpus=function.gpus), strategy=there, name=f"reward-{function.name}")
+        kind = made(
+            RewardModelActor,
+            Share(cpus=0, gpus=function.gpus),
+            strategy=there,
+            name=f"reward-{function.name}",
+        )
         rows = self.rewards.batch_size
-        return ActorComponent(function.name, lambda: named(lambda: kind.remote(function, self.policy, rows)), _Limits(LOAD_TIMEOUT_S, 0.0))
+        return ActorComponent(
+            function.name,
+            lambda: named(lambda: kind.remote(function, self.policy, rows)),
+            _Limits(LOAD_TIMEOUT_S, 0.0),
+        )
 
 
 def _cause(name: str, error: RayTaskError) -> OrchestratorError:

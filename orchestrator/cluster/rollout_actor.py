@@ -14,7 +14,15 @@ from orchestrator.cluster.network import speak_from
 from orchestrator.core import faults
 from orchestrator.core.errors import ConfigError, WorkerLost
 from orchestrator.core.rollouts import Prompt, RolloutGroup, Sampling
-from orchestrator.models.weight_buckets import Bucket, BucketPlan, Channel, CorruptWeights, Meeting, check, join
+from orchestrator.models.weight_buckets import (
+    Bucket,
+    BucketPlan,
+    Channel,
+    CorruptWeights,
+    Rendezvous,
+    check,
+    join,
+)
 from orchestrator.recipe.schema import Recipe
 
 Work = Sequence[tuple[int, Prompt]]
@@ -23,7 +31,8 @@ Work = Sequence[tuple[int, Prompt]]
 
 @telling
 class RolloutActor:
-    """One process that generates. Weights come as references into the object store, through a channel, or bucket by bucket."""
+    """One process that generates. Weights come as references into the object store, through a channel, or
+    bucket by bucket."""
 
     def __init__(self, index: int, log: str | None, threads: int) -> None:
         if log is not None:
@@ -43,12 +52,16 @@ class RolloutActor:
         self.worker = RolloutWorker(recipe, self.device)
         return os.getpid()
 
-    def roll_out(self, work: Work, sampling: Sampling, version: int, references: list[Any]) -> tuple[RolloutGroup, ...]:
-        """Groups for `work` with weights `version`; takes them from `references`, if any, where it holds another version."""
+    def roll_out(
+        self, work: Work, sampling: Sampling, version: int, references: list[Any]
+    ) -> tuple[RolloutGroup, ...]:
+        """Groups for `work` with weights `version`; takes them from `references`, if any, where it holds
+        another version."""
         if self.worker.engine.version != version:
             if not references:
                 raise WorkerLost(
-                    f"rollout-{self.index} was asked to roll out weights {version}, it holds {self.worker.engine.version}",
+                    f"rollout-{self.index} was asked to roll out weights {version}, it holds "
+                    f"{self.worker.engine.version}",
                     fix="the run goes on from its last checkpoint; if it repeats, this is a bug",
                 )
             self.load(version, references)
@@ -60,14 +73,14 @@ class RolloutActor:
         self.worker.engine.load(version, (self._fetched(r, version) for r in references))
 
     def dump(self, version: int, plans: Sequence[BucketPlan]) -> list[Any] | None:
-        """A version as references into the object store, for an actor that has none; None where it is not held, or where the
-        engine cannot give it back."""
+        """A version as references into the object store, for an actor that has none; None where it is not
+        held, or where the engine cannot give it back."""
         receiver = getattr(self.worker.engine, "receiver", None)
         if receiver is None or self.worker.engine.version != version:
             return None
         return [ray.put(bucket) for bucket in receiver.dump(plans)]
 
-    def join_channel(self, meeting: Meeting, plans: Sequence[BucketPlan]) -> None:
+    def join_channel(self, meeting: Rendezvous, plans: Sequence[BucketPlan]) -> None:
         """Becomes member index + 1, which receives buckets as in `plans`."""
         self.channel, self.plans = join(meeting, self.index + 1), plans
 
@@ -75,8 +88,8 @@ class RolloutActor:
         self.channel = None
 
     def receive(self, version: int) -> None:
-        """A version through the channel; CorruptWeights (and no version held) where a bucket is damaged. Receives all of them
-        even then: the other members take part in every broadcast."""
+        """A version through the channel; CorruptWeights (and no version held) where a bucket is damaged.
+        Receives all of them even then: the other members take part in every broadcast."""
         assert self.channel is not None, "join_channel first"
         engine, damaged = self.worker.engine, None
         engine.commit(None)
@@ -94,14 +107,17 @@ class RolloutActor:
         if damaged is not None:
             raise damaged
 
-    def take(self, version: int, index: int, plan: BucketPlan, shared: tuple[Any, Any], expected: int, device: str) -> None:
-        """One bucket where its sender has it. shared: (function, arguments) that open it here; device: the sender's name for it.
-        `commit` makes it the version held."""
+    def take(
+        self, version: int, index: int, plan: BucketPlan, shared: tuple[Any, Any], expected: int, device: str
+    ) -> None:
+        """One bucket where its sender has it. shared: (function, arguments) that open it here; device: the
+        sender's name for it. `commit` makes it the version held."""
         if device != device_name(self.device):
             raise ConfigError(
                 f"rollout-{self.index} does not share its learner's device",
                 why=f"{device_name(self.device)} against {device}",
-                fix="set learners.gpus_per_worker and rollouts.gpus_per_worker to 0.5, or rollouts.transport=object_store",
+                fix="set learners.gpus_per_worker and rollouts.gpus_per_worker to 0.5, or "
+                "rollouts.transport=object_store",
             )
         if index == 0:
             self.worker.engine.commit(None)

@@ -2,11 +2,12 @@
 
     start(prompts) --cut into chunks--> one queue --a thread per actor takes the next chunk--> actor: weights, then groups
 
-An actor that has time takes the next chunk, so a long tail idles nobody. Chunks keep the order of their batches, and every
-chunk names the weight version it is sampled with: an actor loads that version before its first chunk of it, or was given it
-while nothing else was under way (broadcast, CUDA IPC). Seeds belong to samples, so neither the number of actors nor the death
-of one changes a rollout. With `rollouts.update: request` a chunk takes the newest version there is when its turn comes:
-fresher rollouts while generation runs ahead, but which version depends on who was quick.
+An actor that has time takes the next chunk, so a long tail idles nobody. Chunks keep the order of their
+batches, and every chunk names the weight version it is sampled with: an actor loads that version before its
+first chunk of it, or was given it while nothing else was under way (broadcast, CUDA IPC). Seeds belong to
+samples, so neither the number of actors nor the death of one changes a rollout. With `rollouts.update:
+request` a chunk takes the newest version there is when its turn comes: fresher rollouts while generation runs
+ahead, but which version depends on who was quick.
 """
 
 import threading
@@ -31,11 +32,11 @@ from orchestrator.core.rollouts import RolloutGroup, Sampling, Span
 from orchestrator.models.weight_buckets import BucketPlan, CorruptWeights
 from orchestrator.recipe.schema import Recipe
 
-SENDS = 3
+MAX_SENDS = 3
 """Times that damaged weights are sent before the run gives up."""
 VLLM_START_S = 900.0
 """For vLLM on a GPU: it compiles the model and captures its graphs, minutes on a cold cache."""
-LOOK_S = 5.0
+POLL_S = 5.0
 """Seconds between looks at the actors' threads while rollouts are waited for."""
 
 
@@ -65,8 +66,8 @@ class _Chunk:
 
 @dataclass(slots=True)
 class _Shared:
-    """What the threads share, under one lock. offers: weight version -> references to its buckets, none where the actors hold
-    it already; plans: how its buckets are cut then; chunks: done so far."""
+    """What the threads share, under one lock. offers: weight version -> references to its buckets, none where
+    the actors hold it already; plans: how its buckets are cut then; chunks: done so far."""
 
     queue: deque[_Chunk] = field(default_factory=deque)
     running: dict[int, _Chunk] = field(default_factory=dict)
@@ -82,10 +83,17 @@ class RolloutPool:
     """roles.Generator over any number of actors."""
 
     def __init__(
-        self, recipe: Recipe, *, parameters: int = 0, logs: Path | None = None, placement: Placement | None = None, name: str = "rollout"
+        self,
+        recipe: Recipe,
+        *,
+        parameters: int = 0,
+        logs: Path | None = None,
+        placement: Placement | None = None,
+        name: str = "rollout",
     ) -> None:
-        """parameters: of the model, for deadlines; placement: reserved and released by the caller, bundle i with room for
-        actor i (the learners' where they are colocated); name: the actors are NAME-0, NAME-1 …"""
+        """parameters: of the model, for deadlines; placement: reserved and released by the caller, bundle i
+        with room for actor i (the learners' where they are colocated); name: the actors are NAME-0, NAME-1 …
+        """
         self.recipe, self.logs, self.name = recipe, logs, name
         rollouts = recipe.rollouts
         self.deadlines = Deadlines(_start_s(recipe), rollouts.timeout_s, parameters)
@@ -103,7 +111,10 @@ class RolloutPool:
         except BaseException:
             self.close()
             raise
-        self.threads = [threading.Thread(target=self._serve, args=(i,), name=self._who(i), daemon=True) for i in range(rollouts.count)]
+        self.threads = [
+            threading.Thread(target=self._serve, args=(i,), name=self._who(i), daemon=True)
+            for i in range(rollouts.count)
+        ]
         for thread in self.threads:
             thread.start()
 
@@ -113,7 +124,9 @@ class RolloutPool:
         size = self._chunk_size(len(prompts), sampling.samples)
         with self.changed:
             if version not in self.shared.offers:
-                raise WorkerLost(f"weights {version} were never published", fix="this is a bug: publish before start")
+                raise WorkerLost(
+                    f"weights {version} were never published", fix="this is a bug: publish before start"
+                )
             for first in range(0, len(prompts), size):
                 at = range(first, min(first + size, len(prompts)))
                 self.shared.queue.append(_Chunk(pending, at, [prompts[i] for i in at], sampling, version))
@@ -126,13 +139,15 @@ class RolloutPool:
             while self.shared.queue or self.shared.running:
                 self._look()
 
-    def offer(self, version: int, references: list[Any], plans: Sequence[BucketPlan] = ()) -> None:
-        """Makes a weight version available; versions that no chunk asks for any more are forgotten. No references: all actors
-        hold it, in buckets cut as in `plans`."""
+    def announce(self, version: int, references: list[Any], plans: Sequence[BucketPlan] = ()) -> None:
+        """Makes a weight version available; versions that no chunk asks for any more are forgotten. No
+        references: all actors hold it, in buckets cut as in `plans`."""
         with self.changed:
             self.shared.plans = plans
             needed = {c.version for c in (*self.shared.queue, *self.shared.running.values())}
-            self.shared.offers = {v: r for v, r in self.shared.offers.items() if v in needed} | {version: references}
+            self.shared.offers = {v: r for v, r in self.shared.offers.items() if v in needed} | {
+                version: references
+            }
 
     def wait(self, pending: PendingGroups) -> tuple[RolloutGroup, ...]:
         """The groups of one start(). Every chunk has its own deadline, so this ends."""
@@ -145,13 +160,16 @@ class RolloutPool:
 
     def _look(self) -> None:
         """Waits a little for the actors' threads, holding the lock; WorkerLost where one has ended."""
-        self.changed.wait(timeout=LOOK_S)
+        self.changed.wait(timeout=POLL_S)
         dead = [thread.name for thread in self.threads if not thread.is_alive()]
         if dead:
-            raise WorkerLost(f"the thread of {', '.join(dead)} ended", fix="this is a bug: report it with logs/ of the run")
+            raise WorkerLost(
+                f"the thread of {', '.join(dead)} ended", fix="this is a bug: report it with logs/ of the run"
+            )
 
     def spans(self) -> list[Span]:
-        """When the actors worked since the last call, work under way until now included; a span of no length for one that had none."""
+        """When the actors worked since the last call, work under way until now included; a span of no length
+        for one that had none."""
         now = time.perf_counter()
         with self.changed:
             for index, chunk in self.shared.running.items():
@@ -163,7 +181,10 @@ class RolloutPool:
 
     def call(self, function: Any, *args: Any) -> list[Any]:
         """function(rollout_worker, *args) on every actor."""
-        return [ray.get(a.call.remote(function, *args), timeout=self.recipe.rollouts.timeout_s) for a in self.actors]
+        return [
+            ray.get(a.call.remote(function, *args), timeout=self.recipe.rollouts.timeout_s)
+            for a in self.actors
+        ]
 
     def close(self) -> None:
         """Ends the actors and gives their resources back."""
@@ -185,8 +206,8 @@ class RolloutPool:
         self.close()
 
     def _chunk_size(self, prompts: int, samples: int) -> int:
-        """Prompts of a chunk: all for one actor, which refills its rows itself; else so many that each actor gets two or more
-        chunks, but no fewer rows than fit at once where the batch allows it."""
+        """Prompts of a chunk: all for one actor, which refills its rows itself; else so many that each actor
+        gets two or more chunks, but no fewer rows than fit at once where the batch allows it."""
         workers = self.recipe.rollouts.count
         if workers == 1 and self.recipe.rollouts.update == "batch":
             return max(1, prompts)
@@ -201,7 +222,9 @@ class RolloutPool:
                 if self.shared.closed:
                     return
                 chunk = self.shared.queue.popleft()
-                if self.recipe.rollouts.update == "request":  # newer than the batch was started with, never older
+                if (
+                    self.recipe.rollouts.update == "request"
+                ):  # newer than the batch was started with, never older
                     chunk.version = max(self.shared.offers)
                 references = self.shared.offers[chunk.version]
                 self.shared.running[index], self.shared.since[index] = chunk, time.perf_counter()
@@ -210,7 +233,9 @@ class RolloutPool:
                 del self.shared.running[index]
                 if groups is not None:
                     self.shared.chunks += 1
-                    self.shared.spans.append(Span(index, self.shared.since[index], time.perf_counter(), chunk.version))
+                    self.shared.spans.append(
+                        Span(index, self.shared.since[index], time.perf_counter(), chunk.version)
+                    )
                     for place, group in zip(chunk.at, groups, strict=True):
                         chunk.pending.groups[place] = group
                 elif failure is not None:
@@ -219,14 +244,20 @@ class RolloutPool:
                     self.shared.queue.appendleft(chunk)
                 self.changed.notify_all()
 
-    def _run(self, index: int, chunk: _Chunk, references: list[Any]) -> tuple[tuple[RolloutGroup, ...] | None, OrchestratorError | None]:
+    def _run(
+        self, index: int, chunk: _Chunk, references: list[Any]
+    ) -> tuple[tuple[RolloutGroup, ...] | None, OrchestratorError | None]:
         """(groups, None), (None, what ended it), or (None, None): to be done again, by whom ever."""
         try:
-            reference = self.actors[index].roll_out.remote(chunk.work, chunk.sampling, chunk.version, references)
-            groups = tuple(ray.get(reference, timeout=self.deadlines.of("load" if references else "roll_out")))
+            reference = self.actors[index].roll_out.remote(
+                chunk.work, chunk.sampling, chunk.version, references
+            )
+            groups = tuple(
+                ray.get(reference, timeout=self.deadlines.of("load" if references else "roll_out"))
+            )
         except RayTaskError as error:
             chunk.sends += 1
-            if isinstance(error.cause, CorruptWeights) and chunk.sends < SENDS:
+            if isinstance(error.cause, CorruptWeights) and chunk.sends < MAX_SENDS:
                 return None, None
             return None, translate(error, self._who(index), "roll_out")
         except RayError as error:  # the actor died or is late, or its answer was lost with its node
@@ -235,7 +266,8 @@ class RolloutPool:
         return groups, None
 
     def replace(self, index: int, *, late: bool, why: str) -> OrchestratorError | None:
-        """A new actor, without weights, in place of one that died or is late; what ends the run where that happened too often."""
+        """A new actor, without weights, in place of one that died or is late; what ends the run where that
+        happened too often."""
         with self.changed:
             if self.shared.closed:
                 return None
@@ -256,16 +288,19 @@ class RolloutPool:
         return None
 
     def _hand_over(self, index: int, version: int) -> OrchestratorError | None:
-        """Gives a new actor the version that the others were given before it came; what ends the run where that fails."""
+        """Gives a new actor the version that the others were given before it came; what ends the run where
+        that fails."""
         if self.shared.closed:
             return None
         limit, failure = self.deadlines.of("load"), None
-        for _ in range(SENDS):
+        for _ in range(MAX_SENDS):
             references = self._dumped(version, index)
             if references is None:
                 return WorkerLost(
-                    f"{self._who(index)} was replaced, and no other rollout actor could give it weights {version}",
-                    fix="the run goes on from its last checkpoint; with rollouts.transport=object_store no other actor is needed",
+                    f"{self._who(index)} was replaced, and no other rollout actor could give it weights "
+                    f"{version}",
+                    fix="the run goes on from its last checkpoint; with rollouts.transport=object_store no "
+                    "other actor is needed",
                 )
             try:
                 ray.get(self.actors[index].load.remote(version, references), timeout=limit)
@@ -281,7 +316,10 @@ class RolloutPool:
         for index, actor in enumerate(self.actors):
             if index != new:
                 try:
-                    references = ray.get(actor.dump.remote(version, self.shared.plans), timeout=self.deadlines.verb_s + self.deadlines.of("dump"))
+                    references = ray.get(
+                        actor.dump.remote(version, self.shared.plans),
+                        timeout=self.deadlines.verb_s + self.deadlines.of("dump"),
+                    )
                 except (RayActorError, GetTimeoutError):
                     continue  # its own thread finds that out and replaces it
                 if references is not None:
@@ -296,7 +334,9 @@ class RolloutPool:
         cpus, gpus = self.recipe.rollouts.cpus_per_worker, self.recipe.rollouts.gpus
         share = Share(cpus, gpus, self.placement.threads(index, cpus, gpus))
         log = str(self.logs / f"{self._who(index)}.log") if self.logs else None
-        return self.placement.start(RolloutActor, index, index, log, share.threads, name=self._who(index), share=share)
+        return self.placement.start(
+            RolloutActor, index, index, log, share.threads, name=self._who(index), share=share
+        )
 
     def _built(self, index: int, building: Any) -> int:
         """Waits until the actor's engine is built; its process id."""
@@ -304,7 +344,9 @@ class RolloutPool:
         try:
             return int(ray.get(building, timeout=limit))
         except GetTimeoutError:
-            raise WorkerLost(f"{self._who(index)} was not ready within {limit:.0f} s", fix="raise rollouts.start_timeout_s") from None
+            raise WorkerLost(
+                f"{self._who(index)} was not ready within {limit:.0f} s", fix="raise rollouts.start_timeout_s"
+            ) from None
         except (RayTaskError, RayActorError) as error:
             raise translate(error, self._who(index), "build") from error
 

@@ -19,22 +19,23 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskErro
 from orchestrator.cluster.actors import device_name
 from orchestrator.cluster.failures import translate
 from orchestrator.cluster.learner_group import LearnerGroup
-from orchestrator.cluster.rollout_pool import SENDS, RolloutPool
+from orchestrator.cluster.rollout_pool import MAX_SENDS, RolloutPool
 from orchestrator.core.errors import ConfigError, OrchestratorError, WorkerLost
-from orchestrator.core.roles import WeightBridge
+from orchestrator.core.roles import WeightSync
 from orchestrator.core.rollouts import WeightsDelivered
 from orchestrator.learner.rank_learner import RankLearner
 from orchestrator.learner.weights import bucket_plans, send_each
-from orchestrator.models.weight_buckets import BucketPlan, ChannelBroken, CorruptWeights, Meeting, checksum
+from orchestrator.models.weight_buckets import BucketPlan, ChannelBroken, CorruptWeights, Rendezvous, checksum
 from orchestrator.recipe.schema import Recipe
 
 PATIENCE = 0.8
-"""Of a deadline: what a member of a transfer waits for another one. It gives up before the driver does, so that only who
-hangs is late."""
+"""Of a deadline: what a member of a transfer waits for another one. It gives up before the driver does, so
+that only who hangs is late."""
 
 
-class ObjectStoreBridge:
-    """Through Ray's object store: shared memory on one node, Ray's own transfer between nodes. Works everywhere.
+class ObjectStoreSync:
+    """Through Ray's object store: shared memory on one node, Ray's own transfer between nodes. Works
+    everywhere.
 
     The learner goes on at once; an actor fetches a version before its first piece of work of it.
     """
@@ -46,46 +47,60 @@ class ObjectStoreBridge:
         """Makes the learners' weights available as `version`."""
         started = time.perf_counter()
         references, size = self.learners.put_buckets(self.bucket_bytes)
-        self.pool.offer(version, references)
+        self.pool.announce(version, references)
         return WeightsDelivered(version, size, time.perf_counter() - started, len(references), "object_store")
 
 
 @dataclass(frozen=True, slots=True)
-class Undelivered:
-    """Why an actor does not hold a version. lost, late: it has to be replaced; broken: another member may be to blame."""
+class DeliveryFailure:
+    """Why an actor does not hold a version. lost, late: it has to be replaced; broken: another member may be
+    to blame."""
 
     kind: Literal["damaged", "broken", "lost", "late", "failed"]
     error: OrchestratorError
 
     @classmethod
-    def of(cls, error: Exception, who: str, verb: str) -> "Undelivered":
+    def of(cls, error: Exception, who: str, verb: str) -> "DeliveryFailure":
         if isinstance(error, GetTimeoutError):
-            return cls("late", WorkerLost(f"{who} did not {verb} in time", fix="raise rollouts.timeout_s if it really takes longer"))
+            return cls(
+                "late",
+                WorkerLost(
+                    f"{who} did not {verb} in time", fix="raise rollouts.timeout_s if it really takes longer"
+                ),
+            )
         found = translate(error, who, verb)
         if isinstance(error, RayActorError):
             return cls("lost", found)
-        return cls("damaged" if isinstance(found, CorruptWeights) else "broken" if isinstance(found, ChannelBroken) else "failed", found)
+        return cls(
+            "damaged"
+            if isinstance(found, CorruptWeights)
+            else "broken"
+            if isinstance(found, ChannelBroken)
+            else "failed",
+            found,
+        )
 
 
-def outcomes(references: Sequence[Any], verb: str, timeout_s: float) -> dict[int, Undelivered]:
+def outcomes(references: Sequence[Any], verb: str, timeout_s: float) -> dict[int, DeliveryFailure]:
     """What went wrong, by actor. references: of one call to each."""
     _, late = ray.wait(list(references), num_returns=len(references), timeout=timeout_s)
-    failed: dict[int, Undelivered] = {}
+    failed: dict[int, DeliveryFailure] = {}
     for index, reference in enumerate(references):
         try:
             if reference in late:
                 raise GetTimeoutError
             ray.get(reference)
         except (RayTaskError, RayActorError, GetTimeoutError) as error:
-            failed[index] = Undelivered.of(error, f"rollout-{index}", verb)
+            failed[index] = DeliveryFailure.of(error, f"rollout-{index}", verb)
     return failed
 
 
-class _DirectBridge(ABC):
-    """Puts the weights into the actors while `publish` waits: once all work with the old version is done. An actor that dies on
-    the way is replaced, and all are sent to again.
+class _DirectSync(ABC):
+    """Puts the weights into the actors while `publish` waits: once all work with the old version is done. An
+    actor that dies on the way is replaced, and all are sent to again.
 
-    With rollouts.max_staleness the learners wait here for what is in flight: the object store lets them go on.
+    With rollouts.max_staleness the learners wait here for what is in flight: the object store lets them go
+    on.
     """
 
     transport: str
@@ -96,28 +111,29 @@ class _DirectBridge(ABC):
         self.plans: tuple[BucketPlan, ...] = ()
 
     def publish(self, version: int) -> WeightsDelivered:
-        """Returns when every actor holds `version`; CorruptWeights where it arrived damaged SENDS times. Call it from the thread
-        that starts rollouts."""
+        """Returns when every actor holds `version`; CorruptWeights where it arrived damaged SENDS times. Call
+        it from the thread that starts rollouts."""
         started = time.perf_counter()
         self.pool.wait_until_idle()
         if not self.plans:
             self.plans = self.learners.call(bucket_plans, self.bucket_bytes)[0]
         sends = 0
         while failed := self._send(version):
-            error = self._mend(failed)
+            error = self._replace_failed(failed)
             sends += error is not None
-            if error is not None and sends == SENDS:
+            if error is not None and sends == MAX_SENDS:
                 raise error
-        self.pool.offer(version, [], self.plans)
+        self.pool.announce(version, [], self.plans)
         size = sum(plan.size for plan in self.plans)
         return WeightsDelivered(version, size, time.perf_counter() - started, len(self.plans), self.transport)
 
     @abstractmethod
-    def _send(self, version: int) -> Mapping[int, Undelivered]:
+    def _send(self, version: int) -> Mapping[int, DeliveryFailure]:
         """Sends all buckets to all actors; what went wrong, by actor."""
 
-    def _mend(self, failed: Mapping[int, Undelivered]) -> OrchestratorError | None:
-        """Replaces who has to be; the error that counts as one failed send, None where a lost actor explains all of it."""
+    def _replace_failed(self, failed: Mapping[int, DeliveryFailure]) -> OrchestratorError | None:
+        """Replaces who has to be; the error that counts as one failed send, None where a lost actor explains
+        all of it."""
         for index, found in failed.items():
             if found.kind == "failed":
                 raise found.error
@@ -131,17 +147,19 @@ class _DirectBridge(ABC):
         return damaged[0] if damaged else broken[0] if only_broken else None
 
 
-class BroadcastBridge(_DirectBridge):
+class BroadcastSync(_DirectSync):
     """From rank 0 to all actors at once, through a channel that is opened anew whenever an actor is."""
 
     transport = "broadcast"
 
-    def __init__(self, learners: LearnerGroup, pool: RolloutPool, bucket_bytes: int, backend: str = "gloo") -> None:
+    def __init__(
+        self, learners: LearnerGroup, pool: RolloutPool, bucket_bytes: int, backend: str = "gloo"
+    ) -> None:
         super().__init__(learners, pool, bucket_bytes)
         self.backend = backend
         self.members: list[Any] = []
 
-    def _send(self, version: int) -> Mapping[int, Undelivered]:
+    def _send(self, version: int) -> Mapping[int, DeliveryFailure]:
         if self.members != self.pool.actors and (failed := self._open()):
             return failed
         started = time.monotonic()
@@ -153,71 +171,90 @@ class BroadcastBridge(_DirectBridge):
             self.members = []
         return failed
 
-    def _open(self) -> Mapping[int, Undelivered]:
+    def _open(self) -> Mapping[int, DeliveryFailure]:
         """A new channel to the actors there are now."""
         self.members, actors = [], list(self.pool.actors)
-        gone = outcomes([a.leave_channel.remote() for a in actors], "leave the channel for weights", self.deadline_s)
+        gone = outcomes(
+            [a.leave_channel.remote() for a in actors], "leave the channel for weights", self.deadline_s
+        )
         if gone:
             return gone
         address, port = self.learners.listen()
-        meeting = Meeting(address, port, len(actors) + 1, self.backend, PATIENCE * self.deadline_s)
+        meeting = Rendezvous(address, port, len(actors) + 1, self.backend, PATIENCE * self.deadline_s)
         joining = [a.join_channel.remote(meeting, self.plans) for a in actors]
         broken = self.learners.open_channel(meeting)
         failed = outcomes(joining, "join the channel for weights", self.deadline_s)
         if broken is not None and not failed:
-            raise WorkerLost("the channel for weights could not be opened", why=broken, fix="see logs/ in the run folder")
+            raise WorkerLost(
+                "the channel for weights could not be opened", why=broken, fix="see logs/ in the run folder"
+            )
         if not failed:
             self.members = actors
         return failed
 
 
-class CudaIpcBridge(_DirectBridge):
+class CudaIpcSync(_DirectSync):
     """From rank i to actor i in the memory of the GPU that both use."""
 
     transport = "cuda_ipc"
 
-    def _send(self, version: int) -> Mapping[int, Undelivered]:
-        found = self.learners.call(hand_buckets, list(self.pool.actors), version, self.bucket_bytes, PATIENCE * self.deadline_s)
+    def _send(self, version: int) -> Mapping[int, DeliveryFailure]:
+        found = self.learners.call(
+            hand_buckets, list(self.pool.actors), version, self.bucket_bytes, PATIENCE * self.deadline_s
+        )
         failed = {index: f for index, f in enumerate(found) if f is not None}
-        return failed or outcomes([a.commit.remote(version) for a in self.pool.actors], "take weights", self.deadline_s)
+        return failed or outcomes(
+            [a.commit.remote(version) for a in self.pool.actors], "take weights", self.deadline_s
+        )
 
 
-def hand_buckets(learner: RankLearner, receivers: Sequence[Any], version: int, bucket_bytes: int, timeout_s: float) -> Undelivered | None:
-    """On every rank: hands each bucket to the actor with the rank's number, which has taken it before the next is gathered."""
+def hand_buckets(
+    learner: RankLearner, receivers: Sequence[Any], version: int, bucket_bytes: int, timeout_s: float
+) -> DeliveryFailure | None:
+    """On every rank: hands each bucket to the actor with the rank's number, which has taken it before the
+    next is gathered."""
     from torch.multiprocessing.reductions import reduce_tensor
 
     rank, device = learner.group.rank, device_name(learner.device)
-    failed: list[Undelivered] = []
+    failed: list[DeliveryFailure] = []
 
     def hand(index: int, plan: BucketPlan, flat: Any) -> None:
         expected = checksum(flat)  # waits for the device
         try:
-            ray.get(receivers[rank].take.remote(version, index, plan, reduce_tensor(flat), expected, device), timeout=timeout_s)
+            ray.get(
+                receivers[rank].take.remote(version, index, plan, reduce_tensor(flat), expected, device),
+                timeout=timeout_s,
+            )
         except RayError as error:
-            failed.append(Undelivered.of(error, f"rollout-{rank}", "take weights"))
+            failed.append(DeliveryFailure.of(error, f"rollout-{rank}", "take weights"))
             raise ChannelBroken(f"rollout-{rank} takes no more buckets") from error
 
     send_each(learner, bucket_bytes, hand)
     return failed[0] if failed else None
 
 
-def make_bridge(recipe: Recipe, learners: LearnerGroup, pool: RolloutPool) -> WeightBridge:
-    """The transport that the recipe names. auto: the object store, which works everywhere; CUDA IPC saves its copies where
-    learner and actor share a GPU, but its handles have not run on one yet, so it has to be asked for."""
+def make_weight_sync(recipe: Recipe, learners: LearnerGroup, pool: RolloutPool) -> WeightSync:
+    """The transport that the recipe names. auto: the object store, which works everywhere; CUDA IPC saves its
+    copies where learner and actor share a GPU, but its handles have not run on one yet, so it has to be asked
+    for."""
     rollouts, size = recipe.rollouts, int(recipe.rollouts.bucket_mb * 1e6)
     shared = shares_gpus(recipe)
     if rollouts.transport == "cuda_ipc" and not shared:
         raise ConfigError(
             "rollouts.transport=cuda_ipc needs a learner and a rollout actor on each GPU",
-            why=f"placement={rollouts.placement}, GPUs per learner: {recipe.learners.gpus:g}, per actor: {rollouts.gpus:g}",
-            fix="set rollouts.placement=colocated and learners.gpus_per_worker=rollouts.gpus_per_worker=0.5, or rollouts.transport=auto",
+            why=f"placement={rollouts.placement}, GPUs per learner: {recipe.learners.gpus:g}, per actor: "
+            f"{rollouts.gpus:g}",
+            fix="set rollouts.placement=colocated and "
+            "learners.gpus_per_worker=rollouts.gpus_per_worker=0.5, or rollouts.transport=auto",
         )
     if rollouts.transport == "broadcast":
         on_gpus = recipe.learners.gpus > 0 and rollouts.gpus > 0 and not shared
-        return BroadcastBridge(learners, pool, size, "nccl" if on_gpus else "gloo")  # NCCL takes one process per GPU
+        return BroadcastSync(
+            learners, pool, size, "nccl" if on_gpus else "gloo"
+        )  # NCCL takes one process per GPU
     if rollouts.transport == "cuda_ipc":
-        return CudaIpcBridge(learners, pool, size)
-    return ObjectStoreBridge(learners, pool, size)
+        return CudaIpcSync(learners, pool, size)
+    return ObjectStoreSync(learners, pool, size)
 
 
 def shares_gpus(recipe: Recipe) -> bool:

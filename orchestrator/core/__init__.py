@@ -1,1 +1,2 @@
-"""What every room speaks: records that flow, Protocols, errors, files on disk, faults. Standard library and numpy only."""
+"""What every room speaks: records that flow, Protocols, errors, files on disk, faults. Standard library and
+numpy only."""

@@ -26,11 +26,11 @@ Sync = Literal["no_sync", "coalesced", "per_micro_batch"]
 class Row:
     """One validated row of a data source, in TRL's terms, before any tokenizer.
 
-    Texts are strings or lists of {"role", "content"} messages. SFT: prompt (may be "") + completion, or `messages`
-    alone; preference: prompt, chosen, rejected; unpaired: prompt, completion, label; prompt: prompt alone, and in
-    `columns` whatever else the record holds, for reward functions and environments.
-    tools, chat_template_kwargs: what the chat template is given beside the messages; a message with `weight` 0 is not learned.
-    where: "file:line" for messages to the user; source: index of the source in the recipe.
+    Texts are strings or lists of {"role", "content"} messages. SFT: prompt (may be "") + completion, or
+    `messages` alone; preference: prompt, chosen, rejected; unpaired: prompt, completion, label; prompt:
+    prompt alone, and in `columns` whatever else the record holds, for reward functions and environments.
+    tools, chat_template_kwargs: what the chat template is given beside the messages; a message with `weight`
+    0 is not learned. where: "file:line" for messages to the user; source: index of the source in the recipe.
     """
 
     id: int
@@ -52,13 +52,16 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Experience:
-    """What RL knows of the S scored tokens of a completion (or the N of a micro-batch), Float[S] each, in their order.
+    """What RL knows of the S scored tokens of a completion (or the N of a micro-batch), Float[S] each, in
+    their order.
 
-    sampled_logprobs: under the generator's policy; old_logprobs: under the learner's policy before the first update from this
-    rollout batch (the proximal policy), None where that is the policy of this very step; ref_logprobs: under the reference; all
-    over the whole vocabulary, at the temperature. values: the critic's before the update; returns: what it shall learn.
+    sampled_logprobs: under the generator's policy; old_logprobs: under the learner's policy before the first
+    update from this rollout batch (the proximal policy), None where that is the policy of this very step;
+    ref_logprobs: under the reference; all over the whole vocabulary, at the temperature. values: the critic's
+    before the update; returns: what it shall learn.
 
-    Example: a completion of two tokens with reward 1, RLOO against one sample of reward 0: advantages [1.0, 1.0].
+    Example: a completion of two tokens with reward 1, RLOO against one sample of reward 0: advantages [1.0,
+    1.0].
     """
 
     advantages: Floats
@@ -71,12 +74,12 @@ class Experience:
 
 @dataclass(frozen=True, slots=True)
 class Branch:
-    """Tokens that follow a prompt. ids: Int[T]; scored: Bool[T], True where a token counts in the loss.
+    """Tokens that follow a prompt. ids: Int[T]; loss_mask: Bool[T], True where a token counts in the loss.
 
     experience: of the scored tokens, where the branch is a rollout."""
 
     ids: Ints
-    scored: Bools
+    loss_mask: Bools
     experience: Experience | None = None
 
 
@@ -84,10 +87,11 @@ class Branch:
 class SequenceGroup:
     """The atom of packing: a prompt and the branches that share it. Never split over micro-batches.
 
-    SFT and KTO have 1 branch (KTO a second, mismatched one for its KL term), a pair has 2: (chosen, rejected).
-    The prompt holds at least one token, so every branch token has a position that predicts it.
+    SFT and KTO have 1 branch (KTO a second, mismatched one for its KL term), a pair has 2: (chosen,
+    rejected). The prompt holds at least one token, so every branch token has a position that predicts it.
 
-    Example: prompt [1, 7, 8], branches ([9, 2], [5, 6, 2]): 3 + 2 + 3 = 8 tokens with a shared prompt, 11 without.
+    Example: prompt [1, 7, 8], branches ([9, 2], [5, 6, 2]): 3 + 2 + 3 = 8 tokens with a shared prompt, 11
+    without.
     """
 
     id: int
@@ -113,7 +117,7 @@ class SequenceGroup:
 
     @property
     def scored_tokens(self) -> int:
-        return sum(int(b.scored.sum()) for b in self.branches)
+        return sum(int(b.loss_mask.sum()) for b in self.branches)
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,11 +151,12 @@ class Cut:
 
 @dataclass(frozen=True, slots=True)
 class LossUnits:
-    """The GLOBAL counts of one optimizer step, taken before the first backward: what loss sums are divided by.
+    """The GLOBAL counts of one optimizer step, taken before the first backward: what loss sums are divided
+    by.
 
     examples: pairs (or conversations); branch_tokens[k]: scored tokens of branch k over all examples.
-    kl_coefficient: of this step where a controller steers it, else the recipe's holds.
-    Example: the group above, both branches wholly scored: LossUnits(1, (2, 3)), `.tokens` 5.
+    kl_coefficient: of this step where a controller steers it, else the recipe's holds. Example: the group
+    above, both branches wholly scored: LossUnits(1, (2, 3)), `.tokens` 5.
     """
 
     examples: int
@@ -171,23 +176,29 @@ class LossUnits:
 ROW_MULTIPLE = 128
 """The length of a single row is a multiple of it: the block of FlexAttention's masks."""
 SHORTEST_ROW = 512
-"""Shorter single rows make torch compile its attention again: sizes 1 and 2 of a dimension are special to it."""
+"""Shorter single rows make torch compile its attention again: sizes 1 and 2 of a dimension are special to it.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
     """A few rows that one worker takes through the model at once.
 
-    input_ids, position_ids: Int[R, T]. segment: Int[R, T], which sequence group (or sequence) a token belongs to,
+    input_ids, position_ids: Int[R, T]. segment: Int[R, T], which sequence group (or sequence) a token belongs
+    to,
     -1 for padding; branch: Int[R, T], 0 for tokens every branch may see (the prompt), k >= 1 for branch k.
     Token i sees token j iff j <= i, same segment, and branch[j] is 0 or branch[i].
     score_at: Int[N], flat positions r*T + t whose hidden state predicts targets: Int[N];
     sequence: Int[N], the sequence (example * branches + branch) of each; sequences run 0 .. n*branches - 1.
-    identity: Int[R, T], a hash of (example, branch or prompt, position) of each token: the same in every layout, cut and order.
+    identity: Int[R, T], a hash of (example, branch or prompt, position) of each token: the same in every
+    layout, cut and order.
     last_at: Int[n*branches], flat position of the last token of each sequence (where reward heads read).
-    one_row: the row is single and made for block masks. examples: Int[n], group ids. weight: 0.0 for a filler that only keeps ranks in step.
-    ref_logprobs: Float[N]; coefficients: Float[N], d loss / d token log-prob of losses that couple the whole batch.
-    source: Int[n], which source of the data an example is from. label, margin: Float[n]. experience: columns Float[N] of a policy-gradient step.
+    one_row: the row is single and made for block masks. examples: Int[n], group ids. weight: 0.0 for a filler
+    that only keeps ranks in step.
+    ref_logprobs: Float[N]; coefficients: Float[N], d loss / d token log-prob of losses that couple the whole
+    batch.
+    source: Int[n], which source of the data an example is from. label, margin: Float[n]. experience: columns
+    Float[N] of a policy-gradient step.
     """
 
     layout: Layout
@@ -223,7 +234,8 @@ class MicroBatch:
         return int(self.input_ids.size)
 
     def attended(self, window: int | None = None) -> int:
-        """(query, key) pairs that one attention layer with this window looks at. Example: a sequence of 3 tokens: 1 + 2 + 3."""
+        """(query, key) pairs that one attention layer with this window looks at. Example: a sequence of 3
+        tokens: 1 + 2 + 3."""
         seen = self.position_ids[self.segment >= 0] + 1
         return int((seen if window is None else np.minimum(seen, window)).sum())
 

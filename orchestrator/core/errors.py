@@ -71,7 +71,7 @@ class NotEnoughResources(OrchestratorError):
     exit_code = Exit.UNAVAILABLE
 
 
-class Unreachable(OrchestratorError):
+class DashboardUnreachable(OrchestratorError):
     """A server that is needed does not answer: a cluster's head, its dashboard, a reward's endpoint."""
 
     exit_code = Exit.UNAVAILABLE
@@ -102,9 +102,11 @@ class Interrupted(OrchestratorError):
 
 
 class WorkerLost(OrchestratorError):
-    """A worker died, did not answer before its deadline, or lost its device or its peers: another attempt can cure it.
+    """A worker died, did not answer before its deadline, or lost its device or its peers: another attempt can
+    cure it.
 
-    repeats: names the failure where the same one again means that no attempt will; None where nothing is known of its cause.
+    repeats: names the failure where the same one again means that no attempt will; None where nothing is
+    known of its cause.
     """
 
     exit_code = Exit.RESUMABLE
@@ -112,7 +114,8 @@ class WorkerLost(OrchestratorError):
 
 
 class WorkerFailed(OrchestratorError):
-    """A worker raised an exception that another attempt would raise again: a bug, or what the model or the data cannot bear."""
+    """A worker raised an exception that another attempt would raise again: a bug, or what the model or the
+    data cannot bear."""
 
     exit_code = Exit.SOFTWARE
 

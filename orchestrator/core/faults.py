@@ -1,9 +1,10 @@
-"""The one seam for fault injection: tests and chaos runs name a site, a step and a rank; nothing happens otherwise.
+"""The one seam for fault injection: tests and chaos runs name a site, a step and a rank; nothing happens
+otherwise.
 
-ORCHESTRATOR_FAULTS holds a JSON list of {"site", "action", "step"?, "rank"?, "once"?}: action is "kill" (SIGKILL to
-this process), "oom" (an out-of-memory error), "nan" or "corrupt" (told to the caller), "stop" (SIGSTOP), "slow" (a second
-of sleep) or "disk_full".
-`once` names a marker file: the fault happens only while the file does not exist, and makes it.
+ORCHESTRATOR_FAULTS holds a JSON list of {"site", "action", "step"?, "rank"?, "once"?}: action is "kill"
+(SIGKILL to this process), "oom" (an out-of-memory error), "nan" or "corrupt" (told to the caller), "stop"
+(SIGSTOP), "slow" (a second of sleep) or "disk_full". `once` names a marker file: the fault happens only while
+the file does not exist, and makes it.
 """
 
 import json
@@ -21,7 +22,12 @@ def inject(site: str, *, step: int, rank: int = 0) -> str | None:
     if not planned:
         return None
     for fault in json.loads(planned):
-        if fault["site"] == site and fault.get("step", step) == step and fault.get("rank", rank) == rank and _first(fault):
+        if (
+            fault["site"] == site
+            and fault.get("step", step) == step
+            and fault.get("rank", rank) == rank
+            and _first(fault)
+        ):
             return _act(fault["action"])
     return None
 

@@ -65,13 +65,19 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 def _parsed(path: Path) -> list[tuple[str, dict[str, Any]]]:
     found: list[tuple[str, dict[str, Any]]] = []
-    lines = path.read_bytes().decode("utf-8", "replace").rstrip("\n").split("\n")  # not splitlines: it cuts at U+2028
+    lines = (
+        path.read_bytes().decode("utf-8", "replace").rstrip("\n").split("\n")
+    )  # not splitlines: it cuts at U+2028
     for number, line in enumerate(lines, 1):
         record = _json_object(line)
         if record is not None:
             found.append((line, record))
         elif number < len(lines):
-            raise DataError(f"{path}:{number}: not a JSON object", why="only the last line may be torn", fix="remove that line")
+            raise DataError(
+                f"{path}:{number}: not a JSON object",
+                why="only the last line may be torn",
+                fix="remove that line",
+            )
     return found
 
 

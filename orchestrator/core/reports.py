@@ -9,7 +9,8 @@ from orchestrator.core.batches import Finish, PackedBatch
 
 @dataclass(frozen=True, slots=True)
 class Mean:
-    """A metric on its way: sum and count, so that partial values add up exactly. Example: Mean(3.0, 4) is 0.75."""
+    """A metric on its way: sum and count, so that partial values add up exactly. Example: Mean(3.0, 4) is
+    0.75."""
 
     total: float
     count: float
@@ -24,12 +25,14 @@ class Mean:
 
 @dataclass(frozen=True, slots=True)
 class LearnReport:
-    """What forward_backward over one PackedBatch found: loss (already divided once by the global count) and means.
+    """What forward_backward over one PackedBatch found: loss (already divided once by the global count) and
+    means.
 
-    tokens: with the prompt repeated for each branch, as TRL counts; computed: positions that are not padding, prompts
-    shared; scored: positions the head ran on; positions: all, padding and fillers included. peak_bytes: highest memory
-    in use since the report before, less what the process held before it built the model. maxima: metrics whose reduction
-    is the maximum. attended: (query, key) pairs, added up over the attention layers.
+    tokens: with the prompt repeated for each branch, as TRL counts; computed: positions that are not padding,
+    prompts shared; scored_tokens: positions the head ran on; positions: all, padding and fillers included.
+    peak_bytes: highest memory in use since the report before, less what the process held before it built the
+    model. maxima: metrics whose reduction is the maximum. attended: (query, key) pairs, added up over the
+    attention layers.
     """
 
     loss: float
@@ -37,7 +40,7 @@ class LearnReport:
     micro_batches: int
     tokens: int
     computed: int
-    scored: int
+    scored_tokens: int
     positions: int
     seconds: float
     peak_bytes: int = 0
@@ -46,11 +49,13 @@ class LearnReport:
 
 
 SOURCE = "/source "
-"""Between a metric's name and the number of a source of the data, until the driver puts the source's name there."""
+"""Between a metric's name and the number of a source of the data, until the driver puts the source's name
+there."""
 
 
 def joined_metrics(reports: Sequence[LearnReport]) -> tuple[dict[str, Mean], dict[str, float]]:
-    """(means, maxima) of several reports as one, whether of ranks or of steps: each metric by its own reduction."""
+    """(means, maxima) of several reports as one, whether of ranks or of steps: each metric by its own
+    reduction."""
     means: dict[str, Mean] = {}
     maxima: dict[str, float] = {}
     for report in reports:
@@ -82,7 +87,8 @@ class Progress:
     step: optimizer steps taken (online: rollout batches learned from, which is also the policy version);
     examples: GLOBAL examples consumed (online: prompts; the data cursor); tokens: unshared tokens seen;
     skipped: steps refused by the non-finite guard; optimizer_steps: online, as a rollout batch takes several;
-    kl_coefficient: of the adaptive controller, None while it is the recipe's; reward_*: running moments of the reward (Welford).
+    kl_coefficient: of the adaptive controller, None while it is the recipe's; reward_*: running moments of
+    the reward (Welford).
     """
 
     step: int = 0
@@ -96,7 +102,12 @@ class Progress:
     reward_m2: float = 0.0
 
     def after(self, batch: PackedBatch) -> "Progress":
-        return replace(self, step=self.step + 1, examples=self.examples + batch.units.examples, tokens=self.tokens + batch.tokens)
+        return replace(
+            self,
+            step=self.step + 1,
+            examples=self.examples + batch.units.examples,
+            tokens=self.tokens + batch.tokens,
+        )
 
     def after_skip(self, batch: PackedBatch) -> "Progress":
         """The batch is consumed, but no step was taken: the schedule does not advance."""
@@ -105,7 +116,8 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class StepReport:
-    """One line of metrics.jsonl: `step` and flat metrics by the names TRL users know; samples: the rollouts it learned from."""
+    """One line of metrics.jsonl: `step` and flat metrics by the names TRL users know; samples: the rollouts
+    it learned from."""
 
     step: int
     metrics: Mapping[str, float]
@@ -135,7 +147,8 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class EvaluationReport:
-    """Held-out results after `step` optimizer steps: metrics named `eval/...` and the samples worth looking at."""
+    """Held-out results after `step` optimizer steps: metrics named `eval/...` and the samples worth looking
+    at."""
 
     step: int
     metrics: Mapping[str, float]

@@ -19,7 +19,10 @@ class WorkerGroup:
 
     def fit(self, cpus: float, gpus: float) -> int:
         """How many of such workers find room in so much, each whole; all of them where they ask for nothing."""
-        return min((times(has, each) for has, each in ((cpus, self.cpus), (gpus, self.gpus)) if each), default=self.workers)
+        return min(
+            (times(has, each) for has, each in ((cpus, self.cpus), (gpus, self.gpus)) if each),
+            default=self.workers,
+        )
 
 
 def times(has: float, each: float) -> int:

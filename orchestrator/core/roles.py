@@ -1,4 +1,5 @@
-"""What a controller may ask of the others. Controllers import these Protocols and never ray, deepspeed or wandb."""
+"""What a controller may ask of the others. Controllers import these Protocols and never ray, deepspeed or
+wandb."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,7 +7,7 @@ from typing import Protocol
 
 from orchestrator.core.batches import Floats, PackedBatch
 from orchestrator.core.reports import EvaluationReport, LearnReport, Progress, StepApplied, StepReport
-from orchestrator.core.rollouts import Prompt, RolloutGroup, Sampling, Scoring, Span, WeightsDelivered
+from orchestrator.core.rollouts import BatchRewards, Prompt, RolloutGroup, Sampling, Span, WeightsDelivered
 
 PerMicroBatch = tuple[tuple[Floats, ...], ...]
 """Values [rank][i]: Float[N] for the scored tokens of each micro-batch of a PackedBatch."""
@@ -15,11 +16,14 @@ TokenLists = Sequence[Sequence[int]]
 
 
 class Learner(Protocol):
-    """A model that scores and learns, on any number of ranks. Every verb acts on all ranks and has a deadline."""
+    """A model that scores and learns, on any number of ranks. Every verb acts on all ranks and has a
+    deadline."""
 
-    def token_logprobs(self, batch: PackedBatch, *, reference: bool = False, step: int | None = None) -> PerMicroBatch:
-        """Log-probs of the scored tokens, without gradients; reference=True: under the live reference policy; step: with the dropout
-        that forward_backward of that optimizer step will draw, None: without."""
+    def token_logprobs(
+        self, batch: PackedBatch, *, reference: bool = False, step: int | None = None
+    ) -> PerMicroBatch:
+        """Log-probs of the scored tokens, without gradients; reference=True: under the live reference policy;
+        step: with the dropout that forward_backward of that optimizer step will draw, None: without."""
         ...
 
     def forward_backward(self, batch: PackedBatch, step: int) -> LearnReport:
@@ -35,7 +39,8 @@ class Learner(Protocol):
         ...
 
     def evaluate(self, batch: PackedBatch) -> tuple[LearnReport, PerMicroBatch]:
-        """The objective without gradients, and [rank][i]: Float[n, branches] log-prob sums (or rewards) per example."""
+        """The objective without gradients, and [rank][i]: Float[n, branches] log-prob sums (or rewards) per
+        example."""
         ...
 
     def token_values(self, batch: PackedBatch) -> PerMicroBatch:
@@ -77,7 +82,8 @@ class Generator(Protocol):
     """Samples completions (or whole episodes) with one exact version of the policy, on any number of actors."""
 
     def start(self, prompts: Sequence[tuple[int, Prompt]], sampling: Sampling, version: int) -> Pending:
-        """Begins to sample for (draw, prompt) with weights `version`, which must have been published, and returns at once."""
+        """Begins to sample for (draw, prompt) with weights `version`, which must have been published, and
+        returns at once."""
         ...
 
     def spans(self) -> Sequence[Span]:
@@ -88,10 +94,10 @@ class Generator(Protocol):
 class Scorer(Protocol):
     """Rewards. Never invents one: a group that cannot be scored is dropped and named."""
 
-    def score(self, groups: Sequence[RolloutGroup]) -> Scoring: ...
+    def score(self, groups: Sequence[RolloutGroup]) -> BatchRewards: ...
 
 
-class WeightBridge(Protocol):
+class WeightSync(Protocol):
     """Carries the policy's weights to the generator."""
 
     def publish(self, version: int) -> WeightsDelivered:

@@ -1,4 +1,5 @@
-"""What flows before a rollout becomes training data: prompts, samples, groups and their rewards, frozen and typed.
+"""What flows before a rollout becomes training data: prompts, samples, groups and their rewards, frozen and
+typed.
 
 Prompt --generator--> Completion --turns--> Rollout -> RolloutGroup --scorer--> ScoredGroup -> records.SequenceGroup
 """
@@ -12,9 +13,9 @@ from orchestrator.core.batches import Bools, Finish, Floats, Ints
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A question to the policy. id: of its row; ids: its tokens, ready for generation; text: a string or a list of messages
-    as rewards see it; columns: what else the row holds (`answer` included), handed to reward functions by name; tools,
-    chat_template_kwargs: what the chat template is given beside the messages."""
+    """A question to the policy. id: of its row; ids: its tokens, ready for generation; text: a string or a
+    list of messages as rewards see it; columns: what else the row holds (`answer` included), handed to reward
+    functions by name; tools, chat_template_kwargs: what the chat template is given beside the messages."""
 
     id: int
     where: str
@@ -28,7 +29,8 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How completions are drawn. temperature 0: greedy. A sample's seed is a hash of (seed, prompt, draw, sample, version)."""
+    """How completions are drawn. temperature 0: greedy. A sample's seed is a hash of (seed, prompt, draw,
+    sample, version)."""
 
     samples: int
     max_new_tokens: int
@@ -47,10 +49,13 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """What a generator made of one prompt: ids Int[S] (the eos token included), logprobs Float[S] under the policy: the softmax over the
-    whole vocabulary at the temperature, whatever top-k, top-p and min-p leave out.
+    """What a generator made of one prompt: ids Int[S] (the eos token included), logprobs Float[S] under the
+    policy: the softmax over the whole vocabulary at the temperature, whatever top-k, top-p and min-p leave
+    out.
 
-    kept: Float[S], log of the mass that they left to draw from; None where they are off, or where the engine does not say."""
+    kept: Float[S], log of the mass that they left to draw from; None where they are off, or where the engine
+    does not say.
+    """
 
     ids: Ints
     logprobs: Floats
@@ -62,16 +67,17 @@ class Completion:
 class Rollout:
     """One episode: what followed a prompt.
 
-    ids: Int[T], every token after the prompt, an environment's included; scored: Bool[T], True for the model's own;
-    logprobs, kept: Float[S], of the scored ones, as in Completion. version: of the policy that sampled it.
-    completion: text, or messages where the prompt is messages, as rewards see it. turns: of the model.
-    environment_reward: what the environment gave, None without one. failure: what the environment raised instead of ending the episode.
+    ids: Int[T], every token after the prompt, an environment's included; loss_mask: Bool[T], True for the
+    model's own; logprobs, kept: Float[S], of the scored ones, as in Completion. version: of the policy that
+    sampled it. completion: text, or messages where the prompt is messages, as rewards see it. turns: of the
+    model. environment_reward: what the environment gave, None without one. failure: what the environment
+    raised instead of ending the episode.
     """
 
     sample: int
     version: int
     ids: Ints
-    scored: Bools
+    loss_mask: Bools
     logprobs: Floats
     finish: Finish
     completion: Any
@@ -83,8 +89,8 @@ class Rollout:
 
 @dataclass(frozen=True, slots=True)
 class RolloutGroup:
-    """All samples of one prompt. draw: position of this draw in the data order (the prompt cursor), so that a prompt that
-    comes again is sampled with other seeds."""
+    """All samples of one prompt. draw: position of this draw in the data order (the prompt cursor), so that a
+    prompt that comes again is sampled with other seeds."""
 
     prompt: Prompt
     draw: int
@@ -92,7 +98,7 @@ class RolloutGroup:
 
 
 @dataclass(frozen=True, slots=True)
-class ScoredGroup:
+class RewardedGroup:
     """A group with the reward of each rollout: total, and each component by name (unweighted), Float[n]."""
 
     group: RolloutGroup
@@ -101,18 +107,18 @@ class ScoredGroup:
 
 
 @dataclass(frozen=True, slots=True)
-class Scoring:
+class BatchRewards:
     """A scored rollout batch. dropped: groups without a reward, as "where: reason"; seconds: by component."""
 
-    groups: tuple[ScoredGroup, ...]
+    groups: tuple[RewardedGroup, ...]
     dropped: tuple[str, ...] = ()
     seconds: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """When a rollout actor worked. start, end: seconds of time.perf_counter in the driver; version: of the weights. A span of
-    no length stands for an actor that had no work."""
+    """When a rollout actor worked. start, end: seconds of time.perf_counter in the driver; version: of the
+    weights. A span of no length stands for an actor that had no work."""
 
     actor: int
     start: float
@@ -132,18 +138,18 @@ class WeightsDelivered:
 
 
 @dataclass(frozen=True, slots=True)
-class Batch:
-    """A scored rollout batch. prompts: drawn from the data for it; learned_from: the groups that become training data; wanted: how many
-    they should be by the recipe."""
+class RolloutBatch:
+    """A scored rollout batch. prompts: drawn from the data for it; learned_from: the groups that become
+    training data; wanted: how many they should be by the recipe."""
 
     prompts: int
     groups: tuple[RolloutGroup, ...]
-    scoring: Scoring
-    learned_from: tuple[ScoredGroup, ...]
+    scoring: BatchRewards
+    learned_from: tuple[RewardedGroup, ...]
     wanted: int
 
     @property
-    def scored(self) -> tuple[ScoredGroup, ...]:
+    def rewarded(self) -> tuple[RewardedGroup, ...]:
         return self.scoring.groups
 
     @property
@@ -151,9 +157,17 @@ class Batch:
         """Unshared tokens of all rollouts, prompts repeated."""
         return sum(len(g.prompt.ids) + len(r.ids) for g in self.groups for r in g.rollouts)
 
-    def joined(self, other: "Batch") -> "Batch":
+    def joined(self, other: "RolloutBatch") -> "RolloutBatch":
         """Both, as one batch."""
         mine, theirs = self.scoring.seconds, other.scoring.seconds
         seconds = {name: mine.get(name, 0.0) + theirs.get(name, 0.0) for name in {**mine, **theirs}}
-        scoring = Scoring(self.scored + other.scored, self.scoring.dropped + other.scoring.dropped, seconds)
-        return Batch(self.prompts + other.prompts, self.groups + other.groups, scoring, self.learned_from + other.learned_from, self.wanted)
+        scoring = BatchRewards(
+            self.rewarded + other.rewarded, self.scoring.dropped + other.scoring.dropped, seconds
+        )
+        return RolloutBatch(
+            self.prompts + other.prompts,
+            self.groups + other.groups,
+            scoring,
+            self.learned_from + other.learned_from,
+            self.wanted,
+        )

@@ -1,9 +1,11 @@
-"""Signals that ask a run to stop: SIGTERM, SIGINT (Ctrl-C) and SIGHUP (a closed terminal), from the first second to the last.
+"""Signals that ask a run to stop: SIGTERM, SIGINT (Ctrl-C) and SIGHUP (a closed terminal), from the first
+second to the last.
 
     signal --start-up, evaluation, export--> KeyboardInterrupt at once      signal --steps, checkpoints--> asked: the loop ends after its step
 
-Either way the run ends with `Interrupted`, so with exit code 75. Senders repeat themselves: `timeout` signals its child and then the whole group,
-a shell hangs up its jobs after the kernel did. Only a signal that comes a while after the first is a second one, which ends the run at once.
+Either way the run ends with `Interrupted`, so with exit code 75. Senders repeat themselves: `timeout` signals
+its child and then the whole group, a shell hangs up its jobs after the kernel did. Only a signal that comes a
+while after the first is a second one, which ends the run at once.
 """
 
 import errno
@@ -49,7 +51,8 @@ class Stop:
 
     @contextmanager
     def at_once(self, doing: str) -> Iterator[None]:
-        """Inside, a signal raises KeyboardInterrupt, and so does one that came before: what is done there can be done again."""
+        """Inside, a signal raises KeyboardInterrupt, and so does one that came before: what is done there can
+        be done again."""
         with self._region(doing, waits=False):
             if self():
                 raise KeyboardInterrupt
@@ -68,7 +71,10 @@ class Stop:
         if self.by is None:
             self.by, self._first = signal.Signals(number), now
             if self._waits:
-                _say(f"{self.by.name}: the run stops after this step, with a checkpoint; a second signal ends it at once\n")
+                _say(
+                    f"{self.by.name}: the run stops after this step, with a checkpoint; a second signal "
+                    "ends it at once\n"
+                )
                 return
         elif now - self._first < ECHO_S:
             return
@@ -80,16 +86,23 @@ class Stop:
         """What the user reads where nothing was left to save."""
         name = "Ctrl-C" if self.by in (None, signal.SIGINT) else self.by.name
         if self._again:
-            what, why = f"ended at once by a second {name} while {self.doing}", "what came after the last checkpoint is lost"
+            what, why = (
+                f"ended at once by a second {name} while {self.doing}",
+                "what came after the last checkpoint is lost",
+            )
         else:
-            what, why = f"stopped by {name} while {self.doing}", "no step is lost: those that were done are in the last checkpoint"
+            what, why = (
+                f"stopped by {name} while {self.doing}",
+                "no step is lost: those that were done are in the last checkpoint",
+            )
         return Interrupted(what, why=why, fix="run the same command again to go on")
 
 
 @contextmanager
 def stop_signals() -> Iterator[Stop]:
-    """Handles the signals in the main thread; elsewhere nothing asks to stop. One that is ignored stays so: nohup ignores SIGHUP, a script's
-    background job SIGINT. Raises Interrupted in the place of KeyboardInterrupt."""
+    """Handles the signals in the main thread; elsewhere nothing asks to stop. One that is ignored stays so:
+    nohup ignores SIGHUP, a script's background job SIGINT. Raises Interrupted in the place of
+    KeyboardInterrupt."""
     stop = Stop()
     with ExitStack() as stack:
         if threading.current_thread() is threading.main_thread():
@@ -105,8 +118,9 @@ def stop_signals() -> Iterator[Stop]:
 
 @contextmanager
 def held_back() -> Iterator[None]:
-    """Blocks the signals, for good in all processes that are started inside: systemd, `timeout`, Slurm and containers signal every process of a
-    run, a closed terminal its group, and Ray's have to live until the driver has written its checkpoint. They end with the driver."""
+    """Blocks the signals, for good in all processes that are started inside: systemd, `timeout`, Slurm and
+    containers signal every process of a run, a closed terminal its group, and Ray's have to live until the
+    driver has written its checkpoint. They end with the driver."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
     try:
         yield
@@ -116,7 +130,8 @@ def held_back() -> Iterator[None]:
 
 @contextmanager
 def enduring_output() -> Iterator[None]:
-    """A terminal that was closed, or a `| tee` that Ctrl-C ended first, takes the output with it and not the run: logs/driver.log has it all."""
+    """A terminal that was closed, or a `| tee` that Ctrl-C ended first, takes the output with it and not the
+    run: logs/driver.log has it all."""
     out, err = _Enduring(sys.stdout), _Enduring(sys.stderr)
     with redirect_stdout(out), redirect_stderr(err):
         try:

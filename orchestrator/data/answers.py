@@ -8,7 +8,8 @@ _NUMBER = re.compile(r"(?:(?<!\d)-)?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?")
 
 
 def matches(completion: str, answer: str, checker: str) -> bool:
-    """exact_match: equal after stripping white space; last_number: the last number of the text equals the answer's."""
+    """exact_match: equal after stripping white space; last_number: the last number of the text equals the
+    answer's."""
     if checker == "exact_match":
         return completion.strip() == answer.strip()
     found, wanted = _last_number(completion), _last_number(answer)

@@ -24,13 +24,18 @@ class BadRow:
 
 
 def grouped(bad: Sequence[BadRow], shown: int) -> list[str]:
-    """A line for each reason, the most frequent first, with how many rows have it and where the first stands; at most `shown`, and how many
-    rows are left then."""
+    """A line for each reason, the most frequent first, with how many rows have it and where the first stands;
+    at most `shown`, and how many rows are left then."""
     reasons: dict[str, list[BadRow]] = {}
     for row in bad:
         reasons.setdefault(row.reason, []).append(row)
     ordered = sorted(reasons.values(), key=len, reverse=True)
-    lines = [str(rows[0]) if len(rows) == 1 else f"{len(rows)} rows: {rows[0].reason} (the first is {rows[0].where})" for rows in ordered[:shown]]
+    lines = [
+        str(rows[0])
+        if len(rows) == 1
+        else f"{len(rows)} rows: {rows[0].reason} (the first is {rows[0].where})"
+        for rows in ordered[:shown]
+    ]
     left = sum(map(len, ordered[shown:]))
     return [*lines, *([f"… and {left} more"] if left else [])]
 
@@ -42,5 +47,6 @@ def check_bad(bad: Sequence[BadRow], allowed: int) -> None:
     raise DataError(
         f"{len(bad)} bad rows, data.max_bad_rows allows {allowed}",
         why="".join(f"\n    {line}" for line in grouped(bad, SHOWN)),
-        fix="mend the rows, map or leave out columns with data.columns, or raise data.max_bad_rows to leave the rows out",
+        fix="mend the rows, map or leave out columns with data.columns, or raise data.max_bad_rows to leave "
+        "the rows out",
     )

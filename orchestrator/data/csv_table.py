@@ -7,8 +7,9 @@
     nothing                     in any other column             null
     anything else                                               text
 
-Columns that a run reads as text stay text, whatever they look like. Unlike there, words such as NA and None stay words in a column of text,
-007 keeps its zeros, and a column of whole numbers with gaps stays one. Messages as JSON text are read as messages.
+Columns that a run reads as text stay text, whatever they look like. Unlike there, words such as NA and None
+stay words in a column of text, 007 keeps its zeros, and a column of whole numbers with gaps stays one.
+Messages as JSON text are read as messages.
 """
 
 import csv
@@ -28,7 +29,25 @@ TRUTH = {"true": True, "True": True, "TRUE": True, "false": False, "False": Fals
 WHOLE = re.compile(r" *[+-]?(0|[1-9]\d{0,17}) *")
 NUMBER = re.compile(r" *[+-]?((0|[1-9]\d*)(\.\d*)?|\.\d+)([eE][+-]?\d+)? *")
 NOTHING = frozenset(
-    {"", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN", "<NA>", "N/A", "NA", "NULL", "NaN", "None", "n/a"}
+    {
+        "",
+        "#N/A",
+        "#N/A N/A",
+        "#NA",
+        "-1.#IND",
+        "-1.#QNAN",
+        "-NaN",
+        "-nan",
+        "1.#IND",
+        "1.#QNAN",
+        "<NA>",
+        "N/A",
+        "NA",
+        "NULL",
+        "NaN",
+        "None",
+        "n/a",
+    }
     | {"nan", "null"}
 )
 """What pandas takes for a missing value."""
@@ -47,27 +66,45 @@ class Line:
 
 
 def rows(
-    raw: BinaryIO, path: str, separator: str, texts: Collection[str], bad: list[BadRow], note: Callable[[str], None]
+    raw: BinaryIO,
+    path: str,
+    separator: str,
+    texts: Collection[str],
+    bad: list[BadRow],
+    note: Callable[[str], None],
 ) -> Iterator[tuple[dict[str, Any], int]]:
-    """(values by column, line) of each record. texts: columns that stay text; bad: gets what is no row of the table. DataError for a file
-    that is no table."""
+    """(values by column, line) of each record. texts: columns that stay text; bad: gets what is no row of the
+    table. DataError for a file that is no table."""
     header, lines = _read(raw, path, separator)
     kept = []
     for line in lines:
         if len(line.cells) == len(header):
             kept.append(line)
         else:
-            bad.append(BadRow(f"{path}:{line.number}", f"{len(line.cells)} fields, where the header has {len(header)}"))
-    readers = [_text if name in texts else _reader([line.cells[i] for line in kept]) for i, name in enumerate(header)]
+            bad.append(
+                BadRow(
+                    f"{path}:{line.number}", f"{len(line.cells)} fields, where the header has {len(header)}"
+                )
+            )
+    readers = [
+        _text if name in texts else _reader([line.cells[i] for line in kept]) for i, name in enumerate(header)
+    ]
     decoded: set[str] = set()
     for line in kept:
         values = {name: read(cell) for name, read, cell in zip(header, readers, line.cells, strict=True)}
         spelled = {name: cell for name in texts if isinstance(cell := values.get(name), str)}
         pythons = next((name for name, cell in spelled.items() if PYTHONS.match(cell)), None)
         if pythons is not None:
-            bad.append(BadRow(f"{path}:{line.number}", f"{pythons} holds a list in Python's notation; write it with json.dumps, or use JSONL"))
+            bad.append(
+                BadRow(
+                    f"{path}:{line.number}",
+                    f"{pythons} holds a list in Python's notation; write it with json.dumps, or use JSONL",
+                )
+            )
             continue
-        lists = {name: messages for name, cell in spelled.items() if (messages := _messages(cell)) is not None}
+        lists = {
+            name: messages for name, cell in spelled.items() if (messages := _messages(cell)) is not None
+        }
         decoded |= lists.keys()
         yield values | lists, line.number
     for name in sorted(decoded):
@@ -87,11 +124,15 @@ def _read(raw: BinaryIO, path: str, separator: str) -> tuple[list[str], list[Lin
                     found.append(Line(before + 1, tuple(cells)))
                 before = reader.line_num
         except csv.Error as error:
-            fix = 'a cell with quotes in it is written "with ""doubled"" quotes"; csv.writer and pandas do that'
+            fix = (
+                'a cell with quotes in it is written "with ""doubled"" quotes"; csv.writer and pandas do that'
+            )
             raise DataError(f"{path}:{before + 1}: no CSV", why=str(error), fix=fix) from error
         except UnicodeDecodeError as error:
             fix = "save it as UTF-8 (Excel: CSV UTF-8)"
-            raise DataError(f"{path}: not UTF-8 after line {before}", why=str(error.reason), fix=fix) from error
+            raise DataError(
+                f"{path}: not UTF-8 after line {before}", why=str(error.reason), fix=fix
+            ) from error
     if not found:
         return [], []
     return _names(found[0], path, separator), found[1:]
@@ -103,10 +144,16 @@ def _names(header: Line, path: str, separator: str) -> list[str]:
     other = next((mark for mark in SEPARATORS if mark != separator and mark in names[0]), None)
     if len(names) == 1 and other is not None:
         fix = "save it with commas between the columns" + (", or call it .tsv" if other == "\t" else "")
-        raise DataError(f"{path}: the header has one column, {names[0]!r}", why=f"its columns are separated by {other!r}", fix=fix)
+        raise DataError(
+            f"{path}: the header has one column, {names[0]!r}",
+            why=f"its columns are separated by {other!r}",
+            fix=fix,
+        )
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise DataError(f"{path}: several columns are named {', '.join(twice)}", fix="give each column a name of its own")
+        raise DataError(
+            f"{path}: several columns are named {', '.join(twice)}", fix="give each column a name of its own"
+        )
     return names
 
 
@@ -136,7 +183,11 @@ def _messages(cell: str) -> list[Any] | None:
         value = json.loads(cell)
     except (ValueError, RecursionError):
         return None
-    spells = isinstance(value, list) and value and all(isinstance(one, dict) and (one.keys() & {"role", "from"}) for one in value)
+    spells = (
+        isinstance(value, list)
+        and value
+        and all(isinstance(one, dict) and (one.keys() & {"role", "from"}) for one in value)
+    )
     return value if spells else None
 
 

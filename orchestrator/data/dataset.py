@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from orchestrator.algorithms.table import Algorithm
+from orchestrator.algorithms.table import AlgorithmSpec
 from orchestrator.core.batches import Row, SequenceGroup
 from orchestrator.core.errors import DataError
 from orchestrator.data.bad_rows import BadRow, check_bad
@@ -17,15 +17,15 @@ from orchestrator.data.kto_pairs import with_mismatched
 from orchestrator.data.order import Batches, Order
 from orchestrator.data.sources import LoadedRows, check_apart, load_rows
 from orchestrator.data.tokenize import Encoded, Encoder, EncodingReport, bad_row, encode_rows
-from orchestrator.recipe.schema import Recipe, Source
+from orchestrator.recipe.schema import Model, Recipe, Source
 
 
 @dataclass(frozen=True, slots=True)
 class DataSet:
     """Everything the loop reads. batches: training examples by cursor; held_out: encoded evaluation examples.
 
-    prompts, answers: held-out prompts (token ids) with an expected answer, for generation. unused: columns that nothing reads;
-    notes: what else the user should know of the data.
+    prompts, answers: held-out prompts (token ids) with an expected answer, for generation. unused: columns
+    that nothing reads; notes: what else the user should know of the data.
     """
 
     tokenizer: Any
@@ -46,8 +46,11 @@ class DataSet:
         return lambda ids: self.tokenizer.decode(ids, skip_special_tokens=True)
 
 
-def load_data(recipe: Recipe, algorithm: Algorithm, tokenizer: Any) -> DataSet:
-    """Reads and checks all data of a recipe; DataError or MissingInput before anything expensive starts. tokenizer: the model's."""
+def load_data(recipe: Recipe, algorithm: AlgorithmSpec, load_tokenizer: Callable[[Model], Any]) -> DataSet:
+    """Reads and checks all data of a recipe; DataError or MissingInput before anything expensive starts.
+
+    load_tokenizer: called once the rows are read, so that a mistake in the data is reported first.
+    """
     reads = Reads(margin=algorithm.name == "reward", answer=False)
     loaded = load_rows(recipe.data.train, recipe.data, algorithm.data, reads)
     held_out = None
@@ -55,6 +58,7 @@ def load_data(recipe: Recipe, algorithm: Algorithm, tokenizer: Any) -> DataSet:
         answered = replace(reads, answer=recipe.evaluation.generate is not None and algorithm.head == "lm")
         held_out = load_rows(held_out_source(recipe.data.eval), recipe.data, algorithm.data, answered)
     unused, notes = seen_in(loaded, held_out)
+    tokenizer = load_tokenizer(recipe.model)
     train = _encode(loaded, tokenizer, recipe, algorithm)
     sizes = Counter(group.source for group in train.groups)
     order = Order([sizes[s] for s in range(len(loaded.sizes))], loaded.weights, recipe.run.seed)
@@ -77,7 +81,8 @@ def load_data(recipe: Recipe, algorithm: Algorithm, tokenizer: Any) -> DataSet:
 
 
 def seen_in(loaded: LoadedRows, held_out: LoadedRows | None) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """(columns that are not read in any of the rows, notes); ConfigError where all held-out rows are trained on."""
+    """(columns that are not read in any of the rows, notes); ConfigError where all held-out rows are trained
+    on."""
     if held_out is None:
         return loaded.unused, loaded.notes
     unused = [name for name in loaded.unused if name not in held_out.used]
@@ -93,7 +98,7 @@ def held_out_source(spec: str | list[Source]) -> str | list[Source]:
     return spec
 
 
-def _encode(loaded: LoadedRows, tokenizer: Any, recipe: Recipe, algorithm: Algorithm) -> Encoded:
+def _encode(loaded: LoadedRows, tokenizer: Any, recipe: Recipe, algorithm: AlgorithmSpec) -> Encoded:
     encoded = encode_rows(loaded.rows, tokenizer, recipe.data, algorithm.data, loaded.bad)
     if algorithm.name != "kto":
         return encoded
@@ -106,7 +111,7 @@ def _first(loaded: LoadedRows, recipe: Recipe) -> LoadedRows:
 
 
 def _prompts(
-    held_out: LoadedRows | None, tokenizer: Any, recipe: Recipe, algorithm: Algorithm
+    held_out: LoadedRows | None, tokenizer: Any, recipe: Recipe, algorithm: AlgorithmSpec
 ) -> tuple[tuple[tuple[int, ...], ...], tuple[str, ...]]:
     """Prompts of distinct held-out rows that have an answer, as many as the recipe asks for."""
     generation = recipe.evaluation.generate

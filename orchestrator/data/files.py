@@ -1,8 +1,8 @@
 """Data files on a disk or behind a URL: record by record, and which of a folder's files are of a split.
 
 A folder is read as its README.md says (data/card.py), or else as the hub lays data sets out: DIR/train.jsonl,
-DIR/data/train-00000-of-00002.parquet, DIR/train/a.jsonl, or one of these below DIR/SUBSET/. Files in whose names no split stands are
-all of one, `train`.
+DIR/data/train-00000-of-00002.parquet, DIR/train/a.jsonl, or one of these below DIR/SUBSET/. Files in whose
+names no split stands are all of one, `train`.
 """
 
 import gzip
@@ -48,15 +48,16 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class Chosen:
-    """Files of a folder to read, in order, and the subfolders with data and files of other kinds that are left alone."""
+    """Files of a folder to read, in order, and the subfolders with data and files of other kinds that are
+    left alone."""
 
     files: tuple[Path, ...]
     passed_over: tuple[str, ...] = ()
 
 
 def choose(folder: Path, subset: str | None, split: str | None) -> Chosen:
-    """The files of one split (default: the only one there is). ConfigError where the folder has several and none is named, or files
-    of no split beside others; MissingInput where there are none."""
+    """The files of one split (default: the only one there is). ConfigError where the folder has several and
+    none is named, or files of no split beside others; MissingInput where there are none."""
     configs = card.declared(folder)
     if not configs:
         return _laid_out(folder, subset, split)
@@ -72,19 +73,29 @@ def _laid_out(folder: Path, subset: str | None, split: str | None) -> Chosen:
     """The same by the names of folders and files."""
     base = folder / subset if subset else folder
     if not base.is_dir():
-        raise MissingInput(f"{folder} holds no subset {subset}", fix=f"it holds the folders {', '.join(_folders(folder)) or 'none'}")
+        raise MissingInput(
+            f"{folder} holds no subset {subset}",
+            fix=f"it holds the folders {', '.join(_folders(folder)) or 'none'}",
+        )
     own, others = _found(base)
     if not own and len(others) == 1:  # its only subset
         return _laid_out(base, others[0], split)
     if not own:
         if others:
             named = ", ".join(others)
-            raise ConfigError(f"{base} holds data in the folders {named} only", fix=f"set `subset` to one of {named}: {{path: {folder}, subset: …}}")
+            raise ConfigError(
+                f"{base} holds data in the folders {named} only",
+                fix=f"set `subset` to one of {named}: {{path: {folder}, subset: …}}",
+            )
         raise MissingInput(f"{base} holds no data file", fix=f"put {', '.join(SUFFIXES)} files there")
     by_split: dict[str | None, list[Path]] = {}
     for file in own:
         by_split.setdefault(_split_of(file.relative_to(base)), []).append(file)
-    unread = [p.name for p in sorted(base.iterdir()) if p not in own and (_is_data(p) or p.name.endswith(OTHERS)) and not p.name.startswith(".")]
+    unread = [
+        p.name
+        for p in sorted(base.iterdir())
+        if p not in own and (_is_data(p) or p.name.endswith(OTHERS)) and not p.name.startswith(".")
+    ]
     return Chosen(tuple(_of_split(folder, by_split, split)), tuple(others + unread))
 
 
@@ -103,17 +114,22 @@ def _of_split(folder: Path, by_split: Mapping[str | None, list[Path]], split: st
         return by_split[wanted]
     if len(named) > 1:
         why = "held-out rows must not be trained on"
-        raise ConfigError(f"{folder} holds the splits {', '.join(named)}, and none is named", why=why, fix=example)
+        raise ConfigError(
+            f"{folder} holds the splits {', '.join(named)}, and none is named", why=why, fix=example
+        )
     if named and None in by_split:
         loose = ", ".join(file.name for file in by_split[None][:3])
-        raise ConfigError(f"{folder} holds the split {named[0]} and files of no split ({loose})", fix=f"{example}, or move the others away")
+        raise ConfigError(
+            f"{folder} holds the split {named[0]} and files of no split ({loose})",
+            fix=f"{example}, or move the others away",
+        )
     (files,) = by_split.values()
     return files
 
 
 def _found(base: Path) -> tuple[list[Path], list[str]]:
-    """Data files of a folder (its own, of `data` and of folders named after splits; the usual kinds alone where there are any), and its
-    other folders that hold some."""
+    """Data files of a folder (its own, of `data` and of folders named after splits; the usual kinds alone
+    where there are any), and its other folders that hold some."""
     own = _files(base)
     others = []
     for name in _folders(base):
@@ -134,16 +150,24 @@ def _folders(folder: Path) -> list[str]:
 
 
 def _is_data(file: Path) -> bool:
-    return file.name.endswith(SUFFIXES) and not file.name.startswith(".") and file.name not in ABOUT and file.is_file()
+    return (
+        file.name.endswith(SUFFIXES)
+        and not file.name.startswith(".")
+        and file.name not in ABOUT
+        and file.is_file()
+    )
 
 
 def _split_of(file: Path) -> str | None:
-    """file: relative to its folder. A shard names its split whole (`train_prefs-00000-of-00001`); else a word does, in the name of the
-    file or of the nearest folder."""
+    """file: relative to its folder. A shard names its split whole (`train_prefs-00000-of-00001`); else a word
+    does, in the name of the file or of the nearest folder."""
     shard = SHARD.match(file.name)
     if shard is not None:
         return SPLITS.get(shard["split"], shard["split"])
-    return next((word for part in (_stem(file), *reversed(file.parts[:-1])) if (word := _word(part)) is not None), None)
+    return next(
+        (word for part in (_stem(file), *reversed(file.parts[:-1])) if (word := _word(part)) is not None),
+        None,
+    )
 
 
 def _stem(file: Path) -> str:
@@ -155,9 +179,11 @@ def _word(name: str) -> str | None:
     return words[0] if words else None
 
 
-def records(path: str, bad: list[BadRow], texts: Collection[str] = (), note: Callable[[str], None] = print) -> Iterator[Record]:
-    """Of one file; path: of a local file, or a URL. What is no record goes to `bad`. texts: columns that stay text where the file does not say
-    what is a number; note: is told what the user should know."""
+def records(
+    path: str, bad: list[BadRow], texts: Collection[str] = (), note: Callable[[str], None] = print
+) -> Iterator[Record]:
+    """Of one file; path: of a local file, or a URL. What is no record goes to `bad`. texts: columns that stay
+    text where the file does not say what is a number; note: is told what the user should know."""
     if path.endswith(".parquet"):
         yield from _parquet(path, bad)
         return
@@ -191,7 +217,8 @@ def _json_lines(path: str, bad: list[BadRow]) -> Iterator[Record]:
 
 
 def _whole(path: str) -> list[Record] | None:
-    """The entries of a file that is one JSON array, by their number; None for a file of lines. DataError where it is neither."""
+    """The entries of a file that is one JSON array, by their number; None for a file of lines. DataError
+    where it is neither."""
     content = b"".join(_lines(path))
     start = content[:4096].lstrip(b"\xef\xbb\xbf \t\r\n")
     first, _, rest = content.strip().partition(b"\n")
@@ -206,10 +233,16 @@ def _whole(path: str) -> list[Record] | None:
         return [Record(entry, f"{path}:{number}") for number, entry in enumerate(value, start=1)]
     lists = [name for name, entry in value.items() if isinstance(entry, list)]
     why = f"it is one object, with {'the list ' + lists[0] if lists else 'no list'} in it"
-    raise DataError(f"{path} holds no array of rows", why=why, fix="write the rows as one array, or one object per line as .jsonl")
+    raise DataError(
+        f"{path} holds no array of rows",
+        why=why,
+        fix="write the rows as one array, or one object per line as .jsonl",
+    )
 
 
-def _table(path: str, separator: str, bad: list[BadRow], texts: Collection[str], note: Callable[[str], None]) -> Iterator[Record]:
+def _table(
+    path: str, separator: str, bad: list[BadRow], texts: Collection[str], note: Callable[[str], None]
+) -> Iterator[Record]:
     try:
         with _open(path) as raw, _unpacked(raw, path) as file:
             for value, line in csv_table.rows(file, path, separator, texts, bad, note):
@@ -223,23 +256,34 @@ def _unpacked(raw: BinaryIO, path: str) -> Any:
 
 
 def _open(path: str) -> BinaryIO:
-    """The file, for reading. ConfigError or MissingInput for a URL that cannot be opened; OSError for a local file."""
+    """The file, for reading. ConfigError or MissingInput for a URL that cannot be opened; OSError for a local
+    file."""
     if "://" not in path:
         return open(path, "rb")
     scheme, _, rest = path.partition("://")
     if "@" in rest.partition("/")[0]:
         why = "recipes are kept and logged"
-        raise ConfigError(f"data: a {scheme}:// address with a user or a password in it", why=why, fix="put them into the environment")
+        raise ConfigError(
+            f"data: a {scheme}:// address with a user or a password in it",
+            why=why,
+            fix="put them into the environment",
+        )
     import fsspec
 
     try:
         opened: Any = fsspec.open(path, "rb")
         return opened.open()
     except (ImportError, ValueError) as error:
-        fix = 'pip install "orchestrator[s3]"' if scheme in ("s3", "s3a") else "install the package of fsspec that reads it"
+        fix = (
+            'pip install "orchestrator[s3]"'
+            if scheme in ("s3", "s3a")
+            else "install the package of fsspec that reads it"
+        )
         raise ConfigError(f"data: {scheme}:// cannot be read here", why=str(error), fix=fix) from error
     except OSError as error:
-        raise MissingInput(f"no data file {path}", why=str(error), fix="check the name, the permissions and the endpoint") from error
+        raise MissingInput(
+            f"no data file {path}", why=str(error), fix="check the name, the permissions and the endpoint"
+        ) from error
 
 
 def _lines(path: str) -> Iterator[bytes]:
@@ -265,7 +309,12 @@ def _parquet(path: str, bad: list[BadRow]) -> Iterator[Record]:
                     number += 1
                     where = f"{path}:{number}"
                     if isinstance(value, Exception):
-                        bad.append(BadRow(where, f"a value that Python cannot hold: {' '.join(str(value).split())[:120]}"))
+                        bad.append(
+                            BadRow(
+                                where,
+                                f"a value that Python cannot hold: {' '.join(str(value).split())[:120]}",
+                            )
+                        )
                     else:
                         yield Record(value, where, filled=True)
     except (OSError, ArrowException) as error:
@@ -273,7 +322,8 @@ def _parquet(path: str, bad: list[BadRow]) -> Iterator[Record]:
 
 
 def _values(batch: Any) -> Iterator[dict[str, Any] | Exception]:
-    """The rows of a batch; where it cannot be converted as a whole, such as for a date beyond the year 9999, an error for a row that cannot."""
+    """The rows of a batch; where it cannot be converted as a whole, such as for a date beyond the year 9999,
+    an error for a row that cannot."""
     try:
         yield from batch.to_pylist(maps_as_pydicts="strict")
         return

@@ -23,7 +23,8 @@ PICTURES = ("images", "image")
 class Reads:
     """Which columns a run reads beside those that its kind of data is made of.
 
-    margin: of a pair; answer: of a row; environment: rows may name one; others: of prompts, by name, None: all of them.
+    margin: of a pair; answer: of a row; environment: rows may name one; others: of prompts, by name, None:
+    all of them.
     """
 
     margin: bool = True
@@ -35,10 +36,15 @@ class Reads:
 EVERYTHING = Reads()
 
 
-def to_rows(record: Any, columns: Columns, kind: DataKind, reads: Reads = EVERYTHING, *, filled: bool = False) -> list[dict[str, Any]]:
-    """Row fields of one record: one dict, or two where a preference pair is unpaired for KTO. Raises BadRecord.
+def to_rows(
+    record: Any, columns: Columns, kind: DataKind, reads: Reads = EVERYTHING, *, filled: bool = False
+) -> list[dict[str, Any]]:
+    """Row fields of one record: one dict, or two where a preference pair is unpaired for KTO. Raises
+    BadRecord.
 
-    filled: the record comes from a table, where each mapping has the keys of all others, null where it had none."""
+    filled: the record comes from a table, where each mapping has the keys of all others, null where it had
+    none.
+    """
     if not isinstance(record, Mapping):
         raise BadRecord(f"a record must be an object, this is {type(record).__name__}")
     fields = _mapped(record, columns, kind, reads)
@@ -58,7 +64,9 @@ class _Lacking(BadRecord):
         self.wanted = wanted
 
 
-def _of_kind(fields: dict[str, Any], record: Mapping[str, Any], columns: Columns, kind: DataKind) -> list[dict[str, Any]]:
+def _of_kind(
+    fields: dict[str, Any], record: Mapping[str, Any], columns: Columns, kind: DataKind
+) -> list[dict[str, Any]]:
     if kind == "sft":
         return [_sft(fields)]
     if kind == "preference":
@@ -68,11 +76,16 @@ def _of_kind(fields: dict[str, Any], record: Mapping[str, Any], columns: Columns
     if "label" not in fields and "chosen" in fields and "rejected" in fields:
         pair = _preference(fields)
         shared = {name: value for name, value in pair.items() if name not in ("chosen", "rejected", "margin")}
-        return [_unpaired({**shared, "completion": pair[side], "label": side == "chosen"}) for side in ("chosen", "rejected")]
+        return [
+            _unpaired({**shared, "completion": pair[side], "label": side == "chosen"})
+            for side in ("chosen", "rejected")
+        ]
     return [_unpaired(fields)]
 
 
-def used_columns(fields: Mapping[str, Any], record: Mapping[str, Any], columns: Columns, reads: Reads) -> set[str]:
+def used_columns(
+    fields: Mapping[str, Any], record: Mapping[str, Any], columns: Columns, reads: Reads
+) -> set[str]:
     """Names in the record of what `fields`, made of it, were made of and the run reads."""
     names = columns.model_dump()
     used = {theirs for name, theirs in names.items() if name in fields and theirs in record}
@@ -87,7 +100,9 @@ def used_columns(fields: Mapping[str, Any], record: Mapping[str, Any], columns: 
         named = handed if reads.others is None else handed & reads.others
         used |= {names.get(name) or name for name in named}
         if record.get(str(columns.prompt)) is None:
-            used |= {str(columns.messages) if record.get(str(columns.messages)) is not None else SHAREGPT_COLUMN}
+            used |= {
+                str(columns.messages) if record.get(str(columns.messages)) is not None else SHAREGPT_COLUMN
+            }
     return used
 
 
@@ -112,7 +127,9 @@ def _mapped(record: Mapping[str, Any], columns: Columns, kind: DataKind, reads: 
         if theirs is None:
             continue
         if theirs != name and theirs not in record:
-            raise BadRecord(f"column {theirs!r} (mapped to {name}) is missing; columns are {', '.join(map(str, record))}")
+            raise BadRecord(
+                f"column {theirs!r} (mapped to {name}) is missing; columns are {', '.join(map(str, record))}"
+            )
         if record.get(theirs) is not None:
             fields[name] = record[theirs]
     if "messages" not in fields and columns.messages is not None and record.get(SHAREGPT_COLUMN) is not None:
@@ -120,18 +137,32 @@ def _mapped(record: Mapping[str, Any], columns: Columns, kind: DataKind, reads: 
     _refuse(fields, record, columns, reads)
     if kind == "prompt":  # all of it may go to rewards
         return fields
-    return {name: value for name, value in fields.items() if name != "environment" and (name != "margin" or reads.margin)}
+    return {
+        name: value
+        for name, value in fields.items()
+        if name != "environment" and (name != "margin" or reads.margin)
+    }
 
 
 def _refuse(fields: dict[str, Any], record: Mapping[str, Any], columns: Columns, reads: Reads) -> None:
     """BadRecord for pictures, and for an environment's name where the run has none."""
     pictures = fields.pop("images", None)
     if columns.images is not None and not pictures:
-        pictures = next((record[name] for name in PICTURES if record.get(name) and not (name == "image" and isinstance(record[name], str))), None)
+        pictures = next(
+            (
+                record[name]
+                for name in PICTURES
+                if record.get(name) and not (name == "image" and isinstance(record[name], str))
+            ),
+            None,
+        )
     if pictures:
         raise BadRecord("it has images, and models read text only; data.columns.images=null leaves them out")
     if fields.get("environment") is not None and not reads.environment:
-        raise BadRecord("it names an environment, and the run has no rollouts.environment; data.columns.environment=null leaves the column out")
+        raise BadRecord(
+            "it names an environment, and the run has no rollouts.environment; "
+            "data.columns.environment=null leaves the column out"
+        )
 
 
 def _sft(fields: dict[str, Any]) -> dict[str, Any]:
@@ -152,7 +183,10 @@ def _sft(fields: dict[str, Any]) -> dict[str, Any]:
     if "text" in fields:
         return {"text": _text(fields["text"], "text"), **_extra(fields)}
     if "chosen" in fields:
-        raise BadRecord("a preference pair in a data set for SFT; to learn the chosen answers set data.columns.completion=chosen")
+        raise BadRecord(
+            "a preference pair in a data set for SFT; to learn the chosen answers set "
+            "data.columns.completion=chosen"
+        )
     wanted = ("completion",) if "prompt" in fields else ("messages", "text", "prompt", "completion")
     raise _Lacking("no messages, prompt + completion, or text", *wanted)
 
@@ -168,14 +202,26 @@ def _preference(fields: dict[str, Any]) -> dict[str, Any]:
         raise BadRecord("chosen and rejected are equal")
     refuse_weights(chosen, "chosen")
     refuse_weights(rejected, "rejected")
-    return {"prompt": prompt, "chosen": chosen, "rejected": rejected, **_template(fields, chosen), **_extra(fields)}
+    return {
+        "prompt": prompt,
+        "chosen": chosen,
+        "rejected": rejected,
+        **_template(fields, chosen),
+        **_extra(fields),
+    }
 
 
 def _is_redundant(fields: Mapping[str, Any]) -> bool:
-    """True for a prompt of text that is the first user turn of both answers, which are whole conversations (UltraFeedback's form)."""
-    if not isinstance(fields["prompt"], str) or not all(isinstance(fields[name], list) and fields[name] for name in ("chosen", "rejected")):
+    """True for a prompt of text that is the first user turn of both answers, which are whole conversations
+    (UltraFeedback's form)."""
+    if not isinstance(fields["prompt"], str) or not all(
+        isinstance(fields[name], list) and fields[name] for name in ("chosen", "rejected")
+    ):
         return False
-    firsts = [next((m["content"] for m in messages_of(fields[name], name) if m["role"] == "user"), None) for name in ("chosen", "rejected")]
+    firsts = [
+        next((m["content"] for m in messages_of(fields[name], name) if m["role"] == "user"), None)
+        for name in ("chosen", "rejected")
+    ]
     return all(isinstance(first, str) and first.strip() == fields["prompt"].strip() for first in firsts)
 
 
@@ -186,11 +232,18 @@ def _unpaired(fields: dict[str, Any]) -> dict[str, Any]:
         raise BadRecord(f"label must be true or false, not {fields['label']!r}")
     prompt, completion = _texts(fields, ("prompt", "completion"))
     refuse_weights(completion, "completion")
-    return {"prompt": prompt, "completion": completion, "label": fields["label"], **_template(fields, completion), **_extra(fields)}
+    return {
+        "prompt": prompt,
+        "completion": completion,
+        "label": fields["label"],
+        **_template(fields, completion),
+        **_extra(fields),
+    }
 
 
 def _prompt(fields: dict[str, Any], record: Mapping[str, Any], columns: Columns) -> dict[str, Any]:
-    """The question alone (of `messages`, the turns before the assistant's last), and the rest of the record as columns."""
+    """The question alone (of `messages`, the turns before the assistant's last), and the rest of the record
+    as columns."""
     if "prompt" in fields:
         (prompt,) = _texts(fields, ("prompt",))
         if not prompt:
@@ -204,28 +257,39 @@ def _prompt(fields: dict[str, Any], record: Mapping[str, Any], columns: Columns)
     else:
         raise _Lacking("no prompt, and no messages", "prompt", "messages")
     template = _template(fields)
-    left_out = {"prompt", "messages"} | {name for name, theirs in columns.model_dump().items() if theirs is None}
+    left_out = {"prompt", "messages"} | {
+        name for name, theirs in columns.model_dump().items() if theirs is None
+    }
     left_out |= set(PICTURES) if columns.images is None else set()
     extra = {name: value for name, value in record.items() if name not in left_out}
     extra |= {name: value for name, value in fields.items() if name not in left_out}
     extra = {str(name): plain(value, str(name)) for name, value in extra.items()} | template
-    return {"prompt": prompt, "columns": extra, **template, **_extra({k: v for k, v in fields.items() if k == "answer"})}
+    return {
+        "prompt": prompt,
+        "columns": extra,
+        **template,
+        **_extra({k: v for k, v in fields.items() if k == "answer"}),
+    }
 
 
 def _template(fields: Mapping[str, Any], answer: Any = ()) -> dict[str, Any]:
-    """What a chat template is given beside messages; nothing where the row is text, of which no template is made."""
+    """What a chat template is given beside messages; nothing where the row is text, of which no template is
+    made."""
     if isinstance(answer, str):
         return {}
     tools, variables = tools_of(fields.get("tools")), variables_of(fields.get("chat_template_kwargs"))
-    return {**({"tools": tools} if tools else {}), **({"chat_template_kwargs": variables} if variables else {})}
+    return {
+        **({"tools": tools} if tools else {}),
+        **({"chat_template_kwargs": variables} if variables else {}),
+    }
 
 
 def _implicit_prompt(chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:
     """Splits off the prompt that both answers begin with.
 
-    Messages: the shared leading turns. Strings: TRL's extract_prompt takes the longest common prefix, words of the
-    answers included ("The " of "The sea" and "The sky"); here it is cut back to the last "\\n\\nAssistant:" turn of
-    Anthropic's HH format, or without one to the last line break.
+    Messages: the shared leading turns. Strings: TRL's extract_prompt takes the longest common prefix, words
+    of the answers included ("The " of "The sea" and "The sky"); here it is cut back to the last
+    "\\n\\nAssistant:" turn of Anthropic's HH format, or without one to the last line break.
     """
     if isinstance(chosen, list) and isinstance(rejected, list):
         a, b = messages_of(chosen, "chosen"), messages_of(rejected, "rejected")
@@ -244,12 +308,15 @@ def _implicit_prompt(chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:
     turn, line = prompt.rfind(HH_TURN), prompt.rfind("\n")
     cut = turn + len(HH_TURN) if turn >= 0 else line + 1
     if cut <= 0:
-        raise BadRecord("no prompt, and chosen and rejected share no beginning that ends a line or an 'Assistant:' turn")
+        raise BadRecord(
+            "no prompt, and chosen and rejected share no beginning that ends a line or an 'Assistant:' turn"
+        )
     return a[:cut], _text(a[cut:], "chosen"), _text(b[cut:], "rejected")
 
 
 def _shared(chosen: Any, rejected: Any) -> int:
-    """Length of the common prefix: TRL's extract_prompt but for its edges (nothing, or one of the two, is shared)."""
+    """Length of the common prefix: TRL's extract_prompt but for its edges (nothing, or one of the two, is
+    shared)."""
     from trl.data_utils import extract_prompt
 
     shorter, longer = sorted((chosen, rejected), key=len)
@@ -261,9 +328,15 @@ def _shared(chosen: Any, rejected: Any) -> int:
 
 
 def _mixed(names: Sequence[str], values: Sequence[Any]) -> str:
-    talks, texts = ([n for n, v in zip(names, values, strict=True) if isinstance(v, list) is listed] for listed in (True, False))
+    talks, texts = (
+        [n for n, v in zip(names, values, strict=True) if isinstance(v, list) is listed]
+        for listed in (True, False)
+    )
     leave_out = f"; data.columns.{texts[0]}=null leaves it out" if texts == ["prompt"] else ""
-    return f"{' and '.join(texts)} text, {' and '.join(talks)} message lists: write all as text or all as messages{leave_out}"
+    return (
+        f"{' and '.join(texts)} text, {' and '.join(talks)} message lists: write all as text or all as "
+        f"messages{leave_out}"
+    )
 
 
 def _texts(fields: Mapping[str, Any], names: Sequence[str]) -> list[Any]:

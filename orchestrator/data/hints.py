@@ -1,4 +1,5 @@
-"""Which column of a file is probably meant by one of TRL's names: for messages, and for recipes that are written from data."""
+"""Which column of a file is probably meant by one of TRL's names: for messages, and for recipes that are
+written from data."""
 
 import difflib
 from collections.abc import Iterable
@@ -7,11 +8,53 @@ LIKELY: dict[str, tuple[str, ...]] = {
     "messages": ("messages", "conversation", "conversations", "dialogue", "dialog", "chat", "turns"),
     "text": ("text", "content", "document", "body", "passage"),
     "prompt": ("prompt", "question", "instruction", "query", "input", "problem", "user", "context"),
-    "completion": ("completion", "response", "output", "reply", "assistant", "generation", "answer", "solution", "target"),
-    "chosen": ("chosen", "good", "preferred", "better", "accepted", "winner", "best", "positive", "win", "chosen_response", "response_chosen"),
-    "rejected": ("rejected", "bad", "dispreferred", "worse", "loser", "worst", "negative", "lose", "rejected_response", "response_rejected"),
+    "completion": (
+        "completion",
+        "response",
+        "output",
+        "reply",
+        "assistant",
+        "generation",
+        "answer",
+        "solution",
+        "target",
+    ),
+    "chosen": (
+        "chosen",
+        "good",
+        "preferred",
+        "better",
+        "accepted",
+        "winner",
+        "best",
+        "positive",
+        "win",
+        "chosen_response",
+        "response_chosen",
+    ),
+    "rejected": (
+        "rejected",
+        "bad",
+        "dispreferred",
+        "worse",
+        "loser",
+        "worst",
+        "negative",
+        "lose",
+        "rejected_response",
+        "response_rejected",
+    ),
     "label": ("label", "liked", "thumbs_up", "is_good", "desirable", "feedback"),
-    "answer": ("answer", "solution", "final_answer", "ground_truth", "gold", "target", "expected", "reference"),
+    "answer": (
+        "answer",
+        "solution",
+        "final_answer",
+        "ground_truth",
+        "gold",
+        "target",
+        "expected",
+        "reference",
+    ),
 }
 """Names that data sets give to TRL's columns, the likeliest first."""
 
@@ -28,8 +71,8 @@ def likely(wanted: str, columns: Iterable[str]) -> str | None:
 
 
 def lacking(wanted: Iterable[str], needs: str, columns: Iterable[str]) -> str:
-    """Why a record cannot be used that has not the columns `wanted`. Example: no 'chosen'; columns are prompt, good, bad;
-    data.columns.chosen=good?"""
+    """Why a record cannot be used that has not the columns `wanted`. Example: no 'chosen'; columns are
+    prompt, good, bad; data.columns.chosen=good?"""
     there = [str(column) for column in columns]
     taken: set[str] = set()
     hints = []

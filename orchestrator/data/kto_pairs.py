@@ -9,16 +9,17 @@ from orchestrator.core.batches import SequenceGroup
 
 
 def with_mismatched(groups: Sequence[SequenceGroup], max_length: int) -> tuple[SequenceGroup, ...]:
-    """Each group with the completion of the next one that has another prompt as branch 1 (KTO, arXiv 2402.01306, §4.2).
+    """Each group with the completion of the next one that has another prompt as branch 1 (KTO, arXiv
+    2402.01306, §4.2).
 
-    The next one alone would not do: the two answers of an unpaired preference pair follow each other. The pairing goes
-    round the whole data set, fixed before batching, so that no batch or rank can change it.
+    The next one alone would not do: the two answers of an unpaired preference pair follow each other. The
+    pairing goes round the whole data set, fixed before batching, so that no batch or rank can change it.
     """
     paired = []
     for group, other in zip(groups, _next_with_other_prompt(groups), strict=True):
         branch = groups[other].branches[0]
         room = max(1, max_length - len(group.prompt))
-        mismatched = replace(branch, ids=branch.ids[:room], scored=branch.scored[:room])
+        mismatched = replace(branch, ids=branch.ids[:room], loss_mask=branch.loss_mask[:room])
         paired.append(replace(group, branches=(group.branches[0], mismatched)))
     return tuple(paired)
 

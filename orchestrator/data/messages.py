@@ -1,4 +1,5 @@
-"""A list of chat messages, checked and in one form: roles and text, ShareGPT's names, content parts, per-turn weights.
+"""A list of chat messages, checked and in one form: roles and text, ShareGPT's names, content parts, per-turn
+weights.
 
 {"role": …, "content": …}        as it is
 {"from": …, "value": …}          renamed, as TRL does; `human` and `gpt`, which no template knows, are user and assistant
@@ -29,17 +30,23 @@ def is_learned(message: Mapping[str, Any]) -> bool:
 
 
 def check_weights(messages: Sequence[Mapping[str, Any]], name: str) -> None:
-    """BadRecord where something other than an assistant's turn is to be learned; for conversations, of which the rest never is."""
+    """BadRecord where something other than an assistant's turn is to be learned; for conversations, of which
+    the rest never is."""
     for i, message in enumerate(messages):
         if message.get("weight") == 1 and message["role"] != "assistant":
-            raise BadRecord(f"{name}[{i}].weight is 1, but only the assistant's turns of a conversation are learned, not the {message['role']}'s")
+            raise BadRecord(
+                f"{name}[{i}].weight is 1, but only the assistant's turns of a conversation are learned, "
+                f"not the {message['role']}'s"
+            )
 
 
 def refuse_weights(messages: Any, name: str) -> None:
     """BadRecord where a turn of an answer is not to be learned, and the loss scores answers as a whole."""
     for i, message in enumerate(messages if isinstance(messages, list) else ()):
         if not is_learned(message):
-            raise BadRecord(f"{name}[{i}].weight is 0, but this loss scores an answer as a whole; weights are for SFT")
+            raise BadRecord(
+                f"{name}[{i}].weight is 0, but this loss scores an answer as a whole; weights are for SFT"
+            )
 
 
 def unicode(value: str, name: str) -> str:
@@ -66,7 +73,9 @@ def _message(value: Any, name: str) -> dict[str, Any]:
         raise BadRecord(f"{name}.content must be text")
     unicode(content or "", f"{name}.content")
     weight = message.get("weight")
-    if weight is not None and (isinstance(weight, bool) or not isinstance(weight, int | float) or weight not in (0, 1)):
+    if weight is not None and (
+        isinstance(weight, bool) or not isinstance(weight, int | float) or weight not in (0, 1)
+    ):
         raise BadRecord(f"{name}.weight must be 0 or 1, not {weight!r}")
     return message
 

@@ -4,7 +4,8 @@
                                               ^                       |
                                               +-- a little smaller, where the ranks' work differs
 
-Every rank gets the same number of micro-batches, with a zero-weight one where data runs out: ZeRO-3 hangs otherwise.
+Every rank gets the same number of micro-batches, with a zero-weight one where data runs out: ZeRO-3 hangs
+otherwise.
 """
 
 import heapq
@@ -24,7 +25,9 @@ SMOOTH = 6
 def loss_units(groups: Sequence[SequenceGroup]) -> LossUnits:
     """The global counts that loss sums of these groups are divided by."""
     branches = len(groups[0].branches)
-    return LossUnits(len(groups), tuple(sum(int(g.branches[k].scored.sum()) for g in groups) for k in range(branches)))
+    return LossUnits(
+        len(groups), tuple(sum(int(g.branches[k].loss_mask.sum()) for g in groups) for k in range(branches))
+    )
 
 
 def cut_step(groups: Sequence[SequenceGroup], cut: Cut) -> PackedBatch:
@@ -42,8 +45,9 @@ def cut_step(groups: Sequence[SequenceGroup], cut: Cut) -> PackedBatch:
 def shares(groups: Sequence[SequenceGroup], cut: Cut) -> list[list[list[SequenceGroup]]]:
     """Examples by rank and micro-batch, without the rows that `cut_step` makes of them.
 
-    A few micro-batches as large as the budget leave the ranks unequal, by 17 % at three of them: then a smaller budget that makes
-    the micro-batches equal is tried, and more of them, up to SMOOTH a rank."""
+    A few micro-batches as large as the budget leave the ranks unequal, by 17 % at three of them: then a
+    smaller budget that makes the micro-batches equal is tried, and more of them, up to SMOOTH a rank.
+    """
     ordered = sorted(groups, key=lambda g: (-g.longest, -g.tokens, g.id))
     chunks = _even(_chunks(ordered, cut), cut.workers)
     best = _deal(chunks, cut)
@@ -54,7 +58,11 @@ def shares(groups: Sequence[SequenceGroup], cut: Cut) -> list[list[list[Sequence
         if _imbalance(best, cut) <= IMBALANCE:
             break
         even = replace(cut, positions=_smallest_budget(ordered, cut, count * cut.workers))
-        best = min(best, _deal(_even(_chunks(ordered, even), cut.workers), cut), key=lambda dealt: _imbalance(dealt, cut))
+        best = min(
+            best,
+            _deal(_even(_chunks(ordered, even), cut.workers), cut),
+            key=lambda dealt: _imbalance(dealt, cut),
+        )
     return best
 
 
@@ -70,7 +78,8 @@ def _imbalance(dealt: list[list[list[SequenceGroup]]], cut: Cut) -> float:
 
 
 def _smallest_budget(ordered: Sequence[SequenceGroup], cut: Cut, count: int) -> int:
-    """Positions of the smallest budget, at most the cut's, with which the examples still fall into `count` micro-batches."""
+    """Positions of the smallest budget, at most the cut's, with which the examples still fall into `count`
+    micro-batches."""
     assert cut.positions is not None
     low, high = 0, cut.positions
     while high - low > max(1, cut.positions // 256):
@@ -83,14 +92,17 @@ def _smallest_budget(ordered: Sequence[SequenceGroup], cut: Cut, count: int) -> 
 
 
 def _chunks(ordered: Sequence[SequenceGroup], cut: Cut) -> list[list[SequenceGroup]]:
-    """Runs of similar length, longest first, each as long as the cut's budget allows (a single group may exceed it)."""
+    """Runs of similar length, longest first, each as long as the cut's budget allows (a single group may
+    exceed it)."""
     chunks: list[list[SequenceGroup]] = []
     start, total = 0, len(ordered)
     while start < total:
         end = start + 1
         while end < total and _fits(ordered[start : (twice := min(total, 2 * end - start))], cut):
             end = twice
-        longer = range(end + 1, min(total + 1, 2 * end - start))  # trying each would cost as often as the run is long
+        longer = range(
+            end + 1, min(total + 1, 2 * end - start)
+        )  # trying each would cost as often as the run is long
         end += bisect_left(longer, True, key=lambda stop: not _fits(ordered[start:stop], cut))
         chunks.append(list(ordered[start:end]))
         start = end
@@ -120,7 +132,9 @@ def _deal(chunks: list[list[SequenceGroup]], cut: Cut) -> list[list[list[Sequenc
     slots = -(-len(chunks) // cut.workers)
     dealt: list[list[list[SequenceGroup]]] = [[] for _ in range(cut.workers)]
     heap = [(0, rank) for rank in range(cut.workers)]
-    for size, index in sorted(((positions_of(c, cut), i) for i, c in enumerate(chunks)), key=lambda p: (-p[0], p[1])):
+    for size, index in sorted(
+        ((positions_of(c, cut), i) for i, c in enumerate(chunks)), key=lambda p: (-p[0], p[1])
+    ):
         load, rank = heapq.heappop(heap)
         dealt[rank].append(chunks[index])
         if len(dealt[rank]) < slots:

@@ -1,6 +1,7 @@
 """The order of examples as a function of (seed, epoch, cursor in GLOBAL examples).
 
-Nothing about workers enters it, so a run resumed on another world size sees the same examples in the same order.
+Nothing about workers enters it, so a run resumed on another world size sees the same examples in the same
+order.
 """
 
 import math
@@ -21,10 +22,11 @@ def permutation(size: int, *key: int) -> np.ndarray:
 
 
 class Order:
-    """A weighted mixture of sources. sizes, weights: one per source; weight w passes over a source w times an epoch.
+    """A weighted mixture of sources. sizes, weights: one per source; weight w passes over a source w times an
+    epoch.
 
-    In epoch e source s gives its next floor(w n (e+1)) - floor(w n e) items of the endless concatenation of its own
-    permutations; the items of the epoch are then shuffled together.
+    In epoch e source s gives its next floor(w n (e+1)) - floor(w n e) items of the endless concatenation of
+    its own permutations; the items of the epoch are then shuffled together.
     """
 
     def __init__(self, sizes: Sequence[int], weights: Sequence[float], seed: int) -> None:
@@ -59,11 +61,14 @@ class Order:
 class Batches(Generic[Item]):
     """Batches of `effective` examples (sequence groups, or prompts) at any cursor.
 
-    cursor: GLOBAL examples consumed so far; the next cursor is cursor + len(batch). remainder: an epoch's last partial
-    batch is dropped, used as it is (a smaller step, divided by its own count), or carried into the next epoch.
+    cursor: GLOBAL examples consumed so far; the next cursor is cursor + len(batch). remainder: an epoch's
+    last partial batch is dropped, used as it is (a smaller step, divided by its own count), or carried into
+    the next epoch.
     """
 
-    def __init__(self, groups: Sequence[Item], order: Order, effective: int, remainder: Literal["drop", "use", "carry"]) -> None:
+    def __init__(
+        self, groups: Sequence[Item], order: Order, effective: int, remainder: Literal["drop", "use", "carry"]
+    ) -> None:
         self.groups, self.order, self.effective, self.remainder = groups, order, effective, remainder
 
     def at(self, cursor: int) -> tuple[Item, ...]:
@@ -82,7 +87,9 @@ class Batches(Generic[Item]):
         part = (epochs - whole) * self._size(whole)
         if self.remainder == "carry":
             return max(1, math.ceil((sum(sizes) + part) / self.effective - 1e-9))
-        return max(1, sum(math.ceil(n / self.effective) for n in sizes) + math.ceil(part / self.effective - 1e-9))
+        return max(
+            1, sum(math.ceil(n / self.effective) for n in sizes) + math.ceil(part / self.effective - 1e-9)
+        )
 
     def _locate(self, cursor: int) -> tuple[int, int]:
         epoch = 0

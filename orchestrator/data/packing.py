@@ -12,21 +12,32 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
-from orchestrator.core.batches import ROW_MULTIPLE, SHORTEST_ROW, Bools, Branch, Experience, Floats, Ints, Layout, MicroBatch, SequenceGroup
+from orchestrator.core.batches import (
+    ROW_MULTIPLE,
+    SHORTEST_ROW,
+    Bools,
+    Branch,
+    Experience,
+    Floats,
+    Ints,
+    Layout,
+    MicroBatch,
+    SequenceGroup,
+)
 
 _WORD = 0xFFFF_FFFF_FFFF_FFFF
 
 
 @dataclass(frozen=True, slots=True)
 class _Piece:
-    """What is laid down in one go: tokens of one segment. branch: Int[t]; owner: Int[t], as branch wherever the prompt lies (0: the
-    prompt); branches: whose tokens, in the order they lie in."""
+    """What is laid down in one go: tokens of one segment. branch: Int[t]; owner: Int[t], as branch wherever
+    the prompt lies (0: the prompt); branches: whose tokens, in the order they lie in."""
 
     ids: Ints
     positions: Ints
     branch: Ints
     owner: Ints
-    scored: Bools
+    loss_mask: Bools
     sequence: Ints
     previous: Ints
     last: tuple[tuple[int, int], ...]
@@ -36,12 +47,20 @@ class _Piece:
         return len(self.ids)
 
 
-def pack(groups: Sequence[SequenceGroup], layout: Layout, *, row_tokens: int | None = None, one_row: bool = False, weight: float = 1.0) -> MicroBatch:
+def pack(
+    groups: Sequence[SequenceGroup],
+    layout: Layout,
+    *,
+    row_tokens: int | None = None,
+    one_row: bool = False,
+    weight: float = 1.0,
+) -> MicroBatch:
     """One MicroBatch holding `groups` in `layout`.
 
-    row_tokens: length of a packed or prefix-shared row, default the longest piece, so that rows stay short (attention
-    over one long row is slower than padding on a CPU). one_row: everything in a single row for block attention, which skips
-    what tokens cannot see; its length is a multiple of ROW_MULTIPLE and at least SHORTEST_ROW.
+    row_tokens: length of a packed or prefix-shared row, default the longest piece, so that rows stay short
+    (attention over one long row is slower than padding on a CPU). one_row: everything in a single row for
+    block attention, which skips what tokens cannot see; its length is a multiple of ROW_MULTIPLE and at least
+    SHORTEST_ROW.
     """
     branches = len(groups[0].branches)
     pieces = [p for index, group in enumerate(groups) for p in _pieces(group, index * branches, layout)]
@@ -62,13 +81,15 @@ def pack(groups: Sequence[SequenceGroup], layout: Layout, *, row_tokens: int | N
             ids[r, start:end], positions[r, start:end] = piece.ids, piece.positions
             segment[r, start:end], branch[r, start:end] = i, piece.branch
             identity[r, start:end] = _identity(groups[int(piece.sequence[-1]) // branches].id, piece)
-            score_at.append(base + piece.previous[piece.scored])
-            targets.append(piece.ids[piece.scored])
-            sequence.append(piece.sequence[piece.scored])
+            score_at.append(base + piece.previous[piece.loss_mask])
+            targets.append(piece.ids[piece.loss_mask])
+            sequence.append(piece.sequence[piece.loss_mask])
             for which, at in piece.last:
                 last_at[which] = base + at
             start = end
-        if layout == "padded":  # without a mask, transformers reads a position that does not count up as a new sequence
+        if (
+            layout == "padded"
+        ):  # without a mask, transformers reads a position that does not count up as a new sequence
             positions[r, start:] = np.arange(start, length)
     return MicroBatch(
         layout=layout,
@@ -142,13 +163,13 @@ def _pieces(group: SequenceGroup, first_sequence: int, layout: Layout) -> Iterat
         return
     for k, branch in enumerate(group.branches):
         size, prompt = len(group.prompt) + len(branch.ids), len(group.prompt)
-        scored = np.concatenate([np.zeros(prompt, np.bool_), branch.scored])
+        loss_mask = np.concatenate([np.zeros(prompt, np.bool_), branch.loss_mask])
         yield _Piece(
             ids=np.concatenate([group.prompt, branch.ids]),
             positions=np.arange(size),
             branch=np.zeros(size, np.int64),
             owner=np.where(np.arange(size) < prompt, 0, k + 1),
-            scored=scored,
+            loss_mask=loss_mask,
             sequence=np.full(size, first_sequence + k),
             previous=np.arange(size) - 1,
             last=((first_sequence + k, size - 1),),
@@ -161,15 +182,19 @@ def _shared_piece(group: SequenceGroup, first_sequence: int) -> _Piece:
     sizes = [len(b.ids) for b in group.branches]
     starts = prompt + np.cumsum([0, *sizes])
     previous = np.arange(starts[-1]) - 1
-    previous[starts[:-1][np.array(sizes) > 0]] = prompt - 1  # a branch's first token is predicted by the prompt's last
+    previous[starts[:-1][np.array(sizes) > 0]] = (
+        prompt - 1
+    )  # a branch's first token is predicted by the prompt's last
     owner = np.concatenate([np.zeros(prompt, np.int64), *(np.full(n, k + 1) for k, n in enumerate(sizes))])
     return _Piece(
         ids=np.concatenate([group.prompt, *(b.ids for b in group.branches)]),
         positions=np.concatenate([np.arange(prompt), *(np.arange(prompt, prompt + n) for n in sizes)]),
         branch=owner,
         owner=owner,
-        scored=np.concatenate([np.zeros(prompt, np.bool_), *(b.scored for b in group.branches)]),
-        sequence=np.concatenate([np.zeros(prompt, np.int64), *(np.full(n, first_sequence + k) for k, n in enumerate(sizes))]),
+        loss_mask=np.concatenate([np.zeros(prompt, np.bool_), *(b.loss_mask for b in group.branches)]),
+        sequence=np.concatenate(
+            [np.zeros(prompt, np.int64), *(np.full(n, first_sequence + k) for k, n in enumerate(sizes))]
+        ),
         previous=previous,
         last=tuple((first_sequence + k, int(starts[k + 1]) - 1) for k in range(len(sizes))),
         branches=group.branches,
@@ -179,7 +204,11 @@ def _shared_piece(group: SequenceGroup, first_sequence: int) -> _Piece:
 def _identity(example: int, piece: _Piece) -> Ints:
     """splitmix64 of (example, owner, position) of each token."""
     word = np.uint64(example * 0x9E37_79B9_7F4A_7C15 & _WORD)  # products wrap, here and below
-    word = word + piece.owner.astype(np.uint64) * np.uint64(0xC2B2_AE3D_27D4_EB4F) + piece.positions.astype(np.uint64)
+    word = (
+        word
+        + piece.owner.astype(np.uint64) * np.uint64(0xC2B2_AE3D_27D4_EB4F)
+        + piece.positions.astype(np.uint64)
+    )
     word = (word ^ (word >> np.uint64(30))) * np.uint64(0xBF58_476D_1CE4_E5B9)
     word = (word ^ (word >> np.uint64(27))) * np.uint64(0x94D0_49BB_1331_11EB)
     return (word ^ (word >> np.uint64(31))).view(np.int64)
@@ -202,14 +231,17 @@ def _experience(parts: Sequence[Experience | None]) -> Experience | None:
 
     def joined(name: str) -> Floats | None:
         columns = [getattr(p, name) for p in present]
-        assert all((c is None) == (columns[0] is None) for c in columns), f"{name} is given for some rollouts of a step and not for others"
+        assert all((c is None) == (columns[0] is None) for c in columns), (
+            f"{name} is given for some rollouts of a step and not for others"
+        )
         return None if columns[0] is None else np.concatenate(columns)
 
     return Experience(**{f.name: joined(f.name) for f in fields(Experience)})  # pyright: ignore[reportArgumentType]
 
 
 def by_branch(micro_batch: MicroBatch, values: Floats) -> list[tuple[Floats, ...]]:
-    """Splits Float[N] values of the scored tokens by example and branch: [example][branch]: Float[scored tokens]."""
+    """Splits Float[N] values of the scored tokens by example and branch: [example][branch]: Float[scored
+    tokens]."""
     order = np.argsort(micro_batch.sequence, kind="stable")
     sequences = len(micro_batch) * micro_batch.branches
     ends = np.cumsum(np.bincount(micro_batch.sequence, minlength=sequences))

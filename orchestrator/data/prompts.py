@@ -6,12 +6,13 @@ sources --load_rows--> rows --encode--> Prompt --Order, Batches--> the prompts o
 """
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from orchestrator.algorithms.table import Algorithm
+from orchestrator.algorithms.table import AlgorithmSpec
 from orchestrator.core.batches import Branch, Experience, Row, SequenceGroup
 from orchestrator.core.errors import ConfigError, DataError
 from orchestrator.core.rollouts import Prompt
@@ -22,13 +23,13 @@ from orchestrator.data.order import Batches, Order
 from orchestrator.data.sources import LoadedRows, load_rows
 from orchestrator.data.tokenize import Encoder, EncodingReport, bad_row
 from orchestrator.data.turns import said_of, with_fewer_turns
-from orchestrator.recipe.schema import Recipe
+from orchestrator.recipe.schema import Model, Recipe
 
 
 @dataclass(frozen=True, slots=True)
 class PromptSet:
-    """Prompts to sample from. batches: by prompt cursor; held_out: for evaluation; longest: the data set that the longest
-    possible rollouts would make, for the plan, the memory probe and the start-up checks."""
+    """Prompts to sample from. batches: by prompt cursor; held_out: for evaluation; longest: the data set that
+    the longest possible rollouts would make, for the plan, the memory probe and the start-up checks."""
 
     tokenizer: Any
     loaded: LoadedRows
@@ -37,11 +38,18 @@ class PromptSet:
     longest: DataSet
 
 
-def load_prompts(recipe: Recipe, algorithm: Algorithm, tokenizer: Any, rewarded: frozenset[str] | None) -> PromptSet:
-    """Reads and checks all prompts of a recipe; DataError, ConfigError or MissingInput before anything expensive starts.
+def load_prompts(
+    recipe: Recipe,
+    algorithm: AlgorithmSpec,
+    load_tokenizer: Callable[[Model], Any],
+    rewarded: frozenset[str] | None,
+) -> PromptSet:
+    """Reads and checks all prompts of a recipe; DataError, ConfigError or MissingInput before anything
+    expensive starts.
 
-    tokenizer: the model's. rewarded: columns that the reward's components read; None if all columns go to one of them.
+    rewarded: columns that the reward's components read; None if all columns go to one of them.
     """
+    tokenizer = load_tokenizer(recipe.model)
     reads = _reads(recipe, rewarded)
     loaded = load_rows(recipe.data.train, recipe.data, "prompt", reads)
     prompts, report = _encode(loaded, tokenizer, recipe)
@@ -68,30 +76,50 @@ def load_prompts(recipe: Recipe, algorithm: Algorithm, tokenizer: Any, rewarded:
         unused=unused,
         notes=(*notes, *report.notes),
     )
-    return PromptSet(tokenizer, loaded, Batches(prompts, order, recipe.rollouts.prompts, recipe.data.remainder), held_out, longest)
+    return PromptSet(
+        tokenizer,
+        loaded,
+        Batches(prompts, order, recipe.rollouts.prompts, recipe.data.remainder),
+        held_out,
+        longest,
+    )
 
 
-def check_batches(recipe: Recipe, algorithm: Algorithm) -> int:
-    """Mini-batches of one pass over a rollout batch; ConfigError where the rollout batch cannot be cut into effective batches."""
+def check_batches(recipe: Recipe, algorithm: AlgorithmSpec) -> int:
+    """Mini-batches of one pass over a rollout batch; ConfigError where the rollout batch cannot be cut into
+    effective batches."""
     share, rollouts, effective = algorithm.group_examples, recipe.rollouts, recipe.batch.effective
     total = rollouts.prompts * share
-    unit = "completions" if share > 1 or algorithm.per == "sequence" else "pairs"
+    unit = "completions" if share > 1 or algorithm.loss_unit == "sequence" else "pairs"
     if effective % share:
         raise ConfigError(
             f"batch.effective={effective} is no multiple of rollouts.samples={share}",
             why="the completions of a prompt stay together: they share its computation",
-            fix=f"set batch.effective to {max(1, effective // share) * share}, or rollouts.samples to a divisor",
+            fix=f"set batch.effective to {max(1, effective // share) * share}, or rollouts.samples to a "
+            "divisor",
         )
     if total % effective:
         raise ConfigError(
-            f"{rollouts.prompts} prompts x {share} = {total} {unit} cannot be cut into effective batches of {effective}",
+            f"{rollouts.prompts} prompts x {share} = {total} {unit} cannot be cut into effective batches of "
+            f"{effective}",
             why="each optimizer step takes batch.effective of them",
             fix=f"set rollouts.prompts to a multiple of {effective // share}, or batch.effective to {total}",
         )
-    if algorithm.online is not None and algorithm.online.estimate is None and rollouts.samples < 2:
-        raise ConfigError("online_dpo needs rollouts.samples of at least 2", why="it compares the best with the worst", fix="set it to 4")
-    if recipe.algorithm.name in ("grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo", "reinforce_pp_baseline") and rollouts.samples < 2:
-        raise ConfigError(f"{recipe.algorithm.name} needs rollouts.samples of at least 2", why="its baseline is the group's mean", fix="set it to 8")
+    if algorithm.online is not None and algorithm.online.advantage is None and rollouts.samples < 2:
+        raise ConfigError(
+            "online_dpo needs rollouts.samples of at least 2",
+            why="it compares the best with the worst",
+            fix="set it to 4",
+        )
+    if (
+        recipe.algorithm.name in ("grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo", "reinforce_pp_baseline")
+        and rollouts.samples < 2
+    ):
+        raise ConfigError(
+            f"{recipe.algorithm.name} needs rollouts.samples of at least 2",
+            why="its baseline is the group's mean",
+            fix="set it to 8",
+        )
     if algorithm.online is not None and algorithm.online.dynamic_sampling and rollouts.max_staleness:
         raise ConfigError(
             "dynamic sampling needs rollouts.max_staleness=0",
@@ -106,11 +134,15 @@ def _encode(loaded: LoadedRows, tokenizer: Any, recipe: Recipe) -> tuple[tuple[P
     room = data.max_length - recipe.rollouts.max_new_tokens
     if room < 1:
         raise ConfigError(
-            f"data.max_length={data.max_length} leaves no room for rollouts.max_new_tokens={recipe.rollouts.max_new_tokens}",
+            f"data.max_length={data.max_length} leaves no room for "
+            f"rollouts.max_new_tokens={recipe.rollouts.max_new_tokens}",
             fix="raise data.max_length (prompt and completion together), or lower rollouts.max_new_tokens",
         )
     if data.overlong == "truncate_end":
-        raise ConfigError("data.overlong=truncate_end has no meaning for prompts", fix="use error, drop or truncate_prompt_left")
+        raise ConfigError(
+            "data.overlong=truncate_end has no meaning for prompts",
+            fix="use error, drop or truncate_prompt_left",
+        )
     prompts, bad, counts = [], [], _Counts()
     for row in loaded.rows:
         try:
@@ -129,13 +161,42 @@ def _encode(loaded: LoadedRows, tokenizer: Any, recipe: Recipe) -> tuple[tuple[P
         if not ids:
             raise DataError(f"{row.where}: the prompt has no token", fix="remove the row")
         tokens = np.array(ids, np.int64)
-        prompts.append(Prompt(row.id, row.where, row.source, tokens, row.prompt, row.columns, row.tools, row.chat_template_kwargs))
+        prompts.append(
+            Prompt(
+                row.id,
+                row.where,
+                row.source,
+                tokens,
+                row.prompt,
+                row.columns,
+                row.tools,
+                row.chat_template_kwargs,
+            )
+        )
     check_bad([*loaded.bad, *bad], data.max_bad_rows)
     if not prompts:
-        raise DataError("no prompt is left after data.overlong", why=f"{room} tokens are left for a prompt", fix="raise data.max_length")
+        raise DataError(
+            "no prompt is left after data.overlong",
+            why=f"{room} tokens are left for a prompt",
+            fix="raise data.max_length",
+        )
     lengths = tuple(len(p.ids) + recipe.rollouts.max_new_tokens for p in prompts)
-    notes = (*encoder.notes, *said_of(counts.turns, counts.last_turns, f"{room} tokens beside rollouts.max_new_tokens"))
-    report = EncodingReport(len(loaded.rows), len(prompts), counts.dropped, counts.truncated, (), 0, lengths, tuple(bad), notes, counts.turns)
+    notes = (
+        *encoder.notes,
+        *said_of(counts.turns, counts.last_turns, f"{room} tokens beside rollouts.max_new_tokens"),
+    )
+    report = EncodingReport(
+        len(loaded.rows),
+        len(prompts),
+        counts.dropped,
+        counts.truncated,
+        (),
+        0,
+        lengths,
+        tuple(bad),
+        notes,
+        counts.turns,
+    )
     return tuple(prompts), report
 
 
@@ -150,9 +211,11 @@ class _Counts:
 
 
 def _fitted(encoder: Encoder, row: Row, room: int, counts: _Counts) -> tuple[Row, tuple[int, ...]] | None:
-    """The row, as rewards will see it too, and its tokens, by data.overlong at most `room` of them; None where it is dropped.
+    """The row, as rewards will see it too, and its tokens, by data.overlong at most `room` of them; None
+    where it is dropped.
 
-    A conversation loses whole turns, plain text its beginning."""
+    A conversation loses whole turns, plain text its beginning.
+    """
     ids, overlong = encoder.prompt_tokens(row), encoder.data.overlong
     if len(ids) <= room or overlong == "error":
         return row, ids
@@ -162,7 +225,11 @@ def _fitted(encoder: Encoder, row: Row, room: int, counts: _Counts) -> tuple[Row
     if not isinstance(row.prompt, list):
         counts.truncated += 1
         return row, ids[-room:]
-    found = with_fewer_turns(row.prompt, lambda left: encoder.prompt_tokens(replace(row, prompt=left)), lambda ids: len(ids) <= room)
+    found = with_fewer_turns(
+        row.prompt,
+        lambda left: encoder.prompt_tokens(replace(row, prompt=left)),
+        lambda ids: len(ids) <= room,
+    )
     if found is None:
         counts.dropped += 1
         counts.last_turns += 1
@@ -179,10 +246,12 @@ def _reads(recipe: Recipe, rewarded: frozenset[str] | None) -> Reads:
     return Reads(margin=False, others=rewarded)
 
 
-def longest_rollouts(prompt: Prompt, recipe: Recipe, algorithm: Algorithm) -> SequenceGroup:
+def longest_rollouts(prompt: Prompt, recipe: Recipe, algorithm: AlgorithmSpec) -> SequenceGroup:
     """The prompt with completions of full length: repeats of its first token, which nothing learns from."""
     tokens = recipe.rollouts.max_new_tokens
     zeros = np.zeros(tokens, np.float32)
-    experience = None if algorithm.per == "pair" else Experience(zeros, zeros, zeros, zeros, zeros, zeros)
+    experience = (
+        None if algorithm.loss_unit == "pair" else Experience(zeros, zeros, zeros, zeros, zeros, zeros)
+    )
     branch = Branch(np.full(tokens, prompt.ids[0], np.int64), np.ones(tokens, np.bool_), experience)
     return SequenceGroup(prompt.id, prompt.ids, (branch,) * algorithm.branches, prompt.source)

@@ -1,5 +1,5 @@
-"""Rows from files (local, or s3:// and what else fsspec opens), folders, the hub or the built-in toy task; bad rows named as
-file:line: reason."""
+"""Rows from files (local, or s3:// and what else fsspec opens), folders, the hub or the built-in toy task;
+bad rows named as file:line: reason."""
 
 import difflib
 import hashlib
@@ -30,8 +30,9 @@ MEASURED = ("label", "margin", "answer")
 class LoadedRows:
     """Validated rows of all sources in order. sizes, weights, names, formats: one per source.
 
-    used, unused: columns that the run reads and that it does not, of all sources. digests: a hash of what each row says;
-    origins: the files and splits that rows came from. notes: what else the user should know."""
+    used, unused: columns that the run reads and that it does not, of all sources. digests: a hash of what
+    each row says; origins: the files and splits that rows came from. notes: what else the user should know.
+    """
 
     rows: tuple[Row, ...]
     bad: tuple[BadRow, ...]
@@ -48,7 +49,8 @@ class LoadedRows:
 
 
 def load_rows(spec: str | list[Source], data: Data, kind: DataKind, reads: Reads = EVERYTHING) -> LoadedRows:
-    """All rows of `spec`; DataError when more than data.max_bad_rows are bad, before anything expensive starts."""
+    """All rows of `spec`; DataError when more than data.max_bad_rows are bad, before anything expensive
+    starts."""
     sources = [Source(path=spec)] if isinstance(spec, str) else spec  # pyright: ignore[reportCallIssue]
     reader = _Reader(kind, reads)
     rows: list[Row] = []
@@ -68,7 +70,11 @@ def load_rows(spec: str | list[Source], data: Data, kind: DataKind, reads: Reads
     check_bad(reader.bad, data.max_bad_rows)
     if not rows:
         reasons = "".join(f"\n    {line}" for line in grouped(reader.bad, 3))
-        raise DataError("the data holds no usable row", why=", ".join(s.path for s in sources) + reasons, fix="check data.train and data.columns")
+        raise DataError(
+            "the data holds no usable row",
+            why=", ".join(s.path for s in sources) + reasons,
+            fix="check data.train and data.columns",
+        )
     if reads.margin:
         _check_margins(rows)
     return LoadedRows(
@@ -93,7 +99,8 @@ def raw_records(path: str) -> Iterator[Record]:
 
 
 def _distinct(names: Sequence[str]) -> tuple[str, ...]:
-    """The names, a number after one that came before: metrics are told by them. Example: train, train -> train, train-2"""
+    """The names, a number after one that came before: metrics are told by them. Example: train, train ->
+    train, train-2"""
     told: list[str] = []
     for name in names:
         count = 1
@@ -104,17 +111,28 @@ def _distinct(names: Sequence[str]) -> tuple[str, ...]:
 
 
 def check_apart(train: LoadedRows, held_out: LoadedRows) -> str | None:
-    """ConfigError where held-out rows come from what is trained on, or every one of them is trained on; a note where some are, None
-    where none is."""
+    """ConfigError where held-out rows come from what is trained on, or every one of them is trained on; a
+    note where some are, None where none is."""
     why = "metrics of rows that were learned say nothing of others"
     fix = "name other rows: another file, or another split ({path: …, split: test}); or set data.eval=null"
     if both := sorted(train.origins & held_out.origins):
-        raise ConfigError(f"data.eval and data.train both read {both[0]}, from its first row on", why=why, fix=fix)
+        raise ConfigError(
+            f"data.eval and data.train both read {both[0]}, from its first row on", why=why, fix=fix
+        )
     trained = set(train.digests)
     shared = [row for row, digest in zip(held_out.rows, held_out.digests, strict=True) if digest in trained]
     if held_out.rows and len(shared) == len(held_out.rows):
-        raise ConfigError(f"data.eval holds the rows of data.train: all {len(shared)} of them are trained on", why=why, fix=fix)
-    return f"{len(shared)} of {len(held_out.rows)} held-out rows are trained on too, the first at {shared[0].where}" if shared else None
+        raise ConfigError(
+            f"data.eval holds the rows of data.train: all {len(shared)} of them are trained on",
+            why=why,
+            fix=fix,
+        )
+    return (
+        f"{len(shared)} of {len(held_out.rows)} held-out rows are trained on too, the first at "
+        f"{shared[0].where}"
+        if shared
+        else None
+    )
 
 
 def _check_margins(rows: list[Row]) -> None:
@@ -174,17 +192,35 @@ class _Reader:
                 self.notes.append(f"{path}: not read of it: {', '.join(chosen.passed_over)}")
             for file in chosen.files:
                 yield from self._file(str(file), columns)
-        elif path.name.endswith(SUFFIXES) or path.is_absolute() or source.path.startswith(".") or source.path.count("/") > 1:
+        elif (
+            path.name.endswith(SUFFIXES)
+            or path.is_absolute()
+            or source.path.startswith(".")
+            or source.path.count("/") > 1
+        ):
             near = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
             close = difflib.get_close_matches(path.name, near, n=3)
-            raise MissingInput(f"no data file {path}", fix=f"did you mean {', '.join(close)}?" if close else "check data.train and data.eval")
+            raise MissingInput(
+                f"no data file {path}",
+                fix=f"did you mean {', '.join(close)}?" if close else "check data.train and data.eval",
+            )
         else:
-            self.origins.add(f"{source.path}, subset {source.subset}, split {source.split or 'train'}, revision {source.revision}")
+            self.origins.add(
+                f"{source.path}, subset {source.subset}, split {source.split or 'train'}, revision "
+                f"{source.revision}"
+            )
             yield from _hub(source)
 
     def _file(self, path: str, columns: Columns) -> Iterator[Record]:
         self.origins.add(path if "://" in path else str(Path(path).resolve()))
-        texts = {SHAREGPT_COLUMN, *(theirs for name, theirs in columns.model_dump().items() if theirs is not None and name not in MEASURED)}
+        texts = {
+            SHAREGPT_COLUMN,
+            *(
+                theirs
+                for name, theirs in columns.model_dump().items()
+                if theirs is not None and name not in MEASURED
+            ),
+        }
         return records(path, self.bad, texts, self.notes.append)
 
 
@@ -193,8 +229,16 @@ def _refuse(source: Source, what: str, *keys: str) -> None:
     for key in keys:
         value = getattr(source, key)
         if value is not None:
-            why = "it holds rows of one kind, all of which are read" if key != "revision" else "a revision is a commit of the hub"
-            raise ConfigError(f"data: `{key}: {value}` has no meaning for {source.path}, which is {what}", why=why, fix=f"remove `{key}`")
+            why = (
+                "it holds rows of one kind, all of which are read"
+                if key != "revision"
+                else "a revision is a commit of the hub"
+            )
+            raise ConfigError(
+                f"data: `{key}: {value}` has no meaning for {source.path}, which is {what}",
+                why=why,
+                fix=f"remove `{key}`",
+            )
 
 
 def _toy(source: Source) -> Iterator[Record]:
@@ -215,11 +259,15 @@ def _hub(source: Source) -> Iterator[Record]:
 
     try:
         with cached_data_sets():
-            dataset = load_dataset(source.path, source.subset, split=source.split or "train", revision=source.revision)
+            dataset = load_dataset(
+                source.path, source.subset, split=source.split or "train", revision=source.revision
+            )
     except (OSError, ValueError) as error:
         if not hub.reachable():
             raise hub.absent(source.path, "data set") from error
-        raise MissingInput(f"data set {source.path} cannot be loaded", why=str(error).splitlines()[0]) from error
+        raise MissingInput(
+            f"data set {source.path} cannot be loaded", why=str(error).splitlines()[0]
+        ) from error
     for i, record in enumerate(dataset):
         yield Record(record, f"{source.path}:{i + 1}", filled=True)
 

@@ -1,10 +1,12 @@
 """The demo's task, generated: write a word as it is, or backwards.
 
-Demonstrations answer right (the word itself) and wrong (the word backwards) equally often, so a model that imitates
-them is right half of the time; preference pairs say which one is wanted. That is what preference tuning is for.
+Demonstrations answer right (the word itself) and wrong (the word backwards) equally often, so a model that
+imitates them is right half of the time; preference pairs say which one is wanted. That is what preference
+tuning is for.
 
-The calculator's task: add two numbers with a tool (orchestrator/rollout/environments/calculator.py). Half of the demonstrations call it and
-copy its result, the other half guess, and guess wrong; a reward says which pays.
+The calculator's task: add two numbers with a tool (orchestrator/rollout/environments/calculator.py). Half of
+the demonstrations call it and copy its result, the other half guess, and guess wrong; a reward says which
+pays.
 """
 
 from collections.abc import Iterator
@@ -23,9 +25,13 @@ NUMBERS = range(10, 50)
 
 
 def toy_rows(name: str, split: str, count: int) -> Iterator[dict[str, Any]]:
-    """`count` rows in TRL's format. Train and eval prompts never overlap: they differ in a checksum of what they hold."""
+    """`count` rows in TRL's format. Train and eval prompts never overlap: they differ in a checksum of what
+    they hold."""
     if name not in NAMES or split not in DEFAULT_ROWS:
-        raise ConfigError(f"there is no toy data `toy:{name}` with split {split!r}", fix=f"use toy:{{{','.join(NAMES)}}} with split train or eval")
+        raise ConfigError(
+            f"there is no toy data `toy:{name}` with split {split!r}",
+            fix=f"use toy:{{{','.join(NAMES)}}} with split train or eval",
+        )
     generator = np.random.Generator(np.random.Philox(key=[NAMES.index(name), split == "eval"]))
     make = _calculation if name.startswith("calculator") else _words
     for _ in range(count):
@@ -40,7 +46,11 @@ def _words(name: str, split: str, generator: np.random.Generator) -> dict[str, A
     if name == "prompts":
         return {"prompt": prompt, "answer": right}
     if name == "sft":
-        return {"prompt": prompt, "completion": wrong if flip and split == "train" else right, "answer": right}
+        return {
+            "prompt": prompt,
+            "completion": wrong if flip and split == "train" else right,
+            "answer": right,
+        }
     if name == "unpaired":
         return {"prompt": prompt, "completion": wrong if flip else right, "label": not flip, "answer": right}
     return {"prompt": prompt, "chosen": right, "rejected": wrong, "answer": right}
@@ -63,8 +73,15 @@ def _calculation(name: str, split: str, generator: np.random.Generator) -> dict[
     off = int(generator.integers(1, 10)) * (-1 if a + b > 50 else 1)
     if name == "calculator":
         return {"prompt": question, "answer": answer}
-    said = [("assistant", str(a + b + off))] if guesses else [("assistant", f"={a}+{b};"), ("tool", answer), ("assistant", answer)]
-    return {"messages": [*question, *({"role": role, "content": content} for role, content in said)], "answer": answer}
+    said = (
+        [("assistant", str(a + b + off))]
+        if guesses
+        else [("assistant", f"={a}+{b};"), ("tool", answer), ("assistant", answer)]
+    )
+    return {
+        "messages": [*question, *({"role": role, "content": content} for role, content in said)],
+        "answer": answer,
+    }
 
 
 def _numbers(generator: np.random.Generator, split: str) -> tuple[int, int]:

@@ -1,4 +1,5 @@
-"""Which turns of a conversation are left out where it is too long: whole ones, so that no header of the chat template is cut.
+"""Which turns of a conversation are left out where it is too long: whole ones, so that no header of the chat
+template is cut.
 
 system | user assistant | user assistant | user        the oldest exchanges go first, from one user's turn to the next;
 ^ stays  ^ goes first     ^ then           ^ stays     the system message and the last user's turn never do
@@ -19,12 +20,17 @@ def shorter(messages: Sequence[Any]) -> list[list[Any]]:
 
 
 def with_fewer_turns(
-    messages: Sequence[Any], make: Callable[[list[Any]], T], fits: Callable[[T], bool], useful: Callable[[list[Any]], bool] = bool
+    messages: Sequence[Any],
+    make: Callable[[list[Any]], T],
+    fits: Callable[[T], bool],
+    useful: Callable[[list[Any]], bool] = bool,
 ) -> tuple[list[Any], T] | None:
-    """The longest of the shorter conversations of which what `make` makes fits, and that; None where even the last exchange does not. useful: of the
-    shorter ones, which are worth keeping.
+    """The longest of the shorter conversations of which what `make` makes fits, and that; None where even the
+    last exchange does not. useful: of the shorter ones, which are worth keeping.
 
-    Fewer turns are taken to be fewer tokens, so that a long conversation takes a few tries and not one for each turn."""
+    Fewer turns are taken to be fewer tokens, so that a long conversation takes a few tries and not one for
+    each turn.
+    """
     tries = [left for left in shorter(messages) if useful(left)]
     if not tries:
         return None
@@ -43,7 +49,19 @@ def with_fewer_turns(
 
 
 def said_of(turns: int, dropped: int, what: str) -> tuple[str, ...]:
-    """What the user is told of conversations that lost turns, and of those whose last exchange did not fit. what: they were too long for."""
-    shorter_ones = [f"{turns} conversation{'s' if turns > 1 else ''} lost the oldest turns to fit {what}"] if turns else []
-    gone = [f"{dropped} conversation{'s' if dropped > 1 else ''} dropped: the last user's turn alone does not fit {what}"] if dropped else []
+    """What the user is told of conversations that lost turns, and of those whose last exchange did not fit.
+    what: they were too long for."""
+    shorter_ones = (
+        [f"{turns} conversation{'s' if turns > 1 else ''} lost the oldest turns to fit {what}"]
+        if turns
+        else []
+    )
+    gone = (
+        [
+            f"{dropped} conversation{'s' if dropped > 1 else ''} dropped: the last user's turn alone does "
+            f"not fit {what}"
+        ]
+        if dropped
+        else []
+    )
     return (*shorter_ones, *gone)

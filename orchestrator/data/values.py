@@ -8,7 +8,8 @@
     list, tuple, array                  a list, each entry in its form
     mapping                             a mapping with text keys
 
-Parquet and hub data sets hold such values; JSON holds the first line, lists and mappings only. Anything else is refused by name.
+Parquet and hub data sets hold such values; JSON holds the first line, lists and mappings only. Anything else
+is refused by name.
 """
 
 import base64
@@ -34,7 +35,10 @@ def plain(value: Any, name: str, *, depth: int = 0) -> Any:
     if depth >= DEEPEST:
         raise BadRecord(f"{name} is nested more than {DEEPEST} levels deep")
     if isinstance(value, Mapping):
-        return {k if isinstance(k, str) else str(plain(k, name, depth=depth + 1)): plain(v, name, depth=depth + 1) for k, v in value.items()}
+        return {
+            k if isinstance(k, str) else str(plain(k, name, depth=depth + 1)): plain(v, name, depth=depth + 1)
+            for k, v in value.items()
+        }
     if isinstance(value, list | tuple):
         return [plain(v, name, depth=depth + 1) for v in value]
     if isinstance(value, date | time):  # a datetime is a date
@@ -45,11 +49,14 @@ def plain(value: Any, name: str, *, depth: int = 0) -> Any:
         return str(value)
     if isinstance(value, bytes | bytearray | memoryview):
         return base64.b64encode(value).decode("ascii")
-    raise BadRecord(f"{name} holds a {type(value).__name__}, which is no text, number, date, bytes, list or mapping")
+    raise BadRecord(
+        f"{name} holds a {type(value).__name__}, which is no text, number, date, bytes, list or mapping"
+    )
 
 
 def in_json(value: Any) -> Any:
-    """A plain value as standard JSON has it: NaN and infinities, which it lacks, as the texts NaN, Infinity and -Infinity."""
+    """A plain value as standard JSON has it: NaN and infinities, which it lacks, as the texts NaN, Infinity
+    and -Infinity."""
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
     if isinstance(value, Mapping):
@@ -58,7 +65,8 @@ def in_json(value: Any) -> Any:
 
 
 def without_nulls(value: Any) -> Any:
-    """The value without mapping entries that are null: Parquet gives every mapping of a column all keys that any of them has."""
+    """The value without mapping entries that are null: Parquet gives every mapping of a column all keys that
+    any of them has."""
     if isinstance(value, Mapping):
         return {k: without_nulls(v) for k, v in value.items() if v is not None}
     return [without_nulls(v) for v in value] if isinstance(value, list) else value

@@ -2,10 +2,11 @@
 
     backward(loss) × K   ->   step(): reduce (once, unless the policy says per micro-batch), clip, apply
 
-`loss` is a share of a global mean: a sum over this micro-batch already divided by the count of the whole effective
-batch. DeepSpeed averages gradients over ranks, so it is multiplied by the world size once. The traps this file steps
-around are in docs/design.md: default clipping of 1.0, bf16 accumulation and wire, a phantom Adam step at bf16 stage 0,
-NaN parameters at fp32 stage 0, lost micro-batches when the boundary is not set.
+`loss` is a share of a global mean: a sum over this micro-batch already divided by the count of the whole
+effective batch. DeepSpeed averages gradients over ranks, so it is multiplied by the world size once. The
+traps this file steps around are in docs/design.md: default clipping of 1.0, bf16 accumulation and wire, a
+phantom Adam step at bf16 stage 0, NaN parameters at fp32 stage 0, lost micro-batches when the boundary is not
+set.
 """
 
 import logging
@@ -57,7 +58,8 @@ class ProcessGroup:
         )
 
     def keep_deadline(self) -> None:
-        """Gives the groups that DeepSpeed made beside the first one the same deadline: they have torch's, for NCCL 10 minutes."""
+        """Gives the groups that DeepSpeed made beside the first one the same deadline: they have torch's, for
+        NCCL 10 minutes."""
         from torch.distributed import distributed_c10d as c10d
 
         for group in list(c10d._world.pg_map):
@@ -65,7 +67,8 @@ class ProcessGroup:
 
 
 def load_deepspeed(accelerator: str) -> Any:
-    """The library, told what it computes on ("cuda", "cpu"), which it would look for when it is imported. Takes a second."""
+    """The library, told what it computes on ("cuda", "cpu"), which it would look for when it is imported.
+    Takes a second."""
     os.environ.setdefault("DS_ACCELERATOR", accelerator)
     return _deepspeed()
 
@@ -73,7 +76,8 @@ def load_deepspeed(accelerator: str) -> Any:
 def _deepspeed() -> Any:
     """Imports deepspeed without its start-up noise and without compiling anything.
 
-    TorchBackend would build a shared-memory op with g++ for a minute (and fail without g++); only inference uses it.
+    TorchBackend would build a shared-memory op with g++ for a minute (and fail without g++); only inference
+    uses it.
     """
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
     import deepspeed
@@ -104,17 +108,21 @@ def on_cpu(tensor: Tensor) -> Tensor:
 
 
 def global_norm(gradients: Sequence[Tensor]) -> Tensor:
-    """L2 norm over all tensors, fp32. torch's own adds millions of fp32 squares in a row: 1e-3 off at 25 M values."""
+    """L2 norm over all tensors, fp32. torch's own adds millions of fp32 squares in a row: 1e-3 off at 25 M
+    values."""
     norms = []
     for flat in (gradient.flatten() for gradient in gradients):
         whole = len(flat) - len(flat) % NORM_CHUNK
-        norms += [torch.linalg.vector_norm(flat[:whole].view(-1, NORM_CHUNK), dim=1), torch.linalg.vector_norm(flat[whole:])[None]]
+        norms += [
+            torch.linalg.vector_norm(flat[:whole].view(-1, NORM_CHUNK), dim=1),
+            torch.linalg.vector_norm(flat[whole:])[None],
+        ]
     return torch.linalg.vector_norm(torch.cat(norms).double()).float()
 
 
 def zero_missing(parameters: Iterable[nn.Parameter]) -> None:
-    """Gives those that no token of the step reached (an expert, say) a gradient of zeros: else whether moments and weights decay in such
-    a step would depend on how it was cut."""
+    """Gives those that no token of the step reached (an expert, say) a gradient of zeros: else whether
+    moments and weights decay in such a step would depend on how it was cut."""
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
@@ -122,10 +130,12 @@ def zero_missing(parameters: Iterable[nn.Parameter]) -> None:
 
 @contextmanager
 def cast_once() -> Iterator[None]:
-    """Keeps autocast's low-precision copies of the weights from one forward to the next, instead of making them for each.
+    """Keeps autocast's low-precision copies of the weights from one forward to the next, instead of making
+    them for each.
 
-    Autocast forgets them when its outermost context ends. This is one around all micro-batches of a step that is not switched on
-    itself, so that backwards run as before. Checkpointed layers that a GPU computes again on autograd's own thread still cast.
+    Autocast forgets them when its outermost context ends. This is one around all micro-batches of a step that
+    is not switched on itself, so that backwards run as before. Checkpointed layers that a GPU computes again
+    on autograd's own thread still cast.
     """
     torch.autocast_increment_nesting()
     try:
@@ -136,7 +146,8 @@ def cast_once() -> Iterator[None]:
 
 
 class GuardedAdamW(torch.optim.AdamW):
-    """Fused AdamW that clips and refuses a non-finite step itself, for ZeRO stage 0, where DeepSpeed does neither safely.
+    """Fused AdamW that clips and refuses a non-finite step itself, for ZeRO stage 0, where DeepSpeed does
+    neither safely.
 
     DeepSpeed reads `overflow` and `_global_grad_norm` from the optimizer after each step.
     """
@@ -160,8 +171,11 @@ class GuardedAdamW(torch.optim.AdamW):
         super().step(closure)
 
 
-def deepspeed_config(learners: Learners, optimizer: Optimizer, stage: int, sync: str, trainable: int) -> dict[str, Any]:
-    """Every key that DeepSpeed would otherwise default in silence, written out. trainable: elements; no bucket is larger."""
+def deepspeed_config(
+    learners: Learners, optimizer: Optimizer, stage: int, sync: str, trainable: int
+) -> dict[str, Any]:
+    """Every key that DeepSpeed would otherwise default in silence, written out. trainable: elements; no
+    bucket is larger."""
     gpu = bool(learners.gpus)
     bucket = bucket_elements(gpu)
     zero: dict[str, Any] = {
@@ -172,7 +186,9 @@ def deepspeed_config(learners: Learners, optimizer: Optimizer, stage: int, sync:
     }
     if stage == 3:
         zero["stage3_param_persistence_threshold"] = PERSISTENT_ELEMENTS
-        zero["stage3_max_reuse_distance"] = 0  # gathered again for the backward: stage 3 was chosen for its memory
+        zero["stage3_max_reuse_distance"] = (
+            0  # gathered again for the backward: stage 3 was chosen for its memory
+        )
         zero["stage3_prefetch_bucket_size"] = bucket if gpu else 0  # a CPU overlaps nothing
     if learners.offload.optimizer != "none":
         zero["offload_optimizer"] = {"device": learners.offload.optimizer, "pin_memory": True}
@@ -202,14 +218,25 @@ def deepspeed_config(learners: Learners, optimizer: Optimizer, stage: int, sync:
 class Engine:
     """A module under DeepSpeed with one explicit sync policy.
 
-    sync: "no_sync" (stages 0, 1: one all-reduce at the step), "coalesced" (stages 1-3, fp32: one reduction at the
-    end of `accumulation()`), "per_micro_batch" (stages 2, 3: a reduction in every backward).
+    sync: "no_sync" (stages 0, 1: one all-reduce at the step), "coalesced" (stages 1-3, fp32: one reduction at
+    the end of `accumulation()`), "per_micro_batch" (stages 2, 3: a reduction in every backward).
     """
 
-    def __init__(self, module: nn.Module, *, learners: Learners, optimizer: Optimizer, stage: int, sync: str, world: int) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        learners: Learners,
+        optimizer: Optimizer,
+        stage: int,
+        sync: str,
+        world: int,
+    ) -> None:
         deepspeed = _deepspeed()
         self.stage, self.sync, self.world = stage, sync, world
-        self.casts_weights = learners.precision == "bf16_autocast" and stage < 3  # at 3 the casts would be what it partitions
+        self.casts_weights = (
+            learners.precision == "bf16_autocast" and stage < 3
+        )  # at 3 the casts would be what it partitions
         trainable = [p for p in module.parameters() if p.requires_grad]
         options: dict[str, Any] = {
             "lr": optimizer.learning_rate,
@@ -223,7 +250,9 @@ class Engine:
         else:
             base = torch.optim.AdamW(groups, fused=True, **options)
         config = deepspeed_config(learners, optimizer, stage, sync, sum(p.numel() for p in trainable))
-        self.ds, self.zero, _, _ = deepspeed.initialize(model=module, model_parameters=trainable, optimizer=base, config=config)
+        self.ds, self.zero, _, _ = deepspeed.initialize(
+            model=module, model_parameters=trainable, optimizer=base, config=config
+        )
         self.module: nn.Module = self.ds.module
         self._linked = False
         self.counter = CollectiveCounter.install(deepspeed.comm.comm.cdb)
@@ -252,9 +281,10 @@ class Engine:
                 raise
 
     def _leave_early(self) -> None:
-        """Prepares for the reduction that DeepSpeed runs even after an error: all ranks have to reduce the same tensors,
-        so a gradient that is missing here counts as zero. The step is discarded or never taken. At ZeRO-3 the other ranks
-        wait in the gather of a forward instead: no reduction then, so that the error is heard at once."""
+        """Prepares for the reduction that DeepSpeed runs even after an error: all ranks have to reduce the
+        same tensors, so a gradient that is missing here counts as zero. The step is discarded or never taken.
+        At ZeRO-3 the other ranks wait in the gather of a forward instead: no reduction then, so that the
+        error is heard at once."""
         if self.stage == 3:
             self.ds._flush_coalesced_reduction_zero3 = lambda optimizer: None
             return
@@ -267,7 +297,8 @@ class Engine:
         self.ds.backward(loss * self.world, scale_wrt_gas=False)
 
     def step(self, learning_rate: float) -> StepApplied:
-        """Reduces what is left to reduce, clips by the global norm, applies once; refuses a non-finite gradient."""
+        """Reduces what is left to reduce, clips by the global norm, applies once; refuses a non-finite
+        gradient."""
         for group in self.ds.basic_optimizer.param_groups:
             group["lr"] = learning_rate
         if self.managed:
@@ -282,24 +313,32 @@ class Engine:
         return StepApplied(applied, norm if applied else float("nan"), learning_rate, reduced, gathered)
 
     def discard(self, idle_loss: Callable[[], Tensor]) -> None:
-        """Drops the accumulated gradient of the step, leaving weights and moments bitwise as they are. A collective.
+        """Drops the accumulated gradient of the step, leaving weights and moments bitwise as they are. A
+        collective.
 
-        idle_loss: makes a loss of every rank that depends on the parameters. Gradients lie in DeepSpeed's private buffers, other
-        ones for each stage, precision and offload; every optimizer refuses a gradient that is no number, and clears them all.
+        idle_loss: makes a loss of every rank that depends on the parameters. Gradients lie in DeepSpeed's
+        private buffers, other ones for each stage, precision and offload; every optimizer refuses a gradient
+        that is no number, and clears them all.
         """
         with self.accumulation():
             self.backward(idle_loss() * float("nan"), last=True)
         if self.step(0.0).applied:
-            raise AssertionError("discard() applied a step: DeepSpeed no longer refuses a gradient that is no number")
+            raise AssertionError(
+                "discard() applied a step: DeepSpeed no longer refuses a gradient that is no number"
+            )
 
     def _hand_over(self) -> None:
-        """With an offloaded optimizer DeepSpeed 0.19.8 hands over the gradients of those parameters alone that the LAST micro-batch
-        reached: here those of all that any one did."""
+        """With an offloaded optimizer DeepSpeed 0.19.8 hands over the gradients of those parameters alone
+        that the LAST micro-batch reached: here those of all that any one did."""
         zero = self.zero
         if self.stage == 3 and zero.offload_optimizer:
             for parameter in self.module.parameters():
                 partitioned: Any = parameter
-                if parameter.requires_grad and partitioned.partition_numel() * zero._get_param_partition_rank(parameter) < partitioned.ds_numel:
+                if (
+                    parameter.requires_grad
+                    and partitioned.partition_numel() * zero._get_param_partition_rank(parameter)
+                    < partitioned.ds_numel
+                ):
                     zero._offload_boundary_param_ids.add(partitioned.ds_id)
             zero._finalize_offload_gradient_accumulation()
         elif self.managed and getattr(zero, "cpu_offload", False):
@@ -308,16 +347,20 @@ class Engine:
     def _forget(self, applied: bool) -> None:
         """Clears what DeepSpeed 0.19.8 would add to, or take for, the next step's gradients.
 
-        It writes the first gradient of a step over the last step's, so a parameter that gets none would keep that, the infinities of a
-        refused step included: ZeRO-3's partitions, and at stages 1 and 2 the sums under an offloaded optimizer. A refused step leaves
-        bf16's fp32 partition there as well."""
+        It writes the first gradient of a step over the last step's, so a parameter that gets none would keep
+        that, the infinities of a refused step included: ZeRO-3's partitions, and at stages 1 and 2 the sums
+        under an offloaded optimizer. A refused step leaves bf16's fp32 partition there as well.
+        """
         zero = self.zero
         if self.stage == 3:
             zero.grad_partitions_flat_buffer.zero_()
             if zero.offload_optimizer:
                 zero.norm_for_param_grads.clear()
         elif getattr(zero, "cpu_offload", False):
-            sums = [*zero.accumulated_grads_in_cpu.values(), *(p.grad for p in zero.single_partition_of_fp32_groups if p.grad is not None)]
+            sums = [
+                *zero.accumulated_grads_in_cpu.values(),
+                *(p.grad for p in zero.single_partition_of_fp32_groups if p.grad is not None),
+            ]
             for gradient in sums:
                 gradient.zero_()
             zero.norm_for_param_grads.clear()
@@ -327,8 +370,8 @@ class Engine:
                     zero.averaged_gradients[group] = None
 
     def _link_moments(self) -> None:
-        """DeepSpeed 0.19.8 looks for the moments of all groups once, when it has stepped the first: those of the second (what does not
-        decay) are not there yet, and would never be found."""
+        """DeepSpeed 0.19.8 looks for the moments of all groups once, when it has stepped the first: those of
+        the second (what does not decay) are not there yet, and would never be found."""
         if self.stage in (1, 2) and not self._linked and self.has_moments():
             self.zero._hp_optimizer_states_linked = False
             self.zero._lazy_init_hp_params_optimizer_state()
@@ -336,7 +379,8 @@ class Engine:
 
     @contextmanager
     def full_parameters(self, parameters: list[nn.Parameter], *, writable: bool = False) -> Iterator[None]:
-        """Makes whole parameters visible on every rank (a collective at ZeRO-3); writable: rank 0's values win."""
+        """Makes whole parameters visible on every rank (a collective at ZeRO-3); writable: rank 0's values
+        win."""
         if self.stage < 3:
             yield
             return
@@ -345,7 +389,8 @@ class Engine:
             yield
 
     def weight(self, parameter: nn.Parameter) -> Tensor:
-        """The whole fp32 master weight, gathered on the device: copy it (`on_cpu`) where it is kept. A collective, as are the three below."""
+        """The whole fp32 master weight, gathered on the device: copy it (`on_cpu`) where it is kept. A
+        collective, as are the three below."""
         full = parameter if self.stage == 0 else _fragments().safe_get_full_fp32_param(parameter)
         return _whole(full, "fp32 master weight")
 
@@ -370,7 +415,9 @@ class Engine:
             _fragments().safe_set_full_optimizer_state(parameter, value, name)
         else:
             state = self.ds.basic_optimizer.state[parameter]
-            if name in state:  # a parameter that never had a gradient has no state, here and when it was saved
+            if (
+                name in state
+            ):  # a parameter that never had a gradient has no state, here and when it was saved
                 state[name].copy_(value)
 
     def has_moments(self) -> bool:
@@ -379,7 +426,10 @@ class Engine:
 
     def optimizer_step(self) -> int:
         """Steps that Adam has taken: its counter for bias correction."""
-        return max((int(state["step"]) for state in self.ds.basic_optimizer.state.values() if "step" in state), default=0)
+        return max(
+            (int(state["step"]) for state in self.ds.basic_optimizer.state.values() if "step" in state),
+            default=0,
+        )
 
     def set_optimizer_step(self, step: int) -> None:
         """Sets the step counter of Adam's bias correction."""
@@ -394,4 +444,7 @@ class Engine:
         for group in self.ds.basic_optimizer.param_groups:
             for parameter in group["params"]:
                 if parameter.dtype != torch.float32:
-                    raise AssertionError(f"the optimizer holds {parameter.dtype} master weights, not fp32 (ZeRO stage {self.stage})")
+                    raise AssertionError(
+                        f"the optimizer holds {parameter.dtype} master weights, not fp32 (ZeRO stage "
+                        f"{self.stage})"
+                    )

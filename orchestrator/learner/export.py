@@ -18,7 +18,7 @@ from orchestrator.learner.rank_learner import RankLearner, Role
 from orchestrator.learner.state import full_weights, saved_weights
 from orchestrator.models.classes import Head
 from orchestrator.models.export import export
-from orchestrator.models.load import Loaded, load
+from orchestrator.models.load import LoadedModel, load
 from orchestrator.models.rounding import FULL, MOST, may_be_too_coarse, rounding_share
 from orchestrator.models.source import export_dtype
 from orchestrator.recipe.schema import Recipe
@@ -27,11 +27,16 @@ LOW = ("bf16", "fp16")
 
 
 def export_learner(learner: RankLearner, directory: Path, card: str) -> Path:
-    """Writes the trained model to `directory` on rank 0; the other ranks take part in the gathers. A collective."""
+    """Writes the trained model to `directory` on rank 0; the other ranks take part in the gathers. A
+    collective."""
     recipe, head = learner.spec.recipe, learner.algorithm.head
     names, keep = learner.scoring.hf_names(), learner.group.rank == 0
     trained = {names[name]: weight for name, weight in full_weights(learner, keep=keep)}
-    again = recipe.model.lora is None and recipe.learners.precision in LOW and any(not p.requires_grad for p in learner.scoring.parameters())
+    again = (
+        recipe.model.lora is None
+        and recipe.learners.precision in LOW
+        and any(not p.requires_grad for p in learner.scoring.parameters())
+    )
     if recipe.model.lora is None and not again:
         trained |= {names[name]: weight for name, weight in _frozen(learner, keep=keep)}
     if learner.group.rank != 0:
@@ -41,8 +46,11 @@ def export_learner(learner: RankLearner, directory: Path, card: str) -> Path:
     return _write(recipe, head, start, trained, directory, card)
 
 
-def export_saved(recipe: Recipe, checkpoint: Path, directory: Path, card: str, *, role: Role = "policy", start: str) -> Path:
-    """The same from a verified checkpoint, without any learner. start: fingerprint of the weights that the run began with."""
+def export_saved(
+    recipe: Recipe, checkpoint: Path, directory: Path, card: str, *, role: Role = "policy", start: str
+) -> Path:
+    """The same from a verified checkpoint, without any learner. start: fingerprint of the weights that the
+    run began with."""
     head = (build(recipe.algorithm, recipe.rollouts) if role == "policy" else critic(recipe.algorithm)).head
     loaded = _start(recipe, head)
     if loaded.fingerprint != start:
@@ -57,11 +65,13 @@ def export_saved(recipe: Recipe, checkpoint: Path, directory: Path, card: str, *
     return _write(recipe, head, loaded, trained, directory, card)
 
 
-def _start(recipe: Recipe, head: Head) -> Loaded:
+def _start(recipe: Recipe, head: Head) -> LoadedModel:
     return load(recipe.model, seed=recipe.run.seed, head=head, longest=recipe.data.max_length)
 
 
-def _write(recipe: Recipe, head: Head, start: Loaded, trained: Mapping[str, Tensor], directory: Path, card: str) -> Path:
+def _write(
+    recipe: Recipe, head: Head, start: LoadedModel, trained: Mapping[str, Tensor], directory: Path, card: str
+) -> Path:
     """trained: by Hugging Face name, or an adapter's; what it lacks of the model is taken from `start`."""
     dtype, base, adapter, weights = export_dtype(recipe.export.dtype, recipe.model), start.model, None, None
     before: Mapping[str, Tensor] | None = None
@@ -78,7 +88,15 @@ def _write(recipe: Recipe, head: Head, start: Loaded, trained: Mapping[str, Tens
     if weights is not None and may_be_too_coarse(recipe):
         before = before or dict(_start(_without_adapter(recipe), head).model.named_parameters())
         dtype = FULL if rounding_share(weights, before, dtype) > MOST else dtype
-    return export(weights, base=base, tokenizer=start.tokenizer, directory=directory, card=card, dtype=dtype, adapter=adapter)
+    return export(
+        weights,
+        base=base,
+        tokenizer=start.tokenizer,
+        directory=directory,
+        card=card,
+        dtype=dtype,
+        adapter=adapter,
+    )
 
 
 def _without_adapter(recipe: Recipe) -> Recipe:
@@ -96,7 +114,8 @@ def _frozen(learner: RankLearner, *, keep: bool) -> Iterator[tuple[str, Tensor]]
 
 @torch.no_grad()
 def _with_adapter(recipe: Recipe, head: Head, trained: Mapping[str, Tensor]) -> Any:
-    """The start weights with the trained adapter, loaded anew on the CPU: a learner's own base weights may be partitioned."""
+    """The start weights with the trained adapter, loaded anew on the CPU: a learner's own base weights may be
+    partitioned."""
     model = load(recipe.model, seed=recipe.run.seed, head=head).model
     parameters = dict(model.named_parameters())
     for name, weight in trained.items():

@@ -1,7 +1,7 @@
 """Peak memory of this process's device, measured the way each device allows.
 
-On a CPU resident bytes come from Linux's /proc. Where that is missing (macOS) both peak and current are the highest
-resident size since the process began, which nothing can reset: a bound from above.
+On a CPU resident bytes come from Linux's /proc. Where that is missing (macOS) both peak and current are the
+highest resident size since the process began, which nothing can reset: a bound from above.
 """
 
 import gc
@@ -74,8 +74,16 @@ def give_back(device: torch.device) -> None:
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:
-    """True for a GPU's or the CPU allocator's out-of-memory error, and for those of the libraries that allocate beside torch."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(sign in str(error) for sign in _SIGNS)
+    """True for a GPU's or the CPU allocator's out-of-memory error, and for those of the libraries that
+    allocate beside torch."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
+        sign in str(error) for sign in _SIGNS
+    )
 
 
-_SIGNS = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "Failed to CUDA calloc")
+_SIGNS = (
+    "can't allocate memory",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "Failed to CUDA calloc",
+)

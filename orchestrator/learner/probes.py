@@ -16,16 +16,18 @@ from orchestrator.learner.memory import device_bytes
 from orchestrator.learner.rank_learner import RankLearner
 from orchestrator.learner.state import full_weights
 from orchestrator.models.block_attention import compiled_attention
-from orchestrator.models.forward import head_gap, scored
+from orchestrator.models.forward import head_gap, run_forward
 from orchestrator.models.rows import MicroBatchTensors
 
 
 @dataclass(frozen=True, slots=True)
 class Gap:
-    """How far two ways to compute the same log-probs (or rewards, values) are apart, token by token, and what rounding alone does.
+    """How far two ways to compute the same log-probs (or rewards, values) are apart, token by token, and what
+    rounding alone does.
 
-    rms, largest: over tokens, in nat; roundings: in units of what one more rounding of each layer's output changes (the
-    larger of both ratios; NaN where a value is none). So neither the length of an answer nor the model's temper matters.
+    rms, largest: over tokens, in nat; roundings: in units of what one more rounding of each layer's output
+    changes (the larger of both ratios; NaN where a value is none). So neither the length of an answer nor the
+    model's temper matters.
     """
 
     rms: float
@@ -39,7 +41,10 @@ class Gap:
         return cls(rms, largest, float(np.max([rms / (unit_rms + TINY), largest / (unit_largest + TINY)])))
 
     def __str__(self) -> str:
-        return f"{self.rms:.1e} nat a token, at most {self.largest:.1e}, {self.roundings:.1f} times what rounding does"
+        return (
+            f"{self.rms:.1e} nat a token, at most {self.largest:.1e}, {self.roundings:.1f} times what "
+            "rounding does"
+        )
 
 
 TINY = 1e-8
@@ -56,8 +61,9 @@ def worst(gaps: Sequence[Gap]) -> Gap:
 
 
 def start_gaps(learner: RankLearner, chosen: MicroBatch | None, padded: MicroBatch) -> tuple[Gap, Gap]:
-    """How far the rows as they are laid out are from padded ones (chosen: None where they are padded themselves), and our chunked log-probs (or
-    rewards) from the model's own logits; nothing for critics, whose head is ours. A collective."""
+    """How far the rows as they are laid out are from padded ones (chosen: None where they are padded
+    themselves), and our chunked log-probs (or rewards) from the model's own logits; nothing for critics,
+    whose head is ours. A collective."""
     plain = _values(learner, padded)
     with rounded(learner):
         control = _values(learner, padded) - plain
@@ -70,18 +76,24 @@ def start_gaps(learner: RankLearner, chosen: MicroBatch | None, padded: MicroBat
 
 @torch.no_grad()
 def _values(learner: RankLearner, micro_batch: MicroBatch) -> Floats:
-    """What the model gives for each token (or sequence: rewards), in the order (sequence, position), whatever the layout."""
+    """What the model gives for each token (or sequence: rewards), in the order (sequence, position), whatever
+    the layout."""
     learner.scoring.eval()
     learner.scoring.dropout.off()
-    result = scored(learner.engine, MicroBatchTensors.of(micro_batch, learner.device))
+    result = run_forward(learner.engine, MicroBatchTensors.of(micro_batch, learner.device))
     values = result.values.float().cpu().numpy()
-    return values.ravel() if result.rewards is not None else values[np.lexsort((micro_batch.score_at, micro_batch.sequence))]
+    return (
+        values.ravel()
+        if result.rewards is not None
+        else values[np.lexsort((micro_batch.score_at, micro_batch.sequence))]
+    )
 
 
 @contextmanager
 def rounded(learner: RankLearner) -> Iterator[None]:
-    """The model with the output of its embedding and of each layer rounded once more: off by up to half a unit of the training
-    precision, differently for each value. Rows of another length or number often change nothing at all, so are no control."""
+    """The model with the output of its embedding and of each layer rounded once more: off by up to half a
+    unit of the training precision, differently for each value. Rows of another length or number often change
+    nothing at all, so are no control."""
     size = 2.0**-24 if learner.spec.recipe.learners.precision == "fp32" else 2.0**-8
     draw = torch.Generator(learner.device).manual_seed(0)
 
@@ -102,10 +114,12 @@ def rounded(learner: RankLearner) -> Iterator[None]:
 
 
 def probe_peak(learner: RankLearner, micro_batch: MicroBatch, units: LossUnits) -> int:
-    """Peak bytes of a forward and backward of one micro-batch beyond what the process held before the model; the
-    gradient is dropped, nothing has changed after. A collective."""
+    """Peak bytes of a forward and backward of one micro-batch beyond what the process held before the model;
+    the gradient is dropped, nothing has changed after. A collective."""
     nothing = np.zeros(len(micro_batch.targets), np.float32)
-    probe = replace(micro_batch, ref_logprobs=nothing, coefficients=nothing)  # only the size of things is asked for
+    probe = replace(
+        micro_batch, ref_logprobs=nothing, coefficients=nothing
+    )  # only the size of things is asked for
     report = learner.forward_backward([probe, probe], units, step=-1)
     learner.discard()
     return report.peak_bytes
@@ -134,7 +148,8 @@ def model_fingerprint(learner: RankLearner) -> str:
 
 
 def adam_steps(learner: RankLearner) -> int:
-    """Optimizer steps that were applied; refused ones and a critic's warm-up make it differ from the schedule's count."""
+    """Optimizer steps that were applied; refused ones and a critic's warm-up make it differ from the
+    schedule's count."""
     return learner.engine.optimizer_step()
 
 
@@ -142,11 +157,13 @@ FP32_PEAKS = (
     *(("H100 NVL", 60e12), ("H100 PCIe", 51e12), ("H100", 67e12), ("H200 NVL", 60e12), ("H200", 67e12)),
     *(("A100", 19.5e12), ("L40S", 91.6e12), ("L4", 30.3e12), ("A10", 31.2e12), ("T4", 8.1e12)),
 )
-"""Dense fp32 FLOP/s outside the tensor cores, from NVIDIA's data sheets: what matmul precision "highest" can reach. Longer names first."""
+"""Dense fp32 FLOP/s outside the tensor cores, from NVIDIA's data sheets: what matmul precision "highest" can
+reach. Longer names first."""
 
 
 def peak_flops(learner: RankLearner) -> float | None:
-    """FLOP/s the device could reach in the training precision: data sheets for GPUs, a measured matrix product on a CPU."""
+    """FLOP/s the device could reach in the training precision: data sheets for GPUs, a measured matrix
+    product on a CPU."""
     if learner.device.type == "cuda":
         return sheet_flops(torch.cuda.get_device_name(learner.device), learner.spec.recipe.learners.precision)
     return _measured_flops()

@@ -2,8 +2,8 @@
 
     micro-batch --ScoringModel--> token log-probs --objective--> loss sum / global count --Engine--> gradient
 
-Losses are sums divided once by the count of the whole effective batch, so the rank, the number of micro-batches and
-the layout cannot be seen in the result.
+Losses are sums divided once by the count of the whole effective batch, so the rank, the number of
+micro-batches and the layout cannot be seen in the result.
 """
 
 import time
@@ -21,20 +21,27 @@ from orchestrator.algorithms.losses.interface import LossSum, TokenScores
 from orchestrator.algorithms.losses.sources import by_source
 from orchestrator.algorithms.losses.whole_batch import linear
 from orchestrator.algorithms.schedule import learning_rate
-from orchestrator.algorithms.table import Algorithm, build, critic
+from orchestrator.algorithms.table import AlgorithmSpec, build, critic
 from orchestrator.core import faults
 from orchestrator.core.batches import Branch, Cut, Floats, LossUnits, MicroBatch, SequenceGroup
 from orchestrator.core.errors import OutOfMemory
 from orchestrator.core.reports import LearnReport, Mean, StepApplied
 from orchestrator.data.packing import pack
 from orchestrator.learner.engine import Engine, ProcessGroup
-from orchestrator.learner.memory import current_bytes, finish, give_back, is_out_of_memory, peak_bytes, reset_peak
+from orchestrator.learner.memory import (
+    current_bytes,
+    finish,
+    give_back,
+    is_out_of_memory,
+    peak_bytes,
+    reset_peak,
+)
 from orchestrator.learner.reference import load_reference, logprobs_of, on_host
 from orchestrator.models.attention import attention_windows
 from orchestrator.models.dropout import as_used
-from orchestrator.models.forward import Scored, ScoringModel, scored
+from orchestrator.models.forward import HeadOutputs, ScoringModel, run_forward
 from orchestrator.models.fused import fuse
-from orchestrator.models.load import Loaded, load
+from orchestrator.models.load import LoadedModel, load
 from orchestrator.models.rows import MicroBatchTensors
 from orchestrator.recipe.schema import Recipe
 
@@ -45,7 +52,8 @@ Role = Literal["policy", "critic"]
 class LearnerSpec:
     """All a rank needs to build itself: the recipe, how the step is cut, and how long the schedule is.
 
-    role: a critic learns values for PPO's policy; its model and optimizer are those of `recipe` (see `critic_recipe`).
+    role: a critic learns values for PPO's policy; its model and optimizer are those of `recipe` (see
+    `critic_recipe`).
     """
 
     recipe: Recipe
@@ -79,7 +87,9 @@ class Sums:
     def _add(self, name: str, total: Tensor, count: float | Tensor) -> None:
         total = total.to(torch.float64)
         self._sums[name] = self._sums[name] + total if name in self._sums else total
-        self._counts[name] = self._counts.get(name, 0.0) + (count.to(torch.float64) if isinstance(count, Tensor) else count)
+        self._counts[name] = self._counts.get(name, 0.0) + (
+            count.to(torch.float64) if isinstance(count, Tensor) else count
+        )
 
     def read(self) -> Read:
         """With one transfer from the device: the only wait for it in a step."""
@@ -88,7 +98,9 @@ class Sums:
         there = [count for count in self._counts.values() if isinstance(count, Tensor)]
         values = iter(torch.stack([*self._sums.values(), *there, *self._maxima.values()]).tolist())
         totals = {name: next(values) for name in self._sums}
-        counts = {name: next(values) if isinstance(count, Tensor) else count for name, count in self._counts.items()}
+        counts = {
+            name: next(values) if isinstance(count, Tensor) else count for name, count in self._counts.items()
+        }
         maxima = {name: next(values) for name in self._maxima}
         means = {name: Mean(total, counts[name]) for name, total in totals.items()}
         return means.pop("loss").total, means, maxima
@@ -97,15 +109,26 @@ class Sums:
 class RankLearner:
     """One rank's model, optimizer and verbs. Build it after ProcessGroup.join()."""
 
-    def __init__(self, spec: LearnerSpec, group: ProcessGroup, device: torch.device, loaded: Loaded | None = None) -> None:
-        """loaded: a model that is there already (benchmarks draw theirs on the device); default: the recipe's."""
+    def __init__(
+        self, spec: LearnerSpec, group: ProcessGroup, device: torch.device, loaded: LoadedModel | None = None
+    ) -> None:
+        """loaded: a model that is there already (benchmarks draw theirs on the device); default: the
+        recipe's."""
         self.spec, self.group, self.device = spec, group, device
         recipe = spec.recipe
-        self.algorithm: Algorithm = build(recipe.algorithm, recipe.rollouts) if spec.role == "policy" else critic(recipe.algorithm)
-        self.by_source = any(isinstance(data, list) and len(data) > 1 for data in (recipe.data.train, recipe.data.eval))
+        self.algorithm: AlgorithmSpec = (
+            build(recipe.algorithm, recipe.rollouts) if spec.role == "policy" else critic(recipe.algorithm)
+        )
+        self.by_source = any(
+            isinstance(data, list) and len(data) > 1 for data in (recipe.data.train, recipe.data.eval)
+        )
         self.bytes_before_model = current_bytes(device)
-        self.loaded: Loaded = loaded or load(recipe.model, seed=recipe.run.seed, head=self.algorithm.head, longest=recipe.data.max_length)
-        self.scoring = ScoringModel(self.loaded.model, head=self.algorithm.head, spec=self.algorithm.scores)
+        self.loaded: LoadedModel = loaded or load(
+            recipe.model, seed=recipe.run.seed, head=self.algorithm.head, longest=recipe.data.max_length
+        )
+        self.scoring = ScoringModel(
+            self.loaded.model, head=self.algorithm.head, spec=self.algorithm.head_spec
+        )
         self.scoring.checkpoint(recipe.learners.checkpointing)
         if recipe.learners.fused:
             fuse(self.scoring.hugging_face)
@@ -124,7 +147,9 @@ class RankLearner:
             self.reference, _ = load_reference(recipe, device)
         reset_peak(device)
 
-    def forward_backward(self, micro_batches: Sequence[MicroBatch], units: LossUnits, step: int) -> LearnReport:
+    def forward_backward(
+        self, micro_batches: Sequence[MicroBatch], units: LossUnits, step: int
+    ) -> LearnReport:
         """Adds the gradient of this rank's share of the step's loss; `loss` in the report is that share."""
         started = time.perf_counter()
         as_used(self.scoring)
@@ -158,15 +183,23 @@ class RankLearner:
         self.engine.discard(self.idle_loss)
 
     @torch.no_grad()
-    def token_logprobs(self, micro_batches: Sequence[MicroBatch], *, reference: bool = False, step: int | None = None) -> tuple[Floats, ...]:
-        """fp32 log-probs of the scored tokens of each micro-batch, under the policy or the reference. step: with LoRA's dropout of that
-        optimizer step, as forward_backward will draw it; None: without dropout."""
+    def token_logprobs(
+        self, micro_batches: Sequence[MicroBatch], reference: bool = False, step: int | None = None
+    ) -> tuple[Floats, ...]:
+        """fp32 log-probs of the scored tokens of each micro-batch, under the policy or the reference. step:
+        with LoRA's dropout of that optimizer step, as forward_backward will draw it; None: without dropout.
+        """
         self._still()
         if step is not None:
             self.scoring.dropout.at(self.spec.recipe.run.seed, step)
         model, scope = self._scorer(reference)
         with scope:
-            return on_host([logprobs_of(scored(model, MicroBatchTensors.of(mb, self.device))) for mb in micro_batches])
+            return on_host(
+                [
+                    logprobs_of(run_forward(model, MicroBatchTensors.of(mb, self.device)))
+                    for mb in micro_batches
+                ]
+            )
 
     @torch.no_grad()
     def token_values(self, micro_batches: Sequence[MicroBatch]) -> tuple[Floats, ...]:
@@ -175,8 +208,11 @@ class RankLearner:
         return on_host([self._forward(MicroBatchTensors.of(mb, self.device)).values for mb in micro_batches])
 
     @torch.no_grad()
-    def evaluate(self, micro_batches: Sequence[MicroBatch], units: LossUnits) -> tuple[LearnReport, tuple[Floats, ...]]:
-        """The objective on held-out micro-batches without gradients, and the sums of each example: Float[n, branches]."""
+    def evaluate(
+        self, micro_batches: Sequence[MicroBatch], units: LossUnits
+    ) -> tuple[LearnReport, tuple[Floats, ...]]:
+        """The objective on held-out micro-batches without gradients, and the sums of each example: Float[n,
+        branches]."""
         started = time.perf_counter()
         self._still()
         sums = Sums()
@@ -191,7 +227,8 @@ class RankLearner:
 
     @torch.no_grad()
     def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[list[int]]:
-        """Greedy continuations of this rank's prompts (every rank must call it with at least one prompt at ZeRO-3)."""
+        """Greedy continuations of this rank's prompts (every rank must call it with at least one prompt at
+        ZeRO-3)."""
         self._still()
         eos = self.loaded.tokenizer.eos_token_id
         return self.scoring.generate(prompts, max_new_tokens, eos=eos, synced=self.spec.cut.zero_stage == 3)
@@ -216,11 +253,15 @@ class RankLearner:
         rows = MicroBatchTensors.of(micro_batch, self.device)
         scores = self._token_scores(micro_batch, rows)
         if self.algorithm.couples_batch:
-            assert rows.coefficients is not None, "a loss that couples the batch needs the coefficients of pass 1"
+            assert rows.coefficients is not None, (
+                "a loss that couples the batch needs the coefficients of pass 1"
+            )
             return LossSum(linear(scores.logps, rows.coefficients), {})
         return self._objective(scores, units, micro_batch, rows)
 
-    def _objective(self, scores: TokenScores, units: LossUnits, micro_batch: MicroBatch, rows: MicroBatchTensors) -> LossSum:
+    def _objective(
+        self, scores: TokenScores, units: LossUnits, micro_batch: MicroBatch, rows: MicroBatchTensors
+    ) -> LossSum:
         """The loss, its metrics for each source beside them where the data has several."""
         loss = self.algorithm.objective(scores, units)
         if not self.by_source or rows.source is None or micro_batch.source is None:
@@ -228,8 +269,8 @@ class RankLearner:
         present = sorted({int(number) for number in micro_batch.source})
         return replace(loss, means=loss.means | by_source(loss.per_example, rows.source, present))
 
-    def _forward(self, rows: MicroBatchTensors) -> Scored:
-        return scored(self.engine, rows)
+    def _forward(self, rows: MicroBatchTensors) -> HeadOutputs:
+        return run_forward(self.engine, rows)
 
     def _token_scores(self, micro_batch: MicroBatch, rows: MicroBatchTensors) -> TokenScores:
         result = self._forward(rows)
@@ -249,7 +290,9 @@ class RankLearner:
             precision=self.spec.recipe.learners.precision,
         )
 
-    def _report(self, read: Read, micro_batches: Sequence[MicroBatch], seconds: float, peak: int) -> LearnReport:
+    def _report(
+        self, read: Read, micro_batches: Sequence[MicroBatch], seconds: float, peak: int
+    ) -> LearnReport:
         loss, means, maxima = read
         real = [m for m in micro_batches if m.weight]
         return LearnReport(
@@ -258,7 +301,7 @@ class RankLearner:
             micro_batches=len(micro_batches),
             tokens=sum(m.unshared_tokens for m in real),
             computed=sum(m.tokens for m in real),
-            scored=sum(len(m.targets) for m in real),
+            scored_tokens=sum(len(m.targets) for m in real),
             positions=sum(m.positions for m in micro_batches),
             seconds=seconds,
             peak_bytes=peak,
@@ -266,7 +309,9 @@ class RankLearner:
             attended=sum(m.attended(window) for m in real for window in self.windows),
         )
 
-    def _scorer(self, reference: bool) -> tuple[Callable[..., tuple[Tensor, ...]], AbstractContextManager[None]]:
+    def _scorer(
+        self, reference: bool
+    ) -> tuple[Callable[..., tuple[Tensor, ...]], AbstractContextManager[None]]:
         if not reference:
             return self.engine, nullcontext()
         if self.reference is not None:
@@ -301,7 +346,8 @@ class _OutOfMemoryLocator:
         if error is not None and is_out_of_memory(error):
             traceback.clear_frames(error.__traceback__)  # they hold the micro-batch's activations
             raise OutOfMemory(
-                f"worker {self.rank} ran out of memory in micro-batch {self.index} ({self.positions} positions)",
+                f"worker {self.rank} ran out of memory in micro-batch {self.index} ({self.positions} "
+                "positions)",
                 why=str(error).splitlines()[0],
                 fix="set a smaller batch.micro_batch, or learners.activation_checkpointing=full",
             ) from None

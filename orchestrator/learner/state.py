@@ -1,8 +1,9 @@
 """The learner's state by parameter name, the same for every ZeRO stage and number of ranks.
 
-Per trainable parameter: the fp32 master weight and Adam's two moments, in safetensors, no pickle. Parameter i is
-copied to the host and written by rank i mod world alone, so no rank ever holds the whole state; every rank reads all files back, one parameter at a
-time. Saved on one number of ranks or stage, it is put back on any other (docs/design.md has the measurements).
+Per trainable parameter: the fp32 master weight and Adam's two moments, in safetensors, no pickle. Parameter i
+is copied to the host and written by rank i mod world alone, so no rank ever holds the whole state; every rank
+reads all files back, one parameter at a time. Saved on one number of ranks or stage, it is put back on any
+other (docs/design.md has the measurements).
 """
 
 import hashlib
@@ -25,10 +26,11 @@ PREFIXES: Mapping[Role, str] = {"policy": "state", "critic": "critic"}
 
 
 def save_state(learner: RankLearner, directory: Path, moments: bool = True) -> list[FileEntry]:
-    """Writes this rank's shards and returns them with size and SHA-256. A collective: call it on all ranks. moments: False leaves Adam's
-    out, which a run that is done has no use for.
+    """Writes this rank's shards and returns them with size and SHA-256. A collective: call it on all ranks.
+    moments: False leaves Adam's out, which a run that is done has no use for.
 
-    A critic's files lie beside the policy's: `critic-rank…` and `state-rank…`."""
+    A critic's files lie beside the policy's: `critic-rank…` and `state-rank…`.
+    """
     group, engine = learner.group, learner.engine
     entries: list[FileEntry] = []
     pending: dict[str, Tensor] = {}
@@ -68,8 +70,9 @@ def load_state(learner: RankLearner, directory: Path, optimizer_step: int) -> No
 
 
 def full_weights(learner: RankLearner, *, keep: bool = True) -> Iterator[tuple[str, Tensor]]:
-    """(parameter name, fp32 weight on the CPU) of every trainable parameter, one whole one at a time. keep: False on a rank that
-    only takes part in the gathers: it copies nothing and sees none. A collective: run it to its end."""
+    """(parameter name, fp32 weight on the CPU) of every trainable parameter, one whole one at a time. keep:
+    False on a rank that only takes part in the gathers: it copies nothing and sees none. A collective: run it
+    to its end."""
     for name, parameter in iterate_trainable(learner.engine.module):
         weight = learner.engine.weight(parameter)
         if keep:
@@ -77,7 +80,8 @@ def full_weights(learner: RankLearner, *, keep: bool = True) -> Iterator[tuple[s
 
 
 def weights_digest(learner: RankLearner) -> str:
-    """SHA-256 over all trainable fp32 weights in order: equal iff the weights are bit-identical. A collective."""
+    """SHA-256 over all trainable fp32 weights in order: equal iff the weights are bit-identical. A
+    collective."""
     digest = hashlib.sha256()
     for name, weight in full_weights(learner):
         digest.update(name.encode())
@@ -103,7 +107,8 @@ def _reference_moves(learner: RankLearner) -> bool:
 
 
 def _materialise_moments(learner: RankLearner) -> None:
-    """Makes Adam's state exist, by a step with a zero gradient and learning rate 0: every value is overwritten next."""
+    """Makes Adam's state exist, by a step with a zero gradient and learning rate 0: every value is
+    overwritten next."""
     with learner.engine.accumulation():
         learner.engine.backward(learner.idle_loss(), last=True)
     learner.engine.step(0.0)
@@ -124,7 +129,9 @@ class _Shards:
     """Reads a tensor by name from a learner's safetensors files in a folder, without loading the rest."""
 
     def __init__(self, directory: Path, prefix: str) -> None:
-        self._files = [safe_open(path, framework="pt") for path in sorted(directory.glob(f"{prefix}-*.safetensors"))]
+        self._files = [
+            safe_open(path, framework="pt") for path in sorted(directory.glob(f"{prefix}-*.safetensors"))
+        ]
         self._where = {name: file for file in self._files for name in file.keys()}  # noqa: SIM118 (not a dict)
 
     def __enter__(self) -> "_Shards":

@@ -1,4 +1,5 @@
-"""The baseline of `verify`: one process, one batch, plain torch. Shares no batching, engine or head with the learner.
+"""The baseline of `verify`: one process, one batch, plain torch. Shares no batching, engine or head with the
+learner.
 
 Rows are padded, logits are the model's own at every position, the optimizer is torch's AdamW on fp32 weights.
 """
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from orchestrator.algorithms.losses.interface import ExperienceTensors, TokenScores
 from orchestrator.algorithms.schedule import learning_rate
-from orchestrator.algorithms.table import Algorithm
+from orchestrator.algorithms.table import AlgorithmSpec
 from orchestrator.core.batches import Floats, LossUnits, MicroBatch, SequenceGroup
 from orchestrator.data.packing import by_branch, pack
 from orchestrator.learner.engine import zero_missing
@@ -35,7 +36,7 @@ class PlainStep:
 class PlainTrainer:
     """Trains on whole effective batches. The reference policy is the start model, evaluated on each batch."""
 
-    def __init__(self, recipe: Recipe, algorithm: Algorithm, total_steps: int) -> None:
+    def __init__(self, recipe: Recipe, algorithm: AlgorithmSpec, total_steps: int) -> None:
         self.recipe, self.algorithm, self.total_steps = recipe, algorithm, total_steps
         self.model = self._load()
         self.dropout = keyed_dropout(self.model)
@@ -47,7 +48,9 @@ class PlainTrainer:
 
     def _load(self) -> torch.nn.Module:
         recipe = self.recipe
-        return load(recipe.model, seed=recipe.run.seed, head=self.algorithm.head, longest=recipe.data.max_length).model.eval()
+        return load(
+            recipe.model, seed=recipe.run.seed, head=self.algorithm.head, longest=recipe.data.max_length
+        ).model.eval()
 
     def step(self, groups: Sequence[SequenceGroup], units: LossUnits, step: int) -> PlainStep:
         """One optimizer step on all examples at once."""
@@ -65,7 +68,9 @@ class PlainTrainer:
         loss.backward()
         zero_missing(self.trainable.values())
         limit = self.recipe.optimizer.max_grad_norm
-        norm = torch.nn.utils.clip_grad_norm_(self.trainable.values(), limit if limit is not None else float("inf"))
+        norm = torch.nn.utils.clip_grad_norm_(
+            self.trainable.values(), limit if limit is not None else float("inf")
+        )
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.recipe.optimizer, step, self.total_steps)
         self.optimizer.step()
@@ -110,29 +115,41 @@ class PlainTrainer:
 
     def _distribution(self, model: torch.nn.Module, rows: MicroBatch) -> tuple[Tensor, Tensor]:
         """(log-probs, entropies) Float[N] of the scored tokens."""
-        logits = model(input_ids=torch.from_numpy(rows.input_ids), attention_mask=_mask(rows), use_cache=False).logits
-        logits = logits.flatten(0, 1)[torch.from_numpy(rows.score_at)].float() / self.algorithm.scores.temperature
+        logits = model(
+            input_ids=torch.from_numpy(rows.input_ids), attention_mask=_mask(rows), use_cache=False
+        ).logits
+        logits = (
+            logits.flatten(0, 1)[torch.from_numpy(rows.score_at)].float()
+            / self.algorithm.head_spec.temperature
+        )
         logps = torch.log_softmax(logits, -1)
         return logps.gather(1, torch.from_numpy(rows.targets)[:, None])[:, 0], -(logps.exp() * logps).sum(1)
 
     def _rewards(self, rows: MicroBatch) -> Tensor:
-        """As AutoModelForSequenceClassification reads them, Float[n, branches]: at the last token that is no padding."""
+        """As AutoModelForSequenceClassification reads them, Float[n, branches]: at the last token that is no
+        padding."""
         pad: int = self.model.config.get_text_config().pad_token_id  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
         ids = np.where(rows.segment >= 0, rows.input_ids, pad)
-        logits = self.model(input_ids=torch.from_numpy(ids), attention_mask=_mask(rows), use_cache=False).logits
+        logits = self.model(
+            input_ids=torch.from_numpy(ids), attention_mask=_mask(rows), use_cache=False
+        ).logits
         return logits.float()[torch.from_numpy(rows.last_at // ids.shape[1]), 0].view(-1, rows.branches)
 
     def _token_outputs(self, rows: MicroBatch) -> Tensor:
         """The classification model's own output at each position, Float[R*T]."""
         backbone = getattr(self.model, self.model.base_model_prefix)  # pyright: ignore[reportArgumentType, reportCallIssue]
-        hidden = backbone(input_ids=torch.from_numpy(rows.input_ids), attention_mask=_mask(rows), use_cache=False).last_hidden_state
+        hidden = backbone(
+            input_ids=torch.from_numpy(rows.input_ids), attention_mask=_mask(rows), use_cache=False
+        ).last_hidden_state
         return self.model.score(hidden).float().flatten()  # pyright: ignore[reportCallIssue]
 
 
 def _experience(rows: MicroBatch) -> ExperienceTensors | None:
     if rows.experience is None:
         return None
-    columns: list[Any] = [None if c is None else torch.from_numpy(c) for c in experience_columns(rows.experience)]
+    columns: list[Any] = [
+        None if c is None else torch.from_numpy(c) for c in experience_columns(rows.experience)
+    ]
     return ExperienceTensors(*columns)
 
 

@@ -1,4 +1,5 @@
-"""Counts the bytes a rank sends through collectives, so that the plan's traffic can be checked against the fact."""
+"""Counts the bytes a rank sends through collectives, so that the plan's traffic can be checked against the
+fact."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,12 +7,13 @@ from typing import Any
 from torch import Tensor
 
 _SMALL = 256
-"""Norms, overflow flags and the like: collectives of at most this many bytes are not traffic. The weights of a tiny model's norms, a group
-of their own for the decay, are more."""
+"""Norms, overflow flags and the like: collectives of at most this many bytes are not traffic. The weights of
+a tiny model's norms, a group of their own for the decay, are more."""
 
 
 class CollectiveCounter:
-    """Bytes of gradient reductions and parameter gathers on DeepSpeed's communication backend since the last take()."""
+    """Bytes of gradient reductions and parameter gathers on DeepSpeed's communication backend since the last
+    take()."""
 
     def __init__(self) -> None:
         self.reduced = 0

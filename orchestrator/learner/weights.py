@@ -1,4 +1,5 @@
-"""The policy's weights, bucket by bucket, for the generators: gathered from ZeRO-3 shards, never the whole model at once.
+"""The policy's weights, bucket by bucket, for the generators: gathered from ZeRO-3 shards, never the whole
+model at once.
 
 LoRA sends its adapter only: the generators hold the base weights already.
 """
@@ -9,17 +10,24 @@ import torch
 from torch import Tensor, nn
 
 from orchestrator.learner.rank_learner import RankLearner, iterate_trainable
-from orchestrator.models.weight_buckets import WIRE, BucketPlan, Channel, ChannelBroken, fill, layout
+from orchestrator.models.weight_buckets import WIRE, BucketPlan, Channel, ChannelBroken, fill, plan_bucket
 
 
 def bucket_plans(learner: RankLearner, bucket_bytes: int) -> tuple[BucketPlan, ...]:
-    """How the trainable parameters fall into buckets of at most `bucket_bytes` (a larger parameter has one of its own)."""
-    return tuple(BucketPlan(*layout([(name, _shape(p)) for name, p in part], _wire(learner))) for part in _parts(learner, bucket_bytes))
+    """How the trainable parameters fall into buckets of at most `bucket_bytes` (a larger parameter has one of
+    its own)."""
+    return tuple(
+        BucketPlan(*plan_bucket([(name, _shape(p)) for name, p in part], _wire(learner)))
+        for part in _parts(learner, bucket_bytes)
+    )
 
 
-def flat_buckets(learner: RankLearner, bucket_bytes: int, *, keep: bool = True) -> Iterator[tuple[BucketPlan, Tensor]]:
-    """(plan, bytes UInt8 on the learner's device) of each bucket in turn. keep: False on a rank that only takes part in ZeRO-3's
-    gathers: it fills no bucket and sees none. A collective at ZeRO-3: run it on all ranks, to its end."""
+def flat_buckets(
+    learner: RankLearner, bucket_bytes: int, *, keep: bool = True
+) -> Iterator[tuple[BucketPlan, Tensor]]:
+    """(plan, bytes UInt8 on the learner's device) of each bucket in turn. keep: False on a rank that only
+    takes part in ZeRO-3's gathers: it fills no bucket and sees none. A collective at ZeRO-3: run it on all
+    ranks, to its end."""
     for plan, part in zip(bucket_plans(learner, bucket_bytes), _parts(learner, bucket_bytes), strict=True):
         flat = None
         with learner.engine.full_parameters([p for _, p in part]):
@@ -43,9 +51,11 @@ def broadcast(learner: RankLearner, channel: Channel | None, bucket_bytes: int) 
     return broken
 
 
-def send_each(learner: RankLearner, bucket_bytes: int, send: Callable[[int, BucketPlan, Tensor], None] | None) -> str | None:
-    """send(index, plan, bytes) of each bucket, until one raises ChannelBroken: what it said. Gathers to the end even then: at
-    ZeRO-3 the other ranks wait in a collective."""
+def send_each(
+    learner: RankLearner, bucket_bytes: int, send: Callable[[int, BucketPlan, Tensor], None] | None
+) -> str | None:
+    """send(index, plan, bytes) of each bucket, until one raises ChannelBroken: what it said. Gathers to the
+    end even then: at ZeRO-3 the other ranks wait in a collective."""
     broken = None
     for index, (plan, flat) in enumerate(flat_buckets(learner, bucket_bytes, keep=send is not None)):
         if send is not None and broken is None:

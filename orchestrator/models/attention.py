@@ -1,6 +1,8 @@
-"""Who may see whom: attention masks for rows that hold several sequences, and which architectures can take them.
+"""Who may see whom: attention masks for rows that hold several sequences, and which architectures can take
+them.
 
-The masks here are dense, for short rows; one long row has masks of blocks (block_attention.py). Nothing here asks which device there is.
+The masks here are dense, for short rows; one long row has masks of blocks (block_attention.py). Nothing here
+asks which device there is.
 """
 
 from dataclasses import dataclass
@@ -11,10 +13,25 @@ from transformers import PretrainedConfig
 
 from orchestrator.core.batches import Layout
 
-_ONE_MASK = frozenset({"llama", "mistral", "gemma", "phi", "phi3", "gpt2", "gpt_neox", "olmo2", "granite", "cohere", "falcon", "mixtral"})
+_ONE_MASK = frozenset(
+    {
+        "llama",
+        "mistral",
+        "gemma",
+        "phi",
+        "phi3",
+        "gpt2",
+        "gpt_neox",
+        "olmo2",
+        "granite",
+        "cohere",
+        "falcon",
+        "mixtral",
+    }
+)
 _MASK_PER_KIND = frozenset({"qwen2", "qwen2_moe", "qwen3", "gemma2", "gemma3_text"})
-"""Architectures measured to give the same log-probs under a 4-D mask (tests/invariants/test_layouts.py), the second
-set with one mask per kind of layer. Every other one gets padded rows, which need no mask of ours."""
+"""Architectures measured to give the same log-probs under a 4-D mask (tests/invariants/test_layouts.py), the
+second set with one mask per kind of layer. Every other one gets padded rows, which need no mask of ours."""
 
 _NO_BLOCKS = frozenset({"gpt2", "falcon"})
 """Architectures whose code wants a tensor for a mask, so that a long row cannot have one of blocks."""
@@ -24,15 +41,16 @@ Mask = Tensor | dict[str, Tensor] | None
 
 
 def plain_attention(config: PretrainedConfig) -> str | None:
-    """What transformers should compute attention with where rows need no blocks: eager for models that cap their attention
-    logits (Gemma 2), since SDPA drops the cap in silence; elsewhere the library's own choice (None), which is SDPA."""
+    """What transformers should compute attention with where rows need no blocks: eager for models that cap
+    their attention logits (Gemma 2), since SDPA drops the cap in silence; elsewhere the library's own choice
+    (None), which is SDPA."""
     return "eager" if getattr(config.get_text_config(), "attn_logit_softcapping", None) else None
 
 
 @dataclass(frozen=True, slots=True)
 class Capabilities:
-    """layouts an architecture can take, and why not all. window: sliding-window size; kinds: its kinds of attention layers;
-    blocks: whether a row may be a single long one under masks of blocks."""
+    """layouts an architecture can take, and why not all. window: sliding-window size; kinds: its kinds of
+    attention layers; blocks: whether a row may be a single long one under masks of blocks."""
 
     layouts: frozenset[Layout]
     reason: str
@@ -50,27 +68,45 @@ def capabilities(config: PretrainedConfig) -> Capabilities:
         window = None
     unknown = [layer for layer in layers if layer not in ("full_attention", "sliding_attention")]
     if kind not in _ONE_MASK | _MASK_PER_KIND:
-        return Capabilities(frozenset({"padded"}), f"{kind} has not been shown to take a 4-D attention mask", window, ())
+        return Capabilities(
+            frozenset({"padded"}), f"{kind} has not been shown to take a 4-D attention mask", window, ()
+        )
     if unknown:
-        return Capabilities(frozenset({"padded"}), f"{kind} has {', '.join(unknown)} layers, which no mask keeps apart", window, ())
+        return Capabilities(
+            frozenset({"padded"}),
+            f"{kind} has {', '.join(unknown)} layers, which no mask keeps apart",
+            window,
+            (),
+        )
     if kind == "falcon" and getattr(config, "alibi", False):
         return Capabilities(frozenset({"padded"}), "falcon with alibi takes no position ids", None, ())
-    return Capabilities(_ALL, f"{kind} takes a 4-D mask", window, layers if kind in _MASK_PER_KIND else (), kind not in _NO_BLOCKS)
+    return Capabilities(
+        _ALL,
+        f"{kind} takes a 4-D mask",
+        window,
+        layers if kind in _MASK_PER_KIND else (),
+        kind not in _NO_BLOCKS,
+    )
 
 
 def attention_windows(config: PretrainedConfig) -> tuple[int | None, ...]:
     """How many tokens each layer's attention looks back over, itself included; None: all of them."""
     window = capabilities(config).window
-    kinds = getattr(config, "layer_types", None) or (None,) * (getattr(config, "num_hidden_layers", None) or 1)
+    kinds = getattr(config, "layer_types", None) or (None,) * (
+        getattr(config, "num_hidden_layers", None) or 1
+    )
     return tuple(window if kind in (None, "sliding_attention") else None for kind in kinds)
 
 
-def attention_mask(segment: Tensor, branch: Tensor, positions: Tensor, layout: Layout, can: Capabilities, dtype: torch.dtype) -> Mask:
-    """The additive mask of a micro-batch: Float[R, 1, T, T], one per kind of layer where the model mixes kinds.
+def attention_mask(
+    segment: Tensor, branch: Tensor, positions: Tensor, layout: Layout, can: Capabilities, dtype: torch.dtype
+) -> Mask:
+    """The additive mask of a micro-batch: Float[R, 1, T, T], one per kind of layer where the model mixes
+    kinds.
 
-    Token i sees token j iff j <= i, same segment, branch[j] in {0, branch[i]} and, in sliding layers, the POSITION
-    distance is below the window (rows hold several sequences, so the distance in the row would be wrong).
-    None for padded rows: padding is on the right, so plain causal attention is exact and fastest.
+    Token i sees token j iff j <= i, same segment, branch[j] in {0, branch[i]} and, in sliding layers, the
+    POSITION distance is below the window (rows hold several sequences, so the distance in the row would be
+    wrong). None for padded rows: padding is on the right, so plain causal attention is exact and fastest.
     """
     if layout == "padded":
         return None

@@ -1,9 +1,11 @@
-"""Attention over one long row of many sequences: FlexAttention, compiled once, with masks built block by block.
+"""Attention over one long row of many sequences: FlexAttention, compiled once, with masks built block by
+block.
 
     segment, branch, positions --block_mask--> BlockMask --transformers' layers--> attend --torch.compile--> one fused kernel
 
-A row's length is a multiple of BLOCK (records.ROW_MULTIPLE), so that Dynamo sees one shape with one dynamic size: a graph with gradients and
-one without serve a whole run. Work and memory grow with the visible blocks, never with the square of the row.
+A row's length is a multiple of BLOCK (records.ROW_MULTIPLE), so that Dynamo sees one shape with one dynamic
+size: a graph with gradients and one without serve a whole run. Work and memory grow with the visible blocks,
+never with the square of the row.
 """
 
 from collections.abc import Callable
@@ -33,7 +35,8 @@ Masks = BlockMask | dict[str, BlockMask]
 
 
 def set_attention(model: PreTrainedModel, name: str | None) -> None:
-    """Makes all layers of `model` compute attention with `name`: BLOCKS, RAGGED, or one of transformers' own (None: it has but one)."""
+    """Makes all layers of `model` compute attention with `name`: BLOCKS, RAGGED, or one of transformers' own
+    (None: it has but one)."""
     own = {BLOCKS: attend, RAGGED: ragged_attention.attend}.get(name or "")
     if name is not None and own is not None and name not in ALL_ATTENTION_FUNCTIONS.valid_keys():
         ALL_ATTENTION_FUNCTIONS.register(name, own)
@@ -42,20 +45,29 @@ def set_attention(model: PreTrainedModel, name: str | None) -> None:
 
 
 def block_masks(segment: Tensor, branch: Tensor, positions: Tensor, can: Capabilities) -> Masks:
-    """The visibility rule of attention.attention_mask for one row, one mask per kind of layer where the model mixes kinds.
+    """The visibility rule of attention.attention_mask for one row, one mask per kind of layer where the model
+    mixes kinds.
 
-    segment, branch, positions: Int[1, T], T a multiple of BLOCK; sequences lie one after the other and a sequence's prompt (branch 0) comes first.
+    segment, branch, positions: Int[1, T], T a multiple of BLOCK; sequences lie one after the other and a
+    sequence's prompt (branch 0) comes first.
     """
     if can.window is None or not can.kinds:
         return _block_mask(segment, branch, positions, can.window)
-    return {kind: _block_mask(segment, branch, positions, can.window if kind == "sliding_attention" else None) for kind in can.kinds}
+    return {
+        kind: _block_mask(segment, branch, positions, can.window if kind == "sliding_attention" else None)
+        for kind in can.kinds
+    }
 
 
 def _block_mask(segment: Tensor, branch: Tensor, positions: Tensor, window: int | None) -> BlockMask:
     some, whole = _visible_blocks(segment[0], branch[0], positions[0], window)
 
     def visible(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        return (j <= i) & (segment[b, i] == segment[b, j]) & ((branch[b, j] == 0) | (branch[b, j] == branch[b, i]))
+        return (
+            (j <= i)
+            & (segment[b, i] == segment[b, j])
+            & ((branch[b, j] == 0) | (branch[b, j] == branch[b, i]))
+        )
 
     def near(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         assert window is not None
@@ -63,15 +75,27 @@ def _block_mask(segment: Tensor, branch: Tensor, positions: Tensor, window: int 
 
     length, rule = segment.shape[1], visible if window is None else near
     (partly, which_partly), (wholly, which_wholly) = _ordered(some & ~whole), _ordered(whole)
-    return BlockMask.from_kv_blocks(partly, which_partly, wholly, which_wholly, BLOCK_SIZE=BLOCK, mask_mod=rule, seq_lengths=(length, length))
+    return BlockMask.from_kv_blocks(
+        partly,
+        which_partly,
+        wholly,
+        which_wholly,
+        BLOCK_SIZE=BLOCK,
+        mask_mod=rule,
+        seq_lengths=(length, length),
+    )
 
 
-def _visible_blocks(segment: Tensor, branch: Tensor, positions: Tensor, window: int | None) -> tuple[Tensor, Tensor]:
-    """(Bool[B, B] whether any token of query block i sees any of key block j, whether every one sees all), from T values and B * B comparisons.
+def _visible_blocks(
+    segment: Tensor, branch: Tensor, positions: Tensor, window: int | None
+) -> tuple[Tensor, Tensor]:
+    """(Bool[B, B] whether any token of query block i sees any of key block j, whether every one sees all),
+    from T values and B * B comparisons.
 
-    Runs of equal (segment, branch) are numbered from left to right, so a block holds an interval of runs and one of segments. A pair of
-    tokens sees each other only within a run, or across runs of a segment where the key belongs to the prompt. With a window the first
-    answer may be true for a block in which the mask finds nothing: that costs time, not correctness.
+    Runs of equal (segment, branch) are numbered from left to right, so a block holds an interval of runs and
+    one of segments. A pair of tokens sees each other only within a run, or across runs of a segment where the
+    key belongs to the prompt. With a window the first answer may be true for a block in which the mask finds
+    nothing: that costs time, not correctness.
     """
     new_segment = torch.cat([segment.new_zeros(1), (segment[1:] != segment[:-1]).to(segment.dtype)])
     new_branch = torch.cat([segment.new_zeros(1), (branch[1:] != branch[:-1]).to(segment.dtype)])
@@ -104,11 +128,13 @@ def _ordered(blocks: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _attention(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Any:
-    """What is compiled. Where Dynamo is off or skips the call, this code runs itself: then it is an error, not 10 to 50 times as slow."""
+    """What is compiled. Where Dynamo is off or skips the call, this code runs itself: then it is an error,
+    not 10 to 50 times as slow."""
     if not torch.compiler.is_dynamo_compiling():
         raise ConfigError(
             "FlexAttention would run uncompiled",
-            why="torch.compile is off or skipped this call; the scores of every pair of tokens would be materialised",
+            why="torch.compile is off or skipped this call; the scores of every pair of tokens would be "
+            "materialised",
             fix="unset TORCHDYNAMO_DISABLE and TORCH_COMPILE_DISABLE; else set batch.layout=padded",
         )
     return flex_attention(query, key, value, **options)
@@ -117,20 +143,27 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Any
 class CompiledAttention:
     """FlexAttention behind torch.compile. compilations: graphs that Dynamo has made of it in this process.
 
-    On a CPU, where torch has no kernel with a backward, Dynamo's graph runs uncompiled: for tests of masks, rows and the number of graphs.
+    On a CPU, where torch has no kernel with a backward, Dynamo's graph runs uncompiled: for tests of masks,
+    rows and the number of graphs.
     """
 
     def __init__(self) -> None:
         self.compilations = 0
-        # several models in one process (tests, a critic of another size) have graphs of their own; 8 is Dynamo's default
+        # several models in one process (tests, a critic of another size) have graphs of their own; 8 is
+        # Dynamo's default
         torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-        # dynamic=True is for lengths; a scale or cap made dynamic too is a tensor, which Gemma 2's score_mod cannot capture
+        # dynamic=True is for lengths; a scale or cap made dynamic too is a tensor, which Gemma 2's score_mod
+        # cannot capture
         torch._dynamo.config.specialize_float = True
         # sizes that happen to be equal at the first call, as blocks and heads may be, are not the same size
         symbolic_sizes.use_duck_shape = False
         # fullgraph: nothing of the call may be left out of the graph
-        self._on_gpu = torch.compile(_attention, backend=self._counted(_inductor), dynamic=True, fullgraph=True)
-        self._on_cpu = torch.compile(_attention, backend=self._counted(_as_it_is), dynamic=True, fullgraph=True)
+        self._on_gpu = torch.compile(
+            _attention, backend=self._counted(_inductor), dynamic=True, fullgraph=True
+        )
+        self._on_cpu = torch.compile(
+            _attention, backend=self._counted(_as_it_is), dynamic=True, fullgraph=True
+        )
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
         run = self._on_gpu if query.device.type == "cuda" else self._on_cpu
@@ -170,18 +203,25 @@ def attend(
     softcap: float | None = None,
     **unused: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention interface. query: [1, heads, T, D]; key, value: [1, kv heads, T, D]; the output: [1, T, heads, D]."""
+    """transformers' attention interface. query: [1, heads, T, D]; key, value: [1, kv heads, T, D]; the
+    output: [1, T, heads, D]."""
     if not isinstance(attention_mask, BlockMask):
-        raise TypeError(f"{type(module).__name__} got no BlockMask: this architecture builds masks of its own")
+        raise TypeError(
+            f"{type(module).__name__} got no BlockMask: this architecture builds masks of its own"
+        )
     if any(unused.get(name) is not None for name in ("s_aux", "position_bias")):
-        raise TypeError(f"{type(module).__name__} adds sinks or a bias to its attention, which blocks do not know")
+        raise TypeError(
+            f"{type(module).__name__} adds sinks or a bias to its attention, which blocks do not know"
+        )
     if torch.is_autocast_enabled(query.device.type):  # rotary embeddings leave query and key in fp32 there
         query, key, value = (t.to(torch.get_autocast_dtype(query.device.type)) for t in (query, key, value))
     if isinstance(query, FakeTensor):
         output = _FlashShapes.apply(query, key, value)
     else:
         score = None if softcap is None else _capped(softcap)
-        output = compiled_attention()(query, key, value, score_mod=score, block_mask=attention_mask, scale=scaling, enable_gqa=True)
+        output = compiled_attention()(
+            query, key, value, score_mod=score, block_mask=attention_mask, scale=scaling, enable_gqa=True
+        )
     return output.transpose(1, 2).contiguous(), None
 
 
@@ -196,12 +236,15 @@ def _capped(cap: float) -> Callable[..., Tensor]:
 
 
 class _FlashShapes(torch.autograd.Function):
-    """Allocates what the fused kernel does, for tensors without storage: the output and fp32 log-sum-exps, gradients of all three inputs."""
+    """Allocates what the fused kernel does, for tensors without storage: the output and fp32 log-sum-exps,
+    gradients of all three inputs."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         output = query.new_empty(*query.shape[:-1], value.shape[-1])
-        ctx.save_for_backward(query, key, value, output, query.new_empty(query.shape[:-1], dtype=torch.float32))
+        ctx.save_for_backward(
+            query, key, value, output, query.new_empty(query.shape[:-1], dtype=torch.float32)
+        )
         return output
 
     @staticmethod

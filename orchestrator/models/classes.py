@@ -1,11 +1,17 @@
-"""Which of transformers' classes reads a configuration, and which configurations no learner can train: said before weights are read.
+"""Which of transformers' classes reads a configuration, and which configurations no learner can train: said
+before weights are read.
 
 config.json --unsuitable--> "" or why it cannot be trained --auto_class--> AutoModelForCausalLM | …ImageTextToText | …SequenceClassification
 """
 
 from typing import Any, Literal
 
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSequenceClassification, PretrainedConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForSequenceClassification,
+    PretrainedConfig,
+)
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING,  # pyright: ignore[reportPrivateImportUsage]
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,  # pyright: ignore[reportPrivateImportUsage]
@@ -15,7 +21,8 @@ from transformers.models.auto.modeling_auto import (
 from orchestrator.core.errors import ConfigError
 
 Head = Literal["lm", "scalar", "value"]
-"""A language model, or a scalar head: of a reward model or a critic (the same weights, read at other positions)."""
+"""A language model, or a scalar head: of a reward model or a critic (the same weights, read at other
+positions)."""
 TWO_SIDED = frozenset({"xlnet"})
 """Language models that see tokens on both sides whatever their configuration says."""
 CHUNKED = frozenset({"reformer"})
@@ -27,11 +34,15 @@ AHEAD = frozenset({"prophetnet"})
 
 
 def auto_class(config: PretrainedConfig, head: Head, where: str = "model") -> Any:
-    """The class whose from_pretrained reads the folder. A model of text and images keeps its towers where transformers names it as one
-    (`architectures`), or knows no model of its text alone. ConfigError where transformers has none for the head."""
+    """The class whose from_pretrained reads the folder. A model of text and images keeps its towers where
+    transformers names it as one (`architectures`), or knows no model of its text alone. ConfigError where
+    transformers has none for the head."""
     kind, remote = type(config), getattr(config, "auto_map", None) or {}
     if head != "lm":
-        if kind in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING or "AutoModelForSequenceClassification" in remote:
+        if (
+            kind in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+            or "AutoModelForSequenceClassification" in remote
+        ):
             return AutoModelForSequenceClassification
         raise ConfigError(
             f"{where}: transformers has no {config.model_type} with a scalar head",
@@ -56,7 +67,8 @@ def _named(classes: Any) -> set[str]:
 
 
 def check_trainable(config: PretrainedConfig, where: str) -> None:
-    """ConfigError for a model that cannot be trained as a causal one: an encoder, an encoder with a decoder, packed weights."""
+    """ConfigError for a model that cannot be trained as a causal one: an encoder, an encoder with a decoder,
+    packed weights."""
     if config.is_encoder_decoder:
         raise ConfigError(
             f"{where}: {config.model_type} is an encoder with a decoder",
@@ -73,18 +85,21 @@ def check_trainable(config: PretrainedConfig, where: str) -> None:
     if config.model_type in CHUNKED:
         raise ConfigError(
             f"{where}: {config.model_type} trains on rows of a multiple of its chunk length only",
-            why="rows are as long as their examples, and padding would be hashed into the same buckets as tokens",
+            why="rows are as long as their examples, and padding would be hashed into the same buckets as "
+            "tokens",
             fix="give a model with plain attention",
         )
     if config.model_type in AHEAD:
         raise ConfigError(
             f"{where}: {config.model_type} predicts several tokens ahead",
-            why="its log-probs come from streams of their own, and an objective needs those of the next token from one pass",
+            why="its log-probs come from streams of their own, and an objective needs those of the next "
+            "token from one pass",
             fix="give a model that predicts the next token",
         )
     if config.model_type in DRAFTERS:
         raise ConfigError(
-            f"{where}: {config.model_type} drafts for another model, whose hidden states and keys its forward takes",
+            f"{where}: {config.model_type} drafts for another model, whose hidden states and keys its "
+            "forward takes",
             why="a row of text is not enough for it",
             fix="give the model that it drafts for",
         )
@@ -98,9 +113,12 @@ def check_trainable(config: PretrainedConfig, where: str) -> None:
         )
     packed = getattr(config, "quantization_config", None)
     if packed is not None:
-        method = packed.get("quant_method") if isinstance(packed, dict) else getattr(packed, "quant_method", None)
+        method = (
+            packed.get("quant_method") if isinstance(packed, dict) else getattr(packed, "quant_method", None)
+        )
         raise ConfigError(
             f"{where}: its weights are packed ({getattr(method, 'value', method) or 'quantization_config'})",
             why="a learner keeps fp32 master weights; packed ones cannot learn",
-            fix="give the same model in bf16 or fp32, and remove quantization_config from config.json if its weights are",
+            fix="give the same model in bf16 or fp32, and remove quantization_config from config.json if "
+            "its weights are",
         )

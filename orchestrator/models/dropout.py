@@ -2,11 +2,12 @@
 
     (seed, step, layer) x a token's identity (example, branch, position) x feature --counter-based hash--> kept or dropped
 
-A generator that is drawn from in turn gives a token another mask in another micro-batch, on another rank, in another layout or order,
-and again when activations are computed once more. Here a mask is a function of what it is for. A prompt that several branches share has
-one mask for all of them, also where a layout repeats it.
+A generator that is drawn from in turn gives a token another mask in another micro-batch, on another rank, in
+another layout or order, and again when activations are computed once more. Here a mask is a function of what
+it is for. A prompt that several branches share has one mask for all of them, also where a layout repeats it.
 
-A model's own noise (dropout, routers that jitter or draw their experts) is off: every module computes as it does when it is used.
+A model's own noise (dropout, routers that jitter or draw their experts) is off: every module computes as it
+does when it is used.
 """
 
 import zlib
@@ -28,7 +29,8 @@ def _at_once(device: torch.device) -> int:
 
 
 def kept(identity: Tensor, key: int, features: int, p: float) -> Tensor:
-    """Bool[N, features]: which features of each token stay, each with probability 1 - p. identity: Int64[N]; key: 64 bits."""
+    """Bool[N, features]: which features of each token stay, each with probability 1 - p. identity: Int64[N];
+    key: 64 bits."""
     first, second = words(key)
     token = mixed(mixed((identity & WORD) ^ first) ^ ((identity >> 32) & WORD) ^ second)
     feature = mixed(torch.arange(features, device=identity.device) * 0x9E37_79B1 & WORD)
@@ -38,15 +40,16 @@ def kept(identity: Tensor, key: int, features: int, p: float) -> Tensor:
 
 @dataclass(slots=True)
 class Draws:
-    """For which step and for which tokens masks are drawn now. key: of (seed, step), None: nothing is dropped; identity: Int64[N] of
-    the tokens that go through the model, row after row."""
+    """For which step and for which tokens masks are drawn now. key: of (seed, step), None: nothing is
+    dropped; identity: Int64[N] of the tokens that go through the model, row after row."""
 
     key: tuple[int, int] | None = None
     identity: Tensor | None = None
     layers: list[str] = field(default_factory=list)
 
     def at(self, seed: int, step: int) -> None:
-        """From here on masks are those of this optimizer step, also for layers that are computed again in the backward pass."""
+        """From here on masks are those of this optimizer step, also for layers that are computed again in the
+        backward pass."""
         self.key = (seed, step)
 
     def off(self) -> None:
@@ -55,7 +58,8 @@ class Draws:
 
 
 class KeyedDropout(nn.Module):
-    """nn.Dropout whose mask is a function of (seed, step, layer, token, feature). name: of the layer in the model without wrappers."""
+    """nn.Dropout whose mask is a function of (seed, step, layer, token, feature). name: of the layer in the
+    model without wrappers."""
 
     def __init__(self, p: float, name: str, draws: Draws) -> None:
         super().__init__()
@@ -82,7 +86,8 @@ class KeyedDropout(nn.Module):
 
 
 def keyed_dropout(model: nn.Module) -> Draws:
-    """Puts KeyedDropout in the place of every dropout of a LoRA adapter and says what they draw by; `layers` names them."""
+    """Puts KeyedDropout in the place of every dropout of a LoRA adapter and says what they draw by; `layers`
+    names them."""
     draws = Draws()
     for name, layer in model.named_modules():
         adapters: Any = getattr(layer, "lora_dropout", None)
@@ -94,8 +99,8 @@ def keyed_dropout(model: nn.Module) -> Draws:
 
 
 def quieten(model: nn.Module) -> None:
-    """Makes `as_used` hold while activations are computed again: a layer has to be in training to do that, so it is where it is called
-    and not while it computes."""
+    """Makes `as_used` hold while activations are computed again: a layer has to be in training to do that, so
+    it is where it is called and not while it computes."""
     for layer in model.modules():
         if isinstance(layer, GradientCheckpointingLayer):
             asked: list[bool] = []
@@ -104,7 +109,8 @@ def quieten(model: nn.Module) -> None:
 
 
 INSIDE = "__call__" not in vars(GradientCheckpointingLayer)
-"""Since transformers 5.24 a layer decides in its forward, after the hooks, whether it is computed again, and is not where there are no gradients."""
+"""Since transformers 5.24 a layer decides in its forward, after the hooks, whether it is computed again, and
+is not where there are no gradients."""
 
 
 def _enter(asked: list[bool], layer: nn.Module, _: Any) -> None:
@@ -113,12 +119,16 @@ def _enter(asked: list[bool], layer: nn.Module, _: Any) -> None:
         layer.training = False
     elif layer.training:
         any_layer: Any = layer
-        any_layer._gradient_checkpointing_func = partial(_quietly, layer, _plain(any_layer._gradient_checkpointing_func))
+        any_layer._gradient_checkpointing_func = partial(
+            _quietly, layer, _plain(any_layer._gradient_checkpointing_func)
+        )
 
 
 def _plain(checkpoint: Any) -> Any:
     """What was set by transformers, without our own wrapping of an earlier call."""
-    return checkpoint.args[1] if isinstance(checkpoint, partial) and checkpoint.func is _quietly else checkpoint
+    return (
+        checkpoint.args[1] if isinstance(checkpoint, partial) and checkpoint.func is _quietly else checkpoint
+    )
 
 
 def _quietly(layer: nn.Module, checkpoint: Any, run: Any, *inputs: Any) -> Any:
@@ -139,8 +149,9 @@ def _leave(asked: list[bool], layer: nn.Module, _: Any, __: Any) -> None:
 
 
 def as_used(model: nn.Module) -> None:
-    """Every module of a model that learns computes as it does when it is used: no dropout, no noise of routers. Layers that shall be
-    computed again in the backward pass still are, if `quieten` was called once."""
+    """Every module of a model that learns computes as it does when it is used: no dropout, no noise of
+    routers. Layers that shall be computed again in the backward pass still are, if `quieten` was called once.
+    """
     model.eval()
     for layer in model.modules():
         if isinstance(layer, GradientCheckpointingLayer) and layer.gradient_checkpointing:

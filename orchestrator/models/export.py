@@ -15,12 +15,20 @@ from orchestrator.core.files import fsync_directory, fsync_file
 
 
 def export(
-    weights: Mapping[str, Tensor] | None, *, base: nn.Module, tokenizer: Any, directory: Path, card: str, dtype: str, adapter: Any = None
+    weights: Mapping[str, Tensor] | None,
+    *,
+    base: nn.Module,
+    tokenizer: Any,
+    directory: Path,
+    card: str,
+    dtype: str,
+    adapter: Any = None,
 ) -> Path:
     """Writes `directory` atomically; it loads with AutoModelForCausalLM.from_pretrained.
 
-    weights: Hugging Face name -> fp32 tensor, every parameter of `base`; None: only the adapter is exported. dtype: torch's name of a type.
-    adapter: a peft model whose adapter, in fp32, goes to `directory`/adapter beside the merged weights, or to `directory` itself.
+    weights: Hugging Face name -> fp32 tensor, every parameter of `base`; None: only the adapter is exported.
+    dtype: torch's name of a type. adapter: a peft model whose adapter, in fp32, goes to `directory`/adapter
+    beside the merged weights, or to `directory` itself.
     """
     for left in directory.parent.glob(f".{directory.name}.*"):  # of an export that was interrupted
         shutil.rmtree(left, ignore_errors=True)
@@ -28,11 +36,18 @@ def export(
     temporary.mkdir(parents=True)
     try:
         if weights is not None:
-            _write_model(base, {name: tensor.detach().to(getattr(torch, dtype)) for name, tensor in weights.items()}, temporary, dtype)
+            _write_model(
+                base,
+                {name: tensor.detach().to(getattr(torch, dtype)) for name, tensor in weights.items()},
+                temporary,
+                dtype,
+            )
         if adapter is not None:
             place = temporary / "adapter" if weights is not None else temporary
             adapter.save_pretrained(place)
-            (place / "README.md").write_text(card.replace("library_name: transformers", "library_name: peft", 1), encoding="utf-8")
+            (place / "README.md").write_text(
+                card.replace("library_name: transformers", "library_name: peft", 1), encoding="utf-8"
+            )
         tokenizer.save_pretrained(temporary)
         if weights is not None:
             (temporary / "README.md").write_text(card, encoding="utf-8")
@@ -63,10 +78,13 @@ def _write_model(base: Any, state: dict[str, Tensor], folder: Path, dtype: str) 
     if missing:
         raise ValueError(f"export lacks {len(missing)} parameters, e.g. {sorted(missing)[0]}")
     buffers = dict(base.named_buffers())
-    state |= {name: tensor for name, tensor in base.state_dict().items() if name not in state and name in buffers}
+    state |= {
+        name: tensor for name, tensor in base.state_dict().items() if name not in state and name in buffers
+    }
     config_dtype = base.config.dtype
     base.save_pretrained(folder, state_dict=state, safe_serialization=True)
-    base.config.dtype = config_dtype  # save_pretrained says that of `base`, there and in the file, not that of what it was given
+    # save_pretrained says that of `base`, there and in the file, not that of what it was given
+    base.config.dtype = config_dtype
     path = folder / "config.json"
     path.write_text(json.dumps(_of_type(json.loads(path.read_text()), dtype), indent=2) + "\n")
 
@@ -75,4 +93,7 @@ def _of_type(config: Any, dtype: str) -> Any:
     """A configuration, and those inside it, that names the type of the weights."""
     if not isinstance(config, dict):
         return config
-    return {key: dtype if key == "dtype" and isinstance(value, str) else _of_type(value, dtype) for key, value in config.items()}
+    return {
+        key: dtype if key == "dtype" and isinstance(value, str) else _of_type(value, dtype)
+        for key, value in config.items()
+    }

@@ -26,21 +26,23 @@ from orchestrator.models.rows import MicroBatchTensors
 
 
 def chunk_logits(device_type: str) -> int:
-    """Logits alive at once in the head. 2^24 (64 MB in fp32) stay near a CPU's caches; a GPU needs products of thousands of
-    positions to be busy: 2^29 (2 GB) are 4,185 of them at a vocabulary of 128,256."""
+    """Logits alive at once in the head. 2^24 (64 MB in fp32) stay near a CPU's caches; a GPU needs products
+    of thousands of positions to be busy: 2^29 (2 GB) are 4,185 of them at a vocabulary of 128,256."""
     return 1 << (29 if device_type == "cuda" else 24)
 
 
 Checkpointing = Literal["none", "selective", "full"]
 """How much of the activations is computed again in the backward pass, from nothing to all."""
 ScoringKind = Literal["lm", "scalar", "value"]
-"""What a head gives: log-probs of scored tokens, one reward per sequence, or a critic's value before each scored token."""
+"""What a head gives: log-probs of scored tokens, one reward per sequence, or a critic's value before each
+scored token."""
 
 
 @dataclass(frozen=True, slots=True)
-class Scored:
-    """logps: Float[N] of the scored tokens (language-model head), with wpo (no gradient) and entropy: Float[N] where wanted;
-    rewards: Float[n, branches] of a scalar head; state_values: Float[N] of a critic."""
+class HeadOutputs:
+    """logps: Float[N] of the scored tokens (language-model head), with wpo (no gradient) and entropy:
+    Float[N] where wanted; rewards: Float[n, branches] of a scalar head; state_values: Float[N] of a critic.
+    """
 
     logps: Tensor | None = None
     wpo: Tensor | None = None
@@ -56,25 +58,30 @@ class Scored:
         return values
 
 
-def scored(model: Callable[[MicroBatchTensors], tuple[Tensor, ...]], rows: MicroBatchTensors) -> Scored:
-    """Runs a ScoringModel, bare or inside a DeepSpeed engine (ZeRO-3's hooks only see tensors in plain tuples)."""
+def run_forward(
+    model: Callable[[MicroBatchTensors], tuple[Tensor, ...]], rows: MicroBatchTensors
+) -> HeadOutputs:
+    """Runs a ScoringModel, bare or inside a DeepSpeed engine (ZeRO-3's hooks only see tensors in plain
+    tuples)."""
     inner = model if isinstance(model, ScoringModel) else model.module  # pyright: ignore[reportFunctionMemberAccess]
     assert isinstance(inner, ScoringModel)
     outputs = model(rows)
     if inner.kind == "scalar":
-        return Scored(rewards=outputs[0])
+        return HeadOutputs(rewards=outputs[0])
     if inner.kind == "value":
-        return Scored(state_values=outputs[0])
+        return HeadOutputs(state_values=outputs[0])
     logps, wpo, entropy = outputs
-    return Scored(logps, wpo if inner.head.spec.want_wpo else None, entropy if inner.head.spec.want_entropy else None)
+    return HeadOutputs(
+        logps, wpo if inner.head.spec.want_wpo else None, entropy if inner.head.spec.want_entropy else None
+    )
 
 
 class ScoredHead(nn.Module):
     """Output embedding applied to scored positions only, by chunks with recomputation.
 
     Holds the weight as its own parameter (shared with the model's lm_head), because DeepSpeed ZeRO-3 gathers
-    parameters module by module; it is called exactly once per forward. computes_as: the kind of device whose chunks are made
-    where that is not the tensors' own (the memory model follows a GPU's step on a CPU).
+    parameters module by module; it is called exactly once per forward. computes_as: the kind of device whose
+    chunks are made where that is not the tensors' own (the memory model follows a GPU's step on a CPU).
     """
 
     def __init__(self, linear: nn.Linear, spec: HeadSpec) -> None:
@@ -88,12 +95,16 @@ class ScoredHead(nn.Module):
         chunk = max(64, chunk_logits(self.computes_as or hidden.device.type) // self.vocabulary)
         output = chunked_logprobs(hidden, self.weight, self.bias, targets, replace(self.spec, chunk=chunk))
         empty = output.logps.new_empty(0)
-        return output.logps, empty if output.wpo is None else output.wpo, empty if output.entropy is None else output.entropy
+        return (
+            output.logps,
+            empty if output.wpo is None else output.wpo,
+            empty if output.entropy is None else output.entropy,
+        )
 
 
 class ScoringModel(nn.Module):
-    """A Hugging Face model behind the one training forward. spec: what a language-model head shall give (its chunk, cap and
-    scale are the model's)."""
+    """A Hugging Face model behind the one training forward. spec: what a language-model head shall give (its
+    chunk, cap and scale are the model's)."""
 
     def __init__(self, model: nn.Module, *, head: ScoringKind, spec: HeadSpec | None = None) -> None:
         super().__init__()
@@ -108,18 +119,24 @@ class ScoringModel(nn.Module):
         if head != "lm" and not isinstance(getattr(hugging_face, "score", None), nn.Module):
             raise ConfigError(
                 f"{type(hugging_face).__name__} does not read its output from one token",
-                why="a reward model and a critic put a linear layer named `score` on the hidden state of a token",
+                why="a reward model and a critic put a linear layer named `score` on the hidden state of a "
+                "token",
                 fix="start from a decoder, e.g. llama or qwen2",
             )
         if head == "lm":
             linear = hugging_face.get_output_embeddings()
             if not isinstance(linear, nn.Linear):
                 raise ConfigError(
-                    f"the output layer of {type(hugging_face).__name__} is {type(linear).__name__}, not a plain linear layer",
+                    f"the output layer of {type(hugging_face).__name__} is {type(linear).__name__}, not a "
+                    "plain linear layer",
                     why="log-probs are computed from its weight, chunk by chunk",
                     fix="leave lm_head out of model.lora.target_modules",
                 )
-            beside = [m for m in hugging_face.children() if m is not linear and m is not self.backbone and any(True for _ in m.parameters())]
+            beside = [
+                m
+                for m in hugging_face.children()
+                if m is not linear and m is not self.backbone and any(True for _ in m.parameters())
+            ]
             self._nested_head = bool(beside)  # BERT's transform before the output layer, say
             soft_cap, scale = logit_transform(hugging_face.config.get_text_config())
             self.head = ScoredHead(linear, replace(spec or HeadSpec(), soft_cap=soft_cap, scale=scale))
@@ -132,10 +149,13 @@ class ScoringModel(nn.Module):
     @property
     def backbone(self) -> nn.Module:
         named = getattr(self.hugging_face, self.hugging_face.base_model_prefix, None)
-        return named if named is not None else self.hugging_face.model  # Llama 4's prefix names a part it lacks
+        return (
+            named if named is not None else self.hugging_face.model
+        )  # Llama 4's prefix names a part it lacks
 
     def forward(self, rows: MicroBatchTensors) -> tuple[Tensor, ...]:
-        """(log-probs, WPO terms, entropies), (rewards Float[n, branches],) or (state values Float[N],): see `scored`."""
+        """(log-probs, WPO terms, entropies), (rewards Float[n, branches],) or (state values Float[N],): see
+        `scored`."""
         hidden = self.hidden_states(rows)
         if self.kind == "lm":
             return self.head(hidden[rows.score_at], rows.targets)
@@ -147,10 +167,18 @@ class ScoringModel(nn.Module):
     def hidden_states(self, rows: MicroBatchTensors) -> Tensor:
         """Final hidden states Float[R*T, H]."""
         ragged = rows.ragged if self.can.blocks and self.plain_attention == INSIDE else None
-        self.dropout.identity = rows.identity.flatten() if ragged is None else rows.identity.flatten()[ragged.at]
-        dtype = torch.get_autocast_dtype(rows.input_ids.device.type) if torch.is_autocast_enabled() else self._dtype()
+        self.dropout.identity = (
+            rows.identity.flatten() if ragged is None else rows.identity.flatten()[ragged.at]
+        )
+        dtype = (
+            torch.get_autocast_dtype(rows.input_ids.device.type)
+            if torch.is_autocast_enabled()
+            else self._dtype()
+        )
         # stays set until rows of the other kind come: with checkpointing, layers run again in the backward
-        set_attention(self.hugging_face, BLOCKS if rows.one_row else self.plain_attention if ragged is None else RAGGED)
+        set_attention(
+            self.hugging_face, BLOCKS if rows.one_row else self.plain_attention if ragged is None else RAGGED
+        )
         mask: Any
         if rows.one_row:
             mask = block_masks(rows.segment, rows.branch, rows.position_ids, self.can)
@@ -158,18 +186,24 @@ class ScoringModel(nn.Module):
             mask = attention_mask(rows.segment, rows.branch, rows.position_ids, rows.layout, self.can, dtype)
         inputs = {"input_ids": rows.input_ids, "attention_mask": mask, "use_cache": False}
         if ragged is not None:
-            tokens = {name: getattr(rows, name).flatten()[ragged.at][None] for name in ("input_ids", "position_ids")}
-            hidden = self.backbone(**tokens, attention_mask=with_rows(mask, ragged), use_cache=False).last_hidden_state
+            tokens = {
+                name: getattr(rows, name).flatten()[ragged.at][None] for name in ("input_ids", "position_ids")
+            }
+            hidden = self.backbone(
+                **tokens, attention_mask=with_rows(mask, ragged), use_cache=False
+            ).last_hidden_state
             return spread(hidden[0], ragged.at, rows.input_ids.numel())
-        if rows.layout != "padded":  # a padded row counts up from the model's own first position, which for some is not 0
+        if (
+            rows.layout != "padded"
+        ):  # a padded row counts up from the model's own first position, which for some is not 0
             inputs["position_ids"] = rows.position_ids
         if self.kind == "lm" and self._nested_head:
             return _before_head(self.hugging_face, inputs).flatten(0, 1)
         return self.backbone(**inputs).last_hidden_state.flatten(0, 1)
 
     def checkpoint(self, mode: Checkpointing) -> None:
-        """What each layer computes again in the backward: nothing; all but matrix products and attention ("selective"); or everything
-        ("full", about a third more time). The gradients are the same."""
+        """What each layer computes again in the backward: nothing; all but matrix products and attention
+        ("selective"); or everything ("full", about a third more time). The gradients are the same."""
         if mode == "none":
             self.hugging_face.gradient_checkpointing_disable()
             return
@@ -177,7 +211,8 @@ class ScoringModel(nn.Module):
         if mode == "selective":
             options["context_fn"] = partial(create_selective_checkpoint_contexts, _kept)
         self.hugging_face.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
-        self.hugging_face.disable_input_require_grads()  # set for the reentrant kind: frozen embeddings (LoRA) would get gradients
+        # set for the reentrant kind: frozen embeddings (LoRA) would get gradients
+        self.hugging_face.disable_input_require_grads()
 
     @contextmanager
     def reference(self) -> Iterator[None]:
@@ -191,7 +226,9 @@ class ScoringModel(nn.Module):
         """Our parameter names -> the names in the Hugging Face (or adapter) folder."""
         return {name: name.removeprefix("model.") for name, _ in self.named_parameters()}
 
-    def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, *, eos: int, synced: bool) -> list[list[int]]:
+    def generate(
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, *, eos: int, synced: bool
+    ) -> list[list[int]]:
         """Greedy continuations without the eos token. Prompts are padded on the left and masked by position."""
         device = next(self.parameters()).device
         width = max(len(p) for p in prompts)
@@ -217,21 +254,25 @@ class ScoringModel(nn.Module):
 
 
 def _read_at(rows: MicroBatchTensors, pad: int | None) -> Tensor:
-    """Where AutoModelForSequenceClassification reads each sequence, Int[N] of flattened positions: at its last token that is not the pad
-    token. It differs from the end where the end is one, as an eos token that pads as well is."""
+    """Where AutoModelForSequenceClassification reads each sequence, Int[N] of flattened positions: at its
+    last token that is not the pad token. It differs from the end where the end is one, as an eos token that
+    pads as well is."""
     if pad is None:
         return rows.last_at
     ids, segment, branch = rows.input_ids.flatten(), rows.segment.flatten(), rows.branch.flatten()
     at = torch.arange(len(ids), device=ids.device)
     last = rows.last_at[:, None]
-    own = (segment == segment[last]) & ((branch == 0) | (branch == branch[last])) & (at <= last) & (ids != pad)
+    own = (
+        (segment == segment[last]) & ((branch == 0) | (branch == branch[last])) & (at <= last) & (ids != pad)
+    )
     found = torch.where(own, at, -1).amax(1)
     return torch.where(found < 0, rows.last_at, found)
 
 
 def _before_head(model: PreTrainedModel, inputs: dict[str, Any]) -> Tensor:
-    """What goes into the output layer, Float[R, T, H], of a model whose head does more than that layer (BERT's transform): the layer
-    itself is left out for this one forward, since only scored positions need it."""
+    """What goes into the output layer, Float[R, T, H], of a model whose head does more than that layer
+    (BERT's transform): the layer itself is left out for this one forward, since only scored positions need
+    it."""
     linear: Any = model.get_output_embeddings()
     taken: list[Tensor] = []
 
@@ -257,7 +298,8 @@ _COSTLY = frozenset(
         torch.ops.aten._scaled_dot_product_cudnn_attention.default,
     }
 )
-"""What is dear to compute and small to keep: products with weights, and attention that keeps no scores. bmm is the attention that does."""
+"""What is dear to compute and small to keep: products with weights, and attention that keeps no scores. bmm
+is the attention that does."""
 
 
 def _kept(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
@@ -271,10 +313,14 @@ def _until(tokens: list[int], eos: int) -> list[int]:
 def logit_transform(config: Any) -> tuple[float | None, float]:
     """(soft cap, factor) that the architecture applies to its logits.
 
-    Gemma 2 and 3 cap: c * tanh(logits / c), as RecurrentGemma and xLSTM; Cohere multiplies by logit_scale, Falcon-H1 by
-    lm_head_multiplier; Granite divides by logits_scaling, HyperCLOVA X multiplies by it; Inkling divides by its width's multiplier.
+    Gemma 2 and 3 cap: c * tanh(logits / c), as RecurrentGemma and xLSTM; Cohere multiplies by logit_scale,
+    Falcon-H1 by lm_head_multiplier; Granite divides by logits_scaling, HyperCLOVA X multiplies by it; Inkling
+    divides by its width's multiplier.
     """
-    caps = (getattr(config, name, None) for name in ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap"))
+    caps = (
+        getattr(config, name, None)
+        for name in ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+    )
     soft_cap = next((cap for cap in caps if cap is not None), None)
     scale = 1.0 / (getattr(config, "logits_mup_width_multiplier", None) or 1.0)
     for name in ("logit_scale", "lm_head_multiplier"):
@@ -288,15 +334,20 @@ def logit_transform(config: Any) -> tuple[float | None, float]:
 
 @torch.no_grad()
 def head_gap(scoring: ScoringModel, rows: MicroBatchTensors) -> Tensor:
-    """Differences Float[N] of our log-probs (or rewards) from the model's own forward on the same padded rows: the start-up check."""
+    """Differences Float[N] of our log-probs (or rewards) from the model's own forward on the same padded
+    rows: the start-up check."""
     assert rows.layout == "padded"
     set_attention(scoring.hugging_face, scoring.plain_attention)
     if scoring.kind == "scalar":
-        ids = rows.input_ids if scoring._pad is None else rows.input_ids.masked_fill(rows.segment < 0, scoring._pad)
+        ids = (
+            rows.input_ids
+            if scoring._pad is None
+            else rows.input_ids.masked_fill(rows.segment < 0, scoring._pad)
+        )
         mask = (rows.segment >= 0).long()
         rewards = scoring.hugging_face(input_ids=ids, attention_mask=mask, use_cache=False).logits
-        return scored(scoring, rows).values.flatten() - rewards.float()[rows.last_at // ids.shape[1], 0]
+        return run_forward(scoring, rows).values.flatten() - rewards.float()[rows.last_at // ids.shape[1], 0]
     own = scoring.hugging_face(input_ids=rows.input_ids, use_cache=False).logits
     own = own.flatten(0, 1)[rows.score_at].float() / scoring.head.spec.temperature
     plain = torch.log_softmax(own, -1).gather(1, rows.targets[:, None])[:, 0]
-    return scored(scoring, rows).values - plain
+    return run_forward(scoring, rows).values - plain

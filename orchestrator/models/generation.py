@@ -9,15 +9,19 @@ PLAIN = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id
 
 
 def savable(config: Any) -> tuple[Any, str]:
-    """(settings that save_pretrained takes, what was changed: "" where nothing was). Sampling flags beside do_sample=false become
-    sampling, as transformers advises; what it refuses even then leaves the token ids alone."""
+    """(settings that save_pretrained takes, what was changed: "" where nothing was). Sampling flags beside
+    do_sample=false become sampling, as transformers advises; what it refuses even then leaves the token ids
+    alone."""
     refused = _refusal(config)
     if not refused:
         return config, ""
     sampling = deepcopy(config)
     sampling.do_sample = True
     if not _refusal(sampling):
-        return sampling, f"do_sample is set to true in the export, since it is false beside sampling flags: {refused}"
+        return (
+            sampling,
+            f"do_sample is set to true in the export, since it is false beside sampling flags: {refused}",
+        )
     bare = GenerationConfig(**{name: getattr(config, name, None) for name in PLAIN})
     return bare, f"only token ids are kept in the export: {refused}"
 

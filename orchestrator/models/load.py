@@ -1,4 +1,5 @@
-"""Models and tokenizers from a folder, the Hugging Face hub at a pinned revision, or made on the spot (`model.tiny`)."""
+"""Models and tokenizers from a folder, the Hugging Face hub at a pinned revision, or made on the spot
+(`model.tiny`)."""
 
 import difflib
 import hashlib
@@ -28,7 +29,7 @@ from orchestrator.recipe.schema import Lora, Model
 
 
 @dataclass(frozen=True, slots=True)
-class Loaded:
+class LoadedModel:
     """A model in fp32 with its tokenizer. fingerprint: SHA-256 over the weights by name."""
 
     model: nn.Module
@@ -37,9 +38,12 @@ class Loaded:
     name: str
 
 
-def load(cfg: Model, *, seed: int, head: Head, reference: bool = False, longest: int | None = None) -> Loaded:
-    """The policy (with its LoRA adapter, if any), or with reference=True the frozen reference policy. longest: tokens of a sequence, by
-    which rotary frequencies that would follow the batch are fixed; None leaves them as they are."""
+def load(
+    cfg: Model, *, seed: int, head: Head, reference: bool = False, longest: int | None = None
+) -> LoadedModel:
+    """The policy (with its LoRA adapter, if any), or with reference=True the frozen reference policy.
+    longest: tokens of a sequence, by which rotary frequencies that would follow the batch are fixed; None
+    leaves them as they are."""
     if reference and cfg.reference is not None:
         cfg = cfg.model_copy(update={"path": cfg.reference, "tiny": None, "revision": None, "lora": None})
     tokenizer = load_tokenizer(cfg)
@@ -52,7 +56,9 @@ def load(cfg: Model, *, seed: int, head: Head, reference: bool = False, longest:
     else:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)  # a new scalar head is drawn here
-            model = _pretrained(cfg, auto, dtype=torch.float32, attn_implementation=plain_attention(config), **options)
+            model = _pretrained(
+                cfg, auto, dtype=torch.float32, attn_implementation=plain_attention(config), **options
+            )
         name = str(cfg.path)
     text = model.config.get_text_config()
     if getattr(text, "pad_token_id", None) is None:
@@ -66,12 +72,12 @@ def load(cfg: Model, *, seed: int, head: Head, reference: bool = False, longest:
         idle = _idle(model)
         if cfg.lora is not None:
             model = _with_lora(model, cfg.lora, seed, head, idle)
-    return Loaded(model, tokenizer, digest, name)
+    return LoadedModel(model, tokenizer, digest, name)
 
 
 def load_for_text(cfg: Model, *, seed: int, dtype: torch.dtype | str = torch.float32) -> Any:
-    """The language model as it lies there, to write text with: no adapter, nothing frozen, pinned or hashed. dtype: "auto" keeps that of
-    the files."""
+    """The language model as it lies there, to write text with: no adapter, nothing frozen, pinned or hashed.
+    dtype: "auto" keeps that of the files."""
     config = load_config(cfg)
     auto = auto_class(config, "lm", _where(cfg))
     if cfg.tiny is not None:
@@ -80,15 +86,22 @@ def load_for_text(cfg: Model, *, seed: int, dtype: torch.dtype | str = torch.flo
 
 
 def load_tokenizer(cfg: Model) -> Any:
-    """The tokenizer, with `model.chat_template` and a pad token (eos where there is none: masking is by position)."""
+    """The tokenizer, with `model.chat_template` and a pad token (eos where there is none: masking is by
+    position)."""
     tokenizer = byte_tokenizer() if cfg.tiny is not None else _pretrained(cfg, AutoTokenizer)
     if cfg.chat_template is not None:
         path = Path(cfg.chat_template)
         if not path.is_file():
-            raise MissingInput(f"model.chat_template: no file {path}", fix="give the path of a Jinja chat template")
+            raise MissingInput(
+                f"model.chat_template: no file {path}", fix="give the path of a Jinja chat template"
+            )
         tokenizer.chat_template = path.read_text()
     if tokenizer.eos_token_id is None:
-        raise ConfigError("the tokenizer has no eos token", why="generation and completions need an end", fix="use another tokenizer")
+        raise ConfigError(
+            "the tokenizer has no eos token",
+            why="generation and completions need an end",
+            fix="use another tokenizer",
+        )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -105,14 +118,22 @@ def load_config(cfg: Model) -> PretrainedConfig:
 
 def _where(cfg: Model) -> str:
     """The key that names the model, for messages."""
-    return f"model.path: {cfg.path}" if cfg.tiny is None else f"model.tiny.architecture: {cfg.tiny.architecture}"
+    return (
+        f"model.path: {cfg.path}" if cfg.tiny is None else f"model.tiny.architecture: {cfg.tiny.architecture}"
+    )
 
 
 def build_fake(
-    cfg: Model, head: Head, dtype: torch.dtype, mode: FakeTensorMode, *, layers: int | None = None, longest: int | None = None
+    cfg: Model,
+    head: Head,
+    dtype: torch.dtype,
+    mode: FakeTensorMode,
+    *,
+    layers: int | None = None,
+    longest: int | None = None,
 ) -> nn.Module:
-    """The model from its configuration alone, without storage, for shapes and memory estimates: tensors of `mode`. layers: the
-    first so many only; longest: as in load()."""
+    """The model from its configuration alone, without storage, for shapes and memory estimates: tensors of
+    `mode`. layers: the first so many only; longest: as in load()."""
     config = load_config(cfg)
     auto = auto_class(config, head, _where(cfg))
     if head != "lm":
@@ -126,7 +147,9 @@ def build_fake(
         text.num_hidden_layers = layers
     with torch.device("meta"):
         try:
-            model = auto.from_config(config, attn_implementation=plain_attention(config), dtype=dtype, **_remote(cfg))
+            model = auto.from_config(
+                config, attn_implementation=plain_attention(config), dtype=dtype, **_remote(cfg)
+            )
         except Exception as error:
             raise _not_made("model", cfg, error) from error
         if longest is not None:
@@ -137,7 +160,9 @@ def build_fake(
     with mode:  # peft's conversions work on meta tensors, not on fake ones
         model.to_empty(device="cpu")
         whole: Any = model
-        (whole if cfg.lora is None else whole.get_base_model()).tie_weights()  # which the move has undone: each name was given storage of its own
+        (
+            whole if cfg.lora is None else whole.get_base_model()
+        ).tie_weights()  # which the move has undone: each name was given storage of its own
     return model
 
 
@@ -145,8 +170,8 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def placed(model: M, device: torch.device, dtype: torch.dtype) -> M:
-    """The model on a device with its weights in `dtype`. Buffers keep their type, as under DeepSpeed and from_pretrained: rotary
-    frequencies in bf16 are off by 1e-3, at position 1,000 an angle of 1 rad."""
+    """The model on a device with its weights in `dtype`. Buffers keep their type, as under DeepSpeed and
+    from_pretrained: rotary frequencies in bf16 are off by 1e-3, at position 1,000 an angle of 1 rad."""
     model.to(device)
     for parameter in model.parameters():
         if parameter.is_floating_point():
@@ -167,36 +192,76 @@ def _pretrained(cfg: Model, auto: Any, **options: Any) -> Any:
     """auto.from_pretrained with what the recipe pins, and errors that say what to do."""
     assert cfg.path is not None
     local = Path(cfg.path)
-    looks_local = local.is_absolute() or cfg.path.startswith(".") or cfg.path.count("/") != 1 or (cfg.revision is None and local.parent.is_dir())
+    looks_local = (
+        local.is_absolute()
+        or cfg.path.startswith(".")
+        or cfg.path.count("/") != 1
+        or (cfg.revision is None and local.parent.is_dir())
+    )
     if not local.is_dir():
         if looks_local:
-            near = sorted(p.name for p in local.parent.iterdir() if p.is_dir()) if local.parent.is_dir() else []
-            close = [str(local.parent / name) for name in difflib.get_close_matches(local.name, near, n=3, cutoff=0.5)]
-            there = f"; {local.parent} holds {', '.join(near[:5])}{', …' if len(near) > 5 else ''}" if near else ""
-            fix = f"did you mean {' or '.join(close)}?" if close else f"give a folder with config.json, or a hub name ORG/NAME{there}"
+            near = (
+                sorted(p.name for p in local.parent.iterdir() if p.is_dir()) if local.parent.is_dir() else []
+            )
+            close = [
+                str(local.parent / name)
+                for name in difflib.get_close_matches(local.name, near, n=3, cutoff=0.5)
+            ]
+            there = (
+                f"; {local.parent} holds {', '.join(near[:5])}{', …' if len(near) > 5 else ''}"
+                if near
+                else ""
+            )
+            fix = (
+                f"did you mean {' or '.join(close)}?"
+                if close
+                else f"give a folder with config.json, or a hub name ORG/NAME{there}"
+            )
             raise MissingInput(f"model.path: no folder {cfg.path}", fix=fix)
         if cfg.revision is None:
             raise ConfigError(
                 f"model.path: {cfg.path} comes from the hub and has no pinned revision",
                 why="a branch may change under a run",
-                fix="set model.revision to a commit hash (shown on the model's `Files` page), or give a local folder",
+                fix="set model.revision to a commit hash (shown on the model's `Files` page), or give a "
+                "local folder",
             )
     elif not (local / "config.json").is_file():
-        raise MissingInput(f"model.path: {cfg.path} holds no config.json", fix="point to the folder with the weights (…/export)")
+        raise MissingInput(
+            f"model.path: {cfg.path} holds no config.json",
+            fix="point to the folder with the weights (…/export)",
+        )
     if not local.is_dir() and not hub.reachable():
         options["local_files_only"] = True
     try:
-        return auto.from_pretrained(cfg.path, revision=cfg.revision or "main", trust_remote_code=cfg.trust_remote_code, **options)
+        return auto.from_pretrained(
+            cfg.path, revision=cfg.revision or "main", trust_remote_code=cfg.trust_remote_code, **options
+        )
     except OSError as error:
         if "local_files_only" in options:
             raise hub.absent(cfg.path, "model") from error
         raise MissingInput(
-            f"model.path: {cfg.path} cannot be loaded", why=_first_line(error), fix="check the name, the revision and the network"
+            f"model.path: {cfg.path} cannot be loaded",
+            why=_first_line(error),
+            fix="check the name, the revision and the network",
         ) from error
     except SafetensorError as error:
-        raise MissingInput(f"model.path: {cfg.path}: a weights file is broken", why=_first_line(error), fix=COPY_AGAIN) from error
-    except (ValueError, LookupError, ImportError, AttributeError, TypeError, RuntimeError, AssertionError) as error:
-        raise _not_made({"AutoConfig": "configuration", "AutoTokenizer": "tokenizer"}.get(auto.__name__, "model"), cfg, error) from error
+        raise MissingInput(
+            f"model.path: {cfg.path}: a weights file is broken", why=_first_line(error), fix=COPY_AGAIN
+        ) from error
+    except (
+        ValueError,
+        LookupError,
+        ImportError,
+        AttributeError,
+        TypeError,
+        RuntimeError,
+        AssertionError,
+    ) as error:
+        raise _not_made(
+            {"AutoConfig": "configuration", "AutoTokenizer": "tokenizer"}.get(auto.__name__, "model"),
+            cfg,
+            error,
+        ) from error
 
 
 def _not_made(what: str, cfg: Model, error: BaseException) -> ConfigError:
@@ -204,12 +269,15 @@ def _not_made(what: str, cfg: Model, error: BaseException) -> ConfigError:
     if isinstance(error, ConfigError):
         return error
     return ConfigError(
-        f"{_where(cfg)}: transformers cannot make its {what}", why=f"{type(error).__name__}: {_first_line(error)}", fix=_cure(error, cfg)
+        f"{_where(cfg)}: transformers cannot make its {what}",
+        why=f"{type(error).__name__}: {_first_line(error)}",
+        fix=_cure(error, cfg),
     )
 
 
 def check_files(cfg: Model) -> None:
-    """MissingInput where a folder's safetensors are cut off or one that its index names is not there; reads their headers only."""
+    """MissingInput where a folder's safetensors are cut off or one that its index names is not there; reads
+    their headers only."""
     folder = Path(cfg.path) if cfg.path is not None else None
     if folder is None or not folder.is_dir():
         return
@@ -217,12 +285,16 @@ def check_files(cfg: Model) -> None:
     named = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else set()
     for file in sorted({*(folder / name for name in named), *folder.glob("*.safetensors")}):
         if not file.is_file():
-            raise MissingInput(f"model.path: {file} is not there", why=f"{index.name} names it", fix=COPY_AGAIN)
+            raise MissingInput(
+                f"model.path: {file} is not there", why=f"{index.name} names it", fix=COPY_AGAIN
+            )
         try:
             with safe_open(file, framework="pt"):
                 pass
         except SafetensorError as error:
-            raise MissingInput(f"model.path: {file} is broken", why=_first_line(error), fix=COPY_AGAIN) from error
+            raise MissingInput(
+                f"model.path: {file} is broken", why=_first_line(error), fix=COPY_AGAIN
+            ) from error
 
 
 COPY_AGAIN = "copy the folder again: the copy was cut off, or the disk was full"
@@ -234,10 +306,15 @@ def _first_line(error: BaseException) -> str:
 
 def _cure(error: BaseException, cfg: Model) -> str:
     if "trust_remote_code" in str(error):
-        return "set model.trust_remote_code=true if you trust its code, or give a model that transformers knows"
+        return (
+            "set model.trust_remote_code=true if you trust its code, or give a model that transformers knows"
+        )
     if isinstance(error, ImportError):
         return "install what it names"
-    return f"see that {cfg.path} loads with transformers {transformers.__version__} alone: AutoConfig, AutoTokenizer and the model"
+    return (
+        f"see that {cfg.path} loads with transformers {transformers.__version__} alone: AutoConfig, "
+        "AutoTokenizer and the model"
+    )
 
 
 def _remote(cfg: Model) -> dict[str, bool]:
@@ -245,13 +322,16 @@ def _remote(cfg: Model) -> dict[str, bool]:
 
 
 def _idle(model: nn.Module) -> tuple[str, ...]:
-    """freeze_unused(), where the model can be followed where it is: without storage, or on a CPU though its kernels want a GPU. Else
-    nothing is frozen, what never gets a gradient learns zeros, and the log says so."""
+    """freeze_unused(), where the model can be followed where it is: without storage, or on a CPU though its
+    kernels want a GPU. Else nothing is frozen, what never gets a gradient learns zeros, and the log says so.
+    """
     try:
         return freeze_unused(model)
     except Exception as error:  # of the architecture's own code, which may raise anything
         said = "%s: what text never reaches could not be found, and nothing is frozen: %s: %s"
-        logging.getLogger(__name__).warning(said, type(model).__name__, type(error).__name__, str(error).partition("\n")[0])
+        logging.getLogger(__name__).warning(
+            said, type(model).__name__, type(error).__name__, str(error).partition("\n")[0]
+        )
         return ()
 
 
@@ -264,8 +344,13 @@ def unreached(model: Any) -> tuple[str, ...]:
 
 
 def _check_targets(model: nn.Module, targets: Sequence[str]) -> None:
-    """ConfigError for a name that no layer has: peft takes a list of which one matches, and leaves the others out in silence."""
-    kinds = {name.rpartition(".")[2] for name, module in model.named_modules() if name and not list(module.children())}
+    """ConfigError for a name that no layer has: peft takes a list of which one matches, and leaves the others
+    out in silence."""
+    kinds = {
+        name.rpartition(".")[2]
+        for name, module in model.named_modules()
+        if name and not list(module.children())
+    }
     paths = [name for name, _ in model.named_modules()]
     for target in targets:
         if not any(path == target or path.endswith(f".{target}") for path in paths):
@@ -278,16 +363,20 @@ def _check_targets(model: nn.Module, targets: Sequence[str]) -> None:
 
 
 def _with_lora(model: nn.Module, lora: Lora, seed: int, head: Head, idle: Sequence[str] = ()) -> nn.Module:
-    """The model with a fresh adapter; base weights frozen, the adapter in fp32. idle: parameters that never get a gradient: their
-    layers get no adapter either."""
+    """The model with a fresh adapter; base weights frozen, the adapter in fp32. idle: parameters that never
+    get a gradient: their layers get no adapter either."""
     try:
         from peft import LoraConfig, get_peft_model
     except ModuleNotFoundError as error:
-        raise ConfigError("model.lora: peft is not installed", fix='pip install "orchestrator[peft]"') from error
+        raise ConfigError(
+            "model.lora: peft is not installed", fix='pip install "orchestrator[peft]"'
+        ) from error
 
     targets = lora.target_modules
     if not isinstance(targets, str) and any("lm_head" in t for t in targets):
-        raise ConfigError("model.lora.target_modules: lm_head cannot be adapted", why="log-probs read its weight directly")
+        raise ConfigError(
+            "model.lora.target_modules: lm_head cannot be adapted", why="log-probs read its weight directly"
+        )
     if not isinstance(targets, str):
         _check_targets(model, targets)
     config = LoraConfig(

@@ -1,4 +1,5 @@
-"""Counter-based random words: a number is a function of what it is for, never of how many were drawn before it."""
+"""Counter-based random words: a number is a function of what it is for, never of how many were drawn before
+it."""
 
 import hashlib
 

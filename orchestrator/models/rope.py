@@ -1,7 +1,8 @@
 """Rotary frequencies that do not depend on who shares the batch.
 
-transformers takes longrope's and dynamic RoPE's frequencies by the longest position of the batch at hand: then the cut of a step would
-change it. Here they are those of one length that all cuts share, the longest that the recipe allows (data.max_length).
+transformers takes longrope's and dynamic RoPE's frequencies by the longest position of the batch at hand:
+then the cut of a step would change it. Here they are those of one length that all cuts share, the longest
+that the recipe allows (data.max_length).
 """
 
 from collections.abc import Iterator
@@ -40,9 +41,13 @@ def _fix(module: Any, layer_type: str | None, kind: str, longest: int) -> None:
     prefix = "" if layer_type is None else f"{layer_type}_"
     present: torch.Tensor = getattr(module, f"{prefix}inv_freq")
     own = getattr(module, f"{prefix}max_seq_len_cached", None) or module.max_seq_len_cached
-    if kind == "longrope" or longest > own:  # up to its own length dynamic RoPE has the frequencies it was made with
+    if (
+        kind == "longrope" or longest > own
+    ):  # up to its own length dynamic RoPE has the frequencies it was made with
         options = {} if layer_type is None else {"layer_type": layer_type}
-        frequencies, scaling = ROPE_INIT_FUNCTIONS[kind](module.config, present.device, seq_len=longest, **options)
+        frequencies, scaling = ROPE_INIT_FUNCTIONS[kind](
+            module.config, present.device, seq_len=longest, **options
+        )
         module.register_buffer(f"{prefix}inv_freq", frequencies.to(present.dtype), persistent=False)
         setattr(module, f"{prefix}attention_scaling", scaling)
     module.pinned_rope = kind

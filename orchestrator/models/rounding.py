@@ -1,4 +1,5 @@
-"""What an export in fewer bits would undo: small changes of large weights are below the last bit of bfloat16, and rounding puts the old weights back.
+"""What an export in fewer bits would undo: small changes of large weights are below the last bit of bfloat16,
+and rounding puts the old weights back.
 
 trained fp32 weights, start weights --rounding_share--> error of rounding / length of what was learned --too_coarse--> exported in float32 instead
 """
@@ -14,15 +15,21 @@ from orchestrator.models.source import source_dtype
 from orchestrator.recipe.schema import Model, Recipe
 
 MOST = 0.25
-"""Rounding that moves the weights by more than this share of what training moved them is not done unless it is asked for."""
+"""Rounding that moves the weights by more than this share of what training moved them is not done unless it
+is asked for."""
 FULL = "float32"
 WIDE = ("fp32", "auto")
 """Values of learners.precision that may compute with more bits than the source has."""
 
 
 def may_be_too_coarse(recipe: Recipe) -> bool:
-    """Whether the type of the source is a default that may lose what was learned: not where the run itself computed with as few bits."""
-    return recipe.export.dtype == "source" and recipe.learners.precision in WIDE and source_dtype(recipe.model) != FULL
+    """Whether the type of the source is a default that may lose what was learned: not where the run itself
+    computed with as few bits."""
+    return (
+        recipe.export.dtype == "source"
+        and recipe.learners.precision in WIDE
+        and source_dtype(recipe.model) != FULL
+    )
 
 
 @torch.no_grad()
@@ -41,10 +48,13 @@ def rounding_share(trained: Mapping[str, Tensor], start: Mapping[str, Tensor], d
 
 
 def widened(recipe: Recipe, folder: Path) -> str | None:
-    """What is to be said of an export that is wider than its source, since rounding would have undone the training; None of any other."""
+    """What is to be said of an export that is wider than its source, since rounding would have undone the
+    training; None of any other."""
     if not may_be_too_coarse(recipe) or not (folder / "config.json").is_file():
         return None
-    written = str(getattr(load_config(Model.model_validate({"path": str(folder)})), "dtype", None)).removeprefix("torch.")
+    written = str(
+        getattr(load_config(Model.model_validate({"path": str(folder)})), "dtype", None)
+    ).removeprefix("torch.")
     source = source_dtype(recipe.model)
     if written == source:
         return None

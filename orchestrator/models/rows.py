@@ -37,8 +37,13 @@ def moved(columns: Sequence[NDArray[Any] | None], device: torch.device) -> list[
     for start, column in zip(starts, columns, strict=True):
         if column is not None:
             host[start : start + column.nbytes].view(column.dtype)[:] = column.ravel()
-    there = torch.from_numpy(host) if pinned is None else pinned.to(device, non_blocking=True)  # torch keeps it until that is done
-    return [None if column is None else _slice(there, start, column) for start, column in zip(starts, columns, strict=True)]
+    there = (
+        torch.from_numpy(host) if pinned is None else pinned.to(device, non_blocking=True)
+    )  # torch keeps it until that is done
+    return [
+        None if column is None else _slice(there, start, column)
+        for start, column in zip(starts, columns, strict=True)
+    ]
 
 
 def _slice(buffer: Tensor, start: int, column: NDArray[Any]) -> Tensor:
@@ -48,8 +53,8 @@ def _slice(buffer: Tensor, start: int, column: NDArray[Any]) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class MicroBatchTensors:
-    """The columns of a records.MicroBatch on the device, by their names and shapes. ragged: where in the rows the tokens lie that are no
-    padding; None where rows are to be computed as they are."""
+    """The columns of a records.MicroBatch on the device, by their names and shapes. ragged: where in the rows
+    the tokens lie that are no padding; None where rows are to be computed as they are."""
 
     layout: Layout
     one_row: bool
@@ -74,7 +79,11 @@ class MicroBatchTensors:
     @classmethod
     def of(cls, mb: MicroBatch, device: torch.device) -> "MicroBatchTensors":
         """The micro-batch on `device`."""
-        names = [f.name for f in fields(cls) if f.name not in ("layout", "one_row", "branches", "experience", "ragged")]
+        names = [
+            f.name
+            for f in fields(cls)
+            if f.name not in ("layout", "one_row", "branches", "experience", "ragged")
+        ]
         known = [] if mb.experience is None else experience_columns(mb.experience)
         own = [_narrowed(name, getattr(mb, name)) for name in names]
         places, blocks = _places(mb)
@@ -92,7 +101,8 @@ def experience_columns(experience: Experience) -> list[NDArray[Any] | None]:
 
 
 def _places(mb: MicroBatch) -> tuple[tuple[NDArray[Any] | None, NDArray[Any] | None], tuple[Block, ...]]:
-    """The columns of Ragged. None where there is next to no padding, and for padded rows: theirs needs no mask, which is worth more."""
+    """The columns of Ragged. None where there is next to no padding, and for padded rows: theirs needs no
+    mask, which is worth more."""
     real = mb.segment >= 0
     at = np.flatnonzero(real)
     if mb.layout == "padded" or mb.one_row or len(at) > (1 - PADDING) * mb.positions:

@@ -1,6 +1,7 @@
 """Shapes of well-known models, so that a run can be planned without its weights, a network, or an account.
 
-The values are those of each model's config.json; tests/unit/models/test_shapes.py holds them against the parameter counts on the models' pages.
+The values are those of each model's config.json; tests/unit/models/test_shapes.py holds them against the
+parameter counts on the models' pages.
 """
 
 import json
@@ -14,7 +15,17 @@ from orchestrator.core.errors import ConfigError
 from orchestrator.recipe.schema import Model
 
 
-def _shape(kind: str, hidden: int, inner: int, layers: int, heads: int, kv: int, vocabulary: int, positions: int, **more: Any) -> dict[str, Any]:
+def _shape(
+    kind: str,
+    hidden: int,
+    inner: int,
+    layers: int,
+    heads: int,
+    kv: int,
+    vocabulary: int,
+    positions: int,
+    **more: Any,
+) -> dict[str, Any]:
     return {
         "model_type": kind,
         "hidden_size": hidden,
@@ -51,15 +62,23 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 def known(path: str | None) -> str | None:
-    """The name in SHAPES of a model on the hub, or of one that is tuned from it: meta-llama/Llama-3.2-1B-Instruct is a llama-3.2-1b."""
+    """The name in SHAPES of a model on the hub, or of one that is tuned from it:
+    meta-llama/Llama-3.2-1B-Instruct is a llama-3.2-1b."""
     name = (path or "").rpartition("/")[2].lower().removeprefix("meta-")
-    return next((shape for shape in sorted(SHAPES, key=len, reverse=True) if name == shape or name.startswith(shape + "-")), None)
+    return next(
+        (
+            shape
+            for shape in sorted(SHAPES, key=len, reverse=True)
+            if name == shape or name.startswith(shape + "-")
+        ),
+        None,
+    )
 
 
 @contextmanager
 def as_folder(model: Model, shape: str) -> Iterator[Model]:
-    """The model as a folder that holds a config.json and no weights. shape: a name of SHAPES, or the path of a config.json (or of its
-    folder). ConfigError for others."""
+    """The model as a folder that holds a config.json and no weights. shape: a name of SHAPES, or the path of
+    a config.json (or of its folder). ConfigError for others."""
     path = Path(shape)
     if path.is_dir() or path.suffix == ".json":
         source = path / "config.json" if path.is_dir() else path
@@ -69,7 +88,10 @@ def as_folder(model: Model, shape: str) -> Iterator[Model]:
     elif shape.lower() in SHAPES:
         text = json.dumps(SHAPES[shape.lower()])
     else:
-        raise ConfigError(f"--shape {shape} is not in the table", fix=f"use one of {', '.join(SHAPES)}, or the path of a config.json")
+        raise ConfigError(
+            f"--shape {shape} is not in the table",
+            fix=f"use one of {', '.join(SHAPES)}, or the path of a config.json",
+        )
     with TemporaryDirectory(prefix="orchestrator-shape-") as folder:
         (Path(folder) / "config.json").write_text(text)
         yield model.model_copy(update={"path": folder, "tiny": None, "revision": None})

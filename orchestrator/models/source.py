@@ -20,8 +20,8 @@ def export_dtype(asked: str, model: Model) -> str:
 
 
 def source_dtype(model: Model) -> str:
-    """float32, bfloat16 or float16: the type of most of the bytes of a folder's safetensors, else what the configuration says; other types
-    (float64, packed ones) count as float32."""
+    """float32, bfloat16 or float16: the type of most of the bytes of a folder's safetensors, else what the
+    configuration says; other types (float64, packed ones) count as float32."""
     if model.tiny is not None:
         return "float32"
     found: Counter[str] = Counter()

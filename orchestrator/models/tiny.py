@@ -1,4 +1,5 @@
-"""Random-weight models of a named architecture and a byte-level tokenizer: for the demo and tests, nothing to download."""
+"""Random-weight models of a named architecture and a byte-level tokenizer: for the demo and tests, nothing to
+download."""
 
 import difflib
 
@@ -12,7 +13,8 @@ from orchestrator.recipe.schema import TinyModel
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
-    "{% if message['role'] == 'assistant' %}{{ '<|assistant|>' }}{% generation %}{{ message['content'] + eos_token }}{% endgeneration %}"
+    "{% if message['role'] == 'assistant' %}{{ '<|assistant|>' }}{% generation %}{{ message['content'] + "
+    "eos_token }}{% endgeneration %}"
     "{% else %}{{ '<|' + message['role'] + '|>' + message['content'] }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
@@ -28,7 +30,9 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(list(SPECIAL))
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>")
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>"
+    )
     fast.chat_template = CHAT_TEMPLATE
     return fast
 
@@ -36,11 +40,15 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 def tiny_config(cfg: TinyModel) -> PretrainedConfig:
     """The architecture's own configuration with the sizes of `cfg`; dropout off.
 
-    transformers maps common names (hidden_size, num_hidden_layers …) to the architecture's (n_embd, n_layer …).
+    transformers maps common names (hidden_size, num_hidden_layers …) to the architecture's (n_embd, n_layer
+    …).
     """
     if cfg.architecture not in CONFIG_MAPPING_NAMES:
         close = difflib.get_close_matches(cfg.architecture, CONFIG_MAPPING_NAMES, n=3)
-        raise ConfigError(f"model.tiny.architecture: no architecture is named {cfg.architecture!r}", fix=f"did you mean {', '.join(close)}?")
+        raise ConfigError(
+            f"model.tiny.architecture: no architecture is named {cfg.architecture!r}",
+            fix=f"did you mean {', '.join(close)}?",
+        )
     tokenizer = byte_tokenizer()
     sizes = {
         "vocab_size": cfg.vocab_size or len(tokenizer),
@@ -59,21 +67,36 @@ def tiny_config(cfg: TinyModel) -> PretrainedConfig:
         "head_dim": cfg.hidden_size // cfg.heads,
     }
     present: dict[str, float] = {
-        k: v for k, v in optional.items() if hasattr(config, k) and k not in config.attribute_map and not _computed(config, k)
+        k: v
+        for k, v in optional.items()
+        if hasattr(config, k) and k not in config.attribute_map and not _computed(config, k)
     }
-    for name in ("attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop", "resid_dropout", "embd_dropout"):
+    for name in (
+        "attention_dropout",
+        "hidden_dropout",
+        "resid_pdrop",
+        "embd_pdrop",
+        "attn_pdrop",
+        "resid_dropout",
+        "embd_dropout",
+    ):
         if hasattr(config, name):
             present[name] = 0.0
     return AutoConfig.for_model(cfg.architecture, **sizes, **present)
 
 
 def check_sizes(cfg: TinyModel) -> None:
-    """ConfigError where the recipe names a size that the architecture does not have: GPT-2 has no key and value heads of their own."""
+    """ConfigError where the recipe names a size that the architecture does not have: GPT-2 has no key and
+    value heads of their own."""
     made = tiny_config(cfg)
     for key, name in (("kv_heads", "num_key_value_heads"), ("intermediate_size", "intermediate_size")):
         asked = getattr(cfg, key)
         if asked is not None and getattr(made, name, None) != asked:
-            raise ConfigError(f"model.tiny.{key}: {cfg.architecture} does not read it", why=f"its configuration has no {name}", fix="leave it out")
+            raise ConfigError(
+                f"model.tiny.{key}: {cfg.architecture} does not read it",
+                why=f"its configuration has no {name}",
+                fix="leave it out",
+            )
 
 
 def _computed(config: PretrainedConfig, name: str) -> bool:
@@ -83,7 +106,8 @@ def _computed(config: PretrainedConfig, name: str) -> bool:
 def build(cfg: TinyModel, seed: int, auto_class: type, **options: object) -> torch.nn.Module:
     """A model with weights drawn from `seed`, leaving the global generator as it was.
 
-    transformers chooses SDPA attention for architectures that have it, its plain one for the others (GPT-J, BLOOM …).
+    transformers chooses SDPA attention for architectures that have it, its plain one for the others (GPT-J,
+    BLOOM …).
     """
     config = tiny_config(cfg)
     for name, value in options.items():

@@ -1,9 +1,11 @@
-"""What of a model never learns from text: towers for images and sound, attention to an encoder that is not there.
+"""What of a model never learns from text: towers for images and sound, attention to an encoder that is not
+there.
 
     parameters --a short forward--> those that its graph holds        the others --freeze_unused--> no gradient, no moments, no decay
 
-A parameter without a gradient is left alone by plain torch; DeepSpeed gives it zeros, decays it, and at ZeRO 3 lets it keep the gradient
-of an earlier step. Frozen, it is the same everywhere. Works on tensors without storage as well, so that a plan sees what a learner does.
+A parameter without a gradient is left alone by plain torch; DeepSpeed gives it zeros, decays it, and at ZeRO
+3 lets it keep the gradient of an earlier step. Frozen, it is the same everywhere. Works on tensors without
+storage as well, so that a plan sees what a learner does.
 """
 
 import copy
@@ -19,12 +21,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 TOKENS = 8
 """Of the forward that is looked at: what a text reaches does not depend on its length."""
 ROUTED = "expert"
-"""In the names of parameters that some tokens reach and others do not: they stay, whatever this forward did."""
+"""In the names of parameters that some tokens reach and others do not: they stay, whatever this forward did.
+"""
 
 
 class GroupedShapes(TorchDispatchMode):
-    """Gives grouped products (of experts), forward and backward, the shape that their kernel gives, with zeros for values. torch's own
-    rule for tensors without storage refuses every type but bf16."""
+    """Gives grouped products (of experts), forward and backward, the shape that their kernel gives, with
+    zeros for values. torch's own rule for tensors without storage refuses every type but bf16."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is not torch.ops.aten._grouped_mm.default:
@@ -37,7 +40,8 @@ class GroupedShapes(TorchDispatchMode):
 
 
 def freeze_unused(model: nn.Module) -> tuple[str, ...]:
-    """Freezes the parameters that a forward over text does not reach, and returns their names. The model's own errors pass through."""
+    """Freezes the parameters that a forward over text does not reach, and returns their names. The model's
+    own errors pass through."""
     found = unused(model)
     for name, parameter in model.named_parameters():
         if name in found:
@@ -46,17 +50,26 @@ def freeze_unused(model: nn.Module) -> tuple[str, ...]:
 
 
 def unused(model: nn.Module) -> frozenset[str]:
-    """Names of the parameters that learn, by `requires_grad`, and that the output for a short text does not depend on."""
+    """Names of the parameters that learn, by `requires_grad`, and that the output for a short text does not
+    depend on."""
     device = next(model.parameters()).device
     shapes: Any = nullcontext()
-    if device.type == "meta":  # as fake tensors they pass where transformers asks for values, since it takes them for traced
+    if (
+        device.type == "meta"
+    ):  # as fake tensors they pass where transformers asks for values, since it takes them for traced
         shapes = FakeTensorMode(allow_non_fake_inputs=True)
-        model = copy.deepcopy(model)  # the mode refers to what it has seen, which could not be moved afterwards
+        model = copy.deepcopy(
+            model
+        )  # the mode refers to what it has seen, which could not be moved afterwards
     ids = torch.arange(TOKENS, device="cpu").clamp(max=_rows(model) - 1)[None].to(device)
     with _evaluating(model), shapes, GroupedShapes():
         logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
     held = _leaves([logits])
-    return frozenset(name for name, p in model.named_parameters() if p.requires_grad and id(p) not in held and ROUTED not in name)
+    return frozenset(
+        name
+        for name, p in model.named_parameters()
+        if p.requires_grad and id(p) not in held and ROUTED not in name
+    )
 
 
 def _rows(model: nn.Module) -> int:

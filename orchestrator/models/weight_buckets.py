@@ -1,4 +1,5 @@
-"""Weights on their way from learners to generators: by name, in buckets of bounded size, each with a checksum."""
+"""Weights on their way from learners to generators: by name, in buckets of bounded size, each with a
+checksum."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,7 +15,8 @@ from torch._C._distributed_c10d import BroadcastOptions, PrefixStore, TCPStore
 from orchestrator.core.errors import OrchestratorError, WorkerLost
 
 WIRE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "bf16_autocast": torch.bfloat16}
-"""What generators compute with and learners send, by learners.precision: that of the learners' own forward, so that log-probs agree."""
+"""What generators compute with and learners send, by learners.precision: that of the learners' own forward,
+so that log-probs agree."""
 _CHUNK = 1 << 20
 """Words summed at once: bounds the memory that a checksum takes."""
 _PLACE, _FIRST, _SECOND = 0x2545_F491_4F6C_DD1D, 0x369D_EA0F_31A5_3F85, 0x5851_F42D_4C95_7F2D
@@ -42,7 +44,8 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class BucketPlan:
-    """One bucket: where each parameter lies in it, by Hugging Face name, and its bytes. The same on every rank and version."""
+    """One bucket: where each parameter lies in it, by Hugging Face name, and its bytes. The same on every
+    rank and version."""
 
     entries: tuple[Entry, ...]
     size: int
@@ -60,7 +63,9 @@ class Bucket:
     checksum: int
 
 
-def layout(named: Sequence[tuple[str, tuple[int, ...]]], dtype: torch.dtype) -> tuple[tuple[Entry, ...], int]:
+def plan_bucket(
+    named: Sequence[tuple[str, tuple[int, ...]]], dtype: torch.dtype
+) -> tuple[tuple[Entry, ...], int]:
     """Where each parameter lies in a bucket, and the bytes of the whole."""
     entries, start = [], 0
     for name, shape in named:
@@ -74,28 +79,39 @@ def fill(entries: Sequence[Entry], total: int, tensors: Mapping[str, Tensor], de
     """UInt8[total] that holds the tensors, cast to the entries' dtype."""
     flat = torch.zeros(total, dtype=torch.uint8, device=device)
     for entry in entries:
-        view = flat[entry.start : entry.start + entry.size].view(getattr(torch, entry.dtype)).view(entry.shape)
+        view = (
+            flat[entry.start : entry.start + entry.size].view(getattr(torch, entry.dtype)).view(entry.shape)
+        )
         view.copy_(tensors[entry.name].detach())
     return flat
 
 
-def parts(entries: Sequence[Entry], flat: Tensor) -> Iterator[tuple[str, Tensor]]:
+def bucket_views(entries: Sequence[Entry], flat: Tensor) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) views of a bucket's bytes."""
     for entry in entries:
-        yield entry.name, flat[entry.start : entry.start + entry.size].view(getattr(torch, entry.dtype)).view(entry.shape)
+        yield (
+            entry.name,
+            flat[entry.start : entry.start + entry.size].view(getattr(torch, entry.dtype)).view(entry.shape),
+        )
 
 
 def checksum(flat: Tensor) -> int:
-    """64 bits over UInt8[16 k], computed where the bytes lie: the sum over its 64-bit words of a mix of word and place.
+    """64 bits over UInt8[16 k], computed where the bytes lie: the sum over its 64-bit words of a mix of word
+    and place.
 
-    The mix is not linear, so no structure of weights can hide damage. A plain sum weighted by place misses a block of 1024
-    zeroed ones (an RMSNorm), and two exchanged blocks of numbers that bf16 holds exactly if they lie 256 KiB apart.
+    The mix is not linear, so no structure of weights can hide damage. A plain sum weighted by place misses a
+    block of 1024 zeroed ones (an RMSNorm), and two exchanged blocks of numbers that bf16 holds exactly if
+    they lie 256 KiB apart.
     """
     words = flat.view(torch.int64)
     total = 0
     for start in range(0, len(words), _CHUNK):
         chunk = words[start : start + _CHUNK]
-        mixed = torch.arange(start + 1, start + 1 + len(chunk), device=flat.device).mul_(_PLACE).bitwise_xor_(chunk)
+        mixed = (
+            torch.arange(start + 1, start + 1 + len(chunk), device=flat.device)
+            .mul_(_PLACE)
+            .bitwise_xor_(chunk)
+        )
         mixed.bitwise_xor_(mixed >> 32).mul_(_FIRST)  # integers wrap around, on a GPU too
         mixed.bitwise_xor_(mixed >> 29).mul_(_SECOND)
         total += int(mixed.bitwise_xor_(mixed >> 32).sum())
@@ -119,7 +135,8 @@ def as_bytes(bucket: Bucket) -> Tensor:
 
 
 class Receiver:
-    """Puts buckets into a model in place. version: of the weights it holds, None while they are incomplete or damaged."""
+    """Puts buckets into a model in place. version: of the weights it holds, None while they are incomplete or
+    damaged."""
 
     def __init__(self, model: nn.Module) -> None:
         self.parameters = dict(model.named_parameters())
@@ -127,13 +144,17 @@ class Receiver:
 
     @torch.no_grad()
     def take(self, entries: Sequence[Entry], flat: Tensor) -> None:
-        """One bucket. CorruptWeights where it names a parameter that the model does not have, or not in this shape."""
-        for name, tensor in parts(entries, flat):
+        """One bucket. CorruptWeights where it names a parameter that the model does not have, or not in this
+        shape."""
+        for name, tensor in bucket_views(entries, flat):
             parameter = self.parameters.get(name)
-            if parameter is None or parameter.shape != tensor.shape:  # copy_ would stretch a smaller tensor in silence
+            if (
+                parameter is None or parameter.shape != tensor.shape
+            ):  # copy_ would stretch a smaller tensor in silence
                 has = "no such parameter" if parameter is None else f"one of shape {tuple(parameter.shape)}"
                 raise CorruptWeights(
-                    f"weights arrived for {name} of shape {tuple(tensor.shape)}, but the generator's model has {has}",
+                    f"weights arrived for {name} of shape {tuple(tensor.shape)}, but the generator's model "
+                    f"has {has}",
                     fix="give learners and rollouts the same model; if they have it, report a bug",
                 )
             parameter.copy_(tensor)
@@ -156,8 +177,9 @@ class Receiver:
 
 
 @dataclass(frozen=True, slots=True)
-class Meeting:
-    """Where the members of a channel meet. members: their number, the sender (member 0) included; timeout_s: of one broadcast."""
+class Rendezvous:
+    """Where the members of a channel meet. members: their number, the sender (member 0) included; timeout_s:
+    of one broadcast."""
 
     address: str
     port: int
@@ -167,12 +189,13 @@ class Meeting:
 
 
 class Channel:
-    """A process group of its own, for weights: one sender and the generators. The default group is DeepSpeed's (or vLLM's).
+    """A process group of its own, for weights: one sender and the generators. The default group is
+    DeepSpeed's (or vLLM's).
 
     gloo carries bytes in main memory, nccl those on GPUs.
     """
 
-    def __init__(self, meeting: Meeting, member: int, store: TCPStore) -> None:
+    def __init__(self, meeting: Rendezvous, member: int, store: TCPStore) -> None:
         """Blocks until all members came."""
         self.limit = timedelta(seconds=meeting.timeout_s)
         self.device = torch.device("cuda" if meeting.backend == "nccl" else "cpu")
@@ -205,14 +228,16 @@ class Channel:
                 torch.cuda.synchronize()  # NCCL's wait only orders streams; the buffer is used again
 
 
-def join(meeting: Meeting, member: int) -> Channel:
+def join(meeting: Rendezvous, member: int) -> Channel:
     """Becomes a receiver of a channel that its sender has begun to open."""
     with _breaking("reached"):
-        store = TCPStore(meeting.address, meeting.port, is_master=False, timeout=timedelta(seconds=meeting.timeout_s))
+        store = TCPStore(
+            meeting.address, meeting.port, is_master=False, timeout=timedelta(seconds=meeting.timeout_s)
+        )
     return Channel(meeting, member, store)
 
 
-def _process_group(meeting: Meeting, member: int, store: PrefixStore, limit: timedelta) -> Any:
+def _process_group(meeting: Rendezvous, member: int, store: PrefixStore, limit: timedelta) -> Any:
     from torch.distributed import distributed_c10d
 
     if meeting.backend == "gloo":
@@ -228,7 +253,9 @@ def _breaking(verb: str) -> Iterator[None]:
         yield
     except RuntimeError as error:  # torch's DistBackendError among them
         raise ChannelBroken(
-            f"the channel for weights could not be {verb}", why=str(error).splitlines()[0], fix="see logs/ of the other members"
+            f"the channel for weights could not be {verb}",
+            why=str(error).splitlines()[0],
+            fix="see logs/ of the other members",
         ) from error
 
 

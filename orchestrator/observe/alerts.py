@@ -21,7 +21,8 @@ Level = Literal["INFO", "WARN", "ERROR"]
 
 @dataclass(frozen=True, slots=True)
 class Alert:
-    """text: the numbers, why they matter, and a fix; level: as wandb has them; step: of the report that it was found in."""
+    """text: the numbers, why they matter, and a fix; level: as wandb has them; step: of the report that it
+    was found in."""
 
     title: str
     text: str
@@ -47,11 +48,16 @@ class NonFinite:
         broken = [name for name in ("loss", "grad_norm") if not math.isfinite(metrics.get(name, 0.0))]
         if not self._latch(refused > 0 or bool(broken)):
             return None
-        return f"{' and '.join(broken)} not finite" if broken else f"{refused} steps were refused: loss or gradient not finite"
+        return (
+            f"{' and '.join(broken)} not finite"
+            if broken
+            else f"{refused} steps were refused: loss or gradient not finite"
+        )
 
 
 class RewardFell:
-    """reward/mean stays far under its best (a mean over as many steps), measured in typical deviations of one reward."""
+    """reward/mean stays far under its best (a mean over as many steps), measured in typical deviations of one
+    reward."""
 
     def __init__(self, limits: Alerts) -> None:
         self._drop, self._latch = limits.reward_drop, Latch(limits.steps, limits.steps)
@@ -67,14 +73,22 @@ class RewardFell:
         if len(self._recent) == self._recent.maxlen:
             self._best = max(self._best, mean(self._recent))
         fallen = typical > 0 and reward < self._best - self._drop * typical
-        return f"reward/mean {reward:.4g}, its best was {self._best:.4g}; one reward's deviation {typical:.4g}" if self._latch(fallen) else None
+        return (
+            f"reward/mean {reward:.4g}, its best was {self._best:.4g}; one reward's deviation {typical:.4g}"
+            if self._latch(fallen)
+            else None
+        )
 
 
 class RewardFlat:
     """All rewards are equal: nothing is left to learn from them."""
 
     def __init__(self, limits: Alerts) -> None:
-        self._spread, self._latch, self._deviation = limits.reward_spread, Latch(limits.steps, limits.steps), RunningMean()
+        self._spread, self._latch, self._deviation = (
+            limits.reward_spread,
+            Latch(limits.steps, limits.steps),
+            RunningMean(),
+        )
 
     def check(self, metrics: Metrics) -> str | None:
         deviation = metrics.get("reward/std", math.nan)
@@ -85,7 +99,8 @@ class RewardFlat:
 
 
 class MarginAlone:
-    """Margins have grown since accuracy last did: the loss falls on pairs that were right already. prefix: "" or "eval/"."""
+    """Margins have grown since accuracy last did: the loss falls on pairs that were right already. prefix: ""
+    or "eval/"."""
 
     def __init__(self, limits: Alerts, prefix: str, window: int) -> None:
         self._limits, self._prefix, self._latch = limits, prefix, Latch(1, window)
@@ -94,7 +109,9 @@ class MarginAlone:
 
     def check(self, metrics: Metrics) -> str | None:
         limits = self._limits
-        margin, accuracy = (metrics.get(f"{self._prefix}rewards/{name}", math.nan) for name in ("margins", "accuracies"))
+        margin, accuracy = (
+            metrics.get(f"{self._prefix}rewards/{name}", math.nan) for name in ("margins", "accuracies")
+        )
         if not math.isfinite(margin) or f"{self._prefix}rewards/accuracies" not in metrics:
             return None
         # not known means that all pairs are ties, which count one half
@@ -108,7 +125,10 @@ class MarginAlone:
         if not self._latch(grown):
             return None
         (then, right), where = self._mark, f"{self._prefix}rewards"
-        return f"{where}/margins grew from {then:.4g} to {margin:.4g}, {where}/accuracies only from {right:.3f} to {accuracy:.3f}"
+        return (
+            f"{where}/margins grew from {then:.4g} to {margin:.4g}, {where}/accuracies only from "
+            f"{right:.3f} to {accuracy:.3f}"
+        )
 
 
 class GoodputLow:
@@ -126,7 +146,8 @@ class GoodputLow:
 
 
 class AlertRules:
-    """All rules of a run. Fed with the steps and evaluations of before, a resumed run does not say again what it said."""
+    """All rules of a run. Fed with the steps and evaluations of before, a resumed run does not say again what
+    it said."""
 
     def __init__(self, limits: Alerts) -> None:
         self._limits = limits
@@ -165,7 +186,9 @@ class AlertRules:
         return (_alert("repeated restarts", text, "ERROR", step),)
 
 
-def _found(rules: Sequence[tuple[str, Level, Rule]], report: StepReport | EvaluationReport) -> tuple[Alert, ...]:
+def _found(
+    rules: Sequence[tuple[str, Level, Rule]], report: StepReport | EvaluationReport
+) -> tuple[Alert, ...]:
     alerts: list[Alert] = []
     for title, level, rule in rules:  # every rule sees every report
         if (text := rule.check(report.metrics)) is not None:

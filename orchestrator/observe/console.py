@@ -1,7 +1,7 @@
 """The console: a live table of the newest steps on a terminal, else plain lines, few enough to read.
 
-metrics.jsonl has every step. In a pipe the first FIRST_LINES steps are told, then one of every hundredth of the run and one every LINE_S seconds,
-the last step, and every step that an evaluation follows.
+metrics.jsonl has every step. In a pipe the first FIRST_LINES steps are told, then one of every hundredth of
+the run and one every LINE_S seconds, the last step, and every step that an evaluation follows.
 """
 
 import math
@@ -47,7 +47,9 @@ class ConsoleSink:
     total_steps: of the run; clock: seconds, for the ETA.
     """
 
-    def __init__(self, total_steps: int, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, total_steps: int, console: Console, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._total, self._console, self._clock = total_steps, console, clock
         self._times: deque[float] = deque(maxlen=ETA_STEPS + 1)
         self._live = LiveTable(console)
@@ -81,7 +83,9 @@ class ConsoleSink:
 
     def evaluation(self, report: EvaluationReport) -> None:
         self._tell_held_back()
-        values = "  ".join(f"{name.removeprefix('eval/')} {_value(name, value)}" for name, value in report.metrics.items())
+        values = "  ".join(
+            f"{name.removeprefix('eval/')} {_value(name, value)}" for name, value in report.metrics.items()
+        )
         self._print(f"evaluation at step {report.step}  {values}")
 
     def note(self, message: str) -> None:
@@ -112,7 +116,11 @@ class ConsoleSink:
     def _eta(self, report: StepReport) -> str:
         """Time left at the mean pace of the last steps, evaluations and checkpoints between them included."""
         several = len(self._times) > 1
-        pace = (self._times[-1] - self._times[0]) / (len(self._times) - 1) if several else step_seconds(report.metrics)
+        pace = (
+            (self._times[-1] - self._times[0]) / (len(self._times) - 1)
+            if several
+            else step_seconds(report.metrics)
+        )
         return duration(pace * (self._total - report.step))
 
 
@@ -123,7 +131,9 @@ def _components(report: StepReport) -> dict[str, str]:
         return {}
     short = {name: name.removeprefix("reward/") for name in names[:MOST_COMPONENTS]}
     taken = {*COLUMNS, "tok/s", "eta", "step"}
-    return {(name if part in taken else part): _value(name, report.metrics[name]) for name, part in short.items()}
+    return {
+        (name if part in taken else part): _value(name, report.metrics[name]) for name, part in short.items()
+    }
 
 
 def _value(name: str, value: float) -> str:

@@ -1,6 +1,8 @@
-"""Rules for learning that goes the wrong way: a worse held-out loss, too far from the reference, no signal, a component that is traded away.
+"""Rules for learning that goes the wrong way: a worse held-out loss, too far from the reference, no signal, a
+component that is traded away.
 
-Each is made as those of alerts.py: fed with every report, it says once per cause what is wrong, with its numbers.
+Each is made as those of alerts.py: fed with every report, it says once per cause what is wrong, with its
+numbers.
 """
 
 import math
@@ -13,7 +15,8 @@ from orchestrator.recipe.schema import Alerts
 
 Metrics = Mapping[str, float]
 AT_FIRST = 2
-"""Steps without any signal after which a run that has never had one is told, and steps in a row that a divergence has to last."""
+"""Steps without any signal after which a run that has never had one is told, and steps in a row that a
+divergence has to last."""
 
 
 class HeldOutLossRose:
@@ -30,11 +33,16 @@ class HeldOutLossRose:
         if self._first is None:
             self._first = loss
         worse = loss > self._first + self._rise * abs(self._first)
-        return f"eval/loss is {loss:.4g}, at the first evaluation it was {self._first:.4g}" if self._latch(worse) else None
+        return (
+            f"eval/loss is {loss:.4g}, at the first evaluation it was {self._first:.4g}"
+            if self._latch(worse)
+            else None
+        )
 
 
 class KlBeyond:
-    """The divergence from the reference, mean over tokens, of an online run. KTO's `kl` is of sequences: an offset, not a distance."""
+    """The divergence from the reference, mean over tokens, of an online run. KTO's `kl` is of sequences: an
+    offset, not a distance."""
 
     def __init__(self, limits: Alerts) -> None:
         self._limit, self._latch = limits.kl, Latch(AT_FIRST, limits.steps)
@@ -48,10 +56,14 @@ class KlBeyond:
 
 
 class NoSignal:
-    """All groups hold equal rewards: soon where no step had a signal yet, else after `steps` steps. PPO's advantages need no group."""
+    """All groups hold equal rewards: soon where no step had a signal yet, else after `steps` steps. PPO's
+    advantages need no group."""
 
     def __init__(self, limits: Alerts) -> None:
-        self._soon, self._later = Latch(min(AT_FIRST, limits.steps), limits.steps), Latch(limits.steps, limits.steps)
+        self._soon, self._later = (
+            Latch(min(AT_FIRST, limits.steps), limits.steps),
+            Latch(limits.steps, limits.steps),
+        )
         self._ever = False
 
     def check(self, metrics: Metrics) -> str | None:
@@ -62,11 +74,15 @@ class NoSignal:
         latch = self._later if self._ever else self._soon
         if not latch(ratio >= 1.0):
             return None
-        return f"in all groups every answer earned the same, reward/mean {metrics.get('reward/mean', math.nan):.4g}"
+        return (
+            "in all groups every answer earned the same, reward/mean "
+            f"{metrics.get('reward/mean', math.nan):.4g}"
+        )
 
 
 class ComponentFell:
-    """A component of the reward, positive at first, loses a share of its start while the total rises: means over `steps` steps."""
+    """A component of the reward, positive at first, loses a share of its start while the total rises: means
+    over `steps` steps."""
 
     def __init__(self, limits: Alerts) -> None:
         self._fall, self._window, self._steps = limits.component_fall, limits.steps, limits.steps
@@ -93,4 +109,9 @@ class ComponentFell:
             fell = rose and first.get(name, 0.0) > 0 and now[name] < (1.0 - self._fall) * first[name]
             if self._latches.setdefault(name, Latch(1, self._steps))(fell):
                 told.append(f"{name} fell from {first[name]:.3g} to {now[name]:.3g}")
-        return f"{', '.join(told)} while reward/mean rose from {first['reward/mean']:.3g} to {now['reward/mean']:.3g}" if told else None
+        return (
+            f"{', '.join(told)} while reward/mean rose from {first['reward/mean']:.3g} to "
+            f"{now['reward/mean']:.3g}"
+            if told
+            else None
+        )

@@ -1,4 +1,5 @@
-"""`attempts.jsonl`: when a run was started, each time. It says how often, and which share of the time went into steps."""
+"""`attempts.jsonl`: when a run was started, each time. It says how often, and which share of the time went
+into steps."""
 
 import json
 import time
@@ -9,7 +10,7 @@ from orchestrator.core.files import read_lines, write_atomically
 from orchestrator.observe.metrics import step_seconds
 
 
-class Attempts:
+class StartLog:
     """The starts of one run, over all processes. clock: seconds since 1970, which outlives the process."""
 
     def __init__(self, run_dir: Path, clock: Callable[[], float] = time.time) -> None:
@@ -27,7 +28,12 @@ class Attempts:
         self._productive = sum(map(step_seconds, read_lines(metrics))) if metrics.is_file() else 0.0
 
     def after(self, metrics: Mapping[str, float]) -> dict[str, float]:
-        """What a step's line has of this. Steps that were lost and played again count once, as all that is not in a step does."""
+        """What a step's line has of this. Steps that were lost and played again count once, as all that is
+        not in a step does."""
         self._productive += step_seconds(metrics)
         elapsed = max(self._clock() - self.starts[0], self._productive)
-        return {"perf/goodput": self._productive / max(1e-9, elapsed), "perf/elapsed_s": elapsed, "faults/restarts": len(self.starts) - 1}
+        return {
+            "perf/goodput": self._productive / max(1e-9, elapsed),
+            "perf/elapsed_s": elapsed,
+            "faults/restarts": len(self.starts) - 1,
+        }

@@ -1,7 +1,8 @@
 """Where reports go: what a sink is, and the JSONL files, which are always written.
 
-`metrics.jsonl` and `samples.jsonl` are the run's ledger. All other views (report, card, wandb) can be lost and made
-again from it, so it is ASCII, one flat object per line, and holds each step once however often the run was resumed.
+`metrics.jsonl` and `samples.jsonl` are the run's ledger. All other views (report, card, wandb) can be lost
+and made again from it, so it is ASCII, one flat object per line, and holds each step once however often the
+run was resumed.
 """
 
 from collections.abc import Mapping
@@ -18,10 +19,11 @@ from orchestrator.observe.sink import Note
 
 
 class JsonlSink:
-    """Appends to metrics.jsonl and samples.jsonl, flushed line by line; alerts.jsonl comes with the first alert.
+    """Appends to metrics.jsonl and samples.jsonl, flushed line by line; alerts.jsonl comes with the first
+    alert.
 
-    resume_step: optimizer steps of the checkpoint that the run goes on from. Lines after it are removed: those steps
-    are played again. 0 starts anew: nothing is kept, the evaluation before training included.
+    resume_step: optimizer steps of the checkpoint that the run goes on from. Lines after it are removed:
+    those steps are played again. 0 starts anew: nothing is kept, the evaluation before training included.
     """
 
     def __init__(self, run_dir: Path, resume_step: int) -> None:
@@ -36,7 +38,10 @@ class JsonlSink:
             path.parent.mkdir(parents=True, exist_ok=True)
             removed = _trim(path, self._resume_step)
             if removed:
-                note(f"{path.name}: {removed} lines after step {self._resume_step} removed, the run goes on from there")
+                note(
+                    f"{path.name}: {removed} lines after step {self._resume_step} removed, the run goes on "
+                    "from there"
+                )
         self._metrics, self._samples = (path.open("a", encoding="ascii") for path in self._paths)
 
     def step(self, report: StepReport) -> None:
@@ -67,7 +72,10 @@ class JsonlSink:
             file.write(json_line(record))
             file.flush()
         except OSError as error:
-            fix = "free disk space or fix the permissions, then run the same command: it goes on from the last checkpoint"
+            fix = (
+                "free disk space or fix the permissions, then run the same command: it goes on from the "
+                "last checkpoint"
+            )
             raise OutputError(f"{file.name} cannot be written", why=str(error), fix=fix) from error
 
 
@@ -78,7 +86,8 @@ def _sample_record(sample: Sample) -> dict[str, Any]:
 
 
 def _trim(path: Path, last: int) -> int:
-    """Removes the lines of steps after `last` (all if `last` is 0) and a torn last line; says how many whole lines went."""
+    """Removes the lines of steps after `last` (all if `last` is 0) and a torn last line; says how many whole
+    lines went."""
     if not path.is_file():
         return 0
     records = _parsed(path)

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 
 
 class Latch:
-    """True once, when a condition has held for `holds` checks in a row; then again only after it did not for `rests`."""
+    """True once, when a condition has held for `holds` checks in a row; then again only after it did not for
+    `rests`."""
 
     def __init__(self, holds: int, rests: int) -> None:
         self._holds, self._rests = holds, rests

@@ -29,7 +29,9 @@ class StepLine:
 
     def __str__(self) -> str:
         """What a log holds of the step. Example: step 3/100  loss 0.6931  lr 5e-06  eta 3m12s"""
-        return f"step {self.step}/{self.total}  " + "  ".join(f"{name} {value}" for name, value in self.columns.items())
+        return f"step {self.step}/{self.total}  " + "  ".join(
+            f"{name} {value}" for name, value in self.columns.items()
+        )
 
     @classmethod
     def parse(cls, line: str) -> "StepLine | None":
@@ -38,7 +40,9 @@ class StepLine:
         if match is None:
             return None
         pairs = [column.rsplit(" ", 1) for column in match[3].split("  ")]
-        return cls(int(match[1]), int(match[2]), dict(pairs)) if all(len(pair) == 2 for pair in pairs) else None
+        return (
+            cls(int(match[1]), int(match[2]), dict(pairs)) if all(len(pair) == 2 for pair in pairs) else None
+        )
 
 
 class LiveTable:

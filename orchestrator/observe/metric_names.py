@@ -1,4 +1,5 @@
-"""Names of metrics outside of metrics.jsonl: wandb groups panels by the word before the first "/", Prometheus knows no "/"."""
+"""Names of metrics outside of metrics.jsonl: wandb groups panels by the word before the first "/", Prometheus
+knows no "/"."""
 
 import math
 import re
@@ -21,7 +22,8 @@ def grouped(name: str) -> str:
 
 
 def gauge(name: str) -> str:
-    """The name of its Ray gauge; Prometheus has it with `ray_` before it. Example: loss -> orchestrator_train_loss."""
+    """The name of its Ray gauge; Prometheus has it with `ray_` before it. Example: loss ->
+    orchestrator_train_loss."""
     return "orchestrator_" + re.sub(r"[^A-Za-z0-9]+", "_", grouped(name))
 
 
@@ -44,17 +46,22 @@ REWARD_FIGURES = frozenset(
 
 
 def components(metrics: Iterable[str]) -> tuple[str, ...]:
-    """The reward components among training metrics, by their whole names. Example: reward/brief, reward/right."""
-    return tuple(n for n in metrics if n.startswith("reward/") and n.count("/") == 1 and n not in REWARD_FIGURES)
+    """The reward components among training metrics, by their whole names. Example: reward/brief,
+    reward/right."""
+    return tuple(
+        n for n in metrics if n.startswith("reward/") and n.count("/") == 1 and n not in REWARD_FIGURES
+    )
 
 
 def unknown(name: str, value: float | None) -> bool:
-    """Whether nothing is known of a metric: shown as –. NaN says that of every one but loss and gradient norm, of which it is the news."""
+    """Whether nothing is known of a metric: shown as –. NaN says that of every one but loss and gradient
+    norm, of which it is the news."""
     return value is None or (math.isnan(value) and name not in ("loss", "grad_norm"))
 
 
 def ranked_by(metrics: Iterable[str]) -> str | None:
-    """What an evaluation with these metrics ranked pairs by, in words; None where it ranked none, or was recorded before this was told."""
+    """What an evaluation with these metrics ranked pairs by, in words; None where it ranked none, or was
+    recorded before this was told."""
     emitted = set(metrics)
     if "eval/preference_accuracy" not in emitted:
         return None
@@ -66,14 +73,22 @@ def ranked_by(metrics: Iterable[str]) -> str | None:
 
 
 def spoken(name: str, metrics: Iterable[str]) -> str:
-    """The name of a held-out metric in a table. Example: preference_accuracy -> preference_accuracy (by implicit reward)"""
+    """The name of a held-out metric in a table. Example: preference_accuracy -> preference_accuracy (by
+    implicit reward)"""
     short = name.removeprefix("eval/")
-    basis = ranked_by(metrics) if short == "preference_accuracy" else "log-prob per token" if short == "logp_accuracy" else None
+    basis = (
+        ranked_by(metrics)
+        if short == "preference_accuracy"
+        else "log-prob per token"
+        if short == "logp_accuracy"
+        else None
+    )
     return short if basis is None else f"{short} (by {basis})"
 
 
 def named(metrics: Mapping[str, float], names: Sequence[str]) -> dict[str, float]:
-    """The metrics with the names of the sources for their numbers; those by source are left out where there is only one name."""
+    """The metrics with the names of the sources for their numbers; those by source are left out where there
+    is only one name."""
     found: dict[str, float] = {}
     for key, value in metrics.items():
         metric, mark, number = key.partition(SOURCE)

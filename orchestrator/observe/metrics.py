@@ -12,9 +12,10 @@ from orchestrator.observe.metric_names import named
 class Throughput:
     """What turns tokens per second into model FLOPs utilisation.
 
-    flops_per_position: forward + backward of one computed position, the head and attention's own products excluded;
-    flops_per_pair: those of one (query, key) pair in one layer; flops_per_scored: the head on one scored position;
-    peak_flops: of all workers together, None where the device's is unknown (no perf/mfu then).
+    flops_per_position: forward + backward of one computed position, the head and attention's own products
+    excluded; flops_per_pair: those of one (query, key) pair in one layer; flops_per_scored: the head on one
+    scored position; peak_flops: of all workers together, None where the device's is unknown (no perf/mfu
+    then).
     """
 
     flops_per_position: float = 0.0
@@ -23,11 +24,16 @@ class Throughput:
     peak_flops: float | None = None
 
     def mfu(self, learned: LearnReport) -> float | None:
-        """Percent of peak FLOPs spent on positions that are not padding, each shared prompt counted once, attention as far as each
-        token really sees, nothing that is computed a second time for the backward."""
+        """Percent of peak FLOPs spent on positions that are not padding, each shared prompt counted once,
+        attention as far as each token really sees, nothing that is computed a second time for the backward.
+        """
         if not self.peak_flops or not self.flops_per_position:
             return None
-        useful = self.flops_per_position * learned.computed + self.flops_per_pair * learned.attended + self.flops_per_scored * learned.scored
+        useful = (
+            self.flops_per_position * learned.computed
+            + self.flops_per_pair * learned.attended
+            + self.flops_per_scored * learned.scored_tokens
+        )
         return 100.0 * useful / learned.seconds / self.peak_flops
 
 
@@ -35,7 +41,8 @@ ACCURACIES, TIES = "rewards/accuracies", "rewards/ties"
 
 
 def values(means: Mapping[str, Mean], *, at_reference: bool = False) -> dict[str, float]:
-    """The value of each metric. Of an accuracy nothing is known, NaN, where every pair is a tie, or the policy is its reference still."""
+    """The value of each metric. Of an accuracy nothing is known, NaN, where every pair is a tie, or the
+    policy is its reference still."""
     found: dict[str, float] = {}
     for name, mean in means.items():
         if name.startswith(ACCURACIES):
@@ -57,8 +64,9 @@ def flatten(
     *,
     at_reference: bool = False,
 ) -> dict[str, float]:
-    """One line of metrics.jsonl. phases: seconds by name; sources: names of the data's, by their numbers; at_reference: the policy was its
-    reference in this step. perf/tokens_per_s counts unshared tokens, as TRL does."""
+    """One line of metrics.jsonl. phases: seconds by name; sources: names of the data's, by their numbers;
+    at_reference: the policy was its reference in this step. perf/tokens_per_s counts unshared tokens, as TRL
+    does."""
     metrics = {"loss": learned.loss, **named(values(learned.means, at_reference=at_reference), sources)}
     metrics |= {"grad_norm": applied.grad_norm, "learning_rate": applied.learning_rate}
     metrics["perf/tokens_per_s"] = learned.tokens / sum(phases.values())
@@ -76,7 +84,7 @@ def flatten(
 
 
 def step_seconds(metrics: Mapping[str, float | None]) -> float:
-    """Seconds of one step, of the metrics of its line: an online step's phases overlap, an offline one's add up
-    (`time/idle/…` are no phases)."""
+    """Seconds of one step, of the metrics of its line: an online step's phases overlap, an offline one's add
+    up (`time/idle/…` are no phases)."""
     phases = sum(v for name, v in metrics.items() if name.startswith("time/") and name.count("/") == 1 and v)
     return metrics.get("time/step") or phases

@@ -13,8 +13,9 @@ from orchestrator.observe.watch import Watch
 
 
 class RunReporter:
-    """Implements roles.Reporter. log: file that gets each note with its time in UTC; the sinks get it too. watch: adds what
-    only all attempts together say, and finds alerts. As a context it knows whether the run failed."""
+    """Implements roles.Reporter. log: file that gets each note with its time in UTC; the sinks get it too.
+    watch: adds what only all attempts together say, and finds alerts. As a context it knows whether the run
+    failed."""
 
     def __init__(self, sinks: Sequence[Sink], log: Path, watch: Watch | None = None) -> None:
         self._sinks, self._watch = sinks, watch
@@ -26,7 +27,8 @@ class RunReporter:
         try:
             for sink in sinks:
                 sink.open(self.note)
-                # closed last to first and each one even if another fails: a late note of wandb still finds the console
+                # closed last to first and each one even if another fails: a late note of wandb still finds
+                # the console
                 self._cleanup.callback(self._shut, sink)
                 self._open.append(sink)
             if watch is not None:
@@ -63,7 +65,9 @@ class RunReporter:
     def __enter__(self) -> "RunReporter":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._failed = error is not None
         try:
             with self._cleanup:
@@ -72,7 +76,8 @@ class RunReporter:
         except OSError:
             if error is None:
                 raise
-            # of a run that failed its own error is told: a full disk fails the last words and the closing as well
+            # of a run that failed its own error is told: a full disk fails the last words and the closing as
+            # well
 
     def _alert(self, alerts: Iterable[Alert]) -> None:
         for alert in alerts:

@@ -12,7 +12,9 @@ Note = Callable[[str], None]
 class Sink(Protocol):
     """Takes every report of one run. open() comes first and close() last; both may say something by `note`.
 
-    alert(): is told as a note too; what a sink does beyond that. failed: an error ended the run, or this attempt at it."""
+    alert(): is told as a note too; what a sink does beyond that. failed: an error ended the run, or this
+    attempt at it.
+    """
 
     def open(self, note: Note) -> None: ...
     def step(self, report: StepReport) -> None: ...

@@ -1,4 +1,5 @@
-"""A Chrome trace of the first steps: open trace.json in chrome://tracing or ui.perfetto.dev to see who waits for whom."""
+"""A Chrome trace of the first steps: open trace.json in chrome://tracing or ui.perfetto.dev to see who waits
+for whom."""
 
 import json
 from collections.abc import Sequence
@@ -18,7 +19,8 @@ class Timeline:
         self._origin: float | None = None
 
     def step(self, step: int, phases: Sequence[tuple[str, float, float]], actors: Sequence[Span]) -> None:
-        """phases: (name, start, end) of the controller; actors: of the rollout actors; seconds of time.perf_counter."""
+        """phases: (name, start, end) of the controller; actors: of the rollout actors; seconds of
+        time.perf_counter."""
         if self.left <= 0:
             return
         self.left -= 1

@@ -1,4 +1,5 @@
-"""Weights & Biases. Training and its result never depend on it: an outage costs at most two time limits and a note."""
+"""Weights & Biases. Training and its result never depend on it: an outage costs at most two time limits and a
+note."""
 
 import hashlib
 import math
@@ -28,7 +29,17 @@ SUMMARIES = {
     "reward/mean": "max,last",
     "memory/peak_gb": "max",
     "eval/loss": "min,last",
-    **{f"eval/{name}": "max,last" for name in ("preference_accuracy", "logp_accuracy", "exact_match", "rewards/accuracies", "reward/mean", "pass@*")},
+    **{
+        f"eval/{name}": "max,last"
+        for name in (
+            "preference_accuracy",
+            "logp_accuracy",
+            "exact_match",
+            "rewards/accuracies",
+            "reward/mean",
+            "pass@*",
+        )
+    },
 }
 """What the run table shows of a metric, where the last value does not say enough."""
 TABLE_ROWS = 64
@@ -42,13 +53,20 @@ def stable_run_id(run_fingerprint: str, run_dir: Path) -> str:
 
 
 def honoured(tracking: Tracking, environment: Mapping[str, str]) -> tuple[Tracking, list[str]]:
-    """What wandb's own variables make of the recipe's section, and what to tell the user of it. WANDB_MODE may switch off or keep offline, and
-    WANDB_PROJECT names a project where the recipe names none; the recipe wins else, which is told."""
+    """What wandb's own variables make of the recipe's section, and what to tell the user of it. WANDB_MODE
+    may switch off or keep offline, and WANDB_PROJECT names a project where the recipe names none; the recipe
+    wins else, which is told."""
     if tracking.wandb == "off":
         return tracking, []
     changes, told = {}, []
     mode, project = environment.get("WANDB_MODE", ""), environment.get("WANDB_PROJECT", "")
-    wanted = {"disabled": "off", "dryrun": "offline", "offline": "offline", "online": "online", "run": "online"}.get(mode, tracking.wandb)
+    wanted = {
+        "disabled": "off",
+        "dryrun": "offline",
+        "offline": "offline",
+        "online": "online",
+        "run": "online",
+    }.get(mode, tracking.wandb)
     order = ("off", "offline", "online")
     if order.index(wanted) < order.index(tracking.wandb):
         changes["wandb"] = wanted
@@ -60,22 +78,35 @@ def honoured(tracking: Tracking, environment: Mapping[str, str]) -> tuple[Tracki
             changes["project"] = project
             told.append(f"WANDB_PROJECT={project}: tracking.project is {project}")
         else:
-            told.append(f"WANDB_PROJECT={project} is not followed: the recipe says tracking.project={tracking.project}")
-    told += [f"{name} is not followed: the run's name and folder decide" for name in ("WANDB_NAME", "WANDB_RUN_ID") if environment.get(name)]
+            told.append(
+                f"WANDB_PROJECT={project} is not followed: the recipe says "
+                f"tracking.project={tracking.project}"
+            )
+    told += [
+        f"{name} is not followed: the run's name and folder decide"
+        for name in ("WANDB_NAME", "WANDB_RUN_ID")
+        if environment.get(name)
+    ]
     return tracking.model_copy(update=changes), told
 
 
 class WandbSink:
-    """Logs a run to wandb, online or offline. config: the resolved recipe and more; run_id: from stable_run_id; algorithm:
-    its job type and tag.
+    """Logs a run to wandb, online or offline. config: the resolved recipe and more; run_id: from
+    stable_run_id; algorithm: its job type and tag.
 
-    metrics.jsonl is the truth: where a run goes on, the rows of it that wandb does not have yet are logged first, and steps
-    that are played again after a crash are left out if wandb has them. An offline run has no earlier rows, so each start
-    records all of them again, and the newest recording alone is the whole run.
+    metrics.jsonl is the truth: where a run goes on, the rows of it that wandb does not have yet are logged
+    first, and steps that are played again after a crash are left out if wandb has them. An offline run has no
+    earlier rows, so each start records all of them again, and the newest recording alone is the whole run.
     """
 
     def __init__(
-        self, run_dir: Path, tracking: Tracking, run_name: str, config: Mapping[str, Any], run_id: str, algorithm: str | None = None
+        self,
+        run_dir: Path,
+        tracking: Tracking,
+        run_name: str,
+        config: Mapping[str, Any],
+        run_id: str,
+        algorithm: str | None = None,
     ) -> None:
         assert tracking.wandb != "off", "no sink is made then"
         self._dir, self._tracking, self._name, self._id = run_dir, tracking, run_name, run_id
@@ -88,7 +119,9 @@ class WandbSink:
 
     def open(self, note: Note) -> None:
         self._note = note
-        self._dir.mkdir(parents=True, exist_ok=True)  # else wandb writes to the temporary folder of the machine
+        self._dir.mkdir(
+            parents=True, exist_ok=True
+        )  # else wandb writes to the temporary folder of the machine
         self._run = self._start()
         self._guarded(_define_metrics)
         self._guarded(self._catch_up)
@@ -115,7 +148,9 @@ class WandbSink:
         # wandb gives up by itself at `limit`; the two seconds more are for when it does not
         failure = failed_within(lambda: run.finish(exit_code=int(failed)), limit + 2.0)
         if failure is not None:
-            self._note(f"wandb did not finish ({_reason(failure)}); what it recorded is in {run.settings.sync_dir}")
+            self._note(
+                f"wandb did not finish ({_reason(failure)}); what it recorded is in {run.settings.sync_dir}"
+            )
             _release(limit)
         elif run.settings.mode == "offline":
             self._note(f"wandb: recorded offline, upload it with `wandb sync {run.settings.sync_dir}`")
@@ -132,19 +167,26 @@ class WandbSink:
         self._logged = {name: int(run.summary.get(name, -1)) for name in self._logged}
         path = self._dir / "metrics.jsonl"
         for line in read_lines(path) if path.is_file() else ():
-            metrics = {name: math.nan if value is None else value for name, value in line.items() if name != "step"}
+            metrics = {
+                name: math.nan if value is None else value for name, value in line.items() if name != "step"
+            }
             self._log(int(line.get("step", 0)), metrics)
 
     def _start(self) -> "Run | None":
         """An online run where that works, else an offline one, else none."""
-        # names the service process of a parent, a notebook for one: the run would end with it, or never start if it has ended
+        # names the service process of a parent, a notebook for one: the run would end with it, or never start
+        # if it has ended
         os.environ.pop("WANDB_SERVICE", None)
         modes = ("online", "offline") if self._tracking.wandb == "online" else ("offline",)
         for mode in modes:
             try:
                 return self._init(mode)
-            except Exception as error:  # wandb has no common base class: mailbox, service and HTTP errors are plain ones
-                instead = "recording offline instead" if mode == "online" else "this run is not tracked by wandb"
+            except (
+                Exception
+            ) as error:  # wandb has no common base class: mailbox, service and HTTP errors are plain ones
+                instead = (
+                    "recording offline instead" if mode == "online" else "this run is not tracked by wandb"
+                )
                 self._note(f"wandb {mode} did not start ({_reason(error)}); {instead}")
                 _release(self._tracking.finish_timeout_s)
         return None
@@ -177,7 +219,8 @@ class WandbSink:
                 save_code=False,
                 disable_code=True,
                 disable_git=True,
-                x_disable_meta=True,  # the command line and the environment's packages; versions are in the config
+                # the command line and the environment's packages; versions are in the config
+                x_disable_meta=True,
             ),
         )
 
@@ -189,11 +232,15 @@ class WandbSink:
             act(self._run)
         except Exception as error:  # see _start
             self._taking = False
-            self._note(f"wandb stopped taking metrics ({_reason(error)}); the run goes on, metrics.jsonl has all of them")
+            self._note(
+                f"wandb stopped taking metrics ({_reason(error)}); the run goes on, metrics.jsonl has all "
+                "of them"
+            )
 
 
 def failed_within(action: Callable[[], None], seconds: float) -> Exception | None:
-    """Runs an action on a thread and waits so long: its failure, TimeoutError if it is still at it, None if it is done."""
+    """Runs an action on a thread and waits so long: its failure, TimeoutError if it is still at it, None if
+    it is done."""
     failures: list[Exception] = []
 
     def run() -> None:
@@ -211,7 +258,8 @@ def failed_within(action: Callable[[], None], seconds: float) -> Exception | Non
 
 
 def _release(seconds: float) -> None:
-    """Ends wandb's service process: it holds the id of a run that did not start or finish, and refuses a second try."""
+    """Ends wandb's service process: it holds the id of a run that did not start or finish, and refuses a
+    second try."""
     import wandb
 
     failed_within(wandb.teardown, seconds)
@@ -238,7 +286,10 @@ def _tables(samples: tuple[Sample, ...]) -> dict[str, Any]:
         rows = [s for s in samples if s.kind == kind][:TABLE_ROWS]
         scores = list(dict.fromkeys(score for s in rows for score in s.scores))
         if rows:
-            data: list[Any] = [[s.step, *(getattr(s, text) for text in texts), *(s.scores.get(score) for score in scores)] for s in rows]
+            data: list[Any] = [
+                [s.step, *(getattr(s, text) for text in texts), *(s.scores.get(score) for score in scores)]
+                for s in rows
+            ]
             logged[name] = Table(columns=["step", *texts, *scores], data=data)
     return logged
 

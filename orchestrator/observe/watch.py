@@ -10,7 +10,7 @@ from orchestrator.core.errors import Interrupted, OrchestratorError, OutOfMemory
 from orchestrator.core.files import is_evaluation, read_lines
 from orchestrator.core.reports import EvaluationReport, StepReport
 from orchestrator.observe.alerts import Alert, AlertRules
-from orchestrator.observe.goodput import Attempts
+from orchestrator.observe.goodput import StartLog
 from orchestrator.recipe.schema import Alerts
 
 GOES_ON = (Interrupted, WorkerLost, OutOfMemory)
@@ -20,9 +20,11 @@ GOES_ON = (Interrupted, WorkerLost, OutOfMemory)
 class Watch:
     """limits: None for no alerts; resume_step: that the run goes on from."""
 
-    def __init__(self, run_dir: Path, limits: Alerts | None, resume_step: int, attempts: Attempts | None = None) -> None:
+    def __init__(
+        self, run_dir: Path, limits: Alerts | None, resume_step: int, attempts: StartLog | None = None
+    ) -> None:
         self._metrics, self._resume_step = run_dir / "metrics.jsonl", resume_step
-        self._attempts = attempts or Attempts(run_dir)
+        self._attempts = attempts or StartLog(run_dir)
         self._rules = None if limits is None else AlertRules(limits)
         self._last = resume_step
 
@@ -46,7 +48,8 @@ class Watch:
         return self._alerts(report.step, report.metrics)
 
     def ended(self, error: BaseException | None) -> tuple[Alert, ...]:
-        """At the end of an attempt. error: that ended it; one that the user asked for, or that is tried again, is no alert."""
+        """At the end of an attempt. error: that ended it; one that the user asked for, or that is tried
+        again, is no alert."""
         if self._rules is None or not isinstance(error, Exception) or isinstance(error, GOES_ON):
             return ()
         text = error.what if isinstance(error, OrchestratorError) else f"{type(error).__name__}: {error}"
@@ -55,4 +58,8 @@ class Watch:
     def _alerts(self, step: int, metrics: Mapping[str, Any]) -> tuple[Alert, ...]:
         if self._rules is None:
             return ()
-        return self._rules.evaluation(EvaluationReport(step, metrics)) if is_evaluation(metrics) else self._rules.step(StepReport(step, metrics))
+        return (
+            self._rules.evaluation(EvaluationReport(step, metrics))
+            if is_evaluation(metrics)
+            else self._rules.step(StepReport(step, metrics))
+        )

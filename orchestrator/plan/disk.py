@@ -1,6 +1,6 @@
 """What a run folder takes of a disk: checkpoints by checkpoint.keep and checkpoint.final, and the export."""
 
-from orchestrator.algorithms.table import Algorithm, critic
+from orchestrator.algorithms.table import AlgorithmSpec, critic
 from orchestrator.core.format import size
 from orchestrator.models.rounding import FULL, may_be_too_coarse
 from orchestrator.models.source import export_dtype
@@ -13,14 +13,18 @@ STATE_BYTES = 12
 ELEMENT = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
-def checkpoint_bytes(recipe: Recipe, algorithm: Algorithm, sizes: Sizes) -> int:
-    """Of one checkpoint: the state of the policy (sizes: its parameters), TR-DPO's moving reference, and the state of PPO's critic."""
+def checkpoint_bytes(recipe: Recipe, algorithm: AlgorithmSpec, sizes: Sizes) -> int:
+    """Of one checkpoint: the state of the policy (sizes: its parameters), TR-DPO's moving reference, and the
+    state of PPO's critic."""
     total = STATE_BYTES * sizes.learns
     if recipe.algorithm.reference_sync_every is not None:
         total += (4 if recipe.learners.precision in ("fp32", "bf16_autocast") else 2) * sizes.all
     if algorithm.online is not None and algorithm.online.critic:
         model = recipe.critic.model or recipe.model.model_copy(update={"lora": None})
-        total += STATE_BYTES * model_sizes(recipe.model_copy(update={"model": model}), critic(recipe.algorithm)).learns
+        total += (
+            STATE_BYTES
+            * model_sizes(recipe.model_copy(update={"model": model}), critic(recipe.algorithm)).learns
+        )
     return total
 
 
@@ -33,12 +37,27 @@ def export_bytes(recipe: Recipe, sizes: Sizes) -> int:
     return whole + (4 * sizes.learns if recipe.export.lora != "merged" else 0)
 
 
-def in_words(recipe: Recipe, algorithm: Algorithm, sizes: Sizes) -> tuple[str, str]:
-    """(a checkpoint, how many of them and the export), for the plan. Example: "a checkpoint is 1.6 GB", "every 10m, at most 2 kept …"."""
-    saved, keep, every = checkpoint_bytes(recipe, algorithm, sizes), recipe.checkpoint.keep, recipe.checkpoint.every
-    when = "at the end only" if every is None else f"every {every}" if isinstance(every, str) else f"every {every} steps"
-    final = {"full": "", "weights": "; weights alone at the end", "none": "; none at the end"}[recipe.checkpoint.final]
+def in_words(recipe: Recipe, algorithm: AlgorithmSpec, sizes: Sizes) -> tuple[str, str]:
+    """(a checkpoint, how many of them and the export), for the plan. Example: "a checkpoint is 1.6 GB",
+    "every 10m, at most 2 kept …"."""
+    saved, keep, every = (
+        checkpoint_bytes(recipe, algorithm, sizes),
+        recipe.checkpoint.keep,
+        recipe.checkpoint.every,
+    )
+    when = (
+        "at the end only"
+        if every is None
+        else f"every {every}"
+        if isinstance(every, str)
+        else f"every {every} steps"
+    )
+    final = {"full": "", "weights": "; weights alone at the end", "none": "; none at the end"}[
+        recipe.checkpoint.final
+    ]
     exported = export_bytes(recipe, sizes)
     most = (keep + 1) * saved + exported
-    reason = f"{when}, {keep} kept{final}; export {size(exported)} ({recipe.export.dtype}); {size(most)} at most"
+    reason = (
+        f"{when}, {keep} kept{final}; export {size(exported)} ({recipe.export.dtype}); {size(most)} at most"
+    )
     return f"a checkpoint is {size(saved)}", reason

@@ -1,4 +1,5 @@
-"""What a run is planned for: machines with their memory, how fast they speak, and how many workers find room on them.
+"""What a run is planned for: machines with their memory, how fast they speak, and how many workers find room
+on them.
 
 this machine | facts of a cluster (measured) | a table of known devices  ->  Hardware  ->  plan/planner.py
 """
@@ -29,8 +30,8 @@ class Machine:
 
 @dataclass(frozen=True, slots=True)
 class Hardware:
-    """What is there. within, between: bytes per second that a worker sends to others on its node, and that a node sends to other
-    nodes; None: not known. source: where the numbers come from, e.g. "measured"."""
+    """What is there. within, between: bytes per second that a worker sends to others on its node, and that a
+    node sends to other nodes; None: not known. source: where the numbers come from, e.g. "measured"."""
 
     machines: tuple[Machine, ...]
     within: float | None = None
@@ -53,15 +54,16 @@ class Hardware:
         return self.between if len(self.machines) > 1 else self.within
 
     def room_for(self, group: WorkerGroup, others: Sequence[WorkerGroup] = ()) -> int:
-        """Workers of `group` that fit beside all `others`, each worker whole on one machine. NotEnoughResources where the
-        others do not fit themselves."""
+        """Workers of `group` that fit beside all `others`, each worker whole on one machine.
+        NotEnoughResources where the others do not fit themselves."""
         machines = list(self.machines)
         for other in sorted(others, key=lambda g: (-g.gpus, -g.cpus)):
             for _ in range(other.workers):
                 place = max(range(len(machines)), key=lambda i: machines[i].holds(other), default=None)
                 if place is None or not machines[place].holds(other):
                     raise NotEnoughResources(
-                        f"no machine has room for another of {other.workers} {other.what} ({_words(other)} each)",
+                        f"no machine has room for another of {other.workers} {other.what} ({_words(other)} "
+                        "each)",
                         why=str(self),
                         fix=f"set {other.what}.workers lower, or plan for more machines",
                     )
@@ -76,7 +78,9 @@ class Hardware:
             gpus = f", {m.gpus:g} GPUs of {m.gpu_memory / 1e9:.1f} GB" if m.gpus else ""
             kinds[f"{m.cpus:g} CPUs{gpus}"] = kinds.get(f"{m.cpus:g} CPUs{gpus}", 0) + 1
         listed = "; ".join(f"{count} × {kind}" for kind, count in kinds.items())
-        return f"{len(self.machines)} machine{'s' if len(self.machines) > 1 else ''}: {listed} ({self.source})"
+        return (
+            f"{len(self.machines)} machine{'s' if len(self.machines) > 1 else ''}: {listed} ({self.source})"
+        )
 
 
 def _words(group: WorkerGroup) -> str:
@@ -87,7 +91,9 @@ def this_machine() -> Hardware:
     """What this process sees."""
     gpus = visible_gpus()
     ram = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return Hardware((Machine(float(os.cpu_count() or 1), float(len(gpus)), ram, min(gpus, default=0), _bf16(len(gpus))),))
+    return Hardware(
+        (Machine(float(os.cpu_count() or 1), float(len(gpus)), ram, min(gpus, default=0), _bf16(len(gpus))),)
+    )
 
 
 def visible_gpus() -> list[int]:
@@ -106,8 +112,8 @@ def _bf16(gpus: int) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """A GPU by its data sheet. memory: bytes; link: bytes per second and direction to another GPU of the node (NVLink, else PCIe);
-    per_node: how many a usual machine has."""
+    """A GPU by its data sheet. memory: bytes; link: bytes per second and direction to another GPU of the node
+    (NVLink, else PCIe); per_node: how many a usual machine has."""
 
     memory: int
     link: float
@@ -133,13 +139,23 @@ CPUS_PER_GPU, RAM_PER_GPU = 12, 128_000_000_000
 """Of a usual GPU machine."""
 
 
-def imagined(nodes: int, gpu: str, gpus_per_node: int | None = None, network_gbit: float | None = None) -> Hardware:
-    """Machines that are not there. gpu: a name of DEVICES; network_gbit: between nodes, in Gbit/s. ConfigError for others."""
+def hypothetical_hardware(
+    nodes: int, gpu: str, gpus_per_node: int | None = None, network_gbit: float | None = None
+) -> Hardware:
+    """Machines that are not there. gpu: a name of DEVICES; network_gbit: between nodes, in Gbit/s.
+    ConfigError for others."""
     device = DEVICES.get(gpu.lower())
     if device is None:
-        raise ConfigError(f"--gpu {gpu} is not in the table", fix=f"use one of {', '.join(DEVICES)}, or plan --address on the real machines")
+        raise ConfigError(
+            f"--gpu {gpu} is not in the table",
+            fix=f"use one of {', '.join(DEVICES)}, or plan --address on the real machines",
+        )
     count = gpus_per_node or device.per_node
     machine = Machine(CPUS_PER_GPU * count, count, RAM_PER_GPU * count, device.memory)
     between = NETWORK if network_gbit is None else network_gbit * 1e9 / 8
-    assumed = f", {between * 8 / 1e9:g} Gbit/s between nodes {'assumed' if network_gbit is None else 'given'}" if nodes > 1 else ""
+    assumed = (
+        f", {between * 8 / 1e9:g} Gbit/s between nodes {'assumed' if network_gbit is None else 'given'}"
+        if nodes > 1
+        else ""
+    )
     return Hardware((machine,) * nodes, device.link, between, f"{gpu.lower()} by its data sheet{assumed}")

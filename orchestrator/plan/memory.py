@@ -1,11 +1,13 @@
-"""Predicted peak memory of a rank: the step's tensors followed without computing them, DeepSpeed's state by plan/state_bytes.py.
+"""Predicted peak memory of a rank: the step's tensors followed without computing them, DeepSpeed's state by
+plan/state_bytes.py.
 
     recipe --build_fake--> model without storage --largest micro-batch--> activations  ─┐
     parameter sizes, cut --state_bytes--> what DeepSpeed holds on the device and in RAM ─┴─> MemoryEstimate
 
-Forward and backward of the largest micro-batch run on tensors without storage while every new one is counted, so that
-each architecture, layout and the chunked head are counted as they are. Checked against the measured peak by
-tests/invariants/test_memory.py and benchmarks/seed_arithmetic.py, its state against DeepSpeed's by tests/invariants/test_state_bytes.py.
+Forward and backward of the largest micro-batch run on tensors without storage while every new one is counted,
+so that each architecture, layout and the chunked head are counted as they are. Checked against the measured
+peak by tests/invariants/test_memory.py and benchmarks/seed_arithmetic.py, its state against DeepSpeed's by
+tests/invariants/test_state_bytes.py.
 """
 
 from collections.abc import Iterable
@@ -18,11 +20,17 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from orchestrator.algorithms.table import Algorithm
+from orchestrator.algorithms.table import AlgorithmSpec
 from orchestrator.core.batches import Cut, MicroBatch
 from orchestrator.core.zero import PERSISTENT_ELEMENTS
 from orchestrator.models.dropout import as_used
-from orchestrator.models.forward import Checkpointing, MicroBatchTensors, ScoringModel, chunk_logits, scored
+from orchestrator.models.forward import (
+    Checkpointing,
+    MicroBatchTensors,
+    ScoringModel,
+    chunk_logits,
+    run_forward,
+)
 from orchestrator.models.load import build_fake, load_config, unreached
 from orchestrator.models.rope import pinned
 from orchestrator.models.unused import GroupedShapes
@@ -30,28 +38,35 @@ from orchestrator.plan.state_bytes import Held, Sizes, element_bytes, state_byte
 from orchestrator.recipe.schema import Recipe
 
 MALLOC_OVERHEAD = 0.4
-"""glibc's malloc keeps freed blocks between live ones: 1,533 MB resident where the tensors are 1,103 MB. Giving each
-block back at once (MALLOC_MMAP_THRESHOLD_) measures 1,099 MB and takes 1.4 times as long, so this is accepted and counted."""
+"""glibc's malloc keeps freed blocks between live ones: 1,533 MB resident where the tensors are 1,103 MB.
+Giving each block back at once (MALLOC_MMAP_THRESHOLD_) measures 1,099 MB and takes 1.4 times as long, so this
+is accepted and counted."""
 LIBRARY_BYTES = 8_000_000
-"""Buffers that the maths libraries keep on a CPU, as measured on the smallest micro-batches of the same benchmark."""
+"""Buffers that the maths libraries keep on a CPU, as measured on the smallest micro-batches of the same
+benchmark."""
 CONTEXT_BYTES, NCCL_BYTES = 1_000_000_000, 1_000_000_000
-"""Of a GPU, and counted by no allocator of torch: the CUDA context with its kernels (0.5 GB on H100) and the workspaces of cuBLAS and
-Triton; and, where ranks speak, the channels of NCCL (0.5 to 1.5 GB by topology). Estimates: not measured by us."""
+"""Of a GPU, and counted by no allocator of torch: the CUDA context with its kernels (0.5 GB on H100) and the
+workspaces of cuBLAS and Triton; and, where ranks speak, the channels of NCCL (0.5 to 1.5 GB by topology).
+Estimates: not measured by us."""
 PROCESS_RAM = 4_000_000_000
-"""RAM of a process that drives a GPU, beside tensors: torch's CUDA libraries, pinned staging buffers, Python. An estimate."""
+"""RAM of a process that drives a GPU, beside tensors: torch's CUDA libraries, pinned staging buffers, Python.
+An estimate."""
 DEPTHS = (2, 3, 4)
 """Layers of the models from which a deeper one of equal layers is extrapolated."""
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryEstimate:
-    """Bytes of one rank. weights, gradients, accumulators, master, moments: see StateBytes, without what is offloaded; activations: the
-    largest micro-batch's; logits: chunks of the head; gathered: parameters that ZeRO-3 has fetched; communication: buckets and the
-    copies that reductions make; stepping: what applying the step takes beyond a backward; reference: a live copy (TR-DPO);
-    runtime: what malloc, CUDA and NCCL hold beyond tensors.
+    """Bytes of one rank. weights, gradients, accumulators, master, moments: see StateBytes, without what is
+    offloaded; activations: the largest micro-batch's; logits: chunks of the head; gathered: parameters that
+    ZeRO-3 has fetched; communication: buckets and the copies that reductions make; stepping: what applying
+    the step takes beyond a backward; reference: a live copy (TR-DPO); runtime: what malloc, CUDA and NCCL
+    hold beyond tensors.
 
-    offloaded: state kept in RAM (of a GPU learner; a CPU learner's is memory like any other and part of the total); loading: the
-    most of the device while the model is loaded and partitioned; ram: the most of the machine's RAM that a GPU learner takes."""
+    offloaded: state kept in RAM (of a GPU learner; a CPU learner's is memory like any other and part of the
+    total); loading: the most of the device while the model is loaded and partitioned; ram: the most of the
+    machine's RAM that a GPU learner takes.
+    """
 
     weights: int
     gradients: int
@@ -88,7 +103,8 @@ class MemoryEstimate:
 
 @dataclass(frozen=True, slots=True)
 class Traffic:
-    """Bytes per rank and optimizer step: gradients into reductions, parameters gathered; per_reduction: of one of them."""
+    """Bytes per rank and optimizer step: gradients into reductions, parameters gathered; per_reduction: of
+    one of them."""
 
     reduced: int
     gathered: int
@@ -97,28 +113,36 @@ class Traffic:
 
 def parameter_sizes(scoring: ScoringModel) -> Sizes:
     parameters = list(scoring.parameters())
-    return Sizes(tuple(p.numel() for p in parameters if not p.requires_grad), tuple(p.numel() for p in parameters if p.requires_grad))
+    return Sizes(
+        tuple(p.numel() for p in parameters if not p.requires_grad),
+        tuple(p.numel() for p in parameters if p.requires_grad),
+    )
 
 
-def fake_model(recipe: Recipe, algorithm: Algorithm, mode: FakeTensorMode, layers: int | None = None) -> ScoringModel:
+def fake_model(
+    recipe: Recipe, algorithm: AlgorithmSpec, mode: FakeTensorMode, layers: int | None = None
+) -> ScoringModel:
     """The scoring model in the training precision, without storage; layers: instead of its own number."""
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(recipe.learners.precision, torch.float32)
-    model = build_fake(recipe.model, algorithm.head, dtype, mode, layers=layers, longest=recipe.data.max_length)
-    scoring = ScoringModel(model, head=algorithm.head, spec=algorithm.scores)
+    model = build_fake(
+        recipe.model, algorithm.head, dtype, mode, layers=layers, longest=recipe.data.max_length
+    )
+    scoring = ScoringModel(model, head=algorithm.head, spec=algorithm.head_spec)
     if algorithm.head == "lm" and recipe.learners.gpus:
         scoring.head.computes_as = "cuda"
     return scoring
 
 
-def model_sizes(recipe: Recipe, algorithm: Algorithm) -> Sizes:
+def model_sizes(recipe: Recipe, algorithm: AlgorithmSpec) -> Sizes:
     return parameter_sizes(fake_model(recipe, algorithm, FakeTensorMode(allow_non_fake_inputs=True)))
 
 
 class MemoryModel:
-    """The predictions for one recipe. Passes over models without storage take seconds, so each is made once: what a micro-batch keeps
-    alive depends on its shape and on the checkpointing, not on how state is partitioned."""
+    """The predictions for one recipe. Passes over models without storage take seconds, so each is made once:
+    what a micro-batch keeps alive depends on its shape and on the checkpointing, not on how state is
+    partitioned."""
 
-    def __init__(self, recipe: Recipe, algorithm: Algorithm) -> None:
+    def __init__(self, recipe: Recipe, algorithm: AlgorithmSpec) -> None:
         self.recipe, self.algorithm = recipe, algorithm
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         self.scoring = scoring = fake_model(recipe, algorithm, mode)
@@ -148,7 +172,11 @@ class MemoryModel:
         held = state_bytes(self.sizes, learners, cut)
         step = self._step_bytes(micro_batch, checkpointing)
         gpu, logits = bool(learners.gpus), self._logits(micro_batch)
-        runtime = CONTEXT_BYTES + (NCCL_BYTES if cut.workers > 1 else 0) if gpu else int(MALLOC_OVERHEAD * max(step, logits)) + LIBRARY_BYTES
+        runtime = (
+            CONTEXT_BYTES + (NCCL_BYTES if cut.workers > 1 else 0)
+            if gpu
+            else int(MALLOC_OVERHEAD * max(step, logits)) + LIBRARY_BYTES
+        )
         return MemoryEstimate(
             weights=held.device.weights,
             gradients=held.device.gradients,
@@ -168,37 +196,53 @@ class MemoryModel:
         )
 
     def _loading(self, cut: Cut, held: Held, element: int) -> int:
-        """The model comes whole and in fp32 to every rank, whatever the stage; then stages 1 and 2 copy what learns into one flat
-        tensor, and the fp32 master and sums are made beside it."""
+        """The model comes whole and in fp32 to every rank, whatever the stage; then stages 1 and 2 copy what
+        learns into one flat tensor, and the fp32 master and sums are made beside it."""
         whole = 4 * self.sizes.all
         if cut.zero_stage in (1, 2):
             early = held.device.accumulators if cut.zero_stage == 1 and element == 2 else 0
-            return max(whole, element * (self.sizes.all + self.sizes.learns), held.device.weights + held.device.master + early)
+            return max(
+                whole,
+                element * (self.sizes.all + self.sizes.learns),
+                held.device.weights + held.device.master + early,
+            )
         return whole
 
     def _step_bytes(self, micro_batch: MicroBatch, checkpointing: Checkpointing) -> int:
         """Peak of forward + backward beyond parameters and their accumulated gradients.
 
-        At any moment a pass holds so much per layer whose output is still needed, and so much besides: a line over the number of
-        layers. The steepest line is that of the moment when all layers are held. So where the peak grows by the same step, above
-        zero, from 2 to 3 to 4 equal layers, it goes on like that exactly."""
-        shape = (micro_batch.input_ids.shape, micro_batch.tokens, len(micro_batch.targets), len(micro_batch.last_at))
+        At any moment a pass holds so much per layer whose output is still needed, and so much besides: a line
+        over the number of layers. The steepest line is that of the moment when all layers are held. So where
+        the peak grows by the same step, above zero, from 2 to 3 to 4 equal layers, it goes on like that
+        exactly.
+        """
+        shape = (
+            micro_batch.input_ids.shape,
+            micro_batch.tokens,
+            len(micro_batch.targets),
+            len(micro_batch.last_at),
+        )
         key = (checkpointing, micro_batch.layout, micro_batch.one_row, *shape)
         if key not in self._steps:
             self._steps[key] = self._followed(micro_batch, checkpointing)
         return self._steps[key]
 
     def _followed(self, micro_batch: MicroBatch, checkpointing: Checkpointing) -> int:
-        """A prediction is advice: what cannot be followed without computing it (loops over what a router chose, say) is estimated, the
-        plan says so, and the probe step decides."""
+        """A prediction is advice: what cannot be followed without computing it (loops over what a router
+        chose, say) is estimated, the plan says so, and the probe step decides."""
         if not self.unpredicted:
             try:
                 return self._extrapolated(micro_batch, checkpointing)
             except Exception as error:
-                self.unpredicted = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:160] if str(error).strip() else 'no message'}"
+                self.unpredicted = (
+                    f"{type(error).__name__}: "
+                    f"{str(error).strip().splitlines()[0][:160] if str(error).strip() else 'no message'}"
+                )
                 self._fakes.clear()
         element = element_bytes(self.recipe.learners)
-        return self._shape.bytes(micro_batch.input_ids.size, element, checkpointing) + self._logits(micro_batch)
+        return self._shape.bytes(micro_batch.input_ids.size, element, checkpointing) + self._logits(
+            micro_batch
+        )
 
     def _logits(self, micro_batch: MicroBatch) -> int:
         """Of the head; none where the model has another one."""
@@ -218,17 +262,21 @@ class MemoryModel:
             self._fakes[layers] = fake_model(self.recipe, self.algorithm, mode, layers), mode
         scoring, mode = self._fakes[layers]
         scoring.checkpoint(checkpointing)
-        return step_bytes(scoring, micro_batch, mode, autocast=self.recipe.learners.precision == "bf16_autocast")
+        return step_bytes(
+            scoring, micro_batch, mode, autocast=self.recipe.learners.precision == "bf16_autocast"
+        )
 
     def traffic(self, cut: Cut, micro_batches: int) -> Traffic:
-        """What a rank sends in one step of `micro_batches`; compared with the counted bytes by tests/invariants."""
+        """What a rank sends in one step of `micro_batches`; compared with the counted bytes by
+        tests/invariants."""
         return traffic(self.recipe, self.sizes, cut, micro_batches)
 
 
 @dataclass(frozen=True, slots=True)
 class LayerShape:
-    """What a formula for activations needs. layers: of the model; hidden: width of the residual stream; inner: of what a layer computes
-    for a token between its inputs and outputs, from the weights that it multiplies."""
+    """What a formula for activations needs. layers: of the model; hidden: width of the residual stream;
+    inner: of what a layer computes for a token between its inputs and outputs, from the weights that it
+    multiplies."""
 
     layers: int
     hidden: int
@@ -239,23 +287,36 @@ class LayerShape:
         config: Any = scoring.hugging_face.config.get_text_config()
         embedding: Any = scoring.hugging_face.get_input_embeddings()
         hidden = int(embedding.weight.shape[-1])
-        sizes = (getattr(config, name, None) for name in ("intermediate_size", "moe_intermediate_size", "ffn_dim"))
+        sizes = (
+            getattr(config, name, None) for name in ("intermediate_size", "moe_intermediate_size", "ffn_dim")
+        )
         inner = max((s for s in sizes if isinstance(s, int)), default=4 * hidden)
         chosen = getattr(config, "num_experts_per_tok", None)
-        return cls(getattr(config, "num_hidden_layers", None) or 1, hidden, inner * (chosen if isinstance(chosen, int) else 1))
+        return cls(
+            getattr(config, "num_hidden_layers", None) or 1,
+            hidden,
+            inner * (chosen if isinstance(chosen, int) else 1),
+        )
 
     def bytes(self, positions: int, element: int, checkpointing: Checkpointing) -> int:
-        """Of a step's activations: inputs of every product, norm and activation of a layer (about 14 times the residual stream and
-        4 times the inner width), about half of them where only products are kept, one layer's where only its inputs are."""
+        """Of a step's activations: inputs of every product, norm and activation of a layer (about 14 times
+        the residual stream and 4 times the inner width), about half of them where only products are kept, one
+        layer's where only its inputs are."""
         layer = 14 * self.hidden + 4 * self.inner
-        kept = {"none": self.layers * layer, "selective": self.layers * layer // 2 + layer, "full": self.layers * self.hidden + layer}
+        kept = {
+            "none": self.layers * layer,
+            "selective": self.layers * layer // 2 + layer,
+            "full": self.layers * self.hidden + layer,
+        }
         return positions * element * kept[checkpointing]
 
 
 def _layers_are_equal(config: Any) -> bool:
     """False where layers differ in kind, or may (mixtures of experts have dense layers in between)."""
     kinds = set(getattr(config, "layer_types", None) or ())
-    return len(kinds) <= 1 and not any("expert" in name or name in ("mlp_only_layers", "sliding_window_pattern") for name in config.to_dict())
+    return len(kinds) <= 1 and not any(
+        "expert" in name or name in ("mlp_only_layers", "sliding_window_pattern") for name in config.to_dict()
+    )
 
 
 class _LiveBytes(TorchDispatchMode):
@@ -289,8 +350,11 @@ class _LiveBytes(TorchDispatchMode):
             self.peak = max(self.peak, self._now)
 
 
-def step_bytes(scoring: ScoringModel, micro_batch: MicroBatch, mode: FakeTensorMode, *, autocast: bool) -> int:
-    """Peak of forward + backward beyond parameters and their accumulated gradients. scoring: tensors of `mode`."""
+def step_bytes(
+    scoring: ScoringModel, micro_batch: MicroBatch, mode: FakeTensorMode, *, autocast: bool
+) -> int:
+    """Peak of forward + backward beyond parameters and their accumulated gradients. scoring: tensors of
+    `mode`."""
     as_used(scoring)
     scoring.dropout.at(0, 0)
     live = _LiveBytes()
@@ -299,7 +363,9 @@ def step_bytes(scoring: ScoringModel, micro_batch: MicroBatch, mode: FakeTensorM
             parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
         live.ignore(p for owner in scoring.parameters() for p in (owner, owner.grad) if p is not None)
         with live, GroupedShapes(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            scored(scoring, MicroBatchTensors.of(micro_batch, torch.device("cpu"))).values.sum().backward()
+            run_forward(
+                scoring, MicroBatchTensors.of(micro_batch, torch.device("cpu"))
+            ).values.sum().backward()
     return live.peak
 
 

@@ -8,7 +8,7 @@ The plan may change how fast a step is, never what it computes.
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from orchestrator.algorithms.table import Algorithm, build, kl_notes
+from orchestrator.algorithms.table import AlgorithmSpec, build, kl_notes
 from orchestrator.core.batches import Cut, Layout, PackedBatch, Sync
 from orchestrator.core.errors import ConfigError, NotEnoughResources
 from orchestrator.core.format import size
@@ -41,8 +41,10 @@ from orchestrator.recipe.schema import ONLINE, Recipe
 
 CHECKPOINTING_REASONS: dict[Checkpointing, str] = {
     "none": "activations fit the memory: nothing is computed again",
-    "selective": "matrix products and attention are kept, the rest is computed again: a few per cent of a step, for larger micro-batches",
-    "full": "only the inputs of layers are kept: a third more to compute, for micro-batches that would not fit or would be too small",
+    "selective": "matrix products and attention are kept, the rest is computed again: a few per cent of a "
+    "step, for larger micro-batches",
+    "full": "only the inputs of layers are kept: a third more to compute, for micro-batches that would not "
+    "fit or would be too small",
 }
 BAD_REASONS = 3
 """That a plan names."""
@@ -66,9 +68,9 @@ class Choice:
 
 @dataclass(frozen=True, slots=True)
 class DataReport:
-    """What the data turned into. histogram: (upper bound in tokens, rows) over equal bins of the lengths. unused: columns of the rows
-    that no part of the run reads; notes: what else there is to know; turns: rows of the truncated that lost their oldest turns whole;
-    reasons: of the bad rows, equal ones together."""
+    """What the data turned into. histogram: (upper bound in tokens, rows) over equal bins of the lengths.
+    unused: columns of the rows that no part of the run reads; notes: what else there is to know; turns: rows
+    of the truncated that lost their oldest turns whole; reasons: of the bad rows, equal ones together."""
 
     rows: int
     bad: tuple[str, ...]
@@ -90,9 +92,9 @@ class DataReport:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """All that `orchestrator plan` shows. recipe: with activation_checkpointing decided; memory_limit, ram_limit: bytes that a rank may
-    use of its device, and a GPU learner of the machine's RAM; mean_length: tokens, for FLOPs; parameters: of the model;
-    warnings: what makes no sense, see plan/sense.py."""
+    """All that `orchestrator plan` shows. recipe: with activation_checkpointing decided; memory_limit,
+    ram_limit: bytes that a rank may use of its device, and a GPU learner of the machine's RAM; mean_length:
+    tokens, for FLOPs; parameters: of the model; warnings: what makes no sense, see plan/sense.py."""
 
     recipe: Recipe
     algorithm: str
@@ -125,7 +127,16 @@ class Plan:
         return self.algorithm in ONLINE
 
     def to_json(self) -> dict[str, Any]:
-        plain = ("algorithm", "micro_batches", "total_steps", "arithmetic", "nearest", "memory_limit", "ram_limit", "mean_length")
+        plain = (
+            "algorithm",
+            "micro_batches",
+            "total_steps",
+            "arithmetic",
+            "nearest",
+            "memory_limit",
+            "ram_limit",
+            "mean_length",
+        )
         return {
             **{name: getattr(self, name) for name in plain},
             "cut": asdict(self.cut),
@@ -140,8 +151,11 @@ class Plan:
         }
 
 
-def make_plan(recipe: Recipe, algorithm: Algorithm, data: DataSet, hardware: Hardware | None = None) -> Plan:
-    """The plan of a run on `hardware`, or on this machine; ConfigError or NotEnoughResources where it could not work."""
+def make_plan(
+    recipe: Recipe, algorithm: AlgorithmSpec, data: DataSet, hardware: Hardware | None = None
+) -> Plan:
+    """The plan of a run on `hardware`, or on this machine; ConfigError or NotEnoughResources where it could
+    not work."""
     hardware = hardware or this_machine()
     _check(recipe, algorithm.group_examples)
     learners = f"{recipe.learners.count} learner{'s' if recipe.learners.count > 1 else ''}"
@@ -157,7 +171,9 @@ def make_plan(recipe: Recipe, algorithm: Algorithm, data: DataSet, hardware: Har
     micro_batches = len(first.micro_batches[0])
     sent = work.model.traffic(cut, micro_batches)
     choices += _communication(hardware, cut, sent)
-    choices += [Choice(note.name, note.value, note.reason) for note in advise(recipe, algorithm, work.model, data)]
+    choices += [
+        Choice(note.name, note.value, note.reason) for note in advise(recipe, algorithm, work.model, data)
+    ]
     return Plan(
         recipe=recipe,
         algorithm=algorithm.name,
@@ -185,10 +201,15 @@ def _check(recipe: Recipe, share: int) -> None:
         raise ConfigError(
             f"batch.effective={effective} cannot be cut over learners.workers={learners.count}",
             why="every worker needs at least one example of each optimizer step",
-            fix=f"set learners.workers to {effective // share} or fewer, or batch.effective to {learners.count * share} or more",
+            fix=f"set learners.workers to {effective // share} or fewer, or batch.effective to "
+            f"{learners.count * share} or more",
         )
     if learners.precision == "fp16" and not learners.gpus:
-        raise ConfigError("learners.precision=fp16 needs a GPU", why="DeepSpeed has no fp16 on a CPU", fix="use fp32, bf16 or bf16_autocast")
+        raise ConfigError(
+            "learners.precision=fp16 needs a GPU",
+            why="DeepSpeed has no fp16 on a CPU",
+            fix="use fp32, bf16 or bf16_autocast",
+        )
     low = learners.precision in ("bf16", "fp16")
     if low and learners.zero_stage == 0:
         raise ConfigError(
@@ -217,7 +238,9 @@ def _check_sync(sync: Sync, stage: int, precision: str) -> None:
     if sync not in LEGAL_SYNC[stage]:
         raise ConfigError(
             f"learners.sync={sync} is not possible at ZeRO stage {stage}",
-            why="partitioned gradients cannot be held back whole" if sync == "no_sync" else "DeepSpeed refuses it",
+            why="partitioned gradients cannot be held back whole"
+            if sync == "no_sync"
+            else "DeepSpeed refuses it",
             fix=f"use one of {', '.join(LEGAL_SYNC[stage])}, or auto",
         )
     if sync == "coalesced" and precision in ("bf16", "fp16"):
@@ -228,7 +251,7 @@ def _check_sync(sync: Sync, stage: int, precision: str) -> None:
         )
 
 
-def _layout(recipe: Recipe, algorithm: Algorithm, choices: list[Choice]) -> Layout:
+def _layout(recipe: Recipe, algorithm: AlgorithmSpec, choices: list[Choice]) -> Layout:
     config = load_config(recipe.model)
     can = capabilities(config.get_text_config())
     wanted = recipe.batch.layout
@@ -236,7 +259,11 @@ def _layout(recipe: Recipe, algorithm: Algorithm, choices: list[Choice]) -> Layo
     best: Layout = "prefix_shared" if shares else ("packed" if recipe.learners.gpus else "padded")
     if wanted != "auto":
         if wanted not in can.layouts:
-            raise ConfigError(f"batch.layout={wanted} is not possible", why=can.reason, fix="set batch.layout=auto or padded")
+            raise ConfigError(
+                f"batch.layout={wanted} is not possible",
+                why=can.reason,
+                fix="set batch.layout=auto or padded",
+            )
         choices.append(Choice("layout", wanted, "set in the recipe"))
         return wanted
     if best not in can.layouts:
@@ -258,15 +285,21 @@ def _one_row(recipe: Recipe, layout: Layout) -> bool:
 
 
 def _fit(work: Work, layout: Layout, choices: list[Choice]) -> Way:
-    """What takes least time by estimate of all that fits: where gradients and parameters lie, and what is computed again."""
+    """What takes least time by estimate of all that fits: where gradients and parameters lie, and what is
+    computed again."""
     learners = work.recipe.learners
     ways, modes = ways_of(work.recipe), modes_of(work.recipe, work.model.checkpoints)
-    whole = [Cut(learners.count, None, None, layout, stage, sync, one_row=_one_row(work.recipe, layout)) for stage, sync in ways]
+    whole = [
+        Cut(learners.count, None, None, layout, stage, sync, one_row=_one_row(work.recipe, layout))
+        for stage, sync in ways
+    ]
     best, possible = None, []
     for mode in modes:
         for index, cut in enumerate(whole):
             if best is not None and work.least_seconds(cut, mode) >= best.seconds:
-                possible.append(index)  # it may fit, and cannot be quicker: its memory is not looked at, which takes seconds
+                possible.append(
+                    index
+                )  # it may fit, and cannot be quicker: its memory is not looked at, which takes seconds
             elif (found := work.largest(cut, mode)) is not None:
                 possible.append(index)
                 best = found if best is None or found.seconds < best.seconds else best
@@ -279,11 +312,26 @@ def _fit(work: Work, layout: Layout, choices: list[Choice]) -> Way:
         if at == 0
         else "what needs fewer bytes on the wire does not fit the memory"
         if at == lowest
-        else "quicker by estimate than a lower stage, which leaves room for smaller micro-batches or has to compute more again"
+        else "quicker by estimate than a lower stage, which leaves room for smaller micro-batches or has to "
+        "compute more again"
     )
-    choices.append(Choice("ZeRO stage", str(cut.zero_stage), why if learners.zero_stage == "auto" else "set in the recipe"))
-    choices.append(Choice("sync", cut.sync, ("set in the recipe; " if learners.sync != "auto" else "") + SYNC_REASONS[cut.sync]))
-    why = "set in the recipe" if learners.activation_checkpointing != "auto" else CHECKPOINTING_REASONS[best.checkpointing]
+    choices.append(
+        Choice(
+            "ZeRO stage", str(cut.zero_stage), why if learners.zero_stage == "auto" else "set in the recipe"
+        )
+    )
+    choices.append(
+        Choice(
+            "sync",
+            cut.sync,
+            ("set in the recipe; " if learners.sync != "auto" else "") + SYNC_REASONS[cut.sync],
+        )
+    )
+    why = (
+        "set in the recipe"
+        if learners.activation_checkpointing != "auto"
+        else CHECKPOINTING_REASONS[best.checkpointing]
+    )
     choices.append(Choice("checkpointing", best.checkpointing, why))
     choices.append(_micro_batch_choice(work.recipe, cut))
     return best
@@ -296,19 +344,31 @@ def _too_large(memory: MemoryEstimate, limits: Limits) -> NotEnoughResources:
         "learners.activation_checkpointing=full, or learners.offload.optimizer=cpu"
     )
     if memory.ram > limits.ram:
-        why = f"{size(memory.ram)} of RAM for each, to load the model in fp32 or to keep {size(memory.offloaded)} offloaded"
-        return NotEnoughResources(f"a worker may use {size(limits.ram)} of the machine's RAM", why=why, fix="fewer workers on a machine, or more RAM")
+        why = (
+            f"{size(memory.ram)} of RAM for each, to load the model in fp32 or to keep "
+            f"{size(memory.offloaded)} offloaded"
+        )
+        return NotEnoughResources(
+            f"a worker may use {size(limits.ram)} of the machine's RAM",
+            why=why,
+            fix="fewer workers on a machine, or more RAM",
+        )
     if memory.total <= limits.device:
         why = "it comes whole and in fp32 to every worker before DeepSpeed partitions it"
         return NotEnoughResources(
-            f"loading the model takes {size(memory.loading)} of a worker, it may use {size(limits.device)}", why=why, fix="larger devices"
+            f"loading the model takes {size(memory.loading)} of a worker, it may use {size(limits.device)}",
+            why=why,
+            fix="larger devices",
         )
-    return NotEnoughResources(f"a worker needs about {size(memory.total)}, it may use {size(limits.device)}", why=parts, fix=fix)
+    return NotEnoughResources(
+        f"a worker needs about {size(memory.total)}, it may use {size(limits.device)}", why=parts, fix=fix
+    )
 
 
 def finer_cut(plan: Plan, data: DataSet, cut: Cut) -> Cut:
-    """The cut to try where `cut` took more memory than was predicted: smaller micro-batches, and where they cannot be smaller the next
-    way to partition that fits by prediction. None of it changes a result. NotEnoughResources where nothing is left."""
+    """The cut to try where `cut` took more memory than was predicted: smaller micro-batches, and where they
+    cannot be smaller the next way to partition that fits by prediction. None of it changes a result.
+    NotEnoughResources where nothing is left."""
     recipe, steps = plan.recipe, first_steps(data)
     now, finer = largest_micro_batch(steps, cut).positions, cut.halved()
     while finer != cut and largest_micro_batch(steps, finer).positions >= now and finer != finer.halved():
@@ -326,9 +386,12 @@ def finer_cut(plan: Plan, data: DataSet, cut: Cut) -> Cut:
         if limits.hold(found) and found.total < memory.total:
             return other
     raise NotEnoughResources(
-        f"the smallest micro-batch, {now} positions, does not fit at ZeRO {cut.zero_stage} ({cut.sync}), and no other way to partition is left",
-        why=", ".join(f"{name} {size(value)}" for name, value in memory.parts.items() if value) + f" by prediction, of {size(limits.device)}",
-        fix="more learners.workers, learners.activation_checkpointing=full, learners.offload.optimizer=cpu, or a shorter data.max_length",
+        f"the smallest micro-batch, {now} positions, does not fit at ZeRO {cut.zero_stage} ({cut.sync}), "
+        "and no other way to partition is left",
+        why=", ".join(f"{name} {size(value)}" for name, value in memory.parts.items() if value)
+        + f" by prediction, of {size(limits.device)}",
+        fix="more learners.workers, learners.activation_checkpointing=full, learners.offload.optimizer=cpu, "
+        "or a shorter data.max_length",
     )
 
 
@@ -338,8 +401,13 @@ def _communication(hardware: Hardware, cut: Cut, sent: Traffic) -> list[Choice]:
         return []
     share = 2 * (cut.workers - 1) / cut.workers  # an all-reduce sends and receives each byte about twice
     seconds = (share * sent.reduced + share / 2 * sent.gathered) / hardware.link
-    where = f"between {len(hardware.machines)} machines" if len(hardware.machines) > 1 else "within the machine"
-    what = f"{size(sent.reduced)} reduced, {size(sent.gathered)} gathered, {hardware.link / 1e9:.3g} GB/s {where} ({hardware.source})"
+    where = (
+        f"between {len(hardware.machines)} machines" if len(hardware.machines) > 1 else "within the machine"
+    )
+    what = (
+        f"{size(sent.reduced)} reduced, {size(sent.gathered)} gathered, {hardware.link / 1e9:.3g} GB/s "
+        f"{where} ({hardware.source})"
+    )
     return [Choice("communication", f"at least {seconds:.3g} s a step", what)]
 
 
@@ -348,13 +416,19 @@ def _micro_batch_choice(recipe: Recipe, cut: Cut) -> Choice:
         return Choice("micro-batch", f"{cut.examples} examples", "set in the recipe")
     if recipe.batch.micro_batch_tokens is not None:
         return Choice("micro-batch", f"{cut.positions} positions", "set in the recipe")
-    return Choice("micro-batch", f"{cut.positions} positions", "fits the predicted memory, which a probe checks where it is tight")
+    return Choice(
+        "micro-batch",
+        f"{cut.positions} positions",
+        "fits the predicted memory, which a probe checks where it is tight",
+    )
 
 
-def _arithmetic(effective: int, cut: Cut, first: PackedBatch, algorithm: Algorithm) -> str:
+def _arithmetic(effective: int, cut: Cut, first: PackedBatch, algorithm: AlgorithmSpec) -> str:
     """Example: 256 pairs = 2 workers x 16 micro-batches x 8 pairs."""
     count = len(first.micro_batches[0])
-    unit = {"pair": "pairs", "token": "examples", "example": "examples", "sequence": "completions"}[algorithm.per]
+    unit = {"pair": "pairs", "token": "examples", "example": "examples", "sequence": "completions"}[
+        algorithm.loss_unit
+    ]
     workers = f"{cut.workers} worker{'s' if cut.workers > 1 else ''}"
     batches = f"{count} micro-batch{'es' if count > 1 else ''}"
     each = None if cut.examples is None else cut.examples * algorithm.group_examples
@@ -365,7 +439,8 @@ def _arithmetic(effective: int, cut: Cut, first: PackedBatch, algorithm: Algorit
 
 
 def _nearest(effective: int, cut: Cut, share: int) -> tuple[int, ...]:
-    """Effective batches next to this one that divide evenly into full micro-batches; empty where it does itself."""
+    """Effective batches next to this one that divide evenly into full micro-batches; empty where it does
+    itself."""
     if cut.examples is None or effective % (unit := cut.workers * cut.examples * share) == 0:
         return ()
     below = effective // unit * unit

@@ -22,11 +22,14 @@ class Settled:
 
 
 def settle(recipe: Recipe, hardware: Hardware) -> tuple[Recipe, tuple[Settled, ...]]:
-    """The recipe with a value for every `auto` of gpus_per_worker, precision and rollouts.workers, each with its reason."""
+    """The recipe with a value for every `auto` of gpus_per_worker, precision and rollouts.workers, each with
+    its reason."""
     learners, rollouts, notes = dict[str, Any](), dict[str, Any](), list[Settled]()
     online = recipe.algorithm.name in ONLINE
     if recipe.learners.gpus_per_worker == "auto":
-        learners["gpus_per_worker"] = gpus = _gpus(recipe, hardware, recipe.rollouts.gpus_per_worker) if hardware.has_gpus else 0.0
+        learners["gpus_per_worker"] = gpus = (
+            _gpus(recipe, hardware, recipe.rollouts.gpus_per_worker) if hardware.has_gpus else 0.0
+        )
         notes.append(Settled("GPUs per worker", f"{gpus:g}", _why(gpus)))
     has = learners.get("gpus_per_worker", recipe.learners.gpus_per_worker)
     if online and recipe.rollouts.gpus_per_worker == "auto":
@@ -44,7 +47,10 @@ def settle(recipe: Recipe, hardware: Hardware) -> tuple[Recipe, tuple[Settled, .
 
 
 def _with(recipe: Recipe, learners: dict[str, Any], rollouts: dict[str, Any]) -> Recipe:
-    changed = {"learners": recipe.learners.model_copy(update=learners), "rollouts": recipe.rollouts.model_copy(update=rollouts)}
+    changed = {
+        "learners": recipe.learners.model_copy(update=learners),
+        "rollouts": recipe.rollouts.model_copy(update=rollouts),
+    }
     return recipe.model_copy(update=changed)
 
 
@@ -56,7 +62,11 @@ def _gpus(recipe: Recipe, hardware: Hardware, beside: float | str) -> float:
 
 
 def _why(gpus: float) -> str:
-    return ("a whole one" if gpus == 1 else "shared by a learner and an actor") if gpus else "the machines have none: on the CPU"
+    return (
+        ("a whole one" if gpus == 1 else "shared by a learner and an actor")
+        if gpus
+        else "the machines have none: on the CPU"
+    )
 
 
 def _precision(recipe: Recipe, hardware: Hardware, *, on_gpu: bool) -> tuple[str, str]:
@@ -65,42 +75,61 @@ def _precision(recipe: Recipe, hardware: Hardware, *, on_gpu: bool) -> tuple[str
     if not all(m.bf16 for m in hardware.machines if m.gpus):
         return "fp32", "not every GPU computes in bf16 (compute capability below 8.0)"
     if recipe.learners.zero_stage == 0:
-        return "bf16_autocast", "the GPUs compute in bf16, and at ZeRO stage 0 only autocast accumulates in fp32"
+        return (
+            "bf16_autocast",
+            "the GPUs compute in bf16, and at ZeRO stage 0 only autocast accumulates in fp32",
+        )
     return "bf16", "the GPUs compute in it; master weights and accumulation stay in fp32"
 
 
 def _actors(recipe: Recipe, hardware: Hardware) -> tuple[int, str]:
-    """Rollout actors: colocated as many as there are learners, or pairs; separate half of what there is room for, one at least."""
+    """Rollout actors: colocated as many as there are learners, or pairs; separate half of what there is room
+    for, one at least."""
     learners, rollouts = recipe.learners, recipe.rollouts
     at_most = rollouts.prompts  # an actor without a prompt has nothing to do
     if rollouts.placement == "colocated":
         if learners.workers != "auto":
             return learners.workers, "one beside each learner"
-        pair = WorkerGroup("pairs", 0, learners.cpus_per_worker + rollouts.cpus_per_worker, learners.gpus + rollouts.gpus)
+        pair = WorkerGroup(
+            "pairs", 0, learners.cpus_per_worker + rollouts.cpus_per_worker, learners.gpus + rollouts.gpus
+        )
         share = max(1, recipe.batch.effective // rollouts.samples)
-        return max(1, min(hardware.room_for(pair), at_most, share)), "as many pairs of a learner and an actor as there is room for"
+        return max(
+            1, min(hardware.room_for(pair), at_most, share)
+        ), "as many pairs of a learner and an actor as there is room for"
     alone = WorkerGroup("rollouts", 0, rollouts.cpus_per_worker, rollouts.gpus)
-    return max(1, min(hardware.room_for(alone) // 2, at_most)), "half of what there is room for: the other half learns"
+    return max(
+        1, min(hardware.room_for(alone) // 2, at_most)
+    ), "half of what there is room for: the other half learns"
 
 
 def one_gpu_each(recipe: Recipe) -> None:
-    """ConfigError where a process is given more than the one GPU that it computes on: the rest would be reserved and lie idle."""
+    """ConfigError where a process is given more than the one GPU that it computes on: the rest would be
+    reserved and lie idle."""
     asked = {
         "learners.gpus_per_worker": recipe.learners.gpus,
         "critic.gpus_per_worker": recipe.critic.gpus_per_worker,
         "rollouts.gpus_per_worker": recipe.rollouts.gpus,
-        **{f"rewards.functions, gpus of {function.name}": function.gpus for function in recipe.rewards.functions},
+        **{
+            f"rewards.functions, gpus of {function.name}": function.gpus
+            for function in recipe.rewards.functions
+        },
     }
     for key, gpus in asked.items():
         if gpus > 1:
             raise ConfigError(
                 f"{key} is {gpus:g}, and a worker computes on one GPU",
-                why="each worker is one process on one device; what is beyond it would be reserved and lie idle",
-                fix="set it to 1, or to a part of a GPU such as 0.5, and take more workers: the effective batch stays as it is",
+                why="each worker is one process on one device; what is beyond it would be reserved and lie "
+                "idle",
+                fix="set it to 1, or to a part of a GPU such as 0.5, and take more workers: the effective "
+                "batch stays as it is",
             )
     beside = recipe.rollouts.gpus if recipe.rollouts.placement == "colocated" else 0.0
     learners, critic = recipe.learners, recipe.critic
-    ranks = (("learners", learners.count, learners.gpus, beside), ("critic", critic.workers, critic.gpus_per_worker, 0.0))
+    ranks = (
+        ("learners", learners.count, learners.gpus, beside),
+        ("critic", critic.workers, critic.gpus_per_worker, 0.0),
+    )
     for section, workers, gpus, others in ranks:
         if workers > 1 and gpus > 0 and gpus + others <= 0.5:
             raise ConfigError(

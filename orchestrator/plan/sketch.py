@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from orchestrator.algorithms.table import Algorithm
+from orchestrator.algorithms.table import AlgorithmSpec
 from orchestrator.core.batches import Branch, Ints, SequenceGroup
 from orchestrator.core.errors import ConfigError
 from orchestrator.core.rollouts import Prompt
@@ -18,7 +18,8 @@ from orchestrator.recipe.schema import Recipe
 STEPS = 8
 """Effective batches of rows that are made up."""
 SPREAD = 3.0
-"""Of the lengths: those of a gamma distribution with this shape, a long tail like that of most preference data."""
+"""Of the lengths: those of a gamma distribution with this shape, a long tail like that of most preference
+data."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +36,16 @@ class Lengths:
     def parse(cls, text: str) -> "Lengths":
         """From MEAN,MAX; ConfigError for anything else."""
         parts = text.split(",")
-        if len(parts) != 2 or not all(p.strip().isdigit() for p in parts) or not 2 <= int(parts[0]) <= int(parts[1]):
-            raise ConfigError(f"--lengths {text} is not MEAN,MAX", why="tokens of a prompt and one completion", fix="write e.g. --lengths 900,2048")
+        if (
+            len(parts) != 2
+            or not all(p.strip().isdigit() for p in parts)
+            or not 2 <= int(parts[0]) <= int(parts[1])
+        ):
+            raise ConfigError(
+                f"--lengths {text} is not MEAN,MAX",
+                why="tokens of a prompt and one completion",
+                fix="write e.g. --lengths 900,2048",
+            )
         return cls(int(parts[0]), int(parts[1]))
 
     def draw(self, count: int, seed: int) -> Ints:
@@ -47,13 +56,17 @@ class Lengths:
         return lengths
 
 
-def made_up(recipe: Recipe, algorithm: Algorithm, lengths: Lengths) -> DataSet:
-    """A data set of such rows: half of each is the prompt; of an online run the prompt is what rollouts.max_new_tokens leaves."""
+def synthetic_data(recipe: Recipe, algorithm: AlgorithmSpec, lengths: Lengths) -> DataSet:
+    """A data set of such rows: half of each is the prompt; of an online run the prompt is what
+    rollouts.max_new_tokens leaves."""
     effective = recipe.batch.effective // algorithm.group_examples
     drawn = np.minimum(lengths.draw(STEPS * effective, recipe.run.seed), recipe.data.max_length)
     if algorithm.online is not None:
         spare = recipe.rollouts.max_new_tokens
-        prompts = [Prompt(i, f"made up:{i + 1}", 0, np.zeros(max(1, n - spare), np.int64), None, {}) for i, n in enumerate(drawn.tolist())]
+        prompts = [
+            Prompt(i, f"made up:{i + 1}", 0, np.zeros(max(1, n - spare), np.int64), None, {})
+            for i, n in enumerate(drawn.tolist())
+        ]
         groups = tuple(longest_rollouts(p, recipe, algorithm) for p in prompts)
         drawn = np.array([len(p.ids) + spare for p in prompts])
     else:
@@ -73,6 +86,8 @@ def made_up(recipe: Recipe, algorithm: Algorithm, lengths: Lengths) -> DataSet:
     )
 
 
-def _group(index: int, length: int, algorithm: Algorithm) -> SequenceGroup:
+def _group(index: int, length: int, algorithm: AlgorithmSpec) -> SequenceGroup:
     prompt, answer = np.zeros(length // 2, np.int64), np.zeros(length - length // 2, np.int64)
-    return SequenceGroup(index, prompt, (Branch(answer, np.ones(len(answer), np.bool_)),) * algorithm.branches, 0)
+    return SequenceGroup(
+        index, prompt, (Branch(answer, np.ones(len(answer), np.bool_)),) * algorithm.branches, 0
+    )

@@ -1,22 +1,31 @@
-"""Bytes that DeepSpeed 0.19.8 holds for a model in training, by class, for every way to partition it: pure arithmetic.
+"""Bytes that DeepSpeed 0.19.8 holds for a model in training, by class, for every way to partition it: pure
+arithmetic.
 
     parameter sizes, (stage, sync, precision, offload), ranks  ->  StateBytes on the device, StateBytes in the host's RAM
 
-Every line was counted from the live storages of real engines (tests/invariants/test_state_bytes.py): two ranks that hold the same
-state by the documents hold it twice, in another dtype, or whole where it is said to be partitioned.
+Every line was counted from the live storages of real engines (tests/invariants/test_state_bytes.py): two
+ranks that hold the same state by the documents hold it twice, in another dtype, or whole where it is said to
+be partitioned.
 """
 
 from dataclasses import asdict, dataclass
 from itertools import accumulate
 
 from orchestrator.core.batches import Cut
-from orchestrator.core.zero import ALL_REDUCE_ELEMENTS, PERSISTENT_ELEMENTS, SUB_GROUP_ELEMENTS, bucket_elements, overlaps
+from orchestrator.core.zero import (
+    ALL_REDUCE_ELEMENTS,
+    PERSISTENT_ELEMENTS,
+    SUB_GROUP_ELEMENTS,
+    bucket_elements,
+    overlaps,
+)
 from orchestrator.recipe.schema import Learners
 
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """Elements of a model's parameters, each tensor once, in order. frozen, trainable: of each tensor that does not learn, or does."""
+    """Elements of a model's parameters, each tensor once, in order. frozen, trainable: of each tensor that
+    does not learn, or does."""
 
     frozen: tuple[int, ...]
     trainable: tuple[int, ...]
@@ -43,19 +52,23 @@ class Sizes:
         return sum(n for n in (*self.frozen, *self.trainable) if n > PERSISTENT_ELEMENTS)
 
     def overlap(self, workers: int) -> int:
-        """Elements of all trainable tensors that reach into one rank's partition, of the rank that has most: where gradients are
-        kept as views, a tensor on the border of two partitions stays whole on both."""
+        """Elements of all trainable tensors that reach into one rank's partition, of the rank that has most:
+        where gradients are kept as views, a tensor on the border of two partitions stays whole on both."""
         share = -(-self.learns // workers)
         ends = list(accumulate(self.trainable))
         spans = [(end - n, end) for n, end in zip(self.trainable, ends, strict=True)]
-        return max(sum(e - s for s, e in spans if s < (rank + 1) * share and e > rank * share) for rank in range(workers))
+        return max(
+            sum(e - s for s, e in spans if s < (rank + 1) * share and e > rank * share)
+            for rank in range(workers)
+        )
 
 
 @dataclass(frozen=True, slots=True)
 class StateBytes:
-    """weights: what the model computes with; gradients: whole `.grad` tensors in the model's dtype; accumulators: fp32 sums of gradients,
-    whole or partitioned; master: the optimizer's fp32 weights where they are not the model's; moments: Adam's two; buffers: buckets
-    of reductions, and what is copied through on the way to the CPU."""
+    """weights: what the model computes with; gradients: whole `.grad` tensors in the model's dtype;
+    accumulators: fp32 sums of gradients, whole or partitioned; master: the optimizer's fp32 weights where
+    they are not the model's; moments: Adam's two; buffers: buckets of reductions, and what is copied through
+    on the way to the CPU."""
 
     weights: int = 0
     gradients: int = 0
@@ -71,9 +84,10 @@ class StateBytes:
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """What a rank holds in the last backward of a step, when everything exists: on its device, and in RAM for an offloaded part.
-    reducing: copies that live while gradients are reduced in the backward; stepping: while the step is applied, beyond `device`
-    and with no activation alive; gathered: parameters that ZeRO-3 has fetched."""
+    """What a rank holds in the last backward of a step, when everything exists: on its device, and in RAM for
+    an offloaded part. reducing: copies that live while gradients are reduced in the backward; stepping: while
+    the step is applied, beyond `device` and with no activation alive; gathered: parameters that ZeRO-3 has
+    fetched."""
 
     device: StateBytes
     host: StateBytes
@@ -92,7 +106,9 @@ def state_bytes(sizes: Sizes, learners: Learners, cut: Cut) -> Held:
     element = element_bytes(learners)
     if cut.zero_stage == 0:
         state = StateBytes(weights=element * sizes.all, gradients=4 * sizes.learns, moments=8 * sizes.learns)
-        return Held(state, StateBytes(), stepping=4 * min(sizes.learns, ALL_REDUCE_ELEMENTS) if cut.workers > 1 else 0)
+        return Held(
+            state, StateBytes(), stepping=4 * min(sizes.learns, ALL_REDUCE_ELEMENTS) if cut.workers > 1 else 0
+        )
     if cut.zero_stage == 3:
         return _stage_3(sizes, learners, cut, element)
     if learners.precision == "bf16" and cut.zero_stage == 1 and learners.offload.optimizer == "none":
@@ -101,15 +117,19 @@ def state_bytes(sizes: Sizes, learners: Learners, cut: Cut) -> Held:
 
 
 def _bf16_optimizer(sizes: Sizes, cut: Cut) -> Held:
-    """DeepSpeed's BF16_Optimizer: bf16 gradients and their fp32 sums stay whole on every rank, whatever its documents say of ZeRO-1."""
+    """DeepSpeed's BF16_Optimizer: bf16 gradients and their fp32 sums stay whole on every rank, whatever its
+    documents say of ZeRO-1."""
     share = -(-sizes.learns // cut.workers)
     state = StateBytes(2 * sizes.all, 2 * sizes.learns, 4 * sizes.learns, 4 * share, 8 * share)
-    return Held(state, StateBytes(), stepping=4 * min(sizes.learns, ALL_REDUCE_ELEMENTS) if cut.workers > 1 else 0)
+    return Held(
+        state, StateBytes(), stepping=4 * min(sizes.learns, ALL_REDUCE_ELEMENTS) if cut.workers > 1 else 0
+    )
 
 
 def _stage_1_and_2(sizes: Sizes, learners: Learners, cut: Cut, element: int) -> Held:
-    """DeepSpeedZeroOptimizer. Stage 1 in a low precision sums whole gradients in fp32 (`grad_accum`); stage 2 sums the partition, in
-    fp32 as views of whole gradients; a policy that holds back keeps the whole `.grad`."""
+    """DeepSpeedZeroOptimizer. Stage 1 in a low precision sums whole gradients in fp32 (`grad_accum`); stage 2
+    sums the partition, in fp32 as views of whole gradients; a policy that holds back keeps the whole `.grad`.
+    """
     learns, share, low = sizes.learns, -(-sizes.learns // cut.workers), element == 2
     offloaded = learners.offload.optimizer != "none"
     whole = cut.zero_stage == 1 or cut.sync == "coalesced"
@@ -124,7 +144,8 @@ def _stage_1_and_2(sizes: Sizes, learners: Learners, cut: Cut, element: int) -> 
         accumulators=0 if sums_on_host else accumulators,
         master=0 if offloaded else 4 * share,
         moments=0 if offloaded else 8 * share,
-        buffers=(0 if cut.sync == "coalesced" else bucket) + (element * max(sizes.trainable) if offloaded else 0),
+        buffers=(0 if cut.sync == "coalesced" else bucket)
+        + (element * max(sizes.trainable) if offloaded else 0),
     )
     host = StateBytes(
         accumulators=4 * share + (accumulators if sums_on_host else 0),
@@ -141,8 +162,8 @@ def _stage_1_and_2(sizes: Sizes, learners: Learners, cut: Cut, element: int) -> 
 
 
 def _stage_3(sizes: Sizes, learners: Learners, cut: Cut, element: int) -> Held:
-    """DeepSpeedZeroOptimizer_Stage3: all of it partitioned, each tensor by itself; small ones are whole as well, in the same storage
-    where the one rank's partition is the whole and lies where it is needed."""
+    """DeepSpeedZeroOptimizer_Stage3: all of it partitioned, each tensor by itself; small ones are whole as
+    well, in the same storage where the one rank's partition is the whole and lies where it is needed."""
     workers, offload = cut.workers, learners.offload
     share = sum(-(-n // workers) for n in sizes.trainable)
     partitions = element * (share + sum(-(-n // workers) for n in sizes.frozen))

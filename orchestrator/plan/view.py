@@ -1,4 +1,5 @@
-"""The plan as a person reads it, on one screen: batch arithmetic first, then warnings, what was set, what was decided and why, data and memory."""
+"""The plan as a person reads it, on one screen: batch arithmetic first, then warnings, what was set, what was
+decided and why, data and memory."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -18,11 +19,15 @@ BARS = "▁▂▃▄▅▆▇█"
 
 
 def render(plan: Plan, given: Recipe | None = None) -> RenderableType:
-    """Everything `orchestrator plan` prints of a stage. given: the recipe as the user wrote it, before the plan filled it in."""
+    """Everything `orchestrator plan` prints of a stage. given: the recipe as the user wrote it, before the
+    plan filled it in."""
     return Group(
         Text(plan.arithmetic, style="bold"),
         *_nearest(plan),
-        Text(f"{plan.total_steps} {'rollout batches' if plan.is_online else 'optimizer steps'} of {plan.algorithm}"),
+        Text(
+            f"{plan.total_steps} {'rollout batches' if plan.is_online else 'optimizer steps'} of "
+            f"{plan.algorithm}"
+        ),
         *warning_lines(plan),
         *([] if given is None else [Text("\nset", style="bold"), _table(set_keys(given))]),
         Text("\ndecided", style="bold"),
@@ -30,7 +35,10 @@ def render(plan: Plan, given: Recipe | None = None) -> RenderableType:
         Text(),
         _data(plan.data),
         *_memory(plan),
-        Text(f"traffic per worker and step: {size(plan.traffic.reduced)} reduced, {size(plan.traffic.gathered)} gathered"),
+        Text(
+            f"traffic per worker and step: {size(plan.traffic.reduced)} reduced, "
+            f"{size(plan.traffic.gathered)} gathered"
+        ),
     )
 
 
@@ -69,20 +77,30 @@ def _shown(value: Any) -> str:
 
 def not_read(keys: Sequence[Ignored]) -> RenderableType:
     """The inherited keys that a stage does not read, a line each; nothing where there are none."""
-    return Group(*([Text("inherited, and not read by this run:")] if keys else []), *(Text(f"  {key}", style="dim") for key in keys))
+    return Group(
+        *([Text("inherited, and not read by this run:")] if keys else []),
+        *(Text(f"  {key}", style="dim") for key in keys),
+    )
 
 
 def _nearest(plan: Plan) -> list[Text]:
     if not plan.nearest:
         return []
-    return [Text(f"cuts evenly at batch.effective {' or '.join(map(str, plan.nearest))}; as it is, the result is the same and a little slower")]
+    return [
+        Text(
+            f"cuts evenly at batch.effective {' or '.join(map(str, plan.nearest))}; as it is, the result is "
+            "the same and a little slower"
+        )
+    ]
 
 
 def _table(rows: Iterable[tuple[str, ...]]) -> Table:
     """Name; value, in bold where a reason follows it."""
     table = Table(box=None, pad_edge=False, show_header=False)
     for name, value, *reason in rows:
-        table.add_row(name, Text.assemble((value, "bold" if reason else ""), *((f"  {why}", "dim") for why in reason)))
+        table.add_row(
+            name, Text.assemble((value, "bold" if reason else ""), *((f"  {why}", "dim") for why in reason))
+        )
     return table
 
 
@@ -91,13 +109,27 @@ def _data(data: DataReport) -> Group:
     equal = f", {data.made_identical} pairs made equal" if data.made_identical else ""
     lines = [
         Text(f"data: {data.rows} rows of {formats}; {data.kept} kept, {data.held_out} held out"),
-        Text(f"bad rows {len(data.bad)}, too long: {data.dropped} dropped, {data.truncated} truncated{equal}"),
+        Text(
+            f"bad rows {len(data.bad)}, too long: {data.dropped} dropped, {data.truncated} truncated{equal}"
+        ),
     ]
     lines += [Text(f"  {reason}", style="yellow") for reason in data.reasons]
     if data.not_prefix:
-        lines.append(Text(f"{data.not_prefix} prompts are not a token prefix of their completions; cut back to the shared tokens", style="yellow"))
+        lines.append(
+            Text(
+                f"{data.not_prefix} prompts are not a token prefix of their completions; cut back to the "
+                "shared tokens",
+                style="yellow",
+            )
+        )
     lines += data_notes(data)
-    lines.append(Text("tokens: " + ", ".join(f"{name} {value}" for name, value in data.quantiles.items()) + f"  {_bars(data)}"))
+    lines.append(
+        Text(
+            "tokens: "
+            + ", ".join(f"{name} {value}" for name, value in data.quantiles.items())
+            + f"  {_bars(data)}"
+        )
+    )
     return Group(*lines)
 
 
@@ -106,7 +138,10 @@ def _bars(data: DataReport) -> str:
     width = max(1, -(-data.quantiles["max"] // BINS))
     counts = {bound // width: count for bound, count in data.histogram}
     most = max(counts.values())
-    return "".join(BARS[round((len(BARS) - 1) * counts[i] / most)] if i in counts else " " for i in range(1, max(counts) + 1))
+    return "".join(
+        BARS[round((len(BARS) - 1) * counts[i] / most)] if i in counts else " "
+        for i in range(1, max(counts) + 1)
+    )
 
 
 def data_notes(data: DataReport) -> list[Text]:
@@ -117,13 +152,23 @@ def data_notes(data: DataReport) -> list[Text]:
 
 def _memory(plan: Plan) -> list[Text]:
     memory, limit = plan.memory, size(plan.memory_limit)
-    ordered = sorted(((name, count) for name, count in memory.parts.items() if count), key=lambda part: -part[1])
+    ordered = sorted(
+        ((name, count) for name, count in memory.parts.items() if count), key=lambda part: -part[1]
+    )
     few = sum(count for _, count in ordered[PARTS:])
-    parts = ", ".join(f"{name} {size(count)}" for name, count in [*ordered[:PARTS], *([("others", few)] if few else [])])
+    parts = ", ".join(
+        f"{name} {size(count)}" for name, count in [*ordered[:PARTS], *([("others", few)] if few else [])]
+    )
     lines = [
-        Text.assemble("predicted memory per worker: ", (f"peak {size(memory.total)}", "bold"), f" of {limit} a worker may use, beyond Python itself"),
+        Text.assemble(
+            "predicted memory per worker: ",
+            (f"peak {size(memory.total)}", "bold"),
+            f" of {limit} a worker may use, beyond Python itself",
+        ),
         Text(f"  {parts}; while loading {size(memory.loading)}", style="dim"),
     ]
     if memory.ram:
-        lines.append(Text(f"  RAM {size(memory.ram)} of {size(plan.ram_limit)} that each may use of its machine's"))
+        lines.append(
+            Text(f"  RAM {size(memory.ram)} of {size(plan.ram_limit)} that each may use of its machine's")
+        )
     return lines

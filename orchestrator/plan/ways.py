@@ -8,7 +8,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from orchestrator.algorithms.table import Algorithm
+from orchestrator.algorithms.table import AlgorithmSpec
 from orchestrator.core.batches import Cut, MicroBatch, SequenceGroup, Sync
 from orchestrator.core.errors import ConfigError
 from orchestrator.core.resources import WorkerGroup
@@ -28,15 +28,17 @@ CPU_POSITIONS = 2048
 GPU_POSITIONS = 65536
 ASSUMED_GPU_BYTES = 80_000_000_000
 GPU_FLOPS, CPU_FLOPS = 4e14, 4e10
-"""A second of a GPU (40 % of an H100) or of a CPU core, GPU_LINK, CPU_LINK: bytes of a link that is not known. Only to compare ways."""
+"""A second of a GPU (40 % of an H100) or of a CPU core, GPU_LINK, CPU_LINK: bytes of a link that is not
+known. Only to compare ways."""
 GPU_LINK, CPU_LINK = 25e9, 1e9
 MICRO_BATCH_S = 0.1
-"""What a micro-batch costs on a GPU whatever its size: thousands of kernels are launched, weights and gradients pass the memory."""
+"""What a micro-batch costs on a GPU whatever its size: thousands of kernels are launched, weights and
+gradients pass the memory."""
 SURELY = 0.5
 """Activations, but for the gradient of one tensor, grow at least by half as much as positions."""
 COMPUTED_AGAIN: dict[Checkpointing, float] = {"none": 0.0, "selective": 0.07, "full": 1 / 3}
-"""Share of a step. full: a forward beside a forward and a backward of two; selective: norms, rotations and activation functions, which
-wait for the memory (an estimate for GPUs)."""
+"""Share of a step. full: a forward beside a forward and a backward of two; selective: norms, rotations and
+activation functions, which wait for the memory (an estimate for GPUs)."""
 LEGAL_SYNC: dict[int, tuple[Sync, ...]] = {
     0: ("no_sync",),
     1: ("no_sync", "coalesced"),
@@ -51,12 +53,14 @@ BY_TRAFFIC: tuple[tuple[int, Sync], ...] = (
     (2, "per_micro_batch"),
     (3, "per_micro_batch"),
 )
-"""What `auto` tries in turn: one reduction of the gradients; the same with partitioned moments; with partitioned gradients; a
-reduction per micro-batch; and all parameters gathered twice per micro-batch. Each needs less memory than the one before."""
+"""What `auto` tries in turn: one reduction of the gradients; the same with partitioned moments; with
+partitioned gradients; a reduction per micro-batch; and all parameters gathered twice per micro-batch. Each
+needs less memory than the one before."""
 
 
 def memory_limit(recipe: Recipe, hardware: Hardware) -> int:
-    """Bytes a worker may use: batch.memory_utilisation of the recipe's limit, of the GPU, or of its share of a machine's RAM."""
+    """Bytes a worker may use: batch.memory_utilisation of the recipe's limit, of the GPU, or of its share of
+    a machine's RAM."""
     batch, learners = recipe.batch, recipe.learners
     if batch.memory_limit_gb is not None:
         device = batch.memory_limit_gb * 1e9
@@ -68,7 +72,8 @@ def memory_limit(recipe: Recipe, hardware: Hardware) -> int:
 
 
 def ram_limit(recipe: Recipe, hardware: Hardware) -> int:
-    """Bytes of RAM that a GPU learner may use: its share of batch.memory_utilisation of its machine. A CPU learner's RAM is its device."""
+    """Bytes of RAM that a GPU learner may use: its share of batch.memory_utilisation of its machine. A CPU
+    learner's RAM is its device."""
     learners = recipe.learners
     return int(_ram(learners, hardware, learners.gpus) * recipe.batch.memory_utilisation)
 
@@ -76,7 +81,9 @@ def ram_limit(recipe: Recipe, hardware: Hardware) -> int:
 def _ram(learners: Learners, hardware: Hardware, gpus: float) -> float:
     """RAM of a machine over the learners that stand on it."""
     group = WorkerGroup("learners", learners.count, learners.cpus_per_worker, gpus)
-    hosts = [m for m in hardware.machines if m.holds(group)] or hardware.machines  # a head may have no CPUs to give out
+    hosts = [
+        m for m in hardware.machines if m.holds(group)
+    ] or hardware.machines  # a head may have no CPUs to give out
     spread = -(-learners.count // len(hosts))
     return min(m.ram / min(learners.count, max(m.holds(group), spread)) for m in hosts)
 
@@ -123,7 +130,7 @@ class Work:
     """What every way is tried with. steps: the first ones' examples."""
 
     recipe: Recipe
-    algorithm: Algorithm
+    algorithm: AlgorithmSpec
     steps: Sequence[Sequence[SequenceGroup]]
     model: MemoryModel
     limits: Limits
@@ -134,7 +141,9 @@ class Work:
     def way(self, cut: Cut, checkpointing: Checkpointing) -> Way:
         memory = self.model.estimate(cut, self.largest_micro_batch(cut), checkpointing)
         fits = self.limits.hold(memory)
-        return Way(cut, checkpointing, memory, fits, self._seconds(cut, checkpointing) if fits else float("inf"))
+        return Way(
+            cut, checkpointing, memory, fits, self._seconds(cut, checkpointing) if fits else float("inf")
+        )
 
     def largest_micro_batch(self, cut: Cut) -> MicroBatch:
         bare = replace(cut, zero_stage=0, sync="no_sync")
@@ -143,20 +152,30 @@ class Work:
         return self._largest[bare]
 
     def _seconds(self, cut: Cut, checkpointing: Checkpointing) -> float:
-        """Of the first step: 6 FLOPs per parameter and position, what is computed again, a cost per micro-batch, and the wire."""
+        """Of the first step: 6 FLOPs per parameter and position, what is computed again, a cost per
+        micro-batch, and the wire."""
         learners, dealt = self.recipe.learners, shares(self.steps[0], cut)
         gpu, share = bool(learners.gpus), max(dealt, key=len)
         positions = max(sum(positions_of(chunk, cut) for chunk in rank) for rank in dealt)
         flops = 6 * self.model.sizes.all * positions * (1 + COMPUTED_AGAIN[checkpointing])
         sent = self.model.traffic(cut, len(share))
         wire = (sent.reduced * 2 + sent.gathered) / (self.hardware.link or (GPU_LINK if gpu else CPU_LINK))
-        return flops / (GPU_FLOPS if gpu else CPU_FLOPS * learners.cpus_per_worker) + (MICRO_BATCH_S * len(share) if gpu else 0) + wire
+        return (
+            flops / (GPU_FLOPS if gpu else CPU_FLOPS * learners.cpus_per_worker)
+            + (MICRO_BATCH_S * len(share) if gpu else 0)
+            + wire
+        )
 
     def least_seconds(self, cut: Cut, checkpointing: Checkpointing) -> float:
         """Of a step by estimate, if its micro-batches could be as large as they make sense."""
         batch = self.recipe.batch
         auto = batch.micro_batch_tokens is None and batch.micro_batch == "auto"
-        return self._seconds(replace(cut, positions=self._budgets(cut)[0]) if auto else given(self.recipe, self.algorithm, cut), checkpointing)
+        return self._seconds(
+            replace(cut, positions=self._budgets(cut)[0])
+            if auto
+            else given(self.recipe, self.algorithm, cut),
+            checkpointing,
+        )
 
     def _budgets(self, cut: Cut) -> list[int]:
         """Positions of a micro-batch that make sense, from most to least."""
@@ -169,18 +188,25 @@ class Work:
         return budgets
 
     def largest(self, cut: Cut, checkpointing: Checkpointing) -> Way | None:
-        """The way with the recipe's micro-batch, or with the largest that fits the predicted memory; None where nothing does."""
+        """The way with the recipe's micro-batch, or with the largest that fits the predicted memory; None
+        where nothing does."""
         batch = self.recipe.batch
         if batch.micro_batch_tokens is not None or batch.micro_batch != "auto":
             way = self.way(given(self.recipe, self.algorithm, cut), checkpointing)
             return way if way.fits else None
         budgets = self._budgets(cut)
-        if not self.recipe.learners.gpus and (way := self.way(replace(cut, positions=budgets[0]), checkpointing)).fits:
+        if (
+            not self.recipe.learners.gpus
+            and (way := self.way(replace(cut, positions=budgets[0]), checkpointing)).fits
+        ):
             return way  # a CPU's largest rows are soon followed, and mostly fit
         least = self.way(replace(cut, positions=budgets[-1]), checkpointing)
         if not least.fits:
             return None
-        known, length = max(0, least.memory.activations - 4 * self.model.sizes.largest), self.largest_micro_batch(least.cut).positions
+        known, length = (
+            max(0, least.memory.activations - 4 * self.model.sizes.largest),
+            self.largest_micro_batch(least.cut).positions,
+        )
         for positions in budgets[:-1]:
             candidate = replace(cut, positions=positions)
             more = known * (self.largest_micro_batch(candidate).positions / length - 1) * SURELY
@@ -205,14 +231,16 @@ def ways_of(recipe: Recipe) -> list[tuple[int, Sync]]:
     ways = [way for way in ways if lowest_stage(learners) <= way[0] <= (2 if learners.fused else 3)]
     if not ways:
         raise ConfigError(
-            f"learners.sync={sync} is not possible with precision={learners.precision}, this learners.fused and this learners.offload",
+            f"learners.sync={sync} is not possible with precision={learners.precision}, this learners.fused "
+            "and this learners.offload",
             fix="set learners.sync=auto",
         )
     return ways
 
 
 def modes_of(recipe: Recipe, possible: bool = True) -> tuple[Checkpointing, ...]:
-    """What may be computed again; possible: whether the architecture can do so. ConfigError where the recipe wants what it cannot."""
+    """What may be computed again; possible: whether the architecture can do so. ConfigError where the recipe
+    wants what it cannot."""
     mode = recipe.learners.activation_checkpointing
     if not possible and mode not in ("auto", "none"):
         raise ConfigError(
@@ -226,13 +254,19 @@ def modes_of(recipe: Recipe, possible: bool = True) -> tuple[Checkpointing, ...]
 
 
 def lowest_stage(learners: Learners) -> int:
-    """What DeepSpeed can offload from: partitions of the optimizer from ZeRO 1, of parameters at 3. Below, it ignores the wish or ends."""
+    """What DeepSpeed can offload from: partitions of the optimizer from ZeRO 1, of parameters at 3. Below, it
+    ignores the wish or ends."""
     return 3 if learners.offload.parameters != "none" else 1 if learners.offload.optimizer != "none" else 0
 
 
-def given(recipe: Recipe, algorithm: Algorithm, cut: Cut) -> Cut:
-    """The cut with the recipe's micro-batch (at least one group), or with the smallest one where that is left to the plan."""
+def given(recipe: Recipe, algorithm: AlgorithmSpec, cut: Cut) -> Cut:
+    """The cut with the recipe's micro-batch (at least one group), or with the smallest one where that is left
+    to the plan."""
     batch = recipe.batch
     if batch.micro_batch_tokens is not None:
         return replace(cut, positions=batch.micro_batch_tokens)
-    return replace(cut, positions=1) if batch.micro_batch == "auto" else replace(cut, examples=max(1, batch.micro_batch // algorithm.group_examples))
+    return (
+        replace(cut, positions=1)
+        if batch.micro_batch == "auto"
+        else replace(cut, examples=max(1, batch.micro_batch // algorithm.group_examples))
+    )

@@ -1,1 +1,2 @@
-"""YAML to a checked `Recipe`: the schema, files and `extends`, overrides, pipelines, who reads each key, the fingerprint."""
+"""YAML to a checked `Recipe`: the schema, files and `extends`, overrides, pipelines, who reads each key, the
+fingerprint."""

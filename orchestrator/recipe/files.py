@@ -1,4 +1,5 @@
-"""Recipe files and overrides as they are written: found, parsed, each key with the place where it was written."""
+"""Recipe files and overrides as they are written: found, parsed, each key with the place where it was
+written."""
 
 import difflib
 import re
@@ -12,8 +13,12 @@ from orchestrator.recipe.schema import Key
 from orchestrator.recipe.strict_yaml import parse
 
 PIPELINE = "pipeline"
-SHARED_PART = re.compile(r"(.*-)?base")  # shipped files of these names are extended by recipes and are no recipes by themselves
-_OVERRIDE = re.compile(r"(?:(?P<stage>[A-Za-z0-9][A-Za-z0-9._-]*):)?(?P<key>[A-Za-z_]\w*(?:\.\w+)*)=(?P<value>.*)", re.DOTALL)
+SHARED_PART = re.compile(
+    r"(.*-)?base"
+)  # shipped files of these names are extended by recipes and are no recipes by themselves
+_OVERRIDE = re.compile(
+    r"(?:(?P<stage>[A-Za-z0-9][A-Za-z0-9._-]*):)?(?P<key>[A-Za-z_]\w*(?:\.\w+)*)=(?P<value>.*)", re.DOTALL
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,8 +33,8 @@ class Override:
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """Where a key was written: "file:line" or "override `a.b=c`". own: in the file that the user named or on the command line, not
-    in one that it extends or that comes with the program."""
+    """Where a key was written: "file:line" or "override `a.b=c`". own: in the file that the user named or on
+    the command line, not in one that it extends or that comes with the program."""
 
     text: str
     own: bool
@@ -59,7 +64,9 @@ def find(name: str | Path) -> Path:
     close = neighbours(path) or difflib.get_close_matches(key.removeprefix("recipes/"), shipped)
     raise MissingInput(
         f"no recipe {name}" + (" (it is a folder)" if path.is_dir() else ""),
-        fix=f"did you mean {', '.join(close)}?" if close else "`orchestrator recipes ls` lists the built-in recipes",
+        fix=f"did you mean {', '.join(close)}?"
+        if close
+        else "`orchestrator recipes ls` lists the built-in recipes",
     )
 
 
@@ -89,13 +96,20 @@ def parse_file(file: Path, *, own: bool) -> Draft:
     except UnicodeDecodeError as error:
         raise ConfigError(f"{file}: not UTF-8 at byte {error.start}", fix="save the file as UTF-8") from error
     if not isinstance(data, dict):
-        raise ConfigError(f"{file}: holds no recipe", why="a recipe is a mapping of sections", fix="see `orchestrator recipes show tiny/dpo`")
+        raise ConfigError(
+            f"{file}: holds no recipe",
+            why="a recipe is a mapping of sections",
+            fix="see `orchestrator recipes show tiny/dpo`",
+        )
     return Draft(data, {key: Origin(text, own) for key, text in origins.items()})
 
 
 def parse_override(text: str) -> Override:
     match = _OVERRIDE.fullmatch(text)
     if match is None:
-        raise ConfigError(f"override `{text}` is not of the form key=value", fix="write e.g. batch.effective=64; give a list as a whole")
+        raise ConfigError(
+            f"override `{text}` is not of the form key=value",
+            fix="write e.g. batch.effective=64; give a list as a whole",
+        )
     value, _ = parse(match["value"], f"override `{text}`")
     return Override(text, match["stage"], tuple(match["key"].split(".")), value)

@@ -1,8 +1,10 @@
-"""What makes two runs the same run: everything that decides the result, and nothing else; and what is watched beside it.
+"""What makes two runs the same run: everything that decides the result, and nothing else; and what is watched
+beside it.
 
     recipe, rows, weights, template, tokenizer -> deciding (another value: another run)        user's files, tokens -> watched (a change is told)
 
-Content decides, never a place: data, models and the run's own folder may be moved. The end of a run is compared apart (run/extension.py).
+Content decides, never a place: data, models and the run's own folder may be moved. The end of a run is
+compared apart (run/extension.py).
 """
 
 import hashlib
@@ -21,7 +23,8 @@ from orchestrator.recipe.schema import ONLINE, Model, Recipe, RewardFunction
 TOKENS = "encoded tokens"
 """Name of what rows became, in `watched`."""
 FREE = (
-    "run.max_steps and run.epochs (it goes on), data.eval, evaluation.*, tracking.*, checkpoint.*, export.*, run.name, workers and all of "
+    "run.max_steps and run.epochs (it goes on), data.eval, evaluation.*, tracking.*, checkpoint.*, "
+    "export.*, run.name, workers and all of "
     "learners.* but precision, and where data, model and run folder lie"
 )
 """What may change under a run that goes on, for messages."""
@@ -31,8 +34,8 @@ SAMPLED = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """deciding: JSON values by key, which are all equal where two runs are the same; watched: SHA-256 by name of what may change under a run
-    that goes on (a mended reward), which is told."""
+    """deciding: JSON values by key, which are all equal where two runs are the same; watched: SHA-256 by name
+    of what may change under a run that goes on (a mended reward), which is told."""
 
     deciding: Mapping[str, Any]
     watched: Mapping[str, str] = field(default_factory=dict)
@@ -40,12 +43,19 @@ class Identity:
     @property
     def fingerprint(self) -> str:
         """SHA-256 of what decides."""
-        return hashlib.sha256(json.dumps(dict(self.deciding), sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+        return hashlib.sha256(
+            json.dumps(dict(self.deciding), sort_keys=True, separators=(",", ":")).encode()
+        ).hexdigest()
 
     def differences(self, other: Mapping[str, Any]) -> list[str]:
-        """ "key: value there -> value here" for each key in which a run with `other` as deciding is another one."""
+        """ "key: value there -> value here" for each key in which a run with `other` as deciding is another
+        one."""
         keys = sorted(self.deciding.keys() | other.keys())
-        return [f"{k}: {_shown(other, k)} -> {_shown(self.deciding, k)}" for k in keys if other.get(k) != self.deciding.get(k)]
+        return [
+            f"{k}: {_shown(other, k)} -> {_shown(self.deciding, k)}"
+            for k in keys
+            if other.get(k) != self.deciding.get(k)
+        ]
 
 
 def _shown(values: Mapping[str, Any], key: str) -> str:
@@ -63,8 +73,8 @@ def identity_of(
     sources: Sequence[tuple[int, float]] = (),
     watched: Mapping[str, str] | None = None,
 ) -> Identity:
-    """data: fingerprint of the rows; tokenizer: of the tokenizer with its chat template; sources: rows and weight of each. Workers, micro-batches,
-    layout, ZeRO stage, evaluation and tracking decide nothing."""
+    """data: fingerprint of the rows; tokenizer: of the tokenizer with its chat template; sources: rows and
+    weight of each. Workers, micro-batches, layout, ZeRO stage, evaluation and tracking decide nothing."""
     whole = recipe.model_dump(mode="json")
     online = _deciding_online(recipe, whole) if recipe.algorithm.name in ONLINE else {}
     encoding = ("max_length", "overlong", "remainder", "append_eos")
@@ -77,7 +87,9 @@ def identity_of(
         **{section: whole[section] for section in ("algorithm", "optimizer")},
         **online,
     }
-    mixture = {"rows and weight of each source": [list(source) for source in sources]} if len(sources) > 1 else {}
+    mixture = (
+        {"rows and weight of each source": [list(source) for source in sources]} if len(sources) > 1 else {}
+    )
     weight = {"weight of the source": sources[0][1]} if len(sources) == 1 and sources[0][1] != 1.0 else {}
     deciding = _flat(sections) | {"rows": data, "tokenizer and chat template": tokenizer} | mixture | weight
     return Identity(deciding, watched or {})
@@ -86,7 +98,12 @@ def identity_of(
 def _model(model: Model) -> dict[str, Any]:
     """What a model is: the weights of a folder, wherever it lies; the name and revision of one from the hub."""
     whole = model.model_dump(mode="json")
-    return {"tiny": whole["tiny"], "lora": whole["lora"], **_weights("path", model.path, model.revision), **_weights("reference", model.reference)}
+    return {
+        "tiny": whole["tiny"],
+        "lora": whole["lora"],
+        **_weights("path", model.path, model.revision),
+        **_weights("reference", model.reference),
+    }
 
 
 def _weights(key: str, place: str | None, revision: str | None = None) -> dict[str, Any]:
@@ -96,22 +113,47 @@ def _weights(key: str, place: str | None, revision: str | None = None) -> dict[s
 
 
 def _deciding_online(recipe: Recipe, whole: Mapping[str, Any]) -> dict[str, Any]:
-    """What of an online recipe decides its result: how completions are drawn and rewarded, not who does it, and where."""
-    drawn = ("engine", "prompts", "samples", "max_new_tokens", "temperature", "top_p", "top_k", "min_p", "stop", "max_turns")
-    rollouts = {key: whole["rollouts"][key] for key in (*drawn, "max_staleness", "update")} | {"environment": _named(recipe.rollouts.environment)}
+    """What of an online recipe decides its result: how completions are drawn and rewarded, not who does it,
+    and where."""
+    drawn = (
+        "engine",
+        "prompts",
+        "samples",
+        "max_new_tokens",
+        "temperature",
+        "top_p",
+        "top_k",
+        "min_p",
+        "stop",
+        "max_turns",
+    )
+    rollouts = {key: whole["rollouts"][key] for key in (*drawn, "max_staleness", "update")} | {
+        "environment": _named(recipe.rollouts.environment)
+    }
     replay = recipe.rollouts.replay
-    rollouts["replay"] = file_digest(Path(replay)) if replay is not None and Path(replay).is_file() else replay
+    rollouts["replay"] = (
+        file_digest(Path(replay)) if replay is not None and Path(replay).is_file() else replay
+    )
     critic = {key: whole["critic"][key] for key in ("learning_rate", "warmup_steps")}
     return {
         "rollouts": rollouts,
-        "rewards": {"functions": [_component(f) for f in recipe.rewards.functions], "normalise": whole["rewards"]["normalise"]},
+        "rewards": {
+            "functions": [_component(f) for f in recipe.rewards.functions],
+            "normalise": whole["rewards"]["normalise"],
+        },
         "critic": critic | {"model": None if recipe.critic.model is None else _model(recipe.critic.model)},
     }
 
 
 def _component(function: RewardFunction) -> dict[str, Any]:
     """A reward without the place of its code, its model or its server: code and address are watched."""
-    kind = {"function": _named(function.function)} if function.function is not None else {"url": True} if function.url is not None else {}
+    kind = (
+        {"function": _named(function.function)}
+        if function.function is not None
+        else {"url": True}
+        if function.url is not None
+        else {}
+    )
     model = _weights("model", function.model, function.revision) if function.model is not None else {}
     return {"name": function.name, "weight": function.weight, "options": function.options, **kind, **model}
 
@@ -126,7 +168,11 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Keys with dots; lists and empty mappings are values."""
     found: dict[str, Any] = {}
     for key, value in tree.items():
-        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
+        found |= (
+            _flat(value, f"{prefix}{key}.")
+            if isinstance(value, dict) and value
+            else {f"{prefix}{key}": value}
+        )
     return found
 
 
@@ -148,7 +194,7 @@ def tokens_digest(items: Iterable[SequenceGroup | Prompt]) -> str:
             continue
         digest.update(_bytes(item.prompt) + repr((item.label, item.margin, len(item.branches))).encode())
         for branch in item.branches:
-            digest.update(_bytes(branch.ids) + np.packbits(branch.scored).tobytes())
+            digest.update(_bytes(branch.ids) + np.packbits(branch.loss_mask).tobytes())
     return digest.hexdigest()
 
 
@@ -166,9 +212,12 @@ def file_digest(path: Path) -> str:
 
 
 def folder_digest(folder: Path) -> str:
-    """SHA-256 of names, sizes and both ends of a model's configuration and weights: other weights are other in their first million bytes."""
+    """SHA-256 of names, sizes and both ends of a model's configuration and weights: other weights are other
+    in their first million bytes."""
     digest = hashlib.sha256()
-    for path in sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".bin") or p.name == "config.json"):
+    for path in sorted(
+        p for p in folder.iterdir() if p.suffix in (".safetensors", ".bin") or p.name == "config.json"
+    ):
         size = path.stat().st_size
         digest.update(f"{path.name} {size} ".encode())
         with path.open("rb") as file:

@@ -2,8 +2,9 @@
 
     recipe, what was written --READERS--> keys that this run does not read, each with the words for who would
 
-A row of a section speaks for all keys below it: nobody reads rollouts.samples of a recipe that has no rollouts. The table
-was made from the code, not from the descriptions; tests/unit/settings holds it complete, and sees what two values of each key do.
+A row of a section speaks for all keys below it: nobody reads rollouts.samples of a recipe that has no
+rollouts. The table was made from the code, not from the descriptions; tests/unit/settings holds it complete,
+and sees what two values of each key do.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -21,8 +22,8 @@ Reads = Callable[[Recipe, Any], bool]
 
 @dataclass(frozen=True, slots=True)
 class Readers:
-    """words: go on after "is read only …", "" where every run reads the key. reads: (recipe, the section that holds the key). parts: rows
-    that all have to hold, of which a message names the first that does not."""
+    """words: go on after "is read only …", "" where every run reads the key. reads: (recipe, the section that
+    holds the key). parts: rows that all have to hold, of which a message names the first that does not."""
 
     words: str
     reads: Reads
@@ -36,7 +37,13 @@ class Readers:
 
 PAIRS = ("dpo", "simpo", "orpo", "cpo", "online_dpo")
 GRADIENTS = tuple(name for name in c.ONLINE if name != "online_dpo")
-DEFAULT_LOSS = {"dpo": ("sigmoid",), "online_dpo": ("sigmoid",), "simpo": ("simpo",), "cpo": ("cpo", "sft"), "orpo": ("orpo", "sft")}
+DEFAULT_LOSS = {
+    "dpo": ("sigmoid",),
+    "online_dpo": ("sigmoid",),
+    "simpo": ("simpo",),
+    "cpo": ("cpo", "sft"),
+    "orpo": ("orpo", "sft"),
+}
 SMOOTHED = ("sigmoid", "robust", "exo_pair", "aot", "aot_unpaired", "simpo", "cpo")
 DIVERGING = ("sigmoid", "robust", "hinge", "ipo", "exo_pair", "discopop", "sigmoid_norm")
 """Losses of the log-ratios' difference, in whose place f_divergence puts its link."""
@@ -114,7 +121,8 @@ def of_hub(path: str) -> bool:
 
 
 def _is_one_file(path: str) -> bool:
-    """A single file has no splits and no subsets. What is not there may be a folder of the machine that runs the recipe."""
+    """A single file has no splits and no subsets. What is not there may be a folder of the machine that runs
+    the recipe."""
     return "://" in path or Path(path).is_file() or path.endswith(FILES)
 
 
@@ -134,7 +142,12 @@ def _is_train(recipe: Recipe, source: c.Source) -> bool:
 
 def _shares_columns(recipe: Recipe, data: c.Data) -> bool:
     """Has a source no columns of its own?"""
-    sources = [one for spec in (data.train, data.eval) if spec is not None for one in ([None] if isinstance(spec, str) else spec)]
+    sources = [
+        one
+        for spec in (data.train, data.eval)
+        if spec is not None
+        for one in ([None] if isinstance(spec, str) else spec)
+    ]
     return any(source is None or source.columns is None for source in sources)
 
 
@@ -148,13 +161,19 @@ OFFLINE = Readers("by algorithms that learn from rows", lambda recipe, _: not is
 GRADIENT = by(*GRADIENTS)
 PAIR = by(*PAIRS)
 PPO = by("ppo")
-TUNED = where("model.path or model.reference is set", lambda r, model: model.path is not None or model.reference is not None)
+TUNED = where(
+    "model.path or model.reference is set",
+    lambda r, model: model.path is not None or model.reference is not None,
+)
 HELD_OUT = where("data.eval is set", lambda r, _: r.data.eval is not None)
 SAMPLED = where("rollouts.temperature is above 0", lambda _, rollouts: rollouts.temperature > 0)
 PENALISED = together("where algorithm.kl.coefficient is above 0", where("", lambda r, kl: kl.coefficient > 0))
 TRACKED = where("tracking.wandb is online or offline", lambda r, _: r.tracking.wandb != "off")
 ANSWERED = together("by algorithms that learn from rollouts, where data.eval is set", HELD_OUT, ONLINE)
-GENERATES = where("evaluation.generate is set, or reward functions see it", lambda r, _: is_online(r) or r.evaluation.generate is not None)
+GENERATES = where(
+    "evaluation.generate is set, or reward functions see it",
+    lambda r, _: is_online(r) or r.evaluation.generate is not None,
+)
 REWARD_CALLS = where("rewards.functions holds a component", lambda r, _: bool(r.rewards.functions))
 REWARD_CODE = where("a component of rewards.functions is a function", lambda r, _: _functions(r, "function"))
 ROWS_OF_PAIRS = by("reward", "dpo", "simpo", "orpo", "cpo")
@@ -173,18 +192,29 @@ READERS: Mapping[type[BaseModel], Mapping[str, Readers]] = {
         rewards=ONLINE,
         critic=PPO,
     ),
-    c.Run: _rows("name seed max_steps", epochs=where("run.max_steps is not set", lambda r, _: r.run.max_steps is None)),
+    c.Run: _rows(
+        "name seed max_steps", epochs=where("run.max_steps is not set", lambda r, _: r.run.max_steps is None)
+    ),
     c.Model: _rows(
         "path tiny lora",
-        revision=where("the model comes from the hub", lambda _, model: model.path is not None and of_hub(model.path)),
+        revision=where(
+            "the model comes from the hub", lambda _, model: model.path is not None and of_hub(model.path)
+        ),
         trust_remote_code=TUNED,
-        chat_template=where("the model's tokenizer renders or is exported", lambda r, m: not _is_of_critic(r, m) or r.critic.export),
+        chat_template=where(
+            "the model's tokenizer renders or is exported",
+            lambda r, m: not _is_of_critic(r, m) or r.critic.export,
+        ),
         reference=where(
             "the policy is compared with a reference (online with model.lora that is the base model)",
-            lambda r, m: has_reference(r) and not _is_of_critic(r, m) and not (is_online(r) and m.lora is not None),
+            lambda r, m: (
+                has_reference(r) and not _is_of_critic(r, m) and not (is_online(r) and m.lora is not None)
+            ),
         ),
     ),
-    c.TinyModel: _rows("architecture hidden_size layers heads kv_heads intermediate_size max_positions vocab_size"),
+    c.TinyModel: _rows(
+        "architecture hidden_size layers heads kv_heads intermediate_size max_positions vocab_size"
+    ),
     c.Lora: _rows("rank alpha dropout target_modules"),
     c.Data: _rows(
         "train eval max_bad_rows max_length overlong remainder",
@@ -205,21 +235,26 @@ READERS: Mapping[type[BaseModel], Mapping[str, Readers]] = {
     c.Source: _rows(
         "path columns max_rows",
         weight=where("a source is trained on", _is_train),
-        split=where("a source has splits: a hub data set, a folder or toy data", lambda _, source: not _is_one_file(source.path)),
+        split=where(
+            "a source has splits: a hub data set, a folder or toy data",
+            lambda _, source: not _is_one_file(source.path),
+        ),
         subset=where(
             "a source has subsets: a hub data set or a folder",
             lambda _, source: not _is_one_file(source.path) and not source.path.startswith("toy:"),
         ),
         revision=where("a source is a hub data set", lambda _, source: _of_hub_data(source.path)),
     ),
-    c.Algorithm: _rows(
+    c.AlgorithmConfig: _rows(
         "name",
         loss=PAIR,
         beta=by("kto", *PAIRS),
         label_smoothing=by_loss(*SMOOTHED),
         f_divergence=by_loss(*DIVERGING),
         f_alpha=together(
-            "where algorithm.f_divergence is alpha", by_loss(*DIVERGING), where("", lambda _, algorithm: algorithm.f_divergence == "alpha")
+            "where algorithm.f_divergence is alpha",
+            by_loss(*DIVERGING),
+            where("", lambda _, algorithm: algorithm.f_divergence == "alpha"),
         ),
         ld_alpha=PAIR,
         wpo=PAIR,
@@ -229,10 +264,16 @@ READERS: Mapping[type[BaseModel], Mapping[str, Readers]] = {
         reward_centring=by("reward"),
         kto_desirable_weight=by("kto"),
         kto_undesirable_weight=by("kto"),
-        reference_sync_every=together("by kto, and by dpo with losses that have a reference", OFFLINE, where("", lambda r, _: has_reference(r))),
+        reference_sync_every=together(
+            "by kto, and by dpo with losses that have a reference",
+            OFFLINE,
+            where("", lambda r, _: has_reference(r)),
+        ),
         reference_sync_alpha=where(
             "algorithm.reference_sync_every is set",
-            lambda r, algorithm: not is_online(r) and has_reference(r) and algorithm.reference_sync_every is not None,
+            lambda r, algorithm: (
+                not is_online(r) and has_reference(r) and algorithm.reference_sync_every is not None
+            ),
         ),
         epochs=ONLINE,
         normaliser=GRADIENT,
@@ -249,14 +290,22 @@ READERS: Mapping[type[BaseModel], Mapping[str, Readers]] = {
         max_resampled=where("algorithm.dynamic_sampling is on", lambda r, _: samples_dynamically(r)),
         mask_truncated=GRADIENT,
     ),
-    c.Clip: _rows("high", low=by(*(n for n in GRADIENTS if n != "cispo")), dual=by(*(n for n in GRADIENTS if n != "cispo"))),
+    c.Clip: _rows(
+        "high",
+        low=by(*(n for n in GRADIENTS if n != "cispo")),
+        dual=by(*(n for n in GRADIENTS if n != "cispo")),
+    ),
     c.Kl: _rows(
         "coefficient",
         place=PENALISED,
         estimator=PENALISED,
-        ratio=together("where the KL is a term of the loss", PENALISED, where("", lambda _, kl: kl.place == "loss")),
+        ratio=together(
+            "where the KL is a term of the loss", PENALISED, where("", lambda _, kl: kl.place == "loss")
+        ),
         target=PENALISED,
-        horizon=together("where algorithm.kl.target is set", PENALISED, where("", lambda _, kl: kl.target is not None)),
+        horizon=together(
+            "where algorithm.kl.target is set", PENALISED, where("", lambda _, kl: kl.target is not None)
+        ),
     ),
     c.Correction: _rows(
         "kind",
@@ -265,23 +314,31 @@ READERS: Mapping[type[BaseModel], Mapping[str, Readers]] = {
     ),
     c.Batch: _rows(
         "effective micro_batch_tokens memory_utilisation memory_limit_gb layout",
-        micro_batch=where("batch.micro_batch_tokens is not set", lambda _, batch: batch.micro_batch_tokens is None),
+        micro_batch=where(
+            "batch.micro_batch_tokens is not set", lambda _, batch: batch.micro_batch_tokens is None
+        ),
     ),
     c.Optimizer: _rows(
         "learning_rate betas eps weight_decay max_grad_norm schedule warmup_steps",
         warmup_ratio=where("optimizer.warmup_steps is 0", lambda _, optimizer: not optimizer.warmup_steps),
-        min_learning_rate=where("optimizer.schedule is linear or cosine", lambda _, optimizer: optimizer.schedule != "constant"),
+        min_learning_rate=where(
+            "optimizer.schedule is linear or cosine", lambda _, optimizer: optimizer.schedule != "constant"
+        ),
     ),
     c.Learners: _rows(
-        "workers gpus_per_worker cpus_per_worker zero_stage precision sync offload activation_checkpointing fused "
+        "workers gpus_per_worker cpus_per_worker zero_stage precision sync offload activation_checkpointing "
+        "fused "
         "timeout_s start_timeout_s max_restarts"
     ),
     c.Offload: _rows("optimizer parameters"),
     c.Reference: _rows("cache_dir"),
     c.Rollouts: _rows(  # rollouts.replay takes the place of actors for the same recipe: what it says of them may stay
-        "workers gpus_per_worker cpus_per_worker placement engine rows_at_once prompts samples max_new_tokens temperature stop "
+        "workers gpus_per_worker cpus_per_worker placement engine rows_at_once prompts samples "
+        "max_new_tokens temperature stop "
         "max_staleness update transport bucket_mb environment replay timeout_s start_timeout_s max_restarts",
-        batching=where("rollouts.engine is transformers", lambda _, rollouts: rollouts.engine == "transformers"),
+        batching=where(
+            "rollouts.engine is transformers", lambda _, rollouts: rollouts.engine == "transformers"
+        ),
         top_p=SAMPLED,
         top_k=SAMPLED,
         min_p=SAMPLED,
@@ -293,12 +350,17 @@ READERS: Mapping[type[BaseModel], Mapping[str, Readers]] = {
         retries=REWARD_CALLS,
         memory_limit_gb=REWARD_CODE,
         environment=REWARD_CODE,
-        batch_size=where("a component of rewards.functions is a model or a url", lambda r, _: _functions(r, "model", "url")),
+        batch_size=where(
+            "a component of rewards.functions is a model or a url", lambda r, _: _functions(r, "model", "url")
+        ),
         normalise=by(*GRADIENTS),
     ),
     c.RewardFunction: _rows(
         "name function model url weight",
-        revision=where("the reward model comes from the hub", lambda _, function: function.model is not None and of_hub(function.model)),
+        revision=where(
+            "the reward model comes from the hub",
+            lambda _, function: function.model is not None and of_hub(function.model),
+        ),
         options=where("function is set", lambda _, function: function.function is not None),
         headers_from=where("url is set", lambda _, function: function.url is not None),
         gpus=where("model is set", lambda _, function: function.model is not None),
@@ -311,8 +373,12 @@ READERS: Mapping[type[BaseModel], Mapping[str, Readers]] = {
         "",
         every=HELD_OUT,
         # false asks for no evaluation at the start, and gets none
-        at_start=where("data.eval is set", lambda r, evaluation: r.data.eval is not None or not evaluation.at_start),
-        max_examples=together("by algorithms that learn from rows, where data.eval is set", HELD_OUT, OFFLINE),
+        at_start=where(
+            "data.eval is set", lambda r, evaluation: r.data.eval is not None or not evaluation.at_start
+        ),
+        max_examples=together(
+            "by algorithms that learn from rows, where data.eval is set", HELD_OUT, OFFLINE
+        ),
         generate=together(
             "by algorithms that learn from rows and write text, where data.eval is set",
             HELD_OUT,
@@ -322,7 +388,11 @@ READERS: Mapping[type[BaseModel], Mapping[str, Readers]] = {
         worst_pairs=together(f"{ROWS_OF_PAIRS.words}, where data.eval is set", HELD_OUT, ROWS_OF_PAIRS),
         max_prompts=ANSWERED,
         pass_at_k=ANSWERED,
-        pass_reward=together("where evaluation.pass_at_k is above 0", ANSWERED, where("", lambda _, evaluation: evaluation.pass_at_k > 0)),
+        pass_reward=together(
+            "where evaluation.pass_at_k is above 0",
+            ANSWERED,
+            where("", lambda _, evaluation: evaluation.pass_at_k > 0),
+        ),
     ),
     c.Alerts: _rows(
         "steps restarts restarts_s goodput goodput_after_s",
@@ -335,7 +405,10 @@ READERS: Mapping[type[BaseModel], Mapping[str, Readers]] = {
         kl=ONLINE,
         component_fall=ONLINE,
     ),
-    c.Tracking: _rows("wandb group alerts", **dict.fromkeys(("project", "entity", "init_timeout_s", "finish_timeout_s"), TRACKED)),
+    c.Tracking: _rows(
+        "wandb group alerts",
+        **dict.fromkeys(("project", "entity", "init_timeout_s", "finish_timeout_s"), TRACKED),
+    ),
 }
 """Section -> key -> its row."""
 
@@ -343,13 +416,15 @@ READERS: Mapping[type[BaseModel], Mapping[str, Readers]] = {
 # ---- what a recipe writes and does not read
 
 NOTHING: tuple[Any, ...] = (None, "auto", [], {})
-"""What asks for nothing where it is the default; null of a column leaves it out, and one that nobody reads is left out."""
+"""What asks for nothing where it is the default; null of a column leaves it out, and one that nobody reads is
+left out."""
 
 
 @dataclass(frozen=True, slots=True)
 class Unread:
-    """A key, or a whole section, that a run does not read. wishes: the keys at or below it that ask for something: null, auto, []
-    and {} ask for nothing where they are the default, they take back what a file that is extended said."""
+    """A key, or a whole section, that a run does not read. wishes: the keys at or below it that ask for
+    something: null, auto, [] and {} ask for nothing where they are the default, they take back what a file
+    that is extended said."""
 
     at: Key
     wishes: tuple[Key, ...]
@@ -357,8 +432,8 @@ class Unread:
 
 
 def unread(recipe: Recipe, written: Mapping[str, Any]) -> tuple[Unread, ...]:
-    """What of `written`, the mapping that became `recipe`, the run does not read; of a section that it does not read at all the
-    section alone."""
+    """What of `written`, the mapping that became `recipe`, the run does not read; of a section that it does
+    not read at all the section alone."""
     return tuple(_unread(recipe, recipe, written, ()))
 
 
@@ -381,5 +456,7 @@ def _wishes(section: Section, key: str, value: Any, at: Key) -> Iterator[Key]:
     if isinstance(held, Section) and isinstance(value, Mapping):
         for inner, raw in value.items():
             yield from _wishes(held, inner, raw, (*at, inner))
-    elif value not in NOTHING or (value != type(section).model_fields[key].default and not isinstance(section, c.Columns)):
+    elif value not in NOTHING or (
+        value != type(section).model_fields[key].default and not isinstance(section, c.Columns)
+    ):
         yield at

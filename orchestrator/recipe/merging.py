@@ -25,7 +25,11 @@ def extend(draft: Draft, file: Path, chain: tuple[Path, ...]) -> Draft:
     base_file, chain = file.parent / target, (*chain, file.resolve())
     if not base_file.is_file():
         close = neighbours(base_file)
-        fix = f"did you mean {', '.join(close)}?" if close else "the path is relative to the file that says `extends`"
+        fix = (
+            f"did you mean {', '.join(close)}?"
+            if close
+            else "the path is relative to the file that says `extends`"
+        )
         raise MissingInput(f"{place}: no file {base_file}", fix=fix)
     if base_file.resolve() in chain:
         circle = " -> ".join(p.name for p in (*chain, base_file.resolve()))
@@ -36,26 +40,34 @@ def extend(draft: Draft, file: Path, chain: tuple[Path, ...]) -> Draft:
     base = extend(base, base_file, chain)
     model = own.get("model")
     touched = {k for k, v in model.items() if v is not None} if isinstance(model, dict) else set[str]()
-    return Draft(settle_model(merge(base.data, own, Recipe), base.data, touched), {**base.origins, **draft.origins})
+    return Draft(
+        settle_model(merge(base.data, own, Recipe), base.data, touched), {**base.origins, **draft.origins}
+    )
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any], section: type[BaseModel]) -> dict[str, Any]:
-    """`over` on top of `base`: sections are merged key by key; values, lists and loss mixes are replaced whole."""
+    """`over` on top of `base`: sections are merged key by key; values, lists and loss mixes are replaced
+    whole."""
     merged = dict(base)
     for key, value in over.items():
         inner, old = section_at(section, key), merged.get(key)
-        merged[key] = merge(old, value, inner) if inner and isinstance(old, dict) and isinstance(value, dict) else value
+        merged[key] = (
+            merge(old, value, inner) if inner and isinstance(old, dict) and isinstance(value, dict) else value
+        )
     return merged
 
 
 def settle_model(data: dict[str, Any], before: Mapping[str, Any], touched: set[str]) -> dict[str, Any]:
-    """Only one of model.path and model.tiny may be set: the one just set (in `touched`) takes the place of the other."""
+    """Only one of model.path and model.tiny may be set: the one just set (in `touched`) takes the place of
+    the other."""
     old, new = before.get("model"), data.get("model")
     if not isinstance(old, dict) or not isinstance(new, dict):
         return data
     stale = {"tiny"} & old.keys() if "path" in touched else set[str]()
     stale |= {"path"} if "tiny" in touched else set()
-    stale |= {"revision"} if "tiny" in touched or new.get("path") != old.get("path") else set()  # it belongs to the old path
+    stale |= (
+        {"revision"} if "tiny" in touched or new.get("path") != old.get("path") else set()
+    )  # it belongs to the old path
     return {**data, "model": {k: v for k, v in new.items() if k not in stale - touched}}
 
 
@@ -69,8 +81,14 @@ def apply_overrides(draft: Draft, changes: Sequence[Override]) -> Draft:
                 node[key] = {}
             if not isinstance(node[key], dict):
                 name = ".".join(change.keys[:depth])
-                kind = "a list, which cannot be indexed" if isinstance(node[key], list) else f"{node[key]!r}, which has no keys"
-                raise ConfigError(f"override `{change.text}`: {name} is {kind}", fix=f"give it as a whole: {name}=…")
+                kind = (
+                    "a list, which cannot be indexed"
+                    if isinstance(node[key], list)
+                    else f"{node[key]!r}, which has no keys"
+                )
+                raise ConfigError(
+                    f"override `{change.text}`: {name} is {kind}", fix=f"give it as a whole: {name}=…"
+                )
             node = node[key]
         node[change.keys[-1]] = change.value
         origins = {key: origin for key, origin in origins.items() if key[: len(change.keys)] != change.keys}

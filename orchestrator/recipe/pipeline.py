@@ -1,8 +1,10 @@
 """Stages of a pipeline, and the keys of a recipe that may take what an earlier stage exports.
 
-    model.path, model.reference, critic.model.path, critic.model.reference, rewards.functions[i].model: stage:NAME
+    model.path, model.reference, critic.model.path, critic.model.reference, rewards.functions[i].model:
+    stage:NAME
 
-`references` finds them, `check` refuses a stage that cannot be what the key needs, `resolve` puts the folders in.
+`references` finds them, `check` refuses a stage that cannot be what the key needs, `resolve` puts the folders
+in.
 """
 
 from collections.abc import Callable, Mapping
@@ -19,7 +21,8 @@ _REWARD = "rewards.functions["
 
 @dataclass(frozen=True, slots=True)
 class Ignored:
-    """A key that a stage inherits, or that a change on the command line has made useless, and that the run does not read."""
+    """A key that a stage inherits, or that a change on the command line has made useless, and that the run
+    does not read."""
 
     key: str
     where: str
@@ -31,8 +34,8 @@ class Ignored:
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """One training run. Where its recipe says `stage:NAME` it takes the export of that earlier stage. ignored: what was written for it
-    and is not read; the recipe holds the defaults there."""
+    """One training run. Where its recipe says `stage:NAME` it takes the export of that earlier stage.
+    ignored: what was written for it and is not read; the recipe holds the defaults there."""
 
     name: str
     recipe: Recipe
@@ -40,7 +43,8 @@ class Stage:
 
 
 def references(recipe: Recipe) -> dict[str, str]:
-    """Key -> name of the stage whose export it takes, e.g. {"model.path": "sft", "rewards.functions[0].model": "reward"}."""
+    """Key -> name of the stage whose export it takes, e.g. {"model.path": "sft",
+    "rewards.functions[0].model": "reward"}."""
     found: dict[str, str] = {}
 
     def note(key: str, value: str) -> str:
@@ -54,24 +58,37 @@ def references(recipe: Recipe) -> dict[str, str]:
 def check(recipe: Recipe, where: str, earlier: Mapping[str, Recipe]) -> None:
     """ConfigError where a key names no earlier stage, or one that trains something else than the key needs.
 
-    where: the recipe, for messages. A reward model has a scalar head: it scores, and can be the start of a critic or of
-    another reward model; transformers would draw the missing half of any other use at random, and say so in a log line.
+    where: the recipe, for messages. A reward model has a scalar head: it scores, and can be the start of a
+    critic or of another reward model; transformers would draw the missing half of any other use at random,
+    and say so in a log line.
     """
     for key, name in references(recipe).items():
         if name not in earlier:
-            fix = f"the stages before it are {', '.join(earlier)}" if earlier else "no stage comes before it; give a folder or a hub name"
+            fix = (
+                f"the stages before it are {', '.join(earlier)}"
+                if earlier
+                else "no stage comes before it; give a folder or a hub name"
+            )
             raise ConfigError(f"{where}: {key}: {STAGE}{name} names no earlier stage", fix=fix)
         if earlier[name].model.lora is not None and earlier[name].export.lora == "adapter":
             what = f"{where}: {key}: stage {name} exports its adapter alone"
-            raise ConfigError(what, why="export.lora=adapter: there is no model to load", fix=f"set {name}:export.lora=both")
+            raise ConfigError(
+                what, why="export.lora=adapter: there is no model to load", fix=f"set {name}:export.lora=both"
+            )
         scores = earlier[name].algorithm.name == "reward"
         wanted = key.startswith(_REWARD) or recipe.algorithm.name == "reward" or key == _CRITIC
         if scores and not wanted:
             fix = "name a stage that trains a policy"
-            raise ConfigError(f"{where}: {key}: stage {name} trains a reward model", why="it cannot write text", fix=fix)
+            raise ConfigError(
+                f"{where}: {key}: stage {name} trains a reward model", why="it cannot write text", fix=fix
+            )
         if key.startswith(_REWARD) and not scores:
             why = f"its algorithm is {earlier[name].algorithm.name}"
-            raise ConfigError(f"{where}: {key}: stage {name} trains no reward model", why=why, fix="name a stage with algorithm.name: reward")
+            raise ConfigError(
+                f"{where}: {key}: stage {name} trains no reward model",
+                why=why,
+                fix="name a stage with algorithm.name: reward",
+            )
 
 
 def resolve(recipe: Recipe, exports: Mapping[str, Path]) -> Recipe:
@@ -86,14 +103,21 @@ def _replaced(recipe: Recipe, put: Callable[[str, str], str]) -> Recipe:
         return put(key, value) if value is not None and value.startswith(STAGE) else value
 
     def model(key: str, cfg: Model) -> Model:
-        return cfg.model_copy(update={"path": one(f"{key}.path", cfg.path), "reference": one(f"{key}.reference", cfg.reference)})
+        return cfg.model_copy(
+            update={"path": one(f"{key}.path", cfg.path), "reference": one(f"{key}.reference", cfg.reference)}
+        )
 
-    functions = [f.model_copy(update={"model": one(f"{_REWARD}{i}].model", f.model)}) for i, f in enumerate(recipe.rewards.functions)]
+    functions = [
+        f.model_copy(update={"model": one(f"{_REWARD}{i}].model", f.model)})
+        for i, f in enumerate(recipe.rewards.functions)
+    ]
     critic = recipe.critic
     return recipe.model_copy(
         update={
             "model": model("model", recipe.model),
             "rewards": recipe.rewards.model_copy(update={"functions": functions}),
-            "critic": critic if critic.model is None else critic.model_copy(update={"model": model("critic.model", critic.model)}),
+            "critic": critic
+            if critic.model is None
+            else critic.model_copy(update={"model": model("critic.model", critic.model)}),
         }
     )

@@ -1,6 +1,8 @@
-"""docs/recipe-reference.md, made from the schema: `orchestrator config reference` prints it, and a test compares it with the page.
+"""docs/recipe-reference.md, made from the schema: `orchestrator config reference` prints it, and a test
+compares it with the page.
 
-config.Recipe -> sections in the order of the file -> a table of keys each: type and bounds, default, description, who reads it
+config.Recipe -> sections in the order of the file -> a table of keys each: type and bounds, default,
+description, who reads it
 """
 
 import types
@@ -46,7 +48,9 @@ def render() -> str:
     places: dict[type[BaseModel], list[str]] = {}
     for path, section in _sections(Recipe, ""):
         places.setdefault(section, []).append(path)
-    return HEAD.format(keys=KEYS, values=VALUES) + "".join(_section(paths, section) for section, paths in places.items())
+    return HEAD.format(keys=KEYS, values=VALUES) + "".join(
+        _section(paths, section) for section, paths in places.items()
+    )
 
 
 def _sections(section: type[BaseModel], path: str) -> Iterator[tuple[str, type[BaseModel]]]:
@@ -74,7 +78,12 @@ def _section(paths: Sequence[str], section: type[BaseModel]) -> str:
 
 
 def _row(key: str, field: FieldInfo, readers: Readers) -> str:
-    bounds = [f"{sign} {getattr(item, name):g}" for item in field.metadata for name, sign in BOUNDS if getattr(item, name, None) is not None]
+    bounds = [
+        f"{sign} {getattr(item, name):g}"
+        for item in field.metadata
+        for name, sign in BOUNDS
+        if getattr(item, name, None) is not None
+    ]
     about = field.description or ("see below" if any(_inside(field.annotation)) else "")
     about += f"; **read only {readers.words}**" if readers.words else ""
     value = ", ".join([_type(field.annotation), *bounds])

@@ -1,4 +1,5 @@
-"""YAML as recipes use it: the 1.2 core types (`off` and `no` are text, `1e-5` is a number), no repeated keys, no aliases."""
+"""YAML as recipes use it: the 1.2 core types (`off` and `no` are text, `1e-5` is a number), no repeated keys,
+no aliases."""
 
 import re
 from collections.abc import Iterator
@@ -16,7 +17,11 @@ def _resolvers() -> dict[str, list[tuple[str, re.Pattern[str]]]]:
         ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
         ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
         ("int", r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", list("-+0123456789")),
-        ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", list("-+.0123456789")),
+        (
+            "float",
+            r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+            list("-+.0123456789"),
+        ),
     )
     table: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
     for name, pattern, starts in types:
@@ -32,7 +37,10 @@ class Loader(yaml.SafeLoader):
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
-            raise yaml.MarkedYAMLError(problem="aliases (*name) are not read; use `extends`", problem_mark=self.peek_event().start_mark)
+            raise yaml.MarkedYAMLError(
+                problem="aliases (*name) are not read; use `extends`",
+                problem_mark=self.peek_event().start_mark,
+            )
         return super().compose_node(parent, index)
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
@@ -40,9 +48,14 @@ class Loader(yaml.SafeLoader):
         lines: dict[str, int] = {}
         for key, _ in node.value:
             if key.tag != "tag:yaml.org,2002:str":
-                raise yaml.MarkedYAMLError(problem=f"the key {key.value!r} is not text; quote it", problem_mark=key.start_mark)
+                raise yaml.MarkedYAMLError(
+                    problem=f"the key {key.value!r} is not text; quote it", problem_mark=key.start_mark
+                )
             if key.value in lines:
-                raise yaml.MarkedYAMLError(problem=f"the key {key.value!r} is already set in line {lines[key.value]}", problem_mark=key.start_mark)
+                raise yaml.MarkedYAMLError(
+                    problem=f"the key {key.value!r} is already set in line {lines[key.value]}",
+                    problem_mark=key.start_mark,
+                )
             lines[key.value] = key.start_mark.line + 1
         return node
 
@@ -57,18 +70,27 @@ Loader.add_constructor("tag:yaml.org,2002:int", Loader.construct_yaml_int)
 class Dumper(yaml.SafeDumper):
     """Writes what Loader reads back as the same value."""
 
-    yaml_implicit_resolvers: ClassVar = _resolvers()  # quotes exactly what the loader would not read back as text
+    yaml_implicit_resolvers: ClassVar = (
+        _resolvers()
+    )  # quotes exactly what the loader would not read back as text
 
 
 def parse(text: str, name: str) -> tuple[Any, dict[Key, str]]:
-    """The value of a YAML text and where each of its keys stands, "name:line". ConfigError names line and column."""
+    """The value of a YAML text and where each of its keys stands, "name:line". ConfigError names line and
+    column."""
     try:
         loader = Loader(text)
         node = loader.get_single_node()
-        return (None, {}) if node is None else (loader.construct_document(node), {k: f"{name}:{line}" for k, line in _lines(node, ())})
+        return (
+            (None, {})
+            if node is None
+            else (loader.construct_document(node), {k: f"{name}:{line}" for k, line in _lines(node, ())})
+        )
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
-        raise ConfigError(f"{name}{f':{mark.line + 1}:{mark.column + 1}' if mark else ''}: {error.problem or error.context}") from error
+        raise ConfigError(
+            f"{name}{f':{mark.line + 1}:{mark.column + 1}' if mark else ''}: {error.problem or error.context}"
+        ) from error
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise ConfigError(f"{name}: not readable as YAML", why=str(error).splitlines()[0]) from error
 
@@ -76,6 +98,8 @@ def parse(text: str, name: str) -> tuple[Any, dict[Key, str]]:
 def _lines(node: yaml.Node, path: Key) -> Iterator[tuple[Key, int]]:
     children = node.value if isinstance(node, yaml.MappingNode | yaml.SequenceNode) else ()
     for i, child in enumerate(children):
-        key, value, mark = (child[0].value, child[1], child[0]) if isinstance(child, tuple) else (i, child, child)
+        key, value, mark = (
+            (child[0].value, child[1], child[0]) if isinstance(child, tuple) else (i, child, child)
+        )
         yield (*path, key), mark.start_mark.line + 1
         yield from _lines(value, (*path, key))

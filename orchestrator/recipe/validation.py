@@ -1,4 +1,5 @@
-"""A mapping to a checked `config.Recipe`: no value changes its kind on the way, and one error lists every problem.
+"""A mapping to a checked `config.Recipe`: no value changes its kind on the way, and one error lists every
+problem.
 
 mapping --mark what pydantic would quietly read as another value--> pydantic --problems in the recipe's words--> Recipe
 """
@@ -21,9 +22,22 @@ _MUST_BE = {
     **dict.fromkeys(("float_type", "float_parsing"), "a number"),
     **dict.fromkeys(("bool_type", "bool_parsing"), "true or false"),
     **dict.fromkeys(("list_type", "tuple_type"), "a list"),
-    **{"string_type": "text", "dict_type": "a mapping", "model_type": "a mapping of keys", "literal_error": "{expected}"},
-    **{"greater_than_equal": "at least {ge}", "greater_than": "above {gt}", "less_than_equal": "at most {le}", "less_than": "below {lt}"},
-    **{"string_pattern_mismatch": "text that matches {pattern}", "too_long": "no longer than {max_length} entries"},
+    **{
+        "string_type": "text",
+        "dict_type": "a mapping",
+        "model_type": "a mapping of keys",
+        "literal_error": "{expected}",
+    },
+    **{
+        "greater_than_equal": "at least {ge}",
+        "greater_than": "above {gt}",
+        "less_than_equal": "at most {le}",
+        "less_than": "below {lt}",
+    },
+    **{
+        "string_pattern_mismatch": "text that matches {pattern}",
+        "too_long": "no longer than {max_length} entries",
+    },
 }
 
 
@@ -42,19 +56,26 @@ class _Misplaced:
 
 
 def validate(data: Mapping[str, Any], origins: Mapping[Key, object], name: str) -> Recipe:
-    """The checked recipe. origins: where each key was written, by `str`. ConfigError lists `key: what (got value; where)`."""
+    """The checked recipe. origins: where each key was written, by `str`. ConfigError lists `key: what (got
+    value; where)`."""
     try:
         recipe = Recipe.model_validate(_mark(data, Recipe))
     except ValidationError as error:
         problems = _problems(error, data, origins)
         what = f"{name}: {len(problems)} problem{'s' if len(problems) > 1 else ''} in the recipe"
         raise ConfigError(what, why=listed(problems), fix=_cure(problems)) from error
-    assert not any(isinstance(value, _Misplaced) for value in _values(recipe)), "a mark was left in the recipe"
+    assert not any(isinstance(value, _Misplaced) for value in _values(recipe)), (
+        "a mark was left in the recipe"
+    )
     return recipe
 
 
 def _cure(problems: list[str]) -> str:
-    absent = [key for key in OWN if any(p.startswith(f"{key}: required") or p.startswith(f"{key}: set exactly one") for p in problems)]
+    absent = [
+        key
+        for key in OWN
+        if any(p.startswith(f"{key}: required") or p.startswith(f"{key}: set exactly one") for p in problems)
+    ]
     if absent and len(absent) == len(problems):
         return f"give what is yours: {' '.join(dict.fromkeys(OWN[key] for key in absent))}"
     return "mend these keys; `orchestrator config schema` lists every key"
@@ -69,10 +90,12 @@ def listed(problems: list[str]) -> str:
 
 
 def _mark(value: Any, annotation: Any) -> Any:
-    """A copy of `value` in which booleans outside of boolean keys, and non-finite numbers, are marked as misplaced.
+    """A copy of `value` in which booleans outside of boolean keys, and non-finite numbers, are marked as
+    misplaced.
 
-    What stands where the schema takes anything (options of rewards) is handed on as it is, and so is what it does not know at all:
-    pydantic converts nothing there."""
+    What stands where the schema takes anything (options of rewards) is handed on as it is, and so is what it
+    does not know at all: pydantic converts nothing there.
+    """
     members = list(_members(annotation))
     if annotation is None or Any in members:
         return value
@@ -88,7 +111,9 @@ def _mark(value: Any, annotation: Any) -> Any:
         return [_mark(v, inner) for v in value]
     if isinstance(value, bool) and bool not in members:
         return _Misplaced(str(value).lower())
-    return _Misplaced(f"{value}, not finite") if isinstance(value, float) and not math.isfinite(value) else value
+    return (
+        _Misplaced(f"{value}, not finite") if isinstance(value, float) and not math.isfinite(value) else value
+    )
 
 
 def _members(annotation: Any) -> Iterator[Any]:
@@ -165,15 +190,25 @@ def _problems(error: ValidationError, data: Mapping[str, Any], origins: Mapping[
         path, kind = _path(item["loc"], data, item["type"] == "missing"), item["type"]
         if kind in _MUST_BE:
             words = _MUST_BE[kind].format(**item.get("ctx", {}))
-            must.setdefault(path, []).append("a time such as 90s, 10m or 1h" if DURATION_PATTERN in words else words)
-            said[path] = f"must be {' or '.join(dict.fromkeys(must[path]))} (got {_shown(item['input'])}{_meant(item)}"
+            must.setdefault(path, []).append(
+                "a time such as 90s, 10m or 1h" if DURATION_PATTERN in words else words
+            )
+            said[path] = (
+                f"must be {' or '.join(dict.fromkeys(must[path]))} (got {_shown(item['input'])}{_meant(item)}"
+            )
         elif kind == "extra_forbidden":
             said |= {whole: f"unknown key{_suggestion(whole)} (" for whole in _leaves(path, item["input"])}
         else:
-            said[path] = "required, but not set (" if kind == "missing" else f"{item.get('ctx', {}).get('error', item['msg'])} ("
+            said[path] = (
+                "required, but not set ("
+                if kind == "missing"
+                else f"{item.get('ctx', {}).get('error', item['msg'])} ("
+            )
     lines: list[str] = []
     for path, text in said.items():
-        if not any(len(other) > len(path) and other[: len(path)] == path for other in said):  # a union's other branches
+        if not any(
+            len(other) > len(path) and other[: len(path)] == path for other in said
+        ):  # a union's other branches
             place = where(path, origins) or ""
             joint = "; " if place and not text.endswith("(") else ""
             lines.append(f"{dotted(path)}: {text}{joint}{place})".replace(" ()", ""))
@@ -217,19 +252,26 @@ def _suggestion(path: Key) -> str:
     """The words ", did you mean …?": close keys of the same section, else the same key in another section."""
     close = _close(path)
     every = list(all_keys(Recipe, ""))
-    close = close or [key for key in every if key.endswith(f".{path[-1]}")] or difflib.get_close_matches(dotted(path), every, cutoff=0.75)
+    close = (
+        close
+        or [key for key in every if key.endswith(f".{path[-1]}")]
+        or difflib.get_close_matches(dotted(path), every, cutoff=0.75)
+    )
     return f", did you mean {' or '.join(close[:3])}?" if close else ""
 
 
 def _close(path: Key) -> list[str]:
-    """Keys of the schema that are near to a path in each of its parts, as far as any is: optimizer.learning_rate for optimiser.lr."""
+    """Keys of the schema that are near to a path in each of its parts, as far as any is:
+    optimizer.learning_rate for optimiser.lr."""
     section: type[BaseModel] | None = Recipe
     right: Key = ()
     for n, part in enumerate(path):
         known = list(section.model_fields) if section else []
         near = [part] if isinstance(part, int) or part in known else _near(str(part), known)
         if not near:
-            return [dotted(right)] if n and right != path[:n] else []  # a section was misspelt, and has no such key
+            return (
+                [dotted(right)] if n and right != path[:n] else []
+            )  # a section was misspelt, and has no such key
         if n == len(path) - 1:
             return [dotted((*right, key)) for key in near]
         right, section = (*right, near[0]), section_at(section, near[0])

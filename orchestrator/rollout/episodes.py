@@ -3,8 +3,8 @@
     prompt --sample--> completion                                                      (no environment)
     reset(row) -> messages --template--> prompt --sample--> completion --step--> messages --template--> … until done
 
-Only the model's own tokens are scored. What it sampled is kept as it was sampled: later turns are appended to those very
-tokens, never tokenized again.
+Only the model's own tokens are scored. What it sampled is kept as it was sampled: later turns are appended to
+those very tokens, never tokenized again.
 """
 
 import math
@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -22,7 +22,7 @@ from orchestrator.core.batches import Finish, Ints
 from orchestrator.core.errors import ConfigError, DataError
 from orchestrator.core.rollouts import Completion, Prompt, Rollout, RolloutGroup, Sampling
 from orchestrator.data.template import render
-from orchestrator.rollout.engines.engine import Request
+from orchestrator.rollout.engines.engine import Decoder, Request
 from orchestrator.rollout.engines.sampling import sample_seed
 from orchestrator.rollout.environment import Environment, Factory, Messages, Turn
 
@@ -30,48 +30,76 @@ _ANSWER = "\x02answer\x03"
 """Stands for the assistant's text where the template is asked what comes after it."""
 
 
-class Decoder(Protocol):
-    """Samples completions for requests with weights that are already in place."""
-
-    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[tuple[Completion, ...]]: ...
-
-
-class Roller:
+class EpisodeRunner:
     """Rolls out groups with one decoder and, where the recipe names one, an environment."""
 
-    def __init__(self, decoder: Decoder, tokenizer: Any, environment: Factory | None, max_turns: int, retries: int = 0) -> None:
+    def __init__(
+        self, decoder: Decoder, tokenizer: Any, environment: Factory | None, max_turns: int, retries: int = 0
+    ) -> None:
         """retries: of an episode whose environment raised something."""
-        self.decoder, self.tokenizer, self.environment, self.max_turns = decoder, tokenizer, environment, max_turns
+        self.decoder, self.tokenizer, self.environment, self.max_turns = (
+            decoder,
+            tokenizer,
+            environment,
+            max_turns,
+        )
         self.retries = retries
 
-    def roll_out(self, work: Sequence[tuple[int, Prompt]], sampling: Sampling, version: int) -> tuple[RolloutGroup, ...]:
+    def roll_out(
+        self, work: Sequence[tuple[int, Prompt]], sampling: Sampling, version: int
+    ) -> tuple[RolloutGroup, ...]:
         """A group for each (draw, prompt), in order."""
         if self.environment is None:
             return self._single(work, sampling, version)
         return self._episodes(work, sampling, version, self.environment)
 
-    def _single(self, work: Sequence[tuple[int, Prompt]], sampling: Sampling, version: int) -> tuple[RolloutGroup, ...]:
-        requests = [Request(p.ids, _seeds(sampling, p.id, draw, version), sampling.max_new_tokens) for draw, p in work]
+    def _single(
+        self, work: Sequence[tuple[int, Prompt]], sampling: Sampling, version: int
+    ) -> tuple[RolloutGroup, ...]:
+        requests = [
+            Request(p.ids, _seeds(sampling, p.id, draw, version), sampling.max_new_tokens) for draw, p in work
+        ]
         groups = []
         for (draw, prompt), completions in zip(work, self.decoder.generate(requests, sampling), strict=True):
             rollouts = tuple(
-                Rollout(k, version, c.ids, np.ones(len(c.ids), np.bool_), c.logprobs, c.finish, self._shown(prompt.text, c.ids), kept=c.kept)
+                Rollout(
+                    k,
+                    version,
+                    c.ids,
+                    np.ones(len(c.ids), np.bool_),
+                    c.logprobs,
+                    c.finish,
+                    self._shown(prompt.text, c.ids),
+                    kept=c.kept,
+                )
                 for k, c in enumerate(completions)
             )
             groups.append(RolloutGroup(prompt, draw, rollouts))
         return tuple(groups)
 
-    def _episodes(self, work: Sequence[tuple[int, Prompt]], sampling: Sampling, version: int, environment: Factory) -> tuple[RolloutGroup, ...]:
-        """All episodes, turn by turn. One whose environment failed is begun anew with a fresh one, from the same seed; what fails to the
-        last stays a rollout without a reward, and costs its group, not the run."""
-        groups = [[_Episode(k, seed, p, sampling.max_new_tokens) for k, seed in enumerate(_seeds(sampling, p.id, draw, version))] for draw, p in work]
+    def _episodes(
+        self, work: Sequence[tuple[int, Prompt]], sampling: Sampling, version: int, environment: Factory
+    ) -> tuple[RolloutGroup, ...]:
+        """All episodes, turn by turn. One whose environment failed is begun anew with a fresh one, from the
+        same seed; what fails to the last stays a rollout without a reward, and costs its group, not the run.
+        """
+        groups = [
+            [
+                _Episode(k, seed, p, sampling.max_new_tokens)
+                for k, seed in enumerate(_seeds(sampling, p.id, draw, version))
+            ]
+            for draw, p in work
+        ]
         for left in reversed(range(self.retries + 1)):
             for (_, prompt), group in zip(work, groups, strict=True):
                 self._begin(prompt, group, environment)
             self._play([e for group in groups for e in group], sampling)
             if not any(e.failure for group in groups for e in group):
                 break
-            groups = [[e.fresh(sampling.max_new_tokens) if e.failure and left else e for e in group] for group in groups]
+            groups = [
+                [e.fresh(sampling.max_new_tokens) if e.failure and left else e for e in group]
+                for group in groups
+            ]
         return tuple(
             RolloutGroup(_told(group, prompt), draw, tuple(e.rollout(version) for e in group))
             for (draw, prompt), group in zip(work, groups, strict=True)
@@ -94,7 +122,9 @@ class Roller:
                 continue
             with episode.guarded():
                 episode.world = environment()
-                found = episode.world.reset(deepcopy({**prompt.columns, "prompt": prompt.text}))  # it may write on in both
+                found = episode.world.reset(
+                    deepcopy({**prompt.columns, "prompt": prompt.text})
+                )  # it may write on in both
                 if not found:
                     raise ValueError("reset gave no messages")
                 episode.messages = _checked_messages(found, "reset")
@@ -102,13 +132,20 @@ class Roller:
                 continue
             first = next(e for e in group if e.messages)
             if episode.messages != first.messages:
-                raise DataError(f"{prompt.where}: the environment began two episodes of one row differently", fix="make reset a function of the row")
-            ids = first.prompt.ids if first is not episode else np.array(self._render(episode.messages, prompt), np.int64)
+                raise DataError(
+                    f"{prompt.where}: the environment began two episodes of one row differently",
+                    fix="make reset a function of the row",
+                )
+            ids = (
+                first.prompt.ids
+                if first is not episode
+                else np.array(self._render(episode.messages, prompt), np.int64)
+            )
             episode.prompt = replace(prompt, ids=ids, text=episode.messages)
 
     def _advance(self, episode: "_Episode", completion: Completion) -> None:
         """Adds the model's turn, asks the environment, and adds what it says if the model has a turn left."""
-        episode.add(completion.ids, scored=True)
+        episode.add(completion.ids, loss_mask=True)
         episode.logprobs.append(completion.logprobs)
         if completion.kept is not None:
             episode.kept.append(completion.kept)
@@ -130,17 +167,25 @@ class Roller:
         elif completion.finish == "length" or len(suffix) >= episode.room or episode.turns >= self.max_turns:
             episode.finish = "length"
         else:
-            episode.add(np.array(suffix, np.int64), scored=False)
+            episode.add(np.array(suffix, np.int64), loss_mask=False)
 
     def _suffix(self, messages: Messages, completion: Completion, prompt: Prompt) -> list[int]:
-        """The tokens between the model's turn and its next: what the template writes after the assistant's text."""
+        """The tokens between the model's turn and its next: what the template writes after the assistant's
+        text."""
         before = [{"role": "user", "content": "x"}, {"role": "assistant", "content": _ANSWER}]
-        whole = render(self.tokenizer, [*before, *messages], prompt, tokenize=False, add_generation_prompt=True)
+        whole = render(
+            self.tokenizer, [*before, *messages], prompt, tokenize=False, add_generation_prompt=True
+        )
         _, found, tail = whole.rpartition(_ANSWER)
         if not found:
-            raise ConfigError(f"{prompt.where}: the chat template changes the assistant's text", fix="use another model.chat_template")
+            raise ConfigError(
+                f"{prompt.where}: the chat template changes the assistant's text",
+                fix="use another model.chat_template",
+            )
         last = int(completion.ids[-1])
-        if last == self.tokenizer.eos_token_id or last in self.tokenizer.added_tokens_decoder:  # <|eot_id|> is not Llama's eos_token
+        if (
+            last == self.tokenizer.eos_token_id or last in self.tokenizer.added_tokens_decoder
+        ):  # <|eot_id|> is not Llama's eos_token
             tail = tail.removeprefix(self.tokenizer.decode([last]))  # the model wrote it itself
         return list(self.tokenizer(text=tail, add_special_tokens=False)["input_ids"])
 
@@ -161,8 +206,8 @@ class Roller:
 
 @dataclass(slots=True)
 class _Episode:
-    """A conversation under way. prompt: the row's, and the conversation's own once it has begun; room: tokens that may still follow; drawn:
-    tokens the seed has been used for; failure: what the environment raised."""
+    """A conversation under way. prompt: the row's, and the conversation's own once it has begun; room: tokens
+    that may still follow; drawn: tokens the seed has been used for; failure: what the environment raised."""
 
     sample: int
     seed: int
@@ -171,7 +216,7 @@ class _Episode:
     world: Environment | None = None
     messages: Messages = field(default_factory=list)
     ids: list[Ints] = field(default_factory=list)
-    scored: list[np.ndarray] = field(default_factory=list)
+    loss_mask: list[np.ndarray] = field(default_factory=list)
     logprobs: list[np.ndarray] = field(default_factory=list)
     kept: list[np.ndarray] = field(default_factory=list)
     said: Messages = field(default_factory=list)
@@ -191,7 +236,8 @@ class _Episode:
 
     @contextmanager
     def guarded(self) -> Iterator[None]:
-        """What the user's code raises inside becomes the episode's failure; the whole traceback goes to the actor's log."""
+        """What the user's code raises inside becomes the episode's failure; the whole traceback goes to the
+        actor's log."""
         try:
             yield
         except (Exception, SystemExit) as error:
@@ -201,9 +247,9 @@ class _Episode:
     def tokens(self) -> Ints:
         return np.concatenate([self.prompt.ids, *self.ids])
 
-    def add(self, ids: Ints, *, scored: bool) -> None:
+    def add(self, ids: Ints, *, loss_mask: bool) -> None:
         self.ids.append(ids)
-        self.scored.append(np.full(len(ids), scored, np.bool_))
+        self.loss_mask.append(np.full(len(ids), loss_mask, np.bool_))
         self.room -= len(ids)
 
     def rollout(self, version: int) -> Rollout:
@@ -211,7 +257,7 @@ class _Episode:
             sample=self.sample,
             version=version,
             ids=np.concatenate([np.zeros(0, np.int64), *self.ids]),
-            scored=np.concatenate([np.zeros(0, np.bool_), *self.scored]),
+            loss_mask=np.concatenate([np.zeros(0, np.bool_), *self.loss_mask]),
             logprobs=np.concatenate([np.zeros(0, np.float32), *self.logprobs]),
             finish=self.finish or "length",
             completion=self.said,

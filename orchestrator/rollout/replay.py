@@ -13,7 +13,16 @@ import numpy as np
 
 from orchestrator.core.errors import DataError, MissingInput
 from orchestrator.core.files import read_lines
-from orchestrator.core.rollouts import Prompt, Rollout, RolloutGroup, Sampling, ScoredGroup, Scoring, Span, WeightsDelivered
+from orchestrator.core.rollouts import (
+    BatchRewards,
+    Prompt,
+    RewardedGroup,
+    Rollout,
+    RolloutGroup,
+    Sampling,
+    Span,
+    WeightsDelivered,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,57 +36,70 @@ class _Recorded:
 
 
 class Replay:
-    """roles.Generator and roles.Scorer over a samples.jsonl: each start() gives the next recorded rollout batch, whatever was
-    asked for, and score() its recorded rewards. Versions are those that are asked for: nothing is stale in a recording."""
+    """roles.Generator and roles.Scorer over a samples.jsonl: each start() gives the next recorded rollout
+    batch, whatever was asked for, and score() its recorded rewards. Versions are those that are asked for:
+    nothing is stale in a recording."""
 
-    def __init__(self, steps: Sequence[Sequence[ScoredGroup]], file: Path) -> None:
+    def __init__(self, steps: Sequence[Sequence[RewardedGroup]], file: Path) -> None:
         self.steps, self.file = deque(steps), file
-        self.rewards: dict[int, ScoredGroup] = {}
+        self.rewards: dict[int, RewardedGroup] = {}
 
     @classmethod
     def read(cls, file: str) -> "Replay":
         """MissingInput without the file, DataError where it holds no whole rollout."""
         path = Path(file)
         if not path.is_file():
-            raise MissingInput(f"rollouts.replay: no file {path}", fix="give the samples.jsonl of an online run")
+            raise MissingInput(
+                f"rollouts.replay: no file {path}", fix="give the samples.jsonl of an online run"
+            )
         by_step: dict[int, list[dict[str, Any]]] = {}
         for number, line in enumerate(read_lines(path), 1):
             if line.get("kind") != "rollout":
                 continue
             if "tokens" not in line:
-                raise DataError(f"{path}:{number}: a rollout without its tokens", fix="record it with this version")
+                raise DataError(
+                    f"{path}:{number}: a rollout without its tokens", fix="record it with this version"
+                )
             by_step.setdefault(line["step"], []).append(line)
         if not by_step:
-            raise DataError(f"{path} holds no rollouts", why="only an online run records them", fix="give the samples.jsonl of an online run")
+            raise DataError(
+                f"{path} holds no rollouts",
+                why="only an online run records them",
+                fix="give the samples.jsonl of an online run",
+            )
         return cls([_groups(lines) for _, lines in sorted(by_step.items())], path)
 
     def start(self, prompts: Sequence[tuple[int, Prompt]], sampling: Sampling, version: int) -> _Recorded:
         if not self.steps:
-            raise DataError(f"{self.file} holds no more rollout batches", why=f"version {version} was asked for", fix="lower run.max_steps")
+            raise DataError(
+                f"{self.file} holds no more rollout batches",
+                why=f"version {version} was asked for",
+                fix="lower run.max_steps",
+            )
         recorded = self.steps.popleft()
         groups = []
         for item in recorded:
             rollouts = tuple(_with_version(r, version) for r in item.group.rollouts)
             group = RolloutGroup(item.group.prompt, item.group.draw, rollouts)
-            self.rewards[id(group)] = ScoredGroup(group, item.rewards, item.parts)
+            self.rewards[id(group)] = RewardedGroup(group, item.rewards, item.parts)
             groups.append(group)
         return _Recorded(tuple(groups))
 
-    def score(self, groups: Sequence[RolloutGroup]) -> Scoring:
-        return Scoring(tuple(self.rewards.pop(id(group)) for group in groups))
+    def score(self, groups: Sequence[RolloutGroup]) -> BatchRewards:
+        return BatchRewards(tuple(self.rewards.pop(id(group)) for group in groups))
 
     def spans(self) -> list[Span]:
         return []
 
 
-class NoBridge:
+class NoSync:
     """roles.WeightBridge where nobody generates."""
 
     def publish(self, version: int) -> WeightsDelivered:
         return WeightsDelivered(version, 0, 0.0, 0, "none")
 
 
-def _groups(lines: Sequence[Mapping[str, Any]]) -> list[ScoredGroup]:
+def _groups(lines: Sequence[Mapping[str, Any]]) -> list[RewardedGroup]:
     """The groups of a step: lines follow each other sample by sample, and sample 0 begins a group."""
     groups: list[list[Mapping[str, Any]]] = []
     for line in lines:
@@ -87,16 +109,23 @@ def _groups(lines: Sequence[Mapping[str, Any]]) -> list[ScoredGroup]:
     return [_group(index, members) for index, members in enumerate(groups)]
 
 
-def _group(draw: int, lines: Sequence[Mapping[str, Any]]) -> ScoredGroup:
+def _group(draw: int, lines: Sequence[Mapping[str, Any]]) -> RewardedGroup:
     first = lines[0]
     columns = {} if first.get("answer") is None else {"answer": first["answer"]}
-    prompt = Prompt(first["prompt_id"], f"replay:{draw}", 0, np.array(first["tokens"]["prompt"], np.int64), first["prompt"], columns)
+    prompt = Prompt(
+        first["prompt_id"],
+        f"replay:{draw}",
+        0,
+        np.array(first["tokens"]["prompt"], np.int64),
+        first["prompt"],
+        columns,
+    )
     rollouts = tuple(
         Rollout(
             sample=line["sample"],
             version=line["version"],
             ids=np.array(line["tokens"]["ids"], np.int64),
-            scored=np.array(line["tokens"]["scored"], np.bool_),
+            loss_mask=np.array(line["tokens"]["scored"], np.bool_),
             logprobs=np.array(line["tokens"]["logprobs"], np.float32),
             finish=line["finish"],
             completion=line["completion"],
@@ -106,7 +135,11 @@ def _group(draw: int, lines: Sequence[Mapping[str, Any]]) -> ScoredGroup:
     )
     rewards = np.array([line["scores"]["reward"] for line in lines], np.float32)
     names = [n for n in first["scores"] if n != "reward"]
-    return ScoredGroup(RolloutGroup(prompt, draw, rollouts), rewards, {n: np.array([x["scores"][n] for x in lines], np.float32) for n in names})
+    return RewardedGroup(
+        RolloutGroup(prompt, draw, rollouts),
+        rewards,
+        {n: np.array([x["scores"][n] for x in lines], np.float32) for n in names},
+    )
 
 
 def _with_version(rollout: Rollout, version: int) -> Rollout:

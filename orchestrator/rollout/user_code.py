@@ -1,4 +1,5 @@
-"""One loader for the user's modules, reward functions and environments alike: as `python file.py` and `import module` find them.
+"""One loader for the user's modules, reward functions and environments alike: as `python file.py` and `import
+module` find them.
 
 module            from the working folder, then the Python path
 file.py           under its own name in sys.modules (pickle and dataclasses look there), its folder on the path (siblings)
@@ -30,8 +31,8 @@ def load_module(place: str) -> ModuleType:
 
 
 def _package(file: Path) -> tuple[str, ...]:
-    """Names of the packages that a file which imports relatively lies in, outermost first, at least its folder's; none for another file: what
-    a package's __init__ does may be no business of it."""
+    """Names of the packages that a file which imports relatively lies in, outermost first, at least its
+    folder's; none for another file: what a package's __init__ does may be no business of it."""
     if not file.stem.isidentifier() or not file.parent.name.isidentifier() or not _imports_relatively(file):
         return ()
     names: list[str] = []
@@ -43,7 +44,9 @@ def _package(file: Path) -> tuple[str, ...]:
 
 
 def _imports_relatively(file: Path) -> bool:
-    return any(isinstance(node, ast.ImportFrom) and node.level for node in ast.walk(ast.parse(file.read_bytes())))
+    return any(
+        isinstance(node, ast.ImportFrom) and node.level for node in ast.walk(ast.parse(file.read_bytes()))
+    )
 
 
 def _loose(file: Path) -> ModuleType:

@@ -2,7 +2,8 @@
 
     .tmp-step_000120-<run>/  --write shards, fsync-->  MANIFEST.json last  --rename-->  step_000120/  -->  LATEST
 
-A crash at any point leaves the checkpoints before it untouched. Files hold tensors (safetensors) and JSON, no pickle.
+A crash at any point leaves the checkpoints before it untouched. Files hold tensors (safetensors) and JSON, no
+pickle.
 """
 
 import hashlib
@@ -35,17 +36,21 @@ class Saved:
     directory: Path
     progress: Progress
     run: str
-    facts: Mapping[str, Any]
+    extra_state: Mapping[str, Any]
 
 
 class CheckpointStore:
-    """The `checkpoints/` folder of one run. run: fingerprint of what decides the result; other runs' are refused."""
+    """The `checkpoints/` folder of one run. run: fingerprint of what decides the result; other runs' are
+    refused."""
 
     def __init__(self, root: Path, *, run: str, keep: int, note: Callable[[str], None]) -> None:
         self.root, self.run, self.keep, self.note = root, run, keep, note
 
-    def save(self, progress: Progress, facts: Mapping[str, Any], write: Callable[[Path], Sequence[FileEntry]]) -> Path:
-        """Commits a checkpoint; `write` puts the tensor files into the folder it is given. Older ones go after."""
+    def save(
+        self, progress: Progress, facts: Mapping[str, Any], write: Callable[[Path], Sequence[FileEntry]]
+    ) -> Path:
+        """Commits a checkpoint; `write` puts the tensor files into the folder it is given. Older ones go
+        after."""
         name = f"step_{progress.step:08d}"
         temporary = self.root / f".tmp-{name}-{uuid.uuid4().hex[:8]}"
         try:
@@ -61,7 +66,8 @@ class CheckpointStore:
             raise OutputError(
                 f"checkpoint of step {progress.step} could not be written to {self.root}",
                 why=str(error),
-                fix="free disk space or fix the permissions, then run the same command: it goes on from the last checkpoint",
+                fix="free disk space or fix the permissions, then run the same command: it goes on from the "
+                "last checkpoint",
             ) from error
         self._purge(name)
         return self.root / name
@@ -77,13 +83,17 @@ class CheckpointStore:
             if saved.run != self.run:
                 raise OutputError(
                     f"{self.root.parent} holds another run's checkpoints",
-                    why=f"{directory.name} was written by run {saved.run[:12]}, this recipe is run {self.run[:12]}",
-                    fix="choose another --output, or use the recipe this folder was started with (its recipe.yaml)",
+                    why=f"{directory.name} was written by run {saved.run[:12]}, this recipe is run "
+                    f"{self.run[:12]}",
+                    fix="choose another --output, or use the recipe this folder was started with (its "
+                    "recipe.yaml)",
                 )
             return saved
         return None
 
-    def _write_manifest(self, folder: Path, progress: Progress, facts: Mapping[str, Any], entries: Sequence[FileEntry]) -> None:
+    def _write_manifest(
+        self, folder: Path, progress: Progress, facts: Mapping[str, Any], entries: Sequence[FileEntry]
+    ) -> None:
         manifest = {
             "format": FORMAT,
             "run": self.run,
@@ -93,11 +103,16 @@ class CheckpointStore:
         }
         manifest = json.loads(json.dumps(manifest))  # tuples and integer keys as a reader will see them
         body = json.dumps(manifest, indent=1, sort_keys=True)
-        write_atomically(folder / "MANIFEST.json", json.dumps({"sha256": _digest(body), "manifest": manifest}, indent=1, sort_keys=True))
+        write_atomically(
+            folder / "MANIFEST.json",
+            json.dumps({"sha256": _digest(body), "manifest": manifest}, indent=1, sort_keys=True),
+        )
 
     def _publish(self, temporary: Path, final: Path, step: int) -> None:
         replaced = final.with_name(final.name + REPLACED)
-        if final.exists():  # the same step written again: kept under another name until the new one is in place
+        if (
+            final.exists()
+        ):  # the same step written again: kept under another name until the new one is in place
             shutil.rmtree(replaced, ignore_errors=True)
             os.rename(final, replaced)
             faults.inject("checkpoint.replaced", step=step)
@@ -112,8 +127,15 @@ class CheckpointStore:
         if step is None and (saved := self.newest()) is not None:
             return saved
         if step not in there:
-            fix = f"there are steps {', '.join(map(str, there))}" if there else "checkpoint.every and checkpoint.final decide what stays"
-            raise CheckpointError(f"{self.root} holds no {'' if step is None else f'verified checkpoint of step {step}'}", fix=fix)
+            fix = (
+                f"there are steps {', '.join(map(str, there))}"
+                if there
+                else "checkpoint.every and checkpoint.final decide what stays"
+            )
+            raise CheckpointError(
+                f"{self.root} holds no {'' if step is None else f'verified checkpoint of step {step}'}",
+                fix=fix,
+            )
         return verify(self.root / f"step_{step:08d}")
 
     def keep_only(self, count: int) -> None:
@@ -125,12 +147,17 @@ class CheckpointStore:
             shutil.rmtree(self.root, ignore_errors=True)
 
     def _purge(self, newest: str) -> None:
-        """Removes what is older, once the new one is whole on disk: each file is there with the size whose SHA-256 its writer read back."""
+        """Removes what is older, once the new one is whole on disk: each file is there with the size whose
+        SHA-256 its writer read back."""
         verify(self.root / newest, content=False)
         folders = sorted(d for d in self.root.glob("step_*") if d.name <= newest and d.suffix != REPLACED)
         for folder in folders[: -self.keep]:
             self._remove(folder)
-        for folder in [*self.root.glob(".tmp-*"), *self.root.glob(f"{GONE}*"), *self.root.glob(f"step_*{REPLACED}")]:
+        for folder in [
+            *self.root.glob(".tmp-*"),
+            *self.root.glob(f"{GONE}*"),
+            *self.root.glob(f"step_*{REPLACED}"),
+        ]:
             shutil.rmtree(folder, ignore_errors=True)
         for file in self.root.glob(".LATEST.*"):
             file.unlink(missing_ok=True)
@@ -149,18 +176,25 @@ def _age(directory: Path) -> tuple[str, bool]:
 
 
 def verify(directory: Path, *, content: bool = True) -> Saved:
-    """Checks every file of a checkpoint against its manifest; CheckpointError names the first that differs. content: False reads no file."""
+    """Checks every file of a checkpoint against its manifest; CheckpointError names the first that differs.
+    content: False reads no file."""
     manifest = _read_manifest(directory)
     for entry in (FileEntry(**e) for e in manifest["files"]):
         path = directory / entry.path
         if not path.resolve().is_relative_to(directory.resolve()):
-            raise CheckpointError(f"{entry.path} leaves the checkpoint folder", why="the manifest was tampered with")
+            raise CheckpointError(
+                f"{entry.path} leaves the checkpoint folder", why="the manifest was tampered with"
+            )
         if not path.is_file():
             raise CheckpointError(f"{entry.path} is missing", why=f"{directory} is incomplete")
         if path.stat().st_size != entry.size:
-            raise CheckpointError(f"{entry.path} is truncated", why=f"{path.stat().st_size} bytes instead of {entry.size}")
+            raise CheckpointError(
+                f"{entry.path} is truncated", why=f"{path.stat().st_size} bytes instead of {entry.size}"
+            )
         if content and sha256(path) != entry.sha256:
-            raise CheckpointError(f"{entry.path} is damaged", why="its SHA-256 is not the one in the manifest")
+            raise CheckpointError(
+                f"{entry.path} is damaged", why="its SHA-256 is not the one in the manifest"
+            )
     return Saved(directory, Progress(**manifest["progress"]), manifest["run"], manifest["facts"])
 
 

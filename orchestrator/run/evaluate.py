@@ -22,7 +22,8 @@ from orchestrator.run.startup import attach_reference
 
 
 def first_batch(recipe: Recipe) -> tuple[tuple[SequenceGroup, ...], Callable[[int], str], DataReport]:
-    """The examples of the first optimizer step, a decoder of single tokens, and what is to be said of the data."""
+    """The examples of the first optimizer step, a decoder of single tokens, and what is to be said of the
+    data."""
     algorithm = build(recipe.algorithm, recipe.rollouts)
     if algorithm.online is None:
         data = read_data(recipe, algorithm)
@@ -33,19 +34,26 @@ def first_batch(recipe: Recipe) -> tuple[tuple[SequenceGroup, ...], Callable[[in
 
 
 def evaluate(recipe: Recipe, model: Path | None, console: Console) -> dict[str, float]:
-    """Held-out metrics of the recipe's model, or of the folder `model` against the recipe's model as reference."""
+    """Held-out metrics of the recipe's model, or of the folder `model` against the recipe's model as
+    reference."""
     if recipe.data.eval is None:
         raise ConfigError("data.eval is not set", fix="add a held-out file, e.g. data.eval=eval.jsonl")
     policy = recipe
     if model is not None:
-        cfg = recipe.model.model_copy(update={"path": str(model), "tiny": None, "revision": None, "lora": None})
+        cfg = recipe.model.model_copy(
+            update={"path": str(model), "tiny": None, "revision": None, "lora": None}
+        )
         policy = recipe.model_copy(update={"model": cfg})
     job = plan_job(policy, console, of_cluster(look(asked_by([policy]))))
     if job.prompts is not None:
         return run_online.evaluate(job)
     with LearnerGroup(job.recipe.learners, parameters=job.sizes().all) as group:
         policy, recipe = (r.model_copy(update={"learners": job.recipe.learners}) for r in (policy, recipe))
-        attach = attach_reference(recipe, job.algorithm, job.data, job.plan.cut, group, console.print, train=False)
+        attach = attach_reference(
+            recipe, job.algorithm, job.data, job.plan.cut, group, console.print, train=False
+        )
         group.build(LearnerSpec(job.recipe, job.plan.cut, 1))
-        evaluator = run_offline.evaluator(job.data, policy, job.algorithm, group, attach, itself=model is None)
+        evaluator = run_offline.evaluator(
+            job.data, policy, job.algorithm, group, attach, itself=model is None
+        )
         return dict(evaluator.evaluate(job.plan.cut, 0).metrics)

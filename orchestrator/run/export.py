@@ -1,4 +1,5 @@
-"""What is taken from a run folder afterwards: the weights of any of its checkpoints as a Hugging Face folder, without Ray.
+"""What is taken from a run folder afterwards: the weights of any of its checkpoints as a Hugging Face folder,
+without Ray.
 
 RUN/recipe.yaml + RUN/checkpoints/step_N --export_saved--> folder
 """
@@ -22,12 +23,18 @@ def recipe_of(run: Path, overrides: Sequence[str] = ()) -> Recipe:
     file = run / "recipe.yaml"
     if not file.is_file():
         stages = sorted(folder.parent.name for folder in run.glob("*/recipe.yaml"))
-        fix = f"it is a pipeline's; name a stage: {', '.join(str(run / s) for s in stages)}" if stages else "give the --output of a run"
+        fix = (
+            f"it is a pipeline's; name a stage: {', '.join(str(run / s) for s in stages)}"
+            if stages
+            else "give the --output of a run"
+        )
         raise MissingInput(f"{run} is no run folder: it has no recipe.yaml", fix=fix)
     return load(file, overrides).stages[0].recipe
 
 
-def export_run(run: Path, recipe: Recipe, step: int | None, output: Path | None, note: Callable[[str], None]) -> Path:
+def export_run(
+    run: Path, recipe: Recipe, step: int | None, output: Path | None, note: Callable[[str], None]
+) -> Path:
     """Writes the weights of a checkpoint (None: the newest that verifies) as recipe.export says; the folder."""
     saved = _saved(run, step, note)
     directory = output or run / f"export-step-{saved.progress.step}"
@@ -37,7 +44,7 @@ def export_run(run: Path, recipe: Recipe, step: int | None, output: Path | None,
     card = card_of(recipe, _rows(record), run / "metrics.jsonl", last=saved.progress.step)
     directory.parent.mkdir(parents=True, exist_ok=True)
     note(f"step {saved.progress.step} of {run}, weights {recipe.export.dtype}")
-    export_saved(recipe, saved.directory, directory, card, start=saved.facts["base_model"])
+    export_saved(recipe, saved.directory, directory, card, start=saved.extra_state["base_model"])
     if said := widened(recipe, directory):
         note(said)
     return directory
@@ -52,7 +59,9 @@ def _saved(run: Path, step: int | None, note: Callable[[str], None]) -> Saved:
 
 def _ours(directory: Path) -> bool:
     """An export may be written again; nothing else is replaced."""
-    return directory.is_dir() and ((directory / "config.json").is_file() or (directory / "adapter_config.json").is_file())
+    return directory.is_dir() and (
+        (directory / "config.json").is_file() or (directory / "adapter_config.json").is_file()
+    )
 
 
 def _rows(record: Mapping[str, Any]) -> str:

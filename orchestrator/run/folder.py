@@ -27,7 +27,8 @@ NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)
 
 @dataclass(frozen=True, slots=True)
 class RunFolder:
-    """Paths of a run. fingerprint: of everything that decides its result, so that no other run can go on in here."""
+    """Paths of a run. fingerprint: of everything that decides its result, so that no other run can go on in
+    here."""
 
     root: Path
     fingerprint: str
@@ -58,7 +59,10 @@ class RunFolder:
         return int((run_record(self.root) or {}).get(DONE, 0))
 
     def mark_done(self, steps: int) -> None:
-        write_atomically(self.root / "run.json", json.dumps({**(run_record(self.root) or {}), DONE: steps}, indent=1) + "\n")
+        write_atomically(
+            self.root / "run.json",
+            json.dumps({**(run_record(self.root) or {}), DONE: steps}, indent=1) + "\n",
+        )
 
     @property
     def saved_steps(self) -> int:
@@ -68,31 +72,42 @@ class RunFolder:
     def evaluated(self, step: int) -> bool:
         """Is the evaluation of a step on record?"""
         lines = read_lines(self.metrics) if self.metrics.is_file() else []
-        return any(line.get("step") == step and any(name.startswith("eval/") for name in line) for line in lines)
+        return any(
+            line.get("step") == step and any(name.startswith("eval/") for name in line) for line in lines
+        )
 
 
 @contextmanager
 def open_run(
-    root: Path, identity: Identity, recipe_yaml: str, plan_json: str, note: Callable[[str], None] = print, *, end: End | None = None
+    root: Path,
+    identity: Identity,
+    recipe_yaml: str,
+    plan_json: str,
+    note: Callable[[str], None] = print,
+    *,
+    end: End | None = None,
 ) -> Iterator[RunFolder]:
-    """Locks the folder and writes what the run is; OutputError where it holds another run or one that is running. note: is told what of the
-    user's files has changed since the run began; end: where the run ends now."""
+    """Locks the folder and writes what the run is; OutputError where it holds another run or one that is
+    running. note: is told what of the user's files has changed since the run began; end: where the run ends
+    now."""
     folder = RunFolder(root, identity.fingerprint)
-    _refuse_passing(root)
+    _reject_ray_temp_folder(root)
     try:
-        _refuse_foreign(root, identity)
+        _reject_other_run(root, identity)
         root.mkdir(parents=True, exist_ok=True)
         lock = os.open(root / "run.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     except OSError as error:
         raise _unwritable(root, error) from error
     with _locked(lock, root):
-        before = _refuse_foreign(root, identity)  # another process may have come first
+        before = _reject_other_run(root, identity)  # another process may have come first
         changes = _changes(before, identity)
         for name, then, now in changes:
             note(_told(name, then, now))
         changes += _other_end(folder, before, end, note)
         try:
-            write_atomically(root / "run.json", json.dumps(_record(before, identity, changes, end), indent=1) + "\n")
+            write_atomically(
+                root / "run.json", json.dumps(_record(before, identity, changes, end), indent=1) + "\n"
+            )
             write_atomically(root / "recipe.yaml", recipe_yaml)
             write_atomically(root / "plan.json", plan_json + "\n")
             folder.logs.mkdir(exist_ok=True)
@@ -101,7 +116,9 @@ def open_run(
         yield folder
 
 
-def _record(before: Mapping[str, Any], identity: Identity, changes: Sequence[tuple[str, str, str]], end: End | None) -> dict[str, Any]:
+def _record(
+    before: Mapping[str, Any], identity: Identity, changes: Sequence[tuple[str, str, str]], end: End | None
+) -> dict[str, Any]:
     """Content of run.json. changes: of this start, added to those of the starts before."""
     added = [{"at": time.time(), "what": name, "from": then, "to": now} for name, then, now in changes]
     return {
@@ -117,11 +134,18 @@ def _record(before: Mapping[str, Any], identity: Identity, changes: Sequence[tup
 def _changes(before: Mapping[str, Any], identity: Identity) -> list[tuple[str, str, str]]:
     """(name, SHA-256 then, now) of what is watched and is another now."""
     then = before.get("watched", {})
-    return [(name, then[name], now) for name, now in identity.watched.items() if name in then and then[name] != now]
+    return [
+        (name, then[name], now)
+        for name, now in identity.watched.items()
+        if name in then and then[name] != now
+    ]
 
 
-def _other_end(folder: RunFolder, before: Mapping[str, Any], end: End | None, note: Callable[[str], None]) -> list[tuple[str, str, str]]:
-    """What is recorded of another end; OutputError where the steps that are done would have been others, unless the user wants it so."""
+def _other_end(
+    folder: RunFolder, before: Mapping[str, Any], end: End | None, note: Callable[[str], None]
+) -> list[tuple[str, str, str]]:
+    """What is recorded of another end; OutputError where the steps that are done would have been others,
+    unless the user wants it so."""
     then = before.get("schedule_steps")
     if end is None or then is None or then == end.steps:
         return []
@@ -130,24 +154,36 @@ def _other_end(folder: RunFolder, before: Mapping[str, Any], end: End | None, no
         raise OutputError(
             f"{folder.root} holds a run of {then} optimizer steps, this one has {end.steps}",
             why=f"optimizer.schedule={end.optimizer.schedule} looks at the end: {differing}",
-            fix="add --extend to go on all the same, with the rates of the new end from the next step on; or choose another --output",
+            fix="add --extend to go on all the same, with the rates of the new end from the next step on; "
+            "or choose another --output",
         )
     note(
         f"another end: {then} -> {end.steps} optimizer steps; "
-        + (f"not what a run of {end.steps} steps from the start gives: {differing}" if differing else "as if it had been so from the start")
+        + (
+            f"not what a run of {end.steps} steps from the start gives: {differing}"
+            if differing
+            else "as if it had been so from the start"
+        )
     )
     return [("optimizer steps of the run", str(then), str(end.steps))]
 
 
 def _told(name: str, then: str, now: str) -> str:
     if name == TOKENS:
-        why = "neither the rows nor the template nor the tokenizer are others, so the template prints a date or the like, or this is another version"
+        why = (
+            "neither the rows nor the template nor the tokenizer are others, so the template prints a "
+            "date or the like, or this is another version"
+        )
         return f"warning: the rows become other tokens than when the run began: {why}"
-    return f"warning: {name} has changed since the run began (SHA-256 {then[:12]} then, {now[:12]} now); the run goes on with it as it is now"
+    return (
+        f"warning: {name} has changed since the run began (SHA-256 {then[:12]} then, {now[:12]} now); "
+        "the run goes on with it as it is now"
+    )
 
 
-def _refuse_passing(root: Path) -> None:
-    """OutputError for a folder that Ray removes: a job's own copy of its working folder, where a relative --output leads."""
+def _reject_ray_temp_folder(root: Path) -> None:
+    """OutputError for a folder that Ray removes: a job's own copy of its working folder, where a relative
+    --output leads."""
     if any(part.startswith("_ray_pkg_") for part in root.resolve().parts):
         raise OutputError(
             f"{root} lies in the working folder of a Ray job",
@@ -156,23 +192,36 @@ def _refuse_passing(root: Path) -> None:
         )
 
 
-def _refuse_foreign(root: Path, identity: Identity) -> Mapping[str, Any]:
-    """What run.json says, nothing in a new folder. OutputError where the folder holds another run or things of somebody else's."""
+def _reject_other_run(root: Path, identity: Identity) -> Mapping[str, Any]:
+    """What run.json says, nothing in a new folder. OutputError where the folder holds another run or things
+    of somebody else's."""
     there = run_record(root)
     if there is None:
-        if root.is_dir() and any(p.name not in ("run.lock", "run.owner") and not p.name.startswith(".run.json.") for p in root.iterdir()):
+        if root.is_dir() and any(
+            p.name not in ("run.lock", "run.owner") and not p.name.startswith(".run.json.")
+            for p in root.iterdir()
+        ):
             raise OutputError(f"{root} is not empty and holds no run", fix="choose a new folder as --output")
         return {}
     if there["fingerprint"] == identity.fingerprint:
         return there
     other = f"choose another --output, or set them back. Free to change are {FREE}"
     if "deciding" not in there:
-        why = f"run {there['fingerprint'][:12]} was started there, this recipe and data are run {identity.fingerprint[:12]}"
+        why = (
+            f"run {there['fingerprint'][:12]} was started there, this recipe and data are run "
+            f"{identity.fingerprint[:12]}"
+        )
         raise OutputError(f"{root} holds another run", why=why, fix=other)
     differing = identity.differences(there["deciding"])
-    why = "\n       ".join(differing[:10] + ([f"… and {len(differing) - 10} more"] if len(differing) > 10 else []))
+    why = "\n       ".join(
+        differing[:10] + ([f"… and {len(differing) - 10} more"] if len(differing) > 10 else [])
+    )
     many = "keys" if len(differing) > 1 else "key"
-    raise OutputError(f"{root} holds another run, which differs in {len(differing)} {many} (there -> here)", why=why, fix=other)
+    raise OutputError(
+        f"{root} holds another run, which differs in {len(differing)} {many} (there -> here)",
+        why=why,
+        fix=other,
+    )
 
 
 def run_record(root: Path) -> dict[str, Any] | None:
@@ -199,7 +248,9 @@ def _locked(descriptor: int, root: Path) -> Iterator[None]:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             owner = None
         except BlockingIOError:
-            raise OutputError(f"{root} is in use by another process", fix="wait for it, or choose another --output") from None
+            raise OutputError(
+                f"{root} is in use by another process", fix="wait for it, or choose another --output"
+            ) from None
         except OSError as error:
             if error.errno not in NO_LOCKS:
                 raise _unwritable(root, error) from error
@@ -214,8 +265,9 @@ def _locked(descriptor: int, root: Path) -> Iterator[None]:
 
 
 def _owned(root: Path) -> Path:
-    """Where the file system knows no locks (Lustre without -o flock, some NFS and FUSE): a file that names this host and process, in the place
-    of one whose process has ended. OutputError where another may be running."""
+    """Where the file system knows no locks (Lustre without -o flock, some NFS and FUSE): a file that names
+    this host and process, in the place of one whose process has ended. OutputError where another may be
+    running."""
     path, me = root / "run.owner", {"host": socket.gethostname(), "pid": os.getpid()}
     while True:
         try:
@@ -242,6 +294,7 @@ def _refuse_living(root: Path, path: Path) -> None:
         return
     raise OutputError(
         f"{root} is in use by process {pid} on {host}",
-        why="its file system has no locks (flock), so nobody can see from here whether that process still runs",
+        why="its file system has no locks (flock), so nobody can see from here whether that process still "
+        "runs",
         fix=f"wait for it, or choose another --output; if it has ended, remove {path}",
     )

@@ -1,6 +1,6 @@
 """A recipe's rows and prompts, encoded by its own model's tokenizer."""
 
-from orchestrator.algorithms.table import Algorithm
+from orchestrator.algorithms.table import AlgorithmSpec
 from orchestrator.data.dataset import DataSet, load_data
 from orchestrator.data.prompts import PromptSet, load_prompts
 from orchestrator.models.load import load_tokenizer
@@ -8,11 +8,11 @@ from orchestrator.recipe.schema import Recipe
 from orchestrator.rollout.rewards.columns import columns_read
 
 
-def read_data(recipe: Recipe, algorithm: Algorithm) -> DataSet:
+def read_data(recipe: Recipe, algorithm: AlgorithmSpec) -> DataSet:
     """Rows of an offline recipe."""
-    return load_data(recipe, algorithm, load_tokenizer(recipe.model))
+    return load_data(recipe, algorithm, load_tokenizer)
 
 
-def read_prompts(recipe: Recipe, algorithm: Algorithm) -> PromptSet:
+def read_prompts(recipe: Recipe, algorithm: AlgorithmSpec) -> PromptSet:
     """Prompts of an online recipe."""
-    return load_prompts(recipe, algorithm, load_tokenizer(recipe.model), columns_read(recipe.rewards))
+    return load_prompts(recipe, algorithm, load_tokenizer, columns_read(recipe.rewards))

@@ -6,7 +6,7 @@ plan --workers--> reference log-probs --> learner --probe, checks--> OfflineTrai
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 
-from orchestrator.algorithms.table import Algorithm
+from orchestrator.algorithms.table import AlgorithmSpec
 from orchestrator.cluster.in_process import LocalRank
 from orchestrator.cluster.learner_group import LearnerGroup
 from orchestrator.cluster.ranks import Ranks
@@ -24,7 +24,14 @@ from orchestrator.run.checkpoints import CheckpointStore
 from orchestrator.run.folder import RunFolder
 from orchestrator.run.planned_run import Job
 from orchestrator.run.resume import RunCheckpoints
-from orchestrator.run.startup import Attach, attach_reference, check_layout, learners_are_reference, measured_throughput, probed_cut
+from orchestrator.run.startup import (
+    Attach,
+    attach_reference,
+    check_layout,
+    learners_are_reference,
+    measured_throughput,
+    probed_cut,
+)
 from orchestrator.trainers.evaluation import Evaluator, HeldOut
 from orchestrator.trainers.offline import OfflinePlan, OfflineTrainer
 from orchestrator.trainers.ranking import Ranking
@@ -32,19 +39,25 @@ from orchestrator.trainers.ranking import Ranking
 REFERENCE = "reference log-probs"
 
 
-def attempt(job: Job, folder: RunFolder, cut: Cut, stop: Stop) -> Progress:
+def run_once(job: Job, folder: RunFolder, cut: Cut, stop: Stop) -> Progress:
     """Runs from the newest checkpoint to the end, or until a worker is lost."""
     recipe = job.recipe
-    store = CheckpointStore(folder.checkpoints, run=folder.fingerprint, keep=recipe.checkpoint.keep, note=job.console.print)
+    store = CheckpointStore(
+        folder.checkpoints, run=folder.fingerprint, keep=recipe.checkpoint.keep, note=job.console.print
+    )
     saved = store.newest()
     with ExitStack() as stack:
         reporter = stack.enter_context(job.reporter(folder, saved.progress.step if saved else 0))
-        with phase(job.console, f"starting {recipe.learners.count} worker{'s' if recipe.learners.count > 1 else ''}"):
+        with phase(
+            job.console, f"starting {recipe.learners.count} worker{'s' if recipe.learners.count > 1 else ''}"
+        ):
             group = stack.enter_context(_ranks(job, folder))
         cut, attach = _begun(job, cut, group, reporter)
         base = group.call(model_fingerprint)[0]
         evaluated = saved is not None and folder.evaluated(saved.progress.step)
-        checkpoints = RunCheckpoints(store, [group], saved, base, final=recipe.checkpoint.final, last=job.plan.total_steps)
+        checkpoints = RunCheckpoints(
+            store, [group], saved, base, final=recipe.checkpoint.final, last=job.plan.total_steps
+        )
         trainer = OfflineTrainer(
             plan=_plan(job, evaluated),
             cut=cut,
@@ -70,11 +83,16 @@ def attempt(job: Job, folder: RunFolder, cut: Cut, stop: Stop) -> Progress:
 
 def _ranks(job: Job, folder: RunFolder) -> LearnerGroup | LocalRank:
     learners = job.recipe.learners
-    return LocalRank(learners) if job.in_process else LearnerGroup(learners, parameters=job.sizes().all, logs=folder.logs)
+    return (
+        LocalRank(learners)
+        if job.in_process
+        else LearnerGroup(learners, parameters=job.sizes().all, logs=folder.logs)
+    )
 
 
 def _begun(job: Job, cut: Cut, group: Ranks, reporter: RunReporter) -> tuple[Cut, Attach]:
-    """Learners with the start weights, checked: the cut that fits them, and how batches get their reference log-probs."""
+    """Learners with the start weights, checked: the cut that fits them, and how batches get their reference
+    log-probs."""
     recipe, attach = job.recipe, None
     if not learners_are_reference(recipe):
         with phase(job.console, REFERENCE):
@@ -107,7 +125,17 @@ def _plan(job: Job, evaluated: bool) -> OfflinePlan:
     )
 
 
-def evaluator(data: DataSet, recipe: Recipe, algorithm: Algorithm, group: Ranks, attach: Callable, *, itself: bool = True) -> Evaluator:
+def evaluator(
+    data: DataSet,
+    recipe: Recipe,
+    algorithm: AlgorithmSpec,
+    group: Ranks,
+    attach: Callable,
+    *,
+    itself: bool = True,
+) -> Evaluator:
     """Evaluates held-out rows with the learners. itself: the policy starts as the recipe's model."""
     held_out = HeldOut(data.held_out, data.held_out_names, data.prompts, data.answers)
-    return Evaluator(held_out, recipe.evaluation, group, attach, data.decode, Ranking.of(recipe, algorithm, itself=itself))
+    return Evaluator(
+        held_out, recipe.evaluation, group, attach, data.decode, Ranking.of(recipe, algorithm, itself=itself)
+    )

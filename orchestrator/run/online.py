@@ -15,10 +15,10 @@ from orchestrator.cluster.placement import Placement, reserved
 from orchestrator.cluster.ranks import Ranks
 from orchestrator.cluster.reward_pool import RewardPool
 from orchestrator.cluster.rollout_pool import RolloutPool
-from orchestrator.cluster.weight_sync import make_bridge
+from orchestrator.cluster.weight_sync import make_weight_sync
 from orchestrator.core.batches import Cut, PackedBatch
 from orchestrator.core.reports import Progress
-from orchestrator.core.roles import Generator, Learner, Scorer, WeightBridge
+from orchestrator.core.roles import Generator, Learner, Scorer, WeightSync
 from orchestrator.core.rollouts import Sampling
 from orchestrator.core.stopping import Stop
 from orchestrator.learner.probes import model_fingerprint
@@ -29,22 +29,24 @@ from orchestrator.observe.reporter import RunReporter
 from orchestrator.observe.timeline import Timeline
 from orchestrator.plan.memory import model_sizes
 from orchestrator.recipe.schema import Learners, Recipe, Rollouts
-from orchestrator.rollout.replay import NoBridge, Replay
+from orchestrator.rollout.replay import NoSync, Replay
 from orchestrator.run.checkpoints import CheckpointStore
 from orchestrator.run.folder import RunFolder
 from orchestrator.run.planned_run import Job
 from orchestrator.run.resume import RunCheckpoints
 from orchestrator.run.startup import check_layout, probed_cut
-from orchestrator.trainers.online import Learning, OnlinePlan, OnlineTrainer
+from orchestrator.trainers.online import OnlinePlan, OnlineTrainer, TrainedRoles
 from orchestrator.trainers.online_evaluation import RolloutEvaluator
-from orchestrator.trainers.optimizer_step import Attach, Guards, Stepper
+from orchestrator.trainers.optimizer_step import Attach, Guards, OptimizerStepper
 
 
-def attempt(job: Job, folder: RunFolder, cut: Cut, stop: Stop) -> Progress:
+def run_once(job: Job, folder: RunFolder, cut: Cut, stop: Stop) -> Progress:
     """Runs from the newest checkpoint to the end, or until a worker is lost."""
     recipe, online = job.recipe, job.algorithm.online
     assert online is not None and job.prompts is not None
-    store = CheckpointStore(folder.checkpoints, run=folder.fingerprint, keep=recipe.checkpoint.keep, note=job.console.print)
+    store = CheckpointStore(
+        folder.checkpoints, run=folder.fingerprint, keep=recipe.checkpoint.keep, note=job.console.print
+    )
     saved = store.newest()
     with ExitStack() as stack:
         reporter = stack.enter_context(job.reporter(folder, saved.progress.step if saved else 0))
@@ -56,13 +58,19 @@ def attempt(job: Job, folder: RunFolder, cut: Cut, stop: Stop) -> Progress:
             cut = probed_cut(job.plan, job.data, cut, group, reporter.note)
             check_layout(recipe, job.algorithm, job.data, cut, group, reporter.note)
         if critic is not None:
-            critic.build(LearnerSpec(critic_recipe(recipe), replace(cut, workers=critic.world), job.schedule_steps, "critic"))
+            critic.build(
+                LearnerSpec(
+                    critic_recipe(recipe), replace(cut, workers=critic.world), job.schedule_steps, "critic"
+                )
+            )
         with phase(job.console, "starting rollout actors and rewards"):
             generator, scorer, bridge = parts.rollouts()
         trained = [group] if critic is None else [group, critic]
         sampling = sampling_of(recipe)
         base = group.call(model_fingerprint)[0]
-        checkpoints = RunCheckpoints(store, trained, saved, base, final=recipe.checkpoint.final, last=job.plan.total_steps)
+        checkpoints = RunCheckpoints(
+            store, trained, saved, base, final=recipe.checkpoint.final, last=job.plan.total_steps
+        )
         evaluated = saved is not None and folder.evaluated(saved.progress.step)
         trainer = OnlineTrainer(
             plan=_plan(job, sampling, evaluated),
@@ -90,12 +98,13 @@ def attempt(job: Job, folder: RunFolder, cut: Cut, stop: Stop) -> Progress:
         return progress
 
 
-Rolling = tuple[Generator, Scorer, WeightBridge]
+Rolling = tuple[Generator, Scorer, WeightSync]
 
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """The live objects of an attempt: learners that hold no model yet, and what makes completions and rewards when they do."""
+    """The live objects of an attempt: learners that hold no model yet, and what makes completions and rewards
+    when they do."""
 
     policy: Ranks
     critic: Ranks | None
@@ -108,15 +117,25 @@ def _on_ray(job: Job, folder: RunFolder, stack: ExitStack) -> Parts:
     with phase(job.console, "starting Ray"):
         connect(store_for(job.store_bytes()))
     with phase(job.console, "starting workers"):
-        placed = stack.enter_context(reserved((*job.demands(), *job.reward_models()), recipe.learners.start_timeout_s))
+        placed = stack.enter_context(
+            reserved((*job.demands(), *job.reward_models()), recipe.learners.start_timeout_s)
+        )
         learners, together = recipe.learners, _together(recipe)
-        policy = stack.enter_context(LearnerGroup(learners, parameters=parameters, logs=logs, colocated=together, placement=placed["learners"]))
+        policy = stack.enter_context(
+            LearnerGroup(
+                learners, parameters=parameters, logs=logs, colocated=together, placement=placed["learners"]
+            )
+        )
         critic = stack.enter_context(_critic(job, folder, placed)) if _has_critic(job) else None
 
     def rollouts() -> Rolling:
-        scorer = stack.enter_context(RewardPool(recipe.rewards, model_for_tokenizer=recipe.model, logs=logs, placed=placed))
-        pool = stack.enter_context(RolloutPool(recipe, parameters=parameters, logs=logs, placement=_of_rollouts(placed)))
-        return pool, scorer, make_bridge(recipe, policy, pool)
+        scorer = stack.enter_context(
+            RewardPool(recipe.rewards, model_for_tokenizer=recipe.model, logs=logs, placed=placed)
+        )
+        pool = stack.enter_context(
+            RolloutPool(recipe, parameters=parameters, logs=logs, placement=_of_rollouts(placed))
+        )
+        return pool, scorer, make_weight_sync(recipe, policy, pool)
 
     return Parts(policy, critic, _recorded(recipe) or rollouts)
 
@@ -143,12 +162,16 @@ def _recorded(recipe: Recipe) -> Callable[[], Rolling] | None:
     if recipe.rollouts.replay is None:
         return None
     replay = Replay.read(recipe.rollouts.replay)
-    return lambda: (replay, replay, NoBridge())
+    return lambda: (replay, replay, NoSync())
 
 
 def _together(recipe: Recipe) -> Rollouts | None:
     """Rollout actors that share the learners' GPUs."""
-    return recipe.rollouts if recipe.rollouts.placement == "colocated" and recipe.rollouts.replay is None else None
+    return (
+        recipe.rollouts
+        if recipe.rollouts.placement == "colocated" and recipe.rollouts.replay is None
+        else None
+    )
 
 
 def _of_rollouts(placed: Mapping[str, Placement]) -> Placement:
@@ -159,8 +182,14 @@ def _of_rollouts(placed: Mapping[str, Placement]) -> Placement:
 def critic_recipe(recipe: Recipe) -> Recipe:
     """The recipe of PPO's value model: its own model, optimizer and workers, everything else the policy's."""
     critic = recipe.critic
-    optimizer = recipe.optimizer.model_copy(update={"learning_rate": critic.learning_rate or recipe.optimizer.learning_rate})
-    sizes = {"workers": critic.workers, "gpus_per_worker": critic.gpus_per_worker, "cpus_per_worker": critic.cpus_per_worker}
+    optimizer = recipe.optimizer.model_copy(
+        update={"learning_rate": critic.learning_rate or recipe.optimizer.learning_rate}
+    )
+    sizes = {
+        "workers": critic.workers,
+        "gpus_per_worker": critic.gpus_per_worker,
+        "cpus_per_worker": critic.cpus_per_worker,
+    }
     learners: Learners = recipe.learners.model_copy(update=sizes)
     model = critic.model or recipe.model.model_copy(update={"lora": None, "reference": None})
     return recipe.model_copy(update={"model": model, "optimizer": optimizer, "learners": learners})
@@ -169,22 +198,26 @@ def critic_recipe(recipe: Recipe) -> Recipe:
 def _critic(job: Job, folder: RunFolder, placed: Mapping[str, Placement]) -> LearnerGroup:
     recipe = critic_recipe(job.recipe)
     parameters = model_sizes(recipe, value_model(recipe.algorithm)).all
-    return LearnerGroup(recipe.learners, parameters=parameters, logs=folder.logs, name="critic", placement=placed["critic"])
+    return LearnerGroup(
+        recipe.learners, parameters=parameters, logs=folder.logs, name="critic", placement=placed["critic"]
+    )
 
 
-def _learning(job: Job, cut: Cut, group: Ranks, critic: Ranks | None, reporter: RunReporter) -> Learning:
-    policy = Stepper(job.algorithm, group, cut, _attach(job, group), reporter, job.guards())
+def _learning(job: Job, cut: Cut, group: Ranks, critic: Ranks | None, reporter: RunReporter) -> TrainedRoles:
+    policy = OptimizerStepper(job.algorithm, group, cut, _attach(job, group), reporter, job.guards())
     if critic is None:
-        return Learning(policy)
+        return TrainedRoles(policy)
     # the critic's loss says nothing of the policy's anchor or traffic
-    values = Stepper(job.algorithm, critic, replace(cut, workers=critic.world), lambda batch: batch, reporter, Guards())
-    return Learning(policy, values)
+    values = OptimizerStepper(
+        job.algorithm, critic, replace(cut, workers=critic.world), lambda batch: batch, reporter, Guards()
+    )
+    return TrainedRoles(policy, values)
 
 
 def _attach(job: Job, group: Learner) -> Attach:
     """Pairs of online DPO get live reference log-probs; policy gradients carry theirs in their experience."""
     online = job.algorithm.online
-    if online is None or online.estimate is not None or not job.algorithm.needs_reference:
+    if online is None or online.advantage is not None or not job.algorithm.needs_reference:
         return lambda batch: batch
 
     def attach(batch: PackedBatch) -> PackedBatch:
@@ -252,9 +285,17 @@ def evaluate(job: Job) -> dict[str, float]:
         placed = stack.enter_context(reserved(groups, recipe.learners.start_timeout_s))
         parameters = job.sizes().all
         learners, together = recipe.learners, _together(recipe)
-        group = stack.enter_context(LearnerGroup(learners, parameters=parameters, colocated=together, placement=placed["learners"]))
+        group = stack.enter_context(
+            LearnerGroup(learners, parameters=parameters, colocated=together, placement=placed["learners"])
+        )
         group.build(LearnerSpec(recipe, job.plan.cut, 1))
-        scorer = stack.enter_context(RewardPool(recipe.rewards, model_for_tokenizer=recipe.model, logs=None, placed=placed))
+        scorer = stack.enter_context(
+            RewardPool(recipe.rewards, model_for_tokenizer=recipe.model, logs=None, placed=placed)
+        )
         pool = stack.enter_context(RolloutPool(recipe, parameters=parameters, placement=_of_rollouts(placed)))
-        make_bridge(recipe, group, pool).publish(0)
-        return dict(RolloutEvaluator(job.prompts.held_out, recipe.evaluation, sampling_of(recipe), pool, scorer).evaluate(0).metrics)
+        make_weight_sync(recipe, group, pool).publish(0)
+        return dict(
+            RolloutEvaluator(job.prompts.held_out, recipe.evaluation, sampling_of(recipe), pool, scorer)
+            .evaluate(0)
+            .metrics
+        )

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from orchestrator.algorithms.table import Algorithm, build
+from orchestrator.algorithms.table import AlgorithmSpec, build
 from orchestrator.cluster.metrics_sink import RayMetricsSink
 from orchestrator.cluster.placement import demands
 from orchestrator.core.errors import ConfigError, NotEnoughResources
@@ -29,7 +29,7 @@ from orchestrator.plan.hardware import Hardware, this_machine
 from orchestrator.plan.planner import Choice, Plan, make_plan
 from orchestrator.plan.sense import Seen, what_makes_no_sense
 from orchestrator.plan.settle import settle
-from orchestrator.plan.sketch import Lengths, made_up
+from orchestrator.plan.sketch import Lengths, synthetic_data
 from orchestrator.plan.state_bytes import Sizes
 from orchestrator.recipe.loading import dump
 from orchestrator.recipe.schema import Recipe
@@ -45,12 +45,15 @@ TRACKED_PLAN = ("arithmetic", "total_steps", "cut", "choices", "memory", "memory
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A planned run. data: what steps are planned and checked with; prompts: of an online run; console: where the user looks.
+    """A planned run. data: what steps are planned and checked with; prompts: of an online run; console: where
+    the user looks.
 
-    optimizer_steps: of one step of the loop: 1, or what an online run takes from a rollout batch; in_process: the only worker is this process."""
+    optimizer_steps: of one step of the loop: 1, or what an online run takes from a rollout batch; in_process:
+    the only worker is this process.
+    """
 
     recipe: Recipe
-    algorithm: Algorithm
+    algorithm: AlgorithmSpec
     data: DataSet
     prompts: PromptSet | None
     plan: Plan
@@ -69,7 +72,11 @@ class Job:
 
     def reward_models(self) -> tuple[WorkerGroup, ...]:
         """Reward models that have a GPU."""
-        functions = self.recipe.rewards.functions if self.algorithm.online is not None and self.recipe.rollouts.replay is None else []
+        functions = (
+            self.recipe.rewards.functions
+            if self.algorithm.online is not None and self.recipe.rollouts.replay is None
+            else []
+        )
         return tuple(WorkerGroup(f"reward {f.name}", 1, 0.0, f.gpus) for f in functions if f.gpus)
 
     def sizes(self) -> Sizes:
@@ -77,29 +84,63 @@ class Job:
         return self.plan.sizes
 
     def store_bytes(self) -> int:
-        """Of the published weights that lie in Ray's object store at once: the version in use, the one being written, and those that
-        generation runs behind."""
+        """Of the published weights that lie in Ray's object store at once: the version in use, the one being
+        written, and those that generation runs behind."""
         recipe = self.recipe
-        if self.algorithm.online is None or recipe.rollouts.replay is not None or recipe.rollouts.transport not in ("auto", "object_store"):
+        if (
+            self.algorithm.online is None
+            or recipe.rollouts.replay is not None
+            or recipe.rollouts.transport not in ("auto", "object_store")
+        ):
             return 0
-        return (2 + recipe.rollouts.max_staleness) * WIRE[recipe.learners.precision].itemsize * self.sizes().learns
+        return (
+            (2 + recipe.rollouts.max_staleness)
+            * WIRE[recipe.learners.precision].itemsize
+            * self.sizes().learns
+        )
 
     def guards(self) -> Guards:
         """What its steps are checked against."""
-        exact, starts_as_reference = self.recipe.learners.precision == "fp32", self.recipe.model.reference is None
+        exact, starts_as_reference = (
+            self.recipe.learners.precision == "fp32",
+            self.recipe.model.reference is None,
+        )
         tolerance = (1e-5 if exact else 3e-2) if starts_as_reference else None
         return Guards(tolerance, self.plan.traffic.per_reduction, precision=self.recipe.learners.precision)
 
     def reporter(self, folder: RunFolder, resume_step: int) -> RunReporter:
         """All sinks that the recipe asks for. To be used as a context: it then knows whether the run failed."""
-        recipe, tracking, name, algorithm = self.recipe, self.recipe.tracking, self.recipe.run.name, self.recipe.algorithm.name
-        sinks: list[Sink] = [ConsoleSink(self.plan.total_steps, self.console), JsonlSink(folder.root, resume_step)]
+        recipe, tracking, name, algorithm = (
+            self.recipe,
+            self.recipe.tracking,
+            self.recipe.run.name,
+            self.recipe.algorithm.name,
+        )
+        sinks: list[Sink] = [
+            ConsoleSink(self.plan.total_steps, self.console),
+            JsonlSink(folder.root, resume_step),
+        ]
         sinks.append(RayMetricsSink(tracking.group or name, algorithm, name))
         if tracking.wandb != "off":
             plan = self.plan.to_json()
-            config = {**recipe.model_dump(mode="json"), "plan": {key: plan[key] for key in TRACKED_PLAN}, "versions": _versions()}
-            sinks.append(WandbSink(folder.root, tracking, name, config, stable_run_id(folder.fingerprint, folder.root), algorithm))
-        return RunReporter(sinks, folder.logs / "driver.log", Watch(folder.root, tracking.alerts, resume_step))
+            config = {
+                **recipe.model_dump(mode="json"),
+                "plan": {key: plan[key] for key in TRACKED_PLAN},
+                "versions": _versions(),
+            }
+            sinks.append(
+                WandbSink(
+                    folder.root,
+                    tracking,
+                    name,
+                    config,
+                    stable_run_id(folder.fingerprint, folder.root),
+                    algorithm,
+                )
+            )
+        return RunReporter(
+            sinks, folder.logs / "driver.log", Watch(folder.root, tracking.alerts, resume_step)
+        )
 
     def card(self, folder: RunFolder) -> str:
         """The model card of the export."""
@@ -110,7 +151,8 @@ class Job:
 
 
 def card_of(recipe: Recipe, rows: str, metrics: Path, last: int | None = None) -> str:
-    """The model card of an export. rows: fingerprint of the training data; last: the step that is exported, None: the newest."""
+    """The model card of an export. rows: fingerprint of the training data; last: the step that is exported,
+    None: the newest."""
     tiny = recipe.model.tiny
     return model_card(
         name=recipe.run.name,
@@ -130,35 +172,67 @@ def _versions() -> dict[str, str]:
 
 
 def plan_job(recipe: Recipe, console: Console, hardware: Hardware | None = None) -> Job:
-    """Reads the data and plans the run on `hardware` (default: this machine), without Ray and without model weights."""
+    """Reads the data and plans the run on `hardware` (default: this machine), without Ray and without model
+    weights."""
     return _job(recipe, console, hardware or this_machine(), None)
 
 
 def plan_sketch(recipe: Recipe, hardware: Hardware, lengths: Lengths) -> Plan:
     """The plan for rows of such lengths, without any data."""
     plan = _job(recipe, Console(quiet=True), hardware, lengths).plan
-    return replace(plan, choices=(Choice("data", "made up", f"{lengths}: total steps are those of these rows only"), *plan.choices))
+    return replace(
+        plan,
+        choices=(
+            Choice("data", "made up", f"{lengths}: total steps are those of these rows only"),
+            *plan.choices,
+        ),
+    )
 
 
 def _job(recipe: Recipe, console: Console, hardware: Hardware, lengths: Lengths | None) -> Job:
     algorithm = build(recipe.algorithm, recipe.rollouts)
     settled, reasons = settle(recipe, hardware)
     fitted = _fitted(settled, algorithm, hardware)
-    counted = recipe.learners.workers == "auto" and (recipe.rollouts.workers == "auto" or recipe.rollouts.placement == "separate")
+    counted = recipe.learners.workers == "auto" and (
+        recipe.rollouts.workers == "auto" or recipe.rollouts.placement == "separate"
+    )
     make = _offline if algorithm.online is None else _online
     job = make(fitted, algorithm, hardware, lengths, console, fewer=counted and not fitted.learners.gpus)
     choices = (*(Choice(why.name, why.value, why.reason) for why in reasons), *job.plan.choices)
-    seen = Seen(job.recipe, job.data, job.plan.data, job.plan.total_steps, job.schedule_steps, job.plan.parameters)
-    return replace(job, plan=replace(job.plan, choices=choices, warnings=() if lengths is not None else what_makes_no_sense(seen)))
+    seen = Seen(
+        job.recipe, job.data, job.plan.data, job.plan.total_steps, job.schedule_steps, job.plan.parameters
+    )
+    return replace(
+        job,
+        plan=replace(
+            job.plan, choices=choices, warnings=() if lengths is not None else what_makes_no_sense(seen)
+        ),
+    )
 
 
-def _offline(recipe: Recipe, algorithm: Algorithm, hardware: Hardware, lengths: Lengths | None, console: Console, *, fewer: bool) -> Job:
-    data = read_data(recipe, algorithm) if lengths is None else made_up(recipe, algorithm, lengths)
+def _offline(
+    recipe: Recipe,
+    algorithm: AlgorithmSpec,
+    hardware: Hardware,
+    lengths: Lengths | None,
+    console: Console,
+    *,
+    fewer: bool,
+) -> Job:
+    data = read_data(recipe, algorithm) if lengths is None else synthetic_data(recipe, algorithm, lengths)
     plan = _planned(recipe, algorithm, data, hardware, fewer)
     return Job(plan.recipe, algorithm, data, None, plan, 1, console)
 
 
-def _online(recipe: Recipe, algorithm: Algorithm, hardware: Hardware, lengths: Lengths | None, console: Console, *, fewer: bool) -> Job:
+def _online(
+    recipe: Recipe,
+    algorithm: AlgorithmSpec,
+    hardware: Hardware,
+    lengths: Lengths | None,
+    console: Console,
+    *,
+    fewer: bool,
+) -> Job:
     steps = check_batches(recipe, algorithm) * recipe.algorithm.epochs
     require_reward(recipe)
     check_rewards(recipe.rewards)
@@ -168,28 +242,43 @@ def _online(recipe: Recipe, algorithm: Algorithm, hardware: Hardware, lengths: L
         longest = prompts.longest
         columns = list(dict.fromkeys(name for prompt in prompts.batches.groups for name in prompt.columns))
     else:
-        longest = made_up(recipe, algorithm, lengths)
+        longest = synthetic_data(recipe, algorithm, lengths)
     try_user_code(recipe.rewards, recipe.rollouts.environment, columns)
     plan = _planned(recipe, algorithm, longest, hardware, fewer)
-    total = recipe.run.max_steps or (prompts.batches.steps_in(recipe.run.epochs) if prompts is not None else plan.total_steps)
+    total = recipe.run.max_steps or (
+        prompts.batches.steps_in(recipe.run.epochs) if prompts is not None else plan.total_steps
+    )
     data = replace(plan.data, held_out=0 if prompts is None else len(prompts.held_out))
-    plan = replace(plan, total_steps=total, data=data, choices=(*plan.choices, *_rollout_choices(plan.recipe, plan.sizes, steps)))
+    plan = replace(
+        plan,
+        total_steps=total,
+        data=data,
+        choices=(*plan.choices, *_rollout_choices(plan.recipe, plan.sizes, steps)),
+    )
     return Job(plan.recipe, algorithm, longest, prompts, plan, steps, console)
 
 
 def require_reward(recipe: Recipe) -> None:
     """ConfigError where nothing says how good a completion is."""
-    if not recipe.rewards.functions and recipe.rollouts.environment is None and recipe.rollouts.replay is None:
+    if (
+        not recipe.rewards.functions
+        and recipe.rollouts.environment is None
+        and recipe.rollouts.replay is None
+    ):
         raise ConfigError(
             "rewards.functions is empty: nothing gives a reward",
             why=f"{recipe.algorithm.name} learns from a number for each completion",
-            fix="add e.g. rewards.functions=[{name: correct, function: last_number}] (exact_match, file.py:function, trl:NAME; a model or url), "
+            fix="add e.g. rewards.functions=[{name: correct, function: last_number}] (exact_match, "
+            "file.py:function, trl:NAME; a model or url), "
             "or set rollouts.environment",
         )
 
 
-def _planned(recipe: Recipe, algorithm: Algorithm, data: DataSet, hardware: Hardware, fewer: bool) -> Plan:
-    """The plan; with `fewer` on half as many workers, as often as it takes, where they are too many for the machine's RAM."""
+def _planned(
+    recipe: Recipe, algorithm: AlgorithmSpec, data: DataSet, hardware: Hardware, fewer: bool
+) -> Plan:
+    """The plan; with `fewer` on half as many workers, as often as it takes, where they are too many for the
+    machine's RAM."""
     while True:
         try:
             return _with_disk(make_plan(recipe, algorithm, data, hardware), algorithm)
@@ -199,21 +288,29 @@ def _planned(recipe: Recipe, algorithm: Algorithm, data: DataSet, hardware: Hard
         colocated = algorithm.online is not None and recipe.rollouts.placement == "colocated"
         recipe = recipe.with_workers(recipe.learners.count // 2)
         if colocated:
-            recipe = recipe.model_copy(update={"rollouts": recipe.rollouts.model_copy(update={"workers": recipe.learners.count})})
+            recipe = recipe.model_copy(
+                update={"rollouts": recipe.rollouts.model_copy(update={"workers": recipe.learners.count})}
+            )
 
 
-def _with_disk(plan: Plan, algorithm: Algorithm) -> Plan:
-    return replace(plan, choices=(*plan.choices, Choice("disk", *disk.in_words(plan.recipe, algorithm, plan.sizes))))
+def _with_disk(plan: Plan, algorithm: AlgorithmSpec) -> Plan:
+    return replace(
+        plan, choices=(*plan.choices, Choice("disk", *disk.in_words(plan.recipe, algorithm, plan.sizes)))
+    )
 
 
-def _demands(recipe: Recipe, algorithm: Algorithm) -> tuple[WorkerGroup, ...]:
+def _demands(recipe: Recipe, algorithm: AlgorithmSpec) -> tuple[WorkerGroup, ...]:
     online = algorithm.online
-    return demands(recipe, critic=online is not None and online.critic, rollouts=online is not None and recipe.rollouts.replay is None)
+    return demands(
+        recipe,
+        critic=online is not None and online.critic,
+        rollouts=online is not None and recipe.rollouts.replay is None,
+    )
 
 
-def _fitted(recipe: Recipe, algorithm: Algorithm, hardware: Hardware) -> Recipe:
-    """With `learners.workers: auto`: as many as there is room for beside the other actors, and no more than there are examples
-    in an optimizer step. How many they are changes no result."""
+def _fitted(recipe: Recipe, algorithm: AlgorithmSpec, hardware: Hardware) -> Recipe:
+    """With `learners.workers: auto`: as many as there is room for beside the other actors, and no more than
+    there are examples in an optimizer step. How many they are changes no result."""
     if recipe.learners.workers != "auto":
         return recipe
     if algorithm.online is not None and recipe.rollouts.placement == "colocated":
@@ -223,9 +320,11 @@ def _fitted(recipe: Recipe, algorithm: Algorithm, hardware: Hardware) -> Recipe:
     if room < 1:
         each = f"{learners.cpus:g} CPUs" + (f" and {learners.gpus:g} GPUs" if learners.gpus else "")
         raise NotEnoughResources(
-            f"there is no room for a learner of {each}" + (f" beside {', '.join(f'{g.workers} {g.what}' for g in others)}" if others else ""),
+            f"there is no room for a learner of {each}"
+            + (f" beside {', '.join(f'{g.workers} {g.what}' for g in others)}" if others else ""),
             why=str(hardware),
-            fix="set learners.gpus_per_worker or cpus_per_worker to what a machine has; to plan for other machines: plan --nodes N --gpu h100-80g",
+            fix="set learners.gpus_per_worker or cpus_per_worker to what a machine has; to plan for other "
+            "machines: plan --nodes N --gpu h100-80g",
         )
     return recipe.with_workers(room)
 
@@ -233,18 +332,32 @@ def _fitted(recipe: Recipe, algorithm: Algorithm, hardware: Hardware) -> Recipe:
 def _rollout_choices(recipe: Recipe, sizes: Sizes, steps: int) -> list[Choice]:
     """What `orchestrator plan` says of the rollouts."""
     rollouts = recipe.rollouts
-    drawn = f"{rollouts.prompts} prompts x {rollouts.samples} samples = {rollouts.prompts * rollouts.samples} completions"
-    ahead = "strictly on-policy" if not rollouts.max_staleness else f"generation runs at most {rollouts.max_staleness} versions ahead of learning"
-    actors = f"{rollouts.count} {rollouts.engine} actor{'s' if rollouts.count > 1 else ''}, {rollouts.placement}"
+    drawn = (
+        f"{rollouts.prompts} prompts x {rollouts.samples} samples = "
+        f"{rollouts.prompts * rollouts.samples} completions"
+    )
+    ahead = (
+        "strictly on-policy"
+        if not rollouts.max_staleness
+        else f"generation runs at most {rollouts.max_staleness} versions ahead of learning"
+    )
+    actors = (
+        f"{rollouts.count} {rollouts.engine} actor{'s' if rollouts.count > 1 else ''}, {rollouts.placement}"
+    )
     return [
         Choice("rollout batch", drawn, f"{steps} optimizer step{'s' if steps > 1 else ''} from each"),
         Choice("rollouts", actors, ahead),
-        Choice("rollout memory", size(rollout_bytes(recipe, sizes)), f"per actor: weights, keys and values of {rollouts.rows} full rows"),
+        Choice(
+            "rollout memory",
+            size(rollout_bytes(recipe, sizes)),
+            f"per actor: weights, keys and values of {rollouts.rows} full rows",
+        ),
     ]
 
 
 def rollout_bytes(recipe: Recipe, sizes: Sizes) -> int:
-    """Predicted bytes of a transformers rollout actor: its weights, and keys and values of rollouts.rows full rows."""
+    """Predicted bytes of a transformers rollout actor: its weights, and keys and values of rollouts.rows full
+    rows."""
     config = load_config(recipe.model).get_text_config()
     element = 4 if recipe.learners.precision == "fp32" else 2
     attention: int = getattr(config, "num_attention_heads", None) or 0  # a recurrent model keeps no keys

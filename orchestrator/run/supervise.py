@@ -15,7 +15,7 @@ from pathlib import Path
 from rich.console import Console
 
 from orchestrator.cluster.deadlines import Restarts
-from orchestrator.cluster.doctor.checks import Finding, judge
+from orchestrator.cluster.doctor.checks import Finding, check_cluster
 from orchestrator.cluster.doctor.facts import of_cluster
 from orchestrator.cluster.doctor.survey import on_cluster
 from orchestrator.cluster.joining import connect
@@ -30,7 +30,15 @@ from orchestrator.observe.wandb_sink import honoured
 from orchestrator.plan.hardware import Hardware
 from orchestrator.plan.planner import finer_cut
 from orchestrator.plan.view import data_notes, warning_lines
-from orchestrator.recipe.fingerprint import TOKENS, Identity, file_digest, identity_of, text_digest, tokenizer_digest, tokens_digest
+from orchestrator.recipe.fingerprint import (
+    TOKENS,
+    Identity,
+    file_digest,
+    identity_of,
+    text_digest,
+    tokenizer_digest,
+    tokens_digest,
+)
 from orchestrator.recipe.loading import dump
 from orchestrator.recipe.schema import ONLINE, Recipe
 from orchestrator.rollout.rewards.http import knock
@@ -62,16 +70,18 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class How:
-    """What a caller decides of a run beside its recipe. extend: it may have another end, though its schedule looks at it; in_process: the only
-    worker is this process, without Ray."""
+    """What a caller decides of a run beside its recipe. extend: it may have another end, though its schedule
+    looks at it; in_process: the only worker is this process, without Ray."""
 
     extend: bool = False
     in_process: bool = False
 
 
-def train(recipe: Recipe, root: Path, console: Console, stop: Stop | None = None, how: How = How()) -> Outcome:
-    """Runs a recipe to its end in the folder `root`, going on from a verified checkpoint if one is there. stop: of a caller that handles the
-    signals already; None: they are handled here."""
+def train(
+    recipe: Recipe, root: Path, console: Console, stop: Stop | None = None, how: How = How()
+) -> Outcome:
+    """Runs a recipe to its end in the folder `root`, going on from a verified checkpoint if one is there.
+    stop: of a caller that handles the signals already; None: they are handled here."""
     with nullcontext(stop) if stop is not None else stop_signals() as asked:
         return _train(recipe, root, console, asked, how)
 
@@ -83,9 +93,13 @@ def _train(recipe: Recipe, root: Path, console: Console, stop: Stop, how: How) -
         console.print(line, markup=False)
     asked = asked_by([recipe])
     facts = this_machine(asked, root) if how.in_process else look(asked, root)
-    require(judge(facts, asked))  # before the plan: a node that is silent is no lack of room
-    job = _here(recipe, console, of_cluster(facts)) if how.in_process else _planned(recipe, console, of_cluster(facts))
-    _preflight(judge(facts, need_of(job)), console)
+    require(check_cluster(facts, asked))  # before the plan: a node that is silent is no lack of room
+    job = (
+        _here(recipe, console, of_cluster(facts))
+        if how.in_process
+        else _planned(recipe, console, of_cluster(facts))
+    )
+    _preflight(check_cluster(facts, need_of(job)), console)
     if job.prompts is not None and recipe.rollouts.replay is None:
         for function in recipe.rewards.functions:
             if function.url is not None:
@@ -108,7 +122,8 @@ def _here(recipe: Recipe, console: Console, hardware: Hardware) -> Job:
 
 
 def _planned(recipe: Recipe, console: Console, hardware: Hardware) -> Job:
-    """The planned run. A Ray of its own starts meanwhile, where its size does not come from the plan (that of published weights does)."""
+    """The planned run. A Ray of its own starts meanwhile, where its size does not come from the plan (that of
+    published weights does)."""
     if recipe.algorithm.name in ONLINE or on_cluster():
         with phase(console, "planning"):
             return plan_job(recipe, console, hardware)
@@ -124,14 +139,30 @@ def _identity(recipe: Recipe, job: Job) -> Identity:
     learned = job.data.groups if job.prompts is None else job.prompts.batches.groups
     watched = {TOKENS: tokens_digest(learned)}
     if job.prompts is not None:
-        written = {f"the file of rewards.functions, {f.name}": f.function for f in recipe.rewards.functions if is_users(f)}
-        for name, where in (written | {"the file of rollouts.environment": recipe.rollouts.environment}).items():
+        written = {
+            f"the file of rewards.functions, {f.name}": f.function
+            for f in recipe.rewards.functions
+            if is_users(f)
+        }
+        for name, where in (
+            written | {"the file of rollouts.environment": recipe.rollouts.environment}
+        ).items():
             if where is not None and (file := source_of(where)) is not None:
                 watched[f"{name} ({file.name})"] = file_digest(file)
-        watched |= {f"the url of rewards.functions, {f.name}": text_digest(f.url) for f in recipe.rewards.functions if f.url is not None}
+        watched |= {
+            f"the url of rewards.functions, {f.name}": text_digest(f.url)
+            for f in recipe.rewards.functions
+            if f.url is not None
+        }
     loaded = job.data.loaded
     sources = list(zip(loaded.sizes, loaded.weights, strict=True))
-    return identity_of(recipe, loaded.fingerprint, tokenizer=tokenizer_digest(job.data.tokenizer), sources=sources, watched=watched)
+    return identity_of(
+        recipe,
+        loaded.fingerprint,
+        tokenizer=tokenizer_digest(job.data.tokenizer),
+        sources=sources,
+        watched=watched,
+    )
 
 
 def _say(console: Console) -> Callable[[str], None]:
@@ -139,13 +170,18 @@ def _say(console: Console) -> Callable[[str], None]:
 
 
 def _finished(job: Job, folder: RunFolder) -> Progress | None:
-    """Where a run stands that has nothing left to do: its last checkpoint and its exports are there. Spares a pipeline that is
-    started again the workers of the stages behind it."""
+    """Where a run stands that has nothing left to do: its last checkpoint and its exports are there. Spares a
+    pipeline that is started again the workers of the stages behind it."""
     recipe, online = job.recipe, job.algorithm.online
-    exports = [folder.export, *([folder.critic_export] if online is not None and online.critic and recipe.critic.export else [])]
+    exports = [
+        folder.export,
+        *([folder.critic_export] if online is not None and online.critic and recipe.critic.export else []),
+    ]
     if not all(export.is_dir() for export in exports):
         return None
-    saved = CheckpointStore(folder.checkpoints, run=folder.fingerprint, keep=recipe.checkpoint.keep, note=job.console.print).newest()
+    saved = CheckpointStore(
+        folder.checkpoints, run=folder.fingerprint, keep=recipe.checkpoint.keep, note=job.console.print
+    ).newest()
     total = job.plan.total_steps
     if saved is None and folder.done_steps == 0:
         return None
@@ -166,14 +202,17 @@ def _preflight(findings: Sequence[Finding], console: Console) -> None:
     if on_cluster():
         for finding in findings:
             if finding.level == "warning":
-                console.print(f"{finding.check}: {finding.where}: {finding.what}\n  fix: {finding.fix}", markup=False)
+                console.print(
+                    f"{finding.check}: {finding.where}: {finding.what}\n  fix: {finding.fix}", markup=False
+                )
     require(findings)
 
 
 def _supervise(job: Job, folder: RunFolder, stop: Stop) -> Progress:
-    """Runs attempts until one ends: a lost worker restarts from the last checkpoint, an out-of-memory error a rank
-    could not recover from in place restarts with a finer cut, or the next ZeRO stage. Neither changes an optimizer step."""
-    attempt = run_offline.attempt if job.algorithm.online is None else run_online.attempt
+    """Runs attempts until one ends: a lost worker restarts from the last checkpoint, an out-of-memory error a
+    rank could not recover from in place restarts with a finer cut, or the next ZeRO stage. Neither changes an
+    optimizer step."""
+    attempt = run_offline.run_once if job.algorithm.online is None else run_online.run_once
     cut, restarts, seen = job.plan.cut, Restarts(job.recipe.learners.max_restarts), set[str]()
     while True:
         try:
@@ -185,30 +224,40 @@ def _supervise(job: Job, folder: RunFolder, stop: Stop) -> Progress:
             if stop():
                 raise
             if error.repeats is not None and error.repeats in seen:
-                raise WorkerFailed(f"{error.what}, twice at the same place", why=error.why, fix=f"no other attempt will help: {error.fix}") from error
+                raise WorkerFailed(
+                    f"{error.what}, twice at the same place",
+                    why=error.why,
+                    fix=f"no other attempt will help: {error.fix}",
+                ) from error
             seen |= {error.repeats} if error.repeats is not None else set()
             count = restarts.add(folder.saved_steps)
             if count > restarts.limit:
                 raise
             _require_room(job, error)
-            job.console.print(f"{error}\nrestart {count} of {restarts.limit} from the last checkpoint", markup=False)
+            job.console.print(
+                f"{error}\nrestart {count} of {restarts.limit} from the last checkpoint", markup=False
+            )
 
 
 def _require_room(job: Job, lost: WorkerLost) -> None:
-    """WorkerLost, with an exit code that says "run it again", where a host went with its worker and the rest cannot hold them all."""
+    """WorkerLost, with an exit code that says "run it again", where a host went with its worker and the rest
+    cannot hold them all."""
     try:
         check_capacity(job.demands())
     except NotEnoughResources as error:
         raise WorkerLost(
             f"{lost.what}, and {error.what}",
             why=lost.why,
-            fix="run the same command again (orchestrator resume): with learners.workers=auto it goes on with the hosts that are left, "
+            fix="run the same command again (orchestrator resume): with learners.workers=auto it goes on "
+            "with the hosts that are left, "
             "at the same effective batch",
         ) from lost
 
 
 def _before_and_after(metrics: Path) -> tuple[dict[str, float], dict[str, float]]:
     lines = read_lines(metrics) if metrics.is_file() else []
-    evaluations = [{k: v for k, v in line.items() if k.startswith("eval/") and v is not None} for line in lines]
+    evaluations = [
+        {k: v for k, v in line.items() if k.startswith("eval/") and v is not None} for line in lines
+    ]
     evaluations = [e for e in evaluations if e]
     return (evaluations[0], evaluations[-1]) if evaluations else ({}, {})

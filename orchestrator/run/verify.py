@@ -11,7 +11,7 @@ from itertools import product
 
 import numpy as np
 
-from orchestrator.algorithms.table import Algorithm, build, critic
+from orchestrator.algorithms.table import AlgorithmSpec, build, critic
 from orchestrator.cluster.learner_group import LearnerGroup
 from orchestrator.core.batches import Branch, Cut, Experience, Floats, Layout, SequenceGroup, Sync
 from orchestrator.core.roles import PerMicroBatch
@@ -27,13 +27,15 @@ from orchestrator.run.inputs import read_data, read_prompts
 from orchestrator.trainers.two_pass import with_coefficients
 
 TOLERANCE = {"fp32": 1e-5, "bf16": 5e-3, "fp16": 5e-3, "bf16_autocast": 5e-3}
-"""Relative. fp32's is the contract. bf16's is twice the 2.1e-3 measured after five steps of the tiny DPO recipe at learning
-rate 1e-3; it is the rounding of the model's own arithmetic, the same for every cut. fp16's is not measured yet (needs a GPU)."""
+"""Relative. fp32's is the contract. bf16's is twice the 2.1e-3 measured after five steps of the tiny DPO
+recipe at learning rate 1e-3; it is the rounding of the model's own arithmetic, the same for every cut. fp16's
+is not measured yet (needs a GPU)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """Largest relative difference of one cut from the plain large batch. weights: ||dw|| / ||w|| of the final weights."""
+    """Largest relative difference of one cut from the plain large batch. weights: ||dw|| / ||w|| of the final
+    weights."""
 
     cut: Cut
     loss: float
@@ -46,17 +48,19 @@ class Difference:
 
 
 @dataclass(frozen=True, slots=True)
-class Trajectory:
+class LossCurve:
     """Losses and gradient norms by step, and the final weights by Hugging Face name."""
 
     losses: tuple[float, ...]
     grad_norms: tuple[float, ...]
     weights: dict[str, Floats]
 
-    def difference(self, other: "Trajectory", cut: Cut) -> Difference:
+    def difference(self, other: "LossCurve", cut: Cut) -> Difference:
         """`other` against this baseline."""
         assert other.weights.keys() == self.weights.keys(), "the two runs trained different parameters"
-        distance = sum(float(np.square(other.weights[n] - w, dtype=np.float64).sum()) for n, w in self.weights.items())
+        distance = sum(
+            float(np.square(other.weights[n] - w, dtype=np.float64).sum()) for n, w in self.weights.items()
+        )
         size = sum(float(np.square(w, dtype=np.float64).sum()) for w in self.weights.values())
         return Difference(
             cut,
@@ -72,22 +76,27 @@ def _relative(values: Sequence[float], baseline: Sequence[float]) -> float:
 
 
 @dataclass(frozen=True, slots=True)
-class Proof:
+class Verification:
     """The examples of a recipe's first steps, and who learns from them."""
 
     recipe: Recipe
-    algorithm: Algorithm
+    algorithm: AlgorithmSpec
     steps: tuple[tuple[SequenceGroup, ...], ...]
     planned: Cut
     role: Role = "policy"
 
     @classmethod
-    def of(cls, recipe: Recipe, steps: int, role: Role = "policy") -> "Proof":
-        """role: of an online recipe, whose steps are learned from made-up rollouts: who made them does not matter here."""
+    def of(cls, recipe: Recipe, steps: int, role: Role = "policy") -> "Verification":
+        """role: of an online recipe, whose steps are learned from made-up rollouts: who made them does not
+        matter here."""
         algorithm = build(recipe.algorithm, recipe.rollouts)
         if algorithm.online is not None:
             check_batches(recipe, algorithm)
-        data = read_data(recipe, algorithm) if algorithm.online is None else read_prompts(recipe, algorithm).longest
+        data = (
+            read_data(recipe, algorithm)
+            if algorithm.online is None
+            else read_prompts(recipe, algorithm).longest
+        )
         batches, cursor = [], 0
         for _ in range(steps):
             batches.append(data.batches.at(cursor))
@@ -95,15 +104,17 @@ class Proof:
         planned = make_plan(recipe, algorithm, data).cut
         if algorithm.online is not None:
             batches = made_up(recipe, algorithm, batches)
-        return cls(recipe, critic(recipe.algorithm) if role == "critic" else algorithm, tuple(batches), planned, role)
+        return cls(
+            recipe, critic(recipe.algorithm) if role == "critic" else algorithm, tuple(batches), planned, role
+        )
 
-    def plain(self) -> Trajectory:
+    def plain(self) -> LossCurve:
         """One process, one batch, plain torch."""
         trainer = PlainTrainer(self.recipe, self.algorithm, len(self.steps))
         done = [trainer.step(groups, loss_units(groups), i) for i, groups in enumerate(self.steps)]
-        return Trajectory(tuple(s.loss for s in done), tuple(s.grad_norm for s in done), trainer.weights())
+        return LossCurve(tuple(s.loss for s in done), tuple(s.grad_norm for s in done), trainer.weights())
 
-    def split(self, cut: Cut, group: LearnerGroup) -> Trajectory:
+    def split(self, cut: Cut, group: LearnerGroup) -> LossCurve:
         """The same steps on DeepSpeed workers under one cut."""
         reference = _reference(self, cut, group)
         group.build(LearnerSpec(self.recipe, cut, len(self.steps), self.role))
@@ -118,19 +129,22 @@ class Proof:
                 losses.append(group.forward_backward(batch, i).loss)
             norms.append(group.optim_step(i).grad_norm)
         weights = {name.removeprefix("model."): w for name, w in group.call(final_weights)[0].items()}
-        return Trajectory(tuple(losses), tuple(norms), weights)
+        return LossCurve(tuple(losses), tuple(norms), weights)
 
 
-def _reference(proof: Proof, cut: Cut, group: LearnerGroup) -> list[PerMicroBatch] | None:
+def _reference(proof: Verification, cut: Cut, group: LearnerGroup) -> list[PerMicroBatch] | None:
     if not proof.algorithm.needs_reference or proof.steps[0][0].branches[0].experience is not None:
         return None  # rollouts carry theirs
     group.build_reference(proof.recipe)
     return [group.token_logprobs(cut_step(groups, cut), reference=True) for groups in proof.steps]
 
 
-def made_up(recipe: Recipe, algorithm: Algorithm, steps: Sequence[Sequence[SequenceGroup]]) -> list[tuple[SequenceGroup, ...]]:
-    """Rollouts for the prompts of these steps that nobody sampled: completions of random tokens and lengths, some of them an
-    environment's, with log-probs near the start policy's, so that ratios fall on both sides of every clip."""
+def made_up(
+    recipe: Recipe, algorithm: AlgorithmSpec, steps: Sequence[Sequence[SequenceGroup]]
+) -> list[tuple[SequenceGroup, ...]]:
+    """Rollouts for the prompts of these steps that nobody sampled: completions of random tokens and lengths,
+    some of them an environment's, with log-probs near the start policy's, so that ratios fall on both sides
+    of every clip."""
     draw = np.random.default_rng(recipe.run.seed)
     plain = PlainTrainer(recipe, algorithm, len(steps))
 
@@ -143,7 +157,7 @@ def made_up(recipe: Recipe, algorithm: Algorithm, steps: Sequence[Sequence[Seque
     made = []
     for groups in steps:
         bare = [replace(g, branches=tuple(branch(len(b.ids)) for b in g.branches)) for g in groups]
-        if algorithm.per == "pair":
+        if algorithm.loss_unit == "pair":
             made.append(tuple(bare))
             continue
         logps = plain.token_logprobs(bare)
@@ -151,7 +165,9 @@ def made_up(recipe: Recipe, algorithm: Algorithm, steps: Sequence[Sequence[Seque
     return made
 
 
-def _with_experience(group: SequenceGroup, logps: tuple[Floats, ...], draw: np.random.Generator) -> SequenceGroup:
+def _with_experience(
+    group: SequenceGroup, logps: tuple[Floats, ...], draw: np.random.Generator
+) -> SequenceGroup:
     def near(values: Floats, width: float) -> Floats:
         return (values + width * draw.standard_normal(len(values))).astype(np.float32)
 
@@ -159,16 +175,22 @@ def _with_experience(group: SequenceGroup, logps: tuple[Floats, ...], draw: np.r
     for branch, values in zip(group.branches, logps, strict=True):
         advantages, returns = (draw.standard_normal(len(values)).astype(np.float32) for _ in range(2))
         old = near(values, 0.2)
-        experience = Experience(advantages, near(old, 0.1), old, near(values, 0.2), near(returns, 0.3), returns)
+        experience = Experience(
+            advantages, near(old, 0.1), old, near(values, 0.2), near(returns, 0.3), returns
+        )
         branches.append(replace(branch, experience=experience))
     return replace(group, branches=tuple(branches))
 
 
-def splits(planned: Cut, effective: int, precision: str, workers: Sequence[int], *, everything: bool) -> list[Cut]:
-    """Cuts to try: the whole product, or one that shows every worker count with every stage and sync policy, and
-    every micro-batch size and layout in turn."""
+def splits(
+    planned: Cut, effective: int, precision: str, workers: Sequence[int], *, everything: bool
+) -> list[Cut]:
+    """Cuts to try: the whole product, or one that shows every worker count with every stage and sync policy,
+    and every micro-batch size and layout in turn."""
     sizes = _sizes(planned, effective, max(workers))
-    layouts: tuple[Layout, ...] = ("padded",) if planned.layout == "padded" else (planned.layout, "packed", "padded")
+    layouts: tuple[Layout, ...] = (
+        ("padded",) if planned.layout == "padded" else (planned.layout, "packed", "padded")
+    )
     cuts = []
     for turn, (count, (stage, sync)) in enumerate(product(workers, _engines(precision))):
         shapes = list(product(sizes, dict.fromkeys(layouts)))
@@ -194,9 +216,11 @@ def _engines(precision: str) -> Iterator[tuple[int, Sync]]:
 
 def run(recipe: Recipe, *, steps: int, workers: Sequence[int], everything: bool) -> Iterator[Difference]:
     """Yields the difference of each cut as it is done. Workers share the machine's CPUs if it has fewer."""
-    proof = Proof.of(recipe, steps)
+    proof = Verification.of(recipe, steps)
     baseline = proof.plain()
-    cuts = splits(proof.planned, len(proof.steps[0]), recipe.learners.precision, workers, everything=everything)
+    cuts = splits(
+        proof.planned, len(proof.steps[0]), recipe.learners.precision, workers, everything=everything
+    )
     for count in workers:
         cpus = min(recipe.learners.cpus_per_worker, (os.cpu_count() or 1) / count)
         learners = recipe.learners.model_copy(update={"workers": count, "cpus_per_worker": cpus})

@@ -1,8 +1,9 @@
 """Held-out evaluation: preference accuracy and margins per source, and greedy generation with a checker.
 
-`eval/preference_accuracy` counts the pairs whose chosen answer ranks higher, by what `ranking` says: the implicit reward where there is a
-reference. `eval/logp_accuracy` then says beside it what the policy alone prefers, by its log-prob per token. Ties count one half; where every
-pair is a tie (the policy is its reference still) nothing is known: NaN, null in metrics.jsonl, – in tables.
+`eval/preference_accuracy` counts the pairs whose chosen answer ranks higher, by what `ranking` says: the
+implicit reward where there is a reference. `eval/logp_accuracy` then says beside it what the policy alone
+prefers, by its log-prob per token. Ties count one half; where every pair is a tie (the policy is its
+reference still) nothing is known: NaN, null in metrics.jsonl, – in tables.
 """
 
 import math
@@ -85,16 +86,21 @@ class Evaluator:
         return metrics
 
     def _likelihoods(self, batch: PackedBatch, sums: PerMicroBatch) -> dict[str, float]:
-        """Whether the policy alone, without its reference, gives the chosen answer more probability per token: to be compared with a model
-        that has none, and known before the first step."""
+        """Whether the policy alone, without its reference, gives the chosen answer more probability per
+        token: to be compared with a model that has none, and known before the first step."""
         margins = replace(self.ranking, basis="log-prob per token").margins(batch, sums).values()
-        return {"eval/logp_accuracy": _accuracy(margins), "eval/logp_margin": float(np.mean([m.value for m in margins]))}
+        return {
+            "eval/logp_accuracy": _accuracy(margins),
+            "eval/logp_margin": float(np.mean([m.value for m in margins])),
+        }
 
     def _most_wrong(self, margins: Mapping[int, Margin], step: int) -> list[Sample]:
         """The pairs with the lowest margins; none where all are ties and no pair is more wrong than another."""
         if math.isnan(_accuracy(margins.values())):
             return []
-        worst = sorted(self.held_out.groups, key=lambda g: (margins[g.id].value, g.id))[: self.config.worst_pairs]
+        worst = sorted(self.held_out.groups, key=lambda g: (margins[g.id].value, g.id))[
+            : self.config.worst_pairs
+        ]
         return [
             Sample(
                 step,
@@ -112,11 +118,22 @@ class Evaluator:
         assert generation is not None
         completions = self.policy.generate(self.held_out.prompts, generation.max_new_tokens)
         samples, right = [], 0
-        for prompt, answer, tokens in zip(self.held_out.prompts, self.held_out.answers, completions, strict=True):
+        for prompt, answer, tokens in zip(
+            self.held_out.prompts, self.held_out.answers, completions, strict=True
+        ):
             text = self.decode(tokens)
             correct = matches(text, answer, generation.checker)
             right += correct
-            samples.append(Sample(step, "generation", self.decode(prompt), completion=text, answer=answer, scores={"correct": float(correct)}))
+            samples.append(
+                Sample(
+                    step,
+                    "generation",
+                    self.decode(prompt),
+                    completion=text,
+                    answer=answer,
+                    scores={"correct": float(correct)},
+                )
+            )
         return samples, right / len(samples)
 
 

@@ -1,4 +1,5 @@
-"""From scored rollouts to training data: what the learner thinks of each token, and what each token was worth.
+"""From scored rollouts to training data: what the learner thinks of each token, and what each token was
+worth.
 
 ScoredGroup -> SequenceGroup (tokens) --learner: old, reference log-probs; critic: values--> Columns
                                       --Estimator: rewards, KL penalties, values--> Experience on every branch
@@ -13,10 +14,10 @@ import torch
 
 from orchestrator.algorithms.losses.estimators import Episodes
 from orchestrator.algorithms.losses.kl import ESTIMATORS, k3
-from orchestrator.algorithms.table import Algorithm
+from orchestrator.algorithms.table import AlgorithmSpec
 from orchestrator.core.batches import Branch, Cut, Experience, Floats, PackedBatch, SequenceGroup
 from orchestrator.core.roles import Learner, PerMicroBatch
-from orchestrator.core.rollouts import ScoredGroup
+from orchestrator.core.rollouts import RewardedGroup
 from orchestrator.data.micro_batches import cut_step, loss_units
 from orchestrator.data.packing import by_branch
 
@@ -25,9 +26,10 @@ Columns = list[Floats]
 
 
 @dataclass(frozen=True, slots=True)
-class Needs:
-    """What the columns of an Experience have to be. old: the policy changes between the scoring of the rollouts and the learning from
-    them (LoRA's dropout does that too), or the KL is part of the reward. penalty: the KL's coefficient in the reward, 0 where it is none."""
+class ExperienceInputs:
+    """What the columns of an Experience have to be. old: the policy changes between the scoring of the
+    rollouts and the learning from them (LoRA's dropout does that too), or the KL is part of the reward.
+    penalty: the KL's coefficient in the reward, 0 where it is none."""
 
     old: bool
     reference: bool
@@ -36,43 +38,55 @@ class Needs:
 
 
 @dataclass(frozen=True, slots=True)
-class Made:
-    """Training data of a rollout batch. kl: mean of k3 per token against the reference, None where it is not known here."""
+class TrainingData:
+    """Training data of a rollout batch. kl: mean of k3 per token against the reference, None where it is not
+    known here."""
 
     groups: tuple[SequenceGroup, ...]
     kl: float | None
 
 
-def sequences(scored: Sequence[ScoredGroup], *, mask_truncated: bool) -> tuple[SequenceGroup, ...]:
+def sequences(rewarded: Sequence[RewardedGroup], *, mask_truncated: bool) -> tuple[SequenceGroup, ...]:
     """The tokens of each group: a prompt and a branch per rollout. ids count from 0 within the rollout batch."""
     groups = []
-    for index, item in enumerate(scored):
+    for index, item in enumerate(rewarded):
         rollouts = item.group.rollouts
-        branches = tuple(Branch(r.ids, np.zeros(len(r.ids), np.bool_) if mask_truncated and r.finish == "length" else r.scored) for r in rollouts)
+        branches = tuple(
+            Branch(
+                r.ids,
+                np.zeros(len(r.ids), np.bool_) if mask_truncated and r.finish == "length" else r.loss_mask,
+            )
+            for r in rollouts
+        )
         groups.append(SequenceGroup(index, item.group.prompt.ids, branches, item.group.prompt.source))
     return tuple(groups)
 
 
 def make_experience(
-    scored: Sequence[ScoredGroup],
+    rewarded: Sequence[RewardedGroup],
     rewards: Sequence[Floats],
-    algorithm: Algorithm,
-    needs: Needs,
+    algorithm: AlgorithmSpec,
+    needs: ExperienceInputs,
     policy: Learner,
     critic: Learner | None,
     cut: Cut,
     *,
     mask_truncated: bool = False,
-) -> Made:
-    """Groups whose branches carry advantages. rewards: Float[n] of each group, as the estimator shall see them."""
-    assert algorithm.online is not None and algorithm.online.estimate is not None
-    groups = sequences(scored, mask_truncated=mask_truncated)
-    batch = cut_step(groups, cut) if needs.old or needs.reference or critic is not None else PackedBatch(groups, (), loss_units(groups))
+) -> TrainingData:
+    """Groups whose branches carry advantages. rewards: Float[n] of each group, as the estimator shall see
+    them."""
+    assert algorithm.online is not None and algorithm.online.advantage is not None
+    groups = sequences(rewarded, mask_truncated=mask_truncated)
+    batch = (
+        cut_step(groups, cut)
+        if needs.old or needs.reference or critic is not None
+        else PackedBatch(groups, (), loss_units(groups))
+    )
     old = _columns(batch, policy.token_logprobs(batch)) if needs.old else None
     reference = _columns(batch, policy.token_logprobs(batch, reference=True)) if needs.reference else None
     values = None if critic is None else _columns(batch, critic.token_values(batch))
-    lengths = tuple(int(b.scored.sum()) for g in groups for b in g.branches)
-    found, returns = algorithm.online.estimate(
+    lengths = tuple(int(b.loss_mask.sum()) for g in groups for b in g.branches)
+    found, returns = algorithm.online.advantage(
         Episodes(
             rewards=torch.from_numpy(np.stack(rewards)).double(),
             penalties=_penalties(old, reference, needs, sum(lengths)),
@@ -82,30 +96,33 @@ def make_experience(
     )
     advantages, targets = _split(found, lengths), None if returns is None else _split(returns, lengths)
     made, at = [], 0
-    for item, group in zip(scored, groups, strict=True):
+    for item, group in zip(rewarded, groups, strict=True):
         branches = []
         for rollout, branch in zip(item.group.rollouts, group.branches, strict=True):
-            sampled = rollout.logprobs if branch.scored.any() else np.zeros(0, np.float32)
+            sampled = rollout.logprobs if branch.loss_mask.any() else np.zeros(0, np.float32)
             columns = (None if c is None else c[at] for c in (old, reference, values, targets))
             branches.append(replace(branch, experience=Experience(advantages[at], sampled, *columns)))
             at += 1
         made.append(replace(group, branches=tuple(branches)))
-    return Made(tuple(made), None if old is None or reference is None else _mean_kl(old, reference))
+    return TrainingData(tuple(made), None if old is None or reference is None else _mean_kl(old, reference))
 
 
-def pairs(scored: Sequence[ScoredGroup], rewards: Sequence[Floats]) -> tuple[SequenceGroup, ...]:
+def pairs(rewarded: Sequence[RewardedGroup], rewards: Sequence[Floats]) -> tuple[SequenceGroup, ...]:
     """(best, worst) of each group by reward; groups of equal rewards say nothing and are left out."""
     groups = []
-    for index, (item, values) in enumerate(zip(scored, rewards, strict=True)):
+    for index, (item, values) in enumerate(zip(rewarded, rewards, strict=True)):
         best, worst = int(values.argmax()), int(values.argmin())
         if values[best] > values[worst]:
-            chosen = tuple(Branch(item.group.rollouts[i].ids, item.group.rollouts[i].scored) for i in (best, worst))
+            chosen = tuple(
+                Branch(item.group.rollouts[i].ids, item.group.rollouts[i].loss_mask) for i in (best, worst)
+            )
             groups.append(SequenceGroup(index, item.group.prompt.ids, chosen, item.group.prompt.source))
     return tuple(groups)
 
 
-def has_signal(item: ScoredGroup) -> bool:
-    """False where all samples earned the same: every group advantage is 0 then (DAPO, arXiv 2503.14476, sec. 3.2)."""
+def has_signal(item: RewardedGroup) -> bool:
+    """False where all samples earned the same: every group advantage is 0 then (DAPO, arXiv 2503.14476, sec.
+    3.2)."""
     return bool(np.ptp(item.rewards) > 1e-6)
 
 
@@ -121,11 +138,15 @@ def _columns(batch: PackedBatch, values: PerMicroBatch) -> Columns:
     return [branch for group in batch.groups for branch in found[group.id]]
 
 
-def _penalties(old: Columns | None, reference: Columns | None, needs: Needs, tokens: int) -> torch.Tensor:
+def _penalties(
+    old: Columns | None, reference: Columns | None, needs: ExperienceInputs, tokens: int
+) -> torch.Tensor:
     """Float[N]: what each token costs for being unlike the reference."""
     if not needs.penalty:
         return torch.zeros(tokens, dtype=torch.float64)
-    assert old is not None and reference is not None, "a KL in the reward needs the learner's and the reference's log-probs"
+    assert old is not None and reference is not None, (
+        "a KL in the reward needs the learner's and the reference's log-probs"
+    )
     policy, ref = (torch.from_numpy(np.concatenate(c)).double() for c in (old, reference))
     return needs.penalty * ESTIMATORS[needs.estimator](policy, ref)
 

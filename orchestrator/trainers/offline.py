@@ -5,7 +5,7 @@ batches --cut--> PackedBatch --reference log-probs--> forward_backward --> optim
 
 from dataclasses import dataclass
 
-from orchestrator.algorithms.table import Algorithm
+from orchestrator.algorithms.table import AlgorithmSpec
 from orchestrator.core.batches import Cut, SequenceGroup
 from orchestrator.core.reports import Progress, StepReport
 from orchestrator.core.roles import Checkpoints, Learner, Reporter
@@ -14,15 +14,15 @@ from orchestrator.data.order import Batches
 from orchestrator.observe.metrics import Throughput, flatten
 from orchestrator.trainers.cadence import AfterSteps
 from orchestrator.trainers.evaluation import Evaluator
-from orchestrator.trainers.optimizer_step import Attach, Clock, Guards, Stepper
+from orchestrator.trainers.optimizer_step import Attach, Clock, Guards, OptimizerStepper
 
 
 @dataclass(frozen=True, slots=True)
 class OfflinePlan:
-    """What the loop has to know. save_every: steps; save_after_s: seconds since the last checkpoint; evaluated: see cadence.py; sources: names of
-    the training data's."""
+    """What the loop has to know. save_every: steps; save_after_s: seconds since the last checkpoint;
+    evaluated: see cadence.py; sources: names of the training data's."""
 
-    algorithm: Algorithm
+    algorithm: AlgorithmSpec
     total_steps: int
     evaluate_every: int | None
     evaluate_at_start: bool
@@ -56,7 +56,7 @@ class OfflineTrainer:
         self.throughput, self.stop = throughput, stop
         self.after = AfterSteps(plan, self._evaluate, checkpoints, stop)
         self._from_reference = evaluator.ranking.starts_at_reference
-        self.steps = Stepper(plan.algorithm, policy, cut, attach_reference, report, plan.guards)
+        self.steps = OptimizerStepper(plan.algorithm, policy, cut, attach_reference, report, plan.guards)
 
     @property
     def cut(self) -> Cut:
@@ -76,14 +76,22 @@ class OfflineTrainer:
             clock = Clock()
             with clock.phase("data"):
                 groups = self.batches.at(progress.examples)
-            taken = self.steps.take(groups, progress.step, clock)
+            taken = self.steps.step(groups, progress.step, clock)
             if taken.applied is None:
                 progress = progress.after_skip(taken.batch)
                 continue
             progress = progress.after(taken.batch)
             self._after_step(progress, clock)
             first = progress.step == 1 and self._from_reference
-            metrics = flatten(progress, taken.learned, taken.applied, clock.phases, self.throughput, plan.sources, at_reference=first)
+            metrics = flatten(
+                progress,
+                taken.learned,
+                taken.applied,
+                clock.phases,
+                self.throughput,
+                plan.sources,
+                at_reference=first,
+            )
             self.report.step(StepReport(progress.step, metrics))
             self.after.step(progress)
         return progress

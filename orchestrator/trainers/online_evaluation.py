@@ -1,4 +1,5 @@
-"""Evaluation on held-out prompts by the rollout actors: the reward of greedy answers, and pass@k of sampled ones."""
+"""Evaluation on held-out prompts by the rollout actors: the reward of greedy answers, and pass@k of sampled
+ones."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -7,7 +8,7 @@ import numpy as np
 
 from orchestrator.core.reports import EvaluationReport
 from orchestrator.core.roles import Generator, Scorer
-from orchestrator.core.rollouts import Prompt, Sampling, ScoredGroup
+from orchestrator.core.rollouts import Prompt, RewardedGroup, Sampling
 from orchestrator.recipe.schema import Evaluation
 from orchestrator.trainers.online_metrics import sample_of
 
@@ -28,8 +29,13 @@ class RolloutEvaluator:
             return EvaluationReport(step, {})
         greedy = self._scored(step, replace(self.sampling, samples=1, temperature=0.0))
         metrics = {"eval/reward/mean": _mean([g.rewards for g in greedy])}
-        metrics |= {f"eval/reward/{name}": _mean([g.parts[name] for g in greedy]) for name in (greedy[0].parts if greedy else ())}
-        metrics["eval/completions/mean_length"] = float(np.mean([len(r.ids) for g in greedy for r in g.group.rollouts])) if greedy else 0.0
+        metrics |= {
+            f"eval/reward/{name}": _mean([g.parts[name] for g in greedy])
+            for name in (greedy[0].parts if greedy else ())
+        }
+        metrics["eval/completions/mean_length"] = (
+            float(np.mean([len(r.ids) for g in greedy for r in g.group.rollouts])) if greedy else 0.0
+        )
         metrics["eval/unscored"] = float(len(self.prompts) - len(greedy))
         k = self.config.pass_at_k
         if k:
@@ -39,7 +45,7 @@ class RolloutEvaluator:
             metrics["eval/pass@1"] = _mean(passed)
         return EvaluationReport(step, metrics, tuple(sample_of(g, 0, step, "generation") for g in greedy))
 
-    def _scored(self, step: int, sampling: Sampling) -> Sequence[ScoredGroup]:
+    def _scored(self, step: int, sampling: Sampling) -> Sequence[RewardedGroup]:
         """draws count down from -1, so that their seeds are nobody else's."""
         drawn = [(-1 - i, prompt) for i, prompt in enumerate(self.prompts)]
         return self.scorer.score(self.generator.start(drawn, sampling, step).result()).groups

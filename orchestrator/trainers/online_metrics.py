@@ -9,18 +9,18 @@ import numpy as np
 from orchestrator.algorithms.losses.value import explained_variance
 from orchestrator.core.batches import Floats
 from orchestrator.core.reports import LearnReport, Progress, Sample, StepApplied, joined_metrics
-from orchestrator.core.rollouts import Batch, Rollout, ScoredGroup, Span, WeightsDelivered
+from orchestrator.core.rollouts import RewardedGroup, Rollout, RolloutBatch, Span, WeightsDelivered
 from orchestrator.observe.metric_names import named
 from orchestrator.observe.metrics import values
 from orchestrator.trainers.experience import has_signal
-from orchestrator.trainers.optimizer_step import Taken
+from orchestrator.trainers.optimizer_step import StepOutcome
 
 LEARNING = ("experience", "reference", "first_pass", "forward_backward", "optim")
 """Phases in which the learners work; in the others they wait."""
 
 
 @dataclass(frozen=True, slots=True)
-class Learned:
+class LearnSummary:
     """All optimizer steps from one rollout batch as one report; applied: of the last one."""
 
     report: LearnReport
@@ -28,7 +28,7 @@ class Learned:
     steps: int
 
 
-def over_steps(taken: Sequence[Taken]) -> Learned | None:
+def summarise_steps(taken: Sequence[StepOutcome]) -> LearnSummary | None:
     """Sums what adds up, and takes the mean of the losses."""
     if not taken:
         return None
@@ -42,31 +42,33 @@ def over_steps(taken: Sequence[Taken]) -> Learned | None:
         micro_batches=sum(r.micro_batches for r in reports),
         tokens=sum(r.tokens for r in reports),
         computed=sum(r.computed for r in reports),
-        scored=sum(r.scored for r in reports),
+        scored_tokens=sum(r.scored_tokens for r in reports),
         positions=sum(r.positions for r in reports),
         seconds=sum(r.seconds for r in reports),
         peak_bytes=max(r.peak_bytes for r in reports),
     )
     applied = next((t.applied for t in reversed(taken) if t.applied is not None), None)
-    return Learned(whole, applied, len(taken))
+    return LearnSummary(whole, applied, len(taken))
 
 
 def batch_metrics(
     progress: Progress,
-    batch: Batch,
-    policy: Learned | None,
-    critic: Learned | None,
+    batch: RolloutBatch,
+    policy: LearnSummary | None,
+    critic: LearnSummary | None,
     delivered: WeightsDelivered,
     phases: Mapping[str, float],
     spans: Sequence[tuple[str, float, float]],
     actors: Sequence[Span],
     sources: Sequence[str] = (),
 ) -> dict[str, float]:
-    """One line of metrics.jsonl. sources: names of the data's, by their numbers. time/<phase>: seconds the controller spent;
-    time/idle/<role>: seconds a role had no work."""
+    """One line of metrics.jsonl. sources: names of the data's, by their numbers. time/<phase>: seconds the
+    controller spent; time/idle/<role>: seconds a role had no work."""
     metrics: dict[str, float] = {}
     if policy is not None:
-        means = {n: m for n, m in policy.report.means.items() if m.count}  # nothing is known where all completions are masked
+        means = {
+            n: m for n, m in policy.report.means.items() if m.count
+        }  # nothing is known where all completions are masked
         metrics |= {"loss": policy.report.loss, **named(values(means), sources), **policy.report.maxima}
         if policy.applied is not None:
             metrics |= {"grad_norm": policy.applied.grad_norm, "learning_rate": policy.applied.learning_rate}
@@ -75,14 +77,25 @@ def batch_metrics(
         metrics["perf/peak_memory_gb"] = policy.report.peak_bytes / 1e9
     if critic is not None:
         metrics |= _critic_metrics(critic)
-    metrics |= _reward_metrics(batch) | _rewards_by_source(batch, sources) | _completion_metrics(batch) | _kept_mass(batch)
-    metrics["policy/staleness"] = float(np.mean([progress.step - 1 - r.version for g in batch.groups for r in g.rollouts]))
+    metrics |= (
+        _reward_metrics(batch)
+        | _rewards_by_source(batch, sources)
+        | _completion_metrics(batch)
+        | _kept_mass(batch)
+    )
+    metrics["policy/staleness"] = float(
+        np.mean([progress.step - 1 - r.version for g in batch.groups for r in g.rollouts])
+    )
     if progress.kl_coefficient is not None:
         metrics["kl_coefficient"] = progress.kl_coefficient
     metrics |= _times(phases, spans, actors)
     drawn = sum(len(r.logprobs) for g in batch.groups for r in g.rollouts)
     metrics["perf/tokens_per_s"] = drawn / max(1e-9, sum(phases.values()))
-    metrics |= {"weights/mb": delivered.bytes / 1e6, "weights/seconds": delivered.seconds, "weights/buckets": delivered.buckets}
+    metrics |= {
+        "weights/mb": delivered.bytes / 1e6,
+        "weights/seconds": delivered.seconds,
+        "weights/buckets": delivered.buckets,
+    }
     metrics |= {f"time/reward/{name}": seconds for name, seconds in batch.scoring.seconds.items()}
     return metrics | {
         "num_tokens": progress.tokens,
@@ -92,40 +105,50 @@ def batch_metrics(
     }
 
 
-def _critic_metrics(critic: Learned) -> dict[str, float]:
+def _critic_metrics(critic: LearnSummary) -> dict[str, float]:
     means = {n: m.value for n, m in critic.report.means.items()}
     error, returns, square = (means.pop(f"value/{n}") for n in ("error_sq", "return", "return_sq"))
     found = {**means, "value/explained_variance": explained_variance(error, returns, square)}
     return found | ({} if critic.applied is None else {"value/grad_norm": critic.applied.grad_norm})
 
 
-def _reward_metrics(batch: Batch) -> dict[str, float]:
+def _reward_metrics(batch: RolloutBatch) -> dict[str, float]:
     metrics = {"reward/dropped_groups": float(len(batch.scoring.dropped))}
-    metrics |= {"reward/groups_wanted": float(batch.wanted), "reward/groups_learned": float(len(batch.learned_from))}
+    metrics |= {
+        "reward/groups_wanted": float(batch.wanted),
+        "reward/groups_learned": float(len(batch.learned_from)),
+    }
     metrics["reward/groups_with_signal"] = float(sum(has_signal(g) for g in batch.learned_from))
-    if not batch.scored:
+    if not batch.rewarded:
         return metrics
-    rewards = np.stack([g.rewards for g in batch.scored]).astype(np.float64)
-    metrics |= {"reward/mean": float(rewards.mean()), "reward/std": float(rewards.std()), "reward/max": float(rewards.max())}
+    rewards = np.stack([g.rewards for g in batch.rewarded]).astype(np.float64)
+    metrics |= {
+        "reward/mean": float(rewards.mean()),
+        "reward/std": float(rewards.std()),
+        "reward/max": float(rewards.max()),
+    }
     metrics["reward/group_std"] = float(rewards.std(1).mean())
     if rewards.shape[1] > 1:  # a lone answer has nothing to be compared with
         metrics["reward/no_signal_ratio"] = float(np.mean(np.ptp(rewards, axis=1) <= 1e-6))
-    for name in batch.scored[0].parts:
-        metrics[f"reward/{name}"] = float(np.mean([g.parts[name] for g in batch.scored]))
+    for name in batch.rewarded[0].parts:
+        metrics[f"reward/{name}"] = float(np.mean([g.parts[name] for g in batch.rewarded]))
     return metrics
 
 
-def _rewards_by_source(batch: Batch, sources: Sequence[str]) -> dict[str, float]:
+def _rewards_by_source(batch: RolloutBatch, sources: Sequence[str]) -> dict[str, float]:
     """reward/mean of each source of the prompts, where there are several."""
     if len(sources) < 2:
         return {}
     by_source: dict[int, list[Floats]] = {}
-    for item in batch.scored:
+    for item in batch.rewarded:
         by_source.setdefault(item.group.prompt.source, []).append(item.rewards)
-    return {f"reward/mean/{sources[source]}": float(np.mean(np.concatenate(by_source[source]))) for source in sorted(by_source)}
+    return {
+        f"reward/mean/{sources[source]}": float(np.mean(np.concatenate(by_source[source])))
+        for source in sorted(by_source)
+    }
 
 
-def _completion_metrics(batch: Batch) -> dict[str, float]:
+def _completion_metrics(batch: RolloutBatch) -> dict[str, float]:
     rollouts = [r for g in batch.groups for r in g.rollouts]
     lengths = np.array([len(r.ids) for r in rollouts])
     return {
@@ -137,18 +160,26 @@ def _completion_metrics(batch: Batch) -> dict[str, float]:
     }
 
 
-def _kept_mass(batch: Batch) -> dict[str, float]:
-    """The policy's mass that top-k, top-p and min-p left to draw from, mean over tokens; nothing where they are off."""
+def _kept_mass(batch: RolloutBatch) -> dict[str, float]:
+    """The policy's mass that top-k, top-p and min-p left to draw from, mean over tokens; nothing where they
+    are off."""
     kept = [r.kept for g in batch.groups for r in g.rollouts if r.kept is not None]
     return {"policy/kept_mass": float(np.exp(np.concatenate(kept)).mean())} if kept else {}
 
 
-def _times(phases: Mapping[str, float], spans: Sequence[tuple[str, float, float]], actors: Sequence[Span]) -> dict[str, float]:
-    """Seconds by phase; learn: of all of the learners' phases; idle/learners: the rest; idle/rollouts: mean over actors."""
+def _times(
+    phases: Mapping[str, float], spans: Sequence[tuple[str, float, float]], actors: Sequence[Span]
+) -> dict[str, float]:
+    """Seconds by phase; learn: of all of the learners' phases; idle/learners: the rest; idle/rollouts: mean
+    over actors."""
     times = {f"time/{name}": seconds for name, seconds in phases.items()}
     start, end = min(s for _, s, _ in spans), max(e for _, _, e in spans)
     learning = sum(seconds for name, seconds in phases.items() if name in LEARNING)
-    times |= {"time/step": end - start, "time/learn": learning, "time/idle/learners": max(0.0, end - start - learning)}
+    times |= {
+        "time/step": end - start,
+        "time/learn": learning,
+        "time/idle/learners": max(0.0, end - start - learning),
+    }
     ids = {span.actor for span in actors}
     if ids:
         busy = sum(max(0.0, min(span.end, end) - max(span.start, start)) for span in actors)
@@ -170,7 +201,7 @@ def _shown(value: Any) -> str:
     return "\n".join(f"{m.get('role')}: {m.get('content') or ''}" for m in value)
 
 
-def sample_of(item: ScoredGroup, k: int, step: int, kind: Literal["generation", "rollout"]) -> Sample:
+def sample_of(item: RewardedGroup, k: int, step: int, kind: Literal["generation", "rollout"]) -> Sample:
     """Rollout k of a group with its reward."""
     prompt, rollout = item.group.prompt, item.group.rollouts[k]
     answer = prompt.columns.get("answer")
@@ -180,11 +211,14 @@ def sample_of(item: ScoredGroup, k: int, step: int, kind: Literal["generation", 
         prompt=_shown(prompt.text),
         completion=_shown(rollout.completion),
         answer=None if answer is None else str(answer),
-        scores={"reward": float(item.rewards[k]), **{name: float(part[k]) for name, part in item.parts.items()}},
+        scores={
+            "reward": float(item.rewards[k]),
+            **{name: float(part[k]) for name, part in item.parts.items()},
+        },
     )
 
 
-def samples_of(batch: Batch, step: int) -> tuple[Sample, ...]:
+def samples_of(batch: RolloutBatch, step: int) -> tuple[Sample, ...]:
     """A sample for each scored rollout, with its tokens, so that it can be replayed."""
     return tuple(
         replace(
@@ -196,11 +230,11 @@ def samples_of(batch: Batch, step: int) -> tuple[Sample, ...]:
             tokens={
                 "prompt": item.group.prompt.ids.tolist(),
                 "ids": rollout.ids.tolist(),
-                "scored": rollout.scored.astype(int).tolist(),
+                "scored": rollout.loss_mask.astype(int).tolist(),
                 "logprobs": rollout.logprobs.tolist(),
                 **({} if rollout.kept is None else {"kept": rollout.kept.tolist()}),
             },
         )
-        for item in batch.scored
+        for item in batch.rewarded
         for k, rollout in enumerate(item.group.rollouts)
     )

@@ -1,4 +1,5 @@
-"""By what held-out pairs are ranked: what the training itself ranks them by, never the sum of log-probs, which ranks by length.
+"""By what held-out pairs are ranked: what the training itself ranks them by, never the sum of log-probs,
+which ranks by length.
 
 a reference      implicit reward    beta * (log pi(y)/pi_ref(y)), chosen less rejected
 none             log-prob per token log pi(y)/|y|, chosen less rejected
@@ -11,7 +12,7 @@ from typing import Literal
 import numpy as np
 
 from orchestrator.algorithms.losses.ties import EPSILON, margin_noise
-from orchestrator.algorithms.table import Algorithm
+from orchestrator.algorithms.table import AlgorithmSpec
 from orchestrator.core.batches import Floats, MicroBatch, PackedBatch
 from orchestrator.core.roles import PerMicroBatch
 from orchestrator.recipe.schema import Recipe
@@ -29,8 +30,8 @@ class Margin:
 
 @dataclass(frozen=True, slots=True)
 class Ranking:
-    """basis: see above; beta: of the implicit reward; starts_at_reference: before the first step policy and reference
-    are one, whatever rounding makes of them."""
+    """basis: see above; beta: of the implicit reward; starts_at_reference: before the first step policy and
+    reference are one, whatever rounding makes of them."""
 
     basis: Basis
     beta: float = 1.0
@@ -38,38 +39,54 @@ class Ranking:
     starts_at_reference: bool = False
 
     @classmethod
-    def of(cls, recipe: Recipe, algorithm: Algorithm, *, itself: bool = True) -> "Ranking":
+    def of(cls, recipe: Recipe, algorithm: AlgorithmSpec, *, itself: bool = True) -> "Ranking":
         """The one that an algorithm's pairs are ranked by. itself: the policy starts as the recipe's model."""
         precision = recipe.learners.precision
         if algorithm.head == "scalar":
             return cls("reward", precision=precision)
         if not algorithm.needs_reference:
             return cls("log-prob per token", precision=precision)
-        return cls("implicit reward", recipe.algorithm.beta, precision, itself and recipe.model.reference is None)
+        return cls(
+            "implicit reward", recipe.algorithm.beta, precision, itself and recipe.model.reference is None
+        )
 
     def margins(self, batch: PackedBatch, sums: PerMicroBatch) -> dict[int, Margin]:
-        """Of each example by its id. sums[rank][i]: Float[n, 2], log-prob sums (or rewards) of chosen and rejected."""
+        """Of each example by its id. sums[rank][i]: Float[n, 2], log-prob sums (or rewards) of chosen and
+        rejected."""
         found: dict[int, Margin] = {}
         for rank, values in zip(batch.micro_batches, sums, strict=True):
             for mb, per_example in zip(rank, values, strict=True):
                 if mb.weight:
                     margins, noises = self._of(mb, per_example.astype(np.float64))
-                    found.update({int(i): Margin(float(m), float(n)) for i, m, n in zip(mb.examples, margins, noises, strict=True)})
+                    found.update(
+                        {
+                            int(i): Margin(float(m), float(n))
+                            for i, m, n in zip(mb.examples, margins, noises, strict=True)
+                        }
+                    )
         return found
 
     def _of(self, mb: MicroBatch, sums: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         if self.basis == "reward":
             return sums[:, 0] - sums[:, 1], EPSILON[self.precision] * np.abs(sums).max(1)
-        lengths = np.maximum(1, np.bincount(mb.sequence, minlength=sums.size)).reshape(sums.shape).astype(np.float64)
+        lengths = (
+            np.maximum(1, np.bincount(mb.sequence, minlength=sums.size))
+            .reshape(sums.shape)
+            .astype(np.float64)
+        )
         if self.basis == "log-prob per token":
             means = sums / lengths
             return means[:, 0] - means[:, 1], margin_noise((1.0 / lengths).sum(1), self.precision)
         ratios = sums - _reference_sums(mb, sums.shape)
-        return self.beta * (ratios[:, 0] - ratios[:, 1]), self.beta * margin_noise(lengths.sum(1), self.precision)
+        return self.beta * (ratios[:, 0] - ratios[:, 1]), self.beta * margin_noise(
+            lengths.sum(1), self.precision
+        )
 
 
 def _reference_sums(mb: MicroBatch, shape: tuple[int, ...]) -> np.ndarray:
     """Float[n, 2]: the reference's log-prob of each answer."""
     ref: Floats | None = mb.ref_logprobs
     assert ref is not None, "an implicit reward needs the reference's log-probs"
-    return np.bincount(mb.sequence, weights=ref.astype(np.float64), minlength=int(np.prod(shape))).reshape(shape)
+    return np.bincount(mb.sequence, weights=ref.astype(np.float64), minlength=int(np.prod(shape))).reshape(
+        shape
+    )

@@ -1,8 +1,8 @@
 """Reference log-probs, computed once by the learners and kept on disk by content.
 
-A record is keyed by the tokens of an example and what of it is scored; the folder by the model's fingerprint and
-dtype. So a changed row, model or precision can never be answered with old values, and an interrupted pass goes on
-where it stopped.
+A record is keyed by the tokens of an example and what of it is scored; the folder by the model's fingerprint
+and dtype. So a changed row, model or precision can never be answered with old values, and an interrupted pass
+goes on where it stopped.
 """
 
 import hashlib
@@ -33,8 +33,15 @@ class ReferenceCache:
         for part in sorted(folder.glob("part-*.safetensors")):
             self._values.update(_read(part))
 
-    def fill(self, groups: Sequence[SequenceGroup], cut: CutStep, score: Score, progress: Callable[[int, int], None]) -> int:
-        """Computes what is missing, part by part, each part durable once written. Returns how many were computed."""
+    def fill(
+        self,
+        groups: Sequence[SequenceGroup],
+        cut: CutStep,
+        score: Score,
+        progress: Callable[[int, int], None],
+    ) -> int:
+        """Computes what is missing, part by part, each part durable once written. Returns how many were
+        computed."""
         missing = [g for g in groups if content_key(g) not in self._values]
         for start in range(0, len(missing), PART_EXAMPLES):
             part = missing[start : start + PART_EXAMPLES]
@@ -46,7 +53,8 @@ class ReferenceCache:
         return len(missing)
 
     def recheck(self, groups: Sequence[SequenceGroup], cut: CutStep, score: Score, tolerance: float) -> float:
-        """Largest mean difference of a token's cached and live values over one of `groups`; DataError above the tolerance."""
+        """Largest mean difference of a token's cached and live values over one of `groups`; DataError above
+        the tolerance."""
         batch = cut(groups)
         live = dict(self._by_example(batch, score(batch), {g.id: content_key(g) for g in groups}))
         worst = float(np.max([_gap(live[k], self._values[k]) for k in live]))  # numpy's max keeps a NaN
@@ -72,7 +80,9 @@ class ReferenceCache:
         return column
 
     @staticmethod
-    def _by_example(batch: PackedBatch, logprobs: PerMicroBatch, keys: Mapping[int, str]) -> Iterator[tuple[str, Floats]]:
+    def _by_example(
+        batch: PackedBatch, logprobs: PerMicroBatch, keys: Mapping[int, str]
+    ) -> Iterator[tuple[str, Floats]]:
         for rank, values in zip(batch.micro_batches, logprobs, strict=True):
             for mb, logps in zip(rank, values, strict=True):
                 if not mb.weight:
@@ -97,7 +107,9 @@ def _read(part: Path) -> dict[str, Floats]:
     try:
         return load_file(part)
     except (OSError, SafetensorError) as error:
-        raise DataError(f"{part} cannot be read", why=str(error), fix="remove that file: its values are computed again") from error
+        raise DataError(
+            f"{part} cannot be read", why=str(error), fix="remove that file: its values are computed again"
+        ) from error
 
 
 def _gap(live: Floats, cached: Floats) -> float:
@@ -115,5 +127,5 @@ def content_key(group: SequenceGroup) -> str:
     """SHA-256 over the tokens and the scored mask of an example."""
     digest = hashlib.sha256(np.int64(len(group.prompt)).tobytes() + group.prompt.tobytes())
     for branch in group.branches:
-        digest.update(np.int64(len(branch.ids)).tobytes() + branch.ids.tobytes() + branch.scored.tobytes())
+        digest.update(np.int64(len(branch.ids)).tobytes() + branch.ids.tobytes() + branch.loss_mask.tobytes())
     return digest.hexdigest()

@@ -1,4 +1,5 @@
-"""Losses that couple the examples of a batch (AOT's sort, KTO's KL term) over the EFFECTIVE batch, in two passes.
+"""Losses that couple the examples of a batch (AOT's sort, KTO's KL term) over the EFFECTIVE batch, in two
+passes.
 
 pass 1  token log-probs of all micro-batches, no gradient
         the loss once over the whole effective batch  ->  d loss / d log-prob of every token
@@ -13,7 +14,7 @@ import torch
 from orchestrator.algorithms.losses.interface import LossSum, TokenScores
 from orchestrator.algorithms.losses.sources import by_source
 from orchestrator.algorithms.losses.whole_batch import coefficients
-from orchestrator.algorithms.table import Algorithm
+from orchestrator.algorithms.table import AlgorithmSpec
 from orchestrator.core.batches import Floats, PackedBatch
 from orchestrator.core.reports import LearnReport, Mean
 from orchestrator.core.roles import Learner, PerMicroBatch
@@ -30,18 +31,28 @@ class WholeLoss:
         return replace(report, loss=self.loss, means=self.means)
 
 
-def with_coefficients(batch: PackedBatch, policy: Learner, algorithm: Algorithm, step: int, precision: str = "fp32") -> tuple[PackedBatch, WholeLoss]:
-    """Pass 1: the batch with d loss / d log-prob in every micro-batch, and the loss of the whole effective batch.
+def with_coefficients(
+    batch: PackedBatch, policy: Learner, algorithm: AlgorithmSpec, step: int, precision: str = "fp32"
+) -> tuple[PackedBatch, WholeLoss]:
+    """Pass 1: the batch with d loss / d log-prob in every micro-batch, and the loss of the whole effective
+    batch.
 
-    step: of the optimizer step whose dropout pass 2 will draw: both passes see one network. precision: the learner's."""
+    step: of the optimizer step whose dropout pass 2 will draw: both passes see one network. precision: the
+    learner's.
+    """
     scores = replace(whole_scores(batch, policy.token_logprobs(batch, step=step)), precision=precision)
     loss, gradient = coefficients(algorithm.objective, scores, batch.units)
     return batch.with_coefficients(_split(batch, gradient.float().numpy())), _whole(loss, batch)
 
 
 def whole_scores(batch: PackedBatch, logprobs: PerMicroBatch) -> TokenScores:
-    """All examples of the effective batch as one TokenScores, fillers left out, in the order of the micro-batches."""
-    parts = [(mb, lp) for rank, values in zip(batch.micro_batches, logprobs, strict=True) for mb, lp in zip(rank, values, strict=True)]
+    """All examples of the effective batch as one TokenScores, fillers left out, in the order of the
+    micro-batches."""
+    parts = [
+        (mb, lp)
+        for rank, values in zip(batch.micro_batches, logprobs, strict=True)
+        for mb, lp in zip(rank, values, strict=True)
+    ]
     parts = [(mb, lp) for mb, lp in parts if mb.weight]
     offset, sequences = 0, []
     for mb, _ in parts:
@@ -71,7 +82,11 @@ def _split(batch: PackedBatch, gradient: Floats) -> PerMicroBatch:
     for rank in batch.micro_batches:
         values = []
         for mb in rank:
-            values.append(gradient[start : start + len(mb.targets)] if mb.weight else np.zeros(len(mb.targets), np.float32))
+            values.append(
+                gradient[start : start + len(mb.targets)]
+                if mb.weight
+                else np.zeros(len(mb.targets), np.float32)
+            )
             start += len(mb.targets) if mb.weight else 0
         ranks.append(tuple(values))
     assert start == len(gradient)
@@ -79,7 +94,13 @@ def _split(batch: PackedBatch, gradient: Floats) -> PerMicroBatch:
 
 
 def _whole(loss: LossSum, batch: PackedBatch) -> WholeLoss:
-    source = np.concatenate([mb.source for rank in batch.micro_batches for mb in rank if mb.weight and mb.source is not None])
+    source = np.concatenate(
+        [mb.source for rank in batch.micro_batches for mb in rank if mb.weight and mb.source is not None]
+    )
     present = sorted({int(number) for number in source})
-    means = loss.means | (by_source(loss.per_example, torch.from_numpy(source), present) if len(present) > 1 else {})
-    return WholeLoss(float(loss.total), {name: Mean(float(total), float(count)) for name, (total, count) in means.items()})
+    means = loss.means | (
+        by_source(loss.per_example, torch.from_numpy(source), present) if len(present) > 1 else {}
+    )
+    return WholeLoss(
+        float(loss.total), {name: Mean(float(total), float(count)) for name, (total, count) in means.items()}
+    )

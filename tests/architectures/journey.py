@@ -1,8 +1,10 @@
-"""One architecture all the way: a folder of random weights -> plan -> learner, its start-up checks -> two SFT steps -> export -> reload.
+"""One architecture all the way: a folder of random weights -> plan -> learner, its start-up checks -> two SFT
+steps -> export -> reload.
 
     small(name) --save_pretrained--> folder --plan_job--> Job --RankLearner--> 2 steps --export_learner--> folder --from_pretrained--> log-probs
 
-No Ray: one rank in this process, whose process group all architectures share. Each stage is the program's own code.
+No Ray: one rank in this process, whose process group all architectures share. Each stage is the program's own
+code.
 """
 
 import shutil
@@ -31,7 +33,17 @@ from orchestrator.models.classes import auto_class
 from orchestrator.models.tiny import byte_tokenizer
 from orchestrator.models.unused import ROUTED
 from orchestrator.plan.memory import fake_model
-from orchestrator.recipe.schema import Algorithm, Batch, Data, Learners, Model, Optimizer, Recipe, Run, Source
+from orchestrator.recipe.schema import (
+    AlgorithmConfig,
+    Batch,
+    Data,
+    Learners,
+    Model,
+    Optimizer,
+    Recipe,
+    Run,
+    Source,
+)
 from orchestrator.run.planned_run import Job, plan_job
 from orchestrator.run.startup import check_layout, measured_throughput, probed_cut
 from tests.architectures.shrink import small
@@ -40,18 +52,32 @@ STEPS = 2
 GAP = 1e-4
 """nat: of a token's log-prob between the learner and its export, read by transformers; both fp32."""
 WEIGHTS = 5e-5
-"""Relative: of the weights after two steps, from those of plain torch on the whole batch. Rounding: those of gemma4 in fp32 are 1.8e-5
-from those in fp64, of deepseek_v4 1.1e-5, of llama 1.3e-6."""
+"""Relative: of the weights after two steps, from those of plain torch on the whole batch. Rounding: those of
+gemma4 in fp32 are 1.8e-5 from those in fp64, of deepseek_v4 1.1e-5, of llama 1.3e-6."""
 
 
-UNFOLLOWED = ("blt", "dbrx", "gemma3n_text", "jetmoe", "longcat_flash", "qwen4_exp", "qwen4_exp_text", "reformer", "xlm", "xlnet", "xmod")
-"""Their forward asks for values, which a model without storage has not: the plan does not know what text never reaches, and says so."""
+UNFOLLOWED = (
+    "blt",
+    "dbrx",
+    "gemma3n_text",
+    "jetmoe",
+    "longcat_flash",
+    "qwen4_exp",
+    "qwen4_exp_text",
+    "reformer",
+    "xlm",
+    "xlnet",
+    "xmod",
+)
+"""Their forward asks for values, which a model without storage has not: the plan does not know what text
+never reaches, and says so."""
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How far an architecture came. verdict: "works", "refused" (in `plan`, by name) or "fault"; stage: where it ended; why: the
-    refusal, or the error with its traceback; plain: what transformers' own forward and backward raise, asked where it was refused."""
+    """How far an architecture came. verdict: "works", "refused" (in `plan`, by name) or "fault"; stage: where
+    it ended; why: the refusal, or the error with its traceback; plain: what transformers' own forward and
+    backward raise, asked where it was refused."""
 
     name: str
     model_class: str
@@ -63,7 +89,10 @@ class Outcome:
     @property
     def row(self) -> str:
         """Its line in docs/models.md."""
-        return f"| {self.name} | {self.model_class} | {self.verdict} | {self.why.splitlines()[0] if self.why else ''} |"
+        return (
+            f"| {self.name} | {self.model_class} | {self.verdict} | "
+            f"{self.why.splitlines()[0] if self.why else ''} |"
+        )
 
 
 class Here:
@@ -85,7 +114,7 @@ def recipe(folder: Path, **learners: Any) -> Recipe:
     return Recipe(
         model=Model(path=str(folder)),
         data=Data(train=[Source(path="toy:sft", max_rows=16)], max_length=96),
-        algorithm=Algorithm(name="sft"),
+        algorithm=AlgorithmConfig(name="sft"),
         batch=Batch(effective=4),
         optimizer=Optimizer(learning_rate=1e-3, weight_decay=0.1, schedule="constant"),
         learners=Learners(workers=1, **learners),
@@ -108,15 +137,23 @@ def make_folder(name: str, folder: Path) -> str:
 
 
 def _their_class(config: PretrainedConfig) -> Any:
-    """The composite one where the causal one writes a configuration of its text alone, which transformers reads as no causal model."""
-    readable = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and type(config.get_text_config(decoder=True)) in MODEL_FOR_CAUSAL_LM_MAPPING
+    """The composite one where the causal one writes a configuration of its text alone, which transformers
+    reads as no causal model."""
+    readable = (
+        type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+        and type(config.get_text_config(decoder=True)) in MODEL_FOR_CAUSAL_LM_MAPPING
+    )
     return AutoModelForCausalLM if readable else AutoModelForImageTextToText
 
 
 def plain(folder: Path) -> str:
     """Transformers' own forward and backward in training mode on the CPU: "" or what it raised."""
     try:
-        model = _their_class(AutoConfig.from_pretrained(folder)).from_pretrained(folder, dtype=torch.float32).train()
+        model = (
+            _their_class(AutoConfig.from_pretrained(folder))
+            .from_pretrained(folder, dtype=torch.float32)
+            .train()
+        )
         ids = torch.from_numpy(np.random.default_rng(0).integers(10, 200, (2, 24)))
         logits = model(input_ids=ids, use_cache=False).logits
         torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
@@ -138,7 +175,8 @@ def journey(name: str, work: Path, group: ProcessGroup, **learners: Any) -> Outc
         except Exception as error:
             if not (work / "model" / "config.json").is_file():
                 return Outcome(name, "", "no configuration", stage, f"{type(error).__name__}: {_line(error)}")
-            unbuilt = f"{type(error).__name__}: {_line(error)}"  # transformers cannot make it: then `plan` has to say so
+            # transformers cannot make it: then `plan` has to say so
+            unbuilt = f"{type(error).__name__}: {_line(error)}"
         stage = "plan"
         job = plan_job(recipe(work / "model", **learners), Console(quiet=True))
         stage = "learner"
@@ -169,23 +207,33 @@ def journey(name: str, work: Path, group: ProcessGroup, **learners: Any) -> Outc
             return Outcome(name, kind, "fault", stage, said)
         return Outcome(name, kind, "refused", stage, said, unbuilt or plain(work / "model"))
     except Exception as error:
-        return Outcome(name, kind, "fault", stage, f"{type(error).__name__}: {error}\n{traceback.format_exc()}")
+        return Outcome(
+            name, kind, "fault", stage, f"{type(error).__name__}: {error}\n{traceback.format_exc()}"
+        )
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return Outcome(name, kind, "works", "reload", "")
 
 
 def _planned_as_learned(job: Job, learner: RankLearner, kind: str) -> None:
-    """The plan's model without storage has the learner's parameters: tied where they are, frozen where no text reaches them. Reading
-    weights gives a gradient to what its class declared to have none (afmoe's bias of experts): it stays zero."""
+    """The plan's model without storage has the learner's parameters: tied where they are, frozen where no
+    text reaches them. Reading weights gives a gradient to what its class declared to have none (afmoe's bias
+    of experts): it stays zero."""
 
     def look(model: torch.nn.Module) -> dict[str, tuple[int, bool]]:
-        return {name: (p.numel(), p.requires_grad or kind in UNFOLLOWED or ROUTED in name) for name, p in model.named_parameters()}
+        return {
+            name: (p.numel(), p.requires_grad or kind in UNFOLLOWED or ROUTED in name)
+            for name, p in model.named_parameters()
+        }
 
-    planned = look(fake_model(job.recipe, job.algorithm, FakeTensorMode(allow_non_fake_inputs=True)).hugging_face)
+    planned = look(
+        fake_model(job.recipe, job.algorithm, FakeTensorMode(allow_non_fake_inputs=True)).hugging_face
+    )
     learned = look(learner.scoring.hugging_face)
     if planned != learned:
-        raise AssertionError(f"plan and learner differ in {sorted(dict(planned.items() ^ learned.items()))[:4]}")
+        raise AssertionError(
+            f"plan and learner differ in {sorted(dict(planned.items() ^ learned.items()))[:4]}"
+        )
 
 
 def _equals_plain(job: Job, learner: RankLearner, steps: Sequence[Any], losses: Sequence[float]) -> None:
@@ -199,15 +247,23 @@ def _equals_plain(job: Job, learner: RankLearner, steps: Sequence[Any], losses: 
     size = sum(float(np.square(w, dtype=np.float64).sum()) for w in theirs.values())
     if not np.sqrt(distance / size) < WEIGHTS:
         worst = max(theirs, key=lambda n: float(np.abs(ours[n] - theirs[n]).max()))
-        raise AssertionError(f"weights differ by {np.sqrt(distance / size):.1e} from plain torch, most in {worst}")
+        raise AssertionError(
+            f"weights differ by {np.sqrt(distance / size):.1e} from plain torch, most in {worst}"
+        )
 
 
 def _reads_the_same(learner: RankLearner, job: Job, folder: Path) -> None:
-    model = auto_class(AutoConfig.from_pretrained(folder), "lm").from_pretrained(folder, dtype=torch.float32).eval()
+    model = (
+        auto_class(AutoConfig.from_pretrained(folder), "lm")
+        .from_pretrained(folder, dtype=torch.float32)
+        .eval()
+    )
     rows = pack(sorted(job.data.groups[:8], key=lambda g: g.longest)[:2], "padded")
     mask = torch.from_numpy((rows.segment >= 0).astype("int64"))
     with torch.no_grad():
-        logits = model(input_ids=torch.from_numpy(rows.input_ids), attention_mask=mask, use_cache=False).logits.flatten(0, 1)
+        logits = model(
+            input_ids=torch.from_numpy(rows.input_ids), attention_mask=mask, use_cache=False
+        ).logits.flatten(0, 1)
     logps = torch.log_softmax(logits[torch.from_numpy(rows.score_at)].float(), -1)
     want = logps.gather(1, torch.from_numpy(rows.targets)[:, None])[:, 0].numpy()
     gap = float(np.abs(learner.token_logprobs([rows])[0] - want).max())

@@ -1,4 +1,5 @@
-"""Any architecture of transformers in little: its own default configuration with every size made small, by the names of its fields.
+"""Any architecture of transformers in little: its own default configuration with every size made small, by
+the names of its fields.
 
     model type --default configuration--> fields --RULES (first that matches a name)--> small ones --CAUSAL classes--> a model of a few kB
 
@@ -17,7 +18,10 @@ HIDDEN, HEADS, KV_HEADS, HEAD_DIM = 64, 4, 2, 16
 RULES: tuple[tuple[str, int], ...] = (
     (r"(num|n)_(hidden_layers|layers?)|num_blocks|depth|(encoder|decoder|prelude|coda|core)_layers", 2),
     (r"num_(encoder|decoder)_layers|num_hidden_groups", 2),
-    (r".*max_(position|source_position|target_position)(_embedding)?s|n_positions|n_ctx|seq_length", POSITIONS),
+    (
+        r".*max_(position|source_position|target_position)(_embedding)?s|n_positions|n_ctx|seq_length",
+        POSITIONS,
+    ),
     (r"max_seq(_?uence)?_?(len|length)|max_sequence_length", POSITIONS),
     (r"image_size|input_size", 28),
     (r"(patch|temporal_patch)_size", 14),
@@ -25,12 +29,18 @@ RULES: tuple[tuple[str, int], ...] = (
     (r".*vocab_size(_per_layer_input)?|.*vocabulary_size", VOCABULARY),
     (r"(num|n)_(key_value|kv|global_key_value|swa_key_value|key)_heads|multi_query_group_num", KV_HEADS),
     (r".*num_(key_value|kv)_heads|n_head_kv|linear_num_key_heads", KV_HEADS),
-    (r".*(num|n)_(\w+_)?(heads|head|attention_heads)|n_heads?|num_heads|(encoder|decoder)_attention_heads", HEADS),
+    (
+        r".*(num|n)_(\w+_)?(heads|head|attention_heads)|n_heads?|num_heads|(encoder|decoder)_attention_heads",
+        HEADS,
+    ),
     (r"qk_nope_head_dim|v_head_dim|(linear_)?(key|value)_head_dim", HEAD_DIM),
     (r"qk_rope_head_dim|rotary_dim|rope_head_dim", 8),
     (r"qk_head_dim", 24),
     (r".*head_dim|.*d_head|.*head_size|d_kv|kv_channels|mamba_headdim", HEAD_DIM),
-    (r".*(num_experts_per_tok|num_experts_per_token|top_k|moe_topk|num_selected_experts|moe_k|experts_per_token)", 2),
+    (
+        r".*(num_experts_per_tok|num_experts_per_token|top_k|moe_topk|num_selected_experts|moe_k|experts_per_token)",
+        2,
+    ),
     (r"n_groups?|topk_group|num_expert_groups?|n_expert_groups?|mamba_n_groups|num_groups", 1),
     (r".*(num|n)(_\w+)?_shared_experts|moe_num_shared_experts|num_shared_expert", 1),
     (r".*(num|n)(_\w+)?_experts|ffn_num_experts|moe_num_experts|zero_expert_num", 4),
@@ -39,8 +49,14 @@ RULES: tuple[tuple[str, int], ...] = (
     (r"time_step_rank|mamba_dt_rank", 4),
     (r".*(chunk_size|chunk_length)", 16),
     (r".*(moe|expert)_?\w*(intermediate|ffn|hidden)\w*_(size|dim)|\w*(expert|moe)_intermediate_size", 32),
-    (r".*(intermediate|ffn|inner|mlp|feed_forward|ff)_?\w*(size|dim|hidden)|n_inner|d_ff|d_inner", 2 * HIDDEN),
-    (r".*(hidden_size|hidden_size_global|embedding_size|embed_dim|hidden_dim|model_dim|embd|embed_size|lru_width|d_model)", HIDDEN),
+    (
+        r".*(intermediate|ffn|inner|mlp|feed_forward|ff)_?\w*(size|dim|hidden)|n_inner|d_ff|d_inner",
+        2 * HIDDEN,
+    ),
+    (
+        r".*(hidden_size|hidden_size_global|embedding_size|embed_dim|hidden_dim|model_dim|embd|embed_size|lru_width|d_model)",
+        HIDDEN,
+    ),
     (r".*(embedding_dim|proj_dim|width)|dim|n_embd", HIDDEN),
     (r".*sliding_window(_size)?|local_attention|attention_window(_size)?|.*window(_size)?", 8),
 )
@@ -53,18 +69,22 @@ LAYERS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "decoder_lay
 def small(model_type: str) -> PretrainedConfig:
     """The configuration of an architecture in little."""
     if model_type in PARTS:
-        return AutoConfig.for_model(model_type, **{name: small(part).to_dict() for name, part in PARTS[model_type].items()})
+        return AutoConfig.for_model(
+            model_type, **{name: small(part).to_dict() for name, part in PARTS[model_type].items()}
+        )
     default = AutoConfig.for_model(model_type)
     changes = _changes(default)
     if "text_config" in default.sub_configs and default.text_config is None:  # a drafter for another model
         text = model_type.replace("_assistant", "_text")
-        changes["text_config"] = type(AutoConfig.for_model(text))(**_changes(AutoConfig.for_model(text)) | _BARE)
+        changes["text_config"] = type(AutoConfig.for_model(text))(
+            **_changes(AutoConfig.for_model(text)) | _BARE
+        )
     return type(default)(**changes)
 
 
 def _changes(default: PretrainedConfig) -> dict[str, Any]:
-    """What to say otherwise than by default: sizes, one layer of each kind, no dropout. A field whose default is None is computed
-    from others, so it is left to the configuration, but for the kinds of layers."""
+    """What to say otherwise than by default: sizes, one layer of each kind, no dropout. A field whose default
+    is None is computed from others, so it is left to the configuration, but for the kinds of layers."""
     given = {f.name: f for f in dataclasses.fields(type(default)) if f.init}
     layers = next((name for name in LAYERS if isinstance(getattr(default, name, None), int)), None)
     picked = _picked(default, getattr(default, layers)) if layers else []
@@ -73,7 +93,9 @@ def _changes(default: PretrainedConfig) -> dict[str, Any]:
         value = vars(default).get(name)
         if name in default.sub_configs:
             if isinstance(value, PretrainedConfig):
-                fields = {f.name for f in dataclasses.fields(type(value))}  # what is not one is computed from those
+                fields = {
+                    f.name for f in dataclasses.fields(type(value))
+                }  # what is not one is computed from those
                 said = {k: v for k, v in value.to_diff_dict().items() if k in fields}
                 changes[name] = {**said, **_changes(value), "model_type": value.model_type}
         elif layers and _per_layer(value, getattr(default, layers)):
@@ -85,10 +107,19 @@ def _changes(default: PretrainedConfig) -> dict[str, Any]:
     for name in LAYERS:
         if name in changes and picked:
             changes[name] = len(picked)
-    heads, shared = getattr(default, "num_attention_heads", None), getattr(default, "num_key_value_heads", None)
-    if heads is not None and heads == shared and "num_key_value_heads" in given:  # low-rank attention knows no groups
+    heads, shared = (
+        getattr(default, "num_attention_heads", None),
+        getattr(default, "num_key_value_heads", None),
+    )
+    if (
+        heads is not None and heads == shared and "num_key_value_heads" in given
+    ):  # low-rank attention knows no groups
         changes["num_key_value_heads"] = HEADS
-    changes = {name: value for name, value in changes.items() if name in default.sub_configs or value != vars(default).get(name)}
+    changes = {
+        name: value
+        for name, value in changes.items()
+        if name in default.sub_configs or value != vars(default).get(name)
+    }
     return changes | EXCEPTIONS.get(default.model_type, {})
 
 
@@ -150,7 +181,17 @@ FILLED: dict[str, Any] = {
 DECODER: dict[str, dict[str, Any]] = {
     name: {"is_decoder": True}
     for name in (
-        *("bert", "bert-generation", "big_bird", "camembert", "data2vec-text", "electra", "ernie", "megatron-bert", "rembert"),
+        *(
+            "bert",
+            "bert-generation",
+            "big_bird",
+            "camembert",
+            "data2vec-text",
+            "electra",
+            "ernie",
+            "megatron-bert",
+            "rembert",
+        ),
         *("roberta", "roberta-prelayernorm", "roc_bert", "roformer", "xlm-roberta", "xlm-roberta-xl", "xmod"),
     )
 }
@@ -162,12 +203,22 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     **DECODER,
     "bamba": {**_MAMBA, "attn_layer_indices": [1]},
     "dots1": {"n_shared_experts": 1},
-    "reformer": {"is_decoder": True, "axial_pos_embds_dim": [32, 32], "axial_pos_shape": [16, 32], "attn_layers": ["local", "local"]},
-    "zamba": {"num_hidden_layers": 6, "layers_block_type": ["linear_attention", "linear_attention", "hybrid"] * 2},
+    "reformer": {
+        "is_decoder": True,
+        "axial_pos_embds_dim": [32, 32],
+        "axial_pos_shape": [16, 32],
+        "attn_layers": ["local", "local"],
+    },
+    "zamba": {
+        "num_hidden_layers": 6,
+        "layers_block_type": ["linear_attention", "linear_attention", "hybrid"] * 2,
+    },
     "xlstm": {"qk_dim_factor": 1.0},
     "qwen4_exp_text": {"indexer_kv_heads": 1},
     "longcat_flash": {"head_dim": 8},
-    "qwen2_5_vl_text": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}},
+    "qwen2_5_vl_text": {
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
+    },
     "falcon_h1": _MAMBA,
     "granitemoehybrid": {**_MAMBA, "layer_types": ["mamba", "attention"]},
     "mamba2": {"num_heads": 8},
@@ -182,7 +233,9 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "blt": {"encoder_hash_byte_group_vocab": 64},
     "xlm": {"emb_dim": HIDDEN, "causal": True},
     "cohere_compass_text": {
-        "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [3, 3, 2]}},
+        "rope_parameters": {
+            "full_attention": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [3, 3, 2]}
+        },
         "pooling": None,
     },
     "emu3": {"vocabulary_map": {"<image>": 201, "<|extra_200|>": 202}},

@@ -1,5 +1,5 @@
-"""The table of docs/models.md: `python -m tests.architectures.table` takes every architecture through the program and writes it anew
-(20 minutes on one core); with names, those rows only."""
+"""The table of docs/models.md: `python -m tests.architectures.table` takes every architecture through the
+program and writes it anew (20 minutes on one core); with names, those rows only."""
 
 import socket
 import sys
@@ -23,17 +23,28 @@ HEAD = "| architecture | class | outcome | why |\n|---|---|---|---|"
 def rows() -> dict[str, str]:
     """The rows of the page by architecture."""
     body = PAGE.read_text().split(START)[1].split(END)[0]
-    return {line.split("|")[1].strip(): line for line in body.splitlines() if line.startswith("| ") and "architecture |" not in line}
+    return {
+        line.split("|")[1].strip(): line
+        for line in body.splitlines()
+        if line.startswith("| ") and "architecture |" not in line
+    }
 
 
 def write(found: dict[str, str]) -> None:
     """Puts the rows into the page, in transformers' order, with their counts."""
     lines = [found[name] for name in NAMES if name in found]
-    count = {verdict: sum(f"| {verdict} |" in line for line in lines) for verdict in ("works", "refused", "no configuration", "fault")}
+    count = {
+        verdict: sum(f"| {verdict} |" in line for line in lines)
+        for verdict in ("works", "refused", "no configuration", "fault")
+    }
     said = ", ".join(f"{number} {verdict}" for verdict, number in count.items() if number)
     before, rest = PAGE.read_text().split(START)
     after = rest.split(END)[1]
-    PAGE.write_text(f"{before}{START}\n{len(lines)} architectures: {said}.\n\n{HEAD}\n" + "\n".join(lines) + f"\n{END}{after}")
+    PAGE.write_text(
+        f"{before}{START}\n{len(lines)} architectures: {said}.\n\n{HEAD}\n"
+        + "\n".join(lines)
+        + f"\n{END}{after}"
+    )
 
 
 def joined() -> ProcessGroup:

@@ -1,4 +1,5 @@
-"""The net under all models: each architecture trains, exports and reads back, or `plan` refuses it by name. The table is docs/models.md."""
+"""The net under all models: each architecture trains, exports and reads back, or `plan` refuses it by name.
+The table is docs/models.md."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,8 +11,22 @@ from tests.architectures.journey import Outcome, journey
 from tests.architectures.table import NAMES, rows
 from tests.invariants.engine_ranks import on_ranks
 
-TWELVE = ("llama", "gpt2", "qwen3", "gemma3", "llama4", "mistral3", "qwen2_5_vl", "mixtral", "opt", "mamba", "bert", "xlnet")
-"""What differs most: rotary and learned positions, composites, experts, no attention, an encoder made causal, one that is refused."""
+TWELVE = (
+    "llama",
+    "gpt2",
+    "qwen3",
+    "gemma3",
+    "llama4",
+    "mistral3",
+    "qwen2_5_vl",
+    "mixtral",
+    "opt",
+    "mamba",
+    "bert",
+    "xlnet",
+)
+"""What differs most: rotary and learned positions, composites, experts, no attention, an encoder made causal,
+one that is refused."""
 OTHERS = [name for name in NAMES if name not in TWELVE]
 SHARE = 24
 """Architectures to a process."""
@@ -31,8 +46,12 @@ def outcomes(group: ProcessGroup, names: Sequence[str], work: str) -> dict[str, 
 def check(name: str, outcome: Outcome) -> None:
     assert outcome.verdict != "fault", f"{outcome.stage}: {outcome.why}"
     if outcome.verdict == "refused":
-        assert outcome.plain or any(feature in outcome.why for feature in OUT_OF_SCOPE), f"transformers trains it, and plan says: {outcome.why}"
-    assert outcome.row == rows().get(name), f"docs/models.md is stale: python -m tests.architectures.table {name}"
+        assert outcome.plain or any(feature in outcome.why for feature in OUT_OF_SCOPE), (
+            f"transformers trains it, and plan says: {outcome.why}"
+        )
+    assert outcome.row == rows().get(name), (
+        f"docs/models.md is stale: python -m tests.architectures.table {name}"
+    )
 
 
 @pytest.fixture(scope="module")

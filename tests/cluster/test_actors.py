@@ -1,4 +1,5 @@
-"""What an actor sees of the machine: no GPU where it was given none, its own where it was given one, whoever started Ray."""
+"""What an actor sees of the machine: no GPU where it was given none, its own where it was given one, whoever
+started Ray."""
 
 import os
 from collections.abc import Iterator, Mapping
@@ -10,9 +11,17 @@ import ray
 import torch
 from ray.cluster_utils import Cluster
 
-from orchestrator.cluster.actors import ALLOCATOR, EXPANDABLE, Share, grow_segments, keep_to_share, made, worker_environment
-from orchestrator.cluster.doctor.checks import judge
-from orchestrator.cluster.doctor.facts import Need
+from orchestrator.cluster.actors import (
+    ALLOCATOR,
+    EXPANDABLE,
+    Share,
+    grow_segments,
+    keep_to_share,
+    made,
+    worker_environment,
+)
+from orchestrator.cluster.doctor.checks import check_cluster
+from orchestrator.cluster.doctor.facts import ClusterRequirements
 from orchestrator.cluster.doctor.survey import _place, alive_nodes, survey
 from orchestrator.cluster.learner_actor import LearnerActor
 from orchestrator.cluster.placement import Placement
@@ -26,8 +35,8 @@ SEEN = (*NO_GPUS, *ALLOCATOR, "OMP_NUM_THREADS")
 
 
 def looker() -> type:
-    """A class that tells what its process was started with, and what Ray says that it has. Made here, so that Ray sends it as it is:
-    its process need not import this module, and with it torch."""
+    """A class that tells what its process was started with, and what Ray says that it has. Made here, so that
+    Ray sends it as it is: its process need not import this module, and with it torch."""
     names = SEEN
 
     class Looker:
@@ -48,15 +57,23 @@ def seen(*_: object) -> dict[str, str]:
 
 @pytest.fixture(scope="module", params=["0", pytest.param("1", marks=pytest.mark.slow)])
 def gpu_node(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A Ray that others started on a node with a GPU and six CPUs, whose processes see that GPU; once with Ray's older habit of
-    hiding GPUs itself. The driver sees it too."""
+    """A Ray that others started on a node with a GPU and six CPUs, whose processes see that GPU; once with
+    Ray's older habit of hiding GPUs itself. The driver sees it too."""
     sandbox = Sandbox(tmp_path_factory.mktemp("gpu"))
     variables = {"CUDA_VISIBLE_DEVICES": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": request.param}
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in (sandbox.environment() | {"HOME": str(Path.home())} | variables).items():  # HOME: see tests/running.py
+        for name, value in (
+            sandbox.environment() | {"HOME": str(Path.home())} | variables
+        ).items():  # HOME: see tests/running.py
             patch.setenv(name, value)
         cluster = Cluster(
-            initialize_head=True, head_node_args={"num_cpus": 6, "num_gpus": 1, "object_store_memory": 80 * 2**20, "include_dashboard": False}
+            initialize_head=True,
+            head_node_args={
+                "num_cpus": 6,
+                "num_gpus": 1,
+                "object_store_memory": 80 * 2**20,
+                "include_dashboard": False,
+            },
         )
         try:
             patch.setenv("RAY_ADDRESS", cluster.address)
@@ -81,7 +98,9 @@ def test_without_a_gpu_an_actor_sees_none_and_with_one_it_sees_its_own(gpu_node:
     inherited, _ = ray.get(control.look.remote(), timeout=60)
     ray.kill(control)
     if os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] == "0":
-        assert inherited["CUDA_VISIBLE_DEVICES"] == "0", "Ray alone hides nothing: the test would not see an actor that we forgot"
+        assert inherited["CUDA_VISIBLE_DEVICES"] == "0", (
+            "Ray alone hides nothing: the test would not see an actor that we forgot"
+        )
     variables, ids = look(Share(cpus=0, gpus=0))
     assert ids == [] and {name: variables[name] for name in NO_GPUS} == NO_GPUS
     for gpus in (1, 0.5):
@@ -97,8 +116,12 @@ def test_probes_and_reward_functions_see_none(gpu_node: None, tmp_path: Path) ->
     (tmp_path / "mine.py").write_text("def zero(completions, **_):\n    return [0.0] * len(completions)\n")
     rewards = Rewards(functions=[RewardFunction(name="mine", function=f"{tmp_path}/mine.py:zero")])  # pyright: ignore[reportCallIssue]
     with RewardPool(rewards, model_for_tokenizer=None, logs=tmp_path) as pool:
-        assert ray.get(pool.actors[0].actor.__ray_call__.remote(seen), timeout=60)["CUDA_VISIBLE_DEVICES"] == ""
-    assert Confinement.of(rewards, os.environ, None).environment.items() >= NO_GPUS.items(), "nor does the process of the function"
+        assert (
+            ray.get(pool.actors[0].actor.__ray_call__.remote(seen), timeout=60)["CUDA_VISIBLE_DEVICES"] == ""
+        )
+    assert Confinement.of(rewards, os.environ, None).environment.items() >= NO_GPUS.items(), (
+        "nor does the process of the function"
+    )
 
 
 def test_a_learner_on_a_gpu_has_its_share_of_the_nodes_threads(gpu_node: None) -> None:
@@ -117,13 +140,19 @@ def test_a_learner_on_a_gpu_has_its_share_of_the_nodes_threads(gpu_node: None) -
         placement.release()
 
 
-def test_every_gpu_that_ray_counts_is_tried_and_one_that_does_not_compute_is_a_finding(gpu_node: None) -> None:
+def test_every_gpu_that_ray_counts_is_tried_and_one_that_does_not_compute_is_a_finding(
+    gpu_node: None,
+) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     facts = survey(None, (), (), gpus=True)
     ((device, trouble),) = [(k.device, k.trouble) for n in facts.nodes for k in n.kernels]
     assert device == "GPU 0" and trouble is not None and trouble.startswith("no kernel runs: ")
-    (finding,) = [f for f in judge(facts, Need((WorkerGroup("learners", 1, 1, 1),))) if f.check == "kernels"]
+    (finding,) = [
+        f
+        for f in check_cluster(facts, ClusterRequirements((WorkerGroup("learners", 1, 1, 1),)))
+        if f.check == "kernels"
+    ]
     assert finding.level == "error" and finding.fix
     assert survey(None, (), (), gpus=False).nodes[0].kernels == ()
 

@@ -1,6 +1,7 @@
 """The doctor on real Ray nodes: a healthy cluster is measured, and every planted fault is found with its fix.
 
-The slow tests plant them on hosts that are network namespaces: another version, a read-only mount, a firewall, no token.
+The slow tests plant them on hosts that are network namespaces: another version, a read-only mount, a
+firewall, no token.
 """
 
 import json
@@ -19,8 +20,8 @@ import ray
 from ray.cluster_utils import Cluster
 
 from orchestrator.cluster.doctor import survey as probes
-from orchestrator.cluster.doctor.checks import Finding, judge
-from orchestrator.cluster.doctor.facts import Capacity, ClusterFacts, Need
+from orchestrator.cluster.doctor.checks import Finding, check_cluster
+from orchestrator.cluster.doctor.facts import ClusterFacts, ClusterRequirements, NodeCapacity
 from orchestrator.cluster.doctor.node import MARKER, shared_folder
 from orchestrator.cluster.doctor.probe import tournament
 from orchestrator.cluster.doctor.survey import survey
@@ -43,8 +44,8 @@ class Surveyed:
     facts: ClusterFacts
     root: Path
 
-    def check(self, name: str, need: Need) -> Finding:
-        (finding,) = [f for f in judge(self.facts, need) if f.check == name]
+    def check(self, name: str, need: ClusterRequirements) -> Finding:
+        (finding,) = [f for f in check_cluster(self.facts, need) if f.check == name]
         return finding
 
 
@@ -54,7 +55,9 @@ def surveyed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Surveyed]:
     root = tmp_path_factory.mktemp("shared")
     sandbox = Sandbox(root)
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in (sandbox.environment() | {"HOME": str(Path.home())}).items():  # HOME: see tests/running.py
+        for name, value in (
+            sandbox.environment() | {"HOME": str(Path.home())}
+        ).items():  # HOME: see tests/running.py
             patch.setenv(name, value)
         node = {"num_cpus": 2, "object_store_memory": 80 * 2**20}
         cluster = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
@@ -69,8 +72,8 @@ def surveyed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Surveyed]:
 
 
 def test_a_healthy_cluster_is_measured(surveyed: Surveyed) -> None:
-    need = Need(LEARNERS, checkpoint_bytes=1_000_000, keep=2)
-    findings = judge(surveyed.facts, need)
+    need = ClusterRequirements(LEARNERS, checkpoint_bytes=1_000_000, keep=2)
+    findings = check_cluster(surveyed.facts, need)
     assert [f for f in findings if f.level == "error"] == []
     said = {f.check: f.what for f in findings}
     assert said["nodes"] == "2 nodes answered"
@@ -89,25 +92,31 @@ def test_looking_leaves_nothing_behind(surveyed: Surveyed) -> None:
 
 
 def test_a_missing_gpu_is_told_with_the_arithmetic(surveyed: Surveyed) -> None:
-    need = Need((WorkerGroup("learners", 1, 1, 1),))
+    need = ClusterRequirements((WorkerGroup("learners", 1, 1, 1),))
     finding = surveyed.check("resources", need)
     assert (finding.level, finding.what) == ("error", "1 learners x 1 = 1 GPUs, the cluster has no GPUs")
-    assert finding.fix == "set learners.gpus_per_worker=0 to train on CPUs; or add nodes (ray start --address=HEAD:6379 --num-gpus=N)"
+    assert (
+        finding.fix
+        == "set learners.gpus_per_worker=0 to train on CPUs; or add nodes (ray start --address=HEAD:6379 "
+        "--num-gpus=N)"
+    )
     with pytest.raises(NotEnoughResources, match="the cluster has no GPUs"):
-        require(judge(surveyed.facts, need))
+        require(check_cluster(surveyed.facts, need))
 
 
-def test_a_node_that_is_gone_before_its_probe_comes_up_is_a_finding(surveyed: Surveyed, monkeypatch: pytest.MonkeyPatch) -> None:
-    nodes = [*probes.alive_nodes(), probes.Node("ab" * 28, Capacity("gone", 1.0, 0.0))]
+def test_a_node_that_is_gone_before_its_probe_comes_up_is_a_finding(
+    surveyed: Surveyed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nodes = [*probes.alive_nodes(), probes.Node("ab" * 28, NodeCapacity("gone", 1.0, 0.0))]
     monkeypatch.setattr(probes, "alive_nodes", lambda: nodes)
     facts = survey(None, (), (), gpus=False)
-    (silent,) = [f for f in judge(facts, Need()) if f.check == "nodes"]
+    (silent,) = [f for f in check_cluster(facts, ClusterRequirements()) if f.check == "nodes"]
     assert (silent.level, silent.where) == ("error", "gone") and silent.what.startswith("`now` failed: ")
 
 
 def test_this_machine_is_looked_at_without_an_actor(tmp_path: Path) -> None:
-    need = Need((WorkerGroup("learners", 1, 1, 0),), checkpoint_bytes=10**18, keep=2)
-    said = {f.check: f for f in judge(this_machine(need, tmp_path / "run"), need)}
+    need = ClusterRequirements((WorkerGroup("learners", 1, 1, 0),), checkpoint_bytes=10**18, keep=2)
+    said = {f.check: f for f in check_cluster(this_machine(need, tmp_path / "run"), need)}
     assert said["storage"].level == said["versions"].level == said["resources"].level == "ok"
     assert said["disk"].level == "error" and "set checkpoint.keep=1" in said["disk"].fix
     assert "network" not in said and list(tmp_path.iterdir()) == []
@@ -115,18 +124,23 @@ def test_this_machine_is_looked_at_without_an_actor(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_several_processes_of_each_node_are_measured_together(surveyed: Surveyed) -> None:
-    """As over several GPUs of each, here over gloo and with three nodes that are one: who speaks to whom is the same."""
+    """As over several GPUs of each, here over gloo and with three nodes that are one: who speaks to whom is
+    the same."""
     here = probes.alive_nodes()[0]
     seats = {f"{node} GPU {i}": probes._place(here.id, 0).remote(node) for node in "abc" for i in range(2)}
     with closing(probes._Probes(seats)) as members:
         members.each("now", timeout_s=probes.START_S)
         found = probes._measure(members, ("a", "b", "c"), "gloo")
     assert found.error is None and found.ranks == 2 and found.nodes == ("a", "b", "c")
-    assert {(p.one, p.other) for p in found.pairs} == {("a", "b"), ("a", "c"), ("b", "c")} and all(p.rate > 1e5 for p in found.pairs)
+    assert {(p.one, p.other) for p in found.pairs} == {("a", "b"), ("a", "c"), ("b", "c")} and all(
+        p.rate > 1e5 for p in found.pairs
+    )
 
 
 @pytest.mark.slow
-def test_a_node_that_hangs_is_a_finding_within_the_deadline(surveyed: Surveyed, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_node_that_hangs_is_a_finding_within_the_deadline(
+    surveyed: Surveyed, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Last on this cluster: Ray gives the node up some seconds later."""
     monkeypatch.setattr(probes, "START_S", 8.0)
     here = ray.get_runtime_context().get_node_id()
@@ -140,7 +154,7 @@ def test_a_node_that_hangs_is_a_finding_within_the_deadline(surveyed: Surveyed, 
     finally:
         os.kill(raylet, signal.SIGCONT)
     hung = surveyed.facts.nodes[1].name
-    (silent,) = [f for f in judge(facts, Need()) if f.check == "nodes"]
+    (silent,) = [f for f in check_cluster(facts, ClusterRequirements()) if f.check == "nodes"]
     assert (silent.level, silent.where, silent.what) == ("error", hung, "no answer to `now` within 8 s")
     assert "ray stop, then ray start" in silent.fix
 
@@ -162,18 +176,23 @@ SCRIPT = """
 import json, sys
 from dataclasses import asdict
 from pathlib import Path
-from orchestrator.cluster.doctor.facts import Need, WorkerGroup
-from orchestrator.cluster.doctor.checks import judge
+from orchestrator.cluster.doctor.checks import check_cluster
+from orchestrator.cluster.doctor.facts import ClusterRequirements
+from orchestrator.core.resources import WorkerGroup
 from orchestrator.run.preflight import look
-need = Need((WorkerGroup("learners", 3, 1, 0),), checkpoint_bytes=1_000_000, keep=2)
-print(json.dumps([asdict(f) for f in judge(look(need, Path(sys.argv[1])), need)]))
+need = ClusterRequirements((WorkerGroup("learners", 3, 1, 0),), checkpoint_bytes=1_000_000, keep=2)
+print(json.dumps([asdict(f) for f in check_cluster(look(need, Path(sys.argv[1])), need)]))
 """
-NEEDS_IPTABLES = pytest.mark.skipif(shutil.which("iptables") is None, reason="the firewall between two hosts needs iptables")
+NEEDS_IPTABLES = pytest.mark.skipif(
+    shutil.which("iptables") is None, reason="the firewall between two hosts needs iptables"
+)
 
 
 def doctor(cluster: Hosts, root: Path) -> list[Finding]:
     """What the doctor says on the head."""
-    done = cluster.inside(0, sys.executable, "-c", SCRIPT, root, env={"RAY_ADDRESS": f"{cluster.address(0)}:6379"})
+    done = cluster.inside(
+        0, sys.executable, "-c", SCRIPT, root, env={"RAY_ADDRESS": f"{cluster.address(0)}:6379"}
+    )
     assert done.code == 0, done.out + done.err
     return [Finding(**found) for found in json.loads(done.out.splitlines()[-1])]
 
@@ -204,7 +223,9 @@ def faulty(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Hosts, Pa
     shared, fake = root / "shared", root / "fake"
     shared.mkdir()
     (fake / "trl-0.0.1.dist-info").mkdir(parents=True)
-    (fake / "trl-0.0.1.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: trl\nVersion: 0.0.1\n")
+    (fake / "trl-0.0.1.dist-info" / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: trl\nVersion: 0.0.1\n"
+    )
     read_only = f'mount --bind {shared} {shared} && mount -o remount,ro,bind {shared} && exec "$@"'
     with hosts(root, authenticated=False) as cluster:
         cluster.start_ray(0)
@@ -224,10 +245,16 @@ def test_version_skew_read_only_storage_and_no_token_are_found(faulty: tuple[Hos
     skew = trouble["versions"]
     assert (skew.level, skew.where) == ("error", one)
     assert skew.what.startswith("trl is 0.0.1 here and 1.")
-    assert skew.fix.startswith("pip install trl==1.") and skew.fix.endswith("for the Python that runs Ray there, then ray stop and ray start")
+    assert skew.fix.startswith("pip install trl==1.") and skew.fix.endswith(
+        "for the Python that runs Ray there, then ray stop and ray start"
+    )
 
     storage = trouble["storage"]
-    assert (storage.level, storage.where, storage.what) == ("error", two, f"{shared} cannot be written: Read-only file system")
+    assert (storage.level, storage.where, storage.what) == (
+        "error",
+        two,
+        f"{shared} cannot be written: Read-only file system",
+    )
     assert "mount the same shared folder" in storage.fix
 
     assert (trouble["auth"].level, trouble["auth"].where) == ("warning", "all 3 nodes")
@@ -250,8 +277,12 @@ def test_a_blocked_port_is_found_in_the_direction_in_which_it_is_blocked(faulty:
     one, two = (label(cluster, host, findings) for host in (1, 2))
     (blocked,) = [f for f in findings if f.check == "network"]
     assert (blocked.level, blocked.where) == ("error", f"{one} -> {two}")
-    assert f"cannot reach {two} at {cluster.address(2)} port " in blocked.what and blocked.what.endswith("no answer within 3 s")
-    assert blocked.fix.endswith(f"iptables -I INPUT -p tcp -s {cluster.address(1)} --dport 32768:60999 -j ACCEPT")
+    assert f"cannot reach {two} at {cluster.address(2)} port " in blocked.what and blocked.what.endswith(
+        "no answer within 3 s"
+    )
+    assert blocked.fix.endswith(
+        f"iptables -I INPUT -p tcp -s {cluster.address(1)} --dport 32768:60999 -j ACCEPT"
+    )
     (skipped,) = [f for f in findings if f.check == "all-reduce"]
     assert (skipped.level, skipped.what) == ("warning", "not measured: some nodes cannot reach others")
 

@@ -1,4 +1,5 @@
-"""Workers that are forked: what Ray would have started, in less time and memory, and without a server all the same."""
+"""Workers that are forked: what Ray would have started, in less time and memory, and without a server all the
+same."""
 
 import json
 import os
@@ -32,12 +33,23 @@ def server():
         yield
 
 
-def worker(tmp_path: Path, script: str = SAID, before: str = "", **variables: str) -> subprocess.CompletedProcess[str]:
-    """What Ray does: its own interpreter's place taken by `py_executable`, from a shell that has set the worker's signals and variables."""
+def worker(
+    tmp_path: Path, script: str = SAID, before: str = "", **variables: str
+) -> subprocess.CompletedProcess[str]:
+    """What Ray does: its own interpreter's place taken by `py_executable`, from a shell that has set the
+    worker's signals and variables."""
     file = tmp_path / "worker.py"
     file.write_text(script)
     command = f"{before} exec {py_executable(os.environ)} {file} --a=b 'c d'"
-    return subprocess.run(["bash", "-c", command], env=os.environ | variables, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(
+        ["bash", "-c", command],
+        env=os.environ | variables,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
 
 
 def test_a_forked_worker_is_the_process_that_was_asked_for(server, tmp_path):
@@ -58,7 +70,10 @@ def test_it_ends_as_it_would(server, tmp_path):
 
 
 def test_each_has_its_own_randomness(server, tmp_path):
-    drawn = {worker(tmp_path, "import random, tempfile; print(random.random(), tempfile.mktemp())").stdout for _ in range(3)}
+    drawn = {
+        worker(tmp_path, "import random, tempfile; print(random.random(), tempfile.mktemp())").stdout
+        for _ in range(3)
+    }
     assert len(drawn) == 3
 
 
@@ -76,7 +91,14 @@ def sandbox(tmp_path):
     box.close()
 
 
-RUN = ("train", "tiny/dpo", "run.max_steps=2", "data.train=[{path: toy:preference, max_rows: 64}]", "evaluation.at_start=false", "data.eval=null")
+RUN = (
+    "train",
+    "tiny/dpo",
+    "run.max_steps=2",
+    "data.train=[{path: toy:preference, max_rows: 64}]",
+    "evaluation.at_start=false",
+    "data.eval=null",
+)
 
 
 def test_a_run_is_the_same_with_forked_workers_and_in_one_process(sandbox, tmp_path):
@@ -84,7 +106,10 @@ def test_a_run_is_the_same_with_forked_workers_and_in_one_process(sandbox, tmp_p
     here = sandbox.run(*RUN, "--in-process", "--output", tmp_path / "here")
     assert (forked.code, here.code) == (0, 0), forked.err + here.err
     assert exported_hash(tmp_path / "forked") == exported_hash(tmp_path / "here")
-    lines = [[json.loads(line) for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()] for run in ("forked", "here")]
+    lines = [
+        [json.loads(line) for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()]
+        for run in ("forked", "here")
+    ]
     same = [{(line["step"], line["loss"], line["grad_norm"]) for line in run} for run in lines]
     assert same[0] == same[1]
     assert "starting Ray" in forked.out and "Ray" not in here.out
@@ -93,7 +118,9 @@ def test_a_run_is_the_same_with_forked_workers_and_in_one_process(sandbox, tmp_p
 def test_a_server_that_is_killed_costs_no_run(sandbox, tmp_path):
     command = sandbox.start(*RUN, "learners.workers=2", "--output", tmp_path / "run")
     assert wait_until(lambda: "planning" in command.out.read_text(), 60, 0.02)
-    children = subprocess.run(["pgrep", "-P", str(command.process.pid)], capture_output=True, text=True, check=True).stdout.split()
+    children = subprocess.run(
+        ["pgrep", "-P", str(command.process.pid)], capture_output=True, text=True, check=True
+    ).stdout.split()
     servers = [int(pid) for pid in children if b"orchestrator" in Path(f"/proc/{pid}/cmdline").read_bytes()]
     assert len(servers) == 1
     os.kill(servers[0], signal.SIGKILL)
@@ -107,11 +134,17 @@ ONLINE = ("run.max_steps=3", "evaluation.every=3", "learners.workers=1", "optimi
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["grpo", "ppo", "online_dpo", "grpo_tool"])
 def test_an_online_run_is_the_same_in_one_process(sandbox, tmp_path, recipe):
-    (tmp_path / "brief.py").write_text("def brief(completions, **_):\n    return [-float(len(text)) for text in completions]\n")
+    (tmp_path / "brief.py").write_text(
+        "def brief(completions, **_):\n    return [-float(len(text)) for text in completions]\n"
+    )
     reward = f"rewards.functions=[{{name: brief, function: {tmp_path}/brief.py:brief}}]"
     mine = (f"{recipe}:{change}" for change in (*ONLINE, "rollouts.workers=1", reward))
     few = ["sft:run.max_steps=2", "sft:learners.workers=1", *mine]
     ray = sandbox.run("train", f"tiny/{recipe}", *few, "--output", tmp_path / "ray")
     here = sandbox.run("train", f"tiny/{recipe}", *few, "--in-process", "--output", tmp_path / "here")
     assert (ray.code, here.code) == (0, 0), ray.err + here.err
-    assert exported_hash(tmp_path / "ray" / recipe) == exported_hash(tmp_path / "here" / recipe) != exported_hash(tmp_path / "here" / "sft")
+    assert (
+        exported_hash(tmp_path / "ray" / recipe)
+        == exported_hash(tmp_path / "here" / recipe)
+        != exported_hash(tmp_path / "here" / "sft")
+    )

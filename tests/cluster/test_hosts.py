@@ -1,6 +1,7 @@
 """A cluster of three hosts: submitted runs end as on one host, are tracked, and go on after a host is lost.
 
-The hosts are network namespaces with a real Ray node each (tests/hosts.py), one CPU per node, so that every learner lives on another.
+The hosts are network namespaces with a real Ray node each (tests/hosts.py), one CPU per node, so that every
+learner lives on another.
 """
 
 import time
@@ -17,9 +18,21 @@ from tests.wandb_server import WandbServer
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
-SMALL = ("data.train=[{path: toy:preference, max_rows: 256}]", "batch.effective=32", "evaluation.every=4", "checkpoint.every=4")
+SMALL = (
+    "data.train=[{path: toy:preference, max_rows: 256}]",
+    "batch.effective=32",
+    "evaluation.every=4",
+    "checkpoint.every=4",
+)
 DPO = ("tiny/dpo", *SMALL, "run.max_steps=12", "learners.workers=auto")
-GRPO = ("tiny/grpo", "sft:run.max_steps=40", "grpo:run.max_steps=4", "batch.effective=64", "grpo:rollouts.prompts=8", "evaluation.every=40")
+GRPO = (
+    "tiny/grpo",
+    "sft:run.max_steps=40",
+    "grpo:run.max_steps=4",
+    "batch.effective=64",
+    "grpo:rollouts.prompts=8",
+    "evaluation.every=40",
+)
 ONE_CPU = "--num-cpus=1"
 
 
@@ -32,7 +45,15 @@ class Site:
     root: Path
 
     def submit(self, *words: str | Path, env: dict[str, str] | None = None) -> Finished:
-        return self.hosts.inside(0, "orchestrator", "submit", *words, f"reference.cache_dir={self.root / 'reference'}", env=env, timeout=400.0)
+        return self.hosts.inside(
+            0,
+            "orchestrator",
+            "submit",
+            *words,
+            f"reference.cache_dir={self.root / 'reference'}",
+            env=env,
+            timeout=400.0,
+        )
 
 
 @contextmanager
@@ -52,7 +73,14 @@ def on_one_host(root: Path, *words: str) -> Path:
     """The same run here, with one worker; its folder."""
     sandbox = Sandbox(root)
     try:
-        done = sandbox.run("train", *words, f"reference.cache_dir={root / 'reference'}", "--output", root / "run", timeout=300.0)
+        done = sandbox.run(
+            "train",
+            *words,
+            f"reference.cache_dir={root / 'reference'}",
+            "--output",
+            root / "run",
+            timeout=300.0,
+        )
         assert done.code == 0, done.out + done.err
     finally:
         sandbox.close()
@@ -64,7 +92,11 @@ def test_dpo_over_three_hosts_ends_as_on_one_and_is_tracked(three: Site, tmp_pat
     assert done.code == 0, done.out + done.err
     assert "tiny-dpo SUCCEEDED" in done.out and "12/12" in done.out
     logs = sorted(path.name for path in (tmp_path / "run" / "logs").glob("learner-*"))
-    assert logs == ["learner-0.log", "learner-1.log", "learner-2.log"]  # auto: one for every CPU of the cluster
+    assert logs == [
+        "learner-0.log",
+        "learner-1.log",
+        "learner-2.log",
+    ]  # auto: one for every CPU of the cluster
 
     one = on_one_host(tmp_path / "one", *DPO, "learners.workers=1")
     assert distance(exported(one), exported(tmp_path / "run")) < 1e-5
@@ -80,10 +112,17 @@ def test_dpo_over_three_hosts_ends_as_on_one_and_is_tracked(three: Site, tmp_pat
 
 
 def test_grpo_over_three_hosts_ends_as_on_one(three: Site, tmp_path: Path) -> None:
-    spread = ("learners.cpus_per_worker=1", "learners.workers=auto", "grpo:rollouts.workers=1", "grpo:rollouts.cpus_per_worker=1")
+    spread = (
+        "learners.cpus_per_worker=1",
+        "learners.workers=auto",
+        "grpo:rollouts.workers=1",
+        "grpo:rollouts.cpus_per_worker=1",
+    )
     done = three.submit(*GRPO, *spread, "--output", tmp_path / "run")
     assert done.code == 0, done.out + done.err
-    assert len(list((tmp_path / "run" / "grpo" / "logs").glob("learner-*"))) == 2  # the third CPU is the rollout actor's
+    assert (
+        len(list((tmp_path / "run" / "grpo" / "logs").glob("learner-*"))) == 2
+    )  # the third CPU is the rollout actor's
     one = on_one_host(tmp_path / "one", *GRPO, "learners.workers=1")
     for stage in ("sft", "grpo"):
         assert distance(exported(one / stage), exported(tmp_path / "run" / stage)) < 1e-5, stage
@@ -94,7 +133,9 @@ def test_a_stopped_run_saves_and_is_resumed(three: Site, tmp_path: Path) -> None
     begun = three.submit(*words, "--output", tmp_path / "run", "--no-follow")
     assert begun.code == 0 and "orchestrator stop stopped" in begun.out, begun.out + begun.err
     ledger = tmp_path / "run" / "metrics.jsonl"
-    assert wait_until(lambda: ledger.is_file() and len(metrics(tmp_path / "run")) >= 3, 240.0), "the run does not get on"
+    assert wait_until(lambda: ledger.is_file() and len(metrics(tmp_path / "run")) >= 3, 240.0), (
+        "the run does not get on"
+    )
     stopped = three.hosts.inside(0, "orchestrator", "stop", "stopped")
     assert stopped.code == 0 and "STOPPED" in stopped.out, stopped.out + stopped.err
     done = len(metrics(tmp_path / "run"))
@@ -104,7 +145,9 @@ def test_a_stopped_run_saves_and_is_resumed(three: Site, tmp_path: Path) -> None
     assert f"step {done}/60" not in resumed.out
     assert [line["step"] for line in metrics(tmp_path / "run")] == list(range(1, 61))
     told = three.hosts.inside(0, "orchestrator", "status", "stopped")
-    assert "STOPPED" in told.out and "stopped.2" in told.out and "SUCCEEDED" in told.out and "60/60" in told.out
+    assert (
+        "STOPPED" in told.out and "stopped.2" in told.out and "SUCCEEDED" in told.out and "60/60" in told.out
+    )
 
 
 def test_who_has_no_token_is_told_so(three: Site, tmp_path: Path) -> None:
@@ -114,15 +157,27 @@ def test_who_has_no_token_is_told_so(three: Site, tmp_path: Path) -> None:
     assert "401: no token was given" in done.err and "~/.ray/auth_token" in done.err
     wrong = three.submit(*DPO, "--output", tmp_path / "run", env=stranger | {"RAY_AUTH_TOKEN": "0" * 32})
     assert wrong.code == 77 and "403: the token is another cluster's" in wrong.err
-    across = three.hosts.inside(1, "orchestrator", "status", "--address", f"http://{three.hosts.address(0)}:8265", env=stranger)
+    across = three.hosts.inside(
+        1, "orchestrator", "status", "--address", f"http://{three.hosts.address(0)}:8265", env=stranger
+    )
     assert across.code == 77 and "no token for" in across.err
 
 
 def test_doctor_and_plan_look_at_the_hosts(three: Site) -> None:
-    found = three.hosts.inside(0, "orchestrator", "doctor", "tiny/dpo", "learners.workers=3", "--address", three.hosts.dashboard)
+    found = three.hosts.inside(
+        0, "orchestrator", "doctor", "tiny/dpo", "learners.workers=3", "--address", three.hosts.dashboard
+    )
     assert found.code == 0, found.out + found.err
     assert "3 nodes answered" in found.out and "GB/s" in found.out and "Ray asks for a token" in found.out
-    short = three.hosts.inside(0, "orchestrator", "doctor", "tiny/dpo", "learners.gpus_per_worker=1", "--address", three.hosts.dashboard)
+    short = three.hosts.inside(
+        0,
+        "orchestrator",
+        "doctor",
+        "tiny/dpo",
+        "learners.gpus_per_worker=1",
+        "--address",
+        three.hosts.dashboard,
+    )
     assert short.code == 69 and "GPUs" in short.out and "gpus_per_worker=0" in short.out
     assert "doctor-" not in three.hosts.inside(0, "orchestrator", "status").out, "a question is no run"
     plan = three.hosts.inside(0, "orchestrator", "plan", "tiny/dpo", "--address", three.hosts.dashboard)
@@ -136,7 +191,9 @@ def test_a_lost_host_is_named_and_the_rest_go_on(tmp_path: Path) -> None:
         reference = f"reference.cache_dir={three.root / 'reference'}"
         with three.hosts.started(0, "orchestrator", "submit", *words, reference) as following:
             ledger = tmp_path / "run" / "metrics.jsonl"
-            assert wait_until(lambda: ledger.is_file() and len(metrics(tmp_path / "run")) >= 15, 240.0), "the run does not get on"
+            assert wait_until(lambda: ledger.is_file() and len(metrics(tmp_path / "run")) >= 15, 240.0), (
+                "the run does not get on"
+            )
             three.hosts.cut(2)
             cut_at = time.monotonic()
             out, err = following.communicate(timeout=NOTICED_S + 120.0)

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from orchestrator.cluster import joining
-from orchestrator.core.errors import ConfigError, Exit, OrchestratorError, OutputError, Unreachable
+from orchestrator.core.errors import ConfigError, DashboardUnreachable, Exit, OrchestratorError, OutputError
 from tests.running import REPOSITORY, Sandbox, wait_until
 
 ALONE = """
@@ -91,7 +91,9 @@ def door(answer: bytes | None) -> Iterator[str]:
         ("head:port", "e.g. 10.0.0.1:6379"),
     ],
 )
-def test_what_is_no_address_of_a_cluster_is_refused_at_once(monkeypatch: pytest.MonkeyPatch, address: str, fix: str) -> None:
+def test_what_is_no_address_of_a_cluster_is_refused_at_once(
+    monkeypatch: pytest.MonkeyPatch, address: str, fix: str
+) -> None:
     error = refusal(monkeypatch, address)
     assert isinstance(error, ConfigError) and error.exit_code == Exit.CONFIG
     assert f"RAY_ADDRESS={address}" in error.what and fix in error.fix
@@ -102,19 +104,30 @@ def test_a_cluster_that_is_gone_is_told_in_seconds(monkeypatch: pytest.MonkeyPat
         address = f"127.0.0.1:{free.getsockname()[1]}"
     for named in (address, "no-such-host.invalid:6379"):
         error = refusal(monkeypatch, named)
-        assert isinstance(error, Unreachable) and error.exit_code == Exit.UNAVAILABLE
-        assert error.what == f"no Ray answers at RAY_ADDRESS={named}" and error.why and "unset RAY_ADDRESS" in error.fix
+        assert isinstance(error, DashboardUnreachable) and error.exit_code == Exit.UNAVAILABLE
+        assert (
+            error.what == f"no Ray answers at RAY_ADDRESS={named}"
+            and error.why
+            and "unset RAY_ADDRESS" in error.fix
+        )
 
 
-@pytest.mark.parametrize(("answer", "said"), [(b"HTTP/1.1 400 Bad Request\r\n\r\n", "is no head of a Ray cluster"), (None, "no Ray answers")])
-def test_another_server_at_that_address_is_told_in_seconds(monkeypatch: pytest.MonkeyPatch, answer: bytes | None, said: str) -> None:
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [(b"HTTP/1.1 400 Bad Request\r\n\r\n", "is no head of a Ray cluster"), (None, "no Ray answers")],
+)
+def test_another_server_at_that_address_is_told_in_seconds(
+    monkeypatch: pytest.MonkeyPatch, answer: bytes | None, said: str
+) -> None:
     monkeypatch.setattr(joining, "KNOCK_S", 1.0)
     with door(answer) as address:
         error = refusal(monkeypatch, address)
-    assert isinstance(error, Unreachable) and said in error.what
+    assert isinstance(error, DashboardUnreachable) and said in error.what
 
 
-def test_a_long_temporary_folder_gives_ray_a_short_one_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_long_temporary_folder_gives_ray_a_short_one_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.delenv("RAY_TMPDIR", raising=False)
     monkeypatch.setattr(tempfile, "tempdir", "/tmp")
     assert joining._short_folder() == "/tmp/ray"
@@ -128,26 +141,55 @@ def test_a_long_temporary_folder_gives_ray_a_short_one_of_its_own(monkeypatch: p
     assert caught.value.exit_code == Exit.CANNOT_CREATE
 
 
-def alone(sandbox: Sandbox, *, wrap: tuple[str, ...] = (), cwd: Path = REPOSITORY, **variables: str) -> dict[str, object]:
+def alone(
+    sandbox: Sandbox, *, wrap: tuple[str, ...] = (), cwd: Path = REPOSITORY, **variables: str
+) -> dict[str, object]:
     """What a run on a Ray of its own finds there."""
     environment = {**sandbox.environment(), "PYTHONPATH": str(REPOSITORY), **variables}
-    done = subprocess.run([*wrap, sys.executable, "-c", ALONE], env=environment, cwd=cwd, capture_output=True, text=True, timeout=180)
+    done = subprocess.run(
+        [*wrap, sys.executable, "-c", ALONE],
+        env=environment,
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def test_a_ray_that_runs_or_ran_on_the_machine_is_not_joined(tmp_path: Path) -> None:
-    """With a head, and with what is left of one that was killed; under `uv run`, with a HOME that cannot be written, and SIGTERM to all."""
+    """With a head, and with what is left of one that was killed; under `uv run`, with a HOME that cannot be
+    written, and SIGTERM to all."""
     sandbox = Sandbox(tmp_path)
     project = tmp_path / "project" / "below"
     project.mkdir(parents=True)
-    (project / "run").write_text("import subprocess, sys\nsys.exit(subprocess.run(sys.argv[1:]).returncode)\n")
+    (project / "run").write_text(
+        "import subprocess, sys\nsys.exit(subprocess.run(sys.argv[1:]).returncode)\n"
+    )
     (project.parent / "pyproject.toml").write_text("[project]\nname = 'p'\nversion = '1'\n")
-    as_uv = ("bash", "-c", f'exec -a uv {sys.executable} "$@"', "", "run")  # stays as the parent, as uv does: its command line is `uv run …`
+    as_uv = (
+        "bash",
+        "-c",
+        f'exec -a uv {sys.executable} "$@"',
+        "",
+        "run",
+    )  # stays as the parent, as uv does: its command line is `uv run …`
     try:
-        head = [str(Path(sys.executable).parent / "ray"), "start", "--head", "--port=0", "--num-cpus=77", "--include-dashboard=false"]
+        head = [
+            str(Path(sys.executable).parent / "ray"),
+            "start",
+            "--head",
+            "--port=0",
+            "--num-cpus=77",
+            "--include-dashboard=false",
+        ]
         started = subprocess.run(
-            [*head, "--temp-dir", str(sandbox.ray_folder)], env=sandbox.environment(), capture_output=True, text=True, timeout=120
+            [*head, "--temp-dir", str(sandbox.ray_folder)],
+            env=sandbox.environment(),
+            capture_output=True,
+            text=True,
+            timeout=120,
         )
         assert started.returncode == 0, started.stderr
         left = (sandbox.ray_folder / "ray_current_cluster").read_text()
@@ -157,7 +199,10 @@ def test_a_ray_that_runs_or_ran_on_the_machine_is_not_joined(tmp_path: Path) -> 
         assert float(str(beside["shutdown"])) < 4.0
         for pid in sandbox.living():
             os.kill(pid, signal.SIGKILL)
-        assert wait_until(lambda: not sandbox.living(), 30) and (sandbox.ray_folder / "ray_current_cluster").is_file()
+        assert (
+            wait_until(lambda: not sandbox.living(), 30)
+            and (sandbox.ray_folder / "ray_current_cluster").is_file()
+        )
         after = alone(sandbox, wrap=as_uv, cwd=project, HOME="/proc/nohome", RAY_AUTH_MODE="token")
         assert after["cpus"] != 77.0 and after["gcs"] != left and after["lives"]
         assert after["folder"] == str(project), "uv's hook would have made a copy of the project"

@@ -1,4 +1,5 @@
-"""The README's cluster section, followed as it is written: its blocks are taken from the page and run on three hosts."""
+"""The README's cluster section, followed as it is written: its blocks are taken from the page and run on
+three hosts."""
 
 import re
 import shutil
@@ -34,7 +35,9 @@ def test_the_cluster_section_works_as_it_is_written(tmp_path: Path) -> None:
         for where, text in found:
             if where == "other two":
                 for host in (1, 2):
-                    shutil.copy(three.home(0) / ".ray" / "auth_token", three.home(host) / ".ray" / "auth_token")
+                    shutil.copy(
+                        three.home(0) / ".ray" / "auth_token", three.home(host) / ".ray" / "auth_token"
+                    )
                     follow(host, text)
                 continue
             said = follow(0, text)

@@ -1,4 +1,5 @@
-"""Learners in Ray: their names, that a group can be built again at once under the same ones, and who is told to be late."""
+"""Learners in Ray: their names, that a group can be built again at once under the same ones, and who is told
+to be late."""
 
 import os
 import signal
@@ -22,7 +23,9 @@ from orchestrator.recipe.schema import Learners
 from tests.running import Sandbox, shared_ray
 
 
-def test_workers_are_named_by_role_and_rank_as_nice_as_their_driver_and_can_be_replaced_at_once(tmp_path: Path) -> None:
+def test_workers_are_named_by_role_and_rank_as_nice_as_their_driver_and_can_be_replaced_at_once(
+    tmp_path: Path,
+) -> None:
     learners = Learners(workers=2, cpus_per_worker=0.5)  # pyright: ignore[reportCallIssue]
     with shared_ray(tmp_path):
         pids = []
@@ -30,7 +33,9 @@ def test_workers_are_named_by_role_and_rank_as_nice_as_their_driver_and_can_be_r
             with LearnerGroup(learners) as group:
                 assert sorted(list_named_actors()) == ["learner-0", "learner-1"]
                 assert len(set(group.hosts)) == 1 and ray.util.get_node_ip_address() in group.hosts
-                assert [os.getpriority(os.PRIO_PROCESS, pid) for pid in group.pids] == [os.getpriority(os.PRIO_PROCESS, 0)] * 2
+                assert [os.getpriority(os.PRIO_PROCESS, pid) for pid in group.pids] == [
+                    os.getpriority(os.PRIO_PROCESS, 0)
+                ] * 2
                 pids += group.pids
         assert len(set(pids)) == 4
 
@@ -67,7 +72,9 @@ def test_a_frozen_worker_is_named_by_the_driver_before_gloo_gives_up(tmp_path: P
         assert time.monotonic() - started < 10
 
 
-def test_a_local_ray_has_room_for_the_weights_that_go_through_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_local_ray_has_room_for_the_weights_that_go_through_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert store_for(0) == OBJECT_STORE_BYTES
     assert store_for(100_000_000) == OBJECT_STORE_BYTES + 100_000_000
     ram = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

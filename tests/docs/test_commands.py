@@ -6,7 +6,8 @@
     <!-- run: imports -->                Python, as it stands; `run: after the block above` says the same of Python that needs a file made before
     <!-- not run: reason -->
 
-The blocks of a page are run in their order in one folder that is empty at first, with a home of its own, without the network.
+The blocks of a page are run in their order in one folder that is empty at first, with a home of its own,
+without the network.
 """
 
 import os
@@ -29,8 +30,14 @@ pytestmark = pytest.mark.timeout(1800)
 JOURNEYS = tuple(sorted((REPOSITORY / "docs" / "journeys").glob("*.md")))
 """Pages that are run with a real model, by test_journeys.py."""
 PAGES = (REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md")), *JOURNEYS)
-BLOCK = re.compile(r"(?:^<!-- (?P<mark>[^\n]*?) -->\n)?^```(?P<language>bash|sh|shell|python)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
-MARK = re.compile(r"run|run: (?P<how>slow|imports|after the block above)(?:; with (?P<extra>\S+))?|not run: (?P<reason>.{10,})")
+BLOCK = re.compile(
+    r"(?:^<!-- (?P<mark>[^\n]*?) -->\n)?^```(?P<language>bash|sh|shell|python)\n(?P<text>.*?)^```$",
+    re.MULTILINE | re.DOTALL,
+)
+MARK = re.compile(
+    r"run|run: (?P<how>slow|imports|after the block above)(?:; with (?P<extra>\S+))?|not run: "
+    r"(?P<reason>.{10,})"
+)
 INLINE = re.compile(r"`([a-z_]+\.[a-z_.]+)(?:=[^`]*)?`")
 
 
@@ -60,7 +67,11 @@ class Block:
     def script(self) -> str:
         """The block with the addition that its mark names."""
         extra = self.mark.partition("; with ")[2] if self.mark else ""
-        return re.sub(r"^(orchestrator train .*)$", rf"\1 {extra}", self.text, flags=re.MULTILINE) if extra else self.text
+        return (
+            re.sub(r"^(orchestrator train .*)$", rf"\1 {extra}", self.text, flags=re.MULTILINE)
+            if extra
+            else self.text
+        )
 
 
 def blocks(page: Path) -> list[Block]:
@@ -76,7 +87,9 @@ def blocks(page: Path) -> list[Block]:
 def test_every_block_is_run_or_says_why_not(page: Path) -> None:
     assert not INDENTED.search(page.read_text()), f"{page.name}: put commands into a ```bash block"
     for block in blocks(page):
-        assert block.mark and MARK.fullmatch(block.mark), f"{block.place}: no mark, or one that is not understood: {block.mark}"
+        assert block.mark and MARK.fullmatch(block.mark), (
+            f"{block.place}: no mark, or one that is not understood: {block.mark}"
+        )
 
 
 def run_page(page: Path, root: Path, slow: bool) -> Iterator[str]:
@@ -90,7 +103,10 @@ def run_page(page: Path, root: Path, slow: bool) -> Iterator[str]:
                 continue
             done = run_block(block, folder, sandbox)
             if done.returncode:
-                yield f"{block.place} ended with {done.returncode}:\n{done.stdout[-1500:]}\n{done.stderr[-1500:]}"
+                yield (
+                    f"{block.place} ended with "
+                    f"{done.returncode}:\n{done.stdout[-1500:]}\n{done.stderr[-1500:]}"
+                )
     finally:
         sandbox.close()
         shutil.rmtree(folder, ignore_errors=True)
@@ -98,14 +114,28 @@ def run_page(page: Path, root: Path, slow: bool) -> Iterator[str]:
 
 def run_block(block: Block, folder: Path, sandbox: Sandbox, **more: str) -> subprocess.CompletedProcess[str]:
     """A block as the reader runs it in `folder`. more: variables of the environment."""
-    environment = sandbox.environment() | {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "PYTHONPATH": str(folder), **more}
+    environment = sandbox.environment() | {
+        "HF_HUB_OFFLINE": "1",
+        "WANDB_MODE": "offline",
+        "PYTHONPATH": str(folder),
+        **more,
+    }
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    command = ["bash", "-euo", "pipefail", "-c", block.script()] if block.language == "bash" else [sys.executable, "-c", block.text]
+    command = (
+        ["bash", "-euo", "pipefail", "-c", block.script()]
+        if block.language == "bash"
+        else [sys.executable, "-c", block.text]
+    )
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=900)
 
 
 def with_blocks(slow: bool) -> list[Path]:
-    return [page for page in PAGES if page not in JOURNEYS and any(block.slow if slow else block.runs and not block.slow for block in blocks(page))]
+    return [
+        page
+        for page in PAGES
+        if page not in JOURNEYS
+        and any(block.slow if slow else block.runs and not block.slow for block in blocks(page))
+    ]
 
 
 @pytest.mark.parametrize("page", with_blocks(slow=False), ids=lambda page: page.name)
@@ -135,9 +165,17 @@ def test_every_recipe_key_that_is_named_exists(page: Path) -> None:
     known = set(all_keys(Recipe, ""))
     wrong = []
     for line in page.read_text().splitlines():
-        cells = [cell for cell in line.split("|") if "(verl's" not in cell] if page.name == "coming-from.md" else [line]
-        named = [key for cell in cells for key in INLINE.findall(cell) if key.split(".")[0] in Recipe.model_fields]
-        wrong += [key for key in named if key not in known and not key.endswith((".py", ".yaml", ".jsonl", ".json"))]
+        cells = (
+            [cell for cell in line.split("|") if "(verl's" not in cell]
+            if page.name == "coming-from.md"
+            else [line]
+        )
+        named = [
+            key for cell in cells for key in INLINE.findall(cell) if key.split(".")[0] in Recipe.model_fields
+        ]
+        wrong += [
+            key for key in named if key not in known and not key.endswith((".py", ".yaml", ".jsonl", ".json"))
+        ]
     assert not wrong, f"{page.name} names keys that no recipe has: {wrong}"
 
 

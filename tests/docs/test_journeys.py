@@ -1,4 +1,5 @@
-"""The pages of docs/journeys, followed as they stand with a real model, and what they promise: held-out numbers get better, the old answers stay.
+"""The pages of docs/journeys, followed as they stand with a real model, and what they promise: held-out
+numbers get better, the old answers stay.
 
 make real-model
 page --blocks, in one folder--> runs/ --metrics, chat--> margins up; nine of ten answers that the model gave rightly still hold the word
@@ -51,10 +52,13 @@ class Walk:
 
     def held_out(self, run: str, name: str) -> list[float]:
         """A held-out metric from before the first step on."""
-        return [line[name] for line in every_line(self.folder / "runs" / run / "metrics.jsonl") if name in line]
+        return [
+            line[name] for line in every_line(self.folder / "runs" / run / "metrics.jsonl") if name in line
+        ]
 
     def answers(self, run: str) -> tuple[int, int]:
-        """(of the trained model, of the model that it began with): how many of the ten answers hold the right word."""
+        """(of the trained model, of the model that it began with): how many of the ten answers hold the right
+        word."""
         (self.folder / "ten.txt").write_text("\n".join(QUESTIONS) + "\n")
         command = f"orchestrator chat runs/{run} --against base --max-new-tokens 40 --json < ten.txt\n"
         done = run_block(Block("the ten questions", "bash", command, "run"), self.folder, self.sandbox)
@@ -63,7 +67,10 @@ class Walk:
         assert [line["prompt"] for line in lines] == list(QUESTIONS)
         texts = [[answer["text"] for answer in line["answers"]] for line in lines]
         print(*(f"{run}: {new!r}  before: {old!r}" for new, old in texts), sep="\n")
-        new, old = ([word in text for text, word in zip(column, QUESTIONS.values(), strict=True)] for column in zip(*texts, strict=True))
+        new, old = (
+            [word in text for text, word in zip(column, QUESTIONS.values(), strict=True)]
+            for column in zip(*texts, strict=True)
+        )
         return sum(new), sum(old)
 
 
@@ -79,7 +86,10 @@ def walked(name: str, root: Path, **more: str) -> Iterator[Walk]:
             if block.runs:
                 done = run_block(block, folder, sandbox, **more)
                 print(f"{block.place}\n{done.stdout}")
-                assert done.returncode == 0, f"{block.place} ended with {done.returncode}:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+                assert done.returncode == 0, (
+                    f"{block.place} ended with "
+                    f"{done.returncode}:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+                )
                 said.append(done.stdout)
         yield Walk(folder, sandbox, tuple(said))
     finally:
@@ -114,7 +124,10 @@ def test_demonstrations(tmp_path: Path) -> None:
 
 
 def test_cluster(tmp_path: Path) -> None:
-    with ray_of_its_own(tmp_path) as address, walked("cluster", tmp_path, RAY_API_SERVER_ADDRESS=address, HOME=str(tmp_path / "home")) as walk:
+    with (
+        ray_of_its_own(tmp_path) as address,
+        walked("cluster", tmp_path, RAY_API_SERVER_ADDRESS=address, HOME=str(tmp_path / "home")) as walk,
+    ):
         here, there = (metrics(walk.folder / "runs" / run) for run in ("here", "there"))
         assert [line["loss"] for line in here] == pytest.approx([line["loss"] for line in there], rel=1e-5)
         assert [line["step"] for line in metrics(walk.folder / "runs" / "longer")] == [1, 2, 3, 4]
@@ -122,16 +135,33 @@ def test_cluster(tmp_path: Path) -> None:
 
 @contextmanager
 def ray_of_its_own(root: Path) -> Iterator[str]:
-    """`ray start --head` with a token, as the page has it, on free ports and ended by itself alone; the address of its dashboard."""
+    """`ray start --head` with a token, as the page has it, on free ports and ended by itself alone; the
+    address of its dashboard."""
     sandbox, home = Sandbox(root / "ray"), root / "home"
     home.mkdir()
     port, dashboard, agent = free_port(), free_port(), free_port()
-    environment = sandbox.environment() | {"HOME": str(home), "RAY_AUTH_MODE": "token", "RAY_worker_niceness": "0"}
+    environment = sandbox.environment() | {
+        "HOME": str(home),
+        "RAY_AUTH_MODE": "token",
+        "RAY_worker_niceness": "0",
+    }
     ray = str(Path(sys.executable).parent / "ray")
     subprocess.run([ray, "get-auth-token", "--generate"], env=environment, check=True, capture_output=True)
-    command = [ray, "start", "--head", "--block", "--node-ip-address=127.0.0.1", f"--port={port}", f"--dashboard-port={dashboard}"]
-    command.append(f"--dashboard-agent-listen-port={agent}")  # jobs are started there; another Ray of this machine may hold the usual one
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    command = [
+        ray,
+        "start",
+        "--head",
+        "--block",
+        "--node-ip-address=127.0.0.1",
+        f"--port={port}",
+        f"--dashboard-port={dashboard}",
+    ]
+    command.append(
+        f"--dashboard-agent-listen-port={agent}"
+    )  # jobs are started there; another Ray of this machine may hold the usual one
+    process = subprocess.Popen(
+        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
     try:
         assert wait_until(lambda: listens(dashboard), 120.0), "Ray's dashboard did not come up"
         yield f"http://127.0.0.1:{dashboard}"

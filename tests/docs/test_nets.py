@@ -15,5 +15,11 @@ def test_the_nets_are_counted_as_they_are() -> None:
     assert f"({len(COLUMNS)} kinds × {len(STAGES)} kinds of stage" in page
     assert f"({len(GRID)} × {len(KINDS)} corrections" in page and f"{len(CASES)} whole runs" in page
     assert f"every architecture ({len(NAMES)}:" in page
-    keys, values = (ROOT / "docs" / "recipe-reference.md").read_text().split("The schema holds ")[1].split(", in all")[0].split(" keys.", 1)
+    keys, values = (
+        (ROOT / "docs" / "recipe-reference.md")
+        .read_text()
+        .split("The schema holds ")[1]
+        .split(", in all")[0]
+        .split(" keys.", 1)
+    )
     assert f"({keys} keys, {values.split('kind of value, ')[1].split(' in all')[0]} values" in page

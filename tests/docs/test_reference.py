@@ -16,7 +16,9 @@ def test_the_committed_page_is_fresh() -> None:
 def test_every_key_says_what_it_is() -> None:
     rows = [row for row in render().splitlines() if row.startswith("| `")]
     assert len(rows) > 150
-    assert not [row for row in rows if row.endswith("|  |")], "give the field a description in recipe/schema.py"
+    assert not [row for row in rows if row.endswith("|  |")], (
+        "give the field a description in recipe/schema.py"
+    )
 
 
 def test_sections_types_bounds_and_defaults() -> None:

@@ -1,4 +1,5 @@
-"""Bad input through the program itself: one clear message, the exit code of sysexits.h, and nothing half-written."""
+"""Bad input through the program itself: one clear message, the exit code of sysexits.h, and nothing
+half-written."""
 
 import json
 from collections.abc import Iterator
@@ -28,13 +29,30 @@ class Bad:
 CASES = (
     Bad("unknown key", ("batch.efective=64",), 78, ("batch.efective", "did you mean batch.effective?")),
     Bad("unknown loss", ("algorithm.loss=sigmoyd",), 78, ("sigmoyd", "did you mean", "sigmoid")),
-    Bad("too many workers", ("learners.workers=4", "learners.cpus_per_worker=1000"), 69, ("4 learners", "CPU", "learners.cpus_per_worker=")),
-    Bad("little memory", ("batch.memory_limit_gb=0.001",), 69, ("it may use 0.8 MB", "weights", "learners.zero_stage")),
+    Bad(
+        "too many workers",
+        ("learners.workers=4", "learners.cpus_per_worker=1000"),
+        69,
+        ("4 learners", "CPU", "learners.cpus_per_worker="),
+    ),
+    Bad(
+        "little memory",
+        ("batch.memory_limit_gb=0.001",),
+        69,
+        ("it may use 0.8 MB", "weights", "learners.zero_stage"),
+    ),
 )
 MORE_CASES = (
-    Bad("sync and stage", ("learners.zero_stage=3", "learners.sync=no_sync"), 78, ("no_sync", "ZeRO stage 3", "per_micro_batch")),
+    Bad(
+        "sync and stage",
+        ("learners.zero_stage=3", "learners.sync=no_sync"),
+        78,
+        ("no_sync", "ZeRO stage 3", "per_micro_batch"),
+    ),
     Bad("effective below workers", ("batch.effective=1",), 78, ("batch.effective=1", "learners.workers=2")),
-    Bad("bf16 at stage 0", ("learners.zero_stage=0", "learners.precision=bf16"), 78, ("bf16", "zero_stage=1")),
+    Bad(
+        "bf16 at stage 0", ("learners.zero_stage=0", "learners.precision=bf16"), 78, ("bf16", "zero_stage=1")
+    ),
 )
 
 
@@ -52,14 +70,22 @@ def refused(sandbox: Sandbox, code: int, *arguments: str | Path) -> str:
     assert finished.err.startswith("error: ")
     assert finished.err.count("error: ") == 1 and "Traceback" not in finished.err
     assert "  fix: " in finished.err
-    assert all(line.endswith(" …") for line in finished.out.splitlines()), "nothing but what was being done when it was found"
+    assert all(line.endswith(" …") for line in finished.out.splitlines()), (
+        "nothing but what was being done when it was found"
+    )
     return finished.err
 
 
-@pytest.mark.parametrize("bad", [*CASES, *(pytest.param(bad, marks=pytest.mark.slow) for bad in MORE_CASES)], ids=lambda bad: bad.name)
+@pytest.mark.parametrize(
+    "bad",
+    [*CASES, *(pytest.param(bad, marks=pytest.mark.slow) for bad in MORE_CASES)],
+    ids=lambda bad: bad.name,
+)
 def test_impossible_recipe(sandbox: Sandbox, tmp_path: Path, bad: Bad) -> None:
     small = ["data.train=[{path: toy:preference, max_rows: 64}]", "batch.effective=16", "data.eval=null"]
-    message = refused(sandbox, bad.code, "train", "tiny/dpo", *small, *bad.overrides, "--output", tmp_path / "run")
+    message = refused(
+        sandbox, bad.code, "train", "tiny/dpo", *small, *bad.overrides, "--output", tmp_path / "run"
+    )
     for words in bad.says:
         assert words in message
     assert list(tmp_path.iterdir()) == []
@@ -72,7 +98,15 @@ def test_missing_recipe(sandbox: Sandbox, tmp_path: Path) -> None:
 
 
 def test_missing_data_file(sandbox: Sandbox, tmp_path: Path) -> None:
-    message = refused(sandbox, 66, "train", "tiny/dpo", f"data.train={tmp_path / 'pairs.jsonl'}", "--output", tmp_path / "run")
+    message = refused(
+        sandbox,
+        66,
+        "train",
+        "tiny/dpo",
+        f"data.train={tmp_path / 'pairs.jsonl'}",
+        "--output",
+        tmp_path / "run",
+    )
     assert str(tmp_path / "pairs.jsonl") in message
     assert list(tmp_path.iterdir()) == []
 
@@ -81,7 +115,9 @@ def test_corrupt_row_is_named_by_file_and_line(sandbox: Sandbox, tmp_path: Path)
     data = tmp_path / "pairs.jsonl"
     good = json.dumps({"prompt": "ab>", "chosen": "ab", "rejected": "ba"})
     data.write_text(f'{good}\n{good}\n{{"prompt": "cut o\n{good}\n')
-    message = refused(sandbox, 65, "train", "tiny/dpo", f"data.train={data}", "data.eval=null", "--output", tmp_path / "run")
+    message = refused(
+        sandbox, 65, "train", "tiny/dpo", f"data.train={data}", "data.eval=null", "--output", tmp_path / "run"
+    )
     assert f"{data}:3: " in message
     assert "data.max_bad_rows" in message
     assert list(tmp_path.iterdir()) == [data]
@@ -95,7 +131,10 @@ def test_conversations_need_a_chat_template(sandbox: Sandbox, tmp_path: Path) ->
     tokenizer.save_pretrained(model)
     load_config(config).save_pretrained(model)
     data = tmp_path / "pairs.jsonl"
-    row = {name: [{"role": role, "content": name}] for name, role in (("prompt", "user"), ("chosen", "assistant"), ("rejected", "assistant"))}
+    row = {
+        name: [{"role": role, "content": name}]
+        for name, role in (("prompt", "user"), ("chosen", "assistant"), ("rejected", "assistant"))
+    }
     data.write_text(json.dumps(row) + "\n")
     overrides = (f"model.path={model}", f"data.train={data}", "data.eval=null")
     message = refused(sandbox, 78, "train", "tiny/dpo", *overrides, "--output", tmp_path / "run")

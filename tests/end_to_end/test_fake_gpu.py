@@ -1,7 +1,9 @@
-"""Every command of the README, and every tiny recipe, on a machine where torch.cuda.is_available() is true and nothing is placed on a GPU.
+"""Every command of the README, and every tiny recipe, on a machine where torch.cuda.is_available() is true
+and nothing is placed on a GPU.
 
-The answer is forged in all processes, Ray's workers too, and for all libraries (tests/fake_gpu). A module that asks whether the machine has
-a GPU, and not on which device it computes, ends such a run: that is how no command worked on a GPU host.
+The answer is forged in all processes, Ray's workers too, and for all libraries (tests/fake_gpu). A module
+that asks whether the machine has a GPU, and not on which device it computes, ends such a run: that is how no
+command worked on a GPU host.
 """
 
 import subprocess
@@ -43,16 +45,24 @@ def sandbox(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 def test_the_lie_is_told_to_every_process() -> None:
     code = "import torch, subprocess, sys; print(torch.cuda.is_available()); " + (
-        "sys.stdout.flush(); subprocess.run([sys.executable, '-c', 'import torch.cuda; print(torch.cuda.is_available())'])"
+        "sys.stdout.flush(); subprocess.run([sys.executable, '-c', 'import torch.cuda; "
+        "print(torch.cuda.is_available())'])"
     )
-    done = subprocess.run([sys.executable, "-c", code], env={"PATH": "", **FAKE}, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={"PATH": "", **FAKE}, capture_output=True, text=True, check=True
+    )
     assert done.stdout.split() == ["True", "True"]
 
 
 def test_every_tiny_recipe_is_planned_and_its_first_batch_shown(sandbox: Sandbox) -> None:
     recipes = [f"tiny/{name}" for name in TINY]
     done = subprocess.run(
-        [sys.executable, "-c", LOOK, *recipes], env=sandbox.environment(), cwd=REPOSITORY, capture_output=True, text=True, timeout=500
+        [sys.executable, "-c", LOOK, *recipes],
+        env=sandbox.environment(),
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=500,
     )
     lines = done.stdout.splitlines()
     failed = [line for line in lines if " 0 None" not in line]
@@ -60,7 +70,9 @@ def test_every_tiny_recipe_is_planned_and_its_first_batch_shown(sandbox: Sandbox
     assert not failed, "\n".join(failed)
 
 
-@pytest.mark.parametrize("name", [n if n in DEFAULT else pytest.param(n, marks=pytest.mark.slow) for n in TINY])
+@pytest.mark.parametrize(
+    "name", [n if n in DEFAULT else pytest.param(n, marks=pytest.mark.slow) for n in TINY]
+)
 def test_every_tiny_recipe_trains_a_step_on_the_cpu(sandbox: Sandbox, tmp_path: Path, name: str) -> None:
     command = ["train", f"tiny/{name}", "tracking.wandb=off", "--output", tmp_path / "run"]
     overrides = ["evaluation.at_start=false", "run.max_steps=1"]

@@ -15,9 +15,23 @@ STAGES = {"sft": 6, "reward": 7, "ppo": 5}
 """Steps of each stage, all different, so that a line `step 3/7` says whose it is."""
 SMALL = (
     *(f"{name}:run.max_steps={count}" for name, count in STAGES.items()),
-    *("sft:data.train=[{path: toy:sft, max_rows: 64}]", "reward:data.train=[{path: toy:reward, max_rows: 64}]"),
-    *("sft:batch.effective=16", "reward:batch.effective=16", "ppo:rollouts.prompts=64", "ppo:batch.effective=32"),
-    *("data.eval=null", "evaluation.every=null", "checkpoint.every=2", "tracking.wandb=off", "learners.cpus_per_worker=0.5"),
+    *(
+        "sft:data.train=[{path: toy:sft, max_rows: 64}]",
+        "reward:data.train=[{path: toy:reward, max_rows: 64}]",
+    ),
+    *(
+        "sft:batch.effective=16",
+        "reward:batch.effective=16",
+        "ppo:rollouts.prompts=64",
+        "ppo:batch.effective=32",
+    ),
+    *(
+        "data.eval=null",
+        "evaluation.every=null",
+        "checkpoint.every=2",
+        "tracking.wandb=off",
+        "learners.cpus_per_worker=0.5",
+    ),
 )
 
 
@@ -28,7 +42,8 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shared]:
 
 
 def test_a_killed_pipeline_goes_on_at_its_stage(shared: Shared) -> None:
-    """SIGKILL to the driver in the second and in the third stage; the same command each time; equal to the last bit."""
+    """SIGKILL to the driver in the second and in the third stage; the same command each time; equal to the
+    last bit."""
     undisturbed, folder = shared.root / "undisturbed", shared.root / "killed"
     finished = shared.sandbox.run("train", "tiny/rlhf", *SMALL, "--output", undisturbed)
     assert finished.code == 0, finished.err
@@ -59,11 +74,21 @@ def taken(said: str, total: int) -> list[int]:
 
 def test_rlhf_makes_a_reward_model_and_learns_what_was_wanted_from_it(shared: Shared, tmp_path: Path) -> None:
     """PPO sees the reward model only; exact match (weight 0) says whether that was the point."""
-    finished = shared.sandbox.run("train", "tiny/rlhf", "learners.cpus_per_worker=0.5", "--output", tmp_path / "rlhf", timeout=600)
+    finished = shared.sandbox.run(
+        "train", "tiny/rlhf", "learners.cpus_per_worker=0.5", "--output", tmp_path / "rlhf", timeout=600
+    )
     assert finished.code == 0, finished.err
-    evaluations = [line for line in read_lines(tmp_path / "rlhf" / "ppo" / "metrics.jsonl") if "eval/reward/exact" in line]
+    evaluations = [
+        line
+        for line in read_lines(tmp_path / "rlhf" / "ppo" / "metrics.jsonl")
+        if "eval/reward/exact" in line
+    ]
     first, last = evaluations[0], evaluations[-1]
     assert last["eval/reward/learned"] > first["eval/reward/learned"] + 2
     assert first["eval/reward/exact"] < 0.5 and last["eval/reward/exact"] > 0.85
-    scores = [line for line in read_lines(tmp_path / "rlhf" / "reward" / "metrics.jsonl") if "eval/preference_accuracy" in line]
+    scores = [
+        line
+        for line in read_lines(tmp_path / "rlhf" / "reward" / "metrics.jsonl")
+        if "eval/preference_accuracy" in line
+    ]
     assert scores[-1]["eval/preference_accuracy"] > 0.95

@@ -1,4 +1,5 @@
-"""Whole online runs under every kind of sampler: strictly on-policy the generator's log-probs are the learner's, so weights are 1."""
+"""Whole online runs under every kind of sampler: strictly on-policy the generator's log-probs are the
+learner's, so weights are 1."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,8 +16,21 @@ pytestmark = pytest.mark.timeout(600)
 GAP = 1e-4
 """Nat, of any token: what an fp32 model's kernels differ by (measured at full support: 1e-5)."""
 SMALL = (
-    *("run.max_steps=2", "rollouts.prompts=4", "rollouts.samples=4", "batch.effective=16", "learners.workers=1", "rollouts.workers=1"),
-    *("tracking.wandb=off", "evaluation.every=null", "data.eval=null", "evaluation.at_start=false", "optimizer.warmup_steps=0"),
+    *(
+        "run.max_steps=2",
+        "rollouts.prompts=4",
+        "rollouts.samples=4",
+        "batch.effective=16",
+        "learners.workers=1",
+        "rollouts.workers=1",
+    ),
+    *(
+        "tracking.wandb=off",
+        "evaluation.every=null",
+        "data.eval=null",
+        "evaluation.at_start=false",
+        "optimizer.warmup_steps=0",
+    ),
 )
 
 
@@ -41,7 +55,9 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def reward(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Differs within every group, so that the second step samples from other weights than the first."""
     file = tmp_path_factory.mktemp("reward") / "variety.py"
-    file.write_text("def variety(completions, **_):\n    return [float(len(set(text))) for text in completions]\n")
+    file.write_text(
+        "def variety(completions, **_):\n    return [float(len(set(text))) for text in completions]\n"
+    )
     return f"rewards.functions=[{{name: variety, function: {file}:variety}}]"
 
 
@@ -66,9 +82,19 @@ CASES = [
 
 
 @pytest.mark.parametrize(("name", "sampler"), CASES, ids=str)
-def test_on_policy_weights_are_one_whatever_the_sampler(shared: Shared, start: Path, reward: str, name: str, sampler: tuple[str, ...]) -> None:
+def test_on_policy_weights_are_one_whatever_the_sampler(
+    shared: Shared, start: Path, reward: str, name: str, sampler: tuple[str, ...]
+) -> None:
     folder = "-".join((name, *sampler)).translate(str.maketrans("=.,'[]", "______"))
-    outcome, said = shared.train_last("tiny/grpo", start, folder, *SMALL, reward, f"algorithm.name={name}", *(f"rollouts.{s}" for s in sampler))
+    outcome, said = shared.train_last(
+        "tiny/grpo",
+        start,
+        folder,
+        *SMALL,
+        reward,
+        f"algorithm.name={name}",
+        *(f"rollouts.{s}" for s in sampler),
+    )
     lines = metrics(outcome.folder)
     assert len(lines) == 2 and "warning" not in said
     assert lines[0]["grad_norm"] > 0 or "top_k=1" in sampler, "greedy completions of a group are all the same"

@@ -1,4 +1,5 @@
-"""Settings that only whole runs can show: two runs that differ in many keys, each key seen in what its run leaves behind."""
+"""Settings that only whole runs can show: two runs that differ in many keys, each key seen in what its run
+leaves behind."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -45,7 +46,11 @@ def overrides(kind: str, which: int, root: Path) -> list[str]:
     for path, run in RUNS.items():
         value = run.values[which].replace("ROOT", str(root))
         if run.kind == kind:
-            changes.append(f"{path}={value}" if "[]" not in path else f"rewards.functions=[{{name: {value}, function: exact_match}}]")
+            changes.append(
+                f"{path}={value}"
+                if "[]" not in path
+                else f"rewards.functions=[{{name: {value}, function: exact_match}}]"
+            )
     return changes
 
 
@@ -63,7 +68,9 @@ def ran(shared: Shared, request: pytest.FixtureRequest) -> tuple[str, tuple[Path
 
 def test_every_key_of_the_runs_is_seen_in_what_they_leave(ran: tuple[str, tuple[Path, Path]]) -> None:
     kind, folders = ran
-    seen = {path: tuple(run.see(folder) for folder in folders) for path, run in RUNS.items() if run.kind == kind}
+    seen = {
+        path: tuple(run.see(folder) for folder in folders) for path, run in RUNS.items() if run.kind == kind
+    }
     assert seen == {path: run.wanted for path, run in RUNS.items() if run.kind == kind}
 
 
@@ -71,10 +78,21 @@ def test_every_key_of_the_runs_is_seen_in_what_they_leave(ran: tuple[str, tuple[
 def test_a_lost_worker_is_replaced_as_often_as_the_recipe_says(shared: Shared, tmp_path: Path) -> None:
     file = shared.root / "lost.yaml"
     file.write_text(COMMON + BASES["rows"])
-    few = ["run.max_steps=2", "batch.effective=8", "data.eval=null", "tracking.wandb=off", f"reference.cache_dir={shared.root / 'lost'}"]
+    few = [
+        "run.max_steps=2",
+        "batch.effective=8",
+        "data.eval=null",
+        "tracking.wandb=off",
+        f"reference.cache_dir={shared.root / 'lost'}",
+    ]
     for allowed in (0, 1):
         recipe = load(file, [*few, f"learners.max_restarts={allowed}"]).stages[0].recipe
-        crash = {"site": "micro_batch", "action": "kill", "step": 1, "once": str(tmp_path / f"crashed-{allowed}")}
+        crash = {
+            "site": "micro_batch",
+            "action": "kill",
+            "step": 1,
+            "once": str(tmp_path / f"crashed-{allowed}"),
+        }
         folder = shared.root / f"lost-{allowed}"
         with planned_faults(crash):
             if allowed:

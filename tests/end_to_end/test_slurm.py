@@ -1,7 +1,8 @@
-"""launch/slurm.sbatch on a real Slurm: munge, slurmctld and slurmd of this machine, in namespaces of their own.
+"""launch/slurm.sbatch on a real Slurm: munge, slurmctld and slurmd of this machine, in namespaces of their
+own.
 
-The process namespace is needed because `ray symmetric-run` refuses a machine that has a Ray and ends with `ray stop`, which
-ends every Ray it sees; the network namespace keeps the ports apart.
+The process namespace is needed because `ray symmetric-run` refuses a machine that has a Ray and ends with
+`ray stop`, which ends every Ray it sees; the network namespace keeps the ports apart.
 """
 
 import os
@@ -20,11 +21,17 @@ import pytest
 from orchestrator.cluster.submit.schedulers import Launch, artefact
 from tests.running import FEW, REPOSITORY, steps, wait_until
 
-MISSING = [program for program in ("slurmctld", "slurmd", "munged", "sbatch", "unshare", "nsenter", "ip") if shutil.which(program) is None]
+MISSING = [
+    program
+    for program in ("slurmctld", "slurmd", "munged", "sbatch", "unshare", "nsenter", "ip")
+    if shutil.which(program) is None
+]
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.timeout(900),
-    pytest.mark.skipif(bool(MISSING), reason=f"no {', '.join(MISSING)} here (apt-get install slurm-wlm iproute2)"),
+    pytest.mark.skipif(
+        bool(MISSING), reason=f"no {', '.join(MISSING)} here (apt-get install slurm-wlm iproute2)"
+    ),
     pytest.mark.skipif(os.geteuid() != 0, reason="namespaces and slurmd need root"),
 ]
 
@@ -77,8 +84,18 @@ class Slurm:
 
     def __call__(self, *command: str | Path, check: bool = True, stdin: str = "") -> str:
         """What a command says that runs where Slurm does."""
-        enter = ["nsenter", f"--target={self.inside}", "--net", "--pid", "--mount", "--wdns=" + str(self.root), *map(str, command)]
-        done = subprocess.run(enter, input=stdin, env=_environment(self.root), capture_output=True, text=True, timeout=60)
+        enter = [
+            "nsenter",
+            f"--target={self.inside}",
+            "--net",
+            "--pid",
+            "--mount",
+            "--wdns=" + str(self.root),
+            *map(str, command),
+        ]
+        done = subprocess.run(
+            enter, input=stdin, env=_environment(self.root), capture_output=True, text=True, timeout=60
+        )
         assert done.returncode == 0 or not check, f"{command}: {done.stdout}{done.stderr}"
         return done.stdout
 
@@ -93,10 +110,13 @@ class Slurm:
         return found[1]
 
     def wait_for(self, job: int, *states: str, timeout: float = 240.0) -> str:
-        """The state as soon as it is one of these; a job that does not come to it fails the test with its log."""
+        """The state as soon as it is one of these; a job that does not come to it fails the test with its
+        log."""
         arrived = wait_until(lambda: self.field(job, "JobState") in states, timeout, pause_s=1.0)
         state = self.field(job, "JobState")
-        assert arrived, f"job {job} is {state} after {timeout:.0f} s, not {states}; it said:\n{self.log(job)[-3000:]}"
+        assert arrived, (
+            f"job {job} is {state} after {timeout:.0f} s, not {states}; it said:\n{self.log(job)[-3000:]}"
+        )
         return state
 
     def log(self, job: int) -> str:
@@ -107,7 +127,12 @@ class Slurm:
 
 def _environment(root: Path) -> dict[str, str]:
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "SLURM_", "SBATCH_"))}
-    own = {"SLURM_CONF": str(root / "slurm.conf"), "HOME": str(root / "home"), "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    own = {
+        "SLURM_CONF": str(root / "slurm.conf"),
+        "HOME": str(root / "home"),
+        "PYTHONPATH": str(REPOSITORY),
+        "OMP_NUM_THREADS": "1",
+    }
     return inherited | own | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
 
 
@@ -125,13 +150,29 @@ def _slurm(root: Path) -> Iterator[Slurm]:
     host = subprocess.run(["hostname", "-s"], capture_output=True, text=True, check=True).stdout.strip()
     (root / "slurm.conf").write_text(CONFIGURATION.format(root=root, host=host))
     with (root / "daemons.log").open("wb") as log:
-        isolate = ["unshare", "--fork", "--pid", "--mount-proc", "--net", "--kill-child", "bash", "-c", DAEMONS, "daemons", str(root)]
-        outer = subprocess.Popen(isolate, env=_environment(root), stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        isolate = [
+            "unshare",
+            "--fork",
+            "--pid",
+            "--mount-proc",
+            "--net",
+            "--kill-child",
+            "bash",
+            "-c",
+            DAEMONS,
+            "daemons",
+            str(root),
+        ]
+        outer = subprocess.Popen(
+            isolate, env=_environment(root), stdin=subprocess.DEVNULL, stdout=log, stderr=log
+        )
     try:
         children = Path(f"/proc/{outer.pid}/task/{outer.pid}/children")
         assert wait_until(lambda: bool(children.read_text().split()), 10.0)
         cluster = Slurm(root, int(children.read_text().split()[0]))
-        up = wait_until(lambda: "idle" in cluster("sinfo", "--noheader", "--format=%T", check=False), 60.0, pause_s=0.5)
+        up = wait_until(
+            lambda: "idle" in cluster("sinfo", "--noheader", "--format=%T", check=False), 60.0, pause_s=0.5
+        )
         assert up, (root / "daemons.log").read_text()[-3000:]
         yield cluster
     finally:
@@ -140,9 +181,21 @@ def _slurm(root: Path) -> Iterator[Slurm]:
 
 
 def _script(slurm: Slurm, folder: str, max_steps: int) -> str:
-    overrides = (f"run.max_steps={max_steps}", f"data.train={FEW % 'preference'}", "data.eval=null", "batch.effective=16")
-    small = ("learners.cpus_per_worker=0.5", "tracking.wandb=off", f"reference.cache_dir={slurm.root / 'reference'}")
-    return artefact("slurm", Launch("tiny/dpo", (*overrides, *small), "tiny-dpo", 1, 0, 2, str(slurm.root / "runs" / folder), ""))
+    overrides = (
+        f"run.max_steps={max_steps}",
+        f"data.train={FEW % 'preference'}",
+        "data.eval=null",
+        "batch.effective=16",
+    )
+    small = (
+        "learners.cpus_per_worker=0.5",
+        "tracking.wandb=off",
+        f"reference.cache_dir={slurm.root / 'reference'}",
+    )
+    return artefact(
+        "slurm",
+        Launch("tiny/dpo", (*overrides, *small), "tiny-dpo", 1, 0, 2, str(slurm.root / "runs" / folder), ""),
+    )
 
 
 def test_a_job_trains_to_its_end(slurm: Slurm) -> None:
@@ -183,7 +236,9 @@ def test_a_cancelled_job_stays_cancelled(slurm: Slurm) -> None:
 
 
 def test_a_recipe_that_cannot_be_run_fails_and_is_not_queued_again(slurm: Slurm) -> None:
-    wrong = Launch("tiny/dpo", ("batch.effectve=16",), "tiny-dpo", 1, 0, 2, str(slurm.root / "runs" / "wrong"), "")
+    wrong = Launch(
+        "tiny/dpo", ("batch.effectve=16",), "tiny-dpo", 1, 0, 2, str(slurm.root / "runs" / "wrong"), ""
+    )
     job = slurm.submit(artefact("slurm", wrong))
     slurm.wait_for(job, "FAILED")
     assert slurm.field(job, "ExitCode") == "78:0" and slurm.field(job, "Restarts") == "0"

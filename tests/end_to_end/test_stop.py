@@ -1,4 +1,5 @@
-"""A run that is asked to stop, by any signal, in any phase: it ends with 75 and a checkpoint, and the same command goes on."""
+"""A run that is asked to stop, by any signal, in any phase: it ends with 75 and a checkpoint, and the same
+command goes on."""
 
 import contextlib
 import os
@@ -21,10 +22,16 @@ STEPS = 30
 
 
 def test_sigterm_to_every_process_stops_after_the_step_and_the_next_run_goes_on(tmp_path: Path) -> None:
-    """With a Ray of its own, as a user runs it; systemd, Slurm and containers signal its daemons and workers as well as the driver. Nothing
-    of it is left at either end."""
+    """With a Ray of its own, as a user runs it; systemd, Slurm and containers signal its daemons and workers
+    as well as the driver. Nothing of it is left at either end."""
     folder = tmp_path / "run"
-    overrides = (f"run.max_steps={STEPS}", f"data.train={FEW % 'preference'}", "data.eval=null", "batch.effective=16", "learners.cpus_per_worker=0.5")
+    overrides = (
+        f"run.max_steps={STEPS}",
+        f"data.train={FEW % 'preference'}",
+        "data.eval=null",
+        "batch.effective=16",
+        "learners.cpus_per_worker=0.5",
+    )
     command = ("train", "tiny/dpo", *overrides, "tracking.wandb=off", "--output", folder)
     first = Sandbox(tmp_path / "first")
     try:
@@ -60,22 +67,46 @@ def test_sigterm_to_every_process_stops_after_the_step_and_the_next_run_goes_on(
 
 # ---- every signal, to the driver and to its group, in every phase
 
-SMALL = (f"data.train={FEW % 'preference'}", "batch.effective=16", "learners.cpus_per_worker=0.5", "tracking.wandb=off", "checkpoint.every=null")
+SMALL = (
+    f"data.train={FEW % 'preference'}",
+    "batch.effective=16",
+    "learners.cpus_per_worker=0.5",
+    "tracking.wandb=off",
+    "checkpoint.every=null",
+)
 PHASES: dict[str, tuple[Callable[[Command], None], str, tuple[str, ...]]] = {
-    "first second": (lambda command: command.wait_for("loading torch"), "while starting", ("run.max_steps=4",)),
+    "first second": (
+        lambda command: command.wait_for("loading torch"),
+        "while starting",
+        ("run.max_steps=4",),
+    ),
     "start": (lambda command: time.sleep(6.0), "while starting", ("run.max_steps=4",)),
-    "step": (lambda command: command.wait_for(f"step 2/{STEPS}"), "a checkpoint was written", (f"run.max_steps={STEPS}",)),
-    "export": (lambda command: command.wait_for("exporting to"), "while exporting the model", ("run.max_steps=2",)),
+    "step": (
+        lambda command: command.wait_for(f"step 2/{STEPS}"),
+        "a checkpoint was written",
+        (f"run.max_steps={STEPS}",),
+    ),
+    "export": (
+        lambda command: command.wait_for("exporting to"),
+        "while exporting the model",
+        ("run.max_steps=2",),
+    ),
 }
 """How to wait for a phase, what the run then says, and overrides."""
-MATRIX = [(phase, name, group) for phase in PHASES for name in ("TERM", "INT", "HUP") for group in (False, True)]
+MATRIX = [
+    (phase, name, group) for phase in PHASES for name in ("TERM", "INT", "HUP") for group in (False, True)
+]
 QUICK = (("first second", "INT", True), ("step", "HUP", True))
 
 
 @pytest.mark.parametrize(
-    ("phase", "name", "group"), [case if case in QUICK else pytest.param(*case, marks=pytest.mark.slow) for case in MATRIX], ids=str
+    ("phase", "name", "group"),
+    [case if case in QUICK else pytest.param(*case, marks=pytest.mark.slow) for case in MATRIX],
+    ids=str,
 )
-def test_any_signal_in_any_phase_ends_with_75_and_nothing_left(tmp_path: Path, phase: str, name: str, group: bool) -> None:
+def test_any_signal_in_any_phase_ends_with_75_and_nothing_left(
+    tmp_path: Path, phase: str, name: str, group: bool
+) -> None:
     """Twice at once, as `timeout` and a closing terminal do."""
     wait, said, overrides = PHASES[phase]
     number, sandbox = signal.Signals[f"SIG{name}"], Sandbox(tmp_path / "sandbox")
@@ -90,7 +121,9 @@ def test_any_signal_in_any_phase_ends_with_75_and_nothing_left(tmp_path: Path, p
         signal.signal(signal.SIGHUP, before)
         sandbox.close()
     assert stopped.code == 75, stopped.err
-    assert said in stopped.err and "run the same command again" in stopped.err and "Traceback" not in stopped.err
+    assert (
+        said in stopped.err and "run the same command again" in stopped.err and "Traceback" not in stopped.err
+    )
     if phase in ("step", "export"):
         (checkpoint,) = (tmp_path / "run" / "checkpoints").glob("step_*")
         assert int(checkpoint.name[5:]) == steps(tmp_path / "run")[-1]
@@ -109,7 +142,14 @@ with stop_signals() as stop:
 
 
 def test_what_is_ignored_at_start_stays_so() -> None:
-    done = subprocess.run([sys.executable, "-c", IGNORING], cwd=REPOSITORY, capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", IGNORING],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
     assert done.stdout.split() == ["SIGTERM", "True"]
 
 
@@ -149,7 +189,12 @@ with enduring_output():
 def test_output_that_nobody_reads_any_longer_ends_nothing(tmp_path: Path, kind: str) -> None:
     """`| head -1`, and a terminal that is closed (SIGHUP is kept away from it here)."""
     reader, writer = os.pipe() if kind == "pipe" else pty.openpty()
-    process = subprocess.Popen([sys.executable, "-c", PRINTING, "20", str(tmp_path / "end")], cwd=REPOSITORY, stdout=writer, start_new_session=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", PRINTING, "20", str(tmp_path / "end")],
+        cwd=REPOSITORY,
+        stdout=writer,
+        start_new_session=True,
+    )
     os.close(writer)
     assert os.read(reader, 4)
     os.close(reader)

@@ -1,4 +1,5 @@
-"""Runs as they are watched: in wandb (a stand-in for its service), in Prometheus, and by which names the dashboards know them."""
+"""Runs as they are watched: in wandb (a stand-in for its service), in Prometheus, and by which names the
+dashboards know them."""
 
 import math
 import re
@@ -56,8 +57,8 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shared]:
 
 @dataclass(frozen=True, slots=True)
 class Tracked:
-    """A DPO run whose driver was killed with -9 while it wrote the checkpoint of step 4, and that was started again with
-    another micro-batch."""
+    """A DPO run whose driver was killed with -9 while it wrote the checkpoint of step 4, and that was started
+    again with another micro-batch."""
 
     folder: Path
     server: WandbServer
@@ -74,7 +75,9 @@ def tracked(shared: Shared) -> Iterator[Tracked]:
     with WandbServer() as server, pytest.MonkeyPatch.context() as patch:
         for name, value in server.environment().items():
             patch.setenv(name, value)
-        killed = shared.sandbox.run(*command, faults=[{"site": "checkpoint.manifest", "step": 4, "action": "kill"}])
+        killed = shared.sandbox.run(
+            *command, faults=[{"site": "checkpoint.manifest", "step": 4, "action": "kill"}]
+        )
         assert killed.code == -9, killed.err
         assert [line["step"] for line in metrics(folder)] == [1, 2, 3, 4]
         finished = shared.sandbox.run(*command, "batch.micro_batch=4")
@@ -125,17 +128,23 @@ def test_tables_are_uploaded_and_bounded(tracked: Tracked) -> None:
 
 def test_summaries_say_the_best(tracked: Tracked) -> None:
     losses = tracked.run.series("eval/loss")
-    assert tracked.run.summary["eval/loss"] == {"min": pytest.approx(min(losses)), "last": pytest.approx(losses[-1])}
+    assert tracked.run.summary["eval/loss"] == {
+        "min": pytest.approx(min(losses)),
+        "last": pytest.approx(losses[-1]),
+    }
     assert tracked.run.summary["train/loss"] == tracked.run.series("train/loss")[-1]
 
 
 def scrape(run: str, wanted: Collection[str], deadline_s: float = 60.0) -> dict[str, float]:
-    """The gauges of a run that the node's metrics agent serves, once all of `wanted` are there with a value of their own:
-    drivers report to it every ten seconds."""
+    """The gauges of a run that the node's metrics agent serves, once all of `wanted` are there with a value
+    of their own: drivers report to it every ten seconds."""
     import ray
 
     node = ray.nodes()[0]
-    url, found = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics", dict[str, float]()
+    url, found = (
+        f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics",
+        dict[str, float](),
+    )
     sample = re.compile(rf'^ray_(orchestrator_\w+){{[^}}]*run="{run}"[^}}]*}} (\S+)$', re.MULTILINE)
 
     def there() -> bool:
@@ -152,7 +161,11 @@ def test_a_gauge_reaches_prometheus_and_what_is_no_number_does_not(shared: Share
     sink = RayMetricsSink("a-pipeline", "dpo", "second")
     sink.step(StepReport(7, {"grad_norm": math.inf, "loss": 0.25}))
     sink.evaluation(EvaluationReport(7, {"eval/loss": 0.5}))
-    expected = {"orchestrator_train_loss": 0.25, "orchestrator_train_global_step": 7.0, "orchestrator_eval_loss": 0.5}
+    expected = {
+        "orchestrator_train_loss": 0.25,
+        "orchestrator_train_global_step": 7.0,
+        "orchestrator_eval_loss": 0.5,
+    }
     assert scrape("a-pipeline", expected.keys()) == expected
 
 
@@ -165,13 +178,23 @@ def online(shared: Shared, tracked: Tracked) -> Path:
 
 @pytest.mark.slow
 def test_prometheus_sees_every_metric_of_a_run(online: Path) -> None:
-    emitted = {gauge(name): value for line in every_line(online / "metrics.jsonl") for name, value in line.items() if name != "step"}
+    emitted = {
+        gauge(name): value
+        for line in every_line(online / "metrics.jsonl")
+        for name, value in line.items()
+        if name != "step"
+    }
     assert scrape("tiny-ppo", emitted.keys()) == pytest.approx({**emitted, gauge("global_step"): 3.0})
 
 
 @pytest.mark.slow
 def test_no_panel_asks_for_a_metric_that_no_run_has(tracked: Tracked, online: Path) -> None:
-    emitted = {name for folder in (tracked.folder, online) for line in every_line(folder / "metrics.jsonl") for name in line}
+    emitted = {
+        name
+        for folder in (tracked.folder, online)
+        for line in every_line(folder / "metrics.jsonl")
+        for name in line
+    }
     panels = [name for question in QUESTIONS for panel in question.panels for name in panel.names]
     unknown = {re.sub(r"pass@\d+", "pass@4", name) for name in panels} - emitted
     assert not unknown

@@ -1,4 +1,5 @@
-"""Whole runs on real Ray workers: what a run folder holds, what the exported model computes, and the variants of DPO."""
+"""Whole runs on real Ray workers: what a run folder holds, what the exported model computes, and the variants
+of DPO."""
 
 import math
 from collections.abc import Iterator
@@ -22,9 +23,20 @@ SMALL = (
 )
 STEP_METRICS = {
     *("step", "loss", "grad_norm", "learning_rate", "num_tokens", "examples", "skipped"),
-    *("perf/tokens_per_s", "perf/mfu", "perf/micro_batches", "time/data", "time/forward_backward", "time/optim"),
+    *(
+        "perf/tokens_per_s",
+        "perf/mfu",
+        "perf/micro_batches",
+        "time/data",
+        "time/forward_backward",
+        "time/optim",
+    ),
 }
-PREFERENCE_METRICS = {*(f"rewards/{name}" for name in ("chosen", "rejected", "accuracies", "margins")), "logps/chosen", "logps/rejected"}
+PREFERENCE_METRICS = {
+    *(f"rewards/{name}" for name in ("chosen", "rejected", "accuracies", "margins")),
+    "logps/chosen",
+    "logps/rejected",
+}
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +56,9 @@ def held_out(task: str, rows: int = 8) -> str:
 
 def train_tiny(shared: Shared, recipe: str, task: str, folder: str, *overrides: str) -> Path:
     """The folder of a small run of a tiny recipe."""
-    outcome, said = shared.train(f"tiny/{recipe}", folder, *SMALL, same_batch(task), held_out(task), *overrides)
+    outcome, said = shared.train(
+        f"tiny/{recipe}", folder, *SMALL, same_batch(task), held_out(task), *overrides
+    )
     assert outcome.steps == 4
     assert "step 4/4" in said
     return outcome.folder
@@ -52,10 +66,24 @@ def train_tiny(shared: Shared, recipe: str, task: str, folder: str, *overrides: 
 
 def check_folder(folder: Path, *, wandb: bool) -> None:
     """All that every run leaves."""
-    for name in ("recipe.yaml", "plan.json", "metrics.jsonl", "samples.jsonl", "report.html", "logs/driver.log"):
+    for name in (
+        "recipe.yaml",
+        "plan.json",
+        "metrics.jsonl",
+        "samples.jsonl",
+        "report.html",
+        "logs/driver.log",
+    ):
         assert (folder / name).is_file(), name
-    assert [p.name for p in sorted((folder / "logs").glob("learner-*.log"))] == ["learner-0.log", "learner-1.log"]
-    assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["LATEST", "step_00000002", "step_00000004"]
+    assert [p.name for p in sorted((folder / "logs").glob("learner-*.log"))] == [
+        "learner-0.log",
+        "learner-1.log",
+    ]
+    assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == [
+        "LATEST",
+        "step_00000002",
+        "step_00000004",
+    ]
     assert (folder / "checkpoints" / "LATEST").read_text() == "step_00000004\n"
     assert "<svg" in (folder / "report.html").read_text()
     assert "data" in (folder / "export" / "README.md").read_text()
@@ -117,7 +145,9 @@ def test_sft(shared: Shared) -> None:
     folder = train_tiny(shared, "sft", "sft", "sft")
     check_folder(folder, wandb=True)
     lines = metrics(folder)
-    assert lines[0]["loss"] == pytest.approx(math.log(259), rel=0.1), "random weights know nothing about the next byte"
+    assert lines[0]["loss"] == pytest.approx(math.log(259), rel=0.1), (
+        "random weights know nothing about the next byte"
+    )
     assert lines[-1]["loss"] < lines[0]["loss"]
     samples = every_line(folder / "samples.jsonl")
     assert {line["step"] for line in samples} == {0, 4}
@@ -138,10 +168,16 @@ def test_reward_model(shared: Shared) -> None:
     rewards = []
     for row in toy_rows("reward", "eval", 8):
         for side in ("chosen", "rejected"):
-            ids = [*tokenizer(row["prompt"] + row[side], add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+            ids = [
+                *tokenizer(row["prompt"] + row[side], add_special_tokens=False).input_ids,
+                tokenizer.eos_token_id,
+            ]
             rewards.append(float(model(input_ids=torch.tensor([ids])).logits))
     last = every_line(folder / "metrics.jsonl")[-1]
-    assert sum(a > b for a, b in zip(rewards[::2], rewards[1::2], strict=True)) / 8 == last["eval/rewards/accuracies"]
+    assert (
+        sum(a > b for a, b in zip(rewards[::2], rewards[1::2], strict=True)) / 8
+        == last["eval/rewards/accuracies"]
+    )
 
 
 @pytest.mark.slow
@@ -157,7 +193,11 @@ def test_lora_with_activation_checkpointing(shared: Shared) -> None:
     """Two things that go wrong together: frozen inputs have no gradient to hold a checkpointed layer's graph."""
     from orchestrator.models.load import load as load_model
 
-    extra = ("model.lora={rank: 4}", "learners.activation_checkpointing=selective", "optimizer.learning_rate=1e-2")
+    extra = (
+        "model.lora={rank: 4}",
+        "learners.activation_checkpointing=selective",
+        "optimizer.learning_rate=1e-2",
+    )
     folder = train_tiny(shared, "dpo", "preference", "lora", *extra)
     check_folder(folder, wandb=True)
     assert (folder / "export" / "adapter" / "adapter_model.safetensors").is_file()
@@ -169,7 +209,12 @@ def test_lora_with_activation_checkpointing(shared: Shared) -> None:
 
 
 def test_tr_dpo_without_wandb(shared: Shared) -> None:
-    extra = ("algorithm.reference_sync_every=2", "algorithm.reference_sync_alpha=1.0", "tracking.wandb=off", "optimizer.learning_rate=1e-2")
+    extra = (
+        "algorithm.reference_sync_every=2",
+        "algorithm.reference_sync_alpha=1.0",
+        "tracking.wandb=off",
+        "optimizer.learning_rate=1e-2",
+    )
     folder = train_tiny(shared, "dpo", "preference", "tr", *extra)
     check_folder(folder, wandb=False)
     losses = [line["loss"] for line in metrics(folder)]

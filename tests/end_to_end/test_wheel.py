@@ -30,7 +30,12 @@ class Installed:
         folder = self.sandbox.root / "elsewhere"
         folder.mkdir(exist_ok=True)
         done = subprocess.run(
-            [str(part) for part in command], cwd=folder, env=self.sandbox.environment(), capture_output=True, text=True, timeout=timeout
+            [str(part) for part in command],
+            cwd=folder,
+            env=self.sandbox.environment(),
+            capture_output=True,
+            text=True,
+            timeout=timeout,
         )
         assert done.returncode == 0, done.stderr
         return done.stdout
@@ -41,16 +46,24 @@ class Installed:
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Installed]:
-    """Without the network: hatchling is part of the development environment, and dependencies are not installed again."""
+    """Without the network: hatchling is part of the development environment, and dependencies are not
+    installed again."""
     root = tmp_path_factory.mktemp("wheel")
-    subprocess.run([sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(root)], cwd=REPOSITORY, check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(root)],
+        cwd=REPOSITORY,
+        check=True,
+        capture_output=True,
+    )
     (wheel,) = root.glob("*.whl")
     venv.create(root / "venv", symlinks=True)
     python = root / "venv" / "bin" / "python"
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", str(python)]
     subprocess.run([*pip, "install", "--no-deps", "--no-index", "--quiet", str(wheel)], check=True)
     (packages,) = (root / "venv").glob("lib/python*/site-packages")
-    (packages / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")  # a path alone: the editable install there is not followed
+    (packages / "dependencies.pth").write_text(
+        sysconfig.get_path("purelib") + "\n"
+    )  # a path alone: the editable install there is not followed
     sandbox = Sandbox(root / "sandbox")
     yield Installed(wheel, python, sandbox)
     sandbox.close()
@@ -59,7 +72,10 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Installed]:
 def test_what_the_wheel_holds(installed: Installed) -> None:
     names = set(zipfile.ZipFile(installed.wheel).namelist())
     assert "orchestrator/py.typed" in names
-    recipes = {path.relative_to(REPOSITORY / "recipes").as_posix() for path in (REPOSITORY / "recipes").rglob("*.yaml")}
+    recipes = {
+        path.relative_to(REPOSITORY / "recipes").as_posix()
+        for path in (REPOSITORY / "recipes").rglob("*.yaml")
+    }
     assert {name.removeprefix("orchestrator/_recipes/") for name in names if "/_recipes/" in name} == recipes
     assert not [name for name in names if name.startswith(("tests/", "docs/")) or "__pycache__" in name]
     where = installed.run(installed.python, "-c", "import orchestrator, sys; print(orchestrator.__file__)")
@@ -74,7 +90,13 @@ def test_the_recipes_are_there_without_a_checkout(installed: Installed) -> None:
 
 @pytest.mark.slow
 def test_it_trains(installed: Installed) -> None:
-    overrides = (f"data.train={FEW % 'preference'}", "data.eval=null", "batch.effective=16", "run.max_steps=3", "learners.cpus_per_worker=0.5")
+    overrides = (
+        f"data.train={FEW % 'preference'}",
+        "data.eval=null",
+        "batch.effective=16",
+        "run.max_steps=3",
+        "learners.cpus_per_worker=0.5",
+    )
     folder = installed.sandbox.root / "elsewhere" / "runs" / "tiny-dpo"
     installed.program("train", "tiny/dpo", *overrides, timeout=300)
     assert steps(folder) == [1, 2, 3]

@@ -1,4 +1,5 @@
-"""On PYTHONPATH, this makes every Python process, Ray's workers too, believe that its machine has a GPU: torch.cuda.is_available() is true.
+"""On PYTHONPATH, this makes every Python process, Ray's workers too, believe that its machine has a GPU:
+torch.cuda.is_available() is true.
 
 FAKE_GPU_FOR=NAME tells it only to modules whose name starts with NAME; the others are told the truth.
 """
@@ -16,7 +17,9 @@ ONLY = os.environ.get("FAKE_GPU_FOR", "")
 class _Patching(importlib.abc.MetaPathFinder):
     """Lets torch.cuda be imported as ever, then replaces its is_available."""
 
-    def find_spec(self, name: str, path: object = None, target: ModuleType | None = None) -> ModuleSpec | None:
+    def find_spec(
+        self, name: str, path: object = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
         if name != "torch.cuda":
             return None
         sys.meta_path.remove(self)
@@ -27,7 +30,9 @@ class _Patching(importlib.abc.MetaPathFinder):
         def patched(module: ModuleType) -> None:
             execute(module)
             truth = module.is_available
-            module.is_available = lambda: True if sys._getframe(1).f_globals.get("__name__", "").startswith(ONLY) else truth()  # type: ignore[attr-defined]
+            module.is_available = lambda: (
+                True if sys._getframe(1).f_globals.get("__name__", "").startswith(ONLY) else truth()
+            )  # type: ignore[attr-defined]
 
         spec.loader.exec_module = patched  # type: ignore[method-assign]
         return spec

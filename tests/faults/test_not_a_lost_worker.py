@@ -1,4 +1,5 @@
-"""What is no lost worker ends a run by its own code, at once; what an environment raises costs an episode; two jobs never hold half each."""
+"""What is no lost worker ends a run by its own code, at once; what an environment raises costs an episode;
+two jobs never hold half each."""
 
 import json
 import threading
@@ -12,14 +13,29 @@ from safetensors.numpy import load_file
 
 from orchestrator.cluster.learner_group import LearnerGroup
 from orchestrator.cluster.placement import reserved
-from orchestrator.core.errors import ConfigError, Exit, MissingInput, NotEnoughResources, OrchestratorError, OutputError, RewardsFailed, WorkerFailed
+from orchestrator.core.errors import (
+    ConfigError,
+    Exit,
+    MissingInput,
+    NotEnoughResources,
+    OrchestratorError,
+    OutputError,
+    RewardsFailed,
+    WorkerFailed,
+)
 from orchestrator.core.resources import WorkerGroup
 from orchestrator.recipe.schema import Learners
 from tests.running import FEW, Shared, metrics, shared_ray, steps
 
 pytestmark = pytest.mark.timeout(600)
 
-TINY = ("model.tiny.layers=1", "model.tiny.hidden_size=16", "data.eval=null", "tracking.wandb=off", "learners.workers=1")
+TINY = (
+    "model.tiny.layers=1",
+    "model.tiny.hidden_size=16",
+    "data.eval=null",
+    "tracking.wandb=off",
+    "learners.workers=1",
+)
 OFFLINE = (f"data.train={FEW % 'preference'}", "batch.effective=16", "optimizer.warmup_steps=0")
 WORLD = """
 import os
@@ -69,7 +85,9 @@ def test_a_finished_run_is_extended_and_a_refusal_names_the_key(shared: Shared, 
     assert caught.value.why == "algorithm.beta: 0.1 -> 0.2"
 
 
-def test_truncated_weights_are_no_input_and_nothing_is_tried_again(shared: Shared, done: Path, tmp_path: Path) -> None:
+def test_truncated_weights_are_no_input_and_nothing_is_tried_again(
+    shared: Shared, done: Path, tmp_path: Path
+) -> None:
     broken = tmp_path / "broken"
     broken.mkdir()
     for file in (done / "export").iterdir():
@@ -77,7 +95,9 @@ def test_truncated_weights_are_no_input_and_nothing_is_tried_again(shared: Share
             (broken / file.name).write_bytes(file.read_bytes())
     weights = broken / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-200])
-    error, said = failure(shared, "tiny/dpo", "truncated", *OFFLINE, *TINY[2:], f"model={{path: {broken}}}", "run.max_steps=1")
+    error, said = failure(
+        shared, "tiny/dpo", "truncated", *OFFLINE, *TINY[2:], f"model={{path: {broken}}}", "run.max_steps=1"
+    )
     assert isinstance(error, MissingInput) and error.exit_code == Exit.NO_INPUT
     assert "model.safetensors is broken" in error.what and "restart" not in said
 
@@ -96,16 +116,28 @@ def online(tmp_path: Path, when: str) -> str:
     return str(tmp_path / "r.yaml")
 
 
-def test_a_flaky_environment_costs_nothing_and_a_broken_one_ends_the_run_at_once(shared: Shared, tmp_path: Path) -> None:
+def test_a_flaky_environment_costs_nothing_and_a_broken_one_ends_the_run_at_once(
+    shared: Shared, tmp_path: Path
+) -> None:
     marker = tmp_path / "failed"
-    recipe = online(tmp_path, f"len(list(Path({str(tmp_path)!r}).glob('failed*'))) < 3 and not Path(f'{marker}{{os.urandom(4).hex()}}').touch()")
+    recipe = online(
+        tmp_path,
+        f"len(list(Path({str(tmp_path)!r}).glob('failed*'))) < 3 and not "
+        f"Path(f'{marker}{{os.urandom(4).hex()}}').touch()",
+    )
     outcome, said = shared.train(recipe, "flaky")
     (line,) = metrics(outcome.folder)
-    assert line["reward/dropped_groups"] == 0.0 and "restart" not in said and len(list(tmp_path.glob("failed*"))) == 3
+    assert (
+        line["reward/dropped_groups"] == 0.0
+        and "restart" not in said
+        and len(list(tmp_path.glob("failed*"))) == 3
+    )
     error, said = failure(shared, online(tmp_path, "True"), "broken")
     assert isinstance(error, RewardsFailed) and error.exit_code == Exit.SOFTWARE
     assert "ConnectionError at world.py:8: tool server" in error.why and "restart" not in said
-    assert "Traceback" in (shared.root / "broken" / "logs" / "rollout-0.log").read_text(), "the whole of it is kept"
+    assert "Traceback" in (shared.root / "broken" / "logs" / "rollout-0.log").read_text(), (
+        "the whole of it is kept"
+    )
 
 
 class Odd(ValueError):
@@ -125,7 +157,11 @@ def test_a_bug_in_a_worker_ends_the_run_with_70_and_its_place(shared: Shared, tm
         for _ in range(2):  # the worker lives on
             with pytest.raises(WorkerFailed, match="learner-0 failed in `call`: Odd: 1 and 2") as caught:
                 group.call(bug)
-    assert caught.value.exit_code == Exit.SOFTWARE and "test_not_a_lost_worker.py" in caught.value.why and "in bug" in caught.value.why
+    assert (
+        caught.value.exit_code == Exit.SOFTWARE
+        and "test_not_a_lost_worker.py" in caught.value.why
+        and "in bug" in caught.value.why
+    )
     assert "raise Odd(1, 2)" in (tmp_path / "learner-0.log").read_text()
 
 
@@ -159,5 +195,8 @@ def test_two_jobs_never_take_half_each(shared: Shared) -> None:
     late = pytest.raises(NotEnoughResources, match="not free together within 1 s")
     with reserved(groups, 30.0), late, reserved(groups, 1.0):
         pass
-    with pytest.raises(NotEnoughResources, match="the cluster has"), reserved([*groups, WorkerGroup("critic", 1, 1.0, 0.0)], 1.0):
+    with (
+        pytest.raises(NotEnoughResources, match="the cluster has"),
+        reserved([*groups, WorkerGroup("critic", 1, 1.0, 0.0)], 1.0),
+    ):
         pass

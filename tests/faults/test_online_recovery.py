@@ -26,7 +26,8 @@ RUN = (
     "data.eval=null",
     "tracking.wandb=off",
 )
-"""PPO with all the state that there is: critic, warm-up, KL controller, running reward moments, two epochs of two mini-batches."""
+"""PPO with all the state that there is: critic, warm-up, KL controller, running reward moments, two epochs of
+two mini-batches."""
 
 
 @pytest.fixture(scope="module")
@@ -53,10 +54,15 @@ def check_equal(folder: Path, undisturbed: Path) -> None:
     assert exported_hash(folder) == exported_hash(undisturbed)
     for mine, theirs in zip(metrics(folder), metrics(undisturbed), strict=True):
         for name in ("loss", "reward/mean", "kl_coefficient", "value/loss", "optimizer_steps"):
-            assert mine.get(name) == theirs.get(name), (mine["step"], name)  # no policy loss while the critic warms up
+            assert mine.get(name) == theirs.get(name), (
+                mine["step"],
+                name,
+            )  # no policy loss while the critic warms up
 
 
-def test_a_killed_rollout_actor_changes_nothing(shared: Shared, sft: Path, undisturbed: Path, tmp_path: Path) -> None:
+def test_a_killed_rollout_actor_changes_nothing(
+    shared: Shared, sft: Path, undisturbed: Path, tmp_path: Path
+) -> None:
     """It is replaced, and its prompts are sampled again from the same seeds."""
     fault = {"site": "roll_out", "action": "kill", "step": 2, "rank": 1, "once": str(tmp_path / "killed")}
     with planned_faults(fault):
@@ -66,7 +72,9 @@ def test_a_killed_rollout_actor_changes_nothing(shared: Shared, sft: Path, undis
 
 
 @pytest.mark.slow
-def test_a_killed_learner_restarts_the_run_from_its_checkpoint(shared: Shared, sft: Path, undisturbed: Path, tmp_path: Path) -> None:
+def test_a_killed_learner_restarts_the_run_from_its_checkpoint(
+    shared: Shared, sft: Path, undisturbed: Path, tmp_path: Path
+) -> None:
     """Policy and critic alike; in flight was nothing that is not sampled again."""
     fault = {"site": "micro_batch", "action": "kill", "step": 13, "once": str(tmp_path / "killed")}
     with planned_faults(fault):
@@ -81,7 +89,9 @@ def test_a_killed_driver_goes_on_by_the_same_command(shared: Shared, sft: Path, 
     recipe = shared.root / "driver.yaml"
     overrides = [f"ppo:{o}" for o in (*RUN, *shared.overrides())]
     last = load("tiny/ppo", overrides).stages[-1].recipe
-    recipe.write_text(dump(last.model_copy(update={"model": last.model.model_copy(update={"path": str(sft)})})))
+    recipe.write_text(
+        dump(last.model_copy(update={"model": last.model.model_copy(update={"path": str(sft)})}))
+    )
     fault = {"site": "checkpoint.written", "step": STEPS, "action": "kill"}
     finished = shared.sandbox.run("train", recipe, "--output", shared.root / "driver", faults=[fault])
     assert finished.code == -9, finished.err
@@ -93,11 +103,20 @@ def test_a_killed_driver_goes_on_by_the_same_command(shared: Shared, sft: Path, 
 # ---- how old a rollout may be
 
 
-AHEAD = ("run.max_steps=6", "learners.workers=1", "rollouts.prompts=8", "rollouts.samples=4", "batch.effective=32", *RUN[3:5], *RUN[9:])
+AHEAD = (
+    "run.max_steps=6",
+    "learners.workers=1",
+    "rollouts.prompts=8",
+    "rollouts.samples=4",
+    "batch.effective=32",
+    *RUN[3:5],
+    *RUN[9:],
+)
 
 
 def test_generation_runs_one_version_ahead_and_never_more(shared: Shared, sft: Path) -> None:
-    """With an actor that is slow on purpose: batch b is sampled with version max(0, b - 1), so the learner sees age 0, then 1."""
+    """With an actor that is slow on purpose: batch b is sampled with version max(0, b - 1), so the learner
+    sees age 0, then 1."""
     with planned_faults({"site": "roll_out", "action": "slow", "rank": 1}):
         outcome, _ = shared.train_last("tiny/grpo", sft, "ahead", *AHEAD, "rollouts.max_staleness=1")
     assert [line["policy/staleness"] for line in metrics(outcome.folder)] == [0.0, 1.0, 1.0, 1.0, 1.0, 1.0]
@@ -110,8 +129,14 @@ def test_generation_runs_one_version_ahead_and_never_more(shared: Shared, sft: P
 
 @pytest.mark.slow
 def test_weights_may_change_between_the_requests_of_a_batch(shared: Shared, sft: Path) -> None:
-    """Slow actors are still at the next batch when new weights come: its later prompts are answered with them, each stamped so."""
-    slow = ("rollouts.max_staleness=1", "rollouts.update=request", "rollouts.rows_at_once=8", "run.max_steps=4")
+    """Slow actors are still at the next batch when new weights come: its later prompts are answered with
+    them, each stamped so."""
+    slow = (
+        "rollouts.max_staleness=1",
+        "rollouts.update=request",
+        "rollouts.rows_at_once=8",
+        "run.max_steps=4",
+    )
     with planned_faults({"site": "roll_out", "action": "slow"}):
         outcome, _ = shared.train_last("tiny/grpo", sft, "in-flight", *AHEAD, *slow)
     ages = [line["policy/staleness"] for line in metrics(outcome.folder)]
@@ -120,15 +145,33 @@ def test_weights_may_change_between_the_requests_of_a_batch(shared: Shared, sft:
 
 @pytest.mark.slow
 def test_one_step_ahead_learns_as_well_and_idles_less(shared: Shared, sft: Path) -> None:
-    """Three seeds of tiny GRPO: the held-out reward within 0.05, and rollout actors idle for a smaller part of the time."""
+    """Three seeds of tiny GRPO: the held-out reward within 0.05, and rollout actors idle for a smaller part
+    of the time."""
     for seed in (0, 1, 2):
         found = {}
         for ahead in (0, 1):
-            changes = (f"run.seed={seed}", f"rollouts.max_staleness={ahead}", "tracking.wandb=off", "evaluation.every=60", "learners.workers=1")
+            changes = (
+                f"run.seed={seed}",
+                f"rollouts.max_staleness={ahead}",
+                "tracking.wandb=off",
+                "evaluation.every=60",
+                "learners.workers=1",
+            )
             outcome, _ = shared.train_last("tiny/grpo", sft, f"seed{seed}-ahead{ahead}", *changes)
             lines = metrics(outcome.folder)[2:]
-            idle = float(np.sum([x["time/idle/rollouts"] for x in lines]) / np.sum([x["time/step"] for x in lines]))
-            found[ahead] = (outcome.after["eval/reward/mean"], idle, float(np.sum([x["time/step"] for x in lines])))
-        print(f"seed {seed}: " + ", ".join(f"ahead {k}: reward {r:.3f}, idle {i:.0%}, {t:.1f} s" for k, (r, i, t) in found.items()))
+            idle = float(
+                np.sum([x["time/idle/rollouts"] for x in lines]) / np.sum([x["time/step"] for x in lines])
+            )
+            found[ahead] = (
+                outcome.after["eval/reward/mean"],
+                idle,
+                float(np.sum([x["time/step"] for x in lines])),
+            )
+        print(
+            f"seed {seed}: "
+            + ", ".join(
+                f"ahead {k}: reward {r:.3f}, idle {i:.0%}, {t:.1f} s" for k, (r, i, t) in found.items()
+            )
+        )
         assert found[1][0] >= found[0][0] - 0.05
         assert found[1][1] < found[0][1]

@@ -1,5 +1,5 @@
-"""A run that was disturbed ends with the weights of one that was not: to the last bit after a kill, whoever was killed and
-wherever, and as near as sums in another order are after another cut."""
+"""A run that was disturbed ends with the weights of one that was not: to the last bit after a kill, whoever
+was killed and wherever, and as near as sums in another order are after another cut."""
 
 import math
 import os
@@ -15,7 +15,19 @@ from pathlib import Path
 import pytest
 
 from orchestrator.core.errors import Diverged, Exit
-from tests.running import FEW, Command, Sandbox, Shared, distance, exported, exported_hash, metrics, planned_faults, shared_ray, steps
+from tests.running import (
+    FEW,
+    Command,
+    Sandbox,
+    Shared,
+    distance,
+    exported,
+    exported_hash,
+    metrics,
+    planned_faults,
+    shared_ray,
+    steps,
+)
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -62,7 +74,8 @@ def check_equal(folder: Path, undisturbed: Undisturbed) -> None:
 
 
 def cut_back(undisturbed: Undisturbed, folder: Path, step: int) -> Path:
-    """A copy of the run as it was when it had just written the checkpoint of `step` (one that is still there)."""
+    """A copy of the run as it was when it had just written the checkpoint of `step` (one that is still
+    there)."""
     shutil.copytree(undisturbed.folder, folder)
     shutil.rmtree(folder / "export")
     for later in folder.glob("checkpoints/step_*"):
@@ -73,11 +86,15 @@ def cut_back(undisturbed: Undisturbed, folder: Path, step: int) -> Path:
 
 def test_worker_killed(shared: Shared, undisturbed: Undisturbed, tmp_path: Path) -> None:
     """The supervisor starts the workers again in the same command."""
-    with planned_faults({"site": "micro_batch", "action": "kill", "step": 4, "rank": 1, "once": str(tmp_path / "killed")}):
+    with planned_faults(
+        {"site": "micro_batch", "action": "kill", "step": 4, "rank": 1, "once": str(tmp_path / "killed")}
+    ):
         outcome, said = shared.train("tiny/dpo", "worker", *RUN)
     assert (tmp_path / "killed").exists()
     assert "learner-1 died" in said and "restart 1 of 3" in said
-    assert said.count("step 4/8") == 1 and said.count("step 5/8") == 1, "it went on from the checkpoint of step 4"
+    assert said.count("step 4/8") == 1 and said.count("step 5/8") == 1, (
+        "it went on from the checkpoint of step 4"
+    )
     check_equal(outcome.folder, undisturbed)
 
 
@@ -88,13 +105,17 @@ CRASHES = [
 
 
 @pytest.mark.parametrize("crashes", CRASHES, ids=lambda crashes: crashes[0][0])
-def test_driver_killed(shared: Shared, undisturbed: Undisturbed, crashes: tuple[tuple[str, int], ...]) -> None:
-    """While it writes a checkpoint: before the manifest, after it, and between the rename and LATEST. The same command
-    goes on each time."""
+def test_driver_killed(
+    shared: Shared, undisturbed: Undisturbed, crashes: tuple[tuple[str, int], ...]
+) -> None:
+    """While it writes a checkpoint: before the manifest, after it, and between the rename and LATEST. The
+    same command goes on each time."""
     name = f"driver-{crashes[0][0]}"
     for site, step in crashes:
         fault = {"site": site, "step": step, "action": "kill"}
-        finished = shared.sandbox.run("train", "tiny/dpo", *RUN, *shared.overrides(), "--output", shared.root / name, faults=[fault])
+        finished = shared.sandbox.run(
+            "train", "tiny/dpo", *RUN, *shared.overrides(), "--output", shared.root / name, faults=[fault]
+        )
         assert finished.code == -9, finished.err
         assert not (shared.root / name / "export").exists()
     outcome, _ = shared.train("tiny/dpo", name, *RUN)
@@ -126,7 +147,9 @@ DAMAGES = [
 
 
 @pytest.mark.parametrize(("damage", "message"), DAMAGES)
-def test_damaged_checkpoint_is_refused_by_name(shared: Shared, undisturbed: Undisturbed, damage: Callable[[Path], None], message: str) -> None:
+def test_damaged_checkpoint_is_refused_by_name(
+    shared: Shared, undisturbed: Undisturbed, damage: Callable[[Path], None], message: str
+) -> None:
     folder = cut_back(undisturbed, shared.root / damage.__name__, STEPS)
     damage(folder / "checkpoints" / f"step_{STEPS:08d}")
     _, said = shared.train("tiny/dpo", folder.name, *RUN)
@@ -158,7 +181,15 @@ def test_resharded(shared: Shared, undisturbed: Undisturbed, cut: tuple[str, ...
 def test_from_zero_3_to_a_lower_stage(shared: Shared, undisturbed: Undisturbed, after: str) -> None:
     name = f"from-3-to-{after}"
     fault = {"site": "checkpoint.renamed", "step": 4, "action": "kill"}
-    started = ("train", "tiny/dpo", *RUN, *shared.overrides(), "learners.zero_stage=3", "--output", shared.root / name)
+    started = (
+        "train",
+        "tiny/dpo",
+        *RUN,
+        *shared.overrides(),
+        "learners.zero_stage=3",
+        "--output",
+        shared.root / name,
+    )
     assert shared.sandbox.run(*started, faults=[fault]).code == -9
     shared.train("tiny/dpo", name, *RUN, f"learners.zero_stage={after}")
     assert steps(shared.root / name) == list(range(1, STEPS + 1))
@@ -185,18 +216,26 @@ def test_out_of_memory_is_replayed_in_place(shared: Shared, undisturbed: Undistu
 
 
 @pytest.mark.slow
-def test_out_of_memory_in_the_update_rebuilds_the_workers(shared: Shared, undisturbed: Undisturbed, tmp_path: Path) -> None:
-    """Nobody knows which weights were moved by then. It is no lost worker: the step is cut finer, and no restart is spent on it."""
+def test_out_of_memory_in_the_update_rebuilds_the_workers(
+    shared: Shared, undisturbed: Undisturbed, tmp_path: Path
+) -> None:
+    """Nobody knows which weights were moved by then. It is no lost worker: the step is cut finer, and no
+    restart is spent on it."""
     fault = {"site": "optim_step", "action": "oom", "step": 4, "rank": 1, "once": str(tmp_path / "oom")}
     with planned_faults(fault):
         outcome, said = shared.train("tiny/dpo", "update", *RUN)
-    assert "learner-1 ran out of memory in `optim_step`: starting the workers again with at most 2 examples" in said
+    assert (
+        "learner-1 ran out of memory in `optim_step`: starting the workers again with at most 2 examples"
+        in said
+    )
     assert "restart 1" not in said
     check_close(outcome.folder, undisturbed, 1e-6)
 
 
 @pytest.mark.slow
-def test_out_of_memory_amid_collectives_rebuilds_the_workers(shared: Shared, undisturbed: Undisturbed, tmp_path: Path) -> None:
+def test_out_of_memory_amid_collectives_rebuilds_the_workers(
+    shared: Shared, undisturbed: Undisturbed, tmp_path: Path
+) -> None:
     """At ZeRO 3 the other rank waits in a collective for the one that ran out of memory."""
     fault = {"site": "micro_batch", "action": "oom", "step": 4, "rank": 1, "once": str(tmp_path / "oom")}
     with planned_faults(fault):
@@ -209,7 +248,9 @@ def test_out_of_memory_amid_collectives_rebuilds_the_workers(shared: Shared, und
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_non_finite_steps_are_skipped_and_five_in_a_row_end_the_run(shared: Shared, tmp_path: Path, stage: int) -> None:
+def test_non_finite_steps_are_skipped_and_five_in_a_row_end_the_run(
+    shared: Shared, tmp_path: Path, stage: int
+) -> None:
     once = {"site": "micro_batch", "action": "nan", "step": 0, "rank": 0, "once": str(tmp_path / "nan")}
     always = {"site": "micro_batch", "action": "nan", "step": 2}
     folder = shared.root / f"nan-{stage}"
@@ -221,7 +262,9 @@ def test_non_finite_steps_are_skipped_and_five_in_a_row_end_the_run(shared: Shar
     assert (first["skipped"], first["examples"]) == (1, 32), "its examples are used up"
     assert abs(second["loss"] - math.log(2)) > 1e-5
     log = (folder / "logs" / "driver.log").read_text()
-    named = [ids.split(", ") for ids in re.findall(r"non-finite \w+, no step taken; examples \[([\d, ]+)\]", log)]
+    named = [
+        ids.split(", ") for ids in re.findall(r"non-finite \w+, no step taken; examples \[([\d, ]+)\]", log)
+    ]
     assert [len(set(ids)) for ids in named] == [16] * 6
     assert [p.name for p in folder.glob("checkpoints/step_*")] == ["step_00000002"]
 
@@ -240,7 +283,8 @@ def kill_something(sandbox: Sandbox, running: Command, victim: str, choice: rand
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_ten_random_kills(undisturbed: Undisturbed, tmp_path: Path) -> None:
-    """Ten SIGKILLs at random moments of commands with a Ray of their own, then each run is brought to its end."""
+    """Ten SIGKILLs at random moments of commands with a Ray of their own, then each run is brought to its
+    end."""
     choice = random.Random(20)
     folders = [tmp_path / "run-0"]
     for turn in range(10):
@@ -250,7 +294,9 @@ def test_ten_random_kills(undisturbed: Undisturbed, tmp_path: Path) -> None:
         victim = choice.choice(["driver", "worker", "everything"])
         sandbox = Sandbox(tmp_path / f"turn-{turn}")
         try:
-            running = sandbox.start("train", "tiny/dpo", *RUN, "learners.cpus_per_worker=0.5", "--output", folder)
+            running = sandbox.start(
+                "train", "tiny/dpo", *RUN, "learners.cpus_per_worker=0.5", "--output", folder
+            )
             if choice.random() < 0.8:
                 running.wait_for(f"step {choice.randrange(last_checkpoint(folder) + 1, STEPS)}/{STEPS}")
                 time.sleep(choice.uniform(0.0, 0.1))
@@ -263,7 +309,9 @@ def test_ten_random_kills(undisturbed: Undisturbed, tmp_path: Path) -> None:
     sandbox = Sandbox(tmp_path / "end")
     try:
         for folder in folders:
-            finished = sandbox.run("train", "tiny/dpo", *RUN, "learners.cpus_per_worker=0.5", "--output", folder)
+            finished = sandbox.run(
+                "train", "tiny/dpo", *RUN, "learners.cpus_per_worker=0.5", "--output", folder
+            )
             assert finished.code == 0, finished.err
             check_equal(folder, undisturbed)
     finally:

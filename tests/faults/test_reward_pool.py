@@ -1,4 +1,5 @@
-"""A whole reward pool on a real local Ray: right rewards to the last digit, wrong ones named, every wait bounded."""
+"""A whole reward pool on a real local Ray: right rewards to the last digit, wrong ones named, every wait
+bounded."""
 
 import os
 import signal
@@ -15,7 +16,7 @@ import torch
 
 from orchestrator.cluster.reward_pool import RewardPool
 from orchestrator.core.errors import ConfigError, NotEnoughResources, RewardsFailed
-from orchestrator.core.rollouts import Prompt, Rollout, RolloutGroup, Scoring
+from orchestrator.core.rollouts import BatchRewards, Prompt, Rollout, RolloutGroup
 from orchestrator.models.export import export
 from orchestrator.models.load import load, load_tokenizer
 from orchestrator.recipe.schema import Model, RewardFunction, Rewards, TinyModel
@@ -71,12 +72,14 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shared]:
 
 
 @pytest.fixture
-def scored(shared: Shared, tmp_path: Path) -> Callable[..., Scoring]:
+def scored(shared: Shared, tmp_path: Path) -> Callable[..., BatchRewards]:
     """Scores groups with functions of mine.py, by name: one pool, one batch."""
 
-    def score(groups: Sequence[RolloutGroup], *names: str, **options: Any) -> Scoring:
+    def score(groups: Sequence[RolloutGroup], *names: str, **options: Any) -> BatchRewards:
         functions = [RewardFunction(name=n, function=f"{shared.root}/mine.py:{n}") for n in names]
-        with RewardPool(Rewards(functions=functions, **options), model_for_tokenizer=None, logs=tmp_path / "logs") as pool:
+        with RewardPool(
+            Rewards(functions=functions, **options), model_for_tokenizer=None, logs=tmp_path / "logs"
+        ) as pool:
             return pool.score(groups)
 
     return score
@@ -89,15 +92,21 @@ def group(i: int, *completions: str, tokenizer: Any = None, **columns: Any) -> R
     rollouts = []
     for k, completion in enumerate(completions):
         ids = np.array(encode(completion) + eos, np.int64)
-        rollouts.append(Rollout(k, 0, ids, np.ones(len(ids), np.bool_), np.zeros(len(ids), np.float32), "stop", completion))
-    return RolloutGroup(Prompt(i, f"q.jsonl:{i + 1}", 0, np.array(encode(text), np.int64), text, columns), i, tuple(rollouts))
+        rollouts.append(
+            Rollout(
+                k, 0, ids, np.ones(len(ids), np.bool_), np.zeros(len(ids), np.float32), "stop", completion
+            )
+        )
+    return RolloutGroup(
+        Prompt(i, f"q.jsonl:{i + 1}", 0, np.array(encode(text), np.int64), text, columns), i, tuple(rollouts)
+    )
 
 
 GROUPS = [group(0, "a", "bb"), group(1, "ccc", "poison"), group(2, "dddd")]
 RIGHT = {0: [1.0, 2.0], 2: [4.0]}
 
 
-def values(scoring: Scoring) -> dict[int, list[float]]:
+def values(scoring: BatchRewards) -> dict[int, list[float]]:
     return {g.group.prompt.id: g.rewards.tolist() for g in scoring.groups}
 
 
@@ -113,7 +122,9 @@ def values(scoring: Scoring) -> dict[int, list[float]]:
         ("few", "1 rewards for 2"),
     ],
 )
-def test_a_poisoned_group_is_dropped_by_name_and_the_others_keep_exact_rewards(scored, name: str, words: str) -> None:
+def test_a_poisoned_group_is_dropped_by_name_and_the_others_keep_exact_rewards(
+    scored, name: str, words: str
+) -> None:
     started = time.monotonic()
     scoring = scored(GROUPS, name, timeout_s=6.0, retries=1, max_dropped_fraction=0.5)
     assert values(scoring) == RIGHT
@@ -136,7 +147,11 @@ def test_all_components_run_at_once_and_add_up(shared: Shared, tmp_path: Path) -
             RewardFunction(name="half", function=f"{mine}:waits", weight=-1.0, options={"scale": 0.5}),
             RewardFunction(name="third", function=f"{mine}:later"),
             RewardFunction(name="right", function="last_number"),
-            RewardFunction(name="long", function="trl:get_soft_overlong_punishment", options={"max_completion_len": 4, "soft_punish_cache": 2}),
+            RewardFunction(
+                name="long",
+                function="trl:get_soft_overlong_punishment",
+                options={"max_completion_len": 4, "soft_punish_cache": 2},
+            ),
         ]
     )
     groups = [group(0, "a 4", "5", answer="4"), group(1, "<think>x</think>7", answer="7")]
@@ -153,10 +168,14 @@ def test_all_components_run_at_once_and_add_up(shared: Shared, tmp_path: Path) -
     }
     assert first.rewards.tolist() == [6 - 1.5 + 1 + 1 - 0.5, np.float32(2 - 0.5 + float(np.float32(1 / 3)))]
     assert second.rewards.tolist() == [np.float32(34 - 8.5 + float(np.float32(17 / 3)) + 1 - 1)]
-    assert set(scoring.seconds) == {f.name for f in config.functions} and 1.5 <= scoring.seconds["first"] < 2.9
+    assert (
+        set(scoring.seconds) == {f.name for f in config.functions} and 1.5 <= scoring.seconds["first"] < 2.9
+    )
 
 
-def test_no_secret_of_the_driver_reaches_a_function_or_its_log(scored, shared: Shared, tmp_path: Path) -> None:
+def test_no_secret_of_the_driver_reaches_a_function_or_its_log(
+    scored, shared: Shared, tmp_path: Path
+) -> None:
     assert os.environ["MY_API_KEY"] == SECRET
     assert values(scored([group(0, "a")], "shows")) == {0: [1.0]}
     shown = (tmp_path / "logs" / "reward-shows.log").read_text()
@@ -178,7 +197,9 @@ def test_nothing_is_left_when_a_pool_closes_or_its_actor_dies(shared: Shared) ->
 
 
 def test_an_actor_that_is_killed_is_made_anew(shared: Shared) -> None:
-    config = Rewards(functions=[RewardFunction(name="length", function=f"{shared.root}/mine.py:length")], retries=1)
+    config = Rewards(
+        functions=[RewardFunction(name="length", function=f"{shared.root}/mine.py:length")], retries=1
+    )
     with RewardPool(config, model_for_tokenizer=None, logs=None) as pool:
         import ray
 
@@ -193,9 +214,17 @@ def test_a_function_that_cannot_be_loaded_or_placed_is_told_at_once(shared: Shar
     (shared.root / "broken.py").write_text("import no_such_package\ndef f(completions): ...")
     started = time.monotonic()
     with pytest.raises(ConfigError, match=r"ModuleNotFoundError at broken\.py:1"):
-        RewardPool(Rewards(functions=[RewardFunction(name="f", function=f"{shared.root}/broken.py:f")]), model_for_tokenizer=None, logs=None)
+        RewardPool(
+            Rewards(functions=[RewardFunction(name="f", function=f"{shared.root}/broken.py:f")]),
+            model_for_tokenizer=None,
+            logs=None,
+        )
     with pytest.raises(ConfigError, match="did you mean length"):
-        RewardPool(Rewards(functions=[RewardFunction(name="f", function=f"{shared.root}/mine.py:lenght")]), model_for_tokenizer=None, logs=None)
+        RewardPool(
+            Rewards(functions=[RewardFunction(name="f", function=f"{shared.root}/mine.py:lenght")]),
+            model_for_tokenizer=None,
+            logs=None,
+        )
     assert time.monotonic() - started < 20
 
 
@@ -208,7 +237,12 @@ def reward_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     loaded = load(TINY, seed=7, head="scalar")
     weights = dict(loaded.model.named_parameters())
     return export(
-        weights, base=loaded.model, tokenizer=loaded.tokenizer, directory=tmp_path_factory.mktemp("rm") / "export", card="", dtype="float32"
+        weights,
+        base=loaded.model,
+        tokenizer=loaded.tokenizer,
+        directory=tmp_path_factory.mktemp("rm") / "export",
+        card="",
+        dtype="float32",
     )
 
 
@@ -223,7 +257,10 @@ def direct(folder: Path, prompt: Sequence[int], completion: Sequence[int]) -> fl
 
 def test_a_reward_model_scores_as_a_direct_forward(shared: Shared, reward_folder: Path) -> None:
     tokenizer = load_tokenizer(TINY)
-    groups = [group(0, "short", "a much longer answer", tokenizer=tokenizer), group(1, "x", tokenizer=tokenizer)]
+    groups = [
+        group(0, "short", "a much longer answer", tokenizer=tokenizer),
+        group(1, "x", tokenizer=tokenizer),
+    ]
     expected = [direct(reward_folder, g.prompt.ids, r.ids) for g in groups for r in g.rollouts]
     assert len({round(v, 4) for v in expected}) == 3
     function = RewardFunction(name="rm", model=str(reward_folder), weight=2.0)
@@ -250,7 +287,12 @@ def test_the_policys_ids_are_read_only_where_they_mean_the_same(reward_folder: P
 
 
 def test_a_sequence_that_is_too_long_is_no_reward(reward_folder: Path) -> None:
-    model = RewardModel(RewardFunction(name="rm", model=str(reward_folder)), policy=TINY, batch_size=4, device=torch.device("cpu"))
+    model = RewardModel(
+        RewardFunction(name="rm", model=str(reward_folder)),
+        policy=TINY,
+        batch_size=4,
+        device=torch.device("cpu"),
+    )
     right, wrong = model.score([group(0, "fits", "x" * 2000, tokenizer=load_tokenizer(TINY))])
     assert isinstance(right, float) and isinstance(wrong, RewardFailure)
     assert "q.jsonl:1, sample 1" in wrong.reason and "reads 1024" in wrong.reason
@@ -259,9 +301,21 @@ def test_a_sequence_that_is_too_long_is_no_reward(reward_folder: Path) -> None:
 def test_a_model_without_a_trained_head_is_refused(tmp_path: Path) -> None:
     loaded = load(TINY, seed=0, head="lm")
     weights = dict(loaded.model.named_parameters())
-    folder = export(weights, base=loaded.model, tokenizer=loaded.tokenizer, directory=tmp_path / "lm", card="", dtype="float32")
+    folder = export(
+        weights,
+        base=loaded.model,
+        tokenizer=loaded.tokenizer,
+        directory=tmp_path / "lm",
+        card="",
+        dtype="float32",
+    )
     with pytest.raises(ConfigError, match="is no reward model"):
-        RewardModel(RewardFunction(name="rm", model=str(folder)), policy=TINY, batch_size=4, device=torch.device("cpu"))
+        RewardModel(
+            RewardFunction(name="rm", model=str(folder)),
+            policy=TINY,
+            batch_size=4,
+            device=torch.device("cpu"),
+        )
 
 
 def test_a_reward_model_whose_gpu_is_not_there_is_told_at_once(shared: Shared, reward_folder: Path) -> None:

@@ -1,4 +1,5 @@
-"""Runs that are moved, extended, evaluated otherwise and exported afterwards: the same to the last bit where the recipe says the same."""
+"""Runs that are moved, extended, evaluated otherwise and exported afterwards: the same to the last bit where
+the recipe says the same."""
 
 import json
 from collections.abc import Iterator
@@ -15,7 +16,12 @@ from tests.running import Shared, exported_hash, shared_ray, steps
 
 pytestmark = pytest.mark.timeout(600)
 
-SMALL = ("batch.effective=8", "tracking.wandb=off", "model={tiny: {hidden_size: 32, layers: 1, heads: 2}}", "data.max_length=64")
+SMALL = (
+    "batch.effective=8",
+    "tracking.wandb=off",
+    "model={tiny: {hidden_size: 32, layers: 1, heads: 2}}",
+    "data.max_length=64",
+)
 
 
 @pytest.fixture(scope="module")
@@ -34,17 +40,45 @@ def rows(path: Path, count: int = 24) -> Path:
 @pytest.fixture(scope="module")
 def undisturbed(shared: Shared) -> str:
     data = rows(shared.root / "there" / "rows.jsonl")
-    outcome, _ = shared.train("tiny/dpo", "undisturbed", *SMALL, f"data.train={data}", "data.eval=null", "run.max_steps=4", "checkpoint.every=null")
+    outcome, _ = shared.train(
+        "tiny/dpo",
+        "undisturbed",
+        *SMALL,
+        f"data.train={data}",
+        "data.eval=null",
+        "run.max_steps=4",
+        "checkpoint.every=null",
+    )
     return exported_hash(outcome.folder)
 
 
-def test_moved_extended_and_evaluated_otherwise_it_is_the_same_run(shared: Shared, undisturbed: str, tmp_path: Path) -> None:
-    first, held = rows(shared.root / "first" / "a.jsonl"), "[{path: toy:preference, split: eval, max_rows: 8}]"
-    before, _ = shared.train("tiny/dpo", "lived", *SMALL, f"data.train={first}", f"data.eval={held}", "run.max_steps=2", "checkpoint.every=1")
+def test_moved_extended_and_evaluated_otherwise_it_is_the_same_run(
+    shared: Shared, undisturbed: str, tmp_path: Path
+) -> None:
+    first, held = (
+        rows(shared.root / "first" / "a.jsonl"),
+        "[{path: toy:preference, split: eval, max_rows: 8}]",
+    )
+    before, _ = shared.train(
+        "tiny/dpo",
+        "lived",
+        *SMALL,
+        f"data.train={first}",
+        f"data.eval={held}",
+        "run.max_steps=2",
+        "checkpoint.every=1",
+    )
     short = exported_hash(before.folder)
     (shared.root / "lived").rename(shared.root / "moved")
     moved = first.rename(tmp_path / "b.jsonl")
-    changes = ("data.eval=null", "run.max_steps=4", "checkpoint.every=1h", "checkpoint.keep=3", "learners.zero_stage=1", "export.dtype=fp32")
+    changes = (
+        "data.eval=null",
+        "run.max_steps=4",
+        "checkpoint.every=1h",
+        "checkpoint.keep=3",
+        "learners.zero_stage=1",
+        "export.dtype=fp32",
+    )
     after, said = shared.train("tiny/dpo", "moved", *SMALL, f"data.train={moved}", *changes)
     assert steps(after.folder) == [1, 2, 3, 4] and "step 2/4" not in said
     assert exported_hash(after.folder) == undisturbed != short
@@ -55,7 +89,9 @@ def test_moved_extended_and_evaluated_otherwise_it_is_the_same_run(shared: Share
         export_run(after.folder, recipe, step, folder / "export", notes.append)
         assert exported_hash(folder) == digest, "one path for a learner's export and a checkpoint's"
     half = recipe_of(after.folder, ["export.dtype=bf16"])
-    written = load_file(export_run(after.folder, half, 4, tmp_path / "half", notes.append) / "model.safetensors")
+    written = load_file(
+        export_run(after.folder, half, 4, tmp_path / "half", notes.append) / "model.safetensors"
+    )
     whole = load_file(after.folder / "export" / "model.safetensors")
     assert all(torch.equal(whole[name].bfloat16(), value) for name, value in written.items())
     assert json.loads((tmp_path / "half" / "config.json").read_text())["dtype"] == "bfloat16"
@@ -71,13 +107,18 @@ def test_weights_alone_are_a_third_and_cannot_be_extended(shared: Shared, undist
     for final in ("weights", "none"):
         outcome, _ = shared.train("tiny/dpo", final, *common, "run.max_steps=4", f"checkpoint.final={final}")
         assert exported_hash(outcome.folder) == undisturbed
-        sizes[final] = sum(file.stat().st_size for file in (outcome.folder / "checkpoints").rglob("*.safetensors"))
+        sizes[final] = sum(
+            file.stat().st_size for file in (outcome.folder / "checkpoints").rglob("*.safetensors")
+        )
         again, said = shared.train("tiny/dpo", final, *common, "run.max_steps=4", f"checkpoint.final={final}")
         assert again.steps == 4 and "all 4 steps are done already" in said
         with pytest.raises(OutputError, match="cannot be extended") as caught:
             shared.train("tiny/dpo", final, *common, "run.max_steps=5", f"checkpoint.final={final}")
         assert "model.path=RUN/export" in caught.value.fix
-    whole = sum(file.stat().st_size for file in (shared.root / "undisturbed" / "checkpoints" / "step_00000004").rglob("*.safetensors"))
+    whole = sum(
+        file.stat().st_size
+        for file in (shared.root / "undisturbed" / "checkpoints" / "step_00000004").rglob("*.safetensors")
+    )
     assert 0.3 < sizes["weights"] / whole < 0.36 and sizes["none"] == 0
     assert not (shared.root / "none" / "checkpoints").exists()
     assert [d.name for d in (shared.root / "weights" / "checkpoints").glob("step_*")] == ["step_00000004"]
@@ -93,7 +134,9 @@ class StopsAtExport(Stop):
 
 
 @pytest.mark.slow
-def test_an_interrupted_export_is_made_up_for_also_of_an_extended_run(shared: Shared, undisturbed: str) -> None:
+def test_an_interrupted_export_is_made_up_for_also_of_an_extended_run(
+    shared: Shared, undisturbed: str
+) -> None:
     from rich.console import Console
 
     from orchestrator.recipe.loading import load
@@ -114,9 +157,13 @@ def test_an_interrupted_export_is_made_up_for_also_of_an_extended_run(shared: Sh
 def test_lora_is_exported_as_the_recipe_says(shared: Shared, kind: str) -> None:
     data = rows(shared.root / "there" / "rows.jsonl")
     lora = ("model.lora={rank: 2}", f"export.lora={kind}", "run.max_steps=2")
-    outcome, _ = shared.train("tiny/dpo", f"lora-{kind}", *SMALL, f"data.train={data}", "data.eval=null", *lora)
+    outcome, _ = shared.train(
+        "tiny/dpo", f"lora-{kind}", *SMALL, f"data.train={data}", "data.eval=null", *lora
+    )
     files = {path.name for path in outcome.export.iterdir()}
-    assert ("adapter_model.safetensors" in files) is (kind == "adapter") is ("model.safetensors" not in files) and "adapter" not in files
+    assert ("adapter_model.safetensors" in files) is (kind == "adapter") is (
+        "model.safetensors" not in files
+    ) and "adapter" not in files
     card = (outcome.export / "README.md").read_text()
     assert "Model Card for Model ID" not in card and "## Recipe" in card
     assert ("library_name: peft" in card) is (kind == "adapter")

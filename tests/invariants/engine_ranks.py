@@ -1,6 +1,7 @@
 """Real DeepSpeed ranks without Ray, and what they do for tests/invariants/test_engine.py.
 
-`work` runs every ZeRO stage with every legal sync policy in one process group, since starting one takes seconds.
+`work` runs every ZeRO stage with every legal sync policy in one process group, since starting one takes
+seconds.
 """
 
 import hashlib
@@ -36,7 +37,16 @@ from orchestrator.learner.state import MOMENTS, full_weights, load_state, save_s
 from orchestrator.models.forward import ScoringModel
 from orchestrator.models.load import load
 from orchestrator.plan.ways import LEGAL_SYNC
-from orchestrator.recipe.schema import Algorithm, Data, Learners, Model, Offload, Optimizer, Recipe, TinyModel
+from orchestrator.recipe.schema import (
+    AlgorithmConfig,
+    Data,
+    Learners,
+    Model,
+    Offload,
+    Optimizer,
+    Recipe,
+    TinyModel,
+)
 
 WORLD = 2
 CLIP = 0.05
@@ -67,11 +77,18 @@ def on_ranks(function: Callable[..., Any], world: int, folder: Path, *args: Any,
     spawn = multiprocessing.get_context("spawn")
     files = [folder / f"rank-{rank}.pickle" for rank in range(world)]
     groups = [ProcessGroup(rank, world, "127.0.0.1", port, timeout) for rank in range(world)]
-    processes = [spawn.Process(target=_rank, args=(function, g, f, args), daemon=True) for g, f in zip(groups, files, strict=True)]
+    processes = [
+        spawn.Process(target=_rank, args=(function, g, f, args), daemon=True)
+        for g, f in zip(groups, files, strict=True)
+    ]
     deadline = time.monotonic() + timeout
     for process in processes:
         process.start()
-    while any(p.exitcode is None for p in processes) and not any(p.exitcode for p in processes) and time.monotonic() < deadline:
+    while (
+        any(p.exitcode is None for p in processes)
+        and not any(p.exitcode for p in processes)
+        and time.monotonic() < deadline
+    ):
         time.sleep(0.05)
     codes = [p.exitcode for p in processes]
     for process in processes:
@@ -100,12 +117,20 @@ def _rank(function: Callable[..., Any], group: ProcessGroup, file: Path, args: t
 
 
 def recipe(precision: str = "fp32", clip: float | None = CLIP, offload: Offload | None = None) -> Recipe:
-    """SimPO on pairs. The vocabulary makes two tensors large enough for ZeRO-3 to partition them, the others stay whole."""
+    """SimPO on pairs. The vocabulary makes two tensors large enough for ZeRO-3 to partition them, the others
+    stay whole."""
     return Recipe(
         model=Model(tiny=TinyModel(hidden_size=64, layers=1, heads=4, vocab_size=2048)),
         data=Data(train="none"),
-        algorithm=Algorithm(name="simpo"),
-        optimizer=Optimizer(learning_rate=1e-2, betas=(BETA1, 0.99), weight_decay=0.01, max_grad_norm=clip, schedule="linear", warmup_steps=2),
+        algorithm=AlgorithmConfig(name="simpo"),
+        optimizer=Optimizer(
+            learning_rate=1e-2,
+            betas=(BETA1, 0.99),
+            weight_decay=0.01,
+            max_grad_norm=clip,
+            schedule="linear",
+            warmup_steps=2,
+        ),
         learners=Learners(workers=WORLD, precision=precision, offload=offload or Offload()),
     )
 
@@ -117,7 +142,10 @@ def pairs(count: int, seed: int, longest: int = 12) -> list[SequenceGroup]:
         size = int(draw.integers(1, longest))
         return Branch(draw.integers(0, 256, size), np.ones(size, np.bool_))
 
-    return [SequenceGroup(i, draw.integers(0, 256, int(draw.integers(1, longest))), (branch(), branch())) for i in range(count)]
+    return [
+        SequenceGroup(i, draw.integers(0, 256, int(draw.integers(1, longest))), (branch(), branch()))
+        for i in range(count)
+    ]
 
 
 STEPS = [pairs(11, seed) for seed in range(3)]
@@ -131,9 +159,18 @@ def cut(policy: Policy, examples: int = 2, world: int = WORLD) -> Cut:
 class Rank:
     """A fresh learner on this rank and its share of each step."""
 
-    def __init__(self, group: ProcessGroup, policy: Policy, clip: float | None = CLIP, examples: int = 2, offload: Offload | None = None) -> None:
+    def __init__(
+        self,
+        group: ProcessGroup,
+        policy: Policy,
+        clip: float | None = CLIP,
+        examples: int = 2,
+        offload: Offload | None = None,
+    ) -> None:
         self.cut, self.rank = cut(policy, examples, group.world), group.rank
-        self.learner = RankLearner(LearnerSpec(recipe(policy[2], clip, offload), self.cut, 10), group, torch.device("cpu"))
+        self.learner = RankLearner(
+            LearnerSpec(recipe(policy[2], clip, offload), self.cut, 10), group, torch.device("cpu")
+        )
 
     def forward(self, groups: Sequence[SequenceGroup], step: int) -> LearnReport:
         batch = cut_step(groups, self.cut)
@@ -186,7 +223,8 @@ class Found:
 
 @dataclass(frozen=True, slots=True)
 class Resumed:
-    """A state put back. saved, loaded: its digests; undisturbed, resumed: a step later; gap: largest weight difference then."""
+    """A state put back. saved, loaded: its digests; undisturbed, resumed: a step later; gap: largest weight
+    difference then."""
 
     saved: str
     loaded: str
@@ -197,8 +235,8 @@ class Resumed:
 
 @dataclass(frozen=True, slots=True)
 class Everything:
-    """All findings of one rank. moved: by (saved at stage, loaded at stage); replayed: by policy and the micro-batch that
-    ran out of memory; gradients: of MANY bf16 micro-batches, by name."""
+    """All findings of one rank. moved: by (saved at stage, loaded at stage); replayed: by policy and the
+    micro-batch that ran out of memory; gradients: of MANY bf16 micro-batches, by name."""
 
     compilers: tuple[str | None, ...]
     found: dict[Policy, Found]
@@ -273,7 +311,9 @@ def look(group: ProcessGroup, policy: Policy) -> Found:
 @contextmanager
 def one_bad_micro_batch(rank: int = 1) -> Iterator[None]:
     """The gradient of one rank's micro-batches of BAD_STEP is not a number."""
-    os.environ[VARIABLE] = json.dumps([{"site": "micro_batch", "action": "nan", "step": BAD_STEP, "rank": rank}])
+    os.environ[VARIABLE] = json.dumps(
+        [{"site": "micro_batch", "action": "nan", "step": BAD_STEP, "rank": rank}]
+    )
     try:
         yield
     finally:
@@ -283,7 +323,12 @@ def one_bad_micro_batch(rank: int = 1) -> Iterator[None]:
 def move(group: ProcessGroup, folder: Path) -> dict[tuple[int, int], Resumed]:
     """States of two steps, saved at every stage, put back there and at another."""
     sources: dict[int, tuple[str, str, dict[str, np.ndarray]]] = {}
-    policies = [(0, "no_sync", "fp32"), (1, "no_sync", "fp32"), (2, "coalesced", "fp32"), (3, "per_micro_batch", "fp32")]
+    policies = [
+        (0, "no_sync", "fp32"),
+        (1, "no_sync", "fp32"),
+        (2, "coalesced", "fp32"),
+        (3, "per_micro_batch", "fp32"),
+    ]
     for policy in policies:
         source = Rank(group, policy)
         saved = save_after_two(source, folder / f"fp32-{policy[0]}")
@@ -330,8 +375,8 @@ def resume_bf16(group: ProcessGroup, policy: Policy, folder: Path) -> Resumed:
 
 
 def replay(group: ProcessGroup, policy: Policy, at: int) -> str:
-    """Digest of the state after a step in which micro-batch `at` of rank 1 did not fit, forward (odd numbers: backward), so that it
-    was played again."""
+    """Digest of the state after a step in which micro-batch `at` of rank 1 did not fit, forward (odd numbers:
+    backward), so that it was played again."""
     rank = Rank(group, policy)
     calls = iter(range(100))
     kept: list[weakref.ref[torch.Tensor]] = []
@@ -354,12 +399,16 @@ def replay(group: ProcessGroup, policy: Policy, at: int) -> str:
     if handle is not None:
         handle.remove()
     rank.learner.discard()
-    assert not [ref for ref in kept if ref() is not None], "the micro-batch that did not fit is still in memory"
+    assert not [ref for ref in kept if ref() is not None], (
+        "the micro-batch that did not fit is still in memory"
+    )
     rank.step(0)
     return rank.state()
 
 
-def bf16_gradient(group: ProcessGroup, policy: Policy, offload: Offload | None = None) -> dict[str, np.ndarray]:
+def bf16_gradient(
+    group: ProcessGroup, policy: Policy, offload: Offload | None = None
+) -> dict[str, np.ndarray]:
     """The gradient of MANY_PAIRS as it reached Adam."""
     rank = Rank(group, policy, clip=None, examples=1, offload=offload)
     rank.forward(MANY_PAIRS, 0)

@@ -1,7 +1,8 @@
-"""The live storages of a real DeepSpeed rank, walked and added up by what holds them: for tests/invariants/test_state_bytes.py.
+"""The live storages of a real DeepSpeed rank, walked and added up by what holds them: for
+tests/invariants/test_state_bytes.py.
 
-Every tensor that Python can reach is found, each storage is counted once, and what no class owns is counted as `rest`, so that a
-buffer nobody thought of cannot hide.
+Every tensor that Python can reach is found, each storage is counted once, and what no class owns is counted
+as `rest`, so that a buffer nobody thought of cannot hide.
 """
 
 import gc
@@ -16,7 +17,17 @@ from orchestrator.core.batches import Cut, Sync
 from orchestrator.data.micro_batches import cut_step
 from orchestrator.learner.engine import ProcessGroup
 from orchestrator.learner.rank_learner import LearnerSpec, RankLearner
-from orchestrator.recipe.schema import Algorithm, Data, Learners, Lora, Model, Offload, Optimizer, Recipe, TinyModel
+from orchestrator.recipe.schema import (
+    AlgorithmConfig,
+    Data,
+    Learners,
+    Lora,
+    Model,
+    Offload,
+    Optimizer,
+    Recipe,
+    TinyModel,
+)
 from tests.invariants.engine_ranks import pairs
 
 
@@ -51,7 +62,8 @@ class Counted:
 
 @dataclass(frozen=True, slots=True)
 class Walked:
-    """What a rank held: in the last backward of a step, while the gradients are still held back; and after that step."""
+    """What a rank held: in the last backward of a step, while the gradients are still held back; and after
+    that step."""
 
     backward: Counted
     stepped: Counted
@@ -61,10 +73,11 @@ def recipe(way: Way, workers: int) -> Recipe:
     """13.6 M parameters; of the adapter 0.6 M."""
     return Recipe(
         model=Model(
-            tiny=TinyModel(hidden_size=512, layers=2, heads=4, vocab_size=8192, intermediate_size=1024), lora=Lora(rank=64) if way.lora else None
+            tiny=TinyModel(hidden_size=512, layers=2, heads=4, vocab_size=8192, intermediate_size=1024),
+            lora=Lora(rank=64) if way.lora else None,
         ),
         data=Data(train="none"),
-        algorithm=Algorithm(name="simpo"),
+        algorithm=AlgorithmConfig(name="simpo"),
         optimizer=Optimizer(learning_rate=1e-3),
         learners=Learners(
             workers=workers,
@@ -79,13 +92,16 @@ def cut(way: Way, workers: int) -> Cut:
 
 
 def walk_ways(group: ProcessGroup, ways: list[Way]) -> list[Walked]:
-    """Each way's engine in turn: two steps of two micro-batches, the second one walked, when all state is there."""
+    """Each way's engine in turn: two steps of two micro-batches, the second one walked, when all state is
+    there."""
     return [_walk_way(group, way) for way in ways]
 
 
 def _walk_way(group: ProcessGroup, way: Way) -> Walked:
     gc.collect()
-    others = [s for s in map(_storage, _reachable()) if s is not None]  # held, so that nothing of this engine comes to lie where one was
+    others = [
+        s for s in map(_storage, _reachable()) if s is not None
+    ]  # held, so that nothing of this engine comes to lie where one was
     before = {s.data_ptr() for s in others}
     how = cut(way, group.world)
     learner = RankLearner(LearnerSpec(recipe(way, group.world), how, 10), group, torch.device("cpu"))
@@ -116,11 +132,16 @@ def _walk_way(group: ProcessGroup, way: Way) -> Walked:
 
 
 def _count(learner: RankLearner, before: set[int], bucket: int) -> Counted:
-    """bucket: bytes of the buckets while they were reduced; at stage 2 they are gone when the backward is over."""
+    """bucket: bytes of the buckets while they were reduced; at stage 2 they are gone when the backward is
+    over."""
     gc.collect()
     zero, optimizer = learner.engine.zero, learner.engine.ds.basic_optimizer
     parameters = list(learner.scoring.parameters())
-    masters = ("single_partition_of_fp32_groups", "fp32_groups_flat_partition", "fp32_partitioned_groups_flat")
+    masters = (
+        "single_partition_of_fp32_groups",
+        "fp32_groups_flat_partition",
+        "fp32_partitioned_groups_flat",
+    )
     flat = [v for name in masters for v in _held(zero, name)]
     owners: dict[str, Iterable[Any]] = {
         "weights": [x for p in parameters for x in (p.data, getattr(p, "ds_tensor", None))],
@@ -129,7 +150,11 @@ def _count(learner: RankLearner, before: set[int], bucket: int) -> Counted:
         "moments": optimizer.state.values(),
         "accumulators": [
             *(getattr(p, "grad_accum", None) for p in parameters),
-            *(v for name in ("fp32_groups_gradients_flat", "averaged_gradients", "accumulated_grads_in_cpu") for v in _held(zero, name)),
+            *(
+                v
+                for name in ("fp32_groups_gradients_flat", "averaged_gradients", "accumulated_grads_in_cpu")
+                for v in _held(zero, name)
+            ),
             *_held(zero, "grad_partitions_flat_buffer"),
             *(f.grad for f in flat),
         ],
@@ -137,7 +162,11 @@ def _count(learner: RankLearner, before: set[int], bucket: int) -> Counted:
             *_buckets(zero),
             *(
                 v
-                for name in ("temp_grad_buffer_for_cpu_offload", "temp_grad_buffer_for_gpu_offload", "param_buffer_of_bit16_for_cpu_offload_groups")
+                for name in (
+                    "temp_grad_buffer_for_cpu_offload",
+                    "temp_grad_buffer_for_gpu_offload",
+                    "param_buffer_of_bit16_for_cpu_offload_groups",
+                )
                 for v in _held(zero, name)
             ),
         ],
@@ -164,7 +193,15 @@ def _bytes(held: Iterable[Any]) -> int:
 
 def _held(owner: Any, name: str) -> list[Any]:
     value = getattr(owner, name, None)
-    return [] if value is None else [value] if isinstance(value, Tensor) else list(value.values()) if isinstance(value, dict) else list(value)
+    return (
+        []
+        if value is None
+        else [value]
+        if isinstance(value, Tensor)
+        else list(value.values())
+        if isinstance(value, dict)
+        else list(value)
+    )
 
 
 def _reachable() -> list[Tensor]:
@@ -175,7 +212,9 @@ def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
     for value in values:
         if issubclass(type(value), Tensor):
             yield value
-        elif type(value) is dict and value and all(isinstance(v, Tensor | int | float) for v in value.values()):
+        elif (
+            type(value) is dict and value and all(isinstance(v, Tensor | int | float) for v in value.values())
+        ):
             yield from _tensors(value.values())
         elif isinstance(value, list | tuple) and value and isinstance(value[0], Tensor):
             yield from _tensors(value)

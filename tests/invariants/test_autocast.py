@@ -1,4 +1,5 @@
-"""bf16_autocast casts each weight once per optimizer step, and the step is the one that casts for every micro-batch."""
+"""bf16_autocast casts each weight once per optimizer step, and the step is the one that casts for every
+micro-batch."""
 
 import time
 from contextlib import nullcontext
@@ -35,13 +36,18 @@ def step(group: ProcessGroup) -> dict[tuple[int, str], dict[str, Any]]:
 
 
 def look(group: ProcessGroup, way: tuple[int, str], *, again: bool = False) -> tuple[int, int, str, float]:
-    """(casts of a step, its micro-batches, the state after three steps, seconds). again: for every micro-batch, as without it."""
+    """(casts of a step, its micro-batches, the state after three steps, seconds). again: for every
+    micro-batch, as without it."""
     with pytest.MonkeyPatch.context() as patch:
         if again:
             patch.setattr(engine, "cast_once", nullcontext)
         rank = Rank(group, (*way, "bf16_autocast"))
         layer = rank.learner.scoring.hugging_face.model.layers[0]  # pyright: ignore
-        shapes = {torch.Size(getattr(m.weight, "ds_shape", m.weight.shape)) for m in layer.modules() if isinstance(m, torch.nn.Linear)}
+        shapes = {
+            torch.Size(getattr(m.weight, "ds_shape", m.weight.shape))
+            for m in layer.modules()
+            if isinstance(m, torch.nn.Linear)
+        }
         with Casts(shapes) as casts:
             micro_batches = rank.forward(STEPS[0], 0).micro_batches
         rank.learner.optim_step(0)

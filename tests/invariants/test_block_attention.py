@@ -1,7 +1,8 @@
 """One long row under masks of blocks: the same log-probs and gradients as padded rows, and few compilations.
 
-torch has no FlexAttention kernel with a backward for CPUs and refuses it; the refusal is patched away here, so that Dynamo's
-graph runs as it is. That proves masks, padding, rows and the number of graphs, not the kernel: benchmarks/gpu.py does, on a GPU.
+torch has no FlexAttention kernel with a backward for CPUs and refuses it; the refusal is patched away here,
+so that Dynamo's graph runs as it is. That proves masks, padding, rows and the number of graphs, not the
+kernel: benchmarks/gpu.py does, on a GPU.
 """
 
 from dataclasses import replace
@@ -17,7 +18,7 @@ from orchestrator.core.errors import ConfigError
 from orchestrator.data.packing import pack
 from orchestrator.models.attention import attention_mask, capabilities
 from orchestrator.models.block_attention import _visible_blocks, block_masks, compiled_attention
-from orchestrator.models.forward import MicroBatchTensors, ScoringModel, head_gap, scored
+from orchestrator.models.forward import MicroBatchTensors, ScoringModel, head_gap, run_forward
 from orchestrator.models.tiny import build
 from orchestrator.recipe.schema import TinyModel
 from tests.invariants.test_layouts import CASES, SHARING, TOLERANCE, Case, branch, in_padded_order, tensors
@@ -33,27 +34,48 @@ def backward_on_a_cpu(monkeypatch):
 
 
 def model(case: Case) -> ScoringModel:
-    cfg = TinyModel(architecture=case.architecture, hidden_size=64, layers=2, heads=4, kv_heads=case.kv_heads, max_positions=1024)
-    return ScoringModel(build(cfg, 0, AutoModelForCausalLM, initializer_range=0.1, **case.options).eval(), head="lm")
+    cfg = TinyModel(
+        architecture=case.architecture,
+        hidden_size=64,
+        layers=2,
+        heads=4,
+        kv_heads=case.kv_heads,
+        max_positions=1024,
+    )
+    return ScoringModel(
+        build(cfg, 0, AutoModelForCausalLM, initializer_range=0.1, **case.options).eval(), head="lm"
+    )
 
 
 def groups(seed: int, longest: int) -> list[SequenceGroup]:
     """Pairs of ragged lengths: prompts longer than a block, answers across blocks, some of one token."""
     draw = np.random.default_rng(seed)
-    shapes = [(longest, longest // 2, 7), (1, 20, longest), (3, 1, 1), *(tuple(draw.integers(1, longest, 3)) for _ in range(3))]
-    return [SequenceGroup(n, draw.integers(0, 256, p), (branch(draw, c), branch(draw, r))) for n, (p, c, r) in enumerate(shapes)]
+    shapes = [
+        (longest, longest // 2, 7),
+        (1, 20, longest),
+        (3, 1, 1),
+        *(tuple(draw.integers(1, longest, 3)) for _ in range(3)),
+    ]
+    return [
+        SequenceGroup(n, draw.integers(0, 256, p), (branch(draw, c), branch(draw, r)))
+        for n, (p, c, r) in enumerate(shapes)
+    ]
 
 
 def learned(model: ScoringModel, mb: MicroBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    values = in_padded_order(mb, scored(model, tensors(mb)).values)
+    values = in_padded_order(mb, run_forward(model, tensors(mb)).values)
     weights = torch.randn(len(values), generator=torch.Generator().manual_seed(1)) / len(values)
     model.zero_grad()
     (weights * values).sum().backward()
-    return values.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return values.detach(), {
+        name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None
+    }
 
 
 @pytest.mark.parametrize("layout", SHARING)
-@pytest.mark.parametrize("case", [c if c in DEFAULT else pytest.param(c, marks=pytest.mark.slow) for c in BLOCKS], ids=str)
+@pytest.mark.parametrize(
+    "case", [c if c in DEFAULT else pytest.param(c, marks=pytest.mark.slow) for c in BLOCKS], ids=str
+)
 def test_one_row_gives_the_log_probs_and_gradients_of_padded_rows(case, layout):
     policy, examples = model(case), groups(0, 150)
     want, want_gradients = learned(policy, pack(examples, "padded"))
@@ -72,14 +94,19 @@ def test_a_row_that_sees_its_neighbours_would_be_noticed():
     right = tensors(pack(groups(0, 150), "prefix_shared", one_row=True))
     wrong = replace(right, segment=torch.zeros_like(right.segment), branch=torch.zeros_like(right.branch))
     with torch.no_grad():
-        assert float((scored(policy, right).values - scored(policy, wrong).values).abs().max()) > 100 * TOLERANCE
+        assert (
+            float((run_forward(policy, right).values - run_forward(policy, wrong).values).abs().max())
+            > 100 * TOLERANCE
+        )
 
 
 @pytest.mark.parametrize("case", [c for c in DEFAULT if c.architecture != "gemma2"], ids=str)
 def test_ragged_rows_in_all_a_run_does_are_compiled_a_few_times(case):
-    """A reference pass, checks, training, evaluation and generation: a graph with gradients and one without, per kind of layer.
+    """A reference pass, checks, training, evaluation and generation: a graph with gradients and one without,
+    per kind of layer.
 
-    A call that Dynamo ran uncompiled would have raised: the attention is compiled as one whole graph."""
+    A call that Dynamo ran uncompiled would have raised: the attention is compiled as one whole graph.
+    """
     policy = model(case)
     torch._dynamo.reset()
     compiled_attention.cache_clear()
@@ -89,23 +116,27 @@ def test_ragged_rows_in_all_a_run_does_are_compiled_a_few_times(case):
 
     with torch.no_grad():
         for seed, longest in enumerate((20, 90, 160)):
-            scored(policy, rows(seed, longest))
-        scored(policy, rows(3, 40, one_row=False))
+            run_forward(policy, rows(seed, longest))
+        run_forward(policy, rows(3, 40, one_row=False))
         head_gap(policy, rows(3, 40, one_row=False))
     for seed, longest in enumerate((50, 30, 200, 9, 140)):
-        scored(policy, rows(seed, longest)).values.sum().backward()
+        run_forward(policy, rows(seed, longest)).values.sum().backward()
     with torch.no_grad():
-        scored(policy, rows(7, 60))
+        run_forward(policy, rows(7, 60))
         policy.generate([[1, 2, 3], [4, 5, 6, 7, 8]], 12, eos=0, synced=False)
-    scored(policy, rows(8, 70)).values.sum().backward()
-    assert 2 <= compiled_attention().compilations <= (4 if policy.can.kinds == ("full_attention", "sliding_attention") else 2)
+    run_forward(policy, rows(8, 70)).values.sum().backward()
+    assert (
+        2
+        <= compiled_attention().compilations
+        <= (4 if policy.can.kinds == ("full_attention", "sliding_attention") else 2)
+    )
 
 
 def test_an_uncompiled_call_is_an_error():
     policy = model(DEFAULT[0])
     row = tensors(pack(groups(0, 4), "packed", one_row=True))
     with torch.compiler.set_stance("force_eager"), pytest.raises(ConfigError, match="uncompiled"):
-        scored(policy, row)
+        run_forward(policy, row)
 
 
 @pytest.mark.parametrize("mode", ["selective", "full"])
@@ -124,8 +155,8 @@ def test_checkpointed_layers_run_again_under_the_same_mask(mode):
 @pytest.mark.parametrize("window", [None, 5, 100, 300])
 @pytest.mark.parametrize("longest", [8, 60, 200])
 def test_blocks_are_skipped_only_where_nothing_is_visible(longest, window, layout):
-    """Against the dense rule at every pair of tokens: no visible pair lies in a skipped block, and a block that is taken whole has no invisible pair.
-    Without a window nothing is visited for nothing either."""
+    """Against the dense rule at every pair of tokens: no visible pair lies in a skipped block, and a block
+    that is taken whole has no invisible pair. Without a window nothing is visited for nothing either."""
     rows = tensors(pack(groups(longest, longest), layout, one_row=True))
     can = replace(capabilities(model(CASES[0]).hugging_face.config), window=window)
     dense = attention_mask(rows.segment, rows.branch, rows.position_ids, layout, can, torch.float32)
@@ -149,7 +180,9 @@ def test_the_rule_within_a_block_is_that_of_dense_masks(case):
     blocks = block_masks(rows.segment, rows.branch, rows.position_ids, can)
     pairs = [(blocks[kind], dense[kind]) for kind in dense] if isinstance(dense, dict) else [(blocks, dense)]
     assert len(pairs) == (2 if can.kinds == ("full_attention", "sliding_attention") else 1)
-    b, i, j = torch.meshgrid(*(torch.arange(n) for n in (*rows.segment.shape, rows.segment.shape[1])), indexing="ij")
+    b, i, j = torch.meshgrid(
+        *(torch.arange(n) for n in (*rows.segment.shape, rows.segment.shape[1])), indexing="ij"
+    )
     for block, mask in pairs:
         assert torch.equal(block.mask_mod(b, torch.zeros_like(b), i, j), mask[:, 0] == 0)
 
@@ -157,7 +190,10 @@ def test_the_rule_within_a_block_is_that_of_dense_masks(case):
 def test_work_grows_with_what_is_visible_not_with_the_square_of_the_row():
     """64 pairs in one row visit few of its blocks."""
     draw = np.random.default_rng(0)
-    pairs = [SequenceGroup(n, draw.integers(0, 256, 100), (branch(draw, 100), branch(draw, 100))) for n in range(64)]
+    pairs = [
+        SequenceGroup(n, draw.integers(0, 256, 100), (branch(draw, 100), branch(draw, 100)))
+        for n in range(64)
+    ]
     rows = tensors(pack(pairs, "prefix_shared", one_row=True))
     some, _ = _visible_blocks(rows.segment[0], rows.branch[0], rows.position_ids[0], None)
     assert rows.segment.shape[1] == 64 * 300
@@ -171,6 +207,6 @@ def test_the_shortest_row_and_architectures_without_blocks():
 
 def test_a_layer_without_a_mask_of_ours_is_an_error():
     policy = model(DEFAULT[0])
-    scored(policy, tensors(pack(groups(0, 4), "packed", one_row=True)))
+    run_forward(policy, tensors(pack(groups(0, 4), "packed", one_row=True)))
     with pytest.raises(TypeError, match="no BlockMask"):
         policy.hugging_face(input_ids=torch.ones(1, 8, dtype=torch.long), use_cache=False)

@@ -25,7 +25,11 @@ def learn(group: ProcessGroup) -> dict[tuple[int, bool, str], dict[str, np.ndarr
         for adapter in (False, True):
             for mode in MODES:
                 config = recipe().with_checkpointing(mode)
-                config = config.model_copy(update={"model": config.model.model_copy(update={"lora": Lora(rank=2) if adapter else None})})
+                config = config.model_copy(
+                    update={
+                        "model": config.model.model_copy(update={"lora": Lora(rank=2) if adapter else None})
+                    }
+                )
                 learner = RankLearner(LearnerSpec(config, how, 10), group, torch.device("cpu"))
                 for step in range(2):
                     batch = cut_step(STEPS[step], how)
@@ -43,7 +47,11 @@ def test_every_mode_takes_the_same_steps(tmp_path: Path) -> None:
         plain = found[stage, adapter, "none"]
         assert weights.keys() == plain.keys()
         for name, weight in weights.items():
-            np.testing.assert_allclose(weight, plain[name], rtol=1e-5, atol=2e-6, err_msg=f"{stage} {adapter} {mode} {name}")
+            np.testing.assert_allclose(
+                weight, plain[name], rtol=1e-5, atol=2e-6, err_msg=f"{stage} {adapter} {mode} {name}"
+            )
     for stage, _ in PLACES:
         adapter = found[stage, True, "full"]
-        assert any("lora_B" in name and weight.any() for name, weight in adapter.items()), "an adapter starts at zero and has to move"
+        assert any("lora_B" in name and weight.any() for name, weight in adapter.items()), (
+            "an adapter starts at zero and has to move"
+        )

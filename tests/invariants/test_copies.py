@@ -19,7 +19,8 @@ Bytes = dict[str, int]
 
 
 def copied(group: ProcessGroup, folder: Path) -> dict[int, Bytes]:
-    """Bytes that this rank copied or packed, by what it was asked to do, and `state`: those of all weights and moments."""
+    """Bytes that this rank copied or packed, by what it was asked to do, and `state`: those of all weights
+    and moments."""
     return {policy[0]: look(Rank(group, policy), folder / str(policy[0])) for policy in STAGES}
 
 

@@ -1,4 +1,5 @@
-"""Two real DeepSpeed ranks, no Ray: every ZeRO stage with every legal sync policy keeps the accumulation contract.
+"""Two real DeepSpeed ranks, no Ray: every ZeRO stage with every legal sync policy keeps the accumulation
+contract.
 
 All work is done once (engine_ranks.py), without a compiler on the PATH; the tests look at what it found.
 """
@@ -14,7 +15,7 @@ from orchestrator.algorithms.table import build
 from orchestrator.core.batches import MicroBatch
 from orchestrator.data.micro_batches import cut_step, loss_units
 from orchestrator.learner.torch_baseline import PlainTrainer
-from orchestrator.models.forward import MicroBatchTensors, ScoringModel, scored
+from orchestrator.models.forward import MicroBatchTensors, ScoringModel, run_forward
 from orchestrator.models.load import load
 from orchestrator.plan.memory import model_sizes, traffic
 from tests.invariants.engine_ranks import (
@@ -55,7 +56,8 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[Everything]:
 
 @dataclass(frozen=True, slots=True)
 class Plain:
-    """Step 0 as one batch in plain torch: loss, norm of the whole gradient (added up in double), the gradient by name."""
+    """Step 0 as one batch in plain torch: loss, norm of the whole gradient (added up in double), the gradient
+    by name."""
 
     loss: float
     norm: float
@@ -69,7 +71,9 @@ def plain() -> Plain:
     step = trainer.step(STEPS[0], loss_units(STEPS[0]), 0)
     gradient = {f"model.{n}": p.grad.numpy() for n, p in trainer.trainable.items() if p.grad is not None}
     norm = norm_of(gradient)
-    assert step.grad_norm == pytest.approx(norm, rel=1e-4)  # torch's own norm of large fp32 tensors is not sharper
+    assert step.grad_norm == pytest.approx(
+        norm, rel=1e-4
+    )  # torch's own norm of large fp32 tensors is not sharper
     return Plain(step.loss, norm, gradient)
 
 
@@ -133,7 +137,9 @@ def test_the_clipped_and_the_whole_gradient_reach_adam(ranks, plain, policy, cli
     assert reached.keys() == plain.gradient.keys()
     assert norm_of(reached) == pytest.approx(norm, rel=1e-5)  # the clip factor has 1e-6 added to the norm
     for name, value in plain.gradient.items():
-        np.testing.assert_allclose(reached[name], value * norm / plain.norm, rtol=0, atol=1e-6 * norm, err_msg=name)
+        np.testing.assert_allclose(
+            reached[name], value * norm / plain.norm, rtol=0, atol=1e-6 * norm, err_msg=name
+        )
 
 
 @policies(LOOKED_AT)
@@ -144,10 +150,12 @@ def test_steps_use_the_learning_rate_of_the_schedule(ranks, policy):
 
 @policies(LOOKED_AT)
 def test_collectives_carry_the_predicted_bytes(ranks, policy):
-    """To the byte, but for ZeRO-3's three norm weights of 64 values, which the counter takes for flags; in its first step
-    DeepSpeed also gathers what it keeps whole later."""
+    """To the byte, but for ZeRO-3's three norm weights of 64 values, which the counter takes for flags; in
+    its first step DeepSpeed also gathers what it keeps whole later."""
     cfg, how = recipe(policy[2]), cut(policy)
-    predicted = traffic(cfg, model_sizes(cfg, build(cfg.algorithm)), how, len(cut_step(STEPS[0], how).micro_batches[0]))
+    predicted = traffic(
+        cfg, model_sizes(cfg, build(cfg.algorithm)), how, len(cut_step(STEPS[0], how).micro_batches[0])
+    )
     skipped = 3 * 64 * (2 if policy[2] == "bf16" else 4) if policy[0] == 3 else 0
     for found in (rank.found[policy] for rank in ranks):
         assert [s.reduced_bytes for s in found.steps] == [predicted.reduced] * 3
@@ -188,7 +196,10 @@ def test_bf16_gradients_accumulate_in_fp32(ranks, bf16_baselines, policy):
     ours = distance(ranks[0].gradients[policy], bf16_baselines.exact)
     summed_low = distance(bf16_baselines.summed_in_bf16, bf16_baselines.exact)
     summed_high = distance(bf16_baselines.summed_in_fp32, bf16_baselines.exact)
-    numbers = f"error of 64 bf16 micro-batches a rank: ours {ours:.5f}, summed in fp32 {summed_high:.5f}, summed in bf16 {summed_low:.5f}"
+    numbers = (
+        f"error of 64 bf16 micro-batches a rank: ours {ours:.5f}, summed in fp32 {summed_high:.5f}, "
+        f"summed in bf16 {summed_low:.5f}"
+    )
     assert ours < 0.8 * summed_low, numbers
     assert ours == pytest.approx(summed_high, rel=0.05), numbers
 
@@ -201,7 +212,8 @@ def distance(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Baselines:
-    """Gradients of MANY_PAIRS in plain torch: fp32 throughout, and of bf16 micro-batches summed in fp32 or in bf16."""
+    """Gradients of MANY_PAIRS in plain torch: fp32 throughout, and of bf16 micro-batches summed in fp32 or in
+    bf16."""
 
     exact: dict[str, np.ndarray]
     summed_in_fp32: dict[str, np.ndarray]
@@ -238,6 +250,6 @@ def module() -> ScoringModel:
 
 
 def add_gradient(model: ScoringModel, mb: MicroBatch) -> None:
-    result = scored(model, MicroBatchTensors.of(mb, torch.device("cpu")))
+    result = run_forward(model, MicroBatchTensors.of(mb, torch.device("cpu")))
     scores = TokenScores(result.values, torch.from_numpy(mb.sequence), len(mb), mb.branches)
     build(recipe().algorithm).objective(scores, loss_units(MANY_PAIRS)).total.backward()

@@ -1,6 +1,8 @@
-"""Every allow-listed architecture: prefix-shared and packed rows give the log-probs and gradients of padded ones.
+"""Every allow-listed architecture: prefix-shared and packed rows give the log-probs and gradients of padded
+ones.
 
-Initial weights are drawn wide, so that attention is far from uniform; a control shows that a wrong mask is seen.
+Initial weights are drawn wide, so that attention is far from uniform; a control shows that a wrong mask is
+seen.
 """
 
 from dataclasses import dataclass, field, replace
@@ -14,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from orchestrator.core.batches import Branch, Layout, MicroBatch, SequenceGroup
 from orchestrator.data.packing import pack
 from orchestrator.models.attention import capabilities
-from orchestrator.models.forward import MicroBatchTensors, Scored, ScoringModel, head_gap, scored
+from orchestrator.models.forward import HeadOutputs, MicroBatchTensors, ScoringModel, head_gap, run_forward
 from orchestrator.models.tiny import build
 from orchestrator.recipe.schema import TinyModel
 
@@ -58,7 +60,15 @@ CASES = [
     Case("cohere", options={"logit_scale": 0.25}),
     Case("falcon"),
     Case("mixtral", options={"num_local_experts": 4, "sliding_window": None}),
-    Case("qwen2_moe", options={"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16}),
+    Case(
+        "qwen2_moe",
+        options={
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 16,
+            "shared_expert_intermediate_size": 16,
+        },
+    ),
 ]
 PADDED_ONLY = [
     Case("opt"),
@@ -71,11 +81,19 @@ PADDED_ONLY = [
     Case("hyperclovax", options={"logits_scaling": 0.5}),
     Case("llama4_text", options={"head_dim": 8, "num_key_value_heads": 4}),
 ]
-"""Ways out of the ordinary: no position ids, ALiBi, recurrent layers, another name for the backbone, odd logit transforms."""
+"""Ways out of the ordinary: no position ids, ALiBi, recurrent layers, another name for the backbone, odd
+logit transforms."""
 
 
 def make(case: Case, auto: type = AutoModelForCausalLM, **options: Any) -> torch.nn.Module:
-    cfg = TinyModel(architecture=case.architecture, hidden_size=32, layers=2, heads=4, kv_heads=case.kv_heads, max_positions=128)
+    cfg = TinyModel(
+        architecture=case.architecture,
+        hidden_size=32,
+        layers=2,
+        heads=4,
+        kv_heads=case.kv_heads,
+        max_positions=128,
+    )
     return build(cfg, 0, auto, initializer_range=0.2, **{**case.options, **options}).eval()
 
 
@@ -103,15 +121,19 @@ def in_padded_order(mb: MicroBatch, values: torch.Tensor) -> torch.Tensor:
     return values[torch.from_numpy(np.argsort(mb.sequence, kind="stable"))]
 
 
-def run(model: ScoringModel, layout: Layout, row_tokens: int | None = None) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def run(
+    model: ScoringModel, layout: Layout, row_tokens: int | None = None
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Log-probs in sequence order, and every parameter's gradient of a sum with a different weight per token."""
     mb = pack(groups(), layout, row_tokens=row_tokens)
-    result = scored(model, tensors(mb))
+    result = run_forward(model, tensors(mb))
     values = in_padded_order(mb, result.values) if result.rewards is None else result.values.flatten()
     weights = torch.randn(len(values), generator=torch.Generator().manual_seed(1)) / len(values)
     model.zero_grad()
     (weights * values).sum().backward()
-    return values.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return values.detach(), {
+        name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None
+    }
 
 
 def assert_same(model: ScoringModel, layout: Layout, row_tokens: int | None) -> None:
@@ -147,13 +169,17 @@ def test_padded_rows_give_the_log_probs_of_each_sequence_alone(case):
     hugging_face = make(case)
     mb = pack(groups(), "padded")
     with torch.no_grad():
-        got = in_padded_order(mb, scored(ScoringModel(hugging_face, head="lm"), tensors(mb)).values)
+        got = in_padded_order(mb, run_forward(ScoringModel(hugging_face, head="lm"), tensors(mb)).values)
         want = []
         for group in groups():
             for answer in group.branches:
                 ids = torch.from_numpy(np.concatenate([group.prompt, answer.ids]))
-                logps = torch.log_softmax(hugging_face(input_ids=ids[None], use_cache=False).logits[0, :-1], -1)
-                counted = torch.from_numpy(np.concatenate([np.zeros(len(group.prompt), np.bool_), answer.scored]))[1:]
+                logps = torch.log_softmax(
+                    hugging_face(input_ids=ids[None], use_cache=False).logits[0, :-1], -1
+                )
+                counted = torch.from_numpy(
+                    np.concatenate([np.zeros(len(group.prompt), np.bool_), answer.loss_mask])
+                )[1:]
                 want.append(logps.gather(1, ids[1:, None])[counted, 0])
     assert float((got - torch.cat(want)).abs().max()) <= TOLERANCE
 
@@ -173,19 +199,20 @@ def test_a_wrong_mask_would_be_seen(case, layout):
     right = tensors(mb)
     wrong = replace(right, segment=torch.zeros_like(right.segment), branch=torch.zeros_like(right.branch))
     with torch.no_grad():
-        gap = (scored(model, right).values - scored(model, wrong).values).abs().max()
+        gap = (run_forward(model, right).values - run_forward(model, wrong).values).abs().max()
     assert float(gap) > 100 * TOLERANCE
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.options.get("sliding_window")], ids=str)
 def test_the_window_matters_on_these_rows(case):
-    """Control: without its window the model gives other log-probs wherever the window is shorter than the rows."""
+    """Control: without its window the model gives other log-probs wherever the window is shorter than the
+    rows."""
     model = ScoringModel(make(case), head="lm")
     rows = tensors(pack(groups(), "prefix_shared", row_tokens=200))
     with torch.no_grad():
-        windowed = scored(model, rows).values
+        windowed = run_forward(model, rows).values
         model.can = replace(model.can, window=10_000)
-        gap = float((windowed - scored(model, rows).values).abs().max())
+        gap = float((windowed - run_forward(model, rows).values).abs().max())
     assert gap == 0.0 if case.options["sliding_window"] >= 40 else gap > 100 * TOLERANCE
 
 
@@ -203,26 +230,30 @@ def test_rewards_equal_the_models_own():
     rows = [[torch.from_numpy(np.concatenate([g.prompt, b.ids]))[None] for b in g.branches] for g in groups()]
     with torch.no_grad():
         own = [[float(hugging_face(input_ids=ids).logits) for ids in row] for row in rows]
-        got: Scored = scored(ScoringModel(hugging_face, head="scalar"), tensors(mb))
+        got: HeadOutputs = run_forward(ScoringModel(hugging_face, head="scalar"), tensors(mb))
     assert got.rewards.tolist() == [pytest.approx(row, abs=TOLERANCE) for row in own]
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if c.architecture not in ("gpt2", "falcon", "gemma2")], ids=str)
+@pytest.mark.parametrize(
+    "case", [c for c in CASES if c.architecture not in ("gpt2", "falcon", "gemma2")], ids=str
+)
 def test_layers_see_no_padding(case):
     """gpt2 and falcon want a mask of their own size, gemma2 computes attention in a way of its own."""
     seen = []
     model = ScoringModel(make(case), head="lm")
-    model.hugging_face.get_input_embeddings().register_forward_hook(lambda layer, given, out: seen.append(out[..., 0].numel()))
+    model.hugging_face.get_input_embeddings().register_forward_hook(
+        lambda layer, given, out: seen.append(out[..., 0].numel())
+    )
     for layout in SHARING:
         mb = pack(groups(), layout)
         assert mb.tokens < mb.positions
-        scored(model, tensors(mb))
+        run_forward(model, tensors(mb))
         assert seen.pop() == mb.tokens
 
 
 def test_a_mask_without_rows_is_refused():
     """Another model's rows would be taken for one sequence."""
     model = ScoringModel(make(CASES[0]), head="lm")
-    scored(model, tensors(pack(groups(), "packed")))
+    run_forward(model, tensors(pack(groups(), "packed")))
     with pytest.raises(TypeError, match="masks of its own"):
         model.hugging_face(input_ids=torch.zeros(1, 4, dtype=torch.long))

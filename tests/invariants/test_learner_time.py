@@ -1,4 +1,5 @@
-"""What a rank reports of a step's time and work, and that nothing in a step waits for the device before its sums are read."""
+"""What a rank reports of a step's time and work, and that nothing in a step waits for the device before its
+sums are read."""
 
 import time
 from typing import Any
@@ -101,7 +102,8 @@ def test_attention_is_counted_as_far_as_each_token_sees(found):
 
 @pytest.mark.parametrize("layout", ["prefix_shared", "packed", "padded"])
 def test_no_layout_changes_what_a_window_leaves(layout: Any):
-    """A window of 4: each token sees at most 4. Padding sees nothing. Packed and padded rows compute the prompt for each branch."""
+    """A window of 4: each token sees at most 4. Padding sees nothing. Packed and padded rows compute the
+    prompt for each branch."""
     group = STEPS[0][0]
     lengths = [len(group.prompt) + len(b.ids) for b in group.branches]
     seen = [sum(min(i + 1, 4) for i in range(n)) for n in lengths]

@@ -1,4 +1,5 @@
-"""A bf16 model is the one that transformers loads: its rotary frequencies stay in fp32, or positions of a thousand are off by a radian."""
+"""A bf16 model is the one that transformers loads: its rotary frequencies stay in fp32, or positions of a
+thousand are off by a radian."""
 
 from pathlib import Path
 
@@ -50,15 +51,23 @@ def logps_of(model: torch.nn.Module, ids: np.ndarray) -> np.ndarray:
     """Log-probs of the second half of the row."""
     row = torch.from_numpy(ids)[None]
     logits = model(input_ids=row, use_cache=False).logits[0].float()
-    return torch.log_softmax(logits[LENGTH // 2 - 1 : -1], -1).gather(1, row[0, LENGTH // 2 :, None])[:, 0].numpy()
+    return (
+        torch.log_softmax(logits[LENGTH // 2 - 1 : -1], -1)
+        .gather(1, row[0, LENGTH // 2 :, None])[:, 0]
+        .numpy()
+    )
 
 
 @pytest.fixture(scope="module")
 def expected(recipe: Recipe, ids: np.ndarray) -> np.ndarray:
-    return logps_of(AutoModelForCausalLM.from_pretrained(Path(recipe.model.path or ""), dtype=torch.bfloat16), ids)
+    return logps_of(
+        AutoModelForCausalLM.from_pretrained(Path(recipe.model.path or ""), dtype=torch.bfloat16), ids
+    )
 
 
-def test_the_reference_is_the_model_that_transformers_loads(recipe: Recipe, ids: np.ndarray, expected: np.ndarray) -> None:
+def test_the_reference_is_the_model_that_transformers_loads(
+    recipe: Recipe, ids: np.ndarray, expected: np.ndarray
+) -> None:
     half = LENGTH // 2
     group = SequenceGroup(0, ids[:half], (Branch(ids[half:], np.ones(half, np.bool_)),))
     (found,) = RankReference(recipe, CPU).token_logprobs([pack([group], "padded")])

@@ -1,4 +1,5 @@
-"""Optimizer state (and ZeRO-3's parameters) in host memory: the same steps, refusals, discards and checkpoints as on the device."""
+"""Optimizer state (and ZeRO-3's parameters) in host memory: the same steps, refusals, discards and
+checkpoints as on the device."""
 
 import shutil
 from dataclasses import dataclass
@@ -13,7 +14,17 @@ from orchestrator.learner.state import load_state
 from orchestrator.plan.planner import LEGAL_SYNC
 from orchestrator.recipe.schema import Offload
 from orchestrator.run.verify import TOLERANCE
-from tests.invariants.engine_ranks import BAD_STEP, STEPS, Policy, Rank, bf16_gradient, on_ranks, one_bad_micro_batch, relative_gap, save_after_two
+from tests.invariants.engine_ranks import (
+    BAD_STEP,
+    STEPS,
+    Policy,
+    Rank,
+    bf16_gradient,
+    on_ranks,
+    one_bad_micro_batch,
+    relative_gap,
+    save_after_two,
+)
 
 pytestmark = pytest.mark.timeout(600)
 OPTIMIZER = Offload(optimizer="cpu", parameters="none")
@@ -24,8 +35,17 @@ Case = tuple[Policy, Offload]
 def legal(precision: str) -> list[Case]:
     """Every way to partition that can be offloaded: ZeRO 1-3, no gradients held back whole in low precision."""
     low = precision == "bf16"
-    ways = [(stage, sync) for stage in (1, 2, 3) for sync in LEGAL_SYNC[stage] if not (low and sync == "coalesced")]
-    return [((stage, sync, precision), where) for stage, sync in ways for where in ((OPTIMIZER, BOTH) if stage == 3 else (OPTIMIZER,))]
+    ways = [
+        (stage, sync)
+        for stage in (1, 2, 3)
+        for sync in LEGAL_SYNC[stage]
+        if not (low and sync == "coalesced")
+    ]
+    return [
+        ((stage, sync, precision), where)
+        for stage, sync in ways
+        for where in ((OPTIMIZER, BOTH) if stage == 3 else (OPTIMIZER,))
+    ]
 
 
 GRID = [case for precision in ("fp32", "bf16", "bf16_autocast") for case in legal(precision)]
@@ -38,9 +58,10 @@ FEW: list[Case] = [
 
 @dataclass(frozen=True, slots=True)
 class Offloaded:
-    """States (SHA-256 of weights and moments) after steps 1, 2, 3 undisturbed; after the same steps with a refused and a
-    discarded one between; saved and put back. accumulation: largest difference of the gradient of many bf16 micro-batches from the
-    one without offload, relative to its largest value. gaps: ||dw|| / ||w|| against the weights without offload, after each step."""
+    """States (SHA-256 of weights and moments) after steps 1, 2, 3 undisturbed; after the same steps with a
+    refused and a discarded one between; saved and put back. accumulation: largest difference of the gradient
+    of many bf16 micro-batches from the one without offload, relative to its largest value. gaps: ||dw|| /
+    ||w|| against the weights without offload, after each step."""
 
     after: tuple[str, ...]
     norms: tuple[float, ...]
@@ -118,7 +139,11 @@ ALL = pytest.mark.slow
 
 @pytest.mark.parametrize(
     ("world", "cases"),
-    [pytest.param(2, FEW, id="few"), pytest.param(1, GRID, id="all-1", marks=ALL), pytest.param(2, GRID, id="all-2", marks=ALL)],
+    [
+        pytest.param(2, FEW, id="few"),
+        pytest.param(1, GRID, id="all-1", marks=ALL),
+        pytest.param(2, GRID, id="all-2", marks=ALL),
+    ],
 )
 def test_an_offloaded_step_is_the_same_step(tmp_path: Path, world: int, cases: list[Case]) -> None:
     for found in on_ranks(compare, world, tmp_path, tmp_path, cases, timeout=500.0):

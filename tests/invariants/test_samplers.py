@@ -1,4 +1,5 @@
-"""On policy every token weighs exactly 1, however it was drawn: a grid of samplers on shared logits, and both decoders on a model.
+"""On policy every token weighs exactly 1, however it was drawn: a grid of samplers on shared logits, and both
+decoders on a model.
 
 the same logits --rollout.sampling.draw--> sampled log-probs  ─┐
                 --learner's head at HeadSpec.temperature--> old ┴─> weight = exp(old - sampled) = 1
@@ -17,7 +18,7 @@ from orchestrator.algorithms.losses.policy import CorrectionKind, correction_wei
 from orchestrator.algorithms.table import build
 from orchestrator.core.batches import LossUnits
 from orchestrator.core.rollouts import Sampling
-from orchestrator.recipe.schema import Algorithm, Correction, Rollouts
+from orchestrator.recipe.schema import AlgorithmConfig, Correction, Rollouts
 from orchestrator.rollout.engines.padded_decoder import StaticDecoder
 from orchestrator.rollout.engines.paged_decoder import ContinuousDecoder
 from orchestrator.rollout.engines.sampling import draw, drawn_from
@@ -31,7 +32,9 @@ EXACT = 1e-6
 
 
 def named(temperature: float, top_p: float, top_k: int | None, min_p: float) -> Rollouts:
-    return Rollouts.model_validate({"temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p, "max_new_tokens": LENGTH})
+    return Rollouts.model_validate(
+        {"temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p, "max_new_tokens": LENGTH}
+    )
 
 
 def sampled(rollouts: Rollouts) -> tuple[Sampling, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -44,15 +47,19 @@ def sampled(rollouts: Rollouts) -> tuple[Sampling, torch.Tensor, torch.Tensor, t
     return sampling, logits, drawn.tokens, drawn.logprobs
 
 
-def learned(rollouts: Rollouts, logits: torch.Tensor, tokens: torch.Tensor, name: str = "grpo") -> torch.Tensor:
+def learned(
+    rollouts: Rollouts, logits: torch.Tensor, tokens: torch.Tensor, name: str = "grpo"
+) -> torch.Tensor:
     """What the learner's own head says of the same logits, with the spec that the algorithm's row gives it."""
-    spec = build(Algorithm(name=name), rollouts).scores  # pyright: ignore[reportArgumentType]
+    spec = build(AlgorithmConfig(name=name), rollouts).scores  # pyright: ignore[reportArgumentType]
     return chunked_logprobs(logits, torch.eye(VOCABULARY), None, tokens, spec).logps
 
 
 def scores_of(logps: torch.Tensor, sampled_logps: torch.Tensor) -> TokenScores:
     sequence = torch.arange(ROWS) // LENGTH
-    known = ExperienceTensors(torch.randn(ROWS, generator=torch.Generator().manual_seed(1)), sampled_logps, None, logps.detach())
+    known = ExperienceTensors(
+        torch.randn(ROWS, generator=torch.Generator().manual_seed(1)), sampled_logps, None, logps.detach()
+    )
     return TokenScores(logps, sequence, ROWS // LENGTH, 1, entropy=torch.zeros(ROWS), experience=known)
 
 
@@ -76,9 +83,11 @@ def test_the_gradient_is_that_of_no_correction(name, sampler):
     _, logits, tokens, sampled_logps = sampled(rollouts)
     gradients = {}
     for kind in KINDS:
-        cfg = Algorithm(name=name, correction=Correction(kind=kind))  # pyright: ignore[reportArgumentType]
+        cfg = AlgorithmConfig(name=name, correction=Correction(kind=kind))  # pyright: ignore[reportArgumentType]
         logps = learned(rollouts, logits, tokens, name).requires_grad_()
-        loss = build(cfg, rollouts).objective(scores_of(logps, sampled_logps), LossUnits(ROWS // LENGTH, (ROWS,)))
+        loss = build(cfg, rollouts).objective(
+            scores_of(logps, sampled_logps), LossUnits(ROWS // LENGTH, (ROWS,))
+        )
         assert float(loss.means["policy/train_rollout_gap"][0]) / ROWS < EXACT
         gradients[kind] = torch.autograd.grad(loss.total, logps)[0]
     assert float(gradients["none"].abs().max()) > 1e-4
@@ -87,7 +96,8 @@ def test_the_gradient_is_that_of_no_correction(name, sampler):
 
 
 def test_log_probs_of_the_distribution_drawn_from_would_be_seen():
-    """The test's own teeth: renormalised over what top_p leaves, weights are below 1 by the mass that is cut away."""
+    """The test's own teeth: renormalised over what top_p leaves, weights are below 1 by the mass that is cut
+    away."""
     rollouts = named(1.0, 0.8, None, 0.0)
     sampling, logits, tokens, _ = sampled(rollouts)
     renormalised = drawn_from(logits, sampling).gather(1, tokens[:, None])[:, 0]
@@ -110,4 +120,6 @@ def test_a_decoders_log_probs_are_one_forwards(decoder: Callable, sampler) -> No
         found = decoder(model, EOS, 8, letters).generate(asked, sampling)
         assert worst_gap(model, asked, found, sampling) < 1e-4
         assert kept_gap(model, asked, found, sampling) < 1e-4
-    assert any(c.finish == "stop" and not np.isin(c.ids[-1], EOS) for cs in found for c in cs)  # a stop text ended some
+    assert any(
+        c.finish == "stop" and not np.isin(c.ids[-1], EOS) for cs in found for c in cs
+    )  # a stop text ended some

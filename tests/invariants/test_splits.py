@@ -1,6 +1,7 @@
 """The one idea, proved: an optimizer step is the same however the hardware cuts it.
 
-Every cut runs on real Ray workers and DeepSpeed ranks and is compared with one process, one batch, plain torch.
+Every cut runs on real Ray workers and DeepSpeed ranks and is compared with one process, one batch, plain
+torch.
 """
 
 import json
@@ -14,7 +15,7 @@ import pytest
 
 from orchestrator.cluster.learner_group import LearnerGroup
 from orchestrator.recipe.schema import Recipe
-from orchestrator.run.verify import TOLERANCE, Difference, Proof, run, splits
+from orchestrator.run.verify import TOLERANCE, Difference, Verification, run, splits
 from tests.running import shared_ray
 
 pytestmark = pytest.mark.timeout(600)
@@ -22,7 +23,8 @@ EFFECTIVE = 32
 
 
 def write_rows(path: Path, count: int) -> None:
-    """Rows of every kind at once, of very different lengths, so that padding, packing and balancing have work to do."""
+    """Rows of every kind at once, of very different lengths, so that padding, packing and balancing have work
+    to do."""
     draw = random.Random(1)
 
     def text(low: int, high: int) -> str:
@@ -43,7 +45,9 @@ def recipe(data: Path, algorithm: dict, **sections: dict) -> Recipe:
         "optimizer": {"learning_rate": 1e-3, "warmup_steps": 3, "weight_decay": 0.01, "schedule": "cosine"},
         "learners": {"cpus_per_worker": 0.5},
     }
-    return Recipe.model_validate({**raw, **{name: {**raw.get(name, {}), **values} for name, values in sections.items()}})
+    return Recipe.model_validate(
+        {**raw, **{name: {**raw.get(name, {}), **values} for name, values in sections.items()}}
+    )
 
 
 @pytest.fixture(scope="module")
@@ -75,19 +79,35 @@ def two_workers(ray_session: None) -> Iterator[LearnerGroup]:
 
 
 def worst(differences: list[Difference]) -> tuple[float, float, float]:
-    return max(d.loss for d in differences), max(d.grad_norm for d in differences), max(d.weights for d in differences)
+    return (
+        max(d.loss for d in differences),
+        max(d.grad_norm for d in differences),
+        max(d.weights for d in differences),
+    )
 
 
-@pytest.mark.parametrize("everything", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["covering", "all"])
+@pytest.mark.parametrize(
+    "everything", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["covering", "all"]
+)
 def test_every_cut_takes_the_same_steps(ray_session: None, data: Path, everything: bool) -> None:
-    """workers 1, 2, 4 × ZeRO 0-3 × every legal sync policy (21 engines), each with one of two micro-batch sizes × three
-    layouts in turn, or (slow) with all of them: 126 cuts, ten steps."""
+    """workers 1, 2, 4 × ZeRO 0-3 × every legal sync policy (21 engines), each with one of two micro-batch
+    sizes × three layouts in turn, or (slow) with all of them: 126 cuts, ten steps."""
     workers = [n for n in (1, 2, 4) if n * 0.5 <= (os.cpu_count() or 1)]
-    differences = list(run(recipe(data, {"name": "dpo"}), steps=10 if everything else 4, workers=workers, everything=everything))
+    differences = list(
+        run(
+            recipe(data, {"name": "dpo"}),
+            steps=10 if everything else 4,
+            workers=workers,
+            everything=everything,
+        )
+    )
     assert len(differences) == (42 if everything else 7) * len(workers)
     bad = [d for d in differences if not d.within(TOLERANCE["fp32"])]
     assert not bad, bad
-    print(f"{len(differences)} cuts: loss {worst(differences)[0]:.1e}, grad norm {worst(differences)[1]:.1e}, weights {worst(differences)[2]:.1e}")
+    print(
+        f"{len(differences)} cuts: loss {worst(differences)[0]:.1e}, grad norm {worst(differences)[1]:.1e}, "
+        f"weights {worst(differences)[2]:.1e}"
+    )
 
 
 @pytest.mark.parametrize(
@@ -100,23 +120,40 @@ def test_every_cut_takes_the_same_steps(ray_session: None, data: Path, everythin
         {"name": "dpo", "loss": {"sigmoid": 0.8, "bco_pair": 0.2, "sft": 1.0}, "ld_alpha": 0.5},
         {"name": "orpo"},
     ],
-    ids=lambda a: a["name"] + (f"-{a['loss']}" if isinstance(a.get("loss"), str) else "-mix" if "loss" in a else ""),
+    ids=lambda a: (
+        a["name"] + (f"-{a['loss']}" if isinstance(a.get("loss"), str) else "-mix" if "loss" in a else "")
+    ),
 )
-def test_each_family_is_independent_of_the_cut(two_workers: LearnerGroup, data: Path, algorithm: dict) -> None:
-    proof = Proof.of(recipe(data, algorithm, learners={"workers": 2}), steps=3)
+def test_each_family_is_independent_of_the_cut(
+    two_workers: LearnerGroup, data: Path, algorithm: dict
+) -> None:
+    proof = Verification.of(recipe(data, algorithm, learners={"workers": 2}), steps=3)
     baseline = proof.plain()
     for cut in splits(proof.planned, EFFECTIVE, "fp32", [2], everything=False):
         difference = baseline.difference(proof.split(cut, two_workers), cut)
         assert difference.within(TOLERANCE["fp32"]), difference
 
 
-@pytest.mark.parametrize("algorithm", [{"name": "dpo"}, pytest.param({"name": "kto"}, marks=pytest.mark.slow)], ids=lambda a: a["name"])
-def test_loras_dropout_is_independent_of_the_cut(two_workers: LearnerGroup, data: Path, algorithm: dict) -> None:
-    """Masks belong to tokens: the same ones under each layout, micro-batch, rank and with layers computed again, in both passes of KTO."""
-    adapted = {"tiny": {"architecture": "llama", "hidden_size": 32, "layers": 2, "heads": 2}, "lora": {"rank": 4, "dropout": 0.3}}
+@pytest.mark.parametrize(
+    "algorithm",
+    [{"name": "dpo"}, pytest.param({"name": "kto"}, marks=pytest.mark.slow)],
+    ids=lambda a: a["name"],
+)
+def test_loras_dropout_is_independent_of_the_cut(
+    two_workers: LearnerGroup, data: Path, algorithm: dict
+) -> None:
+    """Masks belong to tokens: the same ones under each layout, micro-batch, rank and with layers computed
+    again, in both passes of KTO."""
+    adapted = {
+        "tiny": {"architecture": "llama", "hidden_size": 32, "layers": 2, "heads": 2},
+        "lora": {"rank": 4, "dropout": 0.3},
+    }
     again = {"workers": 2, "activation_checkpointing": "full"}
-    calm = {"learning_rate": 2e-2, "eps": 1e-3}  # Adam makes a full step of the rounding in a gradient that is all but zero
-    proof = Proof.of(recipe(data, algorithm, model=adapted, learners=again, optimizer=calm), steps=3)
+    calm = {
+        "learning_rate": 2e-2,
+        "eps": 1e-3,
+    }  # Adam makes a full step of the rounding in a gradient that is all but zero
+    proof = Verification.of(recipe(data, algorithm, model=adapted, learners=again, optimizer=calm), steps=3)
     baseline = proof.plain()
     for cut in splits(proof.planned, EFFECTIVE, "fp32", [2], everything=False):
         difference = baseline.difference(proof.split(cut, two_workers), cut)
@@ -128,9 +165,14 @@ def test_loras_dropout_is_independent_of_the_cut(two_workers: LearnerGroup, data
 
 
 def test_bf16_stays_within_its_stated_bound(two_workers: LearnerGroup, data: Path) -> None:
-    proof = Proof.of(recipe(data, {"name": "dpo"}, learners={"workers": 2, "precision": "bf16"}), steps=5)
+    proof = Verification.of(
+        recipe(data, {"name": "dpo"}, learners={"workers": 2, "precision": "bf16"}), steps=5
+    )
     baseline = proof.plain()
-    differences = [baseline.difference(proof.split(cut, two_workers), cut) for cut in splits(proof.planned, EFFECTIVE, "bf16", [2], everything=False)]
+    differences = [
+        baseline.difference(proof.split(cut, two_workers), cut)
+        for cut in splits(proof.planned, EFFECTIVE, "bf16", [2], everything=False)
+    ]
     assert {d.cut.zero_stage for d in differences} == {1, 2, 3}
     assert all(d.within(TOLERANCE["bf16"]) for d in differences), differences
     print(f"bf16: loss {worst(differences)[0]:.1e}, weights {worst(differences)[2]:.1e}")
@@ -138,8 +180,10 @@ def test_bf16_stays_within_its_stated_bound(two_workers: LearnerGroup, data: Pat
 
 def test_a_wrong_normaliser_would_be_seen(two_workers: LearnerGroup, data: Path) -> None:
     """The proof can fail: a loss averaged per micro-batch, the usual mistake, is far above the tolerance."""
-    proof = Proof.of(recipe(data, {"name": "sft"}, learners={"workers": 2}), steps=2)
+    proof = Verification.of(recipe(data, {"name": "sft"}, learners={"workers": 2}), steps=2)
     baseline = proof.plain()
     (cut, *_) = splits(proof.planned, EFFECTIVE, "fp32", [2], everything=False)
-    halves = Proof(proof.recipe, proof.algorithm, tuple(s[: EFFECTIVE // 2] for s in proof.steps), proof.planned)
+    halves = Verification(
+        proof.recipe, proof.algorithm, tuple(s[: EFFECTIVE // 2] for s in proof.steps), proof.planned
+    )
     assert not baseline.difference(halves.split(cut, two_workers), cut).within(TOLERANCE["fp32"])

@@ -1,4 +1,5 @@
-"""A learner's start-up checks: rows as long as real answers start in every precision, a mask that leaks does not."""
+"""A learner's start-up checks: rows as long as real answers start in every precision, a mask that leaks does
+not."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -52,7 +53,9 @@ def leaking(column: str) -> Callable[..., MicroBatch]:
     """pack(), but a token sees the other branch, or the other sequences of its row."""
 
     def made(some: Sequence[SequenceGroup], layout: Any, **options: Any) -> MicroBatch:
-        rows = pack(some, layout, row_tokens=sum(g.tokens for g in some) if layout == "packed" else None, **options)
+        rows = pack(
+            some, layout, row_tokens=sum(g.tokens for g in some) if layout == "packed" else None, **options
+        )
         values = getattr(rows, column)
         return rows if layout == "padded" else replace(rows, **{column: np.minimum(values, 0)})
 
@@ -60,7 +63,8 @@ def leaking(column: str) -> Callable[..., MicroBatch]:
 
 
 def verdicts(group: ProcessGroup) -> dict[tuple[str, int, str], str]:
-    """What the check says of sound rows and of leaking ones, peaked logits as trained models have: "" where it lets the run start."""
+    """What the check says of sound rows and of leaking ones, peaked logits as trained models have: "" where
+    it lets the run start."""
     said = {}
     for precision in ("fp32", "bf16"):
         cfg = recipe(precision)
@@ -69,7 +73,12 @@ def verdicts(group: ProcessGroup) -> dict[tuple[str, int, str], str]:
             for parameter in rank.learner.scoring.parameters():
                 parameter.mul_(3.0 if parameter.ndim == 2 else 1.0)
         for length in LENGTHS:
-            for leak, layout in (("", "prefix_shared"), ("", "packed"), ("branch", "prefix_shared"), ("segment", "packed")):
+            for leak, layout in (
+                ("", "prefix_shared"),
+                ("", "packed"),
+                ("branch", "prefix_shared"),
+                ("segment", "packed"),
+            ):
                 with pytest.MonkeyPatch.context() as patch:
                     if leak:
                         patch.setattr(startup, "pack", leaking(leak))

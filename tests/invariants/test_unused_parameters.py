@@ -1,4 +1,5 @@
-"""A parameter that no token of a step reaches has a gradient of zero in that step: not an earlier step's, and no infinity of a refused one.
+"""A parameter that no token of a step reaches has a gradient of zero in that step: not an earlier step's, and
+no infinity of a refused one.
 
 Every ZeRO stage and sync policy on two real ranks, against torch's AdamW over the same steps on one process.
 """
@@ -26,7 +27,8 @@ POLICIES: list[Policy] = [
     (3, "per_micro_batch", "cpu"),
 ]
 STEPS: tuple[tuple[tuple[int, ...], ...], ...] = (((0, 1), (0,)), ((0,), (0,)), ((0,), (0,)), ((1,), (0,)))
-"""By step and micro-batch: which experts tokens are sent to. The second comes first, then not at all, then in a first micro-batch only."""
+"""By step and micro-batch: which experts tokens are sent to. The second comes first, then not at all, then in
+a first micro-batch only."""
 REFUSED_AFTER = 1
 """A step is refused here, after which the second expert gets no gradient for a whole step."""
 
@@ -47,14 +49,19 @@ class Experts(nn.Module):
 
 
 def inputs(step: int, micro: int, rank: int) -> Tensor:
-    return torch.randn(4, WIDTH, generator=torch.Generator().manual_seed(100 * step + 10 * micro + rank)) / WIDTH
+    return (
+        torch.randn(4, WIDTH, generator=torch.Generator().manual_seed(100 * step + 10 * micro + rank)) / WIDTH
+    )
 
 
 def plain() -> dict[str, Tensor]:
     """torch's own AdamW, all ranks' micro-batches in one sum; absent gradients are zeros."""
     module = Experts()
     decay, other = [e.weight for e in module.experts], list(module.norm.parameters())
-    groups = [{"params": decay, "weight_decay": OPTIMIZER.weight_decay}, {"params": other, "weight_decay": 0.0}]
+    groups = [
+        {"params": decay, "weight_decay": OPTIMIZER.weight_decay},
+        {"params": other, "weight_decay": 0.0},
+    ]
     adam = torch.optim.AdamW(groups, lr=OPTIMIZER.learning_rate, betas=OPTIMIZER.betas, eps=OPTIMIZER.eps)
     for number, micro_batches in enumerate(STEPS):
         adam.zero_grad()
@@ -73,7 +80,9 @@ def trained(group: ProcessGroup, policies: Sequence[Policy]) -> dict[Policy, dic
     found = {}
     for stage, sync, offload in policies:
         learners = Learners(workers=WORLD, offload=Offload(optimizer=offload))  # pyright: ignore[reportArgumentType]
-        engine = Engine(Experts(), learners=learners, optimizer=OPTIMIZER, stage=stage, sync=sync, world=WORLD)
+        engine = Engine(
+            Experts(), learners=learners, optimizer=OPTIMIZER, stage=stage, sync=sync, world=WORLD
+        )
         for number, micro_batches in enumerate(STEPS):
             with engine.accumulation():
                 for micro, used in enumerate(micro_batches):
@@ -82,7 +91,9 @@ def trained(group: ProcessGroup, policies: Sequence[Policy]) -> dict[Policy, dic
             assert engine.step(OPTIMIZER.learning_rate).applied, (stage, sync, offload, number)
             if number == REFUSED_AFTER:
                 engine.discard(lambda engine=engine: engine(inputs(9, 0, 0), (0, 1)))
-        found[stage, sync, offload] = {name: on_cpu(engine.weight(p)) for name, p in engine.module.named_parameters()}
+        found[stage, sync, offload] = {
+            name: on_cpu(engine.weight(p)) for name, p in engine.module.named_parameters()
+        }
     return found
 
 
@@ -99,4 +110,6 @@ def expected() -> dict[str, Tensor]:
 @pytest.mark.parametrize("policy", POLICIES, ids=lambda p: f"zero{p[0]}-{p[1]}-{p[2]}")
 def test_no_gradient_is_a_gradient_of_zero(weights, expected, policy):
     for name, weight in expected.items():
-        torch.testing.assert_close(weights[policy][name], weight, rtol=0.0, atol=2e-6, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            weights[policy][name], weight, rtol=0.0, atol=2e-6, msg=lambda text, name=name: f"{name}: {text}"
+        )

@@ -1,6 +1,8 @@
-"""Weights cross to the rollout actors bit by bit, whatever the transport and the ZeRO stage, or no rollout is made with them.
+"""Weights cross to the rollout actors bit by bit, whatever the transport and the ZeRO stage, or no rollout is
+made with them.
 
-Two real DeepSpeed ranks and two real rollout actors on one local Ray; digests are taken in the processes themselves.
+Two real DeepSpeed ranks and two real rollout actors on one local Ray; digests are taken in the processes
+themselves.
 """
 
 import hashlib
@@ -19,10 +21,10 @@ from ray.exceptions import RayActorError
 
 from orchestrator.cluster.learner_group import LearnerGroup
 from orchestrator.cluster.rollout_pool import RolloutPool
-from orchestrator.cluster.weight_sync import BroadcastBridge, CudaIpcBridge, ObjectStoreBridge, make_bridge
+from orchestrator.cluster.weight_sync import BroadcastSync, CudaIpcSync, ObjectStoreSync, make_weight_sync
 from orchestrator.core.batches import Branch, Cut, SequenceGroup
 from orchestrator.core.errors import ConfigError, WorkerLost
-from orchestrator.core.roles import WeightBridge
+from orchestrator.core.roles import WeightSync
 from orchestrator.core.rollouts import Prompt, RolloutGroup, Sampling
 from orchestrator.data.micro_batches import cut_step
 from orchestrator.data.packing import by_branch
@@ -38,7 +40,7 @@ pytestmark = pytest.mark.timeout(300)
 BUCKET_BYTES = 16_000
 SAMPLING = Sampling(samples=2, max_new_tokens=4)
 WORK = [(i, Prompt(i, "", 0, np.arange(1, 5 + i), "")) for i in range(4)]
-BRIDGES = {"object_store": ObjectStoreBridge, "broadcast": BroadcastBridge}
+BRIDGES = {"object_store": ObjectStoreSync, "broadcast": BroadcastSync}
 CORRUPT_ONCE, CORRUPT_ALWAYS, KILLED_ON_THE_WAY, CORRUPT_GIFT, BETWEEN = 50, 60, 70, 80, 90
 """Versions to which something happens, + 1 for the broadcast."""
 
@@ -46,12 +48,21 @@ CORRUPT_ONCE, CORRUPT_ALWAYS, KILLED_ON_THE_WAY, CORRUPT_GIFT, BETWEEN = 50, 60,
 def recipe(precision: str = "fp32", lora: dict | None = None, **rollouts: Any) -> Recipe:
     return Recipe.model_validate(
         {
-            "model": {"tiny": {"architecture": "llama", "hidden_size": 32, "layers": 2, "heads": 2}, "lora": lora},
+            "model": {
+                "tiny": {"architecture": "llama", "hidden_size": 32, "layers": 2, "heads": 2},
+                "lora": lora,
+            },
             "data": {"train": "toy:sft"},
             "algorithm": {"name": "sft"},
             "optimizer": {"learning_rate": 1e-2},
             "learners": {"workers": 2, "cpus_per_worker": 0.25, "precision": precision},
-            "rollouts": {"workers": 2, "cpus_per_worker": 0.25, "batching": "static", "bucket_mb": BUCKET_BYTES / 1e6, **rollouts},
+            "rollouts": {
+                "workers": 2,
+                "cpus_per_worker": 0.25,
+                "batching": "static",
+                "bucket_mb": BUCKET_BYTES / 1e6,
+                **rollouts,
+            },
         }
     )
 
@@ -72,7 +83,8 @@ def group(ray_session: None) -> Iterator[LearnerGroup]:
 
 
 def shard_everything(_: Any) -> None:
-    """In a learner's process: ZeRO-3 keeps no parameter whole on every rank, as it would every one of a tiny model's."""
+    """In a learner's process: ZeRO-3 keeps no parameter whole on every rank, as it would every one of a tiny
+    model's."""
     engine.PERSISTENT_ELEMENTS = 0
 
 
@@ -88,14 +100,33 @@ def faults(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def pool(group: LearnerGroup, faults: Path) -> Iterator[RolloutPool]:
-    """Two actors in fp32 in the learners' bundles, to whose weights things happen at the versions named above, and at no others."""
+    """Two actors in fp32 in the learners' bundles, to whose weights things happen at the versions named
+    above, and at no others."""
     planned = [
-        {"site": "weights", "action": "corrupt", "step": CORRUPT_GIFT, "rank": 0, "once": str(faults / "gift")},
-        {"site": "weights", "action": "kill", "step": KILLED_ON_THE_WAY, "rank": 0, "once": str(faults / "kill")},
+        {
+            "site": "weights",
+            "action": "corrupt",
+            "step": CORRUPT_GIFT,
+            "rank": 0,
+            "once": str(faults / "gift"),
+        },
+        {
+            "site": "weights",
+            "action": "kill",
+            "step": KILLED_ON_THE_WAY,
+            "rank": 0,
+            "once": str(faults / "kill"),
+        },
     ]
     for i in range(2):
         planned += [
-            {"site": "weights", "action": "corrupt", "step": CORRUPT_ONCE + i, "rank": 1, "once": str(faults / f"corrupt-{i}")},
+            {
+                "site": "weights",
+                "action": "corrupt",
+                "step": CORRUPT_ONCE + i,
+                "rank": 1,
+                "once": str(faults / f"corrupt-{i}"),
+            },
             {"site": "weights", "action": "corrupt", "step": CORRUPT_ALWAYS + i},
         ]
     cfg = recipe(placement="colocated", max_restarts=100)
@@ -106,7 +137,9 @@ def pool(group: LearnerGroup, faults: Path) -> Iterator[RolloutPool]:
 
 def cut_of(cfg: Recipe, stage: int) -> Cut:
     sync = "no_sync" if stage < 2 else "coalesced" if cfg.learners.precision == "fp32" else "per_micro_batch"
-    return Cut(workers=cfg.learners.workers, examples=2, positions=None, layout="padded", zero_stage=stage, sync=sync)
+    return Cut(
+        workers=cfg.learners.workers, examples=2, positions=None, layout="padded", zero_stage=stage, sync=sync
+    )
 
 
 def build(group: LearnerGroup, cfg: Recipe, stage: int) -> Cut:
@@ -122,7 +155,10 @@ def build(group: LearnerGroup, cfg: Recipe, stage: int) -> Cut:
 def learn(group: LearnerGroup, cut: Cut, seed: int) -> None:
     """A step on rows of its own."""
     draw = np.random.default_rng(seed)
-    rows = [SequenceGroup(i, draw.integers(0, 256, 3), (Branch(draw.integers(0, 256, 4), np.ones(4, np.bool_)),)) for i in range(8)]
+    rows = [
+        SequenceGroup(i, draw.integers(0, 256, 3), (Branch(draw.integers(0, 256, 4), np.ones(4, np.bool_)),))
+        for i in range(8)
+    ]
     group.forward_backward(cut_step(rows, cut), 0)
     assert group.optim_step(0).applied
 
@@ -178,7 +214,11 @@ def check_arrived(group: LearnerGroup, pool: RolloutPool, version: int) -> None:
 
 
 def every_stage(group: LearnerGroup, pool: RolloutPool, precision: str, stages: tuple[int, ...]) -> None:
-    cfg, version, bridges = recipe(precision), 0, {name: kind(group, pool, BUCKET_BYTES) for name, kind in BRIDGES.items()}
+    cfg, version, bridges = (
+        recipe(precision),
+        0,
+        {name: kind(group, pool, BUCKET_BYTES) for name, kind in BRIDGES.items()},
+    )
     seen = set()
     for stage in stages:
         cut = build(group, cfg, stage)
@@ -189,9 +229,14 @@ def every_stage(group: LearnerGroup, pool: RolloutPool, precision: str, stages: 
             check_arrived(group, pool, version)
             elements = group.call(trainable_elements)[0]
             assert delivered.version == version and delivered.transport == name and delivered.buckets >= 5
-            assert delivered.bytes == pytest.approx(elements * WIRE[precision].itemsize, rel=0.01)  # places are multiples of 16
+            assert delivered.bytes == pytest.approx(
+                elements * WIRE[precision].itemsize, rel=0.01
+            )  # places are multiples of 16
             seen.add(tuple(sent(group).values()))
-            print(f"{precision} ZeRO-{stage} {name}: {delivered.bytes} bytes in {delivered.buckets} buckets, {delivered.seconds:.3f} s")
+            print(
+                f"{precision} ZeRO-{stage} {name}: {delivered.bytes} bytes in {delivered.buckets} buckets, "
+                f"{delivered.seconds:.3f} s"
+            )
     assert len(seen) == 2 * len(stages)  # each version had weights of its own, so the check could fail
 
 
@@ -205,18 +250,20 @@ def test_fp32_weights_of_every_zero_stage_arrive_bit_by_bit(group: LearnerGroup,
 
 
 def test_bf16_weights_of_every_zero_stage_arrive_bit_by_bit(group: LearnerGroup) -> None:
-    """Actors in bundles of their own. Stage 0 is refused in bf16 by the plan: DeepSpeed takes a stray step there."""
+    """Actors in bundles of their own. Stage 0 is refused in bf16 by the plan: DeepSpeed takes a stray step
+    there."""
     with RolloutPool(recipe("bf16"), name="apart") as pool:
         every_stage(group, pool, "bf16", (1, 2, 3))
 
 
 def test_lora_sends_its_adapter_alone(group: LearnerGroup) -> None:
-    """The base does not cross; what is sampled with the new adapter has the log-probs that the learner gives it."""
+    """The base does not cross; what is sampled with the new adapter has the log-probs that the learner gives
+    it."""
     cfg = recipe(lora={"rank": 2, "alpha": 64.0})
     with RolloutPool(cfg, name="apart") as pool:
         before = pool.call(actor_digests)[0][1]
         start = {r.logprobs.tobytes() for g in _untrained(group, pool, cfg) for r in g.rollouts}
-        for version, (stage, kind) in enumerate([(0, ObjectStoreBridge), (3, BroadcastBridge)], 2):
+        for version, (stage, kind) in enumerate([(0, ObjectStoreSync), (3, BroadcastSync)], 2):
             cut = build(group, cfg, stage)
             delivered = kind(group, pool, 4_000).publish(version)
             groups = rollouts(pool, version)
@@ -224,17 +271,21 @@ def test_lora_sends_its_adapter_alone(group: LearnerGroup) -> None:
             assert adapter and all("lora_" in name for name in adapter)
             for _, after in pool.call(actor_digests):
                 assert {name: d for name, d in after.items() if name in adapter} == adapter
-                assert {n: d for n, d in after.items() if n not in adapter} == {n: d for n, d in before.items() if n not in adapter}
+                assert {n: d for n, d in after.items() if n not in adapter} == {
+                    n: d for n, d in before.items() if n not in adapter
+                }
             whole = pool.call(parameter_bytes)[0]
             assert delivered.buckets > 1 and delivered.bytes < whole / 5
             assert learner_gap(group, cut, groups[-len(WORK) :]) < 1e-5
-            assert start.isdisjoint(r.logprobs.tobytes() for g in groups for r in g.rollouts)  # the adapter does something
+            assert start.isdisjoint(
+                r.logprobs.tobytes() for g in groups for r in g.rollouts
+            )  # the adapter does something
             print(f"LoRA ZeRO-{stage}: {delivered.bytes} of {whole} bytes")
 
 
 def _untrained(group: LearnerGroup, pool: RolloutPool, cfg: Recipe) -> tuple[RolloutGroup, ...]:
     group.build(LearnerSpec(cfg, Cut(2, 2, None, "padded", 0, "no_sync"), 4))
-    ObjectStoreBridge(group, pool, 4_000).publish(1)
+    ObjectStoreSync(group, pool, 4_000).publish(1)
     return rollouts(pool, 1)
 
 
@@ -244,7 +295,10 @@ def parameter_bytes(worker: Any) -> int:
 
 def learner_gap(group: LearnerGroup, cut: Cut, groups: tuple[RolloutGroup, ...]) -> float:
     """Largest |log-prob of the generator - log-prob of the learner| over the sampled tokens."""
-    rows = [SequenceGroup(i, g.prompt.ids, (Branch(r.ids, r.scored),)) for i, (g, r) in enumerate((g, r) for g in groups for r in g.rollouts)]
+    rows = [
+        SequenceGroup(i, g.prompt.ids, (Branch(r.ids, r.loss_mask),))
+        for i, (g, r) in enumerate((g, r) for g in groups for r in g.rollouts)
+    ]
     sampled = [r.logprobs for g in groups for r in g.rollouts]
     batch = cut_step(rows, cut)
     gaps = [
@@ -267,7 +321,7 @@ def trained(group: LearnerGroup) -> LearnerGroup:
     return group
 
 
-def publish(trained: LearnerGroup, bridge: WeightBridge, version: int) -> None:
+def publish(trained: LearnerGroup, bridge: WeightSync, version: int) -> None:
     """Takes a step first: no version has the weights of another one."""
     learn(trained, cut_of(recipe(), 3), version)
     bridge.publish(version)
@@ -280,7 +334,9 @@ def transport(request: pytest.FixtureRequest) -> tuple[int, type]:
     return offset, BRIDGES[name]
 
 
-def test_damaged_weights_are_refused_and_sent_again(trained: LearnerGroup, pool: RolloutPool, transport: tuple[int, Any], faults: Path) -> None:
+def test_damaged_weights_are_refused_and_sent_again(
+    trained: LearnerGroup, pool: RolloutPool, transport: tuple[int, Any], faults: Path
+) -> None:
     offset, bridge = transport
     pids = list(pool.pids)
     publish(trained, bridge(trained, pool, BUCKET_BYTES), CORRUPT_ONCE + offset)
@@ -289,7 +345,9 @@ def test_damaged_weights_are_refused_and_sent_again(trained: LearnerGroup, pool:
     assert pool.pids == pids  # a damaged transfer costs no actor
 
 
-def test_weights_that_are_always_damaged_end_the_run_without_a_rollout(trained: LearnerGroup, pool: RolloutPool, transport: tuple[int, Any]) -> None:
+def test_weights_that_are_always_damaged_end_the_run_without_a_rollout(
+    trained: LearnerGroup, pool: RolloutPool, transport: tuple[int, Any]
+) -> None:
     offset, bridge = transport
     version = CORRUPT_ALWAYS + offset
     pool.spans()
@@ -306,9 +364,11 @@ def test_weights_that_are_always_damaged_end_the_run_without_a_rollout(trained: 
     check_arrived(trained, pool, version + 2)  # nobody is worse for it
 
 
-def test_an_actor_that_dies_in_a_broadcast_is_replaced(trained: LearnerGroup, pool: RolloutPool, faults: Path) -> None:
+def test_an_actor_that_dies_in_a_broadcast_is_replaced(
+    trained: LearnerGroup, pool: RolloutPool, faults: Path
+) -> None:
     pids = list(pool.pids)
-    publish(trained, BroadcastBridge(trained, pool, BUCKET_BYTES), KILLED_ON_THE_WAY)
+    publish(trained, BroadcastSync(trained, pool, BUCKET_BYTES), KILLED_ON_THE_WAY)
     check_arrived(trained, pool, KILLED_ON_THE_WAY)
     assert (faults / "kill").exists()
     assert pool.pids[0] != pids[0] and pool.pids[1] == pids[1]
@@ -344,8 +404,10 @@ def test_an_actor_killed_between_publish_and_work_comes_back_with_the_right_weig
 
 
 @pytest.mark.slow
-def test_an_actor_that_died_idle_is_replaced_by_the_next_broadcast(trained: LearnerGroup, pool: RolloutPool) -> None:
-    bridge, pids = BroadcastBridge(trained, pool, BUCKET_BYTES), list(pool.pids)
+def test_an_actor_that_died_idle_is_replaced_by_the_next_broadcast(
+    trained: LearnerGroup, pool: RolloutPool
+) -> None:
+    bridge, pids = BroadcastSync(trained, pool, BUCKET_BYTES), list(pool.pids)
     for version in (10, 11):
         kill(pool, version - 10)
         publish(trained, bridge, version)  # the first opens its channel, the second has one
@@ -354,9 +416,11 @@ def test_an_actor_that_died_idle_is_replaced_by_the_next_broadcast(trained: Lear
 
 
 @pytest.mark.slow
-def test_weights_damaged_between_two_actors_are_sent_again(trained: LearnerGroup, pool: RolloutPool, faults: Path) -> None:
+def test_weights_damaged_between_two_actors_are_sent_again(
+    trained: LearnerGroup, pool: RolloutPool, faults: Path
+) -> None:
     """A new actor is given what another one holds, under the same checksums."""
-    bridge = BroadcastBridge(trained, pool, BUCKET_BYTES)
+    bridge = BroadcastSync(trained, pool, BUCKET_BYTES)
     (faults / "gift").touch()  # not yet: the broadcast itself shall pass
     publish(trained, bridge, CORRUPT_GIFT)
     kill(pool, 0)
@@ -366,8 +430,10 @@ def test_weights_damaged_between_two_actors_are_sent_again(trained: LearnerGroup
 
 
 @pytest.mark.slow
-def test_a_broadcast_version_that_no_living_actor_holds_ends_the_attempt(trained: LearnerGroup, pool: RolloutPool) -> None:
-    publish(trained, BroadcastBridge(trained, pool, BUCKET_BYTES), 1)
+def test_a_broadcast_version_that_no_living_actor_holds_ends_the_attempt(
+    trained: LearnerGroup, pool: RolloutPool
+) -> None:
+    publish(trained, BroadcastSync(trained, pool, BUCKET_BYTES), 1)
     kill(pool, 0)
     kill(pool, 1)
     with pytest.raises(WorkerLost, match=r"no other rollout actor could give it weights 1"):
@@ -385,7 +451,7 @@ def test_an_actor_rolls_out_only_what_it_holds(trained: LearnerGroup, pool: Roll
 
 
 def test_a_broadcast_waits_for_work_with_the_old_version(trained: LearnerGroup, pool: RolloutPool) -> None:
-    bridge = BroadcastBridge(trained, pool, BUCKET_BYTES)
+    bridge = BroadcastSync(trained, pool, BUCKET_BYTES)
     publish(trained, bridge, 7)
     old = [pool.start(WORK, SAMPLING, 7) for _ in range(3)]
     publish(trained, bridge, 8)
@@ -395,25 +461,31 @@ def test_a_broadcast_waits_for_work_with_the_old_version(trained: LearnerGroup, 
 
 
 @pytest.mark.slow
-def test_an_actor_that_hangs_in_a_broadcast_is_named_and_replaced(trained: LearnerGroup, tmp_path: Path) -> None:
+def test_an_actor_that_hangs_in_a_broadcast_is_named_and_replaced(
+    trained: LearnerGroup, tmp_path: Path
+) -> None:
     stop = {"site": "weights", "action": "stop", "step": 3, "rank": 1, "once": str(tmp_path / "stop")}
     with planned_faults(stop), RolloutPool(recipe(timeout_s=10.0, max_restarts=1)) as pool:
         pids, started = list(pool.pids), time.monotonic()
-        publish(trained, BroadcastBridge(trained, pool, BUCKET_BYTES), 3)
+        publish(trained, BroadcastSync(trained, pool, BUCKET_BYTES), 3)
         assert time.monotonic() - started < 60
         check_arrived(trained, pool, 3)
         assert pool.pids[0] == pids[0] and pool.pids[1] != pids[1]
         (tmp_path / "stop").unlink()
-        with pytest.raises(WorkerLost, match="rollout-1 did not answer within 10 s, and 1 rollout actors were replaced already"):
-            publish(trained, BroadcastBridge(trained, pool, BUCKET_BYTES), 3)
+        with pytest.raises(
+            WorkerLost,
+            match="rollout-1 did not answer within 10 s, and 1 rollout actors were replaced already",
+        ):
+            publish(trained, BroadcastSync(trained, pool, BUCKET_BYTES), 3)
 
 
 # ---- who sits where
 
 
 def test_the_order_of_cuda_ipc(trained: LearnerGroup, pool: RolloutPool, faults: Path) -> None:
-    """make_bridge refuses it on a CPU, where torch's handles are copies; who hands what to whom, and what is checked, is the same."""
-    bridge, pids = CudaIpcBridge(trained, pool, BUCKET_BYTES), list(pool.pids)
+    """make_bridge refuses it on a CPU, where torch's handles are copies; who hands what to whom, and what is
+    checked, is the same."""
+    bridge, pids = CudaIpcSync(trained, pool, BUCKET_BYTES), list(pool.pids)
     (faults / "corrupt-0").unlink(missing_ok=True)
     publish(trained, bridge, CORRUPT_ONCE)
     assert (faults / "corrupt-0").exists()
@@ -427,10 +499,12 @@ def test_the_order_of_cuda_ipc(trained: LearnerGroup, pool: RolloutPool, faults:
 
 
 @pytest.mark.slow
-def test_an_actor_that_dies_while_it_is_handed_weights_is_replaced(trained: LearnerGroup, pool: RolloutPool, faults: Path) -> None:
+def test_an_actor_that_dies_while_it_is_handed_weights_is_replaced(
+    trained: LearnerGroup, pool: RolloutPool, faults: Path
+) -> None:
     (faults / "kill").unlink(missing_ok=True)
     pids = list(pool.pids)
-    publish(trained, CudaIpcBridge(trained, pool, BUCKET_BYTES), KILLED_ON_THE_WAY)
+    publish(trained, CudaIpcSync(trained, pool, BUCKET_BYTES), KILLED_ON_THE_WAY)
     check_arrived(trained, pool, KILLED_ON_THE_WAY)
     assert pool.pids[0] != pids[0] and pool.pids[1] == pids[1]
 
@@ -438,14 +512,14 @@ def test_an_actor_that_dies_while_it_is_handed_weights_is_replaced(trained: Lear
 @pytest.mark.parametrize(
     "placement, learner, actor, transport, expected",
     [
-        ("separate", 0, 0, "auto", ObjectStoreBridge),
-        ("separate", 1, 1, "auto", ObjectStoreBridge),
-        ("colocated", 0, 0, "auto", ObjectStoreBridge),
-        ("colocated", 1, 1, "auto", ObjectStoreBridge),  # two GPUs in each bundle
-        ("colocated", 0.5, 0.5, "auto", ObjectStoreBridge),
-        ("colocated", 0.5, 0.5, "object_store", ObjectStoreBridge),
-        ("colocated", 0.5, 0.5, "broadcast", BroadcastBridge),
-        ("colocated", 0.5, 0.5, "cuda_ipc", CudaIpcBridge),
+        ("separate", 0, 0, "auto", ObjectStoreSync),
+        ("separate", 1, 1, "auto", ObjectStoreSync),
+        ("colocated", 0, 0, "auto", ObjectStoreSync),
+        ("colocated", 1, 1, "auto", ObjectStoreSync),  # two GPUs in each bundle
+        ("colocated", 0.5, 0.5, "auto", ObjectStoreSync),
+        ("colocated", 0.5, 0.5, "object_store", ObjectStoreSync),
+        ("colocated", 0.5, 0.5, "broadcast", BroadcastSync),
+        ("colocated", 0.5, 0.5, "cuda_ipc", CudaIpcSync),
         ("colocated", 0, 0, "cuda_ipc", None),
         ("separate", 1, 1, "cuda_ipc", None),
     ],
@@ -458,20 +532,25 @@ def test_the_transport_follows_from_the_recipe(
     nobody: Any = None
     if expected is None:
         with pytest.raises(ConfigError, match=r"cuda_ipc needs a learner and a rollout actor on each GPU"):
-            make_bridge(cfg, nobody, pool)
+            make_weight_sync(cfg, nobody, pool)
     else:
-        assert type(make_bridge(cfg, nobody, pool)) is expected
+        assert type(make_weight_sync(cfg, nobody, pool)) is expected
 
 
 @pytest.mark.gpu
 def test_weights_cross_between_processes_on_one_gpu(ray_session: None) -> None:
     """Every transport there is on GPUs, with a learner and an actor on one."""
     cfg = recipe(workers=1, placement="colocated", gpus_per_worker=0.5)
-    cfg = cfg.model_copy(update={"learners": cfg.learners.model_copy(update={"gpus_per_worker": 0.5, "workers": 1})})
-    with LearnerGroup(cfg.learners, colocated=cfg.rollouts) as group, RolloutPool(cfg, placement=group.placement) as pool:
+    cfg = cfg.model_copy(
+        update={"learners": cfg.learners.model_copy(update={"gpus_per_worker": 0.5, "workers": 1})}
+    )
+    with (
+        LearnerGroup(cfg.learners, colocated=cfg.rollouts) as group,
+        RolloutPool(cfg, placement=group.placement) as pool,
+    ):
         cut = cut_of(cfg, 3)
         group.build(LearnerSpec(cfg, cut, 4))
-        for version, kind in enumerate((ObjectStoreBridge, BroadcastBridge, CudaIpcBridge)):
+        for version, kind in enumerate((ObjectStoreSync, BroadcastSync, CudaIpcSync)):
             learn(group, cut, version)
             kind(group, pool, BUCKET_BYTES).publish(version)
             check_arrived(group, pool, version)

@@ -1,4 +1,5 @@
-"""TRL's own trainers as the outside check: their real loss code runs on given log-probs or logits, without training.
+"""TRL's own trainers as the outside check: their real loss code runs on given log-probs or logits, without
+training.
 
 Each oracle calls a trainer's method unbound, with a namespace that holds the fields the method reads.
 """
@@ -23,12 +24,18 @@ from orchestrator.core.batches import LossUnits
 
 QUIET = {"use_cpu": True, "bf16": False, "report_to": "none"}
 """What TRL's configurations need on any machine; nothing of it is read by a loss."""
-TRL_DIVERGENCE = {"reverse_kl": "reverse_kl", "forward_kl": "forward_kl", "js": "js_divergence", "alpha": "alpha_divergence"}
+TRL_DIVERGENCE = {
+    "reverse_kl": "reverse_kl",
+    "forward_kl": "forward_kl",
+    "js": "js_divergence",
+    "alpha": "alpha_divergence",
+}
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """n examples of two branches as TRL lays them out: rows [branch 0 of all | branch 1 of all], columns = tokens.
+    """n examples of two branches as TRL lays them out: rows [branch 0 of all | branch 1 of all], columns =
+    tokens.
 
     policy, reference, log_sum_sq: Float[2n, T] with zeros where mask: Bool[2n, T] is False.
     """
@@ -61,7 +68,9 @@ class Batch:
         return TokenScores(policy, sequence, n, 2, ref_logps=flat(self.reference), wpo=wpo, label=label)
 
 
-def random_batch(chosen: Sequence[int], rejected: Sequence[int], *, seed: int = 0, dtype: torch.dtype = torch.float64) -> Batch:
+def random_batch(
+    chosen: Sequence[int], rejected: Sequence[int], *, seed: int = 0, dtype: torch.dtype = torch.float64
+) -> Batch:
     """Random token log-probs; `chosen` and `rejected` are lengths. Reference near policy, as in training."""
     draw = torch.Generator().manual_seed(seed)
     lengths = torch.tensor([*chosen, *rejected])
@@ -69,7 +78,9 @@ def random_batch(chosen: Sequence[int], rejected: Sequence[int], *, seed: int = 
     columns = torch.arange(int((lengths + prompts).max()))
     mask = (columns >= prompts[:, None]) & (columns < (prompts + lengths)[:, None])
     policy = -4.0 * torch.rand(mask.shape, generator=draw, dtype=torch.float64) - 0.01
-    reference = (policy + 0.6 * torch.randn(mask.shape, generator=draw, dtype=torch.float64)).clamp(max=-0.001)
+    reference = (policy + 0.6 * torch.randn(mask.shape, generator=draw, dtype=torch.float64)).clamp(
+        max=-0.001
+    )
     # log sum p^2 lies between 2 log p of the token and 0.
     log_sum_sq = -1.5 * torch.rand(mask.shape, generator=draw, dtype=torch.float64)
     return Batch(*((v * mask).to(dtype) for v in (policy, reference, log_sum_sq)), mask)
@@ -95,7 +106,13 @@ class _Accelerator:
 
 def _fused(log_probs: Tensor, log_sum_sq: Tensor) -> FusedCausalLMOutput:
     zeros = torch.zeros_like(log_probs)
-    return FusedCausalLMOutput(log_probs=log_probs, log_sum_sq_probs=log_sum_sq, entropy=zeros, is_top1=zeros.bool(), mean_logits=zeros)
+    return FusedCausalLMOutput(
+        log_probs=log_probs,
+        log_sum_sq_probs=log_sum_sq,
+        entropy=zeros,
+        is_top1=zeros.bool(),
+        mean_logits=zeros,
+    )
 
 
 def _trainer(**fields: Any) -> SimpleNamespace:
@@ -121,12 +138,25 @@ def _logged(trainer: SimpleNamespace) -> dict[str, float]:
 def _inputs(mask: Tensor) -> dict[str, Tensor]:
     """Ids and masks one longer than the log-probs: the first token is predicted by nothing."""
     completion = torch.cat([torch.zeros(len(mask), 1, dtype=torch.long), mask.long()], 1)
-    return {"input_ids": torch.ones_like(completion), "attention_mask": torch.ones_like(completion), "completion_mask": completion}
+    return {
+        "input_ids": torch.ones_like(completion),
+        "attention_mask": torch.ones_like(completion),
+        "completion_mask": completion,
+    }
 
 
-def dpo(batch: Batch, losses: dict[str, float], *, f_divergence: str = "reverse_kl", **changes: Any) -> tuple[Tensor, dict[str, float]]:
-    """DPOTrainer._compute_loss: the loss (with its graph) and the metrics it logged. f_divergence: by our name; changes: of DPOConfig()."""
-    args = DPOConfig(**QUIET, loss_type=list(losses), loss_weights=list(losses.values()), f_divergence_type=TRL_DIVERGENCE[f_divergence], **changes)
+def dpo(
+    batch: Batch, losses: dict[str, float], *, f_divergence: str = "reverse_kl", **changes: Any
+) -> tuple[Tensor, dict[str, float]]:
+    """DPOTrainer._compute_loss: the loss (with its graph) and the metrics it logged. f_divergence: by our
+    name; changes: of DPOConfig()."""
+    args = DPOConfig(
+        **QUIET,
+        loss_type=list(losses),
+        loss_weights=list(losses.values()),
+        f_divergence_type=TRL_DIVERGENCE[f_divergence],
+        **changes,
+    )
 
     def reference(**_: Any) -> FusedCausalLMOutput:
         return _fused(batch.reference, batch.log_sum_sq)
@@ -150,12 +180,19 @@ def dpo(batch: Batch, losses: dict[str, float], *, f_divergence: str = "reverse_
     return loss, _logged(trainer)
 
 
-def kto(batch: Batch, label: Tensor, *, beta: float, desirable: float, undesirable: float) -> tuple[Tensor, dict[str, float]]:
-    """KTOTrainer._compute_loss with branch 0 as the completions and branch 1 as the KL completions; all else is KTOConfig()'s."""
-    n, args = batch.examples, KTOConfig(**QUIET, beta=beta, desirable_weight=desirable, undesirable_weight=undesirable)
+def kto(
+    batch: Batch, label: Tensor, *, beta: float, desirable: float, undesirable: float
+) -> tuple[Tensor, dict[str, float]]:
+    """KTOTrainer._compute_loss with branch 0 as the completions and branch 1 as the KL completions; all else
+    is KTOConfig()'s."""
+    n, args = (
+        batch.examples,
+        KTOConfig(**QUIET, beta=beta, desirable_weight=desirable, undesirable_weight=undesirable),
+    )
 
     def model(values: Tensor) -> Any:
-        # TRL first asks for the KL rows under no_grad, then for the completions; both are told apart by their ids.
+        # TRL first asks for the KL rows under no_grad, then for the completions; both are told apart by their
+        # ids.
         def forward(*, input_ids: Tensor, **_: Any) -> FusedCausalLMOutput:
             rows = slice(n, 2 * n) if int(input_ids[0, 0]) == 2 else slice(0, n)
             return _fused(values[rows], batch.log_sum_sq[rows])
@@ -175,13 +212,16 @@ def kto(batch: Batch, label: Tensor, *, beta: float, desirable: float, undesirab
     completions = _inputs(batch.mask[:n])
     mismatched = {f"KL_{name}": values for name, values in _inputs(batch.mask[n:]).items()}
     mismatched["KL_input_ids"] = 2 * mismatched["KL_input_ids"]
-    loss = KTOTrainer._compute_loss(trainer, model(batch.policy), {**completions, **mismatched, "label": label.bool()}, False)
+    loss = KTOTrainer._compute_loss(
+        trainer, model(batch.policy), {**completions, **mismatched, "label": label.bool()}, False
+    )
     return loss, _logged(trainer)
 
 
 @dataclass(frozen=True, slots=True)
 class LogitsBatch:
-    """n pairs with logits of a model, for trainers that start from logits. Rows [chosen of all | rejected of all].
+    """n pairs with logits of a model, for trainers that start from logits. Rows [chosen of all | rejected of
+    all].
 
     logits: Float[2n, T, V]; ids: Int[2n, T]; completion, attention: Bool[2n, T].
     """
@@ -202,10 +242,19 @@ class LogitsBatch:
         labels = self.ids.masked_fill(~self.completion, -100)
         columns = {"input_ids": self.ids, "attention_mask": self.attention.long(), "labels": labels}
         parts = (("chosen", slice(0, n)), ("rejected", slice(n, 2 * n)))
-        return {f"{branch}_{name}": values[rows] for name, values in columns.items() for branch, rows in parts}
+        return {
+            f"{branch}_{name}": values[rows] for name, values in columns.items() for branch, rows in parts
+        }
 
 
-def random_logits(chosen: Sequence[int], rejected: Sequence[int], *, prompt: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> LogitsBatch:
+def random_logits(
+    chosen: Sequence[int],
+    rejected: Sequence[int],
+    *,
+    prompt: int,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float64,
+) -> LogitsBatch:
     draw = torch.Generator().manual_seed(seed)
     lengths = torch.tensor([*chosen, *rejected])[:, None]
     width, vocabulary = prompt + int(lengths.max()), 11
@@ -217,10 +266,22 @@ def random_logits(chosen: Sequence[int], rejected: Sequence[int], *, prompt: int
 
 
 def cpo(
-    batch: LogitsBatch, *, loss_type: str, beta: float, label_smoothing: float, simpo_gamma: float, cpo_alpha: float
+    batch: LogitsBatch,
+    *,
+    loss_type: str,
+    beta: float,
+    label_smoothing: float,
+    simpo_gamma: float,
+    cpo_alpha: float,
 ) -> tuple[Tensor, dict[str, float]]:
     """CPOTrainer.get_batch_loss_metrics: its own forward, log-probs, cpo_loss and NLL term on `batch.logits`."""
-    fields = {"loss_type": loss_type, "alpha": 0.0, "simpo_gamma": simpo_gamma, "cpo_alpha": cpo_alpha, "label_smoothing": label_smoothing}
+    fields = {
+        "loss_type": loss_type,
+        "alpha": 0.0,
+        "simpo_gamma": simpo_gamma,
+        "cpo_alpha": cpo_alpha,
+        "label_smoothing": label_smoothing,
+    }
     return _from_logits(CPOTrainer, "cpo_loss", batch, beta=beta, pad_token_id=0, **fields)
 
 
@@ -229,7 +290,9 @@ def orpo(batch: LogitsBatch, *, beta: float) -> tuple[Tensor, dict[str, float]]:
     return _from_logits(ORPOTrainer, "odds_ratio_loss", batch, beta=beta, padding_value=0)
 
 
-def _from_logits(trainer_class: Any, loss: str, batch: LogitsBatch, **fields: Any) -> tuple[Tensor, dict[str, float]]:
+def _from_logits(
+    trainer_class: Any, loss: str, batch: LogitsBatch, **fields: Any
+) -> tuple[Tensor, dict[str, float]]:
     trainer = _trainer(is_encoder_decoder=False, **fields)
     for name in ("concatenated_forward", loss):
         setattr(trainer, name, functools.partial(getattr(trainer_class, name), trainer))
@@ -242,7 +305,9 @@ def _from_logits(trainer_class: Any, loss: str, batch: LogitsBatch, **fields: An
     return trainer_class.get_batch_loss_metrics(trainer, model, batch.inputs())
 
 
-def reward(chosen: Tensor, rejected: Tensor, margin: Tensor | None, centring: float | None) -> tuple[Tensor, dict[str, float]]:
+def reward(
+    chosen: Tensor, rejected: Tensor, margin: Tensor | None, centring: float | None
+) -> tuple[Tensor, dict[str, float]]:
     """RewardTrainer.compute_loss on given rewards Float[n]."""
     trainer = _trainer(args=RewardConfig(**QUIET, center_rewards_coefficient=centring))
 

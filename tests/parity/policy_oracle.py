@@ -1,8 +1,9 @@
-"""TRL's GRPOTrainer and RLOOTrainer as the outside check of the policy losses: their real code on given log-probs.
+"""TRL's GRPOTrainer and RLOOTrainer as the outside check of the policy losses: their real code on given
+log-probs.
 
 Losses are methods, called unbound as in oracle.py. The correction weights and advantages are lines inside
-`_generate_and_score_completions`, which needs a model: those very lines of the installed TRL are cut out and run. Every setting is that of
-TRL's own GRPOConfig() or RLOOConfig(), but for those that a call names.
+`_generate_and_score_completions`, which needs a model: those very lines of the installed TRL are cut out and
+run. Every setting is that of TRL's own GRPOConfig() or RLOOConfig(), but for those that a call names.
 """
 
 import inspect
@@ -25,8 +26,8 @@ from tests.parity.oracle import QUIET
 
 @dataclass(frozen=True, slots=True)
 class Rollouts:
-    """B completions as TRL lays them out. Columns Float[B, T]; completion, model: Bool[B, T], places that hold a token, and
-    those the model drew itself (TRL's tool_mask); advantages: Float[B]."""
+    """B completions as TRL lays them out. Columns Float[B, T]; completion, model: Bool[B, T], places that
+    hold a token, and those the model drew itself (TRL's tool_mask); advantages: Float[B]."""
 
     logps: Tensor
     old: Tensor
@@ -55,16 +56,23 @@ class Rollouts:
                 *(rows, self.advantages[:, None].expand_as(self.logps)),
             )
         )
-        known = ExperienceTensors(advantages=advantages, sampled_logps=sampled, old_logps=old, ref_logps=reference)
+        known = ExperienceTensors(
+            advantages=advantages, sampled_logps=sampled, old_logps=old, ref_logps=reference
+        )
         return TokenScores(logps, sequence, len(self.mask), 1, entropy=entropy, experience=known)
 
     def tracked(self) -> "Rollouts":
         """With gradients through log-probs and entropies."""
-        return replace(self, logps=self.logps.clone().requires_grad_(), entropy=self.entropy.clone().requires_grad_())
+        return replace(
+            self, logps=self.logps.clone().requires_grad_(), entropy=self.entropy.clone().requires_grad_()
+        )
 
 
-def random_rollouts(*lengths: int, drift: float, gap: float = 0.3, tools: bool = False, seed: int = 5) -> Rollouts:
-    """drift: deviation of log(pi/pi_old) of a token; gap: of log(pi_old/pi_sampled). tools: some tokens are an environment's."""
+def random_rollouts(
+    *lengths: int, drift: float, gap: float = 0.3, tools: bool = False, seed: int = 5
+) -> Rollouts:
+    """drift: deviation of log(pi/pi_old) of a token; gap: of log(pi_old/pi_sampled). tools: some tokens are
+    an environment's."""
     draw = torch.Generator().manual_seed(seed)
     size = torch.tensor(lengths)
     completion = torch.arange(int(size.max()) + 1)[None] < size[:, None]
@@ -76,7 +84,9 @@ def random_rollouts(*lengths: int, drift: float, gap: float = 0.3, tools: bool =
     old = logps + drift * noise()
     model = torch.rand(completion.shape, generator=draw) > 0.3 if tools else torch.ones_like(completion)
     advantages = torch.randn(len(lengths), generator=draw, dtype=torch.float64)
-    return Rollouts(logps, old, old + gap * noise(), logps + 0.5 * noise(), noise().abs(), completion, model, advantages)
+    return Rollouts(
+        logps, old, old + gap * noise(), logps + 0.5 * noise(), noise().abs(), completion, model, advantages
+    )
 
 
 class _Accelerator:
@@ -119,7 +129,10 @@ def _trainer(rollouts: Rollouts, args: Any, **fields: Any) -> SimpleNamespace:
 
 
 def _inputs(rollouts: Rollouts) -> dict[str, Tensor]:
-    ids, prompt = torch.ones_like(rollouts.completion, dtype=torch.long), torch.ones(len(rollouts.mask), 2, dtype=torch.long)
+    ids, prompt = (
+        torch.ones_like(rollouts.completion, dtype=torch.long),
+        torch.ones(len(rollouts.mask), 2, dtype=torch.long),
+    )
     return {
         "prompt_ids": prompt,
         "prompt_mask": prompt,
@@ -134,12 +147,17 @@ def _logged(trainer: SimpleNamespace) -> dict[str, float]:
 
 
 def grpo(
-    rollouts: Rollouts, *, correction: tuple[str, float] | None = None, on_policy: bool = False, **changes: Any
+    rollouts: Rollouts,
+    *,
+    correction: tuple[str, float] | None = None,
+    on_policy: bool = False,
+    **changes: Any,
 ) -> tuple[Tensor, dict[str, float]]:
-    """GRPOTrainer._compute_loss with the whole effective batch as one micro-batch: the loss and what it logged.
+    """GRPOTrainer._compute_loss with the whole effective batch as one micro-batch: the loss and what it
+    logged.
 
-    changes: of GRPOConfig(). correction: (vllm_importance_sampling_mode, clip_max) as if vLLM had sampled. on_policy: without old
-    log-probs.
+    changes: of GRPOConfig(). correction: (vllm_importance_sampling_mode, clip_max) as if vLLM had sampled.
+    on_policy: without old log-probs.
     """
     args = settings(GRPOConfig, **changes)
     entropy_coef = args.entropy_coef
@@ -177,7 +195,8 @@ def rloo(rollouts: Rollouts, **changes: Any) -> tuple[Tensor, dict[str, float]]:
 
 
 def _run_lines(method: Callable[..., Any], first: str, beyond: str, **names: Any) -> dict[str, Any]:
-    """Runs the lines of a TRL method from the one that starts with `first` up to the one that starts with `beyond`."""
+    """Runs the lines of a TRL method from the one that starts with `first` up to the one that starts with
+    `beyond`."""
     lines = inspect.getsource(method).splitlines()
     start = next(i for i, line in enumerate(lines) if line.strip().startswith(first))
     stop = next(i for i, line in enumerate(lines) if i > start and line.strip().startswith(beyond))
@@ -188,7 +207,12 @@ def _run_lines(method: Callable[..., Any], first: str, beyond: str, **names: Any
 
 def importance_sampling_ratio(rollouts: Rollouts, mode: str, clip_max: float) -> Tensor:
     """TRL's vLLM importance ratio: Float[B, T], or Float[B, 1] of the sequence modes."""
-    args = settings(GRPOConfig, use_vllm=True, vllm_importance_sampling_mode=mode, vllm_importance_sampling_clip_max=clip_max)
+    args = settings(
+        GRPOConfig,
+        use_vllm=True,
+        vllm_importance_sampling_mode=mode,
+        vllm_importance_sampling_clip_max=clip_max,
+    )
     trainer = SimpleNamespace(**{name: value for name, value in vars(args).items() if "vllm" in name})
     scope = _run_lines(
         GRPOTrainer._generate_and_score_completions,

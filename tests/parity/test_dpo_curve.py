@@ -1,4 +1,5 @@
-"""Ten optimizer steps of DPO: the same losses and gradient norms as TRL's DPOTrainer, same model, same batches."""
+"""Ten optimizer steps of DPO: the same losses and gradient norms as TRL's DPOTrainer, same model, same
+batches."""
 
 import json
 import os
@@ -22,7 +23,8 @@ from orchestrator.recipe.schema import Recipe
 from orchestrator.data.micro_batches import cut_step
 from orchestrator.run.inputs import read_data
 from orchestrator.learner.engine import ProcessGroup
-from orchestrator.learner.rank_learner import LearnerSpec, RankLearner, RankReference
+from orchestrator.learner.rank_learner import LearnerSpec, RankLearner
+from orchestrator.learner.reference import RankReference
 from orchestrator.plan.planner import make_plan
 torch.set_num_threads(1)
 recipe = Recipe.model_validate(json.loads(sys.argv[1]))
@@ -46,7 +48,9 @@ for step in range(recipe.run.max_steps):  # in the file's order, as TRL is told 
 def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Llama with its tokenizer, and pairs of words of very different lengths."""
     folder = tmp_path_factory.mktemp("curve")
-    build(TinyModel(architecture="llama", hidden_size=32, layers=2, heads=2), 0, _auto()).save_pretrained(folder / "model")
+    build(TinyModel(architecture="llama", hidden_size=32, layers=2, heads=2), 0, _auto()).save_pretrained(
+        folder / "model"
+    )
     byte_tokenizer().save_pretrained(folder / "model")
     draw = random.Random(2)
 
@@ -113,9 +117,15 @@ def our_curve(folder: Path, **batch: object) -> list[list[float]]:
         "optimizer": {"learning_rate": RATE, "max_grad_norm": 1.0},
     }
     command = [sys.executable, "-c", OURS, json.dumps(recipe), str(_free_port())]
-    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(
+        command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=200
+    )
     assert done.returncode == 0, done.stderr[-3000:]
-    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[") and "WARNING" not in line]
+    return [
+        json.loads(line)
+        for line in done.stdout.splitlines()
+        if line.startswith("[") and "WARNING" not in line
+    ]
 
 
 def _free_port() -> int:

@@ -1,11 +1,13 @@
-"""A real instruct model on real rows: the first step's loss and gradient norm are TRL's, and what is exported answers in plain transformers.
+"""A real instruct model on real rows: the first step's loss and gradient norm are TRL's, and what is exported
+answers in plain transformers.
 
     make real-model      # SmolLM2-135M-Instruct, once
     GSM8K rows --orchestrator's run of three steps--> metrics.jsonl, export
        │  (GRPO: its completions)                        │ first line
        └──────────TRL's trainer, one step──────────> loss, grad_norm
 
-All rows are one effective batch, so the first step's numbers are of the same examples in whatever order they are taken.
+All rows are one effective batch, so the first step's numbers are of the same examples in whatever order they
+are taken.
 """
 
 import json
@@ -30,8 +32,20 @@ ROWS = REPOSITORY / "tests" / "data" / "gsm8k"
 EFFECTIVE, STEPS, SAMPLES, TOKENS, SEED = 8, 3, 4, 48, 3
 LORA = Lora(rank=8, alpha=16, target_modules=["q_proj", "v_proj"])  # pyright: ignore[reportCallIssue]
 QUIET = {
-    **{"use_cpu": True, "bf16": False, "report_to": "none", "save_strategy": "no", "disable_tqdm": True, "logging_steps": 1},
-    **{"gradient_checkpointing": False, "max_steps": 1, "per_device_train_batch_size": EFFECTIVE, "learning_rate": 1e-6},
+    **{
+        "use_cpu": True,
+        "bf16": False,
+        "report_to": "none",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "logging_steps": 1,
+    },
+    **{
+        "gradient_checkpointing": False,
+        "max_steps": 1,
+        "per_device_train_batch_size": EFFECTIVE,
+        "learning_rate": 1e-6,
+    },
 }
 """Of TRL: what decides no first gradient, and one batch of all rows."""
 REWARD = """
@@ -59,10 +73,26 @@ CASES = {
     "reward": Case("Reward", {}, {"algorithm": {"name": "reward"}}, head="scalar"),
     "grpo": Case(
         "GRPO",
-        {"num_generations": SAMPLES, "max_completion_length": TOKENS, "temperature": 0.8, "beta": 0.1, "loss_type": "dapo"},
         {
-            "algorithm": {"name": "grpo", "normaliser": "token", "correction": {"kind": "none"}, "kl": {"coefficient": 0.1}},
-            "rollouts": {"prompts": EFFECTIVE // SAMPLES, "samples": SAMPLES, "max_new_tokens": TOKENS, "temperature": 0.8},
+            "num_generations": SAMPLES,
+            "max_completion_length": TOKENS,
+            "temperature": 0.8,
+            "beta": 0.1,
+            "loss_type": "dapo",
+        },
+        {
+            "algorithm": {
+                "name": "grpo",
+                "normaliser": "token",
+                "correction": {"kind": "none"},
+                "kl": {"coefficient": 0.1},
+            },
+            "rollouts": {
+                "prompts": EFFECTIVE // SAMPLES,
+                "samples": SAMPLES,
+                "max_new_tokens": TOKENS,
+                "temperature": 0.8,
+            },
         },
     ),
 }
@@ -83,13 +113,22 @@ def rows(file: str, count: int) -> list[dict[str, Any]]:
 
 def rows_of(name: str) -> list[dict[str, Any]]:
     """Conversations, as both programs render them by the model's template."""
-    user, assistant = (lambda text: [{"role": "user", "content": text}]), (lambda text: [{"role": "assistant", "content": text}])
+    user, assistant = (
+        (lambda text: [{"role": "user", "content": text}]),
+        (lambda text: [{"role": "assistant", "content": text}]),
+    )
     if name == "grpo":
         return [{"prompt": user(row["prompt"])} for row in rows("train.jsonl", EFFECTIVE // SAMPLES)]
     if name == "sft":
-        return [{"prompt": user(r["prompt"]), "completion": assistant(r["completion"])} for r in rows("train.jsonl", EFFECTIVE)]
+        return [
+            {"prompt": user(r["prompt"]), "completion": assistant(r["completion"])}
+            for r in rows("train.jsonl", EFFECTIVE)
+        ]
     pairs = rows("preferences.jsonl", EFFECTIVE)
-    return [{"prompt": user(r["prompt"]), "chosen": assistant(r["chosen"]), "rejected": assistant(r["rejected"])} for r in pairs]
+    return [
+        {"prompt": user(r["prompt"]), "chosen": assistant(r["chosen"]), "rejected": assistant(r["rejected"])}
+        for r in pairs
+    ]
 
 
 def start_model(case: Case, folder: Path) -> Path:
@@ -119,12 +158,18 @@ def our_run(shared: Shared, name: str, model: Path, folder: Path) -> Path:
         "learners": {"workers": 1},
         "tracking": {"wandb": "off"},
         **case.ours,
-        **({"rewards": {"functions": [{"name": "digits", "function": f"{folder}/rewards.py:digits"}]}} if name == "grpo" else {}),
+        **(
+            {"rewards": {"functions": [{"name": "digits", "function": f"{folder}/rewards.py:digits"}]}}
+            if name == "grpo"
+            else {}
+        ),
     }
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     offline = name in ("dpo", "lora-dpo")
     cache = [f"reference.cache_dir={shared.root / 'reference'}"] if offline else []
-    out = shared.sandbox.run("train", folder / "recipe.yaml", *cache, "--output", folder / "run", timeout=900.0)
+    out = shared.sandbox.run(
+        "train", folder / "recipe.yaml", *cache, "--output", folder / "run", timeout=900.0
+    )
     assert out.code == 0 and "held out" not in out.out, out.out[-2000:] + out.err[-2000:]
     return folder / "run"
 
@@ -145,7 +190,9 @@ def trl_step(name: str, model_path: Path, run: Path, folder: Path) -> tuple[floa
     if case.lora:
         from peft import LoraConfig
 
-        more["peft_config"] = LoraConfig(r=LORA.rank, lora_alpha=LORA.alpha, target_modules=LORA.target_modules, lora_dropout=0.0)
+        more["peft_config"] = LoraConfig(
+            r=LORA.rank, lora_alpha=LORA.alpha, target_modules=LORA.target_modules, lora_dropout=0.0
+        )
     if name == "grpo":
         scope: dict[str, Any] = {}
         exec(REWARD, scope)
@@ -177,7 +224,9 @@ def take_adapter(theirs: torch.nn.Module) -> None:
 
 def given(trainer: type, run: Path) -> type:
     """A trainer that takes the completions of our first step in place of its generation."""
-    said = [line for line in every_line(run / "samples.jsonl") if line["kind"] == "rollout" and line["step"] == 1]
+    said = [
+        line for line in every_line(run / "samples.jsonl") if line["kind"] == "rollout" and line["step"] == 1
+    ]
 
     class Given(trainer):
         def _generate_single_turn(self, prompt_ids: Sequence[Sequence[int]], *_: Any) -> Any:
@@ -200,7 +249,10 @@ def test_the_first_step_is_trls_and_the_export_answers(shared: Shared, tmp_path:
     lines = metrics(run)
     assert steps(run) == [1, 2, 3] and all(math.isfinite(line["loss"]) for line in lines)
     loss, norm = trl_step(name, model, run, tmp_path)
-    print(f"{name}: loss {lines[0]['loss']:.7f}, TRL {loss:.7f}; gradient norm {lines[0]['grad_norm']:.6f}, TRL {norm:.6f}")
+    print(
+        f"{name}: loss {lines[0]['loss']:.7f}, TRL {loss:.7f}; gradient norm {lines[0]['grad_norm']:.6f}, "
+        f"TRL {norm:.6f}"
+    )
     assert lines[0]["loss"] == pytest.approx(loss, rel=1e-5, abs=2e-6)
     assert lines[0]["grad_norm"] == pytest.approx(norm, rel=1e-3)
     answers(run / "export", CASES[name].head)
@@ -212,13 +264,19 @@ def answers(folder: Path, head: str) -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     chat = [{"role": "user", "content": "What is the capital of France?"}]
-    ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    ids = tokenizer.apply_chat_template(
+        chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
     if head == "lm":
-        made = AutoModelForCausalLM.from_pretrained(folder).generate(**ids, max_new_tokens=16, do_sample=False)
+        made = AutoModelForCausalLM.from_pretrained(folder).generate(
+            **ids, max_new_tokens=16, do_sample=False
+        )
         print(tokenizer.decode(made[0, ids["input_ids"].shape[1] :]))
         labels = made.clone()
         labels[:, : ids["input_ids"].shape[1]] = -100
-        surprise = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)(input_ids=made, labels=labels).loss
+        surprise = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)(
+            input_ids=made, labels=labels
+        ).loss
         assert labels[0, -1] != -100 and surprise < 3.0, "to the start model it is language, not noise"
     else:
         assert AutoModelForSequenceClassification.from_pretrained(folder)(**ids).logits.shape == (1, 1)

@@ -1,9 +1,11 @@
-"""docs/coming-from.md, held to its word: three steps of TRL's own trainer and of the recipe that the page maps its settings to.
+"""docs/coming-from.md, held to its word: three steps of TRL's own trainer and of the recipe that the page
+maps its settings to.
 
     rows, a start model --TRL's trainer--> weights  ─┐
     the same     --mapped recipe, our learner--> weights ┴─> by tensor: difference of the two updates / TRL's update
 
-Weight decay, warm-up, decay of the learning rate and clipping are all on. Every other setting is TRL's own default, or is named here.
+Weight decay, warm-up, decay of the learning rate and clipping are all on. Every other setting is TRL's own
+default, or is named here.
 """
 
 import json
@@ -36,7 +38,14 @@ STEPS, EFFECTIVE, SAMPLES = 3, 8, 4
 BOUND = 1e-3
 """Of the norm of TRL's update, by tensor."""
 QUIET = {
-    **{"use_cpu": True, "bf16": False, "report_to": "none", "save_strategy": "no", "disable_tqdm": True, "logging_steps": 1},
+    **{
+        "use_cpu": True,
+        "bf16": False,
+        "report_to": "none",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "logging_steps": 1,
+    },
     **{"gradient_checkpointing": False},
 }
 """Settings of TRL that decide no step."""
@@ -44,7 +53,8 @@ QUIET = {
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """A setting of TRL's and the key of the recipe that the page maps it to. name None: implied, as the page says in words."""
+    """A setting of TRL's and the key of the recipe that the page maps it to. name None: implied, as the page
+    says in words."""
 
     name: str
     value: Any
@@ -74,7 +84,8 @@ SAMPLED = (
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """A trainer of TRL's with the settings that are named, and what the recipe says besides: the algorithm, where they stand for it."""
+    """A trainer of TRL's with the settings that are named, and what the recipe says besides: the algorithm,
+    where they stand for it."""
 
     algorithm: Mapping[str, Any]
     settings: tuple[Setting, ...] = ()
@@ -90,7 +101,11 @@ CASES = {
     "kto": Case({"name": "kto"}, (Setting("beta", 0.2, "algorithm.beta"),)),
     "grpo": Case(
         {"name": "grpo", "correction": {"kind": "none"}},
-        (*SAMPLED, Setting("beta", 0.1, "algorithm.kl.coefficient"), Setting("loss_type", "dapo", "algorithm.normaliser", "token")),
+        (
+            *SAMPLED,
+            Setting("beta", 0.1, "algorithm.kl.coefficient"),
+            Setting("loss_type", "dapo", "algorithm.normaliser", "token"),
+        ),
         online=True,
     ),
     "rloo": Case(
@@ -131,7 +146,9 @@ def start(folder: Path, head: str) -> None:
 
     auto: Any = AutoModelForCausalLM if head == "lm" else AutoModelForSequenceClassification
     options: dict[str, Any] = {} if head == "lm" else {"num_labels": 1}
-    build(TinyModel(architecture="llama", hidden_size=32, layers=2, heads=2), 0, auto, **options).save_pretrained(folder)
+    build(
+        TinyModel(architecture="llama", hidden_size=32, layers=2, heads=2), 0, auto, **options
+    ).save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
 
 
@@ -149,7 +166,10 @@ def our_completions(folder: Path, rows: Sequence[Mapping[str, Any]]) -> list[lis
     from transformers import AutoModelForCausalLM
 
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), byte_tokenizer()
-    decoder, prompts = StaticDecoder(model, [tokenizer.eos_token_id], 64, tokenizer.decode), EFFECTIVE // SAMPLES
+    decoder, prompts = (
+        StaticDecoder(model, [tokenizer.eos_token_id], 64, tokenizer.decode),
+        EFFECTIVE // SAMPLES,
+    )
     steps = []
     for step in range(STEPS):
         chosen = [row["prompt"] for row in rows[step * prompts : (step + 1) * prompts]]
@@ -164,7 +184,10 @@ def our_completions(folder: Path, rows: Sequence[Mapping[str, Any]]) -> list[lis
                     "prompt_ids": request.prompt.tolist(),
                     "completion_ids": [c.ids.tolist() for c in completions],
                     "logprobs": [c.logprobs.tolist() for c in completions],
-                    "rewards": [reward(tokenizer.decode(c.ids.tolist(), skip_special_tokens=True)) for c in completions],
+                    "rewards": [
+                        reward(tokenizer.decode(c.ids.tolist(), skip_special_tokens=True))
+                        for c in completions
+                    ],
                 }
                 for prompt, request, completions in zip(chosen, asked, made, strict=True)
             ]
@@ -175,17 +198,23 @@ def our_completions(folder: Path, rows: Sequence[Mapping[str, Any]]) -> list[lis
 # ---- TRL's side
 
 
-def train_with_trl(name: str, folder: Path, rows: list[dict[str, Any]], said: list[list[dict[str, Any]]] | None) -> dict[str, np.ndarray]:
+def train_with_trl(
+    name: str, folder: Path, rows: list[dict[str, Any]], said: list[list[dict[str, Any]]] | None
+) -> dict[str, np.ndarray]:
     """The weights after three steps of TRL's trainer."""
     import trl
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     case = CASES[name]
-    kind = {"sft": "SFT", "dpo": "DPO", "reward": "Reward", "kto": "KTO", "grpo": "GRPO", "rloo": "RLOO"}[name]
+    kind = {"sft": "SFT", "dpo": "DPO", "reward": "Reward", "kto": "KTO", "grpo": "GRPO", "rloo": "RLOO"}[
+        name
+    ]
     config, trainer = getattr(trl, f"{kind}Config"), getattr(trl, f"{kind}Trainer")
     auto: Any = AutoModelForCausalLM if case.head == "lm" else AutoModelForSequenceClassification
-    args = config(output_dir=str(folder / "trl"), **QUIET, **{s.name: s.value for s in (*COMMON, *case.settings)})
+    args = config(
+        output_dir=str(folder / "trl"), **QUIET, **{s.name: s.value for s in (*COMMON, *case.settings)}
+    )
     common = {"args": args, "train_dataset": Dataset.from_list(rows), "processing_class": byte_tokenizer()}
     model = auto.from_pretrained(folder, dtype=torch.float32)
     if said is None:
@@ -197,7 +226,9 @@ def train_with_trl(name: str, folder: Path, rows: list[dict[str, Any]], said: li
     taken.train()
     assert taken.state.global_step == STEPS
     norms = [line["grad_norm"] for line in taken.state.log_history if "grad_norm" in line]
-    assert len(norms) == STEPS and min(norms) > 0.05, "every step has to be clipped for the clipping to be seen"
+    assert len(norms) == STEPS and min(norms) > 0.05, (
+        "every step has to be clipped for the clipping to be seen"
+    )
     return {n: p.detach().numpy() for n, p in taken.accelerator.unwrap_model(taken.model).named_parameters()}
 
 
@@ -208,7 +239,9 @@ def _given(trainer: type, said: list[list[dict[str, Any]]]) -> type:
     class Given(trainer):
         def _generate_single_turn(self, prompt_ids: Any, *_: Any) -> Any:
             now = next(steps)
-            assert prompt_ids == [one["prompt_ids"] for one in now for _ in range(SAMPLES)], "TRL asks for other prompts"
+            assert prompt_ids == [one["prompt_ids"] for one in now for _ in range(SAMPLES)], (
+                "TRL asks for other prompts"
+            )
             ids = [ids for one in now for ids in one["completion_ids"]]
             return (ids, None) if trainer.__name__ == "GRPOTrainer" else ids
 
@@ -239,7 +272,8 @@ def mapped_recipe(case: Case, folder: Path, data: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[dict[str, np.ndarray], ...]]:
-    """By trainer: (start, TRL's, our) weights. TRL trains here, we in one process of our own: DeepSpeed has a process group."""
+    """By trainer: (start, TRL's, our) weights. TRL trains here, we in one process of our own: DeepSpeed has a
+    process group."""
     root, jobs, theirs = tmp_path_factory.mktemp("three"), [], {}
     for name, case in CASES.items():
         folder, rows = root / name, rows_of(name)
@@ -253,13 +287,29 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[dict[st
         jobs.append({"name": name, "recipe": recipe, "folder": str(folder), "rollouts": said})
     (root / "jobs.json").write_text(json.dumps(jobs))
     command = [sys.executable, "-m", "tests.parity.three_steps", str(root / "jobs.json")]
-    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=400)
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
     assert done.returncode == 0, done.stderr[-4000:]
-    return {name: (load_file(root / name / "model.safetensors"), theirs[name], load_file(root / name / "ours.safetensors")) for name in CASES}
+    return {
+        name: (
+            load_file(root / name / "model.safetensors"),
+            theirs[name],
+            load_file(root / name / "ours.safetensors"),
+        )
+        for name in CASES
+    }
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_three_steps_move_every_tensor_as_trl_does(trained: Mapping[str, tuple[Mapping[str, np.ndarray], ...]], name: str) -> None:
+def test_three_steps_move_every_tensor_as_trl_does(
+    trained: Mapping[str, tuple[Mapping[str, np.ndarray], ...]], name: str
+) -> None:
     before, theirs, ours = trained[name]
     assert theirs.keys() == ours.keys() and len(ours) > 20
     found = {}
@@ -277,5 +327,9 @@ def test_three_steps_move_every_tensor_as_trl_does(trained: Mapping[str, tuple[M
 def test_the_page_maps_every_setting_that_was_compared(name: str) -> None:
     rows = [line for line in PAGE.read_text().splitlines() if line.startswith("| `")]
     for setting in (*COMMON, *CASES[name].settings):
-        named = [row for row in rows if f"`{setting.name}" in row.split("|")[1] and f"`{setting.key}" in row.split("|")[2]]
+        named = [
+            row
+            for row in rows
+            if f"`{setting.name}" in row.split("|")[1] and f"`{setting.key}" in row.split("|")[2]
+        ]
         assert named, f"no row of the page maps {setting.name} to {setting.key}"

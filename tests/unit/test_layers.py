@@ -1,4 +1,5 @@
-"""The order of rooms: imports go one way, no files import each other in a circle, each foreign framework has one home."""
+"""The order of rooms: imports go one way, no files import each other in a circle, each foreign framework has
+one home."""
 
 import ast
 import subprocess
@@ -11,7 +12,10 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "orchestrator"
 
-ORDER = "cli > run > cluster > rollout | learner | plan | trainers > models | data > observe | algorithms > recipe > core"
+ORDER = (
+    "cli > run > cluster > rollout | learner | plan | trainers > models | data > observe | algorithms > "
+    "recipe > core"
+)
 """Each room may import what stands to its right, and nothing beside it. docs/design.md draws it."""
 CUDA = {
     "plan/hardware.py": "counts what there is, for plans",
@@ -25,8 +29,11 @@ CUDA = {
     "rollout/rewards/reward_model.py": "gives memory back on its device",
     "rollout/engines/vllm_engine.py": "asks the memory of its device",
 }
-"""Who may name torch.cuda, and what for. Nobody asks whether the machine has a GPU: the device that is computed on is a parameter."""
-FLOOR_OF = {room: floor for floor, rooms in enumerate(reversed(ORDER.split(" > "))) for room in rooms.split(" | ")}
+"""Who may name torch.cuda, and what for. Nobody asks whether the machine has a GPU: the device that is
+computed on is a parameter."""
+FLOOR_OF = {
+    room: floor for floor, rooms in enumerate(reversed(ORDER.split(" > "))) for room in rooms.split(" | ")
+}
 OPEN = ("__init__", "__main__")
 CORE_LINES = 1_400
 """core/ stays small: it is no drawer for what has no room."""
@@ -43,8 +50,12 @@ def imported(source: str, module: str, is_package: bool = False) -> Iterator[tup
             parts = module.split(".")
             folder = parts[: len(parts) - node.level + is_package] if node.level else []
             base = ".".join([*folder, *([node.module] if node.module else [])])
-            # `from orchestrator import faults` names a room, `from orchestrator.core.errors import X` does not
-            yield from ((f"{base}.{alias.name}" if base == "orchestrator" else base, node.lineno) for alias in node.names)
+            # `from orchestrator import faults` names a room, `from orchestrator.core.errors import X` does
+            # not
+            yield from (
+                (f"{base}.{alias.name}" if base == "orchestrator" else base, node.lineno)
+                for alias in node.names
+            )
 
 
 def misplaced(source: str, file: str) -> list[str]:
@@ -70,7 +81,9 @@ def misplaced(source: str, file: str) -> list[str]:
         if other not in FLOOR_OF:
             found.append(f"{file}:{line}: room {other} is not in the order")
         elif FLOOR_OF[other] == FLOOR_OF[room]:
-            found.append(f"{file}:{line}: {room} and {other} stand beside each other and must not import each other")
+            found.append(
+                f"{file}:{line}: {room} and {other} stand beside each other and must not import each other"
+            )
         elif FLOOR_OF[other] > FLOOR_OF[room]:
             found.append(f"{file}:{line}: {room} imports {other}, which stands above it")
     return list(dict.fromkeys(found))
@@ -79,7 +92,9 @@ def misplaced(source: str, file: str) -> list[str]:
 def test_every_import_goes_downwards_and_frameworks_stay_at_home() -> None:
     files = sorted(PACKAGE.rglob("*.py"))
     assert len(files) > 20
-    problems = [p for file in files for p in misplaced(file.read_text(), file.relative_to(PACKAGE).as_posix())]
+    problems = [
+        p for file in files for p in misplaced(file.read_text(), file.relative_to(PACKAGE).as_posix())
+    ]
     assert not problems, "\n" + "\n".join(problems)
 
 
@@ -91,7 +106,9 @@ def circles(imports: dict[str, set[str]]) -> list[list[str]]:
     """Groups of modules that import each other, over however many steps. imports: module -> modules."""
     reached = {module: reachable(module, imports) for module in imports}
     groups = {
-        tuple(sorted({module, *(o for o in reached[module] if module in reached.get(o, ()))})) for module in imports if module in reached[module]
+        tuple(sorted({module, *(o for o in reached[module] if module in reached.get(o, ()))}))
+        for module in imports
+        if module in reached[module]
     }
     return [list(group) for group in sorted(groups)]
 
@@ -107,8 +124,14 @@ def reachable(module: str, imports: dict[str, set[str]]) -> set[str]:
 
 
 def test_no_files_import_each_other_in_a_circle() -> None:
-    modules = {".".join(("orchestrator", *f.relative_to(PACKAGE).with_suffix("").parts)): f for f in PACKAGE.rglob("*.py") if f.stem != "__init__"}
-    imports = {module: module_imports(file.read_text(), module) & modules.keys() for module, file in modules.items()}
+    modules = {
+        ".".join(("orchestrator", *f.relative_to(PACKAGE).with_suffix("").parts)): f
+        for f in PACKAGE.rglob("*.py")
+        if f.stem != "__init__"
+    }
+    imports = {
+        module: module_imports(file.read_text(), module) & modules.keys() for module, file in modules.items()
+    }
     assert sum(map(len, imports.values())) > 300
     assert circles(imports) == []
 
@@ -138,20 +161,34 @@ def names_cuda(source: str) -> list[tuple[str, int]]:
             inside = (node.module or "").startswith("torch.cuda")
             found += [(alias.name, node.lineno) for alias in node.names if inside or alias.name == "cuda"]
         elif isinstance(node, ast.Import):
-            found += [(alias.name, node.lineno) for alias in node.names if alias.name.startswith("torch.cuda")]
+            found += [
+                (alias.name, node.lineno) for alias in node.names if alias.name.startswith("torch.cuda")
+            ]
     return found
 
 
 def test_nobody_asks_whether_the_machine_has_a_gpu() -> None:
-    named = {file.relative_to(PACKAGE).as_posix(): names_cuda(file.read_text()) for file in PACKAGE.rglob("*.py")}
-    asking = [f"{file}:{line}" for file, uses in named.items() for name, line in uses if name in ("is_available", "is_initialized")]
+    named = {
+        file.relative_to(PACKAGE).as_posix(): names_cuda(file.read_text()) for file in PACKAGE.rglob("*.py")
+    }
+    asking = [
+        f"{file}:{line}"
+        for file, uses in named.items()
+        for name, line in uses
+        if name in ("is_available", "is_initialized")
+    ]
     assert not asking, f"they ask about the machine, not about the device they compute on: {asking}"
     assert {file for file, uses in named.items() if uses} == set(CUDA)
 
 
 @pytest.mark.parametrize(
     "source",
-    ["import torch\ntorch.cuda.is_available()", "from torch.cuda import is_available", "from torch import cuda", "import torch.cuda as gpu"],
+    [
+        "import torch\ntorch.cuda.is_available()",
+        "from torch.cuda import is_available",
+        "from torch import cuda",
+        "import torch.cuda as gpu",
+    ],
 )
 def test_the_check_sees_cuda_by_any_name(source: str) -> None:
     assert names_cuda(source)
@@ -185,14 +222,26 @@ def test_the_check_sees_a_wrong_import(file: str, source: str, reason: str) -> N
         ("observe/jsonl.py", "from orchestrator.core.files import read_lines"),
         ("learner/engine.py", "def f():\n    import deepspeed.comm"),
         ("core/batches.py", "from orchestrator.core.errors import DataError\nimport numpy as np"),
-        ("data/tokenize.py", "from .formats import to_rows\nfrom orchestrator import __version__\nimport raylib"),
+        (
+            "data/tokenize.py",
+            "from .formats import to_rows\nfrom orchestrator import __version__\nimport raylib",
+        ),
     ],
 )
 def test_the_check_passes_a_right_import(file: str, source: str) -> None:
     assert misplaced(source, file) == []
 
 
-LIGHT = ("core.errors", "core.batches", "core.roles", "core.faults", "recipe.schema", "recipe.loading", "cli.main", "cluster.forkserver")
+LIGHT = (
+    "core.errors",
+    "core.batches",
+    "core.roles",
+    "core.faults",
+    "recipe.schema",
+    "recipe.loading",
+    "cli.main",
+    "cluster.forkserver",
+)
 
 
 @pytest.mark.parametrize("module", LIGHT)

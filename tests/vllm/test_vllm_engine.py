@@ -1,4 +1,5 @@
-"""The real vLLM on tiny models: its log-probs against a transformers forward, weight updates, seeds, ends of sequences."""
+"""The real vLLM on tiny models: its log-probs against a transformers forward, weight updates, seeds, ends of
+sequences."""
 
 import importlib.util
 from collections.abc import Iterator, Sequence
@@ -15,7 +16,7 @@ from torch import Tensor
 from orchestrator.core.errors import ConfigError, DataError, OrchestratorError
 from orchestrator.core.rollouts import Completion, Sampling
 from orchestrator.models.load import load
-from orchestrator.models.weight_buckets import Bucket, CorruptWeights, checksum, fill, layout
+from orchestrator.models.weight_buckets import Bucket, CorruptWeights, checksum, fill, plan_bucket
 from orchestrator.recipe.schema import Model, Recipe, TinyModel
 from orchestrator.rollout.engines.engine import Request
 from orchestrator.rollout.engines.sampling import drawn_from, policy_logps
@@ -65,7 +66,7 @@ def buckets(model: Any) -> list[Bucket]:
     named = list(model.named_parameters())
     sent = []
     for some in (named[: len(named) // 2], named[len(named) // 2 :]):
-        entries, total = layout([(name, tuple(p.shape)) for name, p in some], torch.float32)
+        entries, total = plan_bucket([(name, tuple(p.shape)) for name, p in some], torch.float32)
         flat = fill(entries, total, dict(some), CPU)
         sent.append(Bucket(entries, flat.numpy(), checksum(flat)))
     return sent
@@ -78,8 +79,11 @@ def logits(model: Any, prompt: np.ndarray, ids: np.ndarray) -> Tensor:
     return whole[len(prompt) - 1 : -1]
 
 
-def gap(model: Any, requests: Sequence[Request], completions: Sequence[tuple[Completion, ...]], sampling: Sampling) -> float:
-    """The largest difference between the log-probs returned and the policy's, from the transformers logits; every token could be drawn."""
+def gap(
+    model: Any, requests: Sequence[Request], completions: Sequence[tuple[Completion, ...]], sampling: Sampling
+) -> float:
+    """The largest difference between the log-probs returned and the policy's, from the transformers logits;
+    every token could be drawn."""
     worst = 0.0
     for request, drawn in zip(requests, completions, strict=True):
         assert len(drawn) == len(request.seeds)
@@ -92,7 +96,10 @@ def gap(model: Any, requests: Sequence[Request], completions: Sequence[tuple[Com
 
 
 def requests(room: int = 24, samples: int = 4) -> list[Request]:
-    return [Request(p, tuple(2**64 - 1 - 1000 * i - k for k in range(samples)), room) for i, p in enumerate(PROMPTS)]
+    return [
+        Request(p, tuple(2**64 - 1 - 1000 * i - k for k in range(samples)), room)
+        for i, p in enumerate(PROMPTS)
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -113,18 +120,26 @@ def held(shared: tuple[Any, Any]) -> tuple[Any, Any]:
 
 
 def same(a: Completion, b: Completion) -> bool:
-    return a.ids.tolist() == b.ids.tolist() and a.finish == b.finish and bool(np.abs(a.logprobs - b.logprobs).max() < CLOSE)
+    return (
+        a.ids.tolist() == b.ids.tolist()
+        and a.finish == b.finish
+        and bool(np.abs(a.logprobs - b.logprobs).max() < CLOSE)
+    )
 
 
 @needs_vllm
 def test_log_probs_follow_the_weights_and_no_stale_prefix_is_read(shared: tuple[Any, Any]) -> None:
     engine, second = shared
-    first = load(Model(tiny=TinyModel(architecture="llama", heads=2, kv_heads=1)), seed=7, head="lm").model.eval()
+    first = load(
+        Model(tiny=TinyModel(architecture="llama", heads=2, kv_heads=1)), seed=7, head="lm"
+    ).model.eval()
     engine.load(1, buckets(first))
     before = engine.generate(requests(), FREE)
     assert engine.version == 1 and gap(first, requests(), before, FREE) < CLOSE
     engine.load(2, buckets(second))
-    after = engine.generate(requests(), FREE)  # the same prompts: their keys and values lay in the prefix cache
+    after = engine.generate(
+        requests(), FREE
+    )  # the same prompts: their keys and values lay in the prefix cache
     assert engine.version == 2 and gap(second, requests(), after, FREE) < CLOSE
     assert gap(first, requests(), after, FREE) > 1.0
 
@@ -146,11 +161,15 @@ def test_log_probs_follow_the_weights_and_no_stale_prefix_is_read(shared: tuple[
     ],
     ids=str,
 )
-def test_log_probs_are_the_policys_whatever_the_sampler_leaves_out(held: tuple[Any, Any], drawn: dict[str, Any]) -> None:
+def test_log_probs_are_the_policys_whatever_the_sampler_leaves_out(
+    held: tuple[Any, Any], drawn: dict[str, Any]
+) -> None:
     """On policy, then, every weight is 1; and vLLM's own bounds of the temperature, 0.01 and 2, do not hold."""
     engine, model = held
     sampling = replace(FREE, **drawn)
-    assert gap(model, requests(), engine.generate(requests(), sampling), sampling) < CLOSE / min(1.0, sampling.temperature)
+    assert gap(model, requests(), engine.generate(requests(), sampling), sampling) < CLOSE / min(
+        1.0, sampling.temperature
+    )
 
 
 @needs_vllm
@@ -165,12 +184,15 @@ def test_tokens_come_as_often_as_the_narrowed_policy_says(held: tuple[Any, Any])
     counts, possible = counts[: len(expected)], expected > 0
     assert not counts[~possible].any() and possible.sum() == 6
     freedom = int(possible.sum()) - 1
-    assert ((counts - expected)[possible] ** 2 / expected[possible]).sum() < freedom + 5 * np.sqrt(2 * freedom)
+    assert ((counts - expected)[possible] ** 2 / expected[possible]).sum() < freedom + 5 * np.sqrt(
+        2 * freedom
+    )
 
 
 @needs_vllm
 def test_top_p_looks_at_what_min_p_left(held: tuple[Any, Any]) -> None:
-    """vLLM's order, as the module says: no token is drawn that it leaves out, and some that ours would keep never are."""
+    """vLLM's order, as the module says: no token is drawn that it leaves out, and some that ours would keep
+    never are."""
     engine, model = held
     both = replace(FREE, top_p=0.8, min_p=0.2)
     completions = engine.generate(requests(samples=16), both)
@@ -252,7 +274,11 @@ def test_a_sample_is_the_same_whatever_is_decoded_beside_it(held: tuple[Any, Any
 @needs_vllm
 def test_a_second_turn_draws_other_noise(held: tuple[Any, Any]) -> None:
     engine, _ = held
-    asked = [Request(PROMPTS[0], (17,), 24), Request(PROMPTS[0], (17,), 24, position=24), Request(PROMPTS[0], (17,), 24)]
+    asked = [
+        Request(PROMPTS[0], (17,), 24),
+        Request(PROMPTS[0], (17,), 24, position=24),
+        Request(PROMPTS[0], (17,), 24),
+    ]
     (first,), (later,), (again,) = engine.generate(asked, FREE)
     assert same(first, again) and later.ids.tolist() != first.ids.tolist()
 
@@ -278,7 +304,9 @@ def test_a_stop_text_of_two_tokens_ends_a_completion_and_stays(held: tuple[Any, 
     tokenizer = load(recipe(tiny("llama")).model, seed=0, head="lm").tokenizer
     asked = requests(room=64, samples=8)
     free = [c for drawn in engine.generate(asked, FREE) for c in drawn]
-    pairs = ((c, i) for c in free for i in range(len(c.ids) - 3) if max(c.ids[i : i + 2]) < 94)  # printable ASCII
+    pairs = (
+        (c, i) for c in free for i in range(len(c.ids) - 3) if max(c.ids[i : i + 2]) < 94
+    )  # printable ASCII
     chosen, at = next(pairs)
     stopping = replace(FREE, stop=(tokenizer.decode(chosen.ids[at : at + 2].tolist()),))
     stopped = engine.generate(asked, stopping)
@@ -308,7 +336,9 @@ def test_a_folder_with_a_tied_head_and_two_ends(tmp_path: Path, architecture: st
     assert ("lm_head.weight" not in dict(made.model.named_parameters())) is tied
     with closing(make_engine(recipe({"path": str(tmp_path)}), CPU)) as engine:
         assert engine.version is None and engine.eos == [258, 64]
-        first = engine.generate(requests(), FREE)  # the folder's own weights; nothing but this test reads them
+        first = engine.generate(
+            requests(), FREE
+        )  # the folder's own weights; nothing but this test reads them
         assert gap(made.model.eval(), requests(), first, FREE) < CLOSE
         for version in (1, 2):
             changed = peaked(made.model, version, scale=1.0)
@@ -329,7 +359,9 @@ def test_a_folder_with_a_tied_head_and_two_ends(tmp_path: Path, architecture: st
     ],
     ids=["lora", "converted", "positions", "heads"],
 )
-def test_a_recipe_that_this_engine_cannot_run_is_refused(model: dict[str, Any], rollouts: dict[str, Any], said: str) -> None:
+def test_a_recipe_that_this_engine_cannot_run_is_refused(
+    model: dict[str, Any], rollouts: dict[str, Any], said: str
+) -> None:
     with pytest.raises(ConfigError) as caught:
         make_engine(recipe(model, **rollouts), CPU)
     assert said in str(caught.value) and caught.value.fix

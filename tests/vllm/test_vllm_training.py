@@ -9,11 +9,14 @@ from tests.running import Shared, metrics, shared_ray
 
 pytestmark = [
     pytest.mark.timeout(600),
-    pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vllm is not installed: `make test-vllm`"),
+    pytest.mark.skipif(
+        importlib.util.find_spec("vllm") is None, reason="vllm is not installed: `make test-vllm`"
+    ),
 ]
 
 GAP = 1e-4
-"""Nat per token, the largest of a run: 64 wide fp32 models on other kernels, before and after each weight update."""
+"""Nat per token, the largest of a run: 64 wide fp32 models on other kernels, before and after each weight
+update."""
 
 
 @pytest.fixture(scope="module")
@@ -25,10 +28,20 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shared]:
 def test_tiny_grpo_learns_on_vllm(shared: Shared) -> None:
     """The recipe as it ships, but with two attention heads, as vLLM's CPU kernels take no heads of 16."""
     quiet = ("tracking.wandb=off", "learners.workers=1")
-    sft, _ = shared.train("tiny/sft", "sft", *quiet, "model.tiny.heads=2", "evaluation.every=null", "data.eval=null")
-    engine = ("rollouts.engine=vllm", "rollouts.workers=1", "rollouts.cpus_per_worker=1", "learners.start_timeout_s=300")
+    sft, _ = shared.train(
+        "tiny/sft", "sft", *quiet, "model.tiny.heads=2", "evaluation.every=null", "data.eval=null"
+    )
+    engine = (
+        "rollouts.engine=vllm",
+        "rollouts.workers=1",
+        "rollouts.cpus_per_worker=1",
+        "learners.start_timeout_s=300",
+    )
     outcome, _ = shared.train_last("tiny/grpo", sft.export, "grpo", *quiet, *engine)
     gaps = [line["policy/train_rollout_gap_max"] for line in metrics(outcome.folder)]
-    print(f"held-out reward {outcome.before['eval/reward/mean']:.3f} -> {outcome.after['eval/reward/mean']:.3f}, largest gap {max(gaps):.1e} nat")
+    print(
+        f"held-out reward {outcome.before['eval/reward/mean']:.3f} -> "
+        f"{outcome.after['eval/reward/mean']:.3f}, largest gap {max(gaps):.1e} nat"
+    )
     assert len(gaps) == 60 and max(gaps) < GAP
     assert outcome.after["eval/reward/mean"] >= 0.9 > outcome.before["eval/reward/mean"] + 0.2

@@ -3,7 +3,8 @@
     rewards Float[G, n] --group_*, leave_one_out--> Float[G, n]
     rewards Float[B], KL penalties Float[N] --token_rewards--> Float[N] --gae, discounted_returns, whiten--> Float[N]
 
-Ragged token columns are flat, Float[N], episode after episode, with the `lengths` of the episodes (zeros allowed).
+Ragged token columns are flat, Float[N], episode after episode, with the `lengths` of the episodes (zeros
+allowed).
 """
 
 from collections.abc import Sequence
@@ -36,15 +37,19 @@ def leave_one_out(rewards: Tensor) -> Tensor:
     """A_i = r_i - mean of the other n - 1 rewards of the group, Float[G, n] (RLOO, arXiv 2402.14740)."""
     n = rewards.shape[1]
     if n < 2:
-        raise ValueError(f"leave-one-out needs at least 2 samples of a prompt, got {n}: the baseline is the mean of the others")
+        raise ValueError(
+            f"leave-one-out needs at least 2 samples of a prompt, got {n}: the baseline is the mean of the "
+            "others"
+        )
     return (n / (n - 1)) * group_centred(rewards)  # r_i - (sum - r_i)/(n - 1)
 
 
 def token_rewards(rewards: Tensor, penalties: Tensor, lengths: Sequence[int]) -> Tensor:
-    """r_t = [t = T] R - penalty_t, Float[N]: an episode's reward Float[B] comes with its last token (Ziegler et al.,
-    arXiv 1909.08593, eq. 2, written per token).
+    """r_t = [t = T] R - penalty_t, Float[N]: an episode's reward Float[B] comes with its last token (Ziegler
+    et al., arXiv 1909.08593, eq. 2, written per token).
 
-    penalties: Float[N], the KL coefficient times k1 of each token. An episode without tokens has nowhere to put its reward.
+    penalties: Float[N], the KL coefficient times k1 of each token. An episode without tokens has nowhere to
+    put its reward.
     """
     sizes = torch.tensor(lengths, device=penalties.device)
     last, some = sizes.cumsum(0) - 1, sizes > 0
@@ -52,7 +57,8 @@ def token_rewards(rewards: Tensor, penalties: Tensor, lengths: Sequence[int]) ->
 
 
 def gae(rewards: Tensor, values: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
-    """Generalised advantage estimation (arXiv 1506.02438, eq. 16) of finished episodes: (advantages, returns), Float[..., T] each.
+    """Generalised advantage estimation (arXiv 1506.02438, eq. 16) of finished episodes: (advantages,
+    returns), Float[..., T] each.
 
     delta_t = r_t + gamma V_{t+1} - V_t with V_T = 0; A_t = delta_t + gamma lam A_{t+1}; return_t = A_t + V_t.
     Rows padded with zeros at their end are exact: nothing comes from a padded place.
@@ -66,12 +72,19 @@ def gae(rewards: Tensor, values: Tensor, gamma: float, lam: float) -> tuple[Tens
     return advantages, advantages + values
 
 
-def episodes_gae(rewards: Tensor, values: Tensor, lengths: Sequence[int], gamma: float, lam: float) -> tuple[Tensor, Tensor]:
+def episodes_gae(
+    rewards: Tensor, values: Tensor, lengths: Sequence[int], gamma: float, lam: float
+) -> tuple[Tensor, Tensor]:
     """gae of each episode of flat Float[N] columns: (advantages, returns), Float[N] each."""
     if not len(rewards):
         return rewards.clone(), values.clone()
-    inside = torch.arange(max(lengths), device=rewards.device) < torch.tensor(lengths, device=rewards.device)[:, None]
-    padded = [pad_sequence(list(column.split(list(lengths))), batch_first=True) for column in (rewards, values)]
+    inside = (
+        torch.arange(max(lengths), device=rewards.device)
+        < torch.tensor(lengths, device=rewards.device)[:, None]
+    )
+    padded = [
+        pad_sequence(list(column.split(list(lengths))), batch_first=True) for column in (rewards, values)
+    ]
     advantages, returns = gae(padded[0], padded[1], gamma, lam)
     return advantages[inside], returns[inside]
 
@@ -82,7 +95,8 @@ def discounted_returns(rewards: Tensor, gamma: float) -> Tensor:
 
 
 def whiten(values: Tensor) -> Tensor:
-    """(x - mean(x)) / std(x), Float[N], with the unbiased deviation; zeros where there is none (N < 2, or equal values)."""
+    """(x - mean(x)) / std(x), Float[N], with the unbiased deviation; zeros where there is none (N < 2, or
+    equal values)."""
     if len(values) < 2:
         return torch.zeros_like(values)
     exact = values.double()
@@ -93,9 +107,11 @@ def whiten(values: Tensor) -> Tensor:
 
 
 def reinforce_pp(rewards: Tensor, penalties: Tensor, lengths: Sequence[int]) -> Tensor:
-    """REINFORCE++ (arXiv 2501.03262, eq. 8-10), Float[N]: A_t = R - sum_{i >= t} penalty_i, normalised over the GLOBAL batch of tokens.
+    """REINFORCE++ (arXiv 2501.03262, eq. 8-10), Float[N]: A_t = R - sum_{i >= t} penalty_i, normalised over
+    the GLOBAL batch of tokens.
 
-    rewards: Float[B], of all episodes of the rollout batch; penalties: Float[N], beta * k1 of each token (eq. 9).
+    rewards: Float[B], of all episodes of the rollout batch; penalties: Float[N], beta * k1 of each token (eq.
+    9).
     """
     rewarded = token_rewards(rewards, penalties, lengths)
     returns, _ = episodes_gae(rewarded, torch.zeros_like(rewarded), lengths, 1.0, 1.0)  # eq. 8
@@ -103,7 +119,8 @@ def reinforce_pp(rewards: Tensor, penalties: Tensor, lengths: Sequence[int]) -> 
 
 
 def reinforce_pp_baseline(rewards: Tensor, lengths: Sequence[int]) -> Tensor:
-    """REINFORCE++ with baseline (arXiv 2501.03262), Float[N]: r - mean of its group, on each token, normalised over the GLOBAL batch.
+    """REINFORCE++ with baseline (arXiv 2501.03262), Float[N]: r - mean of its group, on each token,
+    normalised over the GLOBAL batch.
 
     rewards: Float[G, n]; lengths: of the G*n episodes, group after group. Its KL term is k2 in the loss.
     """

@@ -1,4 +1,5 @@
-"""From the rewards of a rollout batch to an advantage for each token, in the one shape that the online loop needs.
+"""From the rewards of a rollout batch to an advantage for each token, in the one shape that the online loop
+needs.
 
 rewards Float[G, n], KL penalties Float[N], a critic's values Float[N]  --Estimator-->  advantages Float[N], returns Float[N]
 """
@@ -14,8 +15,9 @@ from orchestrator.algorithms.losses import advantages
 
 @dataclass(frozen=True, slots=True)
 class Episodes:
-    """A rollout batch. rewards: Float[G, n]; penalties: Float[N], what each scored token costs (the KL coefficient times
-    its KL, zeros without); lengths: scored tokens of the G*n episodes, group after group; values: Float[N] of a critic."""
+    """A rollout batch. rewards: Float[G, n]; penalties: Float[N], what each scored token costs (the KL
+    coefficient times its KL, zeros without); lengths: scored tokens of the G*n episodes, group after group;
+    values: Float[N] of a critic."""
 
     rewards: Tensor
     penalties: Tensor
@@ -25,19 +27,24 @@ class Episodes:
     def penalised(self) -> Tensor:
         """Float[G, n]: the reward of each episode less its tokens' penalties."""
         owner = torch.repeat_interleave(torch.arange(len(self.lengths)), torch.tensor(self.lengths))
-        costs = torch.zeros(len(self.lengths), dtype=self.rewards.dtype).index_add(0, owner, self.penalties.to(self.rewards.dtype))
+        costs = torch.zeros(len(self.lengths), dtype=self.rewards.dtype).index_add(
+            0, owner, self.penalties.to(self.rewards.dtype)
+        )
         return self.rewards - costs.view_as(self.rewards)
 
 
-Estimator = Callable[[Episodes], tuple[Tensor, Tensor | None]]
+AdvantageEstimator = Callable[[Episodes], tuple[Tensor, Tensor | None]]
 """(advantages Float[N], returns Float[N] for a critic or None)."""
 
 
-def by_group(estimate: Callable[[Tensor], Tensor]) -> Estimator:
-    """Every token of a completion gets its completion's advantage; the KL penalty is part of the completion's reward."""
+def by_group(estimate: Callable[[Tensor], Tensor]) -> AdvantageEstimator:
+    """Every token of a completion gets its completion's advantage; the KL penalty is part of the completion's
+    reward."""
 
     def estimator(episodes: Episodes) -> tuple[Tensor, None]:
-        return estimate(episodes.penalised()).flatten().repeat_interleave(torch.tensor(episodes.lengths)), None
+        return estimate(episodes.penalised()).flatten().repeat_interleave(
+            torch.tensor(episodes.lengths)
+        ), None
 
     return estimator
 
@@ -52,13 +59,15 @@ def reinforce_pp_baseline(episodes: Episodes) -> tuple[Tensor, None]:
     return advantages.reinforce_pp_baseline(episodes.penalised(), episodes.lengths), None
 
 
-def gae(gamma: float, lam: float, *, whiten: bool) -> Estimator:
+def gae(gamma: float, lam: float, *, whiten: bool) -> AdvantageEstimator:
     """PPO: GAE over tokens; advantages are whitened over the rollout batch, returns are not."""
 
     def estimator(episodes: Episodes) -> tuple[Tensor, Tensor]:
         assert episodes.values is not None, "GAE needs a critic's values"
         rewards = advantages.token_rewards(episodes.rewards.flatten(), episodes.penalties, episodes.lengths)
-        found, returns = advantages.episodes_gae(rewards, episodes.values.to(rewards.dtype), episodes.lengths, gamma, lam)
+        found, returns = advantages.episodes_gae(
+            rewards, episodes.values.to(rewards.dtype), episodes.lengths, gamma, lam
+        )
         return (advantages.whiten(found) if whiten else found), returns
 
     return estimator

@@ -25,11 +25,12 @@ class ExperienceTensors:
 class TokenScores:
     """Scores of a micro-batch, or of a whole effective batch: the same objective takes either.
 
-    logps: Float[N], policy log-probs of the scored tokens (carries the gradient); ref_logps: Float[N], the reference's.
-    sequence: Int[N], which sequence (example * branches + branch) a token belongs to. label, margin: Float[n].
-    wpo: Float[N], log p(token) - log sum p^2, without gradient. rewards: Float[n, branches] of a scalar head.
-    entropy: Float[N], of the distribution at each scored token. values: Float[N] of a critic (carries its gradient).
-    experience: what RL knows of the tokens. precision: learners.precision, that all these were made in.
+    logps: Float[N], policy log-probs of the scored tokens (carries the gradient); ref_logps: Float[N], the
+    reference's. sequence: Int[N], which sequence (example * branches + branch) a token belongs to. label,
+    margin: Float[n]. wpo: Float[N], log p(token) - log sum p^2, without gradient. rewards: Float[n, branches]
+    of a scalar head. entropy: Float[N], of the distribution at each scored token. values: Float[N] of a
+    critic (carries its gradient). experience: what RL knows of the tokens. precision: learners.precision,
+    that all these were made in.
     """
 
     logps: Tensor
@@ -67,10 +68,11 @@ class TokenScores:
 
 @dataclass(frozen=True, slots=True)
 class LossSum:
-    """total: scalar, a sum of losses already divided by the GLOBAL count of its unit. means: name -> (sum, count), a count that
-    only the device knows being a tensor: nothing in an objective may wait for the device.
-    maxima: name -> scalar, metrics whose reduction over micro-batches and ranks is the maximum.
-    per_example: name -> (Float[n] sums, Float[n] counts or None for 1): of the means that are also told for each source of the data."""
+    """total: scalar, a sum of losses already divided by the GLOBAL count of its unit. means: name -> (sum,
+    count), a count that only the device knows being a tensor: nothing in an objective may wait for the
+    device. maxima: name -> scalar, metrics whose reduction over micro-batches and ranks is the maximum.
+    per_example: name -> (Float[n] sums, Float[n] counts or None for 1): of the means that are also told for
+    each source of the data."""
 
     total: Tensor
     means: "Means"
@@ -85,4 +87,7 @@ Objective = Callable[[TokenScores, LossUnits], LossSum]
 
 def totals(per_example: PerExample) -> Means:
     """The means of a micro-batch from its examples' values."""
-    return {name: (sums.sum(), float(len(sums)) if counts is None else counts.sum()) for name, (sums, counts) in per_example.items()}
+    return {
+        name: (sums.sum(), float(len(sums)) if counts is None else counts.sum())
+        for name, (sums, counts) in per_example.items()
+    }

@@ -1,4 +1,5 @@
-"""Policy-gradient losses by composition: a log-ratio, what a token loses, its correction, its share of the global count.
+"""Policy-gradient losses by composition: a log-ratio, what a token loses, its correction, its share of the
+global count.
 
     log_ratio --exp--> ratio --clipped | clipped_weight | reinforce--> loss of a token --* correction, + KL--> --* share--> sum
 
@@ -36,8 +37,9 @@ LOG_RATIO_MAX = 80.0
 def log_ratio(scores: TokenScores, old_logps: Tensor, level: Level) -> Tensor:
     """log(pi/pi_old) as each token sees it, Float[N].
 
-    token: its own (PPO, arXiv 1707.06347); sequence: the mean over its sequence (GSPO, arXiv 2507.18071, eq. 7);
-    trajectory: the sum over its sequence, the ratio of whole completions (RLOO, arXiv 2402.14740, as TRL clips it).
+    token: its own (PPO, arXiv 1707.06347); sequence: the mean over its sequence (GSPO, arXiv 2507.18071, eq.
+    7); trajectory: the sum over its sequence, the ratio of whole completions (RLOO, arXiv 2402.14740, as TRL
+    clips it).
     """
     per_token = scores.logps - old_logps
     if level == "token":
@@ -49,8 +51,8 @@ def log_ratio(scores: TokenScores, old_logps: Tensor, level: Level) -> Tensor:
 def clipped(ratio: Tensor, advantages: Tensor, low: float, high: float, dual: float | None) -> Tensor:
     """-min(min(r, dual) A, clip(r, 1 - low, 1 + high) A), Float[N].
 
-    PPO (arXiv 1707.06347, eq. 7); low != high: DAPO's clip-higher (arXiv 2503.14476); dual: for A < 0 the loss grows only up
-    to r = dual (dual-clip PPO, arXiv 1912.09729; TRL's delta).
+    PPO (arXiv 1707.06347, eq. 7); low != high: DAPO's clip-higher (arXiv 2503.14476); dual: for A < 0 the
+    loss grows only up to r = dual (dual-clip PPO, arXiv 1912.09729; TRL's delta).
     """
     bounded = ratio if dual is None else ratio.clamp(max=dual)
     return -torch.min(bounded * advantages, ratio.clamp(1.0 - low, 1.0 + high) * advantages)
@@ -62,15 +64,20 @@ def clipped_weight(ratio: Tensor, advantages: Tensor, logps: Tensor, high: float
 
 
 def reinforce(advantages: Tensor, logps: Tensor) -> Tensor:
-    """-A log pi, Float[N] (Williams 1992): its gradient is the policy gradient where the tokens are the policy's own."""
+    """-A log pi, Float[N] (Williams 1992): its gradient is the policy gradient where the tokens are the policy's
+    own."""
     return -advantages * logps
 
 
-def correction_weights(scores: TokenScores, old_logps: Tensor, sampled_logps: Tensor, kind: CorrectionKind, cap: float) -> Tensor:
-    """Weights Float[N] for tokens that were drawn from another distribution than pi_old, w = pi_old/pi_sampled.
+def correction_weights(
+    scores: TokenScores, old_logps: Tensor, sampled_logps: Tensor, kind: CorrectionKind, cap: float
+) -> Tensor:
+    """Weights Float[N] for tokens that were drawn from another distribution than pi_old, w =
+    pi_old/pi_sampled.
 
-    token: min(w, cap), truncated importance sampling (TRL's token_truncate); sequence: the product over the sequence, 0 beyond
-    cap or where it is no number (TRL's sequence_mask); decoupled: w, 0 beyond cap (AReaL, arXiv 2505.24298).
+    token: min(w, cap), truncated importance sampling (TRL's token_truncate); sequence: the product over the
+    sequence, 0 beyond cap or where it is no number (TRL's sequence_mask); decoupled: w, 0 beyond cap (AReaL,
+    arXiv 2505.24298).
     """
     gap = old_logps - sampled_logps
     if kind == "none":
@@ -82,10 +89,12 @@ def correction_weights(scores: TokenScores, old_logps: Tensor, sampled_logps: Te
 
 
 def shares(scores: TokenScores, units: LossUnits, normaliser: Normaliser, constant: float) -> Tensor:
-    """What a token's loss counts in the effective batch, Float[N]: sum_t share_t = 1 over a batch where every sequence is whole.
+    """What a token's loss counts in the effective batch, Float[N]: sum_t share_t = 1 over a batch where every
+    sequence is whole.
 
-    token: 1/tokens (DAPO, arXiv 2503.14476, eq. 8); sequence: 1/(|o| sequences), the mean of means (GRPO, arXiv 2402.03300, eq. 3);
-    constant: 1/(constant * sequences) (Dr. GRPO, arXiv 2503.20783), with which the shares add up to less than 1.
+    token: 1/tokens (DAPO, arXiv 2503.14476, eq. 8); sequence: 1/(|o| sequences), the mean of means (GRPO,
+    arXiv 2402.03300, eq. 3); constant: 1/(constant * sequences) (Dr. GRPO, arXiv 2503.20783), with which the
+    shares add up to less than 1.
     """
     if normaliser == "token":
         return torch.full_like(scores.logps, 1.0 / max(units.tokens, 1))
@@ -101,12 +110,14 @@ def _of_sequence(scores: TokenScores, values: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class PolicyGradient:
-    """A policy loss over the effective batch, in sums: total = sum_t share_t (correction_t loss_t + beta KL_t) - bonus mean(H).
+    """A policy loss over the effective batch, in sums: total = sum_t share_t (correction_t loss_t + beta
+    KL_t) - bonus mean(H).
 
-    constant: of the normaliser "constant" (Dr. GRPO: max_new_tokens). kl_coefficient: units.kl_coefficient overrides it. kl_ratio: KL_t is
-    multiplied by the ratio (of `level`), with its gradient, as TRL 1.16 does for the GRPO family: the tokens were drawn by pi_old, and
-    without it k3's gradient is not that of the divergence, k1's is nothing at all in expectation. entropy_bonus: of the mean entropy over
-    the tokens of the effective batch, whatever the normaliser. cap: of the correction.
+    constant: of the normaliser "constant" (Dr. GRPO: max_new_tokens). kl_coefficient: units.kl_coefficient
+    overrides it. kl_ratio: KL_t is multiplied by the ratio (of `level`), with its gradient, as TRL 1.16 does
+    for the GRPO family: the tokens were drawn by pi_old, and without it k3's gradient is not that of the
+    divergence, k1's is nothing at all in expectation. entropy_bonus: of the mean entropy over the tokens of
+    the effective batch, whatever the normaliser. cap: of the correction.
     """
 
     form: Form = "clip"
@@ -148,20 +159,36 @@ class PolicyGradient:
             return clipped_weight(ratio, advantages, logps, self.clip_high)
         return reinforce(advantages, logps)
 
-    def _metrics(self, scores: TokenScores, old: Tensor, ratio: Tensor, weights: Tensor) -> tuple[Means, dict[str, Tensor]]:
+    def _metrics(
+        self, scores: TokenScores, old: Tensor, ratio: Tensor, weights: Tensor
+    ) -> tuple[Means, dict[str, Tensor]]:
         """Means over tokens (a clipped sequence counts with its tokens) and maxima."""
         known, logps = scores.experience, scores.logps.detach()
         assert known is not None
         gap = (old - known.sampled_logps).abs()
-        columns = {"policy/approx_kl": k3(old, logps), "policy/train_rollout_gap": gap, "policy/correction_weight": weights}
+        columns = {
+            "policy/approx_kl": k3(old, logps),
+            "policy/train_rollout_gap": gap,
+            "policy/correction_weight": weights,
+        }
         if known.ref_logps is not None:
             columns["kl"] = k3(logps, known.ref_logps)
         if scores.entropy is not None:
             columns["policy/entropy"] = scores.entropy.detach()
         if self.form != "reinforce":
-            high = (ratio > (self.clip_high if self.form == "cispo" else 1.0 + self.clip_high)) & (known.advantages > 0)
-            low = (ratio < 1.0 - self.clip_low) & (known.advantages < 0) if self.form == "clip" else torch.zeros_like(high)
-            columns |= {"policy/clip_fraction": low | high, "policy/clip_fraction_low": low, "policy/clip_fraction_high": high}
+            high = (ratio > (self.clip_high if self.form == "cispo" else 1.0 + self.clip_high)) & (
+                known.advantages > 0
+            )
+            low = (
+                (ratio < 1.0 - self.clip_low) & (known.advantages < 0)
+                if self.form == "clip"
+                else torch.zeros_like(high)
+            )
+            columns |= {
+                "policy/clip_fraction": low | high,
+                "policy/clip_fraction_low": low,
+                "policy/clip_fraction_high": high,
+            }
         means: Means = {name: (column.double().sum(), float(len(logps))) for name, column in columns.items()}
         return means, {"policy/ratio_max": _largest(ratio), "policy/train_rollout_gap_max": _largest(gap)}
 

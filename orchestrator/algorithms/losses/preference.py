@@ -1,7 +1,7 @@
 """The preference family: one pure function per equation, each Float[n] losses of n pairs.
 
-Notation: h_c, h_r: log pi(y)/pi_ref(y) of chosen and rejected ("log-ratios"), d = h_c - h_r (after the f-divergence's
-link), beta: inverse temperature, eps: label smoothing. arXiv numbers name the papers.
+Notation: h_c, h_r: log pi(y)/pi_ref(y) of chosen and rejected ("log-ratios"), d = h_c - h_r (after the
+f-divergence's link), beta: inverse temperature, eps: label smoothing. arXiv numbers name the papers.
 """
 
 import math
@@ -14,8 +14,9 @@ from torch.nn import functional as F
 
 @dataclass(frozen=True, slots=True)
 class Pairs:
-    """Sequence-level quantities of n pairs, each Float[n]. chosen, rejected: log pi(y); ref_*: log pi_ref(y) (zeros for
-    reference-free losses); score_*: the f-divergence's link applied to the log-ratios; tokens_*: lengths."""
+    """Sequence-level quantities of n pairs, each Float[n]. chosen, rejected: log pi(y); ref_*: log pi_ref(y)
+    (zeros for reference-free losses); score_*: the f-divergence's link applied to the log-ratios; tokens_*:
+    lengths."""
 
     chosen: Tensor
     rejected: Tensor
@@ -40,11 +41,13 @@ class Pairs:
 
     @property
     def delta_per_token(self) -> Tensor:
-        return self.score_chosen / self.tokens_chosen.clamp(min=1) - self.score_rejected / self.tokens_rejected.clamp(min=1)
+        return self.score_chosen / self.tokens_chosen.clamp(
+            min=1
+        ) - self.score_rejected / self.tokens_rejected.clamp(min=1)
 
 
 @dataclass(frozen=True, slots=True)
-class Knobs:
+class PreferenceParams:
     """Hyper-parameters of the family; each loss reads those its equation has."""
 
     beta: float = 0.1
@@ -55,7 +58,8 @@ class Knobs:
 
 
 def f_divergence_link(ratio: Tensor, name: str, alpha: float) -> Tensor:
-    """f'(t) at t = exp(ratio), up to constants (f-DPO, arXiv 2309.16240, table 1): what replaces the log-ratio.
+    """f'(t) at t = exp(ratio), up to constants (f-DPO, arXiv 2309.16240, table 1): what replaces the
+    log-ratio.
 
     reverse_kl: log t; forward_kl: 1 - 1/t; js: log(2t/(1+t)); alpha: (t^(a-1) - 1)/(a-1), log t at a = 1.
     """
@@ -73,99 +77,106 @@ def _smoothed(logit: Tensor, eps: float) -> Tensor:
     return -(1.0 - eps) * F.logsigmoid(logit) - eps * F.logsigmoid(-logit)
 
 
-def sigmoid(p: Pairs, k: Knobs) -> Tensor:
+def sigmoid(p: Pairs, k: PreferenceParams) -> Tensor:
     """DPO (2305.18290, eq. 7): -log sigmoid(beta d); with eps > 0 conservative DPO (cDPO)."""
     return _smoothed(k.beta * p.delta, k.label_smoothing)
 
 
-def robust(p: Pairs, k: Knobs) -> Tensor:
-    """Robust DPO (2403.00409, eq. 12): (-(1-eps) log sigmoid(beta d) + eps log sigmoid(-beta d)) / (1 - 2 eps)."""
+def robust(p: Pairs, k: PreferenceParams) -> Tensor:
+    """Robust DPO (2403.00409, eq. 12): (-(1-eps) log sigmoid(beta d) + eps log sigmoid(-beta d)) / (1 - 2
+    eps)."""
     eps, x = k.label_smoothing, k.beta * p.delta
     return (-(1.0 - eps) * F.logsigmoid(x) + eps * F.logsigmoid(-x)) / (1.0 - 2.0 * eps)
 
 
-def hinge(p: Pairs, k: Knobs) -> Tensor:
+def hinge(p: Pairs, k: PreferenceParams) -> Tensor:
     """SLiC (2305.10425) on DPO's rewards, as in RSO (2309.06657): max(0, 1 - beta d)."""
     return torch.relu(1.0 - k.beta * p.delta)
 
 
-def ipo(p: Pairs, k: Knobs) -> Tensor:
+def ipo(p: Pairs, k: PreferenceParams) -> Tensor:
     """IPO (2310.12036, eq. 17): (d - 1/(2 beta))^2, d per token (the authors' and TRL's form) or summed."""
     delta = p.delta_per_token if k.ipo_length_average else p.delta
     return (delta - 1.0 / (2.0 * k.beta)).square()
 
 
-def exo_pair(p: Pairs, k: Knobs) -> Tensor:
+def exo_pair(p: Pairs, k: PreferenceParams) -> Tensor:
     """EXO (2402.00856, eq. 16): KL(p_theta || p_r) for K = 2 with p_r = (1 - eps, eps)."""
     x = k.beta * p.delta
     win = torch.sigmoid(x) * (F.logsigmoid(x) - math.log1p(-k.label_smoothing))
     return win + torch.sigmoid(-x) * (F.logsigmoid(-x) - math.log(k.label_smoothing))
 
 
-def nca_pair(p: Pairs, k: Knobs) -> Tensor:
+def nca_pair(p: Pairs, k: PreferenceParams) -> Tensor:
     """NCA (2402.05369, eq. 11 for a pair): -log sigmoid(r_c) - 1/2 log sigmoid(-r_c) - 1/2 log sigmoid(-r_r)."""
     c, r = k.beta * p.ratio_chosen, k.beta * p.ratio_rejected
     return -F.logsigmoid(c) - 0.5 * F.logsigmoid(-c) - 0.5 * F.logsigmoid(-r)
 
 
-def bco_pair(p: Pairs, k: Knobs) -> Tensor:
-    """BCO on pairs (2404.04656, eq. 9, without reward shift, as TRL 1.16): -log sigmoid(r_c) - log sigmoid(-r_r)."""
+def bco_pair(p: Pairs, k: PreferenceParams) -> Tensor:
+    """BCO on pairs (2404.04656, eq. 9, without reward shift, as TRL 1.16): -log sigmoid(r_c) - log
+    sigmoid(-r_r)."""
     return -F.logsigmoid(k.beta * p.ratio_chosen) - F.logsigmoid(-k.beta * p.ratio_rejected)
 
 
-def sppo_hard(p: Pairs, k: Knobs) -> Tensor:
+def sppo_hard(p: Pairs, k: PreferenceParams) -> Tensor:
     """SPPO (2405.00675, eq. 4.7) with hard probabilities: (h_c - 1/(2 beta))^2 + (h_r + 1/(2 beta))^2."""
     return (p.ratio_chosen - 0.5 / k.beta).square() + (p.ratio_rejected + 0.5 / k.beta).square()
 
 
-def aot(p: Pairs, k: Knobs) -> Tensor:
-    """AOT paired (2406.05882, eq. 5): DPO on log-ratios sorted over the EFFECTIVE batch, policy against reference."""
+def aot(p: Pairs, k: PreferenceParams) -> Tensor:
+    """AOT paired (2406.05882, eq. 5): DPO on log-ratios sorted over the EFFECTIVE batch, policy against
+    reference."""
     policy = torch.sort(p.chosen - p.rejected).values
     reference = torch.sort(p.ref_chosen - p.ref_rejected).values
     return _smoothed(k.beta * (policy - reference), k.label_smoothing)
 
 
-def aot_unpaired(p: Pairs, k: Knobs) -> Tensor:
-    """AOT unpaired (2406.05882, eq. 4): chosen against rejected log-ratios, each sorted over the EFFECTIVE batch."""
+def aot_unpaired(p: Pairs, k: PreferenceParams) -> Tensor:
+    """AOT unpaired (2406.05882, eq. 4): chosen against rejected log-ratios, each sorted over the EFFECTIVE
+    batch."""
     delta = torch.sort(p.ratio_chosen).values - torch.sort(p.ratio_rejected).values
     return _smoothed(k.beta * delta, k.label_smoothing)
 
 
-def apo_zero(p: Pairs, k: Knobs) -> Tensor:
+def apo_zero(p: Pairs, k: PreferenceParams) -> Tensor:
     """APO-zero (2408.06266, eq. 7): 1 - sigmoid(beta h_c) + sigmoid(beta h_r)."""
     return torch.sigmoid(-k.beta * p.ratio_chosen) + torch.sigmoid(k.beta * p.ratio_rejected)
 
 
-def apo_down(p: Pairs, k: Knobs) -> Tensor:
+def apo_down(p: Pairs, k: PreferenceParams) -> Tensor:
     """APO-down (2408.06266, eq. 8): sigmoid(beta h_c) + 1 - sigmoid(beta (h_c - h_r))."""
-    return torch.sigmoid(k.beta * p.ratio_chosen) + torch.sigmoid(-k.beta * (p.ratio_chosen - p.ratio_rejected))
+    return torch.sigmoid(k.beta * p.ratio_chosen) + torch.sigmoid(
+        -k.beta * (p.ratio_chosen - p.ratio_rejected)
+    )
 
 
-def discopop(p: Pairs, k: Knobs) -> Tensor:
+def discopop(p: Pairs, k: PreferenceParams) -> Tensor:
     """DiscoPOP (2406.08414, eq. 5): logistic and exponential loss, mixed by sigmoid(beta d / tau)."""
     x = k.beta * p.delta
     mix = torch.sigmoid(x / k.discopop_tau)
     return -F.logsigmoid(x) * (1.0 - mix) + torch.exp(-x) * mix
 
 
-def sigmoid_norm(p: Pairs, k: Knobs) -> Tensor:
+def sigmoid_norm(p: Pairs, k: PreferenceParams) -> Tensor:
     """Length-normalised DPO (Tulu 3, 2411.15124, eq. 6): -log sigmoid(beta (h_c/|y_c| - h_r/|y_r|))."""
     return -F.logsigmoid(k.beta * p.delta_per_token)
 
 
-def simpo(p: Pairs, k: Knobs) -> Tensor:
+def simpo(p: Pairs, k: PreferenceParams) -> Tensor:
     """SimPO (2405.14734, eq. 6): -log sigmoid(beta (log pi(y_c)/|y_c| - log pi(y_r)/|y_r|) - gamma)."""
     x = p.chosen / p.tokens_chosen.clamp(min=1) - p.rejected / p.tokens_rejected.clamp(min=1)
     return _smoothed(k.beta * x - k.simpo_gamma, k.label_smoothing)
 
 
-def cpo(p: Pairs, k: Knobs) -> Tensor:
+def cpo(p: Pairs, k: PreferenceParams) -> Tensor:
     """CPO's preference term (2401.08417, eq. 3): -log sigmoid(beta (log pi(y_c) - log pi(y_r)))."""
     return _smoothed(k.beta * (p.chosen - p.rejected), k.label_smoothing)
 
 
-def orpo(p: Pairs, k: Knobs) -> Tensor:
-    """ORPO's odds-ratio term (2403.07691, eq. 7): -beta log sigmoid(log odds(y_c) - log odds(y_r)), odds per token."""
+def orpo(p: Pairs, k: PreferenceParams) -> Tensor:
+    """ORPO's odds-ratio term (2403.07691, eq. 7): -beta log sigmoid(log odds(y_c) - log odds(y_r)), odds per
+    token."""
     c = p.chosen / p.tokens_chosen.clamp(min=1)
     r = p.rejected / p.tokens_rejected.clamp(min=1)
     log_odds = (c - r) - (_log1mexp(c) - _log1mexp(r))
@@ -180,9 +191,11 @@ def _log1mexp(x: Tensor) -> Tensor:
     return torch.where(near, torch.log(-torch.expm1(safe_near)), torch.log1p(-torch.exp(safe_far)))
 
 
-def kto_losses(ratio: Tensor, label: Tensor, kl: Tensor, beta: float, desirable: float, undesirable: float) -> Tensor:
-    """KTO (2402.01306, eq. 7-8), Float[n]: w_D (1 - sigmoid(beta (h - z))) for desirable (label 1) completions and
-    w_U (1 - sigmoid(beta (z - h))) for undesirable; z = kl carries no gradient."""
+def kto_losses(
+    ratio: Tensor, label: Tensor, kl: Tensor, beta: float, desirable: float, undesirable: float
+) -> Tensor:
+    """KTO (2402.01306, eq. 7-8), Float[n]: w_D (1 - sigmoid(beta (h - z))) for desirable (label 1)
+    completions and w_U (1 - sigmoid(beta (z - h))) for undesirable; z = kl carries no gradient."""
     good = desirable * torch.sigmoid(-beta * (ratio - kl))
     bad = undesirable * torch.sigmoid(-beta * (kl - ratio))
     return torch.where(label > 0.5, good, bad)

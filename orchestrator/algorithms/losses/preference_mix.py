@@ -12,11 +12,11 @@ from torch import Tensor
 from orchestrator.algorithms.losses import preference
 from orchestrator.algorithms.losses.interface import LossSum, Means, PerExample, TokenScores, totals
 from orchestrator.algorithms.losses.logprobs import ld_weights
-from orchestrator.algorithms.losses.preference import Knobs, Pairs, f_divergence_link
+from orchestrator.algorithms.losses.preference import Pairs, PreferenceParams, f_divergence_link
 from orchestrator.algorithms.losses.ties import margin_noise, preferred, tied
 from orchestrator.core.batches import LossUnits
 
-PairLoss = Callable[[Pairs, Knobs], Tensor]
+PairLoss = Callable[[Pairs, PreferenceParams], Tensor]
 
 WITH_REFERENCE: Mapping[str, PairLoss] = {
     "sigmoid": preference.sigmoid,
@@ -34,7 +34,11 @@ WITH_REFERENCE: Mapping[str, PairLoss] = {
     "discopop": preference.discopop,
     "sigmoid_norm": preference.sigmoid_norm,
 }
-REFERENCE_FREE: Mapping[str, PairLoss] = {"simpo": preference.simpo, "cpo": preference.cpo, "orpo": preference.orpo}
+REFERENCE_FREE: Mapping[str, PairLoss] = {
+    "simpo": preference.simpo,
+    "cpo": preference.cpo,
+    "orpo": preference.orpo,
+}
 COUPLED = frozenset({"aot", "aot_unpaired"})
 SFT = "sft"
 PAIR_LOSSES = (*WITH_REFERENCE, *REFERENCE_FREE, SFT)
@@ -42,14 +46,16 @@ PAIR_LOSSES = (*WITH_REFERENCE, *REFERENCE_FREE, SFT)
 
 @dataclass(frozen=True, slots=True)
 class PreferenceMix:
-    """sum_k w_k loss_k over pairs / pairs of the effective batch; `sft` is the chosen branch's token mean instead.
+    """sum_k w_k loss_k over pairs / pairs of the effective batch; `sft` is the chosen branch's token mean
+    instead.
 
-    terms: loss name -> weight. ld_alpha: LD-DPO's weight of tokens beyond the shared length. wpo: weights each pair by
-    its length-normalised probability under the policy, exp(mean_t (log p_t - log sum p^2)) (WPO, arXiv 2406.11827).
+    terms: loss name -> weight. ld_alpha: LD-DPO's weight of tokens beyond the shared length. wpo: weights
+    each pair by its length-normalised probability under the policy, exp(mean_t (log p_t - log sum p^2)) (WPO,
+    arXiv 2406.11827).
     """
 
     terms: Mapping[str, float]
-    knobs: Knobs = field(default_factory=Knobs)
+    knobs: PreferenceParams = field(default_factory=PreferenceParams)
     f_divergence: str = "reverse_kl"
     f_alpha: float = 0.5
     ld_alpha: float | None = None
@@ -69,7 +75,9 @@ class PreferenceMix:
                 each = each + share * (losses * weight).detach()
         per_example = self._per_pair(pairs, scores)
         metrics = self._metrics(pairs, scores) | totals(per_example)
-        if SFT not in self.terms and not COUPLED & self.terms.keys():  # only then is the loss a mean over pairs
+        if (
+            SFT not in self.terms and not COUPLED & self.terms.keys()
+        ):  # only then is the loss a mean over pairs
             per_example["loss"] = (each, None)
         return LossSum(total, metrics, per_example=per_example)
 
@@ -101,10 +109,14 @@ class PreferenceMix:
         }
 
     def _rewards(self, pairs: Pairs) -> tuple[Tensor, Tensor]:
-        """Of chosen and rejected, Float[n] each: beta times the log-ratio (SimPO, ORPO: beta times the mean log-prob)."""
+        """Of chosen and rejected, Float[n] each: beta times the log-ratio (SimPO, ORPO: beta times the mean
+        log-prob)."""
         chosen, rejected = pairs.ratio_chosen.detach(), pairs.ratio_rejected.detach()
         if "simpo" in self.terms or "orpo" in self.terms:
-            chosen, rejected = chosen / pairs.tokens_chosen.clamp(min=1), rejected / pairs.tokens_rejected.clamp(min=1)
+            chosen, rejected = (
+                chosen / pairs.tokens_chosen.clamp(min=1),
+                rejected / pairs.tokens_rejected.clamp(min=1),
+            )
         return self.knobs.beta * chosen, self.knobs.beta * rejected
 
     def _metrics(self, pairs: Pairs, scores: TokenScores) -> Means:
@@ -131,9 +143,11 @@ def _wpo_weights(scores: TokenScores) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Kto:
-    """KTO over the effective batch: branch 0 is the completion, branch 1 a mismatched one that estimates the KL.
+    """KTO over the effective batch: branch 0 is the completion, branch 1 a mismatched one that estimates the
+    KL.
 
-    z = max(0, mean over the EFFECTIVE batch of log pi(y')/pi_ref(y')), without gradient (arXiv 2402.01306, eq. 6-8).
+    z = max(0, mean over the EFFECTIVE batch of log pi(y')/pi_ref(y')), without gradient (arXiv 2402.01306,
+    eq. 6-8).
     """
 
     beta: float

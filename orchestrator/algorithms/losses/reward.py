@@ -11,8 +11,8 @@ from orchestrator.core.batches import LossUnits
 def bradley_terry_losses(chosen: Tensor, rejected: Tensor, margin: Tensor | None, centring: float) -> Tensor:
     """-log sigmoid(r_c - r_r - m) + c (r_c + r_r)^2, Float[n].
 
-    Bradley-Terry as in InstructGPT (arXiv 2203.02155, eq. 1), margin m of Llama 2 (arXiv 2307.09288, eq. 2), centring
-    c of Eisenstein et al. (arXiv 2312.09244), which keeps the mean reward near 0.
+    Bradley-Terry as in InstructGPT (arXiv 2203.02155, eq. 1), margin m of Llama 2 (arXiv 2307.09288, eq. 2),
+    centring c of Eisenstein et al. (arXiv 2312.09244), which keeps the mean reward near 0.
     """
     difference = chosen - rejected if margin is None else chosen - rejected - margin
     return -F.logsigmoid(difference) + centring * (chosen + rejected).square()
@@ -31,5 +31,11 @@ def bradley_terry(scores: TokenScores, units: LossUnits, *, centring: float = 0.
         "rewards/ties": (tied(one - other, noise), None),
     }
     count = float(scores.examples)
-    means = {"rewards/chosen": (one.sum(), count), "rewards/rejected": (other.sum(), count), **totals(per_example)}
-    return LossSum(losses.sum() / units.examples, means, per_example=per_example | {"loss": (losses.detach(), None)})
+    means = {
+        "rewards/chosen": (one.sum(), count),
+        "rewards/rejected": (other.sum(), count),
+        **totals(per_example),
+    }
+    return LossSum(
+        losses.sum() / units.examples, means, per_example=per_example | {"loss": (losses.detach(), None)}
+    )

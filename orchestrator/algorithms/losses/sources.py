@@ -1,4 +1,5 @@
-"""Means for each source of the data: sums and counts of a micro-batch, so that they add up exactly over any cut."""
+"""Means for each source of the data: sums and counts of a micro-batch, so that they add up exactly over any
+cut."""
 
 from collections.abc import Sequence
 
@@ -10,7 +11,8 @@ from orchestrator.core.reports import SOURCE
 
 
 def by_source(per_example: PerExample, source: Tensor, present: Sequence[int]) -> Means:
-    """`NAME/source K` for every metric and every source K that is present. source: Int[n] of each example, on the metrics' device."""
+    """`NAME/source K` for every metric and every source K that is present. source: Int[n] of each example, on
+    the metrics' device."""
     means: Means = {}
     for number in present:
         mine = source == number

@@ -1,7 +1,8 @@
 """Losses over a whole effective batch, learned micro-batch by micro-batch through a linear surrogate.
 
-By the chain rule dL/dtheta = sum_t (dL/dlogp_t) (dlogp_t/dtheta): with the coefficients dL/dlogp_t of the whole batch
-known, the gradient of sum_t coefficient_t * logp_t over any cut of it is that of the one large batch.
+By the chain rule dL/dtheta = sum_t (dL/dlogp_t) (dlogp_t/dtheta): with the coefficients dL/dlogp_t of the
+whole batch known, the gradient of sum_t coefficient_t * logp_t over any cut of it is that of the one large
+batch.
 """
 
 from dataclasses import replace

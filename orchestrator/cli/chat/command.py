@@ -29,21 +29,40 @@ CUT = {"max_new_tokens": " …\n(cut: --max-new-tokens gives it more room)", "in
 
 @app.command()
 def chat(
-    model: Annotated[str, typer.Argument(metavar="RUN|MODEL", help="a run folder, a model's or an adapter's folder, or ORG/NAME@REVISION")],
-    against: Annotated[str | None, typer.Option(metavar="RUN|MODEL", help="a second one beside it; `base`: what the run started from")] = None,
-    system: Annotated[str | None, typer.Option(metavar="TEXT", help="a system message before the conversation")] = None,
-    prompt: Annotated[list[str] | None, typer.Option(metavar="TEXT", help="answer this and end; again: each is a conversation of its own")] = None,
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="RUN|MODEL", help="a run folder, a model's or an adapter's folder, or ORG/NAME@REVISION"
+        ),
+    ],
+    against: Annotated[
+        str | None,
+        typer.Option(metavar="RUN|MODEL", help="a second one beside it; `base`: what the run started from"),
+    ] = None,
+    system: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="a system message before the conversation")
+    ] = None,
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TEXT", help="answer this and end; again: each is a conversation of its own"),
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="of an answer")] = 512,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token, 1 draws as the model would")] = 0.0,
+    temperature: Annotated[
+        float, typer.Option(min=0.0, help="0 takes the likeliest token, 1 draws as the model would")
+    ] = 0.0,
     seed: Annotated[int, typer.Option(min=0, help="of what is drawn")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="an object per prompt and line")] = False,
 ) -> None:
-    """Talks with a trained model. In a pipe each line of the input is a prompt, and a conversation of its own."""
+    """Talks with a trained model. In a pipe each line of the input is a prompt, and a conversation of its
+    own."""
     asked = prompt or None
     if asked is None and not sys.stdin.isatty():
         asked = (line.rstrip("\n") for line in sys.stdin if line.strip())
     if asked is None and as_json:
-        raise ConfigError("--json is for prompts, not for a conversation", fix="give --prompt TEXT, or prompts on the standard input")
+        raise ConfigError(
+            "--json is for prompts, not for a conversation",
+            fix="give --prompt TEXT, or prompts on the standard input",
+        )
     console = Console(highlight=False, soft_wrap=True, markup=False)
     said = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
     conversations, run_start = _open(model, against, system, (max_new_tokens, temperature, seed), said)
@@ -51,12 +70,18 @@ def chat(
         for text in asked:
             _answer_once(conversations, text, as_json, alone=prompt is not None and len(prompt) == 1)
         return
-    said.print(f"{' and '.join(c.name for c in conversations)}. {HELP}." + ("" if against or not run_start else " --against base compares."))
+    said.print(
+        f"{' and '.join(c.name for c in conversations)}. {HELP}."
+        + ("" if against or not run_start else " --against base compares.")
+    )
     _talk(conversations, console)
 
 
-def _open(model: str, against: str | None, system: str | None, settings: tuple[int, float, int], said: Console) -> "tuple[list[Conversation], bool]":
-    """The conversations, and whether the first is with a run that has a start to be compared with. said: for notes."""
+def _open(
+    model: str, against: str | None, system: str | None, settings: tuple[int, float, int], said: Console
+) -> "tuple[list[Conversation], bool]":
+    """The conversations, and whether the first is with a run that has a start to be compared with. said: for
+    notes."""
     from orchestrator.cli.chat.models import BASE, find
 
     first = find(model)  # a wrong name is told before anything heavy is read
@@ -64,7 +89,11 @@ def _open(model: str, against: str | None, system: str | None, settings: tuple[i
     if against is not None:
         other = first.start if against == BASE and not Path(BASE).exists() else find(against)
         if other is None:
-            raise ConfigError(f"--against base: {model} is no run", why="only a run knows what it started from", fix="name the other model's folder")
+            raise ConfigError(
+                f"--against base: {model} is no run",
+                why="only a run knows what it started from",
+                fix="name the other model's folder",
+            )
         choices.append(other)
     with said.status("reading the weights") if said.is_terminal else nullcontext():
         import torch
@@ -77,15 +106,20 @@ def _open(model: str, against: str | None, system: str | None, settings: tuple[i
         logging.disable_progress_bar()
         logging.set_verbosity_error()
         device = torch.device("cuda" if visible_gpus() else "cpu")
-        conversations = [Conversation(load(choice, device), Settings(*settings), choice.name, system) for choice in choices]
+        conversations = [
+            Conversation(load(choice, device), Settings(*settings), choice.name, system) for choice in choices
+        ]
     for one in conversations:
         if not one.has_template:
-            said.print(f"{one.name} has no chat template: texts are continued as they are, and nothing is remembered")
+            said.print(
+                f"{one.name} has no chat template: texts are continued as they are, and nothing is remembered"
+            )
     return conversations, first.start is not None
 
 
 def _answer_once(conversations: "Sequence[Conversation]", text: str, as_json: bool, *, alone: bool) -> None:
-    """One prompt, answered by each without a history. alone: the only one, so that the answer needs no heading."""
+    """One prompt, answered by each without a history. alone: the only one, so that the answer needs no
+    heading."""
     answers = []
     for conversation in conversations:
         conversation.reset()
@@ -116,7 +150,9 @@ def _talk(conversations: "Sequence[Conversation]", console: Console) -> None:
             console.print(HELP)
         else:
             try:
-                _side_by_side(conversations, text, console) if len(conversations) > 1 else _stream(conversations[0], text, console)
+                _side_by_side(conversations, text, console) if len(conversations) > 1 else _stream(
+                    conversations[0], text, console
+                )
             except OrchestratorError as error:  # such as a conversation that has grown too long
                 console.print(f"error: {error}")
 

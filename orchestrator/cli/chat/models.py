@@ -1,4 +1,5 @@
-"""What `chat` speaks with: a run's export, the model that the run started from, a model folder, an adapter with its base.
+"""What `chat` speaks with: a run's export, the model that the run started from, a model folder, an adapter
+with its base.
 
 RUN | PIPELINE | MODEL | ADAPTER | ORG/NAME@REVISION --find--> Choice --Speaker--> a model that writes text
 """
@@ -23,8 +24,9 @@ BASE = "base"
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """A model to speak with. name: as the user knows it; adapter: a folder with adapter_config.json, for `model` as its base;
-    start: what the run started from, where it is a run's; seed: of a model that is made on the spot."""
+    """A model to speak with. name: as the user knows it; adapter: a folder with adapter_config.json, for
+    `model` as its base; start: what the run started from, where it is a run's; seed: of a model that is made
+    on the spot."""
 
     name: str
     model: Model
@@ -34,8 +36,8 @@ class Choice:
 
 
 def find(given: str) -> Choice:
-    """The model of a run folder, a pipeline's folder (its last stage), a model's or an adapter's folder, or of the hub (ORG/NAME@REVISION).
-    MissingInput where there is none."""
+    """The model of a run folder, a pipeline's folder (its last stage), a model's or an adapter's folder, or
+    of the hub (ORG/NAME@REVISION). MissingInput where there is none."""
     folder = Path(given)
     if folder.is_file():
         raise MissingInput(f"{given} is a file", fix="give the folder of a run (its --output), or of a model")
@@ -57,24 +59,43 @@ def _of_a_run(folder: Path) -> Choice:
     recipe = recipes.load(folder / "recipe.yaml").stages[-1].recipe
     if recipe.algorithm.name == "reward":
         fix = f"use it as a reward: rewards.functions=[{{name: judge, model: {folder}/export}}]"
-        raise ConfigError(f"{folder} trained a reward model", why="it gives a score and writes no text", fix=fix)
-    start = Choice(f"{folder} before training", recipe.model.model_copy(update={"lora": None, "reference": None}), seed=recipe.run.seed)
+        raise ConfigError(
+            f"{folder} trained a reward model", why="it gives a score and writes no text", fix=fix
+        )
+    start = Choice(
+        f"{folder} before training",
+        recipe.model.model_copy(update={"lora": None, "reference": None}),
+        seed=recipe.run.seed,
+    )
     for part in ("export", "export/adapter"):
         if any((folder / part / name).is_file() for name in ("config.json", "adapter_config.json")):
             return replace(find(str(folder / part)), name=str(folder), start=start)
     fix = "run the same train command again to its end; until then chat with the model that it starts from"
-    raise MissingInput(f"{folder} has no export yet", why="the model is exported when the run is over", fix=fix)
+    raise MissingInput(
+        f"{folder} has no export yet", why="the model is exported when the run is over", fix=fix
+    )
 
 
 def _adapter(folder: Path) -> Choice:
     """An adapter as peft saves it, which names its base."""
     config = json.loads((folder / "adapter_config.json").read_text())
     base, revision = config.get("base_model_name_or_path"), config.get("revision")
-    merged = f"chat with {folder.parent}, which holds the merged model" if (folder.parent / "config.json").is_file() else None
+    merged = (
+        f"chat with {folder.parent}, which holds the merged model"
+        if (folder.parent / "config.json").is_file()
+        else None
+    )
     if not base:
-        raise MissingInput(f"{folder} does not name the model that it adapts", fix=merged or "set base_model_name_or_path in its adapter_config.json")
+        raise MissingInput(
+            f"{folder} does not name the model that it adapts",
+            fix=merged or "set base_model_name_or_path in its adapter_config.json",
+        )
     if not Path(base).is_dir() and (revision is None or Path(base).is_absolute()):
-        fix = merged or "put it there, or set base_model_name_or_path (of a hub model, revision too) in adapter_config.json"
+        fix = (
+            merged
+            or "put it there, or set base_model_name_or_path (of a hub model, revision too) in "
+            "adapter_config.json"
+        )
         raise MissingInput(f"{folder} adapts {base}, which is not there", fix=fix)
     model = Model(path=base, revision=revision)  # pyright: ignore[reportCallIssue]
     return Choice(str(folder), model, adapter=folder, start=Choice(str(base), model))
@@ -86,7 +107,11 @@ def _of_the_hub(given: str) -> Choice:
         parent = Path(given).parent
         near = [str(p) for p in parent.iterdir() if p.is_dir()] if parent.is_dir() else []
         close = difflib.get_close_matches(given, near, n=3)
-        fix = f"did you mean {', '.join(close)}?" if close else "give a run folder, a model folder, or a hub model as ORG/NAME@REVISION"
+        fix = (
+            f"did you mean {', '.join(close)}?"
+            if close
+            else "give a run folder, a model folder, or a hub model as ORG/NAME@REVISION"
+        )
         raise MissingInput(f"no run or model folder {given}", fix=fix)
     return Choice(given, Model(path=path, revision=revision))  # pyright: ignore[reportCallIssue]
 
@@ -101,11 +126,20 @@ class Loaded:
 
 
 def load(choice: Choice, device: torch.device) -> Loaded:
-    """Reads the weights: in fp32 on a CPU, as they are stored elsewhere. ConfigError for a model that writes no text."""
-    if any(name.endswith("ForSequenceClassification") for name in load_config(choice.model).architectures or ()):
-        raise ConfigError(f"{choice.name} is a reward model", why="it gives a score and writes no text", fix="give the model that it judges")
+    """Reads the weights: in fp32 on a CPU, as they are stored elsewhere. ConfigError for a model that writes
+    no text."""
+    if any(
+        name.endswith("ForSequenceClassification") for name in load_config(choice.model).architectures or ()
+    ):
+        raise ConfigError(
+            f"{choice.name} is a reward model",
+            why="it gives a score and writes no text",
+            fix="give the model that it judges",
+        )
     tokenizer = load_tokenizer(choice.model)
-    model = load_for_text(choice.model, seed=choice.seed, dtype=torch.float32 if device.type == "cpu" else "auto")
+    model = load_for_text(
+        choice.model, seed=choice.seed, dtype=torch.float32 if device.type == "cpu" else "auto"
+    )
     if choice.adapter is not None:
         model = _adapted(model, choice.adapter)
     return Loaded(model.to(device).eval().requires_grad_(False), tokenizer, device)
@@ -115,7 +149,9 @@ def _adapted(model: Any, adapter: Path) -> Any:
     try:
         from peft import PeftModel
     except ModuleNotFoundError as error:
-        raise ConfigError(f"{adapter} is an adapter, and peft is not installed", fix='pip install "orchestrator[peft]"') from error
+        raise ConfigError(
+            f"{adapter} is an adapter, and peft is not installed", fix='pip install "orchestrator[peft]"'
+        ) from error
     try:
         return PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
     except (RuntimeError, ValueError, KeyError, OSError) as error:

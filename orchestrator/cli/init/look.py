@@ -1,4 +1,5 @@
-"""Somebody's model and data, looked at for a first recipe: what the rows are, which columns hold what, and how long they are.
+"""Somebody's model and data, looked at for a first recipe: what the rows are, which columns hold what, and
+how long they are.
 
 model, data --look--> Look (columns, kind, format, lengths)   -> cli/init/recipe.py
 """
@@ -27,7 +28,11 @@ ROWS_OF: dict[str, DataKind] = {
     **dict.fromkeys(("dpo", "lora-dpo", "reward"), "preference"),
     **{"sft": "sft", "grpo": "prompt", "kto": "unpaired"},
 }
-NEEDED: dict[str, tuple[str, ...]] = {"preference": ("chosen", "rejected"), "prompt": ("prompt",), "unpaired": ("prompt", "completion", "label")}
+NEEDED: dict[str, tuple[str, ...]] = {
+    "preference": ("chosen", "rejected"),
+    "prompt": ("prompt",),
+    "unpaired": ("prompt", "completion", "label"),
+}
 SAMPLED = 5_000
 """Rows that are tokenized to see how long they are."""
 PEEKED = 200
@@ -50,9 +55,9 @@ class Asked:
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """What the data turned out to be. columns: TRL's name -> theirs, where they differ; form: of the rows in words; lengths: tokens of prompt
-    and the longest answer; positions: of the model, None where its configuration does not say; answers: whether rows have one to compare
-    with, and whether it is a number."""
+    """What the data turned out to be. columns: TRL's name -> theirs, where they differ; form: of the rows in
+    words; lengths: tokens of prompt and the longest answer; positions: of the model, None where its
+    configuration does not say; answers: whether rows have one to compare with, and whether it is a number."""
 
     kind: Kind
     why: str
@@ -69,16 +74,29 @@ class Look:
         return int(np.quantile(self.lengths, share, method="higher"))
 
 
-def asked(model: str, revision: str | None, train: str, held_out: str | None, kind: str | None, columns: Sequence[str]) -> Asked:
+def asked(
+    model: str,
+    revision: str | None,
+    train: str,
+    held_out: str | None,
+    kind: str | None,
+    columns: Sequence[str],
+) -> Asked:
     """From the command line; ConfigError for a kind or a column that there is not."""
     if kind is not None and kind not in ROWS_OF:
         close = difflib.get_close_matches(kind, ROWS_OF)
-        raise ConfigError(f"--kind {kind} is not known", fix=f"did you mean {close[0]}?" if close else f"use one of {', '.join(ROWS_OF)}")
+        raise ConfigError(
+            f"--kind {kind} is not known",
+            fix=f"did you mean {close[0]}?" if close else f"use one of {', '.join(ROWS_OF)}",
+        )
     named = {}
     for text in columns:
         match = re.fullmatch(r"(?:data\.columns\.)?(\w+)=(.+)", text)
         if match is None or match[1] not in Columns.model_fields:
-            raise ConfigError(f"`{text}` maps no column", fix=f"write data.columns.NAME=COLUMN; NAME is one of {', '.join(Columns.model_fields)}")
+            raise ConfigError(
+                f"`{text}` maps no column",
+                fix=f"write data.columns.NAME=COLUMN; NAME is one of {', '.join(Columns.model_fields)}",
+            )
         named[match[1]] = match[2]
     return Asked(model, revision, train, held_out, kind, named)  # pyright: ignore[reportArgumentType]
 
@@ -88,13 +106,19 @@ def look(asked: Asked) -> Look:
     records = [record.value for record in islice(raw_records(asked.train), PEEKED)]
     seen = [record for record in records if isinstance(record, dict)]
     if not seen:
-        raise DataError(f"{asked.train} holds no record", fix="give a file with a JSON object a line, or Parquet")
-    there = list(dict.fromkeys(str(name) for record in seen for name, value in record.items() if value is not None))
+        raise DataError(
+            f"{asked.train} holds no record", fix="give a file with a JSON object a line, or Parquet"
+        )
+    there = list(
+        dict.fromkeys(str(name) for record in seen for name, value in record.items() if value is not None)
+    )
     kind, why = (asked.kind, "as asked") if asked.kind is not None else _guess(seen, there, asked.columns)
     columns = _columns(kind, there, asked.columns)
     mapped = Columns.model_validate(columns)
     model = Model.model_validate({"path": asked.model, "revision": asked.revision})
-    data = Data.model_validate({"train": asked.train, "columns": mapped, "max_bad_rows": 1_000_000_000, "max_length": 1_000_000_000})
+    data = Data.model_validate(
+        {"train": asked.train, "columns": mapped, "max_bad_rows": 1_000_000_000, "max_length": 1_000_000_000}
+    )
     loaded = _loaded(asked, kind, data, there)
     tokenizer = load_tokenizer(model)
     answers = [row.answer for row in loaded.rows if row.answer]
@@ -118,18 +142,32 @@ def _loaded(asked: Asked, kind: Kind, data: Data, there: Sequence[str]) -> Loade
     if asked.held_out is not None:
         load_rows(asked.held_out, data, ROWS_OF[kind])
     if len(loaded.bad) > len(loaded.rows):
-        why = f"{loaded.bad[0]}; {len(loaded.bad)} of {len(loaded.bad) + len(loaded.rows)} rows; columns are {', '.join(there)}"
-        raise DataError(f"{asked.train} does not hold rows for {kind}", why=why, fix="give another --kind, or data.columns.NAME=COLUMN")
+        why = (
+            f"{loaded.bad[0]}; {len(loaded.bad)} of {len(loaded.bad) + len(loaded.rows)} rows; columns "
+            f"are {', '.join(there)}"
+        )
+        raise DataError(
+            f"{asked.train} does not hold rows for {kind}",
+            why=why,
+            fix="give another --kind, or data.columns.NAME=COLUMN",
+        )
     return loaded
 
 
-def _guess(records: Sequence[dict[str, Any]], there: Sequence[str], given: dict[str, str]) -> tuple[Kind, str]:
+def _guess(
+    records: Sequence[dict[str, Any]], there: Sequence[str], given: dict[str, str]
+) -> tuple[Kind, str]:
     """The kind that such rows are usually for, and why."""
     names = {name: given.get(name) or likely(name, there) for name in LIKELY}
     if names["chosen"] and names["rejected"]:
         return "dpo", f"rows hold pairs ({names['chosen']}, {names['rejected']})"
     column = names["label"]
-    if column and names["prompt"] and names["completion"] and all(isinstance(r.get(column), bool) for r in records):
+    if (
+        column
+        and names["prompt"]
+        and names["completion"]
+        and all(isinstance(r.get(column), bool) for r in records)
+    ):
         return "kto", f"rows hold single answers, each marked in {names['label']}"
     if names["messages"] and isinstance(records[0].get(names["messages"]), list):
         return "sft", f"rows hold conversations ({names['messages']})"
@@ -139,13 +177,19 @@ def _guess(records: Sequence[dict[str, Any]], there: Sequence[str], given: dict[
     if names["prompt"] and answer:
         short = sum(len(str(record.get(answer, ""))) <= SHORT for record in records) >= 0.9 * len(records)
         if short:
-            return "grpo", f"rows hold prompts and short answers to compare with ({names['prompt']}, {answer})"
+            return (
+                "grpo",
+                f"rows hold prompts and short answers to compare with ({names['prompt']}, {answer})",
+            )
         return "sft", f"rows hold demonstrations ({names['prompt']}, {answer})"
     if names["prompt"]:
         return "grpo", f"rows hold prompts alone ({names['prompt']})"
     if names["text"]:
         return "sft", f"rows hold text ({names['text']})"
-    fix = "say which columns they are, e.g. data.columns.prompt=NAME data.columns.chosen=NAME data.columns.rejected=NAME"
+    fix = (
+        "say which columns they are, e.g. data.columns.prompt=NAME data.columns.chosen=NAME "
+        "data.columns.rejected=NAME"
+    )
     raise ConfigError("the rows' format is not recognised", why=f"columns are {', '.join(there)}", fix=fix)
 
 
@@ -153,28 +197,57 @@ def _columns(kind: Kind, there: Sequence[str], given: dict[str, str]) -> dict[st
     """Names that differ from TRL's, of the columns that the kind needs and of those that it may have."""
     for name, theirs in given.items():
         if theirs not in there:
-            raise ConfigError(f"data.columns.{name}={theirs}: there is no such column", why=f"columns are {', '.join(there)}", fix="name one of them")
+            raise ConfigError(
+                f"data.columns.{name}={theirs}: there is no such column",
+                why=f"columns are {', '.join(there)}",
+                fix="name one of them",
+            )
     rows = ROWS_OF[kind]
-    wanted = [*NEEDED.get(rows, ()), *(("prompt",) if rows == "preference" else ("answer",) if rows == "prompt" else ())]
+    wanted = [
+        *NEEDED.get(rows, ()),
+        *(("prompt",) if rows == "preference" else ("answer",) if rows == "prompt" else ()),
+    ]
     if rows == "sft":
         talks = given.get("messages") or likely("messages", there)
-        wanted = ["messages"] if talks else ["prompt", "completion"] if likely("completion", there) or "completion" in given else ["text"]
+        wanted = (
+            ["messages"]
+            if talks
+            else ["prompt", "completion"]
+            if likely("completion", there) or "completion" in given
+            else ["text"]
+        )
     found = dict(given)
     for name in wanted:
-        if name not in found and (theirs := likely(name, (c for c in there if c not in found.values()))) is not None:
+        if (
+            name not in found
+            and (theirs := likely(name, (c for c in there if c not in found.values()))) is not None
+        ):
             found[name] = theirs
     if rows == "prompt" and "prompt" not in found and "messages" in there:
         wanted.remove("prompt")
-    missing = [name for name in wanted if name not in found and name in (*NEEDED.get(rows, ()), "messages", "text", "completion")]
+    missing = [
+        name
+        for name in wanted
+        if name not in found and name in (*NEEDED.get(rows, ()), "messages", "text", "completion")
+    ]
     if missing:
         needs = f"{kind} needs {' and '.join(missing)}"
-        raise ConfigError(f"no column for {', '.join(missing)}", why=lacking(missing, needs, there), fix=_name_them(missing))
+        raise ConfigError(
+            f"no column for {', '.join(missing)}", why=lacking(missing, needs, there), fix=_name_them(missing)
+        )
     sharegpt = found.get("messages") == SHAREGPT_COLUMN
-    return {name: theirs for name, theirs in found.items() if name != theirs and not (name == "messages" and sharegpt)}
+    return {
+        name: theirs
+        for name, theirs in found.items()
+        if name != theirs and not (name == "messages" and sharegpt)
+    }
 
 
 def _name_them(missing: Sequence[str]) -> str:
-    return f"add {' '.join(f'data.columns.{name}=COLUMN' for name in missing)} to the command, or give another --kind"
+    return (
+        f"add {' '.join(f'data.columns.{name}=COLUMN' for name in missing)} to the command, or give "
+        "another --kind"
+    )
 
 
 def _lengths(rows: Sequence[Row], tokenizer: Any, data: Data, kind: Kind) -> tuple[int, ...]:
@@ -186,7 +259,10 @@ def _lengths(rows: Sequence[Row], tokenizer: Any, data: Data, kind: Kind) -> tup
         except DataError:
             continue  # named by `plan`, which reads all of them
     if not lengths:
-        raise DataError("no row could be tokenized", fix="run `orchestrator plan` on a recipe with this data: it names each row")
+        raise DataError(
+            "no row could be tokenized",
+            fix="run `orchestrator plan` on a recipe with this data: it names each row",
+        )
     return tuple(lengths)
 
 

@@ -53,38 +53,61 @@ def write(asked: Asked, found: Look, output: Path) -> dict[Path, str]:
     blocks = [
         [
             f"# {kind} of {asked.model} on {asked.train}, written by `orchestrator init`: {found.why}.",
-            f"# Format: {found.form}; {found.rows} rows. Paths are relative to the folder that commands are run in.",
+            f"# Format: {found.form}; {found.rows} rows. Paths are relative to the folder that commands are "
+            "run in.",
             "run:",
             f"  name: {_name(output)}",
-            f"  epochs: {values.epochs}  # {_passes(kind)}; {values.steps} {'rollout batches' if kind == 'grpo' else 'optimizer steps'} in all",
+            f"  epochs: {values.epochs}  # {_passes(kind)}; {values.steps} "
+            f"{'rollout batches' if kind == 'grpo' else 'optimizer steps'} in all",
         ],
-        ["model:", f"  path: {_quoted(asked.model)}", *([f"  revision: {_quoted(asked.revision)}"] if asked.revision else []), *adapter],
+        [
+            "model:",
+            f"  path: {_quoted(asked.model)}",
+            *([f"  revision: {_quoted(asked.revision)}"] if asked.revision else []),
+            *adapter,
+        ],
         _data(asked, found, values),
         [f"algorithm: {{name: {algorithm}}}"],
-        ["batch:", f"  effective: {values.effective}  # {_effective(found, values)}", "  micro_batch: auto  # found by a probe; changes no result"],
+        [
+            "batch:",
+            f"  effective: {values.effective}  # {_effective(found, values)}",
+            "  micro_batch: auto  # found by a probe; changes no result",
+        ],
         [
             "optimizer:",
             f"  learning_rate: {RATES[kind]}  # {_rate(kind)}",
-            *([] if kind == "grpo" else ["  schedule: linear", "  warmup_ratio: 0.1  # of the run's optimizer steps"]),
+            *(
+                []
+                if kind == "grpo"
+                else ["  schedule: linear", "  warmup_ratio: 0.1  # of the run's optimizer steps"]
+            ),
         ],
         [
             "learners:",
             "  workers: auto  # as many as there is room for; changes no result",
             "  gpus_per_worker: auto  # one where there are GPUs",
             "  precision: auto  # bf16 on GPUs that know it, fp32 on a CPU",
-            *(["  cpus_per_worker: 0.5  # a learner and a rollout actor take turns on one CPU, or one GPU"] if kind == "grpo" else []),
+            *(
+                ["  cpus_per_worker: 0.5  # a learner and a rollout actor take turns on one CPU, or one GPU"]
+                if kind == "grpo"
+                else []
+            ),
         ],
         *(_rollouts(found, values, output, files) if kind == "grpo" else []),
     ]
     if asked.held_out:
         every = max(1, values.steps // 4)
-        blocks.append([f"evaluation: {{every: {every}}}  # four times in {values.steps} steps, and before the first"])
+        blocks.append(
+            [f"evaluation: {{every: {every}}}  # four times in {values.steps} steps, and before the first"]
+        )
     return {output: "\n\n".join("\n".join(block) for block in blocks) + "\n", **files}
 
 
 def _data(asked: Asked, found: Look, values: Fit) -> list[str]:
     over = sum(n + values.new_tokens > values.max_length for n in found.lengths)
-    quantiles = ", ".join(f"{name} {found.quantile(q)}" for name, q in (("median", 0.5), ("95 % below", 0.95), ("longest", 1.0)))
+    quantiles = ", ".join(
+        f"{name} {found.quantile(q)}" for name, q in (("median", 0.5), ("95 % below", 0.95), ("longest", 1.0))
+    )
     what = "prompts" if found.kind == "grpo" else "rows"
     answer = f", and {values.new_tokens} for the answer" if values.new_tokens else ""
     cut = f"{over or 'none'} of {len(found.lengths)} {what} looked at {'are' if over > 1 else 'is'} longer"
@@ -92,7 +115,9 @@ def _data(asked: Asked, found: Look, values: Fit) -> list[str]:
     return [
         "data:",
         f"  train: {_quoted(asked.train)}",
-        f"  eval: {_quoted(asked.held_out)}" if asked.held_out else "  # eval: FILE  # held-out rows say whether it got better",
+        f"  eval: {_quoted(asked.held_out)}"
+        if asked.held_out
+        else "  # eval: FILE  # held-out rows say whether it got better",
         *([f"  columns: {{{columns}}}"] if columns else []),
         f"  max_length: {values.max_length}  # tokens of {what}: {quantiles}{answer}; {cut}",
         "  overlong: truncate_prompt_left  # of conversations the oldest turns go, whole",
@@ -100,7 +125,9 @@ def _data(asked: Asked, found: Look, values: Fit) -> list[str]:
 
 
 def _passes(kind: str) -> str:
-    return {"sft": "passes over the demonstrations", "grpo": "each prompt once"}.get(kind, "pairs are learned by heart within two or three passes")
+    return {"sft": "passes over the demonstrations", "grpo": "each prompt once"}.get(
+        kind, "pairs are learned by heart within two or three passes"
+    )
 
 
 def _effective(found: Look, values: Fit) -> str:
@@ -122,15 +149,23 @@ def _rate(kind: str) -> str:
 
 
 def _rollouts(found: Look, values: Fit, output: Path, files: dict[Path, str]) -> list[list[str]]:
-    """The sections rollouts and rewards; where rows have no answer, a function of the user's own goes into `files`."""
+    """The sections rollouts and rewards; where rows have no answer, a function of the user's own goes into
+    `files`."""
     if found.has_answers:
         name = "last_number" if found.numbers else "exact_match"
-        words = "the last number of an answer is the row's" if found.numbers else "an answer is the row's, word for word"
+        words = (
+            "the last number of an answer is the row's"
+            if found.numbers
+            else "an answer is the row's, word for word"
+        )
         component, why = f"{{name: correct, function: {name}}}", f"1 where {words} `answer`, else 0"
     else:
         file = output.parent / "reward.py"
         files[file] = REWARD
-        component, why = f"{{name: mine, function: {_quoted(f'{file}:reward')}}}", "rows have no answer to compare with: write what you want there"
+        component, why = (
+            f"{{name: mine, function: {_quoted(f'{file}:reward')}}}",
+            "rows have no answer to compare with: write what you want there",
+        )
     rollouts = [
         "rollouts:",
         "  workers: auto  # one beside each learner",
@@ -171,12 +206,18 @@ def _quoted(text: str | None) -> str:
     """Text as a YAML value: plain where that is safe."""
     assert text is not None
     plain = text and all(c.isalnum() or c in "/._-" for c in text) and (text[0].isalpha() or text[0] in "/.")
-    return text if plain and text.lower() not in ("null", "true", "false", "yes", "no", "on", "off") else "'" + text.replace("'", "''") + "'"
+    return (
+        text
+        if plain and text.lower() not in ("null", "true", "false", "yes", "no", "on", "off")
+        else "'" + text.replace("'", "''") + "'"
+    )
 
 
 def _name(output: Path) -> str:
     """A run's name from the file's."""
-    name = "".join(c if c.isascii() and (c.isalnum() or c in "._-") else "-" for c in output.stem).lstrip("._-")[:64]
+    name = "".join(c if c.isascii() and (c.isalnum() or c in "._-") else "-" for c in output.stem).lstrip(
+        "._-"
+    )[:64]
     return name or "run"
 
 
@@ -185,9 +226,15 @@ def save(asked: Asked, found: Look, output: Path) -> list[Path]:
     files = write(asked, found, output)
     for file in files:
         if file.exists():
-            raise OutputError(f"{file} exists already", why="init overwrites nothing", fix="move it away, or choose another --output")
+            raise OutputError(
+                f"{file} exists already",
+                why="init overwrites nothing",
+                fix="move it away, or choose another --output",
+            )
     if not output.parent.is_dir():
-        raise OutputError(f"there is no folder {output.parent}", fix=f"mkdir -p {shlex.quote(str(output.parent))}")
+        raise OutputError(
+            f"there is no folder {output.parent}", fix=f"mkdir -p {shlex.quote(str(output.parent))}"
+        )
     for file, text in files.items():
         write_atomically(file, text)
     return list(files)

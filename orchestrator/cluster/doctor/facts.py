@@ -14,8 +14,8 @@ from orchestrator.plan.hardware import Hardware, Machine
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """A device as nvidia-smi sees it. memory: bytes, 0 where it does not say; driver: its version, "" where it does not say; compute: its
-    compute capability, such as 9.0, "" where it does not say."""
+    """A device as nvidia-smi sees it. memory: bytes, 0 where it does not say; driver: its version, "" where
+    it does not say; compute: its compute capability, such as 9.0, "" where it does not say."""
 
     name: str
     memory: int
@@ -30,7 +30,8 @@ class Gpu:
 
 @dataclass(frozen=True, slots=True)
 class Kernel:
-    """A small product computed on a GPU. device: which one of its node; trouble: what was wrong with it, None where nothing was."""
+    """A small product computed on a GPU. device: which one of its node; trouble: what was wrong with it, None
+    where nothing was."""
 
     device: str
     trouble: str | None
@@ -47,8 +48,8 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Storage:
-    """The run folder as a node sees it. error: why it cannot be written; free: bytes; held: bytes of checkpoints that lie
-    there already; unseen: nodes that wrote a marker which this one does not see."""
+    """The run folder as a node sees it. error: why it cannot be written; free: bytes; held: bytes of
+    checkpoints that lie there already; unseen: nodes that wrote a marker which this one does not see."""
 
     folder: str
     error: str | None
@@ -58,7 +59,7 @@ class Storage:
 
 
 @dataclass(frozen=True, slots=True)
-class Unreachable:
+class BlockedPort:
     """A TCP connection that did not come about. node: the other side."""
 
     node: str
@@ -68,7 +69,7 @@ class Unreachable:
 
 
 @dataclass(frozen=True, slots=True)
-class Absent:
+class MissingModel:
     """Model weights that a node can neither read nor fetch."""
 
     path: str
@@ -77,10 +78,11 @@ class Absent:
 
 @dataclass(frozen=True, slots=True)
 class NodeFacts:
-    """What a process on a node sees. name: unique in the cluster; versions: of python and the libraries ("missing" where there is
-    none); devices: GPUs by nvidia-smi; cuda: the version that its torch is built for, "" without; kernels: what was computed on its
-    GPUs, empty where none was tried; ram, shm_*: bytes; interface: the network device that holds the address; ports: from which
-    the system takes free ones; clock_offset_s: against the driver's clock."""
+    """What a process on a node sees. name: unique in the cluster; versions: of python and the libraries
+    ("missing" where there is none); devices: GPUs by nvidia-smi; cuda: the version that its torch is built
+    for, "" without; kernels: what was computed on its GPUs, empty where none was tried; ram, shm_*: bytes;
+    interface: the network device that holds the address; ports: from which the system takes free ones;
+    clock_offset_s: against the driver's clock."""
 
     name: str
     address: str
@@ -94,15 +96,15 @@ class NodeFacts:
     interface: str
     ports: tuple[int, int]
     storage: Storage | None = None
-    absent: tuple[Absent, ...] = ()
-    unreachable: tuple[Unreachable, ...] = ()
+    absent: tuple[MissingModel, ...] = ()
+    unreachable: tuple[BlockedPort, ...] = ()
     clock_offset_s: float = 0.0
     cuda: str = ""
     kernels: tuple[Kernel, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
-class Capacity:
+class NodeCapacity:
     """What Ray gives out on a node. object_store: bytes; 0 where it is not known."""
 
     node: str
@@ -112,7 +114,7 @@ class Capacity:
 
 
 @dataclass(frozen=True, slots=True)
-class Silent:
+class SilentNode:
     """A node that Ray counts as alive and that did not answer."""
 
     node: str
@@ -130,7 +132,8 @@ class PairRate:
 
 @dataclass(frozen=True, slots=True)
 class AllReduce:
-    """An all-reduce over `ranks` processes on each node. seconds: median of the slowest process; error: why there is no result."""
+    """An all-reduce over `ranks` processes on each node. seconds: median of the slowest process; error: why
+    there is no result."""
 
     backend: str
     nodes: tuple[str, ...]
@@ -142,13 +145,13 @@ class AllReduce:
 
     @property
     def rate(self) -> float:
-        """Bytes per second that each node sends and receives, through all its network cards together: 2 (n - 1) / n times the size,
-        over the time."""
+        """Bytes per second that each node sends and receives, through all its network cards together: 2 (n -
+        1) / n times the size, over the time."""
         return 2 * (len(self.nodes) - 1) / len(self.nodes) * self.size / self.seconds
 
 
 @dataclass(frozen=True, slots=True)
-class Unmet:
+class UnmetRequirement:
     """A library that is not what this program needs. wanted: e.g. "trl>=1.16"."""
 
     version: str
@@ -157,13 +160,14 @@ class Unmet:
 
 @dataclass(frozen=True, slots=True)
 class ClusterFacts:
-    """Everything that was found out; the first node is the driver's. auth: Ray's token authentication, None where it cannot be told;
-    skipped: why no all-reduce was tried; wandb: why its server cannot be used from the driver."""
+    """Everything that was found out; the first node is the driver's. auth: Ray's token authentication, None
+    where it cannot be told; skipped: why no all-reduce was tried; wandb: why its server cannot be used from
+    the driver."""
 
     nodes: tuple[NodeFacts, ...]
-    capacities: tuple[Capacity, ...]
-    silent: tuple[Silent, ...] = ()
-    unmet: tuple[Unmet, ...] = ()
+    capacities: tuple[NodeCapacity, ...]
+    silent: tuple[SilentNode, ...] = ()
+    unmet: tuple[UnmetRequirement, ...] = ()
     auth: bool | None = None
     all_reduce: AllReduce | None = None
     skipped: str = ""
@@ -180,9 +184,9 @@ class ModelSource:
 
 
 @dataclass(frozen=True, slots=True)
-class Need:
-    """What a run asks of the cluster. checkpoint_bytes: of one; libraries: beyond those that every run uses; object_store: bytes of
-    published weights that lie in it at once."""
+class ClusterRequirements:
+    """What a run asks of the cluster. checkpoint_bytes: of one; libraries: beyond those that every run uses;
+    object_store: bytes of published weights that lie in it at once."""
 
     groups: tuple[WorkerGroup, ...] = ()
     checkpoint_bytes: int = 0
@@ -198,10 +202,15 @@ class Need:
 
 
 def of_cluster(facts: ClusterFacts) -> Hardware:
-    """The machines that answered, with the measured bandwidth of their all-reduce. NotEnoughResources where none did."""
+    """The machines that answered, with the measured bandwidth of their all-reduce. NotEnoughResources where
+    none did."""
     if not facts.nodes:
         silent = "; ".join(f"{s.node}: {s.why}" for s in facts.silent)
-        raise NotEnoughResources("no node of the cluster answered", why=silent, fix="look at `ray status`, and at `orchestrator doctor`")
+        raise NotEnoughResources(
+            "no node of the cluster answered",
+            why=silent,
+            fix="look at `ray status`, and at `orchestrator doctor`",
+        )
     capacity = {c.node: c for c in facts.capacities}
     machines = tuple(
         Machine(
@@ -213,5 +222,11 @@ def of_cluster(facts: ClusterFacts) -> Hardware:
         )
         for n in facts.nodes
     )
-    measured = facts.all_reduce.rate if facts.all_reduce is not None and facts.all_reduce.error is None else None
-    return Hardware(machines, between=measured, source="measured" if measured else "as it is" if len(machines) == 1 else "as Ray counts it")
+    measured = (
+        facts.all_reduce.rate if facts.all_reduce is not None and facts.all_reduce.error is None else None
+    )
+    return Hardware(
+        machines,
+        between=measured,
+        source="measured" if measured else "as it is" if len(machines) == 1 else "as Ray counts it",
+    )

@@ -1,4 +1,5 @@
-"""What this process sees of the machine it runs on: versions, devices, limits, storage, the way to the hub and to wandb."""
+"""What this process sees of the machine it runs on: versions, devices, limits, storage, the way to the hub
+and to wandb."""
 
 import fcntl
 import netrc
@@ -24,7 +25,15 @@ from urllib.parse import urlparse
 from packaging.requirements import Requirement
 
 from orchestrator import __version__
-from orchestrator.cluster.doctor.facts import Absent, Gpu, Limits, ModelSource, NodeFacts, Storage, Unmet
+from orchestrator.cluster.doctor.facts import (
+    Gpu,
+    Limits,
+    MissingModel,
+    ModelSource,
+    NodeFacts,
+    Storage,
+    UnmetRequirement,
+)
 
 LIBRARIES = ("torch", "deepspeed", "ray", "transformers", "trl", "peft", "numpy", "safetensors")
 """What runs on every node; of two versions of one, results or messages may differ."""
@@ -34,7 +43,12 @@ ANSWER_S = 5.0
 SMI_S = 20.0
 """Deadline of nvidia-smi: without the persistence daemon it wakes the driver first."""
 MARKER = ".preflight-"
-WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+WEIGHTS = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
 WANDB_SERVER = "https://api.wandb.ai"
 SIOCGIFADDR = 0x8915
 
@@ -44,7 +58,8 @@ PORT_RANGE = Path("/proc/sys/net/ipv4/ip_local_port_range")
 
 
 def node_facts(name: str, address: str, models: Sequence[ModelSource], libraries: Sequence[str]) -> NodeFacts:
-    """Everything that a process can tell without speaking to other nodes. libraries: to report beside LIBRARIES."""
+    """Everything that a process can tell without speaking to other nodes. libraries: to report beside
+    LIBRARIES."""
     shm = shutil.disk_usage(SHM) if SHM.is_dir() else None
     return NodeFacts(
         name=name,
@@ -58,12 +73,19 @@ def node_facts(name: str, address: str, models: Sequence[ModelSource], libraries
         ram=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         shm_total=shm.total if shm else 0,
         shm_free=shm.free if shm else 0,
-        limits=Limits(*(_soft(kind) for kind in (resource.RLIMIT_NOFILE, resource.RLIMIT_NPROC, resource.RLIMIT_MEMLOCK))),
+        limits=Limits(
+            *(
+                _soft(kind)
+                for kind in (resource.RLIMIT_NOFILE, resource.RLIMIT_NPROC, resource.RLIMIT_MEMLOCK)
+            )
+        ),
         rdma=any(Path("/sys/class/infiniband").glob("*")),
         interface=interface_of(address),
         ports=_ports(),
         cuda=built_for(),
-        absent=tuple(Absent(model.path, why) for model in models if (why := _absence(model)) is not None),
+        absent=tuple(
+            MissingModel(model.path, why) for model in models if (why := _absence(model)) is not None
+        ),
     )
 
 
@@ -82,8 +104,9 @@ def installed(library: str) -> str:
         return MISSING
 
 
-def unmet_requirements() -> tuple[Unmet, ...]:
-    """Libraries here that are older than this program asks for; nothing where it runs without being installed."""
+def unmet_requirements() -> tuple[UnmetRequirement, ...]:
+    """Libraries here that are older than this program asks for; nothing where it runs without being
+    installed."""
     try:
         lines = requires("orchestrator") or []
     except PackageNotFoundError:
@@ -91,7 +114,7 @@ def unmet_requirements() -> tuple[Unmet, ...]:
     wanted = [r for r in map(Requirement, lines) if r.marker is None or r.marker.evaluate({"extra": ""})]
     found = [(r, installed(r.name)) for r in wanted]
     return tuple(
-        Unmet(f"{r.name} {has}" if has != MISSING else f"no {r.name}", f"{r.name}{r.specifier}")
+        UnmetRequirement(f"{r.name} {has}" if has != MISSING else f"no {r.name}", f"{r.name}{r.specifier}")
         for r, has in found
         if has == MISSING or not r.specifier.contains(has, prereleases=True)
     )
@@ -101,15 +124,26 @@ def devices() -> tuple[Gpu, ...]:
     """The GPUs of the machine, whatever CUDA_VISIBLE_DEVICES hides from this process."""
     if shutil.which("nvidia-smi") is None:
         return ()
-    query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version,compute_cap", "--format=csv,noheader,nounits"]
+    query = [
+        "nvidia-smi",
+        "--query-gpu=name,memory.total,driver_version,compute_cap",
+        "--format=csv,noheader,nounits",
+    ]
     try:
         said = subprocess.run(query, capture_output=True, text=True, timeout=SMI_S, check=True).stdout
     except (OSError, subprocess.SubprocessError):  # a broken driver: Ray's own count says what can be used
         return ()
-    rows = [[part.strip() for part in line.rsplit(",", 3)] for line in said.splitlines() if line.count(",") >= 3]
+    rows = [
+        [part.strip() for part in line.rsplit(",", 3)] for line in said.splitlines() if line.count(",") >= 3
+    ]
     # memory is "[N/A]" where GPU and CPU share it
     return tuple(
-        Gpu(name, int(memory) * 2**20 if memory.isdecimal() else 0, driver, compute if compute.replace(".", "", 1).isdecimal() else "")
+        Gpu(
+            name,
+            int(memory) * 2**20 if memory.isdecimal() else 0,
+            driver,
+            compute if compute.replace(".", "", 1).isdecimal() else "",
+        )
         for name, memory, driver, compute in rows
     )
 
@@ -142,7 +176,8 @@ def interface_of(address: str) -> str:
 
 
 def shared_folder(root: Path) -> Path:
-    """The folder of a run, or the nearest one above it that exists: where it can be tried without leaving a trace."""
+    """The folder of a run, or the nearest one above it that exists: where it can be tried without leaving a
+    trace."""
     root = root.resolve()
     return next(folder for folder in (root, *root.parents) if folder.is_dir())
 
@@ -157,7 +192,9 @@ def mark(folder: str, nonce: str, name: str) -> Storage:
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
-        with suppress(OSError):  # a full disk makes the file and cannot fill it; a read-only one refuses this too
+        with suppress(
+            OSError
+        ):  # a full disk makes the file and cannot fill it; a read-only one refuses this too
             marker.unlink()
         return Storage(folder, error.strerror or str(error), 0)
     return Storage(folder, None, free, sum(map(_bytes, Path(folder).glob("checkpoints/step_*/*"))))
@@ -172,7 +209,8 @@ def _bytes(path: Path) -> int:
 
 
 def unseen(folder: str, nonce: str, names: Sequence[str], patience_s: float) -> tuple[str, ...]:
-    """Nodes whose markers are not seen here within the patience: a network file system may show a new file late."""
+    """Nodes whose markers are not seen here within the patience: a network file system may show a new file
+    late."""
     deadline = time.monotonic() + patience_s
     while True:
         missing = tuple(name for name in names if not _seen(_marker(folder, nonce, name), name))
@@ -205,7 +243,9 @@ def _absence(model: ModelSource) -> str | None:
         return None if Path(model.path).is_dir() else "no such folder here"
     from huggingface_hub import constants, try_to_load_from_cache
 
-    if any(isinstance(try_to_load_from_cache(model.path, name, revision=model.revision), str) for name in WEIGHTS):
+    if any(
+        isinstance(try_to_load_from_cache(model.path, name, revision=model.revision), str) for name in WEIGHTS
+    ):
         return None
     if constants.HF_HUB_OFFLINE:
         return "not in this node's cache, and HF_HUB_OFFLINE forbids to ask the hub"
@@ -214,7 +254,8 @@ def _absence(model: ModelSource) -> str | None:
 
 
 def wandb_trouble() -> str | None:
-    """Why a run could not be tracked online from this process; None where it could. The key itself is not looked at."""
+    """Why a run could not be tracked online from this process; None where it could. The key itself is not
+    looked at."""
     server = os.environ.get("WANDB_BASE_URL") or WANDB_SERVER
     trouble = unanswered(server)
     if trouble is not None or os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):

@@ -1,4 +1,5 @@
-"""What a probe does on its node: looks around, leaves a marker, listens, knocks at the others, takes part in an all-reduce."""
+"""What a probe does on its node: looks around, leaves a marker, listens, knocks at the others, takes part in
+an all-reduce."""
 
 import socket
 import threading
@@ -14,7 +15,7 @@ from typing import Any
 import ray
 
 from orchestrator.cluster.actors import own_device
-from orchestrator.cluster.doctor.facts import ModelSource, NodeFacts, Storage, Unreachable
+from orchestrator.cluster.doctor.facts import BlockedPort, ModelSource, NodeFacts, Storage
 from orchestrator.cluster.doctor.node import mark, node_facts, sweep, unseen
 from orchestrator.cluster.doctor.smoke import trouble_on
 from orchestrator.cluster.network import speak_from
@@ -31,7 +32,7 @@ ROUNDS = 5
 
 
 @dataclass(frozen=True, slots=True)
-class Door:
+class Listener:
     """Where a probe listens. node: its name."""
 
     node: str
@@ -40,7 +41,8 @@ class Door:
 
 
 class Probe:
-    """On one node. Holds nothing but its listening socket and, for the all-reduce, its place in the process group."""
+    """On one node. Holds nothing but its listening socket and, for the all-reduce, its place in the process
+    group."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -64,17 +66,21 @@ class Probe:
     def sweep(self, folder: str, nonce: str) -> None:
         sweep(folder, nonce)
 
-    def listen(self, nonce: str) -> Door:
+    def listen(self, nonce: str) -> Listener:
         """Opens a free port, taken as the master port is, and answers everybody who comes with the nonce."""
         self.listening = socket.create_server(("", 0), backlog=128)
         threading.Thread(target=_answer, args=(self.listening, nonce.encode()), daemon=True).start()
-        return Door(self.name, self.address, self.listening.getsockname()[1])
+        return Listener(self.name, self.address, self.listening.getsockname()[1])
 
-    def knock(self, doors: Sequence[Door], nonce: str) -> tuple[Unreachable, ...]:
+    def knock(self, doors: Sequence[Listener], nonce: str) -> tuple[BlockedPort, ...]:
         """Those of the doors that did not open."""
         with ThreadPoolExecutor(min(32, len(doors))) as threads:
             troubles = threads.map(lambda door: _knock(door, nonce.encode()), doors)
-            return tuple(Unreachable(d.node, d.address, d.port, why) for d, why in zip(doors, troubles, strict=True) if why)
+            return tuple(
+                BlockedPort(d.node, d.address, d.port, why)
+                for d, why in zip(doors, troubles, strict=True)
+                if why
+            )
 
     def kernel(self) -> str | None:
         """What is wrong with the GPU that Ray gave this probe; None where nothing is."""
@@ -101,8 +107,9 @@ class Probe:
         return median([self._timed(lambda: dist.all_reduce(data)) for _ in range(ROUNDS + 2)][2:])
 
     def exchange(self, size: int, ranks: int) -> dict[int, float]:
-        """Bytes per second to and from every other node, one after the other, disjoint pairs at the same time. ranks: on each node;
-        the first of one speaks to the first of the other, and so on, so that all network cards work. Rank r is on node r // ranks."""
+        """Bytes per second to and from every other node, one after the other, disjoint pairs at the same
+        time. ranks: on each node; the first of one speaks to the first of the other, and so on, so that all
+        network cards work. Rank r is on node r // ranks."""
         import torch
         import torch.distributed as dist
 
@@ -138,7 +145,7 @@ def _answer(server: socket.socket, nonce: bytes) -> None:
             connection.sendall(nonce)
 
 
-def _knock(door: Door, nonce: bytes) -> str | None:
+def _knock(door: Listener, nonce: bytes) -> str | None:
     """Why a door did not open; None where it did, and it was that node's."""
     try:
         with closing(socket.create_connection((door.address, door.port), KNOCK_S)) as connection:
@@ -154,12 +161,15 @@ def _knock(door: Door, nonce: bytes) -> str | None:
 def _swap(out: Any, back: Any, other: int) -> None:
     import torch.distributed as dist
 
-    for work in dist.batch_isend_irecv([dist.P2POp(dist.isend, out, other), dist.P2POp(dist.irecv, back, other)]):
+    for work in dist.batch_isend_irecv(
+        [dist.P2POp(dist.isend, out, other), dist.P2POp(dist.irecv, back, other)]
+    ):
         work.wait()
 
 
 def tournament(players: int) -> list[list[int | None]]:
-    """Rounds in which everybody meets everybody once: [round][player] is the partner, None where one has to wait."""
+    """Rounds in which everybody meets everybody once: [round][player] is the partner, None where one has to
+    wait."""
     even = players + players % 2
     rounds = []
     for turn in range(even - 1):

@@ -1,4 +1,5 @@
-"""Does a GPU compute? One small product on it, compared with the CPU's: what a driver, a build of torch or a broken card gets wrong."""
+"""Does a GPU compute? One small product on it, compared with the CPU's: what a driver, a build of torch or a
+broken card gets wrong."""
 
 import json
 import os
@@ -15,13 +16,16 @@ PATIENCE_S = 120.0
 
 
 def trouble_on(device: torch.device) -> str | None:
-    """Why a product of two matrices on the device is not what it is on the CPU; None where it is. The numbers are small integers, so
-    that every order of adding and every precision gives the same bits."""
+    """Why a product of two matrices on the device is not what it is on the CPU; None where it is. The numbers
+    are small integers, so that every order of adding and every precision gives the same bits."""
     one = (torch.arange(SIDE * SIDE) % 7 - 3).view(SIDE, SIDE)
     other = (torch.arange(SIDE * SIDE) % 5 - 2).view(SIDE, SIDE)
     try:
         found = (one.float().to(device) @ other.float().to(device)).cpu()
-    except (RuntimeError, AssertionError) as error:  # no such device, no kernel for it, or torch was built without it
+    except (
+        RuntimeError,
+        AssertionError,
+    ) as error:  # no such device, no kernel for it, or torch was built without it
         return f"no kernel runs: {str(error).strip().splitlines()[0]}"
     wrong = int((found != (one @ other).float()).sum())
     return f"{wrong} of {SIDE * SIDE} numbers of a product are wrong" if wrong else None
@@ -46,7 +50,12 @@ def in_a_process() -> tuple[Kernel, ...]:
     except subprocess.TimeoutExpired:
         return (Kernel("GPUs", f"no answer within {PATIENCE_S:.0f} s"),)
     except subprocess.CalledProcessError as error:  # killed by the driver, for example
-        return (Kernel("GPUs", (error.stderr.strip().splitlines() or [f"the process ended with {error.returncode}"])[-1]),)
+        return (
+            Kernel(
+                "GPUs",
+                (error.stderr.strip().splitlines() or [f"the process ended with {error.returncode}"])[-1],
+            ),
+        )
     return tuple(Kernel(device, trouble) for device, trouble in json.loads(said))
 
 

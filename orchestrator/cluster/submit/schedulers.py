@@ -1,4 +1,5 @@
-"""Artefacts for schedulers: the files of launch/ with the lines marked `#= field` filled in, and their hand-over.
+"""Artefacts for schedulers: the files of launch/ with the lines marked `#= field` filled in, and their
+hand-over.
 
     Launch -> values, quoted for where they go -> artefact (text) -> dispatch: sbatch | kubectl apply | sky jobs launch
 
@@ -40,8 +41,9 @@ Value = str | int | None
 class Launch:
     """One run on machines that a scheduler finds.
 
-    name: of the job. nodes: machines, each with gpus_per_node GPUs, cpus_per_node CPUs and memory_gb GiB. output: the run folder, an
-    absolute path on storage that every node shares. image: the container (k8s and sky). gpu: what sky looks for, e.g. "H100".
+    name: of the job. nodes: machines, each with gpus_per_node GPUs, cpus_per_node CPUs and memory_gb GiB.
+    output: the run folder, an absolute path on storage that every node shares. image: the container (k8s and
+    sky). gpu: what sky looks for, e.g. "H100".
     """
 
     recipe: str
@@ -58,13 +60,21 @@ class Launch:
     def __post_init__(self) -> None:
         """Raises ConfigError for what no scheduler could take."""
         if not PurePosixPath(self.output).is_absolute():
-            raise ConfigError(f"output {self.output!r} is not an absolute path", fix="name a folder on storage that every node shares")
+            raise ConfigError(
+                f"output {self.output!r} is not an absolute path",
+                fix="name a folder on storage that every node shares",
+            )
         if self.nodes < 1 or self.gpus_per_node < 0 or self.cpus_per_node < 1 or self.memory_gb < 1:
-            shape = f"{self.nodes} nodes x ({self.gpus_per_node} GPUs, {self.cpus_per_node} CPUs, {self.memory_gb} GiB)"
+            shape = (
+                f"{self.nodes} nodes x ({self.gpus_per_node} GPUs, {self.cpus_per_node} CPUs, "
+                f"{self.memory_gb} GiB)"
+            )
             raise ConfigError(f"{shape} cannot be asked for", fix="at least 1 node with 1 CPU and 1 GiB")
         for text in (self.recipe, *self.overrides, self.output, self.image, self.gpu):
             if any(c == "\0" or 0xD800 <= ord(c) < 0xE000 for c in text):
-                raise ConfigError(f"{text!r} cannot be an argument of a program", why="it holds a NUL or half a character")
+                raise ConfigError(
+                    f"{text!r} cannot be an argument of a program", why="it holds a NUL or half a character"
+                )
 
     @property
     def command(self) -> tuple[str, ...]:
@@ -89,8 +99,9 @@ def artefact(target: str, launch: Launch) -> str:
 def dispatch(target: str, text: str) -> str:
     """Hands an artefact to sbatch, kubectl or sky; what that program said.
 
-    sky: RAY_AUTH_TOKEN is made where the environment has none; WANDB_API_KEY goes along where it is set. Both travel in the environment.
-    Raises MissingInput (program not installed), NotEnoughResources (it refused) or OrchestratorError (no answer by the deadline).
+    sky: RAY_AUTH_TOKEN is made where the environment has none; WANDB_API_KEY goes along where it is set. Both
+    travel in the environment. Raises MissingInput (program not installed), NotEnoughResources (it refused) or
+    OrchestratorError (no answer by the deadline).
     """
     if target == "slurm":
         return _run(["sbatch"], text)
@@ -152,7 +163,10 @@ def shell_word(text: str) -> str:
     if text.isprintable():
         return shlex.quote(text)
     # bytes, as \\u depends on the locale; what prints stays readable
-    escaped = (c if c.isprintable() and c not in "\\'" else "".join(f"\\x{byte:02x}" for byte in c.encode()) for c in text)
+    escaped = (
+        c if c.isprintable() and c not in "\\'" else "".join(f"\\x{byte:02x}" for byte in c.encode())
+        for c in text
+    )
     return f"$'{''.join(escaped)}'"
 
 
@@ -163,11 +177,14 @@ def shell_array(words: Sequence[str]) -> str:
 
 def yaml_string(text: str) -> str:
     """A YAML scalar for `text`, double-quoted and on one line."""
-    return yaml.dump(text, Dumper=yaml.SafeDumper, default_style='"', width=float("inf"), allow_unicode=True).removesuffix("\n")
+    return yaml.dump(
+        text, Dumper=yaml.SafeDumper, default_style='"', width=float("inf"), allow_unicode=True
+    ).removesuffix("\n")
 
 
 def _fill(template: str, values: Mapping[str, Value]) -> str:
-    """The template with its marked lines filled in. Every value must have a place and every marked line a value."""
+    """The template with its marked lines filled in. Every value must have a place and every marked line a
+    value."""
     marked = {match["field"] for match in _MARKED.finditer(template)}
     if marked != values.keys():
         raise AssertionError(f"fields {sorted(values)} do not fit the marked lines {sorted(marked)}")
@@ -191,15 +208,24 @@ def _folder() -> Path:
 def _run(command: Sequence[str], text: str, environment: Mapping[str, str] | None = None) -> str:
     program = command[0]
     try:
-        done = subprocess.run(command, input=text, env=environment, capture_output=True, text=True, timeout=DEADLINE_S)
+        done = subprocess.run(
+            command, input=text, env=environment, capture_output=True, text=True, timeout=DEADLINE_S
+        )
     except FileNotFoundError:
-        raise MissingInput(f"{program} is not installed here", fix=f"{PROGRAMS[program]}; or --print, and hand the text over yourself") from None
+        raise MissingInput(
+            f"{program} is not installed here",
+            fix=f"{PROGRAMS[program]}; or --print, and hand the text over yourself",
+        ) from None
     except subprocess.TimeoutExpired:
         raise OrchestratorError(
-            f"{program} gave no answer within {DEADLINE_S:.0f} s", fix=f"see whether it has the job before you submit again ({_listing(program)})"
+            f"{program} gave no answer within {DEADLINE_S:.0f} s",
+            fix=f"see whether it has the job before you submit again ({_listing(program)})",
         ) from None
     if done.returncode != 0:
-        raise NotEnoughResources(f"{program} refused the job (exit code {done.returncode})", why=(done.stderr or done.stdout).strip()[-2000:])
+        raise NotEnoughResources(
+            f"{program} refused the job (exit code {done.returncode})",
+            why=(done.stderr or done.stdout).strip()[-2000:],
+        )
     return done.stdout.strip()
 
 

@@ -11,24 +11,26 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from orchestrator.cluster.submit.ray_jobs import STOP_GRACE, Attempt, Jobs, Submission
+from orchestrator.cluster.submit.ray_jobs import STOP_GRACE, JobAttempt, Jobs, Submission
 from orchestrator.cluster.submit.upload import Upload
 from orchestrator.core.errors import ConfigError, MissingInput, OutputError
 from orchestrator.data.files import SUFFIXES
 from orchestrator.recipe.files import builtin_recipes
-from orchestrator.recipe.loading import parts
+from orchestrator.recipe.loading import recipe_files
 from orchestrator.recipe.pipeline import STAGE, Stage
 from orchestrator.recipe.schema import ONLINE, Recipe
 
 STOP_GRACE_S = 300
-"""Seconds between SIGTERM and SIGKILL of `ray job stop`: a step and its checkpoint have to fit. Ray's own default is 3."""
+"""Seconds between SIGTERM and SIGKILL of `ray job stop`: a step and its checkpoint have to fit. Ray's own
+default is 3."""
 
 RUNNER = "orchestrator-run.sh"
 """Comes along with every upload: the job's command begins with it."""
 PROGRAM = ("sh", RUNNER)
 FIND_PYTHON = """#!/bin/sh
-# Runs this program with the interpreter that Ray's workers have here: the raylet, which this job descends from, names it. Ray may have been
-# started without its environment being active, so that PATH has none or another one.
+# Runs this program with the interpreter that Ray's workers have here: the raylet, which this job descends
+# from, names it. Ray may have been started without its environment being active, so that PATH has none or
+# another one.
 p=$PPID
 ray=
 while [ "${p:-0}" -gt 1 ] && [ -z "$ray" ]; do
@@ -48,25 +50,36 @@ exit 78
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """What submitting means now. attempt: the newest one, if any; number: of the attempt to start, None: start nothing."""
+    """What submitting means now. attempt: the newest one, if any; number: of the attempt to start, None:
+    start nothing."""
 
-    attempt: Attempt | None
+    attempt: JobAttempt | None
     number: int | None
 
 
 def entrypoint(recipe: str, overrides: Sequence[str], output: Path, working_dir: Path) -> str:
     """The command of the driver, in the uploaded folder."""
-    return shlex.join([*PROGRAM, "train", there(recipe, working_dir), *overrides, "--output", str(output.absolute())])
+    return shlex.join(
+        [
+            *PROGRAM,
+            "train",
+            path_in_upload(recipe, working_dir),
+            *overrides,
+            "--output",
+            str(output.absolute()),
+        ]
+    )
 
 
 def environment(stop_grace_s: int) -> dict[str, str]:
-    """Variables of the driver: output at once, and time to save when it is stopped. Nothing secret may be here."""
+    """Variables of the driver: output at once, and time to save when it is stopped. Nothing secret may be
+    here."""
     return {"PYTHONUNBUFFERED": "1", STOP_GRACE: str(stop_grace_s)}
 
 
-def decide(attempts: Sequence[Attempt], command: str) -> Decision:
-    """The same run once: follow it while it is going on, do nothing when it is done, else start it again to go on.
-    OutputError where the name belongs to another command."""
+def decide(attempts: Sequence[JobAttempt], command: str) -> Decision:
+    """The same run once: follow it while it is going on, do nothing when it is done, else start it again to
+    go on. OutputError where the name belongs to another command."""
     if not attempts:
         return Decision(None, 1)
     newest = max(attempts, key=lambda a: a.number)
@@ -91,10 +104,12 @@ def ask(jobs: Jobs, words: Sequence[str], upload: Upload) -> str:
     """Runs a command of this program on the cluster, as a job of its own that belongs to no run; its id."""
     name = f"{words[0]}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
     with upload.staged({RUNNER: FIND_PYTHON}) as folder:
-        return jobs.submit(Submission(name, shlex.join([*PROGRAM, *words]), folder, environment(STOP_GRACE_S)), None)
+        return jobs.submit(
+            Submission(name, shlex.join([*PROGRAM, *words]), folder, environment(STOP_GRACE_S)), None
+        )
 
 
-def there(recipe: str, working_dir: Path) -> str:
+def path_in_upload(recipe: str, working_dir: Path) -> str:
     """The recipe's name in the uploaded folder. ConfigError where it would not be there."""
     if recipe in builtin_recipes():
         return recipe
@@ -108,9 +123,10 @@ def there(recipe: str, working_dir: Path) -> str:
 
 
 def check_paths(recipe: str, stages: Sequence[Stage], upload: Upload) -> None:
-    """ConfigError or MissingInput where a relative path of the recipe will lead to nothing in the uploaded folder."""
+    """ConfigError or MissingInput where a relative path of the recipe will lead to nothing in the uploaded
+    folder."""
     if recipe not in builtin_recipes():
-        for file in parts(Path(recipe).resolve()):
+        for file in recipe_files(Path(recipe).resolve()):
             _check_path("the recipe", os.path.relpath(file, upload.root), upload, is_file=True)
     for stage in stages:
         for key, path, is_file in _paths(stage.recipe):
@@ -118,18 +134,42 @@ def check_paths(recipe: str, stages: Sequence[Stage], upload: Upload) -> None:
 
 
 def _paths(recipe: Recipe) -> Iterator[tuple[str, str, bool]]:
-    """(key, relative path, whether it can be nothing else than a file: a name on the hub looks like a folder)."""
+    """(key, relative path, whether it can be nothing else than a file: a name on the hub looks like a
+    folder)."""
     online = recipe.algorithm.name in ONLINE
-    sources = [(f"data.{k}", v) for k, v in (("train", recipe.data.train), ("eval", recipe.data.eval)) if v is not None]
-    found = [(key, s if isinstance(s, str) else s.path) for key, v in sources for s in ([v] if isinstance(v, str) else v)]
-    models = [("model", recipe.model), *([("critic.model", recipe.critic.model)] if online and recipe.critic.model is not None else [])]
+    sources = [
+        (f"data.{k}", v)
+        for k, v in (("train", recipe.data.train), ("eval", recipe.data.eval))
+        if v is not None
+    ]
+    found = [
+        (key, s if isinstance(s, str) else s.path)
+        for key, v in sources
+        for s in ([v] if isinstance(v, str) else v)
+    ]
+    models = [
+        ("model", recipe.model),
+        *([("critic.model", recipe.critic.model)] if online and recipe.critic.model is not None else []),
+    ]
     for name, model in models:
-        found += [(f"{name}.{k}", v) for k in ("path", "reference", "chat_template") if (v := getattr(model, k)) is not None]
+        found += [
+            (f"{name}.{k}", v)
+            for k in ("path", "reference", "chat_template")
+            if (v := getattr(model, k)) is not None
+        ]
     if online:
         named = [("rollouts.environment", recipe.rollouts.environment)]
         named += [(f"rewards.functions, {f.name}", f.function) for f in recipe.rewards.functions]
-        found += [(key, v.rpartition(":")[0]) for key, v in named if v is not None and v.rpartition(":")[0].endswith(".py")]
-        found += [(f"rewards.functions, {f.name}: model", f.model) for f in recipe.rewards.functions if f.model is not None]
+        found += [
+            (key, v.rpartition(":")[0])
+            for key, v in named
+            if v is not None and v.rpartition(":")[0].endswith(".py")
+        ]
+        found += [
+            (f"rewards.functions, {f.name}: model", f.model)
+            for f in recipe.rewards.functions
+            if f.model is not None
+        ]
         found += [("rollouts.replay", recipe.rollouts.replay)] if recipe.rollouts.replay is not None else []
     for key, path in found:
         if not Path(path).is_absolute() and "://" not in path and not path.startswith(("toy:", STAGE)):
@@ -139,16 +179,29 @@ def _paths(recipe: Recipe) -> Iterator[tuple[str, str, bool]]:
 def _check_path(key: str, path: str, upload: Upload, *, is_file: bool) -> None:
     run, goes = upload.run_of(Path(path)), upload.holds(Path(path))
     if run is not None and (run == Path(path) or not goes):
-        fix = "copy it out of the run folder, or put it on storage that all nodes see and give its absolute path"
-        raise ConfigError(f"{key}: {path} does not go with the job", why=f"{run} is the folder of a run, which stays behind", fix=fix)
+        fix = (
+            "copy it out of the run folder, or put it on storage that all nodes see and give its absolute "
+            "path"
+        )
+        raise ConfigError(
+            f"{key}: {path} does not go with the job",
+            why=f"{run} is the folder of a run, which stays behind",
+            fix=fix,
+        )
     if goes:
         return
     if path.startswith("..") or (upload.root / path).exists():
         raise ConfigError(
             f"{key}: {path} does not go with the job",
-            why=f"it lies outside of {upload.root}" if path.startswith("..") else "a .gitignore or .rayignore leaves it out, or it is empty",
+            why=f"it lies outside of {upload.root}"
+            if path.startswith("..")
+            else "a .gitignore or .rayignore leaves it out, or it is empty",
             fix="change that, or put it on storage that all nodes see and give its absolute path",
         )
     if is_file or Path(path).exists():
-        fix = "paths of a submitted recipe are relative to --working-dir" if Path(path).exists() else "check the path"
+        fix = (
+            "paths of a submitted recipe are relative to --working-dir"
+            if Path(path).exists()
+            else "check the path"
+        )
         raise MissingInput(f"{key}: there is no {path} in {upload.root}, which the job brings along", fix=fix)

@@ -48,7 +48,8 @@ id_ed25519*
 SECRETS = GitIgnoreSpec.from_lines(_SECRETS.split())
 PRIVATE_KEY = re.compile(rb"-----BEGIN [A-Z ]*PRIVATE KEY-----")
 RECORD, RESULTS = "run.json", ("checkpoints", "export", "run.lock")
-"""A folder with this file and one of these beside it is a run's (run/folder.py). What it was started with goes along, nothing that it made."""
+"""A folder with this file and one of these beside it is a run's (run/folder.py). What it was started with
+goes along, nothing that it made."""
 STARTED_WITH = ("recipe.yaml",)
 NAMED = 3
 """Run folders that the summary names."""
@@ -58,8 +59,8 @@ LOOKED_INTO = 4096
 
 @dataclass(frozen=True, slots=True)
 class Upload:
-    """Files below `root` that go along, relative to it, and their bytes. left: what stays behind though nothing ignores it, and why; runs: folders
-    of runs, which stay behind too."""
+    """Files below `root` that go along, relative to it, and their bytes. left: what stays behind though
+    nothing ignores it, and why; runs: folders of runs, which stay behind too."""
 
     root: Path
     files: tuple[Path, ...]
@@ -73,7 +74,9 @@ class Upload:
         for file in self.files:
             head = file.parts[0] + ("/" if len(file.parts) > 1 else "")
             heads[head] = heads.get(head, 0) + 1
-        names = ", ".join(f"{name} ({count})" if name.endswith("/") else name for name, count in sorted(heads.items()))
+        names = ", ".join(
+            f"{name} ({count})" if name.endswith("/") else name for name, count in sorted(heads.items())
+        )
         stays = [*self.left, *([self._runs()] if self.runs else [])]
         left = f"\n  not: {', '.join(stays)}" if stays else ""
         return f"{len(self.files)} files, {self.size / 1e6:.1f} MB of {self.root}: {names}{left}"
@@ -95,8 +98,8 @@ class Upload:
 
     @contextmanager
     def staged(self, scripts: Mapping[str, str] | None = None) -> Iterator[Path]:
-        """A temporary folder that holds these files, what links lead to in their place, with their modes, and nothing else but `scripts`:
-        texts by name, to be run."""
+        """A temporary folder that holds these files, what links lead to in their place, with their modes, and
+        nothing else but `scripts`: texts by name, to be run."""
         with tempfile.TemporaryDirectory(prefix="orchestrator-upload-") as folder:
             for file in self.files:
                 target = Path(folder) / file
@@ -109,9 +112,12 @@ class Upload:
 
 
 def collect(root: Path) -> Upload:
-    """The files of `root` that its .gitignore and .rayignore files leave. ConfigError for secrets, for what cannot be read, and for too much."""
+    """The files of `root` that its .gitignore and .rayignore files leave. ConfigError for secrets, for what
+    cannot be read, and for too much."""
     if not root.is_dir():
-        raise MissingInput(f"{root} is no folder", fix="give --working-dir the folder that holds your recipe and code")
+        raise MissingInput(
+            f"{root} is no folder", fix="give --working-dir the folder that holds your recipe and code"
+        )
     root = root.resolve()
     left: list[str] = []
     runs: list[Path] = []
@@ -130,9 +136,11 @@ def collect(root: Path) -> Upload:
     return Upload(root, files, total, tuple(left), tuple(runs))
 
 
-def _walk(root: Path, folder: Path, rules: tuple[tuple[Path, GitIgnoreSpec], ...], left: list[str], runs: list[Path]) -> Iterator[Path]:
-    """Files below root/folder, relative to root, links followed. rules: the ignore files met on the way, each with its folder; left: gets
-    what cannot go; runs: the folders of runs."""
+def _walk(
+    root: Path, folder: Path, rules: tuple[tuple[Path, GitIgnoreSpec], ...], left: list[str], runs: list[Path]
+) -> Iterator[Path]:
+    """Files below root/folder, relative to root, links followed. rules: the ignore files met on the way, each
+    with its folder; left: gets what cannot go; runs: the folders of runs."""
     for name in IGNORE_FILES:
         if (file := root / folder / name).is_file():
             rules += ((folder, GitIgnoreSpec.from_lines(file.read_text(encoding="utf-8").splitlines())),)
@@ -140,7 +148,11 @@ def _walk(root: Path, folder: Path, rules: tuple[tuple[Path, GitIgnoreSpec], ...
         path, is_folder = folder / entry.name, entry.is_dir()
         if entry.name in NEVER or any(_ignores(spec, base, path, entry) for base, spec in rules):
             continue
-        if is_folder and entry.is_symlink() and (root / folder).resolve().is_relative_to((root / path).resolve()):
+        if (
+            is_folder
+            and entry.is_symlink()
+            and (root / folder).resolve().is_relative_to((root / path).resolve())
+        ):
             left.append(f"{path} (a link to a folder that it lies in)")
         elif is_folder and _is_run(root / path):
             runs.append(path)
@@ -159,7 +171,9 @@ def _is_run(folder: Path) -> bool:
 
 def _ignores(spec: GitIgnoreSpec, base: Path, path: Path, entry: os.DirEntry[str]) -> bool:
     """As git sees it, to which a link is a file, and as it will lie there."""
-    return spec.match_file(_below(base, path, entry.is_dir())) or (entry.is_symlink() and spec.match_file(_below(base, path, False)))
+    return spec.match_file(_below(base, path, entry.is_dir())) or (
+        entry.is_symlink() and spec.match_file(_below(base, path, False))
+    )
 
 
 def _below(base: Path, path: Path, is_folder: bool) -> str:
@@ -168,20 +182,27 @@ def _below(base: Path, path: Path, is_folder: bool) -> str:
 
 
 def _refuse_secrets(root: Path, files: tuple[Path, ...]) -> None:
-    found = [file for file in files if SECRETS.match_file(file) or _leads_to_secret(root, file) or _holds_key(root / file)]
+    found = [
+        file
+        for file in files
+        if SECRETS.match_file(file) or _leads_to_secret(root, file) or _holds_key(root / file)
+    ]
     if found:
         named = ", ".join(map(str, found[:5])) + (f" and {len(found) - 5} more" if len(found) > 5 else "")
         raise ConfigError(
             f"{root} holds what must not leave this machine: {named}",
             why="everybody who may use the cluster can read what is uploaded",
-            fix="move these files away, or name them in .rayignore; give keys to the nodes by their environment or ~/.netrc",
+            fix="move these files away, or name them in .rayignore; give keys to the nodes by their "
+            "environment or ~/.netrc",
         )
 
 
 def _leads_to_secret(root: Path, file: Path) -> bool:
     """Whether it is a link that brings in what would be refused where it lies."""
     there = (root / file).resolve()
-    return there != root / file and SECRETS.match_file(there.relative_to(root if there.is_relative_to(root) else there.anchor))
+    return there != root / file and SECRETS.match_file(
+        there.relative_to(root if there.is_relative_to(root) else there.anchor)
+    )
 
 
 def _holds_key(file: Path) -> bool:
@@ -189,4 +210,8 @@ def _holds_key(file: Path) -> bool:
         with file.open("rb") as content:
             return PRIVATE_KEY.search(content.read(LOOKED_INTO)) is not None
     except OSError as error:
-        raise ConfigError(f"{file} cannot be read", why=error.strerror or str(error), fix="mend its permissions, or name it in .rayignore") from error
+        raise ConfigError(
+            f"{file} cannot be read",
+            why=error.strerror or str(error),
+            fix="mend its permissions, or name it in .rayignore",
+        ) from error

@@ -1,4 +1,5 @@
-"""Line charts as inline SVG: no library, no network, readable without JavaScript; a few lines of it add a hover readout."""
+"""Line charts as inline SVG: no library, no network, readable without JavaScript; a few lines of it add a
+hover readout."""
 
 import json
 import math
@@ -66,8 +67,12 @@ def figure(chart: Chart) -> str:
     for place, (series, whole) in enumerate(zip(shown, chart.series, strict=True)):
         layers.append(_line(frame, series, place, "raw" if window else ""))
         if window:
-            layers.append(_line(frame, Series(series.name, thinned(running_mean(whole.points, window))), place, "mean"))
-    marks = "".join(f'<circle class="mark c{i % COLOURS}" r="3.5" cx="-9" cy="-9"/>' for i in range(len(shown)))
+            layers.append(
+                _line(frame, Series(series.name, thinned(running_mean(whole.points, window))), place, "mean")
+            )
+    marks = "".join(
+        f'<circle class="mark c{i % COLOURS}" r="3.5" cx="-9" cy="-9"/>' for i in range(len(shown))
+    )
     note = f'<p class="small">bold line: mean over {window} steps</p>' if window else ""
     return (
         f'<figure class="chart" data-chart="{_data(shown, frame)}">'
@@ -78,7 +83,8 @@ def figure(chart: Chart) -> str:
 
 
 def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """About `count` round numbers whose first is <= low and last >= high. Example: 0.1, 0.93 -> 0, 0.2, ... 1."""
+    """About `count` round numbers whose first is <= low and last >= high. Example: 0.1, 0.93 -> 0, 0.2, ...
+    1."""
     raw = (high - low) / max(1, count - 1)
     size = 10.0 ** math.floor(math.log10(raw))
     step = next(m * size for m in (1, 2, 2.5, 5, 10) if m * size >= raw * (1 - 1e-9))
@@ -87,7 +93,8 @@ def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
 
 
 def label(value: float, step: float, largest: float | None = None) -> str:
-    """A tick in few characters. step: distance of the ticks, which with the largest of them decides the unit. Example: 0.25, 15k, 5e-6."""
+    """A tick in few characters. step: distance of the ticks, which with the largest of them decides the unit.
+    Example: 0.25, 15k, 5e-6."""
     if abs(value) < step / 1000:
         return "0"
     largest = max(abs(value), step) if largest is None else largest
@@ -101,7 +108,8 @@ def label(value: float, step: float, largest: float | None = None) -> str:
 
 
 def labels(ticks: Sequence[float]) -> tuple[list[str], str]:
-    """(the label of each tick, what is to be added to all of them). No two are the same, and none is longer than LONGEST.
+    """(the label of each tick, what is to be added to all of them). No two are the same, and none is longer
+    than LONGEST.
 
     Example: 123456.0001, 123456.0002 -> ["0", "1e-4"], "123456.0001 +"
     """
@@ -165,13 +173,17 @@ def _frame(chart: Chart, values: Sequence[float]) -> tuple[Frame, list[float]]:
 
 def _axes(frame: Frame, y_ticks: Sequence[float]) -> str:
     x_step = max(1.0, _gap(nice_ticks(frame.x_low, frame.x_high, 6)))
-    x_ticks = [i * x_step for i in range(math.ceil(frame.x_low / x_step), math.floor(frame.x_high / x_step) + 1)]
+    x_ticks = [
+        i * x_step for i in range(math.ceil(frame.x_low / x_step), math.floor(frame.x_high / x_step) + 1)
+    ]
     left, texts, base_value = f"{frame.left:.1f}", *labels(y_ticks)
     parts = []
     for tick, text in zip(y_ticks, texts, strict=True):
         y = f"{frame.y(tick):.1f}"
         parts.append(f'<line class="grid" x1="{left}" x2="{WIDTH - RIGHT}" y1="{y}" y2="{y}"/>')
-        parts.append(f'<text class="tick" x="{frame.left - 6:.1f}" y="{y}" dy="3.5" text-anchor="end">{text}</text>')
+        parts.append(
+            f'<text class="tick" x="{frame.left - 6:.1f}" y="{y}" dy="3.5" text-anchor="end">{text}</text>'
+        )
     if base_value:
         parts.append(f'<text class="base" x="{frame.left + 4:.1f}" y="{TOP + 9}">{base_value}</text>')
     base = HEIGHT - BOTTOM
@@ -179,7 +191,9 @@ def _axes(frame: Frame, y_ticks: Sequence[float]) -> str:
         x, text = frame.x(tick), label(tick, x_step)
         inside = min(x, WIDTH - 1 - CHARACTER * len(text) / 2)
         parts.append(f'<line class="axis" x1="{x:.1f}" x2="{x:.1f}" y1="{base}" y2="{base + 4}"/>')
-        parts.append(f'<text class="tick" x="{inside:.1f}" y="{base + 16}" text-anchor="middle">{text}</text>')
+        parts.append(
+            f'<text class="tick" x="{inside:.1f}" y="{base + 16}" text-anchor="middle">{text}</text>'
+        )
     parts.append(f'<line class="axis" x1="{left}" x2="{WIDTH - RIGHT}" y1="{base}" y2="{base}"/>')
     return "".join(parts)
 
@@ -191,14 +205,20 @@ def _line(frame: Frame, series: Series, place: int, style: str) -> str:
             pen_down = False
             continue
         # h0: a lone point is drawn as a dot, by its round line cap
-        commands.append(f"{'L' if pen_down else 'M'}{frame.x(x):.1f} {frame.y(y):.1f}{'' if pen_down else 'h0'}")
+        commands.append(
+            f"{'L' if pen_down else 'M'}{frame.x(x):.1f} {frame.y(y):.1f}{'' if pen_down else 'h0'}"
+        )
         pen_down = True
     colour = f"c{place % COLOURS}"
-    path = f'<path class="line {colour} {style}" d="{"".join(commands)}"><title>{escape(series.name)}</title></path>'
+    path = (
+        f'<path class="line {colour} {style}" '
+        f'd="{"".join(commands)}"><title>{escape(series.name)}</title></path>'
+    )
     if len(series.points) > DOTS_BELOW:
         return path
     return path + "".join(
-        f'<circle class="dot {colour}" cx="{frame.x(x):.1f}" cy="{frame.y(y):.1f}" r="2.4"><title>step {x:g}: {y:.4g}</title></circle>'
+        f'<circle class="dot {colour}" cx="{frame.x(x):.1f}" cy="{frame.y(y):.1f}" r="2.4"><title>step '
+        f"{x:g}: {y:.4g}</title></circle>"
         for x, y in series.points
         if y is not None
     )
@@ -209,18 +229,26 @@ def _legend(series: Sequence[Series]) -> str:
     for place, one in enumerate(series):
         last = next((y for _, y in reversed(one.points) if y is not None), None)
         value = "–" if last is None else f"{last:,.0f}" if abs(last) >= 1e4 else f"{last:.4g}"
-        keys.append(f'<span class="key"><i class="swatch c{place % COLOURS}"></i>{escape(one.name)} <b>{value}</b></span>')
+        keys.append(
+            f'<span class="key"><i class="swatch c{place % COLOURS}"></i>{escape(one.name)} '
+            f"<b>{value}</b></span>"
+        )
     return f'<div class="legend">{"".join(keys)}<span class="at"></span></div>'
 
 
 def _data(series: Sequence[Series], frame: Frame) -> str:
-    """What the hover readout needs, as an attribute: the steps and each series' values, null where it has none."""
+    """What the hover readout needs, as an attribute: the steps and each series' values, null where it has
+    none."""
     steps = sorted({x for s in series for x, _ in s.points})
     columns = [dict(s.points) for s in series]
     rounded = [[None if (y := c.get(x)) is None else float(f"{y:.5g}") for x in steps] for c in columns]
     plot = [frame.left, WIDTH - RIGHT, TOP, HEIGHT - BOTTOM]
     box = [frame.x_low, frame.x_high, frame.y_low, frame.y_high]
-    return escape(json.dumps({"x": steps, "y": rounded, "box": box, "plot": plot, "width": WIDTH}, separators=(",", ":")))
+    return escape(
+        json.dumps(
+            {"x": steps, "y": rounded, "box": box, "plot": plot, "width": WIDTH}, separators=(",", ":")
+        )
+    )
 
 
 def _gap(ticks: Sequence[float]) -> float:

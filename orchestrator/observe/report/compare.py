@@ -2,7 +2,8 @@
 
     DIR … --run_folders--> run folders --read_run--> RunSummary --differences, table, to_json--> terminal, JSON
 
-Only recipe.yaml and metrics.jsonl are read, so that runs can be compared while they go on, or after all else was deleted.
+Only recipe.yaml and metrics.jsonl are read, so that runs can be compared while they go on, or after all else
+was deleted.
 """
 
 import math
@@ -23,15 +24,25 @@ from orchestrator.observe.metric_names import ranked_by
 from orchestrator.observe.metrics import step_seconds
 from orchestrator.recipe.strict_yaml import parse
 
-HIGHER = ("reward/mean", "exact_match", "preference_accuracy", "logp_accuracy", "rewards/accuracies", "rewards/margins", "explained_variance")
-"""Metrics of which more is better, by the end of their names; so are pass@k. Of losses less is better; the others have no best."""
+HIGHER = (
+    "reward/mean",
+    "exact_match",
+    "preference_accuracy",
+    "logp_accuracy",
+    "rewards/accuracies",
+    "rewards/margins",
+    "explained_variance",
+)
+"""Metrics of which more is better, by the end of their names; so are pass@k. Of losses less is better; the
+others have no best."""
 SHOWN = ("loss", "nll_loss", *HIGHER, "kl", "policy/entropy", "completions/mean_length", "grad_norm")
 """Metrics that are compared, by their names without `eval/`; reward components and pass@k besides."""
 
 
 @dataclass(frozen=True, slots=True)
 class Value:
-    """A metric over a run. final: the last one that was recorded; best: None where more is neither better nor worse."""
+    """A metric over a run. final: the last one that was recorded; best: None where more is neither better nor
+    worse."""
 
     final: float
     best: float | None
@@ -42,9 +53,9 @@ class Value:
 class RunSummary:
     """What a run folder says. settings: the keys of its recipe, dotted; tokens_per_s: median over steps.
 
-    seconds: spent in the recorded steps. wall_seconds: from the first start to the last step; with evaluations, checkpoints, restarts
-    and the time the run was down. None where a run has not recorded it, like restarts. ranked_by:
-    what preference_accuracy ranks pairs by.
+    seconds: spent in the recorded steps. wall_seconds: from the first start to the last step; with
+    evaluations, checkpoints, restarts and the time the run was down. None where a run has not recorded it,
+    like restarts. ranked_by: what preference_accuracy ranks pairs by.
     """
 
     name: str
@@ -67,9 +78,14 @@ def run_folders(directory: Path) -> list[tuple[str, Path]]:
     stages = sorted(path.parent for path in directory.glob("*/metrics.jsonl"))
     if not stages:
         fix = "give the --output folder of a run or of a pipeline that has begun"
-        raise MissingInput(f"{directory} holds no run", why="neither it nor a folder in it has a metrics.jsonl", fix=fix)
+        raise MissingInput(
+            f"{directory} holds no run", why="neither it nor a folder in it has a metrics.jsonl", fix=fix
+        )
     recipes = {stage: _text(stage / "recipe.yaml") for stage in stages}
-    feeds = {stage: [other for other in stages if other != stage and f"/{other.name}/export" in recipes[stage]] for stage in stages}
+    feeds = {
+        stage: [other for other in stages if other != stage and f"/{other.name}/export" in recipes[stage]]
+        for stage in stages
+    }
     return [(f"{directory.name}/{stage.name}", stage) for stage in TopologicalSorter(feeds).static_order()]
 
 
@@ -94,7 +110,8 @@ def read_run(name: str, folder: Path) -> RunSummary:
 
 
 def differences(runs: Sequence[RunSummary]) -> dict[str, list[Any]]:
-    """Key -> its value in each run, of the keys that are not equal in all; None where a recipe has no such key."""
+    """Key -> its value in each run, of the keys that are not equal in all; None where a recipe has no such
+    key."""
     keys = dict.fromkeys(key for run in runs for key in run.settings)
     columns = {key: [run.settings.get(key) for run in runs] for key in keys}
     return {key: values for key, values in columns.items() if any(value != values[0] for value in values)}
@@ -113,27 +130,39 @@ def table(runs: Sequence[RunSummary]) -> Table:
     for run in runs:
         found.add_column(Text(run.name), justify="right", overflow="fold")
     for key, values in differences(runs).items():
-        found.add_row(key, *(Text("" if value is None else str(value)) for value in values))  # not str: [brackets] would be markup
+        found.add_row(
+            key, *(Text("" if value is None else str(value)) for value in values)
+        )  # not str: [brackets] would be markup
     found.add_section()
     found.add_row("steps", *(str(run.steps) for run in runs))
     for key in sorted(dict.fromkeys(key for run in runs for key in run.metrics), key=_order):
         found.add_row(_label(key, runs), *(_shown(run.metrics.get(key)) for run in runs))
-    found.add_row("tokens/s, median", *("" if run.tokens_per_s is None else f"{run.tokens_per_s:,.0f}" for run in runs))
+    found.add_row(
+        "tokens/s, median", *("" if run.tokens_per_s is None else f"{run.tokens_per_s:,.0f}" for run in runs)
+    )
     found.add_row("time in steps", *(duration(run.seconds) for run in runs))
-    found.add_row("wall time", *("" if run.wall_seconds is None else duration(run.wall_seconds) for run in runs))
+    found.add_row(
+        "wall time", *("" if run.wall_seconds is None else duration(run.wall_seconds) for run in runs)
+    )
     found.add_row("restarts", *("" if run.restarts is None else str(run.restarts) for run in runs))
     return found
 
 
 def _is_shown(key: str) -> bool:
     name = key.removeprefix("eval/")
-    component = name.startswith("reward/") and name.count("/") == 1 and name not in ("reward/std", "reward/max", "reward/group_std")
+    component = (
+        name.startswith("reward/")
+        and name.count("/") == 1
+        and name not in ("reward/std", "reward/max", "reward/group_std")
+    )
     return name in SHOWN or name.startswith("pass@") or (component and key.startswith("eval/"))
 
 
 def _value(key: str, lines: Sequence[Mapping[str, Any]], online: bool) -> Value | None:
     """online: the loss is a policy gradient's, which is no measure of anything."""
-    points = [(line[key], line["step"]) for line in lines if line.get(key) is not None and math.isfinite(line[key])]
+    points = [
+        (line[key], line["step"]) for line in lines if line.get(key) is not None and math.isfinite(line[key])
+    ]
     if not points:
         return None
     pick = None if online and key == "loss" else _better(key.removeprefix("eval/"))
@@ -157,7 +186,8 @@ def _settings(path: Path) -> dict[str, Any]:
 
 
 def _flat(tree: Any, prefix: str) -> dict[str, Any]:
-    """{"data.eval[0].path": "a.jsonl", …}: the values of a tree by dotted keys; lists of mappings are part of the tree."""
+    """{"data.eval[0].path": "a.jsonl", …}: the values of a tree by dotted keys; lists of mappings are part of
+    the tree."""
     if isinstance(tree, dict) and tree:
         inner = [(f"{prefix}.{key}" if prefix else str(key), value) for key, value in tree.items()]
     elif isinstance(tree, list) and any(isinstance(value, dict) for value in tree):
@@ -188,5 +218,9 @@ def _label(key: str, runs: Sequence[RunSummary]) -> str:
 def _shown(value: Value | None) -> str:
     if value is None:
         return "–"
-    best = "" if value.best is None or value.best == value.final else f" (best {number(value.best)} at {value.best_step})"
+    best = (
+        ""
+        if value.best is None or value.best == value.final
+        else f" (best {number(value.best)} at {value.best_step})"
+    )
     return number(value.final) + best

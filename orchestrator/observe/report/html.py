@@ -1,4 +1,5 @@
-"""`report.html`: one self-contained page of a run. No framework, no network, light and dark, readable on a phone.
+"""`report.html`: one self-contained page of a run. No framework, no network, light and dark, readable on a
+phone.
 
 metrics.jsonl  samples.jsonl  alerts.jsonl  recipe.yaml  plan.json  ->  report.html
 """
@@ -31,8 +32,8 @@ TOLD_ELSEWHERE = ("perf/", "time/", "weights/")
 
 @dataclass(frozen=True, slots=True)
 class RunRecord:
-    """What the page is made of. steps, evaluations: lines of metrics.jsonl; samples: those of the last evaluation; alerts:
-    lines of alerts.jsonl."""
+    """What the page is made of. steps, evaluations: lines of metrics.jsonl; samples: those of the last
+    evaluation; alerts: lines of alerts.jsonl."""
 
     steps: tuple[Line, ...]
     evaluations: tuple[Line, ...]
@@ -44,10 +45,13 @@ class RunRecord:
 
 
 def write_report(run_dir: Path) -> Path:
-    """Writes report.html from what the run has recorded so far, and returns its path; MissingInput without metrics."""
+    """Writes report.html from what the run has recorded so far, and returns its path; MissingInput without
+    metrics."""
     page = render(_read(run_dir), run_dir.resolve().name)
     path = run_dir / "report.html"
-    write_atomically(path, page.encode("ascii", "xmlcharrefreplace").decode("ascii"))  # no locale can spoil it
+    write_atomically(
+        path, page.encode("ascii", "xmlcharrefreplace").decode("ascii")
+    )  # no locale can spoil it
     return path
 
 
@@ -63,10 +67,16 @@ def render(run: RunRecord, folder: str) -> str:
         _section("Other metrics", _grid(_other_charts(run.steps))),
         *_samples(run.samples),
         _section("Plan", _plan(run.plan)),
-        _section("Recipe", f"<details><summary>recipe.yaml</summary><pre>{escape(run.recipe_text)}</pre></details>" if run.recipe_text else ""),
+        _section(
+            "Recipe",
+            f"<details><summary>recipe.yaml</summary><pre>{escape(run.recipe_text)}</pre></details>"
+            if run.recipe_text
+            else "",
+        ),
     ]
     return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
+        'content="width=device-width, initial-scale=1">'
         f'<meta name="color-scheme" content="light dark"><link rel="icon" href="data:,"><title>{name}</title>'
         f"<style>{STYLE}{charts.STYLE}</style></head>\n<body><main>{''.join(sections)}</main><script>{charts.SCRIPT}</script></body></html>\n"
     )
@@ -106,7 +116,9 @@ def _mapping(path: Path, parse: Any, text: str) -> Mapping[str, Any]:
     try:
         found = parse(text)
     except (yaml.YAMLError, json.JSONDecodeError) as error:
-        raise DataError(f"{path} cannot be read", why=str(error), fix="restore it from the run, or remove it") from error
+        raise DataError(
+            f"{path} cannot be read", why=str(error), fix="restore it from the run, or remove it"
+        ) from error
     return found if isinstance(found, dict) else {}
 
 
@@ -135,17 +147,25 @@ def _head(run: RunRecord, name: str) -> str:
     line = " · ".join(escape(str(f)) for f in facts if f)
     arithmetic = _at(run.plan, "arithmetic")
     badge = f"<p class=arithmetic>{escape(str(arithmetic))}</p>" if arithmetic else ""
-    tiles = "".join(f"<div class=tile><span>{escape(k)}</span><b>{escape(v)}</b></div>" for k, v in _facts(run).items())
-    return f"<header><p class=eyebrow>{line or 'training run'}</p><h1>{name}</h1>{badge}<div class=tiles>{tiles}</div></header>"
+    tiles = "".join(
+        f"<div class=tile><span>{escape(k)}</span><b>{escape(v)}</b></div>"
+        for k, v in _header_tiles(run).items()
+    )
+    return (
+        f"<header><p class=eyebrow>{line or 'training run'}</p><h1>{name}</h1>{badge}<div "
+        f"class=tiles>{tiles}</div></header>"
+    )
 
 
-def _facts(run: RunRecord) -> dict[str, str]:
+def _header_tiles(run: RunRecord) -> dict[str, str]:
     if not run.steps:
         return {"steps": "none yet"}
     first, last = run.steps[0], run.steps[-1]
     total = _at(run.plan, "total_steps")
     facts = {"steps": f"{last['step']} of {total}" if total else str(last["step"])}
-    shown = "reward/mean" if "reward/mean" in last else "loss"  # a policy gradient's loss is about 0 throughout
+    shown = (
+        "reward/mean" if "reward/mean" in last else "loss"
+    )  # a policy gradient's loss is about 0 throughout
     if first.get(shown) is not None and last.get(shown) is not None:
         facts[shown.removesuffix("/mean")] = f"{number(first[shown])} → {number(last[shown])}"
     if last.get("num_tokens"):
@@ -175,7 +195,13 @@ def _before_after(evaluations: Sequence[Line]) -> str:
     if not evaluations:
         return ""
     first, last = evaluations[0], evaluations[-1]
-    names = [n for question in QUESTIONS for panel in question.panels for n in panel.among(last) if n.startswith(EVAL)]
+    names = [
+        n
+        for question in QUESTIONS
+        for panel in question.panels
+        for n in panel.among(last)
+        if n.startswith(EVAL)
+    ]
     names += [n for n in last if n.startswith(EVAL) and n not in names]
     single = len(evaluations) == 1
     rows = "".join(_change(spoken(n, last), first.get(n), last.get(n), single) for n in names)
@@ -183,7 +209,9 @@ def _before_after(evaluations: Sequence[Line]) -> str:
     change = "" if single else "<th>change</th>"
     head = f"<tr><th>metric</th>{before}<th>step {last['step']}</th>{change}</tr>"
     table = f"<div class=scroll><table><thead>{head}</thead><tbody>{rows}</tbody></table></div>"
-    lead = "Held-out data, the one evaluation so far." if single else "Held-out data, first and last evaluation."
+    lead = (
+        "Held-out data, the one evaluation so far." if single else "Held-out data, first and last evaluation."
+    )
     return _section("Evaluation" if single else "Before and after", table, lead)
 
 
@@ -191,7 +219,11 @@ def _change(name: str, before: float | None, after: float | None, single: bool) 
     cells = [after] if single else [before, after]
     shown = "".join(f"<td>{'–' if v is None else number(v)}</td>" for v in cells)
     if not single:
-        shown += "<td class=soft>–</td>" if before is None or after is None else f"<td class=soft>{after - before:+.4g}</td>"
+        shown += (
+            "<td class=soft>–</td>"
+            if before is None or after is None
+            else f"<td class=soft>{after - before:+.4g}</td>"
+        )
     return f"<tr><td>{escape(name)}</td>{shown}</tr>"
 
 
@@ -239,13 +271,19 @@ def _names(lines: Sequence[Line]) -> tuple[str, ...]:
 
 def _other_phases(emitted: Sequence[str]) -> tuple[str, ...]:
     """Phases that only some algorithms have."""
-    return tuple(n for n in emitted if n.startswith("time/") and n.count("/") == 1 and n not in (*PHASES, "time/step", "time/learn"))
+    return tuple(
+        n
+        for n in emitted
+        if n.startswith("time/") and n.count("/") == 1 and n not in (*PHASES, "time/step", "time/learn")
+    )
 
 
 def _other_charts(steps: Sequence[Line]) -> list[Chart]:
     """Metrics that no question asks for: parts of a reward, of a loss …"""
     emitted = _names(steps)
-    asked = {name for question in QUESTIONS for panel in question.panels for name in panel.among(emitted)} | HIDDEN
+    asked = {
+        name for question in QUESTIONS for panel in question.panels for name in panel.among(emitted)
+    } | HIDDEN
     names = (n for n in emitted if n not in asked and not n.startswith(TOLD_ELSEWHERE))
     found = (Chart(n, _series(steps, [n]), smooth=True) for n in names)
     return [chart for chart in found if not _quiet(chart.series)]
@@ -284,12 +322,18 @@ def _samples(samples: Sequence[Line]) -> list[str]:
 
 
 def _plan(plan: Mapping[str, Any]) -> str:
-    rows = [(c.get("name"), c.get("value"), c.get("reason")) for c in plan.get("choices", []) if isinstance(c, dict)]
+    rows = [
+        (c.get("name"), c.get("value"), c.get("reason"))
+        for c in plan.get("choices", [])
+        if isinstance(c, dict)
+    ]
     for name, title in (("memory", "predicted memory per rank"), ("traffic", "traffic per rank and step")):
         parts = {k: v for k, v in (plan.get(name) or {}).items() if isinstance(v, int | float) and v}
         if parts:
             whole = parts.pop("total", None) or sum(parts.values())
-            rows.append((title, f"{whole / 1e9:.3g} GB", ", ".join(f"{k} {v / 1e9:.3g}" for k, v in parts.items())))
+            rows.append(
+                (title, f"{whole / 1e9:.3g} GB", ", ".join(f"{k} {v / 1e9:.3g}" for k, v in parts.items()))
+            )
     return _table_of_words(rows)
 
 

@@ -29,8 +29,8 @@ def model_card(
 ) -> str:
     """The README.md of an exported model: Hugging Face front matter, then recipe, data and results.
 
-    base: hub name, folder or description of the start weights; metrics_path: the run's metrics.jsonl, of which only
-    the steps up to `last` count.
+    base: hub name, folder or description of the start weights; metrics_path: the run's metrics.jsonl, of
+    which only the steps up to `last` count.
     """
     lines = read_lines(metrics_path) if metrics_path.is_file() else []
     lines = [line for line in lines if last is None or line.get("step", 0) <= last]
@@ -38,7 +38,8 @@ def model_card(
     evaluations = [line for line in lines if any(n.startswith("eval/") for n in line)]
     parts = [
         _front_matter(base, algorithm),
-        f"# {name}\n\n`{base}` trained with **{algorithm}** for {steps[-1]['step'] if steps else 0} optimizer steps by orchestrator.",
+        f"# {name}\n\n`{base}` trained with **{algorithm}** for {steps[-1]['step'] if steps else 0} "
+        "optimizer steps by orchestrator.",
         f"## Results\n\n{_results(steps, evaluations)}",
     ]
     if steps:
@@ -52,10 +53,16 @@ def model_card(
 
 
 def _front_matter(base: str, algorithm: str) -> str:
-    facts: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["orchestrator", algorithm]}
+    facts: dict[str, Any] = {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["orchestrator", algorithm],
+    }
     if algorithm == "reward":
         facts["pipeline_tag"] = "text-classification"
-    if HUB_NAME.fullmatch(base) and not Path(base).exists():  # only a hub name is one; a folder would be a dead link
+    if (
+        HUB_NAME.fullmatch(base) and not Path(base).exists()
+    ):  # only a hub name is one; a folder would be a dead link
         facts["base_model"] = base
     return f"---\n{yaml.safe_dump(facts, sort_keys=False)}---"
 
@@ -64,9 +71,18 @@ def _results(steps: Sequence[Mapping[str, Any]], evaluations: Sequence[Mapping[s
     if evaluations:
         first, last = evaluations[0], evaluations[-1]
         head = ("held-out metric", f"step {first['step']}", f"step {last['step']}")
-        return _table(head, [(f"eval/{spoken(n, last)}", _cell(first.get(n)), _cell(v)) for n, v in last.items() if n.startswith("eval/")])
+        return _table(
+            head,
+            [
+                (f"eval/{spoken(n, last)}", _cell(first.get(n)), _cell(v))
+                for n, v in last.items()
+                if n.startswith("eval/")
+            ],
+        )
     if steps:
-        return _table(("metric at the last step", "value"), [(n, _cell(steps[-1][n])) for n in CURVE if n in steps[-1]])
+        return _table(
+            ("metric at the last step", "value"), [(n, _cell(steps[-1][n])) for n in CURVE if n in steps[-1]]
+        )
     return "No metrics were recorded."
 
 
@@ -74,7 +90,9 @@ def _curve(steps: Sequence[Mapping[str, Any]]) -> str:
     names = [n for n in CURVE if any(n in line for line in steps)]
     count = min(CURVE_POINTS, len(steps))
     chosen = [steps[round(i * (len(steps) - 1) / max(1, count - 1))] for i in range(count)]
-    return _table(("step", *names), [(str(line["step"]), *(_cell(line.get(n)) for n in names)) for line in chosen])
+    return _table(
+        ("step", *names), [(str(line["step"]), *(_cell(line.get(n)) for n in names)) for line in chosen]
+    )
 
 
 def _cell(value: Any) -> str:

@@ -1,4 +1,5 @@
-"""Which charts answer which question, in the order of report.html, of the wandb workspaces and of the Grafana dashboard.
+"""Which charts answer which question, in the order of report.html, of the wandb workspaces and of the Grafana
+dashboard.
 
 Names are those of metrics.jsonl (names.py has the others). A run has the charts of the metrics that it emits.
 """
@@ -11,9 +12,12 @@ from orchestrator.observe.metric_names import REWARD_FIGURES
 
 @dataclass(frozen=True, slots=True)
 class Panel:
-    """One chart. steps: metrics of training steps; held_out: of evaluations, without `eval/`; from_zero: its axis starts there.
+    """One chart. steps: metrics of training steps; held_out: of evaluations, without `eval/`; from_zero: its
+    axis starts there.
 
-    family: instead, the beginning of metrics whose last word the recipe names: reward components, sources of the data."""
+    family: instead, the beginning of metrics whose last word the recipe names: reward components, sources of
+    the data.
+    """
 
     title: str
     steps: tuple[str, ...] = ()
@@ -57,7 +61,19 @@ def _both(title: str, *names: str) -> Panel:
 
 PASS_AT = tuple(f"pass@{k}" for k in (1, 2, 4, 8, 16))
 """Of evaluation.pass_at_k."""
-PHASES = tuple(f"time/{phase}" for phase in ("generate", "score", "experience", "data", "reference", "forward_backward", "optim", "publish"))
+PHASES = tuple(
+    f"time/{phase}"
+    for phase in (
+        "generate",
+        "score",
+        "experience",
+        "data",
+        "reference",
+        "forward_backward",
+        "optim",
+        "publish",
+    )
+)
 
 QUESTIONS: tuple[Question, ...] = (
     Question(
@@ -89,8 +105,16 @@ QUESTIONS: tuple[Question, ...] = (
             Panel("Entropy", ("policy/entropy",)),
             Panel("Spread of rewards", ("reward/std", "reward/group_std")),
             Panel("Groups without a signal", ("reward/no_signal_ratio",)),
-            Panel("Completion length", ("completions/mean_length", "completions/max_length"), ("completions/mean_length",)),
-            Panel("Completions cut off or empty", ("completions/clipped_ratio", "completions/empty_ratio"), from_zero=True),
+            Panel(
+                "Completion length",
+                ("completions/mean_length", "completions/max_length"),
+                ("completions/mean_length",),
+            ),
+            Panel(
+                "Completions cut off or empty",
+                ("completions/clipped_ratio", "completions/empty_ratio"),
+                from_zero=True,
+            ),
             Panel("Clipped ratios", ("policy/clip_fraction",), from_zero=True),
             Panel("Generator against learner, nat per token", ("policy/train_rollout_gap",)),
             Panel("Explained variance of the critic", ("value/explained_variance",)),
@@ -113,7 +137,13 @@ QUESTIONS: tuple[Question, ...] = (
             Panel("Goodput", ("perf/goodput",), smooth=False, from_zero=True),
             Panel("Restarts", ("faults/restarts",), smooth=False, from_zero=True),
             Panel("Skipped steps", ("skipped",), smooth=False, from_zero=True),
-            Panel("Groups without a reward", ("reward/dropped_groups",), ("unscored",), smooth=False, from_zero=True),
+            Panel(
+                "Groups without a reward",
+                ("reward/dropped_groups",),
+                ("unscored",),
+                smooth=False,
+                from_zero=True,
+            ),
             Panel("Age of rollouts, versions", ("policy/staleness",), from_zero=True),
             Panel("Seconds per weight update", ("weights/seconds",), from_zero=True),
         ),
@@ -122,7 +152,11 @@ QUESTIONS: tuple[Question, ...] = (
 
 
 def board(emitted: Collection[str]) -> tuple[tuple[str, tuple[tuple[str, tuple[str, ...]], ...]], ...]:
-    """(question, ((panel, metrics), ...)) for runs that emit these metrics: no panel without one, no question without a panel."""
-    asked = ((question.title, tuple((panel.title, panel.among(emitted)) for panel in question.panels)) for question in QUESTIONS)
+    """(question, ((panel, metrics), ...)) for runs that emit these metrics: no panel without one, no question
+    without a panel."""
+    asked = (
+        (question.title, tuple((panel.title, panel.among(emitted)) for panel in question.panels))
+        for question in QUESTIONS
+    )
     filled = ((title, tuple((panel, names) for panel, names in panels if names)) for title, panels in asked)
     return tuple((title, panels) for title, panels in filled if panels)

@@ -43,11 +43,27 @@ def sample_sections(samples: Sequence[Line]) -> list[tuple[str, str, str]]:
     right = [s for s in generations if _score(s)]
     mixed = [s for both in zip(right, wrong, strict=False) for s in both]  # some of each kind come first
     mixed += right[len(wrong) :] + wrong[len(right) :]
-    scored = f" {len(right)} of {len(generations)} correct." if any(s.get("answer") is not None for s in generations) else ""
+    scored = (
+        f" {len(right)} of {len(generations)} correct."
+        if any(s.get("answer") is not None for s in generations)
+        else ""
+    )
     return [
-        (_most_wrong(pairs), _cards(pairs, _pair), f"Held-out pairs of the last evaluation with the lowest margin.{_shown(pairs)}"),
-        ("Generations", _cards(mixed, _generation), f"Greedy answers to held-out prompts.{scored}{_shown(mixed)}"),
-        ("Rollouts", _cards(rollouts, _generation), "Of the last rollout batch: the worst, those in the middle, and the best by reward."),
+        (
+            _most_wrong(pairs),
+            _cards(pairs, _pair),
+            f"Held-out pairs of the last evaluation with the lowest margin.{_shown(pairs)}",
+        ),
+        (
+            "Generations",
+            _cards(mixed, _generation),
+            f"Greedy answers to held-out prompts.{scored}{_shown(mixed)}",
+        ),
+        (
+            "Rollouts",
+            _cards(rollouts, _generation),
+            "Of the last rollout batch: the worst, those in the middle, and the best by reward.",
+        ),
     ]
 
 
@@ -66,7 +82,11 @@ def _most_wrong(pairs: Sequence[Line]) -> str:
 
 
 def _shown(samples: Sequence[Line]) -> str:
-    return f" {MOST_SAMPLES} of {len(samples)} are shown; samples.jsonl has all." if len(samples) > MOST_SAMPLES else ""
+    return (
+        f" {MOST_SAMPLES} of {len(samples)} are shown; samples.jsonl has all."
+        if len(samples) > MOST_SAMPLES
+        else ""
+    )
 
 
 def _cards(samples: Sequence[Line], render_one: Any) -> str:
@@ -83,18 +103,30 @@ def _text(title: str, value: Any, style: str = "") -> str:
 def _pair(sample: Line) -> str:
     margin = _margin(sample)[1]
     head = "" if margin is None else f"<p class=score>margin <b>{number(margin)}</b></p>"
-    texts = _text("prompt", sample.get("prompt")) + _text("chosen", sample.get("chosen"), "good") + _text("rejected", sample.get("rejected"), "bad")
+    texts = (
+        _text("prompt", sample.get("prompt"))
+        + _text("chosen", sample.get("chosen"), "good")
+        + _text("rejected", sample.get("rejected"), "bad")
+    )
     return f"<article>{head}{texts}</article>"
 
 
 def _generation(sample: Line) -> str:
     scores = sample.get("scores") or {}
     if "reward" in scores:
-        shown = ", ".join(f"{escape(name)} <b>{number(value)}</b>" for name, value in scores.items() if value is not None)
+        shown = ", ".join(
+            f"{escape(name)} <b>{number(value)}</b>" for name, value in scores.items() if value is not None
+        )
         head, style = f"<p class=score>{shown}</p>", "good" if (scores["reward"] or 0.0) > 0 else "bad"
     else:
         correct = scores.get("correct")
-        head = "" if correct is None else f"<p class=score>{'✓ correct' if correct else '✗ not the answer'}</p>"
+        head = (
+            "" if correct is None else f"<p class=score>{'✓ correct' if correct else '✗ not the answer'}</p>"
+        )
         style = "" if correct is None else "good" if correct else "bad"
-    texts = _text("prompt", sample.get("prompt")) + _text("completion", sample.get("completion"), style) + _text("answer", sample.get("answer"))
+    texts = (
+        _text("prompt", sample.get("prompt"))
+        + _text("completion", sample.get("completion"), style)
+        + _text("answer", sample.get("answer"))
+    )
     return f"<article>{head}{texts}</article>"

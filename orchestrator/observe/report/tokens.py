@@ -21,14 +21,22 @@ def render_group(group: SequenceGroup, decode: Callable[[int], str]) -> Text:
     text = Text()
     _legend(text)
     text.append(f"\nexample {group.id}", "bold")
-    facts = [f"source {group.source}", f"{group.shared_tokens} tokens (the prompt once)", f"{group.scored_tokens} scored"]
-    facts += [f"{name} {value:g}" for name, value in (("label", group.label), ("margin", group.margin)) if value is not None]
+    facts = [
+        f"source {group.source}",
+        f"{group.shared_tokens} tokens (the prompt once)",
+        f"{group.scored_tokens} scored",
+    ]
+    facts += [
+        f"{name} {value:g}"
+        for name, value in (("label", group.label), ("margin", group.margin))
+        if value is not None
+    ]
     text.append("  " + ", ".join(facts), "dim")
     _title(text, "prompt", f"{len(group.prompt)} tokens")
     for place, token in enumerate(group.prompt.tolist()):
         text.append(visible(decode(token)), PROMPT[place % 2])
     for name, branch in zip(_names(group), group.branches, strict=True):
-        _title(text, name, f"{len(branch.ids)} tokens, {int(branch.scored.sum())} scored")
+        _title(text, name, f"{len(branch.ids)} tokens, {int(branch.loss_mask.sum())} scored")
         _branch(text, branch, decode)
     text.append("\n")
     return text
@@ -36,12 +44,14 @@ def render_group(group: SequenceGroup, decode: Callable[[int], str]) -> Text:
 
 def visible(token: str) -> str:
     """A token as it can be seen: marks for white space, escapes for control characters."""
-    return "".join(SHOWN.get(c) or (c if c.isprintable() else c.encode("unicode_escape").decode("ascii")) for c in token)
+    return "".join(
+        SHOWN.get(c) or (c if c.isprintable() else c.encode("unicode_escape").decode("ascii")) for c in token
+    )
 
 
 def _branch(text: Text, branch: Branch, decode: Callable[[int], str]) -> None:
     before = False
-    for place, (token, scored) in enumerate(zip(branch.ids.tolist(), branch.scored.tolist(), strict=True)):
+    for place, (token, scored) in enumerate(zip(branch.ids.tolist(), branch.loss_mask.tolist(), strict=True)):
         if scored != before:
             text.append("⟦" if scored else "⟧", "bold green")
         text.append(visible(decode(token)), (SCORED if scored else UNSCORED)[place % 2])
@@ -51,7 +61,9 @@ def _branch(text: Text, branch: Branch, decode: Callable[[int], str]) -> None:
 
 
 def _legend(text: Text) -> None:
-    text.append("⟦", "bold green").append("scored", SCORED[0]).append("⟧", "bold green").append(": counts in the loss   ")
+    text.append("⟦", "bold green").append("scored", SCORED[0]).append("⟧", "bold green").append(
+        ": counts in the loss   "
+    )
     text.append("not scored", UNSCORED[0]).append(": read, but not in the loss   ")
     text.append("prompt", PROMPT[0]).append("\n· space   ↵ line end   → tab\n", "dim")
 

@@ -13,8 +13,8 @@ from orchestrator.models.weight_buckets import Bucket, Entry
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One prompt and the seeds of its samples. position: tokens the seeds have drawn before (multi-turn); room: tokens
-    each sample may still draw."""
+    """One prompt and the seeds of its samples. position: tokens the seeds have drawn before (multi-turn);
+    room: tokens each sample may still draw."""
 
     prompt: Ints
     seeds: tuple[int, ...]
@@ -22,10 +22,17 @@ class Request:
     position: int = 0
 
 
-class GenerationEngine(Protocol):
+class Decoder(Protocol):
+    """Samples completions for requests with weights that are already in place."""
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[tuple[Completion, ...]]: ...
+
+
+class GenerationEngine(Decoder, Protocol):
     """Decodes with one model whose weights can be replaced in place.
 
-    Every log-prob it returns is the policy's, over the whole vocabulary at the temperature, whatever top-k, top-p and min-p left out.
+    Every log-prob it returns is the policy's, over the whole vocabulary at the temperature, whatever top-k,
+    top-p and min-p left out.
     """
 
     @property
@@ -42,8 +49,6 @@ class GenerationEngine(Protocol):
         ...
 
     def commit(self, version: int | None) -> None: ...
-
-    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[tuple[Completion, ...]]: ...
 
     def close(self) -> None: ...
 

@@ -31,8 +31,9 @@ SPARE_TOKENS = 8
 
 
 @dataclass(frozen=True, slots=True)
-class Ends:
-    """What ends a completion: an eos token, a stop text, no room. decode: tokens -> text, special ones included."""
+class StopCriteria:
+    """What ends a completion: an eos token, a stop text, no room. decode: tokens -> text, special ones
+    included."""
 
     eos: frozenset[int]
     decode: Callable[[Sequence[int]], str]
@@ -64,11 +65,13 @@ class _Row:
 
 
 class StaticDecoder:
-    """Decodes requests with one model in this process. rows: sequences decoded together; eos: tokens that end a sequence.
-    ConfigError where the model's cache is more than keys and values."""
+    """Decodes requests with one model in this process. rows: sequences decoded together; eos: tokens that end
+    a sequence. ConfigError where the model's cache is more than keys and values."""
 
-    def __init__(self, model: Any, eos: Sequence[int], rows: int, decode: Callable[[Sequence[int]], str]) -> None:
-        self.model, self.rows, self.ends = model, rows, Ends(frozenset(eos), decode)
+    def __init__(
+        self, model: Any, eos: Sequence[int], rows: int, decode: Callable[[Sequence[int]], str]
+    ) -> None:
+        self.model, self.rows, self.ends = model, rows, StopCriteria(frozenset(eos), decode)
         self.device = next(model.parameters()).device
         kinds = {type(layer) for layer in DynamicCache(config=model.config).layers}
         if getattr(model, "_is_stateful", False) or kinds - {DynamicLayer, DynamicSlidingWindowLayer}:
@@ -103,7 +106,9 @@ class StaticDecoder:
     def _admit(self, batch: "_Batch", waiting: deque[int], requests: Sequence[Request]) -> None:
         """Fills free rows; not before a quarter of them is free, as each prefill interrupts all the others."""
         free = self.rows - len(batch.rows)
-        if not waiting or (batch.rows and free < max(len(requests[waiting[0]].seeds), COMPACT_AT * self.rows)):
+        if not waiting or (
+            batch.rows and free < max(len(requests[waiting[0]].seeds), COMPACT_AT * self.rows)
+        ):
             return
         admitted: list[int] = []
         while waiting and (not (admitted or batch.rows) or len(requests[waiting[0]].seeds) <= free):
@@ -117,11 +122,15 @@ class StaticDecoder:
             ids[row, width - len(request.prompt) :] = torch.from_numpy(request.prompt)
             mask[row, width - len(request.prompt) :] = 1
         ids, mask = ids.to(self.device), mask.to(self.device)
-        cache = DynamicCache()  # without the config: sliding layers keep all, so that rows can be padded and compacted alike
+        cache = (
+            DynamicCache()
+        )  # without the config: sliding layers keep all, so that rows can be padded and compacted alike
         logits = self._logits(ids, mask, (mask.cumsum(1) - 1).clamp(min=0), cache)
         forks = torch.tensor([len(r.seeds) for r in chosen], device=self.device)
         origin = torch.repeat_interleave(torch.arange(len(chosen), device=self.device), forks)
-        rows = [_Row(i, k, r.room) for i, r in zip(admitted, chosen, strict=True) for k in range(len(r.seeds))]
+        rows = [
+            _Row(i, k, r.room) for i, r in zip(admitted, chosen, strict=True) for k in range(len(r.seeds))
+        ]
         seeds = torch.tensor([words(seed) for r in chosen for seed in r.seeds], device=self.device)
         start = torch.tensor([r.position for r in chosen for _ in r.seeds], device=self.device)
         layers = [(keys[origin], values[origin]) for keys, values in map(_keys_values, cache.layers)]
@@ -145,13 +154,20 @@ class StaticDecoder:
         batch.logits = self._logits(batch.tokens[:, None], batch.mask, positions, batch.cache)
 
     def _logits(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache) -> Tensor:
-        output = self.model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        output = self.model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
         return output.logits[:, -1]
 
 
 class _Batch:
-    """Rows that decode together, left-padded to one length. mask: Int[R, T]; logits: Float[R, V] that the next token is drawn
-    from; seeds: Int[R, 2]; positions: Int[R], tokens drawn so far."""
+    """Rows that decode together, left-padded to one length. mask: Int[R, T]; logits: Float[R, V] that the
+    next token is drawn from; seeds: Int[R, 2]; positions: Int[R], tokens drawn so far."""
 
     def __init__(self, device: torch.device) -> None:
         self.rows: list[_Row] = []
@@ -159,18 +175,34 @@ class _Batch:
         self.mask = torch.zeros(0, 0, dtype=torch.long, device=device)
         self.logits = self.seeds = self.positions = self.tokens = torch.zeros(0, device=device)
 
-    def add(self, rows: list[_Row], layers: list[tuple[Tensor, Tensor]], mask: Tensor, logits: Tensor, seeds: Tensor, positions: Tensor) -> None:
+    def add(
+        self,
+        rows: list[_Row],
+        layers: list[tuple[Tensor, Tensor]],
+        mask: Tensor,
+        logits: Tensor,
+        seeds: Tensor,
+        positions: Tensor,
+    ) -> None:
         """Joins new rows, both sides padded on the left to the longer of the two."""
         if not self.rows:
-            self.rows, self.mask, self.logits, self.seeds, self.positions = rows, mask, logits, seeds, positions
+            self.rows, self.mask, self.logits, self.seeds, self.positions = (
+                rows,
+                mask,
+                logits,
+                seeds,
+                positions,
+            )
             for index, (keys, values) in enumerate(layers):
                 self.cache.update(keys, values, index)
             return
         width = max(self.mask.shape[1], mask.shape[1])
         for layer, added in zip(self.cache.layers, layers, strict=True):
             pairs = zip(_keys_values(layer), added, strict=True)
-            _set(layer, *(torch.cat([_left(old, width, 2), _left(new, width, 2)]) for old, new in pairs))
-        self.mask = torch.cat([_left(self.mask, width, 1), _left(mask, width, 1)])
+            _set(
+                layer, *(torch.cat([pad_left(old, width, 2), pad_left(new, width, 2)]) for old, new in pairs)
+            )
+        self.mask = torch.cat([pad_left(self.mask, width, 1), pad_left(mask, width, 1)])
         self.rows = self.rows + rows
         self.logits, self.seeds = torch.cat([self.logits, logits]), torch.cat([self.seeds, seeds])
         self.positions = torch.cat([self.positions, positions])
@@ -189,12 +221,15 @@ class _Batch:
 
 
 def on_host(drawn: Drawn) -> tuple[list[int], list[float], list[list[float]]]:
-    """Of each row: its token, its log-prob, and a list with the log of its kept mass, empty where all is kept."""
+    """Of each row: its token, its log-prob, and a list with the log of its kept mass, empty where all is
+    kept."""
     kept = [[] for _ in drawn.tokens] if drawn.kept is None else [[k] for k in drawn.kept.tolist()]
     return drawn.tokens.tolist(), drawn.logprobs.tolist(), kept
 
 
-def as_completion(ids: list[int], logprobs: list[float], kept: list[float], finish: Finish | None) -> Completion:
+def as_completion(
+    ids: list[int], logprobs: list[float], kept: list[float], finish: Finish | None
+) -> Completion:
     """The arrays of a sample that has ended."""
     assert finish is not None and len(kept) in (0, len(ids))
     masses = np.array(kept, np.float32) if kept else None
@@ -210,7 +245,7 @@ def _set(layer: Any, keys: Tensor, values: Tensor) -> None:
     layer.keys, layer.values = keys, values
 
 
-def _left(values: Tensor, width: int, dim: int) -> Tensor:
+def pad_left(values: Tensor, width: int, dim: int) -> Tensor:
     """Zeros in front until `dim` has `width`."""
     missing = width - values.shape[dim]
     if not missing:

@@ -1,13 +1,16 @@
-"""The transformers engine with transformers' continuous batching: a paged cache in which rows of any length decode together
-without padding. On a CPU static.py is mostly quicker (benchmarks/decoding.py); `rollouts.batching: measured` times both.
+"""The transformers engine with transformers' continuous batching: a paged cache in which rows of any length
+decode together without padding. On a CPU static.py is mostly quicker (benchmarks/decoding.py);
+`rollouts.batching: measured` times both.
 
     requests --submit: a prompt is prefilled once and forked for its samples--> the manager's thread: one step for all rows
         ^                                                                           |
-        +------- samples end, their pages are free for other requests <-- `Drawer`: draws one token a row as static.py does
+        +------- samples end, their pages are free for other requests <-- `Drawer`: draws one token a row as
+        static.py does
 
-The manager would draw from one global generator, so what a row gets would depend on the rows beside it. Here it is told to
-decode greedily, and the scores it sees have 1 at the token that the Drawer chose by the sample's own noise and 0 elsewhere.
-The Drawer also keeps each token's log-prob: the manager would report the one of its own scores.
+The manager would draw from one global generator, so what a row gets would depend on the rows beside it. Here
+it is told to decode greedily, and the scores it sees have 1 at the token that the Drawer chose by the
+sample's own noise and 0 elsewhere. The Drawer also keeps each token's log-prob: the manager would report the
+one of its own scores.
 """
 
 import gc
@@ -34,14 +37,16 @@ from orchestrator.core.errors import Exit, OrchestratorError
 from orchestrator.core.rollouts import Completion, Sampling
 from orchestrator.models.noise import words
 from orchestrator.rollout.engines.engine import Request
-from orchestrator.rollout.engines.padded_decoder import Ends, StaticDecoder, as_completion, on_host
+from orchestrator.rollout.engines.padded_decoder import StaticDecoder, StopCriteria, as_completion, on_host
 from orchestrator.rollout.engines.sampling import draw
 
 PAGE_TOKENS = 32
 PREFILL_TOKENS = 256
-"""Tokens of a step at least, so that prompts are prefilled in few of them; its square grows with the mask of SDPA."""
+"""Tokens of a step at least, so that prompts are prefilled in few of them; its square grows with the mask of
+SDPA."""
 GAP, GAP_HALF = 1e-3, 0.05
-"""Nat per token by which log-probs of the two decoders may differ in fp32, and in half precision: more is another model."""
+"""Nat per token by which log-probs of the two decoders may differ in fp32, and in half precision: more is
+another model."""
 POLL_S = 1.0
 """How often the manager's thread is looked at while no sample ends."""
 
@@ -54,7 +59,8 @@ class ContinuousBatchingFailed(OrchestratorError):
 
 @dataclass(slots=True)
 class _Sample:
-    """One sample under way. name: of the manager's request; words: of its seed; position: tokens drawn before this request."""
+    """One sample under way. name: of the manager's request; words: of its seed; position: tokens drawn before
+    this request."""
 
     name: str
     words: tuple[int, int]
@@ -69,13 +75,13 @@ class _Sample:
         return as_completion(self.ids, self.logprobs, self.kept, self.finish)
 
 
-class Drawer(ContinuousBatchingLogitsProcessor):
+class TokenSampler(ContinuousBatchingLogitsProcessor):
     """Draws the tokens of a step in the manager's thread. ended: samples in the order in which they end."""
 
     supported_kwargs: ClassVar[dict[str, type]] = {}
     ignored_kwargs: ClassVar[tuple[str, ...]] = ()
 
-    def __init__(self, sampling: Sampling, ends: Ends, cancel: Callable[[str], None]) -> None:
+    def __init__(self, sampling: Sampling, ends: StopCriteria, cancel: Callable[[str], None]) -> None:
         self.sampling, self.ends, self.cancel = sampling, ends, cancel
         self.samples: dict[str, _Sample] = {}
         self.step: list[_Sample] = []
@@ -108,24 +114,31 @@ class Drawer(ContinuousBatchingLogitsProcessor):
         sample.finish = self.ends.finish(sample.ids, sample.room, self.sampling.stop)
         if sample.finish is None:
             return
-        if token not in self.ends.eos and len(sample.ids) < sample.room:  # a stop text, of which the manager knows nothing
+        if (
+            token not in self.ends.eos and len(sample.ids) < sample.room
+        ):  # a stop text, of which the manager knows nothing
             self.cancel(sample.name)
         self.ended.put(sample)
 
 
 class ContinuousDecoder:
-    """Decodes requests with one model in this process, as StaticDecoder does and with its results. rows: sequences decoded
-    together; eos: tokens that end a sequence. ContinuousBatchingFailed where the model does not take a paged cache.
+    """Decodes requests with one model in this process, as StaticDecoder does and with its results. rows:
+    sequences decoded together; eos: tokens that end a sequence. ContinuousBatchingFailed where the model does
+    not take a paged cache.
 
-    The manager and its pages live for one `generate`: nothing computed with old weights can be read with new ones, the
-    memory is free while the learner works, and the model has its own attention back.
+    The manager and its pages live for one `generate`: nothing computed with old weights can be read with new
+    ones, the memory is free while the learner works, and the model has its own attention back.
     """
 
-    def __init__(self, model: Any, eos: Sequence[int], rows: int, decode: Callable[[Sequence[int]], str]) -> None:
-        self.model, self.rows, self.ends = model, rows, Ends(frozenset(eos), decode)
+    def __init__(
+        self, model: Any, eos: Sequence[int], rows: int, decode: Callable[[Sequence[int]], str]
+    ) -> None:
+        self.model, self.rows, self.ends = model, rows, StopCriteria(frozenset(eos), decode)
         _settings(rows, 1)  # another release of transformers may not know these settings
         own = not model._can_set_attn_implementation() or model.config._attn_implementation == "eager"
-        if own:  # in silence, BLOOM's log-probs would be off by 0.02 nat (it never sees the pages), Gemma 2's by 0.005 (no cap)
+        # in silence, BLOOM's log-probs would be off by 0.02 nat (it never sees the pages), Gemma 2's by 0.005
+        # (no cap)
+        if own:
             raise ContinuousBatchingFailed(
                 f"{type(model).__name__} cannot decode with continuous batching",
                 why="it computes attention in a way of its own, which the paged cache does not know",
@@ -148,20 +161,29 @@ class ContinuousDecoder:
                 running -= 1
         return [tuple(sample.completion() for sample in samples) for samples in made]
 
-    def _submit(self, manager: Any, drawer: Drawer, request: Request, number: int) -> list[_Sample]:
-        """Queues a request. The manager prefills all of the prompt but its last token and forks the rest: every sample draws
-        its first token in a row of its own. A prompt of one token has nothing to prefill before the fork."""
+    def _submit(self, manager: Any, drawer: TokenSampler, request: Request, number: int) -> list[_Sample]:
+        """Queues a request. The manager prefills all of the prompt but its last token and forks the rest:
+        every sample draws its first token in a row of its own. A prompt of one token has nothing to prefill
+        before the fork."""
         forked = len(request.prompt) > 1
         first, others = str(number), range(len(request.seeds) - 1)
         names = [first, *(f"{first}__child#{i}" if forked else f"{first}.{i}" for i in others)]
-        samples = [_Sample(name, words(seed), request.position, request.room) for name, seed in zip(names, request.seeds, strict=True)]
+        samples = [
+            _Sample(name, words(seed), request.position, request.room)
+            for name, seed in zip(names, request.seeds, strict=True)
+        ]
         drawer.samples |= {sample.name: sample for sample in samples}
         manager.num_return_sequences = len(samples) if forked else 1
         for name in names[:1] if forked else names:
-            manager.add_request(request.prompt.tolist(), request_id=name, max_new_tokens=request.room, eos_token_id=sorted(self.ends.eos))
+            manager.add_request(
+                request.prompt.tolist(),
+                request_id=name,
+                max_new_tokens=request.room,
+                eos_token_id=sorted(self.ends.eos),
+            )
         return samples
 
-    def _wait(self, manager: Any, drawer: Drawer) -> _Sample:
+    def _wait(self, manager: Any, drawer: TokenSampler) -> _Sample:
         """The next sample that ends; ContinuousBatchingFailed where the manager's thread is dead."""
         while True:
             try:
@@ -176,17 +198,20 @@ class ContinuousDecoder:
                     ) from error
 
     @contextmanager
-    def _manager(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[tuple[Any, Drawer]]:
+    def _manager(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[tuple[Any, TokenSampler]]:
         """A running manager whose pages hold `rows` of the longest sequences, and its Drawer."""
         self.model.eval()
         attention = self.model.config._attn_implementation
         greedy = GenerationConfig(do_sample=False, eos_token_id=sorted(self.ends.eos), pad_token_id=0)
-        manager = self.model.init_continuous_batching(generation_config=greedy, continuous_batching_config=self._pages(requests))
-        drawer = Drawer(sampling, self.ends, manager.cancel_request)
+        manager = self.model.init_continuous_batching(
+            generation_config=greedy, continuous_batching_config=self._pages(requests)
+        )
+        drawer = TokenSampler(sampling, self.ends, manager.cancel_request)
         manager.logit_processor.logits_processor.append(drawer)
         manager.logit_processor.tensors_required += 1
         manager.logit_processor.do_processing = True
-        gc.freeze()  # stop() and destroy() collect garbage: 0.2 s each time over all that torch and transformers hold
+        # stop() and destroy() collect garbage: 0.2 s each time over all that torch and transformers hold
+        gc.freeze()
         try:
             manager.start()
             yield manager, drawer
@@ -199,12 +224,14 @@ class ContinuousDecoder:
 
     def _pages(self, requests: Sequence[Request]) -> ContinuousBatchingConfig:
         """Sizes from the requests."""
-        return _settings(max(self.rows, max(len(r.seeds) for r in requests)), max(len(r.prompt) + r.room for r in requests))
+        return _settings(
+            max(self.rows, max(len(r.seeds) for r in requests)), max(len(r.prompt) + r.room for r in requests)
+        )
 
 
 def _settings(rows: int, longest: int) -> ContinuousBatchingConfig:
-    """Sizes for so many rows of so many tokens: the default would take 60 % of the memory. No page is shared between requests: an
-    unfinished weight update must not find one made with the weights before."""
+    """Sizes for so many rows of so many tokens: the default would take 60 % of the memory. No page is shared
+    between requests: an unfinished weight update must not find one made with the weights before."""
     try:
         return ContinuousBatchingConfig(
             page_size=PAGE_TOKENS,
@@ -220,17 +247,21 @@ def _settings(rows: int, longest: int) -> ContinuousBatchingConfig:
         )
     except TypeError as error:
         raise ContinuousBatchingFailed(
-            f"transformers {transformers.__version__} has another continuous batching than this program was written for",
+            f"transformers {transformers.__version__} has another continuous batching than this program was "
+            "written for",
             why=str(error),
             fix='pip install "transformers>=5.19", or set rollouts.batching=static',
         ) from error
 
 
 class MeasuredDecoder:
-    """Decodes by whichever of the two is quicker here. The first requests, twice as many rows as are decoded together, go
-    through both; what is returned for them is the static decoder's. note: takes a line that says what was found."""
+    """Decodes by whichever of the two is quicker here. The first requests, twice as many rows as are decoded
+    together, go through both; what is returned for them is the static decoder's. note: takes a line that says
+    what was found."""
 
-    def __init__(self, static: StaticDecoder, continuous: ContinuousDecoder, note: Callable[[str], None]) -> None:
+    def __init__(
+        self, static: StaticDecoder, continuous: ContinuousDecoder, note: Callable[[str], None]
+    ) -> None:
         self.static, self.continuous, self.note = static, continuous, note
         self.chosen: StaticDecoder | ContinuousDecoder | None = None
 
@@ -258,12 +289,15 @@ class MeasuredDecoder:
         name = "continuous" if self.chosen is self.continuous else "static"
         rows = sum(len(r.seeds) for r in requests)
         times = f"static {static_s:.2f} s, continuous {continuous_s:.2f} s"
-        self.note(f"rollouts.batching=measured: {name} ({rows} samples: {times}, log-probs differ by {gap:.1e})")
+        self.note(
+            f"rollouts.batching=measured: {name} ({rows} samples: {times}, log-probs differ by {gap:.1e})"
+        )
         return expected
 
 
 def logprob_gap(one: Sequence[tuple[Completion, ...]], other: Sequence[tuple[Completion, ...]]) -> float:
-    """Mean |difference| of log-probs in nat over the tokens up to where two decoders part; infinite where none agree."""
+    """Mean |difference| of log-probs in nat over the tokens up to where two decoders part; infinite where
+    none agree."""
     gaps: list[float] = []
     for a, b in zip(chain.from_iterable(one), chain.from_iterable(other), strict=True):
         length = min(len(a.ids), len(b.ids))
@@ -272,8 +306,11 @@ def logprob_gap(one: Sequence[tuple[Completion, ...]], other: Sequence[tuple[Com
     return float(np.mean(gaps)) if gaps else float("inf")
 
 
-def _timed(decoder: StaticDecoder | ContinuousDecoder, requests: Sequence[Request], sampling: Sampling) -> tuple[list[tuple[Completion, ...]], float]:
-    """What it makes of the requests, and the seconds. The first tokens that a process decodes are slow, so some go before."""
+def _timed(
+    decoder: StaticDecoder | ContinuousDecoder, requests: Sequence[Request], sampling: Sampling
+) -> tuple[list[tuple[Completion, ...]], float]:
+    """What it makes of the requests, and the seconds. The first tokens that a process decodes are slow, so
+    some go before."""
     decoder.generate([replace(requests[0], room=min(2, requests[0].room))], sampling)
     start = time.perf_counter()
     return decoder.generate(requests, sampling), time.perf_counter() - start

@@ -2,9 +2,10 @@
 
     logits --temperature--> the policy --top-k, top-p, min-p--> the distribution drawn from --Gumbel-max--> token
 
-The noise, f(seed, position, token), is a function of a sample's seed and the position, never of the batch it sits in or the actor that
-holds it. What is kept of a token is its log-prob under the policy, over the whole vocabulary as the learner computes it: log-probs over
-what top-k, top-p and min-p leave are larger by the mass that they cut away, so a learner would take the sampler for another policy.
+The noise, f(seed, position, token), is a function of a sample's seed and the position, never of the batch it
+sits in or the actor that holds it. What is kept of a token is its log-prob under the policy, over the whole
+vocabulary as the learner computes it: log-probs over what top-k, top-p and min-p leave are larger by the mass
+that they cut away, so a learner would take the sampler for another policy.
 """
 
 import math
@@ -28,13 +29,16 @@ def sample_seed(run_seed: int, prompt_id: int, draw: int, sample: int, version: 
 def gumbel(seeds: Tensor, positions: Tensor, vocabulary: int) -> Tensor:
     """Standard Gumbel noise Float[R, V] from a counter-based generator keyed by (seed, position, token).
 
-    seeds: Int[R, 2], the two 32-bit words of each row's seed; positions: Int[R], tokens already drawn. The mixer is
-    murmur3's finaliser, a bijection of 32 bits with full avalanche, so the uniforms of a row never repeat. Each word of the
-    seed is mixed with the position on its own: where two rows meet in the first, they are shifted copies only before the second.
+    seeds: Int[R, 2], the two 32-bit words of each row's seed; positions: Int[R], tokens already drawn. The
+    mixer is murmur3's finaliser, a bijection of 32 bits with full avalanche, so the uniforms of a row never
+    repeat. Each word of the seed is mixed with the position on its own: where two rows meet in the first,
+    they are shifted copies only before the second.
     """
     rows = len(seeds) if seeds.is_cuda else max(1, _CACHED // vocabulary)
     if len(seeds) > rows:
-        return torch.cat([gumbel(s, p, vocabulary) for s, p in zip(seeds.split(rows), positions.split(rows), strict=True)])
+        return torch.cat(
+            [gumbel(s, p, vocabulary) for s, p in zip(seeds.split(rows), positions.split(rows), strict=True)]
+        )
     tokens = torch.arange(vocabulary, device=seeds.device)[None]
     key = mixed((seeds[:, 0] ^ mixed(positions * 0x9E37_79B1 & WORD)) & WORD)
     bits = mixed((tokens * 0x85EB_CA77 + key[:, None]) & WORD)
@@ -44,8 +48,9 @@ def gumbel(seeds: Tensor, positions: Tensor, vocabulary: int) -> Tensor:
 
 
 def drawn_from(logits: Tensor, sampling: Sampling) -> Tensor:
-    """Log-probs Float[R, V] of the distribution that is drawn from: after temperature, then top-k, top-p and min-p, in the
-    order of transformers; -inf where a token cannot be drawn. Renormalised over what is left."""
+    """Log-probs Float[R, V] of the distribution that is drawn from: after temperature, then top-k, top-p and
+    min-p, in the order of transformers; -inf where a token cannot be drawn. Renormalised over what is left.
+    """
     z = logits.float() / sampling.temperature
     if sampling.top_k is not None and sampling.top_k < z.shape[1]:
         z = z.masked_fill(z < z.topk(sampling.top_k, dim=1).values[:, -1:], -torch.inf)
@@ -67,9 +72,9 @@ def policy_logps(logits: Tensor, sampling: Sampling) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
-    """One token for each of R rows. tokens: Int[R]; logprobs: Float[R], under the policy (0 where greedy); kept: Float[R], log of the
-    policy's mass that top-k, top-p and min-p left to draw from, None where none of them is set. logprobs - kept is the log-prob
-    under the distribution drawn from."""
+    """One token for each of R rows. tokens: Int[R]; logprobs: Float[R], under the policy (0 where greedy);
+    kept: Float[R], log of the policy's mass that top-k, top-p and min-p left to draw from, None where none of
+    them is set. logprobs - kept is the log-prob under the distribution drawn from."""
 
     tokens: Tensor
     logprobs: Tensor

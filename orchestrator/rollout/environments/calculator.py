@@ -1,9 +1,11 @@
-"""The worked example of an environment: a question, a calculator that the model may call, and a reward for the right answer.
+"""The worked example of an environment: a question, a calculator that the model may call, and a reward for
+the right answer.
 
     reset -> "12+34"      the model: "=12+34;"  step -> tool: "46"      the model: "46"  step -> done, reward 1
 
 A turn of the form `=EXPRESSION;` is a call; any other is the answer. Recipe: `rollouts.environment:
-orchestrator.rollout.environments.calculator:Calculator` with `toy:calculator` (or rows of your own with `prompt` and `answer`).
+orchestrator.rollout.environments.calculator:Calculator` with `toy:calculator` (or rows of your own with
+`prompt` and `answer`).
 """
 
 import ast
@@ -34,13 +36,18 @@ class Calculator:
     def reset(self, row: Mapping[str, Any]) -> Messages:
         """The row's prompt; DataError where the row has no answer to compare with."""
         if row.get("answer") is None:
-            raise DataError("a row of the calculator's has no `answer`", why=f"it has {', '.join(row)}", fix="map it with data.columns.answer")
+            raise DataError(
+                "a row of the calculator's has no `answer`",
+                why=f"it has {', '.join(row)}",
+                fix="map it with data.columns.answer",
+            )
         self.answer = str(row["answer"]).strip()
         prompt = row["prompt"]
         return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
 
     def step(self, completion: str) -> Turn:
-        """A call is answered by a `tool` message; anything else ends the episode: reward 1 for the answer, else 0."""
+        """A call is answered by a `tool` message; anything else ends the episode: reward 1 for the answer,
+        else 0."""
         call = CALL.fullmatch(completion)
         if call is None:
             return Turn(done=True, reward=float(completion.strip() == self.answer))

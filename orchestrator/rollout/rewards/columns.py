@@ -1,4 +1,5 @@
-"""Which columns of the rows the components of the reward read, as far as their sources say: for the list of those that nothing reads."""
+"""Which columns of the rows the components of the reward read, as far as their sources say: for the list of
+those that nothing reads."""
 
 import ast
 
@@ -9,8 +10,8 @@ ANSWER = "answer"
 
 
 def columns_read(rewards: Rewards) -> frozenset[str] | None:
-    """Names that the functions take, and `answer`, which samples are shown with; None where all columns go somewhere: to an endpoint,
-    or to a function with **keywords or without a source."""
+    """Names that the functions take, and `answer`, which samples are shown with; None where all columns go
+    somewhere: to an endpoint, or to a function with **keywords or without a source."""
     names = {ANSWER}
     for function in rewards.functions:
         if function.model is not None:

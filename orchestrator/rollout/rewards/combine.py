@@ -12,32 +12,36 @@ import numpy as np
 
 from orchestrator.core.batches import Floats
 from orchestrator.core.errors import ConfigError, RewardsFailed
-from orchestrator.core.rollouts import RolloutGroup, ScoredGroup, Scoring
+from orchestrator.core.rollouts import BatchRewards, RewardedGroup, RolloutGroup
 from orchestrator.recipe.schema import Rewards
 from orchestrator.rollout.rewards.component import Component, Outcome, RewardFailure, is_finite
 from orchestrator.rollout.rewards.lookup import ENVIRONMENT
 
 SHARES = 4
-"""A group asked alone gets at least this part of a round's time, so that a few that hang leave time for the others."""
+"""A group asked alone gets at least this part of a round's time, so that a few that hang leave time for the
+others."""
 
 REASONS, PLACES = 5, 3
 """What a message names of them."""
 
 
 @dataclass(frozen=True, slots=True)
-class Judged:
-    """A component's word on a batch, by group index: rewards Float[n], or the reason why there are none. seconds: it took."""
+class ComponentRewards:
+    """A component's word on a batch, by group index: rewards Float[n], or the reason why there are none.
+    seconds: it took."""
 
     rewards: Mapping[int, Floats]
     reasons: Mapping[int, str]
     seconds: float
 
 
-def judge_batch(component: Component, groups: Sequence[RolloutGroup], *, timeout_s: float, retries: int) -> Judged:
+def score_with_retries(
+    component: Component, groups: Sequence[RolloutGroup], *, timeout_s: float, retries: int
+) -> ComponentRewards:
     """Asks for the whole batch; then, in each of `retries` rounds, for each group without rewards alone.
 
-    A round begins no call after timeout_s, so that all of it ends within (retries + 1) x timeout_s and the restarts that
-    belong to the last calls. Groups that were asked least come first.
+    A round begins no call after timeout_s, so that all of it ends within (retries + 1) x timeout_s and the
+    restarts that belong to the last calls. Groups that were asked least come first.
     """
     started = time.monotonic()
     rewards: dict[int, Floats] = {}
@@ -62,7 +66,7 @@ def judge_batch(component: Component, groups: Sequence[RolloutGroup], *, timeout
             if left <= 0:
                 break
             ask([i], min(left, timeout_s / min(SHARES, len(waiting))))
-    return Judged(rewards, reasons, time.monotonic() - started)
+    return ComponentRewards(rewards, reasons, time.monotonic() - started)
 
 
 def _ask(component: Component, groups: Sequence[RolloutGroup], limit_s: float) -> list[Floats | str]:
@@ -86,14 +90,16 @@ def _of_group(outcomes: Sequence[Outcome]) -> Floats | str:
     return failures[0] if failures else np.array(outcomes, np.float32)
 
 
-def combine(groups: Sequence[RolloutGroup], rewards: Rewards, judged: Mapping[str, Judged]) -> Scoring:
+def sum_components(
+    groups: Sequence[RolloutGroup], rewards: Rewards, judged: Mapping[str, ComponentRewards]
+) -> BatchRewards:
     """Total and parts of each group that every component scored; the others dropped, with the reasons.
 
     What an environment gave is the part `environment`, with weight 1. RewardsFailed where more than
     rewards.max_dropped_fraction of the groups have no reward.
     """
     weights = {f.name: f.weight for f in rewards.functions}
-    scored: list[ScoredGroup] = []
+    scored: list[RewardedGroup] = []
     dropped: list[tuple[str, str]] = []
     for i, group in enumerate(groups):
         found = _from_environment(group)
@@ -101,22 +107,25 @@ def combine(groups: Sequence[RolloutGroup], rewards: Rewards, judged: Mapping[st
         reasons += [judged[name].reasons[i] for name in weights if i in judged[name].reasons]
         if not reasons:
             parts = {name: judged[name].rewards[i] for name in weights}
-            total = sum((weights[n] * p.astype(np.float64) for n, p in parts.items()), np.zeros(len(group.rollouts)))
+            total = sum(
+                (weights[n] * p.astype(np.float64) for n, p in parts.items()), np.zeros(len(group.rollouts))
+            )
             if found is not None and not isinstance(found, str):
                 parts[ENVIRONMENT] = found
                 total = total + found
             if all(is_finite(t) for t in total):
-                scored.append(ScoredGroup(group, total.astype(np.float32), parts))
+                scored.append(RewardedGroup(group, total.astype(np.float32), parts))
                 continue
             reasons = ["the weighted sum of its rewards is not finite"]
         dropped.append((group.prompt.where, "; ".join(reasons)))
     seconds = {name: judged[name].seconds for name in weights}
     _check_dropped(dropped, len(groups), rewards.max_dropped_fraction)
-    return Scoring(tuple(scored), tuple(f"{where}: {reason}" for where, reason in dropped), seconds)
+    return BatchRewards(tuple(scored), tuple(f"{where}: {reason}" for where, reason in dropped), seconds)
 
 
 def _from_environment(group: RolloutGroup) -> Floats | str | None:
-    """Float[n] where an environment gave a reward to each sample, None where it gave none at all, else a reason."""
+    """Float[n] where an environment gave a reward to each sample, None where it gave none at all, else a
+    reason."""
     for rollout in group.rollouts:
         if rollout.failure is not None:
             return f"the environment failed on sample {rollout.sample}: {rollout.failure}"
@@ -126,15 +135,22 @@ def _from_environment(group: RolloutGroup) -> Floats | str | None:
     for rollout in group.rollouts:
         value = rollout.environment_reward
         if value is None or not is_finite(value):
-            return f"the environment gave sample {rollout.sample} {'no reward' if value is None else f'the reward {value:g}'}"
+            return (
+                f"the environment gave sample {rollout.sample} "
+                f"{'no reward' if value is None else f'the reward {value:g}'}"
+            )
     return np.array(given, np.float32)
 
 
 def check_any(groups: Sequence[RolloutGroup], rewards: Rewards) -> None:
     """ConfigError where neither a component nor an environment gives a reward."""
-    if not rewards.functions and any(r.environment_reward is None and r.failure is None for g in groups for r in g.rollouts):
+    if not rewards.functions and any(
+        r.environment_reward is None and r.failure is None for g in groups for r in g.rollouts
+    ):
         raise ConfigError(
-            "nothing gives a reward", why="rewards.functions is empty and the environment gave none", fix="add a component to rewards.functions"
+            "nothing gives a reward",
+            why="rewards.functions is empty and the environment gave none",
+            fix="add a component to rewards.functions",
         )
 
 
@@ -148,9 +164,11 @@ def _check_dropped(dropped: Sequence[tuple[str, str]], groups: int, allowed: flo
     shown = [f"{_listed(found)}: {reason}" for reason, found in list(places.items())[:REASONS]]
     shown += [f"… and {len(places) - REASONS} other reasons"] if len(places) > REASONS else []
     raise RewardsFailed(
-        f"{len(dropped)} of {groups} groups of a rollout batch have no reward; rewards.max_dropped_fraction allows {allowed:g}",
+        f"{len(dropped)} of {groups} groups of a rollout batch have no reward; rewards.max_dropped_fraction "
+        f"allows {allowed:g}",
         why="\n       ".join(shown),
-        fix="mend what is named: the output of a component is in logs/reward-NAME.log of the run folder, an environment's in logs/rollout-N.log",
+        fix="mend what is named: the output of a component is in logs/reward-NAME.log of the run folder, an "
+        "environment's in logs/rollout-N.log",
     )
 
 

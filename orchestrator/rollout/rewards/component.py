@@ -2,7 +2,8 @@
 
     groups -> RewardCall(prompts, completions, completion_ids, columns) --invoke--> anything --judge--> Outcome per sample
 
-A reward is never invented: whatever is not one finite number for each sample is a RewardFailure that says what came instead.
+A reward is never invented: whatever is not one finite number for each sample is a RewardFailure that says
+what came instead.
 """
 
 import asyncio
@@ -19,7 +20,15 @@ from orchestrator.core.errors import OrchestratorError
 from orchestrator.core.rollouts import RolloutGroup
 from orchestrator.rollout.rewards.lookup import GIVEN, check_rewards
 
-__all__ = ["Component", "Outcome", "RewardCall", "RewardFailure", "check_rewards", "invoke", "judge"]
+__all__ = [
+    "Component",
+    "Outcome",
+    "RewardCall",
+    "RewardFailure",
+    "check_rewards",
+    "invoke",
+    "validate_rewards",
+]
 
 
 class RewardFailure(OrchestratorError):
@@ -42,17 +51,19 @@ class Component(Protocol):
     def name(self) -> str: ...
 
     def score(self, groups: Sequence[RolloutGroup], timeout_s: float) -> list[Outcome]:
-        """An outcome per sample, group after group; raises RewardFailure where nothing came for any of them in time."""
+        """An outcome per sample, group after group; raises RewardFailure where nothing came for any of them
+        in time."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class RewardCall:
-    """What a component is asked, one entry per sample: a prompt and its columns are repeated for each of its samples.
+    """What a component is asked, one entry per sample: a prompt and its columns are repeated for each of its
+    samples.
 
     samples: "file:line, sample k" for messages. Columns that a prompt lacks are None for its samples.
-    Example: a prompt at q.jsonl:3 with two samples and {"answer": "4"}: samples ("q.jsonl:3, sample 0", "q.jsonl:3, sample 1"),
-    columns {"answer": ["4", "4"]}.
+    Example: a prompt at q.jsonl:3 with two samples and {"answer": "4"}: samples ("q.jsonl:3, sample 0",
+    "q.jsonl:3, sample 1"), columns {"answer": ["4", "4"]}.
     """
 
     prompts: Sequence[Any]
@@ -65,7 +76,9 @@ class RewardCall:
     def of(cls, groups: Sequence[RolloutGroup]) -> "RewardCall":
         """Columns that bear the name of an argument, or TRL's singular of one, are left out, as in TRL."""
         pairs = [(g.prompt, r) for g in groups for r in g.rollouts]
-        names = dict.fromkeys(name for g in groups for name in g.prompt.columns if name not in (*GIVEN, "prompt", "completion"))
+        names = dict.fromkeys(
+            name for g in groups for name in g.prompt.columns if name not in (*GIVEN, "prompt", "completion")
+        )
         return cls(
             [p.text for p, _ in pairs],
             [r.completion for _, r in pairs],
@@ -82,7 +95,13 @@ class RewardCall:
         for start in range(0, len(self), size):
             part = slice(start, start + size)
             columns = {name: values[part] for name, values in self.columns.items()}
-            yield RewardCall(self.prompts[part], self.completions[part], self.completion_ids[part], self.samples[part], columns)
+            yield RewardCall(
+                self.prompts[part],
+                self.completions[part],
+                self.completion_ids[part],
+                self.samples[part],
+                columns,
+            )
 
     def given_to(self, function: str | None) -> "RewardCall":
         """As the function of this name (`trl:NAME`, a file's, ours) wants it."""
@@ -90,16 +109,22 @@ class RewardCall:
 
     def for_trl(self) -> "RewardCall":
         """As TRL's own functions want it: completions as messages, and the answers under `solution` too."""
-        messages = [[{"role": "assistant", "content": c}] if isinstance(c, str) else c for c in self.completions]
+        messages = [
+            [{"role": "assistant", "content": c}] if isinstance(c, str) else c for c in self.completions
+        ]
         answers = {"solution": self.columns["answer"]} if "answer" in self.columns else {}
-        return RewardCall(self.prompts, messages, self.completion_ids, self.samples, {**answers, **self.columns})
+        return RewardCall(
+            self.prompts, messages, self.completion_ids, self.samples, {**answers, **self.columns}
+        )
 
 
 def invoke(name: str, function: Callable[..., Any], call: RewardCall) -> Any:
-    """function(prompts=, completions=, completion_ids=, **columns), awaited if it is async; only what the function takes.
+    """function(prompts=, completions=, completion_ids=, **columns), awaited if it is async; only what the
+    function takes.
 
-    Bound options win over columns of the same name. RewardFailure where the function needs what the data lacks; what the
-    function raises goes through."""
+    Bound options win over columns of the same name. RewardFailure where the function needs what the data
+    lacks; what the function raises goes through.
+    """
     bound = getattr(function, "keywords", {})
     given: dict[str, Any] = {k: v for k, v in call.columns.items() if k not in bound}
     given |= {"prompts": call.prompts, "completions": call.completions, "completion_ids": call.completion_ids}
@@ -130,14 +155,21 @@ def _taken(name: str, function: Callable[..., Any], given: dict[str, Any]) -> di
     return given
 
 
-def judge(name: str, answer: Any, samples: Sequence[str]) -> list[Outcome]:
-    """The rewards in a component's answer, a failure for each entry that is none; RewardFailure where it is no list of them."""
+def validate_rewards(name: str, answer: Any, samples: Sequence[str]) -> list[Outcome]:
+    """The rewards in a component's answer, a failure for each entry that is none; RewardFailure where it is
+    no list of them."""
     if hasattr(answer, "tolist"):  # numpy and torch
         answer = answer.tolist()
     if not isinstance(answer, list | tuple):
-        raise RewardFailure(f"reward {name} returned {_shown(answer)}, not a list of numbers", fix="return one number per completion")
+        raise RewardFailure(
+            f"reward {name} returned {_shown(answer)}, not a list of numbers",
+            fix="return one number per completion",
+        )
     if len(answer) != len(samples):
-        raise RewardFailure(f"reward {name} returned {len(answer)} rewards for {len(samples)} completions", fix="return one number per completion")
+        raise RewardFailure(
+            f"reward {name} returned {len(answer)} rewards for {len(samples)} completions",
+            fix="return one number per completion",
+        )
     return [_outcome(name, value, sample) for value, sample in zip(answer, samples, strict=True)]
 
 

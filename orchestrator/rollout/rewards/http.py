@@ -1,9 +1,11 @@
-"""A component behind an HTTP endpoint: batched JSON, no wait without an end, nothing sent where the recipe does not say.
+"""A component behind an HTTP endpoint: batched JSON, no wait without an end, nothing sent where the recipe
+does not say.
 
     POST {"prompts": [...], "completions": [...], "columns": {...}}   ->   {"rewards": [...]}
 
-A request is tried again after a lost connection, 408, 429 and 5xx until the call's deadline, as Retry-After says where it
-does; other answers are final. Redirects are refused: they would carry data and headers to a host nobody named.
+A request is tried again after a lost connection, 408, 429 and 5xx until the call's deadline, as Retry-After
+says where it does; other answers are final. Redirects are refused: they would carry data and headers to a
+host nobody named.
 """
 
 import asyncio
@@ -21,11 +23,11 @@ from email.utils import parsedate_to_datetime
 
 import httpx
 
-from orchestrator.core.errors import ConfigError, Unreachable
+from orchestrator.core.errors import ConfigError, DashboardUnreachable
 from orchestrator.core.rollouts import RolloutGroup
 from orchestrator.data.values import in_json
 from orchestrator.recipe.schema import RewardFunction
-from orchestrator.rollout.rewards.component import Outcome, RewardCall, RewardFailure, judge
+from orchestrator.rollout.rewards.component import Outcome, RewardCall, RewardFailure, validate_rewards
 from orchestrator.rollout.rewards.lookup import header_values
 
 MAX_BODY_BYTES = 8 * 1024 * 1024
@@ -37,7 +39,9 @@ KNOCK_S = 15.0
 """For an endpoint to be there when a run begins."""
 TRUST = "set SSL_CERT_FILE to a file with the certificate of who signed the server's, or mend the server"
 
-logging.getLogger("httpx").setLevel(logging.WARNING)  # it writes whole addresses at INFO, with what may be in their query
+logging.getLogger("httpx").setLevel(
+    logging.WARNING
+)  # it writes whole addresses at INFO, with what may be in their query
 
 
 class Unavailable(RewardFailure):
@@ -46,8 +50,8 @@ class Unavailable(RewardFailure):
 
 @dataclass(slots=True)
 class Breaker:
-    """Stops asking an endpoint that is away: open after `failures_to_open` unavailable answers in a row, for `cool_down_s`;
-    then one request is let through, which closes or opens it again."""
+    """Stops asking an endpoint that is away: open after `failures_to_open` unavailable answers in a row, for
+    `cool_down_s`; then one request is let through, which closes or opens it again."""
 
     failures_to_open: int = FAILURES_TO_OPEN
     cool_down_s: float = COOL_DOWN_S
@@ -76,11 +80,26 @@ class HttpReward:
     environment: where the values of headers_from are; they are never logged."""
 
     def __init__(
-        self, function: RewardFunction, *, batch_size: int, environment: Mapping[str, str], retry: bool = True, breaker: Breaker | None = None
+        self,
+        function: RewardFunction,
+        *,
+        batch_size: int,
+        environment: Mapping[str, str],
+        retry: bool = True,
+        breaker: Breaker | None = None,
     ) -> None:
         assert function.url is not None
-        self.name, self.url, self.batch_size, self.retry = function.name, httpx.URL(function.url), batch_size, retry
-        self.headers = {**header_values(function, environment), "Accept": "application/json", "Accept-Encoding": "identity"}
+        self.name, self.url, self.batch_size, self.retry = (
+            function.name,
+            httpx.URL(function.url),
+            batch_size,
+            retry,
+        )
+        self.headers = {
+            **header_values(function, environment),
+            "Accept": "application/json",
+            "Accept-Encoding": "identity",
+        }
         self.breaker = breaker or Breaker()
 
     def score(self, groups: Sequence[RolloutGroup], timeout_s: float) -> list[Outcome]:
@@ -108,16 +127,20 @@ class HttpReward:
                 async with slots:
                     return await self._outcomes(client, chunks[number], number, deadline)
 
-            first = [await one(0)] if self.breaker.opened is not None else []  # half open: one request decides
+            first = (
+                [await one(0)] if self.breaker.opened is not None else []
+            )  # half open: one request decides
             rest = await asyncio.gather(*(one(i) for i in range(len(first), len(chunks))))
         return [outcome for outcomes in [*first, *rest] for outcome in outcomes]
 
-    async def _outcomes(self, client: httpx.AsyncClient, call: RewardCall, number: int, deadline: float) -> list[Outcome]:
+    async def _outcomes(
+        self, client: httpx.AsyncClient, call: RewardCall, number: int, deadline: float
+    ) -> list[Outcome]:
         try:
             if self.breaker.seconds_to_wait():
                 raise Unavailable(f"reward {self.name}: {self._shown} is away", why=self.breaker.reason)
             answer = await self._answer(client, _body(self.name, call), number, deadline)
-            return judge(self.name, _rewards(self.name, answer), call.samples)
+            return validate_rewards(self.name, _rewards(self.name, answer), call.samples)
         except Unavailable as failure:
             if not self.breaker.seconds_to_wait():  # else it was not asked, or others have just opened it
                 self.breaker.unavailable(failure.why)
@@ -133,27 +156,35 @@ class HttpReward:
                 async with asyncio.timeout(deadline - time.monotonic()):
                     return await self._post(client, body)
             except TimeoutError:
-                raise Unavailable(f"reward {self.name}: {self._shown} did not answer in time", why=last) from None
+                raise Unavailable(
+                    f"reward {self.name}: {self._shown} did not answer in time", why=last
+                ) from None
             except _Busy as busy:
                 asked = busy.retry_after
                 last = busy.reason if asked is None else f"{busy.reason} and asks to wait {asked:.0f} s"
             pause = asked if asked is not None else self._pause(number, attempt)
             attempt += 1
             if not self.retry or time.monotonic() + pause >= deadline:
-                raise Unavailable(f"reward {self.name}: {self._shown} cannot be used", why=f"{last}, asked {attempt} times")
+                raise Unavailable(
+                    f"reward {self.name}: {self._shown} cannot be used", why=f"{last}, asked {attempt} times"
+                )
             await asyncio.sleep(pause)
 
     async def _post(self, client: httpx.AsyncClient, body: bytes) -> bytes:
         """One request; raises _Busy where another may help and RewardFailure where not."""
         try:
-            async with client.stream("POST", self.url, content=body, headers={"Content-Type": "application/json"}) as response:
+            async with client.stream(
+                "POST", self.url, content=body, headers={"Content-Type": "application/json"}
+            ) as response:
                 self._check(response)
                 return await self._bounded(response)
         except httpx.TimeoutException as error:
             raise _Busy(f"{type(error).__name__}: it is silent", None) from None
         except httpx.ConnectError as error:
             if _is_untrusted(error):
-                raise RewardFailure(f"reward {self.name}: {self._shown} is not trusted", why=str(error), fix=TRUST) from None
+                raise RewardFailure(
+                    f"reward {self.name}: {self._shown} is not trusted", why=str(error), fix=TRUST
+                ) from None
             raise _Busy(f"no connection: {error}", None) from None
         except httpx.HTTPError as error:  # its text may hold parts of the request
             raise _Busy(f"the exchange broke off: {type(error).__name__}", None) from None
@@ -165,25 +196,38 @@ class HttpReward:
         self.breaker.answered()
         if 300 <= status < 400:
             fix = "set the component's url to the address that is meant"
-            raise RewardFailure(f"reward {self.name}: {self._shown} answers {status}, a redirect, which is not followed", fix=fix)
+            raise RewardFailure(
+                f"reward {self.name}: {self._shown} answers {status}, a redirect, which is not followed",
+                fix=fix,
+            )
         if status != 200:
-            raise RewardFailure(f"reward {self.name}: {self._shown} answers {status}", fix="check the url, the headers and the server's log")
+            raise RewardFailure(
+                f"reward {self.name}: {self._shown} answers {status}",
+                fix="check the url, the headers and the server's log",
+            )
         kind = response.headers.get("Content-Type", "").split(";")[0].strip().lower()
         if kind != "application/json" or response.headers.get("Content-Encoding", "identity") != "identity":
-            raise RewardFailure(f"reward {self.name}: {self._shown} answers {kind[:60] or 'without a Content-Type'}, not plain application/json")
+            raise RewardFailure(
+                f"reward {self.name}: {self._shown} answers {kind[:60] or 'without a Content-Type'}, not "
+                "plain application/json"
+            )
 
     async def _bounded(self, response: httpx.Response) -> bytes:
         data = bytearray()
         async for part in response.aiter_raw():
             data += part
             if len(data) > MAX_BODY_BYTES:
-                raise RewardFailure(f"reward {self.name}: {self._shown} answers more than {MAX_BODY_BYTES >> 20} MB")
+                raise RewardFailure(
+                    f"reward {self.name}: {self._shown} answers more than {MAX_BODY_BYTES >> 20} MB"
+                )
         return bytes(data)
 
     def _pause(self, number: int, attempt: int) -> float:
         """Seconds before the next try: doubled each time, spread over its upper half by a hash of who asks."""
         digest = hashlib.blake2b(f"{self.name} {number} {attempt}".encode(), digest_size=8).digest()
-        return min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2**attempt) * (0.5 + 0.5 * int.from_bytes(digest, "big") / 2**64)
+        return min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2**attempt) * (
+            0.5 + 0.5 * int.from_bytes(digest, "big") / 2**64
+        )
 
     @property
     def _shown(self) -> str:
@@ -192,24 +236,33 @@ class HttpReward:
 
 
 def knock(function: RewardFunction, patience_s: float = KNOCK_S) -> None:
-    """Once before a run: ConfigError where the endpoint's certificate is not trusted, Unreachable where nobody is there for `patience_s` seconds.
-    It sends nothing. Behind a proxy nothing is tried: who is there can only be told by asking."""
+    """Once before a run: ConfigError where the endpoint's certificate is not trusted, Unreachable where
+    nobody is there for `patience_s` seconds. It sends nothing. Behind a proxy nothing is tried: who is there
+    can only be told by asking."""
     url = httpx.URL(str(function.url))
     shown, deadline = f"{url.scheme}://{url.netloc.decode()}", time.monotonic() + patience_s
     if urllib.request.getproxies().get(url.scheme) and not urllib.request.proxy_bypass(url.host):
         return
     while True:
         try:
-            with socket.create_connection((url.host, url.port or (443 if url.scheme == "https" else 80)), timeout=CONNECT_TIMEOUT_S) as door:
+            with socket.create_connection(
+                (url.host, url.port or (443 if url.scheme == "https" else 80)), timeout=CONNECT_TIMEOUT_S
+            ) as door:
                 if url.scheme == "https":
                     httpx.create_ssl_context().wrap_socket(door, server_hostname=url.host).close()
             return
         except ssl.SSLCertVerificationError as error:
-            raise ConfigError(f"reward {function.name}: {shown} is not trusted", why=str(error), fix=TRUST) from error
+            raise ConfigError(
+                f"reward {function.name}: {shown} is not trusted", why=str(error), fix=TRUST
+            ) from error
         except OSError as error:
             if time.monotonic() + 1.0 > deadline:
                 fix = "start the server, or mend the component's url"
-                raise Unreachable(f"reward {function.name}: nobody answers at {shown}", why=error.strerror or str(error), fix=fix) from error
+                raise DashboardUnreachable(
+                    f"reward {function.name}: nobody answers at {shown}",
+                    why=error.strerror or str(error),
+                    fix=fix,
+                ) from error
             time.sleep(1.0)
 
 
@@ -235,16 +288,24 @@ def _body(name: str, call: RewardCall) -> bytes:
         request = {"prompts": call.prompts, "completions": call.completions, "columns": in_json(call.columns)}
         return json.dumps(request, allow_nan=False).encode()
     except (TypeError, ValueError) as error:
-        raise RewardFailure(f"reward {name}: the data cannot be sent as JSON", why=str(error), fix="keep text, numbers and lists in it") from error
+        raise RewardFailure(
+            f"reward {name}: the data cannot be sent as JSON",
+            why=str(error),
+            fix="keep text, numbers and lists in it",
+        ) from error
 
 
 def _rewards(name: str, answer: bytes) -> object:
     try:
         content = json.loads(answer)
     except (ValueError, RecursionError) as error:
-        raise RewardFailure(f"reward {name}: the endpoint's answer is not JSON", why=str(error)[:120]) from error
+        raise RewardFailure(
+            f"reward {name}: the endpoint's answer is not JSON", why=str(error)[:120]
+        ) from error
     if not isinstance(content, dict) or "rewards" not in content:
-        raise RewardFailure(f"reward {name}: the endpoint's answer has no `rewards`", fix='it must be {"rewards": [...]}')
+        raise RewardFailure(
+            f"reward {name}: the endpoint's answer has no `rewards`", fix='it must be {"rewards": [...]}'
+        )
     return content["rewards"]
 
 

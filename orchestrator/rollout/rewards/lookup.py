@@ -41,7 +41,8 @@ ONLY_TRL = ("trainer_state", "log_metric", "log_extra", "environments")
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """Where a function is written. file: its source, None where there is none to read; module: None for a loose file."""
+    """Where a function is written. file: its source, None where there is none to read; module: None for a
+    loose file."""
 
     name: str
     module: str | None
@@ -53,12 +54,19 @@ class Origin:
 
 
 def check_rewards(rewards: Rewards) -> None:
-    """ConfigError or MissingInput where a component cannot work as written; nothing of the user's is imported or called."""
+    """ConfigError or MissingInput where a component cannot work as written; nothing of the user's is imported
+    or called."""
     names = [f.name for f in rewards.functions]
     for name in names:
         if names.count(name) > 1 or name == ENVIRONMENT:
-            why = "it names what environments give" if name == ENVIRONMENT else "metrics are told apart by the names"
-            raise ConfigError(f"rewards.functions: the name {name} is taken", why=why, fix="rename the component")
+            why = (
+                "it names what environments give"
+                if name == ENVIRONMENT
+                else "metrics are told apart by the names"
+            )
+            raise ConfigError(
+                f"rewards.functions: the name {name} is taken", why=why, fix="rename the component"
+            )
     for function in rewards.functions:
         _check_weight(function)
         if function.function is not None:
@@ -78,7 +86,9 @@ def header_values(function: RewardFunction, environment: Mapping[str, str]) -> d
         if not value or not (value.isascii() and value.isprintable()):
             state = "holds characters that no header may" if value else "is not set"
             raise ConfigError(
-                f"rewards.functions, {function.name}: the variable {variable} for the header {header} {state}", fix=f"export {variable}=…"
+                f"rewards.functions, {function.name}: the variable {variable} for the header {header} "
+                f"{state}",
+                fix=f"export {variable}=…",
             )
         if not re.fullmatch(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+", header):
             raise ConfigError(f"rewards.functions, {function.name}: {header!r} is no name of an HTTP header")
@@ -87,7 +97,8 @@ def header_values(function: RewardFunction, environment: Mapping[str, str]) -> d
 
 
 def parameters_of(function: RewardFunction) -> ast.arguments | None:
-    """What a function takes by its source; None where none is read: a method, a decorated function, one that is imported or made."""
+    """What a function takes by its source; None where none is read: a method, a decorated function, one that
+    is imported or made."""
     origin = _locate(function)
     if origin.file is None:
         return None
@@ -100,13 +111,17 @@ def resolve(function: RewardFunction) -> Callable[..., Any]:
     origin = _locate(function)
     if origin.module == __name__:
         return functools.partial(_check_answers, checker=origin.name)
-    found: Any = functools.reduce(getattr, origin.name.split("."), load_module(origin.module or str(origin.file)))
+    found: Any = functools.reduce(
+        getattr, origin.name.split("."), load_module(origin.module or str(origin.file))
+    )
     if origin.is_trl and origin.name.startswith("get_"):
         return found(**function.options)
     return functools.partial(found, **function.options) if function.options else found
 
 
-def _check_answers(completions: Sequence[Any], checker: str, answer: Sequence[str | None], **_: Any) -> list[float | None]:
+def _check_answers(
+    completions: Sequence[Any], checker: str, answer: Sequence[str | None], **_: Any
+) -> list[float | None]:
     """1.0 where the completion's text is the row's answer, else 0.0; None where the row has no answer."""
     return [
         None if wanted is None else float(matches(text_of(completion), str(wanted), checker))
@@ -124,7 +139,11 @@ def text_of(completion: Any) -> str:
 
 def is_users(function: RewardFunction) -> bool:
     """True for code that is neither this program's nor TRL's."""
-    return function.function is not None and ":" in function.function and not function.function.startswith("trl:")
+    return (
+        function.function is not None
+        and ":" in function.function
+        and not function.function.startswith("trl:")
+    )
 
 
 def source_of(written: str) -> Path | None:
@@ -133,7 +152,11 @@ def source_of(written: str) -> Path | None:
     if place.endswith(".py"):
         return Path(place) if Path(place).is_file() else None
     spec = _spec(place)
-    return Path(spec.origin) if spec is not None and spec.origin is not None and spec.origin.endswith(".py") else None
+    return (
+        Path(spec.origin)
+        if spec is not None and spec.origin is not None and spec.origin.endswith(".py")
+        else None
+    )
 
 
 def needs_answer(function: RewardFunction) -> bool:
@@ -143,7 +166,9 @@ def needs_answer(function: RewardFunction) -> bool:
 
 def _check_weight(function: RewardFunction) -> None:
     if not math.isfinite(function.weight):
-        raise ConfigError(f"rewards.functions, {function.name}: the weight is {function.weight}", fix="give a finite number")
+        raise ConfigError(
+            f"rewards.functions, {function.name}: the weight is {function.weight}", fix="give a finite number"
+        )
 
 
 def _check_function(function: RewardFunction) -> None:
@@ -151,7 +176,11 @@ def _check_function(function: RewardFunction) -> None:
     origin = _locate(function)
     if origin.file is None:
         return
-    if origin.is_trl and origin.file.stem == NEEDS_MATH_VERIFY and importlib.util.find_spec("math_verify") is None:
+    if (
+        origin.is_trl
+        and origin.file.stem == NEEDS_MATH_VERIFY
+        and importlib.util.find_spec("math_verify") is None
+    ):
         raise ConfigError(
             f"rewards.functions, {function.name}: {function.function} needs the package math-verify",
             fix="pip install 'math-verify[antlr4_13_2]'",
@@ -165,7 +194,9 @@ def _check_function(function: RewardFunction) -> None:
         _check_options(function, definition, maker=origin.is_trl and first.startswith("get_"))
 
 
-def _check_options(function: RewardFunction, definition: ast.FunctionDef | ast.AsyncFunctionDef, *, maker: bool) -> None:
+def _check_options(
+    function: RewardFunction, definition: ast.FunctionDef | ast.AsyncFunctionDef, *, maker: bool
+) -> None:
     if definition.decorator_list:  # they may change what it takes
         return
     arguments = definition.args
@@ -174,13 +205,24 @@ def _check_options(function: RewardFunction, definition: ast.FunctionDef | ast.A
     for option in function.options:
         if (option not in takes and arguments.kwarg is None) or (option in GIVEN and not maker):
             why = "the orchestrator gives it" if option in takes else ""
-            raise _unknown(function, f"{function.function} takes no option {option}", option, set(takes) - set(GIVEN), why)
+            raise _unknown(
+                function,
+                f"{function.function} takes no option {option}",
+                option,
+                set(takes) - set(GIVEN),
+                why,
+            )
     required = positional[: len(positional) - len(arguments.defaults)]
     missing = [name for name in required if name not in function.options]
-    foreign = [name for name in (*missing, *_without_default(arguments)) if name in ONLY_TRL and name not in function.options]
+    foreign = [
+        name
+        for name in (*missing, *_without_default(arguments))
+        if name in ONLY_TRL and name not in function.options
+    ]
     if foreign and not maker:
         raise ConfigError(
-            f"rewards.functions, {function.name}: {function.function} needs {', '.join(foreign)}, which only TRL's trainers give",
+            f"rewards.functions, {function.name}: {function.function} needs {', '.join(foreign)}, which "
+            "only TRL's trainers give",
             why="it is given prompts, completions, completion_ids and the columns of the data",
             fix=f"give the argument a default ({foreign[0]}=None) and leave out what needs it",
         )
@@ -193,7 +235,11 @@ def _check_options(function: RewardFunction, definition: ast.FunctionDef | ast.A
 
 def _without_default(arguments: ast.arguments) -> list[str]:
     """Keyword-only arguments that have to be given."""
-    return [a.arg for a, default in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True) if default is None]
+    return [
+        a.arg
+        for a, default in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True)
+        if default is None
+    ]
 
 
 def _locate(function: RewardFunction) -> Origin:
@@ -202,9 +248,17 @@ def _locate(function: RewardFunction) -> Origin:
     where, colon, name = function.function.rpartition(":")
     if not colon:
         if name not in CHECKERS:
-            raise _unknown(function, f"no built-in reward is named {name}", name, CHECKERS, "others are written module:function or file.py:function")
+            raise _unknown(
+                function,
+                f"no built-in reward is named {name}",
+                name,
+                CHECKERS,
+                "others are written module:function or file.py:function",
+            )
         if function.options:
-            raise ConfigError(f"rewards.functions, {function.name}: {name} takes no options", fix="remove them")
+            raise ConfigError(
+                f"rewards.functions, {function.name}: {name} takes no options", fix="remove them"
+            )
         return Origin(name, __name__, None)
     if where == "trl":
         return _of_trl(function, name)
@@ -212,7 +266,10 @@ def _locate(function: RewardFunction) -> Origin:
         file = Path(where).absolute()
         if not file.is_file():
             close = difflib.get_close_matches(file.name, [p.name for p in file.parent.glob("*.py")])
-            raise MissingInput(f"rewards.functions, {function.name}: no file {where}", fix=_did_you_mean(close) or "give the path of the file")
+            raise MissingInput(
+                f"rewards.functions, {function.name}: no file {where}",
+                fix=_did_you_mean(close) or "give the path of the file",
+            )
         return Origin(name, None, file)
     spec = _spec(where)
     if spec is None:
@@ -220,19 +277,30 @@ def _locate(function: RewardFunction) -> Origin:
         raise ConfigError(
             f"rewards.functions, {function.name}: no module is named {where!r}",
             why="it is neither in the working folder nor installed",
-            fix=_did_you_mean([f"{c}:{name}" for c in close]) or "check the name, set PYTHONPATH, or write file.py:function",
+            fix=_did_you_mean([f"{c}:{name}" for c in close])
+            or "check the name, set PYTHONPATH, or write file.py:function",
         )
-    return Origin(name, where, Path(spec.origin) if spec.origin is not None and spec.origin.endswith(".py") else None)
+    return Origin(
+        name, where, Path(spec.origin) if spec.origin is not None and spec.origin.endswith(".py") else None
+    )
 
 
 def _of_trl(function: RewardFunction, name: str) -> Origin:
     spec = _spec("trl.rewards")
     if spec is None or spec.origin is None:
-        raise ConfigError(f"rewards.functions, {function.name}: this trl has no trl.rewards", fix="pip install 'trl>=1.16'")
+        raise ConfigError(
+            f"rewards.functions, {function.name}: this trl has no trl.rewards", fix="pip install 'trl>=1.16'"
+        )
     known: dict[str, Path] = {}
     for file in sorted(Path(spec.origin).parent.glob("*.py")):
-        known |= {defined: file for defined in _definitions(file, function).names if not defined.startswith("_") and file.stem != "__init__"}
-    known = {name: file for name, file in known.items() if name.endswith("_reward") or name.startswith("get_")}
+        known |= {
+            defined: file
+            for defined in _definitions(file, function).names
+            if not defined.startswith("_") and file.stem != "__init__"
+        }
+    known = {
+        name: file for name, file in known.items() if name.endswith("_reward") or name.startswith("get_")
+    }
     if name not in known:
         raise _unknown(function, f"trl.rewards has no {name}", name, known)
     return Origin(name, "trl.rewards", known[name])
@@ -255,7 +323,8 @@ def _spec(module: str) -> ModuleSpec | None:
 
 @dataclass(frozen=True, slots=True)
 class _Definitions:
-    """Names at the top level of a source, functions with their definition. open: others may come from a star import."""
+    """Names at the top level of a source, functions with their definition. open: others may come from a star
+    import."""
 
     names: Mapping[str, ast.FunctionDef | ast.AsyncFunctionDef | None]
     open: bool
@@ -266,7 +335,11 @@ def _definitions(file: Path, function: RewardFunction) -> _Definitions:
         tree = ast.parse(file.read_bytes())
     except (SyntaxError, ValueError) as error:
         line = getattr(error, "lineno", None) or 1
-        raise ConfigError(f"rewards.functions, {function.name}: {file}:{line} is not Python", why=str(error), fix="mend the file") from error
+        raise ConfigError(
+            f"rewards.functions, {function.name}: {file}:{line} is not Python",
+            why=str(error),
+            fix="mend the file",
+        ) from error
     names: dict[str, ast.FunctionDef | ast.AsyncFunctionDef | None] = {}
     for node in _top_level(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
@@ -293,14 +366,21 @@ def _check_url(url: str, key: str) -> None:
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ConfigError(f"{key} is no http:// or https:// address", fix="write http://host:port/path")
     if parts.username or parts.password:
-        raise ConfigError(f"{key} holds a user or a password", why="recipes are kept and logged", fix="use headers_from with a variable")
+        raise ConfigError(
+            f"{key} holds a user or a password",
+            why="recipes are kept and logged",
+            fix="use headers_from with a variable",
+        )
 
 
 def _check_model(function: RewardFunction) -> None:
     path = str(function.model)
     looks_local = Path(path).is_absolute() or path.startswith(".") or path.count("/") != 1
     if looks_local and not (Path(path) / "config.json").is_file():
-        raise MissingInput(f"rewards.functions, {function.name}: {path} holds no config.json", fix="point to the export folder of a reward run")
+        raise MissingInput(
+            f"rewards.functions, {function.name}: {path} holds no config.json",
+            fix="point to the export folder of a reward run",
+        )
 
 
 def _unknown(function: RewardFunction, what: str, name: str, known: Any, why: str = "") -> ConfigError:

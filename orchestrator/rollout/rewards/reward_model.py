@@ -1,6 +1,8 @@
-"""A trained reward model as a component: the folder that a `reward` run exports, read at the last token of each sequence.
+"""A trained reward model as a component: the folder that a `reward` run exports, read at the last token of
+each sequence.
 
-    groups -> prompt ids + completion ids (the policy's, or text tokenized anew) -> padded micro-batches -> rewards Float[n]
+    groups -> prompt ids + completion ids (the policy's, or text tokenized anew) -> padded micro-batches ->
+    rewards Float[n]
 
 It is the forward that trained the model (models/forward.py), so padding, masks and positions mean the same.
 """
@@ -17,7 +19,7 @@ from orchestrator.core.errors import ConfigError, DataError
 from orchestrator.core.rollouts import Prompt, Rollout, RolloutGroup
 from orchestrator.data.packing import pack
 from orchestrator.data.tokenize import Encoder
-from orchestrator.models.forward import MicroBatchTensors, ScoringModel, scored
+from orchestrator.models.forward import MicroBatchTensors, ScoringModel, run_forward
 from orchestrator.models.load import load, load_config, load_tokenizer, placed
 from orchestrator.recipe.schema import Data, Model, RewardFunction
 from orchestrator.rollout.rewards.component import Outcome, RewardFailure
@@ -26,12 +28,15 @@ from orchestrator.rollout.rewards.component import Outcome, RewardFailure
 class RewardModel:
     """A component (rewards.Component) around a sequence-classification model with one output.
 
-    policy: the model whose tokenizer made the rollouts' ids; where the reward model's is the same (`same_tokenizer`) the ids
-    are read as they are, so the reward is of exactly the tokens sampled. Else, or without it, prompt and completion are
-    tokenized from their text by data/tokenize.py, as in training, with an eos only where the completion had its own.
+    policy: the model whose tokenizer made the rollouts' ids; where the reward model's is the same
+    (`same_tokenizer`) the ids are read as they are, so the reward is of exactly the tokens sampled. Else, or
+    without it, prompt and completion are tokenized from their text by data/tokenize.py, as in training, with
+    an eos only where the completion had its own.
     """
 
-    def __init__(self, function: RewardFunction, *, policy: Model | None, batch_size: int, device: torch.device) -> None:
+    def __init__(
+        self, function: RewardFunction, *, policy: Model | None, batch_size: int, device: torch.device
+    ) -> None:
         """ConfigError or MissingInput where the folder holds no trained reward model."""
         assert function.model is not None
         cfg = Model(path=function.model, revision=function.revision)  # pyright: ignore[reportCallIssue]
@@ -44,13 +49,20 @@ class RewardModel:
         self.model = ScoringModel(placed(model, device, dtype).eval(), head="scalar")
         self.longest: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         self.reads_ids = policy is not None and same_tokenizer(load_tokenizer(policy), loaded.tokenizer)
-        self.encoders = {ended: Encoder(loaded.tokenizer, _data(append_eos=ended), "sft") for ended in (True, False)}
+        self.encoders = {
+            ended: Encoder(loaded.tokenizer, _data(append_eos=ended), "sft") for ended in (True, False)
+        }
 
     def score(self, groups: Sequence[RolloutGroup], timeout_s: float = float("inf")) -> list[Outcome]:
-        """A reward per sample; a failure where it is too long or cannot be tokenized. The caller keeps the time."""
-        found: list[Outcome | SequenceGroup] = [self._sequence(g.prompt, r) for g in groups for r in g.rollouts]
+        """A reward per sample; a failure where it is too long or cannot be tokenized. The caller keeps the
+        time."""
+        found: list[Outcome | SequenceGroup] = [
+            self._sequence(g.prompt, r) for g in groups for r in g.rollouts
+        ]
         fitting = [i for i, s in enumerate(found) if isinstance(s, SequenceGroup)]
-        fitting.sort(key=lambda i: -len(_sequence_at(found, i).prompt) - len(_sequence_at(found, i).branches[0].ids))
+        fitting.sort(
+            key=lambda i: -len(_sequence_at(found, i).prompt) - len(_sequence_at(found, i).branches[0].ids)
+        )
         for start in range(0, len(fitting), self.batch_size):
             chunk = fitting[start : start + self.batch_size]
             for i, reward in zip(chunk, self._rewards([_sequence_at(found, i) for i in chunk]), strict=True):
@@ -63,7 +75,7 @@ class RewardModel:
         """Of one micro-batch; halves of it where it does not fit in the device's memory."""
         try:
             rows = MicroBatchTensors.of(pack(sequences, "padded"), self.device)
-            return scored(self.model, rows).values.flatten().tolist()
+            return run_forward(self.model, rows).values.flatten().tolist()
         except torch.OutOfMemoryError:
             if len(sequences) == 1:
                 raise
@@ -74,22 +86,31 @@ class RewardModel:
     def _sequence(self, prompt: Prompt, rollout: Rollout) -> SequenceGroup | RewardFailure:
         where = f"{prompt.where}, sample {rollout.sample}"
         if self.reads_ids:
-            sequence = SequenceGroup(prompt.id, prompt.ids, (Branch(rollout.ids, np.ones(len(rollout.ids), np.bool_)),))
+            sequence = SequenceGroup(
+                prompt.id, prompt.ids, (Branch(rollout.ids, np.ones(len(rollout.ids), np.bool_)),)
+            )
         else:
             given = {"tools": prompt.tools, "chat_template_kwargs": prompt.chat_template_kwargs}
-            row = Row(prompt.id, where, prompt.source, prompt=prompt.text, completion=rollout.completion, **given)
+            row = Row(
+                prompt.id, where, prompt.source, prompt=prompt.text, completion=rollout.completion, **given
+            )
             try:
                 sequence = self.encoders[rollout.finish == "stop"].encode(row)
             except DataError as error:
-                return RewardFailure(f"reward {self.name} of {where}: it cannot be tokenized", why=error.what, fix=error.fix)
+                return RewardFailure(
+                    f"reward {self.name} of {where}: it cannot be tokenized", why=error.what, fix=error.fix
+                )
         if self.longest is not None and sequence.longest > self.longest:
-            return RewardFailure(f"reward {self.name} of {where}: {sequence.longest} tokens, the reward model reads {self.longest}")
+            return RewardFailure(
+                f"reward {self.name} of {where}: {sequence.longest} tokens, the reward model reads "
+                f"{self.longest}"
+            )
         return sequence
 
 
 def same_tokenizer(one: Any, other: Any) -> bool:
-    """True where ids of one mean the same to the other: the serialized tokenizers (vocabulary, merges, normaliser, added
-    tokens …) are equal but for padding and truncation, and so are chat template and eos."""
+    """True where ids of one mean the same to the other: the serialized tokenizers (vocabulary, merges,
+    normaliser, added tokens …) are equal but for padding and truncation, and so are chat template and eos."""
     return _identity(one) == _identity(other)
 
 
@@ -98,7 +119,9 @@ def _identity(tokenizer: Any) -> tuple[Any, ...]:
     if backend is None:
         serialized: Any = (type(tokenizer).__name__, tokenizer.get_vocab())
     else:
-        serialized = {k: v for k, v in json.loads(backend.to_str()).items() if k not in ("padding", "truncation")}
+        serialized = {
+            k: v for k, v in json.loads(backend.to_str()).items() if k not in ("padding", "truncation")
+        }
     return serialized, tokenizer.chat_template, tokenizer.eos_token_id
 
 
@@ -109,7 +132,8 @@ def _check_head(name: str, cfg: Model) -> None:
     if not any(kind.endswith("ForSequenceClassification") for kind in kinds) or config.num_labels != 1:
         raise ConfigError(
             f"rewards.functions, {name}: {cfg.path} is no reward model",
-            why=f"it is a {', '.join(kinds) or 'model without an architecture'} with {config.num_labels} outputs",
+            why=f"it is a {', '.join(kinds) or 'model without an architecture'} with {config.num_labels} "
+            "outputs",
             fix="give the export folder of a `reward` run, or another sequence classifier with one output",
         )
 

@@ -2,11 +2,12 @@
 
     Sandbox (in an actor) --socket: length, JSON--> `python -m orchestrator.rollout.rewards.sandbox` --> the user's function
 
-The process starts with a clean environment (so its /proc/self/environ and what it starts are clean too), an address space
-limited to its own at start plus `memory_bytes`, a session of its own, nothing on stdin, and a log file for what it prints.
-Nothing is unpickled. A call that is late costs the process group its life, and the next call gets a new one. If the actor
-dies, the process sees its socket closed and ends itself with all that it started. It protects a run from mistakes; it is no
-wall against hostile code, which runs as the same user and can read that user's files and processes.
+The process starts with a clean environment (so its /proc/self/environ and what it starts are clean too), an
+address space limited to its own at start plus `memory_bytes`, a session of its own, nothing on stdin, and a
+log file for what it prints. Nothing is unpickled. A call that is late costs the process group its life, and
+the next call gets a new one. If the actor dies, the process sees its socket closed and ends itself with all
+that it started. It protects a run from mistakes; it is no wall against hostile code, which runs as the same
+user and can read that user's files and processes.
 """
 
 import contextlib
@@ -32,7 +33,13 @@ import orchestrator
 from orchestrator.core.errors import ConfigError, OrchestratorError
 from orchestrator.core.resources import NO_GPUS
 from orchestrator.recipe.schema import RewardFunction, Rewards
-from orchestrator.rollout.rewards.component import Outcome, RewardCall, RewardFailure, invoke, judge
+from orchestrator.rollout.rewards.component import (
+    Outcome,
+    RewardCall,
+    RewardFailure,
+    invoke,
+    validate_rewards,
+)
 from orchestrator.rollout.rewards.lookup import resolve
 
 START_TIMEOUT_S = 120.0
@@ -45,8 +52,8 @@ HEADER = struct.Struct(">Q")
 
 @dataclass(frozen=True, slots=True)
 class Confinement:
-    """What the process may have. environment: all of its variables; memory_bytes: above its address space at start;
-    folder: where it works; log: where its output goes, None for nowhere."""
+    """What the process may have. environment: all of its variables; memory_bytes: above its address space at
+    start; folder: where it works; log: where its output goes, None for nowhere."""
 
     environment: Mapping[str, str]
     memory_bytes: int
@@ -55,7 +62,8 @@ class Confinement:
 
     @classmethod
     def of(cls, rewards: Rewards, environment: Mapping[str, str], log: Path | None) -> "Confinement":
-        """From the recipe and the variables of the driver: only those named here or in rewards.environment are kept."""
+        """From the recipe and the variables of the driver: only those named here or in rewards.environment
+        are kept."""
         kept = {k: v for k, v in environment.items() if k in KEPT or k.startswith("LC_")}
         named = {k: environment[k] for k in rewards.environment if k in environment}
         defaults = {"OMP_NUM_THREADS": "1", **NO_GPUS}  # the learners' devices are not its own
@@ -81,7 +89,10 @@ class Sandbox:
         ours, theirs = socket.socketpair()
         with theirs:
             self.channel, self.process = ours, self._launch(theirs)
-        request = {"function": self.function.model_dump(mode="json"), "memory_bytes": self.confinement.memory_bytes}
+        request = {
+            "function": self.function.model_dump(mode="json"),
+            "memory_bytes": self.confinement.memory_bytes,
+        }
         try:
             answer = self._exchange(request, timeout_s)
             failure = answer.get("failure")
@@ -89,7 +100,11 @@ class Sandbox:
             failure = error.why
         if failure is not None:
             self.close()
-            raise ConfigError(f"reward {self.name}: {self.function.function} cannot be loaded", why=str(failure), fix=self._see_log())
+            raise ConfigError(
+                f"reward {self.name}: {self.function.function} cannot be loaded",
+                why=str(failure),
+                fix=self._see_log(),
+            )
 
     def score(self, call: RewardCall, timeout_s: float) -> list[Outcome]:
         """An outcome per sample; RewardFailure where the function raised, was late, or took its process down."""
@@ -101,8 +116,13 @@ class Sandbox:
         if "failure" in answer:
             raise RewardFailure(f"reward {self.name} failed", why=str(answer["failure"]), fix=self._see_log())
         faults = answer.get("faults") or {}
-        outcomes = judge(self.name, answer.get("rewards"), call.samples)  # what comes from a process is judged again
-        return [RewardFailure(str(faults[str(i)])) if str(i) in faults else outcome for i, outcome in enumerate(outcomes)]
+        outcomes = validate_rewards(
+            self.name, answer.get("rewards"), call.samples
+        )  # what comes from a process is judged again
+        return [
+            RewardFailure(str(faults[str(i)])) if str(i) in faults else outcome
+            for i, outcome in enumerate(outcomes)
+        ]
 
     def close(self) -> None:
         """Ends the process and all that it started in its group."""
@@ -127,7 +147,13 @@ class Sandbox:
             log.parent.mkdir(parents=True, exist_ok=True)
         words = ["orchestrator.rollout.rewards.sandbox", str(theirs.fileno())]
         with open(log or os.devnull, "ab") as output:
-            return started_process(words, self.confinement.environment, self.confinement.folder, output, pass_fds=(theirs.fileno(),))
+            return started_process(
+                words,
+                self.confinement.environment,
+                self.confinement.folder,
+                output,
+                pass_fds=(theirs.fileno(),),
+            )
 
     def _revive(self) -> None:
         try:
@@ -142,7 +168,7 @@ class Sandbox:
         try:
             self.channel.settimeout(timeout_s)
             _send(self.channel, request)
-            answer = _receive(self.channel, lambda: self._left(deadline))
+            answer = _receive(self.channel, lambda: self._seconds_left(deadline))
             if not isinstance(answer, dict):
                 raise ValueError(f"a {type(answer).__name__}")
             return answer
@@ -155,8 +181,9 @@ class Sandbox:
         self.close()
         raise RewardFailure(f"reward {self.name} failed", why=why, fix=self._see_log())
 
-    def _left(self, deadline: float) -> float:
-        """Seconds for the next wait: short, because a process that ended may have left its end of the socket to a child."""
+    def _seconds_left(self, deadline: float) -> float:
+        """Seconds for the next wait: short, because a process that ended may have left its end of the socket
+        to a child."""
         assert self.process is not None
         left = deadline - time.monotonic()
         if left <= 0:
@@ -174,16 +201,31 @@ class Sandbox:
             code = self.process.wait(timeout=5)
         except subprocess.TimeoutExpired:
             return "its process closed its connection"
-        return f"its process was killed by signal {signal.Signals(-code).name}" if code < 0 else f"its process ended itself with exit code {code}"
+        return (
+            f"its process was killed by signal {signal.Signals(-code).name}"
+            if code < 0
+            else f"its process ended itself with exit code {code}"
+        )
 
     def _see_log(self) -> str:
-        return f"see {self.confinement.log}" if self.confinement.log is not None else "call the function on its own to see why"
+        return (
+            f"see {self.confinement.log}"
+            if self.confinement.log is not None
+            else "call the function on its own to see why"
+        )
 
 
 def started_process(
-    words: Sequence[str], environment: Mapping[str, str], folder: str, output: Any, *, stdin: int = subprocess.DEVNULL, pass_fds: Sequence[int] = ()
+    words: Sequence[str],
+    environment: Mapping[str, str],
+    folder: str,
+    output: Any,
+    *,
+    stdin: int = subprocess.DEVNULL,
+    pass_fds: Sequence[int] = (),
 ) -> "subprocess.Popen[bytes]":
-    """`python -m WORDS` in a session of its own, with just these variables. output: a file for all that it says."""
+    """`python -m WORDS` in a session of its own, with just these variables. output: a file for all that it
+    says."""
     return subprocess.Popen(
         [sys.executable, "-u", "-m", *words],
         stdin=stdin,
@@ -204,13 +246,20 @@ def _with_package(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def _request(name: str, call: RewardCall) -> dict[str, Any]:
-    request = {"prompts": call.prompts, "completions": call.completions, "completion_ids": call.completion_ids, "samples": call.samples}
+    request = {
+        "prompts": call.prompts,
+        "completions": call.completions,
+        "completion_ids": call.completion_ids,
+        "samples": call.samples,
+    }
     for column, values in call.columns.items():
         try:
             json.dumps(values, default=_plain)
         except (TypeError, ValueError) as error:
             what = f"reward {name}: the column {column} cannot be handed over"
-            raise RewardFailure(what, why=str(error), fix="keep text, numbers and lists in the data") from error
+            raise RewardFailure(
+                what, why=str(error), fix="keep text, numbers and lists in the data"
+            ) from error
     return {**request, "columns": call.columns}
 
 
@@ -227,7 +276,8 @@ def _send(channel: socket.socket, message: Any) -> None:
 
 
 def _receive(channel: socket.socket, patience: Callable[[], float | None]) -> Any:
-    """The next message. patience: seconds to wait before it is asked again, None for ever; it raises when there is none left."""
+    """The next message. patience: seconds to wait before it is asked again, None for ever; it raises when
+    there is none left."""
     (size,) = HEADER.unpack(_exactly(channel, HEADER.size, patience))
     if size > MAX_ANSWER_BYTES:
         raise ValueError(f"a message of {size} bytes")
@@ -250,7 +300,9 @@ def _exactly(channel: socket.socket, size: int, patience: Callable[[], float | N
 
 def main() -> None:
     """The process: imports the function, then answers calls until its socket is closed."""
-    signal.signal(signal.SIGTERM, lambda number, frame: None)  # sent to all processes of a run that is to end; the supervisor ends this one
+    signal.signal(
+        signal.SIGTERM, lambda number, frame: None
+    )  # sent to all processes of a run that is to end; the supervisor ends this one
     channel = socket.socket(fileno=int(sys.argv[1]))
     channel.set_inheritable(False)
     threading.Thread(target=_end_with_supervisor, args=(channel,), daemon=True).start()
@@ -275,7 +327,7 @@ def main() -> None:
 
 def _answer(function: RewardFunction, callable_: Callable[..., Any], call: RewardCall) -> dict[str, Any]:
     try:
-        outcomes = judge(function.name, invoke(function.name, callable_, call), call.samples)
+        outcomes = validate_rewards(function.name, invoke(function.name, callable_, call), call.samples)
     except RewardFailure as failure:
         return {"failure": failure.reason}
     except (Exception, SystemExit) as error:

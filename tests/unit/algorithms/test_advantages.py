@@ -1,4 +1,5 @@
-"""Advantages on literal numbers, against brute-force closed forms, and where there is nothing to compare with."""
+"""Advantages on literal numbers, against brute-force closed forms, and where there is nothing to compare
+with."""
 
 import math
 
@@ -44,7 +45,10 @@ def test_group_forms_literally():
 
 def test_leave_one_out_literally():
     # 1 - (2+3+2)/3, 2 - (1+3+2)/3, …
-    same(leave_one_out(REWARDS), torch.tensor([[-4 / 3, 0.0, 4 / 3, 0.0], [1.0, -1 / 3, -1 / 3, -1 / 3]], dtype=torch.float64))
+    same(
+        leave_one_out(REWARDS),
+        torch.tensor([[-4 / 3, 0.0, 4 / 3, 0.0], [1.0, -1 / 3, -1 / 3, -1 / 3]], dtype=torch.float64),
+    )
 
 
 def test_equal_rewards_teach_nothing():
@@ -83,8 +87,12 @@ def brute_force_gae(rewards: list[float], values: list[float], gamma: float, lam
         return sum(gamma ** (i - t) * rewards[i] for i in range(t, last)) + bootstrap - values[t]
 
     def mixed(t: int) -> float:
-        left = end - t  # beyond it every n-step advantage is the same: their weights add up to lambda^(left - 1)
-        return sum((1 - lam) * lam ** (n - 1) * n_step(t, n) for n in range(1, left)) + lam ** (left - 1) * n_step(t, left)
+        left = (
+            end - t
+        )  # beyond it every n-step advantage is the same: their weights add up to lambda^(left - 1)
+        return sum((1 - lam) * lam ** (n - 1) * n_step(t, n) for n in range(1, left)) + lam ** (
+            left - 1
+        ) * n_step(t, left)
 
     return [mixed(t) for t in range(end)]
 
@@ -93,16 +101,24 @@ episode_numbers = st.lists(st.tuples(st.floats(-3, 3), st.floats(-3, 3)), min_si
 
 
 @settings(max_examples=60)
-@given(episodes=st.lists(episode_numbers, min_size=1, max_size=5), gamma=st.floats(0.0, 1.0), lam=st.floats(0.0, 1.0))
+@given(
+    episodes=st.lists(episode_numbers, min_size=1, max_size=5),
+    gamma=st.floats(0.0, 1.0),
+    lam=st.floats(0.0, 1.0),
+)
 def test_gae_of_ragged_episodes_against_brute_force(episodes, gamma, lam):
     rewards = tensor(*(r for episode in episodes for r, _ in episode))
     values = tensor(*(v for episode in episodes for _, v in episode))
     lengths = [len(episode) for episode in episodes]
-    want = tensor(*(a for e in episodes for a in brute_force_gae([r for r, _ in e], [v for _, v in e], gamma, lam)))
+    want = tensor(
+        *(a for e in episodes for a in brute_force_gae([r for r, _ in e], [v for _, v in e], gamma, lam))
+    )
     advantages, returns = episodes_gae(rewards, values, lengths, gamma, lam)
     torch.testing.assert_close(advantages, want, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(returns, want + values, rtol=1e-9, atol=1e-9)
-    alone = [gae(r, v, gamma, lam)[0] for r, v in zip(rewards.split(lengths), values.split(lengths), strict=True)]
+    alone = [
+        gae(r, v, gamma, lam)[0] for r, v in zip(rewards.split(lengths), values.split(lengths), strict=True)
+    ]
     same(torch.cat(alone), advantages)
 
 
@@ -126,7 +142,10 @@ def test_the_limits_of_gae():
 
 def test_discounted_returns_literally():
     same(discounted_returns(tensor(1.0, 0.0, 4.0), 0.5), tensor(2.0, 2.0, 4.0))
-    same(discounted_returns(torch.tensor([[1.0, 2.0], [3.0, 0.0]], dtype=torch.float64), 1.0), torch.tensor([[3.0, 2.0], [3.0, 0.0]]).double())
+    same(
+        discounted_returns(torch.tensor([[1.0, 2.0], [3.0, 0.0]], dtype=torch.float64), 1.0),
+        torch.tensor([[3.0, 2.0], [3.0, 0.0]]).double(),
+    )
 
 
 def test_whiten_literally():
@@ -145,13 +164,15 @@ def test_whiten_without_a_deviation(values):
 
 
 def test_reinforce_pp_literally():
-    """Rewards 1 and 0, penalties (0.5, 0.25) and (1): returns 1 - 0.75, 1 - 0.25 and -1; mean 0, deviation sqrt(1.625 / 2)."""
+    """Rewards 1 and 0, penalties (0.5, 0.25) and (1): returns 1 - 0.75, 1 - 0.25 and -1; mean 0, deviation
+    sqrt(1.625 / 2)."""
     got = reinforce_pp(tensor(1.0, 0.0), tensor(0.5, 0.25, 1.0), (2, 1))
     same(got, tensor(0.25, 0.75, -1.0) / math.sqrt(1.625 / 2))
 
 
 def test_reinforce_pp_baseline_literally():
-    """Group means 0.5 and 2: (0.5, -0.5 | -1, 1), on 2, 1, 1 and 2 tokens; their mean is 0.25 over tokens, not over completions."""
+    """Group means 0.5 and 2: (0.5, -0.5 | -1, 1), on 2, 1, 1 and 2 tokens; their mean is 0.25 over tokens,
+    not over completions."""
     rewards = torch.tensor([[1.0, 0.0], [1.0, 3.0]], dtype=torch.float64)
     tokens = tensor(0.5, 0.5, -0.5, -1.0, 1.0, 1.0)
     same(reinforce_pp_baseline(rewards, (2, 1, 1, 2)), (tokens - 0.25) / tokens.std())

@@ -7,7 +7,7 @@ from orchestrator.algorithms.losses.interface import TokenScores
 from orchestrator.algorithms.losses.preference_mix import PAIR_LOSSES
 from orchestrator.algorithms.table import build
 from orchestrator.core.batches import LossUnits
-from orchestrator.recipe.schema import Algorithm as Config
+from orchestrator.recipe.schema import AlgorithmConfig
 
 LENGTHS = ((3, 1), (2, 4), (1, 2), (4, 2))
 UNITS = LossUnits(5, (12, 9))
@@ -20,7 +20,9 @@ def scores(seed: int = 0) -> TokenScores:
     logps = -3.0 * torch.rand(len(sequence), generator=draw, dtype=torch.float64) - 0.05
     reference = logps + 0.5 * torch.randn(len(sequence), generator=draw, dtype=torch.float64)
     wpo = torch.randn(len(sequence), generator=draw, dtype=torch.float64)
-    return TokenScores(logps, sequence, 4, 2, ref_logps=reference, label=torch.tensor([1.0, 0.0, 0.0, 1.0]), wpo=wpo)
+    return TokenScores(
+        logps, sequence, 4, 2, ref_logps=reference, label=torch.tensor([1.0, 0.0, 0.0, 1.0]), wpo=wpo
+    )
 
 
 def central_differences(value, at: torch.Tensor, step: float = 1e-5) -> torch.Tensor:
@@ -33,11 +35,14 @@ def central_differences(value, at: torch.Tensor, step: float = 1e-5) -> torch.Te
     return slopes
 
 
-def assert_gradient(cfg: Config, given: TokenScores, units: LossUnits = UNITS) -> None:
+def assert_gradient(cfg: AlgorithmConfig, given: TokenScores, units: LossUnits = UNITS) -> None:
     objective = build(cfg).objective
 
     def total(logps: torch.Tensor) -> torch.Tensor:
-        return objective(TokenScores(logps, given.sequence, 4, 2, given.ref_logps, given.label, given.margin, given.wpo), units).total
+        return objective(
+            TokenScores(logps, given.sequence, 4, 2, given.ref_logps, given.label, given.margin, given.wpo),
+            units,
+        ).total
 
     logps = given.logps.clone().requires_grad_()
     (gradient,) = torch.autograd.grad(total(logps), logps)
@@ -51,7 +56,7 @@ def assert_gradient(cfg: Config, given: TokenScores, units: LossUnits = UNITS) -
 def test_pair_losses(name, smoothing):
     if name == "exo_pair" and smoothing == 0.0:
         smoothing = 1e-3
-    assert_gradient(Config(name="dpo", loss=name, beta=0.4, label_smoothing=smoothing), scores())
+    assert_gradient(AlgorithmConfig(name="dpo", loss=name, beta=0.4, label_smoothing=smoothing), scores())
 
 
 @pytest.mark.parametrize(
@@ -68,12 +73,12 @@ def test_pair_losses(name, smoothing):
     ],
 )
 def test_variants_of_dpo(options):
-    assert_gradient(Config(name="dpo", beta=0.4, **options), scores(1))
+    assert_gradient(AlgorithmConfig(name="dpo", beta=0.4, **options), scores(1))
 
 
 @pytest.mark.parametrize("name", ["simpo", "cpo", "orpo", "sft"])
 def test_other_algorithms(name):
-    assert_gradient(Config(name=name, beta=0.4), scores(2))
+    assert_gradient(AlgorithmConfig(name=name, beta=0.4), scores(2))
 
 
 @pytest.mark.parametrize("shift", [-1.0, 1.0])
@@ -83,7 +88,7 @@ def test_kto_holds_its_kl_term_fixed(shift):
     mismatched = given.sequence % 2 == 1
     reference = torch.where(mismatched, given.logps - shift, given.ref_logps)
     given = TokenScores(given.logps, given.sequence, 4, 2, ref_logps=reference, label=given.label)
-    objective = build(Config(name="kto", beta=0.4, kto_undesirable_weight=0.6)).objective
+    objective = build(AlgorithmConfig(name="kto", beta=0.4, kto_undesirable_weight=0.6)).objective
     logps = given.logps.clone().requires_grad_()
     loss = objective(TokenScores(logps, given.sequence, 4, 2, given.ref_logps, given.label), UNITS)
     (gradient,) = torch.autograd.grad(loss.total, logps)
@@ -102,11 +107,13 @@ def test_reward_loss(centring):
     draw = torch.Generator().manual_seed(0)
     margin = torch.rand(4, generator=draw, dtype=torch.float64)
     rewards = torch.randn(8, generator=draw, dtype=torch.float64)
-    objective = build(Config(name="reward", reward_centring=centring)).objective
+    objective = build(AlgorithmConfig(name="reward", reward_centring=centring)).objective
     empty, nowhere = torch.zeros(0), torch.zeros(0, dtype=torch.long)
 
     def total(values: torch.Tensor) -> torch.Tensor:
-        return objective(TokenScores(empty, nowhere, 4, 2, margin=margin, rewards=values.view(4, 2)), UNITS).total
+        return objective(
+            TokenScores(empty, nowhere, 4, 2, margin=margin, rewards=values.view(4, 2)), UNITS
+        ).total
 
     at = rewards.clone().requires_grad_()
     (gradient,) = torch.autograd.grad(total(at), at)
@@ -121,7 +128,7 @@ def test_wpo_weights_carry_no_gradient():
     for wpo in (False, True):
         logps, terms = single.logps.clone().requires_grad_(), single.wpo.clone().requires_grad_()
         moved = TokenScores(logps, single.sequence, 1, 2, single.ref_logps, wpo=terms)
-        total = build(Config(name="dpo", wpo=wpo)).objective(moved, LossUnits(1, (3, 1))).total
+        total = build(AlgorithmConfig(name="dpo", wpo=wpo)).objective(moved, LossUnits(1, (3, 1))).total
         gradient, through_weight = torch.autograd.grad(total, (logps, terms), allow_unused=True)
         assert through_weight is None
         gradients.append(gradient)

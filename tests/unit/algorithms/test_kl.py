@@ -31,7 +31,9 @@ def test_k1_and_k3_have_the_divergence_as_their_expectation():
     divergence = float((policy.exp() * (policy - reference)).sum())
     assert divergence > 0.1
     for estimator in (k1, k3):
-        assert float((policy.exp() * estimator(policy, reference)).sum()) == pytest.approx(divergence, rel=1e-12)
+        assert float((policy.exp() * estimator(policy, reference)).sum()) == pytest.approx(
+            divergence, rel=1e-12
+        )
 
 
 def test_k2_has_the_divergences_gradient_on_policy_and_k1_none():
@@ -77,5 +79,6 @@ def test_adapt_changes_a_coefficient_by_at_most_e_to_the_fifth_per_horizon():
 
 
 def test_adapt_never_turns_a_coefficient_negative():
-    """Without a bound a rollout batch of 10 horizons would give 1 - 0.2 * 10 < 0: a reward for leaving the reference."""
+    """Without a bound a rollout batch of 10 horizons would give 1 - 0.2 * 10 < 0: a reward for leaving the
+    reference."""
     assert adapt(1.0, observed=0.0, target=0.1, horizon=10.0, rollouts=100) == pytest.approx(0.8)

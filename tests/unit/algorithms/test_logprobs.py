@@ -11,14 +11,29 @@ N, H, V = 13, 5, 17
 
 
 def inputs(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """hidden, weight, bias, targets and the gradient that comes back; logits of a few units, so that a cap bites."""
+    """hidden, weight, bias, targets and the gradient that comes back; logits of a few units, so that a cap
+    bites."""
     draw = torch.Generator().manual_seed(0)
-    hidden, weight, bias = (torch.randn(shape, generator=draw, dtype=dtype) for shape in ((N, H), (V, H), (V,)))
-    return hidden, weight, bias, torch.randint(V, (N,), generator=draw), torch.randn(N, generator=draw, dtype=dtype)
+    hidden, weight, bias = (
+        torch.randn(shape, generator=draw, dtype=dtype) for shape in ((N, H), (V, H), (V,))
+    )
+    return (
+        hidden,
+        weight,
+        bias,
+        torch.randint(V, (N,), generator=draw),
+        torch.randn(N, generator=draw, dtype=dtype),
+    )
 
 
 def plain(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, cap: float | None, scale: float, temperature: float = 1.0
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    cap: float | None,
+    scale: float,
+    temperature: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     z = scale * torch.nn.functional.linear(hidden, weight, bias)
     if cap is not None:
@@ -38,12 +53,16 @@ def test_values_and_gradients_equal_log_softmax(chunk, cap, scale, with_bias):
     leaves = [t.requires_grad_() for t in ((hidden, weight, bias) if with_bias else (hidden, weight))]
     used = bias if with_bias else None
     want, want_wpo = plain(hidden, weight, used, targets, cap, scale)
-    output = chunked_logprobs(hidden, weight, used, targets, HeadSpec(chunk=chunk, soft_cap=cap, scale=scale, want_wpo=True))
+    output = chunked_logprobs(
+        hidden, weight, used, targets, HeadSpec(chunk=chunk, soft_cap=cap, scale=scale, want_wpo=True)
+    )
     got, wpo = output.logps, output.wpo
     torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(wpo, want_wpo, rtol=1e-12, atol=1e-12)
     assert not wpo.requires_grad
-    for a, b in zip(torch.autograd.grad(got, leaves, back), torch.autograd.grad(want, leaves, back), strict=True):
+    for a, b in zip(
+        torch.autograd.grad(got, leaves, back), torch.autograd.grad(want, leaves, back), strict=True
+    ):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
 
@@ -58,16 +77,26 @@ def test_entropy_and_temperature_equal_log_softmax(chunk, cap, temperature):
     logs = torch.log_softmax(z, -1)
     want, want_entropy = logs.gather(1, targets[:, None])[:, 0], -(logs.exp() * logs).sum(1)
     output = chunked_logprobs(
-        hidden, weight, bias, targets, HeadSpec(chunk=chunk, soft_cap=cap, scale=3.0, temperature=temperature, want_entropy=True)
+        hidden,
+        weight,
+        bias,
+        targets,
+        HeadSpec(chunk=chunk, soft_cap=cap, scale=3.0, temperature=temperature, want_entropy=True),
     )
     got, entropy = output.logps, output.entropy
     assert entropy is not None
     torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(entropy, want_entropy, rtol=1e-11, atol=1e-11)
-    mixtures = (lambda lp, h: (lp * back).sum(), lambda lp, h: (h * back).sum(), lambda lp, h: (lp * back).sum() + 0.3 * (h * back.flip(0)).sum())
+    mixtures = (
+        lambda lp, h: (lp * back).sum(),
+        lambda lp, h: (h * back).sum(),
+        lambda lp, h: (lp * back).sum() + 0.3 * (h * back.flip(0)).sum(),
+    )
     for mix in mixtures:
         ours = torch.autograd.grad(mix(got, entropy), leaves, retain_graph=True)
-        for a, b in zip(ours, torch.autograd.grad(mix(want, want_entropy), leaves, retain_graph=True), strict=True):
+        for a, b in zip(
+            ours, torch.autograd.grad(mix(want, want_entropy), leaves, retain_graph=True), strict=True
+        ):
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
 
 
@@ -75,7 +104,9 @@ def test_entropy_and_temperature_equal_log_softmax(chunk, cap, temperature):
 def test_gradients_equal_finite_differences(cap):
     hidden, weight, bias, targets, _ = inputs()
     leaves = tuple(t.requires_grad_() for t in (hidden, weight, bias))
-    assert torch.autograd.gradcheck(lambda *x: chunked_logprobs(*x, targets, HeadSpec(chunk=4, soft_cap=cap, scale=0.7)).logps, leaves)
+    assert torch.autograd.gradcheck(
+        lambda *x: chunked_logprobs(*x, targets, HeadSpec(chunk=4, soft_cap=cap, scale=0.7)).logps, leaves
+    )
 
 
 def test_fp32_stays_fp32_and_close():
@@ -127,13 +158,17 @@ def test_at_most_a_chunk_of_logits_is_alive():
 
 @pytest.mark.parametrize("device_type", ["cpu", "cuda"])
 def test_the_chunks_of_a_device_equal_fp64_at_a_vocabulary_of_128k(device_type):
-    """Of which a CPU takes 130 positions at a time and a GPU 4,185; here by a head on the CPU that makes either's chunks."""
+    """Of which a CPU takes 130 positions at a time and a GPU 4,185; here by a head on the CPU that makes
+    either's chunks."""
     vocabulary, positions, width = 128_256, 150, 8
     draw = torch.Generator().manual_seed(0)
     linear = torch.nn.Linear(width, vocabulary, bias=False)
     linear.weight.data = torch.randn(vocabulary, width, generator=draw)
     hidden = torch.randn(positions, width, generator=draw).requires_grad_()
-    targets, back = torch.randint(vocabulary, (positions,), generator=draw), torch.randn(positions, generator=draw)
+    targets, back = (
+        torch.randint(vocabulary, (positions,), generator=draw),
+        torch.randn(positions, generator=draw),
+    )
     head = ScoredHead(linear, HeadSpec())
     head.computes_as = device_type
     got = head(hidden, targets)[0]
@@ -154,7 +189,8 @@ def test_ld_weights_literally():
 
 
 def test_ld_weights_with_sequences_in_any_order_of_rows():
-    """Packed rows hold the longest sequence first, so tokens of a sequence are together but sequences are not sorted."""
+    """Packed rows hold the longest sequence first, so tokens of a sequence are together but sequences are not
+    sorted."""
     sequence = torch.tensor([3, 3, 3, 3, 0, 0, 0, 2, 2, 1])
     want = [1.0, 1.0, 0.25, 0.25, 1.0, 0.25, 0.25, 1.0, 1.0, 1.0]
     assert ld_weights(sequence, 2, 2, 0.25).tolist() == want

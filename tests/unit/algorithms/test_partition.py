@@ -1,4 +1,5 @@
-"""No cut of an effective batch changes its loss or gradient: sums with global counts, or coefficients for coupled losses."""
+"""No cut of an effective batch changes its loss or gradient: sums with global counts, or coefficients for
+coupled losses."""
 
 from itertools import pairwise
 
@@ -11,30 +12,34 @@ from torch import Tensor
 from orchestrator.algorithms.losses.interface import TokenScores
 from orchestrator.algorithms.losses.preference_mix import COUPLED, PAIR_LOSSES
 from orchestrator.algorithms.losses.whole_batch import coefficients, linear
-from orchestrator.algorithms.table import Algorithm, build
+from orchestrator.algorithms.table import AlgorithmSpec, build
 from orchestrator.core.batches import LossUnits
-from orchestrator.recipe.schema import Algorithm as Config
+from orchestrator.recipe.schema import AlgorithmConfig
 
 ALONE = [
-    *(Config(name="dpo", loss=name, label_smoothing=0.1) for name in PAIR_LOSSES if name not in (*COUPLED, "sft")),
-    Config(name="dpo", loss={"sigmoid": 0.8, "bco_pair": 0.2, "sft": 1.0}),
-    Config(name="dpo", loss="ipo", f_divergence="js", ld_alpha=0.3),
-    Config(name="dpo", wpo=True),
-    Config(name="simpo"),
-    Config(name="cpo"),
-    Config(name="orpo"),
-    Config(name="sft"),
-    Config(name="reward", reward_centring=0.1),
+    *(
+        AlgorithmConfig(name="dpo", loss=name, label_smoothing=0.1)
+        for name in PAIR_LOSSES
+        if name not in (*COUPLED, "sft")
+    ),
+    AlgorithmConfig(name="dpo", loss={"sigmoid": 0.8, "bco_pair": 0.2, "sft": 1.0}),
+    AlgorithmConfig(name="dpo", loss="ipo", f_divergence="js", ld_alpha=0.3),
+    AlgorithmConfig(name="dpo", wpo=True),
+    AlgorithmConfig(name="simpo"),
+    AlgorithmConfig(name="cpo"),
+    AlgorithmConfig(name="orpo"),
+    AlgorithmConfig(name="sft"),
+    AlgorithmConfig(name="reward", reward_centring=0.1),
 ]
 TOGETHER = [
-    Config(name="dpo", loss="aot"),
-    Config(name="dpo", loss="aot_unpaired", label_smoothing=0.1),
-    Config(name="dpo", loss={"aot": 0.5, "apo_zero": 0.3, "sft": 0.2}, ld_alpha=0.5),
-    Config(name="kto", kto_desirable_weight=1.4),
+    AlgorithmConfig(name="dpo", loss="aot"),
+    AlgorithmConfig(name="dpo", loss="aot_unpaired", label_smoothing=0.1),
+    AlgorithmConfig(name="dpo", loss={"aot": 0.5, "apo_zero": 0.3, "sft": 0.2}, ld_alpha=0.5),
+    AlgorithmConfig(name="kto", kto_desirable_weight=1.4),
 ]
 
 
-def label_of(cfg: Config) -> str:
+def label_of(cfg: AlgorithmConfig) -> str:
     return cfg.name if cfg.loss is None else str(cfg.loss)
 
 
@@ -92,11 +97,13 @@ def test_sum_over_any_partition_is_the_whole(cfg, cut):
     parts = [objective(part(whole, examples, whole.logps), units) for examples in micro_batches]
     assert float(sum(p.total for p in parts)) == pytest.approx(float(full.total), rel=1e-11, abs=1e-12)
     for name, (total, count) in full.means.items():
-        assert float(sum(p.means[name][0] for p in parts)) == pytest.approx(float(total), rel=1e-10, abs=1e-10), name
+        assert float(sum(p.means[name][0] for p in parts)) == pytest.approx(
+            float(total), rel=1e-10, abs=1e-10
+        ), name
         assert sum(p.means[name][1] for p in parts) == count, name
 
 
-def whole_gradient(algorithm: Algorithm, whole: TokenScores, units: LossUnits) -> tuple[Tensor, Tensor]:
+def whole_gradient(algorithm: AlgorithmSpec, whole: TokenScores, units: LossUnits) -> tuple[Tensor, Tensor]:
     logps = whole.logps.clone().requires_grad_()
     everything = list(range(whole.examples))
     loss = algorithm.objective(part(whole, everything, logps), units).total
@@ -131,7 +138,9 @@ def test_coupled_losses_differ_when_cut_naively(cfg):
     units = LossUnits(8, (8, 8))
     objective = build(cfg).objective
     full = objective(whole, units).total
-    cut = sum(objective(part(whole, examples, logps), units).total for examples in ([0, 1], [2, 3], [4, 5], [6, 7]))
+    cut = sum(
+        objective(part(whole, examples, logps), units).total for examples in ([0, 1], [2, 3], [4, 5], [6, 7])
+    )
     assert abs(float(cut - full)) > 1e-3
 
 
@@ -142,7 +151,7 @@ def test_a_coupled_loss_seen_through_a_model():
     reference = -torch.rand(12, generator=draw, dtype=torch.float64)
     whole = TokenScores(torch.zeros(12), torch.arange(12), 6, 2, reference)
     units = LossUnits(6, (6, 6))
-    objective = build(Config(name="dpo", loss="aot", beta=1.0)).objective
+    objective = build(AlgorithmConfig(name="dpo", loss="aot", beta=1.0)).objective
     theta = torch.randn(3, generator=draw, dtype=torch.float64).requires_grad_()
 
     def scored(index: Tensor) -> Tensor:
@@ -151,7 +160,9 @@ def test_a_coupled_loss_seen_through_a_model():
     everything = torch.arange(12)
     full = TokenScores(scored(everything), whole.sequence, 6, 2, reference)
     (want,) = torch.autograd.grad(objective(full, units).total, theta)
-    _, weights = coefficients(objective, TokenScores(scored(everything).detach(), whole.sequence, 6, 2, reference), units)
+    _, weights = coefficients(
+        objective, TokenScores(scored(everything).detach(), whole.sequence, 6, 2, reference), units
+    )
     for index in everything.split(4):
         linear(scored(index), weights[index]).backward()
     torch.testing.assert_close(theta.grad, want, rtol=1e-12, atol=1e-14)

@@ -1,4 +1,5 @@
-"""Policy losses: literal numbers, finite differences, any cut of the effective batch, and the edges of each equation."""
+"""Policy losses: literal numbers, finite differences, any cut of the effective batch, and the edges of each
+equation."""
 
 import math
 from dataclasses import replace
@@ -36,7 +37,8 @@ def mean(loss: LossSum, name: str) -> float:
     return float(total) / count
 
 
-# Sequences of 2, 0 and 1 tokens with ratios (2, 1/2) and 1; drawn at (1/2, 4) and 1 times the old probability.
+# Sequences of 2, 0 and 1 tokens with ratios (2, 1/2) and 1; drawn at (1/2, 4) and 1 times the old
+# probability.
 LN2 = math.log(2.0)
 THREE = TokenScores(
     tensor(-1.0, -2.0, -3.0),
@@ -120,7 +122,10 @@ LITERAL = {
     "k1": (PolicyGradient(kl_coefficient=2.0, kl_estimator="k1"), (0.3 + 2.0 * (0.0 + LN2 - LN2)) / 10),
     "k2": (PolicyGradient(kl_coefficient=2.0, kl_estimator="k2"), (0.3 + 2.0 * LN2**2) / 10),
     "k3": (PolicyGradient(kl_coefficient=2.0), (0.3 + 2.0 * ((LN2 - 0.5) + (1.0 - LN2))) / 10),
-    "entropy": (PolicyGradient(normaliser="sequence", entropy_bonus=0.5), (-1.7 / 2 + 2.0) / 4 - 0.5 * 7.0 / 10),
+    "entropy": (
+        PolicyGradient(normaliser="sequence", entropy_bonus=0.5),
+        (-1.7 / 2 + 2.0) / 4 - 0.5 * 7.0 / 10,
+    ),
 }
 
 
@@ -173,8 +178,12 @@ def random_scores(lengths: list[int], branches: int, seed: int) -> TokenScores:
 
     logps = -0.05 - 2.0 * torch.rand(len(sequence), generator=draw, dtype=torch.float64)
     old = logps + 0.3 * noise()
-    known = ExperienceTensors(advantages=noise(), sampled_logps=old + 0.3 * noise(), old_logps=old, ref_logps=logps + 0.3 * noise())
-    return TokenScores(logps, sequence, len(lengths) // branches, branches, entropy=noise().abs(), experience=known)
+    known = ExperienceTensors(
+        advantages=noise(), sampled_logps=old + 0.3 * noise(), old_logps=old, ref_logps=logps + 0.3 * noise()
+    )
+    return TokenScores(
+        logps, sequence, len(lengths) // branches, branches, entropy=noise().abs(), experience=known
+    )
 
 
 ALL = {
@@ -184,7 +193,9 @@ ALL = {
     "dapo": PolicyGradient(clip_high=0.28, entropy_bonus=0.1, correction="decoupled", cap=1.2),
     "gspo": PolicyGradient(level="sequence", normaliser="sequence", clip_low=0.05, clip_high=0.06),
     "cispo": PolicyGradient("cispo", clip_high=1.2, kl_coefficient=0.2, kl_estimator="k2"),
-    "cispo of a sequence": PolicyGradient("cispo", "sequence", clip_high=1.1, kl_coefficient=0.2, kl_estimator="k1"),
+    "cispo of a sequence": PolicyGradient(
+        "cispo", "sequence", clip_high=1.1, kl_coefficient=0.2, kl_estimator="k1"
+    ),
     "rloo": PolicyGradient(level="trajectory", normaliser="sequence"),
     "reinforce": PolicyGradient("reinforce", normaliser="constant"),
     "dual": PolicyGradient(dual=1.3, normaliser="sequence"),
@@ -196,14 +207,17 @@ def moved(given: TokenScores, logps: Tensor, entropy: Tensor) -> TokenScores:
 
 
 def held(objective: PolicyGradient, given: TokenScores) -> tuple[PolicyGradient, TokenScores]:
-    """An objective whose plain derivative is the gradient wanted: old log-probs are numbers, and so is CISPO's weight, which
-    makes it REINFORCE with weighted advantages."""
+    """An objective whose plain derivative is the gradient wanted: old log-probs are numbers, and so is
+    CISPO's weight, which makes it REINFORCE with weighted advantages."""
     known = given.experience
     old = given.logps if known.old_logps is None else known.old_logps
     fixed = replace(known, old_logps=old)
     if objective.form == "cispo":
         weight = log_ratio(given, old, objective.level).exp().clamp(max=objective.clip_high)
-        objective, fixed = replace(objective, form="reinforce"), replace(fixed, advantages=known.advantages * weight)
+        objective, fixed = (
+            replace(objective, form="reinforce"),
+            replace(fixed, advantages=known.advantages * weight),
+        )
     return objective, replace(given, experience=fixed)
 
 
@@ -236,9 +250,16 @@ def part(whole: TokenScores, examples: list[int], logps: Tensor) -> TokenScores:
     places = [(place, example, k) for place, example in enumerate(examples) for k in range(whole.branches)]
     at = [(whole.sequence == example * whole.branches + k).nonzero()[:, 0] for _, example, k in places]
     index = torch.cat([torch.zeros(0, dtype=torch.long), *at])
-    sequence = [torch.full((len(i),), place * whole.branches + k) for i, (place, _, k) in zip(at, places, strict=True)]
+    sequence = [
+        torch.full((len(i),), place * whole.branches + k) for i, (place, _, k) in zip(at, places, strict=True)
+    ]
     known = whole.experience
-    assert known is not None and known.old_logps is not None and known.ref_logps is not None and whole.entropy is not None
+    assert (
+        known is not None
+        and known.old_logps is not None
+        and known.ref_logps is not None
+        and whole.entropy is not None
+    )
     cut = ExperienceTensors(
         advantages=known.advantages[index],
         sampled_logps=known.sampled_logps[index],
@@ -246,18 +267,25 @@ def part(whole: TokenScores, examples: list[int], logps: Tensor) -> TokenScores:
         ref_logps=known.ref_logps[index],
     )
     scored = torch.cat([torch.zeros(0, dtype=torch.long), *sequence])
-    return TokenScores(logps[index], scored, len(examples), whole.branches, entropy=whole.entropy[index], experience=cut)
+    return TokenScores(
+        logps[index], scored, len(examples), whole.branches, entropy=whole.entropy[index], experience=cut
+    )
 
 
 @st.composite
 def cut_batches(draw):
-    """A whole batch with its counts, and a partition of its examples into micro-batches (empty ones too) in any order."""
+    """A whole batch with its counts, and a partition of its examples into micro-batches (empty ones too) in
+    any order."""
     n, branches = draw(st.integers(1, 5)), draw(st.integers(1, 3))
     lengths = draw(st.lists(st.integers(0, 4), min_size=n * branches, max_size=n * branches))
     order = draw(st.permutations(range(n)))
     stops = sorted([0, n, *draw(st.lists(st.integers(0, n), max_size=3))])
     units = LossUnits(n, tuple(sum(lengths[k::branches]) for k in range(branches)))
-    return random_scores(lengths, branches, draw(st.integers(0, 2**20))), units, [list(order[a:b]) for a, b in pairwise(stops)]
+    return (
+        random_scores(lengths, branches, draw(st.integers(0, 2**20))),
+        units,
+        [list(order[a:b]) for a, b in pairwise(stops)],
+    )
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -271,7 +299,9 @@ def test_sum_over_any_partition_is_the_whole(name, cut):
     parts = [objective(part(whole, examples, logps[1]), units) for examples in micro_batches]
     assert sum(p.total.item() for p in parts) == pytest.approx(full.total.item(), rel=1e-11, abs=1e-12)
     for name_, (total, count) in full.means.items():
-        assert float(sum(p.means[name_][0] for p in parts)) == pytest.approx(float(total), rel=1e-10, abs=1e-10), name_
+        assert float(sum(p.means[name_][0] for p in parts)) == pytest.approx(
+            float(total), rel=1e-10, abs=1e-10
+        ), name_
         assert sum(p.means[name_][1] for p in parts) == count, name_
     for name_, value in full.maxima.items():
         assert max(float(p.maxima[name_]) for p in parts) == pytest.approx(float(value), rel=1e-11), name_
@@ -293,7 +323,11 @@ def test_nothing_scored_is_a_loss_of_zero():
 @pytest.mark.parametrize("advantage", [1.0, -1.0])
 def test_a_ratio_beyond_fp32_has_a_finite_gradient(advantage):
     """exp(100) overflows fp32: clipped away for a positive advantage, where 0 * inf would be NaN."""
-    known = ExperienceTensors(advantages=torch.tensor([advantage]), sampled_logps=torch.tensor([-101.0]), old_logps=torch.tensor([-101.0]))
+    known = ExperienceTensors(
+        advantages=torch.tensor([advantage]),
+        sampled_logps=torch.tensor([-101.0]),
+        old_logps=torch.tensor([-101.0]),
+    )
     logps = torch.tensor([-1.0], requires_grad=True)
     loss = PolicyGradient()(TokenScores(logps, torch.tensor([0]), 1, 1, experience=known), LossUnits(1, (1,)))
     loss.total.backward()

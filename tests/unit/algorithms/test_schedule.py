@@ -21,7 +21,9 @@ def test_warm_up_begins_at_zero_and_reaches_the_peak_after_its_end():
     assert rates(100, range(6), warmup_steps=4) == [0.0, 0.25, 0.5, 0.75, 1.0, 1.0]
 
 
-@pytest.mark.parametrize(("schedule", "name"), [("constant", "constant_with_warmup"), ("linear", "linear"), ("cosine", "cosine")])
+@pytest.mark.parametrize(
+    ("schedule", "name"), [("constant", "constant_with_warmup"), ("linear", "linear"), ("cosine", "cosine")]
+)
 @pytest.mark.parametrize("warmup", [0, 1, 3])
 def test_every_rate_is_transformers(schedule, name, warmup):
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
@@ -34,7 +36,9 @@ def test_every_rate_is_transformers(schedule, name, warmup):
 
 
 def test_linear_decay_to_the_floor():
-    assert rates(12, [0, 1, 2, 7, 12], schedule="linear", warmup_steps=2, min_learning_rate=0.2) == pytest.approx([0.0, 0.5, 1.0, 0.6, 0.2])
+    assert rates(
+        12, [0, 1, 2, 7, 12], schedule="linear", warmup_steps=2, min_learning_rate=0.2
+    ) == pytest.approx([0.0, 0.5, 1.0, 0.6, 0.2])
 
 
 def test_cosine_decay_to_the_floor():

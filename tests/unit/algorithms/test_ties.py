@@ -1,4 +1,5 @@
-"""Ties count one half; what is a tie follows from the arithmetic, and equals TRL's bare `>` where there is none."""
+"""Ties count one half; what is a tie follows from the arithmetic, and equals TRL's bare `>` where there is
+none."""
 
 import math
 
@@ -15,7 +16,7 @@ from orchestrator.core.batches import LossUnits
 from orchestrator.core.reports import Mean
 from orchestrator.observe.metric_names import named
 from orchestrator.observe.metrics import values
-from orchestrator.recipe.schema import Algorithm as Config
+from orchestrator.recipe.schema import AlgorithmConfig
 
 
 def margins_of(precision: str, *margins: float, tokens: int = 100, name: str = "dpo") -> dict[str, float]:
@@ -26,7 +27,7 @@ def margins_of(precision: str, *margins: float, tokens: int = 100, name: str = "
     policy[:, 0] += torch.tensor(margins, dtype=torch.float64)[:, None] / tokens
     sequence = torch.arange(2 * n).repeat_interleave(tokens)
     scores = TokenScores(policy.flatten(), sequence, n, 2, ref_logps=ref, precision=precision)
-    means = build(Config(name=name)).objective(scores, LossUnits(n, (n * tokens, n * tokens))).means
+    means = build(AlgorithmConfig(name=name)).objective(scores, LossUnits(n, (n * tokens, n * tokens))).means
     return values({key: Mean(float(total), float(count)) for key, (total, count) in means.items()})
 
 
@@ -37,7 +38,9 @@ def test_a_tie_counts_one_half():
 
 def test_nothing_is_known_where_all_are_ties():
     found = margins_of("fp32", 0.0, 1e-7, -1e-7)
-    assert math.isnan(found["rewards/accuracies"]) and found["rewards/margins"] == pytest.approx(0.0, abs=1e-8)
+    assert math.isnan(found["rewards/accuracies"]) and found["rewards/margins"] == pytest.approx(
+        0.0, abs=1e-8
+    )
     assert "rewards/ties" not in found, "a step's line has the accuracy, not how it was found"
 
 
@@ -50,7 +53,9 @@ def test_what_is_a_tie_follows_from_the_precision():
 
 @given(st.lists(st.floats(-3, 3).filter(lambda m: abs(m) > 1e-3), min_size=1, max_size=8))
 def test_without_ties_it_is_the_share_of_positive_margins(margins: list[float]):
-    assert margins_of("fp32", *margins)["rewards/accuracies"] == pytest.approx(sum(m > 0 for m in margins) / len(margins))
+    assert margins_of("fp32", *margins)["rewards/accuracies"] == pytest.approx(
+        sum(m > 0 for m in margins) / len(margins)
+    )
 
 
 def test_ties_on_the_device_and_on_the_host_are_the_same():
@@ -69,8 +74,14 @@ def test_a_margin_that_is_no_number_is_no_tie_and_not_right():
 def test_two_rewards_one_rounding_apart_are_a_tie():
     rewards = torch.tensor([[2.0, 2.0], [2.0, 2.0 + 2**-8], [2.0, 1.0]], dtype=torch.float64)
     for precision, want in (("fp32", 0.5), ("bf16", 2 / 3)):
-        scores = TokenScores(torch.zeros(0), torch.zeros(0, dtype=torch.long), 3, 2, rewards=rewards, precision=precision)
-        total, count = build(Config(name="reward")).objective(scores, LossUnits(3, (0, 0))).means["rewards/accuracies"]
+        scores = TokenScores(
+            torch.zeros(0), torch.zeros(0, dtype=torch.long), 3, 2, rewards=rewards, precision=precision
+        )
+        total, count = (
+            build(AlgorithmConfig(name="reward"))
+            .objective(scores, LossUnits(3, (0, 0)))
+            .means["rewards/accuracies"]
+        )
         assert float(total) / float(count) == pytest.approx(want)
 
 
@@ -83,8 +94,12 @@ def test_sources_add_up_to_the_whole(sources: list[int]):
     draw = torch.Generator().manual_seed(len(sources))
     value, count = (torch.rand(len(sources), generator=draw, dtype=torch.float64) for _ in range(2))
     means = by_source({"a": (value, None), "b": (value, count)}, torch.tensor(sources), sorted(set(sources)))
-    assert sum(float(t) for name, (t, _) in means.items() if name.startswith("a")) == pytest.approx(float(value.sum()))
-    assert sum(float(c) for name, (_, c) in means.items() if name.startswith("b")) == pytest.approx(float(count.sum()))
+    assert sum(float(t) for name, (t, _) in means.items() if name.startswith("a")) == pytest.approx(
+        float(value.sum())
+    )
+    assert sum(float(c) for name, (_, c) in means.items() if name.startswith("b")) == pytest.approx(
+        float(count.sum())
+    )
     assert sum(float(c) for name, (_, c) in means.items() if name.startswith("a")) == len(sources)
 
 
@@ -99,4 +114,8 @@ def test_an_accuracy_of_a_source_is_unknown_by_itself():
     means |= {f"rewards/accuracies/source {k}": Mean(v, 1) for k, v in ((0, 1.0), (1, 0.5))}
     means |= {f"rewards/ties/source {k}": Mean(v, 1) for k, v in ((0, 0.0), (1, 1.0))}
     found = named(values(means), ("a", "b"))
-    assert found["rewards/accuracies"] == 0.5 and found["rewards/accuracies/a"] == 1.0 and math.isnan(found["rewards/accuracies/b"])
+    assert (
+        found["rewards/accuracies"] == 0.5
+        and found["rewards/accuracies/a"] == 1.0
+        and math.isnan(found["rewards/accuracies/b"])
+    )

@@ -23,7 +23,9 @@ VALUES, OLD, RETURNS = tensor(1.0, 0.0, 2.0, 0.1), tensor(0.0, 0.1, 0.0, 0.0), t
 def scores(values: torch.Tensor, old: torch.Tensor, returns: torch.Tensor) -> TokenScores:
     nothing = torch.zeros_like(returns)
     known = ExperienceTensors(advantages=nothing, sampled_logps=nothing, values=old, returns=returns)
-    return TokenScores(nothing, torch.zeros(len(values), dtype=torch.long), 1, 1, values=values, experience=known)
+    return TokenScores(
+        nothing, torch.zeros(len(values), dtype=torch.long), 1, 1, values=values, experience=known
+    )
 
 
 def mean(loss: LossSum, name: str) -> float:
@@ -41,7 +43,14 @@ def test_literally():
 def test_divided_by_the_global_count():
     loss = ValueLoss(0.2)(scores(VALUES, OLD, RETURNS), LossUnits(3, (10,)))
     assert loss.total.item() == pytest.approx((1.62 + 0.5 + 2.0 + 0.005) / 10)
-    want = {"loss": 4.125 / 4, "mean": 3.1 / 4, "clip_fraction": 1 / 4, "error_sq": 6.01 / 4, "return": 3 / 4, "return_sq": 5 / 4}
+    want = {
+        "loss": 4.125 / 4,
+        "mean": 3.1 / 4,
+        "clip_fraction": 1 / 4,
+        "error_sq": 6.01 / 4,
+        "return": 3 / 4,
+        "return_sq": 5 / 4,
+    }
     for name, value in want.items():
         assert mean(loss, f"value/{name}") == pytest.approx(value), name
 
@@ -56,7 +65,8 @@ def test_explained_variance_from_the_sums():
 
 @pytest.mark.parametrize("clip", [None, 0.2])
 def test_gradient(clip):
-    """Against finite differences; a value beyond its clip learns nothing once the clipped error is the larger."""
+    """Against finite differences; a value beyond its clip learns nothing once the clipped error is the
+    larger."""
     objective, units = ValueLoss(clip), LossUnits(2, (7,))
     at = VALUES.clone().requires_grad_()
     (got,) = torch.autograd.grad(objective(scores(at, OLD, RETURNS), units).total, at)
@@ -82,5 +92,7 @@ def test_sum_over_any_partition_is_the_whole(cuts, seed):
     parts = [objective(scores(*(c[a:b] for c in columns)), units) for a, b in pairwise(stops)]
     assert float(sum(p.total for p in parts)) == pytest.approx(float(whole.total), rel=1e-12)
     for name, (total, count) in whole.means.items():
-        assert float(sum(p.means[name][0] for p in parts)) == pytest.approx(float(total), rel=1e-12, abs=1e-12), name
+        assert float(sum(p.means[name][0] for p in parts)) == pytest.approx(
+            float(total), rel=1e-12, abs=1e-12
+        ), name
         assert sum(p.means[name][1] for p in parts) == count, name

@@ -5,29 +5,37 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
 
 from orchestrator.algorithms.losses.interface import ExperienceTensors, LossSum, TokenScores
 from orchestrator.algorithms.losses.logprobs import HeadSpec, chunked_logprobs
 from orchestrator.algorithms.losses.preference_mix import WITH_REFERENCE
-from orchestrator.algorithms.table import Algorithm, build, critic
+from orchestrator.algorithms.table import AlgorithmSpec, build, critic
 from orchestrator.core.batches import LossUnits
-from orchestrator.recipe.schema import ONLINE
-from orchestrator.recipe.schema import Algorithm as Config
+from orchestrator.recipe.schema import ONLINE, AlgorithmConfig
 
 TOKENS, EXAMPLES = 24, 4
 
 
-def algorithms() -> list[Algorithm]:
-    made = [build(Config(name="dpo", loss=loss, label_smoothing=0.01)) for loss in WITH_REFERENCE]
-    made += [build(Config(name=name)) for name in ("simpo", "orpo", "cpo")]
-    made += [build(Config(name="dpo", loss={"sigmoid": 0.5, "sft": 1.0}, ld_alpha=0.5))]
-    made += [build(Config(name="dpo", wpo=True)), build(Config(name="sft")), build(Config(name="reward")), build(Config(name="kto"))]
-    made += [build(Config(name=name)) for name in ONLINE]
-    return [*made, critic(Config(name="ppo"))]
+def algorithms() -> list[AlgorithmSpec]:
+    made = [build(AlgorithmConfig(name="dpo", loss=loss, label_smoothing=0.01)) for loss in WITH_REFERENCE]
+    made += [build(AlgorithmConfig(name=name)) for name in ("simpo", "orpo", "cpo")]
+    made += [build(AlgorithmConfig(name="dpo", loss={"sigmoid": 0.5, "sft": 1.0}, ld_alpha=0.5))]
+    made += [
+        build(AlgorithmConfig(name="dpo", wpo=True)),
+        build(AlgorithmConfig(name="sft")),
+        build(AlgorithmConfig(name="reward")),
+        build(AlgorithmConfig(name="kto")),
+    ]
+    made += [build(AlgorithmConfig(name=name)) for name in ONLINE]
+    return [*made, critic(AlgorithmConfig(name="ppo"))]
 
 
-def scores(algorithm: Algorithm) -> TokenScores:
+def scores(algorithm: AlgorithmSpec) -> TokenScores:
     def column(requires_grad: bool = False) -> Tensor:
         return torch.zeros(TOKENS, requires_grad=requires_grad)
 
@@ -49,7 +57,7 @@ def scores(algorithm: Algorithm) -> TokenScores:
     )
 
 
-def run(algorithm: Algorithm) -> LossSum:
+def run(algorithm: AlgorithmSpec) -> LossSum:
     with FakeTensorMode():
         loss = algorithm.objective(scores(algorithm), LossUnits(EXAMPLES, (TOKENS,) * algorithm.branches))
         loss.total.backward()
@@ -68,9 +76,11 @@ def test_neither_does_the_head():
         chunked_logprobs(hidden, weight, None, torch.zeros(9, dtype=torch.long), spec).logps.sum().backward()
 
 
-@pytest.mark.parametrize("ask", [lambda s: float(s.logps.sum()), lambda s: s.logps[s.logps > 0].sum()], ids=["float", "mask"])
+@pytest.mark.parametrize(
+    "ask", [lambda s: float(s.logps.sum()), lambda s: s.logps[s.logps > 0].sum()], ids=["float", "mask"]
+)
 def test_one_that_did_would_be_seen(ask):
-    plain = build(Config(name="sft"))
+    plain = build(AlgorithmConfig(name="sft"))
 
     def asking(known: TokenScores, units: LossUnits) -> LossSum:
         return LossSum(plain.objective(known, units).total, {"asked": (known.logps.sum(), ask(known))})

@@ -1,4 +1,5 @@
-"""The records and the table of benchmarks/gpu.py. Its stages are run by CI in little: `python benchmarks/gpu.py --device cpu`."""
+"""The records and the table of benchmarks/gpu.py. Its stages are run by CI in little: `python
+benchmarks/gpu.py --device cpu`."""
 
 import subprocess
 import sys
@@ -14,7 +15,9 @@ from gpu_stages import bench, table  # noqa: E402
 from gpu_stages.bench import Check, Ended, Machine, Note, Speed  # noqa: E402
 
 HOST = Machine("cuda", "NVIDIA H100 80GB HBM3", "torch 2.11.0", "python benchmarks/gpu.py", "2026-11-27")
-OURS = Speed(4, "7B x 4 layers", "ours", "2 pairs", 20_000.0, 3.0, 0.46, 40.0, 42.0, (0.6931, 0.6021, 0.5), 2.0, 41.0)
+OURS = Speed(
+    4, "7B x 4 layers", "ours", "2 pairs", 20_000.0, 3.0, 0.46, 40.0, 42.0, (0.6931, 0.6021, 0.5), 2.0, 41.0
+)
 THEIRS = Speed(4, "7B x 4 layers", "TRL", "4 pairs", 8_000.0, 7.5, 0.25, 60.0, 61.0, (0.6931, 0.6022), 2.01)
 GOOD, BAD = Check(1, "gap", "1e-07", "<= 1e-05", True), Check(1, "head", "0.3", "<= 0.03", False)
 SLOW = Check(4, "MFU", "0.4", ">= 0.45", False, True)
@@ -44,12 +47,32 @@ def test_the_difference_is_the_largest_of_losses_and_norm_over_the_steps_that_ar
 
 
 def test_the_table_shows_speeds_failures_and_parts_that_died() -> None:
-    slower = Speed(4, "7B x 4 layers", "TRL", "1 pairs", 5_000.0, 12.0, 0.15, 50.0, 51.0, (0.6931, 0.6022), 2.01)
-    lines = table.table([HOST, THEIRS, slower, OURS, GOOD, BAD, SLOW, Note(0, "*ceilings", "798 TFLOP/s"), Note(0, "quiet", "x"), DIED])
+    slower = Speed(
+        4, "7B x 4 layers", "TRL", "1 pairs", 5_000.0, 12.0, 0.15, 50.0, 51.0, (0.6931, 0.6022), 2.01
+    )
+    lines = table.table(
+        [
+            HOST,
+            THEIRS,
+            slower,
+            OURS,
+            GOOD,
+            BAD,
+            SLOW,
+            Note(0, "*ceilings", "798 TFLOP/s"),
+            Note(0, "quiet", "x"),
+            DIED,
+        ]
+    )
     text = "\n".join(lines)
     assert "NVIDIA H100 80GB HBM3; torch 2.11.0" in text and "    python benchmarks/gpu.py" in text
-    assert "| 7B x 4 layers | 20,000, 46%, 40.0 (2 pairs) | 8,000, 25%, 60.0 (4 pairs) | 2.50x, 5e-03 apart | 41.00 / 40.00 |" in lines
-    assert "| 1: head | 0.3 **FAILED** | <= 0.03 |" in lines and "| 4: MFU | 0.4 **missed** | >= 0.45 |" in lines
+    assert (
+        "| 7B x 4 layers | 20,000, 46%, 40.0 (2 pairs) | 8,000, 25%, 60.0 (4 pairs) | 2.50x, 5e-03 apart | "
+        "41.00 / 40.00 |" in lines
+    )
+    assert (
+        "| 1: head | 0.3 **FAILED** | <= 0.03 |" in lines and "| 4: MFU | 0.4 **missed** | >= 0.45 |" in lines
+    )
     assert "- ceilings: 798 TFLOP/s" in lines and "quiet" not in text
     assert "- not ended: stage 3, cluster: its deadline of 90 s passed" in lines
 
@@ -60,7 +83,9 @@ def test_a_stage_that_was_run_again_replaces_its_older_results() -> None:
     kept = table.latest([HOST, BAD, OURS, again, GOOD, third, DIED])
     assert kept == [HOST, OURS, again, GOOD, third, DIED]
     assert table.latest([HOST, BAD, again, GOOD]) == [again, GOOD]
-    assert [line for line in table.table(kept) if line.startswith("    ")] == [f"    {m.command}" for m in (HOST, again, third)]
+    assert [line for line in table.table(kept) if line.startswith("    ")] == [
+        f"    {m.command}" for m in (HOST, again, third)
+    ]
 
 
 def test_a_table_has_forty_lines_at_most_and_never_hides_a_failure() -> None:
@@ -74,7 +99,9 @@ def test_a_table_has_forty_lines_at_most_and_never_hides_a_failure() -> None:
 
 def test_the_page_keeps_one_table_for_each_card(tmp_path: Path) -> None:
     page = tmp_path / "results.md"
-    other = Machine("cpu", "CPU, 2 cores", "torch 2.13", "python benchmarks/gpu.py --device cpu", "2026-11-27")
+    other = Machine(
+        "cpu", "CPU, 2 cores", "torch 2.13", "python benchmarks/gpu.py --device cpu", "2026-11-27"
+    )
     for machine, speed in ((HOST, THEIRS), (other, OURS), (HOST, OURS)):
         table.write_page(page, [machine, speed])
     text = page.read_text()

@@ -1,4 +1,5 @@
-"""The packages for a bare GPU host: what each of them needs is packed as well, or comes with what the host has."""
+"""The packages for a bare GPU host: what each of them needs is packed as well, or comes with what the host
+has."""
 
 from collections.abc import Iterable
 from importlib.metadata import distribution

@@ -1,4 +1,5 @@
-"""`chat` answers with the model that is meant, stops where a turn ends, and is of use in a terminal, in a pipe and in a script."""
+"""`chat` answers with the model that is meant, stops where a turn ends, and is of use in a terminal, in a
+pipe and in a script."""
 
 import io
 import json
@@ -33,7 +34,12 @@ def save(folder: Path, seed: int, template: str | None = CHAT_TEMPLATE, head: st
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = template
     options = {} if head == "lm" else {"num_labels": 1}
-    model: Any = build(TinyModel(**TINY), seed, AutoModelForCausalLM if head == "lm" else AutoModelForSequenceClassification, **options)
+    model: Any = build(
+        TinyModel(**TINY),
+        seed,
+        AutoModelForCausalLM if head == "lm" else AutoModelForSequenceClassification,
+        **options,
+    )
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
@@ -41,7 +47,8 @@ def save(folder: Path, seed: int, template: str | None = CHAT_TEMPLATE, head: st
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """start/, another/, reward/, plain/ (no template), run/ (a run folder of tiny/dpo with another's export), pipe/dpo/."""
+    """start/, another/, reward/, plain/ (no template), run/ (a run folder of tiny/dpo with another's export),
+    pipe/dpo/."""
     root = tmp_path_factory.mktemp("models")
     save(root / "start", 0)
     save(root / "another", 1)
@@ -49,14 +56,20 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save(root / "reward", 0, head="scalar")
     for run in ("run", "pipe/dpo"):
         save(root / run / "export", 1)
-        recipe = load_recipe("tiny/dpo", [f"model.path={root / 'start'}", "model.tiny=null", "run.name=mine"]).stages[0].recipe
+        recipe = (
+            load_recipe("tiny/dpo", [f"model.path={root / 'start'}", "model.tiny=null", "run.name=mine"])
+            .stages[0]
+            .recipe
+        )
         (root / run / "recipe.yaml").write_text(dump(recipe))
         (root / run / "metrics.jsonl").write_text("")
     return root
 
 
 def speak(folder: Path | str, **settings: Any) -> Conversation:
-    return Conversation(load(find(str(folder)), CPU), Settings(**{"max_new_tokens": 12, **settings}), str(folder))
+    return Conversation(
+        load(find(str(folder)), CPU), Settings(**{"max_new_tokens": 12, **settings}), str(folder)
+    )
 
 
 def say(conversation: Conversation, text: str) -> str:
@@ -65,9 +78,17 @@ def say(conversation: Conversation, text: str) -> str:
 
 def test_a_run_is_its_export_and_base_is_what_it_started_from(models: Path) -> None:
     run = find(str(models / "run"))
-    assert run.model.path == str(models / "run/export") and run.start is not None and run.start.model.path == str(models / "start")
+    assert (
+        run.model.path == str(models / "run/export")
+        and run.start is not None
+        and run.start.model.path == str(models / "start")
+    )
     assert find(str(models / "pipe")).name == str(models / "pipe/dpo"), "a pipeline is its last stage"
-    assert say(speak(models / "run"), "hello") == say(speak(models / "another"), "hello") != say(speak(models / "start"), "hello")
+    assert (
+        say(speak(models / "run"), "hello")
+        == say(speak(models / "another"), "hello")
+        != say(speak(models / "start"), "hello")
+    )
 
 
 def test_the_answer_is_what_transformers_generates(models: Path) -> None:
@@ -76,11 +97,16 @@ def test_the_answer_is_what_transformers_generates(models: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(models / "another")
     model: Any = AutoModelForCausalLM.from_pretrained(models / "another")
     turns = [{"role": "user", "content": "hello"}]
-    given = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    given = tokenizer.apply_chat_template(
+        turns, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
     written = model.generate(**given, max_new_tokens=12, do_sample=False)[0, given["input_ids"].shape[1] :]
     conversation, heard = speak(models / "another"), io.StringIO()
     answer = conversation.say("hello", lambda words: heard.write(words) and None)
-    assert answer.text == tokenizer.decode(written, skip_special_tokens=True) == heard.getvalue() and answer.tokens == 12
+    assert (
+        answer.text == tokenizer.decode(written, skip_special_tokens=True) == heard.getvalue()
+        and answer.tokens == 12
+    )
 
 
 def test_it_remembers_and_forgets(models: Path) -> None:
@@ -98,11 +124,16 @@ def test_a_system_message_reaches_the_template(models: Path) -> None:
 
 def test_a_model_without_a_template_continues_any_text(models: Path) -> None:
     plain = speak(models / "plain")
-    assert say(plain, "ab") == say(plain, "ab") != say(plain, ""), "nothing is remembered, and nothing is a beginning too"
+    assert say(plain, "ab") == say(plain, "ab") != say(plain, ""), (
+        "nothing is remembered, and nothing is a beginning too"
+    )
 
 
 def test_temperature_and_seed(models: Path) -> None:
-    greedy, warm = say(speak(models / "another"), "a"), [say(speak(models / "another", temperature=2.0, seed=s), "a") for s in (1, 1, 2)]
+    greedy, warm = (
+        say(speak(models / "another"), "a"),
+        [say(speak(models / "another", temperature=2.0, seed=s), "a") for s in (1, 1, 2)],
+    )
     assert warm[0] == warm[1] != warm[2] and warm[0] != greedy
     before = torch.random.get_rng_state()
     say(speak(models / "another", temperature=1.0), "a")
@@ -129,7 +160,9 @@ def test_an_adapter_is_its_base_with_the_adapter(models: Path, tmp_path: Path) -
     assert say(conversation, "hello") != say(speak(models / "start"), "hello")
     assert find(str(tmp_path / "adapter")).start is not None
     config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
-    (tmp_path / "adapter/adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": str(tmp_path / "gone")}))
+    (tmp_path / "adapter/adapter_config.json").write_text(
+        json.dumps({**config, "base_model_name_or_path": str(tmp_path / "gone")})
+    )
     with pytest.raises(MissingInput, match=r"adapts .*gone, which is not there"):
         find(str(tmp_path / "adapter"))
 
@@ -156,7 +189,9 @@ def test_what_cannot_speak_says_why(models: Path, tmp_path: Path) -> None:
 
 def run(*words: str, given: str | None = None) -> tuple[str, str, int]:
     command = [sys.executable, "-m", "orchestrator", "chat", *words]
-    done = subprocess.run(command, cwd=REPOSITORY, input=given or "", capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(
+        command, cwd=REPOSITORY, input=given or "", capture_output=True, text=True, timeout=120, check=False
+    )
     return done.stdout, done.stderr, done.returncode
 
 
@@ -164,11 +199,21 @@ def test_scripts_get_the_answer_alone_or_json(models: Path) -> None:
     expected = say(speak(models / "run"), "hello")
     out, err, code = run(str(models / "run"), "--prompt", "hello", "--max-new-tokens", "12")
     assert (out, err, code) == (expected + "\n", "", 0), "nothing but the answer"
-    out, _, _ = run(str(models / "run"), "--against", "base", "--json", "--max-new-tokens", "12", given="hello\n\nhello\n")
+    out, _, _ = run(
+        str(models / "run"), "--against", "base", "--json", "--max-new-tokens", "12", given="hello\n\nhello\n"
+    )
     first, second = map(json.loads, out.splitlines())
     assert first == second, "each line is a conversation of its own"
-    assert [answer["text"] for answer in first["answers"]] == [expected, say(speak(models / "start"), "hello")]
-    assert first["answers"][0] == {"model": str(models / "run"), "text": expected, "tokens": 12, "ended": "max_new_tokens"}
+    assert [answer["text"] for answer in first["answers"]] == [
+        expected,
+        say(speak(models / "start"), "hello"),
+    ]
+    assert first["answers"][0] == {
+        "model": str(models / "run"),
+        "text": expected,
+        "tokens": 12,
+        "ended": "max_new_tokens",
+    }
     out, err, code = run(str(models / "plain"), "--prompt", "hello", "--max-new-tokens", "12")
     assert code == 0 and err.count("no chat template") == 1 and out
 
@@ -177,8 +222,20 @@ def test_a_terminal_has_a_conversation(models: Path) -> None:
     """Typed into a real terminal of 80 columns: two columns of answers, /reset, /exit."""
     leader, follower = pty.openpty()
     environment = {**os.environ, "COLUMNS": "80", "TERM": "xterm"}
-    words = [sys.executable, "-m", "orchestrator", "chat", str(models / "run"), "--against", "base", "--max-new-tokens", "4"]
-    process = subprocess.Popen(words, cwd=REPOSITORY, stdin=follower, stdout=follower, stderr=follower, env=environment)
+    words = [
+        sys.executable,
+        "-m",
+        "orchestrator",
+        "chat",
+        str(models / "run"),
+        "--against",
+        "base",
+        "--max-new-tokens",
+        "4",
+    ]
+    process = subprocess.Popen(
+        words, cwd=REPOSITORY, stdin=follower, stdout=follower, stderr=follower, env=environment
+    )
     os.close(follower)
     os.write(leader, b"hello\n/reset\n/help\n/exit\n")
     shown, deadline = b"", time.monotonic() + 120
@@ -189,7 +246,12 @@ def test_a_terminal_has_a_conversation(models: Path) -> None:
             break
     assert process.wait(timeout=60) == 0
     text = shown.decode(errors="replace")
-    assert "before training" in text and "forgotten" in text and "Ctrl-C ends an answer" in text and "error" not in text, text
+    assert (
+        "before training" in text
+        and "forgotten" in text
+        and "Ctrl-C ends an answer" in text
+        and "error" not in text
+    ), text
 
 
 @pytest.mark.slow
@@ -197,7 +259,16 @@ def test_a_real_instruct_model_answers_and_knows_where_to_stop() -> None:
     model = REPOSITORY / "build" / "SmolLM2-135M-Instruct"
     if not model.is_dir():
         pytest.skip("make real-model")
-    out, err, code = run(str(model), "--prompt", "What is the capital of France?", "--prompt", "Say hello.", "--max-new-tokens", "64", "--json")
+    out, err, code = run(
+        str(model),
+        "--prompt",
+        "What is the capital of France?",
+        "--prompt",
+        "Say hello.",
+        "--max-new-tokens",
+        "64",
+        "--json",
+    )
     assert code == 0, err
     paris, hello = (json.loads(line)["answers"][0] for line in out.splitlines())
     assert "Paris" in paris["text"] and paris["ended"] == "finished" and "<|im_end|>" not in paris["text"]

@@ -16,19 +16,42 @@ from orchestrator.recipe.loading import load
 from orchestrator.recipe.schema import Model, TinyModel
 
 GSM8K = Path(__file__).resolve().parents[2] / "data" / "gsm8k"
-USER, YES, NO = ({"role": role, "content": text} for role, text in (("user", "ready?"), ("assistant", "yes"), ("assistant", "no")))
+USER, YES, NO = (
+    {"role": role, "content": text}
+    for role, text in (("user", "ready?"), ("assistant", "yes"), ("assistant", "no"))
+)
 PAIR = {"prompt": "p?", "chosen": "yes", "rejected": "no"}
 RECOGNISED: list[tuple[dict[str, Any], str, dict[str, str], str]] = [
     (PAIR, "dpo", {}, "preference, text"),
-    ({"question": "p?", "good": "yes", "bad": "no"}, "dpo", {"prompt": "question", "chosen": "good", "rejected": "bad"}, "preference, text"),
+    (
+        {"question": "p?", "good": "yes", "bad": "no"},
+        "dpo",
+        {"prompt": "question", "chosen": "good", "rejected": "bad"},
+        "preference, text",
+    ),
     ({"chosen": [USER, YES], "rejected": [USER, NO]}, "dpo", {}, "preference, conversational"),
     ({"messages": [USER, YES]}, "sft", {}, "conversation"),
     ({"dialog": [USER, YES]}, "sft", {"messages": "dialog"}, "conversation"),
-    ({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}, "sft", {}, "conversation"),
-    ({"instruction": "a", "output": "b"}, "sft", {"prompt": "instruction", "completion": "output"}, "prompt-completion, text"),
+    (
+        {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
+        "sft",
+        {},
+        "conversation",
+    ),
+    (
+        {"instruction": "a", "output": "b"},
+        "sft",
+        {"prompt": "instruction", "completion": "output"},
+        "prompt-completion, text",
+    ),
     ({"text": "all of it is learned"}, "sft", {}, "text"),
     ({"question": "2 + 2?", "answer": "4"}, "grpo", {"prompt": "question"}, "prompt, text"),
-    ({"question": "2 + 2?", "answer": "It is four, as two and two are four. " * 3}, "sft", {"prompt": "question", "completion": "answer"}, "prompt-"),
+    (
+        {"question": "2 + 2?", "answer": "It is four, as two and two are four. " * 3},
+        "sft",
+        {"prompt": "question", "completion": "answer"},
+        "prompt-",
+    ),
     ({"prompt": [USER]}, "grpo", {}, "prompt, conversational"),
     ({"prompt": "a", "completion": "b", "label": True}, "kto", {}, "unpaired, text"),
 ]
@@ -41,7 +64,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     whole: Any = load_model(cfg, seed=0, head="lm").model
     whole.save_pretrained(folder)
     tokenizer = load_tokenizer(cfg)
-    tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+    tokenizer.chat_template = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if "
+        "add_generation_prompt %}<assistant>{% endif %}"
+    )
     tokenizer.save_pretrained(folder)
     return str(folder)
 
@@ -68,7 +94,11 @@ def test_rows_are_recognised_and_the_recipe_reads_them(
     from orchestrator.run.stages import plan_stages
 
     ((_, plan),) = plan_stages([stage])
-    assert plan.data.kept == 40 and not plan.data.bad and not any("more than the" in said or "warms up" in said for said in plan.warnings)
+    assert (
+        plan.data.kept == 40
+        and not plan.data.bad
+        and not any("more than the" in said or "warms up" in said for said in plan.warnings)
+    )
 
 
 @pytest.mark.parametrize("kind", ROWS_OF)
@@ -79,9 +109,15 @@ def test_values_fit_however_few_rows_there_are(tmp_path: Path, model: str, kind:
     found = look(wanted)
     save(wanted, found, tmp_path / f"{kind}.yaml")
     recipe = load(tmp_path / f"{kind}.yaml").stages[0].recipe
-    assert recipe.batch.effective <= count * (8 if kind == "grpo" else 1) and recipe.data.max_length >= found.quantile(1.0)
-    assert recipe.algorithm.name == ("dpo" if kind == "lora-dpo" else kind) and (recipe.model.lora is not None) == (kind == "lora-dpo")
-    assert all(str(tmp_path / f"{kind}.yaml") in line for line in next_commands(found, tmp_path / f"{kind}.yaml"))
+    assert recipe.batch.effective <= count * (
+        8 if kind == "grpo" else 1
+    ) and recipe.data.max_length >= found.quantile(1.0)
+    assert recipe.algorithm.name == ("dpo" if kind == "lora-dpo" else kind) and (
+        recipe.model.lora is not None
+    ) == (kind == "lora-dpo")
+    assert all(
+        str(tmp_path / f"{kind}.yaml") in line for line in next_commands(found, tmp_path / f"{kind}.yaml")
+    )
 
 
 @pytest.mark.parametrize(("answer", "function"), [("1,024", "last_number"), ("blue", "exact_match")])
@@ -92,13 +128,23 @@ def test_the_reward_follows_from_the_answers(tmp_path: Path, model: str, answer:
     assert not (tmp_path / "reward.py").exists()
 
 
-@pytest.mark.parametrize("completion", ["One two three four five six.", [{"role": "assistant", "content": "One two three four five six."}]])
-def test_the_written_reward_works_on_text_and_messages(tmp_path: Path, model: str, completion: object) -> None:
+@pytest.mark.parametrize(
+    "completion",
+    ["One two three four five six.", [{"role": "assistant", "content": "One two three four five six."}]],
+)
+def test_the_written_reward_works_on_text_and_messages(
+    tmp_path: Path, model: str, completion: object
+) -> None:
     wanted = of(model, rows(tmp_path, {"prompt": "a"}))
-    assert [file.name for file in save(wanted, look(wanted), tmp_path / "mine.yaml")] == ["mine.yaml", "reward.py"]
+    assert [file.name for file in save(wanted, look(wanted), tmp_path / "mine.yaml")] == [
+        "mine.yaml",
+        "reward.py",
+    ]
     assert (tmp_path / "reward.py").read_text() == REWARD
     reward = runpy.run_path(str(tmp_path / "reward.py"))["reward"]
-    assert reward(prompts=["a"] * 2, completions=[completion, completion], completion_ids=[[1], [1]], other=["x", "x"]) == [1.5, 1.5]
+    assert reward(
+        prompts=["a"] * 2, completions=[completion, completion], completion_ids=[[1], [1]], other=["x", "x"]
+    ) == [1.5, 1.5]
 
 
 def test_nothing_is_overwritten(tmp_path: Path, model: str) -> None:
@@ -116,10 +162,16 @@ def test_wrong_columns_are_told_with_those_that_are_there(tmp_path: Path, model:
     train = rows(tmp_path, {"frage": "a", "gut": "b", "schlecht": "c"})
     with pytest.raises(ConfigError, match="not recognised") as refused:
         look(of(model, train))
-    assert "columns are frage, gut, schlecht" in refused.value.why and "data.columns.chosen=" in refused.value.fix
+    assert (
+        "columns are frage, gut, schlecht" in refused.value.why
+        and "data.columns.chosen=" in refused.value.fix
+    )
     with pytest.raises(ConfigError, match="no column for chosen, rejected") as refused:
         look(of(model, train, "dpo"))
-    assert "frage, gut, schlecht" in refused.value.why and "data.columns.chosen=COLUMN data.columns.rejected=COLUMN" in refused.value.fix
+    assert (
+        "frage, gut, schlecht" in refused.value.why
+        and "data.columns.chosen=COLUMN data.columns.rejected=COLUMN" in refused.value.fix
+    )
     given = ("data.columns.prompt=frage", "data.columns.chosen=gut", "rejected=schlecht")
     assert look(of(model, train, None, *given)).kind == "dpo"
     with pytest.raises(ConfigError, match="there is no such column"):
@@ -138,7 +190,9 @@ def test_what_is_not_there_is_told(tmp_path: Path, model: str) -> None:
     with pytest.raises(MissingInput, match="no folder") as missing:
         look(of(model[:-1], rows(tmp_path, PAIR)))
     assert model in missing.value.fix
-    with pytest.MonkeyPatch.context() as patch:  # models/nam looks like a hub name, and there is a folder models/
+    with (
+        pytest.MonkeyPatch.context() as patch
+    ):  # models/nam looks like a hub name, and there is a folder models/
         patch.chdir(Path(model).parent.parent)
         with pytest.raises(MissingInput, match="no folder") as missing:
             look(of(str(Path(model).relative_to(Path.cwd()))[:-1], rows(tmp_path, PAIR)))
@@ -161,4 +215,8 @@ def test_real_rows(tmp_path: Path, model: str, file: str) -> None:
     assert (found.kind, found.rows) == ({"preferences.jsonl": "dpo", "train.jsonl": "sft"}[file], 64)
     save(wanted, found, tmp_path / "mine.yaml")
     recipe = load(tmp_path / "mine.yaml").stages[0].recipe
-    assert recipe.data.eval == str(GSM8K / file) and recipe.evaluation.every is not None and 1 < recipe.batch.effective <= 8
+    assert (
+        recipe.data.eval == str(GSM8K / file)
+        and recipe.evaluation.every is not None
+        and 1 < recipe.batch.effective <= 8
+    )

@@ -1,4 +1,5 @@
-"""Deadlines with numbers: what moves the state has as long as its bytes take, and NCCL gives up after the driver."""
+"""Deadlines with numbers: what moves the state has as long as its bytes take, and NCCL gives up after the
+driver."""
 
 from orchestrator.cluster.deadlines import GRACE_S, Deadlines
 

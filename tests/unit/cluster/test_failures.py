@@ -1,4 +1,5 @@
-"""What a user reads of a worker's failure, whether another attempt can cure it, and how many attempts there are."""
+"""What a user reads of a worker's failure, whether another attempt can cure it, and how many attempts there
+are."""
 
 import errno
 import pickle
@@ -12,7 +13,16 @@ from safetensors import SafetensorError
 
 from orchestrator.cluster.deadlines import Restarts
 from orchestrator.cluster.failures import Raised, Trouble, learner_failure, telling, translate
-from orchestrator.core.errors import ConfigError, Exit, MissingInput, OrchestratorError, OutOfMemory, OutputError, WorkerFailed, WorkerLost
+from orchestrator.core.errors import (
+    ConfigError,
+    Exit,
+    MissingInput,
+    OrchestratorError,
+    OutOfMemory,
+    OutputError,
+    WorkerFailed,
+    WorkerLost,
+)
 
 
 def raised(cause: Exception) -> RayTaskError:
@@ -46,13 +56,19 @@ AWAY = OSError(errno.ESTALE, "Stale file handle")
     [
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore"),
         MemoryError(),
-        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
+        RuntimeError(
+            "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."
+        ),
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
     ],
     ids=lambda c: type(c).__name__,
 )
-@pytest.mark.parametrize("verb", ["build", "optim_step", "token_logprobs", "evaluate", "export", "generate", "save_state"])
-def test_memory_that_ran_out_in_any_verb_leads_to_a_finer_cut_of_new_workers(way: Any, cause: Exception, verb: str) -> None:
+@pytest.mark.parametrize(
+    "verb", ["build", "optim_step", "token_logprobs", "evaluate", "export", "generate", "save_state"]
+)
+def test_memory_that_ran_out_in_any_verb_leads_to_a_finer_cut_of_new_workers(
+    way: Any, cause: Exception, verb: str
+) -> None:
     failure = learner_failure(way(cause), "learner-1", verb)
     assert isinstance(failure, OutOfMemory) and not failure.in_place
     assert failure.what == f"learner-1 ran out of memory in `{verb}`"
@@ -66,9 +82,13 @@ def test_a_micro_batch_that_did_not_fit_may_be_replayed_in_place() -> None:
 
 
 @WAYS
-def test_a_rollout_actor_that_runs_out_of_memory_is_no_reason_to_cut_the_learners_step_finer(way: Any) -> None:
+def test_a_rollout_actor_that_runs_out_of_memory_is_no_reason_to_cut_the_learners_step_finer(
+    way: Any,
+) -> None:
     failure = translate(way(torch.OutOfMemoryError("CUDA out of memory.")), "rollout-0", "roll_out")
-    assert isinstance(failure, WorkerLost) and failure.repeats is not None, "a second time at the same place it ends the run"
+    assert isinstance(failure, WorkerLost) and failure.repeats is not None, (
+        "a second time at the same place it ends the run"
+    )
 
 
 @WAYS
@@ -89,14 +109,30 @@ def test_a_rollout_actor_that_runs_out_of_memory_is_no_reason_to_cut_the_learner
         (FULL, "save_state", OutputError),
         (AWAY, "build", WorkerLost),
         (ConnectionResetError("reset by peer"), "build", WorkerLost),
-        (RuntimeError("[/gloo/transport/tcp/pair.cc:534] Connection closed by peer [10.0.0.1]:5"), "forward_backward", WorkerLost),
+        (
+            RuntimeError("[/gloo/transport/tcp/pair.cc:534] Connection closed by peer [10.0.0.1]:5"),
+            "forward_backward",
+            WorkerLost,
+        ),
         (torch.distributed.DistBackendError("NCCL error in: ProcessGroupNCCL.cpp"), "optim_step", WorkerLost),
-        (RuntimeError("CUDA error: an illegal memory access was encountered"), "forward_backward", WorkerLost),
+        (
+            RuntimeError("CUDA error: an illegal memory access was encountered"),
+            "forward_backward",
+            WorkerLost,
+        ),
         (RuntimeError("CUDA error: device-side assert triggered"), "forward_backward", WorkerLost),
     ],
-    ids=lambda v: v if isinstance(v, str) else f"{type(v).__name__}-{v}"[:40] if isinstance(v, Exception) else v.__name__,
+    ids=lambda v: (
+        v
+        if isinstance(v, str)
+        else f"{type(v).__name__}-{v}"[:40]
+        if isinstance(v, Exception)
+        else v.__name__
+    ),
 )
-def test_only_what_another_attempt_can_cure_is_a_lost_worker(way: Any, cause: Exception, verb: str, kind: type[OrchestratorError]) -> None:
+def test_only_what_another_attempt_can_cure_is_a_lost_worker(
+    way: Any, cause: Exception, verb: str, kind: type[OrchestratorError]
+) -> None:
     failure = learner_failure(way(cause), "learner-1", verb)
     assert type(failure) is kind
     assert (failure.exit_code == Exit.RESUMABLE) == (kind is WorkerLost)
@@ -124,7 +160,9 @@ def test_the_message_names_the_place_in_our_code_and_in_the_library(tmp_path: Pa
     assert "\x1b" not in str(failure)
 
 
-def test_an_exception_that_cannot_be_pickled_arrives_as_what_it_was(capfd: pytest.CaptureFixture[str]) -> None:
+def test_an_exception_that_cannot_be_pickled_arrives_as_what_it_was(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
     class Odd(ValueError):
         def __init__(self, one: int, two: int) -> None:
             super().__init__(f"{one} and {two}")
@@ -134,20 +172,31 @@ def test_an_exception_that_cannot_be_pickled_arrives_as_what_it_was(capfd: pytes
     assert "Traceback" in capfd.readouterr().err, "the whole of it is in the actor's log"
 
 
-@pytest.mark.parametrize("error", [ActorDiedError(), ObjectLostError("00" * 28, None, "")], ids=lambda e: type(e).__name__)
+@pytest.mark.parametrize(
+    "error", [ActorDiedError(), ObjectLostError("00" * 28, None, "")], ids=lambda e: type(e).__name__
+)
 def test_a_death_is_a_lost_worker_with_no_cause_known(error: Exception) -> None:
     failure = learner_failure(error, "learner-1", "evaluate")
     assert isinstance(failure, WorkerLost) and failure.repeats is None
 
 
 def test_what_an_actor_lost_with_another_process_is_a_lost_worker() -> None:
-    assert isinstance(learner_failure(raised(ObjectLostError("00" * 28, None, "")), "rollout-1", "load"), WorkerLost)
+    assert isinstance(
+        learner_failure(raised(ObjectLostError("00" * 28, None, "")), "rollout-1", "load"), WorkerLost
+    )
 
 
 def test_an_exception_while_an_actor_starts_is_read_from_its_text() -> None:
-    text = 'an error raised in its creation task, \x1b[36mray::A.__init__()\x1b[39m\n  File "/x/a.py", line 7, in __init__\nValueError: init bad'
+    text = (
+        'an error raised in its creation task, \x1b[36mray::A.__init__()\x1b[39m\n  File "/x/a.py", line '
+        "7, in __init__\nValueError: init bad"
+    )
     trouble = Trouble.read(text)
-    assert trouble is not None and trouble.shown == "ValueError: init bad" and trouble.where.endswith("a.py:7 in __init__")
+    assert (
+        trouble is not None
+        and trouble.shown == "ValueError: init bad"
+        and trouble.where.endswith("a.py:7 in __init__")
+    )
     assert Trouble.read("The actor died unexpectedly before finishing this task.") is None
 
 

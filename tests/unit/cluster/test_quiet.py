@@ -14,7 +14,9 @@ def test_rays_logger_is_heard_but_for_small_talk(caplog: pytest.LogCaptureFixtur
     without_small_talk()
     for name in SPEAKERS:
         logging.getLogger(name).warning(TOKEN)
-        logging.getLogger(name).warning("Token authentication is disabled for this Ray cluster. Anyone can run code.")
+        logging.getLogger(name).warning(
+            "Token authentication is disabled for this Ray cluster. Anyone can run code."
+        )
         logging.getLogger(name).error("the object store is full")
     said = [record.getMessage()[:32] for record in caplog.records]
     assert said == ["Token authentication is disabled", "the object store is full"] * len(SPEAKERS)

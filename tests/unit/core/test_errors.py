@@ -7,7 +7,9 @@ import pytest
 from orchestrator.core import errors
 from orchestrator.core.errors import ConfigError, Exit, OrchestratorError
 
-KINDS = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, OrchestratorError)]
+KINDS = [
+    kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, OrchestratorError)
+]
 
 
 def test_the_message_is_what_why_fix():

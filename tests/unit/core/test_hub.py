@@ -44,13 +44,35 @@ def test_a_port_that_listens_is_a_hub_and_a_closed_one_is_none(asked):
 @pytest.mark.parametrize(
     ("recipe", "change", "what"),
     [
-        ("recipes/dpo/llama-3-8b.yaml", "data.max_length=2048", "data set OpenRLHF/preference_dataset_mixture2_and_safe_pku cannot be fetched"),
-        ("recipes/dpo/qwen2.5-0.5b.yaml", "data.train=toy:preference", "model Qwen/Qwen2.5-0.5B-Instruct cannot be fetched"),
+        (
+            "recipes/dpo/llama-3-8b.yaml",
+            "data.max_length=2048",
+            "data set OpenRLHF/preference_dataset_mixture2_and_safe_pku cannot be fetched",
+        ),
+        (
+            "recipes/dpo/qwen2.5-0.5b.yaml",
+            "data.train=toy:preference",
+            "model Qwen/Qwen2.5-0.5B-Instruct cannot be fetched",
+        ),
     ],
 )
 def test_a_plan_without_a_network_says_at_once_what_it_lacks(recipe, change, what, tmp_path):
-    environment = {k: v for k, v in os.environ.items() if not k.lower().endswith("_proxy")} | OFFLINE | {"HF_HOME": str(tmp_path)}
-    command = [sys.executable, "-m", "orchestrator", "plan", recipe, change, "data.eval=null", "--gpu", "h100-80g"]
+    environment = (
+        {k: v for k, v in os.environ.items() if not k.lower().endswith("_proxy")}
+        | OFFLINE
+        | {"HF_HOME": str(tmp_path)}
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "orchestrator",
+        "plan",
+        recipe,
+        change,
+        "data.eval=null",
+        "--gpu",
+        "h100-80g",
+    ]
     started = os.times().children_user
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     assert ended.returncode and what in ended.stderr + ended.stdout, ended.stdout + ended.stderr

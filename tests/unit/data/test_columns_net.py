@@ -1,5 +1,6 @@
-"""The net under all columns: each column a row may have, at each stage that reads rows, is in the tokens, in the mask, handed over, listed as
-unused, or refused by name. The table is that of docs/your-own.md. Stages are run through the recipe, as a user does."""
+"""The net under all columns: each column a row may have, at each stage that reads rows, is in the tokens, in
+the mask, handed over, listed as unused, or refused by name. The table is that of docs/your-own.md. Stages are
+run through the recipe, as a user does."""
 
 import json
 from collections.abc import Mapping
@@ -19,13 +20,21 @@ from orchestrator.recipe.loading import load
 from orchestrator.recipe.schema import Columns
 from orchestrator.rollout.engines.engine import Request
 from orchestrator.rollout.environments.calculator import Calculator
-from orchestrator.rollout.episodes import Roller
+from orchestrator.rollout.episodes import EpisodeRunner
 from orchestrator.rollout.rewards.component import RewardCall
 from orchestrator.run.inputs import read_data, read_prompts
 
 ROOT = Path(__file__).resolve().parents[3]
-TEMPLATE = "{% if tools %}<|system|>{{ tools | tojson }}{% endif %}{% if mood is defined %}<|system|>mood={{ mood }}{% endif %}" + CHAT_TEMPLATE
-TOOLS = [{"type": "function", "function": {"name": "stock", "description": "d", "parameters": {"type": "object", "properties": {}}}}]
+TEMPLATE = (
+    "{% if tools %}<|system|>{{ tools | tojson }}{% endif %}{% if mood is defined %}<|system|>mood={{ mood "
+    "}}{% endif %}" + CHAT_TEMPLATE
+)
+TOOLS = [
+    {
+        "type": "function",
+        "function": {"name": "stock", "description": "d", "parameters": {"type": "object", "properties": {}}},
+    }
+]
 TOKENIZER = byte_tokenizer()
 TOKENIZER.chat_template = TEMPLATE
 
@@ -41,8 +50,8 @@ TALK = [*ASKED, GOOD, say("user", "Sea?"), BAD]
 
 @dataclass(frozen=True)
 class Seen:
-    """What a stage made of its first row. prompt: text before the first scored token; scored: text of each branch that is learned;
-    handed: columns that reach rewards or environments."""
+    """What a stage made of its first row. prompt: text before the first scored token; scored: text of each
+    branch that is learned; handed: columns that reach rewards or environments."""
 
     prompt: str
     scored: tuple[str, ...] = ()
@@ -93,13 +102,23 @@ def see(tmp_path_factory: pytest.TempPathFactory):
         file.write_text(json.dumps({**stage.row, **row}) + "\n")
         other.write_text(json.dumps(stage.row).replace("Sky?", "Rain?") + "\n")
         train, held_out = (other, file) if name == "evaluation" else (file, None)
-        changes = [f"data.train={train}", f"data.eval={held_out or 'null'}", f"model.chat_template={folder / 't.jinja'}"]
+        changes = [
+            f"data.train={train}",
+            f"data.eval={held_out or 'null'}",
+            f"model.chat_template={folder / 't.jinja'}",
+        ]
         if stage.recipe.startswith("tiny/grpo"):
             changes = [f"grpo:{change}" for change in (*changes, *overrides)]
             recipe = load(stage.recipe, [*changes, "grpo:data.max_length=2048"]).stages[-1].recipe
-            tiny = recipe.model.model_copy(update={"path": None, "tiny": load("tiny/sft").stages[0].recipe.model.tiny})
+            tiny = recipe.model.model_copy(
+                update={"path": None, "tiny": load("tiny/sft").stages[0].recipe.model.tiny}
+            )
             return _online(recipe.model_copy(update={"model": tiny}))
-        recipe = load(stage.recipe, [*changes, *stage.overrides, *overrides, "data.max_length=2048"]).stages[0].recipe
+        recipe = (
+            load(stage.recipe, [*changes, *stage.overrides, *overrides, "data.max_length=2048"])
+            .stages[0]
+            .recipe
+        )
         return _offline(recipe, held_out=name == "evaluation")
 
     return run
@@ -110,12 +129,16 @@ def _offline(recipe: Any, *, held_out: bool) -> Seen:
     if held_out:
         return Seen(TOKENIZER.decode(data.prompts[0]), (), data.unused, {"answer": data.answers[0]})
     (group,) = data.groups
-    return Seen(TOKENIZER.decode(group.prompt), _learned(group), data.unused, facts=(group.label, group.margin))
+    return Seen(
+        TOKENIZER.decode(group.prompt), _learned(group), data.unused, facts=(group.label, group.margin)
+    )
 
 
 def _learned(group: SequenceGroup) -> tuple[str, ...]:
-    branches = group.branches[:1] if group.label is not None else group.branches  # KTO's second one is for its KL term
-    return tuple(TOKENIZER.decode(branch.ids[branch.scored]) for branch in branches)
+    branches = (
+        group.branches[:1] if group.label is not None else group.branches
+    )  # KTO's second one is for its KL term
+    return tuple(TOKENIZER.decode(branch.ids[branch.loss_mask]) for branch in branches)
 
 
 class Wise:
@@ -135,9 +158,18 @@ def _online(recipe: Any) -> Seen:
     prompts = read_prompts(recipe, build(recipe.algorithm, recipe.rollouts))
     prompt = prompts.batches.groups[0]
     if recipe.rollouts.environment is None:
-        group = RolloutGroup(prompt, 0, (Rollout(0, 0, prompt.ids, prompt.ids > 0, np.zeros(len(prompt.ids), np.float32), "stop", "x"),))
+        group = RolloutGroup(
+            prompt,
+            0,
+            (Rollout(0, 0, prompt.ids, prompt.ids > 0, np.zeros(len(prompt.ids), np.float32), "stop", "x"),),
+        )
         call = RewardCall.of([group])
-        return Seen(TOKENIZER.decode(prompt.ids), (), prompts.longest.unused, {name: values[0] for name, values in call.columns.items()})
+        return Seen(
+            TOKENIZER.decode(prompt.ids),
+            (),
+            prompts.longest.unused,
+            {name: values[0] for name, values in call.columns.items()},
+        )
     rows: list[Mapping[str, Any]] = []
 
     class Noting(Calculator):
@@ -146,11 +178,20 @@ def _online(recipe: Any) -> Seen:
             return super().reset(row)
 
     decoder = Wise()
-    (group,) = Roller(decoder, prompts.tokenizer, Noting, 4).roll_out([(0, prompt)], Sampling(1, 100), 0)
+    (group,) = EpisodeRunner(decoder, prompts.tokenizer, Noting, 4).roll_out(
+        [(0, prompt)], Sampling(1, 100), 0
+    )
     handed = {name: value for name, value in rows[0].items() if name != "prompt"}
     told = TOKENIZER.decode(decoder.asked[0].prompt)
-    assert TOKENIZER.decode(decoder.asked[1].prompt) == f"{told}=1+1;<eos><|tool|>2<|assistant|>", "later turns hold no second header"
-    return Seen(told, tuple(TOKENIZER.decode(r.ids[r.scored]) for r in group.rollouts), prompts.longest.unused, handed)
+    assert TOKENIZER.decode(decoder.asked[1].prompt) == f"{told}=1+1;<eos><|tool|>2<|assistant|>", (
+        "later turns hold no second header"
+    )
+    return Seen(
+        told,
+        tuple(TOKENIZER.decode(r.ids[r.loss_mask]) for r in group.rollouts),
+        prompts.longest.unused,
+        handed,
+    )
 
 
 HANDED = ("online", "environment")
@@ -179,7 +220,12 @@ TABLE: dict[str, dict[str, str]] = {
     "images": dict.fromkeys(STAGES, "refused"),
     "image": dict.fromkeys(STAGES, "refused"),
     "environment": {**dict.fromkeys(STAGES, "refused"), "environment": "handed over"},
-    "margin": {**dict.fromkeys(STAGES, "unused"), "reward": "loss", "online": "unused", "environment": "handed over"},
+    "margin": {
+        **dict.fromkeys(STAGES, "unused"),
+        "reward": "loss",
+        "online": "unused",
+        "environment": "handed over",
+    },
     "answer": {**dict.fromkeys(OFFLINE, "unused"), **dict.fromkeys(("evaluation", *HANDED), "handed over")},
     "any other": {**dict.fromkeys(STAGES, "unused"), "environment": "handed over"},
 }
@@ -195,21 +241,30 @@ WORDS = {
 
 
 def page_table() -> str:
-    """The table of docs/your-own.md: `python -c "from tests.unit.data.test_columns_net import page_table as t; print(t())"`"""
+    """The table of docs/your-own.md: `python -c "from tests.unit.data.test_columns_net import page_table as
+    t; print(t())"`"""
     head = f"| | {' | '.join(STAGES)} |\n|{'---|' * (len(STAGES) + 1)}\n"
-    return head + "".join(f"| `{name}` | {' | '.join(WORDS[row[stage]] for stage in STAGES)} |\n" for name, row in TABLE.items())
+    return head + "".join(
+        f"| `{name}` | {' | '.join(WORDS[row[stage]] for stage in STAGES)} |\n" for name, row in TABLE.items()
+    )
 
 
 def test_the_page_has_the_table() -> None:
     assert page_table() in (ROOT / "docs/your-own.md").read_text()
 
 
-IN_TOKENS = {"tools": json.dumps(TOOLS), "tools, as JSON text": json.dumps(TOOLS), "chat_template_kwargs": "mood=gay"}
+IN_TOKENS = {
+    "tools": json.dumps(TOOLS),
+    "tools, as JSON text": json.dumps(TOOLS),
+    "chat_template_kwargs": "mood=gay",
+}
 
 
 def test_the_table_is_whole() -> None:
     assert TABLE.keys() == COLUMNS.keys() and all(row.keys() == STAGES.keys() for row in TABLE.values())
-    told = {name for row in COLUMNS.values() for name in row} | {name for stage in STAGES.values() for name in stage.row}
+    told = {name for row in COLUMNS.values() for name in row} | {
+        name for stage in STAGES.values() for name in stage.row
+    }
     assert set(Columns.model_fields) - told == {"text"}, "a new field of data.columns needs a row here"
 
 
@@ -223,7 +278,9 @@ def test_every_column_at_every_stage(see, column: str, stage: str) -> None:
         with pytest.raises(DataError, match=rf"rows\.jsonl:1: .*data\.columns\.{field_name}=null"):
             see(stage, row)
         without = see(stage, row, f"data.columns.{field_name}=null")
-        assert name in without.unused and name not in without.handed and without.prompt == see(stage, {}).prompt
+        assert (
+            name in without.unused and name not in without.handed and without.prompt == see(stage, {}).prompt
+        )
         return
     seen, bare = see(stage, row), see(stage, {})
     assert seen.scored == bare.scored
@@ -240,13 +297,22 @@ def test_every_column_at_every_stage(see, column: str, stage: str) -> None:
 def test_templates_are_applied_in_one_place() -> None:
     """A second caller would drop what a row gives its template."""
     package = ROOT / "orchestrator"
-    calls = [f.relative_to(package).as_posix() for f in package.rglob("*.py") if ".apply_chat_template(" in f.read_text()]
+    calls = [
+        f.relative_to(package).as_posix()
+        for f in package.rglob("*.py")
+        if ".apply_chat_template(" in f.read_text()
+    ]
     assert calls == ["data/template.py"]
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_null_leaves_a_column_out(see, stage: str) -> None:
-    for column, name in (("tools", "tools"), ("chat_template_kwargs", "chat_template_kwargs"), ("answer", "answer"), ("margin", "margin")):
+    for column, name in (
+        ("tools", "tools"),
+        ("chat_template_kwargs", "chat_template_kwargs"),
+        ("answer", "answer"),
+        ("margin", "margin"),
+    ):
         if stage in ("evaluation", "environment") and name == "answer":
             continue  # they need one
         seen = see(stage, COLUMNS[column], f"data.columns.{name}=null")
@@ -255,26 +321,55 @@ def test_null_leaves_a_column_out(see, stage: str) -> None:
 
 
 def test_a_turn_of_weight_0_is_not_learned(see) -> None:
-    turns = [say("user", "Sky?"), say("assistant", "Green.", weight=0), say("user", "Sure?"), say("assistant", "Blue.", weight=1)]
+    turns = [
+        say("user", "Sky?"),
+        say("assistant", "Green.", weight=0),
+        say("user", "Sure?"),
+        say("assistant", "Blue.", weight=1),
+    ]
     assert see("sft", {"messages": turns}).scored == ("Blue.<eos>",)
-    assert see("sft, completion", {"completion": turns[1:]}).scored == ("<|user|>Sure?<|assistant|>Blue.<eos>",)
+    assert see("sft, completion", {"completion": turns[1:]}).scored == (
+        "<|user|>Sure?<|assistant|>Blue.<eos>",
+    )
     assert see("sft, completion", {"prompt": turns[:3], "completion": turns[3:]}).scored == ("Blue.<eos>",)
 
 
 @pytest.mark.parametrize(
     ("stage", "row", "reason"),
     [
-        ("sft", {"messages": [*ASKED, say("assistant", "Blue.", weight=0.5)]}, r"messages\[1\]\.weight must be 0 or 1, not 0\.5"),
-        ("sft", {"messages": [*ASKED, say("assistant", "Blue.", weight=True)]}, r"messages\[1\]\.weight must be 0 or 1, not True"),
-        ("sft", {"messages": [*ASKED, say("assistant", "Blue.", weight=0)]}, "every assistant turn has weight 0"),
-        ("sft", {"messages": [say("user", "Sky?", weight=1), GOOD]}, r"messages\[0\]\.weight is 1, but only the assistant's turns"),
-        ("sft, completion", {"completion": [say("assistant", "Blue.", weight=0)]}, "every turn of the completion has weight 0"),
+        (
+            "sft",
+            {"messages": [*ASKED, say("assistant", "Blue.", weight=0.5)]},
+            r"messages\[1\]\.weight must be 0 or 1, not 0\.5",
+        ),
+        (
+            "sft",
+            {"messages": [*ASKED, say("assistant", "Blue.", weight=True)]},
+            r"messages\[1\]\.weight must be 0 or 1, not True",
+        ),
+        (
+            "sft",
+            {"messages": [*ASKED, say("assistant", "Blue.", weight=0)]},
+            "every assistant turn has weight 0",
+        ),
+        (
+            "sft",
+            {"messages": [say("user", "Sky?", weight=1), GOOD]},
+            r"messages\[0\]\.weight is 1, but only the assistant's turns",
+        ),
+        (
+            "sft, completion",
+            {"completion": [say("assistant", "Blue.", weight=0)]},
+            "every turn of the completion has weight 0",
+        ),
         ("dpo", {"chosen": [say("assistant", "Blue.", weight=0)]}, r"chosen\[0\]\.weight is 0"),
         ("reward", {"rejected": [say("assistant", "Blue?", weight=0)]}, r"rejected\[0\]\.weight is 0"),
         ("kto", {"completion": [say("assistant", "Blue.", weight=0)]}, r"completion\[0\]\.weight is 0"),
     ],
 )
-def test_a_weight_that_cannot_be_honoured_is_refused(see, stage: str, row: dict[str, Any], reason: str) -> None:
+def test_a_weight_that_cannot_be_honoured_is_refused(
+    see, stage: str, row: dict[str, Any], reason: str
+) -> None:
     with pytest.raises(DataError, match=reason):
         see(stage, row)
 
@@ -284,7 +379,13 @@ def test_pictures_in_content_are_refused_and_text_parts_are_text(see, stage: str
     name = next(key for key in ("messages", "prompt") if key in STAGES[stage].row)
     question = STAGES[stage].row[name][0]
     rest = STAGES[stage].row[name][1:]
-    parts = {"role": "user", "content": [{"type": "text", "text": question["content"][:1]}, {"type": "text", "text": question["content"][1:]}]}
+    parts = {
+        "role": "user",
+        "content": [
+            {"type": "text", "text": question["content"][:1]},
+            {"type": "text", "text": question["content"][1:]},
+        ],
+    }
     assert see(stage, {name: [parts, *rest]}) == see(stage, {})
     picture = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}
     with pytest.raises(DataError, match=rf"{name}\[0\]\.content has a part of type 'image_url'"):
@@ -296,7 +397,9 @@ def test_sharegpt_names_are_read_at_every_stage(see, stage: str) -> None:
     """`from` and `value` in each column of messages, and `conversations` in the place of `messages`."""
     names = {"user": "human", "assistant": "gpt"}
     row = {
-        key: [{"from": names[m["role"]], "value": m["content"]} for m in value] if isinstance(value, list) else value
+        key: [{"from": names[m["role"]], "value": m["content"]} for m in value]
+        if isinstance(value, list)
+        else value
         for key, value in STAGES[stage].row.items()
     }
     assert see(stage, row) == see(stage, {})

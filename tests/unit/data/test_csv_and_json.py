@@ -1,4 +1,5 @@
-"""CSV, TSV and JSON arrays come in by the same door as JSONL, with the values that `datasets` reads from the same file."""
+"""CSV, TSV and JSON arrays come in by the same door as JSONL, with the values that `datasets` reads from the
+same file."""
 
 import csv
 import gzip
@@ -77,13 +78,29 @@ COLUMNS = {
 
 def test_columns_are_what_datasets_reads_them_as(tmp_path: Path) -> None:
     file = tmp_path / "table.csv"
-    file.write_text(table([dict(zip(COLUMNS, cells, strict=True)) for cells in zip(*COLUMNS.values(), strict=True)]))
+    file.write_text(
+        table([dict(zip(COLUMNS, cells, strict=True)) for cells in zip(*COLUMNS.values(), strict=True)])
+    )
     assert read(file) == by_datasets(file, tmp_path / "cache")
 
 
 def test_columns_drawn_at_random_are_what_datasets_reads_them_as(tmp_path: Path) -> None:
     draw = random.Random(0)
-    cells = ["1", "-2", "2.5", "1e3", ".5", "True", "false", "word", "a,b", 'say "x"', "two\nlines", "ü", "7 "]
+    cells = [
+        "1",
+        "-2",
+        "2.5",
+        "1e3",
+        ".5",
+        "True",
+        "false",
+        "word",
+        "a,b",
+        'say "x"',
+        "two\nlines",
+        "ü",
+        "7 ",
+    ]
     rows = []
     pools = [draw.sample(cells, draw.choice((1, 2, 5))) for _ in range(60)]
     for _ in range(4):
@@ -104,7 +121,11 @@ def test_what_pandas_would_lose_stays(tmp_path: Path) -> None:
 
 def test_prompts_and_answers_are_text_whatever_they_look_like(tmp_path: Path) -> None:
     file = tmp_path / "sums.csv"
-    file.write_text(table([{"ask": "1", "completion": "2", "answer": "2"}, {"ask": "3", "completion": "4.0", "answer": "4"}]))
+    file.write_text(
+        table(
+            [{"ask": "1", "completion": "2", "answer": "2"}, {"ask": "3", "completion": "4.0", "answer": "4"}]
+        )
+    )
     data = DATA.model_copy(update={"columns": Columns(prompt="ask")})  # pyright: ignore[reportCallIssue]
     rows = load_rows(str(file), data, "sft").rows
     assert [(row.prompt, row.completion, row.answer) for row in rows] == [("1", "2", "2"), ("3", "4.0", "4")]
@@ -112,7 +133,14 @@ def test_prompts_and_answers_are_text_whatever_they_look_like(tmp_path: Path) ->
 
 def test_labels_margins_and_other_columns_have_their_types(tmp_path: Path) -> None:
     file = tmp_path / "kto.csv"
-    file.write_text(table([{"prompt": "a", "completion": "b", "label": "True"}, {"prompt": "a", "completion": "c", "label": "False"}]))
+    file.write_text(
+        table(
+            [
+                {"prompt": "a", "completion": "b", "label": "True"},
+                {"prompt": "a", "completion": "c", "label": "False"},
+            ]
+        )
+    )
     assert [row.label for row in load_rows(str(file), DATA, "unpaired").rows] == [True, False]
     file.write_text(table([{**PAIR, "margin": "1"}, {**PAIR, "margin": "0.5"}]))
     assert [row.margin for row in load_rows(str(file), DATA, "preference").rows] == [1.0, 0.5]
@@ -126,9 +154,13 @@ def test_messages_as_json_text_are_messages_and_said(tmp_path: Path) -> None:
     file.write_text(table([{"messages": json.dumps(messages), "tools": ""}]))
     loaded = load_rows(str(file), DATA, "sft")
     assert loaded.rows[0].messages == messages
-    assert loaded.notes == (f"{file}: messages holds lists of messages as JSON text, which are read as messages",)
+    assert loaded.notes == (
+        f"{file}: messages holds lists of messages as JSON text, which are read as messages",
+    )
     file.write_text(table([{"messages": str(messages)}]))
-    with pytest.raises(DataError, match=r"chat\.csv:2: messages holds a list in Python's notation; write it with json\.dumps"):
+    with pytest.raises(
+        DataError, match=r"chat\.csv:2: messages holds a list in Python's notation; write it with json\.dumps"
+    ):
         load_rows(str(file), DATA, "sft")
 
 
@@ -177,4 +209,7 @@ def test_a_folder_of_csv_is_read_and_beside_jsonl_it_is_told(tmp_path: Path) -> 
     assert [file.name for file in choose(tmp_path, None, "test").files] == ["test.json"]
     (tmp_path / "train.jsonl").write_text(json.dumps(PAIR))
     chosen = choose(tmp_path, None, None)
-    assert [file.name for file in chosen.files] == ["train.jsonl"] and chosen.passed_over == ("test.json", "train.csv")
+    assert [file.name for file in chosen.files] == ["train.jsonl"] and chosen.passed_over == (
+        "test.json",
+        "train.csv",
+    )

@@ -42,14 +42,21 @@ def test_a_plain_toy_name_holds_out_words_that_are_not_trained_on():
 
 
 def test_prompts_are_distinct_have_their_answers_and_are_bounded():
-    found = data(f"data.train={few('preference')}", "data.eval=toy:preference", "evaluation.generate.max_prompts=40")
+    found = data(
+        f"data.train={few('preference')}", "data.eval=toy:preference", "evaluation.generate.max_prompts=40"
+    )
     assert len(found.prompts) == len(set(found.prompts)) == len(found.answers) == 40
     for prompt, answer in zip(found.prompts, found.answers, strict=True):
         assert found.decode(prompt) == f"{answer}>"
 
 
 def test_generation_takes_answers_from_rows_beyond_the_evaluated_ones():
-    found = data(f"data.train={few('preference')}", "data.eval=toy:preference", "evaluation.max_examples=5", "evaluation.generate.max_prompts=16")
+    found = data(
+        f"data.train={few('preference')}",
+        "data.eval=toy:preference",
+        "evaluation.max_examples=5",
+        "evaluation.generate.max_prompts=16",
+    )
     assert (len(found.held_out), len(found.prompts)) == (5, 16)
 
 
@@ -73,7 +80,11 @@ def test_rows_without_an_answer_or_a_prompt_are_not_generated_for(tmp_path):
 
 
 def test_a_reward_model_generates_nothing():
-    recipe = load("recipes/tiny/reward.yaml", [f"data.train={few('reward')}", "data.eval=toy:reward"]).stages[0].recipe
+    recipe = (
+        load("recipes/tiny/reward.yaml", [f"data.train={few('reward')}", "data.eval=toy:reward"])
+        .stages[0]
+        .recipe
+    )
     asked = recipe.evaluation.model_copy(update={"generate": Generation()})  # pyright: ignore[reportCallIssue]
     assert read_data(recipe.model_copy(update={"evaluation": asked}), build(recipe.algorithm)).prompts == ()
 
@@ -94,7 +105,12 @@ def test_sources_are_mixed_by_weight():
 
 def test_the_seed_decides_the_order_alone():
     def order(seed):
-        return [g.id for g in data(f"data.train={few('preference')}", "data.eval=null", f"run.seed={seed}").batches.at(0)]
+        return [
+            g.id
+            for g in data(f"data.train={few('preference')}", "data.eval=null", f"run.seed={seed}").batches.at(
+                0
+            )
+        ]
 
     assert order(1) == order(1) != order(2)
 

@@ -1,4 +1,5 @@
-"""Splits of local folders, laid out as the hub lays them out; what a table or a line may hold that Python cannot."""
+"""Splits of local folders, laid out as the hub lays them out; what a table or a line may hold that Python
+cannot."""
 
 import datetime
 import json
@@ -40,7 +41,11 @@ def chosen(folder: Path, split: str | None = None, subset: str | None = None) ->
     return [file.relative_to(folder).as_posix() for file in choose(folder, subset, split).files]
 
 
-SHARDS = ("data/train-00000-of-00002.parquet", "data/train-00001-of-00002.parquet", "data/test-00000-of-00001.parquet")
+SHARDS = (
+    "data/train-00000-of-00002.parquet",
+    "data/train-00001-of-00002.parquet",
+    "data/test-00000-of-00001.parquet",
+)
 LAYOUTS = [
     (("train.jsonl", "test.jsonl", "validation.jsonl"), "train", ["train.jsonl"]),
     (("train.jsonl", "val.jsonl"), "validation", ["val.jsonl"]),
@@ -50,7 +55,11 @@ LAYOUTS = [
     (("train1.jsonl", "train2.jsonl", "test.jsonl"), "train", ["train1.jsonl", "train2.jsonl"]),
     (SHARDS, "train", list(SHARDS[:2])),
     (SHARDS, "test", [SHARDS[2]]),
-    (("data/train_prefs-00000-of-00001.parquet", "data/train_sft-00000-of-00001.parquet"), "train_sft", ["data/train_sft-00000-of-00001.parquet"]),
+    (
+        ("data/train_prefs-00000-of-00001.parquet", "data/train_sft-00000-of-00001.parquet"),
+        "train_sft",
+        ["data/train_sft-00000-of-00001.parquet"],
+    ),
     (("train_prefs.jsonl", "train_sft.jsonl"), "train_sft", ["train_sft.jsonl"]),
     (("train/a.jsonl", "train/b.jsonl", "test/a.jsonl"), "train", ["train/a.jsonl", "train/b.jsonl"]),
     (("data/train/a.jsonl", "data/test/a.jsonl"), "test", ["data/test/a.jsonl"]),
@@ -83,16 +92,25 @@ configs:
         ("whole", None, ["parts/a-1.jsonl", "parts/a-2.parquet", "parts/b.jsonl"]),
     ],
 )
-def test_a_readme_says_which_files_are_of_a_subset_and_a_split(tmp_path: Path, subset: str, split: str | None, files: list[str]) -> None:
-    lay_out(tmp_path, "parts/a-1.jsonl", "parts/a-2.parquet", "parts/b.jsonl", "held.jsonl", "other/deep/x.jsonl")
+def test_a_readme_says_which_files_are_of_a_subset_and_a_split(
+    tmp_path: Path, subset: str, split: str | None, files: list[str]
+) -> None:
+    lay_out(
+        tmp_path, "parts/a-1.jsonl", "parts/a-2.parquet", "parts/b.jsonl", "held.jsonl", "other/deep/x.jsonl"
+    )
     (tmp_path / "README.md").write_text(CARD % "")
     assert chosen(tmp_path, split, subset) == files
-    for asked, error, said in (("main", ConfigError, "splits test, train|splits train, test"), ("none", MissingInput, "main, socratic, whole")):
+    for asked, error, said in (
+        ("main", ConfigError, "splits test, train|splits train, test"),
+        ("none", MissingInput, "main, socratic, whole"),
+    ):
         with pytest.raises(error, match=said):
             chosen(tmp_path, None, asked)
     with pytest.raises(ConfigError, match="has the subsets main, socratic, whole, and none is named"):
         chosen(tmp_path)
-    (tmp_path / "README.md").write_text(CARD % "- {config_name: tried, data_files: held.jsonl, default: true}\n")
+    (tmp_path / "README.md").write_text(
+        CARD % "- {config_name: tried, data_files: held.jsonl, default: true}\n"
+    )
     assert chosen(tmp_path) == ["held.jsonl"]
 
 
@@ -127,7 +145,10 @@ def test_splits_agree_with_the_hubs_own_rules(tmp_path):
         folder = lay_out(tmp_path / str(number), *names)
         patterns = get_data_patterns(str(folder))
         found = DataFilesDict.from_patterns(patterns, str(folder)).items()
-        theirs = {str(name): sorted(Path(file).relative_to(folder).as_posix() for file in named) for name, named in found}
+        theirs = {
+            str(name): sorted(Path(file).relative_to(folder).as_posix() for file in named)
+            for name, named in found
+        }
         canonical = {"valid": "validation", "eval": "test"}.get(split, split)
         if canonical in theirs:  # the name of a file as a split is ours
             assert theirs[canonical] == files
@@ -136,12 +157,32 @@ def test_splits_agree_with_the_hubs_own_rules(tmp_path):
 @pytest.mark.parametrize(
     ("names", "options", "error", "words"),
     [
-        (("train.jsonl", "test.jsonl"), {}, ConfigError, r"holds the splits train, test, and none is named[\s\S]*split: train}"),
+        (
+            ("train.jsonl", "test.jsonl"),
+            {},
+            ConfigError,
+            r"holds the splits train, test, and none is named[\s\S]*split: train}",
+        ),
         (SHARDS, {}, ConfigError, "holds the splits train, test"),
-        (("train.jsonl", "more.jsonl"), {}, ConfigError, r"holds the split train and files of no split \(more\.jsonl\)"),
-        (("train.jsonl",), {"split": "test"}, MissingInput, r"holds no split test[\s\S]*its splits are train"),
+        (
+            ("train.jsonl", "more.jsonl"),
+            {},
+            ConfigError,
+            r"holds the split train and files of no split \(more\.jsonl\)",
+        ),
+        (
+            ("train.jsonl",),
+            {"split": "test"},
+            MissingInput,
+            r"holds no split test[\s\S]*its splits are train",
+        ),
         (("a.jsonl",), {"split": "test"}, MissingInput, "no name in it says a split"),
-        (("main/train.jsonl", "socratic/train.jsonl"), {}, ConfigError, "holds data in the folders main, socratic only"),
+        (
+            ("main/train.jsonl", "socratic/train.jsonl"),
+            {},
+            ConfigError,
+            "holds data in the folders main, socratic only",
+        ),
         (("main/train.jsonl",), {"subset": "other"}, MissingInput, r"no subset other[\s\S]*the folders main"),
     ],
 )
@@ -151,9 +192,16 @@ def test_a_folder_that_could_be_read_two_ways_is_refused(tmp_path, names, option
 
 
 def test_subsets_are_subfolders_and_other_folders_are_told(tmp_path):
-    folder = lay_out(tmp_path, "main/train-00000-of-00001.parquet", "main/test-00000-of-00001.parquet", "socratic/train-00000-of-00001.parquet")
+    folder = lay_out(
+        tmp_path,
+        "main/train-00000-of-00001.parquet",
+        "main/test-00000-of-00001.parquet",
+        "socratic/train-00000-of-00001.parquet",
+    )
     assert chosen(folder, "train", "main") == ["main/train-00000-of-00001.parquet"]
-    assert chosen(lay_out(tmp_path / "only", "default/train/0000.parquet", "default/test/0000.parquet"), "test") == ["default/test/0000.parquet"]
+    assert chosen(
+        lay_out(tmp_path / "only", "default/train/0000.parquet", "default/test/0000.parquet"), "test"
+    ) == ["default/test/0000.parquet"]
     folder = lay_out(tmp_path / "mixed", "a.jsonl", "old/a.jsonl", "main/train.jsonl", "b.csv", "notes.md")
     loaded = load_rows(str(folder), DATA, "sft")
     assert [row.prompt for row in loaded.rows] == ["a.jsonl"]
@@ -181,20 +229,33 @@ def test_held_out_rows_that_are_trained_on(tmp_path):
     new = {"prompt": "new", "completion": "x"}
     for name, part in {"train": rows, "copy": rows[:2], "part": [rows[0], new], "other": [new]}.items():
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
-    train, copy, part, other = (load_rows(str(tmp_path / f"{name}.jsonl"), DATA, "sft") for name in ("train", "copy", "part", "other"))
+    train, copy, part, other = (
+        load_rows(str(tmp_path / f"{name}.jsonl"), DATA, "sft") for name in ("train", "copy", "part", "other")
+    )
     with pytest.raises(ConfigError, match=r"data\.eval holds the rows of data\.train: all 2 of them"):
         check_apart(train, copy)
-    with pytest.raises(ConfigError, match=r"data\.eval and data\.train both read .*train\.jsonl, from its first row on"):
+    with pytest.raises(
+        ConfigError, match=r"data\.eval and data\.train both read .*train\.jsonl, from its first row on"
+    ):
         check_apart(load_rows([Source(path=str(tmp_path / "train.jsonl"), max_rows=1)], DATA, "sft"), train)
-    assert check_apart(train, part) == f"1 of 2 held-out rows are trained on too, the first at {tmp_path / 'part.jsonl'}:1"
+    assert (
+        check_apart(train, part)
+        == f"1 of 2 held-out rows are trained on too, the first at {tmp_path / 'part.jsonl'}:1"
+    )
     assert check_apart(train, other) is None
-    toy = [load_rows([Source(path="toy:sft", split=split, max_rows=64)], DATA, "sft") for split in ("train", "eval")]
+    toy = [
+        load_rows([Source(path="toy:sft", split=split, max_rows=64)], DATA, "sft")
+        for split in ("train", "eval")
+    ]
     assert check_apart(*toy) is None
 
 
 ODD_LINES = [
     ('{"prompt": "a", "completion": "b", "id": ' + "9" * 5000 + "}", "broken JSON: Exceeds the limit"),
-    ('{"prompt": "a", "completion": "b", "x": ' + "[" * 20000 + "]" * 20000 + "}", "broken JSON: lists or objects are nested too deeply"),
+    (
+        '{"prompt": "a", "completion": "b", "x": ' + "[" * 20000 + "]" * 20000 + "}",
+        "broken JSON: lists or objects are nested too deeply",
+    ),
 ]
 
 
@@ -306,18 +367,31 @@ def test_a_date_that_python_cannot_hold_is_a_bad_row_of_its_own(tmp_path):
     pq.write_table(pa.table({"prompt": ["a", "b"], "day": pa.array([0, 2**30], pa.date32())}), file)
     with pytest.raises(DataError, match=f"{file}:2: a value that Python cannot hold"):
         load_rows(str(file), DATA, "prompt")
-    assert [r.columns["day"] for r in load_rows(str(file), Data(train="unused", max_bad_rows=1), "prompt").rows] == ["1970-01-01"]
+    assert [
+        r.columns["day"] for r in load_rows(str(file), Data(train="unused", max_bad_rows=1), "prompt").rows
+    ] == ["1970-01-01"]
 
 
 def test_nulls_that_a_table_fills_in_reach_no_template(tmp_path):
     """Tools and calls of other shapes give each other their keys; in JSON a null is what the user wrote."""
     calls = [{"type": "function", "function": {"name": "stock", "arguments": {"item": "chair"}}}]
     asked = {"role": "user", "content": "a"}
-    calling = {"messages": [asked, {"role": "assistant", "content": None, "tool_calls": calls}], "tools": [{"name": "stock", "x": {"item": 1}}]}
-    rows = [calling, {"messages": [asked, {"role": "assistant", "content": "b"}], "tools": [{"name": "other", "x": {"city": 2}}]}]
+    calling = {
+        "messages": [asked, {"role": "assistant", "content": None, "tool_calls": calls}],
+        "tools": [{"name": "stock", "x": {"item": 1}}],
+    }
+    rows = [
+        calling,
+        {
+            "messages": [asked, {"role": "assistant", "content": "b"}],
+            "tools": [{"name": "other", "x": {"city": 2}}],
+        },
+    ]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    table, lines = (load_rows(str(tmp_path / name), DATA, "sft").rows for name in ("rows.parquet", "rows.jsonl"))
+    table, lines = (
+        load_rows(str(tmp_path / name), DATA, "sft").rows for name in ("rows.parquet", "rows.jsonl")
+    )
     assert [(r.messages, r.tools) for r in table] == [(r.messages, r.tools) for r in lines]
     assert lines[1].tools == [{"name": "other", "x": {"city": 2}}]
 
@@ -326,18 +400,29 @@ def test_ultrafeedbacks_redundant_prompt_is_dropped():
     from orchestrator.data.formats import to_rows
 
     talk = [{"role": "user", "content": "Sky?"}]
-    good, bad = [*talk, {"role": "assistant", "content": "Blue."}], [*talk, {"role": "assistant", "content": "Green."}]
+    good, bad = (
+        [*talk, {"role": "assistant", "content": "Blue."}],
+        [*talk, {"role": "assistant", "content": "Green."}],
+    )
     (fields,) = to_rows({"prompt": "Sky?", "chosen": good, "rejected": bad}, Columns(), "preference")
     assert fields == {"prompt": talk, "chosen": good[1:], "rejected": bad[1:]}
-    with pytest.raises(BadRecord, match=r"prompt text, chosen and rejected message lists: .*; data\.columns\.prompt=null leaves it out"):
+    with pytest.raises(
+        BadRecord,
+        match=r"prompt text, chosen and rejected message lists: .*; data\.columns\.prompt=null leaves it out",
+    ):
         to_rows({"prompt": "Sea?", "chosen": good, "rejected": bad}, Columns(), "preference")
-    assert to_rows({"prompt": "Sea?", "chosen": good, "rejected": bad}, Columns(prompt=None), "preference") == [fields]
+    assert to_rows(
+        {"prompt": "Sea?", "chosen": good, "rejected": bad}, Columns(prompt=None), "preference"
+    ) == [fields]
     assert len(to_rows({"prompt": "Sky?", "chosen": good, "rejected": bad}, Columns(), "unpaired")) == 2
 
 
 def test_margins_are_read_where_the_loss_has_them(tmp_path):
     file = tmp_path / "rows.jsonl"
-    rows = [{"prompt": "p", "chosen": "a", "rejected": f"b{i}", "margin": margin} for i, margin in enumerate((1.0, None, "much"))]
+    rows = [
+        {"prompt": "p", "chosen": "a", "rejected": f"b{i}", "margin": margin}
+        for i, margin in enumerate((1.0, None, "much"))
+    ]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     loaded = load_rows(str(file), DATA, "preference", Reads(margin=False))
     assert (len(loaded.rows), loaded.unused, {row.margin for row in loaded.rows}) == (3, ("margin",), {None})

@@ -16,7 +16,12 @@ PLAIN = Columns()
 
 FORMATS = {
     "messages": ("sft", {"messages": [USER, BLUE]}, {"messages": [USER, BLUE]}, "conversation"),
-    "completion": ("sft", {"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": "b"}, "prompt-completion, text"),
+    "completion": (
+        "sft",
+        {"prompt": "a", "completion": "b"},
+        {"prompt": "a", "completion": "b"},
+        "prompt-completion, text",
+    ),
     "no prompt": ("sft", {"completion": "b"}, {"prompt": "", "completion": "b"}, "prompt-completion, text"),
     "turns": (
         "sft",
@@ -97,7 +102,11 @@ HH = "\n\nHuman: What is over the sea?\n\nAssistant:"
         (HH + " The sky.", HH + " The sun and The moon.", HH),
         (HH + " Birds.", HH + " Clouds.", HH),
         (HH + "A", HH + "B", HH),
-        (HH + " No.\n\nHuman: Yes?\n\nAssistant: I think so.", HH + " No.\n\nHuman: Yes?\n\nAssistant: I do not.", None),
+        (
+            HH + " No.\n\nHuman: Yes?\n\nAssistant: I think so.",
+            HH + " No.\n\nHuman: Yes?\n\nAssistant: I do not.",
+            None,
+        ),
         (HH + " It is", HH + " It is blue.", HH),
         (HH + " Yes.\nBirds fly.", HH + " Yes.\nClouds do.", HH),
         ("Q: sky?\nA: blue", "Q: sky?\nA: black", "Q: sky?\n"),
@@ -114,29 +123,45 @@ def test_the_implicit_prompt_ends_where_the_turn_ends(chosen, rejected, prompt):
 
 def test_implicit_prompt_of_several_turns_keeps_all_shared_turns():
     again = {"role": "user", "content": "Sure?"}
-    (fields,) = to_rows({"chosen": [USER, BLUE, again, BLUE], "rejected": [USER, BLUE, again, GREEN]}, PLAIN, "preference")
+    (fields,) = to_rows(
+        {"chosen": [USER, BLUE, again, BLUE], "rejected": [USER, BLUE, again, GREEN]}, PLAIN, "preference"
+    )
     assert fields == {"prompt": [USER, BLUE, again], "chosen": [BLUE], "rejected": [GREEN]}
 
 
 def test_columns_are_renamed_and_extras_kept():
     columns = Columns(prompt="question", chosen="good", rejected="bad", margin="gap")
     record = {"question": "p", "good": "a", "bad": "b", "gap": 2, "answer": 7, "unknown": None}
-    assert to_rows(record, columns, "preference") == [{"prompt": "p", "chosen": "a", "rejected": "b", "answer": "7", "margin": 2.0}]
+    assert to_rows(record, columns, "preference") == [
+        {"prompt": "p", "chosen": "a", "rejected": "b", "answer": "7", "margin": 2.0}
+    ]
 
 
 REFUSED = [
     ("sft", [1], "must be an object, this is list"),
-    ("sft", {"body": "x"}, "no messages, prompt + completion, or text; columns are body; data.columns.text=body?"),
+    (
+        "sft",
+        {"body": "x"},
+        "no messages, prompt + completion, or text; columns are body; data.columns.text=body?",
+    ),
     ("sft", {"prompt": "x"}, "no messages, prompt + completion, or text; columns are prompt"),
     ("sft", {"prompt": "p", "completion": " \n"}, "completion is empty"),
     ("sft", {"prompt": "p", "completion": 3}, "completion must be text or a list of messages, not int"),
-    ("sft", {"prompt": "p", "completion": [BLUE]}, "prompt text, completion message lists: write all as text or all as messages"),
+    (
+        "sft",
+        {"prompt": "p", "completion": [BLUE]},
+        "prompt text, completion message lists: write all as text or all as messages",
+    ),
     ("sft", {"text": ""}, "text is empty"),
     ("sft", {"messages": []}, "messages must be a non-empty list"),
     ("sft", {"messages": [USER]}, "no assistant turn"),
     ("sft", {"messages": [{"content": "x"}]}, "messages[0] needs a role"),
     ("sft", {"messages": [USER, {"role": "assistant", "content": 5}]}, "messages[1].content must be text"),
-    ("sft", {"messages": [USER, {"role": "assistant", "content": "\ud800"}]}, "messages[1].content holds half of a surrogate pair"),
+    (
+        "sft",
+        {"messages": [USER, {"role": "assistant", "content": "\ud800"}]},
+        "messages[1].content holds half of a surrogate pair",
+    ),
     ("sft", {"text": "ab\ud83d"}, "text holds half of a surrogate pair at character 2"),
     ("sft", {"prompt": "p", "chosen": "a", "rejected": "b"}, "a preference pair in a data set for SFT"),
     ("preference", {"prompt": "p", "chosen": "a"}, "no 'rejected'; columns are prompt, chosen"),
@@ -144,20 +169,43 @@ REFUSED = [
     ("preference", {"prompt": "p", "chosen": "a", "rejected": None}, "no 'rejected'"),
     ("preference", {"chosen": HH + " a", "rejected": HH + " a"}, "chosen and rejected are equal"),
     ("preference", {"chosen": [USER, BLUE], "rejected": [USER, BLUE]}, "chosen and rejected are equal"),
-    ("preference", {"chosen": [USER], "rejected": [USER, BLUE]}, "one of chosen and rejected is the beginning of the other"),
-    ("preference", {"chosen": [USER, BLUE, USER, GREEN], "rejected": [USER, BLUE]}, "one of chosen and rejected is the beginning"),
+    (
+        "preference",
+        {"chosen": [USER], "rejected": [USER, BLUE]},
+        "one of chosen and rejected is the beginning of the other",
+    ),
+    (
+        "preference",
+        {"chosen": [USER, BLUE, USER, GREEN], "rejected": [USER, BLUE]},
+        "one of chosen and rejected is the beginning",
+    ),
     ("preference", {"chosen": [BLUE], "rejected": [GREEN]}, "share no leading message"),
     (
         "preference",
-        {"chosen": HH + " No.\n\nHuman: Yes?\n\nAssistant:", "rejected": HH + " No.\n\nHuman: Yes?\n\nAssistant: Yes."},
+        {
+            "chosen": HH + " No.\n\nHuman: Yes?\n\nAssistant:",
+            "rejected": HH + " No.\n\nHuman: Yes?\n\nAssistant: Yes.",
+        },
         "chosen is empty",
     ),
     ("preference", {"chosen": HH, "rejected": HH + " a"}, "chosen is empty"),
     ("preference", {"chosen": "The sea", "rejected": "The sky"}, "share no beginning"),
     ("preference", {"chosen": "a", "rejected": "b"}, "share no beginning"),
-    ("preference", {"prompt": "p", "chosen": "a", "rejected": "b", "margin": "2"}, "margin must be a finite number, not '2'"),
-    ("preference", {"prompt": "p", "chosen": "a", "rejected": "b", "margin": float("nan")}, "margin must be a finite number"),
-    ("preference", {"prompt": "p", "chosen": "a", "rejected": "b", "margin": True}, "margin must be a finite number"),
+    (
+        "preference",
+        {"prompt": "p", "chosen": "a", "rejected": "b", "margin": "2"},
+        "margin must be a finite number, not '2'",
+    ),
+    (
+        "preference",
+        {"prompt": "p", "chosen": "a", "rejected": "b", "margin": float("nan")},
+        "margin must be a finite number",
+    ),
+    (
+        "preference",
+        {"prompt": "p", "chosen": "a", "rejected": "b", "margin": True},
+        "margin must be a finite number",
+    ),
     ("unpaired", {"prompt": "p", "completion": "c"}, "no 'label'; columns are prompt, completion"),
     ("unpaired", {"prompt": "p", "completion": "c", "label": 1}, "label must be true or false, not 1"),
 ]

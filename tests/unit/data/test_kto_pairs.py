@@ -9,7 +9,9 @@ from orchestrator.data.kto_pairs import with_mismatched
 
 
 def group(index, prompt, answer):
-    return SequenceGroup(index, np.array(prompt), (Branch(np.array(answer), np.ones(len(answer), np.bool_)),), label=1.0)
+    return SequenceGroup(
+        index, np.array(prompt), (Branch(np.array(answer), np.ones(len(answer), np.bool_)),), label=1.0
+    )
 
 
 def answers(groups):
@@ -20,7 +22,11 @@ def test_the_next_groups_completion_is_the_second_branch():
     groups = [group(0, [1], [10, 11]), group(1, [2], [20]), group(2, [3], [30])]
     paired = with_mismatched(groups, 16)
     assert answers(paired) == [[[10, 11], [20]], [[20], [30]], [[30], [10, 11]]]
-    assert [(g.id, g.label, g.prompt.tolist()) for g in paired] == [(0, 1.0, [1]), (1, 1.0, [2]), (2, 1.0, [3])]
+    assert [(g.id, g.label, g.prompt.tolist()) for g in paired] == [
+        (0, 1.0, [1]),
+        (1, 1.0, [2]),
+        (2, 1.0, [3]),
+    ]
 
 
 def test_the_other_answer_to_the_same_prompt_is_no_mismatch():

@@ -16,7 +16,10 @@ LAYOUTS = ("prefix_shared", "packed", "padded")
 
 def sized(index, prompt, *branches):
     """A group of these lengths, every token of it recognisable."""
-    answers = tuple(Branch(np.arange(n) + 1000 * (index + 1) + 100 * (k + 1), np.arange(n) % 3 != 1) for k, n in enumerate(branches))
+    answers = tuple(
+        Branch(np.arange(n) + 1000 * (index + 1) + 100 * (k + 1), np.arange(n) % 3 != 1)
+        for k, n in enumerate(branches)
+    )
     return SequenceGroup(index, np.arange(prompt) + 1000 * (index + 1), answers)
 
 
@@ -49,7 +52,10 @@ def targets(batch):
 
 
 def content(batch):
-    return [[(mb.examples.tolist(), mb.input_ids.tolist(), mb.weight) for mb in rank] for rank in batch.micro_batches]
+    return [
+        [(mb.examples.tolist(), mb.input_ids.tolist(), mb.weight) for mb in rank]
+        for rank in batch.micro_batches
+    ]
 
 
 @settings(max_examples=200)
@@ -83,11 +89,15 @@ def test_the_budget_is_obeyed(groups, how):
 def test_units_and_targets_do_not_depend_on_the_cut(groups, how):
     batch = cut_step(groups, how)
     branches = len(groups[0].branches)
-    assert batch.units == LossUnits(len(groups), tuple(sum(int(g.branches[k].scored.sum()) for g in groups) for k in range(branches)))
+    assert batch.units == LossUnits(
+        len(groups), tuple(sum(int(g.branches[k].loss_mask.sum()) for g in groups) for k in range(branches))
+    )
     assert batch.tokens == sum(g.tokens for g in groups)
-    expected = {(g.id, k): b.ids[b.scored].tolist() for g in groups for k, b in enumerate(g.branches)}
+    expected = {(g.id, k): b.ids[b.loss_mask].tolist() for g in groups for k, b in enumerate(g.branches)}
     assert targets(batch) == expected
-    assert sum(len(mb.targets) for rank in batch.micro_batches for mb in rank if mb.weight) == batch.units.tokens
+    assert (
+        sum(len(mb.targets) for rank in batch.micro_batches for mb in rank if mb.weight) == batch.units.tokens
+    )
 
 
 @settings(max_examples=50)
@@ -102,7 +112,11 @@ def test_the_same_examples_in_another_order_are_cut_alike(groups, how, data):
 def test_the_batch_arithmetic_is_what_happens(count, workers, examples):
     how = cut(workers, examples)
     batch = cut_step([sized(i, 1, 1) for i in range(count)], how)
-    assert len(batch.micro_batches[0]) == micro_batches_per_worker(count, how) == math.ceil(count / workers / examples)
+    assert (
+        len(batch.micro_batches[0])
+        == micro_batches_per_worker(count, how)
+        == math.ceil(count / workers / examples)
+    )
 
 
 def test_256_pairs_on_two_workers_by_eight():
@@ -114,7 +128,11 @@ def test_256_pairs_on_two_workers_by_eight():
 def test_micro_batches_are_sorted_by_length_and_balanced():
     groups = [sized(i, 1, n) for i, n in enumerate([9, 1, 8, 2, 7, 3, 6, 4])]
     batch = cut_step(groups, cut(2, 2))
-    assert sorted(sorted(len(groups[i].branches[0].ids) for i in mb.examples) for rank in batch.micro_batches for mb in rank) == [
+    assert sorted(
+        sorted(len(groups[i].branches[0].ids) for i in mb.examples)
+        for rank in batch.micro_batches
+        for mb in rank
+    ) == [
         [1, 2],
         [3, 4],
         [6, 7],
@@ -143,7 +161,8 @@ def imbalance(batch) -> float:
 @pytest.mark.parametrize("positions", [2048, 8192, 12_000, 16_384])
 @pytest.mark.parametrize("workers", [2, 8])
 def test_ranks_have_the_same_work_however_large_the_micro_batches(workers, positions, layout):
-    """An eighth of 4k context, to be quick: 65,536 positions there, with 3 micro-batches on each of 8 ranks, left 17 %."""
+    """An eighth of 4k context, to be quick: 65,536 positions there, with 3 micro-batches on each of 8 ranks,
+    left 17 %."""
     for seed in range(3):
         groups = ragged(seed, 256, 256)
         batch = cut_step(groups, cut(workers, positions=positions, layout=layout))
@@ -152,7 +171,12 @@ def test_ranks_have_the_same_work_however_large_the_micro_batches(workers, posit
 
 
 @settings(max_examples=30)
-@given(seed=st.integers(0, 10**6), workers=st.integers(2, 8), positions=st.integers(1000, 20_000), layout=st.sampled_from(LAYOUTS))
+@given(
+    seed=st.integers(0, 10**6),
+    workers=st.integers(2, 8),
+    positions=st.integers(1000, 20_000),
+    layout=st.sampled_from(LAYOUTS),
+)
 def test_no_rank_waits_long_for_another(seed, workers, positions, layout):
     groups = ragged(seed, 100, 300, count=32 * workers)
     assert imbalance(cut_step(groups, cut(workers, positions=positions, layout=layout))) <= 0.05
@@ -173,7 +197,12 @@ def test_a_rank_without_data_gets_fillers_of_weight_zero():
 
 def test_loss_units_literally():
     pair = SequenceGroup(
-        0, np.array([1, 7, 8]), (Branch(np.array([9, 2]), np.array([True, True])), Branch(np.array([5, 6, 2]), np.array([True, False, True])))
+        0,
+        np.array([1, 7, 8]),
+        (
+            Branch(np.array([9, 2]), np.array([True, True])),
+            Branch(np.array([5, 6, 2]), np.array([True, False, True])),
+        ),
     )
     assert loss_units([pair]) == LossUnits(1, (2, 2))
     assert loss_units([pair, pair]).tokens == 8

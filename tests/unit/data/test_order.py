@@ -43,7 +43,10 @@ def test_the_permutation_is_pinned():
     assert permutation(8, 7, 3, 1, 2).tolist() == [6, 5, 2, 0, 7, 3, 4, 1]
 
 
-@given(size=st.integers(1, 50), keys=st.lists(st.tuples(*[st.integers(0, 2**31)] * 4), min_size=2, max_size=2, unique=True))
+@given(
+    size=st.integers(1, 50),
+    keys=st.lists(st.tuples(*[st.integers(0, 2**31)] * 4), min_size=2, max_size=2, unique=True),
+)
 def test_permutations_are_permutations_and_repeat(size, keys):
     for key in keys:
         assert sorted(permutation(size, *key)) == list(range(size))
@@ -111,7 +114,12 @@ def test_seeds_and_epochs_give_different_orders():
 
 
 @settings(max_examples=60)
-@given(sizes=st.lists(st.integers(1, 9), min_size=1, max_size=2), effective=st.integers(1, 12), remainder=REMAINDERS, seed=SEEDS)
+@given(
+    sizes=st.lists(st.integers(1, 9), min_size=1, max_size=2),
+    effective=st.integers(1, 12),
+    remainder=REMAINDERS,
+    seed=SEEDS,
+)
 def test_a_resumed_run_continues_the_same_batches(sizes, effective, remainder, seed):
     weights = [1.0, 0.5][: len(sizes)]
     whole = walk(batches(sizes, weights, seed, effective, remainder), 3 * sum(sizes))
@@ -131,7 +139,11 @@ def test_carried_batches_are_one_stream_whatever_the_effective_batch(size, seed,
 
 @pytest.mark.parametrize(
     ("remainder", "sizes", "cursors"),
-    [("drop", [4, 4, 4, 4], [0, 4, 8, 12]), ("use", [4, 4, 2, 4, 4, 2], [0, 4, 8, 10, 14, 18]), ("carry", [4, 4, 4, 4, 4], [0, 4, 8, 12, 16])],
+    [
+        ("drop", [4, 4, 4, 4], [0, 4, 8, 12]),
+        ("use", [4, 4, 2, 4, 4, 2], [0, 4, 8, 10, 14, 18]),
+        ("carry", [4, 4, 4, 4, 4], [0, 4, 8, 12, 16]),
+    ],
 )
 def test_ten_examples_by_four(remainder, sizes, cursors):
     source = batches([10], [1.0], 3, 4, remainder)

@@ -12,7 +12,9 @@ LAYOUTS = ("prefix_shared", "packed", "padded")
 
 
 def branch(ids, scored=None):
-    return Branch(np.array(ids, np.int64), np.ones(len(ids), np.bool_) if scored is None else np.array(scored, np.bool_))
+    return Branch(
+        np.array(ids, np.int64), np.ones(len(ids), np.bool_) if scored is None else np.array(scored, np.bool_)
+    )
 
 
 PAIR = SequenceGroup(7, np.array([1, 7, 8]), (branch([9, 2]), branch([5, 6, 2])), margin=0.5)
@@ -45,7 +47,13 @@ def test_prefix_shared_literally():
     assert mb.targets.tolist() == [9, 2, 5, 6, 2]
     assert mb.sequence.tolist() == [0, 0, 1, 1, 1]
     assert mb.last_at.tolist() == [4, 7]
-    assert (mb.examples.tolist(), mb.branches, mb.unshared_tokens, mb.tokens, mb.positions) == ([7], 2, 11, 8, 8)
+    assert (mb.examples.tolist(), mb.branches, mb.unshared_tokens, mb.tokens, mb.positions) == (
+        [7],
+        2,
+        11,
+        8,
+        8,
+    )
 
 
 def test_packed_literally():
@@ -104,10 +112,11 @@ def test_every_scored_position_sees_its_own_sequence_and_nothing_else(groups, la
             number = index * mb.branches + k
             own = [(at, target) for at, target, sequence in scores if sequence == number]
             whole = [*group.prompt, *answer.ids]
-            ends = [len(group.prompt) + int(t) for t in np.flatnonzero(answer.scored)]
+            ends = [len(group.prompt) + int(t) for t in np.flatnonzero(answer.loss_mask)]
             assert [target for _, target in own] == [whole[end] for end in ends]
             for (at, _), end in zip(own, ends, strict=True):
-                # the prompt's last token belongs to no branch, so it sees the prompt alone: what predicts token `end`
+                # the prompt's last token belongs to no branch, so it sees the prompt alone: what predicts
+                # token `end`
                 seen = visible(mb, at)
                 assert ids[seen].tolist() == whole[:end]
                 assert positions[seen].tolist() == list(range(end))
@@ -142,4 +151,6 @@ def test_packed_rows_hold_whole_pieces_without_gaps(groups, room):
             assert np.count_nonzero(np.diff(used)) + 1 == len(set(used.tolist()))
         pieces = len(groups) if layout == "prefix_shared" else len(groups) * mb.branches
         assert sorted(set(mb.segment[mb.segment >= 0].tolist())) == list(range(pieces))
-        assert mb.input_ids.shape[1] <= max(room, *(g.shared_tokens if layout == "prefix_shared" else g.longest for g in groups))
+        assert mb.input_ids.shape[1] <= max(
+            room, *(g.shared_tokens if layout == "prefix_shared" else g.longest for g in groups)
+        )

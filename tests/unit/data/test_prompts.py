@@ -21,7 +21,9 @@ def recipe(train: str = "toy:prompts", algorithm: dict | None = None, **sections
         "optimizer": {"learning_rate": 1e-3},
         "rollouts": {"prompts": 16, "samples": 8, "max_new_tokens": 8},
     }
-    return Recipe.model_validate({**raw, **{name: {**raw.get(name, {}), **values} for name, values in sections.items()}})
+    return Recipe.model_validate(
+        {**raw, **{name: {**raw.get(name, {}), **values} for name, values in sections.items()}}
+    )
 
 
 def batches(cfg: Recipe) -> int:
@@ -40,8 +42,14 @@ def test_the_arithmetic_of_rollout_batches():
         ({"batch": {"effective": 60}}, "no multiple of rollouts.samples=8"),
         ({"rollouts": {"prompts": 15}}, "cannot be cut into effective batches of 64"),
         ({"rollouts": {"samples": 1, "prompts": 64}}, "grpo needs rollouts.samples of at least 2"),
-        ({"algorithm": {"name": "dapo"}, "rollouts": {"max_staleness": 1}}, "dynamic sampling needs rollouts.max_staleness=0"),
-        ({"algorithm": {"name": "online_dpo"}, "batch": {"effective": 16}, "rollouts": {"samples": 1}}, "online_dpo needs rollouts.samples"),
+        (
+            {"algorithm": {"name": "dapo"}, "rollouts": {"max_staleness": 1}},
+            "dynamic sampling needs rollouts.max_staleness=0",
+        ),
+        (
+            {"algorithm": {"name": "online_dpo"}, "batch": {"effective": 16}, "rollouts": {"samples": 1}},
+            "online_dpo needs rollouts.samples",
+        ),
     ],
 )
 def test_what_cannot_be_cut_is_refused_with_a_fix(sections, says):
@@ -69,7 +77,9 @@ def test_every_other_column_goes_to_the_rewards(tmp_path: Path):
 
 def test_long_prompts_keep_their_end_are_dropped_or_refused(tmp_path: Path):
     file = tmp_path / "rows.jsonl"
-    file.write_text(json.dumps({"prompt": "x" * 50 + "end>"}) + "\n" + json.dumps({"prompt": "short>"}) + "\n")
+    file.write_text(
+        json.dumps({"prompt": "x" * 50 + "end>"}) + "\n" + json.dumps({"prompt": "short>"}) + "\n"
+    )
     (cut, _) = load(recipe(str(file), data={"max_length": 20})).longest.groups
     assert len(cut.prompt) == 12
     assert load(recipe(str(file), data={"max_length": 20, "overlong": "drop"})).longest.report.dropped == 1

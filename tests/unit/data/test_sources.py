@@ -45,7 +45,12 @@ def test_jsonl_rows_carry_id_place_and_source(pairs):
     assert prompts(loaded) == ["p0", "p1", "p2", "p3", "p4"]
     assert [row.id for row in loaded.rows] == [0, 1, 2, 3, 4]
     assert loaded.rows[2].where == f"{pairs}:3"
-    assert (loaded.sizes, loaded.weights, loaded.names, loaded.formats) == ((5,), (1.0,), ("pairs",), ("preference, text",))
+    assert (loaded.sizes, loaded.weights, loaded.names, loaded.formats) == (
+        (5,),
+        (1.0,),
+        ("pairs",),
+        ("preference, text",),
+    )
 
 
 def test_jsonl_gz_parquet_and_folder_hold_the_same_rows(pairs, tmp_path):
@@ -84,7 +89,9 @@ def test_several_sources_with_weights_columns_and_a_limit(pairs, tmp_path):
     other = tmp_path / "other.jsonl"
     other.write_text(lines([{"q": "x", "good": "1", "bad": "2"}]))
     columns = Columns(prompt="q", chosen="good", rejected="bad")
-    loaded = load_rows([source(pairs, weight=0.5, max_rows=2), source(other, weight=3, columns=columns)], DATA, "preference")
+    loaded = load_rows(
+        [source(pairs, weight=0.5, max_rows=2), source(other, weight=3, columns=columns)], DATA, "preference"
+    )
     assert [(row.source, row.prompt) for row in loaded.rows] == [(0, "p0"), (0, "p1"), (1, "x")]
     assert (loaded.sizes, loaded.weights, loaded.names) == ((2, 1), (0.5, 3.0), ("pairs", "other"))
 
@@ -103,7 +110,10 @@ BAD_LINES = [
     (b'{"prompt": "p", "chosen": "", "rejected": "b"}', "chosen is empty"),
     (b'{"prompt": "p", "chosen": "a", "rejected": "a"}', "chosen and rejected are equal"),
     (b'{"prompt": "\xff", "chosen": "a", "rejected": "b"}', "not UTF-8 at byte 12"),
-    (b'{"prompt": "\\ud800", "chosen": "a", "rejected": "b"}', "prompt holds half of a surrogate pair at character 0"),
+    (
+        b'{"prompt": "\\ud800", "chosen": "a", "rejected": "b"}',
+        "prompt holds half of a surrogate pair at character 0",
+    ),
     (b"[1, 2]", "a record must be an object, this is list"),
     (b"null", "a record must be an object, this is NoneType"),
 ]
@@ -124,7 +134,8 @@ def test_a_bad_row_is_named_by_file_and_line(tmp_path, line, reason):
 
 def test_equal_reasons_of_bad_rows_are_one_line_and_ten_lines_are_shown(tmp_path):
     (tmp_path / "a.jsonl").write_text(
-        "".join(json.dumps({"prompt": "p", "good": "a", "bad": "b"}) + "\n" for _ in range(96)) + '{"prompt": 1, "chosen": "a", "rejected": "b"}\n'
+        "".join(json.dumps({"prompt": "p", "good": "a", "bad": "b"}) + "\n" for _ in range(96))
+        + '{"prompt": 1, "chosen": "a", "rejected": "b"}\n'
     )
     with pytest.raises(DataError) as failure:
         load_rows([source(tmp_path / "a.jsonl")], Data(train="unused"), "preference")
@@ -132,7 +143,11 @@ def test_equal_reasons_of_bad_rows_are_one_line_and_ten_lines_are_shown(tmp_path
     assert len(many) == 11 and many[0] == "2 rows: reason 0 (the first is f:0)" and many[-1] == "… and 4 more"
     lines = [line.strip() for line in failure.value.why.splitlines() if line.strip()]
     hint = "data.columns.chosen=good data.columns.rejected=bad?"
-    assert lines[0] == f"96 rows: no 'chosen' and no 'rejected'; columns are prompt, good, bad; {hint} (the first is {tmp_path}/a.jsonl:1)"
+    assert (
+        lines[0]
+        == f"96 rows: no 'chosen' and no 'rejected'; columns are prompt, good, bad; {hint} (the first is "
+        f"{tmp_path}/a.jsonl:1)"
+    )
     assert len(lines) == 2 and lines[1].startswith(f"{tmp_path}/a.jsonl:97: prompt must be text")
 
 
@@ -231,10 +246,19 @@ def test_real_pairs_load_and_encode_without_a_bad_row():
     path = GSM8K / "preferences.jsonl"
     loaded = load_rows(str(path), DATA, "preference")
     records = [json.loads(line) for line in path.read_text().split("\n") if line]
-    assert [(r.prompt, r.chosen, r.rejected) for r in loaded.rows] == [(r["prompt"], r["chosen"], r["rejected"]) for r in records]
+    assert [(r.prompt, r.chosen, r.rejected) for r in loaded.rows] == [
+        (r["prompt"], r["chosen"], r["rejected"]) for r in records
+    ]
     encoded = encode_rows(loaded.rows, byte_tokenizer(), Data(train="unused", max_length=4096), "preference")
-    assert (encoded.report.kept, encoded.report.dropped, encoded.report.truncated, encoded.report.not_prefix) == (64, 0, 0, ())
-    longest = [max(len((r["prompt"] + r[side]).encode()) + 1 for side in ("chosen", "rejected")) for r in records]
+    assert (
+        encoded.report.kept,
+        encoded.report.dropped,
+        encoded.report.truncated,
+        encoded.report.not_prefix,
+    ) == (64, 0, 0, ())
+    longest = [
+        max(len((r["prompt"] + r[side]).encode()) + 1 for side in ("chosen", "rejected")) for r in records
+    ]
     assert list(encoded.report.lengths) == longest
 
 

@@ -1,4 +1,5 @@
-"""Tokens and masks of rows with tools, template variables and ShareGPT names equal TRL's own preparation, with the templates TRL ships."""
+"""Tokens and masks of rows with tools, template variables and ShareGPT names equal TRL's own preparation,
+with the templates TRL ships."""
 
 import copy
 import json
@@ -18,12 +19,29 @@ from orchestrator.recipe.schema import Columns, Data
 
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"
 PARAMETERS = {"type": "object", "properties": {"item": {"type": "string"}}, "required": ["item"]}
-TOOLS = [{"type": "function", "function": {"name": "stock", "description": "How many there are", "parameters": PARAMETERS}}]
-CALL = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": {"name": "stock", "arguments": {"item": "chair"}}}]}
-ASKED, TOLD = {"role": "user", "content": "How many chairs?"}, {"role": "tool", "name": "stock", "content": "14"}
-SAID, GUESSED = {"role": "assistant", "content": "There are 14."}, {"role": "assistant", "content": "About 3."}
+TOOLS = [
+    {
+        "type": "function",
+        "function": {"name": "stock", "description": "How many there are", "parameters": PARAMETERS},
+    }
+]
+CALL = {
+    "role": "assistant",
+    "content": "",
+    "tool_calls": [{"type": "function", "function": {"name": "stock", "arguments": {"item": "chair"}}}],
+}
+ASKED, TOLD = (
+    {"role": "user", "content": "How many chairs?"},
+    {"role": "tool", "name": "stock", "content": "14"},
+)
+SAID, GUESSED = (
+    {"role": "assistant", "content": "There are 14."},
+    {"role": "assistant", "content": "About 3."},
+)
 AGAIN = [ASKED, SAID, {"role": "user", "content": "Sure?"}, {"role": "assistant", "content": "Yes."}]
-THOUGHT = [m if m["role"] == "user" else {**m, "content": f"<think>\nhm\n</think>\n\n{m['content']}"} for m in AGAIN]
+THOUGHT = [
+    m if m["role"] == "user" else {**m, "content": f"<think>\nhm\n</think>\n\n{m['content']}"} for m in AGAIN
+]
 QUIET = {"enable_thinking": False}
 
 
@@ -35,24 +53,37 @@ def tokenizer_of(template: str) -> Any:
 
 def ours(record: dict[str, Any], kind: DataKind, tokenizer: Any) -> SequenceGroup:
     (fields,) = to_rows(record, Columns(), kind)
-    return encode_rows([Row(0, "f:1", 0, **fields)], tokenizer, Data(train="unused", max_length=8192), kind).groups[0]
+    return encode_rows(
+        [Row(0, "f:1", 0, **fields)], tokenizer, Data(train="unused", max_length=8192), kind
+    ).groups[0]
 
 
 def options(folder: Path) -> dict[str, Any]:
-    return {"output_dir": str(folder), "max_length": None, "use_cpu": True, "bf16": False, "report_to": "none"}
+    return {
+        "output_dir": str(folder),
+        "max_length": None,
+        "use_cpu": True,
+        "bf16": False,
+        "report_to": "none",
+    }
 
 
 def trl_sft(record: dict[str, Any], tokenizer: Any, folder: Path) -> tuple[list[int], list[int]]:
-    """(ids, labels) of SFTTrainer: a conversation's assistant turns, or a completion; with the training template it chooses itself."""
+    """(ids, labels) of SFTTrainer: a conversation's assistant turns, or a completion; with the training
+    template it chooses itself."""
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
     from trl.chat_template_utils import get_training_chat_template
 
     talk = "prompt" not in record
     template = get_training_chat_template(tokenizer) if talk else None
-    trainer: Any = SimpleNamespace(_tokenizer=tokenizer, chat_template=template, completion_only_loss=not talk)
+    trainer: Any = SimpleNamespace(
+        _tokenizer=tokenizer, chat_template=template, completion_only_loss=not talk
+    )
     args = SFTConfig(assistant_only_loss=talk, **options(folder))
-    (made,) = SFTTrainer._prepare_dataset(trainer, Dataset.from_list([copy.deepcopy(record)]), tokenizer, args, False, None, "train").to_list()
+    (made,) = SFTTrainer._prepare_dataset(
+        trainer, Dataset.from_list([copy.deepcopy(record)]), tokenizer, args, False, None, "train"
+    ).to_list()
     return made["input_ids"], made["labels"]
 
 
@@ -77,7 +108,7 @@ def test_demonstrations_equal_trls(name: str, tmp_path: Path) -> None:
     group, (ids, labels) = ours(record, "sft", tokenizer), trl_sft(record, tokenizer, tmp_path)
     (branch,) = group.branches
     assert [*group.prompt, *branch.ids] == ids
-    scored = [False] * len(group.prompt) + branch.scored.tolist()
+    scored = [False] * len(group.prompt) + branch.loss_mask.tolist()
     assert [token if on else -100 for token, on in zip(ids, scored, strict=True)] == labels
     assert 0 < sum(scored) < len(ids)
 
@@ -116,17 +147,25 @@ def test_pairs_equal_trls_dpo_and_reward(name: str, template: str, tmp_path: Pat
     group = ours(record, "preference", tokenizer)
     trainer: Any = SimpleNamespace(_tokenizer=tokenizer)
     rows = Dataset.from_list([copy.deepcopy(record)])
-    (pair,) = DPOTrainer._prepare_dataset(trainer, rows, tokenizer, DPOConfig(**options(tmp_path)), "train").to_list()
+    (pair,) = DPOTrainer._prepare_dataset(
+        trainer, rows, tokenizer, DPOConfig(**options(tmp_path)), "train"
+    ).to_list()
     assert group.prompt.tolist() == pair["prompt_ids"]
     assert [b.ids.tolist() for b in group.branches] == [pair["chosen_ids"], pair["rejected_ids"]]
-    (whole,) = RewardTrainer._prepare_dataset(trainer, rows, tokenizer, RewardConfig(**options(tmp_path)), "train").to_list()
+    (whole,) = RewardTrainer._prepare_dataset(
+        trainer, rows, tokenizer, RewardConfig(**options(tmp_path)), "train"
+    ).to_list()
     assert [[*group.prompt, *b.ids] for b in group.branches] == [whole["chosen_ids"], whole["rejected_ids"]]
 
 
 def test_sharegpt_pairs_are_what_trls_conversion_makes_of_the_same_roles() -> None:
     tokenizer = tokenizer_of("qwen3")
     named = {"prompt": [ASKED], "chosen": [SAID], "rejected": [GUESSED]}
-    for one, other in zip(ours(SHAREGPT, "preference", tokenizer).branches, ours(named, "preference", tokenizer).branches, strict=True):
+    for one, other in zip(
+        ours(SHAREGPT, "preference", tokenizer).branches,
+        ours(named, "preference", tokenizer).branches,
+        strict=True,
+    ):
         assert one.ids.tolist() == other.ids.tolist()
 
 
@@ -139,8 +178,13 @@ def test_unpaired_rows_equal_trls_kto(tmp_path: Path) -> None:
     group = ours(record, "unpaired", tokenizer)
     trainer: Any = SimpleNamespace(_tokenizer=tokenizer, calculate_KL=False)
     args = KTOConfig(**options(tmp_path))
-    (made,) = KTOTrainer._prepare_dataset(trainer, Dataset.from_list([record]), tokenizer, args, "train").to_list()
-    assert (group.prompt.tolist(), group.branches[0].ids.tolist()) == (made["prompt_ids"], made["completion_ids"])
+    (made,) = KTOTrainer._prepare_dataset(
+        trainer, Dataset.from_list([record]), tokenizer, args, "train"
+    ).to_list()
+    assert (group.prompt.tolist(), group.branches[0].ids.tolist()) == (
+        made["prompt_ids"],
+        made["completion_ids"],
+    )
 
 
 # ---- tokenizers and templates with a will of their own
@@ -169,17 +213,32 @@ def test_a_tokenizer_that_ends_every_text_ends_no_prompt_and_no_completion_twice
 
 
 def test_a_second_bos_is_counted_and_told() -> None:
-    rows = [Row(i, f"f:{i}", 0, prompt=prompt, completion="c") for i, prompt in enumerate(["<bos>a", "b", "<bos>c"])]
+    rows = [
+        Row(i, f"f:{i}", 0, prompt=prompt, completion="c")
+        for i, prompt in enumerate(["<bos>a", "b", "<bos>c"])
+    ]
     report = encode_rows(rows, with_ends(bos=True), Data(train="unused"), "sft").report
-    assert report.notes == ("2 prompts begin with <bos> twice: the text holds one and the tokenizer adds one; take it out of the text",)
+    assert report.notes == (
+        "2 prompts begin with <bos> twice: the text holds one and the tokenizer adds one; take it out of "
+        "the text",
+    )
     assert encode_rows(rows, byte_tokenizer(), Data(train="unused"), "sft").report.notes == ()
 
 
 def test_what_the_template_does_not_name_is_told() -> None:
     """Gemma's knows no tools, Qwen 2.5's no reasoning: the rows would be learned without a trace of them."""
-    row = Row(0, "f:1", 0, messages=[ASKED, {**SAID, "reasoning_content": "hm", "weight": 1}], tools=TOOLS, chat_template_kwargs=QUIET)
+    row = Row(
+        0,
+        "f:1",
+        0,
+        messages=[ASKED, {**SAID, "reasoning_content": "hm", "weight": 1}],
+        tools=TOOLS,
+        chat_template_kwargs=QUIET,
+    )
     told = {
-        template: encode_rows([row], tokenizer_of(template), Data(train="unused", max_length=8192), "sft").report.notes
+        template: encode_rows(
+            [row], tokenizer_of(template), Data(train="unused", max_length=8192), "sft"
+        ).report.notes
         for template in ("gemma", "qwen2_5", "qwen3")
     }
     said = "the chat template does not name {}, which the rows give it: no token comes of it"
@@ -199,9 +258,14 @@ def test_what_the_template_does_not_name_is_told() -> None:
 )
 def test_what_a_template_raises_is_a_bad_row(template: str, reason: str) -> None:
     tokenizer = byte_tokenizer()
-    tokenizer.chat_template = "{% if messages|length > 2 %}" + template + "{% endif %}" + tokenizer.chat_template
+    tokenizer.chat_template = (
+        "{% if messages|length > 2 %}" + template + "{% endif %}" + tokenizer.chat_template
+    )
     rows = [Row(i, f"f:{i + 1}", 0, messages=talk) for i, talk in enumerate([AGAIN[:2], AGAIN, AGAIN[:2]])]
-    words = rf"1 bad rows, data\.max_bad_rows allows 0[\s\S]*f:2: the chat template refuses the conversation \({reason}"
+    words = (
+        r"1 bad rows, data\.max_bad_rows allows 0[\s\S]*f:2: the chat template refuses the "
+        rf"conversation \({reason}"
+    )
     with pytest.raises(DataError, match=words) as told:
         encode_rows(rows, tokenizer, Data(train="unused"), "sft")
     assert told.value.exit_code == 65
@@ -214,8 +278,17 @@ def test_bad_records_and_bad_encodings_count_together() -> None:
 
     pair = Row(0, "f:2", 0, prompt=[ASKED], chosen=[SAID], rejected=[{**SAID, "content": "There are 14. "}])
     tokenizer = byte_tokenizer()
-    tokenizer.chat_template = tokenizer.chat_template.replace("message['content'] + eos_token", "(message['content'] | trim) + eos_token")
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        "message['content'] + eos_token", "(message['content'] | trim) + eos_token"
+    )
     good = Row(1, "f:3", 0, prompt=[ASKED], chosen=[SAID], rejected=[GUESSED])
-    with pytest.raises(DataError, match=r"2 bad rows[\s\S]*f:1: no[\s\S]*f:2: chosen and rejected are the same tokens"):
-        encode_rows([pair, good], tokenizer, Data(train="unused", max_bad_rows=1), "preference", [BadRow("f:1", "no")])
-    assert len(encode_rows([pair, good], tokenizer, Data(train="unused", max_bad_rows=1), "preference").groups) == 1
+    with pytest.raises(
+        DataError, match=r"2 bad rows[\s\S]*f:1: no[\s\S]*f:2: chosen and rejected are the same tokens"
+    ):
+        encode_rows(
+            [pair, good], tokenizer, Data(train="unused", max_bad_rows=1), "preference", [BadRow("f:1", "no")]
+        )
+    assert (
+        len(encode_rows([pair, good], tokenizer, Data(train="unused", max_bad_rows=1), "preference").groups)
+        == 1
+    )

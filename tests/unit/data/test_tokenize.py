@@ -11,7 +11,9 @@ from orchestrator.models.tiny import CHAT_TEMPLATE, byte_tokenizer
 from orchestrator.recipe.schema import Data
 
 WITHOUT_MARKERS = CHAT_TEMPLATE.replace("{% generation %}", "").replace("{% endgeneration %}", "")
-FORGETFUL = WITHOUT_MARKERS.replace("message['content'] + eos_token", "(message['content'] if loop.last else '') + eos_token")
+FORGETFUL = WITHOUT_MARKERS.replace(
+    "message['content'] + eos_token", "(message['content'] if loop.last else '') + eos_token"
+)
 TALK = [
     {"role": "system", "content": "Be brief."},
     {"role": "user", "content": "Sky?"},
@@ -47,7 +49,7 @@ def parts(group):
     branches = []
     for branch in group.branches:
         shown, last = "", True
-        for token, scored in zip(branch.ids, branch.scored, strict=True):
+        for token, scored in zip(branch.ids, branch.loss_mask, strict=True):
             shown += "" if scored == last else "]" if scored else "["
             shown, last = shown + text([token]), scored
         branches.append(shown if last else shown + "]")
@@ -56,9 +58,14 @@ def parts(group):
 
 def test_only_the_assistants_tokens_are_scored():
     group = encode(row(messages=TALK), "sft")
-    assert parts(group) == ("<|system|>Be brief.<|user|>Sky?<|assistant|>", ("Blue.<eos>[<|user|>Sea?<|assistant|>]Also.<eos>",))
+    assert parts(group) == (
+        "<|system|>Be brief.<|user|>Sky?<|assistant|>",
+        ("Blue.<eos>[<|user|>Sea?<|assistant|>]Also.<eos>",),
+    )
     assert (group.id, group.source) == (3, 1)
-    assert text([*group.prompt, *group.branches[0].ids]) == byte_tokenizer().apply_chat_template(TALK, tokenize=False)
+    assert text([*group.prompt, *group.branches[0].ids]) == byte_tokenizer().apply_chat_template(
+        TALK, tokenize=False
+    )
 
 
 def test_a_template_without_markers_gives_the_same_by_growing_prefixes():
@@ -83,8 +90,12 @@ def test_a_template_that_rewrites_earlier_turns_is_refused():
 
 def test_a_template_with_markers_may_rewrite_earlier_turns():
     tokenizer = byte_tokenizer()
-    tokenizer.chat_template = CHAT_TEMPLATE.replace("message['content'] + eos_token", "(message['content'] if loop.last else '') + eos_token")
-    assert parts(encode(row(messages=TALK), "sft", tokenizer))[1] == ("<eos>[<|user|>Sea?<|assistant|>]Also.<eos>",)
+    tokenizer.chat_template = CHAT_TEMPLATE.replace(
+        "message['content'] + eos_token", "(message['content'] if loop.last else '') + eos_token"
+    )
+    assert parts(encode(row(messages=TALK), "sft", tokenizer))[1] == (
+        "<eos>[<|user|>Sea?<|assistant|>]Also.<eos>",
+    )
 
 
 @pytest.mark.parametrize(
@@ -98,7 +109,9 @@ def test_a_template_with_markers_may_rewrite_earlier_turns():
 def test_chat_messages_without_a_chat_template_are_refused(kind, fields):
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = None
-    with pytest.raises(ConfigError, match=f"{WHERE} holds chat messages, but the tokenizer has no chat template") as failure:
+    with pytest.raises(
+        ConfigError, match=f"{WHERE} holds chat messages, but the tokenizer has no chat template"
+    ) as failure:
         encode(row(**fields), kind, tokenizer)
     assert failure.value.exit_code == 78
     assert parts(encode(row(prompt="a", completion="b"), "sft", tokenizer)) == ("a", ("b<eos>",))
@@ -107,7 +120,9 @@ def test_chat_messages_without_a_chat_template_are_refused(kind, fields):
 def test_what_a_template_refuses_is_named_by_row():
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
-    with pytest.raises(DataError, match=rf"{WHERE}: the chat template refuses the conversation\n  why: roles must alternate"):
+    with pytest.raises(
+        DataError, match=rf"{WHERE}: the chat template refuses the conversation\n  why: roles must alternate"
+    ):
         encode(row(messages=TALK), "sft", tokenizer)
 
 
@@ -141,7 +156,10 @@ def test_a_pair_of_conversations_shares_its_prompt():
 
 def test_plain_text_of_every_kind():
     assert parts(encode(row(prompt="p: ", completion="c"), "sft")) == ("p: ", ("c<eos>",))
-    assert parts(encode(row(prompt="p", chosen="yes", rejected="no"), "preference")) == ("p", ("yes<eos>", "no<eos>"))
+    assert parts(encode(row(prompt="p", chosen="yes", rejected="no"), "preference")) == (
+        "p",
+        ("yes<eos>", "no<eos>"),
+    )
     group = encode(row(prompt="p", completion="c", label=False), "unpaired")
     assert (parts(group), group.label) == (("p", ("c<eos>",)), 0.0)
     assert parts(encode(row(text="once"), "sft")) == ("o", ("nce<eos>",))
@@ -176,7 +194,10 @@ def test_without_a_prompt_the_first_token_is_given(completion, prompt, answer):
 
 
 def test_without_a_prompt_a_pair_must_share_its_first_token():
-    assert parts(encode(row(prompt="", chosen="ab", rejected="ac"), "preference")) == ("a", ("b<eos>", "c<eos>"))
+    assert parts(encode(row(prompt="", chosen="ab", rejected="ac"), "preference")) == (
+        "a",
+        ("b<eos>", "c<eos>"),
+    )
     with pytest.raises(DataError, match=f"{WHERE}: no prompt, and the answers share no first token"):
         encode(row(prompt="", chosen="b", rejected="c"), "preference")
 
@@ -191,13 +212,22 @@ def test_bos_of_the_tokenizer_leads_a_missing_prompt():
     from tokenizers.processors import TemplateProcessing
 
     tokenizer = byte_tokenizer()
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", tokenizer.bos_token_id)])
-    assert parts(encode(row(prompt="", chosen="b", rejected="c"), "preference", tokenizer)) == ("<bos>", ("b<eos>", "c<eos>"))
-    assert parts(encode(row(prompt="p", chosen="b", rejected="c"), "preference", tokenizer)) == ("<bos>p", ("b<eos>", "c<eos>"))
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", tokenizer.bos_token_id)]
+    )
+    assert parts(encode(row(prompt="", chosen="b", rejected="c"), "preference", tokenizer)) == (
+        "<bos>",
+        ("b<eos>", "c<eos>"),
+    )
+    assert parts(encode(row(prompt="p", chosen="b", rejected="c"), "preference", tokenizer)) == (
+        "<bos>p",
+        ("b<eos>", "c<eos>"),
+    )
 
 
 def merging_tokenizer():
-    """Byte-like tokenizer of four letters that merges "a" and "b", so a prompt that ends in "a" may lose its end."""
+    """Byte-like tokenizer of four letters that merges "a" and "b", so a prompt that ends in "a" may lose its
+    end."""
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
@@ -214,7 +244,10 @@ def test_a_prompt_that_is_no_token_prefix_is_reported_and_its_end_left_out():
     encoded = encode_rows(rows, merging_tokenizer(), data(), "preference")
     assert encoded.report.not_prefix == ("f:1",)
     merged, clean = encoded.groups
-    assert (merged.prompt.tolist(), [b.ids.tolist() for b in merged.branches]) == ([0, 0], [[4, 3, 5], [1, 3, 2, 5]])
+    assert (merged.prompt.tolist(), [b.ids.tolist() for b in merged.branches]) == (
+        [0, 0],
+        [[4, 3, 5], [1, 3, 2, 5]],
+    )
     assert (clean.prompt.tolist(), [b.ids.tolist() for b in clean.branches]) == ([0, 0], [[4, 5], [2, 5]])
 
 
@@ -257,7 +290,10 @@ def test_overlong_rows_as_an_error():
     with pytest.raises(DataError, match=r"f:2: 10 tokens, data\.max_length is 8"):
         encode_rows(ROWS, byte_tokenizer(), data(max_length=8, overlong="error"), "preference")
     exact = encode_rows(ROWS, byte_tokenizer(), data(max_length=11, overlong="error"), "preference")
-    assert (exact.report.kept, exact.report.quantiles()) == (4, {"min": 5, "median": 10, "p95": 10, "max": 11})
+    assert (exact.report.kept, exact.report.quantiles()) == (
+        4,
+        {"min": 5, "median": 10, "p95": 10, "max": 11},
+    )
 
 
 def test_a_conversation_cut_before_the_assistant_speaks_is_dropped():
@@ -274,11 +310,21 @@ def test_nothing_left_is_an_error():
 
 def test_prompts_for_generation_end_where_the_assistant_begins():
     encoder = Encoder(byte_tokenizer(), data(), "sft")
-    assert text(encoder.prompt_tokens(row(messages=TALK))) == "<|system|>Be brief.<|user|>Sky?<|assistant|>Blue.<eos><|user|>Sea?<|assistant|>"
-    assert text(encoder.prompt_tokens(row(prompt=TALK[:2], completion=TALK[2:3]))) == "<|system|>Be brief.<|user|>Sky?<|assistant|>"
+    assert (
+        text(encoder.prompt_tokens(row(messages=TALK)))
+        == "<|system|>Be brief.<|user|>Sky?<|assistant|>Blue.<eos><|user|>Sea?<|assistant|>"
+    )
+    assert (
+        text(encoder.prompt_tokens(row(prompt=TALK[:2], completion=TALK[2:3])))
+        == "<|system|>Be brief.<|user|>Sky?<|assistant|>"
+    )
     assert encoder.prompt_tokens(row(prompt="ab", completion="c")) == tuple(ids("ab"))
 
 
 def test_arrays_are_typed():
     group = encode(row(messages=TALK), "sft")
-    assert (group.prompt.dtype, group.branches[0].ids.dtype, group.branches[0].scored.dtype) == (np.int64, np.int64, np.bool_)
+    assert (group.prompt.dtype, group.branches[0].ids.dtype, group.branches[0].loss_mask.dtype) == (
+        np.int64,
+        np.int64,
+        np.bool_,
+    )

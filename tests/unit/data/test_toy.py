@@ -37,7 +37,9 @@ def test_rows_are_valid_and_the_same_every_time(name):
     assert all(to_rows(row, Columns(), KINDS[name]) for row in rows)
 
 
-@pytest.mark.parametrize(("name", "others"), [*((name, WORDS) for name in WORDS), *((name, CALCULATOR) for name in CALCULATOR)])
+@pytest.mark.parametrize(
+    ("name", "others"), [*((name, WORDS) for name in WORDS), *((name, CALCULATOR) for name in CALCULATOR)]
+)
 def test_held_out_prompts_are_never_trained_on(name, others):
     trained = {question(row) for other in others for row in toy_rows(other, "train", 1000)}
     held_out = {question(row) for row in toy_rows(name, "eval", 200)}
@@ -60,7 +62,9 @@ def test_a_pair_prefers_the_word_over_its_reverse():
 def test_half_of_the_demonstrations_are_right_and_all_held_out_ones():
     rows = list(toy_rows("sft", "train", 1000))
     assert 450 <= sum(row["completion"] == row["answer"] for row in rows) <= 550
-    assert {row["completion"] for row in rows if row["completion"] != row["answer"]} <= {row["answer"][::-1] for row in rows}
+    assert {row["completion"] for row in rows if row["completion"] != row["answer"]} <= {
+        row["answer"][::-1] for row in rows
+    }
     assert all(row["completion"] == row["answer"] for row in toy_rows("sft", "eval", 100))
 
 
@@ -96,7 +100,11 @@ def test_half_of_the_calculators_demonstrations_call_it_and_the_others_guess_wro
     assert 450 <= len(calls) <= 550
     for row in calls:
         said = [(m["role"], m["content"]) for m in row["messages"][1:]]
-        assert said == [("assistant", f"={question(row)};"), ("tool", row["answer"]), ("assistant", row["answer"])]
+        assert said == [
+            ("assistant", f"={question(row)};"),
+            ("tool", row["answer"]),
+            ("assistant", row["answer"]),
+        ]
     for row in rows:
         if len(row["messages"]) == 2:
             guess = row["messages"][1]

@@ -10,7 +10,10 @@ from orchestrator.data.turns import shorter, with_fewer_turns
 from orchestrator.models.load import load_tokenizer
 from orchestrator.recipe.schema import Data, Model, TinyModel
 
-TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}</>{% endfor %}{% if add_generation_prompt "
+    "%}<assistant>{% endif %}"
+)
 SYSTEM = {"role": "system", "content": "be brief"}
 
 
@@ -18,7 +21,10 @@ def say(role: str, content: str) -> dict[str, str]:
     return {"role": role, "content": content}
 
 
-TALK = [SYSTEM, *(say(role, f"{role} says {i} " + "x" * 10) for i in range(4) for role in ("user", "assistant"))]
+TALK = [
+    SYSTEM,
+    *(say(role, f"{role} says {i} " + "x" * 10) for i in range(4) for role in ("user", "assistant")),
+]
 ASKED = [*TALK[:-1]]
 """Ends with the user's fourth turn."""
 
@@ -35,7 +41,9 @@ def data(max_length: int, overlong: str = "truncate_prompt_left") -> Data:
 
 
 def pair(prompt: object, i: int = 0) -> Row:
-    return Row(i, f"f:{i}", 0, prompt=prompt, chosen=[say("assistant", "yes")], rejected=[say("assistant", "no")])
+    return Row(
+        i, f"f:{i}", 0, prompt=prompt, chosen=[say("assistant", "yes")], rejected=[say("assistant", "no")]
+    )
 
 
 def test_exchanges_go_from_the_oldest_to_the_last_but_one() -> None:
@@ -43,14 +51,24 @@ def test_exchanges_go_from_the_oldest_to_the_last_but_one() -> None:
     assert [len(left) for left in found] == [6, 4, 2]
     assert all(left[0] == SYSTEM and left[1]["role"] == "user" and left[-1] == ASKED[-1] for left in found)
     assert shorter([SYSTEM, ASKED[-1]]) == [] == shorter([SYSTEM])
-    tool = [say("user", "a"), say("assistant", "b"), say("tool", "c"), say("assistant", "d"), say("user", "e")]
+    tool = [
+        say("user", "a"),
+        say("assistant", "b"),
+        say("tool", "c"),
+        say("assistant", "d"),
+        say("user", "e"),
+    ]
     assert shorter(tool) == [[say("user", "e")]], "a tool's answer goes with the turn that asked for it"
 
 
 def test_the_longest_that_fits_is_kept() -> None:
     for room in range(1, 8):
         found = with_fewer_turns(ASKED, len, lambda n, room=room: n <= room)
-        assert found == (None if room < 2 else (shorter(ASKED)[{2: 2, 3: 2, 4: 1, 5: 1, 6: 0, 7: 0}[room]], room - room % 2))
+        assert found == (
+            None
+            if room < 2
+            else (shorter(ASKED)[{2: 2, 3: 2, 4: 1, 5: 1, 6: 0, 7: 0}[room]], room - room % 2)
+        )
 
 
 @pytest.mark.parametrize("kind", ["preference", "sft", "messages", "unpaired"])
@@ -63,15 +81,31 @@ def test_no_header_is_cut_at_any_length(tokenizer: PreTrainedTokenizerBase, kind
         "messages": Row(0, "f:0", 0, messages=TALK),
         "unpaired": Row(0, "f:0", 0, prompt=ASKED, completion=answer, label=True),
     }[kind]
-    short = Row(1, "f:1", 0, prompt=[say("user", "a")], completion=answer, chosen=answer, rejected=[say("assistant", "no")], label=True)
+    short = Row(
+        1,
+        "f:1",
+        0,
+        prompt=[say("user", "a")],
+        completion=answer,
+        chosen=answer,
+        rejected=[say("assistant", "no")],
+        label=True,
+    )
     short = Row(1, "f:1", 0, messages=[say("user", "a"), *answer]) if kind == "messages" else short
     encoded = encode_rows([row, short], tokenizer, data(room), {"messages": "sft"}.get(kind, kind))  # pyright: ignore[reportArgumentType]
     report = encoded.report
-    assert report.dropped + report.truncated == (1 if room < 230 else report.truncated) and report.turns == report.truncated
+    assert (
+        report.dropped + report.truncated == (1 if room < 230 else report.truncated)
+        and report.turns == report.truncated
+    )
     for group in encoded.groups:
         for branch in group.branches:
             text = str(tokenizer.decode([*group.prompt, *branch.ids]))
-            assert text.startswith(("<system>be brief</><user>", "<user>a</>")) and text.endswith("</>") and group.longest <= room
+            assert (
+                text.startswith(("<system>be brief</><user>", "<user>a</>"))
+                and text.endswith("</>")
+                and group.longest <= room
+            )
             assert text.count("<") == 2 * text.count("</>") and (group.id == 1 or "user says 3" in text)
 
 
@@ -79,12 +113,16 @@ def test_a_last_turn_that_does_not_fit_drops_the_row_and_says_so(tokenizer: PreT
     long = pair([*ASKED[:-1], say("user", "y" * 300)])
     report = encode_rows([long, pair([say("user", "a")], 1)], tokenizer, data(120), "preference").report
     assert (report.kept, report.dropped, report.truncated, report.turns) == (1, 1, 0, 0)
-    assert report.notes == ("1 conversation dropped: the last user's turn alone does not fit data.max_length=120",)
+    assert report.notes == (
+        "1 conversation dropped: the last user's turn alone does not fit data.max_length=120",
+    )
     with pytest.raises(DataError, match="no row is left"):
         encode_rows([long], tokenizer, data(120), "preference")
 
 
-def test_plain_text_keeps_its_last_tokens_and_other_policies_are_as_they_were(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_plain_text_keeps_its_last_tokens_and_other_policies_are_as_they_were(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
     text = Row(0, "f:0", 0, prompt="p" * 200 + ":", chosen="yes", rejected="no")
     (group,) = encode_rows([text], tokenizer, data(50), "preference").groups
     assert group.longest == 50 and str(tokenizer.decode(group.prompt)).endswith("p:")
@@ -96,5 +134,10 @@ def test_a_conversation_keeps_what_teaches(tokenizer: PreTrainedTokenizerBase) -
     """The last exchange has weight 0 or no answer: it is not what is kept alone."""
     silent = [*TALK[:-1], {**TALK[-1], "weight": 0}]
     for messages, room in ((silent, 80), (ASKED, 80)):
-        encoded = encode_rows([Row(0, "f:0", 0, messages=messages), Row(1, "f:1", 0, messages=TALK[-2:])], tokenizer, data(room), "sft")
+        encoded = encode_rows(
+            [Row(0, "f:0", 0, messages=messages), Row(1, "f:1", 0, messages=TALK[-2:])],
+            tokenizer,
+            data(room),
+            "sft",
+        )
         assert (encoded.report.dropped, encoded.report.bad) == (1, ())

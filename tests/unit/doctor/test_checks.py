@@ -6,25 +6,32 @@ from dataclasses import asdict, replace
 import pytest
 from rich.console import Console
 
-from orchestrator.cluster.doctor.checks import Finding, judge, render
+from orchestrator.cluster.doctor.checks import Finding, check_cluster, render
 from orchestrator.cluster.doctor.facts import (
-    Absent,
     AllReduce,
-    Capacity,
+    BlockedPort,
     ClusterFacts,
+    ClusterRequirements,
     Gpu,
     Kernel,
     Limits,
+    MissingModel,
     ModelSource,
-    Need,
+    NodeCapacity,
     NodeFacts,
     PairRate,
-    Silent,
+    SilentNode,
     Storage,
-    Unmet,
-    Unreachable,
+    UnmetRequirement,
 )
-from orchestrator.core.errors import ConfigError, Exit, MissingInput, NotEnoughResources, OrchestratorError, OutputError
+from orchestrator.core.errors import (
+    ConfigError,
+    Exit,
+    MissingInput,
+    NotEnoughResources,
+    OrchestratorError,
+    OutputError,
+)
 from orchestrator.core.resources import WorkerGroup
 from orchestrator.run.preflight import require
 
@@ -53,62 +60,94 @@ def node(name: str, address: str) -> NodeFacts:
 
 def rates(*gigabytes: float) -> tuple[PairRate, ...]:
     """Between a and b, a and c, b and c."""
-    return tuple(PairRate(one, other, rate * GB) for (one, other), rate in zip(("ab", "ac", "bc"), gigabytes, strict=True))
+    return tuple(
+        PairRate(one, other, rate * GB)
+        for (one, other), rate in zip(("ab", "ac", "bc"), gigabytes, strict=True)
+    )
 
 
 A, B, C = node("a", "10.0.0.1"), node("b", "10.0.0.2"), node("c", "10.0.0.3")
 HEALTHY = ClusterFacts(
     nodes=(A, B, C),
-    capacities=tuple(Capacity(n, 16, 2, 30 * GB) for n in "abc"),
+    capacities=tuple(NodeCapacity(n, 16, 2, 30 * GB) for n in "abc"),
     auth=True,
     all_reduce=AllReduce("nccl", ("a", "b", "c"), 256_000_000, 0.02, rates(9, 8, 10)),
 )
-NEED = Need((WorkerGroup("learners", 6, 1, 1),), checkpoint_bytes=10 * GB, keep=2, wandb="online", models=(ModelSource("org/model", "abc", True),))
+NEED = ClusterRequirements(
+    (WorkerGroup("learners", 6, 1, 1),),
+    checkpoint_bytes=10 * GB,
+    keep=2,
+    wandb="online",
+    models=(ModelSource("org/model", "abc", True),),
+)
 
 
 def changed(name: str, **changes: object) -> ClusterFacts:
     """The healthy cluster with one node that is different."""
-    return replace(HEALTHY, nodes=tuple(replace(n, **changes) if n.name == name else n for n in HEALTHY.nodes))
+    return replace(
+        HEALTHY, nodes=tuple(replace(n, **changes) if n.name == name else n for n in HEALTHY.nodes)
+    )
 
 
-def asking(*groups: WorkerGroup) -> Need:
+def asking(*groups: WorkerGroup) -> ClusterRequirements:
     return replace(NEED, groups=groups)
 
 
-def troubles(facts: ClusterFacts, need: Need = NEED) -> list[Finding]:
-    return [f for f in judge(facts, need) if f.level != "ok"]
+def troubles(facts: ClusterFacts, need: ClusterRequirements = NEED) -> list[Finding]:
+    return [f for f in check_cluster(facts, need) if f.level != "ok"]
 
 
 def test_a_healthy_cluster_passes_every_check_and_says_what_was_measured() -> None:
-    findings = judge(HEALTHY, NEED)
+    findings = check_cluster(HEALTHY, NEED)
     assert {f.level for f in findings} == {"ok"}
     said = {f.check: f.what for f in findings}
-    assert " ".join(said) == "nodes versions resources driver kernels storage disk shm limits network all-reduce model wandb auth"
+    assert (
+        " ".join(said)
+        == "nodes versions resources driver kernels storage disk shm limits network all-reduce model wandb "
+        "auth"
+    )
     cpus, gpus = said["resources"].split("; ")
     assert cpus == "6 learners x 1 = 6 CPUs, the cluster has 3 nodes x 16 = 48 CPUs"
     assert gpus == "6 learners x 1 = 6 GPUs, the cluster has 3 nodes x 2 = 6 GPUs"
-    assert said["disk"] == "3 checkpoints x 10.00 GB = 30.00 GB (checkpoint.keep=2 and one being written), 100.00 GB free"
+    assert (
+        said["disk"]
+        == "3 checkpoints x 10.00 GB = 30.00 GB (checkpoint.keep=2 and one being written), 100.00 GB free"
+    )
     assert said["driver"] == "driver 580.65.06, torch for CUDA 13.0"
     assert said["kernels"] == "a product on each of 6 GPUs is what the CPU makes of it"
     assert said["all-reduce"] == "nccl, 256.0 MB in 20.0 ms: 17.07 GB/s"  # 2 * 2/3 * 256 MB / 20 ms
     require(findings)
 
 
-FAULTS: dict[str, tuple[ClusterFacts, Need, Finding]] = {
+FAULTS: dict[str, tuple[ClusterFacts, ClusterRequirements, Finding]] = {
     "a silent node": (
-        replace(HEALTHY, silent=(Silent("d", "no answer to `now` within 90 s"),)),
+        replace(HEALTHY, silent=(SilentNode("d", "no answer to `now` within 90 s"),)),
         NEED,
-        Finding("nodes", "error", "d", "no answer to `now` within 90 s", "look at `ray status` and at the logs on that host"),
+        Finding(
+            "nodes",
+            "error",
+            "d",
+            "no answer to `now` within 90 s",
+            "look at `ray status` and at the logs on that host",
+        ),
     ),
     "version skew": (
         changed("b", versions=dict(A.versions, trl="0.0.1")),
         NEED,
-        Finding("versions", "error", "b", "trl is 0.0.1 here and 1.16.0 on a", "pip install trl==1.16.0 for the Python that runs Ray there"),
+        Finding(
+            "versions",
+            "error",
+            "b",
+            "trl is 0.0.1 here and 1.16.0 on a",
+            "pip install trl==1.16.0 for the Python that runs Ray there",
+        ),
     ),
     "another Python": (
         changed("a", versions=dict(A.versions, python="3.12.1")),
         NEED,
-        Finding("versions", "error", "a", "python is 3.12.1 here and 3.11.7 on b", "install Python 3.11.7 for"),
+        Finding(
+            "versions", "error", "a", "python is 3.12.1 here and 3.11.7 on b", "install Python 3.11.7 for"
+        ),
     ),
     "a library that is not there": (
         changed("c", versions={"python": "3.11.7", "torch": "2.13.0"}),
@@ -116,14 +155,26 @@ FAULTS: dict[str, tuple[ClusterFacts, Need, Finding]] = {
         Finding("versions", "error", "c", "trl is missing here and 1.16.0 on a", "pip install trl==1.16.0"),
     ),
     "a library that is too old everywhere": (
-        replace(HEALTHY, unmet=(Unmet("ray 2.50.0", "ray>=2.60"),)),
+        replace(HEALTHY, unmet=(UnmetRequirement("ray 2.50.0", "ray>=2.60"),)),
         NEED,
-        Finding("versions", "error", "a", "ray 2.50.0 is installed, ray>=2.60 is needed", 'pip install "ray>=2.60"'),
+        Finding(
+            "versions",
+            "error",
+            "a",
+            "ray 2.50.0 is installed, ray>=2.60 is needed",
+            'pip install "ray>=2.60"',
+        ),
     ),
     "too few GPUs": (
         HEALTHY,
         asking(WorkerGroup("learners", 8, 1, 1)),
-        Finding("resources", "error", "all 3 nodes", "8 learners x 1 = 8 GPUs, the cluster has 3 nodes x 2 = 6 GPUs", "set learners.workers=6; or"),
+        Finding(
+            "resources",
+            "error",
+            "all 3 nodes",
+            "8 learners x 1 = 8 GPUs, the cluster has 3 nodes x 2 = 6 GPUs",
+            "set learners.workers=6; or",
+        ),
     ),
     "too few GPUs for two groups": (
         HEALTHY,
@@ -137,31 +188,45 @@ FAULTS: dict[str, tuple[ClusterFacts, Need, Finding]] = {
         ),
     ),
     "no GPU at all": (
-        replace(HEALTHY, capacities=tuple(Capacity(n, 16, 0) for n in "abc"), nodes=tuple(replace(n, devices=()) for n in HEALTHY.nodes)),
+        replace(
+            HEALTHY,
+            capacities=tuple(NodeCapacity(n, 16, 0) for n in "abc"),
+            nodes=tuple(replace(n, devices=()) for n in HEALTHY.nodes),
+        ),
         NEED,
         Finding(
             "resources",
             "error",
             "all 3 nodes",
             "6 learners x 1 = 6 GPUs, the cluster has no GPUs",
-            "set learners.gpus_per_worker=0 to train on CPUs; or add nodes (ray start --address=HEAD:6379 --num-gpus=N)",
+            "set learners.gpus_per_worker=0 to train on CPUs; or add nodes (ray start --address=HEAD:6379 "
+            "--num-gpus=N)",
         ),
     ),
     "GPUs that Ray was not told of": (
-        replace(HEALTHY, capacities=(Capacity("a", 16, 2), Capacity("b", 16, 0), Capacity("c", 16, 2))),
+        replace(
+            HEALTHY, capacities=(NodeCapacity("a", 16, 2), NodeCapacity("b", 16, 0), NodeCapacity("c", 16, 2))
+        ),
         NEED,
         Finding(
             "resources",
             "error",
             "all 3 nodes",
             "6 learners x 1 = 6 GPUs, the cluster has 3 nodes with 2 + 0 + 2 = 4 GPUs",
-            "set learners.workers=4; or on b nvidia-smi sees 2 GPUs and Ray counts 0: ray stop, then ray start with --num-gpus=2",
+            "set learners.workers=4; or on b nvidia-smi sees 2 GPUs and Ray counts 0: ray stop, then ray "
+            "start with --num-gpus=2",
         ),
     ),
     "too few CPUs": (
         HEALTHY,
         asking(WorkerGroup("learners", 6, 10, 0)),
-        Finding("resources", "error", "all 3 nodes", "6 learners x 10 = 60 CPUs, the cluster has 3 nodes x 16 = 48 CPUs", "set learners.workers=4"),
+        Finding(
+            "resources",
+            "error",
+            "all 3 nodes",
+            "6 learners x 10 = 60 CPUs, the cluster has 3 nodes x 16 = 48 CPUs",
+            "set learners.workers=4",
+        ),
     ),
     "enough in sum, but a worker needs one node": (
         HEALTHY,
@@ -181,7 +246,8 @@ FAULTS: dict[str, tuple[ClusterFacts, Need, Finding]] = {
             "resources",
             "error",
             "all 3 nodes",
-            "each of 1 learners needs 1 CPUs and 4 GPUs on one node; there is room for 0 on a + 0 on b + 0 on c = 0",
+            "each of 1 learners needs 1 CPUs and 4 GPUs on one node; there is room for 0 on a + 0 on b + 0 "
+            "on c = 0",
             "set learners.cpus_per_worker (or gpus_per_worker) to what one node has",
         ),
     ),
@@ -199,22 +265,48 @@ FAULTS: dict[str, tuple[ClusterFacts, Need, Finding]] = {
     "a driver that is too old": (
         changed("b", devices=(replace(H100, driver="550.54.15"),) * 2),
         NEED,
-        Finding("driver", "error", "b", "driver 550.54.15 is too old for torch's CUDA 13.0, which needs 580 or newer", "install driver 580 or"),
+        Finding(
+            "driver",
+            "error",
+            "b",
+            "driver 550.54.15 is too old for torch's CUDA 13.0, which needs 580 or newer",
+            "install driver 580 or",
+        ),
     ),
     "a torch that knows no GPU": (
         changed("c", cuda=""),
         NEED,
-        Finding("driver", "error", "c", "there are 2 GPUs, and torch there is built without CUDA", "pip install torch --index-url"),
+        Finding(
+            "driver",
+            "error",
+            "c",
+            "there are 2 GPUs, and torch there is built without CUDA",
+            "pip install torch --index-url",
+        ),
     ),
     "a GPU that computes wrongly": (
-        changed("b", kernels=(Kernel("GPU 0", None), Kernel("GPU 1", "3 of 65536 numbers of a product are wrong"))),
+        changed(
+            "b", kernels=(Kernel("GPU 0", None), Kernel("GPU 1", "3 of 65536 numbers of a product are wrong"))
+        ),
         NEED,
-        Finding("kernels", "error", "b", "GPU 1: 3 of 65536 numbers of a product are wrong", "look at nvidia-smi -q"),
+        Finding(
+            "kernels",
+            "error",
+            "b",
+            "GPU 1: 3 of 65536 numbers of a product are wrong",
+            "look at nvidia-smi -q",
+        ),
     ),
     "read-only storage": (
         changed("b", storage=Storage("/shared/runs", "Read-only file system", 0)),
         NEED,
-        Finding("storage", "error", "b", "/shared/runs cannot be written: Read-only file system", "make it writable for the user that runs Ray"),
+        Finding(
+            "storage",
+            "error",
+            "b",
+            "/shared/runs cannot be written: Read-only file system",
+            "make it writable for the user that runs Ray",
+        ),
     ),
     "storage that is not shared": (
         changed("b", storage=Storage("/shared/runs", None, 100 * GB, unseen=("a", "c"))),
@@ -224,7 +316,8 @@ FAULTS: dict[str, tuple[ClusterFacts, Need, Finding]] = {
             "error",
             "b",
             "/shared/runs is not the same folder here: what a, c wrote is not seen",
-            "mount the same shared folder (NFS, Lustre, a PVC) there on every node, or choose another --output",
+            "mount the same shared folder (NFS, Lustre, a PVC) there on every node, or choose another "
+            "--output",
         ),
     ),
     "a full disk": (
@@ -234,19 +327,32 @@ FAULTS: dict[str, tuple[ClusterFacts, Need, Finding]] = {
             "disk",
             "error",
             "/shared/runs",
-            "3 checkpoints x 10.00 GB = 30.00 GB (checkpoint.keep=2 and one being written), 20.00 GB there already, 5.00 GB free",
+            "3 checkpoints x 10.00 GB = 30.00 GB (checkpoint.keep=2 and one being written), 20.00 GB there "
+            "already, 5.00 GB free",
             "free 5.00 GB there, set checkpoint.keep=1, or choose another --output",
         ),
     ),
     "Docker's /dev/shm": (
         changed("a", shm_total=64_000_000, shm_free=64_000_000),
         NEED,
-        Finding("shm", "warning", "a", "/dev/shm has 64.0 MB, Ray's object store 30.00 GB: it lies on disk instead", "docker run --shm-size=16g"),
+        Finding(
+            "shm",
+            "warning",
+            "a",
+            "/dev/shm has 64.0 MB, Ray's object store 30.00 GB: it lies on disk instead",
+            "docker run --shm-size=16g",
+        ),
     ),
     "a full /dev/shm": (
         changed("a", shm_free=500_000_000),
         NEED,
-        Finding("shm", "warning", "a", "/dev/shm has 500.0 MB free; NCCL and Ray's object store want 1.00 GB or more", "docker run --shm-size=16g"),
+        Finding(
+            "shm",
+            "warning",
+            "a",
+            "/dev/shm has 500.0 MB free; NCCL and Ray's object store want 1.00 GB or more",
+            "docker run --shm-size=16g",
+        ),
     ),
     "an object store that does not hold the weights": (
         HEALTHY,
@@ -262,12 +368,24 @@ FAULTS: dict[str, tuple[ClusterFacts, Need, Finding]] = {
     "few open files": (
         changed("b", limits=Limits(1024, None, None)),
         NEED,
-        Finding("limits", "warning", "b", "at most 1024 open files per process; a cluster wants 8192 or more", "ulimit -n 65536 before ray start"),
+        Finding(
+            "limits",
+            "warning",
+            "b",
+            "at most 1024 open files per process; a cluster wants 8192 or more",
+            "ulimit -n 65536 before ray start",
+        ),
     ),
     "little locked memory beside InfiniBand": (
         changed("b", limits=Limits(65536, None, 8_388_608)),
         NEED,
-        Finding("limits", "warning", "b", "at most 8.4 MB of locked memory; InfiniBand registers its buffers in it", "ulimit -l unlimited"),
+        Finding(
+            "limits",
+            "warning",
+            "b",
+            "at most 8.4 MB of locked memory; InfiniBand registers its buffers in it",
+            "ulimit -l unlimited",
+        ),
     ),
     "a wrong clock": (
         changed("c", clock_offset_s=-31.0),
@@ -275,7 +393,7 @@ FAULTS: dict[str, tuple[ClusterFacts, Need, Finding]] = {
         Finding("clock", "warning", "c", "its clock is -31.0 s off the driver's", "timedatectl set-ntp true"),
     ),
     "a blocked port": (
-        changed("a", unreachable=(Unreachable("b", "10.0.0.2", 41234, "no answer within 3 s"),)),
+        changed("a", unreachable=(BlockedPort("b", "10.0.0.2", 41234, "no answer within 3 s"),)),
         NEED,
         Finding(
             "network",
@@ -287,28 +405,51 @@ FAULTS: dict[str, tuple[ClusterFacts, Need, Finding]] = {
         ),
     ),
     "an all-reduce that hangs": (
-        replace(HEALTHY, all_reduce=AllReduce("gloo", ("a", "b"), 16_000_000, error="b: no answer to `join` within 70 s")),
+        replace(
+            HEALTHY,
+            all_reduce=AllReduce("gloo", ("a", "b"), 16_000_000, error="b: no answer to `join` within 70 s"),
+        ),
         NEED,
         Finding(
             "all-reduce",
             "error",
             "a, b",
             "gloo: b: no answer to `join` within 70 s",
-            "on a: export GLOO_SOCKET_IFNAME=eth0 before ray start; on b: export GLOO_SOCKET_IFNAME=eth0 before ray start",
+            "on a: export GLOO_SOCKET_IFNAME=eth0 before ray start; on b: export GLOO_SOCKET_IFNAME=eth0 "
+            "before ray start",
         ),
     ),
     "an all-reduce that was not tried": (
         replace(HEALTHY, all_reduce=None, skipped="some nodes cannot reach others"),
         NEED,
-        Finding("all-reduce", "warning", "all 3 nodes", "not measured: some nodes cannot reach others", "mend the errors above first"),
+        Finding(
+            "all-reduce",
+            "warning",
+            "all 3 nodes",
+            "not measured: some nodes cannot reach others",
+            "mend the errors above first",
+        ),
     ),
     "a slow link": (
         replace(HEALTHY, all_reduce=AllReduce("gloo", ("a", "b", "c"), 16_000_000, 0.02, rates(1, 1, 0.125))),
         NEED,
-        Finding("all-reduce", "warning", "b - c", "0.12 GB/s between them, 1.00 GB/s between most", "look at the link of the two (ethtool"),
+        Finding(
+            "all-reduce",
+            "warning",
+            "b - c",
+            "0.12 GB/s between them, 1.00 GB/s between most",
+            "look at the link of the two (ethtool",
+        ),
     ),
     "a model that one node cannot get": (
-        changed("c", absent=(Absent("org/model", "not in this node's cache, and huggingface.co does not answer: timed out"),)),
+        changed(
+            "c",
+            absent=(
+                MissingModel(
+                    "org/model", "not in this node's cache, and huggingface.co does not answer: timed out"
+                ),
+            ),
+        ),
         NEED,
         Finding(
             "model",
@@ -319,14 +460,26 @@ FAULTS: dict[str, tuple[ClusterFacts, Need, Finding]] = {
         ),
     ),
     "a model folder that one node does not have": (
-        changed("c", absent=(Absent("/models/x", "no such folder here"),)),
+        changed("c", absent=(MissingModel("/models/x", "no such folder here"),)),
         replace(NEED, models=(ModelSource("/models/x", None, False),)),
-        Finding("model", "error", "c", "/models/x: no such folder here", "put the folder on storage that every node mounts"),
+        Finding(
+            "model",
+            "error",
+            "c",
+            "/models/x: no such folder here",
+            "put the folder on storage that every node mounts",
+        ),
     ),
     "wandb out of reach": (
         replace(HEALTHY, wandb="api.wandb.ai does not answer: timed out"),
         NEED,
-        Finding("wandb", "warning", "a", "api.wandb.ai does not answer: timed out; the run would be recorded offline", "wandb login (or"),
+        Finding(
+            "wandb",
+            "warning",
+            "a",
+            "api.wandb.ai does not answer: timed out; the run would be recorded offline",
+            "wandb login (or",
+        ),
     ),
     "no token": (
         replace(HEALTHY, auth=False),
@@ -336,18 +489,31 @@ FAULTS: dict[str, tuple[ClusterFacts, Need, Finding]] = {
             "warning",
             "all 3 nodes",
             "Ray asks for no token: whoever reaches its ports runs code as you",
-            "ray get-auth-token --generate on the head; copy ~/.ray/auth_token (mode 600) to every node; export RAY_AUTH_MODE=token;",
+            "ray get-auth-token --generate on the head; copy ~/.ray/auth_token (mode 600) to every node; "
+            "export RAY_AUTH_MODE=token;",
         ),
     ),
     "no token on a public address": (
         replace(changed("a", address="8.8.8.8"), auth=False),
         NEED,
-        Finding("auth", "error", "all 3 nodes", "Ray asks for no token: whoever reaches its ports runs code as you", "ray get-auth-token --generate"),
+        Finding(
+            "auth",
+            "error",
+            "all 3 nodes",
+            "Ray asks for no token: whoever reaches its ports runs code as you",
+            "ray get-auth-token --generate",
+        ),
     ),
     "nobody knows about the token": (
         replace(HEALTHY, auth=None),
         NEED,
-        Finding("auth", "warning", "all 3 nodes", "it cannot be told whether Ray asks for a token", "ray get-auth-token --generate"),
+        Finding(
+            "auth",
+            "warning",
+            "all 3 nodes",
+            "it cannot be told whether Ray asks for a token",
+            "ray get-auth-token --generate",
+        ),
     ),
 }
 
@@ -361,20 +527,37 @@ def test_a_planted_fault_gives_its_finding_and_no_other(fault: str) -> None:
 
 
 def test_gpus_that_a_run_does_not_use_are_not_judged() -> None:
-    old = changed("b", devices=(replace(H100, driver="550.54.15"),) * 2, kernels=(Kernel("GPU 0", "no kernel runs"),))
+    old = changed(
+        "b", devices=(replace(H100, driver="550.54.15"),) * 2, kernels=(Kernel("GPU 0", "no kernel runs"),)
+    )
     assert troubles(old, asking(WorkerGroup("learners", 6, 1, 0))) == []
-    assert {(f.check, f.level) for f in troubles(old, Need())} == {("driver", "warning"), ("kernels", "warning")}
+    assert {(f.check, f.level) for f in troubles(old, ClusterRequirements())} == {
+        ("driver", "warning"),
+        ("kernels", "warning"),
+    }
 
 
-@pytest.mark.parametrize(("cuda", "driver"), [("12.8", "525.60.13"), ("12.8", "580.65.06"), ("13.0", "610.43.02"), ("14.0", "580.65.06")])
-def test_a_driver_is_new_enough_for_every_cuda_of_its_family_and_for_all_before(cuda: str, driver: str) -> None:
-    facts = replace(HEALTHY, nodes=tuple(replace(n, cuda=cuda, devices=(replace(H100, driver=driver),) * 2) for n in HEALTHY.nodes))
+@pytest.mark.parametrize(
+    ("cuda", "driver"),
+    [("12.8", "525.60.13"), ("12.8", "580.65.06"), ("13.0", "610.43.02"), ("14.0", "580.65.06")],
+)
+def test_a_driver_is_new_enough_for_every_cuda_of_its_family_and_for_all_before(
+    cuda: str, driver: str
+) -> None:
+    facts = replace(
+        HEALTHY,
+        nodes=tuple(
+            replace(n, cuda=cuda, devices=(replace(H100, driver=driver),) * 2) for n in HEALTHY.nodes
+        ),
+    )
     assert troubles(facts) == []
 
 
 def test_a_node_sends_through_all_its_cards() -> None:
-    facts = replace(HEALTHY, all_reduce=AllReduce("nccl", ("a", "b", "c"), 256_000_000, 0.02, rates(9, 8, 10), ranks=8))
-    said = {f.check: f.what for f in judge(facts, NEED)}
+    facts = replace(
+        HEALTHY, all_reduce=AllReduce("nccl", ("a", "b", "c"), 256_000_000, 0.02, rates(9, 8, 10), ranks=8)
+    )
+    said = {f.check: f.what for f in check_cluster(facts, NEED)}
     assert said["all-reduce"] == "nccl over 8 GPUs of each, 256.0 MB in 20.0 ms: 17.07 GB/s"
 
 
@@ -385,19 +568,27 @@ def test_nodes_with_the_same_trouble_share_a_finding() -> None:
 
 
 def test_both_directions_of_a_blocked_link_are_told() -> None:
-    lost = {"a": Unreachable("b", "10.0.0.2", 4000, "refused"), "b": Unreachable("a", "10.0.0.1", 5000, "refused")}
+    lost = {
+        "a": BlockedPort("b", "10.0.0.2", 4000, "refused"),
+        "b": BlockedPort("a", "10.0.0.1", 5000, "refused"),
+    }
     facts = replace(HEALTHY, nodes=(*(replace(n, unreachable=(lost[n.name],)) for n in (A, B)), C))
     assert [f.where for f in troubles(facts)] == ["a -> b", "b -> a"]
 
 
 def test_a_cluster_where_nobody_answers_is_one_finding() -> None:
-    facts = ClusterFacts((), (Capacity("a", 16, 2),), silent=(Silent("a", "no answer"),))
-    assert [f.check for f in judge(facts, NEED)] == ["nodes"]
+    facts = ClusterFacts((), (NodeCapacity("a", 16, 2),), silent=(SilentNode("a", "no answer"),))
+    assert [f.check for f in check_cluster(facts, NEED)] == ["nodes"]
 
 
 def test_one_node_needs_no_network_and_no_shared_storage() -> None:
-    alone = ClusterFacts((replace(A, address="127.0.0.1"),), (Capacity("a", 16, 6),), auth=False, skipped="there is one node")
-    said = {f.check: (f.level, f.what) for f in judge(alone, NEED)}
+    alone = ClusterFacts(
+        (replace(A, address="127.0.0.1"),),
+        (NodeCapacity("a", 16, 6),),
+        auth=False,
+        skipped="there is one node",
+    )
+    said = {f.check: (f.level, f.what) for f in check_cluster(alone, NEED)}
     assert said["all-reduce"] == ("ok", "not measured: there is one node")
     assert said["auth"] == ("ok", "Ray listens on the loopback address only")
     assert said["storage"] == ("ok", "/shared/runs can be written")
@@ -405,7 +596,7 @@ def test_one_node_needs_no_network_and_no_shared_storage() -> None:
 
 
 def test_without_a_recipe_the_cluster_is_described() -> None:
-    said = {f.check: f.what for f in judge(HEALTHY, Need())}
+    said = {f.check: f.what for f in check_cluster(HEALTHY, ClusterRequirements())}
     assert said["resources"] == "3 nodes x 16 = 48 CPUs, 3 nodes x 2 = 6 GPUs"
     assert said["disk"] == "100.00 GB free"
     assert said["wandb"] == "not needed: tracking.wandb=off"
@@ -423,27 +614,33 @@ def test_without_a_recipe_the_cluster_is_described() -> None:
         ("no token on a public address", ConfigError, Exit.CONFIG),
     ],
 )
-def test_an_error_ends_the_run_with_the_exit_code_of_its_kind(fault: str, kind: type[OrchestratorError], code: Exit) -> None:
+def test_an_error_ends_the_run_with_the_exit_code_of_its_kind(
+    fault: str, kind: type[OrchestratorError], code: Exit
+) -> None:
     facts, need, expected = FAULTS[fault]
     with pytest.raises(kind) as caught:
-        require(judge(facts, need))
+        require(check_cluster(facts, need))
     assert caught.value.exit_code == code
     assert expected.what in str(caught.value) and expected.fix in str(caught.value)
 
 
 def test_warnings_do_not_end_a_run() -> None:
-    require(judge(replace(HEALTHY, auth=False, wandb="no key"), NEED))
+    require(check_cluster(replace(HEALTHY, auth=False, wandb="no key"), NEED))
 
 
 def test_several_errors_are_told_at_once_each_with_its_fix() -> None:
-    facts = replace(changed("b", versions=dict(A.versions, trl="0.0.1")), silent=(Silent("d", "no answer"),))
+    facts = replace(
+        changed("b", versions=dict(A.versions, trl="0.0.1")), silent=(SilentNode("d", "no answer"),)
+    )
     with pytest.raises(NotEnoughResources, match="2 errors") as caught:
-        require(judge(facts, NEED))
+        require(check_cluster(facts, NEED))
     for part in ("d: no answer", "ray status", "trl is 0.0.1 here", "pip install trl==1.16.0"):
         assert part in str(caught.value)
 
 
-@pytest.mark.parametrize("make", [lambda: judge(*FAULTS["a blocked port"][:2]), lambda: judge(HEALTHY, NEED)])
+@pytest.mark.parametrize(
+    "make", [lambda: check_cluster(*FAULTS["a blocked port"][:2]), lambda: check_cluster(HEALTHY, NEED)]
+)
 def test_the_table_shows_every_finding_and_fix(make: Callable[[], tuple[Finding, ...]]) -> None:
     findings, console = make(), Console(width=400)
     with console.capture() as capture:

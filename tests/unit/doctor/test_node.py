@@ -1,4 +1,5 @@
-"""What a process sees of its machine, against things put there to be seen: a server, a key, a device, a library, a marker."""
+"""What a process sees of its machine, against things put there to be seen: a server, a key, a device, a
+library, a marker."""
 
 import resource
 import socket
@@ -11,8 +12,16 @@ from pathlib import Path
 import pytest
 
 from orchestrator.cluster.doctor import node as node_facts
-from orchestrator.cluster.doctor.facts import Gpu, ModelSource, Unmet
-from orchestrator.cluster.doctor.node import MARKER, mark, sweep, unanswered, unmet_requirements, unseen, wandb_trouble
+from orchestrator.cluster.doctor.facts import Gpu, ModelSource, UnmetRequirement
+from orchestrator.cluster.doctor.node import (
+    MARKER,
+    mark,
+    sweep,
+    unanswered,
+    unmet_requirements,
+    unseen,
+    wandb_trouble,
+)
 
 
 @contextmanager
@@ -40,7 +49,9 @@ BROKEN = [(503, "127.0.0.1 answers 503"), (407, "127.0.0.1 answers 407")]
 
 
 @pytest.mark.parametrize(("status", "trouble"), [(200, None), (404, None), (401, None), *BROKEN])
-def test_a_server_that_answers_is_reachable_whatever_it_says_unless_it_is_broken(status: int, trouble: str | None) -> None:
+def test_a_server_that_answers_is_reachable_whatever_it_says_unless_it_is_broken(
+    status: int, trouble: str | None
+) -> None:
     with answering(status) as url:
         assert unanswered(url) == trouble
 
@@ -61,7 +72,10 @@ def test_what_is_no_address_and_what_is_no_web_server_are_told() -> None:
                 client.recv(1000)
 
         threading.Thread(target=greet, daemon=True).start()
-        assert unanswered(f"http://127.0.0.1:{server.getsockname()[1]}") == "127.0.0.1 does not answer: 220 mail ready\r\n"
+        assert (
+            unanswered(f"http://127.0.0.1:{server.getsockname()[1]}")
+            == "127.0.0.1 does not answer: 220 mail ready\r\n"
+        )
 
 
 def test_wandb_needs_a_key_and_a_key_in_netrc_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,12 +100,21 @@ def put_nvidia_smi(folder: Path, script: str, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_devices_are_those_of_nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    put_nvidia_smi(tmp_path, "echo 'NVIDIA H100 80GB HBM3, 81559, 580.65.06, 9.0'; echo 'NVIDIA H100 80GB HBM3, 81559, 580.65.06, 9.0'", monkeypatch)
+    put_nvidia_smi(
+        tmp_path,
+        "echo 'NVIDIA H100 80GB HBM3, 81559, 580.65.06, 9.0'; echo 'NVIDIA H100 80GB HBM3, 81559, "
+        "580.65.06, 9.0'",
+        monkeypatch,
+    )
     assert node_facts.devices() == (Gpu("NVIDIA H100 80GB HBM3", 81559 * 2**20, "580.65.06", "9.0"),) * 2
-    assert all(gpu.knows_bf16 for gpu in node_facts.devices()) and not Gpu("Tesla T4", 1, "", "7.5").knows_bf16
+    assert (
+        all(gpu.knows_bf16 for gpu in node_facts.devices()) and not Gpu("Tesla T4", 1, "", "7.5").knows_bf16
+    )
 
 
-def test_a_device_that_shares_the_memory_of_its_cpu_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_device_that_shares_the_memory_of_its_cpu_is_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     put_nvidia_smi(tmp_path, "echo 'NVIDIA GB10, [N/A], 580.95.05, [N/A]'", monkeypatch)
     assert node_facts.devices() == (Gpu("NVIDIA GB10", 0, "580.95.05"),)
 
@@ -104,12 +127,16 @@ def test_a_broken_driver_is_no_device(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_a_library_that_is_too_old_or_gone_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert unmet_requirements() == ()
     (tmp_path / "trl-0.0.1.dist-info").mkdir()
-    (tmp_path / "trl-0.0.1.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: trl\nVersion: 0.0.1\n")
+    (tmp_path / "trl-0.0.1.dist-info" / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: trl\nVersion: 0.0.1\n"
+    )
     monkeypatch.syspath_prepend(tmp_path)
     (unmet,) = unmet_requirements()
     assert unmet.version == "trl 0.0.1" and unmet.wanted.startswith("trl>=1.")
-    monkeypatch.setattr(node_facts, "requires", lambda _: ["no-such-library>=3", 'vllm>=0.32; extra == "vllm"'])
-    assert unmet_requirements() == (Unmet("no no-such-library", "no-such-library>=3"),)
+    monkeypatch.setattr(
+        node_facts, "requires", lambda _: ["no-such-library>=3", 'vllm>=0.32; extra == "vllm"']
+    )
+    assert unmet_requirements() == (UnmetRequirement("no no-such-library", "no-such-library>=3"),)
 
 
 def test_markers_are_seen_by_who_shares_the_folder_and_removed(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from orchestrator.cluster.doctor.facts import Kernel, PairRate
-from orchestrator.cluster.doctor.probe import Door, _answer, _knock
+from orchestrator.cluster.doctor.probe import Listener, _answer, _knock
 from orchestrator.cluster.doctor.smoke import all_here, in_a_process, trouble_on
 from orchestrator.cluster.doctor.survey import _pairs
 from orchestrator.cluster.network import INTERFACES, speak_from
@@ -22,12 +22,14 @@ def test_a_visitor_who_hangs_up_leaves_the_door_open() -> None:
     server = socket.create_server(("127.0.0.1", 0))
     address = server.getsockname()
     hasty = socket.create_connection(address)
-    hasty.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # closing resets the connection
+    hasty.setsockopt(
+        socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)
+    )  # closing resets the connection
     hasty.close()
     with closing(server):
         threading.Thread(target=_answer, args=(server, b"nonce"), daemon=True).start()
-        assert _knock(Door("n", *address), b"nonce") is None
-        assert _knock(Door("n", *address), b"other") == "something else answers there"
+        assert _knock(Listener("n", *address), b"nonce") is None
+        assert _knock(Listener("n", *address), b"other") == "something else answers there"
 
 
 class OneBadNumber(TorchFunctionMode):
@@ -60,13 +62,24 @@ def test_a_gpu_that_torch_cannot_use_says_why(monkeypatch: pytest.MonkeyPatch) -
 
 def test_a_pair_of_nodes_sends_with_all_ranks_and_each_rank_as_the_slower_side_does() -> None:
     names = ("a 0", "a 1", "b 0", "b 1", "c 0", "c 1")
-    rates = {"a 0": {1: 3.0, 2: 1.0}, "a 1": {1: 4.0, 2: 1.0}, "b 0": {0: 2.0, 2: 1.0}, "b 1": {0: 5.0, 2: 1.0}}
+    rates = {
+        "a 0": {1: 3.0, 2: 1.0},
+        "a 1": {1: 4.0, 2: 1.0},
+        "b 0": {0: 2.0, 2: 1.0},
+        "b 1": {0: 5.0, 2: 1.0},
+    }
     rates |= {"c 0": {0: 1.0, 1: 1.0}, "c 1": {0: 1.0, 1: 9.0}}
-    assert _pairs(names, ("a", "b", "c"), rates) == (PairRate("a", "b", 2.0 + 4.0), PairRate("a", "c", 2.0), PairRate("b", "c", 2.0))
+    assert _pairs(names, ("a", "b", "c"), rates) == (
+        PairRate("a", "b", 2.0 + 4.0),
+        PairRate("a", "c", 2.0),
+        PairRate("b", "c", 2.0),
+    )
     assert _pairs(names, ("a", "b", "c"), {}) == ()
 
 
-def test_gloo_and_nccl_speak_from_the_nodes_address_unless_the_user_chose(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gloo_and_nccl_speak_from_the_nodes_address_unless_the_user_chose(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     for name in INTERFACES:
         monkeypatch.setenv(name, "mine")
     monkeypatch.delenv("NCCL_SOCKET_IFNAME")

@@ -1,4 +1,5 @@
-"""What DeepSpeed is told on GPUs and on CPUs: overlap, buckets, and that the accumulation contract is the same."""
+"""What DeepSpeed is told on GPUs and on CPUs: overlap, buckets, and that the accumulation contract is the
+same."""
 
 import pytest
 

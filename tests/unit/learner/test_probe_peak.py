@@ -18,7 +18,8 @@ from orchestrator.run.startup import SAFE, probed_cut
 
 
 class Workers:
-    """Stands in for a LearnerGroup: says that a micro-batch takes `state(stage)` bytes and 1 MB for each position."""
+    """Stands in for a LearnerGroup: says that a micro-batch takes `state(stage)` bytes and 1 MB for each
+    position."""
 
     def __init__(self, spec, state):
         self.spec, self.state, self.built, self.probes = spec, state, [], 0
@@ -40,12 +41,22 @@ LIMITS = ("batch.memory_limit_gb=4", "batch.memory_utilisation=1", "learners.act
 @pytest.fixture(scope="module")
 def planned():
     rows = "data.train=[{path: toy:preference, max_rows: 64}]"
-    shape = ("model.tiny.hidden_size=1024", "model.tiny.layers=4", "model.tiny.vocab_size=8192")  # more than a bucket of reductions
+    shape = (
+        "model.tiny.hidden_size=1024",
+        "model.tiny.layers=4",
+        "model.tiny.vocab_size=8192",
+    )  # more than a bucket of reductions
     options = ("batch.effective=64", "learners.workers=4", *shape, *LIMITS)
-    recipe = load("recipes/tiny/dpo.yaml", [rows, "data.eval=null", "batch.micro_batch=auto", *options]).stages[0].recipe
+    recipe = (
+        load("recipes/tiny/dpo.yaml", [rows, "data.eval=null", "batch.micro_batch=auto", *options])
+        .stages[0]
+        .recipe
+    )
     algorithm = build(recipe.algorithm)
     data = read_data(recipe, algorithm)
-    return replace(make_plan(recipe, algorithm, data), followed=False), data  # so that it is probed, however much room there is
+    return replace(
+        make_plan(recipe, algorithm, data), followed=False
+    ), data  # so that it is probed, however much room there is
 
 
 @pytest.fixture(autouse=True)
@@ -77,7 +88,9 @@ def test_smaller_micro_batches_are_tried_first(planned):
 def test_the_next_stage_is_taken_when_micro_batches_cannot_be_smaller(planned):
     cut, workers, _ = probed(planned, lambda stage: 8_000_000_000 if stage < 3 else 0)
     assert cut.zero_stage == 3
-    assert workers.probes <= 5 + 4, "the budget is not halved on and on while the largest micro-batch stays the same"
+    assert workers.probes <= 5 + 4, (
+        "the budget is not halved on and on while the largest micro-batch stays the same"
+    )
 
 
 def test_what_fits_nowhere_is_refused_with_the_arithmetic(planned):
@@ -96,7 +109,11 @@ def test_what_was_measured_is_not_measured_again(planned):
 def test_a_cpu_run_far_below_its_limit_is_not_probed(planned):
     plan, data = planned
     roomy = replace(plan, followed=True, memory_limit=int(plan.memory.peak / SAFE) + 1)
-    for there, probes in ((roomy, 0), (replace(roomy, followed=False), 1), (replace(roomy, memory_limit=int(plan.memory.peak / SAFE) - 1), 1)):
+    for there, probes in (
+        (roomy, 0),
+        (replace(roomy, followed=False), 1),
+        (replace(roomy, memory_limit=int(plan.memory.peak / SAFE) - 1), 1),
+    ):
         workers = Workers(LearnerSpec(plan.recipe, plan.cut, 77), lambda stage: 0)
         assert probed_cut(there, data, plan.cut, workers, lambda _: None) == plan.cut
         assert workers.probes == probes

@@ -8,7 +8,11 @@ from orchestrator.learner.rank_learner import Sums
 
 
 def loss(total: float, value: float, count: float | torch.Tensor, largest: float) -> LossSum:
-    return LossSum(torch.tensor(total), {"rewards": (torch.tensor(value), count), "kl": (torch.tensor(0.5), 1.0)}, {"ratio": torch.tensor(largest)})
+    return LossSum(
+        torch.tensor(total),
+        {"rewards": (torch.tensor(value), count), "kl": (torch.tensor(0.5), 1.0)},
+        {"ratio": torch.tensor(largest)},
+    )
 
 
 def test_counts_of_the_host_and_of_the_device_add_up_alike():

@@ -6,7 +6,8 @@ from orchestrator.learner.traffic import CollectiveCounter
 
 
 class Backend:
-    """The four collectives of DeepSpeed's backend that move gradients and parameters, with its parameter names."""
+    """The four collectives of DeepSpeed's backend that move gradients and parameters, with its parameter
+    names."""
 
     def __init__(self) -> None:
         self.calls = []
@@ -43,7 +44,9 @@ def test_collectives_still_happen_with_their_arguments_and_results():
     CollectiveCounter.install(backend)
     tensor = torch.zeros(1000)
     assert backend.all_reduce(tensor, async_op=True) == "work"
-    assert backend.calls[0][0] == "all_reduce" and backend.calls[0][1] is tensor and backend.calls[0][2] is True
+    assert (
+        backend.calls[0][0] == "all_reduce" and backend.calls[0][1] is tensor and backend.calls[0][2] is True
+    )
 
 
 def test_flags_and_norms_are_not_traffic():

@@ -1,4 +1,5 @@
-"""Computing activations again changes no gradient; `selective` computes no matrix product again, `full` all of them."""
+"""Computing activations again changes no gradient; `selective` computes no matrix product again, `full` all
+of them."""
 
 import numpy as np
 import pytest
@@ -7,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from orchestrator.core.batches import Branch, SequenceGroup
 from orchestrator.data.packing import pack
-from orchestrator.models.forward import MicroBatchTensors, ScoringModel, scored
+from orchestrator.models.forward import MicroBatchTensors, ScoringModel, run_forward
 from orchestrator.models.load import load
 from orchestrator.recipe.schema import Lora, Model, TinyModel
 
@@ -49,7 +50,7 @@ def test_all_modes_give_the_same_gradients(architecture, lora):
         scoring.checkpoint(mode)
         scoring.zero_grad(set_to_none=True)
         with Products() as counted:
-            scored(scoring, batch).values.sum().backward()
+            run_forward(scoring, batch).values.sum().backward()
         found = {name: p.grad.clone() for name, p in scoring.named_parameters() if p.grad is not None}
         if mode in gradients:
             assert counted.count == products[mode]

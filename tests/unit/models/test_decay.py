@@ -10,7 +10,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArgu
 from orchestrator.models.decay import parameter_groups
 from orchestrator.models.forward import ScoringModel
 
-SIZES = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 4, "vocab_size": 100}
+SIZES = {
+    "hidden_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "vocab_size": 100,
+}
 
 
 def made(kind: str) -> nn.Module:
@@ -39,11 +45,19 @@ def test_a_model_inside_the_learner_has_the_same_groups() -> None:
 
 
 def test_a_step_is_the_trainers(tmp_path: Path) -> None:
-    """The same gradients through transformers' optimizer (fused) and through ours, three times at a large rate: the decay alone moves a
-    weight by about 1e-4 a step and a norm's by 5e-3, rounding of the two kernels by 4e-7."""
+    """The same gradients through transformers' optimizer (fused) and through ours, three times at a large
+    rate: the decay alone moves a weight by about 1e-4 a step and a norm's by 5e-3, rounding of the two
+    kernels by 4e-7."""
     theirs, ours = made("qwen3"), made("qwen3")
     ours.load_state_dict(theirs.state_dict())
-    arguments = TrainingArguments(output_dir=str(tmp_path), weight_decay=0.5, learning_rate=1e-2, adam_beta2=0.99, use_cpu=True, report_to=[])
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path),
+        weight_decay=0.5,
+        learning_rate=1e-2,
+        adam_beta2=0.99,
+        use_cpu=True,
+        report_to=[],
+    )
     pair = (
         (theirs, Trainer(model=theirs, args=arguments).create_optimizer()),
         (ours, torch.optim.AdamW(parameter_groups(ours, 0.5), lr=1e-2, betas=(0.9, 0.99), eps=1e-8)),
@@ -55,7 +69,9 @@ def test_a_step_is_the_trainers(tmp_path: Path) -> None:
             model(input_ids=ids, labels=ids).loss.backward()  # pyright: ignore[reportCallIssue]
             optimizer.step()
     for (name, one), other in zip(theirs.named_parameters(), ours.parameters(), strict=True):
-        torch.testing.assert_close(other, one, rtol=0.0, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            other, one, rtol=0.0, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 def test_a_step_without_gradient_moves_only_what_decays() -> None:

@@ -13,7 +13,7 @@ from orchestrator.core.batches import Branch, Layout, MicroBatch, SequenceGroup
 from orchestrator.core.errors import ConfigError
 from orchestrator.data.packing import pack
 from orchestrator.models.dropout import Draws, KeyedDropout, as_used, kept
-from orchestrator.models.forward import MicroBatchTensors, ScoringModel, scored
+from orchestrator.models.forward import MicroBatchTensors, ScoringModel, run_forward
 from orchestrator.models.load import load
 from orchestrator.models.tiny import build
 from orchestrator.recipe.schema import Lora, Model, TinyModel
@@ -30,7 +30,14 @@ def groups(count: int = 5, branches: int = 2) -> list[SequenceGroup]:
         size = int(draw.integers(1, 12))
         return Branch(draw.integers(0, 256, size), np.ones(size, np.bool_))
 
-    return [SequenceGroup(7 * i - 3, draw.integers(0, 256, int(draw.integers(1, 9))), tuple(branch() for _ in range(branches))) for i in range(count)]
+    return [
+        SequenceGroup(
+            7 * i - 3,
+            draw.integers(0, 256, int(draw.integers(1, 9))),
+            tuple(branch() for _ in range(branches)),
+        )
+        for i in range(count)
+    ]
 
 
 # ---- masks
@@ -50,7 +57,11 @@ def test_masks_of_other_tokens_layers_and_features_do_not_correlate():
     identity = torch.arange(TOKENS)  # neighbours differ in their last bits only
     mask = kept(identity, 1, FEATURES, 0.5).double().numpy()
     limit = 5 / math.sqrt(mask.size)
-    others = [np.roll(mask, 1, 0), np.roll(mask, 1, 1), *(kept(identity, key, FEATURES, 0.5).double().numpy() for key in (2, 1 << 32, 3 << 33))]
+    others = [
+        np.roll(mask, 1, 0),
+        np.roll(mask, 1, 1),
+        *(kept(identity, key, FEATURES, 0.5).double().numpy() for key in (2, 1 << 32, 3 << 33)),
+    ]
     for other in others:
         assert abs(float(np.corrcoef(mask.ravel(), other.ravel())[0, 1])) < limit
 
@@ -99,7 +110,7 @@ def gradients(scoring: ScoringModel, batches: list[MicroBatch], step: int = 3) -
     scoring.zero_grad(set_to_none=True)
     for rows in batches:
         scoring.dropout.at(11, step)
-        values = scored(scoring, MicroBatchTensors.of(rows, CPU)).values
+        values = run_forward(scoring, MicroBatchTensors.of(rows, CPU)).values
         (values * torch.from_numpy(1.0 + rows.targets % 5)).sum().backward()
     scoring.dropout.off()
     return {name: p.grad.clone() for name, p in scoring.named_parameters() if p.grad is not None}
@@ -117,7 +128,10 @@ def test_no_layout_cut_order_or_recomputation_changes_the_gradient(architecture)
     for layout in LAYOUTS:
         for cut in ([made[::-1]], [made[:2], made[2:]], [[g] for g in made]):
             scoring.checkpoint("none" if len(cut) == 2 else "full" if layout == "padded" else "selective")
-            assert far(want, gradients(scoring, [pack(part, layout) for part in cut])) < 1e-5, (layout, len(cut))
+            assert far(want, gradients(scoring, [pack(part, layout) for part in cut])) < 1e-5, (
+                layout,
+                len(cut),
+            )
     scoring.checkpoint("none")
     assert far(want, gradients(scoring, [pack(made, "padded")], step=4)) > 0.1
     assert far(want, gradients(scoring, [pack([replace(g, id=g.id + 100) for g in made], "padded")])) > 0.1
@@ -136,7 +150,7 @@ def test_layers_have_masks_of_their_own_and_nothing_is_dropped_elsewhere():
     assert all(not torch.equal(masks[0], mask) for mask in masks[1:])
     scoring.dropout.off()
     scoring.eval()
-    same = [scored(scoring, rows).values for _ in range(2)]
+    same = [run_forward(scoring, rows).values for _ in range(2)]
     assert torch.equal(*same)
 
 
@@ -149,13 +163,19 @@ def test_a_layer_that_sees_some_tokens_only_is_refused():
 NOISY = {
     "opt": {"dropout": 0.4, "attention_dropout": 0.4},
     "gpt2": {"resid_pdrop": 0.4, "embd_pdrop": 0.4, "attn_pdrop": 0.4},
-    "falcon": {"hidden_dropout": 0.4, "attention_dropout": 0.4, "parallel_attn": False, "new_decoder_architecture": False},
+    "falcon": {
+        "hidden_dropout": 0.4,
+        "attention_dropout": 0.4,
+        "parallel_attn": False,
+        "new_decoder_architecture": False,
+    },
     "gpt_neox": {"hidden_dropout": 0.4, "attention_dropout": 0.4},
     "llama": {"attention_dropout": 0.4},
     "mixtral": {"router_jitter_noise": 0.4, "num_local_experts": 4, "sliding_window": None},
     "phimoe": {"input_jitter_noise": 0.4, "num_local_experts": 4},
 }
-"""Noise in modules, in functions of a layer, read from the configuration, in routers, in experts that are drawn."""
+"""Noise in modules, in functions of a layer, read from the configuration, in routers, in experts that are
+drawn."""
 
 
 @pytest.mark.parametrize("mode", ["none", "full"])
@@ -169,10 +189,10 @@ def test_a_models_own_noise_is_off_while_it_learns(architecture, mode):
     scoring = ScoringModel(model, head="lm")
     scoring.checkpoint(mode)
     as_used(scoring)
-    learned = scored(scoring, rows).values
+    learned = run_forward(scoring, rows).values
     learned.sum().backward()
     scoring.eval()
     with torch.no_grad():
-        used = scored(scoring, rows).values
+        used = run_forward(scoring, rows).values
     torch.testing.assert_close(learned, used, rtol=0, atol=0)
     assert all(bool(p.grad.isfinite().all()) for p in scoring.parameters() if p.grad is not None)

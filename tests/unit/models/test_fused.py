@@ -6,7 +6,7 @@ from torch._dynamo.testing import CompileCounter
 from transformers import AutoModelForCausalLM
 
 from orchestrator.data.packing import pack
-from orchestrator.models.forward import MicroBatchTensors, ScoringModel, scored
+from orchestrator.models.forward import MicroBatchTensors, ScoringModel, run_forward
 from orchestrator.models.fused import fuse
 from orchestrator.models.tiny import build
 from orchestrator.recipe.schema import TinyModel
@@ -17,15 +17,21 @@ def policy(architecture: str, backend: str | None, layers: int = 4) -> ScoringMo
     cfg = TinyModel(architecture=architecture, hidden_size=64, layers=layers, heads=4, kv_heads=2)  # pyright: ignore[reportCallIssue]
     model = build(cfg, 0, AutoModelForCausalLM, initializer_range=0.1).train()
     if backend is not None:
-        assert fuse(model, backend) >= 3 * layers  # two norms and a feed-forward block each, and the last norm
+        assert (
+            fuse(model, backend) >= 3 * layers
+        )  # two norms and a feed-forward block each, and the last norm
     return ScoringModel(model, head="lm")
 
 
 def learned(model: ScoringModel, layout: str, count: int = 5) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    values = scored(model, MicroBatchTensors.of(pack(groups()[:count], layout), torch.device("cpu"))).values
+    values = run_forward(
+        model, MicroBatchTensors.of(pack(groups()[:count], layout), torch.device("cpu"))
+    ).values
     model.zero_grad()
     values.sum().backward()
-    return values.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return values.detach(), {
+        name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None
+    }
 
 
 @pytest.mark.slow  # inductor compiles C++ for half a minute
@@ -43,16 +49,21 @@ def test_compiled_blocks_give_the_same_log_probs_and_gradients(architecture):
 
 @pytest.mark.parametrize("layers", [2, 6])
 def test_layers_share_their_graphs_whatever_the_rows(layers):
-    """A norm and a feed-forward block, with gradients and without: the number of layers and the shapes of rows make no difference."""
+    """A norm and a feed-forward block, with gradients and without: the number of layers and the shapes of
+    rows make no difference."""
     counter = CompileCounter()
     torch._dynamo.reset()
     model = policy("llama", counter, layers)  # type: ignore[arg-type]
     for layout, count in (("prefix_shared", 5), ("packed", 3), ("padded", 4)):
         learned(model, layout, count)
         with torch.no_grad():
-            scored(model, MicroBatchTensors.of(pack(groups()[:count], layout), torch.device("cpu")))
-    assert 2 <= counter.frame_count <= 8  # of two kinds, with and without gradients, for a row of tokens and for several rows
+            run_forward(model, MicroBatchTensors.of(pack(groups()[:count], layout), torch.device("cpu")))
+    assert (
+        2 <= counter.frame_count <= 8
+    )  # of two kinds, with and without gradients, for a row of tokens and for several rows
 
 
 def test_names_stay():
-    assert [n for n, _ in policy("llama", "eager").named_parameters()] == [n for n, _ in policy("llama", None).named_parameters()]
+    assert [n for n, _ in policy("llama", "eager").named_parameters()] == [
+        n for n, _ in policy("llama", None).named_parameters()
+    ]

@@ -9,11 +9,18 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from orchestrator.core.batches import Branch, SequenceGroup
 from orchestrator.data.packing import pack
-from orchestrator.models.forward import ScoringModel, head_gap, scored
+from orchestrator.models.forward import ScoringModel, head_gap, run_forward
 from orchestrator.models.rows import MicroBatchTensors
 
 EOS, PAD = 7, 0
-SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64, "vocab_size": 100, "num_labels": 1}
+SIZES = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+    "vocab_size": 100,
+    "num_labels": 1,
+}
 
 
 def model(pad: int) -> Any:
@@ -51,7 +58,7 @@ def test_rewards_are_transformers_own(layout, pad):
     own = theirs(some, pad)
     rows = MicroBatchTensors.of(pack(groups(), layout), torch.device("cpu"))
     with torch.no_grad():
-        found = scored(ScoringModel(some, head="scalar"), rows).rewards
+        found = run_forward(ScoringModel(some, head="scalar"), rows).rewards
     assert found is not None
     torch.testing.assert_close(found, own, rtol=0.0, atol=1e-5)
 

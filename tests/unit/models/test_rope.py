@@ -1,4 +1,5 @@
-"""Rotary frequencies that transformers takes from the longest position of a batch are those of one length for every batch."""
+"""Rotary frequencies that transformers takes from the longest position of a batch are those of one length for
+every batch."""
 
 import copy
 from typing import Any
@@ -9,7 +10,14 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from orchestrator.models.rope import pin, pinned
 
-SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 64, "vocab_size": 100}
+SIZES = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 64,
+    "vocab_size": 100,
+}
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "longrope": (
         "phi3",
@@ -26,14 +34,22 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
             },
         },
     ),
-    "dynamic": ("llama", {"max_position_embeddings": 16, "rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}}),
+    "dynamic": (
+        "llama",
+        {
+            "max_position_embeddings": 16,
+            "rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0},
+        },
+    ),
 }
 
 
 def model(kind: str) -> Any:
     name, options = KINDS[kind]
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **SIZES, **options, initializer_range=0.2)).eval()
+    return AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(name, **SIZES, **options, initializer_range=0.2)
+    ).eval()
 
 
 @torch.no_grad()

@@ -16,14 +16,21 @@ DRAW = np.random.default_rng(0)
 
 def experience(size: int, *, full: bool) -> Experience:
     columns = [DRAW.random(size, np.float32) for _ in range(6)]
-    return Experience(*columns) if full else Experience(*columns[:2], old_logprobs=None, ref_logprobs=columns[3])
+    return (
+        Experience(*columns) if full else Experience(*columns[:2], old_logprobs=None, ref_logprobs=columns[3])
+    )
 
 
 def micro_batch(*, rl: bool = False, full: bool = True) -> MicroBatch:
     def branch(size: int) -> Branch:
-        return Branch(DRAW.integers(0, 99, size), np.ones(size, np.bool_), experience(size, full=full) if rl else None)
+        return Branch(
+            DRAW.integers(0, 99, size), np.ones(size, np.bool_), experience(size, full=full) if rl else None
+        )
 
-    groups = [SequenceGroup(i, DRAW.integers(0, 99, 3 + i), (branch(2 + i), branch(5)), label=1.0, margin=0.5 * i) for i in range(3)]
+    groups = [
+        SequenceGroup(i, DRAW.integers(0, 99, 3 + i), (branch(2 + i), branch(5)), label=1.0, margin=0.5 * i)
+        for i in range(3)
+    ]
     return pack(groups, "prefix_shared")
 
 
@@ -45,14 +52,22 @@ def test_every_column_arrives(rl, full):
     assert (there.experience is None) == (not rl)
     if there.experience is not None:
         assert rows.experience is not None
-        for name, theirs in zip(Experience.__dataclass_fields__, there.experience.__dataclass_fields__, strict=True):
+        for name, theirs in zip(
+            Experience.__dataclass_fields__, there.experience.__dataclass_fields__, strict=True
+        ):
             column, tensor = getattr(rows.experience, name), getattr(there.experience, theirs)
             assert (column is None) == (tensor is None)
             assert column is None or np.array_equal(tensor.numpy(), column)
 
 
 def test_it_is_one_aligned_buffer_and_no_view_of_what_it_came_from():
-    columns = [np.arange(3, dtype=np.int32), None, np.ones((2, 5), np.float32), np.zeros(0, np.int64), np.array([True])]
+    columns = [
+        np.arange(3, dtype=np.int32),
+        None,
+        np.ones((2, 5), np.float32),
+        np.zeros(0, np.int64),
+        np.array([True]),
+    ]
     for column in columns:
         if column is not None:
             column.setflags(write=False)  # as Ray's are
@@ -80,7 +95,9 @@ def test_tokens_are_found_in_their_rows_and_in_their_blocks():
     assert len(there.at) == rows.tokens
     for block in there.blocks:
         square = torch.zeros(len(block) * block.length, dtype=torch.long)
-        square[there.within[block.tokens]] = 1 + torch.from_numpy(rows.input_ids.ravel())[there.at[block.tokens]]
+        square[there.within[block.tokens]] = (
+            1 + torch.from_numpy(rows.input_ids.ravel())[there.at[block.tokens]]
+        )
         own = np.where(rows.segment >= 0, 1 + rows.input_ids, 0)[block.rows, : block.length]
         np.testing.assert_array_equal(square.view(own.shape).numpy(), own)
 
@@ -93,10 +110,16 @@ def test_rows_without_padding_or_mask_stay_as_they_are(layout):
     assert MicroBatchTensors.of(rows, CPU).ragged is None
 
 
-@pytest.mark.parametrize(("lengths", "starts"), [([5], [0]), ([100, 90, 81, 79, 50, 20, 8], [0, 3, 4, 5]), ([40, 3, 1], [0]), ([60, 70], [0, 1])])
+@pytest.mark.parametrize(
+    ("lengths", "starts"),
+    [([5], [0]), ([100, 90, 81, 79, 50, 20, 8], [0, 3, 4, 5]), ([40, 3, 1], [0]), ([60, 70], [0, 1])],
+)
 def test_blocks_hold_rows_of_about_one_length(lengths, starts):
     blocks = blocks_of(lengths)
     assert [b.rows.start for b in blocks] == starts
     assert [i for b in blocks for i in range(b.rows.start, b.rows.stop)] == list(range(len(lengths)))
-    assert all(b.length == max(lengths[b.rows]) and b.tokens.stop - b.tokens.start == sum(lengths[b.rows]) for b in blocks)
+    assert all(
+        b.length == max(lengths[b.rows]) and b.tokens.stop - b.tokens.start == sum(lengths[b.rows])
+        for b in blocks
+    )
     assert blocks[-1].tokens.stop == sum(lengths)

@@ -65,5 +65,8 @@ def test_a_shape_is_a_folder_without_weights_and_others_are_refused(tmp_path):
             assert load_config(model).num_hidden_layers == 16
     with pytest.raises(ConfigError, match="not in the table"), as_folder(Model(path="a/b"), "llama-9"):
         pass
-    with pytest.raises(ConfigError, match="no file"), as_folder(Model(path="a/b"), str(tmp_path / "other.json")):
+    with (
+        pytest.raises(ConfigError, match="no file"),
+        as_folder(Model(path="a/b"), str(tmp_path / "other.json")),
+    ):
         pass

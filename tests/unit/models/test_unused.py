@@ -1,5 +1,5 @@
-"""A plan's model without storage has the parameters of a learner's: tied ones once, frozen what text never reaches.
-A model that cannot be followed learns whole."""
+"""A plan's model without storage has the parameters of a learner's: tied ones once, frozen what text never
+reaches. A model that cannot be followed learns whole."""
 
 from pathlib import Path
 
@@ -18,7 +18,9 @@ def frozen(model: torch.nn.Module) -> set[str]:
 
 
 @pytest.mark.parametrize("lora", [None, Lora(rank=2)], ids=["whole", "lora"])
-@pytest.mark.parametrize(("architecture", "tower"), [("llama", ""), ("mixtral", ""), ("gemma3", "vision_tower")])
+@pytest.mark.parametrize(
+    ("architecture", "tower"), [("llama", ""), ("mixtral", ""), ("gemma3", "vision_tower")]
+)
 def test_a_plan_freezes_what_a_learner_does(
     architecture: str, tower: str, lora: Lora | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -26,15 +28,21 @@ def test_a_plan_freezes_what_a_learner_does(
     model = Model(path=str(tmp_path), lora=lora)
     planned = build_fake(model, "lm", torch.float32, FakeTensorMode(allow_non_fake_inputs=True))
     learned = load(model, seed=0, head="lm").model
-    assert {n: p.shape for n, p in planned.named_parameters()} == {n: p.shape for n, p in learned.named_parameters()}, "tied alike"
-    assert frozen(planned) == frozen(learned) and not [line for line in caplog.messages if "could not be found" in line]
+    assert {n: p.shape for n, p in planned.named_parameters()} == {
+        n: p.shape for n, p in learned.named_parameters()
+    }, "tied alike"
+    assert frozen(planned) == frozen(learned) and not [
+        line for line in caplog.messages if "could not be found" in line
+    ]
     assert any(tower in name for name in frozen(learned)) if tower or lora else not frozen(learned)
     assert unreached(planned) == unreached(learned) and bool(unreached(planned)) == bool(tower)
     adapters = [name for name, parameter in learned.named_parameters() if parameter.requires_grad]
     assert adapters and (not tower or not any(tower in name for name in adapters))
 
 
-def test_what_cannot_be_followed_is_said(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_cannot_be_followed_is_said(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     def needs_a_gpu(*_: object, **__: object) -> None:
         raise NotImplementedError("no kernel\nfor this device")
 
@@ -42,4 +50,7 @@ def test_what_cannot_be_followed_is_said(monkeypatch: pytest.MonkeyPatch, caplog
     loaded = load(Model(tiny=TinyModel(hidden_size=16, layers=1)), seed=0, head="lm")
     assert not frozen(loaded.model)
     (line,) = caplog.messages
-    assert line == "LlamaForCausalLM: what text never reaches could not be found, and nothing is frozen: NotImplementedError: no kernel"
+    assert (
+        line == "LlamaForCausalLM: what text never reaches could not be found, and nothing is frozen: "
+        "NotImplementedError: no kernel"
+    )

@@ -9,7 +9,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from orchestrator.models.weight_buckets import Bucket, CorruptWeights, Receiver, as_bytes, check, checksum, fill, layout, parts
+from orchestrator.models.weight_buckets import (
+    Bucket,
+    CorruptWeights,
+    Receiver,
+    as_bytes,
+    bucket_views,
+    check,
+    checksum,
+    fill,
+    plan_bucket,
+)
 
 SHAPES = [("norm.weight", (3,)), ("linear.weight", (5, 7)), ("scale", ()), ("bias", (16,))]
 BIT_PATTERNS = {torch.float32: torch.int32, torch.bfloat16: torch.int16}
@@ -20,11 +30,14 @@ def tensors(dtype: torch.dtype, seed: int = 0) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     bits = BIT_PATTERNS[dtype]
     limit = 2 ** (8 * bits.itemsize - 1)
-    return {name: torch.randint(-limit, limit, shape, generator=generator).to(bits).view(dtype) for name, shape in SHAPES}
+    return {
+        name: torch.randint(-limit, limit, shape, generator=generator).to(bits).view(dtype)
+        for name, shape in SHAPES
+    }
 
 
 def bucket_of(named: dict[str, torch.Tensor], dtype: torch.dtype = torch.float32) -> Bucket:
-    entries, total = layout([(name, tuple(t.shape)) for name, t in named.items()], dtype)
+    entries, total = plan_bucket([(name, tuple(t.shape)) for name, t in named.items()], dtype)
     flat = fill(entries, total, named, torch.device("cpu"))
     return Bucket(entries, flat.numpy(), checksum(flat))
 
@@ -37,11 +50,14 @@ class Model(nn.Module):
         self.first, self.second = nn.Linear(8, 4), nn.Linear(4, 2)
 
     def buckets(self) -> list[Bucket]:
-        return [bucket_of({n: p for n, p in self.named_parameters() if n.startswith(half)}) for half in ("first", "second")]
+        return [
+            bucket_of({n: p for n, p in self.named_parameters() if n.startswith(half)})
+            for half in ("first", "second")
+        ]
 
 
 def test_layout_by_hand():
-    entries, total = layout([("a", (3,)), ("b", (8,)), ("c", ()), ("d", (2, 3))], torch.float32)
+    entries, total = plan_bucket([("a", (3,)), ("b", (8,)), ("c", ()), ("d", (2, 3))], torch.float32)
     assert [(e.name, e.shape, e.dtype, e.start, e.size) for e in entries] == [
         ("a", (3,), "float32", 0, 12),
         ("b", (8,), "float32", 16, 32),
@@ -49,7 +65,7 @@ def test_layout_by_hand():
         ("d", (2, 3), "float32", 64, 24),
     ]
     assert total == 96
-    assert layout([("a", (3,)), ("b", (9,))], torch.bfloat16)[0][1].start == 16
+    assert plan_bucket([("a", (3,)), ("b", (9,))], torch.bfloat16)[0][1].start == 16
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -57,7 +73,7 @@ def test_round_trip_is_bit_identical(dtype):
     sent = tensors(dtype)
     bucket = bucket_of(sent, dtype)
     bucket.data.flags.writeable = False  # as shared memory is
-    found = dict(parts(bucket.entries, as_bytes(bucket)))
+    found = dict(bucket_views(bucket.entries, as_bytes(bucket)))
     assert list(found) == list(sent)
     for name, tensor in sent.items():
         assert found[name].dtype == dtype and found[name].shape == tensor.shape
@@ -66,7 +82,7 @@ def test_round_trip_is_bit_identical(dtype):
 
 def test_the_wire_rounds_to_its_own_precision_and_no_further():
     sent = {"a": torch.randn(33)}
-    found = dict(parts(*_wired(sent, torch.bfloat16)))
+    found = dict(bucket_views(*_wired(sent, torch.bfloat16)))
     assert torch.equal(found["a"], sent["a"].to(torch.bfloat16))
 
 
@@ -120,7 +136,10 @@ def test_exchanged_blocks_show(which, size, data):
     count = len(FLATS[which]) // size
     one, other = (data.draw(st.integers(0, count - 1)) * size for _ in range(2))
     damaged = FLATS[which].clone()
-    damaged[one : one + size], damaged[other : other + size] = FLATS[which][other : other + size], FLATS[which][one : one + size]
+    damaged[one : one + size], damaged[other : other + size] = (
+        FLATS[which][other : other + size],
+        FLATS[which][one : one + size],
+    )
     changed = not torch.equal(damaged, FLATS[which])
     assert (checksum(damaged) != checksum(FLATS[which])) == changed
 
@@ -194,7 +213,9 @@ def test_a_receiver_of_a_damaged_bucket_holds_no_version_and_uses_nothing_of_it(
     half = ("first", "second")[damaged]
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters() if n.startswith(half))
     receiver.load(2, sender.buckets())
-    assert receiver.version == 2 and all(torch.equal(p, dict(model.named_parameters())[n]) for n, p in sender.named_parameters())
+    assert receiver.version == 2 and all(
+        torch.equal(p, dict(model.named_parameters())[n]) for n, p in sender.named_parameters()
+    )
 
 
 def test_a_receiver_whose_sender_breaks_off_holds_no_version():
@@ -209,7 +230,9 @@ def test_a_receiver_whose_sender_breaks_off_holds_no_version():
     assert receiver.version is None
 
 
-@pytest.mark.parametrize(("name", "shape"), [("first.bias", (1,)), ("first.bias", (4, 1)), ("third.bias", (4,))])
+@pytest.mark.parametrize(
+    ("name", "shape"), [("first.bias", (1,)), ("first.bias", (4, 1)), ("third.bias", (4,))]
+)
 def test_weights_of_another_model_are_refused_and_never_stretched(name, shape):
     receiver = Receiver(Model())
     with pytest.raises(CorruptWeights, match=f"weights arrived for {name}"):

@@ -93,14 +93,18 @@ def boxes(svg: ElementTree.Element, style: str) -> list[tuple[str, float, float,
     for text in svg.iter("text"):
         if text.attrib["class"] == style:
             width, x = CHARACTER * len(text.text or ""), float(text.attrib["x"])
-            left = {"end": x - width, "middle": x - width / 2, "start": x}[text.attrib.get("text-anchor", "start")]
+            left = {"end": x - width, "middle": x - width / 2, "start": x}[
+                text.attrib.get("text-anchor", "start")
+            ]
             found.append((text.text or "", left, left + width, float(text.attrib["y"])))
     return found
 
 
 @pytest.mark.parametrize("steps", [(1, 2), (1, 2000), (123450, 123456), (999_990, 1_000_000)], ids=str)
 @pytest.mark.parametrize("values", EXTREMES, ids=str)
-def test_every_label_is_whole_in_the_picture_and_one_of_a_kind(values: tuple[float, ...], steps: tuple[int, int]) -> None:
+def test_every_label_is_whole_in_the_picture_and_one_of_a_kind(
+    values: tuple[float, ...], steps: tuple[int, int]
+) -> None:
     points = tuple(zip(map(float, steps), values, strict=True))
     svg = parse(figure(Chart("t", (Series("a", points),))))
     ticks = boxes(svg, "tick")
@@ -125,7 +129,9 @@ def test_labels_are_few_characters_and_add_up_to_their_ticks(low: float, width: 
     start = float(base.removesuffix(" +")) if base else 0.0
     for tick, text in zip(ticks, texts, strict=True):
         scale = {"k": 1e3, "M": 1e6}.get(text[-1], 1.0)
-        assert start + float(text.rstrip("kM")) * scale == pytest.approx(tick, abs=0.05 * (ticks[1] - ticks[0]))
+        assert start + float(text.rstrip("kM")) * scale == pytest.approx(
+            tick, abs=0.05 * (ticks[1] - ticks[0])
+        )
 
 
 def test_thinning_keeps_every_spike_and_the_order() -> None:
@@ -139,25 +145,38 @@ def test_thinning_keeps_every_spike_and_the_order() -> None:
 
 
 def test_the_running_mean_leaves_gaps_alone() -> None:
-    assert running_mean([(0, 1.0), (1, None), (2, 3.0), (3, 5.0)], 3) == ((0, 1.0), (1, None), (2, 4.0), (3, 4.0))
+    assert running_mean([(0, 1.0), (1, None), (2, 3.0), (3, 5.0)], 3) == (
+        (0, 1.0),
+        (1, None),
+        (2, 4.0),
+        (3, 4.0),
+    )
 
 
 def test_points_are_where_the_axes_say() -> None:
     svg = parse(figure(Chart("t", (Series("loss", ((0.0, 0.0), (5.0, 0.5), (10.0, 1.0))),))))
-    circles = [(float(c.attrib["cx"]), float(c.attrib["cy"])) for c in svg.iter("circle") if c.attrib["class"].startswith("dot")]
+    circles = [
+        (float(c.attrib["cx"]), float(c.attrib["cy"]))
+        for c in svg.iter("circle")
+        if c.attrib["class"].startswith("dot")
+    ]
     assert circles == [(46.0, 196.0), (228.0, 103.0), (410.0, 10.0)]
     assert [t.text for t in svg.iter("title")] == ["loss", "step 0: 0", "step 5: 0.5", "step 10: 1"]
     assert {"0", "0.25", "1.00", "10"} <= {t.text for t in svg.iter("text")}
 
 
 def test_a_missing_value_breaks_the_line() -> None:
-    svg = parse(figure(Chart("t", (Series("a", tuple((float(i), None if i == 2 else 1.0 * i) for i in range(6))),))))
+    svg = parse(
+        figure(Chart("t", (Series("a", tuple((float(i), None if i == 2 else 1.0 * i) for i in range(6))),)))
+    )
     (path,) = (p.attrib["d"] for p in svg.iter("path"))
     assert len(re.findall("M", path)) == 2
     assert len(re.findall("L", path)) == 3
 
 
-@pytest.mark.parametrize("values", [[0.0], [5.0, 5.0], [0.0, 0.0, 0.0], [-1e-30, 1e-30], [1e30, 2e30], [1.0, 1.0 + 1e-12]])
+@pytest.mark.parametrize(
+    "values", [[0.0], [5.0, 5.0], [0.0, 0.0, 0.0], [-1e-30, 1e-30], [1e30, 2e30], [1.0, 1.0 + 1e-12]]
+)
 def test_flat_tiny_and_huge_values_are_drawn_inside_the_plot(values: list[float]) -> None:
     text = figure(Chart("t", (Series("a", tuple((float(i), v) for i, v in enumerate(values, 1))),)))
     for circle in parse(text).iter("circle"):
@@ -173,12 +192,17 @@ def test_nothing_finite_is_no_chart() -> None:
 
 def test_long_noisy_series_get_a_mean_line() -> None:
     noisy = Series("a", tuple((float(i), float(i % 2)) for i in range(100)))
-    assert [p.attrib["class"] for p in parse(figure(Chart("t", (noisy,), smooth=True))).iter("path")] == ["line c0 raw", "line c0 mean"]
+    assert [p.attrib["class"] for p in parse(figure(Chart("t", (noisy,), smooth=True))).iter("path")] == [
+        "line c0 raw",
+        "line c0 mean",
+    ]
     assert len(list(parse(figure(Chart("t", (noisy,)))).iter("path"))) == 1
 
 
 def test_names_are_escaped_and_the_hover_data_is_json() -> None:
-    text = figure(Chart('<script>"&', (Series("</svg>'", ((1.0, 2.0), (2.0, None))), Series("b", ((2.0, 4.0),)))))
+    text = figure(
+        Chart('<script>"&', (Series("</svg>'", ((1.0, 2.0), (2.0, None))), Series("b", ((2.0, 4.0),))))
+    )
     root = parse(text)
     assert [h.text for h in root.iter("h3")] == ['<script>"&']
     assert next(t.text for t in root.iter("title")) == "</svg>'"

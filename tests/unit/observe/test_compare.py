@@ -22,7 +22,15 @@ rewards: {functions: []}
 
 
 def line(step: int, loss: float, speed: float, **more: Any) -> dict[str, Any]:
-    return {"step": step, "loss": loss, "perf/tokens_per_s": speed, "time/data": 0.5, "time/optim": 1.5, "time/idle/learners": 9.0, **more}
+    return {
+        "step": step,
+        "loss": loss,
+        "perf/tokens_per_s": speed,
+        "time/data": 0.5,
+        "time/optim": 1.5,
+        "time/idle/learners": 9.0,
+        **more,
+    }
 
 
 OFFLINE = [
@@ -40,10 +48,17 @@ ONLINE = [
 ]
 
 
-def make_run(folder: Path, lines: list[dict[str, Any]], rate: str = "0.1", wandb: str = "off", split: str = "eval") -> Path:
+def make_run(
+    folder: Path, lines: list[dict[str, Any]], rate: str = "0.1", wandb: str = "off", split: str = "eval"
+) -> Path:
     folder.mkdir(parents=True)
     (folder / "metrics.jsonl").write_text("".join(json.dumps(found) + "\n" for found in lines))
-    text = RECIPE.replace("NAME", folder.name).replace("RATE", rate).replace("WANDB", wandb).replace("EVAL", split)
+    text = (
+        RECIPE.replace("NAME", folder.name)
+        .replace("RATE", rate)
+        .replace("WANDB", wandb)
+        .replace("EVAL", split)
+    )
     (folder / "recipe.yaml").write_text(text)
     return folder
 
@@ -59,7 +74,9 @@ def test_last_and_best_of_every_metric_that_has_a_best(tmp_path: Path) -> None:
     assert run.metrics["eval/loss"] == Value(0.5, 0.3, 2)
     assert run.metrics["eval/exact_match"] == Value(0.8, 0.9, 2)
     assert run.metrics["loss"] == Value(0.4, 0.2, 2)
-    assert run.metrics["kl"] == Value(0.3, None, None), "more is neither better nor worse, and null is no number"
+    assert run.metrics["kl"] == Value(0.3, None, None), (
+        "more is neither better nor worse, and null is no number"
+    )
     assert (run.steps, run.tokens_per_s, run.seconds) == (3, 200.0, 6.0), "idle time is not spent twice"
 
 
@@ -73,7 +90,10 @@ def test_an_online_run(tmp_path: Path) -> None:
 
 
 def test_wall_time_and_restarts_are_the_last_steps(tmp_path: Path) -> None:
-    lines = [line(1, 0.6, 1.0, **{"perf/elapsed_s": 10.0, "faults/restarts": 0}), line(2, 0.5, 1.0, **{"perf/elapsed_s": 95.0, "faults/restarts": 2})]
+    lines = [
+        line(1, 0.6, 1.0, **{"perf/elapsed_s": 10.0, "faults/restarts": 0}),
+        line(2, 0.5, 1.0, **{"perf/elapsed_s": 95.0, "faults/restarts": 2}),
+    ]
     folder = make_run(tmp_path / "a", lines)
     run = read_run("a", folder)
     assert (run.wall_seconds, run.restarts, run.seconds) == (95.0, 2, 4.0)
@@ -86,7 +106,11 @@ def test_wall_time_and_restarts_are_the_last_steps(tmp_path: Path) -> None:
 def test_only_keys_that_differ(tmp_path: Path) -> None:
     runs = [make_run(tmp_path / "a", OFFLINE), make_run(tmp_path / "b", OFFLINE, rate="0.2", split="train")]
     found = differences([read_run(folder.name, folder) for folder in runs])
-    assert found == {"run.name": ["a", "b"], "optimizer.learning_rate": [0.1, 0.2], "data.eval[0].split": ["eval", "train"]}
+    assert found == {
+        "run.name": ["a", "b"],
+        "optimizer.learning_rate": [0.1, 0.2],
+        "data.eval[0].split": ["eval", "train"],
+    }
     assert differences([read_run("a", runs[0])]) == {}
 
 
@@ -137,10 +161,28 @@ def test_a_run_that_has_only_begun(tmp_path: Path) -> None:
 
 
 def test_preference_accuracy_says_what_it_ranks_by_and_what_a_run_lacks_is_a_dash(tmp_path: Path) -> None:
-    pairs = [{"step": i, "eval/preference_accuracy": v, "eval/logp_accuracy": 0.5, "eval/logps/chosen": -9.0} for i, v in ((0, None), (2, 0.75))]
+    pairs = [
+        {"step": i, "eval/preference_accuracy": v, "eval/logp_accuracy": 0.5, "eval/logps/chosen": -9.0}
+        for i, v in ((0, None), (2, 0.75))
+    ]
     free = [{"step": 2, "eval/preference_accuracy": 0.6, "eval/logps/chosen": -9.0}]
     dpo, simpo = make_run(tmp_path / "dpo", pairs), make_run(tmp_path / "simpo", free)
-    assert [read_run("a", folder).ranked_by for folder in (dpo, simpo)] == ["implicit reward", "log-prob per token"]
+    assert [read_run("a", folder).ranked_by for folder in (dpo, simpo)] == [
+        "implicit reward",
+        "log-prob per token",
+    ]
     lines = [row.split() for row in shown(dpo, simpo).splitlines()]
-    assert [*["eval/preference_accuracy", "(by", "implicit", "reward,", "log-prob", "per", "token)", "0.75", "0.6"]] in lines
+    assert [
+        *[
+            "eval/preference_accuracy",
+            "(by",
+            "implicit",
+            "reward,",
+            "log-prob",
+            "per",
+            "token)",
+            "0.75",
+            "0.6",
+        ]
+    ] in lines
     assert ["eval/logp_accuracy", "0.5", "–"] in lines

@@ -1,4 +1,5 @@
-"""The dashboards in dashboards/: what they are made of, and that the file that is imported is what the code makes."""
+"""The dashboards in dashboards/: what they are made of, and that the file that is imported is what the code
+makes."""
 
 import json
 import re
@@ -33,17 +34,23 @@ def dashboard() -> dict[str, Any]:
 def expressions(dashboard: dict[str, Any]) -> Iterator[str]:
     for panel in dashboard["panels"]:
         yield from (target["expr"] for target in panel.get("targets", ()))
-    yield from (variable["query"] for variable in dashboard["templating"]["list"] if variable["type"] == "query")
+    yield from (
+        variable["query"] for variable in dashboard["templating"]["list"] if variable["type"] == "query"
+    )
 
 
 def test_the_file_is_what_the_code_makes(grafana: Any, dashboard: dict[str, Any]) -> None:
     assert dashboard == grafana.dashboard(), "python dashboards/grafana.py > dashboards/grafana.json"
 
 
-def test_every_expression_asks_for_a_gauge_of_the_layout_or_for_one_that_ray_has(dashboard: dict[str, Any]) -> None:
+def test_every_expression_asks_for_a_gauge_of_the_layout_or_for_one_that_ray_has(
+    dashboard: dict[str, Any],
+) -> None:
     from ray.dashboard.modules.reporter.reporter_agent import METRICS_GAUGES
 
-    ours = {f"ray_{gauge(name)}" for question in QUESTIONS for panel in question.panels for name in panel.names}
+    ours = {
+        f"ray_{gauge(name)}" for question in QUESTIONS for panel in question.panels for name in panel.names
+    }
     rays = {f"ray_{name}" for name in METRICS_GAUGES}
     asked = {name for expression in expressions(dashboard) for name in RAY_METRIC.findall(expression)}
     assert asked - rays == {*ours, f"ray_{gauge('global_step')}"}
@@ -53,7 +60,10 @@ def test_every_expression_asks_for_a_gauge_of_the_layout_or_for_one_that_ray_has
 def test_ids_are_unique_and_no_panel_lies_on_another(dashboard: dict[str, Any]) -> None:
     panels = dashboard["panels"]
     assert len({panel["id"] for panel in panels}) == len(panels)
-    assert [p["title"] for p in panels if p["type"] == "row"] == [*(question.title for question in QUESTIONS), "The cluster"]
+    assert [p["title"] for p in panels if p["type"] == "row"] == [
+        *(question.title for question in QUESTIONS),
+        "The cluster",
+    ]
     cells = [
         (x, y)
         for p in panels

@@ -24,7 +24,11 @@ def write(folder: Path, resume_step: int, steps: range, notes: list[str] | None 
     for step in steps:
         sink.step(StepReport(step, {"loss": 1.0 / step, "grad_norm": 2.0}))
         if step % 2 == 0:
-            sink.evaluation(EvaluationReport(step, {"eval/loss": 0.5}, (Sample(step, "pair", "p", chosen="a", rejected="b"),)))
+            sink.evaluation(
+                EvaluationReport(
+                    step, {"eval/loss": 0.5}, (Sample(step, "pair", "p", chosen="a", rejected="b"),)
+                )
+            )
     sink.close()
 
 
@@ -54,7 +58,11 @@ def test_a_sample_leaves_out_what_it_has_not(tmp_path: Path) -> None:
     sink = JsonlSink(tmp_path, 0)
     sink.open(NOTES.append)
     hostile = "line\u2028end \ud800 ünï"
-    sink.evaluation(EvaluationReport(4, {"eval/x": 1.0}, (Sample(4, "generation", hostile, completion="c", scores={"correct": 1.0}),)))
+    sink.evaluation(
+        EvaluationReport(
+            4, {"eval/x": 1.0}, (Sample(4, "generation", hostile, completion="c", scores={"correct": 1.0}),)
+        )
+    )
     sink.close()
     raw = (tmp_path / "samples.jsonl").read_bytes()
     assert raw.isascii()
@@ -67,7 +75,11 @@ def test_numbers_json_cannot_write_become_null(tmp_path: Path) -> None:
     sink = JsonlSink(tmp_path, 0)
     sink.open(NOTES.append)
     sink.step(StepReport(1, {"loss": float("nan"), "grad_norm": float("inf"), "ok": 1e-300}))
-    sink.evaluation(EvaluationReport(1, {"eval/a": float("-inf")}, (Sample(1, "pair", "p", scores={"margin": float("nan")}),)))
+    sink.evaluation(
+        EvaluationReport(
+            1, {"eval/a": float("-inf")}, (Sample(1, "pair", "p", scores={"margin": float("nan")}),)
+        )
+    )
     sink.close()
 
     def refuse(word: str) -> None:
@@ -143,7 +155,14 @@ class Ticks:
 
 
 def report(step: int) -> StepReport:
-    metrics = {"loss": 0.693147, "rewards/accuracies": 0.5, "grad_norm": 1.25, "learning_rate": 5e-6, "perf/tokens_per_s": 12345.6, "time/x": 3.0}
+    metrics = {
+        "loss": 0.693147,
+        "rewards/accuracies": 0.5,
+        "grad_norm": 1.25,
+        "learning_rate": 5e-6,
+        "perf/tokens_per_s": 12345.6,
+        "time/x": 3.0,
+    }
     return StepReport(step, metrics)
 
 
@@ -208,7 +227,13 @@ def test_a_run_that_ends_early_tells_its_last_step() -> None:
 def test_reward_components_stand_beside_the_reward() -> None:
     out = io.StringIO()
     sink = ConsoleSink(9, Console(file=out, width=40), clock=Ticks())
-    rewards = {"reward/mean": 1.13, "reward/std": 0.4, "reward/brief": 1.09, "reward/kl": 0.04, "reward/no_signal_ratio": 0.1}
+    rewards = {
+        "reward/mean": 1.13,
+        "reward/std": 0.4,
+        "reward/brief": 1.09,
+        "reward/kl": 0.04,
+        "reward/no_signal_ratio": 0.1,
+    }
     sink.step(StepReport(1, {"loss": 0.0, **rewards, "kl": 0.5}))
     sink.step(StepReport(2, {"loss": 0.0, "reward/mean": 1.0, "reward/only": 1.0}))
     assert out.getvalue().splitlines() == [
@@ -236,7 +261,11 @@ def test_an_sft_line_has_no_empty_columns() -> None:
 
 def test_a_terminal_gets_a_live_table_of_the_last_steps() -> None:
     out = io.StringIO()
-    sink = ConsoleSink(20, Console(file=out, force_terminal=True, width=100, color_system=None, _environ={"TERM": "xterm"}), clock=Ticks())
+    sink = ConsoleSink(
+        20,
+        Console(file=out, force_terminal=True, width=100, color_system=None, _environ={"TERM": "xterm"}),
+        clock=Ticks(),
+    )
     for step in range(1, 13):
         sink.step(report(step))
     sink.note("checkpoint written")
@@ -249,5 +278,11 @@ def test_a_terminal_gets_a_live_table_of_the_last_steps() -> None:
 
 
 def test_durations_and_control_characters() -> None:
-    assert [duration(s) for s in (0.2, 59.6, 192, 7500, float("nan"))] == ["0s", "1m00s", "3m12s", "2h05m", "?"]
+    assert [duration(s) for s in (0.2, 59.6, 192, 7500, float("nan"))] == [
+        "0s",
+        "1m00s",
+        "3m12s",
+        "2h05m",
+        "?",
+    ]
     assert printable("a\x1b[31m\u202eb\n\tü") == "a\\x1b[31m\\u202eb\n\tü"

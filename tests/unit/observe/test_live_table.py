@@ -12,13 +12,19 @@ from orchestrator.observe.live_table import LiveTable, StepLine
 words = st.text("abcdefgrt/_", min_size=1, max_size=8)
 
 
-@given(st.integers(0, 9999), st.integers(1, 9999), st.dictionaries(words, st.text("0123456789.e-,", min_size=1), min_size=1))
+@given(
+    st.integers(0, 9999),
+    st.integers(1, 9999),
+    st.dictionaries(words, st.text("0123456789.e-,", min_size=1), min_size=1),
+)
 def test_a_line_is_read_back(step: int, total: int, columns: dict[str, str]) -> None:
     row = StepLine(step, total, columns)
     assert StepLine.parse(str(row)) == row
 
 
-@pytest.mark.parametrize("line", ["", "step 3 of 4", "evaluation at step 3  loss 0.1", "note: step 3/4  loss 1", "step 3/4  loss"])
+@pytest.mark.parametrize(
+    "line", ["", "step 3 of 4", "evaluation at step 3  loss 0.1", "note: step 3/4  loss 1", "step 3/4  loss"]
+)
 def test_other_lines_are_no_steps(line: str) -> None:
     assert StepLine.parse(line) is None
 

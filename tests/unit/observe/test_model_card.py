@@ -36,11 +36,20 @@ def write(folder: Path, steps: int, evaluations: dict[int, float]) -> None:
 
 def rows(text: str, heading: str) -> list[list[str]]:
     section = text.split(f"## {heading}\n")[1].split("\n## ")[0]
-    return [[c.strip() for c in line.strip("|").split("|")] for line in section.splitlines() if line.startswith("|")]
+    return [
+        [c.strip() for c in line.strip("|").split("|")]
+        for line in section.splitlines()
+        if line.startswith("|")
+    ]
 
 
 def test_the_hub_can_read_the_front_matter(tmp_path: Path) -> None:
-    expected = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["orchestrator", "dpo"], "base_model": "org/model"}
+    expected = {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["orchestrator", "dpo"],
+        "base_model": "org/model",
+    }
     assert front(card(tmp_path)) == expected
     assert "base_model" not in front(card(tmp_path, base="a random-weight llama model"))
     assert "base_model" not in front(card(tmp_path, base="/runs/sft/export"))
@@ -50,7 +59,11 @@ def test_the_hub_can_read_the_front_matter(tmp_path: Path) -> None:
 def test_results_before_and_after_and_a_short_curve(tmp_path: Path) -> None:
     write(tmp_path, 200, {0: 0.7, 100: 0.5, 200: 0.25})
     text = card(tmp_path)
-    assert rows(text, "Results") == [["held-out metric", "step 0", "step 200"], ["---"] * 3, ["eval/loss", "0.7", "0.25"]]
+    assert rows(text, "Results") == [
+        ["held-out metric", "step 0", "step 200"],
+        ["---"] * 3,
+        ["eval/loss", "0.7", "0.25"],
+    ]
     curve = rows(text, "Training curve")
     assert curve[0] == ["step", "loss", "grad_norm"]
     assert len(curve) == 2 + 10

@@ -49,7 +49,9 @@ class Recorder:
 
 def test_every_sink_gets_everything_and_a_late_note_still_arrives(tmp_path: Path) -> None:
     log: list[str] = []
-    reporter = RunReporter([Recorder(log, "a"), Recorder(log, "b", late="bye")], tmp_path / "logs" / "driver.log")
+    reporter = RunReporter(
+        [Recorder(log, "a"), Recorder(log, "b", late="bye")], tmp_path / "logs" / "driver.log"
+    )
     reporter.step(StepReport(1, {}))
     reporter.evaluation(EvaluationReport(1, {}))
     reporter.close()
@@ -72,7 +74,9 @@ def test_notes_are_logged_with_their_time_in_utc(tmp_path: Path) -> None:
 
 def test_one_sink_that_cannot_close_does_not_keep_the_others_open(tmp_path: Path) -> None:
     log: list[str] = []
-    reporter = RunReporter([Recorder(log, "a"), Recorder(log, "b", failure=OSError("disk"))], tmp_path / "driver.log")
+    reporter = RunReporter(
+        [Recorder(log, "a"), Recorder(log, "b", failure=OSError("disk"))], tmp_path / "driver.log"
+    )
     with pytest.raises(OSError, match="disk"):
         reporter.close()
     assert log[-2:] == ["b close", "a close"]
@@ -80,7 +84,10 @@ def test_one_sink_that_cannot_close_does_not_keep_the_others_open(tmp_path: Path
 
 def test_a_run_that_fails_for_a_full_disk_says_so(tmp_path: Path) -> None:
     """Its last words find no place either, and must not stand in for the error and its exit code."""
-    with pytest.raises(OutputError, match="cannot be written"), RunReporter([], Path("/dev/full"), Watch(tmp_path, Alerts(), 0)):
+    with (
+        pytest.raises(OutputError, match="cannot be written"),
+        RunReporter([], Path("/dev/full"), Watch(tmp_path, Alerts(), 0)),
+    ):
         raise OutputError("metrics.jsonl cannot be written", fix="free disk space")
     with pytest.raises(OSError, match="No space left"), RunReporter([], Path("/dev/full")) as reporter:
         reporter.note("of a run that goes well")

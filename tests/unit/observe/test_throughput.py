@@ -10,10 +10,12 @@ from orchestrator.core.reports import LearnReport
 from orchestrator.learner.probes import sheet_flops
 from orchestrator.models.attention import attention_windows
 from orchestrator.observe.metrics import Throughput
-from orchestrator.recipe.schema import Algorithm, Data, Model, Optimizer, Recipe, TinyModel
+from orchestrator.recipe.schema import AlgorithmConfig, Data, Model, Optimizer, Recipe, TinyModel
 from orchestrator.run.startup import measured_throughput, model_flops
 
-LLAMA = LlamaConfig(hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, intermediate_size=11008, vocab_size=32000)
+LLAMA = LlamaConfig(
+    hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, intermediate_size=11008, vocab_size=32000
+)
 BODY = 32 * (4 * 4096 * 4096 + 3 * 4096 * 11008)
 
 
@@ -33,7 +35,12 @@ def test_frozen_weights_have_no_gradient_and_a_reward_model_no_vocabulary():
 def test_flops_that_are_not_known_leave_the_metric_out_and_say_so():
     """DeepSeek's configuration lacks a field that TRL's count reads."""
     tiny = Model(tiny=TinyModel(architecture="deepseek_v3"))
-    recipe = Recipe(model=tiny, data=Data(train="none"), algorithm=Algorithm(name="sft"), optimizer=Optimizer(learning_rate=1e-3))
+    recipe = Recipe(
+        model=tiny,
+        data=Data(train="none"),
+        algorithm=AlgorithmConfig(name="sft"),
+        optimizer=Optimizer(learning_rate=1e-3),
+    )
     said: list[str] = []
     plan, nobody = SimpleNamespace(recipe=recipe), SimpleNamespace()
     assert measured_throughput(plan, build(recipe.algorithm), nobody, said.append) == Throughput()  # pyright: ignore[reportArgumentType]
@@ -41,8 +48,12 @@ def test_flops_that_are_not_known_leave_the_metric_out_and_say_so():
 
 
 def test_utilisation_counts_each_kind_of_work_once():
-    report = LearnReport(0.0, {}, 1, tokens=9, computed=5, scored=2, positions=7, seconds=2.0, attended=3)
-    assert Throughput(10.0, 100.0, 1000.0, 2350.0).mfu(report) == pytest.approx(100 * (50 + 300 + 2000) / 2 / 2350)
+    report = LearnReport(
+        0.0, {}, 1, tokens=9, computed=5, scored_tokens=2, positions=7, seconds=2.0, attended=3
+    )
+    assert Throughput(10.0, 100.0, 1000.0, 2350.0).mfu(report) == pytest.approx(
+        100 * (50 + 300 + 2000) / 2 / 2350
+    )
     assert Throughput(10.0, 100.0, 1000.0, None).mfu(report) is None
 
 

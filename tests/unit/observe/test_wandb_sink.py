@@ -1,4 +1,5 @@
-"""Real wandb runs, offline, read back from the file they leave; and what happens when wandb cannot be reached."""
+"""Real wandb runs, offline, read back from the file they leave; and what happens when wandb cannot be
+reached."""
 
 import json
 import math
@@ -18,7 +19,14 @@ import pytest
 from orchestrator.core.reports import EvaluationReport, Sample, StepReport
 from orchestrator.observe.alerts import Alert
 from orchestrator.observe.jsonl import JsonlSink
-from orchestrator.observe.wandb_sink import STEP, WandbSink, failed_within, honoured, stable_run_id, without_credentials
+from orchestrator.observe.wandb_sink import (
+    STEP,
+    WandbSink,
+    failed_within,
+    honoured,
+    stable_run_id,
+    without_credentials,
+)
 from orchestrator.recipe.schema import Tracking
 from tests.wandb_server import WandbServer
 
@@ -27,7 +35,16 @@ SAMPLES = (
     Sample(2, "generation", "Q: 1+1?", completion="3", answer="2", scores={"correct": 0.0}),
 )
 ROLLOUTS = tuple(
-    Sample(2, "rollout", f"Q{i}", completion="4", scores={"reward": i / 100, "exact": 1.0}, version=1, finish="stop") for i in range(100)
+    Sample(
+        2,
+        "rollout",
+        f"Q{i}",
+        completion="4",
+        scores={"reward": i / 100, "exact": 1.0},
+        version=1,
+        finish="stop",
+    )
+    for i in range(100)
 )
 
 
@@ -63,7 +80,8 @@ def of_kind(folder: Path, kind: str) -> list[Any]:
 
 
 def finished(path: Path, deadline_s: float = 60.0) -> list[Any]:
-    """All records, once wandb's own process has written the last of them: it does so after `finish` has returned."""
+    """All records, once wandb's own process has written the last of them: it does so after `finish` has
+    returned."""
     end = time.monotonic() + deadline_s
     while time.monotonic() < end:
         found = list(records(path))
@@ -75,14 +93,19 @@ def finished(path: Path, deadline_s: float = 60.0) -> list[Any]:
 
 def history(folder: Path) -> list[dict[str, Any]]:
     """Logged rows; the fields of a table as "name:field"."""
-    return [{":".join(i.nested_key) or i.key: json.loads(i.value_json) for i in row.item} for row in of_kind(folder, "history")]
+    return [
+        {":".join(i.nested_key) or i.key: json.loads(i.value_json) for i in row.item}
+        for row in of_kind(folder, "history")
+    ]
 
 
 @pytest.fixture(scope="module")
 def offline(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
     """One offline run: two steps and an evaluation."""
     folder, notes = tmp_path_factory.mktemp("run") / "deeper", []
-    sink = WandbSink(folder, Tracking(project="p", group="g"), "a-run", {"algorithm": {"beta": 0.1}}, "id0123", "dpo")
+    sink = WandbSink(
+        folder, Tracking(project="p", group="g"), "a-run", {"algorithm": {"beta": 0.1}}, "id0123", "dpo"
+    )
     sink.open(notes.append)
     sink.step(StepReport(1, {"loss": 0.75, "rewards/accuracies": 0.5}))
     sink.step(StepReport(2, {"loss": float("nan"), "rewards/accuracies": float("nan")}, ROLLOUTS))
@@ -112,11 +135,21 @@ def test_the_step_metric_is_defined_for_all_metrics(offline: tuple[Path, list[st
 @pytest.mark.parametrize(
     ("name", "columns", "row"),
     [
-        ("eval/most_wrong_pairs", ["step", "prompt", "chosen", "rejected", "margin"], [2, "Q: 2+2?", "4", "5", -1.5]),
-        ("eval/generations", ["step", "prompt", "completion", "answer", "correct"], [2, "Q: 1+1?", "3", "2", 0.0]),
+        (
+            "eval/most_wrong_pairs",
+            ["step", "prompt", "chosen", "rejected", "margin"],
+            [2, "Q: 2+2?", "4", "5", -1.5],
+        ),
+        (
+            "eval/generations",
+            ["step", "prompt", "completion", "answer", "correct"],
+            [2, "Q: 1+1?", "3", "2", 0.0],
+        ),
     ],
 )
-def test_tables_are_recorded(offline: tuple[Path, list[str]], name: str, columns: list[str], row: list[Any]) -> None:
+def test_tables_are_recorded(
+    offline: tuple[Path, list[str]], name: str, columns: list[str], row: list[Any]
+) -> None:
     entry = history(offline[0])[2]
     assert (entry[f"{name}:_type"], entry[f"{name}:nrows"], entry[STEP]) == ("table-file", 1, 2)
     (file,) = (offline[0] / "wandb").glob(f"offline-run-*/files/{entry[f'{name}:path']}")
@@ -134,15 +167,30 @@ def test_the_run_has_its_name_id_and_config(offline: tuple[Path, list[str]]) -> 
 def test_a_failed_run_is_one_in_wandb_too(offline: tuple[Path, list[str]]) -> None:
     assert of_kind(offline[0], "exit")[0].exit_code == 1
     (alert,) = of_kind(offline[0], "alert")
-    assert (alert.title, alert.text, alert.level) == ("reward collapse", "it fell: http://rewards/score", "ERROR")
+    assert (alert.title, alert.text, alert.level) == (
+        "reward collapse",
+        "it fell: http://rewards/score",
+        "ERROR",
+    )
 
 
 def test_of_many_rollouts_the_worst_middle_and_best_are_shown(offline: tuple[Path, list[str]]) -> None:
     entry = history(offline[0])[2]
     (file,) = (offline[0] / "wandb").glob(f"offline-run-*/files/{entry['rollouts/worst_median_best:path']}")
     table = json.loads(file.read_text())
-    assert table["columns"] == ["step", "prompt", "completion", "answer", "version", "finish", "reward", "exact"]
-    assert [row[6] for row in table["data"]] == [i / 100 for i in (*range(8), *range(46, 54), *range(92, 100))]
+    assert table["columns"] == [
+        "step",
+        "prompt",
+        "completion",
+        "answer",
+        "version",
+        "finish",
+        "reward",
+        "exact",
+    ]
+    assert [row[6] for row in table["data"]] == [
+        i / 100 for i in (*range(8), *range(46, 54), *range(92, 100))
+    ]
 
 
 def test_the_user_is_told_how_to_upload_it(offline: tuple[Path, list[str]]) -> None:
@@ -164,11 +212,14 @@ def test_the_same_run_can_start_again_in_one_process(tmp_path: Path) -> None:
 
 
 def test_a_service_that_a_parent_named_is_not_asked(tmp_path: Path) -> None:
-    """The variable outlives the process that it names: a notebook was restarted, a test before this one ended its run."""
+    """The variable outlives the process that it names: a notebook was restarted, a test before this one ended
+    its run."""
     environment = os.environ | {"WANDB_SERVICE": f"3-1-unix-{tmp_path}/gone.sock", "HOME": str(tmp_path)}
     with WandbServer() as server:
         command = [sys.executable, "-c", OUTAGE, str(tmp_path / "run")]
-        done = subprocess.run(command, env=environment | server.environment(), capture_output=True, text=True, timeout=60)
+        done = subprocess.run(
+            command, env=environment | server.environment(), capture_output=True, text=True, timeout=60
+        )
         assert done.returncode == 0, done.stderr
         assert json.loads(done.stdout.splitlines()[-1])["notes"] == []
         assert server.only_run.series("train/loss") == [0.5]
@@ -195,14 +246,22 @@ def test_each_offline_recording_is_the_whole_run(tmp_path: Path) -> None:
     with WandbServer() as server:
         environment = os.environ | server.environment() | {"HOME": str(tmp_path / "home")}
         command = [str(Path(sys.executable).parent / "wandb"), "sync", str(folder)]
-        synced = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+        synced = subprocess.run(
+            command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=60
+        )
         assert synced.returncode == 0, synced.stderr
         assert server.only_run.series(STEP) == [0, 1, 2, 2, 3]
 
 
 def test_addresses_in_the_config_name_no_user() -> None:
-    config = {"rewards": [{"url": "https://me:secret@host:1/score"}], "plan": {"beta": 0.1, "choices": ("a", "http://host/")}}
-    assert without_credentials(config) == {"rewards": [{"url": "https://host:1/score"}], "plan": {"beta": 0.1, "choices": ["a", "http://host/"]}}
+    config = {
+        "rewards": [{"url": "https://me:secret@host:1/score"}],
+        "plan": {"beta": 0.1, "choices": ("a", "http://host/")},
+    }
+    assert without_credentials(config) == {
+        "rewards": [{"url": "https://host:1/score"}],
+        "plan": {"beta": 0.1, "choices": ["a", "http://host/"]},
+    }
 
 
 def dead_port() -> int:
@@ -216,7 +275,7 @@ import json, sys, time
 from pathlib import Path
 from orchestrator.recipe.schema import Tracking
 from orchestrator.observe.wandb_sink import WandbSink
-from orchestrator.core.batches import StepReport
+from orchestrator.core.reports import StepReport
 notes, started = [], time.monotonic()
 sink = WandbSink(Path(sys.argv[1]), Tracking(wandb="online", init_timeout_s=2, finish_timeout_s=5), "r", {}, "outage")
 sink.open(notes.append)
@@ -237,7 +296,9 @@ def test_without_a_server_the_run_is_recorded_offline(tmp_path: Path, key: str) 
         "PYTHONPATH": str(Path(__file__).parents[3]),
     } | ({"WANDB_API_KEY": key} if key else {})
     command = [sys.executable, "-c", OUTAGE, str(tmp_path / "run")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=60)
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=60
+    )
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
     fallback, upload = result["notes"]
@@ -289,7 +350,13 @@ def test_the_run_id_is_stable_and_belongs_to_the_folder(tmp_path: Path) -> None:
 
 def test_importing_the_module_does_not_import_wandb() -> None:
     code = "import sys, orchestrator.observe.wandb_sink; print('wandb' in sys.modules)"
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[3])
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=Path(__file__).parents[3],
+    )
     assert run.stdout.strip() == "False"
 
 

@@ -8,7 +8,7 @@ import pytest
 from orchestrator.core.errors import Diverged, Interrupted, WorkerLost
 from orchestrator.core.files import read_lines
 from orchestrator.core.reports import EvaluationReport, StepReport
-from orchestrator.observe.goodput import Attempts
+from orchestrator.observe.goodput import StartLog
 from orchestrator.observe.jsonl import JsonlSink
 from orchestrator.observe.reporter import RunReporter
 from orchestrator.observe.watch import Watch
@@ -28,7 +28,7 @@ class Clock:
 
 
 def attempt(folder: Path, resume_step: int, clock: Clock) -> RunReporter:
-    watch = Watch(folder, LIMITS, resume_step, Attempts(folder, clock))
+    watch = Watch(folder, LIMITS, resume_step, StartLog(folder, clock))
     return RunReporter([JsonlSink(folder, resume_step)], folder / "logs" / "driver.log", watch)
 
 
@@ -57,7 +57,7 @@ def test_goodput_counts_over_all_attempts(tmp_path: Path) -> None:
 
 
 def test_an_online_step_has_its_own_duration(tmp_path: Path) -> None:
-    attempts = Attempts(tmp_path, clock := Clock())
+    attempts = StartLog(tmp_path, clock := Clock())
     attempts.begin(0)
     clock.now += 8
     assert attempts.after({"time/step": 4.0, "time/generate": 3.0, "time/learn": 3.0})["perf/goodput"] == 0.5
@@ -90,8 +90,12 @@ def test_held_out_alerts_and_restarts(tmp_path: Path) -> None:
     clock = Clock()
     for _ in range(4):
         with attempt(tmp_path, 0, clock) as reporter:
-            reporter.evaluation(EvaluationReport(0, {"eval/rewards/margins": 0.0, "eval/rewards/accuracies": 0.5}))
-            reporter.evaluation(EvaluationReport(1, {"eval/rewards/margins": 1.0, "eval/rewards/accuracies": 0.5}))
+            reporter.evaluation(
+                EvaluationReport(0, {"eval/rewards/margins": 0.0, "eval/rewards/accuracies": 0.5})
+            )
+            reporter.evaluation(
+                EvaluationReport(1, {"eval/rewards/margins": 1.0, "eval/rewards/accuracies": 0.5})
+            )
     titles = [line["title"] for line in read_lines(tmp_path / "alerts.jsonl")]
     assert titles == ["repeated restarts", "margin without accuracy, held out"]
 
@@ -106,7 +110,9 @@ def test_held_out_alerts_and_restarts(tmp_path: Path) -> None:
         (KeyboardInterrupt(), []),
     ],
 )
-def test_the_end_of_a_run_is_an_alert_where_nobody_asked_for_it_or_tries_again(tmp_path: Path, error: BaseException, told: list[str]) -> None:
+def test_the_end_of_a_run_is_an_alert_where_nobody_asked_for_it_or_tries_again(
+    tmp_path: Path, error: BaseException, told: list[str]
+) -> None:
     with pytest.raises(type(error)), attempt(tmp_path, 0, Clock()):
         raise error
     alerts = tmp_path / "alerts.jsonl"

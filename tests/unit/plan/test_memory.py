@@ -10,7 +10,18 @@ from orchestrator.algorithms.table import build
 from orchestrator.core.batches import Branch, Cut, SequenceGroup
 from orchestrator.data.packing import pack
 from orchestrator.plan.memory import DEPTHS, MemoryModel
-from orchestrator.recipe.schema import Algorithm, Batch, Data, Learners, Lora, Model, Offload, Optimizer, Recipe, TinyModel
+from orchestrator.recipe.schema import (
+    AlgorithmConfig,
+    Batch,
+    Data,
+    Learners,
+    Lora,
+    Model,
+    Offload,
+    Optimizer,
+    Recipe,
+    TinyModel,
+)
 
 HIDDEN, VOCABULARY = 64, 2048
 LARGE = 2 * VOCABULARY * HIDDEN  # input and output embedding: the tensors that ZeRO-3 partitions
@@ -18,11 +29,18 @@ LAYERS = 2 * (4 * HIDDEN * HIDDEN + 3 * HIDDEN * 2 * HIDDEN + 2 * HIDDEN) + HIDD
 ALL = LARGE + LAYERS
 
 
-def recipe(*, lora=None, sync_every=None, name="dpo", layers=2, hidden=HIDDEN, architecture="llama", **learners) -> Recipe:
+def recipe(
+    *, lora=None, sync_every=None, name="dpo", layers=2, hidden=HIDDEN, architecture="llama", **learners
+) -> Recipe:
     return Recipe(
-        model=Model(tiny=TinyModel(architecture=architecture, hidden_size=hidden, layers=layers, vocab_size=VOCABULARY), lora=lora),
+        model=Model(
+            tiny=TinyModel(
+                architecture=architecture, hidden_size=hidden, layers=layers, vocab_size=VOCABULARY
+            ),
+            lora=lora,
+        ),
         data=Data(train="none"),
-        algorithm=Algorithm(name=name, reference_sync_every=sync_every),
+        algorithm=AlgorithmConfig(name=name, reference_sync_every=sync_every),
         batch=Batch(),
         optimizer=Optimizer(learning_rate=1e-3),
         learners=Learners(**learners),
@@ -39,7 +57,11 @@ def rows(count=2, size=8):
 
 
 def parts(cfg, how, batch=None, checkpointing="none"):
-    return asdict(MemoryModel(cfg, build(cfg.algorithm)).estimate(how, batch if batch is not None else rows(), checkpointing))
+    return asdict(
+        MemoryModel(cfg, build(cfg.algorithm)).estimate(
+            how, batch if batch is not None else rows(), checkpointing
+        )
+    )
 
 
 STATE = ("weights", "gradients", "accumulators", "master", "moments")
@@ -71,11 +93,16 @@ def test_partitions_of_stages_2_and_3_are_a_share_and_a_little():
 
 def test_bf16_at_zero_1_keeps_whole_gradients_twice():
     found = parts(recipe(precision="bf16"), cut(1))
-    assert [found[n] for n in STATE] == pytest.approx([2 * ALL, 2 * ALL, 4 * ALL, 4 * SHARE, 8 * SHARE], abs=16)
+    assert [found[n] for n in STATE] == pytest.approx(
+        [2 * ALL, 2 * ALL, 4 * ALL, 4 * SHARE, 8 * SHARE], abs=16
+    )
 
 
 def test_an_offloaded_optimizer_takes_ram_instead_of_the_device():
-    found, plain = (parts(recipe(gpus_per_worker=1, offload=Offload(optimizer=where)), cut(1)) for where in ("cpu", "none"))
+    found, plain = (
+        parts(recipe(gpus_per_worker=1, offload=Offload(optimizer=where)), cut(1))
+        for where in ("cpu", "none")
+    )
     assert (found["master"], found["moments"], plain["offloaded"]) == (0, 0, 0)
     assert found["offloaded"] >= (4 + 8 + 4 + 4) * SHARE
     large = recipe(gpus_per_worker=1, offload=Offload(optimizer="cpu"))
@@ -88,7 +115,11 @@ def test_an_offloaded_optimizer_takes_ram_instead_of_the_device():
 def test_only_an_adapter_has_optimizer_and_gradients():
     found = parts(recipe(lora=Lora(rank=2)), cut())
     adapter = 2 * (2 * 4 * (HIDDEN + HIDDEN) + 2 * 3 * (HIDDEN + 2 * HIDDEN))
-    assert (found["moments"], found["gradients"], found["weights"]) == (8 * adapter, 4 * adapter, 4 * (ALL + adapter))
+    assert (found["moments"], found["gradients"], found["weights"]) == (
+        8 * adapter,
+        4 * adapter,
+        4 * (ALL + adapter),
+    )
 
 
 def test_a_live_reference_is_a_second_copy():
@@ -98,7 +129,9 @@ def test_a_live_reference_is_a_second_copy():
 
 def test_the_model_comes_whole_and_in_fp32():
     """Whatever the stage, and then stages 1 and 2 make a flat copy."""
-    whole = {stage: parts(recipe(precision="bf16"), cut(stage, "per_micro_batch"))["loading"] for stage in (2, 3)}
+    whole = {
+        stage: parts(recipe(precision="bf16"), cut(stage, "per_micro_batch"))["loading"] for stage in (2, 3)
+    }
     assert whole[3] == 4 * ALL and whole[2] == 4 * ALL
     assert parts(recipe(), cut(1))["loading"] == 8 * ALL
     assert parts(recipe(gpus_per_worker=1), cut(1))["ram"] > 4 * ALL and parts(recipe(), cut(1))["ram"] == 0
@@ -110,7 +143,11 @@ def test_many_equal_layers_are_extrapolated_exactly(checkpointing, architecture,
     deep, batch = recipe(layers=9, architecture=architecture), rows(8, 32)
     passes = []
     whole = MemoryModel._pass
-    monkeypatch.setattr(MemoryModel, "_pass", lambda model, layers, *rest: (passes.append(layers), whole(model, layers, *rest))[1])
+    monkeypatch.setattr(
+        MemoryModel,
+        "_pass",
+        lambda model, layers, *rest: (passes.append(layers), whole(model, layers, *rest))[1],
+    )
     model = MemoryModel(deep, build(deep.algorithm))
     found = model._step_bytes(batch, checkpointing)
     assert passes == list(DEPTHS)
@@ -120,7 +157,11 @@ def test_many_equal_layers_are_extrapolated_exactly(checkpointing, architecture,
 def test_layers_that_differ_are_followed_one_by_one(monkeypatch):
     passes = []
     whole = MemoryModel._pass
-    monkeypatch.setattr(MemoryModel, "_pass", lambda model, layers, *rest: (passes.append(layers), whole(model, layers, *rest))[1])
+    monkeypatch.setattr(
+        MemoryModel,
+        "_pass",
+        lambda model, layers, *rest: (passes.append(layers), whole(model, layers, *rest))[1],
+    )
     mixed = recipe(layers=8, architecture="gemma2")
     MemoryModel(mixed, build(mixed.algorithm))._step_bytes(rows(8, 32), "none")
     assert passes == [None], "all of them at once"
@@ -129,7 +170,9 @@ def test_layers_that_differ_are_followed_one_by_one(monkeypatch):
 def test_activations_grow_with_the_micro_batch_and_state_does_not():
     sizes = [parts(recipe(), cut(), rows(count)) for count in (2, 4, 8)]
     two, four, eight = (s["activations"] for s in sizes)
-    assert eight - four == pytest.approx(2 * (four - two), rel=0.1)  # beside the head's own gradient, which does not grow
+    assert eight - four == pytest.approx(
+        2 * (four - two), rel=0.1
+    )  # beside the head's own gradient, which does not grow
     assert four > two
     assert len({(s["weights"], s["moments"], s["gradients"]) for s in sizes}) == 1
 
@@ -147,7 +190,10 @@ def test_a_reward_model_has_no_logits():
 
 
 def test_checkpointing_trades_activations_for_time():
-    none, selective, full = (parts(recipe(layers=6), cut(), rows(8, 32), mode)["activations"] for mode in ("none", "selective", "full"))
+    none, selective, full = (
+        parts(recipe(layers=6), cut(), rows(8, 32), mode)["activations"]
+        for mode in ("none", "selective", "full")
+    )
     assert full < 0.8 * selective < 0.8 * 0.8 * none
 
 
@@ -196,10 +242,12 @@ def test_low_precision_parameters_are_gathered_small_and_reduced_whole():
 
 
 def test_7b_at_zero_3_is_what_is_counted_by_hand():
-    """Llama 2 7B, N = 6,738,415,616, bf16, 8 ranks, 65,536 positions, each layer computed again: 2N/8 of weights, 4N/8 each of sums and
-    master, 8N/8 of moments; the inputs of 32 layers, 32 x 65536 x 4096 x 2 B = 17.2 GB; about 13 GB of one layer computed again, and
-    1 GB of the head."""
-    shape = TinyModel(hidden_size=4096, layers=32, heads=32, intermediate_size=11008, vocab_size=32000, max_positions=4096)
+    """Llama 2 7B, N = 6,738,415,616, bf16, 8 ranks, 65,536 positions, each layer computed again: 2N/8 of
+    weights, 4N/8 each of sums and master, 8N/8 of moments; the inputs of 32 layers, 32 x 65536 x 4096 x 2 B =
+    17.2 GB; about 13 GB of one layer computed again, and 1 GB of the head."""
+    shape = TinyModel(
+        hidden_size=4096, layers=32, heads=32, intermediate_size=11008, vocab_size=32000, max_positions=4096
+    )
     learners = Learners(workers=8, gpus_per_worker=1, precision="bf16", zero_stage=3)
     cfg = recipe().model_copy(update={"model": Model(tiny=shape), "learners": learners})
     answer = Branch(np.arange(1024), np.ones(1024, np.bool_))

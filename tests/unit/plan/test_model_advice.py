@@ -1,4 +1,5 @@
-"""What `plan` says of a model, and what it refuses before anything is placed: real folders, no weights looked at but their headers."""
+"""What `plan` says of a model, and what it refuses before anything is placed: real folders, no weights looked
+at but their headers."""
 
 import json
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from orchestrator.models.classes import check_trainable
 from orchestrator.models.tiny import byte_tokenizer
 from orchestrator.plan.planner import Choice
 from orchestrator.recipe.schema import (
-    Algorithm,
+    AlgorithmConfig,
     Batch,
     Data,
     Learners,
@@ -32,7 +33,13 @@ from orchestrator.recipe.schema import (
 from orchestrator.run.planned_run import plan_job
 from tests.architectures.journey import make_folder
 
-SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 64}
+SIZES = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 64,
+}
 LONG_ROPE = {
     "rope_type": "longrope",
     "rope_theta": 10000.0,
@@ -47,10 +54,14 @@ Folder = Callable[..., Path]
 def folder(tmp_path: Path) -> Folder:
     """Makes a model folder of an architecture with the options of its configuration."""
 
-    def made(kind: str, auto: Any = AutoModelForCausalLM, tokens: tuple[str, ...] = (), **options: Any) -> Path:
+    def made(
+        kind: str, auto: Any = AutoModelForCausalLM, tokens: tuple[str, ...] = (), **options: Any
+    ) -> Path:
         tokenizer = byte_tokenizer()
         torch.manual_seed(0)
-        config = AutoConfig.for_model(kind, **{**SIZES, "vocab_size": len(tokenizer), "pad_token_id": 0, **options})
+        config = AutoConfig.for_model(
+            kind, **{**SIZES, "vocab_size": len(tokenizer), "pad_token_id": 0, **options}
+        )
         auto.from_config(config).save_pretrained(tmp_path / kind)
         tokenizer.add_tokens(list(tokens))
         tokenizer.save_pretrained(tmp_path / kind)
@@ -62,7 +73,7 @@ def folder(tmp_path: Path) -> Folder:
 def recipe(path: Path, **sections: Any) -> Recipe:
     rest: dict[str, Any] = {
         "data": Data(train=[Source(path="toy:sft", max_rows=8)]),
-        "algorithm": Algorithm(name="sft"),
+        "algorithm": AlgorithmConfig(name="sft"),
         "batch": Batch(effective=4, micro_batch=2),
         "optimizer": Optimizer(learning_rate=1e-3),
         "learners": Learners(workers=1, zero_stage=0, activation_checkpointing="none"),
@@ -72,7 +83,9 @@ def recipe(path: Path, **sections: Any) -> Recipe:
 
 
 def notes(path: Path, **sections: Any) -> dict[str, Choice]:
-    return {choice.name: choice for choice in plan_job(recipe(path, **sections), Console(quiet=True)).plan.choices}
+    return {
+        choice.name: choice for choice in plan_job(recipe(path, **sections), Console(quiet=True)).plan.choices
+    }
 
 
 def refusal(path: Path, **sections: Any) -> OrchestratorError:
@@ -92,7 +105,11 @@ def edited(path: Path, name: str = "config.json", **values: Any) -> Path:
 
 @pytest.mark.parametrize(
     ("kind", "options"),
-    [("gpt2", {"n_positions": 8}), ("opt", {"max_position_embeddings": 8, "ffn_dim": 64}), ("gptj", {"n_positions": 8, "rotary_dim": 4})],
+    [
+        ("gpt2", {"n_positions": 8}),
+        ("opt", {"max_position_embeddings": 8, "ffn_dim": 64}),
+        ("gptj", {"n_positions": 8, "rotary_dim": 4}),
+    ],
 )
 def test_rows_longer_than_a_table_of_positions_are_refused(folder, kind, options):
     error = refusal(folder(kind, **options))
@@ -103,7 +120,7 @@ def test_rows_longer_than_a_table_of_positions_are_refused(folder, kind, options
 def test_a_rollout_of_full_length_counts(folder):
     online = {
         "data": Data(train=[Source(path="toy:prompts", max_rows=8)], max_length=128),
-        "algorithm": Algorithm(name="grpo"),
+        "algorithm": AlgorithmConfig(name="grpo"),
         "rollouts": Rollouts(prompts=2, samples=2, max_new_tokens=100),
         "rewards": Rewards(functions=[RewardFunction(name="exact", function="exact_match")]),
     }
@@ -113,7 +130,9 @@ def test_a_rollout_of_full_length_counts(folder):
 def test_rotary_positions_beyond_the_trained_ones_are_a_note(folder):
     path = folder("llama", max_position_embeddings=512)
     assert notes(path)["positions"].value == "1024 of 512", "the recipe allows more than the rows here have"
-    assert "positions" not in notes(path, data=Data(train=[Source(path="toy:sft", max_rows=8)], max_length=512))
+    assert "positions" not in notes(
+        path, data=Data(train=[Source(path="toy:sft", max_rows=8)], max_length=512)
+    )
 
 
 def test_a_table_that_the_rows_fit_into_is_a_note_where_the_recipe_allows_more(folder):
@@ -125,7 +144,10 @@ def test_a_token_without_a_row_in_the_embedding_is_named(folder):
     template = "{% for m in messages %}<|mood|>{{ m['content'] }}{% endfor %}"
     (path / "chat_template.jinja").write_text(template)
     rows = path / "rows.jsonl"
-    rows.write_text(json.dumps({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}) + "\n")
+    rows.write_text(
+        json.dumps({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]})
+        + "\n"
+    )
     error = refusal(path, data=Data(train=str(rows)), batch=Batch(effective=1, micro_batch=1))
     assert "<|mood|>" in error.what and "rows" in error.why and error.exit_code == Exit.CONFIG
 
@@ -145,7 +167,9 @@ def test_a_declared_balancing_loss_is_said_to_be_left_out(folder):
 
 
 def test_experts_without_adapters_are_said(folder):
-    found = notes(folder("gpt_oss", num_local_experts=4, num_experts_per_tok=2, head_dim=8), lora=Lora(rank=2))
+    found = notes(
+        folder("gpt_oss", num_local_experts=4, num_experts_per_tok=2, head_dim=8), lora=Lora(rank=2)
+    )
     assert found["adapters"].value == "none in the experts"
 
 
@@ -164,8 +188,23 @@ def test_sampling_flags_beside_greedy_are_mended_and_said(folder):
 
 
 def test_an_encoder_with_a_decoder_is_refused(folder):
-    error = refusal(folder("t5", AutoModelForSeq2SeqLM, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4, decoder_start_token_id=0))
-    assert isinstance(error, ConfigError) and "model.path" in error.what and "encoder with a decoder" in error.what
+    error = refusal(
+        folder(
+            "t5",
+            AutoModelForSeq2SeqLM,
+            d_model=32,
+            d_kv=8,
+            d_ff=64,
+            num_layers=1,
+            num_heads=4,
+            decoder_start_token_id=0,
+        )
+    )
+    assert (
+        isinstance(error, ConfigError)
+        and "model.path" in error.what
+        and "encoder with a decoder" in error.what
+    )
 
 
 def test_an_encoder_that_sees_both_sides_is_refused(folder):
@@ -185,9 +224,13 @@ def test_a_drafter_for_another_model_is_refused():
 
 def test_a_head_whose_last_rows_are_left_out_is_refused():
     sizes = {**SIZES, "vocab_size": 320}
-    check_trainable(AutoConfig.for_model("inkling_text", **sizes, unpadded_vocab_size=320), "model.path: here")
+    check_trainable(
+        AutoConfig.for_model("inkling_text", **sizes, unpadded_vocab_size=320), "model.path: here"
+    )
     with pytest.raises(ConfigError, match="unpadded_vocab_size=300"):
-        check_trainable(AutoConfig.for_model("inkling_text", **sizes, unpadded_vocab_size=300), "model.path: here")
+        check_trainable(
+            AutoConfig.for_model("inkling_text", **sizes, unpadded_vocab_size=300), "model.path: here"
+        )
 
 
 def test_a_table_of_positions_that_no_text_reaches_does_not_count(tmp_path):
@@ -197,7 +240,9 @@ def test_a_table_of_positions_that_no_text_reaches_does_not_count(tmp_path):
 
 
 def test_packed_weights_are_refused(folder):
-    error = refusal(edited(folder("llama"), quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}))
+    error = refusal(
+        edited(folder("llama"), quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
+    )
     assert isinstance(error, ConfigError) and "bitsandbytes" in error.what
 
 
@@ -210,12 +255,17 @@ def test_weights_that_were_cut_off_are_a_missing_input(folder):
 
 
 def test_a_shard_that_the_index_names_has_to_be_there(folder):
-    path = edited(folder("llama"), "model.safetensors.index.json", weight_map={"a": "model-00002-of-00002.safetensors"})
+    path = edited(
+        folder("llama"), "model.safetensors.index.json", weight_map={"a": "model-00002-of-00002.safetensors"}
+    )
     error = refusal(path)
     assert error.exit_code == Exit.NO_INPUT and "model-00002-of-00002.safetensors is not there" in error.what
 
 
 def test_checkpointing_of_an_architecture_without_it_is_refused(folder):
     path = folder("ctrl", n_embd=32, n_layer=2, n_head=4, dff=64, n_positions=128)
-    assert "activation_checkpointing=full is not possible" in refusal(path, learners=Learners(workers=1, activation_checkpointing="full")).what
+    assert (
+        "activation_checkpointing=full is not possible"
+        in refusal(path, learners=Learners(workers=1, activation_checkpointing="full")).what
+    )
     assert notes(path, learners=Learners(workers=1))["checkpointing"].value == "none"

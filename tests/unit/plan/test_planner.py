@@ -1,4 +1,5 @@
-"""What the plan decides, with numbers: arithmetic, stage, sync, layout, micro-batch, refusals, and the data report."""
+"""What the plan decides, with numbers: arithmetic, stage, sync, layout, micro-batch, refusals, and the data
+report."""
 
 import json
 from dataclasses import fields
@@ -11,7 +12,7 @@ from orchestrator.core.errors import ConfigError, NotEnoughResources
 from orchestrator.core.format import size
 from orchestrator.data.dataset import DataSet
 from orchestrator.data.packing import cost
-from orchestrator.plan.hardware import Hardware, Machine, imagined, this_machine
+from orchestrator.plan.hardware import Hardware, Machine, hypothetical_hardware, this_machine
 from orchestrator.plan.planner import Plan, finer_cut, make_plan
 from orchestrator.plan.ways import LEGAL_SYNC, first_steps, largest_micro_batch, memory_limit
 from orchestrator.recipe.loading import load
@@ -27,14 +28,26 @@ def _load(key: str) -> DataSet:
 
 def data_of(recipe: Recipe) -> DataSet:
     """The recipe's data, loaded once for all recipes that differ only in what the data does not see."""
-    batch = recipe.batch.model_copy(update={"micro_batch": "auto", "micro_batch_tokens": None, "memory_limit_gb": None, "layout": "auto"})
+    batch = recipe.batch.model_copy(
+        update={"micro_batch": "auto", "micro_batch_tokens": None, "memory_limit_gb": None, "layout": "auto"}
+    )
     return _load(recipe.model_copy(update={"learners": Learners(), "batch": batch}).model_dump_json())
 
 
 def plan(*overrides, base="recipes/tiny/dpo.yaml", rows=64, hardware: Hardware | None = None) -> Plan:
     rows_of = "toy:sft" if "sft" in base else "toy:preference"
-    given = [] if any(o.startswith("data.train") for o in overrides) else [f"data.train=[{{path: {rows_of}, max_rows: {rows}}}]", "data.eval=null"]
-    recipe = load(base, [*given, "batch.effective=16", "batch.micro_batch=auto", "model.tiny.layers=1", *overrides]).stages[0].recipe
+    given = (
+        []
+        if any(o.startswith("data.train") for o in overrides)
+        else [f"data.train=[{{path: {rows_of}, max_rows: {rows}}}]", "data.eval=null"]
+    )
+    recipe = (
+        load(
+            base, [*given, "batch.effective=16", "batch.micro_batch=auto", "model.tiny.layers=1", *overrides]
+        )
+        .stages[0]
+        .recipe
+    )
     algorithm = build(recipe.algorithm)
     return make_plan(recipe, algorithm, data_of(recipe), hardware)
 
@@ -85,7 +98,10 @@ def test_what_does_not_divide_names_its_neighbours(effective, text, nearest):
 def test_a_token_budget_has_no_neighbours():
     found = plan("batch.micro_batch_tokens=40")
     assert (found.cut.examples, found.cut.positions, found.nearest) == (None, 40, ())
-    assert found.arithmetic == "16 pairs = 2 workers × 4 micro-batches of at most 40 positions, all divided once by 16"
+    assert (
+        found.arithmetic
+        == "16 pairs = 2 workers × 4 micro-batches of at most 40 positions, all divided once by 16"
+    )
     assert reason(found, "micro-batch") == ("40 positions", "set in the recipe")
 
 
@@ -124,7 +140,10 @@ def test_less_memory_takes_a_higher_stage(precision, stages):
     for number, stage in enumerate(stages):
         found = limited(needs[stage] + 1000, *options)
         assert found.cut.zero_stage == stage
-        lowest, higher = "the lowest stage whose state fits: fewest collectives", "what needs fewer bytes on the wire does not fit the memory"
+        lowest, higher = (
+            "the lowest stage whose state fits: fewest collectives",
+            "what needs fewer bytes on the wire does not fit the memory",
+        )
         words = lowest if number == 0 else higher
         assert reason(found, "ZeRO stage") == (str(stage), words)
     between = plan(*options, "learners.zero_stage=2", "learners.sync=per_micro_batch")
@@ -133,7 +152,11 @@ def test_less_memory_takes_a_higher_stage(precision, stages):
     assert (found.cut.zero_stage, found.cut.sync) == (2, "per_micro_batch")
     with pytest.raises(NotEnoughResources) as error:
         limited(needs[3] - 1000, *options)
-    assert size(needs[3]) in error.value.what and "moments" in error.value.why and "learners.workers" in error.value.fix
+    assert (
+        size(needs[3]) in error.value.what
+        and "moments" in error.value.why
+        and "learners.workers" in error.value.fix
+    )
 
 
 def test_a_given_stage_is_kept_and_refused_where_it_does_not_fit():
@@ -144,7 +167,13 @@ def test_a_given_stage_is_kept_and_refused_where_it_does_not_fit():
 
 
 def test_the_largest_micro_batch_that_fits_is_taken():
-    options = ("batch.effective=64", "learners.workers=1", "learners.zero_stage=0", "model.tiny.vocab_size=2048", NONE)
+    options = (
+        "batch.effective=64",
+        "learners.workers=1",
+        "learners.zero_stage=0",
+        "model.tiny.vocab_size=2048",
+        NONE,
+    )
     free = plan(*options)
     assert free.cut.positions == cost(list(data_of(free.recipe).batches.at(0)), "prefix_shared")
     assert free.micro_batches == 1
@@ -153,7 +182,10 @@ def test_the_largest_micro_batch_that_fits_is_taken():
         double = limited(1e9, *options, f"batch.micro_batch_tokens={found.cut.positions * 2}")
         assert found.memory.total <= found.memory_limit < double.memory.total
         assert found.micro_batches > 1
-        assert reason(found, "micro-batch")[1] == "fits the predicted memory, which a probe checks where it is tight"
+        assert (
+            reason(found, "micro-batch")[1]
+            == "fits the predicted memory, which a probe checks where it is tight"
+        )
 
 
 def test_a_micro_batch_never_falls_below_one_example():
@@ -174,14 +206,29 @@ def test_a_cpu_worker_gets_its_share_of_the_machine():
 
 
 def test_a_cpu_computes_nothing_again_where_activations_fit():
-    assert reason(plan("batch.micro_batch=8"), "checkpointing") == ("none", "activations fit the memory: nothing is computed again")
+    assert reason(plan("batch.micro_batch=8"), "checkpointing") == (
+        "none",
+        "activations fit the memory: nothing is computed again",
+    )
     assert plan("batch.micro_batch=8").recipe.learners.activation_checkpointing == "none"
-    assert reason(plan("batch.micro_batch=8", "learners.activation_checkpointing=full"), "checkpointing") == ("full", "set in the recipe")
+    assert reason(plan("batch.micro_batch=8", "learners.activation_checkpointing=full"), "checkpointing") == (
+        "full",
+        "set in the recipe",
+    )
 
 
 def test_what_does_not_fit_is_computed_again_before_it_is_refused():
-    options = ("batch.effective=64", "batch.micro_batch=64", "learners.workers=1", "learners.zero_stage=0", "model.tiny.layers=6")
-    needs = {mode: plan(*options, f"learners.activation_checkpointing={mode}").memory.total for mode in ("none", "selective", "full")}
+    options = (
+        "batch.effective=64",
+        "batch.micro_batch=64",
+        "learners.workers=1",
+        "learners.zero_stage=0",
+        "model.tiny.layers=6",
+    )
+    needs = {
+        mode: plan(*options, f"learners.activation_checkpointing={mode}").memory.total
+        for mode in ("none", "selective", "full")
+    }
     assert needs["none"] > needs["selective"] > needs["full"]
     for mode in ("none", "selective", "full"):
         found = limited(needs[mode] + 1000, *options)
@@ -237,7 +284,9 @@ def test_ram_is_a_limit_as_well():
     with pytest.raises(NotEnoughResources, match="RAM"):
         plan("learners.workers=8", "learners.gpus_per_worker=1", hardware=tight)
     enough = Hardware((Machine(8, 8, 200_000_000_000, 80_000_000_000),))
-    assert plan("learners.workers=8", "learners.gpus_per_worker=1", hardware=enough).ram_limit == 20_000_000_000
+    assert (
+        plan("learners.workers=8", "learners.gpus_per_worker=1", hardware=enough).ram_limit == 20_000_000_000
+    )
 
 
 @pytest.mark.parametrize(("what", "stage"), [("optimizer", 1), ("parameters", 3)])
@@ -262,13 +311,21 @@ def test_a_machine_that_can_hold_no_worker_limits_no_worker():
 
 
 def test_the_time_on_the_wire_follows_from_the_bandwidth():
-    found = plan("learners.workers=4", "batch.micro_batch=4", hardware=imagined(2, "h100-80g", network_gbit=8))
+    found = plan(
+        "learners.workers=4",
+        "batch.micro_batch=4",
+        hardware=hypothetical_hardware(2, "h100-80g", network_gbit=8),
+    )
     value, why = reason(found, "communication")
     # a ring all-reduce over 4 workers sends 2 * 3/4 of the bytes; 8 Gbit/s are 1e9 bytes per second
     assert value == f"at least {1.5 * found.traffic.reduced / 1e9:.3g} s a step"
     assert "1 GB/s between 2 machines" in why and "given" in why
-    assert "communication" not in {c.name for c in plan("learners.workers=1", hardware=imagined(2, "h100-80g")).choices}
-    assert "communication" not in {c.name for c in plan("learners.workers=2").choices}  # nobody knows this machine's
+    assert "communication" not in {
+        c.name for c in plan("learners.workers=1", hardware=hypothetical_hardware(2, "h100-80g")).choices
+    }
+    assert "communication" not in {
+        c.name for c in plan("learners.workers=2").choices
+    }  # nobody knows this machine's
 
 
 # ---- sync
@@ -278,7 +335,12 @@ def test_the_time_on_the_wire_follows_from_the_bandwidth():
 @pytest.mark.parametrize("sync", ["no_sync", "coalesced", "per_micro_batch"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_only_legal_policies_are_planned(stage, sync, precision):
-    options = (f"learners.zero_stage={stage}", f"learners.sync={sync}", f"learners.precision={precision}", "batch.micro_batch=4")
+    options = (
+        f"learners.zero_stage={stage}",
+        f"learners.sync={sync}",
+        f"learners.precision={precision}",
+        "batch.micro_batch=4",
+    )
     low = precision == "bf16"
     if sync in LEGAL_SYNC[stage] and not (low and (stage == 0 or sync == "coalesced")):
         found = plan(*options)
@@ -336,7 +398,9 @@ def test_an_architecture_that_was_not_shown_to_take_masks_gets_padded_rows():
 
 
 def test_more_workers_than_examples():
-    with pytest.raises(ConfigError, match=r"batch\.effective=3 cannot be cut over learners\.workers=4") as error:
+    with pytest.raises(
+        ConfigError, match=r"batch\.effective=3 cannot be cut over learners\.workers=4"
+    ) as error:
         plan("batch.effective=3", "learners.workers=4")
     assert "3 or fewer" in error.value.fix
 
@@ -354,9 +418,24 @@ def test_the_json_holds_everything_and_nothing_that_json_cannot():
     told = json.loads(json.dumps(found.to_json(), allow_nan=False))
     assert told.keys() == {f.name for f in fields(Plan)}
     assert told["memory"]["total"] == found.memory.total == sum(found.memory.parts.values())
-    cut = {"workers": 2, "examples": 4, "positions": None, "layout": "prefix_shared", "zero_stage": 0, "sync": "no_sync", "one_row": False}
+    cut = {
+        "workers": 2,
+        "examples": 4,
+        "positions": None,
+        "layout": "prefix_shared",
+        "zero_stage": 0,
+        "sync": "no_sync",
+        "one_row": False,
+    }
     assert told["cut"] == cut
-    assert [c["name"] for c in told["choices"]] == ["hardware", "layout", "ZeRO stage", "sync", "checkpointing", "micro-batch"]
+    assert [c["name"] for c in told["choices"]] == [
+        "hardware",
+        "layout",
+        "ZeRO stage",
+        "sync",
+        "checkpointing",
+        "micro-batch",
+    ]
     assert told["recipe"]["batch"]["effective"] == 16
 
 
@@ -371,9 +450,23 @@ def rows_file(tmp_path):
 
 def test_the_data_report(tmp_path):
     path = rows_file(tmp_path)
-    found = plan(f"data.train={path}", "data.max_bad_rows=1", "data.max_length=20", "data.overlong=drop", "batch.effective=4", "data.eval=null")
+    found = plan(
+        f"data.train={path}",
+        "data.max_bad_rows=1",
+        "data.max_length=20",
+        "data.overlong=drop",
+        "batch.effective=4",
+        "data.eval=null",
+    )
     data = found.data
-    assert (data.rows, data.kept, data.dropped, data.truncated, data.not_prefix, data.held_out) == (11, 10, 1, 0, 0, 0)
+    assert (data.rows, data.kept, data.dropped, data.truncated, data.not_prefix, data.held_out) == (
+        11,
+        10,
+        1,
+        0,
+        0,
+        0,
+    )
     assert len(data.bad) == 1 and data.bad[0].startswith(f"{path}:12: ")
     assert data.quantiles == {"min": 4, "median": 8, "p95": 12, "max": 13}
     assert data.histogram == ((4, 1), (6, 2), (8, 2), (10, 2), (12, 2), (14, 1))
@@ -381,7 +474,13 @@ def test_the_data_report(tmp_path):
 
 
 def test_the_data_report_counts_truncation(tmp_path):
-    found = plan(f"data.train={rows_file(tmp_path)}", "data.max_bad_rows=1", "data.max_length=20", "batch.effective=4", "data.eval=null")
+    found = plan(
+        f"data.train={rows_file(tmp_path)}",
+        "data.max_bad_rows=1",
+        "data.max_length=20",
+        "batch.effective=4",
+        "data.eval=null",
+    )
     assert (found.data.kept, found.data.dropped, found.data.truncated) == (11, 0, 1)
     assert found.data.quantiles["max"] == 20
 
@@ -390,11 +489,16 @@ def test_the_largest_micro_batch_is_looked_for_in_several_steps():
     found = plan("batch.micro_batch=2")
     data = data_of(found.recipe)
     steps = first_steps(data)
-    assert [g.id for step in steps for g in step] == [g.id for at in range(0, 64, 16) for g in data.batches.at(at)]
+    assert [g.id for step in steps for g in step] == [
+        g.id for at in range(0, 64, 16) for g in data.batches.at(at)
+    ]
     assert largest_micro_batch(steps, found.cut).positions == 2 * 15
 
 
-@pytest.mark.parametrize(("count", "text"), [(1_200_000_000, "1.20 GB"), (3_400_000, "3.4 MB"), (999_999_999, "1000.0 MB"), (0, "0.0 MB")])
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(1_200_000_000, "1.20 GB"), (3_400_000, "3.4 MB"), (999_999_999, "1000.0 MB"), (0, "0.0 MB")],
+)
 def test_sizes_in_words(count, text):
     assert size(count) == text
 
@@ -402,20 +506,36 @@ def test_sizes_in_words(count, text):
 @pytest.mark.parametrize("gpus", [2, 1.5])
 @pytest.mark.parametrize("section", ["learners", "critic", "rollouts"])
 def test_more_gpus_than_the_one_that_a_worker_computes_on_are_refused(section: str, gpus: float) -> None:
-    with pytest.raises(ConfigError, match=f"{section}.gpus_per_worker is {gpus:g}, and a worker computes on one GPU") as refused:
+    with pytest.raises(
+        ConfigError, match=f"{section}.gpus_per_worker is {gpus:g}, and a worker computes on one GPU"
+    ) as refused:
         recipe = plan().recipe
         asked = getattr(recipe, section).model_copy(update={"gpus_per_worker": gpus})
-        make_plan(recipe.model_copy(update={section: asked}), build(recipe.algorithm), data_of(recipe), imagined(1, "h100-80g"))
+        make_plan(
+            recipe.model_copy(update={section: asked}),
+            build(recipe.algorithm),
+            data_of(recipe),
+            hypothetical_hardware(1, "h100-80g"),
+        )
     assert refused.value.why and "set it to 1" in refused.value.fix
 
 
 def test_two_ranks_on_one_gpu_are_refused():
     with pytest.raises(ConfigError, match=r"learners\.gpus_per_worker=0\.5 puts two of 2 workers on one GPU"):
-        plan("learners.workers=2", "learners.gpus_per_worker=0.5", hardware=imagined(1, "h100-80g"))
+        plan(
+            "learners.workers=2",
+            "learners.gpus_per_worker=0.5",
+            hardware=hypothetical_hardware(1, "h100-80g"),
+        )
     recipe = plan("learners.workers=2").recipe
     halves = {
         "learners": recipe.learners.model_copy(update={"gpus_per_worker": 0.5}),
         "rollouts": recipe.rollouts.model_copy(update={"placement": "colocated", "gpus_per_worker": 0.5}),
     }
     beside = recipe.model_copy(update=halves)
-    assert make_plan(beside, build(recipe.algorithm), data_of(recipe), imagined(1, "h100-80g")).cut.workers == 2
+    assert (
+        make_plan(
+            beside, build(recipe.algorithm), data_of(recipe), hypothetical_hardware(1, "h100-80g")
+        ).cut.workers
+        == 2
+    )

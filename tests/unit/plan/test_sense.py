@@ -11,7 +11,7 @@ from orchestrator.plan.sense import Seen, rates_of, what_makes_no_sense
 from orchestrator.recipe.schema import OfflineName, OnlineName, Recipe
 
 REPORT = DataReport(
-    rows=100, bad=(), kept=100, dropped=0, truncated=0, made_identical=0, not_prefix=0, formats=("preference, conversational",), sources=("pairs",),
+    rows=100, bad=(), kept=100, dropped=0, truncated=0, made_identical=0, not_prefix=0, formats=("preference, " "conversational",), sources=("pairs",),
     held_out=0, quantiles={}, histogram=(),
 )  # fmt: skip
 
@@ -24,7 +24,14 @@ class Data:
     tokenizer = Tokenizer()
 
 
-def seen(*, report: DataReport = REPORT, steps: int = 10, parameters: int = 135_000_000, lora: bool = False, **sections: dict[str, Any]) -> Seen:
+def seen(
+    *,
+    report: DataReport = REPORT,
+    steps: int = 10,
+    parameters: int = 135_000_000,
+    lora: bool = False,
+    **sections: dict[str, Any],
+) -> Seen:
     recipe = Recipe.model_validate(
         {
             "model": {"path": "mine", **({"lora": {}} if lora else {})},
@@ -48,12 +55,23 @@ def test_a_rate_is_judged_by_the_algorithm_and_by_who_learns(name: str, lora: bo
     usual = rates_of(seen(algorithm={"name": name}, lora=lora).recipe)
     assert usual.least < usual.low <= usual.high < usual.most
     for rate in (usual.low, usual.high):
-        assert sense.learning_rate(seen(algorithm={"name": name}, optimizer={"learning_rate": rate}, lora=lora)) is None
+        assert (
+            sense.learning_rate(seen(algorithm={"name": name}, optimizer={"learning_rate": rate}, lora=lora))
+            is None
+        )
     for rate, words in ((usual.most * 1.1, "ruin"), (usual.least / 2, "hardly moves")):
         broken = {"name": name}, {"learning_rate": rate}
         said = sense.learning_rate(seen(algorithm=broken[0], optimizer=broken[1], lora=lora))
-        assert said is not None and words in said and f"{rate:g}" in said and f"{usual.low:g} to {usual.high:g}" in said
-        assert sense.learning_rate(seen(algorithm=broken[0], optimizer=broken[1], lora=lora, parameters=150_000)) is None, "a toy learns at any rate"
+        assert (
+            said is not None
+            and words in said
+            and f"{rate:g}" in said
+            and f"{usual.low:g} to {usual.high:g}" in said
+        )
+        assert (
+            sense.learning_rate(seen(algorithm=broken[0], optimizer=broken[1], lora=lora, parameters=150_000))
+            is None
+        ), "a toy learns at any rate"
 
 
 def test_the_rate_that_ruined_a_real_model_is_told() -> None:
@@ -65,18 +83,25 @@ def test_a_batch_of_more_rows_than_there_are_is_told() -> None:
     said = sense.batch(seen(batch={"effective": 270}))
     assert said is not None and "batch.effective=270" in said and "100 rows" in said and "2.7 times" in said
     assert sense.batch(seen(batch={"effective": 100})) is None
-    assert sense.batch(seen(batch={"effective": 270}, data={"remainder": "use"})) is None, "the batch is then as small as the rows are few"
+    assert sense.batch(seen(batch={"effective": 270}, data={"remainder": "use"})) is None, (
+        "the batch is then as small as the rows are few"
+    )
     said = sense.batch(seen(algorithm={"name": "grpo"}, rollouts={"prompts": 200}))
     assert said is not None and "rollouts.prompts=200" in said and "2.0 times" in said
 
 
-@pytest.mark.parametrize(("optimizer", "told"), [({"warmup_steps": 24}, True), ({"warmup_steps": 9}, False), ({"warmup_ratio": 0.1}, False)])
+@pytest.mark.parametrize(
+    ("optimizer", "told"),
+    [({"warmup_steps": 24}, True), ({"warmup_steps": 9}, False), ({"warmup_ratio": 0.1}, False)],
+)
 def test_a_warm_up_that_never_ends_is_told(optimizer: dict[str, Any], told: bool) -> None:
     said = sense.warm_up(seen(optimizer=optimizer))
     assert (said is not None) == told
     if said is not None:
         assert "warms up for 24 of 10 optimizer steps" in said and "3.8e-07" in said
-    assert sense.warm_up(seen(steps=1, optimizer={"warmup_ratio": 0.1})) is not None, "its only step would have a rate of 0"
+    assert sense.warm_up(seen(steps=1, optimizer={"warmup_ratio": 0.1})) is not None, (
+        "its only step would have a rate of 0"
+    )
 
 
 def test_many_passes_over_few_rows_are_told() -> None:
@@ -91,7 +116,10 @@ def test_what_max_length_costs_is_told_with_its_share() -> None:
     assert said is not None and "2 of 100 prompts (2.0%), 1 of them by whole turns" in said
     assert sense.prompts_cut(seen(report=replace(REPORT, truncated=1))) is None
     ends = {"overlong": "truncate_end"}
-    assert sense.prompts_cut(seen(report=cut, data=ends)) is None and sense.answers_cut(seen(report=cut, data=ends)) is None
+    assert (
+        sense.prompts_cut(seen(report=cut, data=ends)) is None
+        and sense.answers_cut(seen(report=cut, data=ends)) is None
+    )
     said = sense.answers_cut(seen(report=replace(REPORT, truncated=6), data=ends))
     assert said is not None and "6 of 100 rows (6.0%)" in said
     said = sense.rows_dropped(seen(report=replace(REPORT, dropped=6)))
@@ -110,5 +138,10 @@ def test_plain_text_for_a_chat_model_is_told() -> None:
 def test_every_sense_is_asked() -> None:
     """A run in which everything is wrong hears all of them but those that exclude each other."""
     report = replace(REPORT, truncated=50, dropped=50, made_identical=1, formats=("preference, text",))
-    wrong = seen(report=report, steps=40, optimizer={"learning_rate": 1.0, "warmup_steps": 50}, batch={"effective": 400})
+    wrong = seen(
+        report=report,
+        steps=40,
+        optimizer={"learning_rate": 1.0, "warmup_steps": 50},
+        batch={"effective": 400},
+    )
     assert len(what_makes_no_sense(wrong)) == len(sense.SENSES) - 1

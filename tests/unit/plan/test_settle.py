@@ -15,7 +15,9 @@ OLD = Hardware((Machine(8, 1, 1, 16_000_000_000, bf16=False),))
 AUTO = {"workers": "auto", "gpus_per_worker": "auto"}
 
 
-def recipe(name: str = "dpo", learners: dict[str, Any] | None = None, rollouts: dict[str, Any] | None = None) -> Recipe:
+def recipe(
+    name: str = "dpo", learners: dict[str, Any] | None = None, rollouts: dict[str, Any] | None = None
+) -> Recipe:
     return Recipe.model_validate(
         {
             "model": {"path": "x"},
@@ -43,7 +45,9 @@ def test_gpus_and_precision(hardware: Hardware, learners: dict[str, Any], wanted
     settled, notes = settle(recipe(learners=learners), hardware)
     assert (settled.learners.gpus, settled.learners.precision) == wanted
     said = {note.name: note for note in notes}
-    assert ("precision" in said) == ("precision" not in learners) and ("GPUs per worker" in said) == ("gpus_per_worker" not in learners)
+    assert ("precision" in said) == ("precision" not in learners) and ("GPUs per worker" in said) == (
+        "gpus_per_worker" not in learners
+    )
     assert all(note.reason and note.value for note in notes)
 
 
@@ -52,7 +56,9 @@ def test_nothing_is_settled_that_was_set() -> None:
     assert settle(mine, CPU) == (mine, ())
 
 
-@pytest.mark.parametrize(("hardware", "placement"), list(itertools.product((CPU, GPUS, OLD), ("separate", "colocated"))))
+@pytest.mark.parametrize(
+    ("hardware", "placement"), list(itertools.product((CPU, GPUS, OLD), ("separate", "colocated")))
+)
 def test_actors_and_learners_share_the_machine(hardware: Hardware, placement: str) -> None:
     settled, notes = settle(recipe("grpo", rollouts={"placement": placement}), hardware)
     learners, rollouts = settled.learners, settled.rollouts
@@ -65,5 +71,8 @@ def test_actors_and_learners_share_the_machine(hardware: Hardware, placement: st
 
 
 def test_an_actor_takes_what_the_learner_leaves_and_there_are_as_many() -> None:
-    settled, _ = settle(recipe("grpo", learners={"workers": 3, "gpus_per_worker": 0.75}, rollouts={"placement": "colocated"}), GPUS)
+    settled, _ = settle(
+        recipe("grpo", learners={"workers": 3, "gpus_per_worker": 0.75}, rollouts={"placement": "colocated"}),
+        GPUS,
+    )
     assert (settled.rollouts.gpus, settled.rollouts.count) == (0.25, 3)

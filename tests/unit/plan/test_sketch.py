@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from orchestrator.core.errors import ConfigError
-from orchestrator.plan.hardware import imagined
+from orchestrator.plan.hardware import hypothetical_hardware
 from orchestrator.plan.sketch import Lengths
 from orchestrator.recipe.loading import load
 from orchestrator.run.stages import plan_stages
@@ -27,12 +27,23 @@ def test_other_lengths_are_refused(text):
 
 
 def test_an_8b_model_on_eight_gpus_is_planned_as_counted_by_hand():
-    """Llama 3 8B, N = 8,030,261,248, bf16, 8 ranks: ZeRO 1 would hold 2N weights + 2N + 4N gradients + 12N/8 = 76.3 GB, more than a worker
-    may use. At ZeRO 2: 16.06 of weights, 4.02 each of fp32 sums and master, 8.03 of moments."""
-    (_, found), *_ = plan_stages(load("recipes/dpo/llama-3-8b.yaml", GPU).stages, imagined(1, "h100-80g"), Lengths(1000, 2048))
+    """Llama 3 8B, N = 8,030,261,248, bf16, 8 ranks: ZeRO 1 would hold 2N weights + 2N + 4N gradients + 12N/8
+    = 76.3 GB, more than a worker may use. At ZeRO 2: 16.06 of weights, 4.02 each of fp32 sums and master,
+    8.03 of moments."""
+    (_, found), *_ = plan_stages(
+        load("recipes/dpo/llama-3-8b.yaml", GPU).stages,
+        hypothetical_hardware(1, "h100-80g"),
+        Lengths(1000, 2048),
+    )
     memory = found.memory
     assert (found.cut.workers, found.cut.zero_stage, found.cut.sync) == (8, 2, "per_micro_batch")
-    by_hand = {"weights": 16.06e9, "gradients": 0, "accumulators": 4.015e9, "master": 4.015e9, "moments": 8.03e9}
+    by_hand = {
+        "weights": 16.06e9,
+        "gradients": 0,
+        "accumulators": 4.015e9,
+        "master": 4.015e9,
+        "moments": 8.03e9,
+    }
     assert {name: memory.parts[name] for name in by_hand} == pytest.approx(by_hand, rel=0.01)
     assert memory.loading == pytest.approx(4 * 8.03e9 + 1e9, rel=0.01)  # fp32, whole, and the context
     assert memory.ram == pytest.approx(4 * 8.03e9 + 4e9, rel=0.01)
@@ -50,6 +61,8 @@ def test_all_shipped_recipes_are_planned_without_data_model_or_network(monkeypat
 
     monkeypatch.setattr(socket, "create_connection", refused)
     for name in ("dpo/qwen2.5-0.5b", "grpo/qwen2.5-1.5b-gsm8k"):
-        (_, found), *_ = plan_stages(load(f"recipes/{name}.yaml", GPU).stages, imagined(1, "h100-80g"), Lengths(700, 1024))
+        (_, found), *_ = plan_stages(
+            load(f"recipes/{name}.yaml", GPU).stages, hypothetical_hardware(1, "h100-80g"), Lengths(700, 1024)
+        )
         assert found.memory.peak <= found.memory_limit
         assert {"model", "data"} <= {c.name for c in found.choices}

@@ -15,7 +15,11 @@ from orchestrator.run.planned_run import plan_job
 
 
 def printed(*overrides, width=160):
-    recipe = load("recipes/tiny/dpo.yaml", ["data.train=[{path: toy:preference, max_rows: 64}]", *overrides]).stages[0].recipe
+    recipe = (
+        load("recipes/tiny/dpo.yaml", ["data.train=[{path: toy:preference, max_rows: 64}]", *overrides])
+        .stages[0]
+        .recipe
+    )
     algorithm = build(recipe.algorithm)
     console = Console(record=True, width=width, file=StringIO())
     console.print(render(make_plan(recipe, algorithm, read_data(recipe, algorithm))))
@@ -23,7 +27,11 @@ def printed(*overrides, width=160):
 
 
 def test_everything_a_user_asks_is_there():
-    text = printed("batch.effective=64", "batch.micro_batch=8", "data.eval=[{path: toy:preference, split: eval, max_rows: 8}]")
+    text = printed(
+        "batch.effective=64",
+        "batch.micro_batch=8",
+        "data.eval=[{path: toy:preference, split: eval, max_rows: 8}]",
+    )
     lines = [line.rstrip() for line in text.splitlines()]
     assert lines[0] == "64 pairs = 2 workers × 4 micro-batches × 8 pairs"
     assert lines[1] == "100 optimizer steps of dpo"
@@ -71,18 +79,30 @@ def test_keys_that_are_inherited_and_not_read_are_listed():
 
 
 def test_what_nothing_reads_and_what_else_there_is_to_know_of_the_data_is_told(tmp_path):
-    rows = [{"prompt": f"{i}>", "chosen": "a", "rejected": "b", "made at": "now", "margin": None} for i in range(4)]
+    rows = [
+        {"prompt": f"{i}>", "chosen": "a", "rejected": "b", "made at": "now", "margin": None}
+        for i in range(4)
+    ]
     for name, some in (("train", rows), ("eval", [rows[0], {**rows[0], "chosen": "c"}])):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
-    text = printed(f"data.train={tmp_path}/train.jsonl", f"data.eval={tmp_path}/eval.jsonl", "batch.effective=4", width=400)
+    text = printed(
+        f"data.train={tmp_path}/train.jsonl",
+        f"data.eval={tmp_path}/eval.jsonl",
+        "batch.effective=4",
+        width=400,
+    )
     assert "\nunused columns: made at\n" in text
     assert f"1 of 2 held-out rows are trained on too, the first at {tmp_path}/eval.jsonl:1" in text
 
 
-@pytest.mark.parametrize("name", ["start/dpo", "start/lora-dpo", "start/sft", "start/reward", "start/grpo", "tiny/dpo"])
+@pytest.mark.parametrize(
+    "name", ["start/dpo", "start/lora-dpo", "start/sft", "start/reward", "start/grpo", "tiny/dpo"]
+)
 def test_a_plan_fits_a_screen_and_says_what_was_set_and_what_was_decided(tmp_path, name):
     rows = {"prompt": "2 + 2 = ", "chosen": "4", "rejected": "5", "completion": "4", "answer": "4"}
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(rows | {"prompt": f"{'x' * i} 2 + 2 = "}) + "\n" for i in range(64)))
+    (tmp_path / "rows.jsonl").write_text(
+        "".join(json.dumps(rows | {"prompt": f"{'x' * i} 2 + 2 = "}) + "\n" for i in range(64))
+    )
     mine = ["model.tiny={}", f"data.train={tmp_path}/rows.jsonl"] if name.startswith("start/") else []
     given = load(name, [*mine, "optimizer.warmup_steps=900"]).stages[0].recipe
     plan = plan_job(given, Console(quiet=True)).plan
@@ -99,7 +119,11 @@ def test_a_plan_fits_a_screen_and_says_what_was_set_and_what_was_decided(tmp_pat
 
 
 def test_only_what_differs_from_the_defaults_is_shown_as_set():
-    recipe = load("tiny/dpo", ["data.overlong=truncate_prompt_left", "algorithm.loss={sigmoid: 0.5}"]).stages[0].recipe
+    recipe = (
+        load("tiny/dpo", ["data.overlong=truncate_prompt_left", "algorithm.loss={sigmoid: 0.5}"])
+        .stages[0]
+        .recipe
+    )
     found = dict(set_keys(recipe))
     assert "overlong" not in found["data"] and found["algorithm"] == "name dpo, loss {'sigmoid': 0.5}"
     assert found["optimizer"] == "learning_rate 0.0005, warmup_steps 10" and "rollouts" not in found

@@ -30,7 +30,9 @@ def test_tokens_masks_labels_and_order_are_what_is_learned() -> None:
     ]
     digests = [tokens_digest(items) for items in (base, *others)]
     assert len(set(digests)) == len(digests) and tokens_digest(list(base)) == digests[0]
-    assert tokens_digest([Prompt(0, "a:1", 0, np.array([1]), "x")]) != tokens_digest([Prompt(0, "a:1", 0, np.array([2]), "x")])
+    assert tokens_digest([Prompt(0, "a:1", 0, np.array([1]), "x")]) != tokens_digest(
+        [Prompt(0, "a:1", 0, np.array([2]), "x")]
+    )
 
 
 def test_a_tokenizer_is_its_rules_and_its_template_not_its_last_call() -> None:
@@ -63,7 +65,8 @@ def recipe(*overrides: str, base: str = "tiny/dpo") -> Recipe:
 
 
 def test_places_decide_nothing_and_weights_do(tmp_path: Path) -> None:
-    """Of the policy, the reference, a critic, a reward model, a recording, and code: as they lie, moved, and with another content."""
+    """Of the policy, the reference, a critic, a reward model, a recording, and code: as they lie, moved, and
+    with another content."""
     for place in PLACES:
         (tmp_path / place / "model").mkdir(parents=True)
         (tmp_path / place / "model" / "config.json").write_text("{}")
@@ -72,7 +75,12 @@ def test_places_decide_nothing_and_weights_do(tmp_path: Path) -> None:
         (tmp_path / place / "judge.py").write_text("")
 
     def of(base: str, *overrides: str) -> list[str]:
-        return [identity_of(recipe(*(o.replace("@", str(tmp_path / at)) for o in overrides), base=base), "rows").fingerprint for at in PLACES]
+        return [
+            identity_of(
+                recipe(*(o.replace("@", str(tmp_path / at)) for o in overrides), base=base), "rows"
+            ).fingerprint
+            for at in PLACES
+        ]
 
     cases = [
         ("tiny/dpo", "model={path: @/model}"),
@@ -93,16 +101,29 @@ def test_places_decide_nothing_and_weights_do(tmp_path: Path) -> None:
 
 
 def test_the_mixture_of_sources_decides() -> None:
-    mixtures = [[(10, 1.0), (5, 1.0)], [(5, 1.0), (10, 1.0)], [(10, 1.0), (5, 2.0)], [(15, 1.0)], [(15, 2.0)], ()]
+    mixtures = [
+        [(10, 1.0), (5, 1.0)],
+        [(5, 1.0), (10, 1.0)],
+        [(10, 1.0), (5, 2.0)],
+        [(15, 1.0)],
+        [(15, 2.0)],
+        (),
+    ]
     prints = [identity_of(recipe(), "rows", sources=mixture).fingerprint for mixture in mixtures]
     assert prints[3] == prints[5] and len(set(prints)) == 5
 
 
 def test_a_longer_run_is_the_same_where_its_rates_are() -> None:
-    """Found by the rates themselves, whatever the schedule is called: a cosine that has not left its warm-up is the same still."""
-    constant, cosine = Optimizer(learning_rate=1.0, warmup_steps=3), Optimizer(learning_rate=1.0, warmup_steps=3, schedule="cosine")
+    """Found by the rates themselves, whatever the schedule is called: a cosine that has not left its warm-up
+    is the same still."""
+    constant, cosine = (
+        Optimizer(learning_rate=1.0, warmup_steps=3),
+        Optimizer(learning_rate=1.0, warmup_steps=3, schedule="cosine"),
+    )
     assert End(constant, 20).other_rates(10, 10) is None
     assert End(cosine, 20).other_rates(4, 10) is None
     said = End(cosine, 20).other_rates(10, 10)
-    assert said is not None and said.startswith("6 of the 10 optimizer steps that are done had another learning rate: the last one 0.0495, in a")
+    assert said is not None and said.startswith(
+        "6 of the 10 optimizer steps that are done had another learning rate: the last one 0.0495, in a"
+    )
     assert End(cosine, 10, each=2).other_rates(5, 10) == said

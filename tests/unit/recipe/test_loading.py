@@ -16,10 +16,12 @@ from orchestrator.recipe.files import builtin_recipes, find
 from orchestrator.recipe.fingerprint import identity_of
 from orchestrator.recipe.loading import dump, json_schema, load
 from orchestrator.recipe.pipeline import references, resolve
-from orchestrator.recipe.schema import Algorithm, Recipe
+from orchestrator.recipe.schema import AlgorithmConfig, Recipe
 
 ROOT = Path(__file__).resolve().parents[3]
-MINIMAL = "model: {tiny: {}}\ndata: {train: rows.jsonl}\nalgorithm: {name: dpo}\noptimizer: {learning_rate: 1e-5}\n"
+MINIMAL = (
+    "model: {tiny: {}}\ndata: {train: rows.jsonl}\nalgorithm: {name: dpo}\noptimizer: {learning_rate: 1e-5}\n"
+)
 
 
 def write(folder: Path, name: str, text: str) -> Path:
@@ -53,7 +55,17 @@ def minimal(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize(
     ("text", "number"),
-    [("1e-5", 1e-5), ("1e5", 1e5), (".5e-3", 5e-4), ("5.E-3", 5e-3), ("+2.5e+1", 25.0), ("3", 3.0), ("0.1", 0.1), ("5e-7", 5e-7), ("010", 10.0)],
+    [
+        ("1e-5", 1e-5),
+        ("1e5", 1e5),
+        (".5e-3", 5e-4),
+        ("5.E-3", 5e-3),
+        ("+2.5e+1", 25.0),
+        ("3", 3.0),
+        ("0.1", 0.1),
+        ("5e-7", 5e-7),
+        ("010", 10.0),
+    ],
 )
 def test_numbers_are_read_as_written(minimal: Path, text: str, number: float) -> None:
     assert one(minimal, f"optimizer.learning_rate={text}").optimizer.learning_rate == number
@@ -63,7 +75,9 @@ def test_a_whole_number_may_be_written_as_a_power_of_ten(minimal: Path) -> None:
     assert one(minimal, "run.max_steps=1e3").run.max_steps == 1000
 
 
-@pytest.mark.parametrize("text", ["off", "on", "yes", "no", "y", "1e-5x", "2024-01-01", "1:30", "1_000", "=", "1.2.3", "0b1", "NO"])
+@pytest.mark.parametrize(
+    "text", ["off", "on", "yes", "no", "y", "1e-5x", "2024-01-01", "1:30", "1_000", "=", "1.2.3", "0b1", "NO"]
+)
 def test_what_yaml_1_1_reads_as_something_else_stays_text(minimal: Path, text: str) -> None:
     assert one(minimal, f"tracking.entity={text}").tracking.entity == text
 
@@ -109,7 +123,7 @@ def test_a_file_that_is_not_utf8(tmp_path: Path) -> None:
 # ---- one error for all problems
 
 
-NAMES = [repr(name) for name in get_args(Algorithm.model_fields["name"].annotation)]
+NAMES = [repr(name) for name in get_args(AlgorithmConfig.model_fields["name"].annotation)]
 
 
 def test_every_problem_is_listed_with_key_value_and_line(tmp_path: Path) -> None:
@@ -143,7 +157,8 @@ tracking:
         f"data.train[1]: must be a mapping of keys (got 'toy:sft'; {file}:6)",
         f"data.eval: must be text or a list (got 5; {file}:7)",
         f"data.max_bad_rows: must be at least 0 (got -1; {file}:8)",
-        f"algorithm.name: must be {', '.join(NAMES[:-1])} or {NAMES[-1]} (got 'dpoo', did you mean dpo or dapo?; {file}:9)",
+        f"algorithm.name: must be {', '.join(NAMES[:-1])} or {NAMES[-1]} (got 'dpoo', did you mean dpo or "
+        f"dapo?; {file}:9)",
         f"algorithm.loss.sigmoid: must be a number (got true; {file}:9)",
         f"algorithm.wpo: must be true or false (got 'maybe'; {file}:9)",
         f"batch.effective: must be at least 1 (got 0; {file}:10)",
@@ -156,7 +171,8 @@ tracking:
         f"learners.zero_stage: must be 'auto', 0, 1, 2 or 3 (got 4; {file}:12)",
         f"tracking: must be a mapping of keys (got null; {file}:13)",
         f"learnrs: unknown key, did you mean learners? ({file}:3)",
-        f"learning_rate: unknown key, did you mean optimizer.learning_rate or critic.learning_rate? ({file}:4)",
+        "learning_rate: unknown key, did you mean optimizer.learning_rate or critic.learning_rate? "
+        f"({file}:4)",
     ]
     assert "pydantic" not in str(error).lower()
 
@@ -169,13 +185,25 @@ def test_a_missing_section_needs_no_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "problem"),
     [
-        ("learners.worker=2", "learners.worker: unknown key, did you mean learners.workers? (override `learners.worker=2`)"),
+        (
+            "learners.worker=2",
+            "learners.worker: unknown key, did you mean learners.workers? (override `learners.worker=2`)",
+        ),
         ("max_steps=2", "max_steps: unknown key, did you mean run.max_steps? (override `max_steps=2`)"),
         ("batch.effective=-8", "batch.effective: must be at least 1 (got -8; override `batch.effective=-8`)"),
         ("zzz.qqq=1", "zzz.qqq: unknown key (override `zzz.qqq=1`)"),
-        ("optimiser.lr=1", "optimiser.lr: unknown key, did you mean optimizer.learning_rate? (override `optimiser.lr=1`)"),
-        ("bacth.efective=2", "bacth.efective: unknown key, did you mean batch.effective? (override `bacth.efective=2`)"),
-        ("optimiser.qqq=1", "optimiser.qqq: unknown key, did you mean optimizer? (override `optimiser.qqq=1`)"),
+        (
+            "optimiser.lr=1",
+            "optimiser.lr: unknown key, did you mean optimizer.learning_rate? (override `optimiser.lr=1`)",
+        ),
+        (
+            "bacth.efective=2",
+            "bacth.efective: unknown key, did you mean batch.effective? (override `bacth.efective=2`)",
+        ),
+        (
+            "optimiser.qqq=1",
+            "optimiser.qqq: unknown key, did you mean optimizer? (override `optimiser.qqq=1`)",
+        ),
     ],
 )
 def test_a_wrong_override_is_named(minimal: Path, override: str, problem: str) -> None:
@@ -195,7 +223,11 @@ def test_a_wrong_override_is_named(minimal: Path, override: str, problem: str) -
     ],
 )
 def test_an_override_that_cannot_be_set(tmp_path: Path, override: str, message: str) -> None:
-    file = write(tmp_path, "minimal.yaml", MINIMAL.replace("train: rows.jsonl", "train: rows.jsonl, eval: [{path: e.jsonl}]"))
+    file = write(
+        tmp_path,
+        "minimal.yaml",
+        MINIMAL.replace("train: rows.jsonl", "train: rows.jsonl, eval: [{path: e.jsonl}]"),
+    )
     error = refused(file, override)
     assert override in error.what and message in error.what
 
@@ -234,7 +266,9 @@ def test_setting_a_path_takes_the_place_of_the_tiny_model_and_back(tmp_path: Pat
     model = one(pathed, "model.tiny.layers=3").model
     assert (model.path, model.revision) == (None, None) and model.tiny is not None and model.tiny.layers == 3
     model = one(pathed, "model.path=org/other", "model.trust_remote_code=false").model
-    assert (model.path, model.revision) == ("org/other", None), "a revision belongs to the path it was written for"
+    assert (model.path, model.revision) == ("org/other", None), (
+        "a revision belongs to the path it was written for"
+    )
     assert one(pathed, "model.path=org/name").model.revision == "abc"
     assert one(minimal, "model.tiny=null", "model.path=x").model.tiny is None
     assert "exactly one" in problems(refused(minimal, "model.tiny=null"))[0]
@@ -247,12 +281,27 @@ def test_setting_a_path_takes_the_place_of_the_tiny_model_and_back(tmp_path: Pat
 def test_extends_merges_sections_and_replaces_values(tmp_path: Path) -> None:
     (tmp_path / "sub").mkdir()
     write(tmp_path, "base.yaml", MINIMAL + "batch: {effective: 8}\nrun: {seed: 3, name: base}\n")
-    middle = "extends: ../base.yaml\nalgorithm: {loss: {sigmoid: 1, sft: 1}}\nmodel: {tiny: {layers: 3}}\noptimizer: {max_grad_norm: null}\n"
+    middle = (
+        "extends: ../base.yaml\nalgorithm: {loss: {sigmoid: 1, sft: 1}}\nmodel: {tiny: {layers: "
+        "3}}\noptimizer: {max_grad_norm: null}\n"
+    )
     write(tmp_path / "sub", "middle.yaml", middle)
-    top = write(tmp_path, "top.yaml", "extends: sub/middle.yaml\nrun: {name: top}\nalgorithm: {loss: {hinge: 1}}\nmodel: {tiny: {heads: 2}}\n")
+    top = write(
+        tmp_path,
+        "top.yaml",
+        "extends: sub/middle.yaml\nrun: {name: top}\nalgorithm: {loss: {hinge: 1}}\nmodel: {tiny: {heads: "
+        "2}}\n",
+    )
     recipe = one(top)
-    assert (recipe.run.name, recipe.run.seed, recipe.batch.effective, recipe.optimizer.max_grad_norm) == ("top", 3, 8, None)
-    assert recipe.algorithm.loss == {"hinge": 1.0}, "a loss mix is one value: keys of the base must not leak into it"
+    assert (recipe.run.name, recipe.run.seed, recipe.batch.effective, recipe.optimizer.max_grad_norm) == (
+        "top",
+        3,
+        8,
+        None,
+    )
+    assert recipe.algorithm.loss == {"hinge": 1.0}, (
+        "a loss mix is one value: keys of the base must not leak into it"
+    )
     assert recipe.model.tiny is not None and (recipe.model.tiny.layers, recipe.model.tiny.heads) == (3, 2)
 
 
@@ -283,7 +332,9 @@ def test_extends_a_file_that_is_not_there(tmp_path: Path) -> None:
     assert caught.value.fix == f"did you mean {tmp_path / 'base.yaml'}?"
 
 
-@pytest.mark.parametrize(("target", "message"), [("[a.yaml]", "must be the path of one"), ("pipe.yaml", "is a pipeline")])
+@pytest.mark.parametrize(
+    ("target", "message"), [("[a.yaml]", "must be the path of one"), ("pipe.yaml", "is a pipeline")]
+)
 def test_extends_something_else(tmp_path: Path, target: str, message: str) -> None:
     write(tmp_path, "pipe.yaml", "pipeline: []\n")
     assert message in refused(write(tmp_path, "a.yaml", f"extends: {target}\n")).what
@@ -295,14 +346,19 @@ def test_extends_something_else(tmp_path: Path, target: str, message: str) -> No
 @pytest.fixture
 def pipeline(tmp_path: Path) -> Path:
     write(tmp_path, "base.yaml", MINIMAL)
-    text = "pipeline:\n- {name: sft, extends: base.yaml, algorithm: {name: sft}}\n- {name: dpo, extends: base.yaml, model: {path: stage:sft}}\n"
+    text = (
+        "pipeline:\n- {name: sft, extends: base.yaml, algorithm: {name: sft}}\n- {name: dpo, extends: "
+        "base.yaml, model: {path: stage:sft}}\n"
+    )
     return write(tmp_path, "pipe.yaml", text)
 
 
 def test_a_pipeline_is_its_stages_in_order(pipeline: Path) -> None:
     loaded = load(pipeline, ["batch.effective=8", "dpo:batch.effective=16", "sft:run.seed=5"])
     assert loaded.path == pipeline
-    found = [(s.name, s.recipe.algorithm.name, s.recipe.batch.effective, s.recipe.run.seed) for s in loaded.stages]
+    found = [
+        (s.name, s.recipe.algorithm.name, s.recipe.batch.effective, s.recipe.run.seed) for s in loaded.stages
+    ]
     assert found == [("sft", "sft", 8, 5), ("dpo", "dpo", 16, 0)]
     assert loaded.stages[1].recipe.model.path == "stage:sft" and loaded.stages[1].recipe.model.tiny is None
 
@@ -321,11 +377,26 @@ def test_a_model_for_all_stages_does_not_break_the_chain(pipeline: Path) -> None
         ("pipeline:\n- {extends: base.yaml}\n", ":2: a stage is a mapping with a name"),
         ("pipeline:\n- sft\n", ":2: a stage is a mapping with a name"),
         ("pipeline:\n- {name: a b, extends: base.yaml}\n", ":2: a stage is a mapping with a name"),
-        ("pipeline:\n- {name: a, extends: base.yaml}\n- {name: a, extends: base.yaml}\n", ":3: the name a is taken"),
-        ("run: {seed: 1}\npipeline:\n- {name: a, extends: base.yaml}\n", ":1: run: nothing may stand beside `pipeline`"),
-        ("pipeline:\n- {name: a, extends: base.yaml, model: {path: stage:b}}\n- {name: b}\n", "stage a: model.path: stage:b names no earlier stage"),
-        ("pipeline:\n- {name: a, extends: base.yaml, model: {path: stage:a}}\n", "stage a: model.path: stage:a names no earlier stage"),
-        ("pipeline:\n- {name: a, extends: base.yaml}\n- {name: b, extends: base.yaml, rum: {}}\n", "stage b: 1 problem in the recipe"),
+        (
+            "pipeline:\n- {name: a, extends: base.yaml}\n- {name: a, extends: base.yaml}\n",
+            ":3: the name a is taken",
+        ),
+        (
+            "run: {seed: 1}\npipeline:\n- {name: a, extends: base.yaml}\n",
+            ":1: run: nothing may stand beside `pipeline`",
+        ),
+        (
+            "pipeline:\n- {name: a, extends: base.yaml, model: {path: stage:b}}\n- {name: b}\n",
+            "stage a: model.path: stage:b names no earlier stage",
+        ),
+        (
+            "pipeline:\n- {name: a, extends: base.yaml, model: {path: stage:a}}\n",
+            "stage a: model.path: stage:a names no earlier stage",
+        ),
+        (
+            "pipeline:\n- {name: a, extends: base.yaml}\n- {name: b, extends: base.yaml, rum: {}}\n",
+            "stage b: 1 problem in the recipe",
+        ),
     ],
 )
 def test_a_pipeline_that_cannot_be(tmp_path: Path, text: str, message: str) -> None:
@@ -348,22 +419,45 @@ RLHF = """pipeline:
 def test_every_place_that_takes_a_model_takes_a_stage(tmp_path: Path) -> None:
     write(tmp_path, "base.yaml", MINIMAL)
     *_, ppo = load(write(tmp_path, "rlhf.yaml", RLHF)).stages
-    places = {"model.path": "sft", "model.reference": "sft", "critic.model.path": "reward", "rewards.functions[1].model": "reward"}
+    places = {
+        "model.path": "sft",
+        "model.reference": "sft",
+        "critic.model.path": "reward",
+        "rewards.functions[1].model": "reward",
+    }
     assert references(ppo.recipe) == places
     made = resolve(ppo.recipe, {"sft": Path("/run/sft/export"), "reward": Path("/run/reward/export")})
     assert references(made) == {}
     assert (made.model.path, made.model.reference) == ("/run/sft/export", "/run/sft/export")
-    assert made.critic.model is not None and made.critic.model.path == made.rewards.functions[1].model == "/run/reward/export"
-    assert made.rewards.functions[0] == ppo.recipe.rewards.functions[0] and made.algorithm == ppo.recipe.algorithm
+    assert (
+        made.critic.model is not None
+        and made.critic.model.path == made.rewards.functions[1].model == "/run/reward/export"
+    )
+    assert (
+        made.rewards.functions[0] == ppo.recipe.rewards.functions[0]
+        and made.algorithm == ppo.recipe.algorithm
+    )
 
 
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("model: stage:reward}]", "model: stage:sft}]", "rewards.functions[1].model: stage sft trains no reward model"),
+        (
+            "model: stage:reward}]",
+            "model: stage:sft}]",
+            "rewards.functions[1].model: stage sft trains no reward model",
+        ),
         ("path: stage:sft, ref", "path: stage:reward, ref", "model.path: stage reward trains a reward model"),
-        ("reference: stage:sft", "reference: stage:reward", "model.reference: stage reward trains a reward model"),
-        ("model: stage:reward}]", "model: stage:rewrad}]", "rewards.functions[1].model: stage:rewrad names no earlier stage"),
+        (
+            "reference: stage:sft",
+            "reference: stage:reward",
+            "model.reference: stage reward trains a reward model",
+        ),
+        (
+            "model: stage:reward}]",
+            "model: stage:rewrad}]",
+            "rewards.functions[1].model: stage:rewrad names no earlier stage",
+        ),
         ("{path: stage:reward}", "{path: stage:ppo}", "critic.model.path: stage:ppo names no earlier stage"),
     ],
 )
@@ -381,7 +475,10 @@ def test_problems_of_a_stage_name_the_line_in_the_pipeline(tmp_path: Path) -> No
 
 def test_an_override_for_no_stage(pipeline: Path) -> None:
     error = refused(pipeline, "ppo:run.seed=1")
-    assert (error.what, error.fix) == ("override `ppo:run.seed=1`: no stage is named ppo", "the stages are sft, dpo")
+    assert (error.what, error.fix) == (
+        "override `ppo:run.seed=1`: no stage is named ppo",
+        "the stages are sft, dpo",
+    )
 
 
 def test_a_plain_recipe_cannot_start_from_a_stage(minimal: Path) -> None:
@@ -403,20 +500,35 @@ def test_shipped_recipes_load(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     for name in shipped:
         first = shipped[name].read_text().splitlines()[0]
         assert first.startswith("# Random-weight toy: ") == name.startswith("tiny/")
-        for stage in load(name, ["model.path=mine", "data.train=mine.jsonl"] if name.startswith("start/") else ()).stages:
+        for stage in load(
+            name, ["model.path=mine", "data.train=mine.jsonl"] if name.startswith("start/") else ()
+        ).stages:
             recipe = stage.recipe
             if name.startswith("tiny/"):
                 assert (recipe.learners.precision, recipe.tracking.wandb) == ("fp32", "offline")
-                assert recipe.learners.workers == (1 if recipe.algorithm.name == "ppo" else 2)  # the critic is the second learner
+                assert recipe.learners.workers == (
+                    1 if recipe.algorithm.name == "ppo" else 2
+                )  # the critic is the second learner
                 assert 32 <= recipe.batch.effective <= 256 and recipe.checkpoint.every is not None
                 assert isinstance(recipe.data.train, str) and recipe.data.train.startswith("toy:")
             elif name.startswith("start/"):
-                assert (recipe.learners.workers, recipe.learners.gpus_per_worker, recipe.learners.precision) == ("auto",) * 3
-                assert recipe.batch.micro_batch == recipe.batch.layout == "auto" and 32 <= recipe.batch.effective <= 64
+                assert (
+                    recipe.learners.workers,
+                    recipe.learners.gpus_per_worker,
+                    recipe.learners.precision,
+                ) == ("auto",) * 3
+                assert (
+                    recipe.batch.micro_batch == recipe.batch.layout == "auto"
+                    and 32 <= recipe.batch.effective <= 64
+                )
                 usual = rates_of(recipe)
                 assert usual.low <= recipe.optimizer.learning_rate <= usual.high
             else:
-                assert 256 <= recipe.batch.effective <= 512 and recipe.model.revision is not None and not recipe.model.trust_remote_code
+                assert (
+                    256 <= recipe.batch.effective <= 512
+                    and recipe.model.revision is not None
+                    and not recipe.model.trust_remote_code
+                )
 
 
 def test_the_demo_starts_dpo_from_sft() -> None:
@@ -431,8 +543,12 @@ def test_a_recipe_is_found_by_path_or_name(minimal: Path) -> None:
     assert load("tiny/dpo").stages[0].name == "tiny-dpo"
 
 
-@pytest.mark.parametrize(("name", "fix"), [("tiny/dppo", "tiny/dpo"), ("recipes/tiny/sfft", "tiny/sft"), ("zzzzzz", "recipes ls")])
-def test_a_missing_recipe_suggests_others(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, fix: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "fix"), [("tiny/dppo", "tiny/dpo"), ("recipes/tiny/sfft", "tiny/sft"), ("zzzzzz", "recipes ls")]
+)
+def test_a_missing_recipe_suggests_others(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, fix: str
+) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(MissingInput) as caught:
         load(name)
@@ -449,13 +565,33 @@ def test_a_folder_is_no_recipe(tmp_path: Path) -> None:
 
 def test_fingerprint_holds_what_decides_the_result_and_nothing_else(minimal: Path) -> None:
     def of(*overrides: str, data: str = "d", tokenizer: str = "t") -> str:
-        return identity_of(one(minimal, "data.eval=held-out.jsonl", *overrides), data, tokenizer=tokenizer).fingerprint
+        return identity_of(
+            one(minimal, "data.eval=held-out.jsonl", *overrides), data, tokenizer=tokenizer
+        ).fingerprint
 
     same = [
-        *("run.name=x", "learners.workers=4", "learners.zero_stage=3", "learners.sync=per_micro_batch", "batch.micro_batch=2"),
-        *("batch.layout=padded", "checkpoint.every=3", "evaluation.every=3", "tracking.wandb=off", "learners.activation_checkpointing=full"),
+        *(
+            "run.name=x",
+            "learners.workers=4",
+            "learners.zero_stage=3",
+            "learners.sync=per_micro_batch",
+            "batch.micro_batch=2",
+        ),
+        *(
+            "batch.layout=padded",
+            "checkpoint.every=3",
+            "evaluation.every=3",
+            "tracking.wandb=off",
+            "learners.activation_checkpointing=full",
+        ),
         *("run.max_steps=3", "run.epochs=2"),  # where a run ends is compared apart
-        *("data.eval=null", "data.max_bad_rows=3", "export.dtype=bf16", "checkpoint.final=weights", "evaluation.at_start=false"),
+        *(
+            "data.eval=null",
+            "data.max_bad_rows=3",
+            "export.dtype=bf16",
+            "checkpoint.final=weights",
+            "evaluation.at_start=false",
+        ),
     ]
     other = [
         *("run.seed=1", "model.tiny.layers=3", "data.max_length=9", "algorithm.beta=0.2"),
@@ -478,30 +614,54 @@ def test_json_schema_knows_every_section_and_refuses_other_keys() -> None:
 
 tricky = st.sampled_from(["off", "1e5", "0E0", "null", "~", "0x1", "- a", "a: b", " x", "#"])
 texts = st.text(st.characters(exclude_categories=("Cs", "Cc")), min_size=1, max_size=30) | tricky
-tiny = st.fixed_dictionaries({"tiny": st.fixed_dictionaries({}, optional={"layers": st.integers(1, 9), "architecture": texts})})
+tiny = st.fixed_dictionaries(
+    {"tiny": st.fixed_dictionaries({}, optional={"layers": st.integers(1, 9), "architecture": texts})}
+)
 betas = st.lists(st.floats(0, 1), min_size=2, max_size=2)
 positive = st.floats(1e-12, 1e12)
 
 
 def trees() -> st.SearchStrategy[dict[str, Any]]:
     """Recipes as the mapping a file would hold."""
-    source = st.fixed_dictionaries({"path": texts}, optional={"weight": positive, "max_rows": st.none() | st.integers(1, 99), "revision": texts})
+    source = st.fixed_dictionaries(
+        {"path": texts},
+        optional={"weight": positive, "max_rows": st.none() | st.integers(1, 99), "revision": texts},
+    )
     data = texts | st.lists(source, min_size=1, max_size=3)
-    model = st.fixed_dictionaries({"path": texts.filter(lambda t: not t.startswith("stage:"))}, optional={"revision": texts, "chat_template": texts})
+    model = st.fixed_dictionaries(
+        {"path": texts.filter(lambda t: not t.startswith("stage:"))},
+        optional={"revision": texts, "chat_template": texts},
+    )
     return st.fixed_dictionaries(
         {
             "model": model | tiny,
-            "data": st.fixed_dictionaries({"train": data}, optional={"eval": st.none() | data, "append_eos": st.booleans()}),
+            "data": st.fixed_dictionaries(
+                {"train": data}, optional={"eval": st.none() | data, "append_eos": st.booleans()}
+            ),
             "algorithm": st.fixed_dictionaries(
                 {"name": st.sampled_from(["sft", "dpo", "kto"])},
                 optional={"beta": positive, "loss": texts | st.dictionaries(texts, positive, max_size=3)},
             ),
-            "optimizer": st.fixed_dictionaries({"learning_rate": positive}, optional={"betas": betas, "max_grad_norm": st.none() | positive}),
+            "optimizer": st.fixed_dictionaries(
+                {"learning_rate": positive}, optional={"betas": betas, "max_grad_norm": st.none() | positive}
+            ),
         },
         optional={
             "run": st.fixed_dictionaries({}, optional={"seed": st.integers(0, 2**40), "epochs": positive}),
-            "batch": st.fixed_dictionaries({}, optional={"effective": st.integers(1, 4096), "micro_batch": st.just("auto") | st.integers(1, 64)}),
-            "tracking": st.fixed_dictionaries({}, optional={"wandb": st.sampled_from(["off", "offline", "online"]), "entity": st.none() | texts}),
+            "batch": st.fixed_dictionaries(
+                {},
+                optional={
+                    "effective": st.integers(1, 4096),
+                    "micro_batch": st.just("auto") | st.integers(1, 64),
+                },
+            ),
+            "tracking": st.fixed_dictionaries(
+                {},
+                optional={
+                    "wandb": st.sampled_from(["off", "offline", "online"]),
+                    "entity": st.none() | texts,
+                },
+            ),
         },
     )
 
@@ -523,7 +683,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @given(tree=trees())
 def test_dump_and_load_give_the_same_recipe(folder: Path, tree: dict[str, Any]) -> None:
     read = of_tree(write(folder, "extended.yaml", json.dumps(tree, ensure_ascii=False)))
-    assert one(write(folder, "dumped.yaml", dump(Recipe.model_validate(tree)))) == read, "what the run reads, and nothing else"
+    assert one(write(folder, "dumped.yaml", dump(Recipe.model_validate(tree)))) == read, (
+        "what the run reads, and nothing else"
+    )
     assert one(write(folder, "again.yaml", dump(read))) == read
 
 
@@ -535,7 +697,9 @@ def of_tree(file: Path) -> Recipe:
 @settings(max_examples=40)
 @given(tree=trees(), edits=trees())
 def test_overrides_equal_editing_the_file(folder: Path, tree: dict[str, Any], edits: dict[str, Any]) -> None:
-    edits = {k: v for k, v in edits.items() if k != "model"}  # the swap of model.path and model.tiny has its own test
+    edits = {
+        k: v for k, v in edits.items() if k != "model"
+    }  # the swap of model.path and model.tiny has its own test
     tree, edits = json.loads(json.dumps([tree, edits]))
     overrides = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in leaves(edits)]
     edited = {**tree, **{k: {**tree.get(k, {}), **v} for k, v in edits.items()}}
@@ -573,5 +737,7 @@ def json_with_a_key_twice(value: Any, repeated: int, numbers: Iterator[int]) -> 
     pairs: list[str] = []
     for key, inner in value.items():
         times = 2 if next(numbers) == repeated else 1
-        pairs += [f"{json.dumps(key, ensure_ascii=False)}: {json_with_a_key_twice(inner, repeated, numbers)}"] * times
+        pairs += [
+            f"{json.dumps(key, ensure_ascii=False)}: {json_with_a_key_twice(inner, repeated, numbers)}"
+        ] * times
     return f"{{{', '.join(pairs)}}}"

@@ -1,4 +1,5 @@
-"""Small models and requests that tests of both decoders share, and the truth about log-probs: one forward over everything."""
+"""Small models and requests that tests of both decoders share, and the truth about log-probs: one forward
+over everything."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -31,8 +32,14 @@ class Case:
         return self.architecture
 
     def model(self, seed: int = 0) -> Any:
-        cfg = TinyModel(architecture=self.architecture, hidden_size=32, layers=2, heads=4, kv_heads=2, max_positions=256)
-        return build(cfg, seed, AutoModelForCausalLM, initializer_range=0.2, **self.options).eval().requires_grad_(False)
+        cfg = TinyModel(
+            architecture=self.architecture, hidden_size=32, layers=2, heads=4, kv_heads=2, max_positions=256
+        )
+        return (
+            build(cfg, seed, AutoModelForCausalLM, initializer_range=0.2, **self.options)
+            .eval()
+            .requires_grad_(False)
+        )
 
 
 MIXED = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 7}
@@ -61,9 +68,16 @@ def requests(count: int = 7, *, longest: int = 20, room: int = 40, samples: int 
     return [Request(p, s, int(r)) for p, s, r in zip(prompts, seeds, rooms, strict=True)]
 
 
-def forward_logprobs(model: Any, prompt: np.ndarray, completion: Completion, sampling: Sampling = SAMPLING, *, narrowed: bool = False) -> np.ndarray:
-    """What one forward over prompt and completion says of the completion's tokens, Float[S]: under the policy, or where narrowed,
-    under what top-k, top-p and min-p leave of it."""
+def forward_logprobs(
+    model: Any,
+    prompt: np.ndarray,
+    completion: Completion,
+    sampling: Sampling = SAMPLING,
+    *,
+    narrowed: bool = False,
+) -> np.ndarray:
+    """What one forward over prompt and completion says of the completion's tokens, Float[S]: under the
+    policy, or where narrowed, under what top-k, top-p and min-p leave of it."""
     ids = torch.from_numpy(np.concatenate([prompt, completion.ids]))[None]
     with torch.no_grad():
         logits = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1]
@@ -73,12 +87,17 @@ def forward_logprobs(model: Any, prompt: np.ndarray, completion: Completion, sam
 
 def worst_gap(model: Any, made: Sequence[Request], found: Generated, sampling: Sampling = SAMPLING) -> float:
     """Largest |difference| between a completion's log-probs and one forward's."""
-    gaps = [np.abs(forward_logprobs(model, r.prompt, c, sampling) - c.logprobs).max() for r, cs in zip(made, found, strict=True) for c in cs]
+    gaps = [
+        np.abs(forward_logprobs(model, r.prompt, c, sampling) - c.logprobs).max()
+        for r, cs in zip(made, found, strict=True)
+        for c in cs
+    ]
     return float(max(gaps))
 
 
 def kept_gap(model: Any, made: Sequence[Request], found: Generated, sampling: Sampling) -> float:
-    """Largest |difference| between log-probs less the kept mass and what one forward says of the distribution drawn from."""
+    """Largest |difference| between log-probs less the kept mass and what one forward says of the distribution
+    drawn from."""
 
     def of(request: Request, completion: Completion) -> float:
         assert completion.kept is not None and len(completion.kept) == len(completion.ids)
@@ -91,7 +110,9 @@ def kept_gap(model: Any, made: Sequence[Request], found: Generated, sampling: Sa
 def same(one: Generated, other: Generated, tolerance: float = 1e-5) -> bool:
     """Whether two decoders made the same tokens, for the same reason, with the same log-probs."""
     return len(one) == len(other) and all(
-        np.array_equal(a.ids, b.ids) and a.finish == b.finish and np.allclose(a.logprobs, b.logprobs, rtol=0, atol=tolerance)
+        np.array_equal(a.ids, b.ids)
+        and a.finish == b.finish
+        and np.allclose(a.logprobs, b.logprobs, rtol=0, atol=tolerance)
         for left, right in zip(one, other, strict=True)
         for a, b in zip(left, right, strict=True)
     )
@@ -99,4 +120,7 @@ def same(one: Generated, other: Generated, tolerance: float = 1e-5) -> bool:
 
 def cut_at(completion: Completion, stop: Sequence[str]) -> int:
     """Tokens of a completion up to the first at which a stop text has been written."""
-    return next((n for n in range(1, len(completion.ids) + 1) if any(s in letters(completion.ids[:n]) for s in stop)), len(completion.ids))
+    return next(
+        (n for n in range(1, len(completion.ids) + 1) if any(s in letters(completion.ids[:n]) for s in stop)),
+        len(completion.ids),
+    )

@@ -39,7 +39,16 @@ def function(name: str, written: str, **options: Any) -> RewardFunction:
 
 def _rollout(k: int, completion: Any, environment: float | None) -> Rollout:
     ids = _ids(completion)
-    return Rollout(k, 0, ids, np.ones(len(ids), np.bool_), np.zeros(len(ids), np.float32), "stop", completion, environment_reward=environment)
+    return Rollout(
+        k,
+        0,
+        ids,
+        np.ones(len(ids), np.bool_),
+        np.zeros(len(ids), np.float32),
+        "stop",
+        completion,
+        environment_reward=environment,
+    )
 
 
 def _ids(text: Any) -> Any:

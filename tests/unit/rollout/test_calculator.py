@@ -12,7 +12,11 @@ from orchestrator.rollout.environments.calculator import LARGEST, Calculator, ev
 numbers = st.integers(0, 999).map(str)
 expressions = st.recursive(
     numbers,
-    lambda inner: st.tuples(inner, st.sampled_from("+-*"), inner).map("".join) | inner.map("({})".format) | inner.map("-{}".format),
+    lambda inner: (
+        st.tuples(inner, st.sampled_from("+-*"), inner).map("".join)
+        | inner.map("({})".format)
+        | inner.map("-{}".format)
+    ),
     max_leaves=4,  # 999**4 is below the bound
 )
 
@@ -24,7 +28,26 @@ def test_arithmetic_is_pythons(expression):
 
 @pytest.mark.parametrize(
     "expression",
-    ["", "12+", "1//2", "1/2", "2**9", "1.5", "1e9", "abs(1)", "x", "True", "__import__('os')", "1;2", "[1]", "1<2", "007", "+1", "'a'*9", "1 2"],
+    [
+        "",
+        "12+",
+        "1//2",
+        "1/2",
+        "2**9",
+        "1.5",
+        "1e9",
+        "abs(1)",
+        "x",
+        "True",
+        "__import__('os')",
+        "1;2",
+        "[1]",
+        "1<2",
+        "007",
+        "+1",
+        "'a'*9",
+        "1 2",
+    ],
 )
 def test_anything_else_is_no_arithmetic(expression):
     assert evaluate(expression) is None
@@ -50,7 +73,9 @@ def test_no_completion_breaks_an_episode(completion):
 
 def played(*turns: str) -> list[Turn]:
     world = Calculator()
-    assert world.reset({"prompt": [{"role": "user", "content": "12+7"}], "answer": "19"}) == [{"role": "user", "content": "12+7"}]
+    assert world.reset({"prompt": [{"role": "user", "content": "12+7"}], "answer": "19"}) == [
+        {"role": "user", "content": "12+7"}
+    ]
     return [world.step(turn) for turn in turns]
 
 
@@ -64,7 +89,10 @@ def test_a_wrong_answer_is_not_paid(answer):
 
 
 def test_white_space_around_a_turn_does_not_count():
-    assert played(" =12+7; ", " 19\n") == [Turn([{"role": "tool", "content": "19"}]), Turn(done=True, reward=1.0)]
+    assert played(" =12+7; ", " 19\n") == [
+        Turn([{"role": "tool", "content": "19"}]),
+        Turn(done=True, reward=1.0),
+    ]
 
 
 def test_a_call_that_is_no_arithmetic_is_told():

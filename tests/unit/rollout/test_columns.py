@@ -1,4 +1,5 @@
-"""Columns on their way to rewards: which a function reads, and in which form a table's values reach each kind of reward."""
+"""Columns on their way to rewards: which a function reads, and in which form a table's values reach each kind
+of reward."""
 
 import datetime
 import json
@@ -51,22 +52,36 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def rewards(*functions: dict[str, Any]) -> Rewards:
-    return Rewards.model_validate({"functions": [{"name": f"f{i}", **function} for i, function in enumerate(functions)]})
+    return Rewards.model_validate(
+        {"functions": [{"name": f"f{i}", **function} for i, function in enumerate(functions)]}
+    )
 
 
 def test_columns_that_rewards_read(folder: Path) -> None:
     file = folder / "mine.py"
     assert columns_read(rewards({"function": "exact_match"})) == {"answer"}
-    assert columns_read(rewards({"function": f"{file}:named"}, {"model": "some/folder"})) == {"answer", "price", "when"}
+    assert columns_read(rewards({"function": f"{file}:named"}, {"model": "some/folder"})) == {
+        "answer",
+        "price",
+        "when",
+    }
     assert columns_read(rewards({"function": f"{file}:named", "options": {"when": 1}})) == {"answer", "price"}
-    for whole in ({"function": f"{file}:open_to_all"}, {"url": "http://localhost:1/x"}, {"function": "trl:think_format_reward"}):
+    for whole in (
+        {"function": f"{file}:open_to_all"},
+        {"url": "http://localhost:1/x"},
+        {"function": "trl:think_format_reward"},
+    ):
         assert columns_read(rewards({"function": "exact_match"}, whole)) is None
 
 
 def test_the_plan_lists_what_no_reward_reads(folder: Path) -> None:
     def unused(*functions: dict[str, Any]) -> tuple[str, ...]:
         named = json.dumps([{"name": f"f{i}", **function} for i, function in enumerate(functions)])
-        changes = [f"grpo:data.train={folder / 'rows.parquet'}", "grpo:data.eval=null", f"grpo:rewards.functions={named}"]
+        changes = [
+            f"grpo:data.train={folder / 'rows.parquet'}",
+            "grpo:data.eval=null",
+            f"grpo:rewards.functions={named}",
+        ]
         recipe = load("tiny/grpo", changes).stages[-1].recipe
         recipe = recipe.model_copy(update={"model": load("tiny/sft").stages[0].recipe.model})
         return read_prompts(recipe, build(recipe.algorithm, recipe.rollouts)).longest.unused
@@ -95,21 +110,41 @@ def test_a_tables_values_reach_an_endpoint_as_standard_json(folder: Path) -> Non
         raise AssertionError(f"{name} is no JSON")
 
     sent = json.loads(_body("mine", call_of(folder / "rows.parquet")), parse_constant=refuse)
-    assert sent["columns"] == {"when": ["2026-11-27T17:05:00"], "price": ["1.50"], "raw": ["AAE="], "score": ["NaN"], "answer": ["x"]}
+    assert sent["columns"] == {
+        "when": ["2026-11-27T17:05:00"],
+        "price": ["1.50"],
+        "raw": ["AAE="],
+        "score": ["NaN"],
+        "answer": ["x"],
+    }
 
 
 def test_a_prompt_that_the_template_refuses_is_a_bad_row(tmp_path: Path) -> None:
-    (tmp_path / "t.jinja").write_text("{% if messages|length > 1 %}{{ raise_exception('one turn only') }}{% endif %}{{ messages[0].content }}")
+    (tmp_path / "t.jinja").write_text(
+        "{% if messages|length > 1 %}{{ raise_exception('one turn only') }}{% endif %}{{ "
+        "messages[0].content }}"
+    )
     ask = {"role": "user", "content": "a>"}
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in ([ask], [ask, ask])))
+    (tmp_path / "rows.jsonl").write_text(
+        "".join(json.dumps({"prompt": prompt}) + "\n" for prompt in ([ask], [ask, ask]))
+    )
 
     def load_with(*more: str) -> Any:
         changes = (f"data.train={tmp_path}/rows.jsonl", "data.eval=null", *more)
         recipe = load("tiny/grpo", [f"grpo:{change}" for change in changes]).stages[-1].recipe
-        model = load("tiny/sft").stages[0].recipe.model.model_copy(update={"chat_template": f"{tmp_path}/t.jinja"})
-        return read_prompts(recipe.model_copy(update={"model": model}), build(recipe.algorithm, recipe.rollouts))
+        model = (
+            load("tiny/sft")
+            .stages[0]
+            .recipe.model.model_copy(update={"chat_template": f"{tmp_path}/t.jinja"})
+        )
+        return read_prompts(
+            recipe.model_copy(update={"model": model}), build(recipe.algorithm, recipe.rollouts)
+        )
 
-    with pytest.raises(DataError, match=r"1 bad rows[\s\S]*rows\.jsonl:2: the chat template refuses the conversation \(one turn only\)"):
+    with pytest.raises(
+        DataError,
+        match=r"1 bad rows[\s\S]*rows\.jsonl:2: the chat template refuses the conversation \(one turn only\)",
+    ):
         load_with()
     assert [p.where for p in load_with("data.max_bad_rows=1").batches.groups] == [f"{tmp_path}/rows.jsonl:1"]
 
@@ -117,6 +152,17 @@ def test_a_prompt_that_the_template_refuses_is_a_bad_row(tmp_path: Path) -> None
 def test_mapped_columns_reach_rewards_by_both_names(tmp_path: Path) -> None:
     """A function may take the recipe's name of a column, or the file's."""
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a>", "gold": "1", "gap": 2.5, "world": "w"}\n')
-    data = Data.model_validate({"train": "x", "columns": {"answer": "gold", "margin": "gap", "environment": "world"}})
-    (row,) = load_rows(str(tmp_path / "rows.jsonl"), data, "prompt", Reads(margin=False, environment=True)).rows
-    assert row.columns == {"gold": "1", "gap": 2.5, "world": "w", "answer": "1", "margin": 2.5, "environment": "w"}
+    data = Data.model_validate(
+        {"train": "x", "columns": {"answer": "gold", "margin": "gap", "environment": "world"}}
+    )
+    (row,) = load_rows(
+        str(tmp_path / "rows.jsonl"), data, "prompt", Reads(margin=False, environment=True)
+    ).rows
+    assert row.columns == {
+        "gold": "1",
+        "gap": 2.5,
+        "world": "w",
+        "answer": "1",
+        "margin": 2.5,
+        "environment": "w",
+    }

@@ -1,4 +1,5 @@
-"""Episodes: what the model wrote stays as it wrote it, only that is scored, and its log-probs are those of one forward."""
+"""Episodes: what the model wrote stays as it wrote it, only that is scored, and its log-probs are those of
+one forward."""
 
 import copy
 import itertools
@@ -19,8 +20,8 @@ from orchestrator.rollout.engines.paged_decoder import ContinuousDecoder
 from orchestrator.rollout.engines.sampling import sample_seed
 from orchestrator.rollout.environment import Messages, Turn, load_environment
 from orchestrator.rollout.environments.calculator import Calculator
-from orchestrator.rollout.episodes import Roller
-from orchestrator.rollout.rewards.combine import combine
+from orchestrator.rollout.episodes import EpisodeRunner
+from orchestrator.rollout.rewards.combine import sum_components
 from tests.unit.rollout.decoding_cases import CASES, EOS, SAMPLING, forward_logprobs, letters
 from tests.unit.rollout.reward_cases import rewards
 
@@ -42,7 +43,8 @@ def prompt(number: int = 0, text: Any = None, **columns: Any) -> Prompt:
 
 @dataclass
 class Scripted:
-    """A decoder that says what it is told, turn by turn, and notes what it was asked. A str ends with eos, tokens as they are."""
+    """A decoder that says what it is told, turn by turn, and notes what it was asked. A str ends with eos,
+    tokens as they are."""
 
     script: Sequence[str | np.ndarray]
     asked: list[list[Request]] = field(default_factory=list)
@@ -53,7 +55,10 @@ class Scripted:
         ids = tokens(said + "<eos>") if isinstance(said, str) else said
         made = [ids[: r.room] for r in requests]
         finishes: list[Finish] = ["length" if len(ids) > r.room else "stop" for r in requests]
-        completions = [Completion(i, np.full(len(i), -float(len(self.asked)), np.float32), f) for i, f in zip(made, finishes, strict=True)]
+        completions = [
+            Completion(i, np.full(len(i), -float(len(self.asked)), np.float32), f)
+            for i, f in zip(made, finishes, strict=True)
+        ]
         return [(c,) * len(r.seeds) for r, c in zip(requests, completions, strict=True)]
 
 
@@ -68,20 +73,28 @@ class Chatter:
 
     def step(self, completion: str) -> Turn:
         self.count += 1
-        return Turn([{"role": "tool", "content": f"heard {self.count}"}], done=self.count == self.turns, reward=0.5)
+        return Turn(
+            [{"role": "tool", "content": f"heard {self.count}"}], done=self.count == self.turns, reward=0.5
+        )
 
 
-def play(script: Sequence[str | np.ndarray], environment: Any = Calculator, *, room: int = 100, turns: int = 8) -> tuple[Rollout, Scripted]:
+def play(
+    script: Sequence[str | np.ndarray], environment: Any = Calculator, *, room: int = 100, turns: int = 8
+) -> tuple[Rollout, Scripted]:
     """The only rollout of one prompt."""
     decoder = Scripted(script)
-    (group,) = Roller(decoder, TOKENIZER, environment, turns).roll_out([(0, prompt(12))], Sampling(1, room), 5)
+    (group,) = EpisodeRunner(decoder, TOKENIZER, environment, turns).roll_out(
+        [(0, prompt(12))], Sampling(1, room), 5
+    )
     return group.rollouts[0], decoder
 
 
 def spans(rollout: Rollout) -> list[tuple[bool, str]]:
     """(scored, text) of the runs of a rollout's tokens."""
-    edges = [0, *(np.flatnonzero(np.diff(rollout.scored)) + 1).tolist(), len(rollout.ids)]
-    return [(bool(rollout.scored[a]), TOKENIZER.decode(rollout.ids[a:b])) for a, b in itertools.pairwise(edges)]
+    edges = [0, *(np.flatnonzero(np.diff(rollout.loss_mask)) + 1).tolist(), len(rollout.ids)]
+    return [
+        (bool(rollout.loss_mask[a]), TOKENIZER.decode(rollout.ids[a:b])) for a, b in itertools.pairwise(edges)
+    ]
 
 
 def test_an_episode_by_hand():
@@ -103,7 +116,11 @@ def test_an_episode_by_hand():
 
 def test_the_tokens_are_those_of_the_template_over_the_whole_conversation():
     rollout, decoder = play(["a", "bc", "d"], Chatter)
-    messages = [{"role": "system", "content": "talk"}, {"role": "user", "content": "12+1"}, *rollout.completion[:-1]]
+    messages = [
+        {"role": "system", "content": "talk"},
+        {"role": "user", "content": "12+1"},
+        *rollout.completion[:-1],
+    ]
     whole = TOKENIZER.apply_chat_template(messages, tokenize=True, return_dict=True)["input_ids"]
     assert whole == np.concatenate([decoder.asked[0][0].prompt, rollout.ids]).tolist()
 
@@ -129,7 +146,9 @@ def test_another_end_token_than_eos_is_not_doubled():
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|eot|>"]})
     tokenizer.chat_template = CHAT_TEMPLATE.replace("eos_token", "'<|eot|>'")
     ids = np.array(tokenizer("=12+1;<|eot|>")["input_ids"])
-    (group,) = Roller(Scripted([ids, "13"]), tokenizer, Calculator, 4).roll_out([(0, prompt(12))], Sampling(1, 100), 0)
+    (group,) = EpisodeRunner(Scripted([ids, "13"]), tokenizer, Calculator, 4).roll_out(
+        [(0, prompt(12))], Sampling(1, 100), 0
+    )
     assert tokenizer.decode(group.rollouts[0].ids) == "=12+1;<|eot|><|tool|>13<|assistant|>13<eos>"
 
 
@@ -142,7 +161,12 @@ def test_rewards_add_up_until_the_environment_is_done():
 
 def test_an_episode_ends_after_max_turns():
     rollout, decoder = play(["a"] * 9, Chatter, turns=2)
-    assert (rollout.turns, rollout.environment_reward, rollout.finish, len(decoder.asked)) == (2, 1.0, "length", 2)
+    assert (rollout.turns, rollout.environment_reward, rollout.finish, len(decoder.asked)) == (
+        2,
+        1.0,
+        "length",
+        2,
+    )
     assert spans(rollout)[-1] == (True, "a<eos>")
 
 
@@ -150,14 +174,16 @@ SUFFIX = len(tokens("<|tool|>heard 1<|assistant|>"))
 
 
 @pytest.mark.parametrize(
-    ("room", "turns", "length"), [(1, 1, 1), (2, 1, 2), (2 + SUFFIX, 1, 2), (3 + SUFFIX, 2, 3 + SUFFIX), (200, 3, 6 + 2 * SUFFIX)]
+    ("room", "turns", "length"),
+    [(1, 1, 1), (2, 1, 2), (2 + SUFFIX, 1, 2), (3 + SUFFIX, 2, 3 + SUFFIX), (200, 3, 6 + 2 * SUFFIX)],
 )
 def test_room_is_that_of_the_whole_episode(room, turns, length):
-    """Two tokens a turn. What the environment says counts, and is left out where no token of the model could follow."""
+    """Two tokens a turn. What the environment says counts, and is left out where no token of the model could
+    follow."""
     rollout, _ = play(["a"] * 9, Chatter, room=room)
     assert (rollout.turns, len(rollout.ids)) == (turns, length)
     assert rollout.finish == ("stop" if room == 200 else "length")
-    assert rollout.scored[-1]
+    assert rollout.loss_mask[-1]
 
 
 class Moody(Chatter):
@@ -172,7 +198,7 @@ class Moody(Chatter):
 
 def test_an_environment_that_begins_differently_is_refused():
     with pytest.raises(DataError, match="row 3: the environment began two episodes of one row differently"):
-        Roller(Scripted(["a"] * 9), TOKENIZER, Moody, 4).roll_out([(0, prompt(3))], Sampling(2, 50), 0)
+        EpisodeRunner(Scripted(["a"] * 9), TOKENIZER, Moody, 4).roll_out([(0, prompt(3))], Sampling(2, 50), 0)
 
 
 class Scribbler(Chatter):
@@ -192,7 +218,9 @@ class Scribbler(Chatter):
 def test_an_environment_may_write_into_what_it_got_and_gave():
     row = prompt(3, columns=[])
     before = copy.deepcopy(row.text)
-    (group,) = Roller(Scripted(["a"] * 9), TOKENIZER, Scribbler, 4).roll_out([(0, row)], Sampling(2, 90), 0)
+    (group,) = EpisodeRunner(Scripted(["a"] * 9), TOKENIZER, Scribbler, 4).roll_out(
+        [(0, row)], Sampling(2, 90), 0
+    )
     assert (row.text, row.columns["columns"]) == (before, [])
     assert group.prompt.text == before
     assert [m["role"] for m in group.rollouts[0].completion] == ["assistant", "tool"] * 3
@@ -200,16 +228,20 @@ def test_an_environment_may_write_into_what_it_got_and_gave():
 
 def test_a_template_that_changes_the_answer_is_refused():
     tokenizer = byte_tokenizer()
-    tokenizer.chat_template = CHAT_TEMPLATE.replace("message['content'] + eos_token", "message['content'] | upper")
+    tokenizer.chat_template = CHAT_TEMPLATE.replace(
+        "message['content'] + eos_token", "message['content'] | upper"
+    )
     with pytest.raises(ConfigError, match="changes the assistant's text"):
-        Roller(Scripted(["a"] * 9), tokenizer, Chatter, 4).roll_out([(0, prompt())], Sampling(1, 50), 0)
+        EpisodeRunner(Scripted(["a"] * 9), tokenizer, Chatter, 4).roll_out(
+            [(0, prompt())], Sampling(1, 50), 0
+        )
 
 
 def test_an_environment_needs_a_chat_template():
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = None
     with pytest.raises(ConfigError, match="no chat template"):
-        Roller(Scripted(["a"]), tokenizer, Chatter, 4).roll_out([(0, prompt())], Sampling(1, 50), 0)
+        EpisodeRunner(Scripted(["a"]), tokenizer, Chatter, 4).roll_out([(0, prompt())], Sampling(1, 50), 0)
 
 
 WORK = [(7, prompt(1)), (8, prompt(22)), (9, prompt(333))]
@@ -218,39 +250,49 @@ ROOMY = Sampling(3, 110, seed=4)
 
 def equal(one: RolloutGroup, other: RolloutGroup) -> bool:
     def same(a: Rollout, b: Rollout) -> bool:
-        return a.ids.tolist() == b.ids.tolist() and a.scored.tolist() == b.scored.tolist() and np.allclose(a.logprobs, b.logprobs, atol=1e-5)
+        return (
+            a.ids.tolist() == b.ids.tolist()
+            and a.loss_mask.tolist() == b.loss_mask.tolist()
+            and np.allclose(a.logprobs, b.logprobs, atol=1e-5)
+        )
 
     return all(same(a, b) and a.finish == b.finish for a, b in zip(one.rollouts, other.rollouts, strict=True))
 
 
-@pytest.mark.parametrize("decoder", [DECODER, ContinuousDecoder(LLAMA, (*EOS, END), 6, letters)], ids=["static", "continuous"])
+@pytest.mark.parametrize(
+    "decoder", [DECODER, ContinuousDecoder(LLAMA, (*EOS, END), 6, letters)], ids=["static", "continuous"]
+)
 def test_log_probs_of_an_episode_are_those_of_one_forward_over_it(decoder):
-    groups = Roller(decoder, TOKENIZER, Chatter, 8).roll_out(WORK, ROOMY, 0)
+    groups = EpisodeRunner(decoder, TOKENIZER, Chatter, 8).roll_out(WORK, ROOMY, 0)
     for group in groups:
         for r in group.rollouts:
             whole = forward_logprobs(LLAMA, group.prompt.ids, Completion(r.ids, r.logprobs, r.finish))
-            assert len(r.ids) == len(r.scored) and len(r.logprobs) == r.scored.sum()
-            assert np.abs(whole[r.scored] - r.logprobs).max() < 1e-4
+            assert len(r.ids) == len(r.loss_mask) and len(r.logprobs) == r.loss_mask.sum()
+            assert np.abs(whole[r.loss_mask] - r.logprobs).max() < 1e-4
             assert len(r.ids) <= ROOMY.max_new_tokens
     assert max(r.turns for g in groups for r in g.rollouts) == 3
     assert len({tuple(r.ids.tolist()) for g in groups for r in g.rollouts}) == 9
 
 
 def test_an_episode_does_not_depend_on_the_others():
-    groups = Roller(DECODER, TOKENIZER, Chatter, 8).roll_out(WORK, ROOMY, 0)
+    groups = EpisodeRunner(DECODER, TOKENIZER, Chatter, 8).roll_out(WORK, ROOMY, 0)
     for at in (0, 2):
-        (alone,) = Roller(StaticDecoder(LLAMA, (*EOS, END), 2, letters), TOKENIZER, Chatter, 8).roll_out([WORK[at]], ROOMY, 0)
+        (alone,) = EpisodeRunner(
+            StaticDecoder(LLAMA, (*EOS, END), 2, letters), TOKENIZER, Chatter, 8
+        ).roll_out([WORK[at]], ROOMY, 0)
         assert equal(alone, groups[at])
-    (later,) = Roller(DECODER, TOKENIZER, Chatter, 8).roll_out([WORK[0]], ROOMY, 1)
+    (later,) = EpisodeRunner(DECODER, TOKENIZER, Chatter, 8).roll_out([WORK[0]], ROOMY, 1)
     assert not equal(later, groups[0])  # another version samples with other seeds
 
 
 def test_without_an_environment_a_rollout_is_one_completion():
-    (text, chat) = Roller(DECODER, TOKENIZER, None, 8).roll_out([(0, prompt(1, "ab>")), (1, prompt(2, "cd>"))], SAMPLING, 3)
+    (text, chat) = EpisodeRunner(DECODER, TOKENIZER, None, 8).roll_out(
+        [(0, prompt(1, "ab>")), (1, prompt(2, "cd>"))], SAMPLING, 3
+    )
     seeds = tuple(sample_seed(0, 1, 0, k, 3) for k in range(4))
     (expected,) = DECODER.generate([Request(tokens("ab>"), seeds, 40)], SAMPLING)
     for k, (rollout, completion) in enumerate(zip(text.rollouts, expected, strict=True)):
-        assert np.array_equal(rollout.ids, completion.ids) and rollout.scored.all()
+        assert np.array_equal(rollout.ids, completion.ids) and rollout.loss_mask.all()
         assert (rollout.sample, rollout.version, rollout.turns, rollout.environment_reward) == (k, 3, 1, None)
         assert rollout.completion == TOKENIZER.decode(completion.ids, skip_special_tokens=True)
     assert (text.draw, chat.draw) == (0, 1)
@@ -258,7 +300,9 @@ def test_without_an_environment_a_rollout_is_one_completion():
 
 def test_a_completion_of_messages_is_a_message():
     asked = Prompt(0, "row", 0, tokens("<|user|>hi<|assistant|>"), [{"role": "user", "content": "hi"}])
-    (group,) = Roller(Scripted(["hello"]), TOKENIZER, None, 1).roll_out([(0, asked)], Sampling(1, 20), 0)
+    (group,) = EpisodeRunner(Scripted(["hello"]), TOKENIZER, None, 1).roll_out(
+        [(0, asked)], Sampling(1, 20), 0
+    )
     assert group.rollouts[0].completion == [{"role": "assistant", "content": "hello"}]
 
 
@@ -284,9 +328,9 @@ class Flaky(Calculator):
 @pytest.mark.parametrize("where", ["reset", "step"])
 def test_an_episode_whose_environment_failed_is_played_again_from_the_same_seed(monkeypatch, where):
     monkeypatch.setattr(Flaky, "where", where)
-    expected = Roller(DECODER, TOKENIZER, Calculator, 3).roll_out(WORK[:2], ROOMY, 0)
+    expected = EpisodeRunner(DECODER, TOKENIZER, Calculator, 3).roll_out(WORK[:2], ROOMY, 0)
     monkeypatch.setattr(Flaky, "left", 2)
-    found = Roller(DECODER, TOKENIZER, Flaky, 3, retries=2).roll_out(WORK[:2], ROOMY, 0)
+    found = EpisodeRunner(DECODER, TOKENIZER, Flaky, 3, retries=2).roll_out(WORK[:2], ROOMY, 0)
     assert Flaky.left == 0
     for one, other in zip(expected, found, strict=True):
         assert equal(one, other)
@@ -312,8 +356,8 @@ class Broken(Calculator):
 @pytest.mark.parametrize(
     ("gives", "reason"),
     [
-        (ValueError("a bug"), "ValueError at test_turns.py:"),
-        (SystemExit(3), "SystemExit at test_turns.py:"),
+        (ValueError("a bug"), "ValueError at test_episodes.py:"),
+        (SystemExit(3), "SystemExit at test_episodes.py:"),
         (Turn(done=True, reward=None), "step gave the reward None, not a number"),  # pyright: ignore[reportArgumentType]
         (Turn(done=True, reward=float("nan")), "step gave the reward nan"),
         (Turn(done=True, reward="high"), "could not convert string to float"),  # pyright: ignore[reportArgumentType]
@@ -325,14 +369,16 @@ class Broken(Calculator):
 def test_a_bug_in_an_environment_costs_its_group_and_is_told_with_its_line(monkeypatch, gives, reason):
     monkeypatch.setattr(Broken, "gives", gives)
     work = [(0, prompt(1)), (1, prompt(2)), (2, prompt(3))]
-    groups = Roller(Scripted(["7", "7"]), TOKENIZER, Broken, 3, retries=1).roll_out(work, Sampling(2, 20), 0)
+    groups = EpisodeRunner(Scripted(["7", "7"]), TOKENIZER, Broken, 3, retries=1).roll_out(
+        work, Sampling(2, 20), 0
+    )
     assert [[r.failure is None for r in g.rollouts] for g in groups] == [[False] * 2, [True] * 2, [True] * 2]
-    scoring = combine(groups, rewards(max_dropped_fraction=0.5), {})
+    scoring = sum_components(groups, rewards(max_dropped_fraction=0.5), {})
     assert [g.group.prompt.id for g in scoring.groups] == [2, 3]
     (dropped,) = scoring.dropped
     assert dropped.startswith("row 1: the environment failed on sample 0: ") and reason in dropped
     with pytest.raises(RewardsFailed, match="1 of 3 groups of a rollout batch have no reward") as caught:
-        combine(groups, rewards(), {})
+        sum_components(groups, rewards(), {})
     assert reason in caught.value.why and caught.value.exit_code == 70
 
 
@@ -343,15 +389,21 @@ def test_an_environment_that_never_begins_an_episode_costs_only_its_group():
                 raise TimeoutError("no browser")
             return super().reset(row)
 
-    shut, other = Roller(Scripted(["2"]), TOKENIZER, Shut, 1).roll_out([(0, prompt(1)), (1, prompt(2))], Sampling(2, 20), 0)
-    assert [len(r.ids) for r in shut.rollouts] == [0, 0] and all("TimeoutError" in str(r.failure) for r in shut.rollouts)
+    shut, other = EpisodeRunner(Scripted(["2"]), TOKENIZER, Shut, 1).roll_out(
+        [(0, prompt(1)), (1, prompt(2))], Sampling(2, 20), 0
+    )
+    assert [len(r.ids) for r in shut.rollouts] == [0, 0] and all(
+        "TimeoutError" in str(r.failure) for r in shut.rollouts
+    )
     assert other.rollouts[0].failure is None and len(other.rollouts[0].ids) == 2
 
 
 def test_an_environment_from_a_file(tmp_path):
     (tmp_path / "world.py").write_text(
-        "from __future__ import annotations\nfrom dataclasses import dataclass\nfrom orchestrator.rollout.episodes import Turn\n\n"
-        "@dataclass\nclass World:\n    n: int = 0\n    def reset(self, row): return []\n    def step(self, text): return Turn(done=True)\n"
+        "from __future__ import annotations\nfrom dataclasses import dataclass\nfrom "
+        "orchestrator.rollout.episodes import Turn\n\n"
+        "@dataclass\nclass World:\n    n: int = 0\n    def reset(self, row): return []\n    def step(self, "
+        "text): return Turn(done=True)\n"
     )
     assert load_environment(f"{tmp_path}/world.py:World")().step("") == Turn(done=True)
 

@@ -15,10 +15,17 @@ from typing import Any
 
 import pytest
 
-from orchestrator.core.errors import ConfigError, Unreachable
+from orchestrator.core.errors import ConfigError, DashboardUnreachable
 from orchestrator.recipe.schema import RewardFunction
 from orchestrator.rollout.rewards.component import RewardFailure
-from orchestrator.rollout.rewards.http import MAX_BODY_BYTES, Breaker, HttpReward, Unavailable, _retry_after, knock
+from orchestrator.rollout.rewards.http import (
+    MAX_BODY_BYTES,
+    Breaker,
+    HttpReward,
+    Unavailable,
+    _retry_after,
+    knock,
+)
 from tests.unit.rollout.reward_cases import batch, group
 
 SECRET = "geheim-93ab"
@@ -84,9 +91,13 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     thread.join(5)
 
 
-def component(url: str, *, batch_size: int = 64, retry: bool = True, breaker: Breaker | None = None) -> HttpReward:
+def component(
+    url: str, *, batch_size: int = 64, retry: bool = True, breaker: Breaker | None = None
+) -> HttpReward:
     function = RewardFunction(name="judge", url=url, headers_from={"Authorization": "JUDGE_TOKEN"})
-    return HttpReward(function, batch_size=batch_size, environment={"JUDGE_TOKEN": SECRET}, retry=retry, breaker=breaker)
+    return HttpReward(
+        function, batch_size=batch_size, environment={"JUDGE_TOKEN": SECRET}, retry=retry, breaker=breaker
+    )
 
 
 def failures(outcomes: list[Any]) -> list[str]:
@@ -97,12 +108,19 @@ def failures(outcomes: list[Any]) -> list[str]:
 
 
 def test_batches_are_sent_in_order_with_columns_and_headers(server: Server) -> None:
-    groups = [group(0, ["a", "bb"], columns={"answer": "4"}), group(1, ["ccc"], text=[{"role": "user", "content": "hi"}])]
+    groups = [
+        group(0, ["a", "bb"], columns={"answer": "4"}),
+        group(1, ["ccc"], text=[{"role": "user", "content": "hi"}]),
+    ]
     assert component(server.url, batch_size=2).score(groups, 5) == [1.0, 2.0, 3.0]
     sent = sorted(server.requests, key=lambda r: r["completions"][0])
     assert sent == [
         {"prompts": ["question 0"] * 2, "completions": ["a", "bb"], "columns": {"answer": ["4", "4"]}},
-        {"prompts": [[{"role": "user", "content": "hi"}]], "completions": ["ccc"], "columns": {"answer": [None]}},
+        {
+            "prompts": [[{"role": "user", "content": "hi"}]],
+            "completions": ["ccc"],
+            "columns": {"answer": [None]},
+        },
     ]
     assert {h["Authorization"] for h in server.headers} == {SECRET}
     assert {h["Content-Type"] for h in server.headers} == {"application/json"}
@@ -299,7 +317,9 @@ def test_a_refused_connection_is_named(server: Server) -> None:
 
 def test_the_breaker_opens_fails_fast_and_recovers(server: Server) -> None:
     server.behave = lambda h, r, n: h.answer(500)
-    judge = component(server.url, batch_size=1, retry=False, breaker=Breaker(failures_to_open=3, cool_down_s=0.6))
+    judge = component(
+        server.url, batch_size=1, retry=False, breaker=Breaker(failures_to_open=3, cool_down_s=0.6)
+    )
     for _ in range(3):
         failures(judge.score(batch(["ab"]), 5))
     started = time.monotonic()
@@ -343,8 +363,26 @@ def test_nothing_secret_is_logged(server: Server, caplog: pytest.LogCaptureFixtu
 @pytest.fixture
 def untrusted(server: Server, tmp_path: Path) -> str:
     """The server's address behind a certificate that it signed itself."""
-    made = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=127.0.0.1"]
-    files = ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", tmp_path / "key.pem", "-out", tmp_path / "cert.pem"]
+    made = [
+        "openssl",
+        "req",
+        "-x509",
+        "-newkey",
+        "rsa:2048",
+        "-nodes",
+        "-days",
+        "2",
+        "-subj",
+        "/CN=127.0.0.1",
+    ]
+    files = [
+        "-addext",
+        "subjectAltName=IP:127.0.0.1",
+        "-keyout",
+        tmp_path / "key.pem",
+        "-out",
+        tmp_path / "cert.pem",
+    ]
     subprocess.run([*made, *files], check=True, capture_output=True)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(tmp_path / "cert.pem", tmp_path / "key.pem")
@@ -353,7 +391,9 @@ def untrusted(server: Server, tmp_path: Path) -> str:
 
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl makes the certificate")
-def test_a_certificate_that_is_not_trusted_is_final_and_said(untrusted: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_certificate_that_is_not_trusted_is_final_and_said(
+    untrusted: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("SSL_CERT_FILE", raising=False)
     started = time.monotonic()
     (reason,) = set(failures(component(untrusted).score(batch(["a", "b"]), 30)))
@@ -368,7 +408,11 @@ def test_a_certificate_that_is_not_trusted_is_final_and_said(untrusted: str, tmp
 
 def test_a_breaker_says_why_it_is_open() -> None:
     breaker = Breaker(failures_to_open=1)
-    failures(component(f"http://127.0.0.1:{closed_port()}/score", retry=False, breaker=breaker).score(batch(["a"]), 5))
+    failures(
+        component(f"http://127.0.0.1:{closed_port()}/score", retry=False, breaker=breaker).score(
+            batch(["a"]), 5
+        )
+    )
     with pytest.raises(Unavailable) as caught:
         component("http://127.0.0.1:1/score", breaker=breaker).score(batch(["a"]), 5)
     assert "no connection: " in caught.value.why and "asked again in" in caught.value.why
@@ -379,11 +423,13 @@ def closed_port() -> int:
         return free.getsockname()[1]
 
 
-def test_a_knock_tells_in_seconds_that_nobody_is_there(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_knock_tells_in_seconds_that_nobody_is_there(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
     knock(RewardFunction(name="judge", url=server.url))
     assert not server.requests, "nothing was sent"
     for url in (f"http://127.0.0.1:{closed_port()}/score", "https://no-such-host.invalid/score"):
-        with pytest.raises(Unreachable, match="reward judge: nobody answers at http") as caught:
+        with pytest.raises(DashboardUnreachable, match="reward judge: nobody answers at http") as caught:
             knock(RewardFunction(name="judge", url=url), patience_s=0.5)
         assert caught.value.why and caught.value.exit_code == 69
     monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")

@@ -56,7 +56,9 @@ def test_tokens_do_not_depend_on_rows_at_once(case):
     assert all(same(found[0], other) for other in found[1:])
 
 
-@given(order=st.permutations(range(len(REQUESTS))), take=st.integers(1, len(REQUESTS)), rows=st.integers(1, 30))
+@given(
+    order=st.permutations(range(len(REQUESTS))), take=st.integers(1, len(REQUESTS)), rows=st.integers(1, 30)
+)
 @settings(max_examples=15)
 def test_tokens_do_not_depend_on_the_other_requests(order, take, rows):
     chosen = order[:take]
@@ -66,7 +68,10 @@ def test_tokens_do_not_depend_on_the_other_requests(order, take, rows):
 
 def test_a_sample_is_the_same_alone_as_in_its_group():
     request = REQUESTS[0]
-    alone = [StaticDecoder(LLAMA, EOS, 4, letters).generate([replace(request, seeds=(seed,))], SAMPLING)[0] for seed in request.seeds]
+    alone = [
+        StaticDecoder(LLAMA, EOS, 4, letters).generate([replace(request, seeds=(seed,))], SAMPLING)[0]
+        for seed in request.seeds
+    ]
     assert same([tuple(c for (c,) in alone)], EXPECTED[:1])
     assert len({tuple(c.ids.tolist()) for c in EXPECTED[0]}) > 1
 
@@ -102,9 +107,13 @@ def test_a_request_can_go_on_where_another_stopped(cut):
         if len(completion.ids) <= cut:
             continue
         prompt = np.concatenate([request.prompt, completion.ids[:cut]])
-        ((rest,),) = StaticDecoder(LLAMA, EOS, 4, letters).generate([Request(prompt, (seed,), request.room - cut, cut)], SAMPLING)
+        ((rest,),) = StaticDecoder(LLAMA, EOS, 4, letters).generate(
+            [Request(prompt, (seed,), request.room - cut, cut)], SAMPLING
+        )
         assert np.array_equal(rest.ids, completion.ids[cut:]) and rest.finish == completion.finish
-        ((other,),) = StaticDecoder(LLAMA, EOS, 4, letters).generate([Request(prompt, (seed,), request.room - cut, 0)], SAMPLING)
+        ((other,),) = StaticDecoder(LLAMA, EOS, 4, letters).generate(
+            [Request(prompt, (seed,), request.room - cut, 0)], SAMPLING
+        )
         assert not np.array_equal(other.ids, rest.ids)  # the position is part of the noise
 
 
@@ -124,7 +133,10 @@ def test_a_stop_text_ends_a_completion_and_stays_in_it(length):
     assert stopped >= 1
 
 
-@pytest.mark.parametrize("sampling", [replace(SAMPLING, temperature=0.7, top_k=50, top_p=0.9, min_p=0.01), replace(SAMPLING, temperature=2.0)])
+@pytest.mark.parametrize(
+    "sampling",
+    [replace(SAMPLING, temperature=0.7, top_k=50, top_p=0.9, min_p=0.01), replace(SAMPLING, temperature=2.0)],
+)
 def test_log_probs_are_the_policys_at_the_temperature(sampling):
     found = StaticDecoder(LLAMA, EOS, 6, letters).generate(REQUESTS, sampling)
     assert worst_gap(LLAMA, REQUESTS, found, sampling) < 1e-4
@@ -137,9 +149,18 @@ def test_log_probs_are_the_policys_at_the_temperature(sampling):
 
 def test_greedy_is_generate_without_sampling():
     for request in REQUESTS[:4]:
-        ((found,),) = StaticDecoder(LLAMA, EOS, 6, letters).generate([Request(request.prompt, (0,), 20)], Sampling(1, 20, temperature=0.0))
+        ((found,),) = StaticDecoder(LLAMA, EOS, 6, letters).generate(
+            [Request(request.prompt, (0,), 20)], Sampling(1, 20, temperature=0.0)
+        )
         ids = torch.from_numpy(request.prompt)[None]
-        output = LLAMA.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=20, eos_token_id=list(EOS), pad_token_id=0)
+        output = LLAMA.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=20,
+            eos_token_id=list(EOS),
+            pad_token_id=0,
+        )
         assert output[0, len(request.prompt) :].tolist() == found.ids.tolist()
 
 
@@ -148,7 +169,10 @@ def test_new_weights_in_place_are_used_at_once():
     decoder = StaticDecoder(model, EOS, 6, letters)
     decoder.generate(REQUESTS, SAMPLING)
     for parameter in model.parameters():
-        parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel())), alpha=0.05)
+        parameter.add_(
+            torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel())),
+            alpha=0.05,
+        )
     found = decoder.generate(REQUESTS, SAMPLING)
     assert worst_gap(model, REQUESTS, found) < 1e-4 < worst_gap(LLAMA, REQUESTS, found)
 

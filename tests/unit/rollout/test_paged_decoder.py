@@ -17,9 +17,24 @@ from orchestrator.recipe.schema import Model, Rollouts, TinyModel
 from orchestrator.rollout.engines import paged_decoder as continuous
 from orchestrator.rollout.engines.engine import Request
 from orchestrator.rollout.engines.padded_decoder import StaticDecoder
-from orchestrator.rollout.engines.paged_decoder import ContinuousBatchingFailed, ContinuousDecoder, MeasuredDecoder, logprob_gap
+from orchestrator.rollout.engines.paged_decoder import (
+    ContinuousBatchingFailed,
+    ContinuousDecoder,
+    MeasuredDecoder,
+    logprob_gap,
+)
 from orchestrator.rollout.engines.transformers_engine import make_decoder
-from tests.unit.rollout.decoding_cases import CASES, EOS, MIXED, SAMPLING, Case, letters, requests, same, worst_gap
+from tests.unit.rollout.decoding_cases import (
+    CASES,
+    EOS,
+    MIXED,
+    SAMPLING,
+    Case,
+    letters,
+    requests,
+    same,
+    worst_gap,
+)
 
 LLAMA = CASES[0].model()
 REQUESTS = requests()
@@ -29,10 +44,15 @@ EXPECTED = StaticDecoder(LLAMA, EOS, 64, letters).generate(REQUESTS, SAMPLING)
 def update(model: Any) -> None:
     """New weights in place, as a learner sends them."""
     for parameter in model.parameters():
-        parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel())), alpha=0.05)
+        parameter.add_(
+            torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel())),
+            alpha=0.05,
+        )
 
 
-@pytest.mark.parametrize("case", [*CASES[:-1], Case("gemma3_text", MIXED), Case("qwen3"), Case("gpt_neox")], ids=str)
+@pytest.mark.parametrize(
+    "case", [*CASES[:-1], Case("gemma3_text", MIXED), Case("qwen3"), Case("gpt_neox")], ids=str
+)
 def test_tokens_are_those_of_the_static_decoder(case):
     model = case.model()
     expected = StaticDecoder(model, EOS, 9, letters).generate(REQUESTS, SAMPLING)
@@ -54,13 +74,23 @@ def test_tokens_do_not_depend_on_the_other_requests(order):
 
 def test_prompts_longer_than_a_step_and_groups_larger_than_the_rows():
     random = np.random.default_rng(0)
-    long = [Request(random.integers(16, 250, length), tuple(range(10 * i, 10 * i + 6)), 12) for i, length in enumerate((190, 200, 3))]
-    assert same(ContinuousDecoder(LLAMA, EOS, 4, letters).generate(long, SAMPLING), StaticDecoder(LLAMA, EOS, 64, letters).generate(long, SAMPLING))
+    long = [
+        Request(random.integers(16, 250, length), tuple(range(10 * i, 10 * i + 6)), 12)
+        for i, length in enumerate((190, 200, 3))
+    ]
+    assert same(
+        ContinuousDecoder(LLAMA, EOS, 4, letters).generate(long, SAMPLING),
+        StaticDecoder(LLAMA, EOS, 64, letters).generate(long, SAMPLING),
+    )
 
 
 @pytest.mark.parametrize(
     "sampling",
-    [replace(SAMPLING, temperature=0.7, top_k=50, top_p=0.9, min_p=0.01), replace(SAMPLING, temperature=0.0), replace(SAMPLING, stop=("ab", "q"))],
+    [
+        replace(SAMPLING, temperature=0.7, top_k=50, top_p=0.9, min_p=0.01),
+        replace(SAMPLING, temperature=0.0),
+        replace(SAMPLING, stop=("ab", "q")),
+    ],
     ids=["filtered", "greedy", "stop texts"],
 )
 def test_every_way_of_sampling_is_the_static_decoders(sampling):
@@ -70,9 +100,13 @@ def test_every_way_of_sampling_is_the_static_decoders(sampling):
 
 
 def test_a_request_can_go_on_where_another_stopped():
-    request, (completion, *_) = max(zip(REQUESTS, EXPECTED, strict=True), key=lambda pair: len(pair[1][0].ids))
+    request, (completion, *_) = max(
+        zip(REQUESTS, EXPECTED, strict=True), key=lambda pair: len(pair[1][0].ids)
+    )
     prompt = np.concatenate([request.prompt, completion.ids[:3]])
-    ((rest,),) = ContinuousDecoder(LLAMA, EOS, 4, letters).generate([Request(prompt, request.seeds[:1], request.room - 3, 3)], SAMPLING)
+    ((rest,),) = ContinuousDecoder(LLAMA, EOS, 4, letters).generate(
+        [Request(prompt, request.seeds[:1], request.room - 3, 3)], SAMPLING
+    )
     assert np.array_equal(rest.ids, completion.ids[3:]) and rest.finish == completion.finish
 
 
@@ -85,7 +119,8 @@ def test_the_model_has_its_attention_back_and_no_thread_is_left():
 
 
 class SharedPages(ContinuousDecoder):
-    """What the decoder must not be: pages shared between requests, in a manager that outlives a weight update."""
+    """What the decoder must not be: pages shared between requests, in a manager that outlives a weight
+    update."""
 
     kept: Any = None
 
@@ -129,7 +164,9 @@ def test_pages_shared_across_a_weight_update_would_be_seen():
         decoder.close()
 
 
-@pytest.mark.parametrize("case", [Case("bloom"), Case("falcon"), Case("gptj", {"rotary_dim": 4}), CASES[-1]], ids=str)
+@pytest.mark.parametrize(
+    "case", [Case("bloom"), Case("falcon"), Case("gptj", {"rotary_dim": 4}), CASES[-1]], ids=str
+)
 def test_a_model_with_an_attention_of_its_own_is_refused(case):
     with pytest.raises(ContinuousBatchingFailed, match="cannot decode with continuous batching") as refusal:
         ContinuousDecoder(case.model(), EOS, 6, letters)
@@ -141,7 +178,9 @@ def test_what_breaks_the_managers_thread_is_told():
     model = CASES[0].model()
     threads = threading.active_count()
     with pytest.raises(ContinuousBatchingFailed, match="does not decode") as failure:
-        ContinuousDecoder(model, EOS, 4, letters).generate([Request(np.array([5, 10_000]), (1,), 5)], SAMPLING)
+        ContinuousDecoder(model, EOS, 4, letters).generate(
+            [Request(np.array([5, 10_000]), (1,), 5)], SAMPLING
+        )
     assert "IndexError" in failure.value.why
     assert threading.active_count() == threads
 
@@ -175,13 +214,21 @@ def taking(kind: Any, seconds: float, clock: Clock) -> Any:
 
 @pytest.mark.parametrize(
     ("kind", "static_s", "continuous_s", "chosen"),
-    [(ContinuousDecoder, 2.0, 1.0, "continuous"), (ContinuousDecoder, 1.0, 2.0, "static"), (AnotherModel, 2.0, 1.0, "static")],
+    [
+        (ContinuousDecoder, 2.0, 1.0, "continuous"),
+        (ContinuousDecoder, 1.0, 2.0, "static"),
+        (AnotherModel, 2.0, 1.0, "static"),
+    ],
 )
-def test_the_quicker_decoder_is_chosen_once_unless_it_is_wrong(kind, static_s, continuous_s, chosen, monkeypatch):
+def test_the_quicker_decoder_is_chosen_once_unless_it_is_wrong(
+    kind, static_s, continuous_s, chosen, monkeypatch
+):
     said: list[str] = []
     clock = Clock()
     monkeypatch.setattr("orchestrator.rollout.engines.paged_decoder.time", clock)
-    decoder = MeasuredDecoder(taking(StaticDecoder, static_s, clock), taking(kind, continuous_s, clock), said.append)
+    decoder = MeasuredDecoder(
+        taking(StaticDecoder, static_s, clock), taking(kind, continuous_s, clock), said.append
+    )
     assert decoder.generate([], SAMPLING) == [] and decoder.chosen is None
     found = decoder.generate(REQUESTS, SAMPLING)
     assert same(found, EXPECTED) and same(decoder.generate(REQUESTS[:2], SAMPLING), EXPECTED[:2])
@@ -231,7 +278,12 @@ def test_the_recipe_and_the_device_name_the_decoder(batching, device, kind):
 
 def test_measured_is_static_where_the_model_reads_no_pages(capsys):
     tokenizer = load(Model(tiny=TinyModel()), seed=0, head="lm").tokenizer  # pyright: ignore[reportCallIssue]
-    assert type(make_decoder(Rollouts(batching="measured"), Case("bloom").model(), tokenizer, torch.device("cpu"))) is StaticDecoder  # pyright: ignore[reportCallIssue]
+    assert (
+        type(
+            make_decoder(Rollouts(batching="measured"), Case("bloom").model(), tokenizer, torch.device("cpu"))
+        )
+        is StaticDecoder
+    )  # pyright: ignore[reportCallIssue]
     assert "BloomForCausalLM cannot decode" in capsys.readouterr().out
 
 
@@ -243,11 +295,16 @@ class OfTransformers518:
     num_blocks: int | None = None
 
 
-def test_another_release_of_transformers_is_static_or_refused_with_the_version_to_install(monkeypatch, capsys):
+def test_another_release_of_transformers_is_static_or_refused_with_the_version_to_install(
+    monkeypatch, capsys
+):
     monkeypatch.setattr(continuous, "ContinuousBatchingConfig", OfTransformers518)
     tokenizer = load(Model(tiny=TinyModel()), seed=0, head="lm").tokenizer  # pyright: ignore[reportCallIssue]
     with pytest.raises(ContinuousBatchingFailed, match="another continuous batching") as refused:
         make_decoder(Rollouts(batching="continuous"), LLAMA, tokenizer, torch.device("cpu"))  # pyright: ignore[reportCallIssue]
     assert "page_size" in refused.value.why and "transformers>=5.19" in refused.value.fix
-    assert type(make_decoder(Rollouts(batching="measured"), LLAMA, tokenizer, torch.device("cpu"))) is StaticDecoder  # pyright: ignore[reportCallIssue]
+    assert (
+        type(make_decoder(Rollouts(batching="measured"), LLAMA, tokenizer, torch.device("cpu")))
+        is StaticDecoder
+    )  # pyright: ignore[reportCallIssue]
     assert "rollouts.batching=measured: static" in capsys.readouterr().out

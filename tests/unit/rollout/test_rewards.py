@@ -1,4 +1,5 @@
-"""Names of reward functions, what they are given, what of their answers counts, what is tried again and how parts add up."""
+"""Names of reward functions, what they are given, what of their answers counts, what is tried again and how
+parts add up."""
 
 import functools
 import sys
@@ -12,8 +13,19 @@ import torch
 
 from orchestrator.core.errors import ConfigError, Exit, MissingInput, OrchestratorError, RewardsFailed
 from orchestrator.recipe.schema import RewardFunction
-from orchestrator.rollout.rewards.combine import Judged, check_any, combine, judge_batch
-from orchestrator.rollout.rewards.component import RewardCall, RewardFailure, check_rewards, invoke, judge
+from orchestrator.rollout.rewards.combine import (
+    ComponentRewards,
+    check_any,
+    score_with_retries,
+    sum_components,
+)
+from orchestrator.rollout.rewards.component import (
+    RewardCall,
+    RewardFailure,
+    check_rewards,
+    invoke,
+    validate_rewards,
+)
 from orchestrator.rollout.rewards.lookup import resolve
 from tests.unit.rollout.reward_cases import batch, function, group, rewards
 
@@ -41,7 +53,14 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize(
     "written",
     [
-        *("exact_match", "last_number", "mine.py:length", "mine:later", "package.inner:length", "package:root"),
+        *(
+            "exact_match",
+            "last_number",
+            "mine.py:length",
+            "mine:later",
+            "package.inner:length",
+            "package:root",
+        ),
         *("trl:think_format_reward", "math:sqrt", "json:dumps"),
     ],
 )
@@ -87,7 +106,9 @@ def test_math_verify_is_asked_for() -> None:
     else:
         accuracy = function("a", "trl:accuracy_reward")
         check_rewards(rewards(accuracy))
-        call = RewardCall.of([group(0, [r"\boxed{\frac{1}{2}}", r"\boxed{3}"], columns={"answer": r"$\frac{1}{2}$"})])
+        call = RewardCall.of(
+            [group(0, [r"\boxed{\frac{1}{2}}", r"\boxed{3}"], columns={"answer": r"$\frac{1}{2}$"})]
+        )
         assert invoke("a", resolve(accuracy), call.for_trl()) == [1.0, 0.0]
 
 
@@ -99,7 +120,14 @@ def test_math_verify_is_asked_for() -> None:
         ([function("a", "exact_match", weight=float("nan"))], "the weight is nan"),
         ([RewardFunction(name="a", url="ftp://host/x")], "http:// or https://"),
         ([RewardFunction(name="a", url="http://me:pw@host/x")], "user or a password"),
-        ([RewardFunction(name="a", url="http://host/x", headers_from={"Authorization": "NOT_SET_ANYWHERE"})], "NOT_SET_ANYWHERE"),
+        (
+            [
+                RewardFunction(
+                    name="a", url="http://host/x", headers_from={"Authorization": "NOT_SET_ANYWHERE"}
+                )
+            ],
+            "NOT_SET_ANYWHERE",
+        ),
         ([RewardFunction(name="a", model="/no/such/folder")], "/no/such/folder"),
     ],
 )
@@ -112,21 +140,40 @@ def test_other_mistakes_of_a_component(components, words: str) -> None:
 def test_a_header_that_cannot_be_sent_is_told_without_its_value(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("THE_TOKEN", "geh\nheim")
     with pytest.raises(ConfigError) as told:
-        check_rewards(rewards(RewardFunction(name="a", url="http://host/", headers_from={"Authorization": "THE_TOKEN"})))
+        check_rewards(
+            rewards(RewardFunction(name="a", url="http://host/", headers_from={"Authorization": "THE_TOKEN"}))
+        )
     assert "THE_TOKEN" in str(told.value) and "heim" not in str(told.value)
 
 
 def test_built_in_rewards_and_trls_own(folder: Path) -> None:
-    groups = [group(0, ["it is 4", "5"], columns={"answer": "4"}), group(1, ["<think>x</think>7"], columns={"answer": 7})]
+    groups = [
+        group(0, ["it is 4", "5"], columns={"answer": "4"}),
+        group(1, ["<think>x</think>7"], columns={"answer": 7}),
+    ]
     call = RewardCall.of(groups)
     assert invoke("a", resolve(function("a", "last_number")), call) == [1.0, 0.0, 1.0]
     assert invoke("a", resolve(function("a", "exact_match")), call) == [0.0, 0.0, 0.0]
     assert invoke("a", resolve(function("a", "trl:think_format_reward")), call.for_trl()) == [0.0, 0.0, 1.0]
-    soft = resolve(function("a", "trl:get_soft_overlong_punishment", options={"max_completion_len": 8, "soft_punish_cache": 4}))
+    soft = resolve(
+        function(
+            "a", "trl:get_soft_overlong_punishment", options={"max_completion_len": 8, "soft_punish_cache": 4}
+        )
+    )
     assert invoke("a", soft, call.for_trl()) == [-0.75, 0.0, -1.0]  # 7, 1 and 17 tokens
-    assert invoke("a", resolve(function("a", "mine.py:length", options={"scale": 0.5})), call) == [3.5, 0.5, 8.5]
+    assert invoke("a", resolve(function("a", "mine.py:length", options={"scale": 0.5})), call) == [
+        3.5,
+        0.5,
+        8.5,
+    ]
     assert invoke("a", resolve(function("a", "mine.py:later")), call) == [1.0, 1.0, 1.0]
-    chat = [group(0, [[{"role": "assistant", "content": "3"}, {"role": "tool", "content": "9"}]], columns={"answer": "3"})]
+    chat = [
+        group(
+            0,
+            [[{"role": "assistant", "content": "3"}, {"role": "tool", "content": "9"}]],
+            columns={"answer": "3"},
+        )
+    ]
     assert invoke("a", resolve(function("a", "last_number")), RewardCall.of(chat)) == [1.0]
 
 
@@ -144,7 +191,10 @@ def test_a_function_sees_what_trl_gives_and_only_what_it_takes() -> None:
         "answer": ["x", "x", None],
         "level": [None, None, 3],
     }
-    assert invoke("a", lambda completions, level: (completions, level), call) == (["a", "b", "c"], [None, None, 3])
+    assert invoke("a", lambda completions, level: (completions, level), call) == (
+        ["a", "b", "c"],
+        [None, None, 3],
+    )
     bound = functools.partial(lambda completions, answer: answer, answer="mine")
     assert invoke("a", bound, call) == "mine"
     with pytest.raises(RewardFailure, match="missing a required argument: 'solution'"):
@@ -166,7 +216,7 @@ def test_a_function_sees_what_trl_gives_and_only_what_it_takes() -> None:
     ],
 )
 def test_every_kind_of_number_counts(answer, expected) -> None:
-    assert judge("a", answer, ["s0", "s1"]) == expected
+    assert validate_rewards("a", answer, ["s0", "s1"]) == expected
 
 
 @pytest.mark.parametrize(
@@ -185,7 +235,7 @@ def test_every_kind_of_number_counts(answer, expected) -> None:
     ],
 )
 def test_one_bad_value_is_a_failure_of_its_sample_alone(value, words: str) -> None:
-    right, wrong = judge("len", [0.5, value], ["q.jsonl:1, sample 0", "q.jsonl:7, sample 3"])
+    right, wrong = validate_rewards("len", [0.5, value], ["q.jsonl:1, sample 0", "q.jsonl:7, sample 3"])
     assert right == 0.5
     assert isinstance(wrong, RewardFailure)
     assert "reward len of q.jsonl:7, sample 3" in wrong.reason and words in wrong.reason
@@ -193,11 +243,18 @@ def test_one_bad_value_is_a_failure_of_its_sample_alone(value, words: str) -> No
 
 @pytest.mark.parametrize(
     ("answer", "words"),
-    [([1.0], "1 rewards for 2"), ([1.0] * 3, "3 rewards for 2"), (None, "None, not a list"), ("ab", "str"), ({"a": 1}, "dict"), (1.0, "float")],
+    [
+        ([1.0], "1 rewards for 2"),
+        ([1.0] * 3, "3 rewards for 2"),
+        (None, "None, not a list"),
+        ("ab", "str"),
+        ({"a": 1}, "dict"),
+        (1.0, "float"),
+    ],
 )
 def test_an_answer_that_is_no_list_of_the_right_length(answer, words: str) -> None:
     with pytest.raises(RewardFailure, match=words) as told:
-        judge("len", answer, ["s0", "s1"])
+        validate_rewards("len", answer, ["s0", "s1"])
     assert "reward len" in str(told.value)
 
 
@@ -221,7 +278,7 @@ def test_a_batch_that_fails_as_a_whole_is_scored_group_by_group() -> None:
         return [float(len(r.completion)) for r in group.rollouts]
 
     component = Scripted(behave)
-    judged = judge_batch(component, batch(["x", "yy"], ["p"], ["zzz"]), timeout_s=5, retries=2)
+    judged = score_with_retries(component, batch(["x", "yy"], ["p"], ["zzz"]), timeout_s=5, retries=2)
     assert component.asked == [[0, 1, 2], [0], [1], [2], [1]]
     assert {i: r.tolist() for i, r in judged.rewards.items()} == {0: [1.0, 2.0], 2: [3.0]}
     assert judged.reasons == {1: "reward a failed (poison 1)"}
@@ -236,7 +293,7 @@ def test_only_groups_with_a_bad_sample_are_asked_again() -> None:
         return [RewardFailure("bad") if bad and r.sample == 1 else 1.0 for r in group.rollouts]
 
     component = Scripted(behave)
-    judged = judge_batch(component, batch(["x", "y"], ["z"]), timeout_s=5, retries=3)
+    judged = score_with_retries(component, batch(["x", "y"], ["z"]), timeout_s=5, retries=3)
     assert component.asked == [[0, 1], [0]]
     assert not judged.reasons and len(judged.rewards) == 2
 
@@ -246,7 +303,10 @@ def test_without_retries_a_failed_batch_is_lost() -> None:
         raise RewardFailure("down")
 
     component = Scripted(behave)
-    assert judge_batch(component, batch(["x"], ["y"]), timeout_s=5, retries=0).reasons == {0: "down", 1: "down"}
+    assert score_with_retries(component, batch(["x"], ["y"]), timeout_s=5, retries=0).reasons == {
+        0: "down",
+        1: "down",
+    }
     assert len(component.asked) == 1
 
 
@@ -258,22 +318,30 @@ def test_groups_that_hang_do_not_take_the_time_of_all_and_rounds_are_bounded() -
         return [1.0]
 
     started = time.monotonic()
-    judged = judge_batch(Scripted(behave), batch(*[["x"]] * 8), timeout_s=0.4, retries=1)
+    judged = score_with_retries(Scripted(behave), batch(*[["x"]] * 8), timeout_s=0.4, retries=1)
     assert set(judged.reasons) == {0, 1, 2} and set(judged.rewards) == {3, 4, 5, 6, 7}
     assert time.monotonic() - started < 1.5
 
 
-def parts(name: str, *values, reasons=None) -> dict[str, Judged]:
-    return {name: Judged({i: np.array(v, np.float32) for i, v in enumerate(values) if v is not None}, reasons or {}, 0.5)}
+def parts(name: str, *values, reasons=None) -> dict[str, ComponentRewards]:
+    return {
+        name: ComponentRewards(
+            {i: np.array(v, np.float32) for i, v in enumerate(values) if v is not None}, reasons or {}, 0.5
+        )
+    }
 
 
 def test_the_total_is_the_weighted_sum_of_the_parts() -> None:
     config = rewards(function("a", "exact_match", weight=2.0), function("b", "last_number", weight=-0.5))
     groups = [group(0, ["x", "y"], environment=[0.25, -1.0]), group(1, ["z", "z"])]
-    scoring = combine(groups, config, parts("a", [1, 2], [3, 4]) | parts("b", [2, 4], [0, 1]))
+    scoring = sum_components(groups, config, parts("a", [1, 2], [3, 4]) | parts("b", [2, 4], [0, 1]))
     first, second = scoring.groups
     assert first.rewards.tolist() == [2 - 1 + 0.25, 4 - 2 - 1.0] and second.rewards.tolist() == [6.0, 7.5]
-    assert {n: p.tolist() for n, p in first.parts.items()} == {"a": [1, 2], "b": [2, 4], "environment": [0.25, -1.0]}
+    assert {n: p.tolist() for n, p in first.parts.items()} == {
+        "a": [1, 2],
+        "b": [2, 4],
+        "environment": [0.25, -1.0],
+    }
     assert set(second.parts) == {"a", "b"} and first.rewards.dtype == np.float32
     assert scoring.dropped == () and scoring.seconds == {"a": 0.5, "b": 0.5}
 
@@ -281,7 +349,7 @@ def test_the_total_is_the_weighted_sum_of_the_parts() -> None:
 def test_a_group_that_one_component_failed_is_dropped_and_named() -> None:
     config = rewards(function("a", "exact_match"), function("b", "last_number"), max_dropped_fraction=0.5)
     judged = parts("a", [1], None, reasons={1: "reward a is None"}) | parts("b", [1], [1])
-    scoring = combine(batch(["x"], ["y"]), config, judged)
+    scoring = sum_components(batch(["x"], ["y"]), config, judged)
     assert [g.group.prompt.id for g in scoring.groups] == [0]
     assert scoring.dropped == ("q.jsonl:2: reward a is None",)
 
@@ -289,30 +357,37 @@ def test_a_group_that_one_component_failed_is_dropped_and_named() -> None:
 def test_too_many_dropped_groups_end_the_run() -> None:
     judged = parts("a", [1], None, reasons={1: "reward a is None"})
     with pytest.raises(RewardsFailed, match="1 of 2 groups") as told:
-        combine(batch(["x"], ["y"]), rewards(function("a", "exact_match"), max_dropped_fraction=0.4), judged)
+        sum_components(
+            batch(["x"], ["y"]), rewards(function("a", "exact_match"), max_dropped_fraction=0.4), judged
+        )
     assert "q.jsonl:2: reward a is None" in str(told.value) and told.value.exit_code == Exit.SOFTWARE
 
 
 def test_a_reason_that_many_groups_share_is_told_once() -> None:
-    judged = parts("a", *[None] * 6, reasons={i: "reward a is None" if i < 5 else "reward a is nan" for i in range(6)})
+    judged = parts(
+        "a", *[None] * 6, reasons={i: "reward a is None" if i < 5 else "reward a is nan" for i in range(6)}
+    )
     with pytest.raises(RewardsFailed, match="6 of 6 groups") as told:
-        combine(batch(*[["x"]] * 6), rewards(function("a", "exact_match")), judged)
+        sum_components(batch(*[["x"]] * 6), rewards(function("a", "exact_match")), judged)
     assert told.value.why.splitlines() == [
         "q.jsonl:1, q.jsonl:2, q.jsonl:3 and 2 more: reward a is None",
         "       q.jsonl:6: reward a is nan",
     ]
 
 
-@pytest.mark.parametrize(("given", "words"), [([1.0, None], "sample 1 no reward"), ([1.0, float("nan")], "sample 1 the reward nan")])
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [([1.0, None], "sample 1 no reward"), ([1.0, float("nan")], "sample 1 the reward nan")],
+)
 def test_an_environment_that_gave_half_a_reward_drops_the_group(given, words: str) -> None:
-    scoring = combine([group(0, ["x", "y"], environment=given)], rewards(max_dropped_fraction=1), {})
+    scoring = sum_components([group(0, ["x", "y"], environment=given)], rewards(max_dropped_fraction=1), {})
     assert scoring.groups == () and words in scoring.dropped[0]
 
 
 def test_sums_that_overflow_and_batches_without_any_reward() -> None:
     config = rewards(function("a", "exact_match", weight=1e10), max_dropped_fraction=1)
-    assert "not finite" in combine(batch(["x"]), config, parts("a", [1e30])).dropped[0]
+    assert "not finite" in sum_components(batch(["x"]), config, parts("a", [1e30])).dropped[0]
     with pytest.raises(ConfigError, match="nothing gives a reward"):
         check_any(batch(["x"]), rewards())
-    only = combine([group(0, ["x"], environment=[2.0])], rewards(), {})
+    only = sum_components([group(0, ["x"], environment=[2.0])], rewards(), {})
     assert only.groups[0].rewards.tolist() == [2.0]

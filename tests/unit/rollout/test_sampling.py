@@ -1,4 +1,5 @@
-"""Noise that belongs to a sample, and the distribution it is drawn from: against statistics and transformers' own warpers."""
+"""Noise that belongs to a sample, and the distribution it is drawn from: against statistics and transformers'
+own warpers."""
 
 import math
 
@@ -7,7 +8,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import LogitsProcessorList, MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from orchestrator.core.rollouts import Sampling
 from orchestrator.models.noise import words
@@ -46,7 +53,10 @@ def test_noise_is_uniform_before_it_is_gumbel(noise, bins):
 
 @pytest.mark.parametrize("noise", [BY_SEED, BY_POSITION], ids=["over seeds", "over positions"])
 def test_pairs_of_neighbours_fill_the_square_evenly(noise):
-    for first, second in ((noise[:-1], noise[1:]), (noise[:, :-1], noise[:, 1:])):  # neighbouring rows, neighbouring tokens
+    for first, second in (
+        (noise[:-1], noise[1:]),
+        (noise[:, :-1], noise[:, 1:]),
+    ):  # neighbouring rows, neighbouring tokens
         counts = np.histogram2d(first.ravel(), second.ravel(), 16, ((0, 1), (0, 1)))[0]
         assert chi_square_is_ordinary(counts, first.size / 256)
 
@@ -65,17 +75,29 @@ def correlation(one: np.ndarray, other: np.ndarray) -> float:
 def test_rows_tokens_positions_and_words_of_the_seed_do_not_correlate():
     limit = 5 / math.sqrt(BY_SEED.size)
     later = uniforms(SEEDS, torch.ones(ROWS, dtype=torch.long))
-    flipped = {bit: uniforms(SEEDS ^ torch.tensor([bit, 0]), torch.zeros(ROWS, dtype=torch.long)) for bit in (1, 1 << 31)}
+    flipped = {
+        bit: uniforms(SEEDS ^ torch.tensor([bit, 0]), torch.zeros(ROWS, dtype=torch.long))
+        for bit in (1, 1 << 31)
+    }
     low = uniforms(SEEDS ^ torch.tensor([0, 1]), torch.zeros(ROWS, dtype=torch.long))
     swapped = uniforms(SEEDS.flip(1), torch.zeros(ROWS, dtype=torch.long))
-    for other in (later, *flipped.values(), low, swapped, np.roll(BY_SEED, 1, 0), np.roll(BY_SEED, 1, 1), BY_SEED[:, ::-1]):
+    for other in (
+        later,
+        *flipped.values(),
+        low,
+        swapped,
+        np.roll(BY_SEED, 1, 0),
+        np.roll(BY_SEED, 1, 1),
+        BY_SEED[:, ::-1],
+    ):
         assert correlation(BY_SEED, other) < limit
     assert correlation(BY_POSITION, np.roll(BY_POSITION, 1, 0)) < limit
     assert correlation(BY_POSITION, BY_POSITION) > 1 - 1e-6  # the measure itself sees equality
 
 
 def test_no_position_repeats_the_noise_of_another_shifted_to_other_tokens():
-    """With one key for both words of the seed, 5 of these pairs of positions would share a piece of 2500 tokens."""
+    """With one key for both words of the seed, 5 of these pairs of positions would share a piece of 2500
+    tokens."""
     bits = gumbel(SEEDS[:1].expand(2000, 2), torch.arange(2000), 5000).view(torch.int32).long()
     neighbours = (bits[:, :-1] << 32) + bits[:, 1:]
     repeated = neighbours.numel() - len(neighbours.unique())
@@ -101,7 +123,10 @@ def test_seeds_differ_in_everything_they_name():
     assert all(0 <= word < 2**32 for seed in seeds for word in words(seed))
 
 
-@pytest.mark.parametrize("sampling", [Sampling(1, 1), Sampling(1, 1, temperature=0.7, top_k=6), Sampling(1, 1, temperature=1.5, top_p=0.8)])
+@pytest.mark.parametrize(
+    "sampling",
+    [Sampling(1, 1), Sampling(1, 1, temperature=0.7, top_k=6), Sampling(1, 1, temperature=1.5, top_p=0.8)],
+)
 def test_frequencies_are_those_of_the_softmax(sampling):
     logits = torch.linspace(-2, 2, 12).expand(40_000, 12)
     seeds = torch.randint(0, 2**32, (40_000, 2), generator=torch.Generator().manual_seed(0))
@@ -134,7 +159,9 @@ def transformers_way(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
     top_p=st.just(1.0) | st.floats(0.05, 0.999),
     min_p=st.just(0.0) | st.floats(0.001, 0.9),
 )
-def test_the_distribution_is_that_of_transformers_warpers(seed, vocabulary, spread, temperature, top_k, top_p, min_p):
+def test_the_distribution_is_that_of_transformers_warpers(
+    seed, vocabulary, spread, temperature, top_k, top_p, min_p
+):
     logits = spread * torch.randn(4, vocabulary, generator=torch.Generator().manual_seed(seed))
     sampling = Sampling(1, 1, temperature, top_p, top_k, min_p)
     ours, theirs = drawn_from(logits, sampling), transformers_way(logits, sampling)
@@ -149,7 +176,10 @@ def test_filters_by_hand():
     assert torch.allclose(drawn_from(logits, Sampling(1, 1, top_k=2)).exp(), third)
     assert torch.allclose(drawn_from(logits, Sampling(1, 1, top_p=0.7)).exp(), third)
     assert torch.allclose(drawn_from(logits, Sampling(1, 1, min_p=0.4)).exp(), third)
-    assert torch.allclose(drawn_from(logits, Sampling(1, 1, temperature=0.5)).exp(), logits.exp() ** 2 / (logits.exp() ** 2).sum())
+    assert torch.allclose(
+        drawn_from(logits, Sampling(1, 1, temperature=0.5)).exp(),
+        logits.exp() ** 2 / (logits.exp() ** 2).sum(),
+    )
 
 
 @pytest.mark.parametrize("sampling", [Sampling(1, 1, 0.6), Sampling(1, 1, 0.6, 0.9, 20, 0.02)])

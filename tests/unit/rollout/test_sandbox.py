@@ -1,4 +1,5 @@
-"""The process of a reward function: what it can see, what it may use, and that nothing it does outlives or delays its supervisor."""
+"""The process of a reward function: what it can see, what it may use, and that nothing it does outlives or
+delays its supervisor."""
 
 import os
 import signal
@@ -140,7 +141,9 @@ def test_no_secret_of_the_driver_can_be_seen(file, tmp_path, monkeypatch) -> Non
     monkeypatch.setenv("ALLOWED", "to-be-seen")
     monkeypatch.setenv("LC_ALL", "C.UTF-8")
     log = tmp_path / "log.txt"
-    with Sandbox(function("f", f"{file}:shows"), confinement(log, environment=["ALLOWED", "NOT_SET"])) as sandbox:
+    with Sandbox(
+        function("f", f"{file}:shows"), confinement(log, environment=["ALLOWED", "NOT_SET"])
+    ) as sandbox:
         assert ask(sandbox, "a") == [1.0]
         environ = Path(f"/proc/{sandbox.process.pid}/environ").read_text()
     shown = log.read_text()
@@ -148,7 +151,17 @@ def test_no_secret_of_the_driver_can_be_seen(file, tmp_path, monkeypatch) -> Non
     assert shown.count("to-be-seen") == 3
     names = {entry.partition("=")[0] for entry in environ.split("\0") if entry}
     no_gpu = {"CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES"}
-    assert names <= {"PATH", "HOME", "LANG", "LC_ALL", "TZ", "PYTHONPATH", "OMP_NUM_THREADS", "ALLOWED", *no_gpu}
+    assert names <= {
+        "PATH",
+        "HOME",
+        "LANG",
+        "LC_ALL",
+        "TZ",
+        "PYTHONPATH",
+        "OMP_NUM_THREADS",
+        "ALLOWED",
+        *no_gpu,
+    }
 
 
 def test_what_a_function_starts_ends_with_it(made, tmp_path: Path) -> None:
@@ -160,7 +173,9 @@ def test_what_a_function_starts_ends_with_it(made, tmp_path: Path) -> None:
 
 def test_the_process_ends_with_its_supervisor(file: Path, tmp_path: Path) -> None:
     log = tmp_path / "log.txt"
-    supervisor = subprocess.Popen([sys.executable, "-c", SUPERVISOR, str(file), str(log)], cwd=Path(__file__).parents[3])
+    supervisor = subprocess.Popen(
+        [sys.executable, "-c", SUPERVISOR, str(file), str(log)], cwd=Path(__file__).parents[3]
+    )
     assert wait_until(lambda: log.exists() and "child" in log.read_text(), 20)
     child = int(log.read_text().split()[1])
     process = parent(child)
@@ -191,7 +206,9 @@ with Sandbox(function("f", sys.argv[1] + ":starts_one"), Confinement.of(rewards(
         ("", "has no attribute 'f'"),
     ],
 )
-def test_a_module_that_cannot_be_imported_is_a_mistake_of_the_recipe(tmp_path: Path, source: str, words: str) -> None:
+def test_a_module_that_cannot_be_imported_is_a_mistake_of_the_recipe(
+    tmp_path: Path, source: str, words: str
+) -> None:
     path = tmp_path / "broken.py"
     path.write_text(source)
     sandbox = Sandbox(function("f", f"{path}:f"), confinement(tmp_path / "log.txt"))

@@ -1,4 +1,5 @@
-"""Reward files and environments that do what Python files do, and mistakes in them that are told before anything is placed."""
+"""Reward files and environments that do what Python files do, and mistakes in them that are told before
+anything is placed."""
 
 import sys
 import time
@@ -19,23 +20,35 @@ from orchestrator.rollout.user_code import load_module
 from tests.unit.rollout.reward_cases import function
 
 FILES = {
-    "verdict.py": "from __future__ import annotations\nfrom dataclasses import dataclass\n@dataclass\nclass Verdict:\n    score: float\n"
+    "verdict.py": "from __future__ import annotations\nfrom dataclasses import dataclass\n@dataclass\nclass "
+    "Verdict:\n    score: float\n"
     "def judge(completions, **columns): return [Verdict(len(c)).score for c in completions]\n",
     "pool.py": "from concurrent.futures import ProcessPoolExecutor\ndef one(text): return len(text)\n"
-    "def pooled(completions, **columns):\n    with ProcessPoolExecutor(2) as pool: return list(pool.map(one, completions))\n",
-    "folder/sibling.py": "import beside\ndef score(completions): return [beside.size(c) for c in completions]\n",
+    "def pooled(completions, **columns):\n    with ProcessPoolExecutor(2) as pool: return "
+    "list(pool.map(one, completions))\n",
+    "folder/sibling.py": "import beside\ndef score(completions): return [beside.size(c) for c in "
+    "completions]\n",
     "folder/beside.py": "def size(text): return len(text)\n",
     "pack/__init__.py": "",
     "pack/inner/__init__.py": "",
-    "pack/inner/relative.py": "from ..tools import size\ndef score(completions): return [size(c) for c in completions]\n",
+    "pack/inner/relative.py": "from ..tools import size\ndef score(completions): return [size(c) for c in "
+    "completions]\n",
     "pack/tools.py": "def size(text): return len(text)\n",
-    "bare/relative.py": "from .tools import size\ndef score(completions): return [size(c) for c in completions]\n",
+    "bare/relative.py": "from .tools import size\ndef score(completions): return [size(c) for c in "
+    "completions]\n",
     "bare/tools.py": "def size(text): return len(text)\n",
     "odd/json.py": "import json\ndef score(completions): return [len(c) for c in completions]\n",
-    "two-words.py": "class Scorer:\n    @staticmethod\n    def score(completions): return [len(c) for c in completions]\n",
+    "two-words.py": "class Scorer:\n    @staticmethod\n    def score(completions): return [len(c) for c in "
+    "completions]\n",
 }
 SCORES = (
-    *("verdict.py:judge", "pool.py:pooled", "folder/sibling.py:score", "pack/inner/relative.py:score", "pack.inner.relative:score"),
+    *(
+        "verdict.py:judge",
+        "pool.py:pooled",
+        "folder/sibling.py:score",
+        "pack/inner/relative.py:score",
+        "pack.inner.relative:score",
+    ),
     *("bare/relative.py:score", "two-words.py:Scorer.score"),
 )
 
@@ -61,7 +74,9 @@ def one(written: str, **options: Any) -> Rewards:
 @pytest.mark.parametrize("written", [SCORES[0], SCORES[1], SCORES[2], SCORES[5]])
 def test_a_reward_file_may_do_what_a_python_file_does(there: Path, written: str, tmp_path: Path) -> None:
     check_rewards(one(written))
-    with Sandbox(function("mine", written), Confinement.of(Rewards(), {"PATH": "/usr/bin:/bin"}, tmp_path / "log")) as sandbox:
+    with Sandbox(
+        function("mine", written), Confinement.of(Rewards(), {"PATH": "/usr/bin:/bin"}, tmp_path / "log")
+    ) as sandbox:
         found = sandbox.score(RewardCall(["p"] * 2, ["a", "bbb"], [[1], [2]], ["x", "y"]), 60)
     assert found == [1.0, 3.0]
 
@@ -75,8 +90,14 @@ def test_a_file_with_the_name_of_a_module_takes_nothing_from_it(there: Path) -> 
 
 
 def test_environments_load_the_same_way(there: Path) -> None:
-    world = "from __future__ import annotations\nfrom dataclasses import dataclass\nimport beside\n@dataclass\nclass World:\n"
-    world += "    n: int = 0\n    def reset(self, row): return []\n    def step(self, text): return beside.size(text)\n"
+    world = (
+        "from __future__ import annotations\nfrom dataclasses import dataclass\nimport "
+        "beside\n@dataclass\nclass World:\n"
+    )
+    world += (
+        "    n: int = 0\n    def reset(self, row): return []\n    def step(self, text): return "
+        "beside.size(text)\n"
+    )
     (there / "folder" / "world.py").write_text(world)
     assert load_environment("folder/world.py:World")().step("abc") == 3  # type: ignore[comparison-overlap]
 
@@ -90,7 +111,11 @@ GOOD_WORLD = "class World:\n    def reset(self, row): return []\n    def step(se
 def test_what_works_passes_in_seconds(there: Path) -> None:
     (there / "world.py").write_text(GOOD_WORLD)
     started = time.monotonic()
-    try_user_code(Rewards(functions=[function(f"f{i}", written) for i, written in enumerate(SCORES)]), "world.py:World", ["answer"])
+    try_user_code(
+        Rewards(functions=[function(f"f{i}", written) for i, written in enumerate(SCORES)]),
+        "world.py:World",
+        ["answer"],
+    )
     assert time.monotonic() - started < 100
     try_user_code(one("exact_match"), None, ["answer"])
 
@@ -102,16 +127,26 @@ def test_what_works_passes_in_seconds(there: Path) -> None:
         ("raise RuntimeError('needs a licence')\ndef f(completions): ...", "needs a licence"),
         ("f = 3", "is a int, no function"),
         ("import sys\nsys.exit(4)\ndef f(completions): ...", "it called sys.exit(4)"),
-        ("import os\nprint('bye')\nos._exit(4)\ndef f(completions): ...", "its process ended with exit code 4: bye"),
+        (
+            "import os\nprint('bye')\nos._exit(4)\ndef f(completions): ...",
+            "its process ended with exit code 4: bye",
+        ),
         ("def f(completions, solution): ...", "needs solution, which it is not given"),
-        ("import functools\ndef g(completions, label, verbose): ...\nf = functools.partial(g, verbose=1)", "needs label, which it is not given"),
+        (
+            "import functools\ndef g(completions, label, verbose): ...\nf = functools.partial(g, verbose=1)",
+            "needs label, which it is not given",
+        ),
     ],
 )
 def test_a_function_that_cannot_work_is_told(there: Path, source: str, said: str) -> None:
     (there / "bad.py").write_text(source + "\n")
     with pytest.raises(ConfigError) as caught:
         try_user_code(one("bad.py:f"), None, ["answer"])
-    assert said in f"{caught.value.what} {caught.value.why}" and "bad.py:f" in caught.value.what and caught.value.fix
+    assert (
+        said in f"{caught.value.what} {caught.value.why}"
+        and "bad.py:f" in caught.value.what
+        and caught.value.fix
+    )
 
 
 def test_the_name_of_an_argument_that_is_nearly_one_is_told(there: Path) -> None:
@@ -128,8 +163,16 @@ def test_the_name_of_an_argument_that_is_nearly_one_is_told(there: Path) -> None
         ("world.py:World", "import no_such_package\n" + GOOD_WORLD, "No module named 'no_such_package'"),
         ("world.py:Word", GOOD_WORLD, "no class Word with reset and step"),
         ("world.py:World", "def broken(:\n", "SyntaxError"),
-        ("world.py:World", GOOD_WORLD.replace("self, text", "self, text, turn"), "step of world.py:World cannot be called"),
-        ("world.py:World", GOOD_WORLD + "    def __init__(self, url): ...\n", "the class of world.py:World cannot be called"),
+        (
+            "world.py:World",
+            GOOD_WORLD.replace("self, text", "self, text, turn"),
+            "step of world.py:World cannot be called",
+        ),
+        (
+            "world.py:World",
+            GOOD_WORLD + "    def __init__(self, url): ...\n",
+            "the class of world.py:World cannot be called",
+        ),
     ],
 )
 def test_an_environment_that_cannot_work_is_told(there: Path, spec: str, source: str, said: str) -> None:
@@ -151,7 +194,9 @@ def test_what_only_trls_trainers_give_is_refused_by_name(there: Path, name: str,
     (there / "trl_like.py").write_text(f"def f({form.format(name)}): return [1.0 for c in completions]\n")
     with pytest.raises(ConfigError, match=f"needs {name}, which only TRL's trainers give"):
         check_rewards(one("trl_like.py:f"))
-    (there / "trl_like.py").write_text(f"def f(completions, {name}=None, **columns): return [1.0 for c in completions]\n")
+    (there / "trl_like.py").write_text(
+        f"def f(completions, {name}=None, **columns): return [1.0 for c in completions]\n"
+    )
     check_rewards(one("trl_like.py:f"))
 
 

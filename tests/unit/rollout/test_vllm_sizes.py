@@ -9,7 +9,9 @@ GB = 1_000_000_000
 
 
 def share(*overrides: str) -> float:
-    return gpu_share(load("tiny/grpo", [f"grpo:rollouts.{o}" for o in overrides]).stages[-1].recipe, 16 * GB, 80 * GB)
+    return gpu_share(
+        load("tiny/grpo", [f"grpo:rollouts.{o}" for o in overrides]).stages[-1].recipe, 16 * GB, 80 * GB
+    )
 
 
 def test_vllm_fills_what_its_actor_was_given_of_a_gpu() -> None:

@@ -1,4 +1,5 @@
-"""Commit, verify, fall back: a crash, a flipped bit or a full disk never costs more than the newest checkpoint."""
+"""Commit, verify, fall back: a crash, a flipped bit or a full disk never costs more than the newest
+checkpoint."""
 
 import json
 import os
@@ -69,7 +70,7 @@ def test_what_was_saved_comes_back(store, notes):
     directory = store.save(Progress(3, 24, 100, 1), {"wandb": "abc", "lr": 1e-05, "list": (1, 2)}, writer(3))
     saved = store.newest()
     assert (saved.directory, saved.progress, saved.run) == (directory, Progress(3, 24, 100, 1), RUN)
-    assert saved.facts == {"wandb": "abc", "lr": 1e-05, "list": [1, 2]}
+    assert saved.extra_state == {"wandb": "abc", "lr": 1e-05, "list": [1, 2]}
     assert load_file(directory / FILES[0])["weight"].tolist() == [3.0] * 4
     assert (store.root / "LATEST").read_text() == step(3) + "\n"
     assert notes == []
@@ -77,7 +78,7 @@ def test_what_was_saved_comes_back(store, notes):
 
 def test_facts_with_integer_keys_verify(store):
     store.save(Progress(1), {"by_rank": {2: "b", 10: "c", 1: "a"}}, writer(1))
-    assert store.newest().facts == {"by_rank": {"1": "a", "2": "b", "10": "c"}}
+    assert store.newest().extra_state == {"by_rank": {"1": "a", "2": "b", "10": "c"}}
 
 
 def test_a_folder_holds_no_pickle_and_lists_every_file(store):
@@ -186,7 +187,11 @@ DAMAGE = [
     ("MANIFEST.json", lambda path: path.write_bytes(b"\xff\xfe"), "cannot be read"),
     ("MANIFEST.json", lambda path: path.write_text("{}"), "cannot be read"),
     ("MANIFEST.json", Path.unlink, "cannot be read"),
-    ("MANIFEST.json", lambda path: path.write_text(path.read_text().replace('"step": 2', '"step": 3')), "is damaged"),
+    (
+        "MANIFEST.json",
+        lambda path: path.write_text(path.read_text().replace('"step": 2', '"step": 3')),
+        "is damaged",
+    ),
 ]
 
 
@@ -195,7 +200,11 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(store, notes, 
     save(store, 1, 2)
     damage(store.root / step(2) / name)
     saved = store.newest()
-    assert (saved.progress, saved.directory.name, saved.facts) == (Progress(step=1, examples=8), step(1), {"seed": 1})
+    assert (saved.progress, saved.directory.name, saved.extra_state) == (
+        Progress(step=1, examples=8),
+        step(1),
+        {"seed": 1},
+    )
     assert len(notes) == 1
     assert notes[0].startswith(f"checkpoint {step(2)} is not used: {name} {reason} (")
 
@@ -253,7 +262,7 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from test_checkpoints import RUN, writer
 from orchestrator.run.checkpoints import CheckpointStore
-from orchestrator.core.batches import Progress
+from orchestrator.core.reports import Progress
 store = CheckpointStore(Path(sys.argv[2]), run=RUN, keep=int(sys.argv[3]), note=print)
 store.save(Progress(step=2, tokens=9), {}, writer(2))
 """
@@ -267,7 +276,12 @@ def save_in_process(store, *planned):
 
 @pytest.mark.parametrize(
     ("site", "survivor"),
-    [("checkpoint.written", 1), ("checkpoint.manifest", 1), ("checkpoint.renamed", 2), ("checkpoint.replaced", 1)],
+    [
+        ("checkpoint.written", 1),
+        ("checkpoint.manifest", 1),
+        ("checkpoint.renamed", 2),
+        ("checkpoint.replaced", 1),
+    ],
 )
 @pytest.mark.parametrize("keep", [1, 2])
 def test_a_kill_while_saving_leaves_a_loadable_state(store, notes, site, survivor, keep):
@@ -301,12 +315,19 @@ def test_a_kill_before_the_first_checkpoint_leaves_none(store):
 
 @pytest.mark.parametrize(
     ("site", "survivor"),
-    [("checkpoint.written", 1), ("checkpoint.manifest", 1), ("checkpoint.renamed", 2), ("checkpoint.replaced", 2)],
+    [
+        ("checkpoint.written", 1),
+        ("checkpoint.manifest", 1),
+        ("checkpoint.renamed", 2),
+        ("checkpoint.replaced", 2),
+    ],
 )
 def test_a_full_disk_is_an_output_error_and_leaves_nothing_behind(store, monkeypatch, site, survivor):
     save(store, 1, *([2] if site == "checkpoint.replaced" else []))
     monkeypatch.setenv(faults.VARIABLE, json.dumps([{"site": site, "action": "disk_full", "step": 2}]))
-    with pytest.raises(OutputError, match=r"checkpoint of step 2 could not be written[\s\S]*No space left on device") as failure:
+    with pytest.raises(
+        OutputError, match=r"checkpoint of step 2 could not be written[\s\S]*No space left on device"
+    ) as failure:
         save(store, 2)
     assert failure.value.exit_code == 73
     assert newest_step(store) == survivor
@@ -326,7 +347,15 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv.pop()), resource.RLIM_IN
 def test_files_that_cannot_grow_leave_the_one_before(store, limit):
     """The kernel's own refusal: while tensors are written (10 bytes) and while the manifest is (200 bytes)."""
     save(store, 1)
-    command = [sys.executable, "-c", LIMITED + SAVE, str(Path(__file__).parent), str(store.root), "2", str(limit)]
+    command = [
+        sys.executable,
+        "-c",
+        LIMITED + SAVE,
+        str(Path(__file__).parent),
+        str(store.root),
+        "2",
+        str(limit),
+    ]
     failed = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert failed.returncode == 1
     assert "OutputError: checkpoint of step 2 could not be written" in failed.stderr

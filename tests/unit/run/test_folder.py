@@ -29,11 +29,20 @@ def test_a_new_folder_says_what_the_run_is(tmp_path):
     root = tmp_path / "deep" / "run"
     with opened(root) as folder:
         found = json.loads((root / "run.json").read_text())
-        assert found == {"fingerprint": Identity({"run.seed": 0}).fingerprint, "deciding": {"run.seed": 0}, "watched": {}, "changes": []}
+        assert found == {
+            "fingerprint": Identity({"run.seed": 0}).fingerprint,
+            "deciding": {"run.seed": 0},
+            "watched": {},
+            "changes": [],
+        }
         assert (root / "recipe.yaml").read_text() == "run: {}\n"
         assert (root / "plan.json").read_text() == "{}\n"
         assert folder.logs.is_dir()
-        assert (folder.checkpoints, folder.export, folder.metrics) == (root / "checkpoints", root / "export", root / "metrics.jsonl")
+        assert (folder.checkpoints, folder.export, folder.metrics) == (
+            root / "checkpoints",
+            root / "export",
+            root / "metrics.jsonl",
+        )
 
 
 def test_the_same_run_goes_on_in_its_folder(tmp_path):
@@ -95,7 +104,9 @@ with open_run(Path(sys.argv[1]), Identity({"run.seed": 0}), "", ""):
 
 def test_a_second_process_is_refused_until_the_first_is_gone_however_it_went(tmp_path):
     root = tmp_path / "run"
-    with subprocess.Popen([sys.executable, "-c", HOLD, str(root)], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(root)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as holder:
         assert holder.stdout is not None
         assert holder.stdout.readline() == b"open\n"
         with pytest.raises(OutputError, match="in use by another process"), opened(root):
@@ -169,7 +180,10 @@ def test_a_start_that_was_cut_short_does_not_block_the_next(tmp_path):
 
 def test_the_working_folder_of_a_ray_job_is_refused(tmp_path):
     copy = tmp_path / "runtime_resources" / "working_dir_files" / "_ray_pkg_0123456789abcdef"
-    with pytest.raises(OutputError, match="working folder of a Ray job") as refused, opened(copy / "runs" / "x"):
+    with (
+        pytest.raises(OutputError, match="working folder of a Ray job") as refused,
+        opened(copy / "runs" / "x"),
+    ):
         pass
     assert "absolute" in refused.value.fix and not copy.exists()
 
@@ -182,28 +196,45 @@ def without_locks(number: int) -> Callable[..., None]:
 
 
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK])
-def test_without_locks_a_file_names_who_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+def test_without_locks_a_file_names_who_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
     monkeypatch.setattr("fcntl.flock", without_locks(number))
     root = tmp_path / "run"
-    ended = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True, check=True).stdout
+    ended = subprocess.run(
+        [sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True, check=True
+    ).stdout
 
     with opened(root):
         owner = json.loads((root / "run.owner").read_text())
         assert owner == {"host": socket.gethostname(), "pid": os.getpid()}
-        with pytest.raises(OutputError, match=f"in use by process {os.getpid()} on {socket.gethostname()}") as caught, opened(root):
+        with (
+            pytest.raises(
+                OutputError, match=f"in use by process {os.getpid()} on {socket.gethostname()}"
+            ) as caught,
+            opened(root),
+        ):
             pass
-        assert "flock" in caught.value.why and str(root / "run.owner") in caught.value.fix and caught.value.exit_code == 73
+        assert (
+            "flock" in caught.value.why
+            and str(root / "run.owner") in caught.value.fix
+            and caught.value.exit_code == 73
+        )
     assert not (root / "run.owner").exists()
     (root / "run.owner").write_text(json.dumps({"host": socket.gethostname(), "pid": int(ended)}))
     with opened(root):
-        assert json.loads((root / "run.owner").read_text())["pid"] == os.getpid(), "one that was killed is no hindrance"
+        assert json.loads((root / "run.owner").read_text())["pid"] == os.getpid(), (
+            "one that was killed is no hindrance"
+        )
     for content in (json.dumps({"host": "another", "pid": 1}), "half a"):
         (root / "run.owner").write_text(content)
         with pytest.raises(OutputError, match="in use by process"), opened(root):
             pass
 
 
-def test_another_failure_of_the_lock_names_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_failure_of_the_lock_names_the_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("fcntl.flock", without_locks(errno.EIO))
     with pytest.raises(OutputError, match=f"{tmp_path / 'run'} cannot be written"), opened(tmp_path / "run"):
         pass
@@ -216,10 +247,18 @@ def test_a_refusal_names_the_keys_that_differ(tmp_path: Path) -> None:
     one = Identity({"optimizer.learning_rate": 1e-4, "run.seed": 0, "rows": "a" * 64})
     with open_run(tmp_path / "run", one, "", ""):
         pass
-    other = Identity({"optimizer.learning_rate": 2e-4, "run.seed": 0, "rows": "b" * 64, "algorithm.beta": 0.1})
-    with pytest.raises(OutputError, match="differs in 3 keys") as caught, open_run(tmp_path / "run", other, "", ""):
+    other = Identity(
+        {"optimizer.learning_rate": 2e-4, "run.seed": 0, "rows": "b" * 64, "algorithm.beta": 0.1}
+    )
+    with (
+        pytest.raises(OutputError, match="differs in 3 keys") as caught,
+        open_run(tmp_path / "run", other, "", ""),
+    ):
         pass
-    assert "algorithm.beta: nothing -> 0.1\n" in caught.value.why and "optimizer.learning_rate: 0.0001 -> 0.0002" in caught.value.why
+    assert (
+        "algorithm.beta: nothing -> 0.1\n" in caught.value.why
+        and "optimizer.learning_rate: 0.0001 -> 0.0002" in caught.value.why
+    )
     assert "run.seed" not in caught.value.why and "rows: " in caught.value.why
 
 
@@ -228,7 +267,9 @@ def test_the_end_of_a_schedule_moves_where_the_user_says_so(tmp_path: Path) -> N
     constant, cosine = Optimizer(learning_rate=1e-3), Optimizer(learning_rate=1e-3, schedule="cosine")
 
     def go_on(root: Path, optimizer: Optimizer, steps: int, allowed: bool = False) -> None:
-        with open_run(root, identity, "", "", said.append, end=End(optimizer, steps, allowed=allowed)) as folder:
+        with open_run(
+            root, identity, "", "", said.append, end=End(optimizer, steps, allowed=allowed)
+        ) as folder:
             (folder.checkpoints / "step_00000040").mkdir(parents=True, exist_ok=True)
 
     for steps in (80, 90):
@@ -237,23 +278,42 @@ def test_the_end_of_a_schedule_moves_where_the_user_says_so(tmp_path: Path) -> N
     go_on(tmp_path / "cosine", cosine, 80)
     with pytest.raises(OutputError, match="holds a run of 80 optimizer steps, this one has 90") as caught:
         go_on(tmp_path / "cosine", cosine, 90)
-    assert "optimizer.schedule=cosine looks at the end: 39 of the 40" in caught.value.why and "--extend" in caught.value.fix
+    assert (
+        "optimizer.schedule=cosine looks at the end: 39 of the 40" in caught.value.why
+        and "--extend" in caught.value.fix
+    )
     go_on(tmp_path / "cosine", cosine, 90, allowed=True)
     assert "not what a run of 90 steps from the start gives" in said[1]
     go_on(tmp_path / "cosine", cosine, 90)  # said once, and kept
     assert len(said) == 2
     record = json.loads((tmp_path / "cosine" / "run.json").read_text())
-    assert record["schedule_steps"] == 90 and [c["what"] for c in record["changes"]] == ["optimizer steps of the run"]
+    assert record["schedule_steps"] == 90 and [c["what"] for c in record["changes"]] == [
+        "optimizer steps of the run"
+    ]
 
 
 def test_a_change_of_what_is_watched_is_told_once_and_kept(tmp_path: Path) -> None:
     root, said = tmp_path / "run", []
-    for reward, tokens, expected in (("a", "t", 0), ("a", "t", 0), ("b", "t", 1), ("b", "t", 1), ("b", "u", 2)):
-        with opened(root, 0, {"the file of rewards.functions, mine (judge.py)": reward * 64, TOKENS: tokens}, said):
+    for reward, tokens, expected in (
+        ("a", "t", 0),
+        ("a", "t", 0),
+        ("b", "t", 1),
+        ("b", "t", 1),
+        ("b", "u", 2),
+    ):
+        with opened(
+            root, 0, {"the file of rewards.functions, mine (judge.py)": reward * 64, TOKENS: tokens}, said
+        ):
             pass
         assert len(said) == expected
-    assert said[0].startswith("warning: the file of rewards.functions, mine (judge.py) has changed since the run began (SHA-256 aaaaaaaaaaaa then")
+    assert said[0].startswith(
+        "warning: the file of rewards.functions, mine (judge.py) has changed since the run began (SHA-256 "
+        "aaaaaaaaaaaa then"
+    )
     assert "prints a date" in said[1]
     record = json.loads((root / "run.json").read_text())
-    assert [c["what"] for c in record["changes"]] == ["the file of rewards.functions, mine (judge.py)", TOKENS]
+    assert [c["what"] for c in record["changes"]] == [
+        "the file of rewards.functions, mine (judge.py)",
+        TOKENS,
+    ]
     assert record["watched"][TOKENS] == "u"

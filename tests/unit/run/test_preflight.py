@@ -1,4 +1,5 @@
-"""What a planned run asks of a cluster: its worker groups, the size of its checkpoints, where its weights come from."""
+"""What a planned run asks of a cluster: its worker groups, the size of its checkpoints, where its weights
+come from."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -28,7 +29,9 @@ def job(name: str, *overrides: str) -> Job:
 def parameters(model: Model, head: str = "lm") -> tuple[int, int]:
     """(all, trainable) of the real model."""
     loaded = load_model(model, seed=0, head=head).model  # pyright: ignore[reportArgumentType]
-    return sum(p.numel() for p in loaded.parameters()), sum(p.numel() for p in loaded.parameters() if p.requires_grad)
+    return sum(p.numel() for p in loaded.parameters()), sum(
+        p.numel() for p in loaded.parameters() if p.requires_grad
+    )
 
 
 def test_a_checkpoint_holds_master_weights_and_two_moments() -> None:
@@ -40,7 +43,10 @@ def test_a_checkpoint_holds_master_weights_and_two_moments() -> None:
 
 
 def test_lora_and_a_moving_reference_change_what_is_kept() -> None:
-    moving, adapter = job("tiny/dpo", "algorithm.reference_sync_every=2"), job("tiny/dpo", "model.lora={rank: 4}")
+    moving, adapter = (
+        job("tiny/dpo", "algorithm.reference_sync_every=2"),
+        job("tiny/dpo", "model.lora={rank: 4}"),
+    )
     every, trainable = parameters(moving.recipe.model)
     assert need_of(moving).checkpoint_bytes == 12 * trainable + 4 * every
     assert need_of(adapter).checkpoint_bytes == 12 * parameters(adapter.recipe.model)[1] < trainable
@@ -54,7 +60,9 @@ def test_ppo_asks_for_a_critic_and_its_checkpoint() -> None:
     assert [g.what for g in need.groups] == ["learners", "critic", "rollouts"] and need.gpus
 
 
-def test_published_weights_lie_in_the_object_store_twice_and_once_per_version_that_generation_is_behind() -> None:
+def test_published_weights_lie_in_the_object_store_twice_and_once_per_version_that_generation_is_behind() -> (
+    None
+):
     planned = job("tiny/ppo", "learners.precision=bf16", "rollouts.max_staleness=1")
     trainable = parameters(planned.recipe.model)[1]
     assert need_of(planned).object_store == 3 * 2 * trainable
@@ -66,8 +74,13 @@ def test_reward_models_and_vllm_are_asked_for() -> None:
     planned = job("tiny/ppo")
     judge = RewardFunction(name="judge", model="/models/judge", gpus=0.5)  # pyright: ignore[reportCallIssue]
     recipe = planned.recipe
-    rewards, rollouts = recipe.rewards.model_copy(update={"functions": [judge]}), recipe.rollouts.model_copy(update={"engine": "vllm"})
-    need = need_of(replace(planned, recipe=recipe.model_copy(update={"rewards": rewards, "rollouts": rollouts})))
+    rewards, rollouts = (
+        recipe.rewards.model_copy(update={"functions": [judge]}),
+        recipe.rollouts.model_copy(update={"engine": "vllm"}),
+    )
+    need = need_of(
+        replace(planned, recipe=recipe.model_copy(update={"rewards": rewards, "rollouts": rollouts}))
+    )
     assert need.groups[-1] == WorkerGroup("reward judge", 1, 0.0, 0.5)
     assert need.libraries == ("vllm",)
     assert need.models == (ModelSource("/models/judge", None, hub=False),)

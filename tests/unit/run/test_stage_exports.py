@@ -28,14 +28,21 @@ def folder(path: Path, dtype: torch.dtype) -> Path:
     return path
 
 
-@pytest.mark.parametrize(("dtype", "name", "short"), [(torch.bfloat16, "bfloat16", "bf16"), (torch.float32, "float32", "fp32")])
-def test_a_chain_ends_in_the_type_that_it_began_with_and_rounds_only_there(tmp_path: Path, dtype: torch.dtype, name: str, short: str) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "name", "short"), [(torch.bfloat16, "bfloat16", "bf16"), (torch.float32, "float32", "fp32")]
+)
+def test_a_chain_ends_in_the_type_that_it_began_with_and_rounds_only_there(
+    tmp_path: Path, dtype: torch.dtype, name: str, short: str
+) -> None:
     start = folder(tmp_path / "start", dtype)
     assert source_dtype(Model(path=str(start))) == name  # pyright: ignore[reportCallIssue]
     (tmp_path / "p.yaml").write_text(PIPELINE % start)
     low = load(tmp_path / "p.yaml", ["learners.precision=bf16"]).stages
     assert [stage.recipe.export.dtype for stage in with_types(low)] == ["fp32", short]
-    assert [stage.recipe.export.dtype for stage in with_types(load(tmp_path / "p.yaml").stages)] == ["fp32", "fp32"], "fp32 runs are not rounded"
+    assert [stage.recipe.export.dtype for stage in with_types(load(tmp_path / "p.yaml").stages)] == [
+        "fp32",
+        "fp32",
+    ], "fp32 runs are not rounded"
     asked = load(tmp_path / "p.yaml", ["export.dtype=fp16"]).stages
     assert [stage.recipe.export.dtype for stage in with_types(asked)] == ["fp16", "fp16"]
 
@@ -43,7 +50,9 @@ def test_a_chain_ends_in_the_type_that_it_began_with_and_rounds_only_there(tmp_p
 def test_rounding_that_would_undo_the_training_is_not_done_by_default(tmp_path: Path) -> None:
     start = {"a": torch.full((64,), 1.0), "never learns": torch.randn(64)}
     small, large = ({**start, "a": start["a"] + step} for step in (1e-4, 0.1))
-    assert rounding_share(small, start, "bfloat16") == pytest.approx(1.0, abs=1e-3), "all of it is below bfloat16's last bit"
+    assert rounding_share(small, start, "bfloat16") == pytest.approx(1.0, abs=1e-3), (
+        "all of it is below bfloat16's last bit"
+    )
     assert rounding_share(large, start, "bfloat16") < 0.02 and rounding_share(small, start, "float32") == 0.0
     assert rounding_share(start, start, "bfloat16") == 0.0
     path = f"model.path={folder(tmp_path / 'start', torch.bfloat16)}"
@@ -51,7 +60,11 @@ def test_rounding_that_would_undo_the_training_is_not_done_by_default(tmp_path: 
     def asked(*changes: str) -> bool:
         return may_be_too_coarse(load("tiny/dpo", [path, "model.tiny=null", *changes]).stages[0].recipe)
 
-    assert asked("learners.precision=fp32") and not asked("learners.precision=bf16") and not asked("learners.precision=fp32", "export.dtype=bf16")
+    assert (
+        asked("learners.precision=fp32")
+        and not asked("learners.precision=bf16")
+        and not asked("learners.precision=fp32", "export.dtype=bf16")
+    )
 
 
 def test_one_run_keeps_its_word_and_a_random_model_is_fp32() -> None:
@@ -71,7 +84,11 @@ def test_the_disk_that_a_run_takes() -> None:
         recipe = load("tiny/dpo", overrides).stages[0].recipe
         algorithm = build(recipe.algorithm, recipe.rollouts)
         sizes = model_sizes(recipe, algorithm)
-        return checkpoint_bytes(recipe, algorithm, sizes), export_bytes(recipe, sizes), in_words(recipe, algorithm, sizes)[1]
+        return (
+            checkpoint_bytes(recipe, algorithm, sizes),
+            export_bytes(recipe, sizes),
+            in_words(recipe, algorithm, sizes)[1],
+        )
 
     saved, written, said = of("checkpoint.every=10m", "checkpoint.final=weights")
     assert saved == 3 * written and said.startswith("every 10m, 2 kept; weights alone at the end; export ")

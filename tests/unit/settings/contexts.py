@@ -10,13 +10,16 @@ KTO = ("algorithm.name=kto",)
 REWARD = ("algorithm.name=reward",)
 EVAL = ("data.eval=held.jsonl",)
 EXACT = "rewards.functions=[{name: exact, function: exact_match%s}]"
-BASE = "model: {tiny: {}}\ndata: {train: rows.jsonl}\nalgorithm: {name: sft}\noptimizer: {learning_rate: 1e-3}\n"
+BASE = (
+    "model: {tiny: {}}\ndata: {train: rows.jsonl}\nalgorithm: {name: sft}\noptimizer: {learning_rate: 1e-3}\n"
+)
 """The plainest recipe: SFT, nothing held out."""
 
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """read: overrides of BASE with which the key is read; unread: some with which it is not, None where every run reads it."""
+    """read: overrides of BASE with which the key is read; unread: some with which it is not, None where every
+    run reads it."""
 
     read: tuple[str, ...] = ()
     unread: tuple[str, ...] | None = None
@@ -36,7 +39,9 @@ FILE = {"train": "rows.jsonl", "eval": "held.jsonl"}
 def _in(spec: str, read: str | None = None, unread: str | None = None) -> Context:
     """A key of an entry of data.train or data.eval; the key itself goes where %s stands."""
     read = read or f"path: {FILE[spec]}"
-    return Context((f"data.{spec}=[{{{read}, %s}}]",), None if unread is None else (f"data.{spec}=[{{{unread}, %s}}]",))
+    return Context(
+        (f"data.{spec}=[{{{read}, %s}}]",), None if unread is None else (f"data.{spec}=[{{{unread}, %s}}]",)
+    )
 
 
 def context(path: str) -> Context:
@@ -69,7 +74,10 @@ CONTEXTS: dict[str, Context] = {
     "export.lora": Context(("model.lora={}",), ()),
     "data.append_eos": Context((), GRPO),
     "optimizer.warmup_ratio": Context((), ("optimizer.warmup_steps=1",)),
-    **dict.fromkeys(("data.columns", *(f"data.columns.{name}" for name in ALL_READ)), Context((), ("data.train=[{path: rows.jsonl, columns: {}}]",))),
+    **dict.fromkeys(
+        ("data.columns", *(f"data.columns.{name}" for name in ALL_READ)),
+        Context((), ("data.train=[{path: rows.jsonl, columns: {}}]",)),
+    ),
     **{f"data.columns.{name}": Context(*pair) for name, pair in COLUMNS.items()},
     **{f"data.{spec}[]": _in(spec) for spec in ("train", "eval")},
     **{f"data.{spec}[].path": Context((f"data.{spec}=[{{%s}}]",)) for spec in ("train", "eval")},
@@ -79,17 +87,20 @@ CONTEXTS: dict[str, Context] = {
     **{f"data.{spec}[].revision": _in(spec, "path: org/rows", "path: toy:sft") for spec in ("train", "eval")},
     **{
         f"data.{spec}[].columns.{name}": Context(
-            (*read, f"data.{spec}=[{{path: {FILE[spec]}, columns: {{%s}}}}]"), (*unread, f"data.{spec}=[{{path: {FILE[spec]}, columns: {{%s}}}}]")
+            (*read, f"data.{spec}=[{{path: {FILE[spec]}, columns: {{%s}}}}]"),
+            (*unread, f"data.{spec}=[{{path: {FILE[spec]}, columns: {{%s}}}}]"),
         )
         for spec in ("train", "eval")
         for name, (read, unread) in COLUMNS.items()
         if name != "answer"
     },
     "data.train[].columns.answer": Context(
-        (*SFT, *EVAL, "evaluation.generate={}", "data.train=[{path: rows.jsonl, columns: {%s}}]"), ("data.train=[{path: rows.jsonl, columns: {%s}}]",)
+        (*SFT, *EVAL, "evaluation.generate={}", "data.train=[{path: rows.jsonl, columns: {%s}}]"),
+        ("data.train=[{path: rows.jsonl, columns: {%s}}]",),
     ),
     "data.eval[].columns.answer": Context(
-        ("data.eval=[{path: held.jsonl, columns: {%s}}]", "evaluation.generate={}"), ("data.eval=[{path: held.jsonl, columns: {%s}}]",)
+        ("data.eval=[{path: held.jsonl, columns: {%s}}]", "evaluation.generate={}"),
+        ("data.eval=[{path: held.jsonl, columns: {%s}}]",),
     ),
     **{
         f"data.{spec}[].columns.{name}": Context((f"data.{spec}=[{{path: {FILE[spec]}, columns: {{%s}}}}]",))
@@ -118,8 +129,13 @@ CONTEXTS: dict[str, Context] = {
     "algorithm.clip.dual": Context(GRPO, ("algorithm.name=cispo",)),
     "algorithm.kl": Context((*GRPO, "algorithm.kl.coefficient=0.1"), GRPO),
     "algorithm.kl.coefficient": Context(GRPO, ("algorithm.name=online_dpo",)),
-    "algorithm.kl.ratio": Context((*GRPO, "algorithm.kl.coefficient=0.1"), (*GRPO, "algorithm.kl={coefficient: 0.1, place: reward}")),
-    "algorithm.kl.horizon": Context((*GRPO, "algorithm.kl.coefficient=0.1", "algorithm.kl.target=1"), (*GRPO, "algorithm.kl.coefficient=0.1")),
+    "algorithm.kl.ratio": Context(
+        (*GRPO, "algorithm.kl.coefficient=0.1"), (*GRPO, "algorithm.kl={coefficient: 0.1, place: reward}")
+    ),
+    "algorithm.kl.horizon": Context(
+        (*GRPO, "algorithm.kl.coefficient=0.1", "algorithm.kl.target=1"),
+        (*GRPO, "algorithm.kl.coefficient=0.1"),
+    ),
     "algorithm.correction": _only(*GRPO),
     "algorithm.correction.cap": Context(GRPO, (*GRPO, "algorithm.correction.kind=none")),
     "algorithm.correction.alarm": Context(GRPO, (*GRPO, "rollouts.max_staleness=1")),
@@ -133,21 +149,33 @@ CONTEXTS: dict[str, Context] = {
     "optimizer.min_learning_rate": _only("optimizer.schedule=linear"),
     "rollouts": _only(*GRPO),
     "rollouts.batching": Context(GRPO, (*GRPO, "rollouts.engine=vllm")),
-    **{f"rollouts.{name}": Context(GRPO, (*GRPO, "rollouts.temperature=0")) for name in ("top_p", "top_k", "min_p")},
+    **{
+        f"rollouts.{name}": Context(GRPO, (*GRPO, "rollouts.temperature=0"))
+        for name in ("top_p", "top_k", "min_p")
+    },
     "rollouts.max_turns": Context((*GRPO, "rollouts.environment=m:C"), GRPO),
     "rewards": _only(*GRPO),
     "rewards.functions[]": Context(OF_FUNCTION, ("rewards.functions=[{name: a, function: m:f, %s}]",)),
-    "rewards.functions[].name": Context((*GRPO, "rewards.functions=[{function: m:f, %s}]"), ("rewards.functions=[{function: m:f, %s}]",)),
+    "rewards.functions[].name": Context(
+        (*GRPO, "rewards.functions=[{function: m:f, %s}]"), ("rewards.functions=[{function: m:f, %s}]",)
+    ),
     **{
-        f"rewards.functions[].{name}": Context((*GRPO, "rewards.functions=[{name: a, %s}]"), ("rewards.functions=[{name: a, %s}]",))
+        f"rewards.functions[].{name}": Context(
+            (*GRPO, "rewards.functions=[{name: a, %s}]"), ("rewards.functions=[{name: a, %s}]",)
+        )
         for name in ("function", "model", "url")
     },
     "rewards.functions[].revision": Context(OF_MODEL, OF_FUNCTION),
     "rewards.functions[].headers_from": Context(OF_URL, OF_FUNCTION),
     "rewards.functions[].gpus": Context(OF_MODEL, OF_FUNCTION),
     "rewards.functions[].options": Context(OF_FUNCTION, OF_URL),
-    **{f"rewards.{name}": Context((*GRPO, EXACT % ""), GRPO) for name in ("timeout_s", "retries", "memory_limit_gb", "environment")},
-    "rewards.batch_size": Context((*GRPO, "rewards.functions=[{name: a, url: 'http://h'}]"), (*GRPO, EXACT % "")),
+    **{
+        f"rewards.{name}": Context((*GRPO, EXACT % ""), GRPO)
+        for name in ("timeout_s", "retries", "memory_limit_gb", "environment")
+    },
+    "rewards.batch_size": Context(
+        (*GRPO, "rewards.functions=[{name: a, url: 'http://h'}]"), (*GRPO, EXACT % "")
+    ),
     "rewards.normalise": Context(GRPO, ("algorithm.name=online_dpo",)),
     "critic": Context(PPO, GRPO),
     "critic.model": Context(PPO, GRPO),
@@ -155,9 +183,13 @@ CONTEXTS: dict[str, Context] = {
     "critic.model.tiny": Context(PPO, GRPO),
     "critic.model.lora": Context((*PPO, "critic.model.tiny={}"), (*GRPO, "critic.model.tiny={}")),
     "critic.model.revision": Context((*PPO, "critic.model.path=org/name"), (*PPO, "critic.model.tiny={}")),
-    "critic.model.trust_remote_code": Context((*PPO, "critic.model.path=org/name"), (*PPO, "critic.model.tiny={}")),
+    "critic.model.trust_remote_code": Context(
+        (*PPO, "critic.model.path=org/name"), (*PPO, "critic.model.tiny={}")
+    ),
     "critic.model.reference": Context((), (*PPO, "critic.model.tiny={}")),
-    "critic.model.chat_template": Context((*PPO, "critic.model.tiny={}", "critic.export=true"), (*PPO, "critic.model.tiny={}")),
+    "critic.model.chat_template": Context(
+        (*PPO, "critic.model.tiny={}", "critic.export=true"), (*PPO, "critic.model.tiny={}")
+    ),
     **{f"evaluation.{name}": _only(*EVAL) for name in ("every", "at_start")},
     "evaluation.max_examples": Context(EVAL, ONLINE_EVAL),
     "evaluation.generate": Context(EVAL, (*REWARD, *EVAL)),
@@ -165,10 +197,19 @@ CONTEXTS: dict[str, Context] = {
     "evaluation.max_prompts": Context(ONLINE_EVAL, EVAL),
     "evaluation.pass_at_k": Context(ONLINE_EVAL, EVAL),
     "evaluation.pass_reward": Context((*ONLINE_EVAL, "evaluation.pass_at_k=2"), ONLINE_EVAL),
-    **{f"tracking.{name}": Context((), ("tracking.wandb=off",)) for name in ("project", "entity", "init_timeout_s", "finish_timeout_s")},
-    **{f"tracking.alerts.{name}": _only(*GRPO) for name in ("reward_drop", "reward_spread", "kl", "component_fall")},
+    **{
+        f"tracking.{name}": Context((), ("tracking.wandb=off",))
+        for name in ("project", "entity", "init_timeout_s", "finish_timeout_s")
+    },
+    **{
+        f"tracking.alerts.{name}": _only(*GRPO)
+        for name in ("reward_drop", "reward_spread", "kl", "component_fall")
+    },
     "tracking.alerts.loss_rise": Context((*DPO, *EVAL), DPO),
-    **{f"tracking.alerts.{name}": _only(*DPO) for name in ("margin_growth", "accuracy_gain", "accuracy_enough")},
+    **{
+        f"tracking.alerts.{name}": _only(*DPO)
+        for name in ("margin_growth", "accuracy_gain", "accuracy_enough")
+    },
 }
 """Key or section -> its context; of a key without a row that of the section above it."""
 NULLED = {

@@ -1,7 +1,8 @@
 """For every key two values, and what they change: the table of the exercise.
 
-`Row`: what `see` finds in a recipe with each of the two values, without Ray. `Run`: what two whole runs (runs.py) leave behind, one
-with the first values of all its rows, one with the second. `Elsewhere`: a test of its own that sets the key to more than one value.
+`Row`: what `see` finds in a recipe with each of the two values, without Ray. `Run`: what two whole runs
+(runs.py) leave behind, one with the first values of all its rows, one with the second. `Elsewhere`: a test of
+its own that sets the key to more than one value.
 """
 
 import string
@@ -18,7 +19,8 @@ from tests.unit.settings.contexts import EXACT, GRPO
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """values: as YAML. wanted: what is seen of each; None: only that it differs. given: overrides beside the key's context."""
+    """values: as YAML. wanted: what is seen of each; None: only that it differs. given: overrides beside the
+    key's context."""
 
     see: Callable[[Recipe], Any]
     values: tuple[str, str]
@@ -28,7 +30,8 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Elsewhere:
-    """test: "file::name" of a test that sets the key, by the name `says` (default: the key's last part), to more than one value."""
+    """test: "file::name" of a test that sets the key, by the name `says` (default: the key's last part), to
+    more than one value."""
 
     test: str
     says: str = ""
@@ -41,7 +44,12 @@ class Unseen:
     why: str
 
 
-SEQUENCE = ("rollouts.max_new_tokens=6", "rollouts.samples=2", "model.tiny.hidden_size=32", "model.tiny.layers=1")
+SEQUENCE = (
+    "rollouts.max_new_tokens=6",
+    "rollouts.samples=2",
+    "model.tiny.hidden_size=32",
+    "model.tiny.layers=1",
+)
 """Rollouts that are drawn in a moment."""
 TALK = (f"rollouts.stop={list(string.ascii_letters + string.digits)}", "rollouts.max_new_tokens=400")
 """Turns that end soon."""
@@ -54,7 +62,12 @@ FUNCTION = "rewards.functions=[{name: a, function: '%s'}]"
 LIVE = "tests/faults/test_runs_that_live.py"
 
 
-def _drawn(values: tuple[str, str], see: Callable[[Recipe], Any] = o.drawn, wanted: tuple[Any, Any] | None = None, *given: str) -> Row:
+def _drawn(
+    values: tuple[str, str],
+    see: Callable[[Recipe], Any] = o.drawn,
+    wanted: tuple[Any, Any] | None = None,
+    *given: str,
+) -> Row:
     return Row(see, values, wanted, (*SEQUENCE, *given))
 
 
@@ -92,15 +105,29 @@ def _lora(of: Callable[[Recipe], Recipe]) -> dict[str, Row]:
         "rank": Row(lambda r: o.adapter(of(r)).r, ("2", "4"), (2, 4)),
         "alpha": Row(lambda r: o.adapter(of(r)).lora_alpha, ("8", "3.2e1"), (8.0, 32.0)),
         "dropout": Row(lambda r: o.adapter(of(r)).lora_dropout, ("0", "0.5"), (0.0, 0.5)),
-        "target_modules": Row(lambda r: o.parameters(of(r))[1], ("[q_proj]", "[k_proj, v_proj]"), (("q_proj",), ("k_proj", "v_proj"))),
+        "target_modules": Row(
+            lambda r: o.parameters(of(r))[1],
+            ("[q_proj]", "[k_proj, v_proj]"),
+            (("q_proj",), ("k_proj", "v_proj")),
+        ),
     }
 
 
 def _columns(see: Callable[[Recipe], Any]) -> dict[str, Row]:
     """Each pair of values names two columns of rows.jsonl."""
-    names = {"messages": ("talk", "talk2"), "prompt": ("p1", "p2"), "completion": ("c1", "c2"), "chosen": ("c1", "c2"), "rejected": ("c1", "c2")}
+    names = {
+        "messages": ("talk", "talk2"),
+        "prompt": ("p1", "p2"),
+        "completion": ("c1", "c2"),
+        "chosen": ("c1", "c2"),
+        "rejected": ("c1", "c2"),
+    }
     rows = {name: Row(see, values) for name, values in names.items()}
-    return rows | {"label": Row(lambda r: [g.label for g in o.data(r).groups[:2]], ("l1", "l2"), ([1.0, 1.0], [0.0, 0.0]))}
+    return rows | {
+        "label": Row(
+            lambda r: [g.label for g in o.data(r).groups[:2]], ("l1", "l2"), ([1.0, 1.0], [0.0, 0.0])
+        )
+    }
 
 
 MARGINS = Row(lambda r: [g.margin for g in o.data(r).groups[:2]], ("m1", "m2"), ([1.0, 1.0], [2.0, 2.0]))
@@ -122,7 +149,9 @@ def _inputs(see: Callable[[Recipe], Any], place: str) -> dict[str, Row]:
 TALKING = "{path: %s, columns: {messages: talk, %%s}}"
 ANSWERS = Row(lambda r: o.answers(r)[0], ("c1", "c2"), ("one", "two"), HELD)
 TEXTS = "data.%s=[{path: texts.jsonl, columns: {%%s}}]"
-SEEN_HELD = _columns(o.held_out) | {"label": Row(lambda r: [g.label for g in o.data(r).held_out[:2]], ("l1", "l2"), ([1.0, 1.0], [0.0, 0.0]))}
+SEEN_HELD = _columns(o.held_out) | {
+    "label": Row(lambda r: [g.label for g in o.data(r).held_out[:2]], ("l1", "l2"), ([1.0, 1.0], [0.0, 0.0]))
+}
 SOURCES: dict[str, Row] = {
     "path": Row(o.shown, ("rows.jsonl", "other.jsonl")),
     "max_rows": Row(lambda r: o.counts(r)[0], ("2", "3"), (2, 3)),
@@ -146,7 +175,7 @@ EXERCISES: dict[str, Row | Elsewhere | Unseen] = {
     "model.revision": Row(lambda r: o.config(r).hidden_size, SNAPSHOTS, (16, 32)),
     "model.trust_remote_code": Row(o.knows_its_config, ("false", "true"), (False, True), ("model.path=remote",)),
     "critic.model": Row(lambda r: o.config(o.critic_of(r)).hidden_size, ("{path: small}", "{path: large}"), (16, 32)),
-    "critic.model.tiny": Row(lambda r: o.config(o.critic_of(r)).hidden_size, ("{hidden_size: 32}", "{hidden_size: 64}"), (32, 64)),
+    "critic.model.tiny": Row(lambda r: o.config(o.critic_of(r)).hidden_size, ("{hidden_size: 32}", "{hidden_size: " "64}"), (32, 64)),
     "critic.model.lora": Row(lambda r: o.parameters(o.critic_of(r))[0], ("null", "{}")),
     "critic.model.revision": Row(lambda r: o.config(o.critic_of(r)).hidden_size, SNAPSHOTS, (16, 32)),
     "critic.model.trust_remote_code": Row(
@@ -285,7 +314,7 @@ EXERCISES: dict[str, Row | Elsewhere | Unseen] = {
     "rewards.functions[].revision": Unseen("a reward model on the hub is needed, and there is no hub"),
     "evaluation.generate": Row(lambda r: len(o.answers(r)), ("null", "{}"), (0, 6)),
     "evaluation.generate.checker": Elsewhere("tests/unit/trainers/test_evaluation.py::test_generations_are_checked_and_shown"),
-    "tracking.alerts": Row(lambda r: len(o.alerts(r)) > 0, ("null", "{goodput: 1, goodput_after_s: 0, steps: 1}"), (False, True)),
+    "tracking.alerts": Row(lambda r: len(o.alerts(r)) > 0, ("null", "{goodput: 1, goodput_after_s: 0, " "steps: 1}"), (False, True)),
     "rollouts.rows_at_once": _drawn(("1", "8"), lambda r: r.rollouts.rows, (1, 8)),
     "rollouts.temperature": _drawn(("0.5", "2")),
     "rollouts.top_p": _drawn(("1e-3", "1"), o.is_settled, (True, False)),
@@ -341,6 +370,6 @@ EXERCISES: dict[str, Row | Elsewhere | Unseen] = {
     "tracking.alerts.component_fall": Row(_alert("a component falls"), ("0.2", "0.9"), None, ("tracking.alerts.steps=2",)),
     "tracking.alerts.restarts": Row(_alert("repeated restarts"), ("2", "3"), (0, None)),
     "tracking.alerts.restarts_s": Row(_alert("repeated restarts"), ("100", "1000"), (None, 0), ("tracking.alerts.restarts=2",)),
-    "tracking.alerts.goodput": Row(_alert("goodput low"), ("0.5", "0.3"), (1, None), ("tracking.alerts={steps: 1, goodput_after_s: 0}",)),
+    "tracking.alerts.goodput": Row(_alert("goodput low"), ("0.5", "0.3"), (1, None), ("tracking.alerts={steps: " "1, " "goodput_after_s: " "0}",)),
     "tracking.alerts.goodput_after_s": Row(_alert("goodput low"), ("0", "500"), (2, 6), ("tracking.alerts.steps=2",)),
 }  # fmt: skip

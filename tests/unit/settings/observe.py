@@ -1,6 +1,8 @@
-"""What a setting changes, seen without Ray: losses, advantages, tokens, drawn completions, DeepSpeed's configuration, rewards, alerts.
+"""What a setting changes, seen without Ray: losses, advantages, tokens, drawn completions, DeepSpeed's
+configuration, rewards, alerts.
 
-Every function takes a recipe and gives something that can be compared. Where it can, it runs what a run would run.
+Every function takes a recipe and gives something that can be compared. Where it can, it runs what a run would
+run.
 """
 
 import json
@@ -26,15 +28,15 @@ from orchestrator.cluster.placement import demands
 from orchestrator.core.batches import LossUnits
 from orchestrator.core.errors import OrchestratorError
 from orchestrator.core.reports import EvaluationReport, StepReport
-from orchestrator.core.rollouts import Prompt, RolloutGroup, ScoredGroup
+from orchestrator.core.rollouts import Prompt, RewardedGroup, RolloutGroup
 from orchestrator.data.dataset import DataSet
 from orchestrator.learner.engine import deepspeed_config
 from orchestrator.models.load import load, load_config, load_tokenizer
 from orchestrator.observe.alerts import AlertRules
-from orchestrator.plan.hardware import Hardware, imagined, this_machine
+from orchestrator.plan.hardware import Hardware, hypothetical_hardware, this_machine
 from orchestrator.plan.ways import given, lowest_stage, memory_limit, modes_of, ways_of
 from orchestrator.recipe.schema import ONLINE, Alerts, Recipe, RewardFunction
-from orchestrator.rollout.rewards.combine import combine, judge_batch
+from orchestrator.rollout.rewards.combine import score_with_retries, sum_components
 from orchestrator.rollout.rewards.component import RewardCall, RewardFailure
 from orchestrator.rollout.rewards.http import HttpReward
 from orchestrator.rollout.rewards.sandbox import Confinement, Sandbox
@@ -78,7 +80,8 @@ ROLLOUT_SCORES = TokenScores(
         returns=_tensor(2.0, 2.0, -2.0, -2.0, -2.0, -2.0, -2.0),
     ),
 )
-"""Completions that are likelier than they were and good, likelier and bad, less likely and bad: each bound of the ratio is met."""
+"""Completions that are likelier than they were and good, likelier and bad, less likely and bad: each bound of
+the ratio is met."""
 ROLLOUT_UNITS = LossUnits(1, (2, 2, 3))
 
 
@@ -86,7 +89,9 @@ def loss(recipe: Recipe) -> float:
     """The objective of fixed scores."""
     algorithm = build(recipe.algorithm, recipe.rollouts)
     policy_gradient = recipe.algorithm.name in ONLINE and recipe.algorithm.name != "online_dpo"
-    scores, units = (ROLLOUT_SCORES, ROLLOUT_UNITS) if policy_gradient else (PAIR_SCORES, LossUnits(2, (4, 6)))
+    scores, units = (
+        (ROLLOUT_SCORES, ROLLOUT_UNITS) if policy_gradient else (PAIR_SCORES, LossUnits(2, (4, 6)))
+    )
     return float(algorithm.objective(scores, units).total)
 
 
@@ -98,10 +103,12 @@ def value_loss(recipe: Recipe) -> float:
 def advantages(recipe: Recipe) -> list[float]:
     """Of two groups of two completions with fixed rewards, penalties and values."""
     online = build(recipe.algorithm, recipe.rollouts).online
-    assert online is not None and online.estimate is not None
+    assert online is not None and online.advantage is not None
     rewards = torch.tensor([[1.0, 0.0], [3.0, 0.5]], dtype=torch.float64)
-    episodes = Episodes(rewards, _tensor(*[0.0] * 8), (2, 2, 2, 2), values=_tensor(*(0.1 * i for i in range(8))))
-    found, returns = online.estimate(episodes)
+    episodes = Episodes(
+        rewards, _tensor(*[0.0] * 8), (2, 2, 2, 2), values=_tensor(*(0.1 * i for i in range(8)))
+    )
+    found, returns = online.advantage(episodes)
     return [*found.tolist(), *([] if returns is None else returns.tolist())]
 
 
@@ -131,7 +138,10 @@ def shown(recipe: Recipe) -> list[str]:
 
 def held_out(recipe: Recipe) -> list[str]:
     found = data(recipe)
-    return [" | ".join([found.tokenizer.decode(g.prompt), *(found.tokenizer.decode(b.ids) for b in g.branches)]) for g in found.held_out[:2]]
+    return [
+        " | ".join([found.tokenizer.decode(g.prompt), *(found.tokenizer.decode(b.ids) for b in g.branches)])
+        for g in found.held_out[:2]
+    ]
 
 
 def counts(recipe: Recipe) -> tuple[int, int, int]:
@@ -179,7 +189,9 @@ def parameters(recipe: Recipe) -> tuple[int, tuple[str, ...]]:
     """(trainable, their layers): of an adapter."""
     model = load(recipe.model, seed=0, head="lm").model
     learned = [(name, p.numel()) for name, p in model.named_parameters() if p.requires_grad]
-    return sum(size for _, size in learned), tuple(sorted({name.split(".lora")[0].split(".")[-1] for name, _ in learned}))
+    return sum(size for _, size in learned), tuple(
+        sorted({name.split(".lora")[0].split(".")[-1] for name, _ in learned})
+    )
 
 
 def adapter(recipe: Recipe) -> Any:
@@ -233,7 +245,14 @@ def stepped(recipe: Recipe) -> float:
 
     weight = torch.nn.Parameter(torch.ones(1))
     o = recipe.optimizer
-    adam = GuardedAdamW([weight], max_norm=o.max_grad_norm or 0.0, lr=o.learning_rate, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay)
+    adam = GuardedAdamW(
+        [weight],
+        max_norm=o.max_grad_norm or 0.0,
+        lr=o.learning_rate,
+        betas=o.betas,
+        eps=o.eps,
+        weight_decay=o.weight_decay,
+    )
     for gradient in (3.0, 0.2):
         weight.grad = torch.full((1,), gradient)
         adam.step()
@@ -242,7 +261,7 @@ def stepped(recipe: Recipe) -> float:
 
 def room(recipe: Recipe) -> int:
     """Bytes that a worker may use on a GPU of 80 GB."""
-    return memory_limit(recipe, imagined(1, "h100-80g"))
+    return memory_limit(recipe, hypothetical_hardware(1, "h100-80g"))
 
 
 def room_here(recipe: Recipe, hardware: Hardware | None = None) -> int:
@@ -300,7 +319,10 @@ def rolled_out(recipe: Recipe, prompts: int = 2) -> tuple[RolloutGroup, ...]:
     worker.engine.commit(0)
     conversational = recipe.rollouts.environment is not None
     text: Any = [{"role": "user", "content": "1+2"}] if conversational else "ab"
-    work = [(i, Prompt(i, f"made:{i}", 0, np.array([5, 6, 7 + i], np.int64), text, {"answer": "3"})) for i in range(prompts)]
+    work = [
+        (i, Prompt(i, f"made:{i}", 0, np.array([5, 6, 7 + i], np.int64), text, {"answer": "3"}))
+        for i in range(prompts)
+    ]
     return worker.roll_out(work, sampling_of(recipe), 0)
 
 
@@ -315,9 +337,11 @@ def is_settled(recipe: Recipe) -> bool:
 
 def scored_tokens(recipe: Recipe) -> int:
     """Tokens that count in the loss, of completions that were all cut off."""
-    scored = [ScoredGroup(group, np.zeros(len(group.rollouts), np.float32), {}) for group in rolled_out(recipe)]
+    scored = [
+        RewardedGroup(group, np.zeros(len(group.rollouts), np.float32), {}) for group in rolled_out(recipe)
+    ]
     made = sequences(scored, mask_truncated=recipe.algorithm.mask_truncated)
-    return sum(int(b.scored.sum()) for g in made for b in g.branches)
+    return sum(int(b.loss_mask.sum()) for g in made for b in g.branches)
 
 
 def turns(recipe: Recipe) -> int:
@@ -339,7 +363,10 @@ def reward(recipe: Recipe) -> list[Any]:
     """What the first function gives in its own process, or the reason why it gives none."""
     with Sandbox(recipe.rewards.functions[0], Confinement.of(recipe.rewards, os.environ, None)) as sandbox:
         try:
-            return [outcome.reason if isinstance(outcome, RewardFailure) else outcome for outcome in sandbox.score(CALL, recipe.rewards.timeout_s)]
+            return [
+                outcome.reason if isinstance(outcome, RewardFailure) else outcome
+                for outcome in sandbox.score(CALL, recipe.rewards.timeout_s)
+            ]
         except RewardFailure as failure:
             return [failure.reason]
 
@@ -362,24 +389,32 @@ class _Flaky:
 def asked(recipe: Recipe) -> tuple[int, float]:
     """(times, seconds) that a reward which always fails is given."""
     flaky = _Flaky(99)
-    judge_batch(flaky, rolled_out(recipe, prompts=1), timeout_s=recipe.rewards.timeout_s, retries=recipe.rewards.retries)  # pyright: ignore[reportArgumentType]
+    score_with_retries(
+        flaky,
+        rolled_out(recipe, prompts=1),
+        timeout_s=recipe.rewards.timeout_s,
+        retries=recipe.rewards.retries,
+    )  # pyright: ignore[reportArgumentType]
     return flaky.asked, flaky.limit
 
 
 def combined(recipe: Recipe) -> Any:
     """The total reward where every component gives 1, or what is said where half of the groups have none."""
     drawn_groups = rolled_out(recipe)
-    judged = {f.name: judge_batch(_Flaky(0), drawn_groups, timeout_s=1.0, retries=0) for f in recipe.rewards.functions}  # pyright: ignore[reportArgumentType]
-    return combine(drawn_groups, recipe.rewards, judged).groups[0].rewards.tolist()
+    judged = {
+        f.name: score_with_retries(_Flaky(0), drawn_groups, timeout_s=1.0, retries=0)
+        for f in recipe.rewards.functions
+    }  # pyright: ignore[reportArgumentType]
+    return sum_components(drawn_groups, recipe.rewards, judged).groups[0].rewards.tolist()
 
 
 def half_dropped(recipe: Recipe) -> str:
     """Whether a batch of which one group of two has no reward ends the run."""
     drawn_groups = rolled_out(recipe)
-    whole = judge_batch(_Flaky(0), drawn_groups, timeout_s=1.0, retries=0)  # pyright: ignore[reportArgumentType]
+    whole = score_with_retries(_Flaky(0), drawn_groups, timeout_s=1.0, retries=0)  # pyright: ignore[reportArgumentType]
     lame = replace(whole, rewards={0: whole.rewards[0]}, reasons={1: "none"})
     try:
-        combine(drawn_groups, recipe.rewards, {f.name: lame for f in recipe.rewards.functions})
+        sum_components(drawn_groups, recipe.rewards, {f.name: lame for f in recipe.rewards.functions})
     except OrchestratorError:
         return "ended"
     return "went on"
@@ -390,7 +425,9 @@ def http(recipe: Recipe) -> list[tuple[str, str | None, int]]:
     with _server() as (port, seen):
         function = recipe.rewards.functions[0]
         there = function.model_copy(update={"url": str(function.url).replace("PORT", str(port))})
-        component = HttpReward(there, batch_size=recipe.rewards.batch_size, environment={"KEY": "k1", "OTHER": "k2"}, retry=False)
+        component = HttpReward(
+            there, batch_size=recipe.rewards.batch_size, environment={"KEY": "k1", "OTHER": "k2"}, retry=False
+        )
         component.score(rolled_out(recipe, prompts=1), 10.0)
     return sorted(seen)
 
@@ -430,8 +467,9 @@ def function(recipe: Recipe) -> RewardFunction:
 
 
 def alerts(recipe: Recipe) -> list[tuple[int, str]]:
-    """(step, title) of what is said of a fixed history: rewards that fall and become equal, margins that grow alone, little time in
-    steps, restarts, a component that falls while the rest rises, a held-out loss that rises."""
+    """(step, title) of what is said of a fixed history: rewards that fall and become equal, margins that grow
+    alone, little time in steps, restarts, a component that falls while the rest rises, a held-out loss that
+    rises."""
     limits = recipe.tracking.alerts
     if limits is None:
         return []
@@ -449,9 +487,17 @@ def alerts(recipe: Recipe) -> list[tuple[int, str]]:
         }
         said += [(step, alert.title) for alert in rules.step(StepReport(step, metrics))]
     for step in range(1, 7):
-        parts = {"reward/mean": 0.1 * step, "reward/std": 0.1, "reward/easy": 0.2 * step, "reward/hard": 0.9 - 0.1 * step}
+        parts = {
+            "reward/mean": 0.1 * step,
+            "reward/std": 0.1,
+            "reward/easy": 0.2 * step,
+            "reward/hard": 0.9 - 0.1 * step,
+        }
         said += [(step, alert.title) for alert in traded.step(StepReport(step, parts))]
-        said += [(step, alert.title) for alert in rules.evaluation(EvaluationReport(step, {"eval/loss": 0.9 + 0.1 * step}))]
+        said += [
+            (step, alert.title)
+            for alert in rules.evaluation(EvaluationReport(step, {"eval/loss": 0.9 + 0.1 * step}))
+        ]
     return said
 
 

@@ -1,4 +1,5 @@
-"""What two whole runs leave behind, for the keys that only a run can show: one run has all first values, the other all second ones.
+"""What two whole runs leave behind, for the keys that only a run can show: one run has all first values, the
+other all second ones.
 
 tests/end_to_end/test_settings.py makes the runs, on a Ray that they share, and looks.
 """
@@ -14,7 +15,8 @@ from tests.running import every_line
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """kind: of the run that shows it. values: as YAML. see: what the run folder holds of it; wanted: with each value."""
+    """kind: of the run that shows it. values: as YAML. see: what the run folder holds of it; wanted: with
+    each value."""
 
     kind: Literal["rows", "rollouts"]
     values: tuple[str, str]
@@ -27,11 +29,19 @@ def plan(folder: Path) -> dict[str, Any]:
 
 
 def steps(folder: Path) -> list[dict[str, Any]]:
-    return [line for line in every_line(folder / "metrics.jsonl") if not any(name.startswith("eval/") for name in line)]
+    return [
+        line
+        for line in every_line(folder / "metrics.jsonl")
+        if not any(name.startswith("eval/") for name in line)
+    ]
 
 
 def evaluations(folder: Path) -> list[dict[str, Any]]:
-    return [line for line in every_line(folder / "metrics.jsonl") if any(name.startswith("eval/") for name in line)]
+    return [
+        line
+        for line in every_line(folder / "metrics.jsonl")
+        if any(name.startswith("eval/") for name in line)
+    ]
 
 
 def samples(folder: Path, kind: str) -> list[dict[str, Any]]:
@@ -47,7 +57,11 @@ def checkpoints(folder: Path) -> list[int]:
 def kept_reference(folder: Path) -> list[str]:
     """Which of the two folders beside the run holds reference log-probs, by the run's name."""
     name = "first" if (folder / "export" / "README.md").read_text().count("first") else "second"
-    return [path.name for path in folder.parent.glob("kept-*") if path.name.endswith(name) and list(path.rglob("part-*.safetensors"))]
+    return [
+        path.name
+        for path in folder.parent.glob("kept-*")
+        if path.name.endswith(name) and list(path.rglob("part-*.safetensors"))
+    ]
 
 
 def _count(kind: str) -> Callable[[Path], int]:
@@ -55,7 +69,11 @@ def _count(kind: str) -> Callable[[Path], int]:
 
 
 def _passed(folder: Path) -> list[float]:
-    return [value for name, value in evaluations(folder)[-1].items() if name.startswith("eval/pass@") and name != "eval/pass@1"]
+    return [
+        value
+        for name, value in evaluations(folder)[-1].items()
+        if name.startswith("eval/pass@") and name != "eval/pass@1"
+    ]
 
 
 RUNS: Mapping[str, Run] = {

@@ -14,7 +14,8 @@ from orchestrator.recipe.validation import inside
 
 @dataclass(frozen=True, slots=True)
 class Leaf:
-    """A key. path: dotted, `[]` for the entries of a list; holder: its section; field: what the schema says of it."""
+    """A key. path: dotted, `[]` for the entries of a list; holder: its section; field: what the schema says
+    of it."""
 
     path: str
     holder: type[Section]
@@ -31,7 +32,8 @@ class Value:
 
 
 def leaves(section: type[Section] = Recipe, prefix: str = "") -> Iterator[Leaf]:
-    """Every key at every place, inside lists too. A key that holds a section is a key as well: it may be null, or written whole."""
+    """Every key at every place, inside lists too. A key that holds a section is a key as well: it may be
+    null, or written whole."""
     for name, field in section.model_fields.items():
         yield Leaf(prefix + name, section, name, field)
         inner = inside(field.annotation)
@@ -49,11 +51,17 @@ def members(annotation: Any) -> list[Any]:
 
 def bounds(member: Any, field: FieldInfo) -> dict[str, float]:
     metadata = [*field.metadata, *(get_args(member)[1].metadata if get_origin(member) is Annotated else ())]
-    return {name: getattr(item, name) for item in metadata for name in ("ge", "gt", "le", "lt") if getattr(item, name, None) is not None}
+    return {
+        name: getattr(item, name)
+        for item in metadata
+        for name in ("ge", "gt", "le", "lt")
+        if getattr(item, name, None) is not None
+    }
 
 
 def legal(leaf: Leaf) -> list[Value]:
-    """A value of every kind that the key may have: both booleans, each literal, null, bounds, powers of ten, lists, mappings."""
+    """A value of every kind that the key may have: both booleans, each literal, null, bounds, powers of ten,
+    lists, mappings."""
     found = [value for member in members(leaf.field.annotation) for value in _of(member, leaf)]
     return list({value.text: value for value in found}.values())
 
@@ -77,7 +85,9 @@ def _of(member: Any, leaf: Leaf) -> list[Value]:
         if get_origin(member) is Annotated:  # a time
             return [Value(text, text) for text in ("90s", "10m", "1h")]
         named = [Value("tiny", "tiny"), Value('"1e3"', "1e3")]
-        return named if _pattern(leaf) else [Value(text, text) for text in ("off", "plain.jsonl", "1e-5x", "no")]
+        return (
+            named if _pattern(leaf) else [Value(text, text) for text in ("off", "plain.jsonl", "1e-5x", "no")]
+        )
     if get_origin(kind) is tuple:
         return [Value("[0.5, 9e-1]", (0.5, 0.9))]
     if get_origin(kind) is list and get_args(kind)[0] is str:
@@ -95,7 +105,11 @@ def _floats(limits: dict[str, float]) -> list[Value]:
     numbers += [inner, low + (high - low) * 1e-3]
     texts = [Value(repr(float(n)), float(n)) for n in numbers] + [Value(f"{inner:e}", float(f"{inner:e}"))]
     whole = math.floor(low) + 1
-    return texts + ([Value(str(whole), float(whole))] if whole <= limits.get("le", math.inf) and whole < limits.get("lt", math.inf) else [])
+    return texts + (
+        [Value(str(whole), float(whole))]
+        if whole <= limits.get("le", math.inf) and whole < limits.get("lt", math.inf)
+        else []
+    )
 
 
 def _mappings(inner: Any) -> list[Value]:
@@ -103,8 +117,20 @@ def _mappings(inner: Any) -> list[Value]:
         return [Value("{sigmoid: 0.8, ipo: 1}", {"sigmoid": 0.8, "ipo": 1.0})]
     if inner is str:
         return [Value("{}", {}), Value('{X-Key: "KEY", other: "1"}', {"X-Key": "KEY", "other": "1"})]
-    text = '{a: true, b: false, c: null, d: .nan, e: [1, {f: [false]}, 1e3], g: "true", h: {}, i: -.inf, j: no}'
-    anything = {"a": True, "b": False, "c": None, "d": math.nan, "e": [1, {"f": [False]}, 1000.0], "g": "true", "h": {}, "i": -math.inf, "j": "no"}
+    text = (
+        '{a: true, b: false, c: null, d: .nan, e: [1, {f: [false]}, 1e3], g: "true", h: {}, i: -.inf, j: no}'
+    )
+    anything = {
+        "a": True,
+        "b": False,
+        "c": None,
+        "d": math.nan,
+        "e": [1, {"f": [False]}, 1000.0],
+        "g": "true",
+        "h": {},
+        "i": -math.inf,
+        "j": "no",
+    }
     return [Value("{}", {}), Value(text, anything)]
 
 

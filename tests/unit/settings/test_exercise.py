@@ -47,10 +47,30 @@ class Quiet(Talks):
 def row(i: int, name: str) -> dict:
     talk = [{"role": "user", "content": f"{name}{i}?"}, {"role": "assistant", "content": "yes"}]
     return {
-        **{"prompt": f"{name}{i}: ", "completion": "longer", "chosen": "good", "rejected": "bad", "label": i % 2 == 0, "margin": 0.5, "answer": "a"},
+        **{
+            "prompt": f"{name}{i}: ",
+            "completion": "longer",
+            "chosen": "good",
+            "rejected": "bad",
+            "label": i % 2 == 0,
+            "margin": 0.5,
+            "answer": "a",
+        },
         **{"t1": [{"name": "one"}], "t2": [{"name": "two"}], "k1": {"mood": "good"}, "k2": {"mood": "bad"}},
-        **{"p1": "first: ", "p2": "second: ", "c1": "one", "c2": "two", "l1": True, "l2": False, "m1": 1, "m2": 2.0},
-        **{"talk": talk, "talk2": [*talk, {"role": "user", "content": "sure?"}, {"role": "assistant", "content": "no"}]},
+        **{
+            "p1": "first: ",
+            "p2": "second: ",
+            "c1": "one",
+            "c2": "two",
+            "l1": True,
+            "l2": False,
+            "m1": 1,
+            "m2": 2.0,
+        },
+        **{
+            "talk": talk,
+            "talk2": [*talk, {"role": "user", "content": "sure?"}, {"role": "assistant", "content": "no"}],
+        },
     }
 
 
@@ -68,15 +88,22 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("one", "two"):
         (folder / "sets" / name).mkdir(parents=True)
         (folder / "sets" / name / "train.jsonl").write_text(json.dumps(row(0, f"set {name}")) + "\n")
-    inputs = "{{ tools }}{{ mood }}{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}"
+    inputs = (
+        "{{ tools }}{{ mood }}{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration "
+        "%}{% endfor %}"
+    )
     for name, text in (("one", "{{ 1 }}"), ("two", "{{ 2 }}"), ("inputs", inputs)):
         (folder / f"{name}.jinja").write_text(text)
     (folder / "remote").mkdir()
-    (folder / "remote" / "config.json").write_text(json.dumps({"model_type": "mine", "auto_map": {"AutoConfig": "mine.Mine"}}))
+    (folder / "remote" / "config.json").write_text(
+        json.dumps({"model_type": "mine", "auto_map": {"AutoConfig": "mine.Mine"}})
+    )
     (folder / "remote" / "mine.py").write_text(REMOTE)
     for size, commit in zip((16, 32), SNAPSHOTS, strict=True):
         (snapshot := folder / "hub" / "models--org--name" / "snapshots" / commit).mkdir(parents=True)
-        (snapshot / "config.json").write_text(json.dumps({"model_type": "llama", "hidden_size": size, "num_attention_heads": 4}))
+        (snapshot / "config.json").write_text(
+            json.dumps({"model_type": "llama", "hidden_size": size, "num_attention_heads": 4})
+        )
     for name, size in (("small", 16), ("large", 32)):
         cfg = Model(tiny=TinyModel(hidden_size=size, layers=1, heads=2))
         load_model(cfg, seed=0, head="lm").model.save_pretrained(folder / name)
@@ -88,9 +115,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def overrides(leaf: Leaf, exercise: Row, value: str) -> list[str]:
     """The key's context, what the row gives, and the value: in the place of %s, or last."""
     given = [*context(leaf.path).read, *exercise.given]
-    placed = [change for change in exercise.given if "%s" in change] or [change for change in given if "%s" in change]
+    placed = [change for change in exercise.given if "%s" in change] or [
+        change for change in given if "%s" in change
+    ]
     others = [change for change in given if "%s" not in change]
-    return [*others, *([placed[-1].replace("%s", f"{leaf.name}: {value}")] if placed else [f"{leaf.path}={value}"])]
+    return [
+        *others,
+        *([placed[-1].replace("%s", f"{leaf.name}: {value}")] if placed else [f"{leaf.path}={value}"]),
+    ]
 
 
 ALONE = [path for path, exercise in EXERCISES.items() if isinstance(exercise, Row)]
@@ -100,24 +132,36 @@ ALONE = [path for path, exercise in EXERCISES.items() if isinstance(exercise, Ro
 def test_two_values_do_two_things(folder: Path, monkeypatch: pytest.MonkeyPatch, path: str) -> None:
     monkeypatch.chdir(folder)
     monkeypatch.setenv("JUDGE", "7")
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder / "hub"))  # read from HF_HOME when it is imported
+    monkeypatch.setattr(
+        constants, "HF_HUB_CACHE", str(folder / "hub")
+    )  # read from HF_HOME when it is imported
     monkeypatch.setattr(hub, "reachable", lambda: False)
     exercise, leaf = EXERCISES[path], LEAVES[path]
     assert isinstance(exercise, Row)
-    seen = [exercise.see(load("base.yaml", overrides(leaf, exercise, value)).stages[0].recipe) for value in exercise.values]
+    seen = [
+        exercise.see(load("base.yaml", overrides(leaf, exercise, value)).stages[0].recipe)
+        for value in exercise.values
+    ]
     if exercise.wanted is None:
         assert seen[0] != seen[1], f"{path}: {seen[0]} with both {' and '.join(exercise.values)}"
     else:
-        assert seen == [pytest.approx(wanted) if isinstance(wanted, float | list) and _numbers(wanted) else wanted for wanted in exercise.wanted]
+        assert seen == [
+            pytest.approx(wanted) if isinstance(wanted, float | list) and _numbers(wanted) else wanted
+            for wanted in exercise.wanted
+        ]
 
 
 def _numbers(value: object) -> bool:
-    return isinstance(value, float) or (isinstance(value, list) and all(isinstance(item, float) for item in value))
+    return isinstance(value, float) or (
+        isinstance(value, list) and all(isinstance(item, float) for item in value)
+    )
 
 
 def test_every_key_has_a_row() -> None:
     wanted = {path for path, leaf in LEAVES.items() if legal(leaf)}
-    assert not wanted - EXERCISES.keys() - RUNS.keys(), "exercises.py, runs.py: what do two values of these keys change?"
+    assert not wanted - EXERCISES.keys() - RUNS.keys(), (
+        "exercises.py, runs.py: what do two values of these keys change?"
+    )
     assert EXERCISES.keys() | RUNS.keys() <= wanted and not EXERCISES.keys() & RUNS.keys()
 
 
@@ -127,7 +171,9 @@ def test_rows_that_no_test_can_see_are_few() -> None:
     assert unseen == {"rewards.functions[].revision"}
 
 
-@pytest.mark.parametrize("path", [path for path, exercise in EXERCISES.items() if isinstance(exercise, Elsewhere)])
+@pytest.mark.parametrize(
+    "path", [path for path, exercise in EXERCISES.items() if isinstance(exercise, Elsewhere)]
+)
 def test_a_row_that_points_elsewhere_points_at_a_test_that_sets_the_key(path: str) -> None:
     exercise = EXERCISES[path]
     assert isinstance(exercise, Elsewhere)

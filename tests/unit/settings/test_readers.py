@@ -12,17 +12,22 @@ from orchestrator.models.load import load_config
 from orchestrator.recipe.keys import DEFAULT_LOSS, LOSSES, READERS, has_reference, samples_dynamically
 from orchestrator.recipe.loading import dump, load
 from orchestrator.recipe.pipeline import Ignored
-from orchestrator.recipe.schema import ONLINE, Algorithm, Model, Recipe
+from orchestrator.recipe.schema import ONLINE, AlgorithmConfig, Model, Recipe
 from tests.unit.settings import observe as o
 from tests.unit.settings.contexts import BASE
 
-NAMES = tuple(Algorithm.model_fields["name"].annotation.__args__)  # pyright: ignore[reportOptionalMemberAccess]
+NAMES = tuple(AlgorithmConfig.model_fields["name"].annotation.__args__)  # pyright: ignore[reportOptionalMemberAccess]
 NAMES = tuple(name for group in NAMES for name in getattr(group, "__args__", (group,)))
 
 
 def recipe(**algorithm: Any) -> Recipe:
     return Recipe.model_validate(
-        {"model": {"tiny": {}}, "data": {"train": "x"}, "optimizer": {"learning_rate": 1}, "algorithm": {"name": "dpo", **algorithm}}
+        {
+            "model": {"tiny": {}},
+            "data": {"train": "x"},
+            "optimizer": {"learning_rate": 1},
+            "algorithm": {"name": "dpo", **algorithm},
+        }
     )
 
 
@@ -49,12 +54,14 @@ def test_a_loss_reads_what_the_table_says(loss: str, knob: str) -> None:
             o.loss(recipe(**base, f_divergence=value))
         return
     cfg = recipe(**base)
-    assert READERS[Algorithm][knob].reads(cfg, cfg.algorithm) == changes(base, {knob: value}, o.loss)
+    assert READERS[AlgorithmConfig][knob].reads(cfg, cfg.algorithm) == changes(base, {knob: value}, o.loss)
 
 
 def test_the_tables_of_losses_are_one() -> None:
     assert set(PAIR_LOSSES) == LOSSES
-    assert {name: tuple(terms) for name, terms in DEFAULTS.items()} == {name: terms for name, terms in DEFAULT_LOSS.items() if name in DEFAULTS}
+    assert {name: tuple(terms) for name, terms in DEFAULTS.items()} == {
+        name: terms for name, terms in DEFAULT_LOSS.items() if name in DEFAULTS
+    }
 
 
 POLICY_KNOBS: dict[str, dict[str, Any]] = {
@@ -76,14 +83,22 @@ POLICY_KNOBS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("knob", POLICY_KNOBS)
 def test_an_online_algorithm_reads_what_the_table_says(name: str, knob: str) -> None:
     def seen(cfg: Recipe) -> tuple[float, list[float], list[float]]:
-        unscaled = cfg if knob != "scale_by_std" else cfg.model_copy(update={"algorithm": cfg.algorithm.model_copy(update={"scale_by_std": False})})
+        unscaled = (
+            cfg
+            if knob != "scale_by_std"
+            else cfg.model_copy(
+                update={"algorithm": cfg.algorithm.model_copy(update={"scale_by_std": False})}
+            )
+        )
         return o.loss(cfg), o.advantages(cfg), o.advantages(unscaled)
 
     cfg, holder = recipe(name=name), recipe(name=name).algorithm
     section, _, key = knob.rpartition(".")
     holder = getattr(cfg.algorithm, section) if section else cfg.algorithm
     if knob == "scale_by_std":
-        changed = o.advantages(recipe(name=name, scale_by_std=True)) != o.advantages(recipe(name=name, scale_by_std=False))
+        changed = o.advantages(recipe(name=name, scale_by_std=True)) != o.advantages(
+            recipe(name=name, scale_by_std=False)
+        )
     else:
         changed = changes({"name": name}, POLICY_KNOBS[knob], seen)
     assert READERS[type(holder)][key].reads(cfg, holder) == changed
@@ -104,9 +119,14 @@ def test_what_an_algorithm_is_by_the_table_it_is_by_the_code(name: str) -> None:
 
 @pytest.fixture
 def own(tmp_path: Path) -> Path:
-    (tmp_path / "base.yaml").write_text(BASE.replace("sft", "dpo") + "run: {epochs: 2}\ncritic: {export: true}\n")
+    (tmp_path / "base.yaml").write_text(
+        BASE.replace("sft", "dpo") + "run: {epochs: 2}\ncritic: {export: true}\n"
+    )
     file = tmp_path / "own.yaml"
-    file.write_text("extends: base.yaml\nalgorithm: {beta: 0.2, gamma: 0.5}\nrollouts:\n  temperature: 0.5\n  top_p: 0.9\n")
+    file.write_text(
+        "extends: base.yaml\nalgorithm: {beta: 0.2, gamma: 0.5}\nrollouts:\n  temperature: 0.5\n  top_p: "
+        "0.9\n"
+    )
     return file
 
 
@@ -121,12 +141,16 @@ def test_every_useless_key_is_named_with_its_reader_and_its_line_in_one_error(ow
     assert problems(refused.value) == [
         f"algorithm.gamma: is read only by ppo; this recipe is dpo ({own}:2)",
         f"rollouts: is read only by algorithms that learn from rollouts; this recipe is dpo ({own}:3)",
-        "rewards.retries: is read only by algorithms that learn from rollouts; this recipe is dpo (override `rewards.retries=1`)",
+        "rewards.retries: is read only by algorithms that learn from rollouts; this recipe is dpo (override "
+        "`rewards.retries=1`)",
     ]
 
 
 def test_what_is_inherited_or_useless_by_a_change_is_listed_and_has_its_default(own: Path) -> None:
-    own.write_text("extends: base.yaml\nrun: {epochs: 3}\ntracking: {project: mine}\nrollouts: {}\nrewards: {functions: []}\n")
+    own.write_text(
+        "extends: base.yaml\nrun: {epochs: 3}\ntracking: {project: mine}\nrollouts: {}\nrewards: "
+        "{functions: []}\n"
+    )
     (stage,) = load(own, ["run.max_steps=2", "tracking.wandb=off"]).stages
     assert stage.ignored == (
         Ignored("run.epochs", f"{own}:2", "not read because of override `run.max_steps=2`"),
@@ -160,10 +184,17 @@ def test_a_change_for_all_stages_is_made_where_it_is_read_and_refused_where_nobo
         load("tiny/grpo", ["rollouts={prompts: 32, samples: 8, max_turns: 3}"])
 
 
-@pytest.mark.parametrize(("architecture", "refused"), [("gpt2", ("kv_heads", "intermediate_size")), ("llama", ()), ("bloom", ("kv_heads",))])
-def test_a_size_that_an_architecture_does_not_have_is_refused(architecture: str, refused: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(
+    ("architecture", "refused"),
+    [("gpt2", ("kv_heads", "intermediate_size")), ("llama", ()), ("bloom", ("kv_heads",))],
+)
+def test_a_size_that_an_architecture_does_not_have_is_refused(
+    architecture: str, refused: tuple[str, ...]
+) -> None:
     for key in ("kv_heads", "intermediate_size"):
-        model = Model.model_validate({"tiny": {"architecture": architecture, key: 2 if key == "kv_heads" else 32}})
+        model = Model.model_validate(
+            {"tiny": {"architecture": architecture, key: 2 if key == "kv_heads" else 32}}
+        )
         if key in refused:
             with pytest.raises(ConfigError, match=f"model.tiny.{key}: {architecture} does not read it"):
                 load_config(model)
@@ -174,10 +205,14 @@ def test_a_size_that_an_architecture_does_not_have_is_refused(architecture: str,
 def test_options_of_rewards_stay_as_they_are_through_the_run_folder(tmp_path: Path) -> None:
     file = tmp_path / "recipe.yaml"
     options = "{strict: false, deep: [{yes: true, none: null}], nan: .nan, text: 'off', one: 1, half: 0.5}"
-    file.write_text(BASE.replace("sft", "grpo") + f"rewards: {{functions: [{{name: a, function: m:f, options: {options}}}]}}\n")
+    file.write_text(
+        BASE.replace("sft", "grpo")
+        + f"rewards: {{functions: [{{name: a, function: m:f, options: {options}}}]}}\n"
+    )
     recipe = load(file).stages[0].recipe
     assert repr(recipe.rewards.functions[0].options) == (
-        "{'strict': False, 'deep': [{'yes': True, 'none': None}], 'nan': nan, 'text': 'off', 'one': 1, 'half': 0.5}"
+        "{'strict': False, 'deep': [{'yes': True, 'none': None}], 'nan': nan, 'text': 'off', 'one': 1, "
+        "'half': 0.5}"
     )
     kept = tmp_path / "kept.yaml"
     kept.write_text(dump(recipe))

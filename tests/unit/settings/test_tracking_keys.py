@@ -26,4 +26,7 @@ def test_a_run_stands_where_the_recipe_says(tmp_path: Path, wanted: dict) -> Non
     found = {"project": run.project, "entity": run.entity or None, "group": run.group or None}
     settings = run.settings
     sink.close()
-    assert found | {"init_timeout_s": settings.init_timeout, "finish_timeout_s": settings.finish_timeout} == wanted
+    assert (
+        found | {"init_timeout_s": settings.init_timeout, "finish_timeout_s": settings.finish_timeout}
+        == wanted
+    )

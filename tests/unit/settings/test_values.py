@@ -1,5 +1,5 @@
-"""A net under all settings: every key takes every legal kind of value, from a file and from the command line, refuses the others, and is
-refused itself where nobody reads it."""
+"""A net under all settings: every key takes every legal kind of value, from a file and from the command line,
+refuses the others, and is refused itself where nobody reads it."""
 
 import re
 from pathlib import Path
@@ -76,24 +76,38 @@ def given(leaf: Leaf, value: Value) -> tuple[str, ...]:
     return NULLED[leaf.path] if value.wanted is None and leaf.path in NULLED else context(leaf.path).read
 
 
-@pytest.mark.parametrize("leaf", [leaf for leaf in LEAVES if leaf.path not in NEVER_READ], ids=lambda leaf: leaf.path)
+@pytest.mark.parametrize(
+    "leaf", [leaf for leaf in LEAVES if leaf.path not in NEVER_READ], ids=lambda leaf: leaf.path
+)
 def test_every_legal_value_arrives_as_it_is(folder: Path, leaf: Leaf) -> None:
     for value in legal(leaf):
         overrides = changes(leaf, given(leaf, value), value.text)
         from_file = written(folder, changes(leaf, given(leaf, value), HERE), value.text)
-        for place, recipe in (("command line", of(folder / "base.yaml", *overrides)[0]), ("file", of(from_file)[0])):
-            assert same(value_at(recipe, leaf.path), value.wanted), f"{leaf.path}: {value.text} from the {place}"
+        for place, recipe in (
+            ("command line", of(folder / "base.yaml", *overrides)[0]),
+            ("file", of(from_file)[0]),
+        ):
+            assert same(value_at(recipe, leaf.path), value.wanted), (
+                f"{leaf.path}: {value.text} from the {place}"
+            )
 
 
-@pytest.mark.parametrize("leaf", [leaf for leaf in LEAVES if leaf.path not in NEVER_READ], ids=lambda leaf: leaf.path)
+@pytest.mark.parametrize(
+    "leaf", [leaf for leaf in LEAVES if leaf.path not in NEVER_READ], ids=lambda leaf: leaf.path
+)
 def test_every_other_value_is_refused_by_name(folder: Path, leaf: Leaf) -> None:
     for text in illegal(leaf):
         overrides = changes(leaf, context(leaf.path).read, text)
-        for place in (folder / "base.yaml", *overrides), (written(folder, changes(leaf, context(leaf.path).read, HERE), text),):
+        for place in (
+            (folder / "base.yaml", *overrides),
+            (written(folder, changes(leaf, context(leaf.path).read, HERE), text),),
+        ):
             with pytest.raises(ConfigError) as refused:
                 load(place[0], [str(change) for change in place[1:]])
             lines = [line.strip() for line in refused.value.why.splitlines() if line.strip()]
-            assert any(line.startswith(leaf.path.replace("[]", "[0]")) for line in lines), f"{text}: {refused.value}"
+            assert any(line.startswith(leaf.path.replace("[]", "[0]")) for line in lines), (
+                f"{text}: {refused.value}"
+            )
 
 
 UNREAD = [leaf for leaf in LEAVES if context(leaf.path).unread is not None and leaf.path.count(".")]
@@ -105,7 +119,9 @@ def wish(leaf: Leaf) -> Value | None:
 
 
 @pytest.mark.parametrize("leaf", UNREAD, ids=lambda leaf: leaf.path)
-def test_a_key_that_nobody_reads_is_refused_where_the_user_wrote_it_and_listed_where_it_is_inherited(folder: Path, leaf: Leaf) -> None:
+def test_a_key_that_nobody_reads_is_refused_where_the_user_wrote_it_and_listed_where_it_is_inherited(
+    folder: Path, leaf: Leaf
+) -> None:
     value, unread = wish(leaf), context(leaf.path).unread
     if value is None:  # a section: its keys have their own turn
         return
@@ -126,7 +142,9 @@ def test_a_key_that_nobody_reads_is_refused_where_the_user_wrote_it_and_listed_w
 
 def test_every_key_says_who_reads_it_and_is_tried_without_a_reader() -> None:
     for section in {leaf.holder for leaf in LEAVES}:
-        assert READERS[section].keys() == section.model_fields.keys(), f"recipe/keys.py: a row for every key of {section.__name__}"
+        assert READERS[section].keys() == section.model_fields.keys(), (
+            f"recipe/keys.py: a row for every key of {section.__name__}"
+        )
     for leaf in LEAVES:
         conditional = _conditional(leaf.path) and leaf.path not in ALWAYS_HERE
         assert (context(leaf.path).unread is not None) == conditional, f"{leaf.path}: mend its context"
@@ -139,21 +157,32 @@ def _conditional(path: str) -> bool:
         name = part.removesuffix("[]")
         if READERS[section][name] is not ALWAYS:
             return True
-        section = next((leaf.holder for leaf in LEAVES if leaf.path.startswith(path[: path.index(part) + len(part)] + ".")), section)
+        section = next(
+            (
+                leaf.holder
+                for leaf in LEAVES
+                if leaf.path.startswith(path[: path.index(part) + len(part)] + ".")
+            ),
+            section,
+        )
     return False
 
 
 def test_the_reference_page_says_how_many() -> None:
     found = len(LEAVES), sum(len(legal(leaf)) for leaf in LEAVES)
-    assert found == (reference_page.KEYS, reference_page.VALUES), "write these numbers into recipe/reference_page.py"
+    assert found == (reference_page.KEYS, reference_page.VALUES), (
+        "write these numbers into recipe/reference_page.py"
+    )
 
 
 @pytest.mark.parametrize("name", builtin_recipes())
-def test_shipped_recipes_set_nothing_that_they_do_not_read(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_shipped_recipes_set_nothing_that_they_do_not_read(
+    name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """Copied into a user's folder, where their keys are the user's own."""
-    from orchestrator.recipe.loading import parts
+    from orchestrator.recipe.loading import recipe_files
 
-    for file in parts(builtin_recipes()[name]):
+    for file in recipe_files(builtin_recipes()[name]):
         (tmp_path / file.name).write_text(file.read_text())
     yours = ["model.path=mine", "data.train=mine.jsonl"] if name.startswith("start/") else []
     for stage in load(tmp_path / builtin_recipes()[name].name, yours).stages:

@@ -51,11 +51,18 @@ def test_bases_are_pinned(name: str) -> None:
 @pytest.mark.parametrize(("cuda", "wheels"), [("13.0.1", "cu130"), ("12.8.1", "cu128"), ("12.6.3", "cu126")])
 def test_the_gpu_base_brings_a_compiler_of_the_cuda_that_torch_is_built_for(cuda: str, wheels: str) -> None:
     """The installing lines are run by bash with a stand-in for uv that says what it is asked for."""
-    assert arguments("Dockerfile.gpu")["CUDA"] == "13.0.1" and "nvidia/cuda:${CUDA}-devel-ubuntu22.04" in rest_of("Dockerfile.gpu", "FROM")
+    assert arguments("Dockerfile.gpu")[
+        "CUDA"
+    ] == "13.0.1" and "nvidia/cuda:${CUDA}-devel-ubuntu22.04" in rest_of("Dockerfile.gpu", "FROM")
     torch, program = (run for run in rest_of("Dockerfile.gpu", "RUN") if "pip install" in run)
-    script = f'uv() {{ echo "$@"; }}; python() {{ echo "$@"; }}; nvcc() {{ echo "release {cuda[:4]}, V"; }}; {torch} && {program} && echo fine'
+    script = (
+        f'uv() {{ echo "$@"; }}; python() {{ echo "$@"; }}; nvcc() {{ echo "release {cuda[:4]}, V"; '
+        f"}}; {torch} && {program} && echo fine"
+    )
     given = {"CUDA": cuda, "EXTRAS": "vllm,peft", "PATH": "/usr/bin:/bin"}
-    said = subprocess.run(["bash", "-euo", "pipefail", "-c", script], env=given, capture_output=True, text=True, check=True)
+    said = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", script], env=given, capture_output=True, text=True, check=True
+    )
     assert f"--index-url https://download.pytorch.org/whl/{wheels} torch==" in said.stdout
     assert f"torch.version.cuda == '{cuda[:4]}'" in said.stdout and said.stdout.endswith("fine\n")
 
@@ -77,13 +84,29 @@ def test_the_image_runs_as_a_user_without_rights(name: str) -> None:
 @pytest.mark.parametrize("name", IMAGES)
 def test_no_secret_gets_into_a_layer(name: str) -> None:
     found = instructions(name)
-    assert {word for word, _ in found} <= {"ARG", "FROM", "SHELL", "ENV", "RUN", "WORKDIR", "COPY", "USER", "HEALTHCHECK", "CMD"}  # no ADD
+    assert {word for word, _ in found} <= {
+        "ARG",
+        "FROM",
+        "SHELL",
+        "ENV",
+        "RUN",
+        "WORKDIR",
+        "COPY",
+        "USER",
+        "HEALTHCHECK",
+        "CMD",
+    }  # no ADD
     assert set(arguments(name)) <= {"CUDA", "EXTRAS"}  # whoever has the image can read them
     assert not any(SECRET.search(rest) for word, rest in found if word in ("ENV", "RUN"))
     # what is copied is what .dockerignore lets through, and that is named one by one
     ignore = (REPOSITORY / ".dockerignore").read_text().split("\n")
     allowed = {line[1:] for line in ignore if line.startswith("!")}
-    copied = {source for rest in rest_of(name, "COPY") if not rest.startswith("--from") for source in rest.split()[:-1]}
+    copied = {
+        source
+        for rest in rest_of(name, "COPY")
+        if not rest.startswith("--from")
+        for source in rest.split()[:-1]
+    }
     assert next(line for line in ignore if line and not line.startswith("#")) == "*" and copied == allowed
     assert all((REPOSITORY / source).exists() for source in copied)
 
@@ -113,14 +136,24 @@ def test_hadolint_has_nothing_to_say(name: str) -> None:
 def test_containers_have_no_rights_and_the_token_comes_from_a_file() -> None:
     document = compose()
     assert document["secrets"] == {"ray_token": {"file": "./ray_token"}}
-    assert subprocess.run(["git", "check-ignore", "-q", "docker/ray_token"], cwd=REPOSITORY, check=False).returncode in (0, 128)  # 128: no checkout
+    assert subprocess.run(
+        ["git", "check-ignore", "-q", "docker/ray_token"], cwd=REPOSITORY, check=False
+    ).returncode in (0, 128)  # 128: no checkout
     for name, service in document["services"].items():
-        assert service["user"] == "1000:1000" and service["cap_drop"] == ["ALL"] and service["read_only"] is True, name
+        assert (
+            service["user"] == "1000:1000" and service["cap_drop"] == ["ALL"] and service["read_only"] is True
+        ), name
         assert service["security_opt"] == ["no-new-privileges:true"] and "privileged" not in service, name
-        assert service["environment"]["RAY_AUTH_MODE"] == "token" and service["secrets"] == ["ray_token"], name
+        assert service["environment"]["RAY_AUTH_MODE"] == "token" and service["secrets"] == ["ray_token"], (
+            name
+        )
         assert service["environment"]["RAY_AUTH_TOKEN_PATH"] == "/run/secrets/ray_token", name
-        assert not any(SECRET.search(key) and not key.endswith("_PATH") for key in service["environment"]), name
-        assert re.fullmatch(r"[a-z]+:[0-9a-z.-]+", service["image"]) and not service["image"].endswith("latest"), name
+        assert not any(SECRET.search(key) and not key.endswith("_PATH") for key in service["environment"]), (
+            name
+        )
+        assert re.fullmatch(r"[a-z]+:[0-9a-z.-]+", service["image"]) and not service["image"].endswith(
+            "latest"
+        ), name
         assert all("docker.sock" not in volume for volume in service["volumes"]), name
 
 
@@ -133,6 +166,8 @@ def test_the_job_waits_for_a_head_and_two_workers_that_are_well() -> None:
     services = compose()["services"]
     nodes = {name for name, service in services.items() if service["command"][:2] == ["ray", "start"]}
     assert nodes == {"head", "worker-1", "worker-2"}
-    assert services["submit"]["depends_on"] == {key: {"condition": "service_healthy"} for key in sorted(nodes)}
+    assert services["submit"]["depends_on"] == {
+        key: {"condition": "service_healthy"} for key in sorted(nodes)
+    }
     assert all("health-check" in services[name]["healthcheck"]["test"] for name in nodes)
     assert {tuple(service["volumes"]) for service in services.values()} == {("runs:/runs",)}

@@ -1,4 +1,5 @@
-"""The files of launch/: their syntax, their schemas, and the shell logic with stand-ins for Slurm, SkyPilot and Ray."""
+"""The files of launch/: their syntax, their schemas, and the shell logic with stand-ins for Slurm, SkyPilot
+and Ray."""
 
 import json
 import os
@@ -23,7 +24,9 @@ REPOSITORY = Path(__file__).resolve().parents[3]
 LAUNCH = REPOSITORY / "launch"
 SHELL = ("local.sh", "ray_cluster.sh", "slurm.sbatch")
 SCHEMA = json.loads((Path(__file__).parent / "rayjob-v1.schema.json").read_text())
-FILLED = Launch("tiny/dpo", ("a.b=c d",), "one", 3, 8, 96, "/shared/runs/one", "registry.example/orchestrator:0.1.0")
+FILLED = Launch(
+    "tiny/dpo", ("a.b=c d",), "one", 3, 8, 96, "/shared/runs/one", "registry.example/orchestrator:0.1.0"
+)
 
 # The part of SkyPilot's task schema (sky/utils/schemas.py) that is in use, unknown keys refused.
 SKY: dict[str, Any] = {
@@ -34,7 +37,11 @@ SKY: dict[str, Any] = {
         "num_nodes": {"type": "integer"},
         "setup": {"type": "string"},
         "run": {"type": "string"},
-        "volumes": {"type": "object", "additionalProperties": {"type": "string"}, "propertyNames": {"pattern": "^/"}},
+        "volumes": {
+            "type": "object",
+            "additionalProperties": {"type": "string"},
+            "propertyNames": {"pattern": "^/"},
+        },
         "secrets": {"type": "object", "additionalProperties": {"type": ["string", "null"]}},
         "resources": {
             "type": "object",
@@ -51,7 +58,11 @@ SKY: dict[str, Any] = {
                     "properties": {
                         "strategy": {"type": ["string", "null"]},
                         "max_restarts_on_errors": {"type": "integer", "minimum": 0},
-                        "recover_on_exit_codes": {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": 255}, "uniqueItems": True},
+                        "recover_on_exit_codes": {
+                            "type": "array",
+                            "items": {"type": "integer", "minimum": 0, "maximum": 255},
+                            "uniqueItems": True,
+                        },
                     },
                 },
             },
@@ -88,7 +99,13 @@ def test_shell_is_well_formed(number: int) -> None:
     assert checked.returncode == 0, checked.stderr
     if shutil.which("shellcheck") is None:
         pytest.skip("shellcheck is not installed (apt-get install shellcheck)")
-    checked = subprocess.run(["shellcheck", "--shell=bash", "--exclude=SC2317", "-"], input=script, capture_output=True, text=True, check=False)
+    checked = subprocess.run(
+        ["shellcheck", "--shell=bash", "--exclude=SC2317", "-"],
+        input=script,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert checked.returncode == 0, checked.stdout
 
 
@@ -135,9 +152,12 @@ exit "$(<"$STAND/end")"
 STAND_INS = {
     "python": TRAIN,
     # runs the command of the first node, as all nodes do
-    "srun": '#!/bin/bash\nprintf \'%s\\n\' "$@" >"$STAND/srun"\nwhile [[ $1 == --* ]]; do shift; done\nSLURM_NODEID=0 exec "$@"\n',
-    "ray": '#!/bin/bash\nif [[ $1 == stop ]]; then touch "$STAND/stopped"; exit; fi\nwhile [[ $1 != -- ]]; do shift; done\nshift\n"$@"\n',
-    "scontrol": '#!/bin/bash\nif [[ $1 == requeue ]]; then echo "$2" >"$STAND/requeued"; else echo node1; fi\n',
+    "srun": '#!/bin/bash\nprintf \'%s\\n\' "$@" >"$STAND/srun"\nwhile [[ $1 == --* ]]; do shift; '
+    'done\nSLURM_NODEID=0 exec "$@"\n',
+    "ray": '#!/bin/bash\nif [[ $1 == stop ]]; then touch "$STAND/stopped"; exit; fi\nwhile [[ $1 != -- ]]; '
+    'do shift; done\nshift\n"$@"\n',
+    "scontrol": '#!/bin/bash\nif [[ $1 == requeue ]]; then echo "$2" >"$STAND/requeued"; else echo node1; '
+    "fi\n",
     "squeue": '#!/bin/bash\necho "${STATE:-RUNNING}"\n',
 }
 
@@ -178,8 +198,15 @@ class Slurm:
             (folder / name).chmod(0o755)
 
     def start(self, **variables: str) -> Job:
-        text = artefact("slurm", Launch("tiny/dpo", ("x=a 'b'",), "one", 1, 0, 2, str(self.folder / "runs" / "one"), ""))
-        slurm = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node1", "SLURM_JOB_NUM_NODES": "1", "HEAD_IP": "10.0.0.1"}
+        text = artefact(
+            "slurm", Launch("tiny/dpo", ("x=a 'b'",), "one", 1, 0, 2, str(self.folder / "runs" / "one"), "")
+        )
+        slurm = {
+            "SLURM_JOB_ID": "7",
+            "SLURM_JOB_NODELIST": "node1",
+            "SLURM_JOB_NUM_NODES": "1",
+            "HEAD_IP": "10.0.0.1",
+        }
         own = {"PATH": f"{self.folder}:/usr/bin:/bin", "STAND": str(self.folder)}
         (self.folder / "script").write_text(text)
         process = subprocess.Popen(
@@ -206,7 +233,9 @@ def slurm(tmp_path: Path) -> Iterator[Slurm]:
 
 
 @pytest.mark.parametrize(("code", "again"), [(0, False), (70, False), (75, True), (78, False)])
-def test_the_job_ends_with_the_runs_exit_code_and_only_75_queues_it_again(slurm: Slurm, code: int, again: bool) -> None:
+def test_the_job_ends_with_the_runs_exit_code_and_only_75_queues_it_again(
+    slurm: Slurm, code: int, again: bool
+) -> None:
     job = slurm.start()
     job.end(code)
     assert job.code() == code and job.requeued() == again
@@ -291,7 +320,11 @@ def test_every_pod_is_unprivileged_and_takes_secrets_from_a_secret(text: str) ->
     assert len(pods(text)) == 3
     for pod in pods(text):
         context = pod["securityContext"]
-        assert context["runAsNonRoot"] is True and context["runAsUser"] == 1000 and context["seccompProfile"] == {"type": "RuntimeDefault"}
+        assert (
+            context["runAsNonRoot"] is True
+            and context["runAsUser"] == 1000
+            and context["seccompProfile"] == {"type": "RuntimeDefault"}
+        )
         assert pod["automountServiceAccountToken"] is False
         mounted = {volume["name"] for volume in pod["volumes"]}
         for container in pod["containers"]:
@@ -304,7 +337,12 @@ def test_every_pod_is_unprivileged_and_takes_secrets_from_a_secret(text: str) ->
             assert not container["image"].endswith(":latest") and ":" in container["image"]
             for variable in container["env"]:
                 assert "KEY" not in variable["name"] or "secretKeyRef" in variable["valueFrom"]
-    claims = [volume["persistentVolumeClaim"] for pod in pods(text)[:2] for volume in pod["volumes"] if "persistentVolumeClaim" in volume]
+    claims = [
+        volume["persistentVolumeClaim"]
+        for pod in pods(text)[:2]
+        for volume in pod["volumes"]
+        if "persistentVolumeClaim" in volume
+    ]
     assert claims == [{"claimName": "runs"}] * 2
 
 
@@ -323,22 +361,40 @@ def test_the_entry_point_survives_a_shell_as_it_is() -> None:
         assert re.fullmatch(r"[a-z /.]+", rayjob(text)["spec"]["entrypoint"])
 
 
-@pytest.mark.parametrize(("codes", "code"), [("0", 0), ("75 75 0", 0), ("75 70", 70), ("78", 78), ("75 " * 60, 75)])
+@pytest.mark.parametrize(
+    ("codes", "code"), [("0", 0), ("75 75 0", 0), ("75 70", 70), ("78", 78), ("75 " * 60, 75)]
+)
 def test_the_run_is_run_again_while_it_asks_for_it(tmp_path: Path, codes: str, code: int) -> None:
     for number, end in enumerate(codes.split()):
         (tmp_path / f"{number}").write_text(end)
-    (tmp_path / "python").write_text('#!/bin/bash\ncd "$STAND"; echo >>calls; exit "$(<"$(($(wc -l <calls) - 1))")"\n')
+    (tmp_path / "python").write_text(
+        '#!/bin/bash\ncd "$STAND"; echo >>calls; exit "$(<"$(($(wc -l <calls) - 1))")"\n'
+    )
     (tmp_path / "python").chmod(0o755)
     environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "STAND": str(tmp_path)}
-    done = subprocess.run(["bash", "-c", train_script(texts("k8s")[1])], env=environment, timeout=20, check=False)
-    assert done.returncode == code and len((tmp_path / "calls").read_text().split("\n")) - 1 == min(len(codes.split()), 50)
+    done = subprocess.run(
+        ["bash", "-c", train_script(texts("k8s")[1])], env=environment, timeout=20, check=False
+    )
+    assert done.returncode == code and len((tmp_path / "calls").read_text().split("\n")) - 1 == min(
+        len(codes.split()), 50
+    )
 
 
 def test_a_ray_job_that_is_stopped_stays_stopped(slurm: Slurm) -> None:
     """The same stand-in of the training; the signal goes to the whole process group, as Ray sends it."""
     (slurm.folder / "script").write_text(train_script(texts("k8s")[1]))
-    environment = {"PATH": f"{slurm.folder}:/usr/bin:/bin", "STAND": str(slurm.folder), "RAY_AUTH_TOKEN_PATH": "/dev/null"}
-    process = subprocess.Popen(["bash", str(slurm.folder / "script")], env=environment, start_new_session=True, stdout=subprocess.PIPE, text=True)
+    environment = {
+        "PATH": f"{slurm.folder}:/usr/bin:/bin",
+        "STAND": str(slurm.folder),
+        "RAY_AUTH_TOKEN_PATH": "/dev/null",
+    }
+    process = subprocess.Popen(
+        ["bash", str(slurm.folder / "script")],
+        env=environment,
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     job = Job(process, slurm.folder)
     slurm.jobs.append(job)
     job.wait_for("training")
@@ -353,7 +409,9 @@ def test_a_ray_job_that_is_stopped_stays_stopped(slurm: Slurm) -> None:
 def test_the_task_meets_skypilots_schema(text: str) -> None:
     task = yaml.safe_load(text)
     jsonschema.Draft202012Validator(SKY).validate(task)
-    assert task["resources"]["job_recovery"]["recover_on_exit_codes"] == [75]  # 137 would bring back what was killed for its memory
+    assert task["resources"]["job_recovery"]["recover_on_exit_codes"] == [
+        75
+    ]  # 137 would bring back what was killed for its memory
     assert task["secrets"] == {"RAY_AUTH_TOKEN": None, "WANDB_API_KEY": ""}
 
 
@@ -367,16 +425,29 @@ esac
 
 def test_the_head_ends_its_own_ray_and_the_task_with_the_runs_exit_code(tmp_path: Path) -> None:
     up = "until [[ -e $STAND/head ]]; do sleep 0.05; done"  # as the real one waits for the head
-    waiting = f"#!/bin/bash\nif [[ $1 == - ]]; then cat >/dev/null; {up}; exit 0; fi\n[[ ${{WANDB_API_KEY-unset}} == unset ]] || exit 1\nexit 75\n"
+    waiting = (
+        f"#!/bin/bash\nif [[ $1 == - ]]; then cat >/dev/null; {up}; exit 0; fi\n[[ "
+        "${WANDB_API_KEY-unset} == unset ]] || exit 1\nexit 75\n"
+    )
     for name, body in {"ray": SKY_RAY, "python": waiting}.items():
         (tmp_path / name).write_text(body)
         (tmp_path / name).chmod(0o755)
-    sky = {"SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2", "SKYPILOT_NUM_NODES": "2", "RAY_AUTH_TOKEN": "t", "WANDB_API_KEY": ""}
+    sky = {
+        "SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2",
+        "SKYPILOT_NUM_NODES": "2",
+        "RAY_AUTH_TOKEN": "t",
+        "WANDB_API_KEY": "",
+    }
     own = {"PATH": f"{tmp_path}:/usr/bin:/bin", "STAND": str(tmp_path)}
     run = yaml.safe_load(texts("sky")[1])["run"]
     for rank, code in (("0", 75), ("1", 0)):  # a worker's Ray that ends with the head's is no failure
         done = subprocess.run(
-            ["bash", "-c", run], env={**sky, **own, "SKYPILOT_NODE_RANK": rank}, capture_output=True, text=True, timeout=20, check=False
+            ["bash", "-c", run],
+            env={**sky, **own, "SKYPILOT_NODE_RANK": rank},
+            capture_output=True,
+            text=True,
+            timeout=20,
+            check=False,
         )
         assert done.returncode == code, done.stdout + done.stderr
     assert (tmp_path / "head").read_text() == "token\n" and (tmp_path / "ended").exists()
@@ -390,7 +461,13 @@ def test_the_head_ends_its_own_ray_and_the_task_with_the_runs_exit_code(tmp_path
 def test_called_wrongly_it_says_how_and_starts_nothing(name: str, tmp_path: Path) -> None:
     path = LAUNCH / name
     assert path.stat().st_mode & stat.S_IXUSR
-    done = subprocess.run([str(path)], env={"PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [str(path)],
+        env={"PATH": "/usr/bin:/bin", "HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 64 and f"launch/{name}" in done.stderr and "RAY_PORT" in done.stderr
 
 
@@ -398,5 +475,7 @@ def test_a_host_file_that_is_not_there_or_empty_is_refused(tmp_path: Path) -> No
     empty = tmp_path / "hosts"
     empty.write_text("# nobody\n\n")
     for file, code in ((tmp_path / "nowhere", 66), (empty, 65)):
-        done = subprocess.run([str(LAUNCH / "ray_cluster.sh"), "up", str(file)], capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [str(LAUNCH / "ray_cluster.sh"), "up", str(file)], capture_output=True, text=True, check=False
+        )
         assert done.returncode == code and str(file) in done.stderr

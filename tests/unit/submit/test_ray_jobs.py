@@ -1,4 +1,5 @@
-"""Ray's Jobs API against a dashboard that falls silent: no wait is for ever, and no word is lost or said twice."""
+"""Ray's Jobs API against a dashboard that falls silent: no wait is for ever, and no word is lost or said
+twice."""
 
 import asyncio
 import threading
@@ -9,13 +10,13 @@ import pytest
 from aiohttp import web
 
 from orchestrator.cluster.submit import ray_jobs as jobs
-from orchestrator.cluster.submit.ray_jobs import Attempt, Jobs, exit_code
-from orchestrator.core.errors import Unreachable
+from orchestrator.cluster.submit.ray_jobs import JobAttempt, Jobs, exit_code
+from orchestrator.core.errors import DashboardUnreachable
 
 
 class Dashboard:
-    """Answers as Ray's does about one job. silent: it takes connections and says nothing. The first that follows the log hears
-    its first line and then nothing more, the next all of it."""
+    """Answers as Ray's does about one job. silent: it takes connections and says nothing. The first that
+    follows the log hears its first line and then nothing more, the next all of it."""
 
     def __init__(self) -> None:
         self.silent = False
@@ -25,10 +26,14 @@ class Dashboard:
         if self.silent:
             await asyncio.sleep(60)
         if request.path == "/api/version":
-            return web.json_response({"version": "4", "ray_version": "2.60.0", "ray_commit": "", "session_name": ""})
+            return web.json_response(
+                {"version": "4", "ray_version": "2.60.0", "ray_commit": "", "session_name": ""}
+            )
         if not request.path.endswith("/tail"):
             status = "SUCCEEDED" if self.followers > 1 else "RUNNING"
-            return web.json_response({"type": "SUBMISSION", "submission_id": "a", "status": status, "entrypoint": "e"})
+            return web.json_response(
+                {"type": "SUBMISSION", "submission_id": "a", "status": status, "entrypoint": "e"}
+            )
         self.followers += 1
         socket = web.WebSocketResponse()
         await socket.prepare(request)
@@ -91,15 +96,21 @@ def test_a_dashboard_that_hangs_is_given_up() -> None:
     with serving(dashboard) as address:
         client = Jobs(address)
         dashboard.silent = True
-        with pytest.raises(Unreachable, match="no Ray dashboard answers"):
+        with pytest.raises(DashboardUnreachable, match="no Ray dashboard answers"):
             client.read("a")
-        with pytest.raises(Unreachable, match="lost sight of job a"):
+        with pytest.raises(DashboardUnreachable, match="lost sight of job a"):
             client.follow("a", print)
 
 
-ENDS = [("SUCCEEDED", 0, 0), ("STOPPED", None, 75), ("FAILED", 78, 78), ("FAILED", None, 70), ("FAILED", -9, 137)]
+ENDS = [
+    ("SUCCEEDED", 0, 0),
+    ("STOPPED", None, 75),
+    ("FAILED", 78, 78),
+    ("FAILED", None, 70),
+    ("FAILED", -9, 137),
+]
 
 
 @pytest.mark.parametrize(("status", "driver", "code"), ENDS)
 def test_a_follower_ends_as_the_driver_did(status: str, driver: int | None, code: int) -> None:
-    assert exit_code(Attempt("a", "a", 1, "e", status, "", None, None, driver)) == code
+    assert exit_code(JobAttempt("a", "a", 1, "e", status, "", None, None, driver)) == code

@@ -1,4 +1,5 @@
-"""Submitting is safe to repeat: it follows, goes on, or refuses; and the driver's command is what the user would type."""
+"""Submitting is safe to repeat: it follows, goes on, or refuses; and the driver's command is what the user
+would type."""
 
 import io
 import os
@@ -12,16 +13,23 @@ import pytest
 from rich.console import Console
 
 from orchestrator.cli.cluster import LogView
-from orchestrator.cluster.submit.ray_jobs import Attempt, exit_code, find_token
-from orchestrator.cluster.submit.submission import FIND_PYTHON, check_paths, decide, entrypoint, environment, there
+from orchestrator.cluster.submit.ray_jobs import JobAttempt, exit_code, find_token
+from orchestrator.cluster.submit.submission import (
+    FIND_PYTHON,
+    check_paths,
+    decide,
+    entrypoint,
+    environment,
+    path_in_upload,
+)
 from orchestrator.cluster.submit.upload import collect
 from orchestrator.core.errors import ConfigError, MissingInput, OrchestratorError, OutputError
 from orchestrator.recipe.loading import load
 from tests.running import REPOSITORY
 
 
-def attempt(number: int, status: str, command: str = "train", code: int | None = None) -> Attempt:
-    return Attempt(f"run.{number}", "run", number, command, status, "", None, None, code)
+def attempt(number: int, status: str, command: str = "train", code: int | None = None) -> JobAttempt:
+    return JobAttempt(f"run.{number}", "run", number, command, status, "", None, None, code)
 
 
 @pytest.mark.parametrize(
@@ -38,7 +46,7 @@ def attempt(number: int, status: str, command: str = "train", code: int | None =
         ([attempt(1, "FAILED", "train batch.efective=1")], 2),  # corrected and tried again
     ],
 )
-def test_the_same_submission_follows_or_goes_on(attempts: list[Attempt], start: int | None) -> None:
+def test_the_same_submission_follows_or_goes_on(attempts: list[JobAttempt], start: int | None) -> None:
     assert decide(attempts, "train").number == start
 
 
@@ -49,16 +57,26 @@ def test_another_run_of_that_name_is_refused(status: str) -> None:
     assert "train other" in refused.value.why and "run.name" in refused.value.fix
 
 
-def test_the_command_is_quoted_and_its_paths_hold_on_the_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_is_quoted_and_its_paths_hold_on_the_cluster(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "dpo.yaml").touch()
     monkeypatch.chdir(tmp_path / "mine")
     override = "data.train=[{path: it's.jsonl, max_rows: 4}]"
     words = shlex.split(entrypoint("dpo.yaml", [override], Path("runs/x"), tmp_path))
-    assert words == ["sh", "orchestrator-run.sh", "train", "mine/dpo.yaml", override, "--output", str(tmp_path / "mine" / "runs" / "x")]
-    assert there("tiny/dpo", tmp_path) == "tiny/dpo"
+    assert words == [
+        "sh",
+        "orchestrator-run.sh",
+        "train",
+        "mine/dpo.yaml",
+        override,
+        "--output",
+        str(tmp_path / "mine" / "runs" / "x"),
+    ]
+    assert path_in_upload("tiny/dpo", tmp_path) == "tiny/dpo"
     with pytest.raises(ConfigError, match="lies outside"):
-        there("/etc/recipe.yaml", tmp_path)
+        path_in_upload("/etc/recipe.yaml", tmp_path)
 
 
 def test_a_stopped_job_gets_time_to_save_and_no_secret_goes_along() -> None:
@@ -67,9 +85,14 @@ def test_a_stopped_job_gets_time_to_save_and_no_secret_goes_along() -> None:
 
 @pytest.mark.parametrize(
     ("ended", "code"),
-    [(attempt(1, "SUCCEEDED", code=0), 0), (attempt(1, "STOPPED"), 75), (attempt(1, "FAILED", code=75), 75), (attempt(1, "FAILED"), 70)],
+    [
+        (attempt(1, "SUCCEEDED", code=0), 0),
+        (attempt(1, "STOPPED"), 75),
+        (attempt(1, "FAILED", code=75), 75),
+        (attempt(1, "FAILED"), 70),
+    ],
 )
-def test_a_follower_ends_as_the_driver_did(ended: Attempt, code: int) -> None:
+def test_a_follower_ends_as_the_driver_did(ended: JobAttempt, code: int) -> None:
     assert exit_code(ended) == code
 
 
@@ -91,7 +114,10 @@ def test_the_token_is_looked_for_where_ray_looks(tmp_path: Path, monkeypatch: py
 def test_a_followed_log_becomes_the_live_table_on_a_terminal_only() -> None:
     log = "starting [a/b]\nstep 1/2  loss 0.5  eta 1s\nstep 2/2  lo"
     plain, terminal = io.StringIO(), io.StringIO()
-    for said, console in ((plain, Console(file=plain, highlight=False)), (terminal, Console(file=terminal, highlight=False, force_terminal=True))):
+    for said, console in (
+        (plain, Console(file=plain, highlight=False)),
+        (terminal, Console(file=terminal, highlight=False, force_terminal=True)),
+    ):
         view = LogView(console)
         view.write(log)
         view.write("ss 0.25  eta 0s\ndone")
@@ -105,8 +131,12 @@ def launched(tmp_path: Path, ancestor: Sequence[str], path: str) -> subprocess.C
     """The runner as a job would start it: below a process with such a command line, with such a PATH."""
     (tmp_path / "run.sh").write_text(FIND_PYTHON)
     words = ["/bin/sh", "-c", f"sh {tmp_path}/run.sh --help; exit $?"]
-    below = f"import subprocess, sys; sys.exit(subprocess.run({words!r}, env={{'PATH': {path!r}}}).returncode)"
-    return subprocess.run([sys.executable, "-c", below, *ancestor], cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+    below = (
+        f"import subprocess, sys; sys.exit(subprocess.run({words!r}, env={{'PATH': {path!r}}}).returncode)"
+    )
+    return subprocess.run(
+        [sys.executable, "-c", below, *ancestor], cwd=REPOSITORY, capture_output=True, text=True, timeout=120
+    )
 
 
 def test_a_job_runs_with_the_interpreter_that_ray_runs(tmp_path: Path) -> None:
@@ -121,7 +151,11 @@ def test_a_job_runs_with_the_interpreter_that_ray_runs(tmp_path: Path) -> None:
     (tools / "python").write_text("#!/bin/sh\nexit 1\n")
     (tools / "python").chmod(0o755)
     lacking = launched(tmp_path, ["--python_worker_command=/no/such/python x"], str(tools))
-    assert lacking.returncode == 78 and "tried /no/such/python, python, python3" in lacking.stderr and "every node" in lacking.stderr
+    assert (
+        lacking.returncode == 78
+        and "tried /no/such/python, python, python3" in lacking.stderr
+        and "every node" in lacking.stderr
+    )
     os.remove(tools / "python")
     os.symlink(sys.executable, tools / "python3")
     assert launched(tmp_path, [], f"{Path(sys.executable).parent}:{tools}").returncode == 0
@@ -137,7 +171,9 @@ rewards: {functions: [{name: mine, function: "judge.py:f"}]}
 """
 
 
-def test_relative_paths_are_looked_for_in_what_goes_along(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_relative_paths_are_looked_for_in_what_goes_along(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     root = tmp_path / "root"
     names = ("models/start/config.json", "chat.jinja", "data/rows.jsonl", "world.py", "judge.py")
     for name in names:
@@ -152,12 +188,18 @@ def test_relative_paths_are_looked_for_in_what_goes_along(tmp_path: Path, monkey
         return caught.value
 
     check_paths("r.yaml", load("r.yaml").stages, collect(root))
-    check_paths("r.yaml", load("r.yaml", ["data.train=org/rows", "model.path=org/name"]).stages, collect(root))
+    check_paths(
+        "r.yaml", load("r.yaml", ["data.train=org/rows", "model.path=org/name"]).stages, collect(root)
+    )
     check_paths("tiny/grpo", load("tiny/grpo").stages, collect(root))
     for name in names:
         (root / ".gitignore").write_text(f"/{name}\n")
         error = refused()
-        assert isinstance(error, ConfigError) and name.removesuffix("/config.json") in error.what and ".gitignore" in error.why
+        assert (
+            isinstance(error, ConfigError)
+            and name.removesuffix("/config.json") in error.what
+            and ".gitignore" in error.why
+        )
     (root / ".gitignore").write_text("")
     assert isinstance(refused("data.train=data/typo.jsonl"), MissingInput)
     (tmp_path / "out.jsonl").write_text("x")

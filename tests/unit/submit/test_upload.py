@@ -22,13 +22,34 @@ def names(root: Path) -> set[str]:
 
 
 def test_ignore_files_count_where_they_lie(tmp_path: Path) -> None:
-    write(tmp_path, "a.py", "b.log", "runs/x/model.bin", "sub/b.log", "sub/keep.txt", "sub/deep/big.bin", ".git/config", "sub/__pycache__/a.pyc")
+    write(
+        tmp_path,
+        "a.py",
+        "b.log",
+        "runs/x/model.bin",
+        "sub/b.log",
+        "sub/keep.txt",
+        "sub/deep/big.bin",
+        ".git/config",
+        "sub/__pycache__/a.pyc",
+    )
     write(tmp_path, ".gitignore", content="/b.log\nruns/\n")
     write(tmp_path / "sub", ".rayignore", content="*.bin\n")
     assert names(tmp_path) == {"a.py", ".gitignore", "sub/b.log", "sub/keep.txt", "sub/.rayignore"}
 
 
-@pytest.mark.parametrize("secret", [".env", ".netrc", "deploy/server.pem", "id_ed25519", ".ssh/known_hosts", "keys/tls.key", ".ray/auth_token"])
+@pytest.mark.parametrize(
+    "secret",
+    [
+        ".env",
+        ".netrc",
+        "deploy/server.pem",
+        "id_ed25519",
+        ".ssh/known_hosts",
+        "keys/tls.key",
+        ".ray/auth_token",
+    ],
+)
 def test_secrets_are_refused_and_may_be_ignored(tmp_path: Path, secret: str) -> None:
     write(tmp_path, "recipe.yaml", secret)
     with pytest.raises(ConfigError, match="must not leave") as refused:
@@ -39,7 +60,9 @@ def test_secrets_are_refused_and_may_be_ignored(tmp_path: Path, secret: str) -> 
 
 
 def test_a_key_under_another_name_is_found(tmp_path: Path) -> None:
-    write(tmp_path, "notes.txt", content="-----BEGIN OPENSSH " + "PRIVATE KEY-----\nabc")  # in two parts: no scanner takes this file for a key
+    write(
+        tmp_path, "notes.txt", content="-----BEGIN OPENSSH " + "PRIVATE KEY-----\nabc"
+    )  # in two parts: no scanner takes this file for a key
     with pytest.raises(ConfigError, match=r"notes\.txt"):
         collect(tmp_path)
 
@@ -112,7 +135,15 @@ def test_this_repository_sends_its_code_and_recipes() -> None:
 
 
 def test_links_are_followed_and_what_leads_nowhere_is_named(tmp_path: Path) -> None:
-    write(tmp_path, "big/data/prompts.jsonl", "big/data/.rayignore", "big/data/raw.bin", "work/recipe.yaml", "work/sub/a.txt", content="*.bin\n")
+    write(
+        tmp_path,
+        "big/data/prompts.jsonl",
+        "big/data/.rayignore",
+        "big/data/raw.bin",
+        "work/recipe.yaml",
+        "work/sub/a.txt",
+        content="*.bin\n",
+    )
     work = tmp_path / "work"
     os.symlink(tmp_path / "big" / "data", work / "data")
     os.symlink("..", work / "sub" / "up")
@@ -121,10 +152,24 @@ def test_links_are_followed_and_what_leads_nowhere_is_named(tmp_path: Path) -> N
     os.mkfifo(work / "pipe")
     write(work, ".gitignore", content="ignored\n")
     upload = collect(work)
-    assert {f.as_posix() for f in upload.files} == {"recipe.yaml", ".gitignore", "sub/a.txt", "data/prompts.jsonl", "data/.rayignore"}
-    assert upload.left == ("gone (a link to nothing)", "pipe (no file)", "sub/up (a link to a folder that it lies in)")
+    assert {f.as_posix() for f in upload.files} == {
+        "recipe.yaml",
+        ".gitignore",
+        "sub/a.txt",
+        "data/prompts.jsonl",
+        "data/.rayignore",
+    }
+    assert upload.left == (
+        "gone (a link to nothing)",
+        "pipe (no file)",
+        "sub/up (a link to a folder that it lies in)",
+    )
     assert "not: gone (a link to nothing), pipe" in upload.summary()
-    assert upload.holds(Path("data/prompts.jsonl")) and upload.holds(Path("./data/")) and not upload.holds(Path("data/raw.bin"))
+    assert (
+        upload.holds(Path("data/prompts.jsonl"))
+        and upload.holds(Path("./data/"))
+        and not upload.holds(Path("data/raw.bin"))
+    )
     with upload.staged() as folder:
         assert (folder / "data" / "prompts.jsonl").is_file() and not (folder / "data").is_symlink()
 
@@ -140,18 +185,37 @@ def test_a_program_stays_one_on_the_way(tmp_path: Path) -> None:
     write(tmp_path, "judge.sh", "plain.txt")
     (tmp_path / "judge.sh").chmod(0o755)
     with collect(tmp_path).staged({"run.sh": "#!/bin/sh\n"}) as folder:
-        assert [os.access(folder / name, os.X_OK) for name in ("judge.sh", "run.sh", "plain.txt")] == [True, True, False]
+        assert [os.access(folder / name, os.X_OK) for name in ("judge.sh", "run.sh", "plain.txt")] == [
+            True,
+            True,
+            False,
+        ]
 
 
 def test_what_runs_made_stays_behind_and_is_told(tmp_path: Path) -> None:
     """A folder with a few tries of a real model held 6,475 MB."""
     for run in ("runs/dpo", "runs/pipe/sft", "runs/pipe/dpo", "old"):
-        write(tmp_path / run, "run.json", "recipe.yaml", "run.lock", "checkpoints/step-1/w.safetensors", "export/model.safetensors", "logs/learner-0")
+        write(
+            tmp_path / run,
+            "run.json",
+            "recipe.yaml",
+            "run.lock",
+            "checkpoints/step-1/w.safetensors",
+            "export/model.safetensors",
+            "logs/learner-0",
+        )
     os.truncate(tmp_path / "old/checkpoints/step-1/w.safetensors", 2 * LIMIT_BYTES)
     write(tmp_path, "recipe.yaml", "notes/run.json", "notes/a.txt", "runs/pipe/readme.txt")
     upload = collect(tmp_path)
-    assert {f.as_posix() for f in upload.files if f.name not in ("recipe.yaml",)} == {"notes/run.json", "notes/a.txt", "runs/pipe/readme.txt"}
+    assert {f.as_posix() for f in upload.files if f.name not in ("recipe.yaml",)} == {
+        "notes/run.json",
+        "notes/a.txt",
+        "runs/pipe/readme.txt",
+    }
     assert upload.runs == (Path("old"), Path("runs/dpo"), Path("runs/pipe/dpo"), Path("runs/pipe/sft"))
     assert "not: what 4 runs made (old, runs/dpo, runs/pipe/dpo …)" in upload.summary()
     assert upload.holds(Path("runs/dpo/recipe.yaml")), "a run may be started again from its folder's recipe"
-    assert upload.run_of(Path("runs/dpo/export")) == Path("runs/dpo") and upload.run_of(Path("runs/pipe")) is None
+    assert (
+        upload.run_of(Path("runs/dpo/export")) == Path("runs/dpo")
+        and upload.run_of(Path("runs/pipe")) is None
+    )

@@ -18,7 +18,7 @@ from orchestrator.learner.engine import ProcessGroup
 from orchestrator.learner.rank_learner import LearnerSpec, RankLearner
 from orchestrator.learner.reference import RankReference
 from orchestrator.learner.state import full_weights, weights_digest
-from orchestrator.recipe.schema import Algorithm, Data, Learners, Model, Optimizer, Recipe, TinyModel
+from orchestrator.recipe.schema import AlgorithmConfig, Data, Learners, Model, Optimizer, Recipe, TinyModel
 
 CPU = torch.device("cpu")
 WHOLE = Cut(1, 8, None, "prefix_shared", 0, "no_sync")
@@ -42,7 +42,7 @@ def recipe(**algorithm: Any) -> Recipe:
     return Recipe(
         model=Model(tiny=TinyModel(hidden_size=32, layers=1, heads=2)),
         data=Data(train="none"),
-        algorithm=Algorithm(**{"name": "dpo", **algorithm}),
+        algorithm=AlgorithmConfig(**{"name": "dpo", **algorithm}),
         optimizer=Optimizer(learning_rate=5e-3, schedule="linear"),
         learners=Learners(),
     )
@@ -70,7 +70,9 @@ def batches(groups: Sequence[SequenceGroup], effective: int = 8) -> Batches:
 class OneRank:
     """roles.Learner over a RankLearner in this process. fits: positions of the largest micro-batch that does."""
 
-    def __init__(self, group: ProcessGroup, cfg: Recipe, cut: Cut = WHOLE, fits: int = 10**9, total_steps: int = 10) -> None:
+    def __init__(
+        self, group: ProcessGroup, cfg: Recipe, cut: Cut = WHOLE, fits: int = 10**9, total_steps: int = 10
+    ) -> None:
         self.rank = RankLearner(LearnerSpec(cfg, cut, total_steps), group, CPU)
         self.frozen = RankReference(cfg, CPU)
         self.positions: list[int] = []
@@ -84,7 +86,9 @@ class OneRank:
             raise torch.OutOfMemoryError(f"{size} positions do not fit")
         self.positions.append(size)
 
-    def token_logprobs(self, batch: PackedBatch, *, reference: bool = False, step: int | None = None) -> PerMicroBatch:
+    def token_logprobs(
+        self, batch: PackedBatch, *, reference: bool = False, step: int | None = None
+    ) -> PerMicroBatch:
         if reference and self.rank.reference is not None:
             return (self.rank.token_logprobs(batch.micro_batches[0], reference=True),)
         if reference:

@@ -19,7 +19,14 @@ from tests.unit.trainers.conftest import pairs, recipe
 
 @pytest.mark.parametrize(
     ("completion", "answer", "right"),
-    [("abcd", "abcd", True), (" abcd\n", "abcd", True), ("abcd.", "abcd", False), ("ABCD", "abcd", False), ("", "", True), ("ab cd", "abcd", False)],
+    [
+        ("abcd", "abcd", True),
+        (" abcd\n", "abcd", True),
+        ("abcd.", "abcd", False),
+        ("ABCD", "abcd", False),
+        ("", "", True),
+        ("ab cd", "abcd", False),
+    ],
 )
 def test_exact_match(completion, answer, right):
     assert matches(completion, answer, "exact_match") is right
@@ -60,7 +67,10 @@ class Fixed:
 
     def evaluate(self, batch):
         sums = tuple(
-            tuple(np.array([[m, 0.0] for m in (self.margins[int(i)] for i in mb.examples)], np.float32) for mb in rank)
+            tuple(
+                np.array([[m, 0.0] for m in (self.margins[int(i)] for i in mb.examples)], np.float32)
+                for mb in rank
+            )
             for rank in batch.micro_batches
         )
         means = {"rewards/accuracies": Mean(3.0, 4.0)}
@@ -82,7 +92,9 @@ BY_REWARD = Ranking("reward")
 BY_DPO = Ranking.of(recipe(), build(recipe().algorithm))
 
 
-def evaluator(policy, groups, sources=("a",), prompts=(), answers=(), attach=lambda b: b, ranking=BY_REWARD, **config):
+def evaluator(
+    policy, groups, sources=("a",), prompts=(), answers=(), attach=lambda b: b, ranking=BY_REWARD, **config
+):
     held_out = HeldOut(tuple(groups), sources, tuple(prompts), tuple(answers))
     return Evaluator(held_out, Evaluation(**config), policy, attach, words, ranking)
 
@@ -117,11 +129,15 @@ def test_nothing_but_ties_is_nothing_known_and_no_pair_is_more_wrong_than_anothe
 def test_pairs_rank_by_log_prob_per_token_where_there_is_no_reference():
     """The sum of log-probs prefers the shorter answer whatever it says."""
     long, short = np.arange(20), np.arange(2)
-    group = SequenceGroup(0, np.array([1]), (Branch(long, np.ones(20, bool)), Branch(short, np.ones(2, bool))))
+    group = SequenceGroup(
+        0, np.array([1]), (Branch(long, np.ones(20, bool)), Branch(short, np.ones(2, bool)))
+    )
 
     class Sums(Fixed):
         def evaluate(self, batch):
-            return super().evaluate(batch)[0], tuple(tuple(np.array([[-20.0, -4.0]], np.float32) for _ in rank) for rank in batch.micro_batches)
+            return super().evaluate(batch)[0], tuple(
+                tuple(np.array([[-20.0, -4.0]], np.float32) for _ in rank) for rank in batch.micro_batches
+            )
 
     found = evaluator(Sums({0: 0.0}), [group], ranking=Ranking("log-prob per token")).evaluate(CUT, 0)
     assert found.metrics["eval/preference_accuracy"] == 1.0, "-1 nat a token against -2"
@@ -135,25 +151,39 @@ def test_pairs_rank_by_implicit_reward_where_there_is_a_reference(one_rank, layo
     cut = Cut(1, 3, None, layout, 0, "no_sync")
     held_out = evaluator(policy, pairs(7), attach=policy.with_live_reference, ranking=BY_DPO)
     before = held_out.evaluate(cut, 0)
-    assert math.isnan(before.metrics["eval/preference_accuracy"]) and math.isnan(before.metrics["eval/rewards/accuracies"])
-    assert before.samples == () and 0.0 < before.metrics["eval/logp_accuracy"] < 1.0, "what the policy alone prefers is known before"
+    assert math.isnan(before.metrics["eval/preference_accuracy"]) and math.isnan(
+        before.metrics["eval/rewards/accuracies"]
+    )
+    assert before.samples == () and 0.0 < before.metrics["eval/logp_accuracy"] < 1.0, (
+        "what the policy alone prefers is known before"
+    )
     for step in range(3):
-        policy.forward_backward(policy.with_live_reference(cut_step(pairs(7), Cut(1, 8, None, "padded", 0, "no_sync"))), step)
+        policy.forward_backward(
+            policy.with_live_reference(cut_step(pairs(7), Cut(1, 8, None, "padded", 0, "no_sync"))), step
+        )
         policy.optim_step(step)
     after = held_out.evaluate(cut, 3)
     assert after.metrics["eval/preference_accuracy"] == after.metrics["eval/rewards/accuracies"]
     margins = [sample.scores["implicit_reward_margin"] for sample in after.samples]
-    assert margins == sorted(margins) and np.mean(margins) == pytest.approx(after.metrics["eval/rewards/margins"], rel=1e-5)
+    assert margins == sorted(margins) and np.mean(margins) == pytest.approx(
+        after.metrics["eval/rewards/margins"], rel=1e-5
+    )
 
 
 def test_the_most_wrong_pairs_come_first_and_ties_by_id():
-    found = evaluator(Fixed({0: 1.0, 1: -2.0, 2: -3.0, 3: -2.0, 4: 5.0}), pairs(5), worst_pairs=4).evaluate(CUT, 3)
+    found = evaluator(Fixed({0: 1.0, 1: -2.0, 2: -3.0, 3: -2.0, 4: 5.0}), pairs(5), worst_pairs=4).evaluate(
+        CUT, 3
+    )
     assert [s.scores["reward_margin"] for s in found.samples] == [-3.0, -2.0, -2.0, 1.0]
     groups = pairs(5)
     for sample, which in zip(found.samples, (2, 1, 3, 0), strict=True):
         group = groups[which]
         assert (sample.step, sample.kind) == (3, "pair")
-        assert (sample.prompt, sample.chosen, sample.rejected) == (words(group.prompt), words(group.branches[0].ids), words(group.branches[1].ids))
+        assert (sample.prompt, sample.chosen, sample.rejected) == (
+            words(group.prompt),
+            words(group.branches[0].ids),
+            words(group.branches[1].ids),
+        )
 
 
 def test_no_worst_pairs_where_none_are_asked_for():

@@ -43,7 +43,7 @@ def trainer(
     stop=None,
     groups=None,
     held_out=(),
-    anchor_tolerance=1e-5,
+    first_loss_tolerance=1e-5,
     gradient_bytes=0,
     max_skipped_in_a_row=5,
     ranking=BY_REWARD,
@@ -60,13 +60,26 @@ def trainer(
             "save_every": None,
             "reference_sync_every": cfg.algorithm.reference_sync_every,
             "reference_sync_alpha": cfg.algorithm.reference_sync_alpha,
-            "guards": Guards(anchor_tolerance, gradient_bytes, max_skipped_in_a_row),
+            "guards": Guards(first_loss_tolerance, gradient_bytes, max_skipped_in_a_row),
             **plan,
         }
     )
-    evaluator = Evaluator(HeldOut(tuple(held_out), ("held", "other")), Evaluation(), policy, attach, str, ranking)
+    evaluator = Evaluator(
+        HeldOut(tuple(held_out), ("held", "other")), Evaluation(), policy, attach, str, ranking
+    )
     reader = batches(groups or pairs(40))
-    return OfflineTrainer(whole, cut, policy, attach, reader, evaluator, said or Said(), kept or Kept(), Throughput(), stop or Stop())
+    return OfflineTrainer(
+        whole,
+        cut,
+        policy,
+        attach,
+        reader,
+        evaluator,
+        said or Said(),
+        kept or Kept(),
+        Throughput(),
+        stop or Stop(),
+    )
 
 
 def test_steps_are_counted_reported_and_start_at_the_anchor(one_rank):
@@ -103,7 +116,8 @@ def test_a_step_that_does_not_fit_is_replayed_with_half_the_micro_batch(one_rank
     assert policy.discarded == len(tight.notes) > 0
     assert "same effective batch" in tight.notes[0]
     for name, weight in undisturbed.weights().items():
-        # as vectors: Adam's first steps turn the rounding of a gradient that is next to nothing into a share of a whole step
+        # as vectors: Adam's first steps turn the rounding of a gradient that is next to nothing into a share
+        # of a whole step
         assert np.linalg.norm(policy.weights()[name] - weight) <= 3e-5 * np.linalg.norm(weight), name
 
 
@@ -113,7 +127,9 @@ def test_gradients_of_the_micro_batches_before_the_one_that_did_not_fit_are_drop
     policy, failed = one_rank(), []
 
     def third_one_fails(*_):
-        if not failed and len(policy.positions) == 7:  # four reference-free forwards would hide a gradient that was kept
+        if (
+            not failed and len(policy.positions) == 7
+        ):  # four reference-free forwards would hide a gradient that was kept
             failed.append(True)
             raise OutOfMemory("in the middle of a step")
 
@@ -121,7 +137,9 @@ def test_gradients_of_the_micro_batches_before_the_one_that_did_not_fit_are_drop
     trainer(policy, said=tight, cut=replace(WHOLE, examples=2)).run()
     assert failed and policy.discarded == 1
     assert tight.losses == pytest.approx(calm.losses, rel=1e-5)
-    assert [s.metrics["grad_norm"] for s in tight.steps] == pytest.approx([s.metrics["grad_norm"] for s in calm.steps], rel=1e-5)
+    assert [s.metrics["grad_norm"] for s in tight.steps] == pytest.approx(
+        [s.metrics["grad_norm"] for s in calm.steps], rel=1e-5
+    )
 
 
 def test_one_example_that_does_not_fit_ends_the_run(one_rank):
@@ -162,7 +180,9 @@ def not_a_number_at(bad: int, policy):
         ready = policy.with_live_reference(batch)
         if {g.id for g in batch.groups} != wanted:
             return ready
-        return ready.with_reference(tuple(tuple(np.full_like(mb.ref_logprobs, np.nan) for mb in rank) for rank in ready.micro_batches))
+        return ready.with_reference(
+            tuple(tuple(np.full_like(mb.ref_logprobs, np.nan) for mb in rank) for rank in ready.micro_batches)
+        )
 
     return attach
 
@@ -186,7 +206,9 @@ def test_a_loss_that_is_not_a_number_is_skipped_as_if_its_batch_had_not_been(one
     assert said.notes == [f"step {bad + 1}: non-finite loss, no step taken; examples {ids}"]
 
 
-def test_a_gradient_that_is_not_a_number_is_skipped_as_if_its_batch_had_not_been(one_rank, tmp_path, monkeypatch):
+def test_a_gradient_that_is_not_a_number_is_skipped_as_if_its_batch_had_not_been(
+    one_rank, tmp_path, monkeypatch
+):
     fault = {"site": "micro_batch", "action": "nan", "step": 1, "once": str(tmp_path / "done")}
     monkeypatch.setenv(VARIABLE, json.dumps([fault]))
     policy, said = one_rank(), Said()
@@ -212,7 +234,11 @@ def test_too_many_in_a_row_end_the_run(one_rank, monkeypatch):
 def shifted(policy, by):
     def attach(batch):
         ready = policy.with_live_reference(batch)
-        return ready.with_reference(tuple(tuple(mb.ref_logprobs + by * (mb.sequence % 2) for mb in rank) for rank in ready.micro_batches))
+        return ready.with_reference(
+            tuple(
+                tuple(mb.ref_logprobs + by * (mb.sequence % 2) for mb in rank) for rank in ready.micro_batches
+            )
+        )
 
     return attach
 
@@ -227,12 +253,14 @@ def test_stale_reference_log_probs_stop_the_run_before_its_first_step(one_rank):
 
 def test_the_anchor_is_not_asked_for_where_it_is_not_known(one_rank):
     policy = one_rank()
-    assert trainer(policy, attach=shifted(policy, 0.05), anchor_tolerance=None, total=1).run().step == 1
+    assert trainer(policy, attach=shifted(policy, 0.05), first_loss_tolerance=None, total=1).run().step == 1
 
 
 def test_a_resumed_run_has_no_anchor(one_rank):
     policy = one_rank()
-    end = trainer(policy, attach=shifted(policy, 0.05), kept=Kept(Progress(step=2, examples=16)), total=3).run()
+    end = trainer(
+        policy, attach=shifted(policy, 0.05), kept=Kept(Progress(step=2, examples=16)), total=3
+    ).run()
     assert (end.step, end.examples) == (3, 24)
 
 
@@ -241,7 +269,9 @@ def test_a_resumed_run_has_no_anchor(one_rank):
 
 def test_evaluation_and_checkpoints_come_when_they_are_due_and_at_the_end(one_rank):
     said, kept = Said(), Kept()
-    trainer(one_rank(), said=said, kept=kept, total=5, evaluate_every=2, save_every=3, held_out=pairs(4, seed=9)).run()
+    trainer(
+        one_rank(), said=said, kept=kept, total=5, evaluate_every=2, save_every=3, held_out=pairs(4, seed=9)
+    ).run()
     assert [e.step for e in said.evaluations] == [0, 2, 4, 5]
     assert [p.step for p in kept.saved] == [3, 5]
     assert said.evaluations[0].metrics["eval/loss"] == pytest.approx(LN2, abs=1e-6)
@@ -249,7 +279,16 @@ def test_evaluation_and_checkpoints_come_when_they_are_due_and_at_the_end(one_ra
 
 def test_what_is_due_at_the_last_step_happens_once(one_rank):
     said, kept = Said(), Kept()
-    trainer(one_rank(), said=said, kept=kept, total=2, evaluate_every=1, save_every=1, evaluate_at_start=False, held_out=pairs(4)).run()
+    trainer(
+        one_rank(),
+        said=said,
+        kept=kept,
+        total=2,
+        evaluate_every=1,
+        save_every=1,
+        evaluate_at_start=False,
+        held_out=pairs(4),
+    ).run()
     assert ([e.step for e in said.evaluations], [p.step for p in kept.saved]) == ([1, 2], [1, 2])
 
 
@@ -305,19 +344,35 @@ def test_a_stop_in_an_evaluation_ends_it_and_the_next_attempt_makes_up_for_it(on
         stop, kept = Stop(), Kept()
         with pytest.raises(Interrupted, match=f"after step {at} of {total}; a checkpoint was written"):
             trainer(
-                one_rank(), said=Signals(stop, evaluation=at), kept=kept, total=total, stop=stop, evaluate_every=2, held_out=pairs(4, seed=9)
+                one_rank(),
+                said=Signals(stop, evaluation=at),
+                kept=kept,
+                total=total,
+                stop=stop,
+                evaluate_every=2,
+                held_out=pairs(4, seed=9),
             ).run()
         assert [p.step for p in kept.saved] == [at]
         for recorded, expected in ((False, [at]), (True, [])):
             said, again = Said(), Kept(kept.saved[0])
-            trainer(one_rank(), said=said, kept=again, total=total, evaluate_every=2, held_out=pairs(4, seed=9), evaluated=recorded).run()
+            trainer(
+                one_rank(),
+                said=said,
+                kept=again,
+                total=total,
+                evaluate_every=2,
+                held_out=pairs(4, seed=9),
+                evaluated=recorded,
+            ).run()
             assert [e.step for e in said.evaluations] == expected + ([4, 5] if total == 5 else [])
 
 
 def test_a_stop_at_the_last_step_leaves_the_evaluation_to_the_next_attempt(one_rank):
     stop, kept = Stop(), Kept()
     with pytest.raises(Interrupted, match="after step 2 of 2"):
-        trainer(one_rank(), said=Signals(stop, step=2), kept=kept, total=2, stop=stop, held_out=pairs(4)).run()
+        trainer(
+            one_rank(), said=Signals(stop, step=2), kept=kept, total=2, stop=stop, held_out=pairs(4)
+        ).run()
     assert [p.step for p in kept.saved] == [2]
 
 
@@ -337,7 +392,14 @@ def test_checkpoints_by_time_count_from_the_last_one():
             now[0] += 1.0
             return kept.save(progress)
 
-    plan = SimpleNamespace(total_steps=9, evaluate_every=None, evaluate_at_start=False, save_every=None, save_after_s=4.0, evaluated=True)
+    plan = SimpleNamespace(
+        total_steps=9,
+        evaluate_every=None,
+        evaluate_at_start=False,
+        save_every=None,
+        save_after_s=4.0,
+        evaluated=True,
+    )
     after = AfterSteps(plan, lambda step: None, Slow(), Stop(), clock=lambda: now[0])
     after.begin(Progress())
     for step in range(1, 10):
@@ -370,15 +432,24 @@ def test_an_unexpected_number_of_reduced_bytes_is_told_once(one_rank):
     assert len(said.notes) == 1 and said.notes[0].startswith("warning: the first step reduced")
 
 
-def test_a_run_on_single_rows_is_the_run_on_short_ones_and_compiles_its_attention_twice(one_rank, monkeypatch):
-    """A GPU's cut of ragged pairs, several micro-batches to a step, with reference passes and evaluations. On a CPU Dynamo's graph runs as it is
-    (torch refuses FlexAttention's backward there: patched), which proves masks, padding and compilations, not the kernel."""
+def test_a_run_on_single_rows_is_the_run_on_short_ones_and_compiles_its_attention_twice(
+    one_rank, monkeypatch
+):
+    """A GPU's cut of ragged pairs, several micro-batches to a step, with reference passes and evaluations. On
+    a CPU Dynamo's graph runs as it is (torch refuses FlexAttention's backward there: patched), which proves
+    masks, padding and compilations, not the kernel."""
     monkeypatch.setattr(flex_attention, "_validate_device", lambda *tensors: None)
-    wide = recipe().model_copy(update={"model": Model(tiny=TinyModel(hidden_size=64, layers=2, heads=4, kv_heads=2))})
+    wide = recipe().model_copy(
+        update={"model": Model(tiny=TinyModel(hidden_size=64, layers=2, heads=4, kv_heads=2))}
+    )
     torch._dynamo.reset()
     compiled_attention.cache_clear()
     curves = []
-    for cut in (replace(WHOLE, examples=3), replace(WHOLE, examples=3, one_row=True), replace(WHOLE, examples=2, layout="packed", one_row=True)):
+    for cut in (
+        replace(WHOLE, examples=3),
+        replace(WHOLE, examples=3, one_row=True),
+        replace(WHOLE, examples=2, layout="packed", one_row=True),
+    ):
         policy, said = one_rank(wide, cut), Said()
         trainer(policy, cut=cut, said=said, held_out=pairs(5, seed=1), evaluate_every=2).run()
         curves.append((said.losses, [e.metrics["eval/loss"] for e in said.evaluations]))
@@ -395,21 +466,38 @@ def two_sources(name: str, **algorithm):
     return cfg.model_copy(update={"data": cfg.data.model_copy(update={"train": paths, "eval": paths})})
 
 
-@pytest.mark.parametrize("cut", [Cut(1, 8, None, "padded", 0, "no_sync"), Cut(1, 3, None, "prefix_shared", 0, "no_sync")], ids=str)
+@pytest.mark.parametrize(
+    "cut", [Cut(1, 8, None, "padded", 0, "no_sync"), Cut(1, 3, None, "prefix_shared", 0, "no_sync")], ids=str
+)
 @pytest.mark.parametrize("loss", ["sigmoid", "aot", {"sigmoid": 1.0, "sft": 0.5}], ids=str)
 def test_figures_of_each_source_add_up_to_those_of_all_in_any_cut(one_rank, cut, loss):
     """8 pairs a step, some of each source; the numbers are those of a plain sum by hand."""
     groups = [replace(g, source=i % 3 == 0) for i, g in enumerate(pairs(40))]
     said = Said()
-    trainer(one_rank(two_sources("dpo", loss=loss), cut), said=said, groups=groups, held_out=groups[:6], cut=cut, sources=("a", "b")).run()
+    trainer(
+        one_rank(two_sources("dpo", loss=loss), cut),
+        said=said,
+        groups=groups,
+        held_out=groups[:6],
+        cut=cut,
+        sources=("a", "b"),
+    ).run()
     reader = batches(groups)
     for step in said.steps:
         share = np.mean([g.source for g in reader.at(8 * (step.step - 1))])
-        names = ["rewards/margins", *(["loss"] if loss == "sigmoid" else []), *(["rewards/accuracies"] if step.step > 1 else [])]
+        names = [
+            "rewards/margins",
+            *(["loss"] if loss == "sigmoid" else []),
+            *(["rewards/accuracies"] if step.step > 1 else []),
+        ]
         for name in names:
             by = [step.metrics[f"{name}/{source}"] for source in ("a", "b")]
-            assert (1 - share) * by[0] + share * by[1] == pytest.approx(step.metrics[name], rel=1e-5, abs=1e-7), name
-        assert ("loss/a" in step.metrics) == (loss == "sigmoid"), "a sorted or token-mean loss has no meaning per pair"
+            assert (1 - share) * by[0] + share * by[1] == pytest.approx(
+                step.metrics[name], rel=1e-5, abs=1e-7
+            ), name
+        assert ("loss/a" in step.metrics) == (loss == "sigmoid"), (
+            "a sorted or token-mean loss has no meaning per pair"
+        )
         assert not [name for name in step.metrics if "source" in name]
 
 
@@ -420,12 +508,19 @@ def test_an_sft_loss_of_each_source_is_a_mean_over_its_tokens(one_rank):
     first = batches(groups).at(0)
     tokens = [sum(g.scored_tokens for g in first if g.source == source) for source in (0, 1)]
     metrics = said.steps[0].metrics
-    assert (tokens[0] * metrics["loss/a"] + tokens[1] * metrics["loss/b"]) / sum(tokens) == pytest.approx(metrics["loss"], rel=1e-5)
+    assert (tokens[0] * metrics["loss/a"] + tokens[1] * metrics["loss/b"]) / sum(tokens) == pytest.approx(
+        metrics["loss"], rel=1e-5
+    )
 
 
 def test_at_the_first_step_and_the_evaluation_before_it_no_accuracy_is_known(one_rank):
     said = Said()
-    trainer(one_rank(), said=said, held_out=pairs(6), ranking=Ranking("implicit reward", 0.1, starts_at_reference=True)).run()
+    trainer(
+        one_rank(),
+        said=said,
+        held_out=pairs(6),
+        ranking=Ranking("implicit reward", 0.1, starts_at_reference=True),
+    ).run()
     assert [bool(np.isnan(s.metrics["rewards/accuracies"])) for s in said.steps] == [True, False, False]
     before, after = said.evaluations
     for name in ("eval/rewards/accuracies", "eval/preference_accuracy"):

@@ -58,7 +58,10 @@ class Counting:
 def test_everything_is_computed_once(tmp_path, score):
     first, second = Counting(score), Counting(score)
     told = []
-    assert ReferenceCache(tmp_path / "c").fill(GROUPS, cut, first, lambda done, of: told.append((done, of))) == 11
+    assert (
+        ReferenceCache(tmp_path / "c").fill(GROUPS, cut, first, lambda done, of: told.append((done, of)))
+        == 11
+    )
     assert told == [(11, 11)]
     assert ReferenceCache(tmp_path / "c").fill(GROUPS, cut, second, quiet) == 0
     assert (sorted(first.examples), second.examples) == (list(range(11)), [])
@@ -104,7 +107,9 @@ def test_equal_rows_are_one_record(tmp_path, score):
 
 @pytest.mark.parametrize("layout", ["prefix_shared", "packed", "padded"])
 @pytest.mark.parametrize(("workers", "examples", "positions"), [(1, 11, None), (3, 2, None), (2, None, 40)])
-def test_attached_values_are_the_live_ones_in_any_cut_and_layout(tmp_path, score, layout, workers, examples, positions):
+def test_attached_values_are_the_live_ones_in_any_cut_and_layout(
+    tmp_path, score, layout, workers, examples, positions
+):
     cache = ReferenceCache(tmp_path)
     cache.fill(GROUPS, cut, score, quiet)
     batch = cut_step(GROUPS, Cut(workers, examples, positions, layout, 0, "no_sync"))
@@ -151,7 +156,10 @@ def test_the_recheck_finds_a_record_of_another_length(tmp_path, score):
 
 
 def group(prompt=(1, 2), chosen=(3, 4), rejected=(5,), scored=(True, True), **rest):
-    branches = (Branch(np.array(chosen), np.array(scored)), Branch(np.array(rejected), np.ones(len(rejected), np.bool_)))
+    branches = (
+        Branch(np.array(chosen), np.array(scored)),
+        Branch(np.array(rejected), np.ones(len(rejected), np.bool_)),
+    )
     return SequenceGroup(rest.pop("id", 0), np.array(prompt), branches, **rest)
 
 

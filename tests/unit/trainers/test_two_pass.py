@@ -1,4 +1,5 @@
-"""Losses that couple the batch: the gradient of two passes over any cut is that of one large batch in plain torch."""
+"""Losses that couple the batch: the gradient of two passes over any cut is that of one large batch in plain
+torch."""
 
 import numpy as np
 import pytest
