@@ -24,8 +24,10 @@ from orchestrator.algorithms.losses.preference_mix import (
 from orchestrator.algorithms.losses.reward import bradley_terry
 from orchestrator.algorithms.losses.supervised import cross_entropy
 from orchestrator.algorithms.losses.value import ValueLoss
+from orchestrator.algorithms.own import ADVANTAGE, LOSS, OwnLoss, own_advantage
 from orchestrator.core.batches import DataKind
 from orchestrator.core.errors import ConfigError
+from orchestrator.core.user_code import load_function, names_code
 from orchestrator.recipe.schema import ONLINE, AlgorithmConfig, Recipe, Rollouts
 
 
@@ -131,6 +133,10 @@ def build(cfg: AlgorithmConfig, rollouts: Rollouts | None = None) -> AlgorithmSp
 
     rollouts: of an online recipe: its samples per prompt and its temperature are part of the row.
     """
+    if names_code(cfg.loss):
+        load_function(LOSS, str(cfg.loss))
+        usual = build(cfg.model_copy(update={"loss": None}), rollouts)
+        return replace(usual, objective=OwnLoss(str(cfg.loss), usual.objective), loss_at_reference=None)
     if cfg.name in ONLINE:
         return _online(cfg, rollouts or Rollouts())  # pyright: ignore[reportCallIssue]
     if cfg.name in DEFAULTS:
@@ -206,6 +212,9 @@ def _online(cfg: AlgorithmConfig, rollouts: Rollouts) -> AlgorithmSpec:
         cap=cfg.correction.cap,
     )
     advantage = estimators.gae(cfg.gamma, cfg.gae_lambda, whiten=cfg.whiten) if row.critic else row.advantage
+    if cfg.advantage is not None:
+        load_function(ADVANTAGE, cfg.advantage)
+        advantage = own_advantage(cfg.advantage)
     if cfg.scale_by_std is not None and advantage in (_SCALED, _CENTRED):
         advantage = _SCALED if cfg.scale_by_std else _CENTRED
     dynamic = row.dynamic_sampling if cfg.dynamic_sampling is None else cfg.dynamic_sampling

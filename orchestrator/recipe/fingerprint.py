@@ -84,7 +84,8 @@ def identity_of(
         "learners": {"precision": whole["learners"]["precision"]},
         "model": _model(recipe.model),
         "data": {key: whole["data"][key] for key in encoding},
-        **{section: whole[section] for section in ("algorithm", "optimizer")},
+        "algorithm": _algorithm(whole["algorithm"]),
+        "optimizer": whole["optimizer"],
         **online,
     }
     mixture = (
@@ -93,6 +94,12 @@ def identity_of(
     weight = {"weight of the source": sources[0][1]} if len(sources) == 1 and sources[0][1] != 1.0 else {}
     deciding = _flat(sections) | {"rows": data, "tokenizer and chat template": tokenizer} | mixture | weight
     return Identity(deciding, watched or {})
+
+
+def _algorithm(whole: dict[str, Any]) -> dict[str, Any]:
+    """Code of the user's own without its folder."""
+    own = {key: _named(whole[key]) for key in ("loss", "advantage") if isinstance(whole[key], str)}
+    return {key: value for key, value in (whole | own).items() if key != "advantage" or value is not None}
 
 
 def _model(model: Model) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from orchestrator.core.user_code import names_code
 from orchestrator.recipe import schema as c
 from orchestrator.recipe.schema import Key, Recipe, Section
 
@@ -92,7 +93,7 @@ def terms(recipe: Recipe) -> tuple[str, ...]:
     algorithm = recipe.algorithm
     if algorithm.name not in PAIRS:
         return ()
-    if algorithm.loss is None:
+    if algorithm.loss is None or names_code(algorithm.loss):
         return DEFAULT_LOSS[algorithm.name]
     return (algorithm.loss,) if isinstance(algorithm.loss, str) else tuple(algorithm.loss)
 
@@ -247,7 +248,11 @@ READERS: Mapping[type[BaseModel], Mapping[str, Readers]] = {
     ),
     c.AlgorithmConfig: _rows(
         "name",
-        loss=PAIR,
+        loss=where(
+            "the algorithm is one of pairs, or the loss is a function of your own",
+            lambda r, algorithm: r.algorithm.name in PAIRS or names_code(algorithm.loss),
+        ),
+        advantage=GRADIENT,
         beta=by("kto", *PAIRS),
         label_smoothing=by_loss(*SMOOTHED),
         f_divergence=by_loss(*DIVERGING),

@@ -238,8 +238,13 @@ class AlgorithmConfig(Section):
     name: Literal[OfflineName, OnlineName] = Field(description="see [algorithms](algorithms.md)")
     loss: str | dict[str, float] | None = Field(
         None,
-        description="one loss by name or a weighted mix, e.g. {sigmoid: 0.8, sft: 1.0}; default: the "
-        "algorithm's own",
+        description="one loss by name or a weighted mix, e.g. {sigmoid: 0.8, sft: 1.0}, or a function of "
+        "your own, file.py:function; default: the algorithm's own",
+    )
+    advantage: str | None = Field(
+        None,
+        description="online: a function of your own that turns rewards into advantages, file.py:function; "
+        "default: the algorithm's own",
     )
     beta: float = Field(
         0.1, gt=0, description="inverse temperature: how far the policy may move from the reference"

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from orchestrator.core.errors import ConfigError
-from orchestrator.rollout.user_code import load_module
+from orchestrator.core.user_code import load_module
 
 Messages = list[dict[str, Any]]
 

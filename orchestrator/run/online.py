@@ -35,6 +35,7 @@ from orchestrator.run.folder import RunFolder
 from orchestrator.run.planned_run import Job
 from orchestrator.run.resume import RunCheckpoints
 from orchestrator.run.startup import check_layout, probed_cut
+from orchestrator.trainers.experience import ExperienceInputs
 from orchestrator.trainers.online import OnlinePlan, OnlineTrainer, TrainedRoles
 from orchestrator.trainers.online_evaluation import RolloutEvaluator
 from orchestrator.trainers.optimizer_step import Attach, Guards, OptimizerStepper
@@ -204,7 +205,7 @@ def _critic(job: Job, folder: RunFolder, placed: Mapping[str, Placement]) -> Lea
 
 
 def _learning(job: Job, cut: Cut, group: Ranks, critic: Ranks | None, reporter: RunReporter) -> TrainedRoles:
-    policy = OptimizerStepper(job.algorithm, group, cut, _attach(job, group), reporter, job.guards())
+    policy = OptimizerStepper(job.algorithm, group, cut, live_reference(job, group), reporter, job.guards())
     if critic is None:
         return TrainedRoles(policy)
     # the critic's loss says nothing of the policy's anchor or traffic
@@ -214,7 +215,7 @@ def _learning(job: Job, cut: Cut, group: Ranks, critic: Ranks | None, reporter: 
     return TrainedRoles(policy, values)
 
 
-def _attach(job: Job, group: Learner) -> Attach:
+def live_reference(job: Job, group: Learner) -> Attach:
     """Pairs of online DPO get live reference log-probs; policy gradients carry theirs in their experience."""
     online = job.algorithm.online
     if online is None or online.advantage is not None or not job.algorithm.needs_reference:
@@ -239,6 +240,11 @@ def sampling_of(recipe: Recipe) -> Sampling:
         stop=tuple(rollouts.stop),
         seed=recipe.run.seed,
     )
+
+
+def experience_inputs(job: Job) -> ExperienceInputs:
+    """What the advantages of its rollouts are computed from."""
+    return _plan(job, sampling_of(job.recipe), evaluated=False).needs
 
 
 def _plan(job: Job, sampling: Sampling, evaluated: bool) -> OnlinePlan:

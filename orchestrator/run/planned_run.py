@@ -17,6 +17,7 @@ from orchestrator.data.dataset import DataSet
 from orchestrator.data.prompts import PromptSet, check_batches
 from orchestrator.models.load import load_config
 from orchestrator.models.weight_buckets import WIRE
+from orchestrator.observe.callbacks import Callback, CallbackSink
 from orchestrator.observe.console import ConsoleSink
 from orchestrator.observe.jsonl import JsonlSink
 from orchestrator.observe.report.model_card import model_card
@@ -32,7 +33,7 @@ from orchestrator.plan.settle import settle
 from orchestrator.plan.sketch import Lengths, synthetic_data
 from orchestrator.plan.state_bytes import Sizes
 from orchestrator.recipe.loading import dump
-from orchestrator.recipe.schema import Recipe
+from orchestrator.recipe.schema import ONLINE, Recipe
 from orchestrator.rollout.rewards.lookup import check_rewards
 from orchestrator.rollout.trial import try_user_code
 from orchestrator.run.folder import RunFolder
@@ -60,6 +61,7 @@ class Job:
     optimizer_steps: int
     console: Console
     in_process: bool = False
+    callbacks: tuple[Callback, ...] = ()
 
     @property
     def schedule_steps(self) -> int:
@@ -121,6 +123,7 @@ class Job:
             JsonlSink(folder.root, resume_step),
         ]
         sinks.append(RayMetricsSink(tracking.group or name, algorithm, name))
+        sinks += [CallbackSink(self.callbacks)] if self.callbacks else []
         if tracking.wandb != "off":
             plan = self.plan.to_json()
             config = {
@@ -171,14 +174,20 @@ def _versions() -> dict[str, str]:
     return {name: version(name) for name in ("torch", "transformers", "deepspeed", "ray", "trl")}
 
 
-def plan_job(recipe: Recipe, console: Console, hardware: Hardware | None = None) -> Job:
+def plan_job(
+    recipe: Recipe, console: Console, hardware: Hardware | None = None, *, own_rewards: bool = False
+) -> Job:
     """Reads the data and plans the run on `hardware` (default: this machine), without Ray and without model
-    weights."""
+    weights. own_rewards: the caller computes rewards, so that the recipe needs none."""
+    if recipe.algorithm.name in ONLINE and not own_rewards:
+        require_reward(recipe)
     return _job(recipe, console, hardware or this_machine(), None)
 
 
 def plan_sketch(recipe: Recipe, hardware: Hardware, lengths: Lengths) -> Plan:
     """The plan for rows of such lengths, without any data."""
+    if recipe.algorithm.name in ONLINE:
+        require_reward(recipe)
     plan = _job(recipe, Console(quiet=True), hardware, lengths).plan
     return replace(
         plan,
@@ -234,7 +243,6 @@ def _online(
     fewer: bool,
 ) -> Job:
     steps = check_batches(recipe, algorithm) * recipe.algorithm.epochs
-    require_reward(recipe)
     check_rewards(recipe.rewards)
     prompts, columns = None, None
     if lengths is None:

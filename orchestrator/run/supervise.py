@@ -24,6 +24,8 @@ from orchestrator.core.errors import NotEnoughResources, OutOfMemory, WorkerFail
 from orchestrator.core.files import read_lines
 from orchestrator.core.reports import Progress
 from orchestrator.core.stopping import Stop, stop_signals
+from orchestrator.core.user_code import names_code
+from orchestrator.observe.callbacks import Callback
 from orchestrator.observe.phases import phase
 from orchestrator.observe.report.html import write_report
 from orchestrator.observe.wandb_sink import honoured
@@ -75,6 +77,8 @@ class How:
 
     extend: bool = False
     in_process: bool = False
+    callbacks: tuple[Callback, ...] = ()
+    """Called with each report of a step and of an evaluation."""
 
 
 def train(
@@ -99,6 +103,7 @@ def _train(recipe: Recipe, root: Path, console: Console, stop: Stop, how: How) -
         if how.in_process
         else _planned(recipe, console, of_cluster(facts))
     )
+    job = replace(job, callbacks=how.callbacks)
     _preflight(check_cluster(facts, need_of(job)), console)
     if job.prompts is not None and recipe.rollouts.replay is None:
         for function in recipe.rewards.functions:
@@ -138,22 +143,26 @@ def _identity(recipe: Recipe, job: Job) -> Identity:
     """What the run learns from, and the user's files beside it."""
     learned = job.data.groups if job.prompts is None else job.prompts.batches.groups
     watched = {TOKENS: tokens_digest(learned)}
+    written = {
+        f"the file of algorithm.{key}": code
+        for key in ("loss", "advantage")
+        if names_code(code := getattr(recipe.algorithm, key))
+    }
     if job.prompts is not None:
-        written = {
+        written |= {
             f"the file of rewards.functions, {f.name}": f.function
             for f in recipe.rewards.functions
             if is_users(f)
         }
-        for name, where in (
-            written | {"the file of rollouts.environment": recipe.rollouts.environment}
-        ).items():
-            if where is not None and (file := source_of(where)) is not None:
-                watched[f"{name} ({file.name})"] = file_digest(file)
+        written["the file of rollouts.environment"] = recipe.rollouts.environment
         watched |= {
             f"the url of rewards.functions, {f.name}": text_digest(f.url)
             for f in recipe.rewards.functions
             if f.url is not None
         }
+    for name, where in written.items():
+        if where is not None and (file := source_of(where)) is not None:
+            watched[f"{name} ({file.name})"] = file_digest(file)
     loaded = job.data.loaded
     sources = list(zip(loaded.sizes, loaded.weights, strict=True))
     return identity_of(

@@ -14,6 +14,7 @@ from pathlib import Path
 from orchestrator.cluster.submit.ray_jobs import STOP_GRACE, JobAttempt, Jobs, Submission
 from orchestrator.cluster.submit.upload import Upload
 from orchestrator.core.errors import ConfigError, MissingInput, OutputError
+from orchestrator.core.user_code import names_code
 from orchestrator.data.files import SUFFIXES
 from orchestrator.recipe.files import builtin_recipes
 from orchestrator.recipe.loading import recipe_files
@@ -157,20 +158,20 @@ def _paths(recipe: Recipe) -> Iterator[tuple[str, str, bool]]:
             for k in ("path", "reference", "chat_template")
             if (v := getattr(model, k)) is not None
         ]
+    named = [
+        (f"algorithm.{k}", v) for k in ("loss", "advantage") if names_code(v := getattr(recipe.algorithm, k))
+    ]
     if online:
-        named = [("rollouts.environment", recipe.rollouts.environment)]
+        named += [("rollouts.environment", recipe.rollouts.environment)]
         named += [(f"rewards.functions, {f.name}", f.function) for f in recipe.rewards.functions]
-        found += [
-            (key, v.rpartition(":")[0])
-            for key, v in named
-            if v is not None and v.rpartition(":")[0].endswith(".py")
-        ]
         found += [
             (f"rewards.functions, {f.name}: model", f.model)
             for f in recipe.rewards.functions
             if f.model is not None
         ]
         found += [("rollouts.replay", recipe.rollouts.replay)] if recipe.rollouts.replay is not None else []
+    code = [(key, v.rpartition(":")[0]) for key, v in named if v is not None]
+    found += [(key, place) for key, place in code if place.endswith(".py")]
     for key, path in found:
         if not Path(path).is_absolute() and "://" not in path and not path.startswith(("toy:", STAGE)):
             yield key, path, key.endswith(("chat_template", "replay")) or path.endswith((*SUFFIXES, ".py"))

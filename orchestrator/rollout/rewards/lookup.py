@@ -24,9 +24,9 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from orchestrator.core.errors import ConfigError, MissingInput
+from orchestrator.core.user_code import load_module
 from orchestrator.data.answers import CHECKERS, matches
 from orchestrator.recipe.schema import RewardFunction, Rewards
-from orchestrator.rollout.user_code import load_module
 
 ENVIRONMENT = "environment"
 """The component that holds what environments gave; no function may have its name."""

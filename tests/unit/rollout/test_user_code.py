@@ -16,7 +16,7 @@ from orchestrator.rollout.rewards.component import RewardCall
 from orchestrator.rollout.rewards.lookup import check_rewards
 from orchestrator.rollout.rewards.sandbox import Confinement, Sandbox
 from orchestrator.rollout.trial import try_user_code
-from orchestrator.rollout.user_code import load_module
+from orchestrator.core.user_code import load_module
 from tests.unit.rollout.reward_cases import function
 
 FILES = {

@@ -7,13 +7,18 @@ package/file.py   that imports relatively: as a module of its package
 """
 
 import ast
+import difflib
 import hashlib
 import importlib
 import importlib.util
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
+
+from orchestrator.core.errors import ConfigError, MissingInput
 
 
 def load_module(place: str) -> ModuleType:
@@ -28,6 +33,36 @@ def load_module(place: str) -> ModuleType:
         return _loose(file)
     _first_on_path(file.parents[len(package)], after=Path.cwd())
     return importlib.import_module(".".join([*package, file.stem]))
+
+
+def names_code(value: object) -> bool:
+    """True for `file.py:function` and `module:function`."""
+    return isinstance(value, str) and ":" in value
+
+
+def load_function(key: str, place: str) -> Callable[..., Any]:
+    """The function of `file.py:function` or `module:function`, which the recipe names in `key`.
+
+    MissingInput if there is no such file; ConfigError if its module raises, or holds no such function.
+    """
+    where, _, name = place.rpartition(":")
+    if where.endswith(".py") and not Path(where).is_file():
+        raise MissingInput(
+            f"{key}: no file {where}", why=f"the working folder is {Path.cwd()}", fix="give its path"
+        )
+    try:
+        module = load_module(where)
+    except Exception as error:
+        why = f"{type(error).__name__}: {error}"
+        raise ConfigError(
+            f"{key}: {where} cannot be imported", why=why, fix="import it alone to see why"
+        ) from error
+    function = getattr(module, name, None)
+    if not callable(function):
+        close = difflib.get_close_matches(name, [n for n, v in vars(module).items() if callable(v)], n=1)
+        fix = f"did you mean {close[0]}?" if close else f"define `def {name}(...)` at its top level"
+        raise ConfigError(f"{key}: {where} has no function {name}", fix=fix)
+    return function
 
 
 def _package(file: Path) -> tuple[str, ...]:
