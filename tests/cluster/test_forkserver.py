@@ -135,16 +135,23 @@ ONLINE = ("run.max_steps=3", "evaluation.every=3", "learners.workers=1", "optimi
 @pytest.mark.parametrize("recipe", ["grpo", "ppo", "online_dpo", "grpo_tool"])
 def test_an_online_run_is_the_same_in_one_process(sandbox, tmp_path, recipe):
     (tmp_path / "brief.py").write_text(
-        "def brief(completions, **_):\n    return [-float(len(text)) for text in completions]\n"
+        "def brief(completions, **_):\n    return [-float(len(str(text))) for text in completions]\n"
     )
     reward = f"rewards.functions=[{{name: brief, function: {tmp_path}/brief.py:brief}}]"
-    mine = (f"{recipe}:{change}" for change in (*ONLINE, "rollouts.workers=1", reward))
+    stage = "grpo" if recipe == "grpo_tool" else recipe
+    changes = (
+        *ONLINE,
+        "rollouts.workers=1",
+        reward,
+        *(["batch.effective=8"] if recipe == "online_dpo" else []),
+    )
+    mine = (f"{stage}:{change}" for change in changes)
     few = ["sft:run.max_steps=2", "sft:learners.workers=1", *mine]
     ray = sandbox.run("train", f"tiny/{recipe}", *few, "--output", tmp_path / "ray")
     here = sandbox.run("train", f"tiny/{recipe}", *few, "--in-process", "--output", tmp_path / "here")
     assert (ray.code, here.code) == (0, 0), ray.err + here.err
     assert (
-        exported_hash(tmp_path / "ray" / recipe)
-        == exported_hash(tmp_path / "here" / recipe)
+        exported_hash(tmp_path / "ray" / stage)
+        == exported_hash(tmp_path / "here" / stage)
         != exported_hash(tmp_path / "here" / "sft")
     )
