@@ -20,6 +20,7 @@ from orchestrator.cli.options import Overrides, RecipeArgument, last_recipe, out
 from orchestrator.cluster.forkserver import forked_workers
 from orchestrator.core.errors import ConfigError, Exit, OrchestratorError, OutputError
 from orchestrator.core.stopping import enduring_output, stop_signals
+from orchestrator.core.user_code import names_code
 from orchestrator.observe.phases import phase
 from orchestrator.recipe import loading as recipes
 from orchestrator.recipe.pipeline import references
@@ -274,7 +275,9 @@ def _verify(cfg: "Recipe", steps: int, workers: str, everything: bool) -> None:
         raise OrchestratorError(
             f"{failed} cuts differ by more than {tolerance:g}",
             why="the effective batch is not independent of the hardware here",
-            fix="report it with this table; do not trust accumulation with these settings",
+            fix="divide the sum of the losses by a count of `units`, never by one of the micro-batch"
+            if names_code(cfg.algorithm.loss)
+            else "report it with this table; do not trust accumulation with these settings",
         )
     out.print(f"all within {tolerance:g} (relative; weights: norm of the difference over norm)")
 

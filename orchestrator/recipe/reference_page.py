@@ -37,7 +37,7 @@ command line, and to what is not legal, and looks at what two values of each cha
 
 This page is generated from the schema: `orchestrator config reference > docs/recipe-reference.md`.
 """
-KEYS, VALUES = 275, 1129
+KEYS, VALUES = 276, 1135
 """Counted by tests/unit/settings/test_values.py, which says what to write here."""
 WORDS = {str: "text", int: "whole number", float: "number", bool: "true or false", type(None): "null"}
 BOUNDS = (("ge", "≥"), ("gt", ">"), ("le", "≤"), ("lt", "<"))

@@ -721,6 +721,8 @@ class Tracking(Section):
 
 
 class Recipe(Section):
+    """A checked recipe: its sections as attributes."""
+
     run: Run = Run()  # pyright: ignore[reportCallIssue]
     model: Model
     data: Data

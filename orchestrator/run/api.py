@@ -12,8 +12,9 @@ from rich.console import Console
 from orchestrator.core.errors import ConfigError
 from orchestrator.core.files import write_atomically
 from orchestrator.observe.callbacks import Callback
-from orchestrator.recipe.loading import load
+from orchestrator.recipe.loading import dump, load
 from orchestrator.recipe.schema import Recipe
+from orchestrator.run.folder import ROWS
 from orchestrator.run.supervise import How, Outcome
 from orchestrator.run.supervise import train as run_recipe
 
@@ -24,15 +25,14 @@ def load_recipe(recipe: str | Path | Mapping[str, Any] | Recipe, *overrides: str
     overrides: `a.b=c`, as on the command line. ConfigError lists every problem; a pipeline has no single
     recipe and is refused.
     """
-    if isinstance(recipe, Recipe):
-        recipe = recipe.model_dump(mode="json")
-    if not isinstance(recipe, Mapping):
-        stages = load(recipe, overrides).stages
-    else:
+    if isinstance(recipe, Mapping | Recipe):
+        text = dump(recipe) if isinstance(recipe, Recipe) else yaml.safe_dump(dict(recipe), sort_keys=False)
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "recipe.yaml"
-            file.write_text(yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True))
+            file.write_text(text)
             stages = load(file, overrides).stages
+    else:
+        stages = load(recipe, overrides).stages
     if len(stages) != 1:
         names = ", ".join(stage.name for stage in stages)
         raise ConfigError(
@@ -59,7 +59,7 @@ def train(
     """
     folder = Path(output)
     changes = [
-        f"data.{key}={_written(folder / 'rows' / f'{key}.jsonl', records)}"
+        f"data.{key}={_written(folder / ROWS / f'{key}.jsonl', records)}"
         for key, records in (("train", rows), ("eval", held_out))
         if records is not None
     ]

@@ -192,13 +192,17 @@ def _reject_ray_temp_folder(root: Path) -> None:
         )
 
 
+ROWS = "rows"
+"""Folder inside a run folder of rows that were handed over in memory."""
+
+
 def _reject_other_run(root: Path, identity: Identity) -> Mapping[str, Any]:
     """What run.json says, nothing in a new folder. OutputError where the folder holds another run or things
     of somebody else's."""
     there = run_record(root)
     if there is None:
         if root.is_dir() and any(
-            p.name not in ("run.lock", "run.owner") and not p.name.startswith(".run.json.")
+            p.name not in ("run.lock", "run.owner", ROWS) and not p.name.startswith(".run.json.")
             for p in root.iterdir()
         ):
             raise OutputError(f"{root} is not empty and holds no run", fix="choose a new folder as --output")

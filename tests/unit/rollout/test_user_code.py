@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 
 from orchestrator.core.errors import ConfigError, MissingInput, OrchestratorError
+from orchestrator.core.user_code import load_module
 from orchestrator.recipe.schema import RewardFunction, Rewards
 from orchestrator.rollout.environment import load_environment
 from orchestrator.rollout.rewards.component import RewardCall
 from orchestrator.rollout.rewards.lookup import check_rewards
 from orchestrator.rollout.rewards.sandbox import Confinement, Sandbox
 from orchestrator.rollout.trial import try_user_code
-from orchestrator.core.user_code import load_module
 from tests.unit.rollout.reward_cases import function
 
 FILES = {

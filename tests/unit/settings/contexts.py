@@ -108,6 +108,7 @@ CONTEXTS: dict[str, Context] = {
         for name in ALL_READ
     },
     "algorithm.loss": _only(*DPO),
+    "algorithm.advantage": Context(GRPO, ("algorithm.name=online_dpo",)),
     "algorithm.beta": _only(*DPO),
     "algorithm.label_smoothing": Context(DPO, (*DPO, "algorithm.loss=hinge")),
     "algorithm.f_divergence": Context(DPO, (*DPO, "algorithm.loss=nca_pair")),

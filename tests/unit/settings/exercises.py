@@ -224,6 +224,9 @@ EXERCISES: dict[str, Row | Elsewhere | Unseen] = {
     # ---- algorithm
     "algorithm.name": Row(o.needs_reference, ("sft", "dpo"), (False, True)),
     "algorithm.loss": Row(o.loss, ("hinge", "{sigmoid: 0.5, ipo: 1}")),
+    "algorithm.advantage": Row(
+        o.advantages, ("tests.unit.settings.own:ones", "tests.unit.settings.own:twos"), ([1.0] * 8 + [0.0] * 8, [2.0] * 8 + [0.0] * 8)
+    ),
     "algorithm.beta": Row(o.loss, ("0.1", "0.5")),
     "algorithm.label_smoothing": Row(o.loss, ("0", "0.1")),
     "algorithm.f_divergence": Row(o.loss, ("reverse_kl", "js")),
