@@ -80,10 +80,10 @@ def train(
         with nullcontext() if in_process else forked_workers(_loading):
             with _loading() if in_process else nullcontext():
                 from orchestrator.run.stages import train_stages
-                from orchestrator.run.supervise import How
+                from orchestrator.run.supervise import RunOptions
 
             outcomes = train_stages(
-                loaded.stages, output or Path("runs") / loaded.name, out, stop, How(extend, in_process)
+                loaded.stages, output or Path("runs") / loaded.name, out, stop, RunOptions(extend, in_process)
             )
     if (results := held_out(outcomes)).row_count:
         show(results)

@@ -52,7 +52,7 @@ def stable_run_id(run_fingerprint: str, run_dir: Path) -> str:
     return hashlib.sha256(f"{run_fingerprint}\n{run_dir.resolve()}".encode()).hexdigest()[:16]
 
 
-def honoured(tracking: Tracking, environment: Mapping[str, str]) -> tuple[Tracking, list[str]]:
+def apply_environment(tracking: Tracking, environment: Mapping[str, str]) -> tuple[Tracking, list[str]]:
     """What wandb's own variables make of the recipe's section, and what to tell the user of it. WANDB_MODE
     may switch off or keep offline, and WANDB_PROJECT names a project where the recipe names none; the recipe
     wins else, which is told."""

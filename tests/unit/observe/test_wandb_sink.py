@@ -23,7 +23,7 @@ from orchestrator.observe.wandb_sink import (
     STEP,
     WandbSink,
     failed_within,
-    honoured,
+    apply_environment,
     stable_run_id,
     without_credentials,
 )
@@ -376,7 +376,7 @@ def test_importing_the_module_does_not_import_wandb() -> None:
     ],
 )
 def test_wandbs_own_variables_are_followed_or_told(recipe, environment, wandb, project, told):
-    tracking, lines = honoured(Tracking(**recipe), environment)
+    tracking, lines = apply_environment(Tracking(**recipe), environment)
     assert (tracking.wandb, tracking.project, len(lines)) == (wandb, project, told)
     for name in environment if told else ():
         assert any(name in line for line in lines) or (name == "WANDB_PROJECT" and wandb == "off")

@@ -11,19 +11,19 @@ from orchestrator.core.resources import WorkerGroup
 from orchestrator.models.load import load as load_model
 from orchestrator.recipe.loading import load
 from orchestrator.recipe.schema import Model, RewardFunction, TinyModel
-from orchestrator.run.planned_run import Job, plan_job
+from orchestrator.run.planned_run import PlannedRun, plan_run
 from orchestrator.run.preflight import model_sources, need_of
 
 TINY = TinyModel(hidden_size=32, layers=1, heads=2)  # pyright: ignore[reportCallIssue]
 
 
-def job(name: str, *overrides: str) -> Job:
+def job(name: str, *overrides: str) -> PlannedRun:
     """The last stage of a recipe, with a model that need not be trained first."""
     stages = load(name).stages
     prefix = f"{stages[-1].name}:" if len(stages) > 1 else ""
     recipe = load(name, [prefix + o for o in (*overrides, "data.eval=null")]).stages[-1].recipe
     model = recipe.model.model_copy(update={"path": None, "tiny": TINY})
-    return plan_job(recipe.model_copy(update={"model": model}), Console(quiet=True))
+    return plan_run(recipe.model_copy(update={"model": model}), Console(quiet=True))
 
 
 def parameters(model: Model, head: str = "lm") -> tuple[int, int]:
@@ -89,6 +89,6 @@ def test_reward_models_and_vllm_are_asked_for() -> None:
 def test_weights_come_from_folders_and_from_the_hub(tmp_path: Path) -> None:
     recipe = load("tiny/dpo").stages[-1].recipe
     assert model_sources(recipe) == ()
-    model = Model(path=str(tmp_path), reference="org/model", revision="abc")  # pyright: ignore[reportCallIssue]
-    found = model_sources(recipe.model_copy(update={"model": model}))
-    assert found == (ModelSource(str(tmp_path), "abc", hub=False), ModelSource("org/model", None, hub=True))
+    model = Model.model_validate({"path": str(tmp_path), "reference": "org/model", "revision": "abc"})
+    sources = model_sources(recipe.model_copy(update={"model": model}))
+    assert sources == (ModelSource(str(tmp_path), "abc", hub=False), ModelSource("org/model", None, hub=True))

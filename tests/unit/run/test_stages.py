@@ -14,11 +14,19 @@ from orchestrator.plan.disk import checkpoint_bytes, export_bytes, in_words
 from orchestrator.plan.memory import model_sizes
 from orchestrator.recipe.loading import load
 from orchestrator.recipe.schema import Model
-from orchestrator.run.stage_exports import with_types
+from orchestrator.run.stages import with_types
 
 PIPELINE = """pipeline:
-  - {name: sft, model: {path: %s}, data: {train: toy:sft}, algorithm: {name: sft}, optimizer: {learning_rate: 1e-3}}
-  - {name: dpo, model: {path: stage:sft}, data: {train: toy:preference}, algorithm: {name: dpo}, optimizer: {learning_rate: 1e-3}}
+  - name: sft
+    model: {path: %s}
+    data: {train: toy:sft}
+    algorithm: {name: sft}
+    optimizer: {learning_rate: 1e-3}
+  - name: dpo
+    model: {path: stage:sft}
+    data: {train: toy:preference}
+    algorithm: {name: dpo}
+    optimizer: {learning_rate: 1e-3}
 """
 
 
