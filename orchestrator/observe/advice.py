@@ -1,4 +1,4 @@
-"""What an alert means and what to do about it, by its title."""
+"""Explanation and fix of each alert, by its title."""
 
 from collections.abc import Mapping
 
@@ -10,8 +10,8 @@ ADVICE: Mapping[str, str] = {
     "a lower optimizer.learning_rate, "
     "or a higher algorithm.kl.coefficient",
     "rewards without spread": "Equal rewards teach nothing: all is solved, or the reward is broken. Fix: "
-    "look at the rollouts in report.html, "
-    "give harder prompts, or a reward that tells answers apart",
+    "look at the rollouts in report.html; "
+    "give harder prompts, or a reward that distinguishes answers",
     "no signal": "An advantage compares the answers to one prompt, so these steps change nothing. Fix: look "
     "at the rollouts in report.html; "
     "give easier prompts, a reward with partial credit, more rollouts.samples or a higher "
@@ -38,4 +38,4 @@ ADVICE: Mapping[str, str] = {
     "repeated restarts": "A cause that stays will end the run. Fix: logs/ says why workers were lost; "
     "`orchestrator doctor` looks at every node",
 }
-"""Title -> why it matters. Fix: what to do."""
+"""Title -> "why it matters. Fix: what to do"."""

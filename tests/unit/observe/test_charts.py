@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from orchestrator.observe.report.charts import (
     CHARACTER,
     HEIGHT,
-    MOST_POINTS,
+    MAX_POINTS,
     WIDTH,
     Chart,
     Series,
@@ -139,7 +139,7 @@ def test_thinning_keeps_every_spike_and_the_order() -> None:
     points[12_345] = (12_345.0, 99.0)
     points[777] = (777.0, -99.0)
     kept = thinned(points)
-    assert len(kept) <= MOST_POINTS + 2
+    assert len(kept) <= MAX_POINTS + 2
     assert {99.0, -99.0} <= {y for _, y in kept}
     assert [x for x, _ in kept] == sorted(x for x, _ in kept)
 
