@@ -17,7 +17,7 @@ from orchestrator.run import offline as run_offline
 from orchestrator.run import online as run_online
 from orchestrator.run.inputs import read_data, read_prompts
 from orchestrator.run.planned_run import plan_run
-from orchestrator.run.preflight import asked_by, look
+from orchestrator.run.preflight import cluster_facts, recipe_requirements
 from orchestrator.run.startup import attach_reference
 
 
@@ -40,7 +40,7 @@ def evaluate(recipe: Recipe, model: Path | None, console: Console) -> dict[str, 
     if model is not None:
         changes = {"path": str(model), "tiny": None, "revision": None, "lora": None}
         policy = recipe.model_copy(update={"model": recipe.model.model_copy(update=changes)})
-    planned = plan_run(policy, console, of_cluster(look(asked_by([policy]))))
+    planned = plan_run(policy, console, of_cluster(cluster_facts(recipe_requirements([policy]))))
     if planned.prompts is not None:
         return run_online.evaluate(planned)
     with LearnerGroup(planned.recipe.learners, parameters=planned.sizes().all) as group:

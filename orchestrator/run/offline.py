@@ -56,7 +56,7 @@ def run_once(planned: PlannedRun, folder: RunFolder, cut: Cut, stop: Stop) -> Pr
             store, [group], saved, base, final=recipe.checkpoint.final, last=planned.plan.total_steps
         )
         trainer = OfflineTrainer(
-            plan=_plan(planned, evaluated),
+            plan=_loop_plan(planned, evaluated),
             cut=cut,
             policy=group,
             attach_reference=attach,
@@ -104,7 +104,7 @@ def _build(planned: PlannedRun, cut: Cut, group: Ranks, note: Callable[[str], No
     return cut, attach
 
 
-def _plan(planned: PlannedRun, evaluated: bool) -> OfflinePlan:
+def _loop_plan(planned: PlannedRun, evaluated: bool) -> OfflinePlan:
     recipe = planned.recipe
     return OfflinePlan(
         algorithm=planned.algorithm,

@@ -62,8 +62,8 @@ def run_once(planned: PlannedRun, folder: RunFolder, cut: Cut, stop: Stop) -> Pr
         )
         evaluated = saved is not None and folder.evaluated(saved.progress.step)
         trainer = OnlineTrainer(
-            plan=_plan(planned, sampling, evaluated),
-            learning=_learning(planned, cut, group, critic, reporter),
+            plan=_loop_plan(planned, sampling, evaluated),
+            learning=_trained_roles(planned, cut, group, critic, reporter),
             prompts=planned.prompts.batches,
             generator=generator,
             scorer=scorer,
@@ -126,7 +126,7 @@ def _on_ray(planned: PlannedRun, folder: RunFolder, stack: ExitStack) -> Parts:
                 learners, parameters=parameters, logs=logs, colocated=colocated, placement=placed["learners"]
             )
         )
-        critic = stack.enter_context(_critic(planned, folder, placed)) if _has_critic(planned) else None
+        critic = stack.enter_context(_critic_group(planned, folder, placed)) if _has_critic(planned) else None
 
     def start_rollouts() -> RolloutParts:
         scorer = stack.enter_context(
@@ -192,7 +192,7 @@ def critic_recipe(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"model": model, "optimizer": optimizer, "learners": learners})
 
 
-def _critic(planned: PlannedRun, folder: RunFolder, placed: Mapping[str, Placement]) -> LearnerGroup:
+def _critic_group(planned: PlannedRun, folder: RunFolder, placed: Mapping[str, Placement]) -> LearnerGroup:
     recipe = critic_recipe(planned.recipe)
     parameters = model_sizes(recipe, value_model(recipe.algorithm)).all
     return LearnerGroup(
@@ -200,7 +200,7 @@ def _critic(planned: PlannedRun, folder: RunFolder, placed: Mapping[str, Placeme
     )
 
 
-def _learning(
+def _trained_roles(
     planned: PlannedRun, cut: Cut, group: Ranks, critic: Ranks | None, reporter: RunReporter
 ) -> TrainedRoles:
     policy = OptimizerStepper(
@@ -242,7 +242,7 @@ def sampling_of(recipe: Recipe) -> Sampling:
     )
 
 
-def _plan(planned: PlannedRun, sampling: Sampling, evaluated: bool) -> OnlinePlan:
+def _loop_plan(planned: PlannedRun, sampling: Sampling, evaluated: bool) -> OnlinePlan:
     recipe = planned.recipe
     algorithm = recipe.algorithm
     return OnlinePlan(

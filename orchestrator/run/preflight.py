@@ -1,9 +1,9 @@
 """Checks, before anything is placed, that the cluster has what the run needs.
 
-recipes     --asked_by--> ClusterRequirements --look--> ClusterFacts -+
-PlannedRun  --need_of--> ClusterRequirements -------------------------+--check_cluster--> findings
-                                                                                             |
-                                           the run starts, or one error with every fix <--require
+recipes    --recipe_requirements--> ClusterRequirements --cluster_facts--> ClusterFacts -+
+PlannedRun --run_requirements--> ClusterRequirements ------------------------------------+
+                                                                                         |
+the run starts, or one error with every fix <--require-- findings <--check_cluster-------+
 """
 
 import os
@@ -41,11 +41,11 @@ ERRORS: dict[str, type[OrchestratorError]] = {
 """Error that a failed check raises, by the check's name; NotEnoughResources for all others."""
 
 
-def need_of(planned: PlannedRun) -> ClusterRequirements:
+def run_requirements(planned: PlannedRun) -> ClusterRequirements:
     """Requirements of a planned run."""
     recipe = planned.recipe
     return replace(
-        asked_by([recipe]),
+        recipe_requirements([recipe]),
         groups=(*planned.demands(), *planned.reward_models()),
         checkpoint_bytes=checkpoint_bytes(planned.recipe, planned.algorithm, planned.sizes()),
         keep=recipe.checkpoint.keep,
@@ -70,7 +70,9 @@ def _on_hub(path: str) -> bool:
     return not Path(path).is_dir() and not path.startswith(("/", ".")) and path.count("/") == 1
 
 
-def look(asked: ClusterRequirements, root: Path | None = None, *, kernels: bool = False) -> ClusterFacts:
+def cluster_facts(
+    need: ClusterRequirements, root: Path | None = None, *, kernels: bool = False
+) -> ClusterFacts:
     """Facts of each node of the cluster at RAY_ADDRESS; if it is not set, of this machine, without Ray.
 
     root: the run folder, None to skip storage and disk; kernels: also tries the GPUs of this machine, which
@@ -78,16 +80,16 @@ def look(asked: ClusterRequirements, root: Path | None = None, *, kernels: bool 
     """
     # before a plan (no groups yet) GPUs are looked at wherever a node has some
     facts = (
-        survey(root, asked.models, asked.libraries, gpus=asked.gpus or not asked.groups)
+        survey(root, need.models, need.libraries, gpus=need.gpus or not need.groups)
         if on_cluster()
-        else this_machine(asked, root)
+        else this_machine(need, root)
     )
     if kernels and not on_cluster() and facts.nodes[0].devices:
         facts = replace(facts, nodes=(replace(facts.nodes[0], kernels=in_a_process()),))
-    return replace(facts, wandb=wandb_trouble()) if asked.wandb == "online" else facts
+    return replace(facts, wandb=wandb_trouble()) if need.wandb == "online" else facts
 
 
-def asked_by(recipes: Sequence[Recipe]) -> ClusterRequirements:
+def recipe_requirements(recipes: Sequence[Recipe]) -> ClusterRequirements:
     """Requirements that are known before runs are planned: vLLM, wandb, and the weights they load.
 
     Weights that a stage will export are left out.

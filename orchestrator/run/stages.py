@@ -31,7 +31,7 @@ from orchestrator.recipe.schema import ONLINE, Recipe
 from orchestrator.rollout.rewards.lookup import check_rewards
 from orchestrator.rollout.trial import try_user_code
 from orchestrator.run.planned_run import plan_run, plan_sketch, require_reward
-from orchestrator.run.preflight import asked_by, look, need_of
+from orchestrator.run.preflight import cluster_facts, recipe_requirements, run_requirements
 from orchestrator.run.supervise import Outcome, RunOptions, train
 
 SHORT = {long: short for short, long in ASKED.items()}
@@ -113,11 +113,11 @@ def plan_stages(
     """
     ready = [s for s in stages if not references(s.recipe)]
     _check_later([s for s in stages if s not in ready])
-    hardware = hardware or of_cluster(look(asked_by([s.recipe for s in ready])))
-    return [(stage.name, _plan(stage.recipe, hardware, lengths, shape)) for stage in ready]
+    hardware = hardware or of_cluster(cluster_facts(recipe_requirements([s.recipe for s in ready])))
+    return [(stage.name, _plan_stage(stage.recipe, hardware, lengths, shape)) for stage in ready]
 
 
-def _plan(recipe: Recipe, hardware: Hardware, lengths: Lengths | None, shape: str | None) -> Plan:
+def _plan_stage(recipe: Recipe, hardware: Hardware, lengths: Lengths | None, shape: str | None) -> Plan:
     shape = shape or (known(recipe.model.path) if lengths is not None else None)
     with as_folder(recipe.model, shape) if shape is not None else nullcontext(recipe.model) as model:
         shaped = recipe.model_copy(update={"model": model})
@@ -132,15 +132,16 @@ def _plan(recipe: Recipe, hardware: Hardware, lengths: Lengths | None, shape: st
 
 def diagnose(stages: Sequence[Stage], root: Path | None) -> tuple[Finding, ...]:
     """Findings of `orchestrator doctor`: the cluster, and what the first stage that can be planned needs."""
-    asked = asked_by([stage.recipe for stage in stages])
-    facts = look(asked, root, kernels=True)
+    need = recipe_requirements([stage.recipe for stage in stages])
+    facts = cluster_facts(need, root, kernels=True)
     ready = [s.recipe for s in stages if not references(s.recipe)]
     try:
         return check_cluster(
-            facts, need_of(plan_run(ready[0], Console(quiet=True), of_cluster(facts))) if ready else asked
+            facts,
+            run_requirements(plan_run(ready[0], Console(quiet=True), of_cluster(facts))) if ready else need,
         )
     except NotEnoughResources as error:
         return (
-            *check_cluster(facts, asked),
+            *check_cluster(facts, need),
             Finding("plan", "error", ready[0].run.name, error.what, error.fix),
         )

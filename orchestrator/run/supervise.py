@@ -52,7 +52,13 @@ from orchestrator.run.checkpoints import (
 )
 from orchestrator.run.folder import End, RunFolder, open_run
 from orchestrator.run.planned_run import PlannedRun, plan_run
-from orchestrator.run.preflight import asked_by, look, need_of, require, this_machine
+from orchestrator.run.preflight import (
+    cluster_facts,
+    recipe_requirements,
+    require,
+    run_requirements,
+    this_machine,
+)
 
 MISTAKES_S = 0.7
 """Seconds in which planning finds most mistakes of a recipe and its data."""
@@ -102,12 +108,12 @@ def _train(recipe: Recipe, root: Path, console: Console, stop: Stop, options: Ru
     recipe = recipe.model_copy(update={"tracking": tracking})
     for line in notes:
         console.print(line, markup=False)
-    need = asked_by([recipe])
-    facts = this_machine(need, root) if options.in_process else look(need, root)
+    need = recipe_requirements([recipe])
+    facts = this_machine(need, root) if options.in_process else cluster_facts(need, root)
     require(check_cluster(facts, need))  # before the plan, to which a silent node looks like missing room
     make = _plan_in_process if options.in_process else _plan_while_ray_starts
     planned = make(recipe, console, of_cluster(facts))
-    _preflight(check_cluster(facts, need_of(planned)), console)
+    _preflight(check_cluster(facts, run_requirements(planned)), console)
     if planned.prompts is not None and recipe.rollouts.replay is None:
         for function in recipe.rewards.functions:
             if function.url is not None:

@@ -12,7 +12,7 @@ from orchestrator.models.load import load as load_model
 from orchestrator.recipe.loading import load
 from orchestrator.recipe.schema import Model, RewardFunction, TinyModel
 from orchestrator.run.planned_run import PlannedRun, plan_run
-from orchestrator.run.preflight import model_sources, need_of
+from orchestrator.run.preflight import model_sources, run_requirements
 
 TINY = TinyModel(hidden_size=32, layers=1, heads=2)  # pyright: ignore[reportCallIssue]
 
@@ -36,7 +36,7 @@ def parameters(model: Model, head: str = "lm") -> tuple[int, int]:
 
 def test_a_checkpoint_holds_master_weights_and_two_moments() -> None:
     planned = planned_run("tiny/dpo", "learners.workers=2", "checkpoint.keep=3", "tracking.wandb=online")
-    need = need_of(planned)
+    need = run_requirements(planned)
     assert need.checkpoint_bytes == 12 * parameters(planned.recipe.model)[1]
     assert need.groups == (WorkerGroup("learners", 2, planned.recipe.learners.cpus_per_worker, 0),)
     assert (need.keep, need.wandb, need.gpus, need.libraries) == (3, "online", False, ())
@@ -48,13 +48,13 @@ def test_lora_and_a_moving_reference_change_the_checkpoint_size() -> None:
         planned_run("tiny/dpo", "model.lora={rank: 4}"),
     )
     every, trainable = parameters(moving.recipe.model)
-    assert need_of(moving).checkpoint_bytes == 12 * trainable + 4 * every
-    assert need_of(adapter).checkpoint_bytes == 12 * parameters(adapter.recipe.model)[1] < trainable
+    assert run_requirements(moving).checkpoint_bytes == 12 * trainable + 4 * every
+    assert run_requirements(adapter).checkpoint_bytes == 12 * parameters(adapter.recipe.model)[1] < trainable
 
 
 def test_ppo_needs_a_critic_and_its_checkpoint() -> None:
     planned = planned_run("tiny/ppo", "learners.gpus_per_worker=1", "learners.precision=bf16")
-    need = need_of(planned)
+    need = run_requirements(planned)
     policy, critic = parameters(planned.recipe.model)[1], parameters(planned.recipe.model, "value")[1]
     assert need.checkpoint_bytes == 12 * (policy + critic)
     assert [g.what for g in need.groups] == ["learners", "critic", "rollouts"] and need.gpus
@@ -63,9 +63,9 @@ def test_ppo_needs_a_critic_and_its_checkpoint() -> None:
 def test_the_object_store_holds_published_weights_twice_and_once_per_version_of_staleness() -> None:
     planned = planned_run("tiny/ppo", "learners.precision=bf16", "rollouts.max_staleness=1")
     trainable = parameters(planned.recipe.model)[1]
-    assert need_of(planned).object_store == 3 * 2 * trainable
-    assert need_of(planned_run("tiny/ppo", "rollouts.transport=broadcast")).object_store == 0
-    assert need_of(planned_run("tiny/dpo")).object_store == 0
+    assert run_requirements(planned).object_store == 3 * 2 * trainable
+    assert run_requirements(planned_run("tiny/ppo", "rollouts.transport=broadcast")).object_store == 0
+    assert run_requirements(planned_run("tiny/dpo")).object_store == 0
 
 
 def test_reward_models_and_vllm_are_required() -> None:
@@ -76,7 +76,7 @@ def test_reward_models_and_vllm_are_required() -> None:
         recipe.rewards.model_copy(update={"functions": [judge]}),
         recipe.rollouts.model_copy(update={"engine": "vllm"}),
     )
-    need = need_of(
+    need = run_requirements(
         replace(planned, recipe=recipe.model_copy(update={"rewards": rewards, "rollouts": rollouts}))
     )
     assert need.groups[-1] == WorkerGroup("reward judge", 1, 0.0, 0.5)
