@@ -1,4 +1,4 @@
-"""Makes grafana.json: a row per question as in report.html, then the cluster by Ray's own metrics.
+"""Prints grafana.json: a row per question as in report.html, then a row of Ray's metrics of the cluster.
 
 python dashboards/grafana.py > dashboards/grafana.json
 """
@@ -11,7 +11,7 @@ from orchestrator.observe.metric_names import gauge, grouped
 from orchestrator.observe.report.panels import QUESTIONS, Panel
 
 SOURCE = {"type": "prometheus", "uid": "${datasource}"}
-CHOSEN = 'run=~"$run", stage=~"$stage"'
+SELECTED = 'run=~"$run", stage=~"$stage"'
 CLUSTER: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("CPU per node", "percent", ("ray_node_cpu_utilization",)),
     ("GPU per node", "percent", ("ray_node_gpus_utilization",)),
@@ -24,12 +24,12 @@ COLUMNS, WIDTH, HEIGHT = 3, 8, 7
 
 
 def dashboard() -> dict[str, Any]:
-    """The whole dashboard. Import it in Grafana and choose the Prometheus that scrapes Ray."""
+    """The dashboard. Import it in Grafana, and choose the Prometheus that scrapes Ray."""
     rows = [
-        (question.title, [_of_run(panel) for panel in question.panels if panel.names])
+        (question.title, [_run_panel(panel) for panel in question.panels if panel.names])
         for question in QUESTIONS
     ]
-    rows.append(("The cluster", [_of_cluster(*panel) for panel in CLUSTER]))
+    rows.append(("The cluster", [_cluster_panel(*panel) for panel in CLUSTER]))
     return {
         "uid": "orchestrator",
         "title": "orchestrator",
@@ -39,17 +39,17 @@ def dashboard() -> dict[str, Any]:
         "refresh": "30s",
         "time": {"from": "now-6h", "to": "now"},
         "templating": {"list": [_source_variable(), _variable("run"), _variable("stage")]},
-        "panels": list(_placed(rows)),
+        "panels": list(_with_positions(rows)),
     }
 
 
-def _of_run(panel: Panel) -> dict[str, Any]:
-    # in one panel of rewards/chosen and rewards/rejected of several stages a line is named by both
-    targets = [(f"ray_{gauge(name)}{{{CHOSEN}}}", f"{{{{stage}}}} {grouped(name)}") for name in panel.names]
+def _run_panel(panel: Panel) -> dict[str, Any]:
+    # a panel may hold several metrics of several stages: a line is named after both
+    targets = [(f"ray_{gauge(name)}{{{SELECTED}}}", f"{{{{stage}}}} {grouped(name)}") for name in panel.names]
     return _timeseries(panel.title, "short", targets, {"min": 0} if panel.from_zero else {})
 
 
-def _of_cluster(title: str, unit: str, names: tuple[str, ...]) -> dict[str, Any]:
+def _cluster_panel(title: str, unit: str, names: tuple[str, ...]) -> dict[str, Any]:
     return _timeseries(
         title, unit, [(name, f"{{{{ip}}}} {name.removeprefix('ray_node_')}") for name in names], {"min": 0}
     )
@@ -73,8 +73,8 @@ def _timeseries(
     }
 
 
-def _placed(rows: list[tuple[str, list[dict[str, Any]]]]) -> Iterator[dict[str, Any]]:
-    """Panels with their ids and places, three in a line, each row under a header."""
+def _with_positions(rows: list[tuple[str, list[dict[str, Any]]]]) -> Iterator[dict[str, Any]]:
+    """Panels with ids and positions, three side by side, each row under a header."""
     number, top = 0, 0
     for title, panels in rows:
         number += 1
@@ -89,8 +89,8 @@ def _placed(rows: list[tuple[str, list[dict[str, Any]]]]) -> Iterator[dict[str, 
         top += 1
         for i, panel in enumerate(panels):
             number += 1
-            place = {"x": i % COLUMNS * WIDTH, "y": top + i // COLUMNS * HEIGHT, "w": WIDTH, "h": HEIGHT}
-            yield {**panel, "id": number, "gridPos": place}
+            position = {"x": i % COLUMNS * WIDTH, "y": top + i // COLUMNS * HEIGHT, "w": WIDTH, "h": HEIGHT}
+            yield {**panel, "id": number, "gridPos": position}
         top += -(-len(panels) // COLUMNS) * HEIGHT
 
 
@@ -105,7 +105,7 @@ def _source_variable() -> dict[str, Any]:
 
 
 def _variable(label: str) -> dict[str, Any]:
-    chosen = {"includeAll": True, "multi": True, "current": {"text": ["All"], "value": ["$__all"]}}
+    selection = {"includeAll": True, "multi": True, "current": {"text": ["All"], "value": ["$__all"]}}
     query = f"label_values(ray_{gauge('global_step')}, {label})"
     return {
         "name": label,
@@ -114,7 +114,7 @@ def _variable(label: str) -> dict[str, Any]:
         "query": query,
         "refresh": 2,
         "sort": 1,
-        **chosen,
+        **selection,
     }
 
 

@@ -1,24 +1,22 @@
-"""Lays out a wandb workspace for runs like one that is there: a section per question, a panel per chart of
-report.html.
+"""Lays out a wandb workspace after an existing run: a section per question, a panel per chart of report.html.
 
     pip install wandb-workspaces
     python dashboards/wandb_workspace.py runs/tiny-dpo --dry-run
     python dashboards/wandb_workspace.py runs/tiny-dpo --entity my-team
 
-A folder of a DPO run gives the DPO dashboard, one of a PPO run the RL dashboard: only what the run emits gets
-a panel.
+The workspace has panels for the metrics that the run emits: a DPO run gives a DPO dashboard, a PPO run an RL
+dashboard.
 """
 
 import argparse
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from orchestrator.core.files import read_lines
 from orchestrator.observe.metric_names import grouped
 from orchestrator.observe.report.panels import board
 from orchestrator.observe.wandb_sink import STEP
+from orchestrator.recipe.strict_yaml import parse
 
 
 def emitted(run_dir: Path) -> set[str]:
@@ -27,11 +25,11 @@ def emitted(run_dir: Path) -> set[str]:
 
 
 def workspace(run_dir: Path, entity: str, project: str | None) -> Any:
-    """The workspace, not saved yet; it belongs to the run's project unless another one is given."""
+    """The workspace, not saved yet. project: None for the project of the run."""
     import wandb_workspaces.reports.v2 as reports  # pyright: ignore[reportMissingImports]
     import wandb_workspaces.workspaces as workspaces  # pyright: ignore[reportMissingImports]
 
-    recipe = yaml.safe_load((run_dir / "recipe.yaml").read_text("utf-8"))
+    recipe, _ = parse((run_dir / "recipe.yaml").read_text("utf-8"), str(run_dir / "recipe.yaml"))
     sections = [
         workspaces.Section(
             name=question,

@@ -1,21 +1,19 @@
-"""Settings of every test: no network, one thread per process, property tests that do not flake on a busy
-machine."""
+"""Settings of every test: no network, one thread per process, property tests without time limits."""
 
 import atexit
 import os
 import shutil
 import tempfile
 
-# Before torch, ray or wandb are imported: they read these once.
+# Set before torch, ray or wandb are imported: they read these variables once.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "offline"
 os.environ["WANDB_SILENT"] = "true"
-os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(
-    prefix="cache-"
-)  # what is remembered of models and layouts is not the user's
+# the user's cache of measurements stays out of the tests
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="cache-")
 
 import pytest
 from hypothesis import settings

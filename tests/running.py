@@ -1,5 +1,5 @@
-"""Runs of the program for tests: in a process of their own, or here on one shared local Ray; nothing is left
-behind."""
+"""Runs of the program for tests, in separate processes or in this one on a shared local Ray. All processes
+and files are removed."""
 
 import contextlib
 import hashlib
@@ -30,20 +30,20 @@ from orchestrator.run.supervise import Outcome, train
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 TAG = "ORCHESTRATOR_TEST_RUN"
-"""Every process that a test starts, and all that those start, carry this variable with a value of that test
-alone."""
+"""Environment variable of every process that a test starts, and of their children; each test has its own
+value."""
 FEW = "[{path: toy:%s, max_rows: 64}]"
-"""Enough rows for four steps of 16, so that the pass over the reference is short."""
+"""Data for four steps of 16 rows. With few rows the reference pass is short."""
 
 LINGERING = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
-"""Ray's helpers try for a minute to tell a dead cluster that it is dead before they end."""
+"""Ray's helper processes, which end up to a minute after their cluster."""
 
 Fault = Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """How a command ended."""
+    """Exit code and output of a command."""
 
     code: int
     out: str
@@ -51,26 +51,21 @@ class Finished:
 
 
 class Sandbox:
-    """A home, a Ray folder and a tag of their own for the processes of a test. address: of a running Ray to
-    join."""
+    """Home, Ray folder and tag of a test's processes. address: address of a running Ray to join."""
 
     def __init__(self, root: Path, address: str | None = None) -> None:
         self.root, self.address = root, address
         self.tag = uuid.uuid4().hex
-        self.ray_folder = Path(
-            tempfile.mkdtemp(prefix="o")
-        )  # short: the path of a socket below it has 107 characters at most
+        # short: the path of a socket in it may have 107 characters
+        self.ray_folder = Path(tempfile.mkdtemp(prefix="o"))
         (root / "home").mkdir(parents=True, exist_ok=True)
         self._started: list[subprocess.Popen[bytes]] = []
 
     def environment(self, faults: Sequence[Fault] = ()) -> dict[str, str]:
-        """Variables of the processes."""
-        ours = (
-            VARIABLE,
-            "WANDB_SERVICE",
-            *(() if self.address else (FORK_SERVER,)),
-        )  # wandb sets the second, to its process that ends with this one
-        inherited = {k: v for k, v in os.environ.items() if not k.startswith("RAY_") and k not in ours}
+        """Environment of the processes."""
+        # WANDB_SERVICE names a process of wandb that ends with this one
+        removed = (VARIABLE, "WANDB_SERVICE", *(() if self.address else (FORK_SERVER,)))
+        inherited = {k: v for k, v in os.environ.items() if not k.startswith("RAY_") and k not in removed}
         own = {
             "HOME": str(self.root / "home"),
             "XDG_CACHE_HOME": str(self.root / "home" / ".cache"),
@@ -85,7 +80,7 @@ class Sandbox:
         return inherited | own
 
     def _joining(self) -> dict[str, str]:
-        """For a running Ray, whose token lies in the home of who started it."""
+        """Variables for a running Ray, whose token lies in the home of the user who started it."""
         assert self.address is not None
         return {
             "RAY_ADDRESS": self.address,
@@ -94,13 +89,11 @@ class Sandbox:
         }
 
     def start(self, *arguments: str | Path, faults: Sequence[Fault] = ()) -> "Command":
-        """Starts the program in a process group of its own."""
+        """Starts the program in its own process group."""
         number = len(self._started)
         out, err = self.root / f"out-{number}.txt", self.root / f"err-{number}.txt"
-        with (
-            out.open("wb") as out_file,
-            err.open("wb") as err_file,
-        ):  # files: a worker that outlives its driver would hold a pipe
+        # files, since a worker that outlives its driver would keep a pipe open
+        with out.open("wb") as out_file, err.open("wb") as err_file:
             process = subprocess.Popen(
                 [sys.executable, "-m", "orchestrator", *map(str, arguments)],
                 cwd=REPOSITORY,
@@ -118,20 +111,19 @@ class Sandbox:
         return self.start(*arguments, faults=faults).finish(timeout)
 
     def living(self) -> dict[int, str]:
-        """Command lines of the processes that carry the tag or belong to the session of a started command, by
-        process id."""
+        """Process id -> command line, of processes with the tag or in the session of a started command."""
         sessions = {process.pid for process in self._started}
         started = {*carriers(self.tag), *(pid for pid in _processes() if _session(pid) in sessions)}
         return {pid: _command_line(pid) for pid in started if pid != os.getpid()}
 
     def kill_all(self) -> None:
-        """SIGKILL to everything a test started: driver, Ray, workers."""
+        """Sends SIGKILL to every process of the test: driver, Ray, workers."""
         for pid in self.living():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
 
     def close(self, patience_s: float = 60.0) -> None:
-        """Ends what is left, removes the Ray folder, and fails where something outlived its driver."""
+        """Ends all processes and removes the Ray folder. Fails if a process outlived its driver."""
         for process in self._started:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
@@ -148,23 +140,21 @@ class Sandbox:
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """A running command; out, err: files with what it has said so far."""
+    """A running command. out, err: files with its output so far."""
 
     process: subprocess.Popen[bytes]
     out: Path
     err: Path
 
     def finish(self, timeout: float = 240.0) -> Finished:
-        """Waits for the end; a command that takes longer is killed and fails the test."""
+        """Waits for the end. A command that takes longer is killed and fails the test."""
         try:
             code = self.process.wait(timeout)
         except subprocess.TimeoutExpired:
             os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
-            pytest.fail(
-                f"no end after {timeout:.0f} s; it "
-                f"said:\n{self.out.read_text()[-3000:]}\n{self.err.read_text()[-3000:]}"
-            )
+            output = f"{self.out.read_text()[-3000:]}\n{self.err.read_text()[-3000:]}"
+            pytest.fail(f"not ended after {timeout:.0f} s; its output:\n{output}")
         return Finished(code, self.out.read_text(), self.err.read_text())
 
     def wait_for(self, text: str, timeout: float = 240.0) -> None:
@@ -172,9 +162,9 @@ class Command:
         arrived = wait_until(
             lambda: text in self.out.read_text() or self.process.poll() is not None, timeout, pause_s=0.02
         )
-        said = self.out.read_text()
-        assert arrived and text in said, (
-            f"never said {text!r}:\n{said[-3000:]}\n{self.err.read_text()[-3000:]}"
+        stdout = self.out.read_text()
+        assert arrived and text in stdout, (
+            f"never printed {text!r}:\n{stdout[-3000:]}\n{self.err.read_text()[-3000:]}"
         )
 
 
@@ -189,7 +179,7 @@ def wait_until(condition: Callable[[], bool], timeout: float, pause_s: float = 0
 
 
 def carriers(tag: str) -> list[int]:
-    """Ids of the processes that carry a test's tag."""
+    """Ids of the processes with a test's tag."""
     return [pid for pid in _processes() if _carries(pid, tag)]
 
 
@@ -200,12 +190,12 @@ def _processes() -> list[int]:
 def _carries(pid: int, tag: str) -> bool:
     try:
         return f"{TAG}={tag}".encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-    except OSError:  # it ended meanwhile, or is another user's
+    except OSError:  # it has ended, or belongs to another user
         return False
 
 
 def _session(pid: int) -> int | None:
-    """The session of a living process; None for one that ended, a zombie included."""
+    """The session of a running process; None if it has ended, or is a zombie."""
     try:
         state, _, _, session = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()[:4]
     except OSError:
@@ -222,39 +212,39 @@ def _command_line(pid: int) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Shared:
-    """One local Ray for several runs, and a sandbox whose commands join it. root: where the runs' folders go."""
+    """One local Ray for several runs, and a sandbox whose commands join it. root: parent of the run
+    folders."""
 
     root: Path
     sandbox: Sandbox
 
     def train(self, recipe: str, folder: str, *overrides: str) -> tuple[Outcome, str]:
-        """Trains in this process; (outcome, what the user saw)."""
+        """Trains in this process; (outcome, console output)."""
         loaded = load(recipe, [*self.overrides(), *overrides]).stages[0].recipe
-        with (self.root / f"{folder}.txt").open("a+") as said:
-            outcome = train(loaded, self.root / folder, Console(file=said, width=200))
-            said.seek(0)
-            return outcome, said.read()
+        with (self.root / f"{folder}.txt").open("a+") as output:
+            outcome = train(loaded, self.root / folder, Console(file=output, width=200))
+            output.seek(0)
+            return outcome, output.read()
 
     def train_last(self, recipe: str, model: Path, folder: str, *overrides: str) -> tuple[Outcome, str]:
-        """The same of a pipeline's last stage, from a model that is there already; overrides are of that
-        stage."""
+        """Trains the last stage of a pipeline, from an existing model. overrides: of that stage."""
         stage = load(recipe).stages[-1].name
         changes = [f"{stage}:{change}" for change in (*self.overrides(), *overrides)]
         last = load(recipe, changes).stages[-1].recipe
         last = last.model_copy(update={"model": last.model.model_copy(update={"path": str(model)})})
-        with (self.root / f"{folder}.txt").open("a+") as said:
-            outcome = train(last, self.root / folder, Console(file=said, width=200))
-            said.seek(0)
-            return outcome, said.read()
+        with (self.root / f"{folder}.txt").open("a+") as output:
+            outcome = train(last, self.root / folder, Console(file=output, width=200))
+            output.seek(0)
+            return outcome, output.read()
 
     def overrides(self) -> list[str]:
-        """What makes a run small, and keeps it in the sandbox."""
+        """Overrides that make a run small and keep it in the sandbox."""
         return [f"reference.cache_dir={self.root / 'reference'}", "learners.cpus_per_worker=0.5"]
 
 
 @contextmanager
 def shared_ray(root: Path) -> Iterator[Shared]:
-    """Starts Ray once for all runs in this process, and ends it with everything that it started."""
+    """Starts Ray once for all runs in this process; ends it with all its processes."""
     import ray
     import wandb
 
@@ -263,8 +253,7 @@ def shared_ray(root: Path) -> Iterator[Shared]:
 
     sandbox = Sandbox(root)
     with pytest.MonkeyPatch.context() as patch, ExitStack() as stack:
-        # not HOME: Ray reads its token there once per process, for all the clusters that the process will
-        # start
+        # HOME stays: Ray reads its token there once per process, for all clusters of the process
         for name, value in (sandbox.environment() | {"HOME": str(Path.home())}).items():
             patch.setenv(name, value)
         patch.delenv("RAY_ADDRESS", raising=False)
@@ -282,14 +271,14 @@ def shared_ray(root: Path) -> Iterator[Shared]:
 
 @contextmanager
 def planned_faults(*faults: Fault) -> Iterator[None]:
-    """Faults of the runs in this process and their workers."""
+    """Injects faults into the runs of this process and their workers."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(VARIABLE, json.dumps(list(faults)))
         yield
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
-    """The optimizer steps in metrics.jsonl, evaluations left out."""
+    """Lines of training steps in metrics.jsonl."""
     return [
         line
         for line in every_line(folder / "metrics.jsonl")
@@ -303,7 +292,7 @@ def every_line(path: Path) -> list[dict[str, Any]]:
 
 
 def steps(folder: Path) -> list[int]:
-    """The steps in metrics.jsonl, in its order."""
+    """Step numbers of the training steps in metrics.jsonl, in file order."""
     return [line["step"] for line in metrics(folder)]
 
 
@@ -324,8 +313,8 @@ def exported(folder: Path) -> dict[str, np.ndarray]:
     }
 
 
-def distance(one: Mapping[str, np.ndarray], other: Mapping[str, np.ndarray]) -> float:
-    """Norm of the difference over the norm of `one`."""
-    assert one.keys() == other.keys()
-    gap = sum(float(np.square(one[n] - other[n], dtype=np.float64).sum()) for n in one)
-    return float(np.sqrt(gap / sum(float(np.square(v, dtype=np.float64).sum()) for v in one.values())))
+def distance(weights: Mapping[str, np.ndarray], other: Mapping[str, np.ndarray]) -> float:
+    """Norm of the difference over the norm of `weights`."""
+    assert weights.keys() == other.keys()
+    gap = sum(float(np.square(weights[n] - other[n], dtype=np.float64).sum()) for n in weights)
+    return float(np.sqrt(gap / sum(float(np.square(v, dtype=np.float64).sum()) for v in weights.values())))

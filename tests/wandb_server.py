@@ -1,5 +1,4 @@
-"""A stand-in for Weights & Biases on the loopback: the part of its HTTP API that one run uses, and what it
-was told.
+"""A local stand-in for Weights & Biases: the part of its HTTP API that a run uses. It records all requests.
 
 wandb client --GraphQL--> run: config, group, tags, alerts      --file_stream--> history, summary
              --GraphQL--> where to upload --PUT--> files
@@ -23,17 +22,17 @@ OPERATION = re.compile(r"(?:query|mutation)\s+(\w+)")
 
 @dataclass(frozen=True, slots=True)
 class RecordedAlert:
-    """level: INFO, WARN or ERROR."""
+    """An alert that a run sent."""
 
     title: str
     text: str
     level: str
+    """INFO, WARN or ERROR."""
 
 
 @dataclass(slots=True)
 class RecordedRun:
-    """What a run has told so far. files: uploaded content by the name within the run; history: rows by their
-    line number."""
+    """Everything that a run has sent so far."""
 
     id: str
     project: str = ""
@@ -43,21 +42,23 @@ class RecordedRun:
     tags: list[str] = field(default_factory=list)
     config: dict[str, Any] = field(default_factory=dict)
     rows: dict[int, dict[str, Any]] = field(default_factory=dict)
+    """Rows of the history by line number."""
     summary: dict[str, Any] = field(default_factory=dict)
     files: dict[str, bytes] = field(default_factory=dict)
+    """Uploaded content by the name within the run."""
     alerts: list[RecordedAlert] = field(default_factory=list)
     starts: int = 0
-    """Times that a client asked whether the run is there, which each wandb.init(resume=...) does once."""
+    """Times that a client asked whether the run exists, which each wandb.init(resume=...) does once."""
     exit_code: int | None = None
     events: int = 0
 
     @property
     def history(self) -> list[dict[str, Any]]:
-        """Rows in their order, without the gaps of lines that never came."""
+        """Rows in order, without gaps for lines that never arrived."""
         return [self.rows[line] for line in sorted(self.rows)]
 
     def series(self, name: str) -> list[Any]:
-        """The values of one metric, of the rows that have it."""
+        """Values of one metric, from the rows that have it."""
         return [row[name] for row in self.history if name in row]
 
     def table(self, name: str) -> tuple[list[str], list[list[Any]]]:
@@ -67,8 +68,7 @@ class RecordedRun:
 
 
 class WandbServer:
-    """Serves until it is stopped. key: the one API key it takes, else 401; host: where it listens, e.g.
-    "0.0.0.0" for all."""
+    """Serves until it is stopped. key: the only accepted API key, else 401; host: address to listen on."""
 
     def __init__(self, host: str = "127.0.0.1", port: int = 0) -> None:
         self.host, self.key = host, secrets.token_hex(20)
@@ -91,14 +91,14 @@ class WandbServer:
 
     @property
     def url(self) -> str:
-        """For clients on this host; those elsewhere use an address of theirs with `port`."""
+        """Address for clients on this host."""
         return self.url_at("127.0.0.1" if self.host in ("", "0.0.0.0") else self.host)
 
     def url_at(self, host: str) -> str:
         return f"http://{host}:{self.port}"
 
     def environment(self, host: str | None = None) -> dict[str, str]:
-        """Variables that make a process track here. host: by which it reaches this server."""
+        """Variables that make a process use this server. host: name of this host from there."""
         return {
             "WANDB_BASE_URL": self.url if host is None else self.url_at(host),
             "WANDB_API_KEY": self.key,
@@ -112,7 +112,7 @@ class WandbServer:
         return self
 
     def stop(self) -> None:
-        """From here on clients are refused."""
+        """Ends the server; later connections are refused."""
         self._http.shutdown()
         self._http.server_close()
         self._thread.join(10)
@@ -124,18 +124,18 @@ class WandbServer:
         self.stop()
 
     def run(self, name: str) -> RecordedRun:
-        """The run with this id, made where it is new."""
+        """The run with this id; a new one if there is none yet."""
         return self.runs.setdefault(name, RecordedRun(name))
 
     @property
     def only_run(self) -> RecordedRun:
-        """The run, where there must be one."""
+        """The only run; fails if there are others or none."""
         (run,) = self.runs.values()
         return run
 
 
 class _Handler(BaseHTTPRequestHandler):
-    """One request. Upload addresses name the host that the client asked for, so they work from every network."""
+    """One request. Upload addresses name the host that the client used, so they work from every network."""
 
     recorder: WandbServer
 
@@ -167,7 +167,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._reply({}, 404)
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Silent: the test says what it found."""
+        """Does nothing: tests print their own findings."""
 
     def _allowed(self) -> bool:
         scheme, _, encoded = self.headers.get("Authorization", "").partition(" ")
@@ -209,9 +209,9 @@ class _Handler(BaseHTTPRequestHandler):
     def _ServerFeaturesQuery(self, _: dict[str, Any]) -> dict[str, Any]:
         return {"serverInfo": {"features": []}}
 
-    def _RunResumeStatus(self, asked: dict[str, Any]) -> dict[str, Any]:
-        run = self.recorder.runs.get(asked["name"])
-        project = _project(asked.get("project"))
+    def _RunResumeStatus(self, query: dict[str, Any]) -> dict[str, Any]:
+        run = self.recorder.runs.get(query["name"])
+        project = _project(query.get("project"))
         if run is None:
             return {"model": {**project, "bucket": None}}
         run.starts += 1
@@ -231,38 +231,38 @@ class _Handler(BaseHTTPRequestHandler):
         }
         return {"model": {**project, "bucket": bucket}}
 
-    def _UpsertBucket(self, told: dict[str, Any]) -> dict[str, Any]:
-        name = told["name"]
+    def _UpsertBucket(self, sent: dict[str, Any]) -> dict[str, Any]:
+        name = sent["name"]
         inserted = name not in self.recorder.runs
         run = self.recorder.run(name)
         run.starts += inserted
-        run.project = told.get("project") or run.project
-        run.name = told.get("displayName") or run.name
-        run.group = told.get("groupName") or run.group
-        run.job_type = told.get("jobType") or run.job_type
-        run.tags = told.get("tags") or run.tags
-        if told.get("config"):
-            run.config = {key: entry["value"] for key, entry in json.loads(told["config"]).items()}
+        run.project = sent.get("project") or run.project
+        run.name = sent.get("displayName") or run.name
+        run.group = sent.get("groupName") or run.group
+        run.job_type = sent.get("jobType") or run.job_type
+        run.tags = sent.get("tags") or run.tags
+        if sent.get("config"):
+            run.config = {key: entry["value"] for key, entry in json.loads(sent["config"]).items()}
         bucket = {
             "id": f"gid-{name}",
             "name": name,
             "displayName": run.name,
             "description": None,
-            "config": told.get("config") or "{}",
+            "config": sent.get("config") or "{}",
             "sweepName": None,
             "historyLineCount": max(run.rows, default=-1) + 1,
             "project": _project(run.project),
         }
         return {"upsertBucket": {"bucket": bucket, "inserted": inserted}}
 
-    def _CreateRunFiles(self, asked: dict[str, Any]) -> dict[str, Any]:
-        run = asked["run"]
-        files = [{"name": name, "uploadUrl": self._upload_url("run", run, name)} for name in asked["files"]]
+    def _CreateRunFiles(self, query: dict[str, Any]) -> dict[str, Any]:
+        run = query["run"]
+        files = [{"name": name, "uploadUrl": self._upload_url("run", run, name)} for name in query["files"]]
         return {"createRunFiles": {"runID": f"gid-{run}", "uploadHeaders": [], "files": files}}
 
-    def _NotifyScriptableRunAlert(self, told: dict[str, Any]) -> dict[str, Any]:
-        self.recorder.run(told["runName"]).alerts.append(
-            RecordedAlert(told["title"], told["text"], told["severity"])
+    def _NotifyScriptableRunAlert(self, sent: dict[str, Any]) -> dict[str, Any]:
+        self.recorder.run(sent["runName"]).alerts.append(
+            RecordedAlert(sent["title"], sent["text"], sent["severity"])
         )
         return {"notifyScriptableRunAlert": {"success": True}}
 
@@ -283,10 +283,10 @@ class _Handler(BaseHTTPRequestHandler):
     def _UpdateArtifactManifest(self, _: dict[str, Any]) -> dict[str, Any]:
         return {"updateArtifactManifest": {"artifactManifest": self._manifest()}}
 
-    def _CreateArtifactFiles(self, asked: dict[str, Any]) -> dict[str, Any]:
+    def _CreateArtifactFiles(self, query: dict[str, Any]) -> dict[str, Any]:
         edges = [
             {"node": self._artifact_file(f"file{i}", file["name"])}
-            for i, file in enumerate(asked.get("artifactFiles", []))
+            for i, file in enumerate(query.get("artifactFiles", []))
         ]
         return {"createArtifactFiles": {"files": {"edges": edges}}}
 
@@ -307,7 +307,7 @@ def _project(name: str | None) -> dict[str, Any]:
 
 
 def _stream(run: RecordedRun, sent: dict[str, Any]) -> None:
-    """Lines of the run's files from an offset on: a request sent twice changes nothing."""
+    """Records lines of the run's files from an offset on. A request that is sent twice changes nothing."""
     for name, chunk in (sent.get("files") or {}).items():
         lines, offset = chunk["content"], chunk.get("offset", 0)
         if name == "wandb-history.jsonl":

@@ -75,7 +75,7 @@ def run(bench: Bench) -> None:
         allow_backward()
     group = LocalGroup(device)
     proof = Verification.of(recipe(bench.device, WAYS[0]), STEPS)
-    baseline = proof.plain()
+    baseline = proof.baseline()
     for way in WAYS:
         with bench.attempt(str(way)):
             compare(bench, proof, baseline, way, group)
@@ -124,7 +124,7 @@ def compare(bench: Bench, proof: Verification, baseline: LossCurve, way: Way, gr
     the weights alone."""
     proof = replace(proof, recipe=recipe(bench.device, way))
     cut = cut_of(way, proof.planned)
-    trajectory = proof.split(cut, group)  # pyright: ignore[reportArgumentType]
+    trajectory = proof.under(cut, group)  # pyright: ignore[reportArgumentType]
     found, limit = baseline.difference(trajectory, cut), TOLERANCE[way.precision]
     anchor = abs(trajectory.losses[0] - math.log(2))
     kept = unharmed(proof, cut, group)

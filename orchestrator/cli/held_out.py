@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 def held_out(outcomes: "dict[str, Outcome]") -> Table:
     """Held-out metrics before and after each stage."""
-    from orchestrator.observe.metric_names import spoken
+    from orchestrator.observe.metric_names import display_name
 
     table = Table(title="held out", title_justify="left")
     table.add_column("metric")
@@ -33,7 +33,7 @@ def held_out(outcomes: "dict[str, Outcome]") -> Table:
     for metric in wanted:
         last = next(o.after for o in reversed(outcomes.values()) if metric in o.after)
         cells = [_cell(metric, o.after, side) for o in outcomes.values() for side in (o.before, o.after)]
-        table.add_row(spoken(metric, last), *cells)
+        table.add_row(display_name(metric, last), *cells)
     return table
 
 

@@ -81,10 +81,10 @@ def train(
         with nullcontext() if in_process else forked_workers(_loading):
             with _loading() if in_process else nullcontext():
                 from orchestrator.run.stages import train_stages
-                from orchestrator.run.supervise import How
+                from orchestrator.run.supervise import RunOptions
 
             outcomes = train_stages(
-                loaded.stages, output or Path("runs") / loaded.name, out, stop, How(extend, in_process)
+                loaded.stages, output or Path("runs") / loaded.name, out, stop, RunOptions(extend, in_process)
             )
     if (results := held_out(outcomes)).row_count:
         show(results)
@@ -159,7 +159,7 @@ def evaluate(
         fix = "give the run folder of that stage, where they are folders"
         raise ConfigError(f"{', '.join(named)} of {recipe} are made by stages of a run", fix=fix)
     with forked_workers(), tempfile.TemporaryDirectory(prefix="orchestrator-evaluate-") as scratch:
-        from orchestrator.observe.metric_names import spoken, unknown
+        from orchestrator.observe.metric_names import display_name, unknown
         from orchestrator.run.evaluate import evaluate as evaluated
 
         if run is not None and model is None:
@@ -167,7 +167,7 @@ def evaluate(
         metrics = evaluated(cfg, model, out)
     for name, value in metrics.items():
         shown = "–" if unknown(name, value) else f"{value:.4f}"
-        out.print(f"{spoken(name, metrics):<48}{shown}")
+        out.print(f"{display_name(name, metrics):<48}{shown}")
 
 
 def _trained(run: Path, cfg: "Recipe", step: int | None, scratch: Path) -> Path:

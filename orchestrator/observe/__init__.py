@@ -1,1 +1,1 @@
-"""What a run shows of itself: metrics, sinks (JSONL, console, wandb), alerts, reports."""
+"""Metrics, sinks (JSONL, console, wandb), alerts and reports of a run."""

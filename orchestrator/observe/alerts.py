@@ -1,6 +1,6 @@
-"""Rules that say when a run goes wrong: from the stream of reports to alerts. Pure: no clock, no files.
+"""Alert rules: from the stream of reports to alerts. Pure: no clock, no files.
 
-A rule fires once per cause, and again only after all was right for `steps` steps.
+A rule fires once per cause, and again only after `steps` steps without the cause.
 """
 
 import math
@@ -21,23 +21,25 @@ Level = Literal["INFO", "WARN", "ERROR"]
 
 @dataclass(frozen=True, slots=True)
 class Alert:
-    """text: the numbers, why they matter, and a fix; level: as wandb has them; step: of the report that it
-    was found in."""
+    """One alert, as a line of alerts.jsonl."""
 
     title: str
     text: str
+    """The numbers, why they matter, and a fix."""
     level: Level
+    """A level of wandb's alerts."""
     step: int
+    """Step of the report that raised it."""
 
 
 class Rule(Protocol):
     def check(self, metrics: Metrics) -> str | None:
-        """What is wrong, where this report is the one to say it at. Metrics that are not there say nothing."""
+        """The problem, if this report is the first to show it, else None. Missing metrics are no problem."""
         ...
 
 
 class NonFinite:
-    """Steps that were refused, or a loss or gradient that is no number."""
+    """A step was refused, or its loss or gradient norm is not finite."""
 
     def __init__(self, limits: Alerts) -> None:
         self._latch, self._skipped = Latch(1, limits.steps), 0.0
@@ -45,19 +47,19 @@ class NonFinite:
     def check(self, metrics: Metrics) -> str | None:
         before, self._skipped = self._skipped, metrics.get("skipped", self._skipped)
         refused = int(self._skipped - before)
-        broken = [name for name in ("loss", "grad_norm") if not math.isfinite(metrics.get(name, 0.0))]
-        if not self._latch(refused > 0 or bool(broken)):
+        infinite = [name for name in ("loss", "grad_norm") if not math.isfinite(metrics.get(name, 0.0))]
+        if not self._latch(refused > 0 or bool(infinite)):
             return None
         return (
-            f"{' and '.join(broken)} not finite"
-            if broken
+            f"{' and '.join(infinite)} not finite"
+            if infinite
             else f"{refused} steps were refused: loss or gradient not finite"
         )
 
 
 class RewardFell:
-    """reward/mean stays far under its best (a mean over as many steps), measured in typical deviations of one
-    reward."""
+    """reward/mean stays far below its best. Both are means over `steps` steps; the distance is measured in
+    typical standard deviations of one reward."""
 
     def __init__(self, limits: Alerts) -> None:
         self._drop, self._latch = limits.reward_drop, Latch(limits.steps, limits.steps)
@@ -84,11 +86,8 @@ class RewardFlat:
     """All rewards are equal: nothing is left to learn from them."""
 
     def __init__(self, limits: Alerts) -> None:
-        self._spread, self._latch, self._deviation = (
-            limits.reward_spread,
-            Latch(limits.steps, limits.steps),
-            RunningMean(),
-        )
+        self._spread, self._deviation = limits.reward_spread, RunningMean()
+        self._latch = Latch(limits.steps, limits.steps)
 
     def check(self, metrics: Metrics) -> str | None:
         deviation = metrics.get("reward/std", math.nan)
@@ -99,8 +98,10 @@ class RewardFlat:
 
 
 class MarginAlone:
-    """Margins have grown since accuracy last did: the loss falls on pairs that were right already. prefix: ""
-    or "eval/"."""
+    """Margins grow while accuracy does not: the loss falls on pairs that were right already.
+
+    prefix: "" or "eval/"; window: reports to average over.
+    """
 
     def __init__(self, limits: Alerts, prefix: str, window: int) -> None:
         self._limits, self._prefix, self._latch = limits, prefix, Latch(1, window)
@@ -114,7 +115,7 @@ class MarginAlone:
         )
         if not math.isfinite(margin) or f"{self._prefix}rewards/accuracies" not in metrics:
             return None
-        # not known means that all pairs are ties, which count one half
+        # an unknown accuracy means that all pairs are ties, which count one half
         self._recent.append((margin, accuracy if math.isfinite(accuracy) else 0.5))
         if len(self._recent) < (self._recent.maxlen or 0):
             return None
@@ -146,8 +147,7 @@ class GoodputLow:
 
 
 class AlertRules:
-    """All rules of a run. Fed with the steps and evaluations of before, a resumed run does not say again what
-    it said."""
+    """All rules of a run. A resumed run feeds them its earlier reports first, so no alert is repeated."""
 
     def __init__(self, limits: Alerts) -> None:
         self._limits = limits
@@ -167,26 +167,27 @@ class AlertRules:
         )
 
     def step(self, report: StepReport) -> tuple[Alert, ...]:
-        return _found(self._steps, report)
+        return _alerts_of(self._steps, report)
 
     def evaluation(self, report: EvaluationReport) -> tuple[Alert, ...]:
-        return _found(self._evaluations, report)
+        return _alerts_of(self._evaluations, report)
 
     def started(self, step: int, starts: Sequence[float]) -> tuple[Alert, ...]:
-        """At a start. step: that it goes on from; starts: seconds of the clock, of all starts, this one last."""
+        """Alerts of a start. step: step that it resumes from; starts: times of all starts in s, this one
+        last."""
         limits = self._limits
 
-        def often(upto: int) -> bool:
+        def too_often(upto: int) -> bool:
             return sum(starts[upto] - s <= limits.restarts_s for s in starts[:upto]) >= limits.restarts
 
         last = len(starts) - 1
-        if not often(last) or often(last - 1):  # it was said at the start before
+        if not too_often(last) or too_often(last - 1):  # else the start before has reported it
             return ()
         text = f"{limits.restarts} restarts within {limits.restarts_s / 60:.0f} minutes, {last} in all"
         return (_alert("repeated restarts", text, "ERROR", step),)
 
 
-def _found(
+def _alerts_of(
     rules: Sequence[tuple[str, Level, Rule]], report: StepReport | EvaluationReport
 ) -> tuple[Alert, ...]:
     alerts: list[Alert] = []

@@ -1,7 +1,7 @@
 """The console: a live table of the newest steps on a terminal, else plain lines, few enough to read.
 
-metrics.jsonl has every step. In a pipe the first FIRST_LINES steps are told, then one of every hundredth of
-the run and one every LINE_S seconds, the last step, and every step that an evaluation follows.
+metrics.jsonl has every step. In a pipe the console prints the first FIRST_LINES steps, then one for every
+hundredth of the run and one every LINE_S seconds, the last step, and each step before an evaluation.
 """
 
 import math
@@ -21,13 +21,13 @@ from orchestrator.observe.metrics import step_seconds
 from orchestrator.observe.sink import Note
 
 ETA_STEPS = 20
-"""Steps whose mean duration the ETA is made of."""
+"""Newest steps whose mean duration gives the ETA."""
 FIRST_LINES = 20
-"""Steps of a start whose lines are all told."""
+"""First steps of a start, which are all printed."""
 LINE_S = 5.0
-"""Seconds after which a step is told in any case."""
-MOST_COMPONENTS = 4
-"""Reward components in a line; report.html has all."""
+"""Seconds without a line after which the next step is printed."""
+MAX_COMPONENTS = 4
+"""Most reward components in a line; report.html has all."""
 COLUMNS = {
     "loss": "loss",
     "reward": "reward/mean",
@@ -42,10 +42,7 @@ COLUMNS = {
 
 
 class ConsoleSink:
-    """What the user sees while a run goes on.
-
-    total_steps: of the run; clock: seconds, for the ETA.
-    """
+    """Shows a running run. total_steps: steps of the whole run; clock: seconds, for the ETA."""
 
     def __init__(
         self, total_steps: int, console: Console, clock: Callable[[], float] = time.monotonic
@@ -53,10 +50,10 @@ class ConsoleSink:
         self._total, self._console, self._clock = total_steps, console, clock
         self._times: deque[float] = deque(maxlen=ETA_STEPS + 1)
         self._live = LiveTable(console)
-        self._steps, self._told_at, self._held_back = 0, -math.inf, ""
+        self._steps, self._printed_at, self._held_back = 0, -math.inf, ""
 
     def open(self, note: Note) -> None:
-        """The live table comes up with the first step: notes before it need no table below them."""
+        """Does nothing: the live table starts with the first step, below the notes that come before it."""
 
     def step(self, report: StepReport) -> None:
         self._times.append(self._clock())
@@ -64,25 +61,25 @@ class ConsoleSink:
         if self._console.is_interactive:
             self._live.add(line)
         else:
-            self._tell(line, self._times[-1])
+            self._print_if_due(line, self._times[-1])
 
-    def _tell(self, line: StepLine, now: float) -> None:
-        """Prints a step's line, or keeps it for an evaluation or the end to ask for."""
+    def _print_if_due(self, line: StepLine, now: float) -> None:
+        """Prints a step's line, or keeps it until an evaluation or the end."""
         self._steps += 1
-        due = self._steps <= FIRST_LINES or now - self._told_at >= LINE_S
+        due = self._steps <= FIRST_LINES or now - self._printed_at >= LINE_S
         due |= line.step % max(1, self._total // 100) == 0 or line.step == self._total
         self._held_back = str(line)
         if due:
-            self._told_at = now
-            self._tell_held_back()
+            self._printed_at = now
+            self._print_held_back()
 
-    def _tell_held_back(self) -> None:
+    def _print_held_back(self) -> None:
         line, self._held_back = self._held_back, ""
         if line:
             self._print(line)
 
     def evaluation(self, report: EvaluationReport) -> None:
-        self._tell_held_back()
+        self._print_held_back()
         values = "  ".join(
             f"{name.removeprefix('eval/')} {_value(name, value)}" for name, value in report.metrics.items()
         )
@@ -92,14 +89,14 @@ class ConsoleSink:
         self._print(message)
 
     def alert(self, alert: Alert) -> None:
-        """The note says it."""
+        """Does nothing: every alert is also printed as a note."""
 
     def close(self, *, failed: bool = False) -> None:
-        self._tell_held_back()
+        self._print_held_back()
         self._live.stop()
 
     def _print(self, message: str) -> None:
-        # Text and soft_wrap: square brackets are no markup, and a log line is not cut at 80 columns
+        # Text: square brackets are not markup; soft_wrap: a log line is not cut at 80 columns
         self._console.print(Text(printable(message)), soft_wrap=True)
 
     def _columns(self, report: StepReport) -> dict[str, str]:
@@ -114,25 +111,26 @@ class ConsoleSink:
         return columns | {"eta": self._eta(report)}
 
     def _eta(self, report: StepReport) -> str:
-        """Time left at the mean pace of the last steps, evaluations and checkpoints between them included."""
-        several = len(self._times) > 1
+        """Time left at the mean pace of the last steps, with the evaluations and checkpoints between them."""
         pace = (
             (self._times[-1] - self._times[0]) / (len(self._times) - 1)
-            if several
+            if len(self._times) > 1
             else step_seconds(report.metrics)
         )
         return duration(pace * (self._total - report.step))
 
 
 def _components(report: StepReport) -> dict[str, str]:
-    """The parts of a reward that has several, by their names; `reward/NAME` where a column has that name."""
+    """Columns of a reward with several components, by component, or `reward/NAME` if a column has that
+    name."""
     names = components(report.metrics)
     if len(names) < 2:
         return {}
-    short = {name: name.removeprefix("reward/") for name in names[:MOST_COMPONENTS]}
-    taken = {*COLUMNS, "tok/s", "eta", "step"}
+    short = {name: name.removeprefix("reward/") for name in names[:MAX_COMPONENTS]}
+    other_columns = {*COLUMNS, "tok/s", "eta", "step"}
     return {
-        (name if part in taken else part): _value(name, report.metrics[name]) for name, part in short.items()
+        (name if part in other_columns else part): _value(name, report.metrics[name])
+        for name, part in short.items()
     }
 
 

@@ -1,8 +1,7 @@
-"""Rules for learning that goes the wrong way: a worse held-out loss, too far from the reference, no signal, a
-component that is traded away.
+"""Alert rules for learning that goes the wrong way: the held-out loss rises, the policy leaves its reference,
+rewards give no signal, a reward component falls while the total rises.
 
-Each is made as those of alerts.py: fed with every report, it says once per cause what is wrong, with its
-numbers.
+Like the rules of alerts.py each gets every report, and reports a cause once, with its numbers.
 """
 
 import math
@@ -15,12 +14,12 @@ from orchestrator.recipe.schema import Alerts
 
 Metrics = Mapping[str, float]
 AT_FIRST = 2
-"""Steps without any signal after which a run that has never had one is told, and steps in a row that a
+"""Steps without signal before a run that never had one gets an alert; also the steps in a row that a
 divergence has to last."""
 
 
 class HeldOutLossRose:
-    """eval/loss is above that of the first evaluation, by more than rounding."""
+    """eval/loss is above its first value, by more than rounding."""
 
     def __init__(self, limits: Alerts) -> None:
         self._rise, self._latch = limits.loss_rise, Latch(1, 1)
@@ -41,8 +40,8 @@ class HeldOutLossRose:
 
 
 class KlBeyond:
-    """The divergence from the reference, mean over tokens, of an online run. KTO's `kl` is of sequences: an
-    offset, not a distance."""
+    """The KL from the reference, a mean over tokens, is too large. Online runs only: KTO's `kl` is an offset
+    of whole sequences, not a distance."""
 
     def __init__(self, limits: Alerts) -> None:
         self._limit, self._latch = limits.kl, Latch(AT_FIRST, limits.steps)
@@ -56,8 +55,8 @@ class KlBeyond:
 
 
 class NoSignal:
-    """All groups hold equal rewards: soon where no step had a signal yet, else after `steps` steps. PPO's
-    advantages need no group."""
+    """All rewards within each group are equal. It fires after AT_FIRST steps if no step had a signal yet,
+    else after `steps`. PPO is left out: its advantages need no group."""
 
     def __init__(self, limits: Alerts) -> None:
         self._soon, self._later = (
@@ -81,8 +80,8 @@ class NoSignal:
 
 
 class ComponentFell:
-    """A component of the reward, positive at first, loses a share of its start while the total rises: means
-    over `steps` steps."""
+    """A reward component, positive at first, loses a share of its first value while the total rises. Values
+    are means over `steps` steps."""
 
     def __init__(self, limits: Alerts) -> None:
         self._fall, self._window, self._steps = limits.component_fall, limits.steps, limits.steps
@@ -104,14 +103,14 @@ class ComponentFell:
             self._first = now
         first = self._first
         rose = now["reward/mean"] - first["reward/mean"] > 0.5 * typical
-        told = []
+        changes = []
         for name in names:
             fell = rose and first.get(name, 0.0) > 0 and now[name] < (1.0 - self._fall) * first[name]
             if self._latches.setdefault(name, Latch(1, self._steps))(fell):
-                told.append(f"{name} fell from {first[name]:.3g} to {now[name]:.3g}")
+                changes.append(f"{name} fell from {first[name]:.3g} to {now[name]:.3g}")
         return (
-            f"{', '.join(told)} while reward/mean rose from {first['reward/mean']:.3g} to "
+            f"{', '.join(changes)} while reward/mean rose from {first['reward/mean']:.3g} to "
             f"{now['reward/mean']:.3g}"
-            if told
+            if changes
             else None
         )

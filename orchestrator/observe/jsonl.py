@@ -1,8 +1,7 @@
-"""Where reports go: what a sink is, and the JSONL files, which are always written.
+"""The JSONL files of a run, which are always written.
 
-`metrics.jsonl` and `samples.jsonl` are the run's ledger. All other views (report, card, wandb) can be lost
-and made again from it, so it is ASCII, one flat object per line, and holds each step once however often the
-run was resumed.
+`metrics.jsonl` and `samples.jsonl` are the run's ledger: report, model card and wandb can be made again from
+it. It is ASCII, one flat object per line, and holds each step once however often the run was resumed.
 """
 
 from collections.abc import Mapping
@@ -19,11 +18,10 @@ from orchestrator.observe.sink import Note
 
 
 class JsonlSink:
-    """Appends to metrics.jsonl and samples.jsonl, flushed line by line; alerts.jsonl comes with the first
-    alert.
+    """Appends to metrics.jsonl and samples.jsonl, flushed line by line; the first alert makes alerts.jsonl.
 
-    resume_step: optimizer steps of the checkpoint that the run goes on from. Lines after it are removed:
-    those steps are played again. 0 starts anew: nothing is kept, the evaluation before training included.
+    resume_step: step of the checkpoint that the run resumes from. Later lines are removed, since those steps
+    are computed again. 0 starts from the beginning: no line is kept, not even the evaluation before training.
     """
 
     def __init__(self, run_dir: Path, resume_step: int) -> None:
@@ -39,8 +37,8 @@ class JsonlSink:
             removed = _trim(path, self._resume_step)
             if removed:
                 note(
-                    f"{path.name}: {removed} lines after step {self._resume_step} removed, the run goes on "
-                    "from there"
+                    f"{path.name}: removed {removed} lines after step {self._resume_step}, from which the "
+                    "run resumes"
                 )
         self._metrics, self._samples = (path.open("a", encoding="ascii") for path in self._paths)
 
@@ -55,7 +53,7 @@ class JsonlSink:
         self._append(self._metrics, {"step": report.step, **report.metrics})
 
     def note(self, message: str) -> None:
-        """Notes are no metrics; they are in logs/driver.log."""
+        """Does nothing: logs/driver.log holds the notes."""
 
     def alert(self, alert: Alert) -> None:
         with self._alerts.open("a", encoding="ascii") as file:
@@ -73,7 +71,7 @@ class JsonlSink:
             file.flush()
         except OSError as error:
             fix = (
-                "free disk space or fix the permissions, then run the same command: it goes on from the "
+                "free disk space or fix the permissions, then run the same command: it resumes from the "
                 "last checkpoint"
             )
             raise OutputError(f"{file.name} cannot be written", why=str(error), fix=fix) from error
@@ -86,8 +84,10 @@ def _sample_record(sample: Sample) -> dict[str, Any]:
 
 
 def _trim(path: Path, last: int) -> int:
-    """Removes the lines of steps after `last` (all if `last` is 0) and a torn last line; says how many whole
-    lines went."""
+    """Removes the lines of steps after `last` (all lines if it is 0) and an incomplete last line.
+
+    Returns how many complete lines were removed.
+    """
     if not path.is_file():
         return 0
     records = _parsed(path)

@@ -1,12 +1,14 @@
-"""What alert rules are made of: when to say a thing, and means of what came so far."""
+"""Parts of alert rules: a latch that fires once per cause, and running means."""
 
 from collections import deque
 from collections.abc import Sequence
 
 
 class Latch:
-    """True once, when a condition has held for `holds` checks in a row; then again only after it did not for
-    `rests`."""
+    """True once, when a condition has held for `holds` checks in a row.
+
+    It can fire again only after the condition was false for `rests` checks in a row.
+    """
 
     def __init__(self, holds: int, rests: int) -> None:
         self._holds, self._rests = holds, rests
@@ -21,7 +23,7 @@ class Latch:
 
 
 class RunningMean:
-    """The mean of all values so far."""
+    """Mean of all values so far."""
 
     def __init__(self) -> None:
         self._sum, self._count = 0.0, 0

@@ -1,4 +1,4 @@
-"""The newest steps on a terminal: of a run in this process, or of a job whose log is followed from elsewhere."""
+"""The newest steps on a terminal, of a run in this process or of a job whose log is followed."""
 
 import math
 import re
@@ -13,29 +13,31 @@ from rich.table import Table
 from rich.text import Text
 
 ROWS = 8
-"""Steps that the table shows."""
+"""Steps in the table."""
 REDRAW_S = 0.1
-"""Steps of milliseconds would spend more time on the terminal than on learning."""
+"""Least seconds between two drawings: with steps of milliseconds drawing would cost more than learning."""
 _LINE = re.compile(r"step (\d+)/(\d+)  (.+)")
 
 
 @dataclass(frozen=True, slots=True)
 class StepLine:
-    """A step as the console shows it. columns: short name -> formatted value, `eta` included."""
+    """One step as the console shows it."""
 
     step: int
     total: int
+    """Steps of the whole run."""
     columns: Mapping[str, str]
+    """Short name -> formatted value, `eta` included."""
 
     def __str__(self) -> str:
-        """What a log holds of the step. Example: step 3/100  loss 0.6931  lr 5e-06  eta 3m12s"""
+        """The step's line in a log. Example: step 3/100  loss 0.6931  lr 5e-06  eta 3m12s"""
         return f"step {self.step}/{self.total}  " + "  ".join(
             f"{name} {value}" for name, value in self.columns.items()
         )
 
     @classmethod
     def parse(cls, line: str) -> "StepLine | None":
-        """The step that a log line tells of, None for any other line."""
+        """The step of a log line; None for any other line."""
         match = _LINE.fullmatch(line.rstrip())
         if match is None:
             return None
@@ -46,7 +48,7 @@ class StepLine:
 
 
 class LiveTable:
-    """The newest steps, drawn again as they come, at most every REDRAW_S. On a terminal only."""
+    """The newest steps, drawn at most every REDRAW_S. For terminals only."""
 
     def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
         self._console, self._clock = console, clock
@@ -61,14 +63,14 @@ class LiveTable:
             self._live.start()
         if (now := self._clock()) - self._drawn_at >= REDRAW_S:
             self._drawn_at = now
-            self._live.update(self._drawn(), refresh=True)
+            self._live.update(self._table(), refresh=True)
 
     def stop(self) -> None:
         if self._live is not None:
-            self._live.update(self._drawn(), refresh=True)
+            self._live.update(self._table(), refresh=True)
             self._live.stop()
 
-    def _drawn(self) -> Group:
+    def _table(self) -> Group:
         last = self._rows[-1]
         names = [name for name in last.columns if name != "eta"]
         table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
@@ -77,5 +79,7 @@ class LiveTable:
         for row in self._rows:
             table.add_row(str(row.step), *(Text(row.columns.get(name, "")) for name in names))
         filled = 30 * last.step // max(1, last.total)
-        words = f"  {last.step}/{last.total} steps, {last.columns.get('eta', '?')} left"
-        return Group(table, "", Text.assemble(("━" * filled, "green"), ("━" * (30 - filled), "dim"), words))
+        progress = f"  {last.step}/{last.total} steps, {last.columns.get('eta', '?')} left"
+        return Group(
+            table, "", Text.assemble(("━" * filled, "green"), ("━" * (30 - filled), "dim"), progress)
+        )

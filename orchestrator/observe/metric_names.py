@@ -1,5 +1,5 @@
-"""Names of metrics outside of metrics.jsonl: wandb groups panels by the word before the first "/", Prometheus
-knows no "/"."""
+"""Names of metrics outside of metrics.jsonl: wandb groups panels by the word before the first "/", and
+Prometheus allows no "/"."""
 
 import math
 import re
@@ -17,13 +17,15 @@ _RENAMED = {
 
 
 def grouped(name: str) -> str:
-    """The name with a group before it. Example: loss -> train/loss, as Hugging Face's trainers report it."""
+    """The name with a group in front. Example: loss -> train/loss, as Hugging Face's trainers report it."""
     return _RENAMED.get(name) or (name if "/" in name else f"train/{name}")
 
 
 def gauge(name: str) -> str:
-    """The name of its Ray gauge; Prometheus has it with `ray_` before it. Example: loss ->
-    orchestrator_train_loss."""
+    """The name of the metric's Ray gauge; Prometheus puts `ray_` in front.
+
+    Example: loss -> orchestrator_train_loss.
+    """
     return "orchestrator_" + re.sub(r"[^A-Za-z0-9]+", "_", grouped(name))
 
 
@@ -32,7 +34,7 @@ MARGINS: Mapping[str, str] = {
     "log-prob per token": "logp_per_token_margin",
     "reward": "reward_margin",
 }
-"""By what held-out pairs are ranked -> the score of a pair in samples.jsonl and in wandb's table."""
+"""What ranks held-out pairs -> name of a pair's score in samples.jsonl and in wandb's table."""
 
 
 REWARD_FIGURES = frozenset(
@@ -42,26 +44,27 @@ REWARD_FIGURES = frozenset(
         *("dropped_groups", "groups_wanted", "groups_learned", "groups_with_signal"),
     )
 )
-"""What every online run says of its rewards; any other reward/NAME is a component that the recipe names."""
+"""Reward metrics of every online run. Any other reward/NAME is a component that the recipe names."""
 
 
 def components(metrics: Iterable[str]) -> tuple[str, ...]:
-    """The reward components among training metrics, by their whole names. Example: reward/brief,
-    reward/right."""
+    """Full names of the reward components among training metrics. Example: reward/brief, reward/right."""
     return tuple(
         n for n in metrics if n.startswith("reward/") and n.count("/") == 1 and n not in REWARD_FIGURES
     )
 
 
 def unknown(name: str, value: float | None) -> bool:
-    """Whether nothing is known of a metric: shown as –. NaN says that of every one but loss and gradient
-    norm, of which it is the news."""
+    """Whether the value of a metric is not known; it is shown as –.
+
+    NaN means "not known", except for loss and gradient norm, whose NaN is a result.
+    """
     return value is None or (math.isnan(value) and name not in ("loss", "grad_norm"))
 
 
 def ranked_by(metrics: Iterable[str]) -> str | None:
-    """What an evaluation with these metrics ranked pairs by, in words; None where it ranked none, or was
-    recorded before this was told."""
+    """What an evaluation with these metrics ranked pairs by, in words. None if it ranked no pairs, or if an
+    earlier version recorded it without this information."""
     emitted = set(metrics)
     if "eval/preference_accuracy" not in emitted:
         return None
@@ -72,9 +75,11 @@ def ranked_by(metrics: Iterable[str]) -> str | None:
     return "log-prob per token" if "eval/logps/chosen" in emitted else "reward"
 
 
-def spoken(name: str, metrics: Iterable[str]) -> str:
-    """The name of a held-out metric in a table. Example: preference_accuracy -> preference_accuracy (by
-    implicit reward)"""
+def display_name(name: str, metrics: Iterable[str]) -> str:
+    """The name of a held-out metric in a table.
+
+    Example: eval/preference_accuracy -> preference_accuracy (by implicit reward)
+    """
     short = name.removeprefix("eval/")
     basis = (
         ranked_by(metrics)
@@ -87,13 +92,13 @@ def spoken(name: str, metrics: Iterable[str]) -> str:
 
 
 def named(metrics: Mapping[str, float], names: Sequence[str]) -> dict[str, float]:
-    """The metrics with the names of the sources for their numbers; those by source are left out where there
-    is only one name."""
-    found: dict[str, float] = {}
+    """The metrics with source names in place of source numbers. Metrics of single sources are left out if
+    there is only one source."""
+    renamed: dict[str, float] = {}
     for key, value in metrics.items():
         metric, mark, number = key.partition(SOURCE)
         if not mark:
-            found[key] = value
+            renamed[key] = value
         elif len(names) > 1:
-            found[f"{metric}/{names[int(number)]}"] = value
-    return found
+            renamed[f"{metric}/{names[int(number)]}"] = value
+    return renamed

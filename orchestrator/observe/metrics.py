@@ -1,4 +1,4 @@
-"""Flat metrics of an optimizer step, by the names TRL users know."""
+"""Flat metrics of an optimizer step, with the names that TRL uses."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -10,22 +10,22 @@ from orchestrator.observe.metric_names import named
 
 @dataclass(frozen=True, slots=True)
 class Throughput:
-    """What turns tokens per second into model FLOPs utilisation.
-
-    flops_per_position: forward + backward of one computed position, the head and attention's own products
-    excluded; flops_per_pair: those of one (query, key) pair in one layer; flops_per_scored: the head on one
-    scored position; peak_flops: of all workers together, None where the device's is unknown (no perf/mfu
-    then).
-    """
+    """FLOPs of the model, forward + backward, and of the devices: the factors of perf/mfu."""
 
     flops_per_position: float = 0.0
+    """FLOPs of one computed position, without the head and without attention's own products."""
     flops_per_pair: float = 0.0
+    """FLOPs of attention for one (query, key) pair in one layer."""
     flops_per_scored: float = 0.0
+    """FLOPs of the head on one scored position."""
     peak_flops: float | None = None
+    """Peak FLOPs per second of all workers together; None if the device is not known: no perf/mfu then."""
 
     def mfu(self, learned: LearnReport) -> float | None:
-        """Percent of peak FLOPs spent on positions that are not padding, each shared prompt counted once,
-        attention as far as each token really sees, nothing that is computed a second time for the backward.
+        """Percent of the peak FLOPs that were spent on useful work; None if it is not known.
+
+        Useful are positions that are not padding, a shared prompt once, and the pairs that attention really
+        sees. What is recomputed for the backward pass does not count.
         """
         if not self.peak_flops or not self.flops_per_position:
             return None
@@ -41,17 +41,17 @@ ACCURACIES, TIES = "rewards/accuracies", "rewards/ties"
 
 
 def values(means: Mapping[str, Mean], *, at_reference: bool = False) -> dict[str, float]:
-    """The value of each metric. Of an accuracy nothing is known, NaN, where every pair is a tie, or the
-    policy is its reference still."""
-    found: dict[str, float] = {}
+    """The value of each metric. An accuracy is NaN, not known, if every pair is a tie or the policy still
+    equals its reference."""
+    metrics: dict[str, float] = {}
     for name, mean in means.items():
         if name.startswith(ACCURACIES):
             ties = means.get(TIES + name.removeprefix(ACCURACIES))
             unknown = at_reference or (ties is not None and ties.total >= ties.count)
-            found[name] = math.nan if unknown else mean.value
+            metrics[name] = math.nan if unknown else mean.value
         elif not name.startswith(TIES):
-            found[name] = mean.value
-    return found
+            metrics[name] = mean.value
+    return metrics
 
 
 def flatten(
@@ -64,9 +64,11 @@ def flatten(
     *,
     at_reference: bool = False,
 ) -> dict[str, float]:
-    """One line of metrics.jsonl. phases: seconds by name; sources: names of the data's, by their numbers;
-    at_reference: the policy was its reference in this step. perf/tokens_per_s counts unshared tokens, as TRL
-    does."""
+    """Metrics of one line of metrics.jsonl. perf/tokens_per_s counts unshared tokens, as TRL does.
+
+    phases: seconds by name; sources: names of the data's sources, by number; at_reference: the policy equals
+    its reference in this step.
+    """
     metrics = {"loss": learned.loss, **named(values(learned.means, at_reference=at_reference), sources)}
     metrics |= {"grad_norm": applied.grad_norm, "learning_rate": applied.learning_rate}
     metrics["perf/tokens_per_s"] = learned.tokens / sum(phases.values())
@@ -84,7 +86,9 @@ def flatten(
 
 
 def step_seconds(metrics: Mapping[str, float | None]) -> float:
-    """Seconds of one step, of the metrics of its line: an online step's phases overlap, an offline one's add
-    up (`time/idle/…` are no phases)."""
+    """Seconds of one step, from its line: time/step online, where phases overlap, else the sum of the phases.
+
+    `time/idle/…` is not a phase.
+    """
     phases = sum(v for name, v in metrics.items() if name.startswith("time/") and name.count("/") == 1 and v)
     return metrics.get("time/step") or phases

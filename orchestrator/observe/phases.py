@@ -1,7 +1,5 @@
-"""What a run is doing while nothing else can be seen of it.
-
-on a terminal: a spinner, then the seconds it took        elsewhere: a line when it begins
-"""
+"""Progress of a run's phases before its first step: a spinner and then the seconds on a terminal, else a line
+when a phase begins."""
 
 import time
 from collections.abc import Iterator
@@ -12,7 +10,7 @@ from rich.console import Console
 
 @contextmanager
 def phase(console: Console, doing: str) -> Iterator[None]:
-    """Names what is done inside. Example: phase(console, "starting Ray")"""
+    """Shows what the code inside does. Example: phase(console, "starting Ray")"""
     if console.quiet:
         yield
         return

@@ -1,4 +1,4 @@
-"""The controllers' Reporter: hands every report to all sinks and keeps a log of notes."""
+"""The trainers' Reporter: hands each report to all sinks and writes a log of notes."""
 
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
@@ -13,9 +13,11 @@ from orchestrator.observe.watch import Watch
 
 
 class RunReporter:
-    """Implements roles.Reporter. log: file that gets each note with its time in UTC; the sinks get it too.
-    watch: adds what only all attempts together say, and finds alerts. As a context it knows whether the run
-    failed."""
+    """Implements roles.Reporter. As a context it knows whether the run failed.
+
+    log: file that gets each note with its time in UTC, besides the sinks; watch: adds goodput and restarts,
+    and finds alerts.
+    """
 
     def __init__(self, sinks: Sequence[Sink], log: Path, watch: Watch | None = None) -> None:
         self._sinks, self._watch = sinks, watch
@@ -27,8 +29,8 @@ class RunReporter:
         try:
             for sink in sinks:
                 sink.open(self.note)
-                # closed last to first and each one even if another fails: a late note of wandb still finds
-                # the console
+                # closed last to first, so that a late note of wandb reaches the console; each one is closed
+                # even if another fails
                 self._cleanup.callback(self._shut, sink)
                 self._open.append(sink)
             if watch is not None:
@@ -76,8 +78,7 @@ class RunReporter:
         except OSError:
             if error is None:
                 raise
-            # of a run that failed its own error is told: a full disk fails the last words and the closing as
-            # well
+            # a failed run reports its own error: a full disk, for example, makes closing fail as well
 
     def _alert(self, alerts: Iterable[Alert]) -> None:
         for alert in alerts:

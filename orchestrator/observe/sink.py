@@ -1,4 +1,4 @@
-"""What a sink is: the console, metrics.jsonl, wandb and Ray's gauges take the same reports."""
+"""The Sink protocol: the console, metrics.jsonl, wandb and Ray's gauges get the same reports."""
 
 from collections.abc import Callable
 from typing import Protocol
@@ -10,15 +10,20 @@ Note = Callable[[str], None]
 
 
 class Sink(Protocol):
-    """Takes every report of one run. open() comes first and close() last; both may say something by `note`.
+    """Gets every report of one run, between one open() and one close()."""
 
-    alert(): is told as a note too; what a sink does beyond that. failed: an error ended the run, or this
-    attempt at it.
-    """
+    def open(self, note: Note) -> None:
+        """note: prints a line, now or later."""
+        ...
 
-    def open(self, note: Note) -> None: ...
     def step(self, report: StepReport) -> None: ...
     def evaluation(self, report: EvaluationReport) -> None: ...
     def note(self, message: str) -> None: ...
-    def alert(self, alert: Alert) -> None: ...
-    def close(self, *, failed: bool = False) -> None: ...
+
+    def alert(self, alert: Alert) -> None:
+        """Every alert is also sent as a note."""
+        ...
+
+    def close(self, *, failed: bool = False) -> None:
+        """failed: an error ended the run, or this start of it."""
+        ...

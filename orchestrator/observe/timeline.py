@@ -1,5 +1,5 @@
-"""A Chrome trace of the first steps: open trace.json in chrome://tracing or ui.perfetto.dev to see who waits
-for whom."""
+"""A Chrome trace of the first steps: chrome://tracing or ui.perfetto.dev shows in trace.json which part of a
+run waits for which."""
 
 import json
 from collections.abc import Sequence
@@ -11,19 +11,19 @@ from orchestrator.core.rollouts import Span
 
 
 class Timeline:
-    """Collects the spans of `steps` optimizer steps and writes them after each. path: of the JSON file."""
+    """Collects the spans of the first `steps` steps, and writes them to `path` after each step."""
 
     def __init__(self, path: Path, steps: int = 5) -> None:
-        self.path, self.left = path, steps
+        self.path, self.remaining = path, steps
         self._events: list[dict[str, Any]] = []
         self._origin: float | None = None
 
     def step(self, step: int, phases: Sequence[tuple[str, float, float]], actors: Sequence[Span]) -> None:
-        """phases: (name, start, end) of the controller; actors: of the rollout actors; seconds of
-        time.perf_counter."""
-        if self.left <= 0:
+        """Adds a step. phases: (name, start, end) of the controller; actors: spans of the rollout actors.
+        Times are seconds of time.perf_counter."""
+        if self.remaining <= 0:
             return
-        self.left -= 1
+        self.remaining -= 1
         if self._origin is None:
             self._origin = min(start for _, start, _ in phases)
         for name, start, end in phases:
@@ -32,7 +32,7 @@ class Timeline:
             self._add("rollouts", f"rollout-{span.actor}", span.start, span.end, {"version": span.version})
         write_atomically(self.path, json.dumps({"traceEvents": self._events, "displayTimeUnit": "ms"}))
 
-    def _add(self, name: str, who: str, start: float, end: float, arguments: dict[str, int]) -> None:
+    def _add(self, name: str, row: str, start: float, end: float, arguments: dict[str, int]) -> None:
         assert self._origin is not None
-        place = {"pid": "run", "tid": who, "ts": (start - self._origin) * 1e6, "dur": (end - start) * 1e6}
+        place = {"pid": "run", "tid": row, "ts": (start - self._origin) * 1e6, "dur": (end - start) * 1e6}
         self._events.append({"name": name, "ph": "X", "args": arguments, **place})

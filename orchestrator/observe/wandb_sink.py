@@ -1,4 +1,4 @@
-"""Weights & Biases. Training and its result never depend on it: an outage costs at most two time limits and a
+"""The Weights & Biases sink. Training never depends on it: an outage costs at most two time limits and a
 note."""
 
 import hashlib
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 STEP = "train/global_step"
 """Our step metric. wandb's own step starts at 0 again when an offline run is resumed."""
 EVALUATION_STEP = "eval/global_step"
-"""The step of the last evaluation; says to a resumed run which it need not log again."""
+"""Step of the last evaluation. A resumed run reads here which evaluations wandb has."""
 SUMMARIES = {
     "reward/mean": "max,last",
     "memory/peak_gb": "max",
@@ -41,26 +41,28 @@ SUMMARIES = {
         )
     },
 }
-"""What the run table shows of a metric, where the last value does not say enough."""
+"""Summary of a metric in the table of runs, where the last value alone is not enough."""
 TABLE_ROWS = 64
-"""Rows of a table: each one logged becomes an artifact. All samples are in samples.jsonl."""
+"""Most rows of a table: wandb stores each logged table as an artifact. samples.jsonl has all samples."""
 CREDENTIALS = re.compile(r"://[^/@ ]+@")
 
 
 def stable_run_id(run_fingerprint: str, run_dir: Path) -> str:
-    """The same id each time the same run goes on in the same folder, another one for a copy of it elsewhere."""
+    """A run id: the same whenever the run resumes in its folder, another one for a copy of the folder."""
     return hashlib.sha256(f"{run_fingerprint}\n{run_dir.resolve()}".encode()).hexdigest()[:16]
 
 
-def honoured(tracking: Tracking, environment: Mapping[str, str]) -> tuple[Tracking, list[str]]:
-    """What wandb's own variables make of the recipe's section, and what to tell the user of it. WANDB_MODE
-    may switch off or keep offline, and WANDB_PROJECT names a project where the recipe names none; the recipe
-    wins else, which is told."""
+def apply_environment(tracking: Tracking, environment: Mapping[str, str]) -> tuple[Tracking, list[str]]:
+    """(the recipe's section changed by wandb's own variables, lines for the user).
+
+    WANDB_MODE may switch tracking off or keep it offline. WANDB_PROJECT counts if the recipe names no
+    project. In all other cases the recipe wins, and a line reports it.
+    """
     if tracking.wandb == "off":
         return tracking, []
-    changes, told = {}, []
+    changes, notes = {}, []
     mode, project = environment.get("WANDB_MODE", ""), environment.get("WANDB_PROJECT", "")
-    wanted = {
+    requested = {
         "disabled": "off",
         "dryrun": "offline",
         "offline": "offline",
@@ -68,35 +70,36 @@ def honoured(tracking: Tracking, environment: Mapping[str, str]) -> tuple[Tracki
         "run": "online",
     }.get(mode, tracking.wandb)
     order = ("off", "offline", "online")
-    if order.index(wanted) < order.index(tracking.wandb):
-        changes["wandb"] = wanted
-        told.append(f"WANDB_MODE={mode}: tracking.wandb is {wanted} instead of {tracking.wandb}")
-    elif wanted != tracking.wandb:
-        told.append(f"WANDB_MODE={mode} is not followed: the recipe says tracking.wandb={tracking.wandb}")
-    if project and project != tracking.project and wanted != "off":
+    if order.index(requested) < order.index(tracking.wandb):
+        changes["wandb"] = requested
+        notes.append(f"WANDB_MODE={mode}: tracking.wandb is {requested} instead of {tracking.wandb}")
+    elif requested != tracking.wandb:
+        notes.append(f"WANDB_MODE={mode} is ignored: the recipe sets tracking.wandb={tracking.wandb}")
+    if project and project != tracking.project and requested != "off":
         if tracking.project == Tracking.model_fields["project"].default:
             changes["project"] = project
-            told.append(f"WANDB_PROJECT={project}: tracking.project is {project}")
+            notes.append(f"WANDB_PROJECT={project}: tracking.project is {project}")
         else:
-            told.append(
-                f"WANDB_PROJECT={project} is not followed: the recipe says "
-                f"tracking.project={tracking.project}"
+            notes.append(
+                f"WANDB_PROJECT={project} is ignored: the recipe sets tracking.project={tracking.project}"
             )
-    told += [
-        f"{name} is not followed: the run's name and folder decide"
+    notes += [
+        f"{name} is ignored: name and id come from the run's name and folder"
         for name in ("WANDB_NAME", "WANDB_RUN_ID")
         if environment.get(name)
     ]
-    return tracking.model_copy(update=changes), told
+    return tracking.model_copy(update=changes), notes
 
 
 class WandbSink:
-    """Logs a run to wandb, online or offline. config: the resolved recipe and more; run_id: from
-    stable_run_id; algorithm: its job type and tag.
+    """Logs a run to wandb, online or offline.
 
-    metrics.jsonl is the truth: where a run goes on, the rows of it that wandb does not have yet are logged
-    first, and steps that are played again after a crash are left out if wandb has them. An offline run has no
-    earlier rows, so each start records all of them again, and the newest recording alone is the whole run.
+    config: the resolved recipe, the plan and versions; run_id: from stable_run_id; algorithm: job type and
+    tag.
+
+    metrics.jsonl is the truth. A resumed run first logs the rows that wandb lacks, and leaves out steps that
+    are computed again after a crash if wandb has them. An offline run has no earlier rows: each start records
+    all of them again, so the newest recording alone is the complete run.
     """
 
     def __init__(
@@ -108,20 +111,19 @@ class WandbSink:
         run_id: str,
         algorithm: str | None = None,
     ) -> None:
-        assert tracking.wandb != "off", "no sink is made then"
+        assert tracking.wandb != "off", "WandbSink needs tracking.wandb"
         self._dir, self._tracking, self._name, self._id = run_dir, tracking, run_name, run_id
         self._config, self._algorithm = without_credentials(config), algorithm
         self._run: Run | None = None
-        self._taking = True
+        self._logging = True
         self._logged = {STEP: -1, EVALUATION_STEP: -1}
         self._rollouts: tuple[Sample, ...] = ()
         self._note: Note = _silent
 
     def open(self, note: Note) -> None:
         self._note = note
-        self._dir.mkdir(
-            parents=True, exist_ok=True
-        )  # else wandb writes to the temporary folder of the machine
+        # if the folder is missing, wandb writes to the machine's temporary folder
+        self._dir.mkdir(parents=True, exist_ok=True)
         self._run = self._start()
         self._guarded(_define_metrics)
         self._guarded(self._catch_up)
@@ -134,10 +136,10 @@ class WandbSink:
         self._log(report.step, report.metrics, (*report.samples, *spread(self._rollouts, _reward)))
 
     def note(self, message: str) -> None:
-        """Notes are in logs/driver.log."""
+        """Does nothing: logs/driver.log holds the notes."""
 
     def alert(self, alert: Alert) -> None:
-        text = without_credentials(alert.text)  # an error may name the address that it came from
+        text = without_credentials(alert.text)  # an error may quote an address
         self._guarded(lambda run: run.alert(alert.title, text, level=alert.level, wait_duration=0))
 
     def close(self, *, failed: bool = False) -> None:
@@ -145,7 +147,7 @@ class WandbSink:
         if run is None:
             return
         limit = self._tracking.finish_timeout_s
-        # wandb gives up by itself at `limit`; the two seconds more are for when it does not
+        # wandb stops by itself at `limit`; two seconds more are for the case that it does not
         failure = failed_within(lambda: run.finish(exit_code=int(failed)), limit + 2.0)
         if failure is not None:
             self._note(
@@ -156,14 +158,14 @@ class WandbSink:
             self._note(f"wandb: recorded offline, upload it with `wandb sync {run.settings.sync_dir}`")
 
     def _log(self, step: int, metrics: Mapping[str, float], samples: tuple[Sample, ...] = ()) -> None:
-        """One row, unless wandb has it from before a crash."""
-        by = EVALUATION_STEP if is_evaluation(metrics) else STEP
-        if step > self._logged[by]:
+        """Logs one row, unless wandb has it from before a crash."""
+        step_metric = EVALUATION_STEP if is_evaluation(metrics) else STEP
+        if step > self._logged[step_metric]:
             row = {grouped(name): value for name, value in metrics.items() if not unknown(name, value)}
-            self._guarded(lambda run: run.log({**row, **_tables(samples), STEP: step, by: step}))
+            self._guarded(lambda run: run.log({**row, **_tables(samples), STEP: step, step_metric: step}))
 
     def _catch_up(self, run: "Run") -> None:
-        """Brings wandb to where metrics.jsonl is."""
+        """Logs the rows of metrics.jsonl that wandb lacks."""
         self._logged = {name: int(run.summary.get(name, -1)) for name in self._logged}
         path = self._dir / "metrics.jsonl"
         for line in read_lines(path) if path.is_file() else ():
@@ -173,17 +175,15 @@ class WandbSink:
             self._log(int(line.get("step", 0)), metrics)
 
     def _start(self) -> "Run | None":
-        """An online run where that works, else an offline one, else none."""
-        # names the service process of a parent, a notebook for one: the run would end with it, or never start
-        # if it has ended
+        """Starts an online run; if that fails an offline one; if that fails none."""
+        # WANDB_SERVICE names the service process of a parent, for example a notebook: the run would end with
+        # it, or never start if that process has ended
         os.environ.pop("WANDB_SERVICE", None)
         modes = ("online", "offline") if self._tracking.wandb == "online" else ("offline",)
         for mode in modes:
             try:
                 return self._init(mode)
-            except (
-                Exception
-            ) as error:  # wandb has no common base class: mailbox, service and HTTP errors are plain ones
+            except Exception as error:  # wandb has no common base class of its errors
                 instead = (
                     "recording offline instead" if mode == "online" else "this run is not tracked by wandb"
                 )
@@ -195,7 +195,7 @@ class WandbSink:
         import wandb
 
         tracking = self._tracking
-        # init would ask for a key on the terminal and wait for ever
+        # without a key wandb.init would wait for input on the terminal
         if mode == "online" and not wandb.login(prompt=False, verify=False):
             raise wandb.Error("no API key: run `wandb login` or set WANDB_API_KEY")
         return wandb.init(
@@ -210,7 +210,7 @@ class WandbSink:
             tags=None if self._algorithm is None else [self._algorithm],
             config=self._config,
             dir=self._dir,
-            reinit="create_new",  # never hand back the run of an earlier stage
+            reinit="create_new",  # never the run of an earlier stage
             settings=wandb.Settings(
                 init_timeout=tracking.init_timeout_s,
                 finish_timeout=tracking.finish_timeout_s,
@@ -225,28 +225,30 @@ class WandbSink:
         )
 
     def _guarded(self, act: "Callable[[Run], None]") -> None:
-        """Tracks as long as that works; the first failure is noted and ends it."""
-        if self._run is None or not self._taking:
+        """Calls wandb. The first failure is noted and ends all logging."""
+        if self._run is None or not self._logging:
             return
         try:
             act(self._run)
         except Exception as error:  # see _start
-            self._taking = False
+            self._logging = False
             self._note(
-                f"wandb stopped taking metrics ({_reason(error)}); the run goes on, metrics.jsonl has all "
-                "of them"
+                f"wandb stopped taking metrics ({_reason(error)}); the run continues, and metrics.jsonl has "
+                "all of them"
             )
 
 
 def failed_within(action: Callable[[], None], seconds: float) -> Exception | None:
-    """Runs an action on a thread and waits so long: its failure, TimeoutError if it is still at it, None if
-    it is done."""
+    """Runs an action on a thread, and waits for it at most `seconds`.
+
+    Returns its exception, TimeoutError if it still runs, or None if it succeeded.
+    """
     failures: list[Exception] = []
 
     def run() -> None:
         try:
             action()
-        except Exception as error:  # handed to the caller
+        except Exception as error:  # returned to the caller
             failures.append(error)
 
     thread = threading.Thread(target=run, name="finish-tracking", daemon=True)
@@ -258,8 +260,8 @@ def failed_within(action: Callable[[], None], seconds: float) -> Exception | Non
 
 
 def _release(seconds: float) -> None:
-    """Ends wandb's service process: it holds the id of a run that did not start or finish, and refuses a
-    second try."""
+    """Ends wandb's service process, which holds the id of a run that did not start or finish, and would
+    refuse it a second time."""
     import wandb
 
     failed_within(wandb.teardown, seconds)
@@ -299,7 +301,7 @@ def _reward(sample: Sample) -> float:
 
 
 def _reason(error: Exception) -> str:
-    """The error in one line, without the key and without credentials of a proxy or server address."""
+    """The error in one line, without the API key and without credentials in addresses."""
     line = next(iter(str(error).splitlines()), "")
     key = os.environ.get("WANDB_API_KEY")
     line = line.replace(key, "[key]") if key else line
@@ -307,7 +309,7 @@ def _reason(error: Exception) -> str:
 
 
 def without_credentials(value: Any) -> Any:
-    """A tree of config values whose addresses name no user and password."""
+    """The values of a config without user names and passwords in addresses."""
     if isinstance(value, Mapping):
         return {name: without_credentials(inner) for name, inner in value.items()}
     if isinstance(value, list | tuple):
@@ -316,4 +318,4 @@ def without_credentials(value: Any) -> Any:
 
 
 def _silent(message: str) -> None:
-    """Before open there is nobody to tell."""
+    """Stands in for the note function until open()."""

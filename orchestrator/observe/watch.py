@@ -1,4 +1,4 @@
-"""Watches one run over all its attempts: adds goodput and restarts to every step, and says what is wrong."""
+"""Watches a run over all its starts: adds goodput and restarts to each step, and finds alerts."""
 
 import math
 from collections.abc import Mapping
@@ -13,44 +13,46 @@ from orchestrator.observe.alerts import Alert, AlertRules
 from orchestrator.observe.goodput import StartLog
 from orchestrator.recipe.schema import Alerts
 
-GOES_ON = (Interrupted, WorkerLost, OutOfMemory)
-"""Ends of an attempt that another attempt follows."""
+RESTARTED = (Interrupted, WorkerLost, OutOfMemory)
+"""Errors after which the run is started again, by the program or by the user."""
 
 
 class Watch:
-    """limits: None for no alerts; resume_step: that the run goes on from."""
+    """limits: None for no alerts; resume_step: step of the checkpoint that the run resumes from."""
 
     def __init__(
-        self, run_dir: Path, limits: Alerts | None, resume_step: int, attempts: StartLog | None = None
+        self, run_dir: Path, limits: Alerts | None, resume_step: int, starts: StartLog | None = None
     ) -> None:
         self._metrics, self._resume_step = run_dir / "metrics.jsonl", resume_step
-        self._attempts = attempts or StartLog(run_dir)
+        self._starts = starts or StartLog(run_dir)
         self._rules = None if limits is None else AlertRules(limits)
         self._last = resume_step
 
     def begin(self) -> tuple[Alert, ...]:
-        """Once the ledger is at the step to go on from."""
-        self._attempts.begin(self._resume_step)
+        """Records the start. Call it when metrics.jsonl has been cut back to the resume step."""
+        self._starts.begin(self._resume_step)
         if self._rules is None:
             return ()
         for line in read_lines(self._metrics) if self._metrics.is_file() else ():
             metrics = {name: math.nan if value is None else value for name, value in line.items()}
-            self._alerts(int(line.get("step", 0)), metrics)  # said already
-        return self._rules.started(self._resume_step, self._attempts.starts)
+            self._alerts(int(line.get("step", 0)), metrics)  # these alerts were reported before
+        return self._rules.started(self._resume_step, self._starts.starts)
 
     def step(self, report: StepReport) -> tuple[StepReport, tuple[Alert, ...]]:
-        """The report with what the attempts say, and what is wrong with it."""
+        """(the report with goodput and restarts, its alerts)."""
         self._last = report.step
-        whole = replace(report, metrics={**report.metrics, **self._attempts.after(report.metrics)})
-        return whole, self._alerts(report.step, whole.metrics)
+        report = replace(report, metrics={**report.metrics, **self._starts.after(report.metrics)})
+        return report, self._alerts(report.step, report.metrics)
 
     def evaluation(self, report: EvaluationReport) -> tuple[Alert, ...]:
         return self._alerts(report.step, report.metrics)
 
     def ended(self, error: BaseException | None) -> tuple[Alert, ...]:
-        """At the end of an attempt. error: that ended it; one that the user asked for, or that is tried
-        again, is no alert."""
-        if self._rules is None or not isinstance(error, Exception) or isinstance(error, GOES_ON):
+        """Alerts at the end of a start. error: the exception that ended it, if any.
+
+        A stop by the user and an error that is followed by a restart are not alerts.
+        """
+        if self._rules is None or not isinstance(error, Exception) or isinstance(error, RESTARTED):
             return ()
         text = error.what if isinstance(error, OrchestratorError) else f"{type(error).__name__}: {error}"
         return (Alert("the run failed", text, "ERROR", self._last),)

@@ -4,7 +4,7 @@ beside it.
     recipe, rows, weights, template, tokenizer -> deciding (another value: another run)        user's files, tokens -> watched (a change is told)
 
 Content decides, never a place: data, models and the run's own folder may be moved. The end of a run is
-compared apart (run/extension.py).
+compared apart (run/folder.py).
 """
 
 import hashlib

@@ -15,7 +15,7 @@ from orchestrator.observe.callbacks import Callback
 from orchestrator.recipe.loading import dump, load
 from orchestrator.recipe.schema import Recipe
 from orchestrator.run.folder import ROWS
-from orchestrator.run.supervise import How, Outcome
+from orchestrator.run.supervise import Outcome, RunOptions
 from orchestrator.run.supervise import train as run_recipe
 
 
@@ -63,8 +63,8 @@ def train(
         for key, records in (("train", rows), ("eval", held_out))
         if records is not None
     ]
-    how = How(extend=extend, in_process=in_process, callbacks=tuple(callbacks))
-    return run_recipe(load_recipe(recipe, *changes, *overrides), folder, Console(), how=how)
+    options = RunOptions(extend=extend, in_process=in_process, callbacks=tuple(callbacks))
+    return run_recipe(load_recipe(recipe, *changes, *overrides), folder, Console(), options=options)
 
 
 def _written(file: Path, records: Sequence[Mapping[str, Any]]) -> str:

@@ -1,6 +1,7 @@
-"""The folder of one run: what lies where, who may write to it, and whether it belongs to this recipe.
+"""The folder of one run: its paths, its lock, and the check that it belongs to this recipe.
 
-recipe.yaml  plan.json  run.json  metrics.jsonl  samples.jsonl  checkpoints/  export/  report.html  wandb/  logs/
+recipe.yaml  plan.json  run.json  metrics.jsonl  samples.jsonl  report.html
+checkpoints/  export/  wandb/  logs/
 """
 
 import errno
@@ -15,23 +16,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from orchestrator.algorithms.schedule import learning_rate
 from orchestrator.core.errors import OutputError
 from orchestrator.core.files import read_lines, write_atomically
 from orchestrator.recipe.fingerprint import FREE, TOKENS, Identity
-from orchestrator.run.extension import End
+from orchestrator.recipe.schema import Optimizer
 
 DONE = "done_steps"
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)
-"""What flock says on a file system that has none."""
+"""Errors of flock on a file system without locks."""
 
 
 @dataclass(frozen=True, slots=True)
 class RunFolder:
-    """Paths of a run. fingerprint: of everything that decides its result, so that no other run can go on in
-    here."""
+    """Paths of a run, and what its files record."""
 
     root: Path
     fingerprint: str
+    """SHA-256 of everything that decides the run's result. No other run can resume in this folder."""
 
     @property
     def checkpoints(self) -> Path:
@@ -55,7 +57,7 @@ class RunFolder:
 
     @property
     def done_steps(self) -> int:
-        """Steps of the loop after which the run was exported last; 0 before."""
+        """Steps of the loop at the last export; 0 before the first."""
         return int((run_record(self.root) or {}).get(DONE, 0))
 
     def mark_done(self, steps: int) -> None:
@@ -66,14 +68,56 @@ class RunFolder:
 
     @property
     def saved_steps(self) -> int:
-        """Of the newest checkpoint by its name; 0 without any."""
+        """Step of the newest checkpoint, by its name; 0 without a checkpoint."""
         return max((int(d.name[5:13]) for d in self.checkpoints.glob("step_????????")), default=0)
 
     def evaluated(self, step: int) -> bool:
-        """Is the evaluation of a step on record?"""
+        """Whether metrics.jsonl holds the evaluation of a step."""
         lines = read_lines(self.metrics) if self.metrics.is_file() else []
         return any(
             line.get("step") == step and any(name.startswith("eval/") for name in line) for line in lines
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """Where a run ends. run.max_steps or run.epochs may move it when the run is started again."""
+
+    optimizer: Optimizer
+    loop_steps: int
+    """Steps of the loop, which run.max_steps counts."""
+    each: int = 1
+    """Optimizer steps per step of the loop."""
+    allowed: bool = False
+    """--extend: the end may move although the learning rate's schedule depends on it."""
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the whole run, which the learning rate's schedule counts."""
+        return self.loop_steps * self.each
+
+    def other_rates(self, done: int, then: int) -> str | None:
+        """Compares the learning rates of the `done` steps of the loop, taken in a run of `then` optimizer
+        steps, with those of this end.
+
+        None if all are equal: the longer run is then the same as one planned so from the start.
+        """
+        taken, total = done * self.each, self.steps
+        differing = [
+            s
+            for s in range(taken)
+            if learning_rate(self.optimizer, s, then) != learning_rate(self.optimizer, s, total)
+        ]
+        if not differing:
+            return None
+        last = taken - 1
+        rates = (
+            f"{learning_rate(self.optimizer, last, then):.3g}, in a run of {total} steps it has "
+            f"{learning_rate(self.optimizer, last, total):.3g}"
+        )
+        return (
+            f"{len(differing)} of the {taken} optimizer steps that are done had another learning rate: "
+            f"the last one {rates}"
         )
 
 
@@ -87,9 +131,11 @@ def open_run(
     *,
     end: End | None = None,
 ) -> Iterator[RunFolder]:
-    """Locks the folder and writes what the run is; OutputError where it holds another run or one that is
-    running. note: is told what of the user's files has changed since the run began; end: where the run ends
-    now."""
+    """Locks the folder and writes run.json, recipe.yaml and plan.json.
+
+    OutputError if the folder holds another run, or is in use by another process. note: prints which of the
+    user's files have changed since the run began; end: where the run ends now.
+    """
     folder = RunFolder(root, identity.fingerprint)
     _reject_ray_temp_folder(root)
     try:
@@ -102,7 +148,7 @@ def open_run(
         before = _reject_other_run(root, identity)  # another process may have come first
         changes = _changes(before, identity)
         for name, then, now in changes:
-            note(_told(name, then, now))
+            note(_change_warning(name, then, now))
         changes += _other_end(folder, before, end, note)
         try:
             write_atomically(
@@ -119,7 +165,7 @@ def open_run(
 def _record(
     before: Mapping[str, Any], identity: Identity, changes: Sequence[tuple[str, str, str]], end: End | None
 ) -> dict[str, Any]:
-    """Content of run.json. changes: of this start, added to those of the starts before."""
+    """Content of run.json. changes: those found at this start; earlier ones are kept."""
     added = [{"at": time.time(), "what": name, "from": then, "to": now} for name, then, now in changes]
     return {
         "fingerprint": identity.fingerprint,
@@ -132,7 +178,7 @@ def _record(
 
 
 def _changes(before: Mapping[str, Any], identity: Identity) -> list[tuple[str, str, str]]:
-    """(name, SHA-256 then, now) of what is watched and is another now."""
+    """(name, SHA-256 then, SHA-256 now) of each watched file or text that has changed."""
     then = before.get("watched", {})
     return [
         (name, then[name], now)
@@ -144,8 +190,10 @@ def _changes(before: Mapping[str, Any], identity: Identity) -> list[tuple[str, s
 def _other_end(
     folder: RunFolder, before: Mapping[str, Any], end: End | None, note: Callable[[str], None]
 ) -> list[tuple[str, str, str]]:
-    """What is recorded of another end; OutputError where the steps that are done would have been others,
-    unless the user wants it so."""
+    """The record of a moved end.
+
+    OutputError if the steps that are done would have had other learning rates, unless --extend allows it.
+    """
     then = before.get("schedule_steps")
     if end is None or then is None or then == end.steps:
         return []
@@ -153,8 +201,8 @@ def _other_end(
     if differing is not None and not end.allowed:
         raise OutputError(
             f"{folder.root} holds a run of {then} optimizer steps, this one has {end.steps}",
-            why=f"optimizer.schedule={end.optimizer.schedule} looks at the end: {differing}",
-            fix="add --extend to go on all the same, with the rates of the new end from the next step on; "
+            why=f"optimizer.schedule={end.optimizer.schedule} depends on the end: {differing}",
+            fix="add --extend to continue anyway, with the rates of the new end from the next step on; "
             "or choose another --output",
         )
     note(
@@ -162,32 +210,34 @@ def _other_end(
         + (
             f"not what a run of {end.steps} steps from the start gives: {differing}"
             if differing
-            else "as if it had been so from the start"
+            else "the same as a run of that length from the start"
         )
     )
     return [("optimizer steps of the run", str(then), str(end.steps))]
 
 
-def _told(name: str, then: str, now: str) -> str:
+def _change_warning(name: str, then: str, now: str) -> str:
     if name == TOKENS:
         why = (
-            "neither the rows nor the template nor the tokenizer are others, so the template prints a "
-            "date or the like, or this is another version"
+            "rows, template and tokenizer are unchanged, so the template prints a date or the like, or "
+            "this is another version of orchestrator"
         )
-        return f"warning: the rows become other tokens than when the run began: {why}"
+        return f"warning: the rows give other tokens than when the run began: {why}"
     return (
         f"warning: {name} has changed since the run began (SHA-256 {then[:12]} then, {now[:12]} now); "
-        "the run goes on with it as it is now"
+        "the run continues with the present one"
     )
 
 
 def _reject_ray_temp_folder(root: Path) -> None:
-    """OutputError for a folder that Ray removes: a job's own copy of its working folder, where a relative
-    --output leads."""
+    """OutputError for a folder in a Ray job's copy of its working folder, which Ray removes.
+
+    A relative --output leads there.
+    """
     if any(part.startswith("_ray_pkg_") for part in root.resolve().parts):
         raise OutputError(
             f"{root} lies in the working folder of a Ray job",
-            why="Ray removes it when the job is over, and no other node sees it",
+            why="Ray removes that folder when the job ends, and no other node sees it",
             fix="give --output as an absolute path on storage that all nodes share",
         )
 
@@ -197,26 +247,26 @@ ROWS = "rows"
 
 
 def _reject_other_run(root: Path, identity: Identity) -> Mapping[str, Any]:
-    """What run.json says, nothing in a new folder. OutputError where the folder holds another run or things
-    of somebody else's."""
-    there = run_record(root)
-    if there is None:
+    """The content of run.json, empty for a new folder. OutputError if the folder holds another run, or files
+    that are not a run's."""
+    record = run_record(root)
+    if record is None:
         if root.is_dir() and any(
             p.name not in ("run.lock", "run.owner", ROWS) and not p.name.startswith(".run.json.")
             for p in root.iterdir()
         ):
             raise OutputError(f"{root} is not empty and holds no run", fix="choose a new folder as --output")
         return {}
-    if there["fingerprint"] == identity.fingerprint:
-        return there
-    other = f"choose another --output, or set them back. Free to change are {FREE}"
-    if "deciding" not in there:
+    if record["fingerprint"] == identity.fingerprint:
+        return record
+    fix = f"choose another --output, or set the keys back. These may change: {FREE}"
+    if "deciding" not in record:
         why = (
-            f"run {there['fingerprint'][:12]} was started there, this recipe and data are run "
+            f"run {record['fingerprint'][:12]} was started there, this recipe and data are run "
             f"{identity.fingerprint[:12]}"
         )
-        raise OutputError(f"{root} holds another run", why=why, fix=other)
-    differing = identity.differences(there["deciding"])
+        raise OutputError(f"{root} holds another run", why=why, fix=fix)
+    differing = identity.differences(record["deciding"])
     why = "\n       ".join(
         differing[:10] + ([f"… and {len(differing) - 10} more"] if len(differing) > 10 else [])
     )
@@ -224,12 +274,12 @@ def _reject_other_run(root: Path, identity: Identity) -> Mapping[str, Any]:
     raise OutputError(
         f"{root} holds another run, which differs in {len(differing)} {many} (there -> here)",
         why=why,
-        fix=other,
+        fix=fix,
     )
 
 
 def run_record(root: Path) -> dict[str, Any] | None:
-    """What run.json says; None where there is none."""
+    """The content of run.json; None if there is none."""
     path = root / "run.json"
     if not path.is_file():
         return None
@@ -246,7 +296,7 @@ def _unwritable(root: Path, error: OSError) -> OutputError:
 
 @contextmanager
 def _locked(descriptor: int, root: Path) -> Iterator[None]:
-    """One process per folder; the kernel frees the lock when the process dies, however it dies."""
+    """Lets one process use the folder. The kernel frees the lock when the process ends in whatever way."""
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -258,7 +308,7 @@ def _locked(descriptor: int, root: Path) -> Iterator[None]:
         except OSError as error:
             if error.errno not in NO_LOCKS:
                 raise _unwritable(root, error) from error
-            owner = _owned(root)
+            owner = _claim(root)
         try:
             yield
         finally:
@@ -268,10 +318,12 @@ def _locked(descriptor: int, root: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _owned(root: Path) -> Path:
-    """Where the file system knows no locks (Lustre without -o flock, some NFS and FUSE): a file that names
-    this host and process, in the place of one whose process has ended. OutputError where another may be
-    running."""
+def _claim(root: Path) -> Path:
+    """Claims the folder with a file that names this host and process, for file systems without locks (Lustre
+    without -o flock, some NFS and FUSE).
+
+    The file of a process that has ended is replaced. OutputError if its process may still run.
+    """
     path, me = root / "run.owner", {"host": socket.gethostname(), "pid": os.getpid()}
     while True:
         try:
@@ -279,14 +331,14 @@ def _owned(root: Path) -> Path:
                 json.dump(me, file)
             return path
         except FileExistsError:
-            _refuse_living(root, path)
+            _reject_live_owner(root, path)
             path.unlink(missing_ok=True)
         except OSError as error:
             raise _unwritable(root, error) from error
 
 
-def _refuse_living(root: Path, path: Path) -> None:
-    """OutputError unless the owner's process has ended for certain."""
+def _reject_live_owner(root: Path, path: Path) -> None:
+    """OutputError unless the owner's process has certainly ended."""
     try:
         owner = json.loads(path.read_text())
         host, pid = str(owner["host"]), int(owner["pid"])
@@ -298,7 +350,6 @@ def _refuse_living(root: Path, path: Path) -> None:
         return
     raise OutputError(
         f"{root} is in use by process {pid} on {host}",
-        why="its file system has no locks (flock), so nobody can see from here whether that process still "
-        "runs",
+        why="its file system has no locks (flock), so this process cannot see whether that one still runs",
         fix=f"wait for it, or choose another --output; if it has ended, remove {path}",
     )

@@ -1,6 +1,6 @@
-"""One attempt at an online run: the live objects of a recipe, and the loop over them.
+"""One start of an online run: builds the live objects of a recipe, runs the loop over them, exports.
 
-plan --learners, critic--> policy --bridge--> rollout actors --reward pool--> OnlineTrainer --> export
+plan --learners, critic--> policy --weight sync--> rollout actors --reward pool--> OnlineTrainer --> export
 """
 
 from collections.abc import Callable, Mapping
@@ -23,17 +23,16 @@ from orchestrator.core.rollouts import Sampling
 from orchestrator.core.stopping import Stop
 from orchestrator.learner.probes import model_fingerprint
 from orchestrator.learner.rank_learner import LearnerSpec
-from orchestrator.models.rounding import widened
 from orchestrator.observe.phases import phase
 from orchestrator.observe.reporter import RunReporter
 from orchestrator.observe.timeline import Timeline
 from orchestrator.plan.memory import model_sizes
 from orchestrator.recipe.schema import Learners, Recipe, Rollouts
 from orchestrator.rollout.replay import NoSync, Replay
-from orchestrator.run.checkpoints import CheckpointStore
+from orchestrator.run.checkpoints import CheckpointStore, RunCheckpoints
+from orchestrator.run.export import export_policy
 from orchestrator.run.folder import RunFolder
-from orchestrator.run.planned_run import Job
-from orchestrator.run.resume import RunCheckpoints
+from orchestrator.run.planned_run import PlannedRun
 from orchestrator.run.startup import check_layout, probed_cut
 from orchestrator.trainers.experience import ExperienceInputs
 from orchestrator.trainers.online import OnlinePlan, OnlineTrainer, TrainedRoles
@@ -41,46 +40,36 @@ from orchestrator.trainers.online_evaluation import RolloutEvaluator
 from orchestrator.trainers.optimizer_step import Attach, Guards, OptimizerStepper
 
 
-def run_once(job: Job, folder: RunFolder, cut: Cut, stop: Stop) -> Progress:
+def run_once(planned: PlannedRun, folder: RunFolder, cut: Cut, stop: Stop) -> Progress:
     """Runs from the newest checkpoint to the end, or until a worker is lost."""
-    recipe, online = job.recipe, job.algorithm.online
-    assert online is not None and job.prompts is not None
+    recipe, online = planned.recipe, planned.algorithm.online
+    assert online is not None and planned.prompts is not None
     store = CheckpointStore(
-        folder.checkpoints, run=folder.fingerprint, keep=recipe.checkpoint.keep, note=job.console.print
+        folder.checkpoints, run=folder.fingerprint, keep=recipe.checkpoint.keep, note=planned.console.print
     )
     saved = store.newest()
     with ExitStack() as stack:
-        reporter = stack.enter_context(job.reporter(folder, saved.progress.step if saved else 0))
-        parts = _here(job, stack) if job.in_process else _on_ray(job, folder, stack)
+        reporter = stack.enter_context(planned.reporter(folder, saved.progress.step if saved else 0))
+        parts = _in_process(planned, stack) if planned.in_process else _on_ray(planned, folder, stack)
         group, critic = parts.policy, parts.critic
-        with phase(job.console, "loading the model"):
-            group.build(LearnerSpec(recipe, cut, job.schedule_steps))
-        with phase(job.console, "checking memory and layout"):
-            cut = probed_cut(job.plan, job.data, cut, group, reporter.note)
-            check_layout(recipe, job.algorithm, job.data, cut, group, reporter.note)
-        if critic is not None:
-            critic.build(
-                LearnerSpec(
-                    critic_recipe(recipe), replace(cut, workers=critic.world), job.schedule_steps, "critic"
-                )
-            )
-        with phase(job.console, "starting rollout actors and rewards"):
-            generator, scorer, bridge = parts.rollouts()
+        cut = _build(planned, cut, parts, reporter.note)
+        with phase(planned.console, "starting rollout actors and rewards"):
+            generator, scorer, weight_sync = parts.start_rollouts()
         trained = [group] if critic is None else [group, critic]
         sampling = sampling_of(recipe)
         base = group.call(model_fingerprint)[0]
         checkpoints = RunCheckpoints(
-            store, trained, saved, base, final=recipe.checkpoint.final, last=job.plan.total_steps
+            store, trained, saved, base, final=recipe.checkpoint.final, last=planned.plan.total_steps
         )
         evaluated = saved is not None and folder.evaluated(saved.progress.step)
         trainer = OnlineTrainer(
-            plan=_plan(job, sampling, evaluated),
-            learning=_learning(job, cut, group, critic, reporter),
-            prompts=job.prompts.batches,
+            plan=_loop_plan(planned, sampling, evaluated),
+            learning=_trained_roles(planned, cut, group, critic, reporter),
+            prompts=planned.prompts.batches,
             generator=generator,
             scorer=scorer,
-            weights=bridge,
-            evaluator=RolloutEvaluator(_held_out(job), recipe.evaluation, sampling, generator, scorer),
+            weights=weight_sync,
+            evaluator=RolloutEvaluator(_held_out(planned), recipe.evaluation, sampling, generator, scorer),
             report=reporter,
             checkpoints=checkpoints,
             timeline=Timeline(folder.root / "trace.json"),
@@ -88,100 +77,108 @@ def run_once(job: Job, folder: RunFolder, cut: Cut, stop: Stop) -> Progress:
         )
         progress = trainer.run()
         stop.doing = "exporting the model"
-        reporter.note(f"exporting to {folder.export}")
-        group.export(folder.export, job.card(folder))
-        if said := widened(job.recipe, folder.export):
-            reporter.note(said)
+        export_policy(planned, folder, group, reporter.note)
         if critic is not None and recipe.critic.export:
-            critic.export(folder.critic_export, job.card(folder))
+            critic.export(folder.critic_export, planned.card(folder))
         folder.mark_done(progress.step)
         checkpoints.finish()
         return progress
 
 
-Rolling = tuple[Generator, Scorer, WeightSync]
+RolloutParts = tuple[Generator, Scorer, WeightSync]
 
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """The live objects of an attempt: learners that hold no model yet, and what makes completions and rewards
-    when they do."""
+    """The live objects of one start. The learners hold no model yet."""
 
     policy: Ranks
     critic: Ranks | None
-    rollouts: Callable[[], Rolling]
+    start_rollouts: Callable[[], RolloutParts]
+    """Starts the rollout actors and rewards. Call it when the learners hold their models."""
 
 
-def _on_ray(job: Job, folder: RunFolder, stack: ExitStack) -> Parts:
-    """Workers and actors of Ray, in the resources that are reserved for all of them at once."""
-    recipe, parameters, logs = job.recipe, job.sizes().all, folder.logs
-    with phase(job.console, "starting Ray"):
-        connect(store_for(job.store_bytes()))
-    with phase(job.console, "starting workers"):
+def _build(planned: PlannedRun, cut: Cut, parts: Parts, note: Callable[[str], None]) -> Cut:
+    """Loads the models into the learners and checks them; returns the cut that fits into their memory."""
+    recipe, critic = planned.recipe, parts.critic
+    with phase(planned.console, "loading the model"):
+        parts.policy.build(LearnerSpec(recipe, cut, planned.schedule_steps))
+    with phase(planned.console, "checking memory and layout"):
+        cut = probed_cut(planned.plan, planned.data, cut, parts.policy, note)
+        check_layout(recipe, planned.algorithm, planned.data, cut, parts.policy, note)
+    if critic is not None:
+        critic_cut = replace(cut, workers=critic.world)
+        critic.build(LearnerSpec(critic_recipe(recipe), critic_cut, planned.schedule_steps, "critic"))
+    return cut
+
+
+def _on_ray(planned: PlannedRun, folder: RunFolder, stack: ExitStack) -> Parts:
+    """Ray workers and actors, in resources that are reserved for all of them together."""
+    recipe, parameters, logs = planned.recipe, planned.sizes().all, folder.logs
+    with phase(planned.console, "starting Ray"):
+        connect(store_for(planned.store_bytes()))
+    with phase(planned.console, "starting workers"):
         placed = stack.enter_context(
-            reserved((*job.demands(), *job.reward_models()), recipe.learners.start_timeout_s)
+            reserved((*planned.demands(), *planned.reward_models()), recipe.learners.start_timeout_s)
         )
-        learners, together = recipe.learners, _together(recipe)
+        learners, colocated = recipe.learners, _colocated_rollouts(recipe)
         policy = stack.enter_context(
             LearnerGroup(
-                learners, parameters=parameters, logs=logs, colocated=together, placement=placed["learners"]
+                learners, parameters=parameters, logs=logs, colocated=colocated, placement=placed["learners"]
             )
         )
-        critic = stack.enter_context(_critic(job, folder, placed)) if _has_critic(job) else None
+        critic = stack.enter_context(_critic_group(planned, folder, placed)) if _has_critic(planned) else None
 
-    def rollouts() -> Rolling:
+    def start_rollouts() -> RolloutParts:
         scorer = stack.enter_context(
             RewardPool(recipe.rewards, model_for_tokenizer=recipe.model, logs=logs, placed=placed)
         )
         pool = stack.enter_context(
-            RolloutPool(recipe, parameters=parameters, logs=logs, placement=_of_rollouts(placed))
+            RolloutPool(recipe, parameters=parameters, logs=logs, placement=_rollout_placement(placed))
         )
         return pool, scorer, make_weight_sync(recipe, policy, pool)
 
-    return Parts(policy, critic, _recorded(recipe) or rollouts)
+    return Parts(policy, critic, _replay(recipe) or start_rollouts)
 
 
-def _here(job: Job, stack: ExitStack) -> Parts:
-    """All of it in this process."""
-    recipe = job.recipe
+def _in_process(planned: PlannedRun, stack: ExitStack) -> Parts:
+    """Learner, generator and rewards in this process."""
+    recipe = planned.recipe
     policy = stack.enter_context(LocalRank(recipe.learners))
-    critic = stack.enter_context(LocalRank(critic_recipe(recipe).learners)) if _has_critic(job) else None
+    critic = stack.enter_context(LocalRank(critic_recipe(recipe).learners)) if _has_critic(planned) else None
 
-    def rollouts() -> Rolling:
+    def start_rollouts() -> RolloutParts:
         local = LocalRollouts(recipe, policy)
         return local, LocalRewards(recipe.rewards, recipe.model), local
 
-    return Parts(policy, critic, _recorded(recipe) or rollouts)
+    return Parts(policy, critic, _replay(recipe) or start_rollouts)
 
 
-def _has_critic(job: Job) -> bool:
-    return job.algorithm.online is not None and job.algorithm.online.critic
+def _has_critic(planned: PlannedRun) -> bool:
+    return planned.algorithm.online is not None and planned.algorithm.online.critic
 
 
-def _recorded(recipe: Recipe) -> Callable[[], Rolling] | None:
-    """A recording in the place of live actors and rewards."""
+def _replay(recipe: Recipe) -> Callable[[], RolloutParts] | None:
+    """The recording that replaces actors and rewards; None without rollouts.replay."""
     if recipe.rollouts.replay is None:
         return None
     replay = Replay.read(recipe.rollouts.replay)
     return lambda: (replay, replay, NoSync())
 
 
-def _together(recipe: Recipe) -> Rollouts | None:
-    """Rollout actors that share the learners' GPUs."""
-    return (
-        recipe.rollouts
-        if recipe.rollouts.placement == "colocated" and recipe.rollouts.replay is None
-        else None
-    )
+def _colocated_rollouts(recipe: Recipe) -> Rollouts | None:
+    """The rollouts section if rollout actors share the learners' GPUs, else None."""
+    rollouts = recipe.rollouts
+    return rollouts if rollouts.placement == "colocated" and rollouts.replay is None else None
 
 
-def _of_rollouts(placed: Mapping[str, Placement]) -> Placement:
-    """Where rollout actors live: in the learners' bundles where they are colocated."""
+def _rollout_placement(placed: Mapping[str, Placement]) -> Placement:
+    """Placement of the rollout actors: the learners' bundles if they are colocated."""
     return placed.get("rollouts", placed["learners"])
 
 
 def critic_recipe(recipe: Recipe) -> Recipe:
-    """The recipe of PPO's value model: its own model, optimizer and workers, everything else the policy's."""
+    """The recipe of PPO's value model: its own model, learning rate and workers, else the policy's keys."""
     critic = recipe.critic
     optimizer = recipe.optimizer.model_copy(
         update={"learning_rate": critic.learning_rate or recipe.optimizer.learning_rate}
@@ -196,29 +193,33 @@ def critic_recipe(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"model": model, "optimizer": optimizer, "learners": learners})
 
 
-def _critic(job: Job, folder: RunFolder, placed: Mapping[str, Placement]) -> LearnerGroup:
-    recipe = critic_recipe(job.recipe)
+def _critic_group(planned: PlannedRun, folder: RunFolder, placed: Mapping[str, Placement]) -> LearnerGroup:
+    recipe = critic_recipe(planned.recipe)
     parameters = model_sizes(recipe, value_model(recipe.algorithm)).all
     return LearnerGroup(
         recipe.learners, parameters=parameters, logs=folder.logs, name="critic", placement=placed["critic"]
     )
 
 
-def _learning(job: Job, cut: Cut, group: Ranks, critic: Ranks | None, reporter: RunReporter) -> TrainedRoles:
-    policy = OptimizerStepper(job.algorithm, group, cut, live_reference(job, group), reporter, job.guards())
+def _trained_roles(
+    planned: PlannedRun, cut: Cut, group: Ranks, critic: Ranks | None, reporter: RunReporter
+) -> TrainedRoles:
+    policy = OptimizerStepper(
+        planned.algorithm, group, cut, live_reference(planned, group), reporter, planned.guards()
+    )
     if critic is None:
         return TrainedRoles(policy)
-    # the critic's loss says nothing of the policy's anchor or traffic
+    # the policy's first loss and its predicted traffic are no limits of the critic
     values = OptimizerStepper(
-        job.algorithm, critic, replace(cut, workers=critic.world), lambda batch: batch, reporter, Guards()
+        planned.algorithm, critic, replace(cut, workers=critic.world), lambda batch: batch, reporter, Guards()
     )
     return TrainedRoles(policy, values)
 
 
-def live_reference(job: Job, group: Learner) -> Attach:
-    """Pairs of online DPO get live reference log-probs; policy gradients carry theirs in their experience."""
-    online = job.algorithm.online
-    if online is None or online.advantage is not None or not job.algorithm.needs_reference:
+def live_reference(planned: PlannedRun, group: Learner) -> Attach:
+    """Adds live reference log-probs to pairs of online DPO. Policy gradients have theirs in `Experience`."""
+    online = planned.algorithm.online
+    if online is None or online.advantage is not None or not planned.algorithm.needs_reference:
         return lambda batch: batch
 
     def attach(batch: PackedBatch) -> PackedBatch:
@@ -228,7 +229,7 @@ def live_reference(job: Job, group: Learner) -> Attach:
 
 
 def sampling_of(recipe: Recipe) -> Sampling:
-    """How a recipe's completions are drawn."""
+    """Sampling parameters of a recipe's completions."""
     rollouts = recipe.rollouts
     return Sampling(
         samples=rollouts.samples,
@@ -242,21 +243,21 @@ def sampling_of(recipe: Recipe) -> Sampling:
     )
 
 
-def experience_inputs(job: Job) -> ExperienceInputs:
+def experience_inputs(planned: PlannedRun) -> ExperienceInputs:
     """What the advantages of its rollouts are computed from."""
-    return _plan(job, sampling_of(job.recipe), evaluated=False).needs
+    return _loop_plan(planned, sampling_of(planned.recipe), evaluated=False).needs
 
 
-def _plan(job: Job, sampling: Sampling, evaluated: bool) -> OnlinePlan:
-    recipe = job.recipe
+def _loop_plan(planned: PlannedRun, sampling: Sampling, evaluated: bool) -> OnlinePlan:
+    recipe = planned.recipe
     algorithm = recipe.algorithm
     return OnlinePlan(
-        algorithm=job.algorithm,
+        algorithm=planned.algorithm,
         seed=recipe.run.seed,
-        total_steps=job.plan.total_steps,
-        mini_batch=recipe.batch.effective // job.algorithm.group_examples,
+        total_steps=planned.plan.total_steps,
+        mini_batch=recipe.batch.effective // planned.algorithm.group_examples,
         epochs=algorithm.epochs,
-        optimizer_steps=job.optimizer_steps,
+        optimizer_steps=planned.optimizer_steps,
         sampling=sampling,
         dropout=recipe.model.lora is not None and recipe.model.lora.dropout > 0,
         max_staleness=recipe.rollouts.max_staleness,
@@ -271,37 +272,39 @@ def _plan(job: Job, sampling: Sampling, evaluated: bool) -> OnlinePlan:
         save_every=recipe.checkpoint.steps,
         save_after_s=recipe.checkpoint.seconds,
         evaluated=evaluated,
-        sources=job.data.loaded.names,
+        sources=planned.data.loaded.names,
     )
 
 
-def _held_out(job: Job) -> tuple:
-    """No actor is there to answer held-out prompts where rollouts are replayed."""
-    assert job.prompts is not None
-    return () if job.recipe.rollouts.replay is not None else job.prompts.held_out
+def _held_out(planned: PlannedRun) -> tuple:
+    """Held-out prompts; none with rollouts.replay, which has no actor that could answer them."""
+    assert planned.prompts is not None
+    return () if planned.recipe.rollouts.replay is not None else planned.prompts.held_out
 
 
-def evaluate(job: Job) -> dict[str, float]:
-    """Held-out rewards of the recipe's model as it is, on learners (for its weights) and rollout actors."""
-    assert job.prompts is not None
-    recipe = job.recipe
+def evaluate(planned: PlannedRun) -> dict[str, float]:
+    """Held-out rewards of the recipe's model, untrained. The learners only load and publish its weights."""
+    assert planned.prompts is not None
+    recipe = planned.recipe
     with ExitStack() as stack:
-        connect(store_for(job.store_bytes()))
-        groups = [g for g in (*job.demands(), *job.reward_models()) if g.what != "critic"]
+        connect(store_for(planned.store_bytes()))
+        groups = [g for g in (*planned.demands(), *planned.reward_models()) if g.what != "critic"]
         placed = stack.enter_context(reserved(groups, recipe.learners.start_timeout_s))
-        parameters = job.sizes().all
-        learners, together = recipe.learners, _together(recipe)
+        parameters = planned.sizes().all
+        learners, colocated = recipe.learners, _colocated_rollouts(recipe)
         group = stack.enter_context(
-            LearnerGroup(learners, parameters=parameters, colocated=together, placement=placed["learners"])
+            LearnerGroup(learners, parameters=parameters, colocated=colocated, placement=placed["learners"])
         )
-        group.build(LearnerSpec(recipe, job.plan.cut, 1))
+        group.build(LearnerSpec(recipe, planned.plan.cut, 1))
         scorer = stack.enter_context(
             RewardPool(recipe.rewards, model_for_tokenizer=recipe.model, logs=None, placed=placed)
         )
-        pool = stack.enter_context(RolloutPool(recipe, parameters=parameters, placement=_of_rollouts(placed)))
+        pool = stack.enter_context(
+            RolloutPool(recipe, parameters=parameters, placement=_rollout_placement(placed))
+        )
         make_weight_sync(recipe, group, pool).publish(0)
         return dict(
-            RolloutEvaluator(job.prompts.held_out, recipe.evaluation, sampling_of(recipe), pool, scorer)
+            RolloutEvaluator(planned.prompts.held_out, recipe.evaluation, sampling_of(recipe), pool, scorer)
             .evaluate(0)
             .metrics
         )

@@ -1,4 +1,7 @@
-"""A planned run, and what its parts are made of, offline and online alike."""
+"""A planned run, offline or online: its recipe, data and plan, and the sinks and model card made from them.
+
+Recipe --settle, learners.workers--> make_plan --choices, warnings--> PlannedRun
+"""
 
 import json
 from dataclasses import dataclass, replace
@@ -41,39 +44,41 @@ from orchestrator.run.inputs import read_data, read_prompts
 from orchestrator.trainers.optimizer_step import Guards
 
 TRACKED_PLAN = ("arithmetic", "total_steps", "cut", "choices", "memory", "memory_limit", "traffic")
-"""What wandb is told of the plan; what it says of the data may quote rows."""
+"""Parts of the plan that are logged to wandb. The part about the data is left out: it may quote rows."""
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
-    """A planned run. data: what steps are planned and checked with; prompts: of an online run; console: where
-    the user looks.
-
-    optimizer_steps: of one step of the loop: 1, or what an online run takes from a rollout batch; in_process:
-    the only worker is this process.
-    """
+class PlannedRun:
+    """A recipe with its data and its plan: what one start of a run works from."""
 
     recipe: Recipe
+    """The plan's recipe: `learners.workers` is a number."""
     algorithm: AlgorithmSpec
     data: DataSet
+    """Examples that steps are planned and checked with: of an online run its longest possible rollouts."""
     prompts: PromptSet | None
+    """None for an offline run."""
     plan: Plan
     optimizer_steps: int
+    """Optimizer steps per step of the loop: 1 offline; online as many as one rollout batch gives."""
     console: Console
+    """The user's console."""
     in_process: bool = False
+    """The only worker is this process, without Ray."""
     callbacks: tuple[Callback, ...] = ()
+    """Functions that see every report."""
 
     @property
     def schedule_steps(self) -> int:
-        """Optimizer steps of the whole run: what the learning rate's schedule counts."""
+        """Optimizer steps of the whole run, which the learning rate's schedule counts."""
         return self.plan.total_steps * self.optimizer_steps
 
     def demands(self) -> tuple[WorkerGroup, ...]:
-        """The worker groups it needs."""
+        """Worker groups that the run needs."""
         return _demands(self.recipe, self.algorithm)
 
     def reward_models(self) -> tuple[WorkerGroup, ...]:
-        """Reward models that have a GPU."""
+        """Worker groups of the reward models that have a GPU."""
         functions = (
             self.recipe.rewards.functions
             if self.algorithm.online is not None and self.recipe.rollouts.replay is None
@@ -86,8 +91,10 @@ class Job:
         return self.plan.sizes
 
     def store_bytes(self) -> int:
-        """Of the published weights that lie in Ray's object store at once: the version in use, the one being
-        written, and those that generation runs behind."""
+        """Bytes of the published weights in Ray's object store; 0 if they take another way.
+
+        They are those of the version in use, of the one being written, and of rollouts.max_staleness more.
+        """
         recipe = self.recipe
         if (
             self.algorithm.online is None
@@ -102,22 +109,19 @@ class Job:
         )
 
     def guards(self) -> Guards:
-        """What its steps are checked against."""
-        exact, starts_as_reference = (
-            self.recipe.learners.precision == "fp32",
-            self.recipe.model.reference is None,
-        )
-        tolerance = (1e-5 if exact else 3e-2) if starts_as_reference else None
+        """Limits that each optimizer step is checked against."""
+        tolerance = 1e-5 if self.recipe.learners.precision == "fp32" else 3e-2
+        if self.recipe.model.reference is not None:  # the policy does not start as the reference
+            tolerance = None
         return Guards(tolerance, self.plan.traffic.per_reduction, precision=self.recipe.learners.precision)
 
     def reporter(self, folder: RunFolder, resume_step: int) -> RunReporter:
-        """All sinks that the recipe asks for. To be used as a context: it then knows whether the run failed."""
-        recipe, tracking, name, algorithm = (
-            self.recipe,
-            self.recipe.tracking,
-            self.recipe.run.name,
-            self.recipe.algorithm.name,
-        )
+        """A reporter over all sinks that the recipe asks for.
+
+        Used as a context, it knows whether the run failed.
+        """
+        recipe, tracking = self.recipe, self.recipe.tracking
+        name, algorithm = recipe.run.name, recipe.algorithm.name
         sinks: list[Sink] = [
             ConsoleSink(self.plan.total_steps, self.console),
             JsonlSink(folder.root, resume_step),
@@ -154,8 +158,10 @@ class Job:
 
 
 def card_of(recipe: Recipe, rows: str, metrics: Path, last: int | None = None) -> str:
-    """The model card of an export. rows: fingerprint of the training data; last: the step that is exported,
-    None: the newest."""
+    """The model card of an export.
+
+    rows: fingerprint of the training data; last: exported step, None for the newest.
+    """
     tiny = recipe.model.tiny
     return model_card(
         name=recipe.run.name,
@@ -170,25 +176,28 @@ def card_of(recipe: Recipe, rows: str, metrics: Path, last: int | None = None) -
 
 
 def _versions() -> dict[str, str]:
-    """Of the libraries that a result depends on."""
+    """Versions of the libraries that a result depends on."""
     return {name: version(name) for name in ("torch", "transformers", "deepspeed", "ray", "trl")}
 
 
-def plan_job(
+def plan_run(
     recipe: Recipe, console: Console, hardware: Hardware | None = None, *, own_rewards: bool = False
-) -> Job:
+) -> PlannedRun:
     """Reads the data and plans the run on `hardware` (default: this machine), without Ray and without model
-    weights. own_rewards: the caller computes rewards, so that the recipe needs none."""
+    weights.
+
+    own_rewards: the caller computes the rewards, so the recipe needs none.
+    """
     if recipe.algorithm.name in ONLINE and not own_rewards:
         require_reward(recipe)
-    return _job(recipe, console, hardware or this_machine(), None)
+    return _plan_run(recipe, console, hardware or this_machine(), None)
 
 
 def plan_sketch(recipe: Recipe, hardware: Hardware, lengths: Lengths) -> Plan:
-    """The plan for rows of such lengths, without any data."""
+    """The plan for made-up rows of these lengths. No data is read."""
     if recipe.algorithm.name in ONLINE:
         require_reward(recipe)
-    plan = _job(recipe, Console(quiet=True), hardware, lengths).plan
+    plan = _plan_run(recipe, Console(quiet=True), hardware, lengths).plan
     return replace(
         plan,
         choices=(
@@ -198,50 +207,56 @@ def plan_sketch(recipe: Recipe, hardware: Hardware, lengths: Lengths) -> Plan:
     )
 
 
-def _job(recipe: Recipe, console: Console, hardware: Hardware, lengths: Lengths | None) -> Job:
+def _plan_run(recipe: Recipe, console: Console, hardware: Hardware, lengths: Lengths | None) -> PlannedRun:
     algorithm = build(recipe.algorithm, recipe.rollouts)
     settled, reasons = settle(recipe, hardware)
-    fitted = _fitted(settled, algorithm, hardware)
-    counted = recipe.learners.workers == "auto" and (
+    sized = _with_learner_count(settled, algorithm, hardware)
+    automatic = recipe.learners.workers == "auto" and (
         recipe.rollouts.workers == "auto" or recipe.rollouts.placement == "separate"
     )
-    make = _offline if algorithm.online is None else _online
-    job = make(fitted, algorithm, hardware, lengths, console, fewer=counted and not fitted.learners.gpus)
-    choices = (*(Choice(why.name, why.value, why.reason) for why in reasons), *job.plan.choices)
+    plan_kind = _plan_offline if algorithm.online is None else _plan_online
+    may_shrink = automatic and not sized.learners.gpus
+    planned = plan_kind(sized, algorithm, hardware, lengths, console, may_shrink=may_shrink)
+    choices = (*(Choice(why.name, why.value, why.reason) for why in reasons), *planned.plan.choices)
     seen = Seen(
-        job.recipe, job.data, job.plan.data, job.plan.total_steps, job.schedule_steps, job.plan.parameters
+        planned.recipe,
+        planned.data,
+        planned.plan.data,
+        planned.plan.total_steps,
+        planned.schedule_steps,
+        planned.plan.parameters,
     )
     return replace(
-        job,
+        planned,
         plan=replace(
-            job.plan, choices=choices, warnings=() if lengths is not None else what_makes_no_sense(seen)
+            planned.plan, choices=choices, warnings=() if lengths is not None else what_makes_no_sense(seen)
         ),
     )
 
 
-def _offline(
+def _plan_offline(
     recipe: Recipe,
     algorithm: AlgorithmSpec,
     hardware: Hardware,
     lengths: Lengths | None,
     console: Console,
     *,
-    fewer: bool,
-) -> Job:
+    may_shrink: bool,
+) -> PlannedRun:
     data = read_data(recipe, algorithm) if lengths is None else synthetic_data(recipe, algorithm, lengths)
-    plan = _planned(recipe, algorithm, data, hardware, fewer)
-    return Job(plan.recipe, algorithm, data, None, plan, 1, console)
+    plan = _plan_that_fits(recipe, algorithm, data, hardware, may_shrink)
+    return PlannedRun(plan.recipe, algorithm, data, None, plan, 1, console)
 
 
-def _online(
+def _plan_online(
     recipe: Recipe,
     algorithm: AlgorithmSpec,
     hardware: Hardware,
     lengths: Lengths | None,
     console: Console,
     *,
-    fewer: bool,
-) -> Job:
+    may_shrink: bool,
+) -> PlannedRun:
     steps = check_batches(recipe, algorithm) * recipe.algorithm.epochs
     check_rewards(recipe.rewards)
     prompts, columns = None, None
@@ -252,7 +267,7 @@ def _online(
     else:
         longest = synthetic_data(recipe, algorithm, lengths)
     try_user_code(recipe.rewards, recipe.rollouts.environment, columns)
-    plan = _planned(recipe, algorithm, longest, hardware, fewer)
+    plan = _plan_that_fits(recipe, algorithm, longest, hardware, may_shrink)
     total = recipe.run.max_steps or (
         prompts.batches.steps_in(recipe.run.epochs) if prompts is not None else plan.total_steps
     )
@@ -263,11 +278,11 @@ def _online(
         data=data,
         choices=(*plan.choices, *_rollout_choices(plan.recipe, plan.sizes, steps)),
     )
-    return Job(plan.recipe, algorithm, longest, prompts, plan, steps, console)
+    return PlannedRun(plan.recipe, algorithm, longest, prompts, plan, steps, console)
 
 
 def require_reward(recipe: Recipe) -> None:
-    """ConfigError where nothing says how good a completion is."""
+    """ConfigError if neither a reward function, an environment nor a replay gives rewards."""
     if (
         not recipe.rewards.functions
         and recipe.rollouts.environment is None
@@ -282,16 +297,15 @@ def require_reward(recipe: Recipe) -> None:
         )
 
 
-def _planned(
-    recipe: Recipe, algorithm: AlgorithmSpec, data: DataSet, hardware: Hardware, fewer: bool
+def _plan_that_fits(
+    recipe: Recipe, algorithm: AlgorithmSpec, data: DataSet, hardware: Hardware, may_shrink: bool
 ) -> Plan:
-    """The plan; with `fewer` on half as many workers, as often as it takes, where they are too many for the
-    machine's RAM."""
+    """The plan. With `may_shrink` the workers are halved until the machine's RAM holds them."""
     while True:
         try:
             return _with_disk(make_plan(recipe, algorithm, data, hardware), algorithm)
         except NotEnoughResources:
-            if not fewer or recipe.learners.count == 1:
+            if not may_shrink or recipe.learners.count == 1:
                 raise
         colocated = algorithm.online is not None and recipe.rollouts.placement == "colocated"
         recipe = recipe.with_workers(recipe.learners.count // 2)
@@ -316,9 +330,9 @@ def _demands(recipe: Recipe, algorithm: AlgorithmSpec) -> tuple[WorkerGroup, ...
     )
 
 
-def _fitted(recipe: Recipe, algorithm: AlgorithmSpec, hardware: Hardware) -> Recipe:
-    """With `learners.workers: auto`: as many as there is room for beside the other actors, and no more than
-    there are examples in an optimizer step. How many they are changes no result."""
+def _with_learner_count(recipe: Recipe, algorithm: AlgorithmSpec, hardware: Hardware) -> Recipe:
+    """The recipe with a number for `learners.workers: auto`: as many as there is room for beside the other
+    actors, at most one per example of an optimizer step. The number changes no result."""
     if recipe.learners.workers != "auto":
         return recipe
     if algorithm.online is not None and recipe.rollouts.placement == "colocated":
@@ -328,7 +342,7 @@ def _fitted(recipe: Recipe, algorithm: AlgorithmSpec, hardware: Hardware) -> Rec
     if room < 1:
         each = f"{learners.cpus:g} CPUs" + (f" and {learners.gpus:g} GPUs" if learners.gpus else "")
         raise NotEnoughResources(
-            f"there is no room for a learner of {each}"
+            f"the hardware has no room for a learner of {each}"
             + (f" beside {', '.join(f'{g.workers} {g.what}' for g in others)}" if others else ""),
             why=str(hardware),
             fix="set learners.gpus_per_worker or cpus_per_worker to what a machine has; to plan for other "
@@ -338,9 +352,9 @@ def _fitted(recipe: Recipe, algorithm: AlgorithmSpec, hardware: Hardware) -> Rec
 
 
 def _rollout_choices(recipe: Recipe, sizes: Sizes, steps: int) -> list[Choice]:
-    """What `orchestrator plan` says of the rollouts."""
+    """Lines of `orchestrator plan` about the rollouts."""
     rollouts = recipe.rollouts
-    drawn = (
+    batch = (
         f"{rollouts.prompts} prompts x {rollouts.samples} samples = "
         f"{rollouts.prompts * rollouts.samples} completions"
     )
@@ -353,7 +367,7 @@ def _rollout_choices(recipe: Recipe, sizes: Sizes, steps: int) -> list[Choice]:
         f"{rollouts.count} {rollouts.engine} actor{'s' if rollouts.count > 1 else ''}, {rollouts.placement}"
     )
     return [
-        Choice("rollout batch", drawn, f"{steps} optimizer step{'s' if steps > 1 else ''} from each"),
+        Choice("rollout batch", batch, f"{steps} optimizer step{'s' if steps > 1 else ''} from each"),
         Choice("rollouts", actors, ahead),
         Choice(
             "rollout memory",
@@ -364,11 +378,11 @@ def _rollout_choices(recipe: Recipe, sizes: Sizes, steps: int) -> list[Choice]:
 
 
 def rollout_bytes(recipe: Recipe, sizes: Sizes) -> int:
-    """Predicted bytes of a transformers rollout actor: its weights, and keys and values of rollouts.rows full
-    rows."""
+    """Predicted bytes of a transformers rollout actor: its weights, and the keys and values of rollouts.rows
+    full rows."""
     config = load_config(recipe.model).get_text_config()
     element = 4 if recipe.learners.precision == "fp32" else 2
-    attention: int = getattr(config, "num_attention_heads", None) or 0  # a recurrent model keeps no keys
+    attention: int = getattr(config, "num_attention_heads", None) or 0  # a recurrent model has no keys
     heads = getattr(config, "num_key_value_heads", None) or attention
     width = getattr(config, "head_dim", None) or (config.hidden_size // attention if attention else 0)
     per_token = 2 * element * (getattr(config, "num_hidden_layers", None) or 0) * heads * width

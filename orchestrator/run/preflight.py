@@ -1,6 +1,9 @@
-"""Before anything is placed: does the cluster have what the run needs?
+"""Checks, before anything is placed, that the cluster has what the run needs.
 
-recipes --asked_by, look--> ClusterFacts      job --need_of--> Need      judge(facts, need) --require--> goes on, or every fix at once
+recipes    --recipe_requirements--> ClusterRequirements --cluster_facts--> ClusterFacts -+
+PlannedRun --run_requirements--> ClusterRequirements ------------------------------------+
+                                                                                         |
+the run starts, or one error with every fix <--require-- findings <--check_cluster-------+
 """
 
 import os
@@ -25,7 +28,7 @@ from orchestrator.plan.disk import checkpoint_bytes
 from orchestrator.plan.hardware import visible_gpus
 from orchestrator.recipe.pipeline import STAGE
 from orchestrator.recipe.schema import ONLINE, Recipe
-from orchestrator.run.planned_run import Job
+from orchestrator.run.planned_run import PlannedRun
 
 HERE = "this machine"
 ERRORS: dict[str, type[OrchestratorError]] = {
@@ -35,24 +38,24 @@ ERRORS: dict[str, type[OrchestratorError]] = {
     "disk": OutputError,
     "model": MissingInput,
 }
-"""What a failed check raises; all others NotEnoughResources."""
+"""Error that a failed check raises, by the check's name; NotEnoughResources for all others."""
 
 
-def need_of(job: Job) -> ClusterRequirements:
-    """What a planned run asks of the cluster."""
-    recipe = job.recipe
+def run_requirements(planned: PlannedRun) -> ClusterRequirements:
+    """Requirements of a planned run."""
+    recipe = planned.recipe
     return replace(
-        asked_by([recipe]),
-        groups=(*job.demands(), *job.reward_models()),
-        checkpoint_bytes=checkpoint_bytes(job.recipe, job.algorithm, job.sizes()),
+        recipe_requirements([recipe]),
+        groups=(*planned.demands(), *planned.reward_models()),
+        checkpoint_bytes=checkpoint_bytes(planned.recipe, planned.algorithm, planned.sizes()),
         keep=recipe.checkpoint.keep,
         wandb=recipe.tracking.wandb,
-        object_store=job.store_bytes(),
+        object_store=planned.store_bytes(),
     )
 
 
 def model_sources(recipe: Recipe) -> tuple[ModelSource, ...]:
-    """The weights that workers load, each once: folders, or ORG/NAME on the hub."""
+    """The weights that workers load, each once: a folder, or ORG/NAME on the hub."""
     wanted = [(m.path, m.revision) for m in (recipe.model, recipe.critic.model) if m is not None]
     wanted += [(recipe.model.reference, None), *((f.model, f.revision) for f in recipe.rewards.functions)]
     return tuple(
@@ -63,29 +66,34 @@ def model_sources(recipe: Recipe) -> tuple[ModelSource, ...]:
 
 
 def _on_hub(path: str) -> bool:
-    """As models/load.py takes a name that is no folder here."""
+    """Whether models/load.py would take the path for a name on the hub."""
     return not Path(path).is_dir() and not path.startswith(("/", ".")) and path.count("/") == 1
 
 
-def look(asked: ClusterRequirements, root: Path | None = None, *, kernels: bool = False) -> ClusterFacts:
-    """What there is on the cluster of RAY_ADDRESS, node by node; without one on this machine, without
-    starting Ray. root: the run folder; None leaves storage and disk out; kernels: try the GPUs of this
-    machine too, which takes some seconds. No wait is longer than the deadlines in cluster/doctor/survey.py.
+def cluster_facts(
+    need: ClusterRequirements, root: Path | None = None, *, kernels: bool = False
+) -> ClusterFacts:
+    """Facts of each node of the cluster at RAY_ADDRESS; if it is not set, of this machine, without Ray.
+
+    root: the run folder, None to skip storage and disk; kernels: also tries the GPUs of this machine, which
+    takes some seconds. No wait is longer than the deadlines in cluster/doctor/survey.py.
     """
-    # before a plan GPUs are of interest wherever there are some
+    # before a plan (no groups yet) GPUs are looked at wherever a node has some
     facts = (
-        survey(root, asked.models, asked.libraries, gpus=asked.gpus or not asked.groups)
+        survey(root, need.models, need.libraries, gpus=need.gpus or not need.groups)
         if on_cluster()
-        else this_machine(asked, root)
+        else this_machine(need, root)
     )
     if kernels and not on_cluster() and facts.nodes[0].devices:
         facts = replace(facts, nodes=(replace(facts.nodes[0], kernels=in_a_process()),))
-    return replace(facts, wandb=wandb_trouble()) if asked.wandb == "online" else facts
+    return replace(facts, wandb=wandb_trouble()) if need.wandb == "online" else facts
 
 
-def asked_by(recipes: Sequence[Recipe]) -> ClusterRequirements:
-    """What is known of runs before they are planned: the weights they load (not those that a stage will
-    make), and wandb."""
+def recipe_requirements(recipes: Sequence[Recipe]) -> ClusterRequirements:
+    """Requirements that are known before runs are planned: vLLM, wandb, and the weights they load.
+
+    Weights that a stage will export are left out.
+    """
     models = dict.fromkeys(
         m for recipe in recipes for m in model_sources(recipe) if not m.path.startswith(STAGE)
     )
@@ -97,18 +105,19 @@ def asked_by(recipes: Sequence[Recipe]) -> ClusterRequirements:
 
 
 def this_machine(need: ClusterRequirements, root: Path | None) -> ClusterFacts:
-    """What a Ray started here would have."""
+    """Facts of this machine, as a Ray started here would see it."""
     folder = str(shared_folder(root)) if root is not None else None
     facts = local_node_facts(HERE, "127.0.0.1", folder, need.models, need.libraries)
-    has = NodeCapacity(HERE, float(os.cpu_count() or 1), float(len(visible_gpus())))
-    auth = (
-        os.environ.get("RAY_AUTH_MODE", "token") == "token"
-    )  # Ray turns it on by itself for one that it starts here
-    return ClusterFacts((facts,), (has,), unmet=unmet_requirements(), auth=auth, skipped="there is one node")
+    capacity = NodeCapacity(HERE, float(os.cpu_count() or 1), float(len(visible_gpus())))
+    # Ray turns authentication on by itself if it starts here
+    auth = os.environ.get("RAY_AUTH_MODE", "token") == "token"
+    return ClusterFacts(
+        (facts,), (capacity,), unmet=unmet_requirements(), auth=auth, skipped="there is one node"
+    )
 
 
 def exit_code(findings: Sequence[Finding]) -> Exit:
-    """Of the first error; 0 without one."""
+    """Exit code of the first error; 0 without errors."""
     errors = [f.check for f in findings if f.level == "error"]
     return _kind(errors[0]).exit_code if errors else Exit.OK
 
@@ -118,8 +127,7 @@ def _kind(check: str) -> type[OrchestratorError]:
 
 
 def require(findings: Sequence[Finding]) -> None:
-    """Raises what the first error is, with the exit code of its kind; all errors and their fixes are in the
-    message."""
+    """Raises an error of the first error's kind. Its message holds all errors and their fixes."""
     errors = [f for f in findings if f.level == "error"]
     if not errors:
         return
@@ -128,4 +136,4 @@ def require(findings: Sequence[Finding]) -> None:
         raise kind(f"{errors[0].where}: {errors[0].what}", fix=errors[0].fix)
     lines = [f"{f.check}: {f.where}: {f.what}\n       fix: {f.fix}" for f in errors]
     what = f"the cluster is not ready for this run: {len(errors)} errors"
-    raise kind(what, why="\n       ".join(lines), fix="mend them, then look again with `orchestrator doctor`")
+    raise kind(what, why="\n       ".join(lines), fix="fix them, then check again with `orchestrator doctor`")

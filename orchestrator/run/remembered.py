@@ -1,6 +1,6 @@
-"""What was measured once and holds while what decides it is the same: on disk, by content.
+"""Measurements on disk, by content: a measurement holds as long as everything that decides it is the same.
 
-kind, what decides --SHA-256 with the versions--> ~/.cache/orchestrator/KIND/KEY.json: what was found
+kind, deciding --SHA-256 with the versions--> ~/.cache/orchestrator/KIND/KEY.json: result
 """
 
 import hashlib
@@ -16,11 +16,11 @@ from orchestrator.core.files import fsync_directory, fsync_file
 
 LIBRARIES = ("torch", "transformers", "deepspeed")
 CODE = ("models", "learner", "algorithms/losses", "data/packing.py")
-"""Of this package, what computes: another version of it is another measurement."""
+"""Parts of this package that compute: a change in them makes all measurements void."""
 
 
 def cache_folder(kind: str) -> Path:
-    """Where results of a kind lie: below XDG_CACHE_HOME, by default ~/.cache."""
+    """Folder of the results of a kind, below XDG_CACHE_HOME (by default ~/.cache)."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "orchestrator" / kind
 
 
@@ -29,23 +29,25 @@ class Remembered:
     """One measurement. Example: Remembered("layout", {"model": fingerprint, "layout": "packed", …})."""
 
     kind: str
+    """Folder in the cache. Example: layouts."""
     deciding: Mapping[str, Any]
+    """Everything that decides the result, apart from the versions of code and libraries."""
 
     def get(self) -> dict[str, Any] | None:
-        """What was found before; None if nothing was, or if the file does not say."""
+        """The result; None if there is none or its file is not readable."""
         try:
-            found = json.loads(self._file().read_text())
-        except (OSError, ValueError):  # gone, cut off: it is measured again
+            result = json.loads(self._file().read_text())
+        except (OSError, ValueError):  # missing or cut off: it is measured again
             return None
-        return found if isinstance(found, dict) else None
+        return result if isinstance(result, dict) else None
 
-    def put(self, found: Mapping[str, Any]) -> None:
-        """Keeps it. A folder that cannot be written costs a measurement at the next start, and no more."""
+    def put(self, result: Mapping[str, Any]) -> None:
+        """Writes the result. If the folder cannot be written, the next start measures again."""
         file = self._file()
         temporary = file.with_name(f".tmp-{file.name}-{os.getpid()}")
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_text(json.dumps(dict(found)))
+            temporary.write_text(json.dumps(dict(result)))
             fsync_file(temporary)
             os.replace(temporary, file)
             fsync_directory(file.parent)

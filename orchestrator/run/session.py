@@ -30,7 +30,7 @@ from orchestrator.data.micro_batches import cut_step
 from orchestrator.learner.rank_learner import LearnerSpec
 from orchestrator.recipe.schema import Recipe
 from orchestrator.run import online
-from orchestrator.run.planned_run import plan_job
+from orchestrator.run.planned_run import plan_run
 from orchestrator.run.startup import attach_reference
 from orchestrator.trainers.experience import make_experience, pairs
 from orchestrator.trainers.two_pass import with_coefficients
@@ -49,16 +49,16 @@ class Session:
     def __init__(self, recipe: Recipe, *, in_process: bool = False) -> None:
         """in_process: one worker, this process, without Ray: for breakpoints and notebooks."""
         recipe = recipe.in_one_process() if in_process else recipe
-        self.job = plan_job(recipe, Console(quiet=True), own_rewards=True)
-        self.recipe, self.algorithm = self.job.recipe, self.job.algorithm
+        self.planned = plan_run(recipe, Console(quiet=True), own_rewards=True)
+        self.recipe, self.algorithm = self.planned.recipe, self.planned.algorithm
         if self.algorithm.online is not None and self.algorithm.online.critic:
             raise ConfigError(
                 f"{self.algorithm.name} has a critic, which a session does not have",
                 fix="choose e.g. algorithm.name=grpo, or use `orchestrator train`",
             )
-        self.steps = self.job.plan.total_steps
+        self.steps = self.planned.plan.total_steps
         """Optimizer steps of the recipe: what its learning-rate schedule counts."""
-        self.cut = self.job.plan.cut
+        self.cut = self.planned.plan.cut
         self.in_process = in_process
         self._stack = ExitStack()
 
@@ -84,21 +84,21 @@ class Session:
             self.learner: Ranks = local
         else:
             self._stack.enter_context(own_ray())
-            connect(store_for(self.job.store_bytes()))
+            connect(store_for(self.planned.store_bytes()))
             placed = self._stack.enter_context(
-                reserved(self.job.demands(), self.recipe.learners.start_timeout_s)
+                reserved(self.planned.demands(), self.recipe.learners.start_timeout_s)
             )
-            sizes, placement = self.job.sizes().all, placed["learners"]
+            sizes, placement = self.planned.sizes().all, placed["learners"]
             self.learner = self._stack.enter_context(
                 LearnerGroup(self.recipe.learners, parameters=sizes, placement=placement)
             )
-        self.learner.build(LearnerSpec(self.recipe, self.cut, self.job.schedule_steps))
+        self.learner.build(LearnerSpec(self.recipe, self.cut, self.planned.schedule_steps))
         if self.algorithm.online is None:
             self._attach = attach_reference(
-                self.recipe, self.algorithm, self.job.data, self.cut, self.learner, _quiet, built=True
+                self.recipe, self.algorithm, self.planned.data, self.cut, self.learner, _quiet, built=True
             )
             return
-        self._attach = online.live_reference(self.job, self.learner)
+        self._attach = online.live_reference(self.planned, self.learner)
         self._generator, self._weights = self._rollouts(placed)
 
     def _rollouts(self, placed: Mapping[str, Any]) -> tuple[Generator, WeightSync]:
@@ -107,7 +107,7 @@ class Session:
             return local, local
         assert isinstance(self.learner, LearnerGroup)
         placement = placed.get("rollouts", placed["learners"])
-        parameters = self.job.sizes().all
+        parameters = self.planned.sizes().all
         pool = self._stack.enter_context(RolloutPool(self.recipe, parameters=parameters, placement=placement))
         return pool, make_weight_sync(self.recipe, self.learner, pool)
 
@@ -115,7 +115,7 @@ class Session:
 
     def examples(self, step: int) -> tuple[SequenceGroup, ...]:
         """The recipe's training examples of 0-based optimizer step `step`: one effective batch."""
-        batches, cursor = self.job.data.batches, 0
+        batches, cursor = self.planned.data.batches, 0
         return tuple(batches.at(cursor + step * self.recipe.batch.effective))
 
     def forward_backward(self, examples: Sequence[SequenceGroup], step: int) -> LearnReport:
@@ -136,9 +136,9 @@ class Session:
         """Completions of the prompts of rollout batch `step`, sampled with the present weights."""
         generator, weights = self._online()
         weights.publish(step)
-        assert self.job.prompts is not None
+        assert self.planned.prompts is not None
         count = self.recipe.rollouts.prompts
-        prompts = self.job.prompts.batches.at(step * count)
+        prompts = self.planned.prompts.batches.at(step * count)
         drawn = [(step * count + i, prompt) for i, prompt in enumerate(prompts)]
         return generator.start(drawn, online.sampling_of(self.recipe), step).result()
 
@@ -152,7 +152,7 @@ class Session:
         rewarded = [RewardedGroup(group, row, {}) for group, row in zip(groups, values, strict=True)]
         if self.algorithm.online.advantage is None:
             return pairs(rewarded, values)
-        inputs = online.experience_inputs(self.job)
+        inputs = online.experience_inputs(self.planned)
         made = make_experience(rewarded, values, self.algorithm, inputs, self.learner, None, self.cut)
         return made.groups
 

@@ -1,4 +1,12 @@
-"""A pipeline's stages one after the other: trained, planned, and what a diagnosis asks for them."""
+"""The stages of a pipeline: trained one after the other, planned, diagnosed, and the types they export in.
+
+Rounding between stages is the user's choice, not a default. With export.dtype=source
+
+    a stage that another one takes    exports fp32, as trained
+    the last stages                   export the type of the model that the chain began with, or fp32 if they
+                                      may compute in fp32: rounding would lose what small learning rates
+                                      learn (models/rounding.py)
+"""
 
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -12,52 +20,58 @@ from orchestrator.cluster.doctor.facts import of_cluster
 from orchestrator.cluster.joining import own_ray
 from orchestrator.core.errors import NotEnoughResources
 from orchestrator.core.stopping import Stop
+from orchestrator.models.rounding import WIDE
 from orchestrator.models.shapes import as_folder, known
+from orchestrator.models.source import ASKED, source_dtype
 from orchestrator.plan.hardware import Hardware
 from orchestrator.plan.planner import Choice, Plan
 from orchestrator.plan.sketch import Lengths
-from orchestrator.recipe.pipeline import Stage, references, resolve
+from orchestrator.recipe.pipeline import STAGE, Stage, references, resolve
 from orchestrator.recipe.schema import ONLINE, Recipe
 from orchestrator.rollout.rewards.lookup import check_rewards
 from orchestrator.rollout.trial import try_user_code
-from orchestrator.run.planned_run import plan_job, plan_sketch, require_reward
-from orchestrator.run.preflight import asked_by, look, need_of
-from orchestrator.run.stage_exports import with_types
-from orchestrator.run.supervise import How, Outcome, train
+from orchestrator.run.planned_run import plan_run, plan_sketch, require_reward
+from orchestrator.run.preflight import cluster_facts, recipe_requirements, run_requirements
+from orchestrator.run.supervise import Outcome, RunOptions, train
+
+SHORT = {long: short for short, long in ASKED.items()}
+"""Name of a type in a checkpoint -> its name in a recipe. Example: bfloat16 -> bf16."""
 
 
 def train_stages(
-    stages: Sequence[Stage], root: Path, console: Console, stop: Stop | None = None, how: How = How()
+    stages: Sequence[Stage],
+    root: Path,
+    console: Console,
+    stop: Stop | None = None,
+    options: RunOptions = RunOptions(),
 ) -> dict[str, Outcome]:
-    """Trains a recipe, or a pipeline stage by stage in root/NAME, each with the exports of the stages it
-    names."""
-    _check_later(stages[1:])  # the first one is about to be planned
+    """Trains a recipe in `root`, or a pipeline stage by stage in root/NAME, each with the exports of the
+    stages it names."""
+    _check_later(stages[1:])  # train() checks the first one
     outcomes: dict[str, Outcome] = {}
     for stage in _grouped(with_types(stages), root.name):
         folder = root if len(stages) == 1 else root / stage.name
         if len(stages) > 1:
             console.rule(stage.name, align="left")
         with own_ray():
-            outcomes[stage.name] = train(
-                resolve(stage.recipe, {n: o.export for n, o in outcomes.items()}), folder, console, stop, how
-            )
+            recipe = resolve(stage.recipe, {name: outcome.export for name, outcome in outcomes.items()})
+            outcomes[stage.name] = train(recipe, folder, console, stop, options)
     return outcomes
 
 
 def _check_later(stages: Sequence[Stage]) -> None:
-    """What can be known of stages that cannot be planned yet: a mistake in one is not to be told hours later."""
+    """Checks rewards and user code of stages that cannot be planned yet: hours later a mistake costs more."""
     for recipe in (stage.recipe for stage in stages if stage.recipe.algorithm.name in ONLINE):
         require_reward(recipe)
-        functions = [
-            f for f in recipe.rewards.functions if f.model is None
-        ]  # a model may be a stage's that is yet to come
+        # a reward model may be the export of a stage that has not run
+        functions = [f for f in recipe.rewards.functions if f.model is None]
         rewards = recipe.rewards.model_copy(update={"functions": functions})
         check_rewards(rewards)
         try_user_code(rewards, recipe.rollouts.environment, None)
 
 
 def _grouped(stages: Sequence[Stage], name: str) -> list[Stage]:
-    """Stages of a pipeline stand together in wandb, under its name if the recipe gives none."""
+    """The stages with one wandb group: tracking.group, or the pipeline's name if it is not set."""
     if len(stages) == 1:
         return list(stages)
 
@@ -68,27 +82,47 @@ def _grouped(stages: Sequence[Stage], name: str) -> list[Stage]:
     return [replace(stage, recipe=tracked(stage.recipe)) for stage in stages]
 
 
+def with_types(stages: Sequence[Stage]) -> list[Stage]:
+    """The stages, with a type for export.dtype=source where the stage's own source is not meant."""
+    recipes = {stage.name: stage.recipe for stage in stages}
+    taken = {name for stage in stages for name in references(stage.recipe).values()}
+    return [replace(stage, recipe=_with_type(stage.recipe, recipes, stage.name in taken)) for stage in stages]
+
+
+def _with_type(recipe: Recipe, stages: dict[str, Recipe], taken: bool) -> Recipe:
+    chained = (recipe.model.path or "").startswith(STAGE)
+    if recipe.export.dtype != "source" or not (taken or chained):
+        return recipe
+    first = recipe
+    while (path := first.model.path or "").startswith(STAGE):
+        first = stages[path.removeprefix(STAGE)]
+    dtype = "fp32" if taken or recipe.learners.precision in WIDE else SHORT[source_dtype(first.model)]
+    return recipe.model_copy(update={"export": recipe.export.model_copy(update={"dtype": dtype})})
+
+
 def plan_stages(
     stages: Sequence[Stage],
     hardware: Hardware | None = None,
     lengths: Lengths | None = None,
     shape: str | None = None,
 ) -> list[tuple[str, Plan]]:
-    """Plans of the stages that take no other stage's export, on `hardware` or on what there is. lengths: of
-    rows to make up instead of reading data; shape: of the model (see models/shapes.py), by default the known
-    one where data is made up."""
+    """Plans the stages that take no other stage's export.
+
+    hardware: None for this machine or cluster; lengths: lengths of made-up rows, instead of reading data;
+    shape: shape of the model (models/shapes.py), by default the known one if data is made up.
+    """
     ready = [s for s in stages if not references(s.recipe)]
     _check_later([s for s in stages if s not in ready])
-    hardware = hardware or of_cluster(look(asked_by([s.recipe for s in ready])))
-    return [(stage.name, _plan(stage.recipe, hardware, lengths, shape)) for stage in ready]
+    hardware = hardware or of_cluster(cluster_facts(recipe_requirements([s.recipe for s in ready])))
+    return [(stage.name, _plan_stage(stage.recipe, hardware, lengths, shape)) for stage in ready]
 
 
-def _plan(recipe: Recipe, hardware: Hardware, lengths: Lengths | None, shape: str | None) -> Plan:
+def _plan_stage(recipe: Recipe, hardware: Hardware, lengths: Lengths | None, shape: str | None) -> Plan:
     shape = shape or (known(recipe.model.path) if lengths is not None else None)
     with as_folder(recipe.model, shape) if shape is not None else nullcontext(recipe.model) as model:
         shaped = recipe.model_copy(update={"model": model})
         plan = (
-            plan_job(shaped, Console(quiet=True), hardware).plan
+            plan_run(shaped, Console(quiet=True), hardware).plan
             if lengths is None
             else plan_sketch(shaped, hardware, lengths)
         )
@@ -97,17 +131,17 @@ def _plan(recipe: Recipe, hardware: Hardware, lengths: Lengths | None, shape: st
 
 
 def diagnose(stages: Sequence[Stage], root: Path | None) -> tuple[Finding, ...]:
-    """What `orchestrator doctor` finds: of the cluster, and of what the first plannable stage needs, if a
-    recipe is given."""
-    asked = asked_by([stage.recipe for stage in stages])
-    facts = look(asked, root, kernels=True)
+    """Findings of `orchestrator doctor`: the cluster, and what the first stage that can be planned needs."""
+    need = recipe_requirements([stage.recipe for stage in stages])
+    facts = cluster_facts(need, root, kernels=True)
     ready = [s.recipe for s in stages if not references(s.recipe)]
     try:
         return check_cluster(
-            facts, need_of(plan_job(ready[0], Console(quiet=True), of_cluster(facts))) if ready else asked
+            facts,
+            run_requirements(plan_run(ready[0], Console(quiet=True), of_cluster(facts))) if ready else need,
         )
     except NotEnoughResources as error:
         return (
-            *check_cluster(facts, asked),
+            *check_cluster(facts, need),
             Finding("plan", "error", ready[0].run.name, error.what, error.fix),
         )

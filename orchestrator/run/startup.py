@@ -1,5 +1,4 @@
-"""What happens between building the workers and the first step: reference log-probs, checks, the memory
-probe."""
+"""Between building the workers and the first step: reference log-probs, checks, the memory probe."""
 
 import hashlib
 from collections.abc import Callable, Sequence
@@ -37,23 +36,26 @@ from orchestrator.trainers.reference_cache import ReferenceCache
 Note = Callable[[str], None]
 Attach = Callable[[PackedBatch], PackedBatch]
 ROUNDINGS = {"fp32": 1000.0, "low": 5.0}
-"""How many times as far as rounding alone moves them two ways to compute log-probs may be apart. Measured on
-a CPU: correct layouts 0.0 to 1.1, a branch that sees its neighbour at least 11 in bf16 and 48,000 in fp32,
-where GPU kernels also add up in another order."""
+"""Largest allowed gap between two ways to compute log-probs, in units of what rounding alone changes.
+
+Measured on a CPU: correct layouts 0.0 to 1.1; a branch that sees its neighbour at least 11 in bf16 and 48,000
+in fp32. GPU kernels also add in another order."""
 RECHECKED = 2
-"""Examples whose cached reference log-probs are computed again at every start."""
+"""Examples whose cached reference log-probs are computed again at each start."""
 SAFE = 0.6
-"""Of the memory limit: a CPU run that is predicted to take no more is not probed."""
+"""Share of the memory limit. A CPU run whose predicted peak is at most this share is not probed."""
 
 
 def tolerance(recipe: Recipe) -> float:
-    """Largest mean difference in nat of a token's log-prob that two passes over an example may show: kernels
-    and batches differ between runs, so that a sum over a long answer differs by any amount."""
+    """Largest allowed difference between two passes over an example, in nat, as a mean over its tokens.
+
+    Kernels and batches differ between runs, so the difference of a sum over a long answer has no bound.
+    """
     return 1e-4 if recipe.learners.precision == "fp32" else 0.05
 
 
 def learners_are_reference(recipe: Recipe) -> bool:
-    """Whether learners that have just been built are the reference: no second model is loaded then."""
+    """Whether the start weights are the reference: no second model is loaded then."""
     return recipe.model.reference is None
 
 
@@ -68,9 +70,13 @@ def attach_reference(
     train: bool = True,
     built: bool = False,
 ) -> Attach:
-    """How a batch (training data included, or held-out examples only) gets its reference log-probs: not at
-    all, live each step (TR-DPO), or from the cache on disk, filled by the workers here: before they hold a
-    learner, or built: by learners that hold the start weights, with adapters off."""
+    """Returns the function that adds reference log-probs to a batch.
+
+    The function adds none if the algorithm needs none; it computes them live for TR-DPO; else it reads them
+    from the cache on disk, which the workers fill here. train: fills the cache for the training examples too,
+    not only for the held-out ones; built: the workers hold a learner with the start weights (LoRA adapters
+    are switched off), else they load the reference model.
+    """
     if not algorithm.needs_reference:
         return lambda batch: batch
     if recipe.algorithm.reference_sync_every is not None:
@@ -78,11 +84,11 @@ def attach_reference(
     fingerprint = group.call(model_fingerprint)[0] if built else group.build_reference(recipe)
     root = Path(recipe.reference.cache_dir or cache_folder("reference"))
     cache = ReferenceCache(root.expanduser() / f"{fingerprint[:32]}-{recipe.learners.precision}")
-    # one after the other: an example's id is unique among the training examples, or among the held-out ones
+    # one set after the other: ids are unique only within the training examples, or the held-out ones
     sets = [groups for groups in ((data.groups if train else ()), data.held_out) if groups]
 
-    def cut_groups(some: Sequence[SequenceGroup]) -> PackedBatch:
-        return cut_step(some, cut)
+    def cut_groups(groups: Sequence[SequenceGroup]) -> PackedBatch:
+        return cut_step(groups, cut)
 
     def score(batch: PackedBatch) -> tuple:
         return group.token_logprobs(batch, reference=not built or recipe.model.lora is not None)
@@ -102,9 +108,12 @@ def attach_reference(
 
 
 def probed_cut(plan: Plan, data: DataSet, cut: Cut, group: Ranks, note: Note) -> Cut:
-    """With `micro_batch: auto`: measures the largest micro-batch, and cuts finer until it fits: see
-    plan.finer_cut. Where the prediction, which is exact to a fifth on a CPU, leaves more room than that, and
-    where the same was measured before, nothing is."""
+    """With `micro_batch: auto`: measures the peak memory of the largest micro-batch, and cuts finer until it
+    fits (plan.finer_cut).
+
+    A result that was measured before is used again. A CPU run with a predicted peak below SAFE of the limit
+    is not measured: on a CPU the prediction is exact to a fifth.
+    """
     batch = plan.recipe.batch
     if batch.micro_batch != "auto" or batch.micro_batch_tokens is not None or cut.positions is None:
         return cut
@@ -131,22 +140,24 @@ def probed_cut(plan: Plan, data: DataSet, cut: Cut, group: Ranks, note: Note) ->
 
 
 def _peak(plan: Plan, largest: MicroBatch, units: LossUnits, cut: Cut, group: Ranks) -> tuple[int, str]:
-    """Peak bytes of a rank with this micro-batch, Adam's moments included, which do not exist yet; and
-    whether it is remembered."""
+    """(peak bytes of a rank with this micro-batch, ", as measured before" or "").
+
+    Adam's moments are added: they do not exist yet.
+    """
     shape = [list(largest.input_ids.shape), len(largest.targets), len(largest.last_at)]
-    known = Remembered(
+    remembered = Remembered(
         "probes",
         {**_computing(plan.recipe, group), "cut": asdict(cut), "shape": shape, "algorithm": plan.algorithm},
     )
-    if (found := known.get()) is not None:
-        return found["peak"] + plan.memory.moments, ", as measured before"
+    if (result := remembered.get()) is not None:
+        return result["peak"] + plan.memory.moments, ", as measured before"
     peak = max(group.call(probe_peak, largest, units))
-    known.put({"peak": peak})
+    remembered.put({"peak": peak})
     return peak + plan.memory.moments, ""
 
 
 def _computing(recipe: Recipe, group: Ranks) -> dict[str, Any]:
-    """What decides how a model computes here, beside its rows."""
+    """What decides the numbers that a model computes here, apart from its rows."""
     learners = recipe.learners.model_dump(
         mode="json", include={"precision", "activation_checkpointing", "fused", "offload"}
     )
@@ -162,13 +173,14 @@ def _computing(recipe: Recipe, group: Ranks) -> dict[str, Any]:
 def check_layout(
     recipe: Recipe, algorithm: AlgorithmSpec, data: DataSet, cut: Cut, group: Ranks, note: Note
 ) -> None:
-    """Compares the chosen rows with padded ones, and our chunked head with the model's own logits, on a short
-    and a long example; once for a model, its rows and a device. ConfigError where rows or head are not the
-    model's."""
+    """Compares the chosen row layout with padded rows, and our chunked head with the model's own logits, on a
+    short and a long example.
+
+    It computes once per model, rows and device. ConfigError if layout or head differ.
+    """
     ordered = sorted(data.groups[:64], key=lambda g: g.longest)
-    examples = (
-        [ordered[0], ordered[-1]] if len(ordered) > 1 else ordered
-    )  # a long row too: what depends on positions shows there
+    # the long example shows errors that depend on positions
+    examples = [ordered[0], ordered[-1]] if len(ordered) > 1 else ordered
     padded, chosen = pack(examples, "padded"), pack(examples, cut.layout, one_row=cut.one_row)
     deciding = {
         "layout": cut.layout,
@@ -177,9 +189,9 @@ def check_layout(
         "head": algorithm.head,
         "rows": _digest(chosen),
     }
-    known = Remembered("layouts", {**_computing(recipe, group), **deciding})
-    if (found := known.get()) is not None:
-        note(f"{found['said']} (found before)")
+    remembered = Remembered("layouts", {**_computing(recipe, group), **deciding})
+    if (result := remembered.get()) is not None:
+        note(f"{result['said']} (checked before)")
         return
     allowed = ROUNDINGS["fp32" if recipe.learners.precision == "fp32" else "low"]
     gaps = group.call(start_gaps, chosen if cut.layout != "padded" else None, padded)
@@ -195,24 +207,24 @@ def check_layout(
             f"{'log-probs' if algorithm.head == 'lm' else 'rewards'} differ from the model's own logits by "
             f"{head}",
             why="this architecture computes its logits in a way models/forward.py does not know",
-            fix="report it with the model's name; do not train with it",
+            fix="report it with the model's name, and do not train this model",
         )
-    said = (
+    verdict = (
         f"layout check: {cut.layout} equals padded, to {layout}"
         if cut.layout != "padded"
         else f"head check: the model's own logits, to {head}"
     )
-    note(said)
+    note(verdict)
     if cut.one_row:
         note(
             f"perf/compilations: attention was compiled {max(group.call(attention_compilations))} times (at "
             f"most {MAX_COMPILATIONS} for a model)"
         )
-    known.put({"said": said})
+    remembered.put({"said": verdict})
 
 
 def _digest(rows: MicroBatch) -> str:
-    """SHA-256 of all that a forward is given."""
+    """SHA-256 of all arrays that a forward pass gets."""
     digest = hashlib.sha256()
     for field in fields(rows):
         if isinstance(value := getattr(rows, field.name), np.ndarray):
@@ -223,12 +235,14 @@ def _digest(rows: MicroBatch) -> str:
 
 
 def measured_throughput(plan: Plan, algorithm: AlgorithmSpec, group: Ranks, note: Note) -> Throughput:
-    """FLOPs of the model and the peak of all workers; without an MFU for architectures that TRL's count
-    lacks."""
+    """FLOPs of the model, and the peak of all workers together.
+
+    Empty for an architecture that TRL cannot count: the metrics then lack perf/mfu.
+    """
     config = load_config(plan.recipe.model).get_text_config()
     try:
         flops = model_flops(config, head=algorithm.head == "lm", frozen=plan.recipe.model.lora is not None)
-    except Exception as error:  # a metric: TRL's count knows the fields of the common architectures only
+    except Exception as error:  # TRL's count reads config fields that only common architectures have
         note(
             f"perf/mfu is left out: FLOPs of {config.model_type} are not known ({type(error).__name__}: "
             f"{error})"
@@ -239,9 +253,11 @@ def measured_throughput(plan: Plan, algorithm: AlgorithmSpec, group: Ranks, note
 
 
 def model_flops(config: Any, *, head: bool, frozen: bool) -> Throughput:
-    """FLOPs by TRL's count of the products with weights, forward + backward; frozen weights (LoRA's base)
-    have no gradient of their own, a third less. Attention's two products are 2 * heads * head_dim FLOPs each
-    for a pair, backward twice as many."""
+    """Forward and backward FLOPs, by TRL's count of the products with weights.
+
+    Frozen weights (LoRA's base) get no gradient: a third less. Attention has two products, each of
+    2 * heads * head_dim FLOPs per (query, key) pair; the backward pass takes twice as many.
+    """
     from trl.trainer.utils import compute_flops_per_token
 
     learns = 2 / 3 if frozen else 1.0

@@ -1,8 +1,8 @@
-"""From a recipe to a finished run: attempts, restarts, stages, and what the commands ask for.
+"""From a recipe to a finished run: checks, plan, starts and restarts.
 
-recipe --plan_job--> Job --run_offline | run_online--> Progress --> report
-                          ^                   |
-                          +-- lost worker, memory: tried again from the last checkpoint
+recipe --plan_run--> PlannedRun --offline | online run_once--> Progress --> report.html
+                          ^                     |
+                          +-- lost worker, out of memory: again from the last checkpoint
 """
 
 import os
@@ -28,7 +28,7 @@ from orchestrator.core.user_code import names_code
 from orchestrator.observe.callbacks import Callback
 from orchestrator.observe.phases import phase
 from orchestrator.observe.report.html import write_report
-from orchestrator.observe.wandb_sink import honoured
+from orchestrator.observe.wandb_sink import apply_environment
 from orchestrator.plan.hardware import Hardware
 from orchestrator.plan.planner import finer_cut
 from orchestrator.plan.view import data_notes, warning_lines
@@ -47,167 +47,185 @@ from orchestrator.rollout.rewards.http import knock
 from orchestrator.rollout.rewards.lookup import is_users, source_of
 from orchestrator.run import offline as run_offline
 from orchestrator.run import online as run_online
-from orchestrator.run.checkpoints import CheckpointStore
-from orchestrator.run.extension import End
-from orchestrator.run.folder import RunFolder, open_run
-from orchestrator.run.planned_run import Job, plan_job
-from orchestrator.run.preflight import asked_by, look, need_of, require, this_machine
-from orchestrator.run.resume import refuse_without_checkpoint, refuse_without_optimizer
+from orchestrator.run.checkpoints import (
+    CheckpointStore,
+    refuse_without_checkpoint,
+    refuse_without_optimizer,
+)
+from orchestrator.run.folder import End, RunFolder, open_run
+from orchestrator.run.planned_run import PlannedRun, plan_run
+from orchestrator.run.preflight import (
+    cluster_facts,
+    recipe_requirements,
+    require,
+    run_requirements,
+    this_machine,
+)
 
 MISTAKES_S = 0.7
-"""In which most mistakes in a recipe and its data are found."""
+"""Seconds in which planning finds most mistakes of a recipe and its data."""
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a run left behind. before, after: the first and last held-out metrics, empty without data.eval."""
+    """The result of a finished run."""
 
     folder: Path
     export: Path
     report: Path
     steps: int
     before: Mapping[str, float]
+    """Held-out metrics of the first evaluation, empty without data.eval."""
     after: Mapping[str, float]
+    """Held-out metrics of the last evaluation, empty without data.eval."""
 
 
 @dataclass(frozen=True, slots=True)
-class How:
-    """What a caller decides of a run beside its recipe. extend: it may have another end, though its schedule
-    looks at it; in_process: the only worker is this process, without Ray."""
+class RunOptions:
+    """Options of a run that are not keys of its recipe."""
 
     extend: bool = False
+    """The run may end at another step, although the learning rate's schedule depends on the end."""
     in_process: bool = False
+    """The only worker is this process, without Ray."""
     callbacks: tuple[Callback, ...] = ()
-    """Called with each report of a step and of an evaluation."""
+    """Functions that see each report of a step and of an evaluation."""
 
 
 def train(
-    recipe: Recipe, root: Path, console: Console, stop: Stop | None = None, how: How = How()
+    recipe: Recipe,
+    root: Path,
+    console: Console,
+    stop: Stop | None = None,
+    options: RunOptions = RunOptions(),
 ) -> Outcome:
-    """Runs a recipe to its end in the folder `root`, going on from a verified checkpoint if one is there.
-    stop: of a caller that handles the signals already; None: they are handled here."""
-    with nullcontext(stop) if stop is not None else stop_signals() as asked:
-        return _train(recipe, root, console, asked, how)
+    """Runs a recipe to its end in the folder `root`, from the newest verified checkpoint if there is one.
+
+    stop: given by a caller that handles signals itself; None: they are handled here.
+    """
+    with nullcontext(stop) if stop is not None else stop_signals() as stop_request:
+        return _train(recipe, root, console, stop_request, options)
 
 
-def _train(recipe: Recipe, root: Path, console: Console, stop: Stop, how: How) -> Outcome:
-    tracking, told = honoured(recipe.tracking, os.environ)
+def _train(recipe: Recipe, root: Path, console: Console, stop: Stop, options: RunOptions) -> Outcome:
+    tracking, notes = apply_environment(recipe.tracking, os.environ)
     recipe = recipe.model_copy(update={"tracking": tracking})
-    for line in told:
+    for line in notes:
         console.print(line, markup=False)
-    asked = asked_by([recipe])
-    facts = this_machine(asked, root) if how.in_process else look(asked, root)
-    require(check_cluster(facts, asked))  # before the plan: a node that is silent is no lack of room
-    job = (
-        _here(recipe, console, of_cluster(facts))
-        if how.in_process
-        else _planned(recipe, console, of_cluster(facts))
-    )
-    job = replace(job, callbacks=how.callbacks)
-    _preflight(check_cluster(facts, need_of(job)), console)
-    if job.prompts is not None and recipe.rollouts.replay is None:
+    need = recipe_requirements([recipe])
+    facts = this_machine(need, root) if options.in_process else cluster_facts(need, root)
+    require(check_cluster(facts, need))  # before the plan, to which a silent node looks like missing room
+    make = _plan_in_process if options.in_process else _plan_while_ray_starts
+    planned = replace(make(recipe, console, of_cluster(facts)), callbacks=options.callbacks)
+    _preflight(check_cluster(facts, run_requirements(planned)), console)
+    if planned.prompts is not None and recipe.rollouts.replay is None:
         for function in recipe.rewards.functions:
             if function.url is not None:
                 knock(function)
-    end = End(recipe.optimizer, job.plan.total_steps, job.optimizer_steps, how.extend)
-    identity = _identity(recipe.model_copy(update={"learners": job.recipe.learners}), job)
-    with open_run(root, identity, dump(recipe), job.plan_json(), _say(console), end=end) as folder:
-        for line in (*data_notes(job.plan.data), *warning_lines(job.plan)):
+    end = End(recipe.optimizer, planned.plan.total_steps, planned.optimizer_steps, options.extend)
+    identity = _identity(recipe.model_copy(update={"learners": planned.recipe.learners}), planned)
+    with open_run(
+        root, identity, dump(recipe), planned.plan_json(), _plain_printer(console), end=end
+    ) as folder:
+        for line in (*data_notes(planned.plan.data), *warning_lines(planned.plan)):
             console.print(line)
-        progress = _finished(job, folder) or _supervise(job, folder, stop)
+        progress = _already_finished(planned, folder) or _supervise(planned, folder, stop)
         report = write_report(root)
     before, after = _before_and_after(folder.metrics)
     return Outcome(root, folder.export, report, progress.step, before, after)
 
 
-def _here(recipe: Recipe, console: Console, hardware: Hardware) -> Job:
-    """The planned run on one worker, which is this process."""
+def _plan_in_process(recipe: Recipe, console: Console, hardware: Hardware) -> PlannedRun:
+    """Plans the run on one worker, which is this process."""
     with phase(console, "planning"):
-        return replace(plan_job(recipe.in_one_process(), console, hardware), in_process=True)
+        return replace(plan_run(recipe.in_one_process(), console, hardware), in_process=True)
 
 
-def _planned(recipe: Recipe, console: Console, hardware: Hardware) -> Job:
-    """The planned run. A Ray of its own starts meanwhile, where its size does not come from the plan (that of
-    published weights does)."""
+def _plan_while_ray_starts(recipe: Recipe, console: Console, hardware: Hardware) -> PlannedRun:
+    """Plans the run, and starts a local Ray meanwhile. Online the plan comes first: it decides the size of
+    Ray's object store."""
     if recipe.algorithm.name in ONLINE or on_cluster():
         with phase(console, "planning"):
-            return plan_job(recipe, console, hardware)
+            return plan_run(recipe, console, hardware)
     with phase(console, "planning, and starting Ray"), ThreadPoolExecutor(1) as pool:
-        job = pool.submit(plan_job, recipe, console, hardware)
-        if not wait([job], timeout=MISTAKES_S).done:  # a recipe or data that cannot be used are told at once
-            connect()  # here: it handles signals, which only the main thread may
-        return job.result()
+        plan = pool.submit(plan_run, recipe, console, hardware)
+        if not wait(
+            [plan], timeout=MISTAKES_S
+        ).done:  # an unusable recipe is reported without waiting for Ray
+            connect()  # in the main thread, which alone may set signal handlers
+        return plan.result()
 
 
-def _identity(recipe: Recipe, job: Job) -> Identity:
-    """What the run learns from, and the user's files beside it."""
-    learned = job.data.groups if job.prompts is None else job.prompts.batches.groups
+def _identity(recipe: Recipe, planned: PlannedRun) -> Identity:
+    """What decides the run's result, and the user's files and urls that are watched for changes."""
+    learned = planned.data.groups if planned.prompts is None else planned.prompts.batches.groups
     watched = {TOKENS: tokens_digest(learned)}
-    written = {
+    user_code = {
         f"the file of algorithm.{key}": code
         for key in ("loss", "advantage")
         if names_code(code := getattr(recipe.algorithm, key))
     }
-    if job.prompts is not None:
-        written |= {
+    if planned.prompts is not None:
+        user_code |= {
             f"the file of rewards.functions, {f.name}": f.function
             for f in recipe.rewards.functions
             if is_users(f)
         }
-        written["the file of rollouts.environment"] = recipe.rollouts.environment
+        user_code["the file of rollouts.environment"] = recipe.rollouts.environment
         watched |= {
             f"the url of rewards.functions, {f.name}": text_digest(f.url)
             for f in recipe.rewards.functions
             if f.url is not None
         }
-    for name, where in written.items():
+    for name, where in user_code.items():
         if where is not None and (file := source_of(where)) is not None:
             watched[f"{name} ({file.name})"] = file_digest(file)
-    loaded = job.data.loaded
+    loaded = planned.data.loaded
     sources = list(zip(loaded.sizes, loaded.weights, strict=True))
     return identity_of(
         recipe,
         loaded.fingerprint,
-        tokenizer=tokenizer_digest(job.data.tokenizer),
+        tokenizer=tokenizer_digest(planned.data.tokenizer),
         sources=sources,
         watched=watched,
     )
 
 
-def _say(console: Console) -> Callable[[str], None]:
+def _plain_printer(console: Console) -> Callable[[str], None]:
     return lambda text: console.print(text, markup=False)
 
 
-def _finished(job: Job, folder: RunFolder) -> Progress | None:
-    """Where a run stands that has nothing left to do: its last checkpoint and its exports are there. Spares a
-    pipeline that is started again the workers of the stages behind it."""
-    recipe, online = job.recipe, job.algorithm.online
-    exports = [
-        folder.export,
-        *([folder.critic_export] if online is not None and online.critic and recipe.critic.export else []),
-    ]
+def _already_finished(planned: PlannedRun, folder: RunFolder) -> Progress | None:
+    """The progress of a run whose last checkpoint and exports exist; None if something remains to do.
+
+    A pipeline that is started again then needs no workers for its finished stages.
+    """
+    recipe, online = planned.recipe, planned.algorithm.online
+    exports = [folder.export]
+    if online is not None and online.critic and recipe.critic.export:
+        exports.append(folder.critic_export)
     if not all(export.is_dir() for export in exports):
         return None
     saved = CheckpointStore(
-        folder.checkpoints, run=folder.fingerprint, keep=recipe.checkpoint.keep, note=job.console.print
+        folder.checkpoints, run=folder.fingerprint, keep=recipe.checkpoint.keep, note=planned.console.print
     ).newest()
-    total = job.plan.total_steps
+    total = planned.plan.total_steps
     if saved is None and folder.done_steps == 0:
         return None
     progress = saved.progress if saved is not None else Progress(step=folder.done_steps)
     if saved is None:
         refuse_without_checkpoint(folder.root, progress.step, total)
     elif progress.step < total:
-        refuse_without_optimizer(saved, total)  # before workers are started for it
+        refuse_without_optimizer(saved, total)  # before workers start
         return None
     elif 0 < folder.done_steps < progress.step:  # extended, and interrupted before the new export
         return None
-    job.console.print(f"{folder.root}: all {progress.step} steps are done already", markup=False)
+    planned.console.print(f"{folder.root}: all {progress.step} steps are done already", markup=False)
     return progress
 
 
 def _preflight(findings: Sequence[Finding], console: Console) -> None:
-    """Says what is doubtful on a cluster; an error before anything is placed where the run cannot work."""
+    """Prints the warnings about a cluster. Raises if the run cannot work there, before anything is placed."""
     if on_cluster():
         for finding in findings:
             if finding.level == "warning":
@@ -217,56 +235,55 @@ def _preflight(findings: Sequence[Finding], console: Console) -> None:
     require(findings)
 
 
-def _supervise(job: Job, folder: RunFolder, stop: Stop) -> Progress:
-    """Runs attempts until one ends: a lost worker restarts from the last checkpoint, an out-of-memory error a
-    rank could not recover from in place restarts with a finer cut, or the next ZeRO stage. Neither changes an
-    optimizer step."""
-    attempt = run_offline.run_once if job.algorithm.online is None else run_online.run_once
-    cut, restarts, seen = job.plan.cut, Restarts(job.recipe.learners.max_restarts), set[str]()
+def _supervise(planned: PlannedRun, folder: RunFolder, stop: Stop) -> Progress:
+    """Starts the run until it ends.
+
+    After a lost worker it restarts from the last checkpoint. After an out-of-memory error that no rank could
+    recover from in place it restarts with a finer cut, or at the next ZeRO stage. Neither changes a step.
+    """
+    run_once = run_offline.run_once if planned.algorithm.online is None else run_online.run_once
+    cut, restarts = planned.plan.cut, Restarts(planned.recipe.learners.max_restarts)
+    failures = set[str]()
     while True:
         try:
-            return attempt(job, folder, cut, stop)
+            return run_once(planned, folder, cut, stop)
         except OutOfMemory as error:
-            cut = finer_cut(job.plan, job.data, cut)
-            job.console.print(f"{error.what}: starting the workers again with {cut}", markup=False)
+            cut = finer_cut(planned.plan, planned.data, cut)
+            planned.console.print(f"{error.what}: starting the workers again with {cut}", markup=False)
         except WorkerLost as error:
             if stop():
                 raise
-            if error.repeats is not None and error.repeats in seen:
+            if error.repeats is not None and error.repeats in failures:
                 raise WorkerFailed(
                     f"{error.what}, twice at the same place",
                     why=error.why,
-                    fix=f"no other attempt will help: {error.fix}",
+                    fix=f"another restart will not help: {error.fix}",
                 ) from error
-            seen |= {error.repeats} if error.repeats is not None else set()
+            failures |= {error.repeats} if error.repeats is not None else set()
             count = restarts.add(folder.saved_steps)
             if count > restarts.limit:
                 raise
-            _require_room(job, error)
-            job.console.print(
+            _require_room(planned, error)
+            planned.console.print(
                 f"{error}\nrestart {count} of {restarts.limit} from the last checkpoint", markup=False
             )
 
 
-def _require_room(job: Job, lost: WorkerLost) -> None:
-    """WorkerLost, with an exit code that says "run it again", where a host went with its worker and the rest
-    cannot hold them all."""
+def _require_room(planned: PlannedRun, lost: WorkerLost) -> None:
+    """WorkerLost, with exit code 75 ("run it again"), if the remaining hosts cannot hold all workers."""
     try:
-        check_capacity(job.demands())
+        check_capacity(planned.demands())
     except NotEnoughResources as error:
         raise WorkerLost(
             f"{lost.what}, and {error.what}",
             why=lost.why,
-            fix="run the same command again (orchestrator resume): with learners.workers=auto it goes on "
-            "with the hosts that are left, "
-            "at the same effective batch",
+            fix="run the same command again (orchestrator resume): with learners.workers=auto it resumes "
+            "on the remaining hosts, at the same effective batch",
         ) from lost
 
 
 def _before_and_after(metrics: Path) -> tuple[dict[str, float], dict[str, float]]:
     lines = read_lines(metrics) if metrics.is_file() else []
-    evaluations = [
-        {k: v for k, v in line.items() if k.startswith("eval/") and v is not None} for line in lines
-    ]
-    evaluations = [e for e in evaluations if e]
+    held_out = [{k: v for k, v in line.items() if k.startswith("eval/") and v is not None} for line in lines]
+    evaluations = [values for values in held_out if values]
     return (evaluations[0], evaluations[-1]) if evaluations else ({}, {})

@@ -1,7 +1,8 @@
-"""The proof: the same optimizer steps under many cuts, against one plain large batch.
+"""`orchestrator verify`: the same optimizer steps under many cuts, compared with one plain large batch.
 
-plain torch, one process, one batch   ─┐
-workers × micro-batch × layout × ZeRO × sync  ─┴─>  largest difference of loss, gradient norm, final fp32 weights
+plain torch, one process, one batch ──────────┐
+workers × micro-batch × layout × ZeRO × sync ─┴─> largest difference of losses, gradient norms and
+                                                  final fp32 weights
 """
 
 import os
@@ -27,23 +28,28 @@ from orchestrator.run.inputs import read_data, read_prompts
 from orchestrator.trainers.two_pass import with_coefficients
 
 TOLERANCE = {"fp32": 1e-5, "bf16": 5e-3, "fp16": 5e-3, "bf16_autocast": 5e-3}
-"""Relative. fp32's is the contract. bf16's is twice the 2.1e-3 measured after five steps of the tiny DPO
-recipe at learning rate 1e-3; it is the rounding of the model's own arithmetic, the same for every cut. fp16's
-is not measured yet (needs a GPU)."""
+"""Largest allowed relative difference, by precision.
+
+fp32: the contract. bf16: twice the 2.1e-3 measured after five steps of the tiny DPO recipe at learning rate
+1e-3, which is the rounding of the model's own arithmetic, the same for every cut. fp16: not measured yet
+(needs a GPU)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """Largest relative difference of one cut from the plain large batch. weights: ||dw|| / ||w|| of the final
-    weights."""
+    """Largest relative differences of one cut from the plain large batch."""
 
     cut: Cut
     loss: float
     grad_norm: float
     weights: float
+    """||dw|| / ||w|| of the final weights."""
 
     def within(self, tolerance: float) -> bool:
-        """The gradient norm, a sum of squares over all weights, is allowed ten times the loss's tolerance."""
+        """Whether the cut passes.
+
+        The gradient norm, a sum of squares over all weights, may differ by ten times the tolerance.
+        """
         return self.loss <= tolerance and self.weights <= tolerance and self.grad_norm <= 10 * tolerance
 
 
@@ -56,7 +62,7 @@ class LossCurve:
     weights: dict[str, Floats]
 
     def difference(self, other: "LossCurve", cut: Cut) -> Difference:
-        """`other` against this baseline."""
+        """The difference of `other`, under `cut`, from this baseline."""
         assert other.weights.keys() == self.weights.keys(), "the two runs trained different parameters"
         distance = sum(
             float(np.square(other.weights[n] - w, dtype=np.float64).sum()) for n, w in self.weights.items()
@@ -77,18 +83,22 @@ def _relative(values: Sequence[float], baseline: Sequence[float]) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Verification:
-    """The examples of a recipe's first steps, and who learns from them."""
+    """The examples of a recipe's first steps, and the role that learns from them."""
 
     recipe: Recipe
     algorithm: AlgorithmSpec
     steps: tuple[tuple[SequenceGroup, ...], ...]
+    """Examples of each optimizer step."""
     planned: Cut
     role: Role = "policy"
 
     @classmethod
     def of(cls, recipe: Recipe, steps: int, role: Role = "policy") -> "Verification":
-        """role: of an online recipe, whose steps are learned from made-up rollouts: who made them does not
-        matter here."""
+        """The first steps of a recipe. Those of an online recipe learn from made-up rollouts: how they were
+        sampled does not matter to the effect of a cut.
+
+        role: policy, or PPO's critic.
+        """
         algorithm = build(recipe.algorithm, recipe.rollouts)
         if algorithm.online is not None:
             check_batches(recipe, algorithm)
@@ -103,18 +113,20 @@ class Verification:
             cursor += len(batches[-1])
         planned = make_plan(recipe, algorithm, data).cut
         if algorithm.online is not None:
-            batches = made_up(recipe, algorithm, batches)
+            batches = synthetic_rollouts(recipe, algorithm, batches)
         return cls(
             recipe, critic(recipe.algorithm) if role == "critic" else algorithm, tuple(batches), planned, role
         )
 
-    def plain(self) -> LossCurve:
-        """One process, one batch, plain torch."""
+    def baseline(self) -> LossCurve:
+        """The steps in plain torch: one process, one batch per step."""
         trainer = PlainTrainer(self.recipe, self.algorithm, len(self.steps))
-        done = [trainer.step(groups, loss_units(groups), i) for i, groups in enumerate(self.steps)]
-        return LossCurve(tuple(s.loss for s in done), tuple(s.grad_norm for s in done), trainer.weights())
+        results = [trainer.step(groups, loss_units(groups), i) for i, groups in enumerate(self.steps)]
+        return LossCurve(
+            tuple(r.loss for r in results), tuple(r.grad_norm for r in results), trainer.weights()
+        )
 
-    def split(self, cut: Cut, group: LearnerGroup) -> LossCurve:
+    def under(self, cut: Cut, group: LearnerGroup) -> LossCurve:
         """The same steps on DeepSpeed workers under one cut."""
         reference = _reference(self, cut, group)
         group.build(LearnerSpec(self.recipe, cut, len(self.steps), self.role))
@@ -123,8 +135,8 @@ class Verification:
             batch = cut_step(groups, cut)
             batch = batch if reference is None else batch.with_reference(reference[i])
             if self.algorithm.couples_batch:
-                batch, whole = with_coefficients(batch, group, self.algorithm, i)
-                losses.append(whole.merged_into(group.forward_backward(batch, i)).loss)
+                batch, batch_loss = with_coefficients(batch, group, self.algorithm, i)
+                losses.append(batch_loss.merged_into(group.forward_backward(batch, i)).loss)
             else:
                 losses.append(group.forward_backward(batch, i).loss)
             norms.append(group.optim_step(i).grad_norm)
@@ -132,37 +144,44 @@ class Verification:
         return LossCurve(tuple(losses), tuple(norms), weights)
 
 
-def _reference(proof: Verification, cut: Cut, group: LearnerGroup) -> list[PerMicroBatch] | None:
-    if not proof.algorithm.needs_reference or proof.steps[0][0].branches[0].experience is not None:
-        return None  # rollouts carry theirs
-    group.build_reference(proof.recipe)
-    return [group.token_logprobs(cut_step(groups, cut), reference=True) for groups in proof.steps]
+def _reference(verification: Verification, cut: Cut, group: LearnerGroup) -> list[PerMicroBatch] | None:
+    if (
+        not verification.algorithm.needs_reference
+        or verification.steps[0][0].branches[0].experience is not None
+    ):
+        return None  # rollouts have theirs
+    group.build_reference(verification.recipe)
+    return [group.token_logprobs(cut_step(groups, cut), reference=True) for groups in verification.steps]
 
 
-def made_up(
+def synthetic_rollouts(
     recipe: Recipe, algorithm: AlgorithmSpec, steps: Sequence[Sequence[SequenceGroup]]
 ) -> list[tuple[SequenceGroup, ...]]:
-    """Rollouts for the prompts of these steps that nobody sampled: completions of random tokens and lengths,
-    some of them an environment's, with log-probs near the start policy's, so that ratios fall on both sides
-    of every clip."""
+    """Made-up rollouts for the prompts of these steps: completions of random tokens and lengths.
+
+    About a tenth of the tokens count as an environment's, outside the loss. Log-probs lie near the start
+    policy's, so that ratios fall on both sides of every clip.
+    """
     draw = np.random.default_rng(recipe.run.seed)
-    plain = PlainTrainer(recipe, algorithm, len(steps))
+    trainer = PlainTrainer(recipe, algorithm, len(steps))
 
     def branch(longest: int) -> Branch:
         size = int(draw.integers(1, longest + 1))
-        scored = draw.random(size) < 0.9
-        scored[-1] = True
-        return Branch(draw.integers(0, 256, size), scored)
+        loss_mask = draw.random(size) < 0.9
+        loss_mask[-1] = True
+        return Branch(draw.integers(0, 256, size), loss_mask)
 
-    made = []
+    rollouts = []
     for groups in steps:
         bare = [replace(g, branches=tuple(branch(len(b.ids)) for b in g.branches)) for g in groups]
         if algorithm.loss_unit == "pair":
-            made.append(tuple(bare))
+            rollouts.append(tuple(bare))
             continue
-        logps = plain.token_logprobs(bare)
-        made.append(tuple(_with_experience(g, values, draw) for g, values in zip(bare, logps, strict=True)))
-    return made
+        logps = trainer.token_logprobs(bare)
+        rollouts.append(
+            tuple(_with_experience(g, values, draw) for g, values in zip(bare, logps, strict=True))
+        )
+    return rollouts
 
 
 def _with_experience(
@@ -182,11 +201,11 @@ def _with_experience(
     return replace(group, branches=tuple(branches))
 
 
-def splits(
+def cuts_to_try(
     planned: Cut, effective: int, precision: str, workers: Sequence[int], *, everything: bool
 ) -> list[Cut]:
-    """Cuts to try: the whole product, or one that shows every worker count with every stage and sync policy,
-    and every micro-batch size and layout in turn."""
+    """Cuts to try. everything: the whole product; else every worker count with every stage and sync policy,
+    and micro-batch sizes and layouts in turn."""
     sizes = _sizes(planned, effective, max(workers))
     layouts: tuple[Layout, ...] = (
         ("padded",) if planned.layout == "padded" else (planned.layout, "packed", "padded")
@@ -215,15 +234,15 @@ def _engines(precision: str) -> Iterator[tuple[int, Sync]]:
 
 
 def run(recipe: Recipe, *, steps: int, workers: Sequence[int], everything: bool) -> Iterator[Difference]:
-    """Yields the difference of each cut as it is done. Workers share the machine's CPUs if it has fewer."""
-    proof = Verification.of(recipe, steps)
-    baseline = proof.plain()
-    cuts = splits(
-        proof.planned, len(proof.steps[0]), recipe.learners.precision, workers, everything=everything
+    """Yields the difference of each cut when it is done. Workers share the machine's CPUs if it has fewer."""
+    verification = Verification.of(recipe, steps)
+    baseline, effective = verification.baseline(), len(verification.steps[0])
+    cuts = cuts_to_try(
+        verification.planned, effective, recipe.learners.precision, workers, everything=everything
     )
     for count in workers:
         cpus = min(recipe.learners.cpus_per_worker, (os.cpu_count() or 1) / count)
         learners = recipe.learners.model_copy(update={"workers": count, "cpus_per_worker": cpus})
         with LearnerGroup(learners) as group:
             for cut in (c for c in cuts if c.workers == count):
-                yield baseline.difference(proof.split(replace(cut, workers=count), group), cut)
+                yield baseline.difference(verification.under(replace(cut, workers=count), group), cut)

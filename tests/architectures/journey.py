@@ -1,7 +1,7 @@
 """One architecture all the way: a folder of random weights -> plan -> learner, its start-up checks -> two SFT
 steps -> export -> reload.
 
-    small(name) --save_pretrained--> folder --plan_job--> Job --RankLearner--> 2 steps --export_learner--> folder --from_pretrained--> log-probs
+    small(name) --save_pretrained--> folder --plan_run--> PlannedRun --RankLearner--> 2 steps --export_learner--> folder --from_pretrained--> log-probs
 
 No Ray: one rank in this process, whose process group all architectures share. Each stage is the program's own
 code.
@@ -44,7 +44,7 @@ from orchestrator.recipe.schema import (
     Run,
     Source,
 )
-from orchestrator.run.planned_run import Job, plan_job
+from orchestrator.run.planned_run import PlannedRun, plan_run
 from orchestrator.run.startup import check_layout, measured_throughput, probed_cut
 from tests.architectures.shrink import small
 
@@ -178,7 +178,7 @@ def journey(name: str, work: Path, group: ProcessGroup, **learners: Any) -> Outc
             # transformers cannot make it: then `plan` has to say so
             unbuilt = f"{type(error).__name__}: {_line(error)}"
         stage = "plan"
-        job = plan_job(recipe(work / "model", **learners), Console(quiet=True))
+        job = plan_run(recipe(work / "model", **learners), Console(quiet=True))
         stage = "learner"
         here = Here(LearnerSpec(job.recipe, job.plan.cut, STEPS), group)
         stage = "sizes"
@@ -215,7 +215,7 @@ def journey(name: str, work: Path, group: ProcessGroup, **learners: Any) -> Outc
     return Outcome(name, kind, "works", "reload", "")
 
 
-def _planned_as_learned(job: Job, learner: RankLearner, kind: str) -> None:
+def _planned_as_learned(job: PlannedRun, learner: RankLearner, kind: str) -> None:
     """The plan's model without storage has the learner's parameters: tied where they are, frozen where no
     text reaches them. Reading weights gives a gradient to what its class declared to have none (afmoe's bias
     of experts): it stays zero."""
@@ -236,7 +236,9 @@ def _planned_as_learned(job: Job, learner: RankLearner, kind: str) -> None:
         )
 
 
-def _equals_plain(job: Job, learner: RankLearner, steps: Sequence[Any], losses: Sequence[float]) -> None:
+def _equals_plain(
+    job: PlannedRun, learner: RankLearner, steps: Sequence[Any], losses: Sequence[float]
+) -> None:
     trainer = PlainTrainer(job.recipe, job.algorithm, STEPS)
     want = [trainer.step(groups, loss_units(groups), i).loss for i, groups in enumerate(steps)]
     if not np.allclose(losses, want, rtol=1e-5):
@@ -252,7 +254,7 @@ def _equals_plain(job: Job, learner: RankLearner, steps: Sequence[Any], losses: 
         )
 
 
-def _reads_the_same(learner: RankLearner, job: Job, folder: Path) -> None:
+def _reads_the_same(learner: RankLearner, job: PlannedRun, folder: Path) -> None:
     model = (
         auto_class(AutoConfig.from_pretrained(folder), "lm")
         .from_pretrained(folder, dtype=torch.float32)

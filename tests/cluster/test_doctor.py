@@ -179,9 +179,9 @@ from pathlib import Path
 from orchestrator.cluster.doctor.checks import check_cluster
 from orchestrator.cluster.doctor.facts import ClusterRequirements
 from orchestrator.core.resources import WorkerGroup
-from orchestrator.run.preflight import look
+from orchestrator.run.preflight import cluster_facts
 need = ClusterRequirements((WorkerGroup("learners", 3, 1, 0),), checkpoint_bytes=1_000_000, keep=2)
-print(json.dumps([asdict(f) for f in check_cluster(look(need, Path(sys.argv[1])), need)]))
+print(json.dumps([asdict(f) for f in check_cluster(cluster_facts(need, Path(sys.argv[1])), need)]))
 """
 NEEDS_IPTABLES = pytest.mark.skipif(
     shutil.which("iptables") is None, reason="the firewall between two hosts needs iptables"

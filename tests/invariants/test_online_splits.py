@@ -10,7 +10,7 @@ import pytest
 
 from orchestrator.cluster.learner_group import LearnerGroup
 from orchestrator.recipe.schema import ONLINE, Recipe
-from orchestrator.run.verify import TOLERANCE, Verification, run, splits
+from orchestrator.run.verify import TOLERANCE, Verification, cuts_to_try, run
 from tests.running import shared_ray
 
 pytestmark = pytest.mark.timeout(600)
@@ -87,23 +87,23 @@ def test_a_step_from_recorded_rollouts_is_independent_of_the_cut(
     """2 workers x ZeRO 0-3 x every legal sync policy, each with one of two micro-batch sizes and three
     layouts in turn."""
     proof = Verification.of(recipe(data, algorithm), steps=3)
-    baseline = proof.plain()
-    cuts = splits(proof.planned, PROMPTS, "fp32", [2], everything=False)
+    baseline = proof.baseline()
+    cuts = cuts_to_try(proof.planned, PROMPTS, "fp32", [2], everything=False)
     assert {c.zero_stage for c in cuts} == {0, 1, 2, 3} and {c.layout for c in cuts} == {
         "prefix_shared",
         "packed",
         "padded",
     }
     for cut in cuts:
-        difference = baseline.difference(proof.split(cut, two_workers), cut)
+        difference = baseline.difference(proof.under(cut, two_workers), cut)
         assert difference.within(TOLERANCE["fp32"]), difference
 
 
 def test_a_critics_step_is_independent_of_the_cut(two_workers: LearnerGroup, data: Path) -> None:
     proof = Verification.of(recipe(data, {"name": "ppo"}), steps=3, role="critic")
-    baseline = proof.plain()
-    for cut in splits(proof.planned, PROMPTS, "fp32", [2], everything=False):
-        difference = baseline.difference(proof.split(cut, two_workers), cut)
+    baseline = proof.baseline()
+    for cut in cuts_to_try(proof.planned, PROMPTS, "fp32", [2], everything=False):
+        difference = baseline.difference(proof.under(cut, two_workers), cut)
         assert difference.within(TOLERANCE["fp32"]), difference
 
 
@@ -126,5 +126,5 @@ def test_a_wrong_normaliser_would_be_seen(two_workers: LearnerGroup, data: Path)
         Verification.of(recipe(data, {"name": "grpo", "normaliser": n}), steps=2)
         for n in ("sequence", "token")
     )
-    (cut, *_) = splits(right.planned, PROMPTS, "fp32", [2], everything=False)
-    assert not right.plain().difference(wrong.split(cut, two_workers), cut).within(TOLERANCE["fp32"])
+    (cut, *_) = cuts_to_try(right.planned, PROMPTS, "fp32", [2], everything=False)
+    assert not right.baseline().difference(wrong.under(cut, two_workers), cut).within(TOLERANCE["fp32"])

@@ -15,7 +15,7 @@ import pytest
 
 from orchestrator.cluster.learner_group import LearnerGroup
 from orchestrator.recipe.schema import Recipe
-from orchestrator.run.verify import TOLERANCE, Difference, Verification, run, splits
+from orchestrator.run.verify import TOLERANCE, Difference, Verification, cuts_to_try, run
 from tests.running import shared_ray
 
 pytestmark = pytest.mark.timeout(600)
@@ -128,9 +128,9 @@ def test_each_family_is_independent_of_the_cut(
     two_workers: LearnerGroup, data: Path, algorithm: dict
 ) -> None:
     proof = Verification.of(recipe(data, algorithm, learners={"workers": 2}), steps=3)
-    baseline = proof.plain()
-    for cut in splits(proof.planned, EFFECTIVE, "fp32", [2], everything=False):
-        difference = baseline.difference(proof.split(cut, two_workers), cut)
+    baseline = proof.baseline()
+    for cut in cuts_to_try(proof.planned, EFFECTIVE, "fp32", [2], everything=False):
+        difference = baseline.difference(proof.under(cut, two_workers), cut)
         assert difference.within(TOLERANCE["fp32"]), difference
 
 
@@ -154,24 +154,24 @@ def test_loras_dropout_is_independent_of_the_cut(
         "eps": 1e-3,
     }  # Adam makes a full step of the rounding in a gradient that is all but zero
     proof = Verification.of(recipe(data, algorithm, model=adapted, learners=again, optimizer=calm), steps=3)
-    baseline = proof.plain()
-    for cut in splits(proof.planned, EFFECTIVE, "fp32", [2], everything=False):
-        difference = baseline.difference(proof.split(cut, two_workers), cut)
+    baseline = proof.baseline()
+    for cut in cuts_to_try(proof.planned, EFFECTIVE, "fp32", [2], everything=False):
+        difference = baseline.difference(proof.under(cut, two_workers), cut)
         assert difference.within(TOLERANCE["fp32"]), difference
     still = proof.recipe.model.lora.model_copy(update={"dropout": 0.0})  # pyright: ignore[reportOptionalMemberAccess]
     model = proof.recipe.model.model_copy(update={"lora": still})
     without = replace(proof, recipe=proof.recipe.model_copy(update={"model": model}))
-    assert not baseline.difference(without.plain(), proof.planned).within(TOLERANCE["fp32"])
+    assert not baseline.difference(without.baseline(), proof.planned).within(TOLERANCE["fp32"])
 
 
 def test_bf16_stays_within_its_stated_bound(two_workers: LearnerGroup, data: Path) -> None:
     proof = Verification.of(
         recipe(data, {"name": "dpo"}, learners={"workers": 2, "precision": "bf16"}), steps=5
     )
-    baseline = proof.plain()
+    baseline = proof.baseline()
     differences = [
-        baseline.difference(proof.split(cut, two_workers), cut)
-        for cut in splits(proof.planned, EFFECTIVE, "bf16", [2], everything=False)
+        baseline.difference(proof.under(cut, two_workers), cut)
+        for cut in cuts_to_try(proof.planned, EFFECTIVE, "bf16", [2], everything=False)
     ]
     assert {d.cut.zero_stage for d in differences} == {1, 2, 3}
     assert all(d.within(TOLERANCE["bf16"]) for d in differences), differences
@@ -181,9 +181,9 @@ def test_bf16_stays_within_its_stated_bound(two_workers: LearnerGroup, data: Pat
 def test_a_wrong_normaliser_would_be_seen(two_workers: LearnerGroup, data: Path) -> None:
     """The proof can fail: a loss averaged per micro-batch, the usual mistake, is far above the tolerance."""
     proof = Verification.of(recipe(data, {"name": "sft"}, learners={"workers": 2}), steps=2)
-    baseline = proof.plain()
-    (cut, *_) = splits(proof.planned, EFFECTIVE, "fp32", [2], everything=False)
+    baseline = proof.baseline()
+    (cut, *_) = cuts_to_try(proof.planned, EFFECTIVE, "fp32", [2], everything=False)
     halves = Verification(
         proof.recipe, proof.algorithm, tuple(s[: EFFECTIVE // 2] for s in proof.steps), proof.planned
     )
-    assert not baseline.difference(halves.split(cut, two_workers), cut).within(TOLERANCE["fp32"])
+    assert not baseline.difference(halves.under(cut, two_workers), cut).within(TOLERANCE["fp32"])

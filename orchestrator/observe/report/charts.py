@@ -1,5 +1,5 @@
-"""Line charts as inline SVG: no library, no network, readable without JavaScript; a few lines of it add a
-hover readout."""
+"""Line charts as inline SVG: no library, no network, readable without JavaScript, which adds a hover
+readout."""
 
 import json
 import math
@@ -8,34 +8,41 @@ from dataclasses import dataclass
 from html import escape
 
 Point = tuple[float, float | None]
-"""(x, y); None where there is no finite value: the line has a gap there."""
+"""(x, y). y is None if the value is not finite: the line has a gap there."""
 
 WIDTH, HEIGHT = 420, 220
 LEFT, RIGHT, TOP, BOTTOM = 46, 10, 10, 24
 CHARACTER = 6.7
-"""Width of a digit of a tick's label, of the widest font in the style."""
-LONGEST = 9
-"""Characters of a label; where more would be needed the axis says what is to be added to all of them."""
-MOST_POINTS = 600
+"""Width of a digit in a tick's label, in the widest font of the style."""
+MAX_LABEL = 9
+"""Most characters of a tick's label. If labels need more, the axis shows a value to add to all of them."""
+MAX_POINTS = 600
+"""Most points that are drawn of a series; longer ones are thinned."""
 DOTS_BELOW = 30
+"""Series of at most this many points get a dot for each."""
 SMOOTH_ABOVE = 40
+"""Series of more points get a running mean, if the chart is smooth."""
 COLOURS = 6
 
 
 @dataclass(frozen=True, slots=True)
 class Series:
+    """One line of a chart."""
+
     name: str
     points: tuple[Point, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Chart:
-    """smooth: long noisy series get a running mean over a pale line; from_zero: the y axis starts at 0."""
+    """One line chart."""
 
     title: str
     series: tuple[Series, ...]
     smooth: bool = False
+    """Long series get a running mean over a pale line."""
     from_zero: bool = False
+    """The y axis starts at 0."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,12 +71,11 @@ def figure(chart: Chart) -> str:
     frame, y_ticks = _frame(chart, values)
     window = _window(chart)
     layers = [_axes(frame, y_ticks)]
-    for place, (series, whole) in enumerate(zip(shown, chart.series, strict=True)):
+    for place, (series, full) in enumerate(zip(shown, chart.series, strict=True)):
         layers.append(_line(frame, series, place, "raw" if window else ""))
         if window:
-            layers.append(
-                _line(frame, Series(series.name, thinned(running_mean(whole.points, window))), place, "mean")
-            )
+            means = thinned(running_mean(full.points, window))
+            layers.append(_line(frame, Series(series.name, means), place, "mean"))
     marks = "".join(
         f'<circle class="mark c{i % COLOURS}" r="3.5" cx="-9" cy="-9"/>' for i in range(len(shown))
     )
@@ -83,7 +89,7 @@ def figure(chart: Chart) -> str:
 
 
 def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """About `count` round numbers whose first is <= low and last >= high. Example: 0.1, 0.93 -> 0, 0.2, ...
+    """About `count` round numbers; the first is <= low, the last >= high. Example: 0.1, 0.93 -> 0, 0.2, ...
     1."""
     raw = (high - low) / max(1, count - 1)
     size = 10.0 ** math.floor(math.log10(raw))
@@ -93,8 +99,10 @@ def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
 
 
 def label(value: float, step: float, largest: float | None = None) -> str:
-    """A tick in few characters. step: distance of the ticks, which with the largest of them decides the unit.
-    Example: 0.25, 15k, 5e-6."""
+    """A tick in few characters. Example: 0.25, 15k, 5e-6.
+
+    step: distance of the ticks; it and the largest tick decide the unit.
+    """
     if abs(value) < step / 1000:
         return "0"
     largest = max(abs(value), step) if largest is None else largest
@@ -108,15 +116,15 @@ def label(value: float, step: float, largest: float | None = None) -> str:
 
 
 def labels(ticks: Sequence[float]) -> tuple[list[str], str]:
-    """(the label of each tick, what is to be added to all of them). No two are the same, and none is longer
-    than LONGEST.
+    """(the label of each tick, the value to add to all of them). Labels differ, and none is longer than
+    MAX_LABEL.
 
     Example: 123456.0001, 123456.0002 -> ["0", "1e-4"], "123456.0001 +"
     """
     step = _gap(ticks)
-    found = _labels(ticks, step)
-    if max(map(len, found)) <= LONGEST:
-        return found, ""
+    texts = _labels(ticks, step)
+    if max(map(len, texts)) <= MAX_LABEL:
+        return texts, ""
     digits = min(17, max(1, math.ceil(math.log10(max(abs(ticks[0]), step) / step)) + 2))
     return _labels([i * step for i in range(len(ticks))], step), f"{ticks[0]:.{digits}g} +"
 
@@ -126,8 +134,8 @@ def _labels(ticks: Sequence[float], step: float) -> list[str]:
     return [label(tick, step, largest) for tick in ticks]
 
 
-def thinned(points: Sequence[Point], most: int = MOST_POINTS) -> tuple[Point, ...]:
-    """At most about `most` points; of each stretch its lowest and highest, so that no spike is lost."""
+def thinned(points: Sequence[Point], most: int = MAX_POINTS) -> tuple[Point, ...]:
+    """At most about `most` points: the lowest and the highest of each stretch, so that no spike is lost."""
     if len(points) <= most:
         return tuple(points)
     size = math.ceil(2 * len(points) / most)
@@ -143,16 +151,16 @@ def thinned(points: Sequence[Point], most: int = MOST_POINTS) -> tuple[Point, ..
 
 
 def running_mean(points: Sequence[Point], window: int) -> tuple[Point, ...]:
-    """Mean of the `window` points around each one, gaps left out of the mean and left as they are."""
+    """Mean of the `window` points around each point. Gaps stay gaps, and do not count in the mean."""
     half, means = window // 2, []
     for place, (x, y) in enumerate(points):
-        near = [v for _, v in points[max(0, place - half) : place + half + 1] if v is not None]
-        means.append((x, None if y is None else sum(near) / len(near)))
+        values = [v for _, v in points[max(0, place - half) : place + half + 1] if v is not None]
+        means.append((x, None if y is None else sum(values) / len(values)))
     return tuple(means)
 
 
 def _window(chart: Chart) -> int:
-    """An odd number of steps to average over; 0 where the line is shown as it is."""
+    """An odd number of steps to average over; 0 for no running mean."""
     longest = max(len(s.points) for s in chart.series)
     return max(5, longest // 25 | 1) if chart.smooth and longest > SMOOTH_ABOVE else 0
 
@@ -204,7 +212,7 @@ def _line(frame: Frame, series: Series, place: int, style: str) -> str:
         if y is None:
             pen_down = False
             continue
-        # h0: a lone point is drawn as a dot, by its round line cap
+        # h0: the round line cap draws a single point as a dot
         commands.append(
             f"{'L' if pen_down else 'M'}{frame.x(x):.1f} {frame.y(y):.1f}{'' if pen_down else 'h0'}"
         )
@@ -226,19 +234,18 @@ def _line(frame: Frame, series: Series, place: int, style: str) -> str:
 
 def _legend(series: Sequence[Series]) -> str:
     keys = []
-    for place, one in enumerate(series):
-        last = next((y for _, y in reversed(one.points) if y is not None), None)
+    for place, line in enumerate(series):
+        last = next((y for _, y in reversed(line.points) if y is not None), None)
         value = "–" if last is None else f"{last:,.0f}" if abs(last) >= 1e4 else f"{last:.4g}"
         keys.append(
-            f'<span class="key"><i class="swatch c{place % COLOURS}"></i>{escape(one.name)} '
+            f'<span class="key"><i class="swatch c{place % COLOURS}"></i>{escape(line.name)} '
             f"<b>{value}</b></span>"
         )
     return f'<div class="legend">{"".join(keys)}<span class="at"></span></div>'
 
 
 def _data(series: Sequence[Series], frame: Frame) -> str:
-    """What the hover readout needs, as an attribute: the steps and each series' values, null where it has
-    none."""
+    """Data of the hover readout, as an attribute: the steps and the values of each series, null for gaps."""
     steps = sorted({x for s in series for x, _ in s.points})
     columns = [dict(s.points) for s in series]
     rounded = [[None if (y := c.get(x)) is None else float(f"{y:.5g}") for x in steps] for c in columns]
@@ -256,26 +263,32 @@ def _gap(ticks: Sequence[float]) -> float:
 
 
 def _decimals(step: float) -> int:
-    """Digits after the point that tell ticks apart. Example: 0.2 -> 1, 0.25 -> 2, 5 -> 0."""
+    """Digits after the point that make ticks differ. Example: 0.2 -> 1, 0.25 -> 2, 5 -> 0."""
     return next(d for d in range(20) if abs(round(step, d) - step) < step * 1e-6)
 
 
 SCRIPT = """
 for (const figure of document.querySelectorAll("figure[data-chart]")) {
-  const data = JSON.parse(figure.dataset.chart), svg = figure.querySelector("svg"), guide = svg.querySelector(".guide");
-  const values = [...figure.querySelectorAll(".key b")], at = figure.querySelector(".at"), marks = [...svg.querySelectorAll(".mark")];
-  const [left, right, top, base] = data.plot, [x0, x1, y0, y1] = data.box, last = values.map(v => v.textContent);
-  const px = x => left + (x - x0) / (x1 - x0) * (right - left), py = y => base - (y - y0) / (y1 - y0) * (base - top);
+  const data = JSON.parse(figure.dataset.chart), svg = figure.querySelector("svg");
+  const guide = svg.querySelector(".guide"), marks = [...svg.querySelectorAll(".mark")];
+  const values = [...figure.querySelectorAll(".key b")], at = figure.querySelector(".at");
+  const [left, right, top, base] = data.plot, [x0, x1, y0, y1] = data.box;
+  const last = values.map(v => v.textContent);
+  const px = x => left + (x - x0) / (x1 - x0) * (right - left);
+  const py = y => base - (y - y0) / (y1 - y0) * (base - top);
   svg.addEventListener("pointermove", event => {
-    const box = svg.getBoundingClientRect(), wanted = (event.clientX - box.left) / box.width * data.width;
+    const box = svg.getBoundingClientRect();
+    const pointer = (event.clientX - box.left) / box.width * data.width;
+    const distance = i => Math.abs(px(data.x[i]) - pointer);
     let near = 0;
-    data.x.forEach((x, i) => { if (Math.abs(px(x) - wanted) < Math.abs(px(data.x[near]) - wanted)) near = i; });
+    data.x.forEach((x, i) => { if (distance(i) < distance(near)) near = i; });
     guide.setAttribute("x1", px(data.x[near])); guide.setAttribute("x2", px(data.x[near]));
     at.textContent = "step " + data.x[near];
     data.y.forEach((ys, i) => {
       const y = ys[near], seen = y !== null;
       values[i].textContent = seen ? Number(y.toPrecision(4)) : "\\u2013";
-      marks[i].setAttribute("cx", seen ? px(data.x[near]) : -9); marks[i].setAttribute("cy", seen ? py(y) : -9);
+      marks[i].setAttribute("cx", seen ? px(data.x[near]) : -9);
+      marks[i].setAttribute("cy", seen ? py(y) : -9);
     });
     figure.classList.add("hover");
   });
@@ -287,14 +300,17 @@ for (const figure of document.querySelectorAll("figure[data-chart]")) {
 """
 
 STYLE = """
-.chart { margin: 0; padding: 16px 16px 10px; background: var(--card); border: 1px solid var(--edge); border-radius: 12px; }
+.chart { margin: 0; padding: 16px 16px 10px; background: var(--card);
+  border: 1px solid var(--edge); border-radius: 12px; }
 .chart figcaption { margin-bottom: 8px; }
 .chart h3 { margin: 0; font-size: 15px; font-weight: 600; }
 .chart svg { display: block; width: 100%; height: auto; touch-action: pan-y; }
-.legend { display: flex; flex-wrap: wrap; gap: 2px 14px; font-size: 13px; color: var(--soft); min-height: 20px; }
+.legend { display: flex; flex-wrap: wrap; gap: 2px 14px; min-height: 20px;
+  font-size: 13px; color: var(--soft); }
 .legend b { color: var(--ink); font-weight: 600; font-variant-numeric: tabular-nums; }
 .legend .at { margin-left: auto; font-variant-numeric: tabular-nums; }
-.swatch { display: inline-block; width: 10px; height: 3px; border-radius: 2px; margin-right: 6px; vertical-align: middle; background: var(--c); }
+.swatch { display: inline-block; width: 10px; height: 3px; border-radius: 2px; margin-right: 6px;
+  vertical-align: middle; background: var(--c); }
 .grid { stroke: var(--grid); } .axis { stroke: var(--axis); }
 .tick, .base { font-size: 10.5px; fill: var(--soft); font-variant-numeric: tabular-nums; }
 .line { fill: none; stroke: var(--c); stroke-width: 1.8; stroke-linejoin: round; stroke-linecap: round; }
@@ -302,6 +318,6 @@ STYLE = """
 .dot, .mark { fill: var(--c); } .mark { stroke: var(--card); stroke-width: 1.5; }
 .guide { stroke: var(--axis); stroke-dasharray: 3 3; }
 .guide, .mark { opacity: 0; pointer-events: none; } .hover .guide, .hover .mark { opacity: 1; }
-.c0 { --c: var(--c-0); } .c1 { --c: var(--c-1); } .c2 { --c: var(--c-2); } .c3 { --c: var(--c-3); } .c4 { --c: var(--c-4); }
-.c5 { --c: var(--c-5); }
+.c0 { --c: var(--c-0); } .c1 { --c: var(--c-1); } .c2 { --c: var(--c-2); }
+.c3 { --c: var(--c-3); } .c4 { --c: var(--c-4); } .c5 { --c: var(--c-5); }
 """

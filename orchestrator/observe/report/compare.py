@@ -1,8 +1,8 @@
-"""Runs side by side: where their recipes differ, and what came of it.
+"""Runs side by side: the keys in which their recipes differ, and their metrics.
 
-    DIR … --run_folders--> run folders --read_run--> RunSummary --differences, table, to_json--> terminal, JSON
+    DIR … --run_folders--> folders --read_run--> RunSummary --differences, table, to_json--> terminal, JSON
 
-Only recipe.yaml and metrics.jsonl are read, so that runs can be compared while they go on, or after all else
+It reads recipe.yaml and metrics.jsonl only, so runs can be compared while they run, or after everything else
 was deleted.
 """
 
@@ -33,46 +33,50 @@ HIGHER = (
     "rewards/margins",
     "explained_variance",
 )
-"""Metrics of which more is better, by the end of their names; so are pass@k. Of losses less is better; the
-others have no best."""
+"""Metrics of which more is better, without `eval/`; the same holds for pass@k and reward/NAME. Of losses less
+is better. Other metrics have no best."""
 SHOWN = ("loss", "nll_loss", *HIGHER, "kl", "policy/entropy", "completions/mean_length", "grad_norm")
-"""Metrics that are compared, by their names without `eval/`; reward components and pass@k besides."""
+"""Metrics that are compared, without `eval/`; reward components and pass@k are added."""
 
 
 @dataclass(frozen=True, slots=True)
 class Value:
-    """A metric over a run. final: the last one that was recorded; best: None where more is neither better nor
-    worse."""
+    """A metric over a run."""
 
     final: float
+    """The last recorded value."""
     best: float | None
+    """None if more is neither better nor worse."""
     best_step: int | None
 
 
 @dataclass(frozen=True, slots=True)
 class RunSummary:
-    """What a run folder says. settings: the keys of its recipe, dotted; tokens_per_s: median over steps.
-
-    seconds: spent in the recorded steps. wall_seconds: from the first start to the last step; with
-    evaluations, checkpoints, restarts and the time the run was down. None where a run has not recorded it,
-    like restarts. ranked_by: what preference_accuracy ranks pairs by.
-    """
+    """The recipe and the results of one run folder."""
 
     name: str
     settings: Mapping[str, Any]
+    """Values of the recipe by dotted key."""
     steps: int
     metrics: Mapping[str, Value]
     tokens_per_s: float | None
+    """Median over the steps."""
     seconds: float
+    """Time spent in the recorded steps."""
     wall_seconds: float | None
+    """From the first start to the last step, with evaluations, checkpoints, restarts and the time the run was
+    down. None if the run has not recorded it."""
     restarts: int | None
+    """None if the run has not recorded it."""
     ranked_by: str | None = None
+    """What preference_accuracy ranks pairs by."""
 
 
 def run_folders(directory: Path) -> list[tuple[str, Path]]:
     """(name, folder) of a run, or of the stages of a pipeline in the order in which they feed each other.
 
-    MissingInput where `directory` is neither."""
+    MissingInput if `directory` is neither.
+    """
     if (directory / "metrics.jsonl").is_file():
         return [(directory.name or str(directory), directory)]
     stages = sorted(path.parent for path in directory.glob("*/metrics.jsonl"))
@@ -90,17 +94,17 @@ def run_folders(directory: Path) -> list[tuple[str, Path]]:
 
 
 def read_run(name: str, folder: Path) -> RunSummary:
-    """What the folder has recorded so far; DataError or ConfigError where a file is damaged."""
+    """The records of a folder so far; DataError or ConfigError if a file is damaged."""
     lines = [line for line in read_lines(folder / "metrics.jsonl") if "step" in line]
     steps = [line for line in lines if not is_evaluation(line)]
     speeds = [line["perf/tokens_per_s"] for line in steps if line.get("perf/tokens_per_s") is not None]
-    found = dict.fromkeys(key for line in lines for key in line if _is_shown(key))
-    online = "reward/mean" in found
+    keys = dict.fromkeys(key for line in lines for key in line if _is_shown(key))
+    online = "reward/mean" in keys
     return RunSummary(
         name,
         _settings(folder / "recipe.yaml"),
         max((line["step"] for line in steps), default=0),
-        {key: value for key in found if (value := _value(key, lines, online)) is not None},
+        {key: value for key in keys if (value := _value(key, lines, online)) is not None},
         median(speeds) if speeds else None,
         sum(map(step_seconds, steps)),
         _last(steps, "perf/elapsed_s"),
@@ -110,7 +114,7 @@ def read_run(name: str, folder: Path) -> RunSummary:
 
 
 def differences(runs: Sequence[RunSummary]) -> dict[str, list[Any]]:
-    """Key -> its value in each run, of the keys that are not equal in all; None where a recipe has no such
+    """Key -> its value in each run, for keys that are not equal in all runs; None if a recipe lacks the
     key."""
     keys = dict.fromkeys(key for run in runs for key in run.settings)
     columns = {key: [run.settings.get(key) for run in runs] for key in keys}
@@ -118,34 +122,34 @@ def differences(runs: Sequence[RunSummary]) -> dict[str, list[Any]]:
 
 
 def to_json(runs: Sequence[RunSummary]) -> dict[str, Any]:
-    """{"runs": [...], "differences": {key: [value of each run]}}, without what all recipes have in common."""
-    plain = [{name: value for name, value in asdict(run).items() if name != "settings"} for run in runs]
-    return {"runs": plain, "differences": differences(runs)}
+    """{"runs": [...], "differences": {key: [value of each run]}}, without keys that are equal in all
+    recipes."""
+    records = [{name: value for name, value in asdict(run).items() if name != "settings"} for run in runs]
+    return {"runs": records, "differences": differences(runs)}
 
 
 def table(runs: Sequence[RunSummary]) -> Table:
-    """A column per run: what differs, how far it came, metrics (last, and best where there is one), speed."""
-    found = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    found.add_column("", no_wrap=True)
+    """A column per run: differing keys, steps, metrics (last, and best if there is one), speed."""
+    comparison = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    comparison.add_column("", no_wrap=True)
     for run in runs:
-        found.add_column(Text(run.name), justify="right", overflow="fold")
+        comparison.add_column(Text(run.name), justify="right", overflow="fold")
     for key, values in differences(runs).items():
-        found.add_row(
-            key, *(Text("" if value is None else str(value)) for value in values)
-        )  # not str: [brackets] would be markup
-    found.add_section()
-    found.add_row("steps", *(str(run.steps) for run in runs))
+        # Text: in a str [brackets] would be markup
+        comparison.add_row(key, *(Text("" if value is None else str(value)) for value in values))
+    comparison.add_section()
+    comparison.add_row("steps", *(str(run.steps) for run in runs))
     for key in sorted(dict.fromkeys(key for run in runs for key in run.metrics), key=_order):
-        found.add_row(_label(key, runs), *(_shown(run.metrics.get(key)) for run in runs))
-    found.add_row(
+        comparison.add_row(_label(key, runs), *(_shown(run.metrics.get(key)) for run in runs))
+    comparison.add_row(
         "tokens/s, median", *("" if run.tokens_per_s is None else f"{run.tokens_per_s:,.0f}" for run in runs)
     )
-    found.add_row("time in steps", *(duration(run.seconds) for run in runs))
-    found.add_row(
+    comparison.add_row("time in steps", *(duration(run.seconds) for run in runs))
+    comparison.add_row(
         "wall time", *("" if run.wall_seconds is None else duration(run.wall_seconds) for run in runs)
     )
-    found.add_row("restarts", *("" if run.restarts is None else str(run.restarts) for run in runs))
-    return found
+    comparison.add_row("restarts", *("" if run.restarts is None else str(run.restarts) for run in runs))
+    return comparison
 
 
 def _is_shown(key: str) -> bool:
@@ -159,7 +163,7 @@ def _is_shown(key: str) -> bool:
 
 
 def _value(key: str, lines: Sequence[Mapping[str, Any]], online: bool) -> Value | None:
-    """online: the loss is a policy gradient's, which is no measure of anything."""
+    """online: the loss is a policy gradient's, which does not measure progress."""
     points = [
         (line[key], line["step"]) for line in lines if line.get(key) is not None and math.isfinite(line[key])
     ]
@@ -181,20 +185,22 @@ def _last(lines: Sequence[Mapping[str, Any]], key: str) -> Any:
 
 
 def _settings(path: Path) -> dict[str, Any]:
-    """The recipe's keys, read as a recipe is (`off` is text); none where there is no recipe."""
+    """The recipe's values by dotted key, read as a recipe is (`off` is text); empty without a recipe."""
     return _flat(parse(path.read_text("utf-8"), str(path))[0], "") if path.is_file() else {}
 
 
 def _flat(tree: Any, prefix: str) -> dict[str, Any]:
-    """{"data.eval[0].path": "a.jsonl", …}: the values of a tree by dotted keys; lists of mappings are part of
-    the tree."""
+    """The values of a tree by dotted key; lists of mappings are part of the tree.
+
+    Example: {"data.eval[0].path": "a.jsonl", …}
+    """
     if isinstance(tree, dict) and tree:
-        inner = [(f"{prefix}.{key}" if prefix else str(key), value) for key, value in tree.items()]
+        children = [(f"{prefix}.{key}" if prefix else str(key), value) for key, value in tree.items()]
     elif isinstance(tree, list) and any(isinstance(value, dict) for value in tree):
-        inner = [(f"{prefix}[{i}]", value) for i, value in enumerate(tree)]
+        children = [(f"{prefix}[{i}]", value) for i, value in enumerate(tree)]
     else:
         return {prefix: tree}
-    return {key: value for name, below in inner for key, value in _flat(below, name).items()}
+    return {key: value for name, below in children for key, value in _flat(below, name).items()}
 
 
 def _text(path: Path) -> str:
@@ -208,7 +214,7 @@ def _order(key: str) -> tuple[bool, bool, int, str]:
 
 
 def _label(key: str, runs: Sequence[RunSummary]) -> str:
-    """Says by what pairs are ranked; of several runs each one's, in their order."""
+    """The row's label, with what pairs are ranked by; of several runs each one's, in their order."""
     if key != "eval/preference_accuracy":
         return key
     bases = dict.fromkeys(basis for run in runs if (basis := run.ranked_by) is not None)

@@ -1,5 +1,4 @@
-"""`report.html`: one self-contained page of a run. No framework, no network, light and dark, readable on a
-phone.
+"""`report.html`: one self-contained page of a run. No framework, no network; light and dark; fits a phone.
 
 metrics.jsonl  samples.jsonl  alerts.jsonl  recipe.yaml  plan.json  ->  report.html
 """
@@ -11,52 +10,56 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from orchestrator.core.errors import DataError, MissingInput
 from orchestrator.core.files import is_evaluation, read_lines, write_atomically
 from orchestrator.core.format import duration, number
-from orchestrator.observe.metric_names import ranked_by, spoken
+from orchestrator.observe.metric_names import display_name, ranked_by
 from orchestrator.observe.metrics import step_seconds
 from orchestrator.observe.report import charts
 from orchestrator.observe.report.charts import Chart, Point, Series
 from orchestrator.observe.report.panels import PHASES, QUESTIONS, Question
 from orchestrator.observe.report.samples import sample_sections
+from orchestrator.recipe.strict_yaml import parse
 
 Line = Mapping[str, Any]
 EVAL = "eval/"
 HIDDEN = {"step", "num_tokens", "examples", "optimizer_steps"}
-TOLD_ELSEWHERE = ("perf/", "time/", "weights/")
-"""Metrics beginning so have no chart where no panel asks for one."""
+"""Counters of a line that get no chart."""
+CHARTED_IN_PANELS = ("perf/", "time/", "weights/")
+"""Prefixes of metrics that get no chart outside of the panels."""
 
 
 @dataclass(frozen=True, slots=True)
 class RunRecord:
-    """What the page is made of. steps, evaluations: lines of metrics.jsonl; samples: those of the last
-    evaluation; alerts: lines of alerts.jsonl."""
+    """The files of a run folder, as far as the page shows them."""
 
     steps: tuple[Line, ...]
+    """Lines of metrics.jsonl that training steps wrote."""
     evaluations: tuple[Line, ...]
+    """Lines of metrics.jsonl that evaluations wrote."""
     samples: tuple[Line, ...]
+    """Lines of samples.jsonl of the last step that has any."""
     alerts: tuple[Line, ...]
+    """Lines of alerts.jsonl."""
     recipe_text: str
     recipe: Mapping[str, Any]
     plan: Mapping[str, Any]
 
 
 def write_report(run_dir: Path) -> Path:
-    """Writes report.html from what the run has recorded so far, and returns its path; MissingInput without
-    metrics."""
+    """Writes report.html from the run's records so far, and returns its path.
+
+    MissingInput without metrics; DataError or ConfigError if a file is damaged.
+    """
     page = render(_read(run_dir), run_dir.resolve().name)
     path = run_dir / "report.html"
-    write_atomically(
-        path, page.encode("ascii", "xmlcharrefreplace").decode("ascii")
-    )  # no locale can spoil it
+    # ASCII is read the same under every locale
+    write_atomically(path, page.encode("ascii", "xmlcharrefreplace").decode("ascii"))
     return path
 
 
 def render(run: RunRecord, folder: str) -> str:
-    """The page. folder: names the run where the recipe does not."""
+    """The page. folder: name of the run folder, shown if the recipe does not name the run."""
     name = escape(str(_at(run.recipe, "run", "name") or folder))
     sections = [
         _head(run, name),
@@ -78,15 +81,16 @@ def render(run: RunRecord, folder: str) -> str:
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
         'content="width=device-width, initial-scale=1">'
         f'<meta name="color-scheme" content="light dark"><link rel="icon" href="data:,"><title>{name}</title>'
-        f"<style>{STYLE}{charts.STYLE}</style></head>\n<body><main>{''.join(sections)}</main><script>{charts.SCRIPT}</script></body></html>\n"
+        f"<style>{STYLE}{charts.STYLE}</style></head>\n<body><main>{''.join(sections)}</main>"
+        f"<script>{charts.SCRIPT}</script></body></html>\n"
     )
 
 
 def _read(run_dir: Path) -> RunRecord:
     metrics = run_dir / "metrics.jsonl"
     if not metrics.is_file():
-        fix = "give the --output folder of a run; its first evaluation or step writes the file"
-        raise MissingInput(f"{metrics} is missing", why="there is nothing to report without it", fix=fix)
+        fix = "give the --output folder of a run; the first evaluation or step writes the file"
+        raise MissingInput(f"{metrics} is missing", why="a report is made from it", fix=fix)
     lines = [line for line in read_lines(metrics) if "step" in line]
     samples = _optional_lines(run_dir / "samples.jsonl")
     last = max((s.get("step", 0) for s in samples), default=0)
@@ -97,8 +101,8 @@ def _read(run_dir: Path) -> RunRecord:
         samples=tuple(s for s in samples if s.get("step", 0) == last),
         alerts=tuple(_optional_lines(run_dir / "alerts.jsonl")),
         recipe_text=recipe_text,
-        recipe=_mapping(run_dir / "recipe.yaml", yaml.safe_load, recipe_text),
-        plan=_mapping(run_dir / "plan.json", json.loads, _optional_text(run_dir / "plan.json")),
+        recipe=_mapping(parse(recipe_text, str(run_dir / "recipe.yaml"))[0]),
+        plan=_mapping(_json(run_dir / "plan.json")),
     )
 
 
@@ -110,20 +114,20 @@ def _optional_text(path: Path) -> str:
     return path.read_text("utf-8", "replace") if path.is_file() else ""
 
 
-def _mapping(path: Path, parse: Any, text: str) -> Mapping[str, Any]:
-    if not text:
-        return {}
+def _json(path: Path) -> Any:
     try:
-        found = parse(text)
-    except (yaml.YAMLError, json.JSONDecodeError) as error:
-        raise DataError(
-            f"{path} cannot be read", why=str(error), fix="restore it from the run, or remove it"
-        ) from error
-    return found if isinstance(found, dict) else {}
+        return json.loads(_optional_text(path) or "null")
+    except json.JSONDecodeError as error:
+        fix = "restore it from the run, or remove it"
+        raise DataError(f"{path} cannot be read", why=str(error), fix=fix) from error
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, dict) else {}
 
 
 def _at(tree: Any, *keys: str) -> Any:
-    """The value below these keys, None where one is missing."""
+    """The value below these keys; None if one is missing."""
     for key in keys:
         tree = tree.get(key) if isinstance(tree, dict) else None
     return tree
@@ -132,19 +136,20 @@ def _at(tree: Any, *keys: str) -> Any:
 def _section(title: str, body: str, lead: str = "") -> str:
     if not body:
         return ""
-    return f"<section><h2>{escape(title)}</h2>{f'<p class=lead>{escape(lead)}</p>' if lead else ''}{body}</section>"
+    lead_html = f"<p class=lead>{escape(lead)}</p>" if lead else ""
+    return f"<section><h2>{escape(title)}</h2>{lead_html}{body}</section>"
 
 
-# --- head -------------------------------------------------------------------------------------------------------------
+# --- head
 
 
 def _head(run: RunRecord, name: str) -> str:
     path = _at(run.recipe, "model", "path")
-    # of a folder its end says enough, a hub name has two parts
+    # the last two parts: a hub name, or the end of a folder
     model = "/".join(Path(path).parts[-2:]) if path else _at(run.recipe, "model", "tiny", "architecture")
     random = "random-weight " if not path and model else ""
-    facts = [_at(run.recipe, "algorithm", "name"), f"{random}{model}" if model else None]
-    line = " · ".join(escape(str(f)) for f in facts if f)
+    parts = [_at(run.recipe, "algorithm", "name"), f"{random}{model}" if model else None]
+    line = " · ".join(escape(str(part)) for part in parts if part)
     arithmetic = _at(run.plan, "arithmetic")
     badge = f"<p class=arithmetic>{escape(str(arithmetic))}</p>" if arithmetic else ""
     tiles = "".join(
@@ -163,9 +168,8 @@ def _header_tiles(run: RunRecord) -> dict[str, str]:
     first, last = run.steps[0], run.steps[-1]
     total = _at(run.plan, "total_steps")
     facts = {"steps": f"{last['step']} of {total}" if total else str(last["step"])}
-    shown = (
-        "reward/mean" if "reward/mean" in last else "loss"
-    )  # a policy gradient's loss is about 0 throughout
+    # a policy gradient's loss is about 0 throughout
+    shown = "reward/mean" if "reward/mean" in last else "loss"
     if first.get(shown) is not None and last.get(shown) is not None:
         facts[shown.removesuffix("/mean")] = f"{number(first[shown])} → {number(last[shown])}"
     if last.get("num_tokens"):
@@ -204,14 +208,12 @@ def _before_after(evaluations: Sequence[Line]) -> str:
     ]
     names += [n for n in last if n.startswith(EVAL) and n not in names]
     single = len(evaluations) == 1
-    rows = "".join(_change(spoken(n, last), first.get(n), last.get(n), single) for n in names)
+    rows = "".join(_change(display_name(n, last), first.get(n), last.get(n), single) for n in names)
     before = "" if single else f"<th>step {first['step']}</th>"
     change = "" if single else "<th>change</th>"
     head = f"<tr><th>metric</th>{before}<th>step {last['step']}</th>{change}</tr>"
     table = f"<div class=scroll><table><thead>{head}</thead><tbody>{rows}</tbody></table></div>"
-    lead = (
-        "Held-out data, the one evaluation so far." if single else "Held-out data, first and last evaluation."
-    )
+    lead = f"Held-out data, {'the only evaluation so far' if single else 'first and last evaluation'}."
     return _section("Evaluation" if single else "Before and after", table, lead)
 
 
@@ -227,11 +229,11 @@ def _change(name: str, before: float | None, after: float | None, single: bool) 
     return f"<tr><td>{escape(name)}</td>{shown}</tr>"
 
 
-# --- charts -----------------------------------------------------------------------------------------------------------
+# --- charts
 
 
-def _grid(found: Sequence[Chart]) -> str:
-    figures = "".join(charts.figure(c) for c in found)
+def _grid(shown: Sequence[Chart]) -> str:
+    figures = "".join(charts.figure(chart) for chart in shown)
     return f"<div class=grid-of-charts>{figures}</div>" if figures else ""
 
 
@@ -242,27 +244,27 @@ def _points(lines: Sequence[Line], name: str) -> tuple[Point, ...]:
 def _series(lines: Sequence[Line], names: Sequence[str]) -> tuple[Series, ...]:
     present = [n for n in names if any(n in x for x in lines)]
     heads = {n.rpartition("/")[0] for n in present}
-    # in one chart of rewards/chosen and rewards/rejected the last word says enough
+    # a chart of rewards/chosen and rewards/rejected names its lines chosen and rejected
     short = len(present) > 1 and len(heads) == 1
     return tuple(Series(n.rpartition("/")[2] if short else n, _points(lines, n)) for n in present)
 
 
 def _question(question: Question, steps: Sequence[Line]) -> str:
-    """The section of one question; what was 0 throughout is said in a line instead of drawn."""
+    """The section of one question. Metrics that were 0 throughout are listed in a line, not drawn."""
     emitted = _names(steps)
-    found, quiet = [], []
+    shown, quiet = [], []
     for panel in question.panels:
         names = [name for name in panel.among(emitted) if not name.startswith(EVAL)]
         series = _series(steps, [*names, *(_other_phases(emitted) if panel.steps == PHASES else ())])
         if series and _quiet(series):
             quiet.append(panel.title[0].lower() + panel.title[1:])
         elif series:
-            found.append(Chart(panel.title, series, panel.smooth, panel.from_zero))
-    return _section(question.title, _grid(found), f"0 throughout: {', '.join(quiet)}." if quiet else "")
+            shown.append(Chart(panel.title, series, panel.smooth, panel.from_zero))
+    return _section(question.title, _grid(shown), f"0 throughout: {', '.join(quiet)}." if quiet else "")
 
 
 def _quiet(series: Sequence[Series]) -> bool:
-    return all(y == 0 for one in series for _, y in one.points)
+    return all(y == 0 for line in series for _, y in line.points)
 
 
 def _names(lines: Sequence[Line]) -> tuple[str, ...]:
@@ -270,7 +272,7 @@ def _names(lines: Sequence[Line]) -> tuple[str, ...]:
 
 
 def _other_phases(emitted: Sequence[str]) -> tuple[str, ...]:
-    """Phases that only some algorithms have."""
+    """Phases that no panel lists: only some algorithms have them."""
     return tuple(
         n
         for n in emitted
@@ -279,37 +281,37 @@ def _other_phases(emitted: Sequence[str]) -> tuple[str, ...]:
 
 
 def _other_charts(steps: Sequence[Line]) -> list[Chart]:
-    """Metrics that no question asks for: parts of a reward, of a loss …"""
+    """Charts of metrics that no panel shows, such as parts of a loss."""
     emitted = _names(steps)
     asked = {
         name for question in QUESTIONS for panel in question.panels for name in panel.among(emitted)
     } | HIDDEN
-    names = (n for n in emitted if n not in asked and not n.startswith(TOLD_ELSEWHERE))
-    found = (Chart(n, _series(steps, [n]), smooth=True) for n in names)
-    return [chart for chart in found if not _quiet(chart.series)]
+    names = (n for n in emitted if n not in asked and not n.startswith(CHARTED_IN_PANELS))
+    others = (Chart(n, _series(steps, [n]), smooth=True) for n in names)
+    return [chart for chart in others if not _quiet(chart.series)]
 
 
 def _evaluation_charts(evaluations: Sequence[Line]) -> list[Chart]:
     if len(evaluations) < 2:
-        return []  # the table says it all
+        return []  # the table shows the only evaluation
     names = [name for name in _names(evaluations) if name.startswith(EVAL)]
-    left, found = dict.fromkeys(names), []
+    remaining, shown = dict.fromkeys(names), []
     for panel in (panel for question in QUESTIONS for panel in question.panels):
         asked = panel.among(names)
         series = _series(evaluations, asked)
-        left = {name: None for name in left if name not in asked}
+        remaining = {name: None for name in remaining if name not in asked}
         if series and not _quiet(series):
-            found.append(Chart(_heading(panel.title, names), series))
-    return found + [Chart(name.removeprefix(EVAL), _series(evaluations, [name])) for name in left]
+            shown.append(Chart(_heading(panel.title, names), series))
+    return shown + [Chart(name.removeprefix(EVAL), _series(evaluations, [name])) for name in remaining]
 
 
 def _heading(title: str, metrics: Sequence[str]) -> str:
-    """Says what a preference is read from."""
+    """The panel's title, with what pairs are ranked by."""
     basis = ranked_by(metrics) if title.startswith("Preference accuracy") else None
     return title if basis is None else f"{title}, by {basis}"
 
 
-# --- alerts, samples, plan ----------------------------------------------------------------------------------------------------
+# --- alerts, samples, plan
 
 
 def _alerts(alerts: Sequence[Line]) -> str:
@@ -330,9 +332,9 @@ def _plan(plan: Mapping[str, Any]) -> str:
     for name, title in (("memory", "predicted memory per rank"), ("traffic", "traffic per rank and step")):
         parts = {k: v for k, v in (plan.get(name) or {}).items() if isinstance(v, int | float) and v}
         if parts:
-            whole = parts.pop("total", None) or sum(parts.values())
+            total = parts.pop("total", None) or sum(parts.values())
             rows.append(
-                (title, f"{whole / 1e9:.3g} GB", ", ".join(f"{k} {v / 1e9:.3g}" for k, v in parts.items()))
+                (title, f"{total / 1e9:.3g} GB", ", ".join(f"{k} {v / 1e9:.3g}" for k, v in parts.items()))
             )
     return _table_of_words(rows)
 
@@ -343,13 +345,16 @@ def _table_of_words(rows: Sequence[Sequence[Any]]) -> str:
 
 
 STYLE = """
-:root { --page: #f7f7f5; --card: #fff; --ink: #1c1e21; --soft: #6a6f76; --edge: #e6e5e1; --grid: #eeede9; --axis: #c3c2bc;
-  --good: #2f8f5b; --bad: #c2504a; --c-0: #3569c8; --c-1: #d07a1c; --c-2: #16877a; --c-3: #a8478f; --c-4: #7a6a2f; --c-5: #5b6472;
+:root {
+  --page: #f7f7f5; --card: #fff; --ink: #1c1e21; --soft: #6a6f76; --edge: #e6e5e1; --grid: #eeede9;
+  --axis: #c3c2bc; --good: #2f8f5b; --bad: #c2504a;
+  --c-0: #3569c8; --c-1: #d07a1c; --c-2: #16877a; --c-3: #a8478f; --c-4: #7a6a2f; --c-5: #5b6472;
   --sans: system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif;
   --mono: ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace; }
 @media (prefers-color-scheme: dark) { :root {
-  --page: #14161a; --card: #1c1f24; --ink: #e8e9eb; --soft: #9aa1aa; --edge: #2c3037; --grid: #272b31; --axis: #4a505a;
-  --good: #5cc28b; --bad: #ea857f; --c-0: #7ba7f5; --c-1: #f0a850; --c-2: #4cc3b3; --c-3: #de86c6; --c-4: #cbb75f; --c-5: #a4adba; } }
+  --page: #14161a; --card: #1c1f24; --ink: #e8e9eb; --soft: #9aa1aa; --edge: #2c3037; --grid: #272b31;
+  --axis: #4a505a; --good: #5cc28b; --bad: #ea857f;
+  --c-0: #7ba7f5; --c-1: #f0a850; --c-2: #4cc3b3; --c-3: #de86c6; --c-4: #cbb75f; --c-5: #a4adba; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--page); color: var(--ink); font: 15px/1.5 var(--sans); }
 main { max-width: 1240px; margin: 0 auto; padding: 40px 24px 72px; }
@@ -358,13 +363,16 @@ h2 { margin: 0 0 12px; font-size: 19px; }
 section { margin-top: 40px; }
 .eyebrow, .lead, .soft, .small { color: var(--soft); }
 .eyebrow { margin: 0; } .lead { margin: -8px 0 12px; } .small { margin: 4px 0 0; font-size: 12px; }
-.tile, .scroll, article, details, .arithmetic { background: var(--card); border: 1px solid var(--edge); border-radius: 12px; }
+.tile, .scroll, article, details, .arithmetic {
+  background: var(--card); border: 1px solid var(--edge); border-radius: 12px; }
 .arithmetic { display: inline-block; margin: 0 0 4px; padding: 6px 12px; font: 14px/1.5 var(--mono); }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 12px; margin-top: 16px; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr));
+  gap: 12px; margin-top: 16px; }
 .tile { padding: 12px 16px; }
 .tile span { display: block; font-size: 13px; color: var(--soft); }
 .tile b { font-size: 18px; font-weight: 600; font-variant-numeric: tabular-nums; }
-.grid-of-charts, .samples { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 350px), 1fr)); gap: 16px; }
+.grid-of-charts, .samples {
+  display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 350px), 1fr)); gap: 16px; }
 .samples { align-items: start; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; }
@@ -384,6 +392,7 @@ pre { margin: 0; white-space: pre-wrap; overflow-wrap: anywhere; font: 13px/1.5 
 .text pre { max-height: 15em; overflow-y: auto; }
 details { padding: 12px 16px; } summary { cursor: pointer; } details pre { margin-top: 12px; }
 @media (max-width: 560px) {
-  main { padding: 24px 14px 48px; } h1 { font-size: 25px; } th, td { padding: 8px 10px; } .tiles { grid-template-columns: 1fr 1fr; }
+  main { padding: 24px 14px 48px; } h1 { font-size: 25px; } th, td { padding: 8px 10px; }
+  .tiles { grid-template-columns: 1fr 1fr; }
 }
 """

@@ -9,7 +9,7 @@ import yaml
 
 from orchestrator.core.files import read_lines
 from orchestrator.core.format import number
-from orchestrator.observe.metric_names import spoken
+from orchestrator.observe.metric_names import display_name
 
 CURVE_POINTS = 10
 CURVE = ("loss", "rewards/accuracies", "rewards/margins", "grad_norm", "learning_rate")
@@ -27,10 +27,10 @@ def model_card(
     library_versions: Mapping[str, str],
     last: int | None = None,
 ) -> str:
-    """The README.md of an exported model: Hugging Face front matter, then recipe, data and results.
+    """The README.md of an exported model: Hugging Face front matter, results, curve, data, recipe, versions.
 
-    base: hub name, folder or description of the start weights; metrics_path: the run's metrics.jsonl, of
-    which only the steps up to `last` count.
+    base: hub name, folder or description of the start weights; metrics_path: the run's metrics.jsonl; last:
+    last step to include, None for all.
     """
     lines = read_lines(metrics_path) if metrics_path.is_file() else []
     lines = [line for line in lines if last is None or line.get("step", 0) <= last]
@@ -53,18 +53,16 @@ def model_card(
 
 
 def _front_matter(base: str, algorithm: str) -> str:
-    facts: dict[str, Any] = {
+    front: dict[str, Any] = {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
         "tags": ["orchestrator", algorithm],
     }
     if algorithm == "reward":
-        facts["pipeline_tag"] = "text-classification"
-    if (
-        HUB_NAME.fullmatch(base) and not Path(base).exists()
-    ):  # only a hub name is one; a folder would be a dead link
-        facts["base_model"] = base
-    return f"---\n{yaml.safe_dump(facts, sort_keys=False)}---"
+        front["pipeline_tag"] = "text-classification"
+    if HUB_NAME.fullmatch(base) and not Path(base).exists():  # a folder would be a dead link
+        front["base_model"] = base
+    return f"---\n{yaml.safe_dump(front, sort_keys=False)}---"
 
 
 def _results(steps: Sequence[Mapping[str, Any]], evaluations: Sequence[Mapping[str, Any]]) -> str:
@@ -74,7 +72,7 @@ def _results(steps: Sequence[Mapping[str, Any]], evaluations: Sequence[Mapping[s
         return _table(
             head,
             [
-                (f"eval/{spoken(n, last)}", _cell(first.get(n)), _cell(v))
+                (f"eval/{display_name(n, last)}", _cell(first.get(n)), _cell(v))
                 for n, v in last.items()
                 if n.startswith("eval/")
             ],

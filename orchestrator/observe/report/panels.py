@@ -1,7 +1,7 @@
-"""Which charts answer which question, in the order of report.html, of the wandb workspaces and of the Grafana
-dashboard.
+"""The charts of report.html, the wandb workspaces and the Grafana dashboard, by the question they answer.
 
-Names are those of metrics.jsonl (names.py has the others). A run has the charts of the metrics that it emits.
+Names are those of metrics.jsonl (metric_names.py has the others). A run shows the charts whose metrics it
+emits.
 """
 
 from collections.abc import Collection
@@ -12,27 +12,27 @@ from orchestrator.observe.metric_names import REWARD_FIGURES
 
 @dataclass(frozen=True, slots=True)
 class Panel:
-    """One chart. steps: metrics of training steps; held_out: of evaluations, without `eval/`; from_zero: its
-    axis starts there.
-
-    family: instead, the beginning of metrics whose last word the recipe names: reward components, sources of
-    the data.
-    """
+    """One chart, of named metrics or of a family."""
 
     title: str
     steps: tuple[str, ...] = ()
+    """Metrics of training steps."""
     held_out: tuple[str, ...] = ()
+    """Metrics of evaluations, without `eval/`."""
     smooth: bool = True
+    """Long series get a running mean over a pale line."""
     from_zero: bool = False
+    """The y axis starts at 0."""
     family: str = ""
+    """Prefix of metrics whose last part the recipe names: reward components, sources. Example: reward/."""
 
     @property
     def names(self) -> tuple[str, ...]:
-        """All metrics by their full names."""
+        """Full names of all its metrics."""
         return (*self.steps, *(f"eval/{name}" for name in self.held_out))
 
     def among(self, emitted: Collection[str]) -> tuple[str, ...]:
-        """Those of its metrics that a run emits."""
+        """The panel's metrics among those that a run emits."""
         if self.family:
             return tuple(name for name in emitted if self._of_family(name.removeprefix("eval/")))
         return tuple(name for name in self.names if name in emitted)
@@ -51,7 +51,7 @@ class Question:
 
 
 def per_source(title: str, family: str) -> Panel:
-    """Of what is also told for each source of the data."""
+    """The panel of a metric that is also recorded for each source of the data."""
     return Panel(f"{title} per source", family=f"{family}/")
 
 
@@ -60,7 +60,7 @@ def _both(title: str, *names: str) -> Panel:
 
 
 PASS_AT = tuple(f"pass@{k}" for k in (1, 2, 4, 8, 16))
-"""Of evaluation.pass_at_k."""
+"""Metrics of evaluation.pass_at_k."""
 PHASES = tuple(
     f"time/{phase}"
     for phase in (
@@ -152,8 +152,8 @@ QUESTIONS: tuple[Question, ...] = (
 
 
 def board(emitted: Collection[str]) -> tuple[tuple[str, tuple[tuple[str, tuple[str, ...]], ...]], ...]:
-    """(question, ((panel, metrics), ...)) for runs that emit these metrics: no panel without one, no question
-    without a panel."""
+    """(question, ((panel, metrics), ...)) for runs that emit these metrics. Empty panels and questions are
+    left out."""
     asked = (
         (question.title, tuple((panel.title, panel.among(emitted)) for panel in question.panels))
         for question in QUESTIONS

@@ -1,4 +1,4 @@
-"""Samples of a run as cards of the report, and which of many are worth a look."""
+"""Samples of a run as cards of the report, and a choice of the most telling ones."""
 
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
@@ -9,13 +9,14 @@ from orchestrator.observe.metric_names import MARGINS
 
 Line = Mapping[str, Any]
 Item = TypeVar("Item")
-MOST_SAMPLES = 24
-"""Samples of a kind that the page shows; all are in samples.jsonl."""
+MAX_SAMPLES = 24
+"""Most samples of a kind on the page; samples.jsonl has all."""
 EACH = 8
+"""Samples in each of the three parts of spread(): worst, middle and best."""
 
 
 def spread(items: Sequence[Item], key: Callable[[Item], float], each: int = EACH) -> list[Item]:
-    """The worst, the middle and the best `each` by `key`, worst first; all of them where they are no more."""
+    """The worst, the middle and the best `each` items by `key`, worst first; all if there are not more."""
     ordered = sorted(items, key=key)
     if len(ordered) <= 3 * each:
         return ordered
@@ -29,19 +30,19 @@ def reward_of(sample: Line) -> float:
 
 
 def _score(sample: Line) -> float:
-    """What says whether a generation is right: the checker's word, or its reward."""
+    """The score that decides whether a generation is right: the checker's, else its reward."""
     scores = sample.get("scores") or {}
     return scores.get("correct", scores.get("reward")) or 0.0
 
 
 def sample_sections(samples: Sequence[Line]) -> list[tuple[str, str, str]]:
-    """(title, HTML, lead) of each kind of sample; the HTML is empty where there is none."""
+    """(title, HTML, lead) of each kind of sample; the HTML is empty if there are none."""
     pairs = sorted((s for s in samples if s.get("kind") == "pair"), key=lambda s: _margin(s)[1] or 0.0)
     generations = [s for s in samples if s.get("kind") == "generation"]
     rollouts = spread([s for s in samples if s.get("kind") == "rollout"], reward_of)
     wrong = [s for s in generations if not _score(s)]
     right = [s for s in generations if _score(s)]
-    mixed = [s for both in zip(right, wrong, strict=False) for s in both]  # some of each kind come first
+    mixed = [s for both in zip(right, wrong, strict=False) for s in both]  # right and wrong in turn
     mixed += right[len(wrong) :] + wrong[len(right) :]
     scored = (
         f" {len(right)} of {len(generations)} correct."
@@ -62,13 +63,13 @@ def sample_sections(samples: Sequence[Line]) -> list[tuple[str, str, str]]:
         (
             "Rollouts",
             _cards(rollouts, _generation),
-            "Of the last rollout batch: the worst, those in the middle, and the best by reward.",
+            "The last rollout batch: the worst, the middle and the best completions by reward.",
         ),
     ]
 
 
 def _margin(sample: Line) -> tuple[str, float | None]:
-    """(by what, value) of a pair's margin; runs of before did not say by what."""
+    """(what the margin is of, its value) of a pair. Earlier versions recorded the value only."""
     scores = sample.get("scores") or {}
     for basis, name in MARGINS.items():
         if name in scores:
@@ -83,14 +84,14 @@ def _most_wrong(pairs: Sequence[Line]) -> str:
 
 def _shown(samples: Sequence[Line]) -> str:
     return (
-        f" {MOST_SAMPLES} of {len(samples)} are shown; samples.jsonl has all."
-        if len(samples) > MOST_SAMPLES
+        f" {MAX_SAMPLES} of {len(samples)} are shown; samples.jsonl has all."
+        if len(samples) > MAX_SAMPLES
         else ""
     )
 
 
 def _cards(samples: Sequence[Line], render_one: Any) -> str:
-    return f"<div class=samples>{''.join(map(render_one, samples[:MOST_SAMPLES]))}</div>" if samples else ""
+    return f"<div class=samples>{''.join(map(render_one, samples[:MAX_SAMPLES]))}</div>" if samples else ""
 
 
 def _text(title: str, value: Any, style: str = "") -> str:

@@ -1,4 +1,4 @@
-"""Alert rules on streams made for them: when they fire, how often, and what leaves them silent."""
+"""Alert rules on made-up streams: when they fire, how often, and when not."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -30,11 +30,11 @@ def rewards(*means: float, std: float = 0.2) -> list[dict[str, float]]:
 
 def test_a_latch_fires_once_per_cause() -> None:
     latch = Latch(2, 3)
-    told = [
+    results = [
         latch(bad)
         for bad in (True, False, True, True, True, False, False, True, False, False, False, True, True)
     ]
-    assert [i for i, fires in enumerate(told) if fires] == [3, 12]
+    assert [i for i, fires in enumerate(results) if fires] == [3, 12]
 
 
 def test_healthy_runs_are_silent() -> None:
@@ -93,12 +93,12 @@ def test_margin_without_accuracy() -> None:
 def test_margin_without_accuracy_on_held_out_pairs() -> None:
     rules = AlertRules(LIMITS)
     stream = pairs((0.0, 0.5), (0.4, 0.7), (1.0, 0.69), (1.5, 0.68), prefix="eval/")
-    found = [
+    alerts = [
         (alert.step, alert.title)
         for i, metrics in enumerate(stream)
         for alert in rules.evaluation(EvaluationReport(i, metrics))
     ]
-    assert found == [(2, "margin without accuracy, held out")]
+    assert alerts == [(2, "margin without accuracy, held out")]
 
 
 def test_a_start_at_the_reference_counts_as_half_right() -> None:
@@ -124,7 +124,7 @@ def test_low_goodput() -> None:
         ((0.0,), False),
         ((0.0, 60.0, 120.0), False),
         ((0.0, 60.0, 120.0, 180.0), True),
-        ((0.0, 60.0, 120.0, 180.0, 240.0), False),  # said at the start before
+        ((0.0, 60.0, 120.0, 180.0, 240.0), False),  # the start before reported it
         ((0.0, 4000.0, 8000.0, 12000.0), False),
         ((0.0, 1.0, 2.0, 3.0, 9000.0, 9001.0, 9002.0, 9003.0), True),  # another cause
     ],
@@ -170,7 +170,7 @@ def held_out(*losses: float, limits: Alerts = LIMITS) -> list[tuple[int, str]]:
     ]
 
 
-def test_a_held_out_loss_above_its_first_value_is_told_once_until_it_is_right_again() -> None:
+def test_a_held_out_loss_above_its_first_value_fires_once_until_it_is_below_again() -> None:
     assert held_out(0.693, 0.695, 0.70, 0.71) == [(1, "held-out loss rose")], "the LoRA run that got worse"
     assert held_out(0.693, 0.68, 0.694, 0.68, 0.695) == [(2, "held-out loss rose"), (4, "held-out loss rose")]
     assert held_out(0.69315, 0.69316, 0.5, 0.6) == [], (
@@ -182,7 +182,7 @@ def test_a_held_out_loss_above_its_first_value_is_told_once_until_it_is_right_ag
 
 
 def online(*rows: tuple[float, float], **more: float) -> list[dict[str, float]]:
-    """Of (kl, share of groups without signal) each."""
+    """One step for each (kl, share of groups without signal)."""
     return [
         {"reward/mean": 0.5, "reward/std": 0.2, "kl": kl, "reward/no_signal_ratio": ratio, **more}
         for kl, ratio in rows
@@ -196,7 +196,7 @@ def test_a_policy_far_from_its_reference() -> None:
     assert fired([{"kl": 9.0, "rewards/chosen": 1.0}] * 5) == [], "KTO's offset is of sequences"
 
 
-def test_no_signal_is_told_within_two_steps_where_there_never_was_one() -> None:
+def test_no_signal_fires_within_two_steps_if_there_never_was_one() -> None:
     assert fired(online((0, 1.0), (0, 1.0), (0, 1.0))) == [(2, "no signal")]
     assert fired(online((0, 0.5), (0, 1.0), (0, 1.0))) == [], "now and then is no cause"
     assert fired(online((0, 0.5), (0, 1.0), (0, 1.0), (0, 1.0))) == [(4, "no signal")]
@@ -219,9 +219,9 @@ def parts(*rows: tuple[float, float], std: float = 0.5) -> list[dict[str, float]
 def test_a_component_that_is_traded_for_the_total() -> None:
     hacked = [(0.3 + 0.1 * i, 0.19 - 0.02 * i) for i in range(9)]
     rules = AlertRules(LIMITS)
-    found = [a for i, m in enumerate(parts(*hacked), 1) for a in rules.step(StepReport(i, m))]
-    assert [(a.step, a.title) for a in found] == [(8, "a component falls")]
-    assert found[0].text.startswith(
+    alerts = [a for i, m in enumerate(parts(*hacked), 1) for a in rules.step(StepReport(i, m))]
+    assert [(a.step, a.title) for a in alerts] == [(8, "a component falls")]
+    assert alerts[0].text.startswith(
         "reward/right fell from 0.17 to 0.07 while reward/mean rose from 0.57 to 0.97. "
     )
     assert fired(parts(*((0.3 + 0.1 * i, 0.19) for i in range(9)))) == [], "it stays"

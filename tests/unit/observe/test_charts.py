@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from orchestrator.observe.report.charts import (
     CHARACTER,
     HEIGHT,
-    MOST_POINTS,
+    MAX_POINTS,
     WIDTH,
     Chart,
     Series,
@@ -30,7 +30,7 @@ finite = st.floats(-1e12, 1e12, allow_nan=False)
 
 
 def parse(svg: str) -> ElementTree.Element:
-    """The figure as XML: it fails where a tag is left open or a character is not escaped."""
+    """The figure as XML. It fails if a tag is left open or a character is not escaped."""
     return ElementTree.fromstring(svg)
 
 
@@ -89,15 +89,15 @@ EXTREMES: tuple[tuple[float, ...], ...] = (
 
 def boxes(svg: ElementTree.Element, style: str) -> list[tuple[str, float, float, float]]:
     """(text, left, right, y) of the texts of a class, each as wide as its characters at most are."""
-    found = []
+    places = []
     for text in svg.iter("text"):
         if text.attrib["class"] == style:
             width, x = CHARACTER * len(text.text or ""), float(text.attrib["x"])
             left = {"end": x - width, "middle": x - width / 2, "start": x}[
                 text.attrib.get("text-anchor", "start")
             ]
-            found.append((text.text or "", left, left + width, float(text.attrib["y"])))
-    return found
+            places.append((text.text or "", left, left + width, float(text.attrib["y"])))
+    return places
 
 
 @pytest.mark.parametrize("steps", [(1, 2), (1, 2000), (123450, 123456), (999_990, 1_000_000)], ids=str)
@@ -116,7 +116,7 @@ def test_every_label_is_whole_in_the_picture_and_one_of_a_kind(
     for text, left, right, y in (*ticks, *boxes(svg, "base")):
         assert left >= 0 and right <= WIDTH and 0 <= y <= HEIGHT, (text, left, right)
     rows = sorted(below, key=lambda box: box[1])
-    assert all(one[2] < other[1] for one, other in pairwise(rows)), "labels run into each other"
+    assert all(before[2] < after[1] for before, after in pairwise(rows)), "labels run into each other"
 
 
 @given(finite, st.floats(1e-9, 1e12))
@@ -139,7 +139,7 @@ def test_thinning_keeps_every_spike_and_the_order() -> None:
     points[12_345] = (12_345.0, 99.0)
     points[777] = (777.0, -99.0)
     kept = thinned(points)
-    assert len(kept) <= MOST_POINTS + 2
+    assert len(kept) <= MAX_POINTS + 2
     assert {99.0, -99.0} <= {y for _, y in kept}
     assert [x for x, _ in kept] == sorted(x for x, _ in kept)
 
@@ -206,7 +206,7 @@ def test_names_are_escaped_and_the_hover_data_is_json() -> None:
     root = parse(text)
     assert [h.text for h in root.iter("h3")] == ['<script>"&']
     assert next(t.text for t in root.iter("title")) == "</svg>'"
-    found = re.search(r'data-chart="([^"]*)"', text)
-    assert found is not None
-    data = json.loads(unescape(found.group(1)))
+    attribute = re.search(r'data-chart="([^"]*)"', text)
+    assert attribute is not None
+    data = json.loads(unescape(attribute.group(1)))
     assert (data["x"], data["y"]) == ([1.0, 2.0], [[2.0, None], [None, 4.0]])

@@ -52,7 +52,7 @@ def make_run(
     folder: Path, lines: list[dict[str, Any]], rate: str = "0.1", wandb: str = "off", split: str = "eval"
 ) -> Path:
     folder.mkdir(parents=True)
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(found) + "\n" for found in lines))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in lines))
     text = (
         RECIPE.replace("NAME", folder.name)
         .replace("RATE", rate)
@@ -105,8 +105,8 @@ def test_wall_time_and_restarts_are_the_last_steps(tmp_path: Path) -> None:
 
 def test_only_keys_that_differ(tmp_path: Path) -> None:
     runs = [make_run(tmp_path / "a", OFFLINE), make_run(tmp_path / "b", OFFLINE, rate="0.2", split="train")]
-    found = differences([read_run(folder.name, folder) for folder in runs])
-    assert found == {
+    differing = differences([read_run(folder.name, folder) for folder in runs])
+    assert differing == {
         "run.name": ["a", "b"],
         "optimizer.learning_rate": [0.1, 0.2],
         "data.eval[0].split": ["eval", "train"],
@@ -114,7 +114,7 @@ def test_only_keys_that_differ(tmp_path: Path) -> None:
     assert differences([read_run("a", runs[0])]) == {}
 
 
-def test_brackets_of_names_and_values_are_no_markup(tmp_path: Path) -> None:
+def test_brackets_of_names_and_values_are_not_markup(tmp_path: Path) -> None:
     runs = [make_run(tmp_path / "[a]", OFFLINE), make_run(tmp_path / "b", OFFLINE, split="'[/inst]'")]
     assert "[a]" in shown(*runs) and "[/inst]" in shown(*runs)
 

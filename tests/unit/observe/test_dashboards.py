@@ -1,5 +1,4 @@
-"""The dashboards in dashboards/: what they are made of, and that the file that is imported is what the code
-makes."""
+"""The dashboards in dashboards/: their queries and layout, and that grafana.json is what the code prints."""
 
 import json
 import re
@@ -39,11 +38,11 @@ def expressions(dashboard: dict[str, Any]) -> Iterator[str]:
     )
 
 
-def test_the_file_is_what_the_code_makes(grafana: Any, dashboard: dict[str, Any]) -> None:
+def test_the_file_is_what_the_code_prints(grafana: Any, dashboard: dict[str, Any]) -> None:
     assert dashboard == grafana.dashboard(), "python dashboards/grafana.py > dashboards/grafana.json"
 
 
-def test_every_expression_asks_for_a_gauge_of_the_layout_or_for_one_that_ray_has(
+def test_every_expression_uses_a_gauge_of_the_panels_or_one_of_ray(
     dashboard: dict[str, Any],
 ) -> None:
     from ray.dashboard.modules.reporter.reporter_agent import METRICS_GAUGES
@@ -79,5 +78,5 @@ def test_ids_are_unique_and_no_panel_lies_on_another(dashboard: dict[str, Any]) 
 
 
 def test_a_board_has_only_what_a_run_emits() -> None:
-    found = dict(board({"loss", "eval/loss", "reward/mean", "step"}))
-    assert found == {"Is it learning?": (("Reward", ("reward/mean",)), ("Loss", ("loss", "eval/loss")))}
+    questions = dict(board({"loss", "eval/loss", "reward/mean", "step"}))
+    assert questions == {"Is it learning?": (("Reward", ("reward/mean",)), ("Loss", ("loss", "eval/loss")))}

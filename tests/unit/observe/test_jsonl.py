@@ -54,7 +54,7 @@ def test_lines_are_on_disk_before_the_sink_is_closed(tmp_path: Path) -> None:
     sink.close()
 
 
-def test_a_sample_leaves_out_what_it_has_not(tmp_path: Path) -> None:
+def test_a_sample_leaves_out_missing_fields(tmp_path: Path) -> None:
     sink = JsonlSink(tmp_path, 0)
     sink.open(NOTES.append)
     hostile = "line\u2028end \ud800 ünï"
@@ -107,7 +107,7 @@ def test_a_resumed_run_has_each_step_once(tmp_path: Path, torn: str) -> None:
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")], "a temporary file was left"
 
 
-def test_a_run_that_starts_anew_keeps_nothing(tmp_path: Path) -> None:
+def test_a_run_that_starts_again_from_the_beginning_keeps_nothing(tmp_path: Path) -> None:
     """It evaluates before step 1 again, so the line of step 0 has to go."""
     sink = JsonlSink(tmp_path, 0)
     sink.open(NOTES.append)
@@ -144,7 +144,7 @@ def test_a_full_disk_is_an_error_the_user_can_act_on(tmp_path: Path) -> None:
 
 
 class Ticks:
-    """A clock that goes on by two seconds each time it is read."""
+    """A clock that advances by two seconds each time it is read."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -200,14 +200,14 @@ def test_thousands_of_steps_are_not_thousands_of_lines_in_a_pipe() -> None:
             sink.evaluation(EvaluationReport(step, {"eval/loss": 0.25}))
     sink.close()
     lines = out.getvalue().splitlines()
-    told = [int(line.split()[1].partition("/")[0]) for line in lines if line.startswith("step")]
-    assert told[:FIRST_LINES] == list(range(1, FIRST_LINES + 1)) and told == sorted(set(told))
+    steps = [int(line.split()[1].partition("/")[0]) for line in lines if line.startswith("step")]
+    assert steps[:FIRST_LINES] == list(range(1, FIRST_LINES + 1)) and steps == sorted(set(steps))
     assert len(lines) <= FIRST_LINES + 100 + 40 / 5 + 2
-    assert {1233, 4000} <= set(told), "the step that an evaluation follows, and the last one"
+    assert {1233, 4000} <= set(steps), "the step before an evaluation, and the last one"
     assert lines[lines.index("evaluation at step 1233  loss 0.25") - 1].startswith("step 1233/4000")
 
 
-def test_slow_steps_are_all_told() -> None:
+def test_slow_steps_are_all_printed() -> None:
     out = io.StringIO()
     sink = ConsoleSink(4000, Console(file=out), clock=iter(range(0, 6000, 6)).__next__)
     for step in range(1, 101):
@@ -215,7 +215,7 @@ def test_slow_steps_are_all_told() -> None:
     assert len(out.getvalue().splitlines()) == 100
 
 
-def test_a_run_that_ends_early_tells_its_last_step() -> None:
+def test_a_run_that_ends_early_prints_its_last_step() -> None:
     out = io.StringIO()
     sink = ConsoleSink(4000, Console(file=out), clock=Fast())
     for step in range(101, 134):
@@ -242,7 +242,7 @@ def test_reward_components_stand_beside_the_reward() -> None:
     ]
 
 
-def test_what_nothing_is_known_of_is_a_dash() -> None:
+def test_an_unknown_metric_is_a_dash() -> None:
     out = io.StringIO()
     sink = ConsoleSink(9, Console(file=out, width=40), clock=Ticks())
     sink.evaluation(EvaluationReport(0, {"eval/loss": 0.7, "eval/rewards/accuracies": math.nan}))

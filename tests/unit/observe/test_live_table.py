@@ -1,4 +1,4 @@
-"""A step line says what it was made of, and other lines of a log are no steps."""
+"""A step line is read back as the step; other lines of a log are not."""
 
 import io
 
@@ -25,16 +25,16 @@ def test_a_line_is_read_back(step: int, total: int, columns: dict[str, str]) -> 
 @pytest.mark.parametrize(
     "line", ["", "step 3 of 4", "evaluation at step 3  loss 0.1", "note: step 3/4  loss 1", "step 3/4  loss"]
 )
-def test_other_lines_are_no_steps(line: str) -> None:
+def test_other_lines_are_not_steps(line: str) -> None:
     assert StepLine.parse(line) is None
 
 
 def test_the_table_shows_the_newest_steps_and_what_is_left() -> None:
-    said = io.StringIO()
-    table = LiveTable(Console(file=said, force_terminal=True, width=80))
+    output = io.StringIO()
+    table = LiveTable(Console(file=output, force_terminal=True, width=80))
     for step in range(1, 12):
         table.add(StepLine(step, 20, {"loss": f"0.{step:02d}", "eta": "8s"}))
     table.stop()
-    last = said.getvalue().rsplit("loss", 1)[-1]
+    last = output.getvalue().rsplit("loss", 1)[-1]
     assert "0.11" in last and "0.04" in last and "0.03" not in last
     assert "11/20 steps, 8s left" in last

@@ -1,4 +1,4 @@
-"""report.html: what it holds, that nothing of a sample can break out of it, and that a real browser shows it."""
+"""report.html: its content, that no sample can break out of its place, and that a real browser shows it."""
 
 import json
 import re
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.core.errors import DataError, MissingInput
+from orchestrator.core.errors import ConfigError, DataError, MissingInput
 from orchestrator.core.reports import EvaluationReport, Sample, StepReport
 from orchestrator.observe.jsonl import JsonlSink
 from orchestrator.observe.report.html import write_report
@@ -156,7 +156,7 @@ def test_nothing_is_loaded_from_anywhere(tmp_path: Path) -> None:
     assert not URL.findall(re.sub(r"<pre.*?</pre>", "", page, flags=re.S))
 
 
-def test_a_running_run_can_be_looked_at(tmp_path: Path) -> None:
+def test_a_running_run_has_a_page(tmp_path: Path) -> None:
     make_run(tmp_path)
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 13, "los')
@@ -192,10 +192,19 @@ def test_a_damaged_plan_is_named(tmp_path: Path) -> None:
         write_report(tmp_path)
 
 
+def test_the_recipe_is_read_as_recipes_are(tmp_path: Path) -> None:
+    make_run(tmp_path)
+    (tmp_path / "recipe.yaml").write_text("run: {name: off}\n")
+    assert "<h1>off</h1>" in write_report(tmp_path).read_text(), "`off` is text, not a boolean"
+    (tmp_path / "recipe.yaml").write_text("run: {name: a}\nrun: {name: b}\n")
+    with pytest.raises(ConfigError, match=r"recipe\.yaml:2"):
+        write_report(tmp_path)
+
+
 def chromium() -> str:
     for name in ("chromium", "chromium-browser", "google-chrome"):
-        if (found := shutil.which(name)) is not None:
-            return found
+        if (path := shutil.which(name)) is not None:
+            return path
     pytest.skip("no Chromium on this machine")
 
 
@@ -230,7 +239,9 @@ const seen = {
   }),
   images: document.images.length, scripts: document.scripts.length, title: document.title,
 };
-const out = document.createElement("output"); out.id = "probe"; out.textContent = JSON.stringify(seen); document.body.append(out);
+const out = document.createElement("output");
+out.id = "probe"; out.textContent = JSON.stringify(seen);
+document.body.append(out);
 </script>"""
 
 
@@ -239,9 +250,9 @@ def test_a_browser_draws_the_charts_and_the_readout_follows_the_pointer(tmp_path
     probed = tmp_path / "probed.html"
     probed.write_text(report.read_text().replace("</body>", PROBE + "</body>"))
     dom = dump_dom(probed, tmp_path / "profile")
-    found = re.search(r'<output id="probe">(.*?)</output>', dom)
-    assert found is not None, dom[:2000]
-    seen = json.loads(found.group(1))
+    output = re.search(r'<output id="probe">(.*?)</output>', dom)
+    assert output is not None, dom[:2000]
+    seen = json.loads(output.group(1))
     assert seen["charts"] == 15, "12 charts; rewards, log-probs and phases have two lines"
     assert seen["drawn"]
     assert (seen["at"], seen["value"]) == ("step 12", "0.05833")
@@ -313,7 +324,7 @@ def test_the_page_says_what_pairs_are_ranked_by_and_what_is_not_known(tmp_path: 
     assert cells in page
 
 
-def test_a_run_of_before_claims_no_ranking(tmp_path: Path) -> None:
+def test_a_run_of_an_earlier_version_claims_no_ranking(tmp_path: Path) -> None:
     pair = {
         "step": 2,
         "kind": "pair",

@@ -1,4 +1,4 @@
-"""The reporter hands everything on, in order, and always closes what it opened."""
+"""The reporter passes all reports to all sinks, in order, and always closes the sinks it opened."""
 
 import re
 from pathlib import Path
@@ -17,7 +17,7 @@ from orchestrator.recipe.schema import Alerts
 
 
 class Recorder:
-    """A sink that writes down what reaches it. late: a note it has to make while it closes."""
+    """A sink that records its calls. late: a note that it sends while it closes."""
 
     def __init__(self, log: list[str], name: str, late: str = "", failure: Exception | None = None) -> None:
         self.log, self.name, self.late, self.failure = log, name, late, failure
@@ -72,7 +72,7 @@ def test_notes_are_logged_with_their_time_in_utc(tmp_path: Path) -> None:
     assert re.fullmatch(rf"{stamp} first\n{stamp} second\n    line \\ud800\n", path.read_text())
 
 
-def test_one_sink_that_cannot_close_does_not_keep_the_others_open(tmp_path: Path) -> None:
+def test_a_sink_that_cannot_close_does_not_keep_the_others_open(tmp_path: Path) -> None:
     log: list[str] = []
     reporter = RunReporter(
         [Recorder(log, "a"), Recorder(log, "b", failure=OSError("disk"))], tmp_path / "driver.log"
@@ -82,8 +82,8 @@ def test_one_sink_that_cannot_close_does_not_keep_the_others_open(tmp_path: Path
     assert log[-2:] == ["b close", "a close"]
 
 
-def test_a_run_that_fails_for_a_full_disk_says_so(tmp_path: Path) -> None:
-    """Its last words find no place either, and must not stand in for the error and its exit code."""
+def test_a_run_that_fails_for_a_full_disk_reports_that_error(tmp_path: Path) -> None:
+    """Its last notes cannot be written either; they must not replace the error and its exit code."""
     with (
         pytest.raises(OutputError, match="cannot be written"),
         RunReporter([], Path("/dev/full"), Watch(tmp_path, Alerts(), 0)),

@@ -1,4 +1,4 @@
-"""Tokens coloured by what the loss counts, with nothing invisible."""
+"""Tokens are coloured by the loss mask, and none is invisible."""
 
 import io
 

@@ -1,5 +1,4 @@
-"""Real wandb runs, offline, read back from the file they leave; and what happens when wandb cannot be
-reached."""
+"""Real wandb runs: offline ones read back from their file, and runs whose server cannot be reached."""
 
 import json
 import math
@@ -22,8 +21,8 @@ from orchestrator.observe.jsonl import JsonlSink
 from orchestrator.observe.wandb_sink import (
     STEP,
     WandbSink,
+    apply_environment,
     failed_within,
-    honoured,
     stable_run_id,
     without_credentials,
 )
@@ -56,9 +55,9 @@ def records(path: Path) -> Iterator[Any]:
     assert content[:4] in (b":W&B", b"")
     at, parts = 7, b""
     while at + 7 <= len(content):
-        left = block - at % block
-        if left < 7:
-            at += left
+        remaining = block - at % block
+        if remaining < 7:
+            at += remaining
             continue
         _, length, kind = struct.unpack("<IHB", content[at : at + 7])
         if at + 7 + length > len(content):
@@ -80,13 +79,12 @@ def of_kind(folder: Path, kind: str) -> list[Any]:
 
 
 def finished(path: Path, deadline_s: float = 60.0) -> list[Any]:
-    """All records, once wandb's own process has written the last of them: it does so after `finish` has
-    returned."""
+    """All records. wandb's own process writes the last ones after `finish` has returned, so this waits."""
     end = time.monotonic() + deadline_s
     while time.monotonic() < end:
-        found = list(records(path))
-        if any(r.WhichOneof("record_type") == "exit" for r in found):
-            return found
+        complete = list(records(path))
+        if any(r.WhichOneof("record_type") == "exit" for r in complete):
+            return complete
         time.sleep(0.1)
     pytest.fail(f"{path} has no exit record after {deadline_s:.0f} s")
 
@@ -121,7 +119,7 @@ def test_metrics_are_recorded_by_our_step(offline: tuple[Path, list[str]]) -> No
     assert (rows[0]["train/loss"], rows[0]["rewards/accuracies"], rows[2]["eval/loss"]) == (0.75, 0.5, 0.25)
 
 
-def test_what_nothing_is_known_of_is_not_logged_but_a_broken_loss_is(offline: tuple[Path, list[str]]) -> None:
+def test_an_unknown_metric_is_not_logged_but_a_broken_loss_is(offline: tuple[Path, list[str]]) -> None:
     second = history(offline[0])[1]
     assert "rewards/accuracies" not in second and math.isnan(second["train/loss"])
 
@@ -164,7 +162,7 @@ def test_the_run_has_its_name_id_and_config(offline: tuple[Path, list[str]]) -> 
     assert (run.job_type, list(run.tags)) == ("dpo", ["dpo"])
 
 
-def test_a_failed_run_is_one_in_wandb_too(offline: tuple[Path, list[str]]) -> None:
+def test_a_failed_run_is_failed_in_wandb_too(offline: tuple[Path, list[str]]) -> None:
     assert of_kind(offline[0], "exit")[0].exit_code == 1
     (alert,) = of_kind(offline[0], "alert")
     assert (alert.title, alert.text, alert.level) == (
@@ -193,7 +191,7 @@ def test_of_many_rollouts_the_worst_middle_and_best_are_shown(offline: tuple[Pat
     ]
 
 
-def test_the_user_is_told_how_to_upload_it(offline: tuple[Path, list[str]]) -> None:
+def test_a_note_has_the_upload_command(offline: tuple[Path, list[str]]) -> None:
     (note,) = offline[1]
     (folder,) = (offline[0] / "wandb").glob("offline-run-*")
     assert f"wandb sync {folder}" in note
@@ -212,8 +210,7 @@ def test_the_same_run_can_start_again_in_one_process(tmp_path: Path) -> None:
 
 
 def test_a_service_that_a_parent_named_is_not_asked(tmp_path: Path) -> None:
-    """The variable outlives the process that it names: a notebook was restarted, a test before this one ended
-    its run."""
+    """The variable outlives the process that it names, for example when a notebook is restarted."""
     environment = os.environ | {"WANDB_SERVICE": f"3-1-unix-{tmp_path}/gone.sock", "HOME": str(tmp_path)}
     with WandbServer() as server:
         command = [sys.executable, "-c", OUTAGE, str(tmp_path / "run")]
@@ -226,7 +223,7 @@ def test_a_service_that_a_parent_named_is_not_asked(tmp_path: Path) -> None:
 
 
 def test_each_offline_recording_is_the_whole_run(tmp_path: Path) -> None:
-    """So one `wandb sync` uploads it, whatever a crash left of the earlier recordings."""
+    """One `wandb sync` uploads it, whatever a crash left of earlier recordings."""
     ledger = JsonlSink(tmp_path, 0)
     ledger.open(lambda _: None)
     ledger.evaluation(EvaluationReport(0, {"eval/loss": 0.9}))
@@ -265,9 +262,9 @@ def test_addresses_in_the_config_name_no_user() -> None:
 
 
 def dead_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return one.getsockname()[1]
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
 
 
 OUTAGE = """
@@ -277,7 +274,8 @@ from orchestrator.recipe.schema import Tracking
 from orchestrator.observe.wandb_sink import WandbSink
 from orchestrator.core.reports import StepReport
 notes, started = [], time.monotonic()
-sink = WandbSink(Path(sys.argv[1]), Tracking(wandb="online", init_timeout_s=2, finish_timeout_s=5), "r", {}, "outage")
+tracking = Tracking(wandb="online", init_timeout_s=2, finish_timeout_s=5)
+sink = WandbSink(Path(sys.argv[1]), tracking, "r", {}, "outage")
 sink.open(notes.append)
 sink.step(StepReport(1, {"loss": 0.5}))
 sink.close()
@@ -287,7 +285,7 @@ print(json.dumps({"notes": notes, "seconds": time.monotonic() - started}))
 
 @pytest.mark.parametrize("key", ["", "0123456789abcdef0123456789abcdef01234567"])
 def test_without_a_server_the_run_is_recorded_offline(tmp_path: Path, key: str) -> None:
-    """A process of its own: wandb keeps the address and the key of a process for all its runs."""
+    """In a separate process: wandb keeps the address and the key of a process for all its runs."""
     environment = {
         "PATH": "/usr/bin:/bin",
         "HOME": str(tmp_path / "home"),
@@ -308,12 +306,12 @@ def test_without_a_server_the_run_is_recorded_offline(tmp_path: Path, key: str) 
     assert "wandb sync" in upload
     assert result["seconds"] < 30
     assert [row["train/loss"] for row in history(tmp_path / "run")] == [0.5]
-    spoken = done.stdout + done.stderr
+    printed = done.stdout + done.stderr
     recorded = b"".join(p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file())
-    assert not key or (key not in spoken and key.encode() not in recorded)
+    assert not key or (key not in printed and key.encode() not in recorded)
 
 
-def test_a_broken_tracker_is_noted_once_and_training_goes_on(tmp_path: Path) -> None:
+def test_a_broken_tracker_is_noted_once_and_training_continues(tmp_path: Path) -> None:
     notes: list[str] = []
     sink = WandbSink(tmp_path, Tracking(), "r", {}, "broken")
     sink.open(notes.append)
@@ -361,7 +359,7 @@ def test_importing_the_module_does_not_import_wandb() -> None:
 
 
 @pytest.mark.parametrize(
-    ("recipe", "environment", "wandb", "project", "told"),
+    ("recipe", "environment", "wandb", "project", "notes"),
     [
         ({}, {}, "offline", "orchestrator", 0),
         ({"wandb": "online"}, {"WANDB_MODE": "disabled"}, "off", "orchestrator", 1),
@@ -375,8 +373,8 @@ def test_importing_the_module_does_not_import_wandb() -> None:
         ({"wandb": "off"}, {"WANDB_MODE": "online", "WANDB_PROJECT": "mine"}, "off", "orchestrator", 0),
     ],
 )
-def test_wandbs_own_variables_are_followed_or_told(recipe, environment, wandb, project, told):
-    tracking, lines = honoured(Tracking(**recipe), environment)
-    assert (tracking.wandb, tracking.project, len(lines)) == (wandb, project, told)
-    for name in environment if told else ():
+def test_wandbs_own_variables_are_followed_or_noted(recipe, environment, wandb, project, notes):
+    tracking, lines = apply_environment(Tracking(**recipe), environment)
+    assert (tracking.wandb, tracking.project, len(lines)) == (wandb, project, notes)
+    for name in environment if notes else ():
         assert any(name in line for line in lines) or (name == "WANDB_PROJECT" and wandb == "off")

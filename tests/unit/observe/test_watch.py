@@ -1,4 +1,4 @@
-"""What all attempts at a run together say: goodput, restarts, and alerts that are not told twice."""
+"""Records over all starts of a run: goodput, restarts, and alerts that are not repeated."""
 
 import json
 from pathlib import Path
@@ -27,7 +27,7 @@ class Clock:
         return self.now
 
 
-def attempt(folder: Path, resume_step: int, clock: Clock) -> RunReporter:
+def started(folder: Path, resume_step: int, clock: Clock) -> RunReporter:
     watch = Watch(folder, LIMITS, resume_step, StartLog(folder, clock))
     return RunReporter([JsonlSink(folder, resume_step)], folder / "logs" / "driver.log", watch)
 
@@ -37,14 +37,14 @@ def step(reporter: RunReporter, number: int, clock: Clock, seconds: float, **met
     reporter.step(StepReport(number, {"time/data": 1.0, "time/optim": seconds - 1.0, **metrics}))
 
 
-def test_goodput_counts_over_all_attempts(tmp_path: Path) -> None:
+def test_goodput_counts_over_all_starts(tmp_path: Path) -> None:
     clock = Clock()
-    with attempt(tmp_path, 0, clock) as reporter:
+    with started(tmp_path, 0, clock) as reporter:
         clock.now += 10  # starting
         for number in (1, 2, 3):
             step(reporter, number, clock, 10)
     clock.now += 20  # down; step 3 had no checkpoint
-    with attempt(tmp_path, 2, clock) as reporter:
+    with started(tmp_path, 2, clock) as reporter:
         step(reporter, 3, clock, 10)
     lines = read_lines(tmp_path / "metrics.jsonl")
     assert [line["faults/restarts"] for line in lines] == [0, 0, 1]
@@ -57,30 +57,30 @@ def test_goodput_counts_over_all_attempts(tmp_path: Path) -> None:
 
 
 def test_an_online_step_has_its_own_duration(tmp_path: Path) -> None:
-    attempts = StartLog(tmp_path, clock := Clock())
-    attempts.begin(0)
+    starts = StartLog(tmp_path, clock := Clock())
+    starts.begin(0)
     clock.now += 8
-    assert attempts.after({"time/step": 4.0, "time/generate": 3.0, "time/learn": 3.0})["perf/goodput"] == 0.5
+    assert starts.after({"time/step": 4.0, "time/generate": 3.0, "time/learn": 3.0})["perf/goodput"] == 0.5
 
 
-def test_an_alert_is_noted_kept_and_not_told_again_after_a_resume(tmp_path: Path) -> None:
+def test_an_alert_is_noted_kept_and_not_repeated_after_a_resume(tmp_path: Path) -> None:
     clock = Clock()
     flat = {"reward/mean": 1.0, "reward/std": 0.0}
-    with attempt(tmp_path, 0, clock) as reporter:
+    with started(tmp_path, 0, clock) as reporter:
         for number in (1, 2, 3):
             step(reporter, number, clock, 2, **flat)
-    with attempt(tmp_path, 3, clock) as reporter:
+    with started(tmp_path, 3, clock) as reporter:
         for number in (4, 5, 6):
             step(reporter, number, clock, 2, **flat)
-    (told,) = read_lines(tmp_path / "alerts.jsonl")
-    assert (told["title"], told["level"], told["step"]) == ("rewards without spread", "WARN", 2)
+    (alert,) = read_lines(tmp_path / "alerts.jsonl")
+    assert (alert["title"], alert["level"], alert["step"]) == ("rewards without spread", "WARN", 2)
     assert (tmp_path / "logs" / "driver.log").read_text().count("alert, WARN: rewards without spread") == 1
 
 
-def test_alerts_of_steps_that_are_played_again_go_with_them(tmp_path: Path) -> None:
+def test_alerts_of_steps_that_are_computed_again_are_removed_with_them(tmp_path: Path) -> None:
     clock = Clock()
     for resume in (0, 1):
-        with attempt(tmp_path, resume, clock) as reporter:
+        with started(tmp_path, resume, clock) as reporter:
             for number in range(resume + 1, 4):
                 step(reporter, number, clock, 2, loss=float("nan") if number == 2 else 1.0)
     assert [line["step"] for line in read_lines(tmp_path / "alerts.jsonl")] == [2]
@@ -89,7 +89,7 @@ def test_alerts_of_steps_that_are_played_again_go_with_them(tmp_path: Path) -> N
 def test_held_out_alerts_and_restarts(tmp_path: Path) -> None:
     clock = Clock()
     for _ in range(4):
-        with attempt(tmp_path, 0, clock) as reporter:
+        with started(tmp_path, 0, clock) as reporter:
             reporter.evaluation(
                 EvaluationReport(0, {"eval/rewards/margins": 0.0, "eval/rewards/accuracies": 0.5})
             )
@@ -101,7 +101,7 @@ def test_held_out_alerts_and_restarts(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("error", "told"),
+    ("error", "texts"),
     [
         (Diverged("5 steps in a row had a non-finite loss"), ["5 steps in a row had a non-finite loss"]),
         (ValueError("boom"), ["ValueError: boom"]),
@@ -110,13 +110,13 @@ def test_held_out_alerts_and_restarts(tmp_path: Path) -> None:
         (KeyboardInterrupt(), []),
     ],
 )
-def test_the_end_of_a_run_is_an_alert_where_nobody_asked_for_it_or_tries_again(
-    tmp_path: Path, error: BaseException, told: list[str]
+def test_the_end_of_a_run_is_an_alert_unless_the_user_stopped_it_or_it_restarts(
+    tmp_path: Path, error: BaseException, texts: list[str]
 ) -> None:
-    with pytest.raises(type(error)), attempt(tmp_path, 0, Clock()):
+    with pytest.raises(type(error)), started(tmp_path, 0, Clock()):
         raise error
     alerts = tmp_path / "alerts.jsonl"
-    assert [line["text"] for line in (read_lines(alerts) if alerts.is_file() else [])] == told
+    assert [line["text"] for line in (read_lines(alerts) if alerts.is_file() else [])] == texts
 
 
 def test_without_limits_there_are_no_alerts_but_goodput(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ from orchestrator.recipe.schema import (
     Run,
     Source,
 )
-from orchestrator.run.planned_run import plan_job
+from orchestrator.run.planned_run import plan_run
 from tests.architectures.journey import make_folder
 
 SIZES = {
@@ -84,13 +84,13 @@ def recipe(path: Path, **sections: Any) -> Recipe:
 
 def notes(path: Path, **sections: Any) -> dict[str, Choice]:
     return {
-        choice.name: choice for choice in plan_job(recipe(path, **sections), Console(quiet=True)).plan.choices
+        choice.name: choice for choice in plan_run(recipe(path, **sections), Console(quiet=True)).plan.choices
     }
 
 
 def refusal(path: Path, **sections: Any) -> OrchestratorError:
     with pytest.raises(OrchestratorError) as error:
-        plan_job(recipe(path, **sections), Console(quiet=True))
+        plan_run(recipe(path, **sections), Console(quiet=True))
     return error.value
 
 

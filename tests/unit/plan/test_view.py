@@ -11,7 +11,7 @@ from orchestrator.plan.planner import make_plan
 from orchestrator.plan.view import not_read, render, set_keys
 from orchestrator.recipe.loading import load
 from orchestrator.run.inputs import read_data
-from orchestrator.run.planned_run import plan_job
+from orchestrator.run.planned_run import plan_run
 
 
 def printed(*overrides, width=160):
@@ -105,7 +105,7 @@ def test_a_plan_fits_a_screen_and_says_what_was_set_and_what_was_decided(tmp_pat
     )
     mine = ["model.tiny={}", f"data.train={tmp_path}/rows.jsonl"] if name.startswith("start/") else []
     given = load(name, [*mine, "optimizer.warmup_steps=900"]).stages[0].recipe
-    plan = plan_job(given, Console(quiet=True)).plan
+    plan = plan_run(given, Console(quiet=True)).plan
     console = Console(record=True, width=100, file=StringIO())
     console.print(render(plan, given))
     text = console.export_text()
@@ -135,5 +135,5 @@ def test_held_out_rows_are_counted_in_every_kind_of_run(tmp_path, name):
     for file, part in (("rows", rows[:64]), ("held", rows[64:])):
         (tmp_path / f"{file}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
     mine = ["model.tiny={}", f"data.train={tmp_path}/rows.jsonl", f"data.eval={tmp_path}/held.jsonl"]
-    plan = plan_job(load(name, mine).stages[0].recipe, Console(quiet=True)).plan
+    plan = plan_run(load(name, mine).stages[0].recipe, Console(quiet=True)).plan
     assert (plan.data.kept, plan.data.held_out) == (64, 6)

@@ -10,7 +10,7 @@ from orchestrator.models.tiny import byte_tokenizer
 from orchestrator.recipe.fingerprint import folder_digest, identity_of, tokenizer_digest, tokens_digest
 from orchestrator.recipe.loading import load
 from orchestrator.recipe.schema import Optimizer, Recipe
-from orchestrator.run.extension import End
+from orchestrator.run.folder import End
 
 
 def group(ids: list[int], scored: list[bool], prompt: list[int], **more: float) -> SequenceGroup:

@@ -16,20 +16,19 @@ import pytest
 from orchestrator.core.errors import OutputError
 from orchestrator.recipe.fingerprint import TOKENS, Identity
 from orchestrator.recipe.schema import Optimizer
-from orchestrator.run.extension import End
-from orchestrator.run.folder import open_run
+from orchestrator.run.folder import End, open_run
 
 
-def opened(root, seed=0, watched=None, said=None):
+def opened(root, seed=0, watched=None, notes=None):
     identity = Identity({"run.seed": seed}, watched or {})
-    return open_run(root, identity, "run: {}\n", "{}", said.append if said is not None else print)
+    return open_run(root, identity, "run: {}\n", "{}", notes.append if notes is not None else print)
 
 
-def test_a_new_folder_says_what_the_run_is(tmp_path):
+def test_a_new_folder_records_what_the_run_is(tmp_path):
     root = tmp_path / "deep" / "run"
     with opened(root) as folder:
-        found = json.loads((root / "run.json").read_text())
-        assert found == {
+        record = json.loads((root / "run.json").read_text())
+        assert record == {
             "fingerprint": Identity({"run.seed": 0}).fingerprint,
             "deciding": {"run.seed": 0},
             "watched": {},
@@ -45,7 +44,7 @@ def test_a_new_folder_says_what_the_run_is(tmp_path):
         )
 
 
-def test_the_same_run_goes_on_in_its_folder(tmp_path):
+def test_the_same_run_resumes_in_its_folder(tmp_path):
     with opened(tmp_path / "run") as folder:
         folder.metrics.write_text("kept")
     with opened(tmp_path / "run") as folder:
@@ -102,7 +101,7 @@ with open_run(Path(sys.argv[1]), Identity({"run.seed": 0}), "", ""):
 """
 
 
-def test_a_second_process_is_refused_until_the_first_is_gone_however_it_went(tmp_path):
+def test_a_second_process_is_refused_until_the_first_has_ended_in_whatever_way(tmp_path):
     root = tmp_path / "run"
     with subprocess.Popen(
         [sys.executable, "-c", HOLD, str(root)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
@@ -129,7 +128,6 @@ import os, sys
 from pathlib import Path
 from orchestrator.recipe.schema import Optimizer
 from orchestrator.core.errors import OutputError
-from orchestrator.run.extension import End
 from orchestrator.recipe.fingerprint import Identity
 from orchestrator.run.folder import open_run
 if os.getuid() == 0:
@@ -196,7 +194,7 @@ def without_locks(number: int) -> Callable[..., None]:
 
 
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK])
-def test_without_locks_a_file_names_who_is_there(
+def test_without_locks_a_file_names_the_owner(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     monkeypatch.setattr("fcntl.flock", without_locks(number))
@@ -224,7 +222,7 @@ def test_without_locks_a_file_names_who_is_there(
     (root / "run.owner").write_text(json.dumps({"host": socket.gethostname(), "pid": int(ended)}))
     with opened(root):
         assert json.loads((root / "run.owner").read_text())["pid"] == os.getpid(), (
-            "one that was killed is no hindrance"
+            "the file of a killed process is replaced"
         )
     for content in (json.dumps({"host": "another", "pid": 1}), "half a"):
         (root / "run.owner").write_text(content)
@@ -262,38 +260,42 @@ def test_a_refusal_names_the_keys_that_differ(tmp_path: Path) -> None:
     assert "run.seed" not in caught.value.why and "rows: " in caught.value.why
 
 
-def test_the_end_of_a_schedule_moves_where_the_user_says_so(tmp_path: Path) -> None:
-    identity, said = Identity({"run.seed": 0}), []
-    constant, cosine = Optimizer(learning_rate=1e-3), Optimizer(learning_rate=1e-3, schedule="cosine")
+def test_the_end_of_a_schedule_moves_only_with_extend(tmp_path: Path) -> None:
+    identity, notes = Identity({"run.seed": 0}), []
+    constant, cosine = (
+        Optimizer.model_validate({"learning_rate": 1e-3, "schedule": schedule})
+        for schedule in ("constant", "cosine")
+    )
 
-    def go_on(root: Path, optimizer: Optimizer, steps: int, allowed: bool = False) -> None:
+    def resume(root: Path, optimizer: Optimizer, steps: int, allowed: bool = False) -> None:
         with open_run(
-            root, identity, "", "", said.append, end=End(optimizer, steps, allowed=allowed)
+            root, identity, "", "", notes.append, end=End(optimizer, steps, allowed=allowed)
         ) as folder:
             (folder.checkpoints / "step_00000040").mkdir(parents=True, exist_ok=True)
 
     for steps in (80, 90):
-        go_on(tmp_path / "constant", constant, steps)
-    assert said == ["another end: 80 -> 90 optimizer steps; as if it had been so from the start"]
-    go_on(tmp_path / "cosine", cosine, 80)
-    with pytest.raises(OutputError, match="holds a run of 80 optimizer steps, this one has 90") as caught:
-        go_on(tmp_path / "cosine", cosine, 90)
+        resume(tmp_path / "constant", constant, steps)
+    assert len(notes) == 1 and "80 -> 90" in notes[0] and "learning rate" not in notes[0]
+    resume(tmp_path / "cosine", cosine, 80)
+    with pytest.raises(OutputError, match=r"80 optimizer steps.* 90") as caught:
+        resume(tmp_path / "cosine", cosine, 90)
     assert (
-        "optimizer.schedule=cosine looks at the end: 39 of the 40" in caught.value.why
+        "optimizer.schedule=cosine" in caught.value.why
+        and "39 of the 40" in caught.value.why
         and "--extend" in caught.value.fix
     )
-    go_on(tmp_path / "cosine", cosine, 90, allowed=True)
-    assert "not what a run of 90 steps from the start gives" in said[1]
-    go_on(tmp_path / "cosine", cosine, 90)  # said once, and kept
-    assert len(said) == 2
+    resume(tmp_path / "cosine", cosine, 90, allowed=True)
+    assert "39 of the 40" in notes[1] and "learning rate" in notes[1]
+    resume(tmp_path / "cosine", cosine, 90)  # noted once, and kept
+    assert len(notes) == 2
     record = json.loads((tmp_path / "cosine" / "run.json").read_text())
     assert record["schedule_steps"] == 90 and [c["what"] for c in record["changes"]] == [
         "optimizer steps of the run"
     ]
 
 
-def test_a_change_of_what_is_watched_is_told_once_and_kept(tmp_path: Path) -> None:
-    root, said = tmp_path / "run", []
+def test_a_change_of_a_watched_file_is_noted_once_and_kept(tmp_path: Path) -> None:
+    root, notes = tmp_path / "run", []
     for reward, tokens, expected in (
         ("a", "t", 0),
         ("a", "t", 0),
@@ -302,15 +304,13 @@ def test_a_change_of_what_is_watched_is_told_once_and_kept(tmp_path: Path) -> No
         ("b", "u", 2),
     ):
         with opened(
-            root, 0, {"the file of rewards.functions, mine (judge.py)": reward * 64, TOKENS: tokens}, said
+            root, 0, {"the file of rewards.functions, mine (judge.py)": reward * 64, TOKENS: tokens}, notes
         ):
             pass
-        assert len(said) == expected
-    assert said[0].startswith(
-        "warning: the file of rewards.functions, mine (judge.py) has changed since the run began (SHA-256 "
-        "aaaaaaaaaaaa then"
-    )
-    assert "prints a date" in said[1]
+        assert len(notes) == expected
+    assert "the file of rewards.functions, mine (judge.py)" in notes[0]
+    assert "aaaaaaaaaaaa then" in notes[0] and "bbbbbbbbbbbb now" in notes[0]
+    assert all(line.startswith("warning:") for line in notes) and "tokens" in notes[1]
     record = json.loads((root / "run.json").read_text())
     assert [c["what"] for c in record["changes"]] == [
         "the file of rewards.functions, mine (judge.py)",

@@ -1,4 +1,4 @@
-"""In which type a run exports, and what of it lies on the disk."""
+"""Types in which the stages of a pipeline export, and the disk space of a run."""
 
 from pathlib import Path
 
@@ -14,11 +14,19 @@ from orchestrator.plan.disk import checkpoint_bytes, export_bytes, in_words
 from orchestrator.plan.memory import model_sizes
 from orchestrator.recipe.loading import load
 from orchestrator.recipe.schema import Model
-from orchestrator.run.stage_exports import with_types
+from orchestrator.run.stages import with_types
 
 PIPELINE = """pipeline:
-  - {name: sft, model: {path: %s}, data: {train: toy:sft}, algorithm: {name: sft}, optimizer: {learning_rate: 1e-3}}
-  - {name: dpo, model: {path: stage:sft}, data: {train: toy:preference}, algorithm: {name: dpo}, optimizer: {learning_rate: 1e-3}}
+  - name: sft
+    model: {path: %s}
+    data: {train: toy:sft}
+    algorithm: {name: sft}
+    optimizer: {learning_rate: 1e-3}
+  - name: dpo
+    model: {path: stage:sft}
+    data: {train: toy:preference}
+    algorithm: {name: dpo}
+    optimizer: {learning_rate: 1e-3}
 """
 
 
@@ -67,19 +75,19 @@ def test_rounding_that_would_undo_the_training_is_not_done_by_default(tmp_path: 
     )
 
 
-def test_one_run_keeps_its_word_and_a_random_model_is_fp32() -> None:
+def test_a_single_run_keeps_its_source_type_and_a_random_model_is_fp32() -> None:
     (stage,) = with_types(load("tiny/dpo").stages)
     assert stage.recipe.export.dtype == "source" and source_dtype(stage.recipe.model) == "float32"
 
 
-def test_a_stage_that_exports_an_adapter_alone_is_no_model_of_another(tmp_path: Path) -> None:
+def test_a_stage_that_exports_only_an_adapter_cannot_be_the_model_of_another(tmp_path: Path) -> None:
     (tmp_path / "p.yaml").write_text(PIPELINE % "nowhere")
     with pytest.raises(ConfigError, match="stage sft exports its adapter alone") as caught:
         load(tmp_path / "p.yaml", ["sft:model.lora={}", "sft:export.lora=adapter"])
     assert "sft:export.lora=both" in caught.value.fix
 
 
-def test_the_disk_that_a_run_takes() -> None:
+def test_the_disk_space_of_a_run() -> None:
     def of(*overrides: str) -> tuple[int, int, str]:
         recipe = load("tiny/dpo", overrides).stages[0].recipe
         algorithm = build(recipe.algorithm, recipe.rollouts)
@@ -90,8 +98,8 @@ def test_the_disk_that_a_run_takes() -> None:
             in_words(recipe, algorithm, sizes)[1],
         )
 
-    saved, written, said = of("checkpoint.every=10m", "checkpoint.final=weights")
-    assert saved == 3 * written and said.startswith("every 10m, 2 kept; weights alone at the end; export ")
+    saved, written, text = of("checkpoint.every=10m", "checkpoint.final=weights")
+    assert saved == 3 * written and text.startswith("every 10m, 2 kept; weights alone at the end; export ")
     assert of("export.dtype=bf16")[1] * 2 == written
     small, both, _ = of("model.lora={rank: 2}")
     adapter = of("model.lora={rank: 2}", "export.lora=adapter")[1]
