@@ -204,7 +204,8 @@ def last_line(log: Path) -> str:
 
 
 def environment_of(device: str, site: Path | None) -> dict[str, str]:
-    """Of the parts: no network, no accounts, and this repository beside the packages that were brought along."""
+    """Of the parts: no network, no accounts, and this repository beside the packages that were brought
+    along."""
     path = os.pathsep.join([*([str(site)] if site else []), str(ROOT)])
     quiet = {
         "HF_HUB_OFFLINE": "1",
