@@ -6,8 +6,8 @@
 Both take the same DPO step: eight pairs of at most 160 and 120 characters, fp32, one worker on all CPUs, no
 held-out rows.
 
-    cold   nothing is cached of the model, the layout or the reference; the reference log-probs of all rows are
-           a pass before step 1 and reported by themselves
+    cold   nothing is cached of the model, the layout or the reference; the reference log-probs of all rows
+           are a pass before step 1 and reported by themselves
     warm   the same command again
 
 TRL computes its reference in the step. Rounds are interleaved; files are in the page cache. The gates apply
