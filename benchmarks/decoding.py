@@ -54,7 +54,8 @@ def main() -> None:
     torch.set_num_threads(parser.parse_args().threads)
     for hidden, layers in SIZES:
         heads = max(4, hidden // 64)
-        cfg = TinyModel(hidden_size=hidden, layers=layers, heads=heads, vocab_size=VOCABULARY)  # pyright: ignore
+        sizes = {"hidden_size": hidden, "layers": layers, "heads": heads, "vocab_size": VOCABULARY}
+        cfg = TinyModel.model_validate(sizes)
         model = build(cfg, 0, AutoModelForCausalLM).eval().requires_grad_(False)
         name = f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M"
         for rows in (16, 64):

@@ -72,7 +72,8 @@ class Outputs:
 
 def model_of(architecture: str, device: torch.device) -> ScoringModel:
     """A random model with wide weights, so that attention is far from uniform."""
-    cfg = TinyModel(architecture=architecture, hidden_size=128, layers=2, heads=4, kv_heads=2)  # pyright: ignore[reportCallIssue]
+    sizes = {"architecture": architecture, "hidden_size": 128, "layers": 2, "heads": 4, "kv_heads": 2}
+    cfg = TinyModel.model_validate(sizes)
     model = build(cfg, 0, AutoModelForCausalLM, **MODELS[architecture])
     for parameter in model.parameters():
         if parameter.dim() > 1:
