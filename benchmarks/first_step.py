@@ -1,13 +1,17 @@
-"""Seconds from the command to the first forward of step 1: `orchestrator train` with its phases, and TRL's
-script, for the same DPO step.
+"""Seconds from the command to the first forward of step 1: `orchestrator train` against TRL's script.
 
-    python benchmarks/first_step.py --model build/SmolLM2-135M-Instruct --data
-    tests/data/gsm8k/preferences.jsonl [--rounds 5]
+    python benchmarks/first_step.py --model build/SmolLM2-135M-Instruct \\
+        --data tests/data/gsm8k/preferences.jsonl [--rounds 5]
 
-Eight pairs of at most 160 and 120 characters, fp32, one worker on all CPUs, no held-out rows. cold: nothing
-is remembered of the model, the layout or the reference, whose log-probs of all rows are a pass before step 1,
-named by itself; warm: the same command again. TRL computes its reference in the step. The rounds are
-interleaved; files are in the page cache. The gates are the medians, without the reference pass.
+Both take the same DPO step: eight pairs of at most 160 and 120 characters, fp32, one worker on all CPUs, no
+held-out rows.
+
+    cold   nothing is cached of the model, the layout or the reference; the reference log-probs of all rows
+           are a pass before step 1 and reported by themselves
+    warm   the same command again
+
+TRL computes its reference in the step. Rounds are interleaved; files are in the page cache. The gates apply
+to the medians without the reference pass.
 """
 
 import argparse
@@ -45,9 +49,12 @@ def started(*_):
     handle.remove()
 handle = model.register_forward_pre_hook(started)
 rows = load_dataset("json", data_files=sys.argv[2], split="train")
-options = dict(max_steps=1, per_device_train_batch_size=8, learning_rate=1e-6, report_to=[], use_cpu=True, bf16=False, save_strategy="no")
-args = DPOConfig(output_dir=sys.argv[3], **options)
-DPOTrainer(model, args=args, train_dataset=rows, processing_class=AutoTokenizer.from_pretrained(sys.argv[1])).train()
+options = dict(max_steps=1, per_device_train_batch_size=8, learning_rate=1e-6)
+args = DPOConfig(
+    output_dir=sys.argv[3], **options, report_to=[], use_cpu=True, bf16=False, save_strategy="no"
+)
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+DPOTrainer(model, args=args, train_dataset=rows, processing_class=tokenizer).train()
 """
 
 
@@ -57,23 +64,23 @@ def main() -> None:
     arguments.add_argument("--data", required=True, type=Path, help="JSONL with prompt, chosen, rejected")
     arguments.add_argument("--rounds", type=int, default=5)
     args = arguments.parse_args()
-    found: dict[str, list[dict[str, float]]] = {"cold": [], "warm": [], "TRL": []}
+    results: dict[str, list[dict[str, float]]] = {"cold": [], "warm": [], "TRL": []}
     with tempfile.TemporaryDirectory(prefix="first-step-") as name:
         folder = Path(name)
         shorten(args.data, folder / "pairs.jsonl")
         for number in range(args.rounds):
             cache = folder / f"cache-{number}"
             for kind in ("cold", "warm"):
-                found[kind].append(ours(folder, args.model.resolve(), cache, folder / f"{kind}-{number}"))
-            found["TRL"].append(
+                results[kind].append(ours(folder, args.model.resolve(), cache, folder / f"{kind}-{number}"))
+            results["TRL"].append(
                 {"first forward": trl(folder, args.model.resolve(), folder / f"trl-{number}")}
             )
             print(
                 f"round {number + 1}  "
-                + "  ".join(f"{kind} {runs[-1]['first forward']:.1f} s" for kind, runs in found.items()),
+                + "  ".join(f"{kind} {runs[-1]['first forward']:.1f} s" for kind, runs in results.items()),
                 flush=True,
             )
-    for kind, runs in found.items():
+    for kind, runs in results.items():
         each = {phase: statistics.median(run.get(phase, 0.0) for run in runs) for phase in runs[-1]}
         spread, first = [run["first forward"] for run in runs], each.pop("first forward")
         phases = ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in each.items())
@@ -81,31 +88,32 @@ def main() -> None:
     late = [
         kind
         for kind, gate in GATES.items()
-        if statistics.median(r["first forward"] - r.get(REFERENCE, 0.0) for r in found[kind]) > gate
+        if statistics.median(r["first forward"] - r.get(REFERENCE, 0.0) for r in results[kind]) > gate
     ]
     if late:
         sys.exit(f"above the gate of {GATES} s: {', '.join(late)}")
 
 
 def shorten(data: Path, target: Path) -> None:
-    """Pairs of messages whose lengths are those of a chat."""
+    """Writes the pairs as messages, cut to the lengths of a chat."""
     with target.open("w") as out:
         for line in data.read_text().rstrip("\n").split("\n"):
             row = json.loads(line)
-            said = {
+            texts = {
                 "prompt": row["prompt"][:160],
                 "chosen": row["chosen"][-120:],
                 "rejected": row["rejected"][-120:],
             }
-            roles = {name: "user" if name == "prompt" else "assistant" for name in said}
+            roles = {name: "user" if name == "prompt" else "assistant" for name in texts}
             out.write(
-                json.dumps({name: [{"role": roles[name], "content": text}] for name, text in said.items()})
+                json.dumps({name: [{"role": roles[name], "content": text}] for name, text in texts.items()})
                 + "\n"
             )
 
 
 def ours(folder: Path, model: Path, cache: Path, run: Path) -> dict[str, float]:
-    """Seconds to the first forward of step 1, and of each phase before it as the run names them."""
+    """Seconds to the first forward of step 1, and seconds of each phase before it by the run's name for
+    it."""
     recipe = folder / "recipe.yaml"
     recipe.write_text(RECIPE.format(model=model, data=folder / "pairs.jsonl", cpus=os.cpu_count()))
     began, marks, stepped = time.time(), list[tuple[str, float]](), 0.0
@@ -133,7 +141,7 @@ def ours(folder: Path, model: Path, cache: Path, run: Path) -> dict[str, float]:
 
 
 def trl(folder: Path, model: Path, run: Path) -> float:
-    """The same of TRL's shortest script."""
+    """Seconds to the first forward of TRL's shortest script."""
     script = folder / "baseline.py"
     script.write_text(TRL)
     began = time.time()
@@ -142,8 +150,8 @@ def trl(folder: Path, model: Path, run: Path) -> float:
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"TRL failed:\n{done.stderr[-2000:]}")
-    (said,) = (line for line in done.stdout.splitlines() if line.startswith("first forward "))
-    return float(said.removeprefix("first forward ")) - began
+    (moment,) = (line for line in done.stdout.splitlines() if line.startswith("first forward "))
+    return float(moment.removeprefix("first forward ")) - began
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
-"""Proves a GPU host in one command: correct, as fast as planned, and faster than TRL's DPOTrainer. At most
-eight minutes on one H100 or H200.
+"""Checks a GPU host in one command: correct, as fast as planned, and faster than TRL's DPOTrainer.
+
+It takes at most eight minutes on one H100 or H200.
 
     # a host with this project installed
     python benchmarks/gpu.py --out results.jsonl
@@ -9,22 +10,23 @@ eight minutes on one H100 or H200.
     python benchmarks/gpu.py --site gpu-site.tar.xz --only 3,5 --out results.jsonl
     # the table, into benchmarks/results.md
     python benchmarks/gpu.py --results results.jsonl
-    # every stage in little, anywhere
+    # every stage at small sizes, on any machine
     python benchmarks/gpu.py --device cpu
 
 `make gpu-archive` packs this repository and what a bare host lacks. A GPU host needs a C compiler for Triton,
 and no nvcc.
 
     0 host       versions, ceilings, every module imports, a plan, one compiled FlexAttention
-    1 attention  one row under block masks == padded rows: log-probs, gradients; how often it compiles; the head against fp64
+    1 attention  one row under block masks == padded rows: log-probs, gradients; the number of compilations;
+                 the head against fp64
     2 steps      ZeRO 0 to 3, offload, discard, an out-of-memory error: the steps of a plain large batch
     3 cluster    Ray: GRPO with both decoders, every transport of weights, a killed worker
     4 speed      DPO at real shapes against TRL on the same pairs, memory against the plan, a GRPO step
     5 profiles   kernels, idle time, the head by chunk, FlexAttention against SDPA
 
-Each part runs in a process of its own; one that fails or passes its deadline costs a line, and the rest goes
-on. A deadline is the stage's budget and what the stages before it left over. Exit code 1: a check failed (on
-a GPU also: a speed was missed).
+Each part runs in a separate process. A part that fails or passes its deadline is reported in one line, and
+the other parts continue. A deadline is the stage's budget and what the stages before it left over. Exit code
+1 means that a check failed (on a GPU also: a speed was missed).
 """
 
 import argparse
@@ -44,7 +46,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from gpu_stages.bench import Bench, Ended, Machine, append, read, said
+from gpu_stages.bench import Bench, Ended, Machine, append, describe, read
 from gpu_stages.table import failed, table, write_page
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -53,12 +55,14 @@ RESULTS = ROOT / "benchmarks" / "results.md"
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """parts: modules of gpu_stages, each with its own process, and their shares of the time. budget_s: of all
-    of them on a GPU; cpu_s: on a CPU, however busy."""
+    """One stage of the benchmark."""
 
     parts: dict[str, int]
+    """Modules of gpu_stages, each run in its own process, with their shares of the time."""
     budget_s: float
+    """Seconds of all parts on a GPU."""
     cpu_s: float = 300.0
+    """Seconds of all parts on a CPU, however busy."""
 
 
 STAGES = {
@@ -72,7 +76,7 @@ STAGES = {
 
 
 def main() -> None:
-    """Exits with 1 where something failed."""
+    """Exits with 1 if something failed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument(
@@ -85,18 +89,18 @@ def main() -> None:
         "--out",
         type=Path,
         default=ROOT / "build" / "gpu.jsonl",
-        help="JSON lines are added to it; logs lie beside it",
+        help="file to append JSON lines to; logs are written beside it",
     )
     parser.add_argument(
         "--site",
         type=Path,
-        help="packages that this host lacks: a folder, or the archive that `make gpu-archive` makes",
+        help="packages that this host lacks: a folder, or the archive of `make gpu-archive`",
     )
     parser.add_argument(
         "--results",
         type=Path,
         metavar="FILE",
-        help="only writes the table of FILE into benchmarks/results.md",
+        help="only write the table of FILE into benchmarks/results.md",
     )
     parser.add_argument("--part", nargs=3, metavar=("STAGE", "MODULE", "SECONDS"), help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -109,15 +113,15 @@ def main() -> None:
 
 
 def run_part(device: str, out: Path, stage: int, part: str, seconds: float) -> None:
-    """In a process of its own, whose folder is empty."""
+    """Runs a part in this process, in an empty working folder."""
     with os.fdopen(os.dup(1), "w", buffering=1) as terminal:
-        os.dup2(2, 1)  # libraries' chatter goes where their warnings go
+        os.dup2(2, 1)  # what libraries print goes where their warnings go
         bench = Bench(stage, device, out, Path.cwd(), time.monotonic() + seconds, terminal)
         importlib.import_module(f"gpu_stages.{part}").run(bench)
 
 
 def run(device: str, only: Sequence[int], out: Path, site: Path | None) -> int:
-    """All parts of these stages, then the table. Returns the exit code."""
+    """Runs all parts of these stages and prints the table. Returns the exit code."""
     out.parent.mkdir(parents=True, exist_ok=True)
     before = len(read(out))
     environment = environment_of(device, unpacked(site) if site else None)
@@ -147,8 +151,9 @@ def run(device: str, only: Sequence[int], out: Path, site: Path | None) -> int:
 def child(
     device: str, stage: int, part: str, allowed: float, out: Path, environment: dict[str, str]
 ) -> float:
-    """Runs one part to its end or its deadline; what it says goes to the terminal, its errors to a file
-    beside `out`. Seconds it took."""
+    """Runs one part to its end or its deadline, and returns the seconds it took.
+
+    Its output goes to the terminal, its errors to a file beside `out`."""
     log = out.with_name(f"{out.stem}-{stage}-{part}.log")
     command = [
         sys.executable,
@@ -185,12 +190,12 @@ def child(
     )
     ended = Ended(stage, part, time.monotonic() - started, error)
     append(out, ended)
-    print(said(ended), flush=True)
+    print(describe(ended), flush=True)
     return ended.seconds
 
 
 def end(process: subprocess.Popen[bytes], patience_s: float = 5.0) -> None:
-    """Ends a part with all that it started in its session: asked first, then killed."""
+    """Ends a part with all processes of its session: SIGTERM first, then SIGKILL."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, number)
@@ -200,11 +205,11 @@ def end(process: subprocess.Popen[bytes], patience_s: float = 5.0) -> None:
 
 def last_line(log: Path) -> str:
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    return lines[-1][:300] if lines else "it said nothing"
+    return lines[-1][:300] if lines else "it printed nothing"
 
 
 def environment_of(device: str, site: Path | None) -> dict[str, str]:
-    """Of the parts: no network, no accounts, and this repository beside the packages that were brought along."""
+    """Environment of the parts: no network, no accounts, this repository and the packages of `site`."""
     path = os.pathsep.join([*([str(site)] if site else []), str(ROOT)])
     quiet = {
         "HF_HUB_OFFLINE": "1",
@@ -225,7 +230,7 @@ def environment_of(device: str, site: Path | None) -> dict[str, str]:
 
 
 def unpacked(site: Path) -> Path:
-    """The folder of an archive of packages, unpacked once per content."""
+    """Unpacks an archive of packages, once per content, and returns the folder."""
     if site.is_dir():
         return site.resolve()
     digest = hashlib.sha256(site.read_bytes()).hexdigest()[:16]
@@ -239,7 +244,7 @@ def unpacked(site: Path) -> Path:
 
 
 def described(device: str, environment: dict[str, str]) -> tuple[str, str]:
-    """(the device's name, versions), asked in a process that sees what the parts see."""
+    """(name of the device, versions), read in a process with the environment of the parts."""
     names = ("torch", "transformers", "deepspeed", "ray", "trl")
     listed = (
         f"print('Python ', platform.python_version(), *(f', {{n}} {{m.version(n)}}' for n in {names}), "

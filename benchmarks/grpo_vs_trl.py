@@ -1,19 +1,23 @@
 """One GRPO step, generation included: this project against TRL's GRPOTrainer, side by side.
 
     python benchmarks/grpo_vs_trl.py [--data PROMPTS.jsonl] [--rounds 5]
-    python benchmarks/grpo_vs_trl.py --data PROMPTS.jsonl --model FOLDER --prompts 8 --samples 8 --room 24
-    --rows 64 --gate 2.5
+    python benchmarks/grpo_vs_trl.py --data PROMPTS.jsonl --model FOLDER --prompts 8 --samples 8
+        --room 24 --rows 64 --gate 2.5
 
-    prompts --generate--> completions --rewards, advantages--> loss --> gradient --> AdamW (--> weights to the generator)
+    prompts --generate--> completions --rewards, advantages--> loss --> gradient --> AdamW
+       ^                                                                              |
+       '------------------------- weights to the generator --------------------------'
 
 Both get the same random-weight Llama (one token in forty ends an answer: ragged lengths) or --model, the same
-prompt tokens, temperature 1, no KL, no clipping of gradients, fp32, one optimizer step a rollout batch, loss
-divided by the batch's tokens (TRL's default), and a reward that is a line of Python. Each runs in child
-processes with one thread, interleaved. Gate: on recorded completions loss and gradient norm must be equal to
-1e-5 (a loss below 0.1: to 1e-6) in every round. TRL takes the best of the tried micro-batches (32 and 8
-below) and of its two ways to generate (continuous batching). Ours is what the actors of a run hold, without
-Ray: a RolloutWorker, a RankLearner on one DeepSpeed rank, a Stepper, and the weights handed over in
-checksummed buckets; it holds the model twice where TRL holds it once.
+prompt tokens, temperature 1, no KL, no clipping of gradients, fp32, one optimizer step a rollout batch, a
+loss divided by the batch's tokens (TRL's default), and a reward of one line of Python. Each runs in child
+processes with one thread; rounds are interleaved. The gate: on recorded completions loss and gradient norm
+must be equal to 1e-5 (a loss below 0.1: to 1e-6) in every round.
+
+TRL runs with the best of the tried micro-batches (32 and 8 below) and of its two ways to generate (continuous
+batching). Ours consists of what the actors of a run hold, without Ray: a RolloutWorker, a RankLearner on one
+DeepSpeed rank, an OptimizerStepper, and weights transferred in checksummed buckets. It holds the model twice;
+TRL holds it once.
 
 Two shared AMD EPYC cores, transformers 5.19, 16 x 8 completions of at most 96 tokens; medians, and the
 ratio's range over 5 rounds:
@@ -48,37 +52,46 @@ RATE = 1e-5
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of the batch and of the model. room: new tokens of a completion at most; rows: sequences that ours
-    decodes at once."""
+    """Sizes of the batch and of the model."""
 
     prompts: int
     samples: int
+    """Completions of each prompt."""
     room: int
+    """Most new tokens of a completion."""
     hidden: int
     layers: int
     vocabulary: int
     rows: int
+    """Sequences that our decoder holds at once."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """TRL's: completions of a micro-batch, and whether it generates with continuous batching."""
+    """TRL's settings."""
 
     micro_batch: int
+    """Completions of a micro-batch."""
     paged: bool = False
+    """True if TRL generates with continuous batching."""
 
 
 @dataclass(frozen=True)
 class Result:
-    """loss, grad_norm: on the recorded completions. tokens: sampled in the timed step; generate_s, learn_s:
-    their CPU seconds, learning being all that is not generation. peak_mb: of the process."""
+    """What one contestant measured."""
 
     loss: float
+    """Loss on the recorded completions."""
     grad_norm: float
+    """Gradient norm on the recorded completions."""
     tokens: int
+    """Tokens sampled in the timed step."""
     generate_s: float
+    """CPU seconds of generation in that step."""
     learn_s: float
+    """CPU seconds of the rest of that step."""
     peak_mb: float
+    """Peak resident memory of the process."""
 
 
 ROWS: dict[str, Callable[[Result], float]] = {
@@ -101,7 +114,7 @@ def main() -> None:
         arguments.add_argument(f"--{name}", type=int, default=default)
     arguments.add_argument("--trl-micro-batches", type=int, nargs="+", default=[8, 16, 32, 128])
     arguments.add_argument(
-        "--model", type=Path, help="a folder with a model and its tokenizer, instead of the random one"
+        "--model", type=Path, help="folder with a model and its tokenizer, instead of the random one"
     )
     arguments.add_argument("--gate", type=float, default=0.0, help="least ratio of whole steps")
     arguments.add_argument("--child", choices=["ours", "trl"], help=argparse.SUPPRESS)
@@ -160,26 +173,24 @@ def best_setting(micro_batches: Sequence[int], run: Callable[[str, Setting], Res
 
 def show(name: str, result: Result) -> Result:
     seconds = f"generate {result.generate_s:5.2f} + learn {result.learn_s:5.2f} cpu-s"
-    found = f"loss {result.loss:+.7f}  grad norm {result.grad_norm:.6f}"
+    step = f"loss {result.loss:+.7f}  grad norm {result.grad_norm:.6f}"
     print(
-        f"{name:<26} {found}  {result.tokens:6d} tokens  {seconds}  peak {result.peak_mb:5.0f} MB", flush=True
+        f"{name:<26} {step}  {result.tokens:6d} tokens  {seconds}  peak {result.peak_mb:5.0f} MB", flush=True
     )
     return result
 
 
 def gate(ours: Result, trl: Result) -> None:
-    """The two must have computed the same step."""
-    for name, floor in (
-        ("loss", 0.1),
-        ("grad_norm", 0.0),
-    ):  # a loss is near 0 by its nature: advantages add up to 0 in each group
+    """Exits unless both computed the same step."""
+    # the loss is near 0 by construction: advantages add up to 0 in each group
+    for name, floor in (("loss", 0.1), ("grad_norm", 0.0)):
         a, b = getattr(ours, name), getattr(trl, name)
         if abs(a - b) > 1e-5 * max(abs(b), floor):
             sys.exit(f"not the same step: {name} {a!r} (ours) against {b!r} (TRL)")
 
 
 def table(ours: Sequence[Result], trl: Sequence[Result]) -> None:
-    """Medians, and the least, median and greatest ratio of the rounds."""
+    """Prints medians, and the least, median and greatest ratio of the rounds."""
     print(f"\n{'':<28}{'TRL':>8}{'ours':>8}   ratio: min median max of {len(ours)} interleaved rounds")
     for label, of in ROWS.items():
         ratios = sorted(of(o) / of(t) for o, t in zip(ours, trl, strict=True))
@@ -188,7 +199,7 @@ def table(ours: Sequence[Result], trl: Sequence[Result]) -> None:
 
 
 def child(folder: Path, name: str, setting: Setting) -> Result:
-    """One contestant in a process of its own."""
+    """Runs one contestant in a separate process."""
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
@@ -211,8 +222,8 @@ def child(folder: Path, name: str, setting: Setting) -> Result:
 
 
 def prepare(folder: Path, data: Path | None, sizes: Sizes, own: Path | None) -> None:
-    """Writes sizes.json, model/ (random Llama and its tokenizer, or a link to one's own) and recorded.json:
-    prompts, their ids, completions for the gate."""
+    """Writes sizes.json, model/ (random Llama and its tokenizer, or a link to `own`) and recorded.json
+    (prompts, their ids, completions for the gate)."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from orchestrator.core.rollouts import Sampling
@@ -242,7 +253,7 @@ def prepare(folder: Path, data: Path | None, sizes: Sizes, own: Path | None) -> 
 
 
 def random_model(folder: Path, texts: Sequence[str], sizes: Sizes) -> None:
-    """A Llama and a tokenizer of these texts."""
+    """Writes a random Llama and a tokenizer trained on these texts."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     tokenizer = train_tokenizer(texts, sizes.vocabulary)
@@ -383,7 +394,9 @@ class Ours:
         ]
 
     def learn(self, groups, at: int) -> tuple[float, float]:
-        """Rewards, advantages, one optimizer step, and the weights for the generator: (loss, gradient norm)."""
+        """Takes one step: rewards, advantages, optimizer, weights to the generator.
+
+        Returns (loss, gradient norm)."""
         from orchestrator.core.rollouts import RewardedGroup
         from orchestrator.learner.weights import flat_buckets
         from orchestrator.models.weight_buckets import Bucket, checksum
@@ -394,20 +407,20 @@ class Ours:
             RewardedGroup(g, np.array([reward(r.ids.tolist()) for r in g.rollouts], np.float32))
             for g in groups
         ]
-        needs, rewards = ExperienceInputs(False, False, 0.0, "k3"), [s.rewards for s in scored]
-        made = make_experience(scored, rewards, self.algorithm, needs, self.learner, None, self.cut)
-        taken = self.stepper.step(made.groups, at, Clock())
+        inputs, rewards = ExperienceInputs(False, False, 0.0, "k3"), [s.rewards for s in scored]
+        data = make_experience(scored, rewards, self.algorithm, inputs, self.learner, None, self.cut)
+        outcome = self.stepper.step(data.groups, at, Clock())
         buckets = (
             Bucket(plan.entries, flat.numpy(), checksum(flat))
             for plan, flat in flat_buckets(self.rank, 256 << 20)
         )
         self.worker.engine.load(at + 1, buckets)
-        assert taken.applied is not None, "the step was refused"
-        return taken.learned.loss, taken.applied.grad_norm
+        assert outcome.applied is not None, "the step was refused"
+        return outcome.learned.loss, outcome.applied.grad_norm
 
 
 def run_trl(folder: Path, sizes: Sizes, setting: Setting) -> Result:
-    """The same: a step on the recorded completions, given by `rollout_func`, then one on its own."""
+    """TRL's two steps: one on the recorded completions, passed by `rollout_func`, then one on its own."""
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import GRPOTrainer
@@ -467,8 +480,7 @@ def trl_config(folder: Path, sizes: Sizes, setting: Setting):
 
 
 def trl_clock():
-    """A callback that reads the CPU clock around TRL's steps and generation, and the norm of its first
-    gradient."""
+    """A callback that measures the CPU time of TRL's steps and generation, and its first gradient norm."""
     from transformers import TrainerCallback
 
     class TrlClock(TrainerCallback):
@@ -507,12 +519,12 @@ def trl_clock():
 
 
 def recorded(texts: Sequence[str], data: dict) -> dict:
-    """What a `rollout_func` returns: to each repetition of a prompt its next recorded completion."""
-    left = {
+    """What a `rollout_func` returns: for each repetition of a prompt its next recorded completion."""
+    remaining = {
         text: list(completions) for text, completions in zip(data["texts"], data["completions"], strict=True)
     }
     ids = dict(zip(data["texts"], data["prompts"], strict=True))
-    completions = [left[text].pop(0) for text in texts]
+    completions = [remaining[text].pop(0) for text in texts]
     return {
         "prompt_ids": [ids[text] for text in texts],
         "completion_ids": completions,

@@ -1,13 +1,13 @@
 """Peak memory of a DPO run: all processes of `orchestrator train` against TRL's one.
 
-    python benchmarks/memory_vs_trl.py --data PREFERENCES.jsonl --model FOLDER [--pairs 8] [--micro-batch 8]
-    [--rounds 2] [--gate 0.6]
+    python benchmarks/memory_vs_trl.py --data PREFERENCES.jsonl --model FOLDER [--pairs 8]
+        [--micro-batch 8] [--rounds 2] [--gate 0.6]
 
-Both take two optimizer steps on the same pairs (dpo_vs_trl.py's, cut to short texts), fp32. What is compared
-is the most that the PSS of all processes of a run adds up to (a page that n processes share counts 1/n in
-each), looked at ten times a second: the driver, the process that workers are forked from, Ray's own, and the
-workers. TRL runs with its default of 8 pairs in a micro-batch, ours as a user runs it. Ends with 1 where the
-median ratio is above --gate.
+Both take two optimizer steps in fp32 on the same pairs (dpo_vs_trl.py's, cut to short texts). The benchmark
+compares the peak of the summed PSS of all processes of a run (a page that n processes share counts 1/n in
+each), sampled ten times a second: the driver, the process that workers are forked from, Ray's processes, and
+the workers. TRL runs with its default of 8 pairs in a micro-batch, orchestrator as a user runs it. The exit
+code is 1 if the median ratio is above --gate.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from pathlib import Path
 from dpo_vs_trl import STEPS, Job, write_pairs
 
 MARK = "ORCHESTRATOR_MEMORY_BENCHMARK"
-"""A variable that all processes of a run inherit, wherever they end up in the tree of processes."""
+"""Environment variable that all processes of a run inherit, wherever they are in the tree of processes."""
 EVERY_S = 0.1
 
 
@@ -70,7 +70,7 @@ def main() -> None:
 
 
 def train_command(folder: Path, job: Job, number: int) -> list[str]:
-    """A run of one learner as a user starts it, its reference log-probs computed anew."""
+    """The command of a run with one learner; its reference log-probs are not cached yet."""
     recipe = {
         "model": {"path": job.model},
         "data": {"train": str(folder / "pairs.jsonl"), "max_length": 2048},
@@ -95,7 +95,7 @@ def train_command(folder: Path, job: Job, number: int) -> list[str]:
 
 
 def peak(command: Sequence[str], folder: Path) -> Counter[str]:
-    """MB by kind of process at the moment when they added up to most."""
+    """MB by kind of process, at the moment with the largest sum."""
     mark = uuid.uuid4().hex
     quiet = {
         "OMP_NUM_THREADS": "1",
@@ -122,8 +122,8 @@ def peak(command: Sequence[str], folder: Path) -> Counter[str]:
 
 
 def held(mark: bytes) -> Counter[str]:
-    """MB of PSS by name of process, of all that have the mark in their environment."""
-    found: Counter[str] = Counter()
+    """MB of PSS by process name, for all processes with the mark in their environment."""
+    sizes: Counter[str] = Counter()
     for process in Path("/proc").iterdir():
         if not process.name.isdigit():
             continue
@@ -136,10 +136,10 @@ def held(mark: bytes) -> Counter[str]:
                 for line in (process / "smaps_rollup").read_text().splitlines()
                 if line.startswith("Pss:")
             )
-        except (OSError, StopIteration):  # it has ended, or belongs to somebody else
+        except (OSError, StopIteration):  # it has ended, or belongs to another user
             continue
-        found[Path(name).name or process.name] += int(pss.split()[1]) // 1024
-    return found
+        sizes[Path(name).name or process.name] += int(pss.split()[1]) // 1024
+    return sizes
 
 
 def show(name: str, most: Counter[str]) -> int:

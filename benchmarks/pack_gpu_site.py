@@ -1,12 +1,13 @@
-"""Packs for a GPU host without network: `python benchmarks/pack_gpu_site.py`, or `make gpu-archive`.
+"""Packs archives for a GPU host without network: `python benchmarks/pack_gpu_site.py`, or `make gpu-archive`.
 
-    dist/gpu-site.tar.xz       the packages that a host with torch and transformers still lacks, at this environment's versions
+    dist/gpu-site.tar.xz       the packages that a host with torch and transformers lacks, at the versions of
+                               this environment
     dist/orchestrator-gpu.tar  the repository's tracked files, that archive, and HOWTO, two lines
 
-The host is x86-64 Linux with the Python of --python and has torch (CUDA) with its triton, numpy, safetensors,
-pandas, pyarrow, aiohttp and what Hugging Face's libraries need. transformers is packed all the same:
-continuous batching needs options that older ones lack. Left out: Ray's Java archive, RLlib and dashboard
-pages, wandb (tracking.wandb=off), documentation, tests and lint tools.
+The host is x86-64 Linux with the Python of --python. It has torch (CUDA) with its triton, numpy, safetensors,
+pandas, pyarrow, aiohttp and what Hugging Face's libraries need. transformers is packed nevertheless, because
+continuous batching needs options that older versions lack. Left out are Ray's Java archive, RLlib and
+dashboard pages, wandb (tracking.wandb=off), documentation, tests and lint tools.
 """
 
 import argparse
@@ -21,18 +22,19 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 WHEELS = """
-accelerate annotated-doc annotated-types certifi charset-normalizer datasets dill einops hjson httpcore httpcore2 httpx httpx2 huggingface-hub
-jsonschema jsonschema-specifications latex2sympy2-extended math-verify msgpack multiprocess ninja pathspec peft platformdirs protobuf psutil
-py-cpuinfo pydantic pydantic-core ray referencing requests rpds-py tokenizers transformers trl truststore typer typing-inspection urllib3 xxhash
+accelerate annotated-doc annotated-types certifi charset-normalizer datasets dill einops hjson httpcore
+httpcore2 httpx httpx2 huggingface-hub jsonschema jsonschema-specifications latex2sympy2-extended math-verify
+msgpack multiprocess ninja pathspec peft platformdirs protobuf psutil py-cpuinfo pydantic pydantic-core ray
+referencing requests rpds-py tokenizers transformers trl truststore typer typing-inspection urllib3 xxhash
 """
 ON_THE_HOST = """
-aiohttp anyio click filelock fsspec h11 hf-xet idna numpy packaging pandas pyarrow pyyaml regex rich safetensors shellingham torch tqdm
-typing-extensions
+aiohttp anyio click filelock fsspec h11 hf-xet idna numpy packaging pandas pyarrow pyyaml regex rich
+safetensors shellingham torch tqdm typing-extensions
 """
-"""There already, with what these need: what any transformers 5 brings."""
+"""Packages that the host has, with their requirements: those of any transformers 5."""
 SOURCES = ("deepspeed", "antlr4-python3-runtime")
-"""Published as source only, pure Python: the installed files are taken. DeepSpeed's operators are built where
-they run."""
+"""Pure Python packages without a wheel: their installed files are copied. DeepSpeed builds its operators on
+the host."""
 NOT_NEEDED = ("ray/jars", "ray/rllib", "ray/dashboard/client", "bin")
 PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64")
 LIMIT = 60_000_000
@@ -43,18 +45,18 @@ python benchmarks/gpu.py --site gpu-site.tar.xz --only 0,1,2,4 --out results.jso
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--python", default="3.12", help="of the host")
+    parser.add_argument("--python", default="3.12", help="Python version of the host")
     parser.add_argument("--out", type=Path, default=ROOT / "dist")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    site, whole = args.out / "gpu-site.tar.xz", args.out / "orchestrator-gpu.tar"
+    site, bundled = args.out / "gpu-site.tar.xz", args.out / "orchestrator-gpu.tar"
     with tempfile.TemporaryDirectory(prefix="gpu-site-") as folder:
         fill(Path(folder), args.python)
         pack(Path(folder), site)
-    bundle(site, whole)
-    sizes = ", ".join(f"{path.name} {path.stat().st_size / 1e6:.1f} MB" for path in (site, whole))
+    bundle(site, bundled)
+    sizes = ", ".join(f"{path.name} {path.stat().st_size / 1e6:.1f} MB" for path in (site, bundled))
     print(f"{args.out}: {sizes}\n{HOWTO}", end="")
-    if whole.stat().st_size > LIMIT:
+    if bundled.stat().st_size > LIMIT:
         sys.exit(f"more than {LIMIT / 1e6:.0f} MB")
 
 
@@ -100,7 +102,7 @@ def copy_installed(package: Distribution, folder: Path) -> None:
 
 
 def pack(folder: Path, out: Path) -> None:
-    """An archive in a fixed order, without times and owners: the same packages give the same bytes."""
+    """Writes an archive in a fixed order, without times and owners: the same packages give the same bytes."""
     with tarfile.open(out, "w:xz", preset=6) as archive:
         for path in sorted(p for p in folder.rglob("*") if "__pycache__" not in p.parts):
             archive.add(path, path.relative_to(folder), recursive=False, filter=anonymous)
@@ -112,8 +114,7 @@ def anonymous(entry: tarfile.TarInfo) -> tarfile.TarInfo:
 
 
 def bundle(site: Path, out: Path) -> None:
-    """The files that git tracks, as they are in the working tree, with the packages and HOWTO. Not compressed
-    again."""
+    """Writes the files that git tracks, from the working tree, with the packages and HOWTO, uncompressed."""
     tracked = subprocess.run(
         ["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True, text=True
     ).stdout.split("\0")

@@ -1,11 +1,11 @@
-"""What accumulation costs: time per example and peak memory of one effective batch cut into K micro-batches.
+"""Cost of accumulation: time per example and peak memory of one effective batch cut into K micro-batches.
 
     python benchmarks/seed_arithmetic.py [--model tiny|50m]
 
-First table: one effective batch, K = 1, 4, 16, 64: memory falls with the micro-batch as activations do; the
-predicted peak of `orchestrator plan` stands beside the measured one. Second table: the micro-batch stays, K
-grows: time per example must not. One DeepSpeed rank and one thread per child process; the loss of every row
-must be the same.
+The first table has one effective batch and K = 1, 4, 16, 64: memory falls with the micro-batch as activations
+do, and the predicted peak of `orchestrator plan` is beside the measured one. In the second table the
+micro-batch stays and K grows: time per example must not grow. Each child process has one DeepSpeed rank and
+one thread; the loss of every row must be the same.
 """
 
 import argparse
@@ -36,17 +36,22 @@ STEPS = 3
 
 @dataclass(frozen=True)
 class Row:
-    """seconds: CPU seconds per example of the quickest step; measured, predicted: peak bytes beyond the bare
-    process."""
+    """One row of a table."""
 
     effective: int
+    """Examples of an optimizer step."""
     accumulations: int
+    """Number of micro-batches, K."""
     micro_batch: int
+    """Examples of a micro-batch."""
     parameters: int
     loss: float
     seconds: float
+    """CPU seconds per example of the quickest step."""
     measured: int
+    """Peak bytes beyond the bare process."""
     predicted: int
+    """The plan's prediction of the same."""
 
 
 def main() -> None:
@@ -92,7 +97,7 @@ def report(title: str, rows: list[Row]) -> None:
 
 
 def write_pairs(path: Path, count: int) -> None:
-    """Pairs of random words: prompts of 60-120 bytes, answers of 40-120."""
+    """Writes pairs of random words: prompts of 60-120 bytes, answers of 40-120."""
     draw = random.Random(0)
 
     def text(low: int, high: int) -> str:
@@ -128,7 +133,7 @@ def child(model: str, effective: int, micro: int, data: Path) -> Row:
 
 
 def measure(model: str, effective: int, micro: int, data_file: Path) -> Row:
-    """Steps of one rank under one cut, with the plan's prediction."""
+    """Measures the steps of one rank under one cut, beside the plan's prediction."""
     import torch
 
     from orchestrator.algorithms.table import build

@@ -1,12 +1,14 @@
 #!/bin/bash
-# Trains on this machine, on a Ray of its own with a dashboard and token authentication:
+# Trains on this machine, on a separate Ray with a dashboard and token authentication:
 #
 #     launch/local.sh RECIPE [a.b=c …] --output DIR
 #
-# takes what `orchestrator train` takes and ends with its exit code (75: run it again and it goes on). Ctrl-C or SIGTERM lets
-# the run write a checkpoint first. Without this script `orchestrator train` starts a Ray too, but one without a dashboard.
+# The script takes the arguments of `orchestrator train` and ends with its exit code (75: run it again and it
+# resumes). Ctrl-C or SIGTERM lets the run write a checkpoint first. Without this script `orchestrator train`
+# starts a Ray too, but one without a dashboard.
 #
-# RAY_PORT, DASHBOARD_PORT, RAY_START_OPTIONS (e.g. "--num-gpus=2"), START_TIMEOUT_S, PYTHON may be set.
+# Optional variables: RAY_PORT, DASHBOARD_PORT, RAY_START_OPTIONS (e.g. "--num-gpus=2"), START_TIMEOUT_S,
+# PYTHON.
 # shellcheck disable=SC2317 # functions called by trap
 
 set -euo pipefail
@@ -21,19 +23,20 @@ if (($# == 0)); then
     exit 64
 fi
 
-state=$(mktemp -d /tmp/ray-XXXXXX) # 0700; short, as sockets lie below it
+state=$(mktemp -d /tmp/ray-XXXXXX) # mode 0700; a short name, because paths of sockets are limited
 (umask 077 && head -c 32 /dev/urandom | od -An -v -tx1 | tr -d ' \n' >"$state/token")
-export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$state/token RAY_TMPDIR=$state RAY_worker_niceness=0 RAY_USAGE_STATS_ENABLED=${RAY_USAGE_STATS_ENABLED:-0}
+export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$state/token RAY_TMPDIR=$state RAY_worker_niceness=0
+export RAY_USAGE_STATS_ENABLED=${RAY_USAGE_STATS_ENABLED:-0}
 
 ray="" run=""
 finish() {
-    # `ray stop` would end every Ray of this user; the one that was started here ends with its `ray start --block`
+    # `ray stop` would end every Ray of this user; the Ray of this script ends with its `ray start --block`
     if [[ -n $ray ]] && kill -TERM "$ray" 2>/dev/null; then
         for _ in {1..200}; do
             kill -0 "$ray" 2>/dev/null || break
             sleep 0.1
         done
-        pkill -KILL -s "$ray" || true # its session: a helper of the dashboard outlives it
+        pkill -KILL -s "$ray" || true # the rest of its session: a helper of the dashboard outlives it
     fi
     rm -rf "$state"
 }
@@ -41,7 +44,7 @@ trap finish EXIT
 trap 'if [[ -n $run ]]; then kill -TERM "$run" 2>/dev/null || true; else exit 75; fi' TERM INT
 
 read -ra options <<<"${RAY_START_OPTIONS:-}"
-# a session of its own: Ctrl-C must reach the training, not Ray
+# a separate session: Ctrl-C must reach the training, not Ray
 setsid ray start --head --block --node-ip-address=127.0.0.1 --port="$RAY_PORT" --dashboard-host=127.0.0.1 \
     --dashboard-port="$DASHBOARD_PORT" "${options[@]}" >"$state/ray.log" 2>&1 </dev/null &
 ray=$!

@@ -1,4 +1,5 @@
-"""Counts what keeps the code easy to enter, each figure with its limit; exit code 1 if one is beyond it.
+"""Counts what makes code hard to read, each figure with its limit. Exit code 1 if a figure is above its
+limit.
 
     python tools/house.py [--list]
 
@@ -17,17 +18,20 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "orchestrator"
 WIDTH = 110
 WORDS = ("mend", "mends", "mended", "anew", "is no", "goes on", "where there is none", "trouble", "told")
-"""Words that read as translated: fix, again, is not a, continues, if there is none, problem, reported."""
+"""Words that read as translated. Better: fix, again, is not a, continues, if there is none, problem,
+reported."""
 
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """One count. places: what was counted, worst first; limit: the most that is allowed."""
+    """One count."""
 
     name: str
     value: int
     limit: int
+    """The largest value that is allowed."""
     places: tuple[str, ...]
+    """What was counted, worst first."""
 
 
 def figures() -> Iterator[Figure]:
@@ -87,7 +91,7 @@ def wide_lines() -> Iterator[str]:
 
 
 def listed_words() -> Iterator[str]:
-    """Whole words in the code, the docs and the README; docs/log.md is a diary and counts too."""
+    """Places of the listed words in the code, the docs (docs/log.md too) and the README."""
     pattern = re.compile(rf"\b({'|'.join(map(re.escape, WORDS))})\b", re.IGNORECASE)
     for file in [*python_files(PACKAGE), *sorted((ROOT / "docs").rglob("*.md")), ROOT / "README.md"]:
         for number, line in enumerate(file.read_text().splitlines(), start=1):
@@ -95,7 +99,7 @@ def listed_words() -> Iterator[str]:
 
 
 def import_circles() -> list[list[str]]:
-    """Groups of modules that import each other, over however many steps, imports inside functions included."""
+    """Groups of modules that import each other, directly or not, imports inside functions included."""
     modules = {module_name(file): file for file in python_files(PACKAGE) if file.stem != "__init__"}
     imports = {module: imported_modules(file) & modules.keys() for module, file in modules.items()}
     reached = {module: reachable(module, imports) for module in imports}
@@ -113,13 +117,13 @@ def module_name(file: Path) -> str:
 
 def imported_modules(file: Path) -> set[str]:
     """Modules that a file imports; `from a import b` may name the module a or the module a.b."""
-    found: set[str] = set()
+    modules: set[str] = set()
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module:
-            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+            modules |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
         elif isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-    return found
+            modules |= {alias.name for alias in node.names}
+    return modules
 
 
 def reachable(module: str, imports: dict[str, set[str]]) -> set[str]:

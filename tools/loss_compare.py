@@ -1,15 +1,15 @@
-"""Loss, gradient norm, reward and exported weights of the tiny recipes' first four steps, to compare: a
-change that claims to leave the numbers alone shows it.
+"""Compares loss, gradient norm, reward and exported weights of the tiny recipes' first four steps: a change
+that claims to leave the numbers alone shows it.
 
-    # runs the recipes with this checkout, one FOLDER/RECIPE.json each
+    # runs the recipes with this checkout and writes FOLDER/RECIPE.json
     python tools/loss_compare.py record FOLDER [RECIPE ...]
-    # to the last digit; exit code 1 and the first difference if they differ
+    # compares to the last digit; exit code 1 and the differences if they differ
     python tools/loss_compare.py compare A B [RECIPE ...]
 
-A and B are folders of recorded curves, or checkouts, whose recipes are then run. Digits are those of one
-machine; `--rel 1e-5` is for curves of two. Every stage of a pipeline takes four steps. Answers of a model
-that has learned nothing earn no reward by exact match, so the online recipes are given a reward that is dense
-(tests/golden/near.py) beside their own.
+A and B are folders of recorded curves, or checkouts, whose recipes are then run. Equal digits need one
+machine; use `--rel 1e-5` for curves of two machines. Every stage of a pipeline takes four steps. An untrained
+model's answers earn no reward by exact match, so the online recipes get a dense reward function
+(tests/golden/near.py).
 """
 
 import argparse
@@ -31,7 +31,7 @@ from safetensors.numpy import load_file
 REPOSITORY = Path(__file__).resolve().parent.parent
 RECIPES = ("sft", "reward", "dpo", "kto", "demo", "grpo", "grpo_tool", "ppo", "rloo", "online_dpo", "rlhf")
 ONLINE = {"grpo": "grpo", "grpo_tool": "grpo", "ppo": "ppo", "rloo": "rloo", "online_dpo": "online_dpo"}
-"""Stage that samples, by recipe. rlhf has a reward model, which is dense."""
+"""The stage that samples, by recipe. rlhf is missing: its reward model is dense already."""
 SMALL = (
     "run.max_steps=4",
     "evaluation.every=null",
@@ -46,17 +46,21 @@ LIMIT_S = 600.0
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """One stage of a recipe. steps: the compared metrics of each step; sha256, norm: of the exported weights."""
+    """One stage of a recipe."""
 
     stage: str
+    """Name of the stage; empty for a recipe that is not a pipeline."""
     steps: list[dict[str, float]]
+    """The compared metrics of each step."""
     sha256: str
+    """Digest of the exported weights."""
     norm: float
+    """Norm of the exported weights."""
 
 
 def record(recipe: str, checkout: Path = REPOSITORY) -> list[Curve]:
-    """Runs a tiny recipe with a checkout's code in processes of its own; RuntimeError with its last words if
-    it fails."""
+    """Runs a tiny recipe with a checkout's code in separate processes. Raises RuntimeError with the end of
+    its output if it fails."""
     overrides = list(SMALL)
     if recipe in ONLINE:
         near = f"{{name: near, function: {REPOSITORY / 'tests' / 'golden' / 'near.py'}:near}}"
@@ -108,16 +112,17 @@ def read(path: Path) -> list[Curve]:
 
 
 def write(path: Path, curves: Sequence[Curve]) -> None:
-    """Records curves; floats are written so that they are read back to the last bit."""
+    """Writes curves; floats keep every bit."""
     path.write_text(json.dumps([asdict(curve) for curve in curves], indent=1) + "\n")
 
 
-def differences(one: Sequence[Curve], other: Sequence[Curve], rel: float) -> Iterator[str]:
-    """What differs by more than rel of the number; with rel 0 every bit counts, the weights' included."""
-    if [curve.stage for curve in one] != [curve.stage for curve in other]:
-        yield f"stages {[curve.stage for curve in one]} and {[curve.stage for curve in other]}"
+def differences(first: Sequence[Curve], second: Sequence[Curve], rel: float) -> Iterator[str]:
+    """Yields what differs by more than `rel` of the number; with rel 0 every bit counts, also of the
+    weights."""
+    if [curve.stage for curve in first] != [curve.stage for curve in second]:
+        yield f"stages {[curve.stage for curve in first]} and {[curve.stage for curve in second]}"
         return
-    for a, b in zip(one, other, strict=True):
+    for a, b in zip(first, second, strict=True):
         for step, (x, y) in enumerate(zip(a.steps, b.steps, strict=True), start=1):
             yield from (f"{a.stage} step {step}: {difference}" for difference in _differing(x, y, rel))
         yield from (
@@ -161,15 +166,15 @@ def main() -> int:
         return 0
     failed = False
     for recipe in recipes:
-        one, other = (
+        first, second = (
             record(recipe, side.resolve())
             if (side / "orchestrator").is_dir()
             else read(side / f"{recipe}.json")
             for side in (args.a, args.b)
         )
-        found = list(differences(one, other, args.rel))
-        failed = failed or bool(found)
-        print(f"{recipe}: {'; '.join(found) or 'equal'}", flush=True)
+        lines = list(differences(first, second, args.rel))
+        failed = failed or bool(lines)
+        print(f"{recipe}: {'; '.join(lines) or 'equal'}", flush=True)
     return int(failed)
 
 

@@ -1,1 +1,1 @@
-"""The stages of benchmarks/gpu.py, each run in processes of its own."""
+"""The stages of benchmarks/gpu.py. Each part of a stage runs in a separate process."""

@@ -1,7 +1,7 @@
-"""Stage 1: one row under block masks gives the log-probs and gradients of padded rows, with few graphs; the
-head is as exact as its type.
+"""Stage 1: one row under block masks gives the log-probs and gradients of padded rows, with few graphs, and
+the head is as exact as its type.
 
-On a CPU Dynamo's graphs run eagerly: that proves masks, rows, gradients and the number of graphs, not the
+On a CPU Dynamo's graphs run eagerly: that proves masks, rows, gradients and the number of graphs, but not the
 kernel.
 """
 
@@ -28,13 +28,13 @@ from orchestrator.recipe.schema import TinyModel
 MIXED = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 50}
 MODELS = {"llama": {}, "qwen3": {**MIXED, "use_sliding_window": True}, "gemma2": MIXED}
 EXACT, NOISE = 1e-5, 2.0
-"""fp32: largest difference of log-probs in nat, and of gradients in norm. bf16: at most this multiple of what
-padded rows in bf16 are off."""
+"""EXACT: largest difference in fp32, of log-probs in nat and of gradients in norm. NOISE: largest error in
+bf16, as a multiple of the error of padded rows in bf16."""
 MICRO_BATCHES = 30
 VOCABULARY = 128256
 HEAD = {torch.float32: (1e-5, 1e-5), torch.bfloat16: (3e-2, 1e-2)}
-"""The head against fp64 on the same inputs: log-probs in nat; gradients in norm. In bf16 a logit of 4 is
-rounded by 8e-3."""
+"""Largest error of the head against fp64 on the same inputs: log-probs in nat, gradients in norm. In bf16 a
+logit of 4 is rounded by 8e-3."""
 
 
 def run(bench: Bench) -> None:
@@ -56,21 +56,24 @@ def run(bench: Bench) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
-    """logps: of all scored tokens, sequence after sequence; gradient: of all parameters."""
+class Outputs:
+    """What a model computes for a micro-batch."""
 
     logps: Tensor
+    """Float[N], log-probs of all scored tokens, sequence after sequence."""
     gradient: Tensor
+    """Gradients of all parameters, flat."""
 
-    def apart(self, other: "Found") -> tuple[float, float]:
-        """(largest difference of log-probs, of the gradients in norm, relative)."""
+    def apart(self, other: "Outputs") -> tuple[float, float]:
+        """(largest difference of log-probs, relative difference of the gradients in norm)."""
         gap = float((self.logps - other.logps).abs().max())
         return gap, float((self.gradient - other.gradient).norm() / other.gradient.norm())
 
 
 def model_of(architecture: str, device: torch.device) -> ScoringModel:
-    """Weights drawn wide, so that attention is far from uniform."""
-    cfg = TinyModel(architecture=architecture, hidden_size=128, layers=2, heads=4, kv_heads=2)  # pyright: ignore[reportCallIssue]
+    """A random model with wide weights, so that attention is far from uniform."""
+    sizes = {"architecture": architecture, "hidden_size": 128, "layers": 2, "heads": 4, "kv_heads": 2}
+    cfg = TinyModel.model_validate(sizes)
     model = build(cfg, 0, AutoModelForCausalLM, **MODELS[architecture])
     for parameter in model.parameters():
         if parameter.dim() > 1:
@@ -89,8 +92,8 @@ def pairs(draw: random.Random, count: int, prompt: int, answer: int) -> list[Seq
     return [SequenceGroup(i, tokens(prompt), (branch(), branch())) for i in range(count)]
 
 
-def found(model: ScoringModel, rows: MicroBatch, device: torch.device) -> Found:
-    """Log-probs, and gradients of a sum in which every sequence has a weight of its own."""
+def outputs(model: ScoringModel, rows: MicroBatch, device: torch.device) -> Outputs:
+    """Log-probs, and gradients of a sum in which every sequence has a different weight."""
     model.zero_grad()
     logps = run_forward(model, MicroBatchTensors.of(rows, device)).values
     (logps * torch.cos(torch.tensor(rows.sequence, device=device) + 1.0)).sum().backward()
@@ -98,25 +101,25 @@ def found(model: ScoringModel, rows: MicroBatch, device: torch.device) -> Found:
         values for branches in by_branch(rows, logps.detach().float().cpu().numpy()) for values in branches
     ]
     gradient = torch.cat([p.grad.float().flatten().cpu() for p in model.parameters() if p.grad is not None])
-    return Found(torch.from_numpy(np.concatenate(by_sequence)), gradient)
+    return Outputs(torch.from_numpy(np.concatenate(by_sequence)), gradient)
 
 
 def equal(bench: Bench, architecture: str, device: torch.device) -> None:
-    """fp32 to rounding; bf16 no further from fp32 than padded rows in bf16 are."""
+    """In fp32 equal to rounding; in bf16 about as near to fp32 as padded rows in bf16."""
     groups = pairs(random.Random(1), 3, 120, 120)
     row, padded = pack(groups, "prefix_shared", one_row=True), pack(groups, "padded")
     model = model_of(architecture, device)
-    truth = found(model, padded, device)
+    truth = outputs(model, padded, device)
     bench.below(
         f"{architecture} fp32, one row off padded rows: log-probs, gradients",
-        found(model, row, device).apart(truth),
+        outputs(model, row, device).apart(truth),
         EXACT,
     )
-    blind = found(model, replace(row, branch=np.zeros_like(row.branch)), device).apart(truth)
+    blind = outputs(model, replace(row, branch=np.zeros_like(row.branch)), device).apart(truth)
     bench.above(f"{architecture} fp32, control: answers that see each other", blind[0], 1e-2)
     placed(model, device, torch.bfloat16)
-    noise, noise_slope = found(model, padded, device).apart(truth)
-    gap, slope = found(model, row, device).apart(truth)
+    noise, noise_slope = outputs(model, padded, device).apart(truth)
+    gap, slope = outputs(model, row, device).apart(truth)
     bench.below(
         f"{architecture} bf16, one row off fp32: same, in units of padded rows",
         (gap / noise, slope / noise_slope),
@@ -125,8 +128,9 @@ def equal(bench: Bench, architecture: str, device: torch.device) -> None:
 
 
 def ragged(bench: Bench, architecture: str, device: torch.device) -> None:
-    """A run's shapes, with gradients and without, from a clean slate: how many graphs they need. A call that
-    would run uncompiled is an error by itself."""
+    """Counts the graphs for a run's shapes, with gradients and without, after a reset of Dynamo.
+
+    A call that would run uncompiled is an error by itself."""
     torch._dynamo.reset()
     draw, model = random.Random(2), model_of(architecture, device)
     placed(model, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
@@ -150,7 +154,7 @@ def ragged(bench: Bench, architecture: str, device: torch.device) -> None:
 
 
 def head(bench: Bench, dtype: torch.dtype, device: torch.device) -> None:
-    """Log-probs and gradients of the chunked head at a real vocabulary against fp64."""
+    """Compares log-probs and gradients of the chunked head at a real vocabulary with fp64."""
     count, hidden = (5000, 512) if device.type == "cuda" else (100, 32)
     torch.manual_seed(0)
     rows = torch.randn(count, hidden, device=device).to(dtype).requires_grad_()
@@ -183,11 +187,11 @@ def exactly(
     grads: list[Tensor] = []
     for start in range(0, len(rows), chunk):
         part = slice(start, start + chunk)
-        some = rows[part].detach().double().requires_grad_()
-        logps = torch.log_softmax(some @ precise.t(), -1).gather(1, targets[part, None])[:, 0]
+        states = rows[part].detach().double().requires_grad_()
+        logps = torch.log_softmax(states @ precise.t(), -1).gather(1, targets[part, None])[:, 0]
         (logps * weights[part]).sum().backward()
-        assert some.grad is not None
+        assert states.grad is not None
         parts.append(logps.detach())
-        grads.append(some.grad)
+        grads.append(states.grad)
     assert precise.grad is not None
     return torch.cat(parts), torch.cat(grads), precise.grad

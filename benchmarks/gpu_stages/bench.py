@@ -1,4 +1,5 @@
-"""What the stages share: what they find (one JSON line each), where they run, and how much time is left.
+"""What the stages share: records of results (one JSON line each), surroundings, and the time left.
+
 Imports no torch."""
 
 import json
@@ -14,51 +15,60 @@ from typing import Any, TextIO
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """What a result was measured on. command: as it was given."""
+    """The machine of a measurement."""
 
     device: str
+    """`cuda` or `cpu`."""
     card: str
+    """Name of the device. Example: NVIDIA H100 80GB HBM3."""
     versions: str
     command: str
+    """The command line as it was typed."""
     date: str
 
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One comparison. ok: the result keeps the limit. goal: a speed to reach; missing it is told and on a CPU
-    fails nothing."""
+    """One comparison of a result with a limit."""
 
     stage: int
     name: str
     result: str
     limit: str
     ok: bool
+    """True if the result keeps the limit."""
     goal: bool = False
+    """True for a speed to reach: a miss is reported, and on a CPU fails nothing."""
 
 
 @dataclass(frozen=True, slots=True)
 class Speed:
-    """One contestant's training steps at one shape. tokens_per_s: prompts counted once per answer, as TRL
-    counts; mfu: of the model's FLOPs at the positions it computed; peak_gb: allocated (on a CPU: resident);
-    plan_gb: predicted. losses: of the first two steps; norm: of the first gradient."""
+    """One contestant's training steps at one shape."""
 
     stage: int
     shape: str
     who: str
+    """`ours` or `TRL`."""
     setting: str
     tokens_per_s: float
+    """Tokens with prompts counted once per answer, as TRL counts."""
     step_s: float
     mfu: float
+    """Share of the peak rate, by the model's FLOPs at the positions that were computed."""
     peak_gb: float
+    """Peak of allocated memory; on a CPU of resident memory."""
     reserved_gb: float
     losses: tuple[float, ...]
+    """Losses of the first steps."""
     norm: float
+    """Norm of the first gradient."""
     plan_gb: float | None = None
+    """Memory that the plan predicts."""
 
 
 @dataclass(frozen=True, slots=True)
 class Note:
-    """A measurement that is compared with nothing, or what was left out and why."""
+    """A measurement without a limit, or the reason why one was left out."""
 
     stage: int
     name: str
@@ -67,12 +77,13 @@ class Note:
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """A part of a stage is over. error: the last thing it said, where it failed or was ended at its deadline."""
+    """The end of a part of a stage."""
 
     stage: int
     part: str
     seconds: float
     error: str | None
+    """Its last line if it failed, or that its deadline passed."""
 
 
 Record = Machine | Check | Speed | Note | Ended
@@ -104,19 +115,22 @@ def append(path: Path, record: Record) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Bench:
-    """A stage's surroundings. work: an empty folder; ends: time.monotonic() of its deadline; terminal: where
-    results are said."""
+    """The surroundings of a stage."""
 
     stage: int
     device: str
     out: Path
+    """File to append records to."""
     work: Path
+    """An empty folder."""
     ends: float
+    """time.monotonic() of the deadline."""
     terminal: TextIO = sys.stdout
+    """Stream for results."""
 
     @property
     def small(self) -> bool:
-        """On a CPU everything runs in little."""
+        """True on a CPU, where everything runs at small sizes."""
         return self.device == "cpu"
 
     @property
@@ -124,12 +138,12 @@ class Bench:
         return self.ends - time.monotonic()
 
     def add(self, record: Record) -> None:
-        """Writes a record and says it."""
+        """Writes a record and prints it."""
         append(self.out, record)
-        print(said(record), file=self.terminal, flush=True)
+        print(describe(record), file=self.terminal, flush=True)
 
     def below(self, name: str, value: float | tuple[float, ...], limit: float, *, goal: bool = False) -> None:
-        """Each value must be at most limit; nan is not."""
+        """Checks that each value is at most limit; nan fails."""
         values = value if isinstance(value, tuple) else (value,)
         text = ", ".join(f"{v:.3g}" for v in values)
         self.add(Check(self.stage, name, text, f"<= {limit:g}", all(v <= limit for v in values), goal))
@@ -137,15 +151,15 @@ class Bench:
     def above(self, name: str, value: float, limit: float, *, goal: bool = False) -> None:
         self.add(Check(self.stage, name, f"{value:.3g}", f">= {limit:g}", bool(value >= limit), goal))
 
-    def holds(self, name: str, ok: bool, found: str, limit: str) -> None:
-        self.add(Check(self.stage, name, found, limit, ok))
+    def holds(self, name: str, ok: bool, result: str, limit: str) -> None:
+        self.add(Check(self.stage, name, result, limit, ok))
 
     def note(self, name: str, text: str) -> None:
         self.add(Note(self.stage, name, text))
 
     @contextmanager
     def attempt(self, name: str) -> Iterator[None]:
-        """A check that breaks is a failed check, and the next one is made all the same."""
+        """Turns an exception into a failed check; the next check runs all the same."""
         try:
             yield
         except Exception as error:
@@ -157,8 +171,8 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [""])[0][:200]
 
 
-def said(record: Record) -> str:
-    """One line for the terminal."""
+def describe(record: Record) -> str:
+    """A record as one line for the terminal."""
     if isinstance(record, Check):
         verdict = "ok    " if record.ok else "MISSED" if record.goal else "FAILED"
         return f"[{record.stage}] {verdict} {record.name}: {record.result} ({record.limit})"

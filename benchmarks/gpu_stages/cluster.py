@@ -1,5 +1,5 @@
 """Stage 3: the program as users start it, with Ray: GRPO with both decoders, every transport of weights, a
-worker that is killed."""
+killed worker."""
 
 import hashlib
 import json
@@ -29,8 +29,8 @@ SMALL = {
 REWARD = "def even(completions, **_):\n    return [sum(map(ord, text)) % 2 for text in completions]\n"
 """A reward that random policies earn half of the time."""
 GAP = {"cuda": 1e-3, "cpu": 1e-4}
-"""nat per token between the generator's log-probs and the learner's, in fp32, with other kernels on each
-side."""
+"""Largest gap between the generator's log-probs and the learner's, in nat per token, in fp32 with different
+kernels on each side."""
 
 
 def run(bench: Bench) -> None:
@@ -38,9 +38,8 @@ def run(bench: Bench) -> None:
 
     from orchestrator.cluster.placement import connect
 
-    with tempfile.TemporaryDirectory(
-        prefix="o"
-    ) as ray_folder:  # short: the path of a socket below it has 107 characters at most
+    # a short name: the path of a socket below it has 107 characters at most
+    with tempfile.TemporaryDirectory(prefix="o") as ray_folder:
         os.environ["RAY_TMPDIR"] = ray_folder
         os.environ.pop("RAY_ADDRESS", None)
         connect()
@@ -58,7 +57,7 @@ def run(bench: Bench) -> None:
 
 
 def shares(bench: Bench) -> dict[str, Any]:
-    """A learner and a rollout actor on one GPU, or on half a CPU each."""
+    """Sections for a learner and a rollout actor on one GPU, or on half a CPU each."""
     half = {"gpus_per_worker": 0.5} if bench.device == "cuda" else {"cpus_per_worker": 0.5}
     return {
         "learners": {"workers": 1, **half},
@@ -66,8 +65,8 @@ def shares(bench: Bench) -> dict[str, Any]:
     }
 
 
-def made(bench: Bench, **sections: Mapping[str, Any]) -> Recipe:
-    """A recipe from SMALL, what this machine has, and `sections`."""
+def recipe_with(bench: Bench, **sections: Mapping[str, Any]) -> Recipe:
+    """A recipe from SMALL, the resources of this machine, and `sections`."""
     base = {**SMALL, **shares(bench)}
     return Recipe.model_validate(
         {**base, **{name: {**base.get(name, {}), **keys} for name, keys in sections.items()}}
@@ -75,20 +74,20 @@ def made(bench: Bench, **sections: Mapping[str, Any]) -> Recipe:
 
 
 def trained(bench: Bench, name: str, recipe: Recipe) -> Path:
-    """The folder of a run, with all it said beside it."""
+    """Trains and returns the run folder; the output is in a text file beside it."""
     from rich.console import Console
 
     from orchestrator.run.supervise import train
 
-    with (bench.work / f"{name}.txt").open("w") as said:
-        return train(recipe, bench.work / name, Console(file=said, width=200)).folder
+    with (bench.work / f"{name}.txt").open("w") as output:
+        return train(recipe, bench.work / name, Console(file=output, width=200)).folder
 
 
 def grpo(bench: Bench, batching: str) -> None:
-    """Some steps; the generator's log-probs are the learner's."""
+    """Takes some steps; the generator's log-probs must be the learner's."""
     reward, steps = bench.work / "reward.py", 2 if bench.small else 4
     reward.write_text(REWARD)
-    recipe = made(
+    recipe = recipe_with(
         bench,
         run={"max_steps": steps},
         data={"train": "toy:prompts"},
@@ -111,7 +110,7 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def transports(bench: Bench) -> None:
-    """New weights through every transport: the actor's are the learner's, bit by bit."""
+    """Sends new weights through every transport: the actor's must equal the learner's, bit by bit."""
     from orchestrator.cluster.learner_group import LearnerGroup
     from orchestrator.cluster.rollout_pool import RolloutPool
     from orchestrator.cluster.weight_sync import BroadcastSync, CudaIpcSync, ObjectStoreSync
@@ -120,7 +119,7 @@ def transports(bench: Bench) -> None:
     from orchestrator.data.micro_batches import cut_step
     from orchestrator.learner.rank_learner import LearnerSpec
 
-    recipe = made(bench, algorithm={"name": "orpo"}, rollouts={"max_new_tokens": 4})
+    recipe = recipe_with(bench, algorithm={"name": "orpo"}, rollouts={"max_new_tokens": 4})
     cut = Cut(workers=1, examples=2, positions=None, layout="padded", zero_stage=0, sync="no_sync")
     kinds: list[Callable[..., Any]] = [
         ObjectStoreSync,
@@ -152,14 +151,14 @@ def transports(bench: Bench) -> None:
 
 
 def digest(named: Iterator[tuple[str, torch.Tensor]]) -> str:
-    found = hashlib.sha256()
+    sha256 = hashlib.sha256()
     for name, tensor in sorted(named):
-        found.update(name.encode() + tensor.detach().float().cpu().contiguous().numpy().tobytes())
-    return found.hexdigest()
+        sha256.update(name.encode() + tensor.detach().float().cpu().contiguous().numpy().tobytes())
+    return sha256.hexdigest()
 
 
 def learner_digest(learner: Any) -> str:
-    """In a learner's process: its weights by Hugging Face name."""
+    """Digest of a learner's weights by Hugging Face name. Runs in the learner's process."""
     from orchestrator.learner.state import full_weights
 
     names = learner.scoring.hf_names()
@@ -171,11 +170,11 @@ def actor_digest(worker: Any) -> str:
 
 
 def killed_worker(bench: Bench) -> None:
-    """A learner dies in step 3 of 5: the run goes on from the checkpoint before and ends with the weights of
-    an undisturbed one."""
+    """Kills a learner in step 3 of 5: the run resumes from the last checkpoint and must end with the weights
+    of an undisturbed run."""
     folders = {}
     for name in ("calm", "killed"):
-        recipe = made(
+        recipe = recipe_with(
             bench,
             run={"max_steps": 5},
             algorithm={"name": "dpo"},
@@ -191,7 +190,7 @@ def killed_worker(bench: Bench) -> None:
         1e-5 if bench.device == "cuda" else 0.0
     )  # a GPU's backward may add in another order
     text = ("bitwise equal" if apart == 0.0 else f"{apart:.1e} apart") + (
-        "" if happened else ", but nobody was killed"
+        "" if happened else ", but no worker was killed"
     )
     bench.holds("weights after a killed worker", equal, text, "bitwise" if bench.small else "<= 1e-05")
 

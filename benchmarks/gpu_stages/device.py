@@ -1,4 +1,4 @@
-"""The device of a stage: waiting for it, what it can reach at best, what it holds."""
+"""The device of a stage: synchronisation, best rates, memory."""
 
 import gc
 import time
@@ -8,7 +8,7 @@ import torch
 
 
 def settle(device: torch.device) -> None:
-    """Waits until the device has done all it was given."""
+    """Waits until the device has finished all its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -16,7 +16,7 @@ def settle(device: torch.device) -> None:
 def seconds(
     work: Callable[[], object], device: torch.device, repeats: int = 3, *, warm: bool = True
 ) -> float:
-    """The quickest of some repetitions, after one that is not counted."""
+    """Seconds of the quickest repetition, after one that is not counted."""
     if warm:
         work()
     best = float("inf")
@@ -37,8 +37,8 @@ def matmul_flops(device: torch.device) -> float:
 
 
 def peak_flops(device: torch.device) -> float:
-    """What MFU is a share of: the data sheet's dense bf16 rate (TRL's table), or the measured product where
-    there is none."""
+    """FLOP/s that MFU is relative to: the data sheet's dense bf16 rate (TRL's table), or the measured matrix
+    product if the card is not in the table."""
     if device.type == "cuda":
         from trl.trainer.utils import get_peak_flops
 
@@ -49,19 +49,19 @@ def peak_flops(device: torch.device) -> float:
 
 
 def copy_rate(device: torch.device) -> float:
-    """Bytes per second read and written by a copy within the device."""
+    """Bytes per second that a copy within the device reads and writes."""
     source = torch.empty((1 << 30) if device.type == "cuda" else (1 << 26), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return 2.0 * source.numel() / seconds(lambda: target.copy_(source), device)
 
 
 def release(device: torch.device) -> None:
-    """Gives back what dead engines and tracebacks held."""
+    """Frees what dead engines and tracebacks held."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
 
 def reserved(device: torch.device) -> int:
-    """Most bytes that the allocator has taken from a GPU; on a CPU nobody reserves."""
+    """Most bytes that the allocator has reserved on a GPU; 0 on a CPU."""
     return torch.cuda.max_memory_reserved(device) if device.type == "cuda" else 0

@@ -60,16 +60,16 @@ def versions(device: torch.device) -> str:
     )
     text = f"Python {sys.version.split()[0]}, " + ", ".join(map(of, names))
     if device.type == "cuda":
-        found = torch.cuda.get_device_properties(device)
+        gpu = torch.cuda.get_device_properties(device)
         text += (
-            f", CUDA {torch.version.cuda}, {found.name}, {found.total_memory / 2**30:.1f} GiB, "
+            f", CUDA {torch.version.cuda}, {gpu.name}, {gpu.total_memory / 2**30:.1f} GiB, "
             f"{torch.cuda.device_count()} GPUs"
         )
     return text
 
 
 def broken_imports() -> list[str]:
-    """Modules of this project, and libraries it stands on, that cannot be imported, and why."""
+    """Modules of this project and its libraries that cannot be imported, each with the reason."""
     import orchestrator
 
     modules = [
@@ -81,28 +81,29 @@ def broken_imports() -> list[str]:
     for name in (*LIBRARIES, *modules):
         try:
             importlib.import_module(name)
-        except Exception as error:  # whatever a library raises: all of them are told at once
+        except Exception as error:  # whatever a library raises: one message lists them all
             broken.append(f"{name}: {type(error).__name__}: {first_line(error)}")
     return broken
 
 
 def plan(bench: Bench) -> None:
-    """`plan tiny/dpo` ends with 0, in a process that sees every GPU of this host."""
+    """Checks that `plan tiny/dpo` ends with 0, in a process that sees every GPU of this host."""
     command = [sys.executable, "-m", "orchestrator", "plan", "tiny/dpo"]
     done = subprocess.run(
         command, capture_output=True, text=True, cwd=bench.work, env={**os.environ, "COLUMNS": "200"}
     )
-    said = (done.stderr.strip() or done.stdout.strip()).splitlines()
+    lines = (done.stderr.strip() or done.stdout.strip()).splitlines()
     bench.holds(
         "plan tiny/dpo",
         done.returncode == 0,
-        "exit 0" if done.returncode == 0 else f"exit {done.returncode}: {said[-1][:150]}",
+        "exit 0" if done.returncode == 0 else f"exit {done.returncode}: {lines[-1][:150]}",
         "exit 0",
     )
 
 
 def compile_flex(device: torch.device) -> float:
-    """Seconds of the first compiled call with its backward. Needs a C compiler and Python.h on a GPU host."""
+    """Seconds of the first compiled call with its backward. It needs a C compiler and Python.h on a GPU
+    host."""
     from gpu_stages.pretend import compiled_flex
 
     flex = compiled_flex(device)

@@ -1,5 +1,5 @@
-"""roles.Learner in this process: one rank with the verbs of a worker group, for what is written for groups
-(verify, Stepper)."""
+"""roles.Learner in this process: one rank with the methods of a learner group, for code that is written for
+groups (verify, OptimizerStepper)."""
 
 import socket
 from collections.abc import Callable
@@ -31,7 +31,7 @@ def join(device: torch.device) -> ProcessGroup:
 
 
 class LocalGroup:
-    """What cluster.workers.LearnerGroup is, without Ray."""
+    """The methods of cluster.learner_group.LearnerGroup, without Ray."""
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.group = device, join(device)

@@ -1,7 +1,7 @@
-"""FlexAttention on a device; on a CPU with what torch can do there: Dynamo's graphs run eagerly.
+"""FlexAttention on a device. On a CPU Dynamo's graphs run eagerly.
 
-torch refuses FlexAttention's backward on a CPU though its eager mathematics can do it; with the check off,
-masks, padding, gradients and the number of compilations are those of a GPU. The kernel is not.
+torch refuses FlexAttention's backward on a CPU although its eager mathematics can compute it. Without that
+check, masks, padding, gradients and the number of compilations are those of a GPU; the kernel is not.
 """
 
 from typing import Any
@@ -20,5 +20,5 @@ def compiled_flex(device: torch.device) -> Any:
 
 
 def allow_backward() -> None:
-    """Takes off torch's refusal of a backward on a CPU, in this process."""
+    """Disables torch's refusal of a backward on a CPU, in this process."""
     flex_attention._validate_device = lambda *_: None

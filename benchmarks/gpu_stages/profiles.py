@@ -1,4 +1,4 @@
-"""Stage 5: where the time of a step goes. Measurements, no checks."""
+"""Stage 5: how the time of a step divides. Measurements without checks."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -32,8 +32,8 @@ def run(bench: Bench) -> None:
 
 
 def profile_step(bench: Bench, device: torch.device) -> None:
-    """The kernels that take most of one forward and backward, and the share of time in which the device had
-    none."""
+    """Notes the kernels with most time in one forward and backward, and the share of time without a
+    kernel."""
     shape = next((s for s in shapes(bench.device) if s.name.startswith("7B")), shapes(bench.device)[0])
     step = stepper(replace(shape, pairs=4), device)
     step()
@@ -63,7 +63,7 @@ def profile_step(bench: Bench, device: torch.device) -> None:
 
 
 def stepper(shape: Shape, device: torch.device) -> Callable[[], object]:
-    """One forward and backward of the learner, and its optimizer step."""
+    """A function that runs one forward and backward of the learner and its optimizer step."""
     recipe = shape.recipe(device.type)
     cut = cut_of(recipe, 2)
     learner = RankLearner(LearnerSpec(recipe, cut, 4), join(device), device, loaded=on_device(recipe, device))
@@ -78,26 +78,26 @@ def stepper(shape: Shape, device: torch.device) -> Callable[[], object]:
 
 
 def head(bench: Bench, device: torch.device) -> None:
-    """The head alone, forward and backward, by positions per chunk."""
+    """Times the head alone, forward and backward, by positions per chunk."""
     gpu = device.type == "cuda"
     count, hidden, vocabulary = (8192, 4096, 128256) if gpu else (256, 64, 8192)
     dtype = torch.bfloat16 if gpu else torch.float32
     rows = torch.randn(count, hidden, device=device, dtype=dtype).requires_grad_()
     weight = (torch.randn(vocabulary, hidden, device=device, dtype=dtype) * 0.02).requires_grad_()
     targets = torch.randint(vocabulary, (count,), device=device)
-    found = []
+    times = []
     for chunk in (130, 1024, 4096, 8192) if gpu else (32, 256):
         spec = HeadSpec(chunk=chunk)
 
         def once(spec: HeadSpec = spec) -> None:
             chunked_logprobs(rows, weight, None, targets, spec).logps.sum().backward()
 
-        found.append(f"{chunk}: {1e6 * seconds(once, device, 1) / count:.1f}")
-    bench.note(f"*head, us per scored token at V={vocabulary} by positions per chunk", ", ".join(found))
+        times.append(f"{chunk}: {1e6 * seconds(once, device, 1) / count:.1f}")
+    bench.note(f"*head, us per scored token at V={vocabulary} by positions per chunk", ", ".join(times))
 
 
 def attention(bench: Bench, device: torch.device) -> None:
-    """Causal attention, forward and backward: TFLOP/s of our compiled FlexAttention and of SDPA."""
+    """Measures causal attention, forward and backward: TFLOP/s of our compiled FlexAttention and of SDPA."""
     from torch.nn.attention.flex_attention import create_block_mask
 
     flex = compiled_flex(device)

@@ -1,4 +1,4 @@
-"""Models of known shapes without their weights, and made-up preference pairs for them."""
+"""Models of known shapes with random weights, and random preference pairs for them."""
 
 from dataclasses import dataclass
 
@@ -16,18 +16,22 @@ BETA = 0.1
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """sizes: of model.tiny. prompt, answer: tokens; every answer is as long as another, as padding is not
-    what is compared."""
+    """A model and a batch of pairs. All answers have the same length, because padding is not compared."""
 
     name: str
     sizes: dict[str, object]
+    """Keys of model.tiny."""
     pairs: int
+    """Pairs of one optimizer step."""
     prompt: int
+    """Tokens of a prompt."""
     answer: int
+    """Tokens of an answer."""
     rate: float
+    """Learning rate."""
 
     def recipe(self, device: str, checkpointing: Checkpointing = "none", fused: bool = False) -> Recipe:
-        """DPO as the learner is given it. bf16 with fp32 master weights on a GPU, fp32 on a CPU."""
+        """A DPO recipe for the learner: bf16 with fp32 master weights on a GPU, fp32 on a CPU."""
         gpu = device == "cuda"
         return Recipe.model_validate(
             {
@@ -50,9 +54,10 @@ class Shape:
         return made_pairs(self.pairs, self.prompt, self.answer)
 
     def flops(self, device: str, shared: bool) -> float:
-        """Model FLOPs of one step, forward and backward, nothing recomputed: 6 per weight and position, 12
-        per head dimension and pair of positions that see each other, the head on answers only. shared:
-        prompts are computed once per pair."""
+        """Model FLOPs of one step, forward and backward, nothing recomputed.
+
+        6 per weight and position, 12 per head dimension and pair of positions that see each other, and the
+        head on answers only. With `shared` prompts are computed once per pair."""
         config = load_config(self.recipe(device).model).get_text_config()
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         wide, narrow = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
@@ -65,12 +70,12 @@ class Shape:
 
     @property
     def tokens(self) -> int:
-        """Tokens of a step with prompts repeated for each answer."""
+        """Tokens of a step, prompts repeated for each answer."""
         return self.pairs * 2 * (self.prompt + self.answer)
 
 
 def made_pairs(pairs: int, prompt: int, answer: int) -> list[SequenceGroup]:
-    """Pairs of random tokens, all as long as each other."""
+    """Pairs of random tokens, all of the same lengths."""
     draw = np.random.default_rng(0)
 
     def tokens(count: int) -> np.ndarray:
@@ -87,8 +92,9 @@ def _triangle(count: int) -> int:
 
 
 def on_device(recipe: Recipe, device: torch.device) -> LoadedModel:
-    """The recipe's model drawn on the device itself: no disk, no copy in RAM, no fingerprint. The same
-    weights every time, in the recipe's precision."""
+    """The recipe's model, initialised on the device: no disk, no copy in RAM, no fingerprint.
+
+    The weights are the same every time, in the recipe's precision."""
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(0)

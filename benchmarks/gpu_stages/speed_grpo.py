@@ -1,4 +1,4 @@
-"""Stage 4, last: one GRPO step with the transformers engine, phase by phase, in one process: publish,
+"""Stage 4, last part: one GRPO step with the transformers engine, by phases, in one process: publish,
 generate, learn."""
 
 import time
@@ -39,10 +39,10 @@ TINY = {"architecture": "llama", "hidden_size": 64, "layers": 2, "heads": 4}
 PROMPT = 64
 BUCKET_BYTES = 256 << 20
 STEPS = 2
-"""The first one warms up."""
+"""Steps in total; the first one warms up."""
 GAP = {"cuda": 0.05, "cpu": 1e-4}
-"""nat per token between the generator's and the learner's log-probs: bf16 on a GPU, where the program writes
-a warning from this on."""
+"""Largest gap between the generator's and the learner's log-probs, in nat per token. bf16 on a GPU, where the
+program warns above this value."""
 
 
 def run(bench: Bench) -> None:
@@ -71,7 +71,7 @@ def recipe_of(device: str) -> Recipe:
 
 
 def grpo(bench: Bench, recipe: Recipe, device: torch.device) -> None:
-    """Two steps, each with the weights of the one before."""
+    """Takes two steps; the second samples with the weights of the first."""
     gpu = bench.device == "cuda"
     cut = Cut(1, None, 16384 if gpu else CPU_POSITIONS, "prefix_shared", int(gpu), "no_sync", one_row=gpu)
     group = LocalGroup(device)
@@ -80,7 +80,7 @@ def grpo(bench: Bench, recipe: Recipe, device: torch.device) -> None:
     stepper = OptimizerStepper(
         algorithm, group, cut, lambda batch: batch, SimpleNamespace(note=print), Guards()
     )  # pyright: ignore[reportArgumentType]
-    draw, needs = np.random.default_rng(0), ExperienceInputs(False, False, 0.0, "k3")
+    draw, inputs = np.random.default_rng(0), ExperienceInputs(False, False, 0.0, "k3")
     prompts = [Prompt(i, "", 0, draw.integers(8, 200, PROMPT), "") for i in range(8)]
     sampling = Sampling(recipe.rollouts.samples, recipe.rollouts.max_new_tokens)
     for step in range(STEPS):
@@ -89,15 +89,16 @@ def grpo(bench: Bench, recipe: Recipe, device: torch.device) -> None:
             lambda version=step: worker.roll_out(list(enumerate(prompts)), sampling, version), device
         )
         scored = [RewardedGroup(g, rewards(g)) for g in groups]
-        made = make_experience(scored, [s.rewards for s in scored], algorithm, needs, group, None, cut)  # pyright: ignore[reportArgumentType]
-        learn_s, taken = timed(lambda at=step, made=made: stepper.step(made.groups, at, Clock()), device)
+        rewarded = [s.rewards for s in scored]
+        data = make_experience(scored, rewarded, algorithm, inputs, group, None, cut)  # pyright: ignore
+        learn_s, outcome = timed(lambda at=step, data=data: stepper.step(data.groups, at, Clock()), device)
     tokens = sum(len(rollout.ids) for g in groups for rollout in g.rollouts)
     text = (
         f"{tokens} tokens: publish {publish_s:.2f} s, generate {generate_s:.2f} s "
         f"({tokens / generate_s:.0f} tok/s), learn {learn_s:.2f} s"
     )
     bench.note("*GRPO step" + (" at 0.5B" if gpu else ""), text)
-    gap = taken.learned.means["policy/train_rollout_gap"].value
+    gap = outcome.learned.means["policy/train_rollout_gap"].value
     bench.below("GRPO: generator from learner, nat per token", gap, GAP[bench.device])
 
 
@@ -109,11 +110,11 @@ def timed(work: Callable[[], T], device: torch.device) -> tuple[float, T]:
 
 
 def publish(group: LocalGroup, worker: RolloutWorker, version: int) -> None:
-    """The learner's weights to the generator, as the object store would carry them."""
+    """Sends the learner's weights to the generator, as the object store would."""
     flats = ((plan, flat.cpu()) for plan, flat in flat_buckets(group.held, BUCKET_BYTES))
     worker.engine.load(version, (Bucket(plan.entries, flat.numpy(), checksum(flat)) for plan, flat in flats))
 
 
 def rewards(group: RolloutGroup) -> np.ndarray:
-    """The share of even tokens in each completion."""
+    """Share of even tokens in each completion, Float[n]."""
     return np.array([np.mean(rollout.ids % 2 == 0) for rollout in group.rollouts], np.float32)

@@ -1,4 +1,5 @@
-"""Stage 4, first half: this project's learner on pairs of real lengths, and what the plan says it needs."""
+"""Stage 4, first part: this project's learner on pairs of real lengths, and the memory that the plan
+predicts."""
 
 import time
 
@@ -20,22 +21,22 @@ from orchestrator.plan.ways import largest_micro_batch
 from orchestrator.recipe.schema import Recipe
 
 STEPS = 3
-"""The first warms up (and is not timed), the others are timed; the best counts."""
+"""Steps in total. The first warms up, the others are timed, and the quickest counts."""
 SETTINGS: tuple[tuple[Checkpointing, bool], ...] = (
     ("none", False),
     ("none", True),
     ("selective", False),
     ("full", False),
 )
-"""(activation checkpointing, whether norms and feed-forward blocks are compiled). The latter not on a CPU,
-where it is a minute of C++."""
+"""(activation checkpointing, whether norms and feed-forward blocks are compiled). On a CPU nothing is
+compiled: it would take a minute of C++."""
 PAIRS_AT_ONCE = (8, 4, 2, 1)
 LAST_START_S = {"cuda": 12.0, "cpu": 0.0}
-"""Seconds that a shape takes at most."""
+"""Longest time of a shape in seconds: with less left, the shape is skipped."""
 PLAN_GOAL = 0.15
-"""How far the predicted memory may be from the measured peak."""
+"""Largest relative difference of the predicted memory from the measured peak."""
 FILL = 0.9
-"""Share of the device's memory that the plan may predict for what is tried."""
+"""Largest share of the device's memory that the plan may predict for a setting that is tried."""
 
 
 def run(bench: Bench) -> None:
@@ -56,11 +57,11 @@ def run(bench: Bench) -> None:
 def measure(
     bench: Bench, shape: Shape, device: torch.device, recipe: Recipe, setting: str, peak: float
 ) -> None:
-    found = largest_that_fits(recipe, shape, device)
-    if found is None:
-        bench.note(f"{shape.name}, {setting}", "left out: the plan says that not even one pair fits")
+    largest = largest_that_fits(recipe, shape, device)
+    if largest is None:
+        bench.note(f"{shape.name}, {setting}", "left out: by the plan not even one pair fits")
         return
-    cut, planned = found
+    cut, planned = largest
     label = f"{cut.examples} pairs, {setting}"
     try:
         step_s, losses, norm, measured = steps(shape, recipe, cut, device)
@@ -74,9 +75,8 @@ def measure(
         return
     mfu = shape.flops(bench.device, shared=True) / step_s / peak
     gb = (measured / 1e9, reserved(device) / 1e9)
-    counted = planned.total - (
-        0 if bench.small else planned.runtime
-    )  # torch's allocator does not see CUDA's context
+    # torch's allocator does not see CUDA's context
+    counted = planned.total - (0 if bench.small else planned.runtime)
     bench.add(
         Speed(
             bench.stage,
@@ -102,7 +102,8 @@ def measure(
 
 
 def cut_of(recipe: Recipe, pairs: int) -> Cut:
-    """Fewest collectives: fp32 on a CPU, bf16 with fp32 master weights and one row per micro-batch on a GPU."""
+    """The cut with fewest collectives: fp32 on a CPU; bf16 with fp32 master weights and one row per
+    micro-batch on a GPU."""
     gpu = bool(recipe.learners.gpus_per_worker)
     return Cut(1, pairs, None, "prefix_shared", zero_stage=int(gpu), sync="no_sync", one_row=gpu)
 
@@ -110,7 +111,7 @@ def cut_of(recipe: Recipe, pairs: int) -> Cut:
 def largest_that_fits(
     recipe: Recipe, shape: Shape, device: torch.device
 ) -> tuple[Cut, MemoryEstimate] | None:
-    """The largest micro-batch whose predicted memory fits, as the plan would choose it."""
+    """The largest micro-batch whose predicted memory fits, as the plan would choose; None if no pair fits."""
     model, limit = MemoryModel(recipe, build(recipe.algorithm)), FILL * device_bytes(device, 1)
     for pairs in PAIRS_AT_ONCE:
         cut = cut_of(recipe, pairs)

@@ -1,8 +1,8 @@
-"""Stage 4, second half: TRL's DPOTrainer on the same weights and pairs, at its best of some settings.
+"""Stage 4, second part: TRL's DPOTrainer on the same weights and pairs, at the best of some settings.
 
-bf16 autocast over fp32 weights on a GPU (pure bf16 weights would lose the updates of such learning rates, so
-it would not be the same training); SDPA, padded rows, TRL's fused head, reference log-probs beforehand, fused
-AdamW, no clipping. Not tried: Liger's kernels.
+TRL runs with bf16 autocast over fp32 weights on a GPU (pure bf16 weights would lose the updates of such
+learning rates, which is another training), SDPA, padded rows, TRL's fused head, reference log-probs computed
+beforehand, fused AdamW, no clipping. Liger's kernels are not tried.
 """
 
 import time
@@ -18,7 +18,7 @@ from orchestrator.learner.memory import current_bytes, is_out_of_memory, peak_by
 from orchestrator.models.tiny import byte_tokenizer
 
 STEPS = 2
-"""One that warms up and one that is timed."""
+"""Steps in total: one warms up and one is timed."""
 SETTINGS = ((2, False), (4, False), (1, False), (4, True), (2, True))
 """(pairs at once, gradient checkpointing), the most promising first."""
 MFU_GOAL, RATIO_GOAL = 0.45, 2.0
@@ -37,13 +37,13 @@ def run(bench: Bench) -> None:
             with bench.attempt(f"{shape.name}, TRL, {label}"):
                 measure(bench, shape, device, pairs, checkpointing, label, peak)
             release(device)
-        judge(bench, shape)
+        compare(bench, shape)
 
 
 def measure(
     bench: Bench, shape: Shape, device: torch.device, pairs: int, checkpointing: bool, label: str, peak: float
 ) -> None:
-    """One setting; what does not fit is noted."""
+    """Measures one setting; a setting that does not fit is noted."""
     try:
         step_s, losses, norm, gb = train(bench, shape, device, pairs, checkpointing)
     except Exception as error:
@@ -78,9 +78,8 @@ def train(
     from trl import DPOConfig
     from trl.trainer import dpo_trainer
 
-    dpo_trainer.hash_module = lambda module: (
-        shape.name
-    )  # only names a cache of this process; hashing gigabytes would take the time
+    # the hash only names a cache of this process; hashing gigabytes would take the time
+    dpo_trainer.hash_module = lambda module: shape.name
 
     class Tokenized(dpo_trainer.DPOTrainer):
         def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
@@ -111,9 +110,8 @@ def train(
     )
     reset_peak(device)
     trainer = Tokenized(
-        model=on_device(
-            shape.recipe(bench.device), device
-        ).model.float(),  # fp32 weights, at first with the values of ours
+        # fp32 weights, which start with the values of ours
+        model=on_device(shape.recipe(bench.device), device).model.float(),
         args=config,
         train_dataset=Dataset.from_list(
             [
@@ -165,8 +163,8 @@ def clock_of(device: torch.device) -> Any:
     return StepClock()
 
 
-def judge(bench: Bench, shape: Shape) -> None:
-    """Equal steps first; then the goals, which on a CPU are only told."""
+def compare(bench: Bench, shape: Shape) -> None:
+    """Checks that the steps are equal, then the goals, which on a CPU are only reported."""
     records = latest(read(bench.out))
     ours, theirs = best(records, shape.name, "ours"), best(records, shape.name, "TRL")
     if ours is None or theirs is None:

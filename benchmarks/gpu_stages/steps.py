@@ -1,4 +1,5 @@
-"""Stage 2: ZeRO stages, offload, dropped gradients and out-of-memory errors do not show in an optimizer step."""
+"""Stage 2: ZeRO stages, offload, dropped gradients and out-of-memory errors do not change an optimizer
+step."""
 
 import json
 import math
@@ -31,12 +32,12 @@ from orchestrator.trainers.optimizer_step import Clock, Guards, OptimizerStepper
 
 STEPS, PAIRS, MICRO_BATCH = 3, 16, 4
 ANCHOR = {"fp32": 1e-5, "bf16": 3e-2}
-"""How far the first loss may be from ln 2, where policy and reference are equal."""
+"""Largest distance of the first loss from ln 2, its value while policy and reference are equal."""
 
 
 @dataclass(frozen=True, slots=True)
 class Way:
-    """One way to cut a step that must not show in its result."""
+    """One way to cut a step; none may change its result."""
 
     precision: str
     stage: int
@@ -66,7 +67,7 @@ WAYS = (
     Way("bf16", 3, "per_micro_batch", "cpu"),
     Way("fp32", 0, "no_sync", one_row=True),
 )
-"""On a GPU all of them have micro-batches of one row."""
+"""The ways to compare. On a GPU all of them have micro-batches of one row."""
 
 
 def run(bench: Bench) -> None:
@@ -120,30 +121,31 @@ def cut_of(way: Way, planned: Cut) -> Cut:
 
 
 def compare(bench: Bench, proof: Verification, baseline: LossCurve, way: Way, group: LocalGroup) -> None:
-    """The steps of `way` against the plain ones, the first loss against ln 2, and whether discard() leaves
-    the weights alone."""
+    """Compares the steps of `way` with plain torch's and the first loss with ln 2, and checks that discard()
+    leaves the weights alone."""
     proof = replace(proof, recipe=recipe(bench.device, way))
     cut = cut_of(way, proof.planned)
-    trajectory = proof.under(cut, group)  # pyright: ignore[reportArgumentType]
-    found, limit = baseline.difference(trajectory, cut), TOLERANCE[way.precision]
-    anchor = abs(trajectory.losses[0] - math.log(2))
+    curve = proof.under(cut, group)  # pyright: ignore[reportArgumentType]
+    difference, limit = baseline.difference(curve, cut), TOLERANCE[way.precision]
+    anchor = abs(curve.losses[0] - math.log(2))
     kept = unharmed(proof, cut, group)
     text = (
-        f"{apart(found)}; first loss {anchor:.1e} off ln 2; discard leaves weights "
+        f"{apart(difference)}; first loss {anchor:.1e} off ln 2; discard leaves weights "
         f"{'as they are' if kept else 'CHANGED'}"
     )
-    ok = found.within(limit) and anchor <= ANCHOR[way.precision] and kept
+    ok = difference.within(limit) and anchor <= ANCHOR[way.precision] and kept
     bench.holds(
         f"{way}, off plain steps", ok, text, f"<= {limit:g}; {10 * limit:g}; {ANCHOR[way.precision]:g}"
     )
 
 
-def apart(found: Difference) -> str:
-    return f"loss {found.loss:.1e}, norm {found.grad_norm:.1e}, weights {found.weights:.1e}"
+def apart(difference: Difference) -> str:
+    return f"loss {difference.loss:.1e}, norm {difference.grad_norm:.1e}, weights {difference.weights:.1e}"
 
 
 def unharmed(proof: Verification, cut: Cut, group: LocalGroup) -> bool:
-    """The learner that has just trained adds up a gradient and drops it."""
+    """Lets the trained learner accumulate a gradient and discard it; True if its weights stay as they
+    were."""
     batch = cut_step(proof.steps[0], cut)
     batch = batch.with_reference(group.token_logprobs(batch))
     before = group.call(weights_digest)
@@ -153,8 +155,8 @@ def unharmed(proof: Verification, cut: Cut, group: LocalGroup) -> bool:
 
 
 def same_start(bench: Bench, proof: Verification, group: LocalGroup) -> None:
-    """In bf16 and at positions where a rounded rotary frequency would be an angle, the untrained policy is
-    the reference."""
+    """Checks that the untrained policy is the reference in bf16, at positions where a rounded rotary
+    frequency would be a visible angle."""
     way = WAYS[2]
     low, cut = recipe(bench.device, way), cut_of(way, proof.planned)
     batch = cut_step(made_pairs(2, 500, 500), cut)
@@ -168,30 +170,30 @@ def same_start(bench: Bench, proof: Verification, group: LocalGroup) -> None:
 
 
 def out_of_memory(bench: Bench, device: torch.device) -> None:
-    """The step is discarded, cut finer and replayed: the same loss, gradient norm and weights as without the
-    error."""
+    """Checks that a step that is discarded, cut finer and repeated has the loss, gradient norm and weights of
+    a step without the error."""
     way = WAYS[2] if bench.device == "cuda" else WAYS[0]
     length = 1024 if bench.device == "cuda" else 16
     proof = replace(
         Verification.of(roomy(bench.device, way), 1), steps=(tuple(made_pairs(PAIRS, length, length)),)
     )
     cut = replace(cut_of(way, proof.planned), examples=PAIRS)
-    calm, _ = taken(proof, cut, device)
-    with trouble(proof, cut, device):
-        shaken, notes = taken(proof, cut, device)
+    undisturbed, _ = first_step(proof, cut, device)
+    with too_little_memory(proof, cut, device):
+        disturbed, notes = first_step(proof, cut, device)
     limit = TOLERANCE[way.precision]
-    found = calm.difference(shaken, cut)
-    text = f"{apart(found)}; {len(notes)} times finer"
+    difference = undisturbed.difference(disturbed, cut)
+    text = f"{apart(difference)}; {len(notes)} times finer"
     bench.holds(
         "out of memory, replayed, off undisturbed",
-        bool(notes) and found.within(limit),
+        bool(notes) and difference.within(limit),
         text,
         f">= 1 time, <= {limit:g}",
     )
 
 
 def roomy(device: str, way: Way) -> Recipe:
-    """The recipe with a model that fills gigabytes on a GPU, so that a limit on the memory is felt."""
+    """The recipe with a model that fills gigabytes on a GPU, so that a limit on the memory has an effect."""
     return recipe(
         device,
         way,
@@ -199,15 +201,14 @@ def roomy(device: str, way: Way) -> Recipe:
     )
 
 
-def taken(proof: Verification, cut: Cut, device: torch.device) -> tuple[LossCurve, list[str]]:
-    """(the first step as the program takes it, what it noted)."""
+def first_step(proof: Verification, cut: Cut, device: torch.device) -> tuple[LossCurve, list[str]]:
+    """(the first step as the program takes it, its notes)."""
     group, notes = LocalGroup(device), []
     group.build(LearnerSpec(proof.recipe, cut, 1))
 
     def attach(batch: PackedBatch) -> PackedBatch:
-        return batch.with_reference(
-            group.token_logprobs(batch)
-        )  # before the first step the policy is the reference
+        # before the first step the policy is the reference
+        return batch.with_reference(group.token_logprobs(batch))
 
     stepper = OptimizerStepper(
         proof.algorithm, group, cut, attach, SimpleNamespace(note=notes.append), Guards()
@@ -221,9 +222,9 @@ def taken(proof: Verification, cut: Cut, device: torch.device) -> tuple[LossCurv
 
 
 @contextmanager
-def trouble(proof: Verification, cut: Cut, device: torch.device) -> Iterator[None]:
-    """On a GPU: so little memory that half a micro-batch fits and a whole one does not. On a CPU: one
-    injected error."""
+def too_little_memory(proof: Verification, cut: Cut, device: torch.device) -> Iterator[None]:
+    """On a GPU limits memory so that half a micro-batch fits and a whole one does not. On a CPU injects one
+    error."""
     if device.type == "cpu":
         with tempfile.TemporaryDirectory(prefix="oom-") as folder:
             once = {"site": "micro_batch", "action": "oom", "step": 0, "once": f"{folder}/happened"}
@@ -233,7 +234,7 @@ def trouble(proof: Verification, cut: Cut, device: torch.device) -> Iterator[Non
             finally:
                 del os.environ[faults.VARIABLE]
         return
-    limit = (taking(proof, cut, device) + taking(proof, cut.halved(), device)) / 2
+    limit = (step_bytes(proof, cut, device) + step_bytes(proof, cut.halved(), device)) / 2
     torch.cuda.set_per_process_memory_fraction(
         limit / torch.cuda.get_device_properties(device).total_memory, device
     )
@@ -243,9 +244,9 @@ def trouble(proof: Verification, cut: Cut, device: torch.device) -> Iterator[Non
         torch.cuda.set_per_process_memory_fraction(1.0, device)
 
 
-def taking(proof: Verification, cut: Cut, device: torch.device) -> int:
+def step_bytes(proof: Verification, cut: Cut, device: torch.device) -> int:
     """Bytes that the allocator reserves for the step."""
     release(device)
     reset_peak(device)
-    taken(proof, cut, device)
+    first_step(proof, cut, device)
     return reserved(device)

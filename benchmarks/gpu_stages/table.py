@@ -1,4 +1,4 @@
-"""The records of a run as a table of at most 40 lines, and the page that keeps it."""
+"""The records of a run as a table of at most 40 lines, and the page that holds it."""
 
 from collections.abc import Sequence
 from itertools import chain
@@ -9,14 +9,15 @@ from gpu_stages.bench import Check, Ended, Machine, Note, Record, Speed
 LINES = 40
 PAGE = """# Results
 
-Written by `python benchmarks/gpu.py --results FILE.jsonl`, one table for each card. Results of earlier benchmarks stand in the README
-and in docs/."""
+`python benchmarks/gpu.py --results FILE.jsonl` writes one table for each card.
+docs/measured.md has other results."""
 EQUAL = {"cuda": 2e-2, "cpu": 1e-4}
-"""Largest relative difference at which two contestants took the same step: bf16 on a GPU, fp32 on a CPU."""
+"""Largest relative difference between two contestants that took the same step: bf16 on a GPU, fp32 on a
+CPU."""
 
 
 def failed(records: Sequence[Record]) -> bool:
-    """True where a check failed, a part did not end well, or a speed was missed on a GPU."""
+    """True if a check failed, a part did not end well, or a speed was missed on a GPU."""
     on_gpu = any(isinstance(r, Machine) and r.device == "cuda" for r in records)
     checks = [r for r in records if isinstance(r, Check)]
     return any(not c.ok and (on_gpu or not c.goal) for c in checks) or any(
@@ -25,9 +26,10 @@ def failed(records: Sequence[Record]) -> bool:
 
 
 def difference(ours: Speed, theirs: Speed, device: str) -> float:
-    """Largest relative difference of the losses and the first gradient's norm. In bf16 only the first step is
-    compared: after it, one keeps bf16 copies of its weights and the other none, and updates below bf16's grid
-    show in one of them."""
+    """Largest relative difference of the losses and the first gradient's norm.
+
+    In bf16 only the first step is compared: after it one contestant has bf16 copies of its weights and the
+    other has none, so updates below bf16's grid show in only one of them."""
     losses = zip(ours.losses[: 1 if device == "cuda" else None], theirs.losses, strict=False)
     return max(abs(a - b) / max(abs(b), 1e-12) for a, b in [*losses, (ours.norm, theirs.norm)])
 
@@ -37,12 +39,13 @@ def fastest(speeds: Sequence[Speed]) -> Speed:
 
 
 def best(records: Sequence[Record], shape: str, who: str) -> Speed | None:
-    found = [r for r in records if isinstance(r, Speed) and r.shape == shape and r.who == who]
-    return fastest(found) if found else None
+    speeds = [r for r in records if isinstance(r, Speed) and r.shape == shape and r.who == who]
+    return fastest(speeds) if speeds else None
 
 
 def latest(records: Sequence[Record]) -> list[Record]:
-    """Each stage's records from the last command that ran it, and those commands: a file may hold several."""
+    """Each stage's records from the last command that ran it, with those commands: a file may hold
+    several."""
     runs: list[list[Record]] = []
     for record in records:
         if isinstance(record, Machine):
@@ -58,7 +61,7 @@ def latest(records: Sequence[Record]) -> list[Record]:
 
 
 def table(records: Sequence[Record]) -> list[str]:
-    """Markdown. Speeds first, then checks: what failed in full, what passed as far as there is room."""
+    """The table as Markdown: speeds, then checks; failed checks in full, passed ones as far as they fit."""
     machines = [r for r in records if isinstance(r, Machine)]
     machine = machines[-1]
     lines = [
@@ -101,8 +104,8 @@ def _cell(speed: Speed | None) -> str:
 
 
 def _checks(records: Sequence[Record], room: int) -> list[str]:
-    """Failures in full; what passed in full where there is room, else the stages with most checks by their
-    number."""
+    """Failed checks in full; passed checks in full if they fit, else the stages with most checks as one
+    line."""
     checks = [r for r in records if isinstance(r, Check)]
     bad, good = [c for c in checks if not c.ok], [c for c in checks if c.ok]
     stages = {
@@ -128,7 +131,7 @@ def _row(check: Check) -> str:
 
 
 def write_page(page: Path, records: Sequence[Record]) -> None:
-    """Puts the table on top of the page, in the place of the last one from the same card."""
+    """Puts the table at the top of the page and removes the older one of the same card."""
     records = latest(records)
     machine = next(r for r in records if isinstance(r, Machine))
     title = f"## {machine.card}"

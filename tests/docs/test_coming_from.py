@@ -6,13 +6,13 @@ from pathlib import Path
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "coming-from.md"
 ARGUMENTS = {"peft_config"}
-"""Of the trainers themselves, not of their configurations."""
+"""Arguments of the trainers, not of their configurations."""
 
 
 def test_trl_has_every_setting_that_is_named() -> None:
     from trl import DPOConfig, GRPOConfig
 
-    known = {
+    settings = {
         field.name for config in (DPOConfig, GRPOConfig) for field in dataclasses.fields(config)
     } | ARGUMENTS
     section = PAGE.read_text().partition("## From TRL")[2].partition("## From OpenRLHF")[0]
@@ -27,4 +27,4 @@ def test_trl_has_every_setting_that_is_named() -> None:
     }  # of loss_type and vllm_importance_sampling_mode
     named = {name for cell in cells for name in re.findall(r"`(\w+)(?:=\w+)?`", cell)} - values
     assert len(named) > 50
-    assert not named - known
+    assert not named - settings

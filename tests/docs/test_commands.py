@@ -1,12 +1,13 @@
-"""Every block of commands in the README and in docs/ is run here, or says above itself why not.
+"""Every block of commands in the README and in docs/ is run here, or a mark above it says why not.
 
     <!-- run -->                         as it stands, in the default suite
     <!-- run: slow -->                   as it stands, among the slow tests
     <!-- run: slow; with a.b=c -->       the same, with a.b=c added to each `orchestrator train`
-    <!-- run: imports -->                Python, as it stands; `run: after the block above` says the same of Python that needs a file made before
+    <!-- run: imports -->                Python, as it stands
+    <!-- run: after the block above -->  Python that needs a file from the block before
     <!-- not run: reason -->
 
-The blocks of a page are run in their order in one folder that is empty at first, with a home of its own,
+The blocks of a page are run in their order in one folder that is empty at first, with a separate home,
 without the network.
 """
 
@@ -28,7 +29,7 @@ from tests.running import REPOSITORY, Sandbox
 pytestmark = pytest.mark.timeout(1800)
 
 JOURNEYS = tuple(sorted((REPOSITORY / "docs" / "journeys").glob("*.md")))
-"""Pages that are run with a real model, by test_journeys.py."""
+"""Pages that test_journeys.py runs with a real model."""
 PAGES = (REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md")), *JOURNEYS)
 BLOCK = re.compile(
     r"(?:^<!-- (?P<mark>[^\n]*?) -->\n)?^```(?P<language>bash|sh|shell|python)\n(?P<text>.*?)^```$",
@@ -43,18 +44,20 @@ INLINE = re.compile(r"`([a-z_]+\.[a-z_.]+)(?:=[^`]*)?`")
 
 PROGRAMS = "orchestrator|python|ray|make|pip|kubectl|sbatch|sky|docker|wandb|launch/|export|source"
 INDENTED = re.compile(rf"(?<=\n\n)    (?:\$ )?(?:\w+=\S+ )*(?:{PROGRAMS})\b")
-"""A block of commands that is indented instead of fenced, where no mark could stand above it."""
+"""A block of commands that is indented instead of fenced: it cannot have a mark."""
 FILES = re.compile(r"`((?:tests|orchestrator|benchmarks|recipes|launch|docker|docs)/[\w./-]+)")
 
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """place: "page:line"; extra: what is added to each `orchestrator train`."""
+    """A fenced block of commands or Python."""
 
     place: str
+    """Example: README.md:12"""
     language: str
     text: str
     mark: str | None
+    """The text of the comment above the block; None without one."""
 
     @property
     def runs(self) -> bool:
@@ -76,11 +79,11 @@ class Block:
 
 def blocks(page: Path) -> list[Block]:
     text = page.read_text()
-    found = []
+    result = []
     for match in BLOCK.finditer(text):
         line = text.count("\n", 0, match.start("language")) + 1
-        found.append(Block(f"{page.name}:{line}", match["language"], match["text"], match["mark"]))
-    return found
+        result.append(Block(f"{page.name}:{line}", match["language"], match["text"], match["mark"]))
+    return result
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -93,7 +96,7 @@ def test_every_block_is_run_or_says_why_not(page: Path) -> None:
 
 
 def run_page(page: Path, root: Path, slow: bool) -> Iterator[str]:
-    """Runs the page's blocks in their order; of the slow ones only if `slow`. Yields what failed."""
+    """Runs the page's blocks in their order, slow ones only if `slow`. Yields what failed."""
     folder = root / "here"
     folder.mkdir()
     sandbox = Sandbox(root / "sandbox")
@@ -113,7 +116,7 @@ def run_page(page: Path, root: Path, slow: bool) -> Iterator[str]:
 
 
 def run_block(block: Block, folder: Path, sandbox: Sandbox, **more: str) -> subprocess.CompletedProcess[str]:
-    """A block as the reader runs it in `folder`. more: variables of the environment."""
+    """Runs a block in `folder` as a reader does, with `more` environment variables."""
     environment = sandbox.environment() | {
         "HF_HUB_OFFLINE": "1",
         "WANDB_MODE": "offline",
@@ -150,19 +153,19 @@ def test_all_blocks_work(page: Path, tmp_path: Path) -> None:
 
 
 def test_the_marks_are_needed(tmp_path: Path) -> None:
-    """The finder sees a block without a mark, and a mark that gives no reason."""
+    """A block without a mark is found, and so is a mark without a reason."""
     page = tmp_path / "page.md"
     shortened = "<!-- run: slow; with run.max_steps=2 -->\n```bash\norchestrator train x\n```\n"
     page.write_text("```bash\nls\n```\n\n<!-- not run: no -->\n```bash\nls\n```\n\n" + shortened)
-    found = blocks(page)
+    marked = blocks(page)
     assert INDENTED.search("Do:\n\n    A=b orchestrator plan x\n") and not INDENTED.search(page.read_text())
-    assert [bool(block.mark and MARK.fullmatch(block.mark)) for block in found] == [False, False, True]
-    assert found[2].script() == "orchestrator train x run.max_steps=2\n" and found[2].place == "page.md:11"
+    assert [bool(block.mark and MARK.fullmatch(block.mark)) for block in marked] == [False, False, True]
+    assert marked[2].script() == "orchestrator train x run.max_steps=2\n" and marked[2].place == "page.md:11"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_recipe_key_that_is_named_exists(page: Path) -> None:
-    known = set(all_keys(Recipe, ""))
+    keys = set(all_keys(Recipe, ""))
     wrong = []
     for line in page.read_text().splitlines():
         cells = (
@@ -174,7 +177,7 @@ def test_every_recipe_key_that_is_named_exists(page: Path) -> None:
             key for cell in cells for key in INLINE.findall(cell) if key.split(".")[0] in Recipe.model_fields
         ]
         wrong += [
-            key for key in named if key not in known and not key.endswith((".py", ".yaml", ".jsonl", ".json"))
+            key for key in named if key not in keys and not key.endswith((".py", ".yaml", ".jsonl", ".json"))
         ]
     assert not wrong, f"{page.name} names keys that no recipe has: {wrong}"
 

@@ -1,4 +1,4 @@
-"""The order of rooms in docs/design.md is the one that the imports are held to."""
+"""docs/design.md draws the rooms in the order that imports keep."""
 
 from pathlib import Path
 

@@ -1,8 +1,7 @@
-"""The pages of docs/journeys, followed as they stand with a real model, and what they promise: held-out
-numbers get better, the old answers stay.
+"""The pages of docs/journeys, run as they stand with a real model: held-out numbers get better, and the model
+still answers what it answered rightly before.
 
-make real-model
-page --blocks, in one folder--> runs/ --metrics, chat--> margins up; nine of ten answers that the model gave rightly still hold the word
+    page --blocks, in one folder--> runs/ --metrics, chat--> margins up; nine of ten right answers stay right
 """
 
 import json
@@ -39,26 +38,28 @@ QUESTIONS = {
     "What is the chemical formula of water?": "H2O",
     "Which ocean is the largest?": "Pacific",
 }
-"""Which the model answers rightly before any training, greedily, and of which no page's data holds one."""
+"""Questions, with a word of the right answer, that the model answers greedily before any training. No page's
+data holds one of them."""
 
 
 @dataclass(frozen=True, slots=True)
 class Walk:
-    """A page that was followed. said: what each block printed."""
+    """A page whose blocks have run."""
 
     folder: Path
     sandbox: Sandbox
-    said: tuple[str, ...]
+    outputs: tuple[str, ...]
+    """The standard output of each block."""
 
     def held_out(self, run: str, name: str) -> list[float]:
-        """A held-out metric from before the first step on."""
+        """The values of a held-out metric, from before the first step on."""
         return [
             line[name] for line in every_line(self.folder / "runs" / run / "metrics.jsonl") if name in line
         ]
 
     def answers(self, run: str) -> tuple[int, int]:
-        """(of the trained model, of the model that it began with): how many of the ten answers hold the right
-        word."""
+        """Number of the ten answers with the right word: (of the trained model, of the model before
+        training)."""
         (self.folder / "ten.txt").write_text("\n".join(QUESTIONS) + "\n")
         command = f"orchestrator chat runs/{run} --against base --max-new-tokens 40 --json < ten.txt\n"
         done = run_block(Block("the ten questions", "bash", command, "run"), self.folder, self.sandbox)
@@ -76,11 +77,11 @@ class Walk:
 
 @contextmanager
 def walked(name: str, root: Path, **more: str) -> Iterator[Walk]:
-    """Follows docs/journeys/NAME.md to its end."""
+    """Runs docs/journeys/NAME.md to its end."""
     folder, sandbox = root / "here", Sandbox(root / "sandbox")
     folder.mkdir()
     (folder / MODEL.name).symlink_to(MODEL.resolve())
-    said: list[str] = []
+    outputs: list[str] = []
     try:
         for block in blocks(REPOSITORY / "docs" / "journeys" / f"{name}.md"):
             if block.runs:
@@ -90,8 +91,8 @@ def walked(name: str, root: Path, **more: str) -> Iterator[Walk]:
                     f"{block.place} ended with "
                     f"{done.returncode}:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
                 )
-                said.append(done.stdout)
-        yield Walk(folder, sandbox, tuple(said))
+                outputs.append(done.stdout)
+        yield Walk(folder, sandbox, tuple(outputs))
     finally:
         sandbox.close()
 
@@ -104,7 +105,7 @@ def test_pairs(tmp_path: Path) -> None:
             assert losses[-1] < losses[0]
             right, before = walk.answers(run)
             assert before == 10 and right >= 9, run
-        assert "export is in float32" in walk.said[2], "rounded, there would be nothing to talk with"
+        assert "export is in float32" in walk.outputs[2], "rounding would undo the training"
 
 
 def test_reward(tmp_path: Path) -> None:
@@ -125,7 +126,7 @@ def test_demonstrations(tmp_path: Path) -> None:
 
 def test_cluster(tmp_path: Path) -> None:
     with (
-        ray_of_its_own(tmp_path) as address,
+        separate_ray(tmp_path) as address,
         walked("cluster", tmp_path, RAY_API_SERVER_ADDRESS=address, HOME=str(tmp_path / "home")) as walk,
     ):
         here, there = (metrics(walk.folder / "runs" / run) for run in ("here", "there"))
@@ -134,9 +135,9 @@ def test_cluster(tmp_path: Path) -> None:
 
 
 @contextmanager
-def ray_of_its_own(root: Path) -> Iterator[str]:
-    """`ray start --head` with a token, as the page has it, on free ports and ended by itself alone; the
-    address of its dashboard."""
+def separate_ray(root: Path) -> Iterator[str]:
+    """Starts `ray start --head` with a token, as the page does, on free ports, and ends only that Ray. Yields
+    the address of its dashboard."""
     sandbox, home = Sandbox(root / "ray"), root / "home"
     home.mkdir()
     port, dashboard, agent = free_port(), free_port(), free_port()
@@ -156,9 +157,8 @@ def ray_of_its_own(root: Path) -> Iterator[str]:
         f"--port={port}",
         f"--dashboard-port={dashboard}",
     ]
-    command.append(
-        f"--dashboard-agent-listen-port={agent}"
-    )  # jobs are started there; another Ray of this machine may hold the usual one
+    # jobs are started there; another Ray of this machine may hold the usual port
+    command.append(f"--dashboard-agent-listen-port={agent}")
     process = subprocess.Popen(
         command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
     )
@@ -173,11 +173,11 @@ def ray_of_its_own(root: Path) -> Iterator[str]:
 
 
 def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 def listens(port: int) -> bool:
-    with socket.socket() as tried:
-        return tried.connect_ex(("127.0.0.1", port)) == 0
+    with socket.socket() as client:
+        return client.connect_ex(("127.0.0.1", port)) == 0

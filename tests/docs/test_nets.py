@@ -1,4 +1,4 @@
-"""CONTRIBUTING.md counts the nets as they are."""
+"""The numbers of the nets in CONTRIBUTING.md are right."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from tests.unit.data.test_columns_net import COLUMNS, STAGES
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_the_nets_are_counted_as_they_are() -> None:
+def test_the_nets_have_the_sizes_that_the_page_gives() -> None:
     page = " ".join((ROOT / "CONTRIBUTING.md").read_text().split())
     assert f"({len(COLUMNS)} kinds × {len(STAGES)} kinds of stage" in page
     assert f"({len(GRID)} × {len(KINDS)} corrections" in page and f"{len(CASES)} whole runs" in page

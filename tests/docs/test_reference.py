@@ -1,4 +1,4 @@
-"""The recipe reference is the schema's."""
+"""docs/recipe-reference.md is generated from the schema."""
 
 import re
 from pathlib import Path
@@ -13,7 +13,7 @@ def test_the_committed_page_is_fresh() -> None:
     assert PAGE.read_text() == render(), "run: orchestrator config reference > docs/recipe-reference.md"
 
 
-def test_every_key_says_what_it_is() -> None:
+def test_every_key_has_a_description() -> None:
     rows = [row for row in render().splitlines() if row.startswith("| `")]
     assert len(rows) > 150
     assert not [row for row in rows if row.endswith("|  |")], (
@@ -25,7 +25,7 @@ def test_sections_types_bounds_and_defaults() -> None:
     page = render()
     for section in Recipe.model_fields:
         assert re.search(rf"^## {section}\b", page, re.MULTILINE)
-    assert "\n## data.train[], data.eval[]\n" in page, "told once for both places"
+    assert "\n## data.train[], data.eval[]\n" in page, "one section for both places"
     assert "| `effective` | whole number, ≥ 1 | `256` |" in page
     assert "| `learning_rate` | number, > 0 | required |" in page
     assert "| `wandb` | `online` \\| `offline` \\| `off` | `offline` |" in page

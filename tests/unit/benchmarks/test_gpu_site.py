@@ -1,5 +1,4 @@
-"""The packages for a bare GPU host: what each of them needs is packed as well, or comes with what the host
-has."""
+"""The packages for a bare GPU host: each requirement is packed as well, or is on the host."""
 
 from collections.abc import Iterable
 from importlib.metadata import distribution
@@ -13,24 +12,24 @@ HOST = {"extra": "", "python_version": "3.12", "sys_platform": "linux", "platfor
 
 
 def needs(name: str) -> set[str]:
-    """Names of what a package requires there, extras left out."""
+    """Names of a package's requirements on the host, without extras."""
     asked = map(Requirement, distribution(name).requires or ())
     return {canonicalize_name(r.name) for r in asked if r.marker is None or r.marker.evaluate(HOST)}
 
 
 def with_needs(names: Iterable[str]) -> set[str]:
-    found: set[str] = set()
+    closure: set[str] = set()
     todo = list(names)
     while todo:
         name = todo.pop()
-        if name not in found:
-            found.add(name)
+        if name not in closure:
+            closure.add(name)
             todo += [n for n in needs(name) if not n.startswith(("nvidia-", "cuda-", "triton"))]
-    return found
+    return closure
 
 
 def test_nothing_that_a_packed_package_needs_is_missing_on_the_host() -> None:
     packed = {canonicalize_name(name) for name in (*WHEELS.split(), *SOURCES)}
-    there = packed | with_needs(ON_THE_HOST.split())
-    missing = {f"{need} (of {name})" for name in packed for need in needs(name) - there}
+    available = packed | with_needs(ON_THE_HOST.split())
+    missing = {f"{need} (of {name})" for name in packed for need in needs(name) - available}
     assert not missing
