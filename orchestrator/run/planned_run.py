@@ -16,7 +16,7 @@ from orchestrator.core.resources import WorkerGroup
 from orchestrator.data.dataset import DataSet
 from orchestrator.data.prompts import PromptSet, check_batches
 from orchestrator.models.load import load_config
-from orchestrator.models.weight_buckets import WIRE
+from orchestrator.models.precision import precision_of
 from orchestrator.observe.console import ConsoleSink
 from orchestrator.observe.jsonl import JsonlSink
 from orchestrator.observe.report.model_card import model_card
@@ -95,14 +95,14 @@ class Job:
             return 0
         return (
             (2 + recipe.rollouts.max_staleness)
-            * WIRE[recipe.learners.precision].itemsize
+            * precision_of(recipe.learners.precision).wire_dtype.itemsize
             * self.sizes().learns
         )
 
     def guards(self) -> Guards:
         """What its steps are checked against."""
         exact, starts_as_reference = (
-            self.recipe.learners.precision == "fp32",
+            precision_of(self.recipe.learners.precision).exact,
             self.recipe.model.reference is None,
         )
         tolerance = (1e-5 if exact else 3e-2) if starts_as_reference else None
@@ -359,7 +359,7 @@ def rollout_bytes(recipe: Recipe, sizes: Sizes) -> int:
     """Predicted bytes of a transformers rollout actor: its weights, and keys and values of rollouts.rows full
     rows."""
     config = load_config(recipe.model).get_text_config()
-    element = 4 if recipe.learners.precision == "fp32" else 2
+    element = precision_of(recipe.learners.precision).wire_dtype.itemsize
     attention: int = getattr(config, "num_attention_heads", None) or 0  # a recurrent model keeps no keys
     heads = getattr(config, "num_key_value_heads", None) or attention
     width = getattr(config, "head_dim", None) or (config.hidden_size // attention if attention else 0)

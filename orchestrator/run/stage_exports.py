@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from orchestrator.models.rounding import WIDE
-from orchestrator.models.source import ASKED, source_dtype
+from orchestrator.models.source import RECIPE_TYPES, source_dtype
 from orchestrator.recipe.pipeline import STAGE, Stage, references
 from orchestrator.recipe.schema import Recipe
 
-SHORT = {long: short for short, long in ASKED.items()}
+SHORT = {long: short for short, long in RECIPE_TYPES.items()}
 
 
 def with_types(stages: Sequence[Stage]) -> list[Stage]:

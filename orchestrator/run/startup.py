@@ -27,6 +27,7 @@ from orchestrator.learner.probes import (
 )
 from orchestrator.models.block_attention import MAX_COMPILATIONS
 from orchestrator.models.load import load_config
+from orchestrator.models.precision import precision_of
 from orchestrator.observe.metrics import Throughput
 from orchestrator.plan.planner import Plan, finer_cut
 from orchestrator.plan.ways import first_steps, largest_micro_batch
@@ -49,7 +50,7 @@ SAFE = 0.6
 def tolerance(recipe: Recipe) -> float:
     """Largest mean difference in nat of a token's log-prob that two passes over an example may show: kernels
     and batches differ between runs, so that a sum over a long answer differs by any amount."""
-    return 1e-4 if recipe.learners.precision == "fp32" else 0.05
+    return 1e-4 if precision_of(recipe.learners.precision).exact else 0.05
 
 
 def learners_are_reference(recipe: Recipe) -> bool:
@@ -181,7 +182,7 @@ def check_layout(
     if (found := known.get()) is not None:
         note(f"{found['said']} (found before)")
         return
-    allowed = ROUNDINGS["fp32" if recipe.learners.precision == "fp32" else "low"]
+    allowed = ROUNDINGS["fp32" if precision_of(recipe.learners.precision).exact else "low"]
     gaps = group.call(start_gaps, chosen if cut.layout != "padded" else None, padded)
     layout, head = worst([gap for gap, _ in gaps]), worst([gap for _, gap in gaps])
     if not layout.roundings <= allowed:

@@ -128,7 +128,7 @@ def test_ragged_rows_in_all_a_run_does_are_compiled_a_few_times(case):
     assert (
         2
         <= compiled_attention().compilations
-        <= (4 if policy.can.kinds == ("full_attention", "sliding_attention") else 2)
+        <= (4 if policy.capabilities.kinds == ("full_attention", "sliding_attention") else 2)
     )
 
 

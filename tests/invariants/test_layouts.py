@@ -153,7 +153,7 @@ def assert_same(model: ScoringModel, layout: Layout, row_tokens: int | None) -> 
 def test_layouts_give_the_log_probs_and_gradients_of_padded_rows(case, layout, row_tokens):
     """Rows as short as they can be, a few sequences to a row, and everything in one row."""
     model = ScoringModel(make(case), head="lm")
-    assert model.can.layouts == {"prefix_shared", "packed", "padded"}, model.can.reason
+    assert model.capabilities.layouts == {"prefix_shared", "packed", "padded"}, model.capabilities.reason
     assert_same(model, layout, row_tokens)
 
 
@@ -211,7 +211,7 @@ def test_the_window_matters_on_these_rows(case):
     rows = tensors(pack(groups(), "prefix_shared", row_tokens=200))
     with torch.no_grad():
         windowed = run_forward(model, rows).values
-        model.can = replace(model.can, window=10_000)
+        model.capabilities = replace(model.capabilities, window=10_000)
         gap = float((windowed - run_forward(model, rows).values).abs().max())
     assert gap == 0.0 if case.options["sliding_window"] >= 40 else gap > 100 * TOLERANCE
 

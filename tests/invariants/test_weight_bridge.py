@@ -31,7 +31,8 @@ from orchestrator.data.packing import by_branch
 from orchestrator.learner import engine
 from orchestrator.learner.rank_learner import LearnerSpec, RankLearner
 from orchestrator.learner.state import full_weights
-from orchestrator.models.weight_buckets import WIRE, CorruptWeights
+from orchestrator.models.precision import precision_of
+from orchestrator.models.weight_buckets import CorruptWeights
 from orchestrator.recipe.schema import Recipe
 from tests.running import planned_faults, shared_ray, wait_until
 
@@ -169,7 +170,7 @@ def digest(tensor: torch.Tensor) -> str:
 
 def learner_digests(learner: RankLearner) -> dict[str, str]:
     """SHA-256 of each trainable weight as generators shall compute with it, by Hugging Face name."""
-    names, wire = learner.scoring.hf_names(), WIRE[learner.spec.recipe.learners.precision]
+    names, wire = learner.scoring.hf_names(), precision_of(learner.spec.recipe.learners.precision).wire_dtype
     return {names[name]: digest(weight.to(wire)) for name, weight in full_weights(learner)}
 
 
@@ -230,7 +231,7 @@ def every_stage(group: LearnerGroup, pool: RolloutPool, precision: str, stages: 
             elements = group.call(trainable_elements)[0]
             assert delivered.version == version and delivered.transport == name and delivered.buckets >= 5
             assert delivered.bytes == pytest.approx(
-                elements * WIRE[precision].itemsize, rel=0.01
+                elements * precision_of(precision).wire_dtype.itemsize, rel=0.01
             )  # places are multiples of 16
             seen.add(tuple(sent(group).values()))
             print(

@@ -156,7 +156,7 @@ def test_layers_have_masks_of_their_own_and_nothing_is_dropped_elsewhere():
 
 def test_a_layer_that_sees_some_tokens_only_is_refused():
     draws = Draws((0, 0), torch.arange(10))
-    with pytest.raises(ConfigError, match=r"model\.lora\.dropout: experts\.3 is given some of the tokens"):
+    with pytest.raises(ConfigError, match=r"model\.lora\.dropout: experts\.3 receives only some of the tokens"):
         KeyedDropout(0.1, "experts.3", draws)(torch.ones(7, 5))
 
 

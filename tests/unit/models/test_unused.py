@@ -40,7 +40,7 @@ def test_a_plan_freezes_what_a_learner_does(
     assert adapters and (not tower or not any(tower in name for name in adapters))
 
 
-def test_what_cannot_be_followed_is_said(
+def test_a_forward_that_fails_is_logged_and_freezes_nothing(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def needs_a_gpu(*_: object, **__: object) -> None:
@@ -50,7 +50,4 @@ def test_what_cannot_be_followed_is_said(
     loaded = load(Model(tiny=TinyModel(hidden_size=16, layers=1)), seed=0, head="lm")
     assert not frozen(loaded.model)
     (line,) = caplog.messages
-    assert (
-        line == "LlamaForCausalLM: what text never reaches could not be found, and nothing is frozen: "
-        "NotImplementedError: no kernel"
-    )
+    assert line.startswith("LlamaForCausalLM: ") and line.endswith(": NotImplementedError: no kernel")
