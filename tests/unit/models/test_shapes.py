@@ -1,4 +1,4 @@
-"""The table of known shapes against the parameter counts that the models' own pages give."""
+"""The table of known shapes against the parameter counts on the models' own pages."""
 
 import json
 
