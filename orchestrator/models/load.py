@@ -288,7 +288,7 @@ def check_files(cfg: Model) -> None:
     for file in sorted({*(folder / name for name in named), *folder.glob("*.safetensors")}):
         if not file.is_file():
             raise MissingInput(
-                f"model.path: {file} does not exist", why=f"{index.name} names it", fix=COPY_AGAIN
+                f"model.path: {file} is not there", why=f"{index.name} names it", fix=COPY_AGAIN
             )
         try:
             with safe_open(file, framework="pt"):
