@@ -1,4 +1,4 @@
-"""An optimizer step from recorded rollouts is the same under every cut, for all algorithms and normalisers."""
+"""An optimizer step from recorded rollouts is the same under every cut, for each algorithm and normaliser."""
 
 import json
 import random

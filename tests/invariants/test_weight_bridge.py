@@ -100,7 +100,7 @@ def faults(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def pool(group: LearnerGroup, faults: Path) -> Iterator[RolloutPool]:
-    """Two actors in fp32 in the learners' bundles, with faults at the versions named above and at no others."""
+    """Two actors in fp32 in the learners' bundles, with faults at the versions named above."""
     planned = [
         {
             "site": "weights",
@@ -477,8 +477,8 @@ def test_an_actor_that_hangs_in_a_broadcast_is_named_and_replaced(
 
 
 def test_the_order_of_cuda_ipc(trained: LearnerGroup, pool: RolloutPool, faults: Path) -> None:
-    """make_weight_sync refuses CUDA IPC on a CPU, where torch's handles are copies. The order of calls and the
-    checks are the same."""
+    """make_weight_sync refuses CUDA IPC on a CPU, where torch's handles are copies. The order of calls and
+    the checks are the same."""
     sync, pids = CudaIpcSync(trained, pool, BUCKET_BYTES), list(pool.pids)
     (faults / "corrupt-0").unlink(missing_ok=True)
     publish(trained, sync, CORRUPT_ONCE)
