@@ -61,7 +61,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
-def known(path: str | None) -> str | None:
+def known_shape(path: str | None) -> str | None:
     """The name in SHAPES of a model on the hub or of a model tuned from it. None for an unknown one.
 
     Example: meta-llama/Llama-3.2-1B-Instruct is a llama-3.2-1b.

@@ -12,7 +12,7 @@ from orchestrator.cluster.doctor.facts import of_cluster
 from orchestrator.cluster.joining import own_ray
 from orchestrator.core.errors import NotEnoughResources
 from orchestrator.core.stopping import Stop
-from orchestrator.models.shapes import as_folder, known
+from orchestrator.models.shapes import as_folder, known_shape
 from orchestrator.plan.hardware import Hardware
 from orchestrator.plan.planner import Choice, Plan
 from orchestrator.plan.sketch import Lengths
@@ -84,7 +84,7 @@ def plan_stages(
 
 
 def _plan(recipe: Recipe, hardware: Hardware, lengths: Lengths | None, shape: str | None) -> Plan:
-    shape = shape or (known(recipe.model.path) if lengths is not None else None)
+    shape = shape or (known_shape(recipe.model.path) if lengths is not None else None)
     with as_folder(recipe.model, shape) if shape is not None else nullcontext(recipe.model) as model:
         shaped = recipe.model_copy(update={"model": model})
         plan = (
