@@ -29,7 +29,7 @@ def export_learner(learner: RankLearner, directory: Path, card: str) -> Path:
     """Writes the trained model to `directory` on rank 0. A collective: the other ranks take part in the
     gathers."""
     recipe, head = learner.spec.recipe, learner.algorithm.head
-    names, keep = learner.scoring.hf_names(), learner.group.rank == 0
+    names, keep = learner.scoring.hf_names(), learner.process_group.rank == 0
     trained = {names[name]: weight for name, weight in full_weights(learner, keep=keep)}
     again = (
         recipe.model.lora is None
@@ -38,7 +38,7 @@ def export_learner(learner: RankLearner, directory: Path, card: str) -> Path:
     )
     if recipe.model.lora is None and not again:
         trained |= {names[name]: weight for name, weight in _frozen(learner, keep=keep)}
-    if learner.group.rank != 0:
+    if learner.process_group.rank != 0:
         return directory
     again = again or (recipe.model.lora is None and may_be_too_coarse(recipe))  # to measure what was learned
     # in a low precision the learner has rounded its frozen weights

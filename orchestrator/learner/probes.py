@@ -129,7 +129,7 @@ def probe_peak(learner: RankLearner, micro_batch: MicroBatch, units: LossUnits) 
 
 def usable_bytes(learner: RankLearner) -> int:
     """Memory of this rank's device."""
-    return device_bytes(learner.device, learner.group.world)
+    return device_bytes(learner.device, learner.process_group.world)
 
 
 def device_kind(learner: RankLearner) -> str:
@@ -193,4 +193,6 @@ def _measured_flops(size: int = 768, repeats: int = 3) -> float:
 
 def final_weights(learner: RankLearner) -> dict[str, Floats]:
     """Whole fp32 weights by name on rank 0, and nothing on the others. For `verify`. A collective."""
-    return {name: weight.numpy() for name, weight in full_weights(learner, keep=learner.group.rank == 0)}
+    return {
+        name: weight.numpy() for name, weight in full_weights(learner, keep=learner.process_group.rank == 0)
+    }

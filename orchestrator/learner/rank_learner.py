@@ -113,7 +113,7 @@ class RankLearner:
     ) -> None:
         """loaded: a model that exists already (benchmarks create theirs on the device). Default: the
         recipe's."""
-        self.spec, self.group, self.device = spec, group, device
+        self.spec, self.process_group, self.device = spec, group, device
         recipe = spec.recipe
         self.algorithm: AlgorithmSpec = (
             build(recipe.algorithm, recipe.rollouts) if spec.role == "policy" else critic(recipe.algorithm)
@@ -324,13 +324,13 @@ class RankLearner:
         self.scoring.dropout.off()
 
     def _inject(self, site: str, step: int) -> str | None:
-        fault = faults.inject(site, step=step, rank=self.group.rank)
+        fault = faults.inject(site, step=step, rank=self.process_group.rank)
         if fault == "oom":
             raise torch.OutOfMemoryError("injected")
         return fault
 
     def _located(self, micro_batch: MicroBatch, index: int) -> "_OutOfMemoryLocator":
-        return _OutOfMemoryLocator(self.group.rank, index, micro_batch.positions)
+        return _OutOfMemoryLocator(self.process_group.rank, index, micro_batch.positions)
 
 
 class _OutOfMemoryLocator:

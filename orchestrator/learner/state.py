@@ -31,7 +31,7 @@ def save_state(learner: RankLearner, directory: Path, moments: bool = True) -> l
     moments: False leaves out Adam's moments, which a finished run does not need. A critic's files lie beside
     the policy's: `critic-rank…` and `state-rank…`.
     """
-    group, engine = learner.group, learner.engine
+    group, engine = learner.process_group, learner.engine
     entries: list[FileEntry] = []
     pending: dict[str, Tensor] = {}
 
