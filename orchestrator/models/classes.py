@@ -22,8 +22,8 @@ from transformers.models.auto.modeling_auto import (
 from orchestrator.core.errors import ConfigError
 
 Head = Literal["lm", "scalar", "value"]
-"""Head of a language model, of a reward model ("scalar") or of a critic ("value"). The last two have the same
-weights, read at other positions."""
+"""Head of a model: log-probs of scored tokens ("lm"), one reward per sequence ("scalar"), or a critic's value
+before each scored token ("value"). The last two have the same weights, read at other positions."""
 TWO_SIDED = frozenset({"xlnet"})
 """Language models whose tokens see both sides, whatever their configuration says."""
 CHUNKED = frozenset({"reformer"})

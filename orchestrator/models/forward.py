@@ -20,6 +20,7 @@ from orchestrator.algorithms.losses.logprobs import HeadSpec, chunked_logprobs
 from orchestrator.core.errors import ConfigError
 from orchestrator.models.attention import Capabilities, attention_mask, capabilities
 from orchestrator.models.block_attention import BLOCKS, block_masks, set_attention
+from orchestrator.models.classes import Head
 from orchestrator.models.dropout import Draws, keyed_dropout, quieten
 from orchestrator.models.ragged_attention import INSIDE, RAGGED, spread, with_rows
 from orchestrator.models.rows import MicroBatchTensors
@@ -33,9 +34,6 @@ def chunk_logits(device_type: str) -> int:
 
 Checkpointing = Literal["none", "selective", "full"]
 """How much of the activations is computed again in the backward pass, from nothing to everything."""
-ScoringKind = Literal["lm", "scalar", "value"]
-"""Output of a head: log-probs of scored tokens, one reward per sequence, or a critic's value before each
-scored token."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,14 +107,14 @@ class ScoredHead(nn.Module):
 class ScoringModel(nn.Module):
     """A Hugging Face model with the training forward."""
 
-    def __init__(self, model: nn.Module, *, head: ScoringKind, spec: HeadSpec | None = None) -> None:
+    def __init__(self, model: nn.Module, *, head: Head, spec: HeadSpec | None = None) -> None:
         """spec: outputs of a language-model head; its chunk, cap and scale are replaced by the model's."""
         super().__init__()
         self.model = model
         hugging_face: PreTrainedModel = model.get_base_model() if hasattr(model, "peft_config") else model  # pyright: ignore
         self.capabilities: Capabilities = capabilities(hugging_face.config.get_text_config())
         self.plain_attention = hugging_face.config._attn_implementation
-        self.kind: ScoringKind = head
+        self.kind: Head = head
         self.dropout: Draws = keyed_dropout(model)
         quieten(model)
         self._pad: int | None = getattr(hugging_face.config.get_text_config(), "pad_token_id", None)

@@ -27,7 +27,7 @@ NARROW = frozenset({"position_ids", "segment", "branch"})
 """Columns of small integers that are compared but index nothing. They are int32 on the device."""
 
 
-def moved(columns: Sequence[NDArray[Any] | None], device: torch.device) -> list[Tensor | None]:
+def to_device(columns: Sequence[NDArray[Any] | None], device: torch.device) -> list[Tensor | None]:
     """The columns as tensors of the same shapes and types on `device`, sent in one copy. None stays None."""
     starts, size = [], 0
     for column in columns:
@@ -87,7 +87,7 @@ class MicroBatchTensors:
         columns = [_narrowed(name, getattr(mb, name)) for name in names]
         rl_columns = [] if mb.experience is None else experience_columns(mb.experience)
         places, blocks = _places(mb)
-        tensors: list[Any] = moved([*columns, *rl_columns, *places], device)
+        tensors: list[Any] = to_device([*columns, *rl_columns, *places], device)
         at, within = tensors[-2:]
         ragged = None if at is None else Ragged(at, within, blocks)
         experience = ExperienceTensors(*tensors[len(names) : -2]) if rl_columns else None

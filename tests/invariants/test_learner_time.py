@@ -38,11 +38,11 @@ def step(group: ProcessGroup) -> dict[str, Any]:
     rank = Rank(group, (1, "no_sync", "fp32"))
     batch = cut_step(STEPS[0], rank.cut)
     copies: list[int] = []
-    real_moved, real_sums = rows.moved, learner_module.Sums
+    real_copy, real_sums = rows.to_device, learner_module.Sums
 
     def counted(columns: Any, device: torch.device) -> Any:
         copies.append(len(columns))
-        return real_moved(columns, device)
+        return real_copy(columns, device)
 
     class Slow(real_sums):
         """Simulates a slow device, whose sums arrive after all earlier work is done."""
@@ -52,7 +52,7 @@ def step(group: ProcessGroup) -> dict[str, Any]:
             return super().read()
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rows, "moved", counted)
+        patch.setattr(rows, "to_device", counted)
         with WaitingOperations() as waits:
             report = rank.learner.forward_backward(batch.micro_batches[0], batch.units, 0)
         rank.learner.discard()

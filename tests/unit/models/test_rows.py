@@ -8,7 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from orchestrator.core.batches import Branch, Experience, MicroBatch, SequenceGroup
 from orchestrator.data.packing import pack
 from orchestrator.models.ragged_attention import blocks_of
-from orchestrator.models.rows import ALIGNMENT, NARROW, MicroBatchTensors, moved
+from orchestrator.models.rows import ALIGNMENT, NARROW, MicroBatchTensors, to_device
 
 CPU = torch.device("cpu")
 DRAW = np.random.default_rng(0)
@@ -71,7 +71,7 @@ def test_columns_share_one_aligned_buffer_that_is_a_copy():
     for column in columns:
         if column is not None:
             column.setflags(write=False)  # like arrays from Ray
-    tensors = moved(columns, CPU)
+    tensors = to_device(columns, CPU)
     assert tensors[1] is None
     present = [t for t in tensors if t is not None]
     assert len({t.untyped_storage().data_ptr() for t in present}) == 1
