@@ -54,8 +54,8 @@ class Ragged:
 
 
 def blocks_of(lengths: Sequence[int]) -> tuple[Block, ...]:
-    """Blocks of rows with these numbers of tokens. Example: [100, 90, 20] -> a block of length 100 with rows 0
-    and 1, and one of length 20 with row 2."""
+    """Blocks of rows with these numbers of tokens. Example: [100, 90, 20] -> rows 0 and 1 in a block of
+    length 100, row 2 in one of length 20."""
     blocks: list[Block] = []
     first = start = 0
     for row in range(1, len(lengths) + 1):
