@@ -134,7 +134,8 @@ class _Shards:
         self._files = [
             safe_open(path, framework="pt") for path in sorted(directory.glob(f"{prefix}-*.safetensors"))
         ]
-        self._where = {name: file for file in self._files for name in file.keys()}  # noqa: SIM118 (not a dict)
+        # a file is not a dict, so it has to be asked for its keys
+        self._where = {name: file for file in self._files for name in file.keys()}  # noqa: SIM118
 
     def __enter__(self) -> "_Shards":
         return self

@@ -38,7 +38,7 @@ class PlainTrainer:
 
     def __init__(self, recipe: Recipe, algorithm: AlgorithmSpec, total_steps: int) -> None:
         self.recipe, self.algorithm, self.total_steps = recipe, algorithm, total_steps
-        self.model = self._load()
+        self.model: Any = self._load()
         self.dropout = keyed_dropout(self.model)
         self.reference = self._load().requires_grad_(False) if algorithm.needs_reference else None
         cfg = recipe.optimizer
@@ -128,7 +128,7 @@ class PlainTrainer:
     def _rewards(self, rows: MicroBatch) -> Tensor:
         """Rewards Float[n, branches], read like AutoModelForSequenceClassification at the last token that is
         not padding."""
-        pad: int = self.model.config.get_text_config().pad_token_id  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
+        pad: int = self.model.config.get_text_config().pad_token_id
         ids = np.where(rows.segment >= 0, rows.input_ids, pad)
         logits = self.model(
             input_ids=torch.from_numpy(ids), attention_mask=_mask(rows), use_cache=False
@@ -137,11 +137,11 @@ class PlainTrainer:
 
     def _token_outputs(self, rows: MicroBatch) -> Tensor:
         """Output of the classification model at each position, Float[R*T]."""
-        backbone = getattr(self.model, self.model.base_model_prefix)  # pyright: ignore[reportArgumentType, reportCallIssue]
+        backbone = getattr(self.model, self.model.base_model_prefix)
         hidden = backbone(
             input_ids=torch.from_numpy(rows.input_ids), attention_mask=_mask(rows), use_cache=False
         ).last_hidden_state
-        return self.model.score(hidden).float().flatten()  # pyright: ignore[reportCallIssue]
+        return self.model.score(hidden).float().flatten()
 
 
 def _experience(rows: MicroBatch) -> ExperienceTensors | None:

@@ -29,6 +29,6 @@ def decayed(model: nn.Module) -> frozenset[str]:
     """Names of the parameters that decay."""
     from transformers import Trainer
 
-    # the method does not use self
-    names: Sequence[str] = Trainer.get_decay_parameter_names(None, model)  # pyright: ignore[reportArgumentType]
+    no_trainer: Any = None  # the method does not use self
+    names: Sequence[str] = Trainer.get_decay_parameter_names(no_trainer, model)
     return frozenset(names)

@@ -64,7 +64,7 @@ def run_forward(
 ) -> HeadOutputs:
     """Runs a ScoringModel, alone or inside a DeepSpeed engine. The model returns plain tuples, since ZeRO-3's
     hooks see tensors only in those."""
-    inner = model if isinstance(model, ScoringModel) else model.module  # pyright: ignore[reportFunctionMemberAccess]
+    inner: Any = getattr(model, "module", model)  # DeepSpeed's engine has the model as `module`
     assert isinstance(inner, ScoringModel)
     outputs = model(rows)
     if inner.kind == "scalar":
@@ -111,7 +111,7 @@ class ScoringModel(nn.Module):
         """spec: outputs of a language-model head; its chunk, cap and scale are replaced by the model's."""
         super().__init__()
         self.model = model
-        hugging_face: PreTrainedModel = model.get_base_model() if hasattr(model, "peft_config") else model  # pyright: ignore
+        hugging_face = self.hugging_face
         self.capabilities: Capabilities = capabilities(hugging_face.config.get_text_config())
         self.plain_attention = hugging_face.config._attn_implementation
         self.kind: Head = head
@@ -146,7 +146,8 @@ class ScoringModel(nn.Module):
     @property
     def hugging_face(self) -> PreTrainedModel:
         """The model without LoRA's wrapper. Its adapted layers stay in place."""
-        return self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model  # pyright: ignore
+        model: Any = self.model
+        return model.get_base_model() if hasattr(model, "peft_config") else model
 
     @property
     def backbone(self) -> nn.Module:
@@ -161,9 +162,13 @@ class ScoringModel(nn.Module):
         if self.kind == "lm":
             return self.head(hidden[rows.score_at], rows.targets)
         if self.kind == "value":
-            return (self.hugging_face.score(hidden[rows.score_at]).float()[:, 0],)  # pyright: ignore[reportCallIssue]
-        rewards: Tensor = self.hugging_face.score(hidden[_read_at(rows, self._pad)])  # pyright: ignore[reportCallIssue]
-        return (rewards.float().view(-1, rows.branches),)
+            return (self._score(hidden[rows.score_at]).float()[:, 0],)
+        return (self._score(hidden[_read_at(rows, self._pad)]).float().view(-1, rows.branches),)
+
+    def _score(self, hidden: Tensor) -> Tensor:
+        """Output of the scalar head, Float[N, 1], for hidden states Float[N, H]."""
+        classifier: Any = self.hugging_face
+        return classifier.score(hidden)
 
     def hidden_states(self, rows: MicroBatchTensors) -> Tensor:
         """Final hidden states Float[R*T, H]."""

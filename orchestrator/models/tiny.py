@@ -2,10 +2,13 @@
 without a download."""
 
 import difflib
+from typing import Any
 
 import torch
 from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerFast
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES  # pyright: ignore[reportPrivateImportUsage]
+from transformers.models.auto.configuration_auto import (
+    CONFIG_MAPPING_NAMES,  # pyright: ignore[reportPrivateImportUsage]
+)
 
 from orchestrator.core.errors import ConfigError
 from orchestrator.models.attention import plain_attention
@@ -103,7 +106,7 @@ def _computed(config: PretrainedConfig, name: str) -> bool:
     return isinstance(getattr(type(config), name, None), property)
 
 
-def build(cfg: TinyModel, seed: int, auto_class: type, **options: object) -> torch.nn.Module:
+def build(cfg: TinyModel, seed: int, auto_class: Any, **options: object) -> torch.nn.Module:
     """A model with weights drawn from `seed`. The global generator keeps its state.
 
     transformers chooses SDPA attention for architectures that have it, and its eager one for the others
@@ -114,4 +117,4 @@ def build(cfg: TinyModel, seed: int, auto_class: type, **options: object) -> tor
         setattr(config, name, value)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return auto_class.from_config(config, attn_implementation=plain_attention(config))  # pyright: ignore[reportAttributeAccessIssue]
+        return auto_class.from_config(config, attn_implementation=plain_attention(config))

@@ -59,7 +59,7 @@ def unused(model: nn.Module) -> frozenset[str]:
         shapes = FakeTensorMode(allow_non_fake_inputs=True)
         # the mode keeps references to the tensors it has seen, which could not be moved afterwards
         model = copy.deepcopy(model)
-    ids = torch.arange(TOKENS, device="cpu").clamp(max=_rows(model) - 1)[None].to(device)
+    ids = torch.arange(TOKENS, device="cpu").clamp(max=_vocabulary(model) - 1)[None].to(device)
     with _evaluating(model), shapes, GroupedShapes():
         logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
     held = _leaves([logits])
@@ -70,8 +70,8 @@ def unused(model: nn.Module) -> frozenset[str]:
     )
 
 
-def _rows(model: nn.Module) -> int:
-    return model.get_input_embeddings().weight.shape[0]  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
+def _vocabulary(model: Any) -> int:
+    return model.get_input_embeddings().weight.shape[0]
 
 
 @contextmanager

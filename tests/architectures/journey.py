@@ -20,7 +20,9 @@ import torch
 from rich.console import Console
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PretrainedConfig
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING  # pyright: ignore[reportPrivateImportUsage]
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,  # pyright: ignore[reportPrivateImportUsage]
+)
 
 from orchestrator.core.errors import OrchestratorError
 from orchestrator.data.micro_batches import cut_step, loss_units

@@ -39,7 +39,8 @@ RULES: tuple[tuple[str, int], ...] = (
     (r"qk_head_dim", 24),
     (r".*head_dim|.*d_head|.*head_size|d_kv|kv_channels|mamba_headdim", HEAD_DIM),
     (
-        r".*(num_experts_per_tok|num_experts_per_token|top_k|moe_topk|num_selected_experts|moe_k|experts_per_token)",
+        r".*(num_experts_per_tok|num_experts_per_token|top_k|moe_topk|num_selected_experts|moe_k"
+        r"|experts_per_token)",
         2,
     ),
     (r"n_groups?|topk_group|num_expert_groups?|n_expert_groups?|mamba_n_groups|num_groups", 1),
@@ -55,7 +56,8 @@ RULES: tuple[tuple[str, int], ...] = (
         2 * HIDDEN,
     ),
     (
-        r".*(hidden_size|hidden_size_global|embedding_size|embed_dim|hidden_dim|model_dim|embd|embed_size|lru_width|d_model)",
+        r".*(hidden_size|hidden_size_global|embedding_size|embed_dim|hidden_dim|model_dim|embd|embed_size"
+        r"|lru_width|d_model)",
         HIDDEN,
     ),
     (r".*(embedding_dim|proj_dim|width)|dim|n_embd", HIDDEN),

@@ -7,7 +7,9 @@ import tempfile
 from pathlib import Path
 
 import torch
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES  # pyright: ignore[reportPrivateImportUsage]
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,  # pyright: ignore[reportPrivateImportUsage]
+)
 
 from orchestrator.learner.engine import ProcessGroup
 from tests.architectures.journey import Outcome, journey

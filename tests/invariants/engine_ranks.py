@@ -155,7 +155,8 @@ MANY_PAIRS = pairs(64 * WORLD, 3)
 
 
 def cut(policy: Policy, examples: int = 2, world: int = WORLD) -> Cut:
-    return Cut(world, examples, None, "prefix_shared", policy[0], policy[1])  # pyright: ignore[reportArgumentType]
+    stage, sync, _ = policy
+    return Cut(world, examples, None, "prefix_shared", stage, sync)  # pyright: ignore[reportArgumentType]
 
 
 class Rank:

@@ -83,7 +83,8 @@ def test_the_gradient_is_that_of_no_correction(name, sampler):
     _, logits, tokens, sampled_logps = sampled(rollouts)
     gradients = {}
     for kind in KINDS:
-        cfg = AlgorithmConfig(name=name, correction=Correction(kind=kind))  # pyright: ignore[reportArgumentType]
+        correction = Correction(kind=kind)
+        cfg = AlgorithmConfig(name=name, correction=correction)  # pyright: ignore[reportArgumentType]
         logps = learned(rollouts, logits, tokens, name).requires_grad_()
         loss = build(cfg, rollouts).objective(
             scores_of(logps, sampled_logps), LossUnits(ROWS // LENGTH, (ROWS,))

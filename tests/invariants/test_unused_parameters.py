@@ -81,7 +81,8 @@ def trained(group: ProcessGroup, policies: Sequence[Policy]) -> dict[Policy, dic
     """The weights after all steps under each policy."""
     weights = {}
     for stage, sync, offload in policies:
-        learners = Learners(workers=WORLD, offload=Offload(optimizer=offload))  # pyright: ignore[reportArgumentType]
+        where = Offload(optimizer=offload)  # pyright: ignore[reportArgumentType]
+        learners = Learners(workers=WORLD, offload=where)
         engine = Engine(
             Experts(), learners=learners, optimizer=OPTIMIZER, stage=stage, sync=sync, world=WORLD
         )

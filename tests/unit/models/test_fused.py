@@ -14,7 +14,7 @@ from tests.invariants.test_layouts import groups
 
 
 def policy(architecture: str, backend: str | None, layers: int = 4) -> ScoringModel:
-    cfg = TinyModel(architecture=architecture, hidden_size=64, layers=layers, heads=4, kv_heads=2)  # pyright: ignore[reportCallIssue]
+    cfg = TinyModel(architecture=architecture, hidden_size=64, layers=layers, heads=4, kv_heads=2)
     model = build(cfg, 0, AutoModelForCausalLM, initializer_range=0.1).train()
     if backend is not None:
         assert (
