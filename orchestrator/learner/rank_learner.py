@@ -1,4 +1,4 @@
-"""A learner on one rank: the methods of roles.Learner for this rank's share of a PackedBatch.
+"""A learner on one rank: the methods of core.roles.Learner for this rank's share of a PackedBatch.
 
     micro-batch --ScoringModel--> token log-probs --objective--> loss sum / global count --Engine--> gradient
 
