@@ -215,7 +215,7 @@ def hand_buckets(
     next is gathered."""
     from torch.multiprocessing.reductions import reduce_tensor
 
-    rank, device = learner.group.rank, device_name(learner.device)
+    rank, device = learner.process_group.rank, device_name(learner.device)
     failed: list[DeliveryFailure] = []
 
     def hand(index: int, plan: BucketPlan, flat: Any) -> None:

@@ -1,17 +1,17 @@
-"""One DeepSpeed rank: the only file that imports deepspeed, and the keeper of the accumulation contract.
+"""One DeepSpeed rank. This is the only file that imports deepspeed, and it keeps the accumulation contract.
 
-    backward(loss) × K   ->   step(): reduce (once, unless the policy says per micro-batch), clip, apply
+    backward(loss) × K   ->   step(): reduce (once, or per micro-batch by policy), clip, apply
 
-`loss` is a share of a global mean: a sum over this micro-batch already divided by the count of the whole
-effective batch. DeepSpeed averages gradients over ranks, so it is multiplied by the world size once. The
-traps this file steps around are in docs/design.md: default clipping of 1.0, bf16 accumulation and wire, a
-phantom Adam step at bf16 stage 0, NaN parameters at fp32 stage 0, lost micro-batches when the boundary is not
-set.
+`loss` is a share of a global mean: the sum over this micro-batch, divided by the count of the whole effective
+batch. DeepSpeed averages gradients over ranks, so the loss is multiplied by the world size once.
+docs/design.md lists what this file has to work around: default clipping of 1.0, bf16 accumulation and
+reduction, a spurious Adam step at bf16 stage 0, NaN parameters at fp32 stage 0, micro-batches that are lost
+if the boundary is not set.
 """
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -22,26 +22,28 @@ from torch import Tensor, nn
 
 from orchestrator.core.reports import StepApplied
 from orchestrator.core.zero import PERSISTENT_ELEMENTS, bucket_elements, overlaps
+from orchestrator.learner.optimizer import GuardedAdamW, zero_missing
 from orchestrator.learner.traffic import CollectiveCounter
 from orchestrator.models.decay import parameter_groups
+from orchestrator.models.precision import precision_of
 from orchestrator.recipe.schema import Learners, Optimizer
-
-NORM_CHUNK = 1 << 12
-"""Values whose squares are added in fp32; the sums of chunks are added in double."""
 
 
 @dataclass(frozen=True, slots=True)
 class ProcessGroup:
-    """Where this rank stands. address, port: rank 0's rendezvous."""
+    """This rank's place among all ranks, and how it reaches them."""
 
     rank: int
     world: int
     address: str
+    """Host of rank 0's rendezvous."""
     port: int
+    """Port of rank 0's rendezvous."""
     timeout_s: float
+    """Deadline of joining and of each collective."""
 
     def join(self, device: torch.device) -> None:
-        """Enters the process group; blocks until all ranks came or the deadline passed."""
+        """Enters the process group. Blocks until all ranks have joined or the deadline has passed."""
         os.environ.update(
             RANK=str(self.rank),
             WORLD_SIZE=str(self.world),
@@ -58,8 +60,8 @@ class ProcessGroup:
         )
 
     def keep_deadline(self) -> None:
-        """Gives the groups that DeepSpeed made beside the first one the same deadline: they have torch's, for
-        NCCL 10 minutes."""
+        """Gives the groups that DeepSpeed creates itself the same deadline. They start with torch's default,
+        10 minutes for NCCL."""
         from torch.distributed import distributed_c10d as c10d
 
         for group in list(c10d._world.pg_map):
@@ -67,17 +69,17 @@ class ProcessGroup:
 
 
 def load_deepspeed(accelerator: str) -> Any:
-    """The library, told what it computes on ("cuda", "cpu"), which it would look for when it is imported.
-    Takes a second."""
+    """The library, for the named accelerator ("cuda" or "cpu"). Without the name it would search for one at
+    import. The import takes a second."""
     os.environ.setdefault("DS_ACCELERATOR", accelerator)
     return _deepspeed()
 
 
 def _deepspeed() -> Any:
-    """Imports deepspeed without its start-up noise and without compiling anything.
+    """Imports deepspeed without its start-up output and without compiling anything.
 
-    TorchBackend would build a shared-memory op with g++ for a minute (and fail without g++); only inference
-    uses it.
+    TorchBackend would compile a shared-memory op with g++ for a minute (and fail without g++). Only inference
+    uses that op.
     """
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
     import deepspeed
@@ -90,7 +92,7 @@ def _deepspeed() -> Any:
 
 
 def _fragments() -> Any:
-    """DeepSpeed's reads and writes of whole values by parameter."""
+    """The module with DeepSpeed's functions that read and write whole values of a parameter."""
     from deepspeed import utils
 
     return utils
@@ -103,39 +105,17 @@ def _whole(tensor: Tensor | None, what: str) -> Tensor:
 
 
 def on_cpu(tensor: Tensor) -> Tensor:
-    """A copy in this host's memory that no later step changes."""
+    """A copy in this host's memory, which later steps do not change."""
     return tensor.detach().to("cpu", copy=True).contiguous()
-
-
-def global_norm(gradients: Sequence[Tensor]) -> Tensor:
-    """L2 norm over all tensors, fp32. torch's own adds millions of fp32 squares in a row: 1e-3 off at 25 M
-    values."""
-    norms = []
-    for flat in (gradient.flatten() for gradient in gradients):
-        whole = len(flat) - len(flat) % NORM_CHUNK
-        norms += [
-            torch.linalg.vector_norm(flat[:whole].view(-1, NORM_CHUNK), dim=1),
-            torch.linalg.vector_norm(flat[whole:])[None],
-        ]
-    return torch.linalg.vector_norm(torch.cat(norms).double()).float()
-
-
-def zero_missing(parameters: Iterable[nn.Parameter]) -> None:
-    """Gives those that no token of the step reached (an expert, say) a gradient of zeros: else whether
-    moments and weights decay in such a step would depend on how it was cut."""
-    for parameter in parameters:
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
 
 
 @contextmanager
 def cast_once() -> Iterator[None]:
-    """Keeps autocast's low-precision copies of the weights from one forward to the next, instead of making
-    them for each.
+    """Keeps autocast's low-precision copies of the weights for all forwards of a step.
 
-    Autocast forgets them when its outermost context ends. This is one around all micro-batches of a step that
-    is not switched on itself, so that backwards run as before. Checkpointed layers that a GPU computes again
-    on autograd's own thread still cast.
+    Autocast drops the copies when its outermost context ends. This context is the outermost one around all
+    micro-batches, and does not enable autocast itself, so backwards run as before. Checkpointed layers that a
+    GPU computes again on autograd's own thread still cast.
     """
     torch.autocast_increment_nesting()
     try:
@@ -145,37 +125,13 @@ def cast_once() -> Iterator[None]:
             torch.clear_autocast_cache()
 
 
-class GuardedAdamW(torch.optim.AdamW):
-    """Fused AdamW that clips and refuses a non-finite step itself, for ZeRO stage 0, where DeepSpeed does
-    neither safely.
-
-    DeepSpeed reads `overflow` and `_global_grad_norm` from the optimizer after each step.
-    """
-
-    def __init__(self, params: Any, *, max_norm: float, **options: Any) -> None:
-        super().__init__(params, fused=True, **options)
-        self.max_norm = max_norm
-        self.overflow = False
-        self._global_grad_norm = 0.0
-
-    def step(self, closure: Any = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        parameters = [p for group in self.param_groups for p in group["params"]]
-        zero_missing(parameters)  # as the partitioned stages do
-        norm = global_norm([p.grad for p in parameters])
-        self._global_grad_norm = float(norm)
-        self.overflow = not bool(torch.isfinite(norm))
-        if self.overflow:
-            return
-        if self.max_norm > 0:
-            torch.nn.utils.clip_grads_with_norm_(parameters, self.max_norm, norm)
-        super().step(closure)
-
-
 def deepspeed_config(
     learners: Learners, optimizer: Optimizer, stage: int, sync: str, trainable: int
 ) -> dict[str, Any]:
-    """Every key that DeepSpeed would otherwise default in silence, written out. trainable: elements; no
-    bucket is larger."""
+    """DeepSpeed's configuration with every key that would otherwise have a silent default.
+
+    trainable: number of trainable elements, which bounds the size of a bucket.
+    """
     gpu = bool(learners.gpus)
     bucket = bucket_elements(gpu)
     zero: dict[str, Any] = {
@@ -186,16 +142,15 @@ def deepspeed_config(
     }
     if stage == 3:
         zero["stage3_param_persistence_threshold"] = PERSISTENT_ELEMENTS
-        zero["stage3_max_reuse_distance"] = (
-            0  # gathered again for the backward: stage 3 was chosen for its memory
-        )
+        # 0: gather again for the backward, since stage 3 was chosen for its memory
+        zero["stage3_max_reuse_distance"] = 0
         zero["stage3_prefetch_bucket_size"] = bucket if gpu else 0  # a CPU overlaps nothing
     if learners.offload.optimizer != "none":
         zero["offload_optimizer"] = {"device": learners.offload.optimizer, "pin_memory": True}
     if learners.offload.parameters != "none":
         zero["offload_param"] = {"device": learners.offload.parameters, "pin_memory": True}
     config: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": 1,  # nominal: the caller owns the boundary
+        "train_micro_batch_size_per_gpu": 1,  # nominal: the caller sets the boundary
         "gradient_accumulation_steps": 1,
         "managed_gradient_accumulation": sync != "no_sync",
         "gradient_clipping": 0.0 if stage == 0 else (optimizer.max_grad_norm or 0.0),
@@ -218,8 +173,10 @@ def deepspeed_config(
 class Engine:
     """A module under DeepSpeed with one explicit sync policy.
 
-    sync: "no_sync" (stages 0, 1: one all-reduce at the step), "coalesced" (stages 1-3, fp32: one reduction at
-    the end of `accumulation()`), "per_micro_batch" (stages 2, 3: a reduction in every backward).
+    sync is one of
+    - "no_sync" (stages 0 and 1): one all-reduce at the step,
+    - "coalesced" (stages 1 to 3, fp32): one reduction at the end of `accumulation()`,
+    - "per_micro_batch" (stages 2 and 3): a reduction in every backward.
     """
 
     def __init__(
@@ -234,9 +191,8 @@ class Engine:
     ) -> None:
         deepspeed = _deepspeed()
         self.stage, self.sync, self.world = stage, sync, world
-        self.casts_weights = (
-            learners.precision == "bf16_autocast" and stage < 3
-        )  # at 3 the casts would be what it partitions
+        # at stage 3 the copies would be of tensors that it partitions
+        self.casts_weights = precision_of(learners.precision).autocast and stage < 3
         trainable = [p for p in module.parameters() if p.requires_grad]
         options: dict[str, Any] = {
             "lr": optimizer.learning_rate,
@@ -267,7 +223,7 @@ class Engine:
 
     @contextmanager
     def accumulation(self) -> Iterator[None]:
-        """Holds all backwards of one optimizer step; its collectives are counted from here on."""
+        """Encloses all backwards of one optimizer step. The step's collectives are counted from here on."""
         self.counter.take()
         with (
             cast_once() if self.casts_weights else nullcontext(),
@@ -281,10 +237,12 @@ class Engine:
                 raise
 
     def _leave_early(self) -> None:
-        """Prepares for the reduction that DeepSpeed runs even after an error: all ranks have to reduce the
-        same tensors, so a gradient that is missing here counts as zero. The step is discarded or never taken.
-        At ZeRO-3 the other ranks wait in the gather of a forward instead: no reduction then, so that the
-        error is heard at once."""
+        """Prepares for the reduction that DeepSpeed runs even after an error.
+
+        All ranks have to reduce the same tensors, so a missing gradient counts as zero here. The step is
+        discarded or never applied. At ZeRO-3 the other ranks wait in the gather of a forward instead, so the
+        reduction is skipped and the error is reported immediately.
+        """
         if self.stage == 3:
             self.ds._flush_coalesced_reduction_zero3 = lambda optimizer: None
             return
@@ -297,7 +255,7 @@ class Engine:
         self.ds.backward(loss * self.world, scale_wrt_gas=False)
 
     def step(self, learning_rate: float) -> StepApplied:
-        """Reduces what is left to reduce, clips by the global norm, applies once; refuses a non-finite
+        """Reduces the remaining gradients, clips by the global norm and applies once. Refuses a non-finite
         gradient."""
         for group in self.ds.basic_optimizer.param_groups:
             group["lr"] = learning_rate
@@ -313,23 +271,21 @@ class Engine:
         return StepApplied(applied, norm if applied else float("nan"), learning_rate, reduced, gathered)
 
     def discard(self, idle_loss: Callable[[], Tensor]) -> None:
-        """Drops the accumulated gradient of the step, leaving weights and moments bitwise as they are. A
+        """Drops the accumulated gradient of the step. Weights and moments stay bitwise as they are. A
         collective.
 
-        idle_loss: makes a loss of every rank that depends on the parameters. Gradients lie in DeepSpeed's
-        private buffers, other ones for each stage, precision and offload; every optimizer refuses a gradient
-        that is no number, and clears them all.
+        idle_loss: makes a loss on every rank that depends on the parameters. Gradients lie in private buffers
+        of DeepSpeed that differ by stage, precision and offload. Every optimizer refuses a NaN gradient and
+        then clears its own buffers, so this makes the gradient NaN.
         """
         with self.accumulation():
             self.backward(idle_loss() * float("nan"), last=True)
         if self.step(0.0).applied:
-            raise AssertionError(
-                "discard() applied a step: DeepSpeed no longer refuses a gradient that is no number"
-            )
+            raise AssertionError("discard() applied a step: DeepSpeed no longer refuses a NaN gradient")
 
     def _hand_over(self) -> None:
-        """With an offloaded optimizer DeepSpeed 0.19.8 hands over the gradients of those parameters alone
-        that the LAST micro-batch reached: here those of all that any one did."""
+        """Passes all gradients to an offloaded optimizer. DeepSpeed 0.19.8 passes only those of parameters
+        that the LAST micro-batch reached."""
         zero = self.zero
         if self.stage == 3 and zero.offload_optimizer:
             for parameter in self.module.parameters():
@@ -345,11 +301,12 @@ class Engine:
             zero._finalize_cpu_offload_gradient_accumulation()
 
     def _forget(self, applied: bool) -> None:
-        """Clears what DeepSpeed 0.19.8 would add to, or take for, the next step's gradients.
+        """Clears the gradients that DeepSpeed 0.19.8 would carry into the next step.
 
-        It writes the first gradient of a step over the last step's, so a parameter that gets none would keep
-        that, the infinities of a refused step included: ZeRO-3's partitions, and at stages 1 and 2 the sums
-        under an offloaded optimizer. A refused step leaves bf16's fp32 partition there as well.
+        DeepSpeed writes the first gradient of a step over that of the last step. A parameter without a
+        gradient would therefore keep the old one, or the infinities of a refused step. This concerns ZeRO-3's
+        partitions, and the sums under an offloaded optimizer at stages 1 and 2. A refused step also leaves
+        bf16's fp32 partition there.
         """
         zero = self.zero
         if self.stage == 3:
@@ -370,8 +327,8 @@ class Engine:
                     zero.averaged_gradients[group] = None
 
     def _link_moments(self) -> None:
-        """DeepSpeed 0.19.8 looks for the moments of all groups once, when it has stepped the first: those of
-        the second (what does not decay) are not there yet, and would never be found."""
+        """Makes DeepSpeed look for the moments of all groups again. 0.19.8 looks once, after it has stepped
+        the first group: the moments of the second (without decay) do not exist yet."""
         if self.stage in (1, 2) and not self._linked and self.has_moments():
             self.zero._hp_optimizer_states_linked = False
             self.zero._lazy_init_hp_params_optimizer_state()
@@ -379,8 +336,10 @@ class Engine:
 
     @contextmanager
     def full_parameters(self, parameters: list[nn.Parameter], *, writable: bool = False) -> Iterator[None]:
-        """Makes whole parameters visible on every rank (a collective at ZeRO-3); writable: rank 0's values
-        win."""
+        """Gathers whole parameters on every rank for the duration of the context. A collective at ZeRO-3.
+
+        writable: True sends rank 0's values back to the partitions.
+        """
         if self.stage < 3:
             yield
             return
@@ -389,13 +348,13 @@ class Engine:
             yield
 
     def weight(self, parameter: nn.Parameter) -> Tensor:
-        """The whole fp32 master weight, gathered on the device: copy it (`on_cpu`) where it is kept. A
-        collective, as are the three below."""
+        """The whole fp32 master weight, gathered on the device. Copy it (`on_cpu`) to keep it. A collective,
+        like the three methods below."""
         full = parameter if self.stage == 0 else _fragments().safe_get_full_fp32_param(parameter)
         return _whole(full, "fp32 master weight")
 
     def moment(self, parameter: nn.Parameter, name: str) -> Tensor:
-        """One of Adam's moments ("exp_avg", "exp_avg_sq"), whole, fp32, likewise."""
+        """One of Adam's moments ("exp_avg" or "exp_avg_sq"), whole and in fp32."""
         if self.stage > 0:
             return _whole(_fragments().safe_get_full_optimizer_state(parameter, name), name)
         state = self.ds.basic_optimizer.state[parameter]
@@ -410,29 +369,27 @@ class Engine:
                 parameter.data.copy_(value.to(parameter.dtype))
 
     def set_moment(self, parameter: nn.Parameter, name: str, value: Tensor) -> None:
-        """Sets one of Adam's moments, which must exist (see `has_moments`)."""
+        """Sets one of Adam's moments. They must exist (see `has_moments`)."""
         if self.stage > 0:
             _fragments().safe_set_full_optimizer_state(parameter, value, name)
         else:
             state = self.ds.basic_optimizer.state[parameter]
-            if (
-                name in state
-            ):  # a parameter that never had a gradient has no state, here and when it was saved
+            if name in state:  # a parameter that never had a gradient has no state, here or in the checkpoint
                 state[name].copy_(value)
 
     def has_moments(self) -> bool:
-        """True once Adam's state exists: after the first step."""
+        """Whether Adam's state exists: true after the first step."""
         return any("exp_avg" in state for state in self.ds.basic_optimizer.state.values())
 
     def optimizer_step(self) -> int:
-        """Steps that Adam has taken: its counter for bias correction."""
+        """Adam's step counter, which bias correction uses."""
         return max(
             (int(state["step"]) for state in self.ds.basic_optimizer.state.values() if "step" in state),
             default=0,
         )
 
     def set_optimizer_step(self, step: int) -> None:
-        """Sets the step counter of Adam's bias correction."""
+        """Sets Adam's step counter."""
         for state in self.ds.basic_optimizer.state.values():
             if torch.is_tensor(state.get("step")):
                 state["step"].fill_(float(step))
@@ -440,7 +397,7 @@ class Engine:
                 state["step"] = step
 
     def _assert_fp32_master(self) -> None:
-        """fp32 master weights are the contract; DeepSpeed decides them from several keys, so look."""
+        """Checks that the optimizer's weights are fp32. DeepSpeed derives their type from several keys."""
         for group in self.ds.basic_optimizer.param_groups:
             for parameter in group["params"]:
                 if parameter.dtype != torch.float32:

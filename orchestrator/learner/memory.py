@@ -1,7 +1,7 @@
-"""Peak memory of this process's device, measured the way each device allows.
+"""Memory of this process's device: peak, current use, total, and errors of allocators.
 
-On a CPU resident bytes come from Linux's /proc. Where that is missing (macOS) both peak and current are the
-highest resident size since the process began, which nothing can reset: a bound from above.
+On a CPU, resident bytes come from Linux's /proc. Without /proc (macOS) both peak and current are the highest
+resident size since the process began. Nothing can reset that: it is an upper bound.
 """
 
 import gc
@@ -17,7 +17,7 @@ _CLEAR_REFS = Path("/proc/self/clear_refs")
 
 
 def reset_peak(device: torch.device) -> None:
-    """Starts a new measurement, where the system can."""
+    """Starts a new measurement, if the system allows it."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     elif _CLEAR_REFS.exists():
@@ -25,14 +25,14 @@ def reset_peak(device: torch.device) -> None:
 
 
 def peak_bytes(device: torch.device) -> int:
-    """Highest memory in use since reset_peak(): allocated bytes on a GPU, resident bytes on a CPU."""
+    """Most memory in use since reset_peak(): allocated bytes on a GPU, resident bytes on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return _resident("VmHWM")
 
 
 def current_bytes(device: torch.device) -> int:
-    """Memory in use now."""
+    """Memory in use now: allocated bytes on a GPU, resident bytes on a CPU."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
     return _resident("VmRSS")
@@ -55,27 +55,26 @@ def _resident(key: str) -> int:
 
 
 def highest_resident() -> int:
-    """Highest resident bytes of this process since it began, on any Unix."""
+    """Most resident bytes of this process since it began, on any Unix."""
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def finish(device: torch.device) -> None:
-    """Waits until the device has done all that was asked of it; a CPU always has."""
+    """Waits until the device has done all queued work. A CPU has no queue."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def give_back(device: torch.device) -> None:
-    """Frees what only cycles of dead objects hold, and returns an emptied allocator's blocks to the device."""
+    """Frees dead reference cycles, and returns the allocator's unused blocks to the device."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:
-    """True for a GPU's or the CPU allocator's out-of-memory error, and for those of the libraries that
-    allocate beside torch."""
+    """Whether a GPU's allocator, the CPU's, or a library that allocates beside torch ran out of memory."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
         sign in str(error) for sign in _SIGNS
     )

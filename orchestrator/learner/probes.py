@@ -1,4 +1,4 @@
-"""What is easily wrong in silence, looked at once at start-up, and probes that measure instead of assume."""
+"""Start-up checks of what could be wrong without an error, and probes that measure the device."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -17,25 +17,27 @@ from orchestrator.learner.rank_learner import RankLearner
 from orchestrator.learner.state import full_weights
 from orchestrator.models.block_attention import compiled_attention
 from orchestrator.models.forward import head_gap, run_forward
+from orchestrator.models.precision import precision_of
 from orchestrator.models.rows import MicroBatchTensors
 
 
 @dataclass(frozen=True, slots=True)
 class Gap:
-    """How far two ways to compute the same log-probs (or rewards, values) are apart, token by token, and what
-    rounding alone does.
-
-    rms, largest: over tokens, in nat; roundings: in units of what one more rounding of each layer's output
-    changes (the larger of both ratios; NaN where a value is none). So neither the length of an answer nor the
-    model's temper matters.
-    """
+    """Difference between two ways to compute the same log-probs (or rewards, or values) of tokens, and its
+    size relative to rounding."""
 
     rms: float
+    """Root mean square over tokens, in nat."""
     largest: float
+    """Largest absolute difference of a token, in nat."""
     roundings: float
+    """The difference in units of what one more rounding of each layer's output changes: the larger of the
+    two ratios, NaN if a value is NaN. It does not depend on the length of the answers, nor on how sensitive
+    the model is."""
 
     @classmethod
     def of(cls, difference: Floats, control: Floats) -> "Gap":
+        """difference: Float[N] between the two ways; control: Float[N] between rounded and plain outputs."""
         rms, largest = _size(difference)
         unit_rms, unit_largest = _size(control)
         return cls(rms, largest, float(np.max([rms / (unit_rms + TINY), largest / (unit_largest + TINY)])))
@@ -48,7 +50,7 @@ class Gap:
 
 
 TINY = 1e-8
-"""nat: what no comparison is finer than, also where rounding changes nothing."""
+"""Smallest difference in nat that is compared, also where rounding changes nothing."""
 
 
 def _size(values: Floats) -> tuple[float, float]:
@@ -56,14 +58,16 @@ def _size(values: Floats) -> tuple[float, float]:
 
 
 def worst(gaps: Sequence[Gap]) -> Gap:
-    """The largest of several ranks' gaps, which is one with a NaN if there is any."""
+    """The largest of several ranks' gaps: one with a NaN if there is any."""
     return max(gaps, key=lambda gap: (np.isnan(gap.roundings), gap.roundings))
 
 
 def start_gaps(learner: RankLearner, chosen: MicroBatch | None, padded: MicroBatch) -> tuple[Gap, Gap]:
-    """How far the rows as they are laid out are from padded ones (chosen: None where they are padded
-    themselves), and our chunked log-probs (or rewards) from the model's own logits; nothing for critics,
-    whose head is ours. A collective."""
+    """Two gaps: the chosen layout against padded rows, and our chunked log-probs (or rewards) against the
+    model's own logits. A collective.
+
+    chosen: None if the chosen layout is padded rows. The second gap is 0 for a critic, whose head is ours.
+    """
     plain = _values(learner, padded)
     with rounded(learner):
         control = _values(learner, padded) - plain
@@ -76,8 +80,8 @@ def start_gaps(learner: RankLearner, chosen: MicroBatch | None, padded: MicroBat
 
 @torch.no_grad()
 def _values(learner: RankLearner, micro_batch: MicroBatch) -> Floats:
-    """What the model gives for each token (or sequence: rewards), in the order (sequence, position), whatever
-    the layout."""
+    """The model's output for each token (or each sequence: rewards), in the order (sequence, position) for
+    every layout."""
     learner.scoring.eval()
     learner.scoring.dropout.off()
     result = run_forward(learner.engine, MicroBatchTensors.of(micro_batch, learner.device))
@@ -91,10 +95,10 @@ def _values(learner: RankLearner, micro_batch: MicroBatch) -> Floats:
 
 @contextmanager
 def rounded(learner: RankLearner) -> Iterator[None]:
-    """The model with the output of its embedding and of each layer rounded once more: off by up to half a
-    unit of the training precision, differently for each value. Rows of another length or number often change
-    nothing at all, so are no control."""
-    size = 2.0**-24 if learner.spec.recipe.learners.precision == "fp32" else 2.0**-8
+    """Rounds the output of the embedding and of each layer once more: each value is off by up to half a unit
+    of the training precision, each by another amount. Rows of another length or number often change nothing
+    at all, so they cannot be the control."""
+    size = 2.0**-24 if precision_of(learner.spec.recipe.learners.precision).exact else 2.0**-8
     draw = torch.Generator(learner.device).manual_seed(0)
 
     def again(module: nn.Module, inputs: Any, output: Any) -> Any:
@@ -114,12 +118,10 @@ def rounded(learner: RankLearner) -> Iterator[None]:
 
 
 def probe_peak(learner: RankLearner, micro_batch: MicroBatch, units: LossUnits) -> int:
-    """Peak bytes of a forward and backward of one micro-batch beyond what the process held before the model;
-    the gradient is dropped, nothing has changed after. A collective."""
-    nothing = np.zeros(len(micro_batch.targets), np.float32)
-    probe = replace(
-        micro_batch, ref_logprobs=nothing, coefficients=nothing
-    )  # only the size of things is asked for
+    """Peak bytes of a forward and backward of one micro-batch beyond what the process held before the model.
+    The gradient is dropped, so the learner does not change. A collective."""
+    zeros = np.zeros(len(micro_batch.targets), np.float32)
+    probe = replace(micro_batch, ref_logprobs=zeros, coefficients=zeros)  # only the sizes matter
     report = learner.forward_backward([probe, probe], units, step=-1)
     learner.discard()
     return report.peak_bytes
@@ -127,18 +129,18 @@ def probe_peak(learner: RankLearner, micro_batch: MicroBatch, units: LossUnits) 
 
 def usable_bytes(learner: RankLearner) -> int:
     """Memory of this rank's device."""
-    return device_bytes(learner.device, learner.group.world)
+    return device_bytes(learner.device, learner.process_group.world)
 
 
 def device_kind(learner: RankLearner) -> str:
-    """What this rank computes on: the name of its GPU, or the CPU with its instructions and threads."""
+    """This rank's device: the name of its GPU, or the CPU with its instruction set and threads."""
     if learner.device.type == "cuda":
         return torch.cuda.get_device_name(learner.device)
     return f"cpu {torch.backends.cpu.get_cpu_capability()} {torch.get_num_threads()}"
 
 
 def attention_compilations(learner: RankLearner) -> int:
-    """Graphs of attention that this process has compiled so far; 0 where no row needed any."""
+    """Graphs of attention that this process has compiled so far; 0 if no row needed one."""
     return compiled_attention().compilations
 
 
@@ -148,8 +150,8 @@ def model_fingerprint(learner: RankLearner) -> str:
 
 
 def adam_steps(learner: RankLearner) -> int:
-    """Optimizer steps that were applied; refused ones and a critic's warm-up make it differ from the
-    schedule's count."""
+    """Optimizer steps that were applied. Refused steps and a critic's warm-up make the count differ from the
+    schedule's."""
     return learner.engine.optimizer_step()
 
 
@@ -157,25 +159,26 @@ FP32_PEAKS = (
     *(("H100 NVL", 60e12), ("H100 PCIe", 51e12), ("H100", 67e12), ("H200 NVL", 60e12), ("H200", 67e12)),
     *(("A100", 19.5e12), ("L40S", 91.6e12), ("L4", 30.3e12), ("A10", 31.2e12), ("T4", 8.1e12)),
 )
-"""Dense fp32 FLOP/s outside the tensor cores, from NVIDIA's data sheets: what matmul precision "highest" can
-reach. Longer names first."""
+"""Dense fp32 FLOP/s outside the tensor cores, from NVIDIA's data sheets: the limit of matmul precision
+"highest". Longer names first."""
 
 
 def peak_flops(learner: RankLearner) -> float | None:
-    """FLOP/s the device could reach in the training precision: data sheets for GPUs, a measured matrix
-    product on a CPU."""
+    """FLOP/s that the device can reach in the training precision: from data sheets for GPUs, from a measured
+    matrix product on a CPU."""
     if learner.device.type == "cuda":
         return sheet_flops(torch.cuda.get_device_name(learner.device), learner.spec.recipe.learners.precision)
     return _measured_flops()
 
 
 def sheet_flops(device: str, precision: str) -> float | None:
-    """Peak FLOP/s of a GPU by its name; None where it is not known. TRL's table has no fp32."""
+    """Peak FLOP/s of a GPU by its name; None for an unknown one. TRL's table has no fp32."""
     from trl.trainer.utils import get_peak_flops
 
-    if precision == "fp32":
+    compute = precision_of(precision)
+    if compute.exact:
         return next((peak for name, peak in FP32_PEAKS if name.lower() in device.lower()), None)
-    return get_peak_flops(device, "float16" if precision == "fp16" else "bfloat16")
+    return get_peak_flops(device, str(compute.wire_dtype).removeprefix("torch."))
 
 
 def _measured_flops(size: int = 768, repeats: int = 3) -> float:
@@ -189,5 +192,7 @@ def _measured_flops(size: int = 768, repeats: int = 3) -> float:
 
 
 def final_weights(learner: RankLearner) -> dict[str, Floats]:
-    """Whole fp32 weights by name on rank 0, nothing elsewhere: for `verify`. A collective."""
-    return {name: weight.numpy() for name, weight in full_weights(learner, keep=learner.group.rank == 0)}
+    """Whole fp32 weights by name on rank 0, and nothing on the others. For `verify`. A collective."""
+    return {
+        name: weight.numpy() for name, weight in full_weights(learner, keep=learner.process_group.rank == 0)
+    }

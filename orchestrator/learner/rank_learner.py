@@ -1,9 +1,9 @@
-"""A learner on one rank: the verbs of roles.Learner for this rank's share of a PackedBatch.
+"""A learner on one rank: the methods of core.roles.Learner for this rank's share of a PackedBatch.
 
     micro-batch --ScoringModel--> token log-probs --objective--> loss sum / global count --Engine--> gradient
 
-Losses are sums divided once by the count of the whole effective batch, so the rank, the number of
-micro-batches and the layout cannot be seen in the result.
+Losses are sums divided once by the count of the whole effective batch, so the result does not depend on the
+rank, the number of micro-batches or the layout.
 """
 
 import time
@@ -50,24 +50,23 @@ Role = Literal["policy", "critic"]
 
 @dataclass(frozen=True, slots=True)
 class LearnerSpec:
-    """All a rank needs to build itself: the recipe, how the step is cut, and how long the schedule is.
-
-    role: a critic learns values for PPO's policy; its model and optimizer are those of `recipe` (see
-    `critic_recipe`).
-    """
+    """What a rank needs to build its learner."""
 
     recipe: Recipe
+    """For a critic the recipe with its own model and optimizer (see `critic_recipe`)."""
     cut: Cut
     total_steps: int
+    """Length of the learning-rate schedule."""
     role: Role = "policy"
+    """A critic learns the values for PPO's policy."""
 
 
-Read = tuple[float, dict[str, Mean], dict[str, float]]
+StepMetrics = tuple[float, dict[str, Mean], dict[str, float]]
 """(loss, means, maxima) of a step."""
 
 
 class Sums:
-    """Loss and metric sums of one step, kept on the device and read once."""
+    """Loss and metric sums of one step, kept on the device and read from it once."""
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
@@ -76,7 +75,7 @@ class Sums:
 
     def add(self, loss: LossSum, weight: float) -> None:
         if not weight:
-            return  # a filler micro-batch: computed for the collectives only
+            return  # a filler micro-batch, computed for the collectives only
         self._add("loss", loss.total.detach(), 1.0)
         for name, (total, count) in loss.means.items():
             self._add(name, total.detach(), count)
@@ -91,12 +90,12 @@ class Sums:
             count.to(torch.float64) if isinstance(count, Tensor) else count
         )
 
-    def read(self) -> Read:
-        """With one transfer from the device: the only wait for it in a step."""
+    def read(self) -> StepMetrics:
+        """The metrics, by one transfer from the device: the only wait for it in a step."""
         if not self._sums:
             return 0.0, {}, {}
-        there = [count for count in self._counts.values() if isinstance(count, Tensor)]
-        values = iter(torch.stack([*self._sums.values(), *there, *self._maxima.values()]).tolist())
+        on_device = [count for count in self._counts.values() if isinstance(count, Tensor)]
+        values = iter(torch.stack([*self._sums.values(), *on_device, *self._maxima.values()]).tolist())
         totals = {name: next(values) for name in self._sums}
         counts = {
             name: next(values) if isinstance(count, Tensor) else count for name, count in self._counts.items()
@@ -107,14 +106,14 @@ class Sums:
 
 
 class RankLearner:
-    """One rank's model, optimizer and verbs. Build it after ProcessGroup.join()."""
+    """One rank's model and optimizer. Build it after ProcessGroup.join()."""
 
     def __init__(
         self, spec: LearnerSpec, group: ProcessGroup, device: torch.device, loaded: LoadedModel | None = None
     ) -> None:
-        """loaded: a model that is there already (benchmarks draw theirs on the device); default: the
+        """loaded: a model that exists already (benchmarks create theirs on the device). Default: the
         recipe's."""
-        self.spec, self.group, self.device = spec, group, device
+        self.spec, self.process_group, self.device = spec, group, device
         recipe = spec.recipe
         self.algorithm: AlgorithmSpec = (
             build(recipe.algorithm, recipe.rollouts) if spec.role == "policy" else critic(recipe.algorithm)
@@ -150,7 +149,7 @@ class RankLearner:
     def forward_backward(
         self, micro_batches: Sequence[MicroBatch], units: LossUnits, step: int
     ) -> LearnReport:
-        """Adds the gradient of this rank's share of the step's loss; `loss` in the report is that share."""
+        """Adds the gradient of this rank's share of the step's loss. `loss` in the report is that share."""
         started = time.perf_counter()
         as_used(self.scoring)
         sums = Sums()
@@ -163,22 +162,22 @@ class RankLearner:
                     share = loss.total * (float("nan") if fault == "nan" else micro_batch.weight)
                     self.engine.backward(share, last=index == len(micro_batches) - 1)
                     sums.add(loss, float("nan") if fault == "nan" else micro_batch.weight)
-        read = sums.read()
+        metrics = sums.read()
         finish(self.device)  # the sums are ready before the last backward is
         seconds = time.perf_counter() - started
         peak = peak_bytes(self.device) - self.bytes_before_model
-        reset_peak(self.device)  # the next report's peak takes in this step's optimizer
-        return self._report(read, micro_batches, seconds, peak)
+        reset_peak(self.device)  # the next report's peak includes this step's optimizer
+        return self._report(metrics, micro_batches, seconds, peak)
 
     def optim_step(self, step: int) -> StepApplied:
         """Applies the accumulated gradient with the learning rate of 0-based optimizer step `step`."""
         self._inject("optim_step", step)
         applied = self.engine.step(learning_rate(self.spec.recipe.optimizer, step, self.spec.total_steps))
-        finish(self.device)  # else the update would be timed as the next step's
+        finish(self.device)  # otherwise the update would count as time of the next step
         return applied
 
     def discard(self) -> None:
-        """Drops the accumulated gradient, and what an out-of-memory error left behind. A collective."""
+        """Drops the accumulated gradient, and frees what an out-of-memory error left. A collective."""
         give_back(self.device)
         self.engine.discard(self.idle_loss)
 
@@ -186,8 +185,9 @@ class RankLearner:
     def token_logprobs(
         self, micro_batches: Sequence[MicroBatch], reference: bool = False, step: int | None = None
     ) -> tuple[Floats, ...]:
-        """fp32 log-probs of the scored tokens of each micro-batch, under the policy or the reference. step:
-        with LoRA's dropout of that optimizer step, as forward_backward will draw it; None: without dropout.
+        """fp32 log-probs of the scored tokens of each micro-batch, under the policy or the reference.
+
+        step: optimizer step whose LoRA dropout is applied, the same as in forward_backward. None: no dropout.
         """
         self._still()
         if step is not None:
@@ -211,7 +211,7 @@ class RankLearner:
     def evaluate(
         self, micro_batches: Sequence[MicroBatch], units: LossUnits
     ) -> tuple[LearnReport, tuple[Floats, ...]]:
-        """The objective on held-out micro-batches without gradients, and the sums of each example: Float[n,
+        """The objective on held-out micro-batches without gradients, and the sums of each example, Float[n,
         branches]."""
         started = time.perf_counter()
         self._still()
@@ -222,13 +222,13 @@ class RankLearner:
             scores = self._token_scores(micro_batch, rows)
             sums.add(self._objective(scores, units, micro_batch, rows), micro_batch.weight)
             per_example.append(scores.rewards if scores.rewards is not None else scores.sums())
-        read, values = sums.read(), on_host(per_example)
-        return self._report(read, micro_batches, time.perf_counter() - started, 0), values
+        metrics, values = sums.read(), on_host(per_example)
+        return self._report(metrics, micro_batches, time.perf_counter() - started, 0), values
 
     @torch.no_grad()
     def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[list[int]]:
-        """Greedy continuations of this rank's prompts (every rank must call it with at least one prompt at
-        ZeRO-3)."""
+        """Greedy continuations of this rank's prompts. At ZeRO-3 every rank must call it with at least one
+        prompt."""
         self._still()
         eos = self.loaded.tokenizer.eos_token_id
         return self.scoring.generate(prompts, max_new_tokens, eos=eos, synced=self.spec.cut.zero_stage == 3)
@@ -242,7 +242,7 @@ class RankLearner:
                 reference.lerp_(policy.to(reference.dtype), alpha)
 
     def idle_loss(self) -> Tensor:
-        """A zero that depends on every parameter through the smallest possible forward, on all ranks alike."""
+        """A zero that depends on every parameter, from the smallest possible forward. Equal on all ranks."""
         token = np.zeros(1, dtype=np.int64)
         branch = Branch(token, np.ones(1, dtype=np.bool_))
         group = SequenceGroup(0, token, (branch,) * self.algorithm.branches)
@@ -262,7 +262,7 @@ class RankLearner:
     def _objective(
         self, scores: TokenScores, units: LossUnits, micro_batch: MicroBatch, rows: MicroBatchTensors
     ) -> LossSum:
-        """The loss, its metrics for each source beside them where the data has several."""
+        """The loss and its metrics, also for each source if the data has several."""
         loss = self.algorithm.objective(scores, units)
         if not self.by_source or rows.source is None or micro_batch.source is None:
             return loss
@@ -291,9 +291,9 @@ class RankLearner:
         )
 
     def _report(
-        self, read: Read, micro_batches: Sequence[MicroBatch], seconds: float, peak: int
+        self, metrics: StepMetrics, micro_batches: Sequence[MicroBatch], seconds: float, peak: int
     ) -> LearnReport:
-        loss, means, maxima = read
+        loss, means, maxima = metrics
         real = [m for m in micro_batches if m.weight]
         return LearnReport(
             loss=loss,
@@ -319,22 +319,22 @@ class RankLearner:
         return self.engine, self.scoring.reference()
 
     def _still(self) -> None:
-        """Nothing is dropped until the next forward_backward."""
+        """Switches dropout off until the next forward_backward."""
         self.scoring.eval()
         self.scoring.dropout.off()
 
     def _inject(self, site: str, step: int) -> str | None:
-        fault = faults.inject(site, step=step, rank=self.group.rank)
+        fault = faults.inject(site, step=step, rank=self.process_group.rank)
         if fault == "oom":
             raise torch.OutOfMemoryError("injected")
         return fault
 
     def _located(self, micro_batch: MicroBatch, index: int) -> "_OutOfMemoryLocator":
-        return _OutOfMemoryLocator(self.group.rank, index, micro_batch.positions)
+        return _OutOfMemoryLocator(self.process_group.rank, index, micro_batch.positions)
 
 
 class _OutOfMemoryLocator:
-    """Turns an allocator's error into OutOfMemory with the place it happened."""
+    """Turns an allocator's error into OutOfMemory with the rank and micro-batch of the error."""
 
     def __init__(self, rank: int, index: int, positions: int) -> None:
         self.rank, self.index, self.positions = rank, index, positions
@@ -344,7 +344,7 @@ class _OutOfMemoryLocator:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         if error is not None and is_out_of_memory(error):
-            traceback.clear_frames(error.__traceback__)  # they hold the micro-batch's activations
+            traceback.clear_frames(error.__traceback__)  # the frames hold the micro-batch's activations
             raise OutOfMemory(
                 f"worker {self.rank} ran out of memory in micro-batch {self.index} ({self.positions} "
                 "positions)",
@@ -354,7 +354,7 @@ class _OutOfMemoryLocator:
 
 
 def iterate_trainable(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """(name, parameter) of everything that learns, in the same order on every rank."""
+    """(name, parameter) of all trainable parameters, in the same order on every rank."""
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
             yield name, parameter

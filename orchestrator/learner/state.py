@@ -1,9 +1,9 @@
-"""The learner's state by parameter name, the same for every ZeRO stage and number of ranks.
+"""The learner's state on disk by parameter name, the same for every ZeRO stage and number of ranks.
 
-Per trainable parameter: the fp32 master weight and Adam's two moments, in safetensors, no pickle. Parameter i
-is copied to the host and written by rank i mod world alone, so no rank ever holds the whole state; every rank
-reads all files back, one parameter at a time. Saved on one number of ranks or stage, it is put back on any
-other (docs/design.md has the measurements).
+The state is the fp32 master weight and Adam's two moments of each trainable parameter, in safetensors without
+pickle. Only rank i mod world copies parameter i to the host and writes it, so no rank ever holds the whole
+state. Every rank reads all files back, one parameter at a time. A state saved on one number of ranks or stage
+can be loaded on any other (docs/design.md).
 """
 
 import hashlib
@@ -27,11 +27,11 @@ PREFIXES: Mapping[Role, str] = {"policy": "state", "critic": "critic"}
 
 def save_state(learner: RankLearner, directory: Path, moments: bool = True) -> list[FileEntry]:
     """Writes this rank's shards and returns them with size and SHA-256. A collective: call it on all ranks.
-    moments: False leaves Adam's out, which a run that is done has no use for.
 
-    A critic's files lie beside the policy's: `critic-rank…` and `state-rank…`.
+    moments: False leaves out Adam's moments, which a finished run does not need. A critic's files lie beside
+    the policy's: `critic-rank…` and `state-rank…`.
     """
-    group, engine = learner.group, learner.engine
+    group, engine = learner.process_group, learner.engine
     entries: list[FileEntry] = []
     pending: dict[str, Tensor] = {}
 
@@ -53,7 +53,7 @@ def save_state(learner: RankLearner, directory: Path, moments: bool = True) -> l
 
 
 def load_state(learner: RankLearner, directory: Path, optimizer_step: int) -> None:
-    """Puts weights, moments and Adam's step counter back on every rank. A collective."""
+    """Loads weights, moments and Adam's step counter on every rank. A collective."""
     engine = learner.engine
     if optimizer_step > 0:
         _materialise_moments(learner)
@@ -70,9 +70,11 @@ def load_state(learner: RankLearner, directory: Path, optimizer_step: int) -> No
 
 
 def full_weights(learner: RankLearner, *, keep: bool = True) -> Iterator[tuple[str, Tensor]]:
-    """(parameter name, fp32 weight on the CPU) of every trainable parameter, one whole one at a time. keep:
-    False on a rank that only takes part in the gathers: it copies nothing and sees none. A collective: run it
-    to its end."""
+    """(parameter name, whole fp32 weight on the CPU) of every trainable parameter, one at a time. A
+    collective: run it to its end.
+
+    keep: False on a rank that only takes part in the gathers. Nothing is copied or yielded there.
+    """
     for name, parameter in iterate_trainable(learner.engine.module):
         weight = learner.engine.weight(parameter)
         if keep:
@@ -80,7 +82,7 @@ def full_weights(learner: RankLearner, *, keep: bool = True) -> Iterator[tuple[s
 
 
 def weights_digest(learner: RankLearner) -> str:
-    """SHA-256 over all trainable fp32 weights in order: equal iff the weights are bit-identical. A
+    """SHA-256 over all trainable fp32 weights in order, equal if the weights are bit-identical. A
     collective."""
     digest = hashlib.sha256()
     for name, weight in full_weights(learner):
@@ -90,7 +92,7 @@ def weights_digest(learner: RankLearner) -> str:
 
 
 def _named_state(learner: RankLearner, engine: Engine, moments: bool) -> Iterator[tuple[str, Tensor]]:
-    """Each tensor by its name, whole on the device of every rank until the next one is asked for."""
+    """(name, tensor) of the state, each whole on the device of every rank until the next one is taken."""
     has_moments = moments and engine.has_moments()
     for name, parameter in iterate_trainable(engine.module):
         yield f"weight.{name}", engine.weight(parameter)
@@ -102,13 +104,13 @@ def _named_state(learner: RankLearner, engine: Engine, moments: bool) -> Iterato
 
 
 def _reference_moves(learner: RankLearner) -> bool:
-    """TR-DPO's reference is state; a frozen one is loaded from where it came."""
+    """Whether the reference is part of the state, as TR-DPO's is. A frozen one is loaded from its model."""
     return learner.spec.recipe.algorithm.reference_sync_every is not None
 
 
 def _materialise_moments(learner: RankLearner) -> None:
-    """Makes Adam's state exist, by a step with a zero gradient and learning rate 0: every value is
-    overwritten next."""
+    """Creates Adam's state by a step with a zero gradient and learning rate 0. The caller then overwrites
+    every value."""
     with learner.engine.accumulation():
         learner.engine.backward(learner.idle_loss(), last=True)
     learner.engine.step(0.0)
@@ -120,19 +122,20 @@ def _prefix(learner: RankLearner) -> str:
 
 @contextmanager
 def saved_weights(directory: Path, role: Role) -> Iterator[Callable[[str], Tensor]]:
-    """Reads fp32 weights of a checkpoint by the parameter's name, without a learner."""
+    """A function from a parameter's name to its fp32 weight in the checkpoint, without a learner."""
     with _Shards(directory, PREFIXES[role]) as shards:
         yield lambda name: shards.read(f"weight.{name}")
 
 
 class _Shards:
-    """Reads a tensor by name from a learner's safetensors files in a folder, without loading the rest."""
+    """Reads single tensors by name from a learner's safetensors files in a folder."""
 
     def __init__(self, directory: Path, prefix: str) -> None:
         self._files = [
             safe_open(path, framework="pt") for path in sorted(directory.glob(f"{prefix}-*.safetensors"))
         ]
-        self._where = {name: file for file in self._files for name in file.keys()}  # noqa: SIM118 (not a dict)
+        # a file is not a dict, so it has to be asked for its keys
+        self._where = {name: file for file in self._files for name in file.keys()}  # noqa: SIM118
 
     def __enter__(self) -> "_Shards":
         return self

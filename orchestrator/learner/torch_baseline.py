@@ -1,7 +1,7 @@
-"""The baseline of `verify`: one process, one batch, plain torch. Shares no batching, engine or head with the
-learner.
+"""The baseline of `verify`: one process, one batch, plain torch. It shares no batching, engine or head with
+the learner.
 
-Rows are padded, logits are the model's own at every position, the optimizer is torch's AdamW on fp32 weights.
+Rows are padded, logits are the model's own at every position, and torch's AdamW updates fp32 weights.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from orchestrator.algorithms.schedule import learning_rate
 from orchestrator.algorithms.table import AlgorithmSpec
 from orchestrator.core.batches import Floats, LossUnits, MicroBatch, SequenceGroup
 from orchestrator.data.packing import by_branch, pack
-from orchestrator.learner.engine import zero_missing
+from orchestrator.learner.optimizer import zero_missing
 from orchestrator.models.decay import parameter_groups
 from orchestrator.models.dropout import keyed_dropout
 from orchestrator.models.load import load
@@ -34,11 +34,11 @@ class PlainStep:
 
 
 class PlainTrainer:
-    """Trains on whole effective batches. The reference policy is the start model, evaluated on each batch."""
+    """Trains on whole effective batches. The reference policy is the start model, run on each batch."""
 
     def __init__(self, recipe: Recipe, algorithm: AlgorithmSpec, total_steps: int) -> None:
         self.recipe, self.algorithm, self.total_steps = recipe, algorithm, total_steps
-        self.model = self._load()
+        self.model: Any = self._load()
         self.dropout = keyed_dropout(self.model)
         self.reference = self._load().requires_grad_(False) if algorithm.needs_reference else None
         cfg = recipe.optimizer
@@ -78,7 +78,7 @@ class PlainTrainer:
 
     @torch.no_grad()
     def token_logprobs(self, groups: Sequence[SequenceGroup]) -> list[tuple[Floats, ...]]:
-        """Log-probs of the scored tokens under the present weights: [group][branch]."""
+        """Log-probs of the scored tokens under the current weights: [group][branch]."""
         rows = pack(groups, "padded")
         return by_branch(rows, self._logps(self.model, rows).numpy())
 
@@ -126,9 +126,9 @@ class PlainTrainer:
         return logps.gather(1, torch.from_numpy(rows.targets)[:, None])[:, 0], -(logps.exp() * logps).sum(1)
 
     def _rewards(self, rows: MicroBatch) -> Tensor:
-        """As AutoModelForSequenceClassification reads them, Float[n, branches]: at the last token that is no
-        padding."""
-        pad: int = self.model.config.get_text_config().pad_token_id  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
+        """Rewards Float[n, branches], read like AutoModelForSequenceClassification at the last token that is
+        not padding."""
+        pad: int = self.model.config.get_text_config().pad_token_id
         ids = np.where(rows.segment >= 0, rows.input_ids, pad)
         logits = self.model(
             input_ids=torch.from_numpy(ids), attention_mask=_mask(rows), use_cache=False
@@ -136,12 +136,12 @@ class PlainTrainer:
         return logits.float()[torch.from_numpy(rows.last_at // ids.shape[1]), 0].view(-1, rows.branches)
 
     def _token_outputs(self, rows: MicroBatch) -> Tensor:
-        """The classification model's own output at each position, Float[R*T]."""
-        backbone = getattr(self.model, self.model.base_model_prefix)  # pyright: ignore[reportArgumentType, reportCallIssue]
+        """Output of the classification model at each position, Float[R*T]."""
+        backbone = getattr(self.model, self.model.base_model_prefix)
         hidden = backbone(
             input_ids=torch.from_numpy(rows.input_ids), attention_mask=_mask(rows), use_cache=False
         ).last_hidden_state
-        return self.model.score(hidden).float().flatten()  # pyright: ignore[reportCallIssue]
+        return self.model.score(hidden).float().flatten()
 
 
 def _experience(rows: MicroBatch) -> ExperienceTensors | None:

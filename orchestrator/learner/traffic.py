@@ -1,5 +1,4 @@
-"""Counts the bytes a rank sends through collectives, so that the plan's traffic can be checked against the
-fact."""
+"""Counts the bytes that a rank sends through collectives, to compare them with the plan's prediction."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,13 +6,12 @@ from typing import Any
 from torch import Tensor
 
 _SMALL = 256
-"""Norms, overflow flags and the like: collectives of at most this many bytes are not traffic. The weights of
-a tiny model's norms, a group of their own for the decay, are more."""
+"""Largest collective in bytes that is not counted: norms, overflow flags and the like. The weights of a tiny
+model's norms, which form a separate group for the decay, are larger."""
 
 
 class CollectiveCounter:
-    """Bytes of gradient reductions and parameter gathers on DeepSpeed's communication backend since the last
-    take()."""
+    """Counts bytes of gradient reductions and parameter gathers on DeepSpeed's communication backend."""
 
     def __init__(self) -> None:
         self.reduced = 0
@@ -21,7 +19,7 @@ class CollectiveCounter:
 
     @classmethod
     def install(cls, backend: Any) -> "CollectiveCounter":
-        """The counter of this process's DeepSpeed backend, wrapping its methods once."""
+        """The counter of this process's DeepSpeed backend. The first call wraps the backend's methods."""
         existing = getattr(backend, "_orchestrator_counter", None)
         if existing is not None:
             return existing
@@ -35,9 +33,9 @@ class CollectiveCounter:
 
     def take(self) -> tuple[int, int]:
         """(reduced, gathered) bytes since the last call."""
-        taken = (self.reduced, self.gathered)
+        counts = (self.reduced, self.gathered)
         self.reduced = self.gathered = 0
-        return taken
+        return counts
 
     def _counted(self, function: Callable[..., Any], position: int, kind: str) -> Callable[..., Any]:
         def counted(*args: Any, **kwargs: Any) -> Any:

@@ -1,7 +1,6 @@
-"""The policy's weights, bucket by bucket, for the generators: gathered from ZeRO-3 shards, never the whole
-model at once.
+"""The policy's weights in buckets for the generators, gathered from ZeRO-3 shards one bucket at a time.
 
-LoRA sends its adapter only: the generators hold the base weights already.
+With LoRA only the adapter is sent: the generators hold the base weights already.
 """
 
 from collections.abc import Callable, Iterator
@@ -10,12 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from orchestrator.learner.rank_learner import RankLearner, iterate_trainable
-from orchestrator.models.weight_buckets import WIRE, BucketPlan, Channel, ChannelBroken, fill, plan_bucket
+from orchestrator.models.precision import precision_of
+from orchestrator.models.weight_buckets import BucketPlan, Channel, ChannelBroken, fill, plan_bucket
 
 
 def bucket_plans(learner: RankLearner, bucket_bytes: int) -> tuple[BucketPlan, ...]:
-    """How the trainable parameters fall into buckets of at most `bucket_bytes` (a larger parameter has one of
-    its own)."""
+    """The buckets of the trainable parameters, of at most `bucket_bytes` each. A larger parameter has a
+    bucket to itself."""
     return tuple(
         BucketPlan(*plan_bucket([(name, _shape(p)) for name, p in part], _wire(learner)))
         for part in _parts(learner, bucket_bytes)
@@ -25,9 +25,11 @@ def bucket_plans(learner: RankLearner, bucket_bytes: int) -> tuple[BucketPlan, .
 def flat_buckets(
     learner: RankLearner, bucket_bytes: int, *, keep: bool = True
 ) -> Iterator[tuple[BucketPlan, Tensor]]:
-    """(plan, bytes UInt8 on the learner's device) of each bucket in turn. keep: False on a rank that only
-    takes part in ZeRO-3's gathers: it fills no bucket and sees none. A collective at ZeRO-3: run it on all
-    ranks, to its end."""
+    """(plan, bytes UInt8 on the learner's device) of each bucket in turn. A collective at ZeRO-3: run it on
+    all ranks, to its end.
+
+    keep: False on a rank that only takes part in ZeRO-3's gathers. Nothing is yielded there.
+    """
     for plan, part in zip(bucket_plans(learner, bucket_bytes), _parts(learner, bucket_bytes), strict=True):
         flat = None
         with learner.engine.full_parameters([p for _, p in part]):
@@ -38,13 +40,13 @@ def flat_buckets(
 
 
 def broadcast(learner: RankLearner, channel: Channel | None, bucket_bytes: int) -> str | None:
-    """Sends the weights through the channel, which rank 0 alone has; what broke that, if anything did."""
+    """Sends the weights through the channel, which only rank 0 has. Returns the error of a broken channel."""
     if channel is None:
         return send_each(learner, bucket_bytes, None)
     try:
         broken = send_each(learner, bucket_bytes, lambda index, plan, flat: channel.send(flat))
     except BaseException:
-        channel.close()  # a rank failed: the receivers shall hear of it at once
+        channel.close()  # a rank failed: the receivers stop waiting immediately
         raise
     if broken is not None:
         channel.close()
@@ -54,8 +56,8 @@ def broadcast(learner: RankLearner, channel: Channel | None, bucket_bytes: int) 
 def send_each(
     learner: RankLearner, bucket_bytes: int, send: Callable[[int, BucketPlan, Tensor], None] | None
 ) -> str | None:
-    """send(index, plan, bytes) of each bucket, until one raises ChannelBroken: what it said. Gathers to the
-    end even then: at ZeRO-3 the other ranks wait in a collective."""
+    """Calls send(index, plan, bytes) for each bucket until one raises ChannelBroken, and returns that error's
+    text. The gathers run to the end even then: at ZeRO-3 the other ranks wait in a collective."""
     broken = None
     for index, (plan, flat) in enumerate(flat_buckets(learner, bucket_bytes, keep=send is not None)):
         if send is not None and broken is None:
@@ -82,11 +84,11 @@ def _parts(learner: RankLearner, bucket_bytes: int) -> Iterator[list[tuple[str, 
 
 
 def _wire(learner: RankLearner) -> torch.dtype:
-    return WIRE[learner.spec.recipe.learners.precision]
+    return precision_of(learner.spec.recipe.learners.precision).wire_dtype
 
 
 def _shape(parameter: nn.Parameter) -> tuple[int, ...]:
-    """Of the whole parameter; at ZeRO-3 a rank holds a part."""
+    """Shape of the whole parameter, of which a rank holds a part at ZeRO-3."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 

@@ -1,1 +1,1 @@
-"""Transformers models: load, forward, attention, weights on their way, export."""
+"""Transformers models: loading, forward, attention, transfer of weights, export."""

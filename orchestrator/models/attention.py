@@ -1,8 +1,6 @@
-"""Who may see whom: attention masks for rows that hold several sequences, and which architectures can take
-them.
+"""Attention masks for rows that hold several sequences, and which architectures can take them.
 
-The masks here are dense, for short rows; one long row has masks of blocks (block_attention.py). Nothing here
-asks which device there is.
+The masks here are dense and made for short rows. One long row has masks of blocks (block_attention.py).
 """
 
 from dataclasses import dataclass
@@ -30,37 +28,41 @@ _ONE_MASK = frozenset(
     }
 )
 _MASK_PER_KIND = frozenset({"qwen2", "qwen2_moe", "qwen3", "gemma2", "gemma3_text"})
-"""Architectures measured to give the same log-probs under a 4-D mask (tests/invariants/test_layouts.py), the
-second set with one mask per kind of layer. Every other one gets padded rows, which need no mask of ours."""
+"""Architectures that were measured to give the same log-probs under a 4-D mask
+(tests/invariants/test_layouts.py). The second set needs one mask per kind of layer. All others get padded
+rows, which need no mask of ours."""
 
 _NO_BLOCKS = frozenset({"gpt2", "falcon"})
-"""Architectures whose code wants a tensor for a mask, so that a long row cannot have one of blocks."""
+"""Architectures whose code needs a tensor as the mask, so that a long row cannot have a mask of blocks."""
 
 _ALL: frozenset[Layout] = frozenset({"prefix_shared", "packed", "padded"})
 Mask = Tensor | dict[str, Tensor] | None
 
 
 def plain_attention(config: PretrainedConfig) -> str | None:
-    """What transformers should compute attention with where rows need no blocks: eager for models that cap
-    their attention logits (Gemma 2), since SDPA drops the cap in silence; elsewhere the library's own choice
-    (None), which is SDPA."""
+    """The attention implementation of transformers for rows without block masks. "eager" for models that cap
+    their attention logits (Gemma 2), since SDPA silently drops the cap. Otherwise None, the library's own
+    choice, which is SDPA."""
     return "eager" if getattr(config.get_text_config(), "attn_logit_softcapping", None) else None
 
 
 @dataclass(frozen=True, slots=True)
 class Capabilities:
-    """layouts an architecture can take, and why not all. window: sliding-window size; kinds: its kinds of
-    attention layers; blocks: whether a row may be a single long one under masks of blocks."""
+    """Rows and masks that an architecture can take."""
 
     layouts: frozenset[Layout]
     reason: str
+    """Why it can take these layouts and no others."""
     window: int | None
+    """Size of the sliding window in tokens."""
     kinds: tuple[str, ...]
+    """Kinds of attention layers that need a mask each. Empty: one mask serves all layers."""
     blocks: bool = False
+    """Whether a micro-batch may be one long row under masks of blocks."""
 
 
 def capabilities(config: PretrainedConfig) -> Capabilities:
-    """What rows a model of this configuration can take."""
+    """Rows and masks that a model of this configuration can take."""
     kind = config.model_type
     layers = tuple(sorted(set(getattr(config, "layer_types", None) or ())))
     window = getattr(config, "sliding_window", None)
@@ -90,7 +92,7 @@ def capabilities(config: PretrainedConfig) -> Capabilities:
 
 
 def attention_windows(config: PretrainedConfig) -> tuple[int | None, ...]:
-    """How many tokens each layer's attention looks back over, itself included; None: all of them."""
+    """Tokens that each layer's attention covers, the query included. None: all tokens before it."""
     window = capabilities(config).window
     kinds = getattr(config, "layer_types", None) or (None,) * (
         getattr(config, "num_hidden_layers", None) or 1
@@ -101,8 +103,7 @@ def attention_windows(config: PretrainedConfig) -> tuple[int | None, ...]:
 def attention_mask(
     segment: Tensor, branch: Tensor, positions: Tensor, layout: Layout, can: Capabilities, dtype: torch.dtype
 ) -> Mask:
-    """The additive mask of a micro-batch: Float[R, 1, T, T], one per kind of layer where the model mixes
-    kinds.
+    """The additive mask of a micro-batch, Float[R, 1, T, T]. One per kind of layer if the model mixes kinds.
 
     Token i sees token j iff j <= i, same segment, branch[j] in {0, branch[i]} and, in sliding layers, the
     POSITION distance is below the window (rows hold several sequences, so the distance in the row would be

@@ -1,11 +1,11 @@
-"""Attention over one long row of many sequences: FlexAttention, compiled once, with masks built block by
-block.
+"""Attention over one long row of many sequences: FlexAttention, compiled once, with masks built by blocks.
 
-    segment, branch, positions --block_mask--> BlockMask --transformers' layers--> attend --torch.compile--> one fused kernel
+    segment, branch, positions --block_masks--> BlockMask
+    BlockMask --transformers' layers--> attend --torch.compile--> one fused kernel
 
-A row's length is a multiple of BLOCK (records.ROW_MULTIPLE), so that Dynamo sees one shape with one dynamic
+A row's length is a multiple of BLOCK (core/batches.ROW_MULTIPLE), so Dynamo sees one shape with one dynamic
 size: a graph with gradients and one without serve a whole run. Work and memory grow with the visible blocks,
-never with the square of the row.
+not with the square of the row.
 """
 
 from collections.abc import Callable
@@ -27,16 +27,16 @@ from orchestrator.models.attention import Capabilities
 from orchestrator.models.ragged_attention import RAGGED
 
 BLOCKS = "one_row_blocks"
-"""The name under which transformers' layers find `attend`."""
+"""Name of `attend` among transformers' attention functions."""
 MAX_COMPILATIONS = 4
-"""Graphs that a model needs at most: with and without gradients, for one or two kinds of attention layers."""
+"""Most graphs that a model needs: with and without gradients, for one or two kinds of attention layers."""
 
 Masks = BlockMask | dict[str, BlockMask]
 
 
 def set_attention(model: PreTrainedModel, name: str | None) -> None:
-    """Makes all layers of `model` compute attention with `name`: BLOCKS, RAGGED, or one of transformers' own
-    (None: it has but one)."""
+    """Makes all layers of `model` compute attention with `name`: BLOCKS, RAGGED, or one of transformers' own.
+    None changes nothing, for models with a single implementation."""
     own = {BLOCKS: attend, RAGGED: ragged_attention.attend}.get(name or "")
     if name is not None and own is not None and name not in ALL_ATTENTION_FUNCTIONS.valid_keys():
         ALL_ATTENTION_FUNCTIONS.register(name, own)
@@ -45,11 +45,11 @@ def set_attention(model: PreTrainedModel, name: str | None) -> None:
 
 
 def block_masks(segment: Tensor, branch: Tensor, positions: Tensor, can: Capabilities) -> Masks:
-    """The visibility rule of attention.attention_mask for one row, one mask per kind of layer where the model
+    """The visibility rule of attention.attention_mask for one row. One mask per kind of layer if the model
     mixes kinds.
 
-    segment, branch, positions: Int[1, T], T a multiple of BLOCK; sequences lie one after the other and a
-    sequence's prompt (branch 0) comes first.
+    segment, branch, positions: Int[1, T], T a multiple of BLOCK. Sequences lie one after the other, and the
+    prompt of a sequence (branch 0) comes first.
     """
     if can.window is None or not can.kinds:
         return _block_mask(segment, branch, positions, can.window)
@@ -60,7 +60,7 @@ def block_masks(segment: Tensor, branch: Tensor, positions: Tensor, can: Capabil
 
 
 def _block_mask(segment: Tensor, branch: Tensor, positions: Tensor, window: int | None) -> BlockMask:
-    some, whole = _visible_blocks(segment[0], branch[0], positions[0], window)
+    visible_in_part, visible_in_full = _visible_blocks(segment[0], branch[0], positions[0], window)
 
     def visible(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         return (
@@ -74,12 +74,13 @@ def _block_mask(segment: Tensor, branch: Tensor, positions: Tensor, window: int 
         return visible(b, h, i, j) & (positions[b, i] - positions[b, j] < window)
 
     length, rule = segment.shape[1], visible if window is None else near
-    (partly, which_partly), (wholly, which_wholly) = _ordered(some & ~whole), _ordered(whole)
+    partial_count, partial_blocks = _ordered(visible_in_part & ~visible_in_full)
+    full_count, full_blocks = _ordered(visible_in_full)
     return BlockMask.from_kv_blocks(
-        partly,
-        which_partly,
-        wholly,
-        which_wholly,
+        partial_count,
+        partial_blocks,
+        full_count,
+        full_blocks,
         BLOCK_SIZE=BLOCK,
         mask_mod=rule,
         seq_lengths=(length, length),
@@ -89,13 +90,13 @@ def _block_mask(segment: Tensor, branch: Tensor, positions: Tensor, window: int 
 def _visible_blocks(
     segment: Tensor, branch: Tensor, positions: Tensor, window: int | None
 ) -> tuple[Tensor, Tensor]:
-    """(Bool[B, B] whether any token of query block i sees any of key block j, whether every one sees all),
-    from T values and B * B comparisons.
+    """Two Bool[B, B]: whether any token of query block i sees any token of key block j, and whether every
+    token of i sees all of j. Computed from T values and B * B comparisons.
 
     Runs of equal (segment, branch) are numbered from left to right, so a block holds an interval of runs and
-    one of segments. A pair of tokens sees each other only within a run, or across runs of a segment where the
-    key belongs to the prompt. With a window the first answer may be true for a block in which the mask finds
-    nothing: that costs time, not correctness.
+    an interval of segments. A query sees a key only within a run, or across runs of a segment if the key
+    belongs to the prompt. With a window the first result may be true for a block in which the mask then
+    allows nothing. That costs time, not correctness.
     """
     new_segment = torch.cat([segment.new_zeros(1), (segment[1:] != segment[:-1]).to(segment.dtype)])
     new_branch = torch.cat([segment.new_zeros(1), (branch[1:] != branch[:-1]).to(segment.dtype)])
@@ -109,60 +110,64 @@ def _visible_blocks(
     (first_place, last_place), (first_run, last_run), (low, high) = ends(place), ends(run), ends(positions)
     index = torch.arange(len(first_run), device=segment.device)
     query, key, before = index[:, None], index[None, :], index[:, None] >= index[None, :]
-    some = before & ((last_run[key] >= first_run[query]) | (ends(prompt)[1][key] >= first_place[query]))
+    any_visible = before & (
+        (last_run[key] >= first_run[query]) | (ends(prompt)[1][key] >= first_place[query])
+    )
     one_run = first_run[key] == last_run[query]
     one_segment = first_place[key] == last_place[query]
     only_prompt = branch.view(-1, BLOCK).amax(1)[key] == 0
-    whole = (index[:, None] > index[None, :]) & (one_run | (one_segment & only_prompt))
+    all_visible = (index[:, None] > index[None, :]) & (one_run | (one_segment & only_prompt))
     if window is not None:
-        some &= low[query] - high[key] < window
-        whole &= high[query] - low[key] < window
-    return some, whole
+        any_visible &= low[query] - high[key] < window
+        all_visible &= high[query] - low[key] < window
+    return any_visible, all_visible
 
 
 def _ordered(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """(Int[1, 1, B] how many key blocks each query block visits, Int[1, 1, B, B] which, those first)."""
+    """(Int[1, 1, B], number of key blocks that each query block visits; Int[1, 1, B, B], their indices,
+    followed by those of the other blocks)."""
     dense = blocks.to(torch.int32)
     order = torch.argsort(dense, dim=1, descending=True, stable=True)
     return dense.sum(1, dtype=torch.int32)[None, None], order.to(torch.int32)[None, None]
 
 
 def _attention(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Any:
-    """What is compiled. Where Dynamo is off or skips the call, this code runs itself: then it is an error,
-    not 10 to 50 times as slow."""
+    """The function that is compiled. If Dynamo is off or skips the call, this code runs uncompiled and raises
+    ConfigError, since it would be 10 to 50 times slower."""
     if not torch.compiler.is_dynamo_compiling():
         raise ConfigError(
             "FlexAttention would run uncompiled",
             why="torch.compile is off or skipped this call; the scores of every pair of tokens would be "
             "materialised",
-            fix="unset TORCHDYNAMO_DISABLE and TORCH_COMPILE_DISABLE; else set batch.layout=padded",
+            fix="unset TORCHDYNAMO_DISABLE and TORCH_COMPILE_DISABLE, or set batch.layout=padded",
         )
     return flex_attention(query, key, value, **options)
 
 
 class CompiledAttention:
-    """FlexAttention behind torch.compile. compilations: graphs that Dynamo has made of it in this process.
+    """FlexAttention behind torch.compile.
 
-    On a CPU, where torch has no kernel with a backward, Dynamo's graph runs uncompiled: for tests of masks,
-    rows and the number of graphs.
+    On a CPU torch has no kernel with a backward, so Dynamo's graph runs uncompiled there. That serves tests
+    of masks, rows and the number of graphs.
     """
 
     def __init__(self) -> None:
         self.compilations = 0
-        # several models in one process (tests, a critic of another size) have graphs of their own; 8 is
-        # Dynamo's default
+        """Graphs that Dynamo has compiled in this process."""
+        # each model of a process (in tests, or a critic of another size) has its own graphs; Dynamo's default
+        # is 8
         torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-        # dynamic=True is for lengths; a scale or cap made dynamic too is a tensor, which Gemma 2's score_mod
+        # dynamic=True is for lengths; it would make a scale or cap a tensor too, which Gemma 2's score_mod
         # cannot capture
         torch._dynamo.config.specialize_float = True
-        # sizes that happen to be equal at the first call, as blocks and heads may be, are not the same size
+        # sizes that are equal by chance at the first call, e.g. numbers of blocks and heads, stay separate
         symbolic_sizes.use_duck_shape = False
-        # fullgraph: nothing of the call may be left out of the graph
+        # fullgraph: the whole call must be in the graph
         self._on_gpu = torch.compile(
             _attention, backend=self._counted(_inductor), dynamic=True, fullgraph=True
         )
         self._on_cpu = torch.compile(
-            _attention, backend=self._counted(_as_it_is), dynamic=True, fullgraph=True
+            _attention, backend=self._counted(_uncompiled), dynamic=True, fullgraph=True
         )
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
@@ -183,13 +188,13 @@ def _inductor(graph: Any, inputs: Any) -> Any:
     return compile_fx(graph, inputs)
 
 
-def _as_it_is(graph: Any, inputs: Any) -> Any:
+def _uncompiled(graph: Any, inputs: Any) -> Any:
     return graph.forward
 
 
 @cache
 def compiled_attention() -> CompiledAttention:
-    """The one of this process: policy, reference and critic share its graphs."""
+    """The instance of this process. Policy, reference and critic share its graphs."""
     return CompiledAttention()
 
 
@@ -203,17 +208,15 @@ def attend(
     softcap: float | None = None,
     **unused: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention interface. query: [1, heads, T, D]; key, value: [1, kv heads, T, D]; the
-    output: [1, T, heads, D]."""
+    """transformers' attention interface. query: [1, heads, T, D]; key, value: [1, kv heads, T, D]; output:
+    [1, T, heads, D]."""
     if not isinstance(attention_mask, BlockMask):
-        raise TypeError(
-            f"{type(module).__name__} got no BlockMask: this architecture builds masks of its own"
-        )
+        raise TypeError(f"{type(module).__name__} got no BlockMask: this architecture builds its own masks")
     if any(unused.get(name) is not None for name in ("s_aux", "position_bias")):
         raise TypeError(
-            f"{type(module).__name__} adds sinks or a bias to its attention, which blocks do not know"
+            f"{type(module).__name__} adds sinks or a bias to its attention, which blocks do not support"
         )
-    if torch.is_autocast_enabled(query.device.type):  # rotary embeddings leave query and key in fp32 there
+    if torch.is_autocast_enabled(query.device.type):  # rotary embeddings give query and key in fp32 there
         query, key, value = (t.to(torch.get_autocast_dtype(query.device.type)) for t in (query, key, value))
     if isinstance(query, FakeTensor):
         output = _FlashShapes.apply(query, key, value)
@@ -227,7 +230,7 @@ def attend(
 
 @cache
 def _capped(cap: float) -> Callable[..., Tensor]:
-    """Gemma 2's cap of the attention logits; cached, as Dynamo compiles again for another function object."""
+    """Gemma 2's cap of the attention logits. Cached, as Dynamo compiles again for a new function object."""
 
     def score_mod(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         return cap * torch.tanh(score / cap)
@@ -236,8 +239,8 @@ def _capped(cap: float) -> Callable[..., Tensor]:
 
 
 class _FlashShapes(torch.autograd.Function):
-    """Allocates what the fused kernel does, for tensors without storage: the output and fp32 log-sum-exps,
-    gradients of all three inputs."""
+    """Makes the fused kernel's allocations, for tensors without storage: the output and fp32 log-sum-exps,
+    and gradients of all three inputs."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -248,7 +251,7 @@ class _FlashShapes(torch.autograd.Function):
         return output
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, Tensor, Tensor]:
         query, key, value, _, normaliser = ctx.saved_tensors
         torch.empty_like(normaliser)  # the row sums of gradient * output
         return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)

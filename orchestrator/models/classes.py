@@ -1,7 +1,8 @@
-"""Which of transformers' classes reads a configuration, and which configurations no learner can train: said
-before weights are read.
+"""Which class of transformers reads a configuration, and which configurations no learner can train. Both are
+decided before weights are read.
 
-config.json --unsuitable--> "" or why it cannot be trained --auto_class--> AutoModelForCausalLM | …ImageTextToText | …SequenceClassification
+config.json --check_trainable--> ConfigError, or
+config.json --auto_class-------> AutoModelForCausalLM | …ImageTextToText | …SequenceClassification
 """
 
 from typing import Any, Literal
@@ -21,22 +22,25 @@ from transformers.models.auto.modeling_auto import (
 from orchestrator.core.errors import ConfigError
 
 Head = Literal["lm", "scalar", "value"]
-"""A language model, or a scalar head: of a reward model or a critic (the same weights, read at other
-positions)."""
+"""Head of a model: log-probs of scored tokens ("lm"), one reward per sequence ("scalar"), or a critic's value
+before each scored token ("value"). The last two have the same weights, read at other positions."""
 TWO_SIDED = frozenset({"xlnet"})
-"""Language models that see tokens on both sides whatever their configuration says."""
+"""Language models whose tokens see both sides, whatever their configuration says."""
 CHUNKED = frozenset({"reformer"})
 """Language models whose forward in training refuses rows of most lengths."""
 DRAFTERS = frozenset({"gemma4_assistant", "gemma4_unified_assistant"})
-"""Language models that go on from the hidden states of another model."""
+"""Language models that take the hidden states of another model as input."""
 AHEAD = frozenset({"prophetnet"})
-"""Language models with a stream of hidden states for each of several tokens ahead."""
+"""Language models with a separate stream of hidden states for each of several tokens ahead."""
 
 
 def auto_class(config: PretrainedConfig, head: Head, where: str = "model") -> Any:
-    """The class whose from_pretrained reads the folder. A model of text and images keeps its towers where
-    transformers names it as one (`architectures`), or knows no model of its text alone. ConfigError where
-    transformers has none for the head."""
+    """The class whose from_pretrained reads the folder. Raises ConfigError if transformers has none for the
+    head.
+
+    A model of text and images keeps its image towers if its `architectures` name such a class, or if
+    transformers has no class for its text alone.
+    """
     kind, remote = type(config), getattr(config, "auto_map", None) or {}
     if head != "lm":
         if (
@@ -67,8 +71,15 @@ def _named(classes: Any) -> set[str]:
 
 
 def check_trainable(config: PretrainedConfig, where: str) -> None:
-    """ConfigError for a model that cannot be trained as a causal one: an encoder, an encoder with a decoder,
-    packed weights."""
+    """Raises ConfigError for a model that cannot be trained as a causal one: an encoder, an encoder with a
+    decoder, packed weights."""
+    _check_causal(config, where)
+    _check_input(config, where)
+    _check_weights(config, where)
+
+
+def _check_causal(config: PretrainedConfig, where: str) -> None:
+    """Each token must be predicted from those before it."""
     if config.is_encoder_decoder:
         raise ConfigError(
             f"{where}: {config.model_type} is an encoder with a decoder",
@@ -80,8 +91,12 @@ def check_trainable(config: PretrainedConfig, where: str) -> None:
         raise ConfigError(
             f"{where}: {config.model_type} lets a token see those after it",
             why="it would learn to copy the answer instead of predicting it",
-            fix='give a decoder; one that was made of an encoder says "is_decoder": true in its config.json',
+            fix='give a decoder; one that was made from an encoder has "is_decoder": true in its config.json',
         )
+
+
+def _check_input(config: PretrainedConfig, where: str) -> None:
+    """One pass over a row of text of any length must give the log-probs of the next tokens."""
     if config.model_type in CHUNKED:
         raise ConfigError(
             f"{where}: {config.model_type} trains on rows of a multiple of its chunk length only",
@@ -92,8 +107,8 @@ def check_trainable(config: PretrainedConfig, where: str) -> None:
     if config.model_type in AHEAD:
         raise ConfigError(
             f"{where}: {config.model_type} predicts several tokens ahead",
-            why="its log-probs come from streams of their own, and an objective needs those of the next "
-            "token from one pass",
+            why="its log-probs come from separate streams, and an objective needs those of the next token "
+            "from one pass",
             fix="give a model that predicts the next token",
         )
     if config.model_type in DRAFTERS:
@@ -103,12 +118,16 @@ def check_trainable(config: PretrainedConfig, where: str) -> None:
             why="a row of text is not enough for it",
             fix="give the model that it drafts for",
         )
+
+
+def _check_weights(config: PretrainedConfig, where: str) -> None:
+    """All rows of the head must count, and the weights must be plain floating-point numbers."""
     text = config.get_text_config()
     kept = getattr(text, "unpadded_vocab_size", None)
     if kept is not None and kept < text.vocab_size:
         raise ConfigError(
             f"{where}: {config.model_type} leaves out the last rows of its head (unpadded_vocab_size={kept})",
-            why="log-probs here are over all its rows",
+            why="log-probs here are over all rows of the head",
             fix="cut the head's weight in the file to those rows, and set vocab_size to their number",
         )
     packed = getattr(config, "quantization_config", None)

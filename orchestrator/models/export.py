@@ -1,4 +1,4 @@
-"""A Hugging Face folder from trained weights: safetensors, config, tokenizer, generation config, model card."""
+"""Writes a trained model as a Hugging Face folder: safetensors, configurations, tokenizer, model card."""
 
 import json
 import os
@@ -24,14 +24,14 @@ def export(
     dtype: str,
     adapter: Any = None,
 ) -> Path:
-    """Writes `directory` atomically; it loads with AutoModelForCausalLM.from_pretrained.
+    """Writes `directory` atomically. It loads with AutoModelForCausalLM.from_pretrained.
 
-    weights: Hugging Face name -> fp32 tensor, every parameter of `base`; None: only the adapter is exported.
-    dtype: torch's name of a type. adapter: a peft model whose adapter, in fp32, goes to `directory`/adapter
-    beside the merged weights, or to `directory` itself.
+    weights: fp32 tensors of every parameter of `base` by Hugging Face name. None: only the adapter is
+    exported. dtype: torch's name of the type to write. adapter: a peft model whose adapter is written in
+    fp32, to `directory`/adapter if there are weights, else to `directory`.
     """
-    for left in directory.parent.glob(f".{directory.name}.*"):  # of an export that was interrupted
-        shutil.rmtree(left, ignore_errors=True)
+    for leftover in directory.parent.glob(f".{directory.name}.*"):  # of an interrupted export
+        shutil.rmtree(leftover, ignore_errors=True)
     temporary = directory.with_name(f".{directory.name}.{uuid.uuid4().hex[:8]}")
     temporary.mkdir(parents=True)
     try:
@@ -61,7 +61,7 @@ def export(
 
 
 def _swap(temporary: Path, directory: Path) -> None:
-    """Puts the new folder in the old one's place; a crash between leaves one of them whole."""
+    """Replaces the old folder by the new one. A crash in between leaves one of them complete."""
     old = None
     if directory.exists():
         old = directory.with_name(f".{directory.name}.old-{uuid.uuid4().hex[:8]}")
@@ -73,7 +73,7 @@ def _swap(temporary: Path, directory: Path) -> None:
 
 
 def _write_model(base: Any, state: dict[str, Tensor], folder: Path, dtype: str) -> None:
-    """save_pretrained with our weights: it shards and drops tied copies as the architecture declares."""
+    """Writes our weights with save_pretrained, which shards them and drops tied copies."""
     missing = {name for name, _ in base.named_parameters()} - set(state)
     if missing:
         raise ValueError(f"export lacks {len(missing)} parameters, e.g. {sorted(missing)[0]}")
@@ -83,14 +83,14 @@ def _write_model(base: Any, state: dict[str, Tensor], folder: Path, dtype: str) 
     }
     config_dtype = base.config.dtype
     base.save_pretrained(folder, state_dict=state, safe_serialization=True)
-    # save_pretrained says that of `base`, there and in the file, not that of what it was given
+    # save_pretrained sets the type of `base`, in the config and in the file, not the type of these weights
     base.config.dtype = config_dtype
     path = folder / "config.json"
     path.write_text(json.dumps(_of_type(json.loads(path.read_text()), dtype), indent=2) + "\n")
 
 
 def _of_type(config: Any, dtype: str) -> Any:
-    """A configuration, and those inside it, that names the type of the weights."""
+    """The configuration with `dtype` as the type of the weights, also in configurations inside it."""
     if not isinstance(config, dict):
         return config
     return {

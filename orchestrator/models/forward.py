@@ -1,8 +1,8 @@
-"""The one way through a model in training: rows in, log-probs of scored positions (or rewards) out.
+"""The training forward: rows in, log-probs of scored positions (or rewards, or values) out.
 
-    input ids, positions, mask --backbone--> hidden states --pick scored positions--> head in chunks --> log-probs
+    input ids, positions, mask --backbone--> hidden states --scored positions--> head in chunks --> log-probs
 
-Logits exist only for scored positions and only a chunk at a time.
+Logits exist only for scored positions, and only one chunk at a time.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -20,39 +20,40 @@ from orchestrator.algorithms.losses.logprobs import HeadSpec, chunked_logprobs
 from orchestrator.core.errors import ConfigError
 from orchestrator.models.attention import Capabilities, attention_mask, capabilities
 from orchestrator.models.block_attention import BLOCKS, block_masks, set_attention
+from orchestrator.models.classes import Head
 from orchestrator.models.dropout import Draws, keyed_dropout, quieten
 from orchestrator.models.ragged_attention import INSIDE, RAGGED, spread, with_rows
 from orchestrator.models.rows import MicroBatchTensors
 
 
 def chunk_logits(device_type: str) -> int:
-    """Logits alive at once in the head. 2^24 (64 MB in fp32) stay near a CPU's caches; a GPU needs products
-    of thousands of positions to be busy: 2^29 (2 GB) are 4,185 of them at a vocabulary of 128,256."""
+    """Number of logits in one chunk of the head. 2^24 (64 MB in fp32) stay near a CPU's caches. A GPU needs
+    products of thousands of positions: 2^29 logits (2 GB) are 4,185 positions at a vocabulary of 128,256."""
     return 1 << (29 if device_type == "cuda" else 24)
 
 
 Checkpointing = Literal["none", "selective", "full"]
-"""How much of the activations is computed again in the backward pass, from nothing to all."""
-ScoringKind = Literal["lm", "scalar", "value"]
-"""What a head gives: log-probs of scored tokens, one reward per sequence, or a critic's value before each
-scored token."""
+"""How much of the activations is computed again in the backward pass, from nothing to everything."""
 
 
 @dataclass(frozen=True, slots=True)
 class HeadOutputs:
-    """logps: Float[N] of the scored tokens (language-model head), with wpo (no gradient) and entropy:
-    Float[N] where wanted; rewards: Float[n, branches] of a scalar head; state_values: Float[N] of a critic.
-    """
+    """Outputs of a head for N scored tokens of n examples."""
 
     logps: Tensor | None = None
+    """Float[N], log-probs of the scored tokens, from a language-model head."""
     wpo: Tensor | None = None
+    """Float[N], WPO terms without gradient, if the head's spec wants them."""
     entropy: Tensor | None = None
+    """Float[N], entropies, if the head's spec wants them."""
     rewards: Tensor | None = None
+    """Float[n, branches], from a scalar head."""
     state_values: Tensor | None = None
+    """Float[N], from a critic."""
 
     @property
     def values(self) -> Tensor:
-        """What carries the gradient: log-probs, rewards or state values."""
+        """The output that carries the gradient: log-probs, rewards or state values."""
         values = next((v for v in (self.logps, self.rewards, self.state_values) if v is not None), None)
         assert values is not None
         return values
@@ -61,9 +62,9 @@ class HeadOutputs:
 def run_forward(
     model: Callable[[MicroBatchTensors], tuple[Tensor, ...]], rows: MicroBatchTensors
 ) -> HeadOutputs:
-    """Runs a ScoringModel, bare or inside a DeepSpeed engine (ZeRO-3's hooks only see tensors in plain
-    tuples)."""
-    inner = model if isinstance(model, ScoringModel) else model.module  # pyright: ignore[reportFunctionMemberAccess]
+    """Runs a ScoringModel, alone or inside a DeepSpeed engine. The model returns plain tuples, since ZeRO-3's
+    hooks see tensors only in those."""
+    inner: Any = getattr(model, "module", model)  # DeepSpeed's engine has the model as `module`
     assert isinstance(inner, ScoringModel)
     outputs = model(rows)
     if inner.kind == "scalar":
@@ -77,11 +78,10 @@ def run_forward(
 
 
 class ScoredHead(nn.Module):
-    """Output embedding applied to scored positions only, by chunks with recomputation.
+    """Output embedding applied to scored positions only, in chunks that are computed again in the backward.
 
-    Holds the weight as its own parameter (shared with the model's lm_head), because DeepSpeed ZeRO-3 gathers
-    parameters module by module; it is called exactly once per forward. computes_as: the kind of device whose
-    chunks are made where that is not the tensors' own (the memory model follows a GPU's step on a CPU).
+    It holds the weight as its own parameter (shared with the model's lm_head), because DeepSpeed ZeRO-3
+    gathers parameters module by module. It is called exactly once per forward.
     """
 
     def __init__(self, linear: nn.Linear, spec: HeadSpec) -> None:
@@ -90,6 +90,8 @@ class ScoredHead(nn.Module):
         self.spec = spec
         self.vocabulary = linear.out_features
         self.computes_as: str | None = None
+        """Type of the device that sets the size of chunks, if it is not the tensors' own: the memory model
+        simulates a GPU's step on a CPU."""
 
     def forward(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         chunk = max(64, chunk_logits(self.computes_as or hidden.device.type) // self.vocabulary)
@@ -103,16 +105,16 @@ class ScoredHead(nn.Module):
 
 
 class ScoringModel(nn.Module):
-    """A Hugging Face model behind the one training forward. spec: what a language-model head shall give (its
-    chunk, cap and scale are the model's)."""
+    """A Hugging Face model with the training forward."""
 
-    def __init__(self, model: nn.Module, *, head: ScoringKind, spec: HeadSpec | None = None) -> None:
+    def __init__(self, model: nn.Module, *, head: Head, spec: HeadSpec | None = None) -> None:
+        """spec: outputs of a language-model head; its chunk, cap and scale are replaced by the model's."""
         super().__init__()
         self.model = model
-        hugging_face: PreTrainedModel = model.get_base_model() if hasattr(model, "peft_config") else model  # pyright: ignore
-        self.can: Capabilities = capabilities(hugging_face.config.get_text_config())
+        hugging_face = self.hugging_face
+        self.capabilities: Capabilities = capabilities(hugging_face.config.get_text_config())
         self.plain_attention = hugging_face.config._attn_implementation
-        self.kind: ScoringKind = head
+        self.kind: Head = head
         self.dropout: Draws = keyed_dropout(model)
         quieten(model)
         self._pad: int | None = getattr(hugging_face.config.get_text_config(), "pad_token_id", None)
@@ -132,41 +134,45 @@ class ScoringModel(nn.Module):
                     why="log-probs are computed from its weight, chunk by chunk",
                     fix="leave lm_head out of model.lora.target_modules",
                 )
-            beside = [
+            other_parts = [
                 m
                 for m in hugging_face.children()
                 if m is not linear and m is not self.backbone and any(True for _ in m.parameters())
             ]
-            self._nested_head = bool(beside)  # BERT's transform before the output layer, say
+            self._nested_head = bool(other_parts)  # e.g. BERT's transform before the output layer
             soft_cap, scale = logit_transform(hugging_face.config.get_text_config())
             self.head = ScoredHead(linear, replace(spec or HeadSpec(), soft_cap=soft_cap, scale=scale))
 
     @property
     def hugging_face(self) -> PreTrainedModel:
-        """The model without a LoRA wrapper (its adapted layers stay in place)."""
-        return self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model  # pyright: ignore
+        """The model without LoRA's wrapper. Its adapted layers stay in place."""
+        model: Any = self.model
+        return model.get_base_model() if hasattr(model, "peft_config") else model
 
     @property
     def backbone(self) -> nn.Module:
         named = getattr(self.hugging_face, self.hugging_face.base_model_prefix, None)
-        return (
-            named if named is not None else self.hugging_face.model
-        )  # Llama 4's prefix names a part it lacks
+        # Llama 4's prefix names a part that it does not have
+        return named if named is not None else self.hugging_face.model
 
     def forward(self, rows: MicroBatchTensors) -> tuple[Tensor, ...]:
-        """(log-probs, WPO terms, entropies), (rewards Float[n, branches],) or (state values Float[N],): see
-        `scored`."""
+        """(log-probs, WPO terms, entropies), (rewards Float[n, branches],) or (state values Float[N],). See
+        `run_forward`."""
         hidden = self.hidden_states(rows)
         if self.kind == "lm":
             return self.head(hidden[rows.score_at], rows.targets)
         if self.kind == "value":
-            return (self.hugging_face.score(hidden[rows.score_at]).float()[:, 0],)  # pyright: ignore[reportCallIssue]
-        rewards: Tensor = self.hugging_face.score(hidden[_read_at(rows, self._pad)])  # pyright: ignore[reportCallIssue]
-        return (rewards.float().view(-1, rows.branches),)
+            return (self._score(hidden[rows.score_at]).float()[:, 0],)
+        return (self._score(hidden[_read_at(rows, self._pad)]).float().view(-1, rows.branches),)
+
+    def _score(self, hidden: Tensor) -> Tensor:
+        """Output of the scalar head, Float[N, 1], for hidden states Float[N, H]."""
+        classifier: Any = self.hugging_face
+        return classifier.score(hidden)
 
     def hidden_states(self, rows: MicroBatchTensors) -> Tensor:
         """Final hidden states Float[R*T, H]."""
-        ragged = rows.ragged if self.can.blocks and self.plain_attention == INSIDE else None
+        ragged = rows.ragged if self.capabilities.blocks and self.plain_attention == INSIDE else None
         self.dropout.identity = (
             rows.identity.flatten() if ragged is None else rows.identity.flatten()[ragged.at]
         )
@@ -175,15 +181,17 @@ class ScoringModel(nn.Module):
             if torch.is_autocast_enabled()
             else self._dtype()
         )
-        # stays set until rows of the other kind come: with checkpointing, layers run again in the backward
+        # stays set until rows of another kind come: with checkpointing, layers run again in the backward
         set_attention(
             self.hugging_face, BLOCKS if rows.one_row else self.plain_attention if ragged is None else RAGGED
         )
         mask: Any
         if rows.one_row:
-            mask = block_masks(rows.segment, rows.branch, rows.position_ids, self.can)
+            mask = block_masks(rows.segment, rows.branch, rows.position_ids, self.capabilities)
         else:
-            mask = attention_mask(rows.segment, rows.branch, rows.position_ids, rows.layout, self.can, dtype)
+            mask = attention_mask(
+                rows.segment, rows.branch, rows.position_ids, rows.layout, self.capabilities, dtype
+            )
         inputs = {"input_ids": rows.input_ids, "attention_mask": mask, "use_cache": False}
         if ragged is not None:
             tokens = {
@@ -193,17 +201,15 @@ class ScoringModel(nn.Module):
                 **tokens, attention_mask=with_rows(mask, ragged), use_cache=False
             ).last_hidden_state
             return spread(hidden[0], ragged.at, rows.input_ids.numel())
-        if (
-            rows.layout != "padded"
-        ):  # a padded row counts up from the model's own first position, which for some is not 0
+        if rows.layout != "padded":  # padded rows start at the model's own first position, which may not be 0
             inputs["position_ids"] = rows.position_ids
         if self.kind == "lm" and self._nested_head:
             return _before_head(self.hugging_face, inputs).flatten(0, 1)
         return self.backbone(**inputs).last_hidden_state.flatten(0, 1)
 
     def checkpoint(self, mode: Checkpointing) -> None:
-        """What each layer computes again in the backward: nothing; all but matrix products and attention
-        ("selective"); or everything ("full", about a third more time). The gradients are the same."""
+        """Sets what each layer computes again in the backward: "none", "selective" (all but matrix products
+        and attention) or "full" (everything, about a third more time). The gradients are the same."""
         if mode == "none":
             self.hugging_face.gradient_checkpointing_disable()
             return
@@ -211,25 +217,28 @@ class ScoringModel(nn.Module):
         if mode == "selective":
             options["context_fn"] = partial(create_selective_checkpoint_contexts, _kept)
         self.hugging_face.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
-        # set for the reentrant kind: frozen embeddings (LoRA) would get gradients
+        # transformers enables it for the reentrant kind; frozen embeddings (LoRA) would get gradients
         self.hugging_face.disable_input_require_grads()
 
     @contextmanager
     def reference(self) -> Iterator[None]:
-        """The reference policy of a LoRA model: the same weights with the adapter off."""
+        """Switches the adapter of a LoRA model off, which gives its reference policy."""
         if not hasattr(self.model, "peft_config"):
             raise ValueError("only a LoRA model holds its own reference")
         with self.model.disable_adapter():  # pyright: ignore[reportCallIssue]
             yield
 
     def hf_names(self) -> dict[str, str]:
-        """Our parameter names -> the names in the Hugging Face (or adapter) folder."""
+        """Names in the Hugging Face (or adapter) folder by our parameter names."""
         return {name: name.removeprefix("model.") for name, _ in self.named_parameters()}
 
     def generate(
         self, prompts: Sequence[Sequence[int]], max_new_tokens: int, *, eos: int, synced: bool
     ) -> list[list[int]]:
-        """Greedy continuations without the eos token. Prompts are padded on the left and masked by position."""
+        """Greedy continuations without the eos token. Prompts are padded on the left and masked by position.
+
+        synced: True if all ranks generate together, as ZeRO-3 needs.
+        """
         device = next(self.parameters()).device
         width = max(len(p) for p in prompts)
         ids = torch.full((len(prompts), width), eos, dtype=torch.long, device=device)
@@ -254,9 +263,9 @@ class ScoringModel(nn.Module):
 
 
 def _read_at(rows: MicroBatchTensors, pad: int | None) -> Tensor:
-    """Where AutoModelForSequenceClassification reads each sequence, Int[N] of flattened positions: at its
-    last token that is not the pad token. It differs from the end where the end is one, as an eos token that
-    pads as well is."""
+    """Flat positions at which AutoModelForSequenceClassification reads each sequence, Int[N]: the last token
+    that is not the pad token. This is not the sequence's end if it ends with the pad token, e.g. with an eos
+    token that also serves as padding."""
     if pad is None:
         return rows.last_at
     ids, segment, branch = rows.input_ids.flatten(), rows.segment.flatten(), rows.branch.flatten()
@@ -265,27 +274,26 @@ def _read_at(rows: MicroBatchTensors, pad: int | None) -> Tensor:
     own = (
         (segment == segment[last]) & ((branch == 0) | (branch == branch[last])) & (at <= last) & (ids != pad)
     )
-    found = torch.where(own, at, -1).amax(1)
-    return torch.where(found < 0, rows.last_at, found)
+    read_at = torch.where(own, at, -1).amax(1)
+    return torch.where(read_at < 0, rows.last_at, read_at)
 
 
 def _before_head(model: PreTrainedModel, inputs: dict[str, Any]) -> Tensor:
-    """What goes into the output layer, Float[R, T, H], of a model whose head does more than that layer
-    (BERT's transform): the layer itself is left out for this one forward, since only scored positions need
-    it."""
+    """Input of the output layer, Float[R, T, H], for a model whose head has more layers (BERT's transform).
+    The output layer itself is skipped in this forward, since only scored positions need it."""
     linear: Any = model.get_output_embeddings()
-    taken: list[Tensor] = []
+    captured: list[Tensor] = []
 
-    def take(hidden: Tensor) -> Tensor:
-        taken.append(hidden)
+    def capture(hidden: Tensor) -> Tensor:
+        captured.append(hidden)
         return hidden[..., :1]
 
-    linear.forward = take
+    linear.forward = capture
     try:
         model(**inputs)
     finally:
         del linear.forward
-    return taken[0]
+    return captured[0]
 
 
 _COSTLY = frozenset(
@@ -298,8 +306,8 @@ _COSTLY = frozenset(
         torch.ops.aten._scaled_dot_product_cudnn_attention.default,
     }
 )
-"""What is dear to compute and small to keep: products with weights, and attention that keeps no scores. bmm
-is the attention that does."""
+"""Operations that are expensive to compute and small to keep: products with weights, and attention that keeps
+no scores. bmm is not among them: it serves attention that keeps scores."""
 
 
 def _kept(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
@@ -313,9 +321,9 @@ def _until(tokens: list[int], eos: int) -> list[int]:
 def logit_transform(config: Any) -> tuple[float | None, float]:
     """(soft cap, factor) that the architecture applies to its logits.
 
-    Gemma 2 and 3 cap: c * tanh(logits / c), as RecurrentGemma and xLSTM; Cohere multiplies by logit_scale,
-    Falcon-H1 by lm_head_multiplier; Granite divides by logits_scaling, HyperCLOVA X multiplies by it; Inkling
-    divides by its width's multiplier.
+    Gemma 2 and 3, RecurrentGemma and xLSTM cap: c * tanh(logits / c). Cohere multiplies by logit_scale,
+    Falcon-H1 by lm_head_multiplier, HyperCLOVA X by logits_scaling. Granite divides by logits_scaling,
+    Inkling by its width's multiplier.
     """
     caps = (
         getattr(config, name, None)
@@ -334,8 +342,8 @@ def logit_transform(config: Any) -> tuple[float | None, float]:
 
 @torch.no_grad()
 def head_gap(scoring: ScoringModel, rows: MicroBatchTensors) -> Tensor:
-    """Differences Float[N] of our log-probs (or rewards) from the model's own forward on the same padded
-    rows: the start-up check."""
+    """Differences Float[N] of our log-probs (or rewards) from those of the model's own forward on the same
+    padded rows, for the start-up check."""
     assert rows.layout == "padded"
     set_attention(scoring.hugging_face, scoring.plain_attention)
     if scoring.kind == "scalar":

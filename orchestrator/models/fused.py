@@ -1,25 +1,24 @@
-"""The parts of a layer that wait for memory, compiled: norms and feed-forward blocks, each a fused kernel in
-place of five to ten.
+"""Compiles the parts of a layer that are bound by memory bandwidth: norms and feed-forward blocks.
 
-Attention has a kernel of its own (block_attention.py) and matrix products are the library's. What is left of
-a layer reads and writes its activations many times over in a plain transformers model; torch.compile makes
-one pass of it.
+Attention has its own kernel (block_attention.py) and matrix products come from the library. In a plain
+transformers model the rest of a layer reads and writes its activations many times. torch.compile fuses five
+to ten of its kernels into one.
 """
 
 from torch import nn
 
 FUSED = ("RMSNorm", "LayerNorm", "MLP")
-"""Ends of the names of transformers' classes: LlamaRMSNorm, Qwen3MLP, GPTNeoXMLP …"""
+"""Endings of the names of transformers' classes: LlamaRMSNorm, Qwen3MLP, GPTNeoXMLP …"""
 
 
 def fuse(model: nn.Module, backend: str = "inductor") -> int:
-    """Compiles the norms and feed-forward blocks of `model` in place, for rows of any length; how many they
-    are.
+    """Compiles the norms and feed-forward blocks of `model` in place, for rows of any length. Returns their
+    number.
 
-    Parameters, their names and the results stay (up to the order of rounding). All blocks of a class share
-    their graphs. Not for modules with hooks: ZeRO 3's break the graph of every one.
+    Parameters, their names and the results stay the same (up to the order of rounding). All blocks of a class
+    share their graphs. Not for modules with hooks: those of ZeRO 3 break the graph of each module.
     """
-    found = [module for module in model.modules() if type(module).__name__.endswith(FUSED)]
-    for module in found:
+    blocks = [module for module in model.modules() if type(module).__name__.endswith(FUSED)]
+    for module in blocks:
         module.compile(dynamic=True, backend=backend)
-    return len(found)
+    return len(blocks)

@@ -1,4 +1,5 @@
-"""Generation settings that can be saved: transformers refuses some that it reads, at the end of a run."""
+"""Generation settings that can be saved. transformers reads some settings that it refuses to save, which
+would fail only at the end of a run."""
 
 from copy import deepcopy
 from typing import Any
@@ -6,12 +7,15 @@ from typing import Any
 from transformers import GenerationConfig
 
 PLAIN = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
+"""Settings that are kept if transformers refuses the others."""
 
 
 def savable(config: Any) -> tuple[Any, str]:
-    """(settings that save_pretrained takes, what was changed: "" where nothing was). Sampling flags beside
-    do_sample=false become sampling, as transformers advises; what it refuses even then leaves the token ids
-    alone."""
+    """(settings that save_pretrained accepts, a sentence on what was changed, or "").
+
+    If there are sampling flags beside do_sample=false, do_sample becomes true, as transformers advises. If it
+    refuses even that, only the token ids are kept.
+    """
     refused = _refusal(config)
     if not refused:
         return config, ""

@@ -1,5 +1,5 @@
-"""Models and tokenizers from a folder, the Hugging Face hub at a pinned revision, or made on the spot
-(`model.tiny`)."""
+"""Models and tokenizers: from a folder, from the Hugging Face hub at a pinned revision, or made with random
+weights (`model.tiny`)."""
 
 import difflib
 import hashlib
@@ -30,20 +30,24 @@ from orchestrator.recipe.schema import Lora, Model
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """A model in fp32 with its tokenizer. fingerprint: SHA-256 over the weights by name."""
+    """A model in fp32 with its tokenizer."""
 
     model: nn.Module
     tokenizer: Any
     fingerprint: str
+    """SHA-256 over the weights by name, before an adapter is added."""
     name: str
+    """model.path, or e.g. "tiny-llama"."""
 
 
 def load(
     cfg: Model, *, seed: int, head: Head, reference: bool = False, longest: int | None = None
 ) -> LoadedModel:
     """The policy (with its LoRA adapter, if any), or with reference=True the frozen reference policy.
-    longest: tokens of a sequence, by which rotary frequencies that would follow the batch are fixed; None
-    leaves them as they are."""
+
+    longest: length in tokens for which rotary frequencies are fixed that would otherwise depend on the batch
+    (see rope.pin). None leaves them as they are.
+    """
     if reference and cfg.reference is not None:
         cfg = cfg.model_copy(update={"path": cfg.reference, "tiny": None, "revision": None, "lora": None})
     tokenizer = load_tokenizer(cfg)
@@ -55,7 +59,7 @@ def load(
         name = f"tiny-{cfg.tiny.architecture}"
     else:
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)  # a new scalar head is drawn here
+            torch.manual_seed(seed)  # for the weights of a new scalar head
             model = _pretrained(
                 cfg, auto, dtype=torch.float32, attn_implementation=plain_attention(config), **options
             )
@@ -76,8 +80,8 @@ def load(
 
 
 def load_for_text(cfg: Model, *, seed: int, dtype: torch.dtype | str = torch.float32) -> Any:
-    """The language model as it lies there, to write text with: no adapter, nothing frozen, pinned or hashed.
-    dtype: "auto" keeps that of the files."""
+    """The language model as stored, to generate text: without adapter, freezing, pinned frequencies or
+    fingerprint. dtype: "auto" keeps the type of the files."""
     config = load_config(cfg)
     auto = auto_class(config, "lm", _where(cfg))
     if cfg.tiny is not None:
@@ -86,8 +90,8 @@ def load_for_text(cfg: Model, *, seed: int, dtype: torch.dtype | str = torch.flo
 
 
 def load_tokenizer(cfg: Model) -> Any:
-    """The tokenizer, with `model.chat_template` and a pad token (eos where there is none: masking is by
-    position)."""
+    """The tokenizer, with `model.chat_template` and a pad token. The pad token is eos if the tokenizer has
+    none, since masking is by position."""
     tokenizer = byte_tokenizer() if cfg.tiny is not None else _pretrained(cfg, AutoTokenizer)
     if cfg.chat_template is not None:
         path = Path(cfg.chat_template)
@@ -99,7 +103,7 @@ def load_tokenizer(cfg: Model) -> Any:
     if tokenizer.eos_token_id is None:
         raise ConfigError(
             "the tokenizer has no eos token",
-            why="generation and completions need an end",
+            why="generation and completions need an end token",
             fix="use another tokenizer",
         )
     if tokenizer.pad_token_id is None:
@@ -108,7 +112,7 @@ def load_tokenizer(cfg: Model) -> Any:
 
 
 def load_config(cfg: Model) -> PretrainedConfig:
-    """The architecture's configuration, without weights; ConfigError where no learner can train such a model."""
+    """The architecture's configuration, without weights. Raises ConfigError if no learner can train it."""
     if cfg.tiny is not None:
         check_sizes(cfg.tiny)
     config = tiny_config(cfg.tiny) if cfg.tiny is not None else _pretrained(cfg, AutoConfig)
@@ -132,8 +136,10 @@ def build_fake(
     layers: int | None = None,
     longest: int | None = None,
 ) -> nn.Module:
-    """The model from its configuration alone, without storage, for shapes and memory estimates: tensors of
-    `mode`. layers: the first so many only; longest: as in load()."""
+    """The model from its configuration alone, of tensors without storage, for shapes and memory estimates.
+
+    mode: owner of the tensors. layers: number of layers, if not all. longest: as in load().
+    """
     config = load_config(cfg)
     auto = auto_class(config, head, _where(cfg))
     if head != "lm":
@@ -142,7 +148,7 @@ def build_fake(
         text: Any = config.get_text_config()
         own = text.num_hidden_layers
         for name, value in vars(text).items():
-            if isinstance(value, list) and len(value) == own:  # kinds of layers, their sizes …
+            if isinstance(value, list) and len(value) == own:  # one value per layer: kinds, sizes …
                 setattr(text, name, value[:layers])
         text.num_hidden_layers = layers
     with torch.device("meta"):
@@ -157,12 +163,10 @@ def build_fake(
         idle = _idle(model)
         if cfg.lora is not None:
             model = _with_lora(model, cfg.lora, 0, head, idle)
-    with mode:  # peft's conversions work on meta tensors, not on fake ones
+    with mode:  # entered late, since peft's conversions work on meta tensors and not on fake ones
         model.to_empty(device="cpu")
-        whole: Any = model
-        (
-            whole if cfg.lora is None else whole.get_base_model()
-        ).tie_weights()  # which the move has undone: each name was given storage of its own
+        base: Any = model if cfg.lora is None else model.get_base_model()  # pyright: ignore[reportCallIssue]
+        base.tie_weights()  # to_empty gives each name separate storage
     return model
 
 
@@ -171,7 +175,7 @@ M = TypeVar("M", bound=nn.Module)
 
 def placed(model: M, device: torch.device, dtype: torch.dtype) -> M:
     """The model on a device with its weights in `dtype`. Buffers keep their type, as under DeepSpeed and
-    from_pretrained: rotary frequencies in bf16 are off by 1e-3, at position 1,000 an angle of 1 rad."""
+    from_pretrained: rotary frequencies in bf16 would be off by 1e-3, an angle of 1 rad at position 1,000."""
     model.to(device)
     for parameter in model.parameters():
         if parameter.is_floating_point():
@@ -189,48 +193,10 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def _pretrained(cfg: Model, auto: Any, **options: Any) -> Any:
-    """auto.from_pretrained with what the recipe pins, and errors that say what to do."""
+    """auto.from_pretrained at the recipe's revision. Its errors become errors with a fix."""
     assert cfg.path is not None
-    local = Path(cfg.path)
-    looks_local = (
-        local.is_absolute()
-        or cfg.path.startswith(".")
-        or cfg.path.count("/") != 1
-        or (cfg.revision is None and local.parent.is_dir())
-    )
-    if not local.is_dir():
-        if looks_local:
-            near = (
-                sorted(p.name for p in local.parent.iterdir() if p.is_dir()) if local.parent.is_dir() else []
-            )
-            close = [
-                str(local.parent / name)
-                for name in difflib.get_close_matches(local.name, near, n=3, cutoff=0.5)
-            ]
-            there = (
-                f"; {local.parent} holds {', '.join(near[:5])}{', …' if len(near) > 5 else ''}"
-                if near
-                else ""
-            )
-            fix = (
-                f"did you mean {' or '.join(close)}?"
-                if close
-                else f"give a folder with config.json, or a hub name ORG/NAME{there}"
-            )
-            raise MissingInput(f"model.path: no folder {cfg.path}", fix=fix)
-        if cfg.revision is None:
-            raise ConfigError(
-                f"model.path: {cfg.path} comes from the hub and has no pinned revision",
-                why="a branch may change under a run",
-                fix="set model.revision to a commit hash (shown on the model's `Files` page), or give a "
-                "local folder",
-            )
-    elif not (local / "config.json").is_file():
-        raise MissingInput(
-            f"model.path: {cfg.path} holds no config.json",
-            fix="point to the folder with the weights (…/export)",
-        )
-    if not local.is_dir() and not hub.reachable():
+    _check_source(cfg.path, cfg.revision)
+    if not Path(cfg.path).is_dir() and not hub.reachable():
         options["local_files_only"] = True
     try:
         return auto.from_pretrained(
@@ -264,20 +230,56 @@ def _pretrained(cfg: Model, auto: Any, **options: Any) -> Any:
         ) from error
 
 
+def _check_source(path: str, revision: str | None) -> None:
+    """Raises an error unless `path` is a folder with config.json, or a name on the hub with a revision."""
+    local = Path(path)
+    if local.is_dir():
+        if not (local / "config.json").is_file():
+            raise MissingInput(
+                f"model.path: {path} has no config.json", fix="give the folder with the weights (…/export)"
+            )
+        return
+    if (
+        local.is_absolute()
+        or path.startswith(".")
+        or path.count("/") != 1
+        or (revision is None and local.parent.is_dir())
+    ):
+        raise MissingInput(f"model.path: no folder {path}", fix=_folders_beside(local))
+    if revision is None:
+        raise ConfigError(
+            f"model.path: {path} comes from the hub and has no pinned revision",
+            why="a branch may change during a run",
+            fix="set model.revision to a commit hash (shown on the model's `Files` page), or give a local "
+            "folder",
+        )
+
+
+def _folders_beside(missing: Path) -> str:
+    """The fix for a folder that does not exist: folders of a similar name, else the names beside it."""
+    parent = missing.parent
+    names = sorted(p.name for p in parent.iterdir() if p.is_dir()) if parent.is_dir() else []
+    similar = [str(parent / name) for name in difflib.get_close_matches(missing.name, names, n=3, cutoff=0.5)]
+    if similar:
+        return f"did you mean {' or '.join(similar)}?"
+    listed = f"; {parent} holds {', '.join(names[:5])}{', …' if len(names) > 5 else ''}" if names else ""
+    return f"give a folder with config.json, or a hub name ORG/NAME{listed}"
+
+
 def _not_made(what: str, cfg: Model, error: BaseException) -> ConfigError:
-    """What transformers raised for a folder that it cannot use; the program's own errors pass as they are."""
+    """The error for a folder that transformers cannot use. A ConfigError is returned unchanged."""
     if isinstance(error, ConfigError):
         return error
     return ConfigError(
         f"{_where(cfg)}: transformers cannot make its {what}",
         why=f"{type(error).__name__}: {_first_line(error)}",
-        fix=_cure(error, cfg),
+        fix=_fix_for(error, cfg),
     )
 
 
 def check_files(cfg: Model) -> None:
-    """MissingInput where a folder's safetensors are cut off or one that its index names is not there; reads
-    their headers only."""
+    """Raises MissingInput if a folder's safetensors are truncated, or if one that its index names is missing.
+    Reads only their headers."""
     folder = Path(cfg.path) if cfg.path is not None else None
     if folder is None or not folder.is_dir():
         return
@@ -297,22 +299,22 @@ def check_files(cfg: Model) -> None:
             ) from error
 
 
-COPY_AGAIN = "copy the folder again: the copy was cut off, or the disk was full"
+COPY_AGAIN = "copy the folder again: the copy was interrupted, or the disk was full"
 
 
 def _first_line(error: BaseException) -> str:
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
-def _cure(error: BaseException, cfg: Model) -> str:
+def _fix_for(error: BaseException, cfg: Model) -> str:
     if "trust_remote_code" in str(error):
         return (
             "set model.trust_remote_code=true if you trust its code, or give a model that transformers knows"
         )
     if isinstance(error, ImportError):
-        return "install what it names"
+        return "install the package that it names"
     return (
-        f"see that {cfg.path} loads with transformers {transformers.__version__} alone: AutoConfig, "
+        f"check that {cfg.path} loads with transformers {transformers.__version__} alone: AutoConfig, "
         "AutoTokenizer and the model"
     )
 
@@ -322,21 +324,22 @@ def _remote(cfg: Model) -> dict[str, bool]:
 
 
 def _idle(model: nn.Module) -> tuple[str, ...]:
-    """freeze_unused(), where the model can be followed where it is: without storage, or on a CPU though its
-    kernels want a GPU. Else nothing is frozen, what never gets a gradient learns zeros, and the log says so.
-    """
+    """Names that freeze_unused() froze. The model may not run where it is (without storage, or on a CPU if
+    its kernels need a GPU). Then nothing is frozen, the log reports it, and parameters without a gradient are
+    trained with zeros."""
     try:
         return freeze_unused(model)
     except Exception as error:  # of the architecture's own code, which may raise anything
-        said = "%s: what text never reaches could not be found, and nothing is frozen: %s: %s"
+        message = "%s: the parameters that text never reaches are not known, and nothing is frozen: %s: %s"
         logging.getLogger(__name__).warning(
-            said, type(model).__name__, type(error).__name__, str(error).partition("\n")[0]
+            message, type(model).__name__, type(error).__name__, str(error).partition("\n")[0]
         )
         return ()
 
 
 def unreached(model: Any) -> tuple[str, ...]:
-    """Names of the parameters that were found idle when the model was made here, adapters left out."""
+    """Names of the parameters that load() or build_fake() froze because text never reaches them. Parameters
+    of adapters are left out."""
     if not hasattr(model, "peft_config"):
         return tuple(name for name, parameter in model.named_parameters() if not parameter.requires_grad)
     base, modules = model.get_base_model(), model.peft_config["default"].exclude_modules or ()
@@ -344,8 +347,8 @@ def unreached(model: Any) -> tuple[str, ...]:
 
 
 def _check_targets(model: nn.Module, targets: Sequence[str]) -> None:
-    """ConfigError for a name that no layer has: peft takes a list of which one matches, and leaves the others
-    out in silence."""
+    """Raises ConfigError for a name that no layer has. peft accepts a list if one of its names matches, and
+    silently ignores the others."""
     kinds = {
         name.rpartition(".")[2]
         for name, module in model.named_modules()
@@ -363,8 +366,10 @@ def _check_targets(model: nn.Module, targets: Sequence[str]) -> None:
 
 
 def _with_lora(model: nn.Module, lora: Lora, seed: int, head: Head, idle: Sequence[str] = ()) -> nn.Module:
-    """The model with a fresh adapter; base weights frozen, the adapter in fp32. idle: parameters that never
-    get a gradient: their layers get no adapter either."""
+    """The model with a new adapter in fp32, and with frozen base weights.
+
+    idle: parameters that never get a gradient. Their layers get no adapter.
+    """
     try:
         from peft import LoraConfig, get_peft_model
     except ModuleNotFoundError as error:

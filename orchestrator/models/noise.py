@@ -1,5 +1,4 @@
-"""Counter-based random words: a number is a function of what it is for, never of how many were drawn before
-it."""
+"""Counter-based random numbers: each is a function of its purpose, not of how many were drawn before."""
 
 import hashlib
 
@@ -9,7 +8,7 @@ WORD = 0xFFFF_FFFF
 
 
 def mixed(word: Tensor) -> Tensor:
-    """murmur3's 32-bit finaliser, a bijection with full avalanche, on Int64 tensors that hold 32-bit values."""
+    """murmur3's 32-bit finaliser, a bijection with full avalanche. word: Int64 tensor of 32-bit values."""
     word = word ^ (word >> 16)
     word = word.mul_(0x85EB_CA6B).bitwise_and_(WORD)
     word = word.bitwise_xor_(word >> 13)
@@ -17,9 +16,9 @@ def mixed(word: Tensor) -> Tensor:
     return word.bitwise_xor_(word >> 16)
 
 
-def hashed(*what: object) -> int:
-    """64 bits from what a number is for: a hash of it, and of nothing else."""
-    key = "/".join(map(str, what)).encode()
+def hashed(*purpose: object) -> int:
+    """64-bit hash of a number's purpose, e.g. (seed, step, layer)."""
+    key = "/".join(map(str, purpose)).encode()
     return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big")
 
 

@@ -1,10 +1,11 @@
-"""Attention over short rows of different lengths whose padding nothing else computes.
+"""Attention over short rows of different lengths, without computing their padding anywhere else.
 
-    rows [R, T] --their tokens alone: [1, N]--> embeddings, norms, products --attend: rows [R, T] again--> SDPA --> [1, N]
+    rows [R, T] --tokens alone--> [1, N] --embeddings, norms, products--> [1, N] --attend--+
+                                            [1, N] <-- SDPA <-- blocks of rows [r, t] <----+
 
-Rows are as long as the longest, and products with weights are most of a step: 30 % of one is padding where a
-batch's answers are short and long. Here only attention, which is a small part of a short row, sees rows at
-all.
+All rows are as long as the longest, and products with weights are most of a step: 30 % of a step is padding
+if a batch has short and long answers. Here only attention, which is a small part of a short row's work,
+computes rows.
 """
 
 from collections.abc import Sequence
@@ -16,25 +17,26 @@ from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 RAGGED = "ragged_rows"
-"""The name under which transformers' layers find `attend`."""
+"""Name of `attend` among transformers' attention functions."""
 INSIDE = "sdpa"
-"""transformers' own attention, which computes the rows."""
+"""Name of transformers' own attention, which computes the blocks of rows."""
 _ROWS = "orchestrator_rows"
 NEAR = 0.8
-"""A row joins longer ones where it is at least so long, in parts of the longest: attention grows with the
-square of that."""
+"""A row joins a block if its length is at least this share of the block's longest row. Attention grows with
+the square of the length."""
 SHORT = 48
-"""Rows of at most so many tokens are near to each other."""
+"""Rows of at most this many tokens share a block, whatever their lengths."""
 
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """Rows of about one length that lie one after the other. tokens: theirs among all tokens; length: of the
-    longest."""
+    """Consecutive rows of similar length."""
 
     rows: slice
     tokens: slice
+    """Their tokens among the N tokens of all rows."""
     length: int
+    """Tokens of the longest row."""
 
     def __len__(self) -> int:
         return self.rows.stop - self.rows.start
@@ -42,17 +44,18 @@ class Block:
 
 @dataclass(frozen=True, slots=True)
 class Ragged:
-    """Where tokens lie in rows [R, T]. at: Int[N] of r*T + t; within: Int[N], likewise in the rows of a
-    token's block."""
+    """Places of N tokens in rows [R, T]."""
 
     at: Tensor
+    """Int[N], r*T + t of each token."""
     within: Tensor
+    """Int[N], the same within the rows of the token's block."""
     blocks: tuple[Block, ...]
 
 
 def blocks_of(lengths: Sequence[int]) -> tuple[Block, ...]:
-    """Blocks of rows with these numbers of tokens. Example: [100, 90, 20] -> rows 0 and 1 of 100, row 2 of
-    20."""
+    """Blocks of rows with these numbers of tokens. Example: [100, 90, 20] -> rows 0 and 1 in a block of
+    length 100, row 2 in one of length 20."""
     blocks: list[Block] = []
     first = start = 0
     for row in range(1, len(lengths) + 1):
@@ -76,9 +79,9 @@ M = TypeVar("M")
 
 
 def with_rows(mask: M, rows: Ragged) -> M:
-    """The mask of rows [R, T] that says where in them the tokens lie. Layers are given their mask and nothing
-    else of ours, now and when one is computed again in the backward, perhaps after other rows went through
-    another model."""
+    """Attaches the places of the tokens to the mask of their rows [R, T]. The mask is the only argument of
+    ours that reaches the layers, also when one is computed again in the backward, by which time other rows
+    may have passed through another model."""
     for tensor in mask.values() if isinstance(mask, dict) else (mask,):
         setattr(tensor, _ROWS, rows)
     return mask
@@ -87,12 +90,12 @@ def with_rows(mask: M, rows: Ragged) -> M:
 def attend(
     module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **options: Any
 ) -> tuple[Tensor, None]:
-    """transformers' attention interface. query: [1, heads, N, D]; key, value: [1, kv heads, N, D]; the
-    output: [1, N, heads, D]."""
+    """transformers' attention interface. query: [1, heads, N, D]; key, value: [1, kv heads, N, D]; output:
+    [1, N, heads, D]."""
     rows: Ragged | None = getattr(attention_mask, _ROWS, None)
     if rows is None:
         raise TypeError(
-            f"{type(module).__name__} got a mask without rows: this architecture builds masks of its own"
+            f"{type(module).__name__} got a mask without rows: this architecture builds its own masks"
         )
     inside, outputs = ALL_ATTENTION_FUNCTIONS[INSIDE], []
     for block in rows.blocks:

@@ -1,7 +1,8 @@
-"""What an export in fewer bits would undo: small changes of large weights are below the last bit of bfloat16,
-and rounding puts the old weights back.
+"""How much of the training an export in fewer bits would undo. Small changes of large weights are below the
+last bit of bfloat16, so rounding restores the old weights.
 
-trained fp32 weights, start weights --rounding_share--> error of rounding / length of what was learned --too_coarse--> exported in float32 instead
+trained fp32 weights, start weights --rounding_share--> |rounding error| / |change by training|
+share > MOST --> the export is in float32 instead
 """
 
 from collections.abc import Mapping
@@ -15,16 +16,16 @@ from orchestrator.models.source import source_dtype
 from orchestrator.recipe.schema import Model, Recipe
 
 MOST = 0.25
-"""Rounding that moves the weights by more than this share of what training moved them is not done unless it
-is asked for."""
+"""Largest ratio of rounding error to change by training. Above it weights are rounded only if the recipe asks
+for that type."""
 FULL = "float32"
 WIDE = ("fp32", "auto")
 """Values of learners.precision that may compute with more bits than the source has."""
 
 
 def may_be_too_coarse(recipe: Recipe) -> bool:
-    """Whether the type of the source is a default that may lose what was learned: not where the run itself
-    computed with as few bits."""
+    """Whether rounding to the source's type may lose what was learned. False if the recipe names a type, or
+    if the run itself computed with as few bits."""
     return (
         recipe.export.dtype == "source"
         and recipe.learners.precision in WIDE
@@ -34,13 +35,15 @@ def may_be_too_coarse(recipe: Recipe) -> bool:
 
 @torch.no_grad()
 def rounding_share(trained: Mapping[str, Tensor], start: Mapping[str, Tensor], dtype: str) -> float:
-    """|rounded - trained| / |trained - start| over all weights that `trained` names; 0 where nothing was learned.
-    Example: 0.98 where each weight moved by less than half of bfloat16's last bit."""
+    """|rounded - trained| / |trained - start| over all weights in `trained`, or 0 if none changed.
+
+    Example: 0.98 if each weight moved by less than half of bfloat16's last bit.
+    """
     error = moved = 0.0
     for name, weight in trained.items():
         wide, before = weight.detach().float(), start[name].detach().float()
         change = wide - before
-        if not change.any():  # what never learns was of that type before
+        if not change.any():  # a frozen weight had that type before
             continue
         moved += change.double().square().sum().item()
         error += (wide.to(getattr(torch, dtype)).float() - wide).double().square().sum().item()
@@ -48,8 +51,8 @@ def rounding_share(trained: Mapping[str, Tensor], start: Mapping[str, Tensor], d
 
 
 def widened(recipe: Recipe, folder: Path) -> str | None:
-    """What is to be said of an export that is wider than its source, since rounding would have undone the
-    training; None of any other."""
+    """The note on an export that is wider than its source, since rounding would have undone the training.
+    None for any other export."""
     if not may_be_too_coarse(recipe) or not (folder / "config.json").is_file():
         return None
     written = str(

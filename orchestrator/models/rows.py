@@ -1,8 +1,8 @@
-"""A micro-batch on its way to the device: one buffer, one copy that nothing waits for.
+"""Transfer of a micro-batch to the device: one buffer and one copy, for which the host does not wait.
 
-    numpy columns --packed--> one buffer (pinned before a GPU) --one copy--> the same bytes there --sliced--> tensors
+    numpy columns --packed--> one buffer (pinned for a GPU) --one copy--> device --sliced--> tensors
 
-A copy per column would stop the host as often, each time until the device has done all that was asked of it.
+With a copy per column the host would wait for each one, until the device has finished all queued work.
 """
 
 from collections.abc import Sequence
@@ -19,15 +19,16 @@ from orchestrator.core.batches import Experience, Layout, MicroBatch
 from orchestrator.models.ragged_attention import Block, Ragged, blocks_of
 
 PADDING = 0.03
-"""Share of rows that may be padding before it is left out: what that costs beside each layer's attention."""
+"""Share of padding from which on rows are computed without it. Below, the gathers around each layer's
+attention cost more."""
 ALIGNMENT = 16
-"""Bytes that each column starts at a multiple of: no view is torn, and vectorised loads are."""
+"""Each column starts at a multiple of this many bytes, as views and vectorised loads need."""
 NARROW = frozenset({"position_ids", "segment", "branch"})
-"""Columns of small whole numbers that are compared but index nothing: int32 there."""
+"""Columns of small integers that are compared but index nothing. They are int32 on the device."""
 
 
-def moved(columns: Sequence[NDArray[Any] | None], device: torch.device) -> list[Tensor | None]:
-    """The columns as tensors of the same shapes and types on `device`, by one copy. None stays None."""
+def to_device(columns: Sequence[NDArray[Any] | None], device: torch.device) -> list[Tensor | None]:
+    """The columns as tensors of the same shapes and types on `device`, sent in one copy. None stays None."""
     starts, size = [], 0
     for column in columns:
         starts.append(size)
@@ -37,11 +38,10 @@ def moved(columns: Sequence[NDArray[Any] | None], device: torch.device) -> list[
     for start, column in zip(starts, columns, strict=True):
         if column is not None:
             host[start : start + column.nbytes].view(column.dtype)[:] = column.ravel()
-    there = (
-        torch.from_numpy(host) if pinned is None else pinned.to(device, non_blocking=True)
-    )  # torch keeps it until that is done
+    # torch keeps the pinned buffer until the copy is done
+    buffer = torch.from_numpy(host) if pinned is None else pinned.to(device, non_blocking=True)
     return [
-        None if column is None else _slice(there, start, column)
+        None if column is None else _slice(buffer, start, column)
         for start, column in zip(starts, columns, strict=True)
     ]
 
@@ -53,8 +53,7 @@ def _slice(buffer: Tensor, start: int, column: NDArray[Any]) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class MicroBatchTensors:
-    """The columns of a records.MicroBatch on the device, by their names and shapes. ragged: where in the rows
-    the tokens lie that are no padding; None where rows are to be computed as they are."""
+    """The columns of a core.batches.MicroBatch on the device, with the same names and shapes."""
 
     layout: Layout
     one_row: bool
@@ -69,6 +68,7 @@ class MicroBatchTensors:
     last_at: Tensor
     identity: Tensor
     ragged: Ragged | None = None
+    """Places of the tokens that are not padding. None: the rows are computed with their padding."""
     source: Tensor | None = None
     ref_logprobs: Tensor | None = None
     coefficients: Tensor | None = None
@@ -78,31 +78,31 @@ class MicroBatchTensors:
 
     @classmethod
     def of(cls, mb: MicroBatch, device: torch.device) -> "MicroBatchTensors":
-        """The micro-batch on `device`."""
+        """Copies the micro-batch to `device`."""
         names = [
             f.name
             for f in fields(cls)
             if f.name not in ("layout", "one_row", "branches", "experience", "ragged")
         ]
-        known = [] if mb.experience is None else experience_columns(mb.experience)
-        own = [_narrowed(name, getattr(mb, name)) for name in names]
+        columns = [_narrowed(name, getattr(mb, name)) for name in names]
+        rl_columns = [] if mb.experience is None else experience_columns(mb.experience)
         places, blocks = _places(mb)
-        tensors: list[Any] = moved([*own, *known, *places], device)
+        tensors: list[Any] = to_device([*columns, *rl_columns, *places], device)
         at, within = tensors[-2:]
         ragged = None if at is None else Ragged(at, within, blocks)
-        experience = ExperienceTensors(*tensors[len(names) : -2]) if known else None
+        experience = ExperienceTensors(*tensors[len(names) : -2]) if rl_columns else None
         named: dict[str, Any] = dict(zip(names, tensors, strict=False))
         return cls(mb.layout, mb.one_row, mb.branches, **named, ragged=ragged, experience=experience)
 
 
 def experience_columns(experience: Experience) -> list[NDArray[Any] | None]:
-    """Its columns in the order of ExperienceTensors."""
+    """The columns of an Experience in the order of ExperienceTensors."""
     return [getattr(experience, f.name) for f in fields(Experience)]
 
 
 def _places(mb: MicroBatch) -> tuple[tuple[NDArray[Any] | None, NDArray[Any] | None], tuple[Block, ...]]:
-    """The columns of Ragged. None where there is next to no padding, and for padded rows: theirs needs no
-    mask, which is worth more."""
+    """The columns of Ragged and its blocks. Without columns if there is almost no padding, and for padded
+    rows: these need no mask, which saves more."""
     real = mb.segment >= 0
     at = np.flatnonzero(real)
     if mb.layout == "padded" or mb.one_row or len(at) > (1 - PADDING) * mb.positions:

@@ -1,6 +1,6 @@
-"""Shapes of well-known models, so that a run can be planned without its weights, a network, or an account.
+"""Shapes of well-known models, so that a run can be planned without weights, a network or an account.
 
-The values are those of each model's config.json; tests/unit/models/test_shapes.py holds them against the
+The values are those of each model's config.json. tests/unit/models/test_shapes.py compares them with the
 parameter counts on the models' pages.
 """
 
@@ -61,9 +61,11 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
-def known(path: str | None) -> str | None:
-    """The name in SHAPES of a model on the hub, or of one that is tuned from it:
-    meta-llama/Llama-3.2-1B-Instruct is a llama-3.2-1b."""
+def known_shape(path: str | None) -> str | None:
+    """The name in SHAPES of a model on the hub or of a model tuned from it. None for an unknown one.
+
+    Example: meta-llama/Llama-3.2-1B-Instruct is a llama-3.2-1b.
+    """
     name = (path or "").rpartition("/")[2].lower().removeprefix("meta-")
     return next(
         (
@@ -77,13 +79,15 @@ def known(path: str | None) -> str | None:
 
 @contextmanager
 def as_folder(model: Model, shape: str) -> Iterator[Model]:
-    """The model as a folder that holds a config.json and no weights. shape: a name of SHAPES, or the path of
-    a config.json (or of its folder). ConfigError for others."""
+    """The model as a temporary folder with a config.json and no weights.
+
+    shape: a name of SHAPES, or the path of a config.json or of its folder. Raises ConfigError for others.
+    """
     path = Path(shape)
     if path.is_dir() or path.suffix == ".json":
         source = path / "config.json" if path.is_dir() else path
         if not source.is_file():
-            raise ConfigError(f"--shape {shape}: no file {source}", fix="give a model's config.json")
+            raise ConfigError(f"--shape {shape}: no file {source}", fix="give the path of a config.json")
         text = source.read_text()
     elif shape.lower() in SHAPES:
         text = json.dumps(SHAPES[shape.lower()])

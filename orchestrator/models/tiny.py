@@ -1,11 +1,14 @@
-"""Random-weight models of a named architecture and a byte-level tokenizer: for the demo and tests, nothing to
-download."""
+"""Models of a named architecture with random weights, and a byte-level tokenizer: for the demo and tests,
+without a download."""
 
 import difflib
+from typing import Any
 
 import torch
 from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerFast
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES  # pyright: ignore[reportPrivateImportUsage]
+from transformers.models.auto.configuration_auto import (
+    CONFIG_MAPPING_NAMES,  # pyright: ignore[reportPrivateImportUsage]
+)
 
 from orchestrator.core.errors import ConfigError
 from orchestrator.models.attention import plain_attention
@@ -22,7 +25,7 @@ SPECIAL = ("<pad>", "<bos>", "<eos>", "<|system|>", "<|user|>", "<|assistant|>",
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per byte and seven special ones; any text round-trips."""
+    """A tokenizer with one token per byte and seven special ones. Decoding restores any text exactly."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     vocabulary = {symbol: i for i, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
@@ -38,10 +41,10 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def tiny_config(cfg: TinyModel) -> PretrainedConfig:
-    """The architecture's own configuration with the sizes of `cfg`; dropout off.
+    """The architecture's configuration with the sizes of `cfg` and without dropout.
 
-    transformers maps common names (hidden_size, num_hidden_layers …) to the architecture's (n_embd, n_layer
-    …).
+    transformers maps common names (hidden_size, num_hidden_layers …) to the architecture's own (n_embd,
+    n_layer …).
     """
     if cfg.architecture not in CONFIG_MAPPING_NAMES:
         close = difflib.get_close_matches(cfg.architecture, CONFIG_MAPPING_NAMES, n=3)
@@ -86,16 +89,16 @@ def tiny_config(cfg: TinyModel) -> PretrainedConfig:
 
 
 def check_sizes(cfg: TinyModel) -> None:
-    """ConfigError where the recipe names a size that the architecture does not have: GPT-2 has no key and
-    value heads of their own."""
-    made = tiny_config(cfg)
+    """Raises ConfigError if the recipe names a size that the architecture does not have. GPT-2, say, has no
+    separate number of key and value heads."""
+    config = tiny_config(cfg)
     for key, name in (("kv_heads", "num_key_value_heads"), ("intermediate_size", "intermediate_size")):
-        asked = getattr(cfg, key)
-        if asked is not None and getattr(made, name, None) != asked:
+        size = getattr(cfg, key)
+        if size is not None and getattr(config, name, None) != size:
             raise ConfigError(
                 f"model.tiny.{key}: {cfg.architecture} does not read it",
                 why=f"its configuration has no {name}",
-                fix="leave it out",
+                fix=f"remove model.tiny.{key}",
             )
 
 
@@ -103,15 +106,15 @@ def _computed(config: PretrainedConfig, name: str) -> bool:
     return isinstance(getattr(type(config), name, None), property)
 
 
-def build(cfg: TinyModel, seed: int, auto_class: type, **options: object) -> torch.nn.Module:
-    """A model with weights drawn from `seed`, leaving the global generator as it was.
+def build(cfg: TinyModel, seed: int, auto_class: Any, **options: object) -> torch.nn.Module:
+    """A model with weights drawn from `seed`. The global generator keeps its state.
 
-    transformers chooses SDPA attention for architectures that have it, its plain one for the others (GPT-J,
-    BLOOM …).
+    transformers chooses SDPA attention for architectures that have it, and its eager one for the others
+    (GPT-J, BLOOM …).
     """
     config = tiny_config(cfg)
     for name, value in options.items():
         setattr(config, name, value)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return auto_class.from_config(config, attn_implementation=plain_attention(config))  # pyright: ignore[reportAttributeAccessIssue]
+        return auto_class.from_config(config, attn_implementation=plain_attention(config))

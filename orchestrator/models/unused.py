@@ -1,11 +1,12 @@
-"""What of a model never learns from text: towers for images and sound, attention to an encoder that is not
-there.
+"""Finds and freezes parameters that never learn from text: towers for images and sound, attention to an
+encoder that the model does not have.
 
-    parameters --a short forward--> those that its graph holds        the others --freeze_unused--> no gradient, no moments, no decay
+    parameters --a short forward--+--> in its graph: they learn
+                                  +--> not in it --freeze_unused--> no gradient, no moments, no decay
 
-A parameter without a gradient is left alone by plain torch; DeepSpeed gives it zeros, decays it, and at ZeRO
-3 lets it keep the gradient of an earlier step. Frozen, it is the same everywhere. Works on tensors without
-storage as well, so that a plan sees what a learner does.
+Plain torch does not change a parameter without a gradient. DeepSpeed gives it zeros, decays it, and at ZeRO 3
+lets it keep the gradient of an earlier step. A frozen parameter is the same everywhere. This also works on
+tensors without storage, so that a plan sees what a learner does.
 """
 
 import copy
@@ -19,15 +20,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 TOKENS = 8
-"""Of the forward that is looked at: what a text reaches does not depend on its length."""
+"""Length of the short forward. Which parameters a text reaches does not depend on its length."""
 ROUTED = "expert"
-"""In the names of parameters that some tokens reach and others do not: they stay, whatever this forward did.
-"""
+"""Part of the names of parameters that only some tokens reach. They are never frozen."""
 
 
 class GroupedShapes(TorchDispatchMode):
-    """Gives grouped products (of experts), forward and backward, the shape that their kernel gives, with
-    zeros for values. torch's own rule for tensors without storage refuses every type but bf16."""
+    """Gives grouped products (of experts) the shape of their kernel's results in forward and backward, with
+    zeros as values. torch's own rule for tensors without storage refuses every type but bf16."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is not torch.ops.aten._grouped_mm.default:
@@ -40,28 +40,26 @@ class GroupedShapes(TorchDispatchMode):
 
 
 def freeze_unused(model: nn.Module) -> tuple[str, ...]:
-    """Freezes the parameters that a forward over text does not reach, and returns their names. The model's
-    own errors pass through."""
-    found = unused(model)
+    """Freezes the parameters that a forward over text does not reach, and returns their names. Errors of the
+    model's own code are not caught."""
+    names = unused(model)
     for name, parameter in model.named_parameters():
-        if name in found:
+        if name in names:
             parameter.requires_grad_(False)
-    return tuple(sorted(found))
+    return tuple(sorted(names))
 
 
 def unused(model: nn.Module) -> frozenset[str]:
-    """Names of the parameters that learn, by `requires_grad`, and that the output for a short text does not
-    depend on."""
+    """Names of the trainable parameters (by `requires_grad`) on which the output for a short text does not
+    depend."""
     device = next(model.parameters()).device
     shapes: Any = nullcontext()
-    if (
-        device.type == "meta"
-    ):  # as fake tensors they pass where transformers asks for values, since it takes them for traced
+    if device.type == "meta":
+        # where transformers asks for values it accepts fake tensors, which it takes for traced ones
         shapes = FakeTensorMode(allow_non_fake_inputs=True)
-        model = copy.deepcopy(
-            model
-        )  # the mode refers to what it has seen, which could not be moved afterwards
-    ids = torch.arange(TOKENS, device="cpu").clamp(max=_rows(model) - 1)[None].to(device)
+        # the mode keeps references to the tensors it has seen, which could not be moved afterwards
+        model = copy.deepcopy(model)
+    ids = torch.arange(TOKENS, device="cpu").clamp(max=_vocabulary(model) - 1)[None].to(device)
     with _evaluating(model), shapes, GroupedShapes():
         logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
     held = _leaves([logits])
@@ -72,8 +70,8 @@ def unused(model: nn.Module) -> frozenset[str]:
     )
 
 
-def _rows(model: nn.Module) -> int:
-    return model.get_input_embeddings().weight.shape[0]  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
+def _vocabulary(model: Any) -> int:
+    return model.get_input_embeddings().weight.shape[0]
 
 
 @contextmanager
@@ -86,7 +84,7 @@ def _evaluating(model: nn.Module) -> Any:
 
 
 def _leaves(outputs: Iterable[Tensor]) -> set[int]:
-    """Ids of the leaf tensors in the graph behind `outputs`."""
+    """Ids of the leaf tensors in the autograd graph of `outputs`."""
     todo: list[Any] = [t.grad_fn for t in outputs if t.grad_fn is not None]
     seen, leaves = set(todo), set()
     while todo:

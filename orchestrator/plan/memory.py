@@ -32,6 +32,7 @@ from orchestrator.models.forward import (
     run_forward,
 )
 from orchestrator.models.load import build_fake, load_config, unreached
+from orchestrator.models.precision import precision_of
 from orchestrator.models.rope import pinned
 from orchestrator.models.unused import GroupedShapes
 from orchestrator.plan.state_bytes import Held, Sizes, element_bytes, state_bytes
@@ -123,7 +124,7 @@ def fake_model(
     recipe: Recipe, algorithm: AlgorithmSpec, mode: FakeTensorMode, layers: int | None = None
 ) -> ScoringModel:
     """The scoring model in the training precision, without storage; layers: instead of its own number."""
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(recipe.learners.precision, torch.float32)
+    dtype = precision_of(recipe.learners.precision).model_dtype
     model = build_fake(
         recipe.model, algorithm.head, dtype, mode, layers=layers, longest=recipe.data.max_length
     )
@@ -263,7 +264,7 @@ class MemoryModel:
         scoring, mode = self._fakes[layers]
         scoring.checkpoint(checkpointing)
         return step_bytes(
-            scoring, micro_batch, mode, autocast=self.recipe.learners.precision == "bf16_autocast"
+            scoring, micro_batch, mode, autocast=precision_of(self.recipe.learners.precision).autocast
         )
 
     def traffic(self, cut: Cut, micro_batches: int) -> Traffic:

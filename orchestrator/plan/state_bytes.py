@@ -19,6 +19,7 @@ from orchestrator.core.zero import (
     bucket_elements,
     overlaps,
 )
+from orchestrator.models.precision import precision_of
 from orchestrator.recipe.schema import Learners
 
 
@@ -98,7 +99,7 @@ class Held:
 
 def element_bytes(learners: Learners) -> int:
     """Bytes of a parameter as the model computes with it."""
-    return 2 if learners.precision in ("bf16", "fp16") else 4
+    return precision_of(learners.precision).element_bytes
 
 
 def state_bytes(sizes: Sizes, learners: Learners, cut: Cut) -> Held:

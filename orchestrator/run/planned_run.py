@@ -19,7 +19,7 @@ from orchestrator.core.resources import WorkerGroup
 from orchestrator.data.dataset import DataSet
 from orchestrator.data.prompts import PromptSet, check_batches
 from orchestrator.models.load import load_config
-from orchestrator.models.weight_buckets import WIRE
+from orchestrator.models.precision import precision_of
 from orchestrator.observe.callbacks import Callback, CallbackSink
 from orchestrator.observe.console import ConsoleSink
 from orchestrator.observe.jsonl import JsonlSink
@@ -104,13 +104,13 @@ class PlannedRun:
             return 0
         return (
             (2 + recipe.rollouts.max_staleness)
-            * WIRE[recipe.learners.precision].itemsize
+            * precision_of(recipe.learners.precision).wire_dtype.itemsize
             * self.sizes().learns
         )
 
     def guards(self) -> Guards:
         """Limits that each optimizer step is checked against."""
-        tolerance = 1e-5 if self.recipe.learners.precision == "fp32" else 3e-2
+        tolerance = 1e-5 if precision_of(self.recipe.learners.precision).exact else 3e-2
         if self.recipe.model.reference is not None:  # the policy does not start as the reference
             tolerance = None
         return Guards(tolerance, self.plan.traffic.per_reduction, precision=self.recipe.learners.precision)
@@ -381,7 +381,7 @@ def rollout_bytes(recipe: Recipe, sizes: Sizes) -> int:
     """Predicted bytes of a transformers rollout actor: its weights, and the keys and values of rollouts.rows
     full rows."""
     config = load_config(recipe.model).get_text_config()
-    element = 4 if recipe.learners.precision == "fp32" else 2
+    element = precision_of(recipe.learners.precision).wire_dtype.itemsize
     attention: int = getattr(config, "num_attention_heads", None) or 0  # a recurrent model has no keys
     heads = getattr(config, "num_key_value_heads", None) or attention
     width = getattr(config, "head_dim", None) or (config.hidden_size // attention if attention else 0)

@@ -21,8 +21,8 @@ from orchestrator.cluster.joining import own_ray
 from orchestrator.core.errors import NotEnoughResources
 from orchestrator.core.stopping import Stop
 from orchestrator.models.rounding import WIDE
-from orchestrator.models.shapes import as_folder, known
-from orchestrator.models.source import ASKED, source_dtype
+from orchestrator.models.shapes import as_folder, known_shape
+from orchestrator.models.source import RECIPE_TYPES, source_dtype
 from orchestrator.plan.hardware import Hardware
 from orchestrator.plan.planner import Choice, Plan
 from orchestrator.plan.sketch import Lengths
@@ -34,7 +34,7 @@ from orchestrator.run.planned_run import plan_run, plan_sketch, require_reward
 from orchestrator.run.preflight import cluster_facts, recipe_requirements, run_requirements
 from orchestrator.run.supervise import Outcome, RunOptions, train
 
-SHORT = {long: short for short, long in ASKED.items()}
+SHORT = {long: short for short, long in RECIPE_TYPES.items()}
 """Name of a type in a checkpoint -> its name in a recipe. Example: bfloat16 -> bf16."""
 
 
@@ -118,7 +118,7 @@ def plan_stages(
 
 
 def _plan_stage(recipe: Recipe, hardware: Hardware, lengths: Lengths | None, shape: str | None) -> Plan:
-    shape = shape or (known(recipe.model.path) if lengths is not None else None)
+    shape = shape or (known_shape(recipe.model.path) if lengths is not None else None)
     with as_folder(recipe.model, shape) if shape is not None else nullcontext(recipe.model) as model:
         shaped = recipe.model_copy(update={"model": model})
         plan = (

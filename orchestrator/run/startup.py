@@ -26,6 +26,7 @@ from orchestrator.learner.probes import (
 )
 from orchestrator.models.block_attention import MAX_COMPILATIONS
 from orchestrator.models.load import load_config
+from orchestrator.models.precision import precision_of
 from orchestrator.observe.metrics import Throughput
 from orchestrator.plan.planner import Plan, finer_cut
 from orchestrator.plan.ways import first_steps, largest_micro_batch
@@ -51,7 +52,7 @@ def tolerance(recipe: Recipe) -> float:
 
     Kernels and batches differ between runs, so the difference of a sum over a long answer has no bound.
     """
-    return 1e-4 if recipe.learners.precision == "fp32" else 0.05
+    return 1e-4 if precision_of(recipe.learners.precision).exact else 0.05
 
 
 def learners_are_reference(recipe: Recipe) -> bool:
@@ -193,7 +194,7 @@ def check_layout(
     if (result := remembered.get()) is not None:
         note(f"{result['said']} (checked before)")
         return
-    allowed = ROUNDINGS["fp32" if recipe.learners.precision == "fp32" else "low"]
+    allowed = ROUNDINGS["fp32" if precision_of(recipe.learners.precision).exact else "low"]
     gaps = group.call(start_gaps, chosen if cut.layout != "padded" else None, padded)
     layout, head = worst([gap for gap, _ in gaps]), worst([gap for _, gap in gaps])
     if not layout.roundings <= allowed:

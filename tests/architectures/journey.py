@@ -1,10 +1,11 @@
-"""One architecture all the way: a folder of random weights -> plan -> learner, its start-up checks -> two SFT
-steps -> export -> reload.
+"""Runs one architecture through the program: a folder of random weights -> plan -> learner, its start-up
+checks -> two SFT steps -> export -> reload.
 
-    small(name) --save_pretrained--> folder --plan_run--> PlannedRun --RankLearner--> 2 steps --export_learner--> folder --from_pretrained--> log-probs
+    small(name) --save_pretrained--> folder --plan_run--> PlannedRun --RankLearner--> 2 steps
+    2 steps --export_learner--> folder --from_pretrained--> log-probs
 
-No Ray: one rank in this process, whose process group all architectures share. Each stage is the program's own
-code.
+There is no Ray: one rank runs in this process, and all architectures share its process group. Each stage is
+the program's own code.
 """
 
 import shutil
@@ -19,7 +20,9 @@ import torch
 from rich.console import Console
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PretrainedConfig
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING  # pyright: ignore[reportPrivateImportUsage]
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,  # pyright: ignore[reportPrivateImportUsage]
+)
 
 from orchestrator.core.errors import OrchestratorError
 from orchestrator.data.micro_batches import cut_step, loss_units
@@ -50,10 +53,11 @@ from tests.architectures.shrink import small
 
 STEPS = 2
 GAP = 1e-4
-"""nat: of a token's log-prob between the learner and its export, read by transformers; both fp32."""
+"""Largest difference in nat of a token's log-prob between the learner and its export in transformers, both in
+fp32."""
 WEIGHTS = 5e-5
-"""Relative: of the weights after two steps, from those of plain torch on the whole batch. Rounding: those of
-gemma4 in fp32 are 1.8e-5 from those in fp64, of deepseek_v4 1.1e-5, of llama 1.3e-6."""
+"""Largest relative difference of the weights after two steps from those of plain torch on the whole batch.
+Rounding alone (fp32 against fp64) gives 1.8e-5 for gemma4, 1.1e-5 for deepseek_v4, 1.3e-6 for llama."""
 
 
 UNFOLLOWED = (
@@ -69,34 +73,36 @@ UNFOLLOWED = (
     "xlnet",
     "xmod",
 )
-"""Their forward asks for values, which a model without storage has not: the plan does not know what text
-never reaches, and says so."""
+"""Architectures whose forward asks for values, which a model without storage does not have. The plan does not
+know which of their parameters text never reaches, and reports it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How far an architecture came. verdict: "works", "refused" (in `plan`, by name) or "fault"; stage: where
-    it ended; why: the refusal, or the error with its traceback; plain: what transformers' own forward and
-    backward raise, asked where it was refused."""
+    """Result of one architecture."""
 
     name: str
     model_class: str
     verdict: str
+    """Either "works", "refused" (in `plan`, by name), "no configuration" or "fault"."""
     stage: str
+    """The last stage that ran."""
     why: str = ""
+    """The refusal, or the error with its traceback."""
     plain: str = ""
+    """For a refused one: the error of transformers' own forward and backward, or ""."""
 
     @property
     def row(self) -> str:
-        """Its line in docs/models.md."""
+        """Row of the table in docs/models.md."""
         return (
             f"| {self.name} | {self.model_class} | {self.verdict} | "
             f"{self.why.splitlines()[0] if self.why else ''} |"
         )
 
 
-class Here:
-    """workers.LearnerGroup of the one learner in this process."""
+class LocalGroup:
+    """Replaces LearnerGroup, for one learner in this process."""
 
     def __init__(self, spec: LearnerSpec, group: ProcessGroup) -> None:
         self.spec, self._group = spec, group
@@ -110,7 +116,7 @@ class Here:
 
 
 def recipe(folder: Path, **learners: Any) -> Recipe:
-    """SFT on arithmetic, all that is not said by default."""
+    """SFT on arithmetic, with defaults for everything else."""
     return Recipe(
         model=Model(path=str(folder)),
         data=Data(train=[Source(path="toy:sft", max_rows=16)], max_length=96),
@@ -123,7 +129,7 @@ def recipe(folder: Path, **learners: Any) -> Recipe:
 
 
 def make_folder(name: str, folder: Path) -> str:
-    """Random weights of the architecture in little, with a byte tokenizer; the class's name."""
+    """Writes a small random model of the architecture with a byte tokenizer. Returns the class's name."""
     config = small(name)
     tokenizer = byte_tokenizer()
     config.get_text_config(decoder=True).pad_token_id = tokenizer.pad_token_id
@@ -131,14 +137,14 @@ def make_folder(name: str, folder: Path) -> str:
         torch.manual_seed(0)
         config.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        model = _their_class(config).from_config(config)
+        model = _class_of(config).from_config(config)
     model.save_pretrained(folder)
     return type(model).__name__
 
 
-def _their_class(config: PretrainedConfig) -> Any:
-    """The composite one where the causal one writes a configuration of its text alone, which transformers
-    reads as no causal model."""
+def _class_of(config: PretrainedConfig) -> Any:
+    """The causal class, or the composite one if the causal one would write a configuration of its text alone
+    that transformers does not read as a causal model."""
     readable = (
         type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
         and type(config.get_text_config(decoder=True)) in MODEL_FOR_CAUSAL_LM_MAPPING
@@ -147,12 +153,10 @@ def _their_class(config: PretrainedConfig) -> Any:
 
 
 def plain(folder: Path) -> str:
-    """Transformers' own forward and backward in training mode on the CPU: "" or what it raised."""
+    """Error of transformers' own forward and backward in training mode on the CPU, or ""."""
     try:
         model = (
-            _their_class(AutoConfig.from_pretrained(folder))
-            .from_pretrained(folder, dtype=torch.float32)
-            .train()
+            _class_of(AutoConfig.from_pretrained(folder)).from_pretrained(folder, dtype=torch.float32).train()
         )
         ids = torch.from_numpy(np.random.default_rng(0).integers(10, 200, (2, 24)))
         logits = model(input_ids=ids, use_cache=False).logits
@@ -167,7 +171,7 @@ def _line(error: BaseException) -> str:
 
 
 def journey(name: str, work: Path, group: ProcessGroup, **learners: Any) -> Outcome:
-    """The outcome of one architecture; work: a folder of its own, removed after."""
+    """The outcome of one architecture. work: a separate folder, which is removed afterwards."""
     stage, kind, unbuilt = "build", "", ""
     try:
         try:
@@ -175,37 +179,37 @@ def journey(name: str, work: Path, group: ProcessGroup, **learners: Any) -> Outc
         except Exception as error:
             if not (work / "model" / "config.json").is_file():
                 return Outcome(name, "", "no configuration", stage, f"{type(error).__name__}: {_line(error)}")
-            # transformers cannot make it: then `plan` has to say so
+            # transformers cannot build it: then `plan` must refuse it
             unbuilt = f"{type(error).__name__}: {_line(error)}"
         stage = "plan"
         job = plan_run(recipe(work / "model", **learners), Console(quiet=True))
         stage = "learner"
-        here = Here(LearnerSpec(job.recipe, job.plan.cut, STEPS), group)
+        workers: Any = LocalGroup(LearnerSpec(job.recipe, job.plan.cut, STEPS), group)
         stage = "sizes"
-        _planned_as_learned(job, here.learner, name)
+        _check_sizes(job, workers.learner, name)
         stage = "checks"
-        cut = probed_cut(job.plan, job.data, job.plan.cut, here, lambda _: None)
-        check_layout(job.recipe, job.algorithm, job.data, cut, here, lambda _: None)
-        measured_throughput(job.plan, job.algorithm, here, lambda _: None)
+        cut = probed_cut(job.plan, job.data, job.plan.cut, workers, lambda _: None)
+        check_layout(job.recipe, job.algorithm, job.data, cut, workers, lambda _: None)
+        measured_throughput(job.plan, job.algorithm, workers, lambda _: None)
         stage = "steps"
         steps = [job.data.batches.at(4 * i) for i in range(STEPS)]
         losses = []
         for number, groups in enumerate(steps):
             batch = cut_step(groups, cut)
-            losses.append(here.learner.forward_backward(batch.micro_batches[0], batch.units, number).loss)
-            if not here.learner.optim_step(number).applied:
+            losses.append(workers.learner.forward_backward(batch.micro_batches[0], batch.units, number).loss)
+            if not workers.learner.optim_step(number).applied:
                 raise AssertionError(f"step {number} was refused")
         stage = "verify"
-        _equals_plain(job, here.learner, steps, losses)
+        _check_steps(job, workers.learner, steps, losses)
         stage = "export"
-        export_learner(here.learner, work / "export", "")
+        export_learner(workers.learner, work / "export", "")
         stage = "reload"
-        _reads_the_same(here.learner, job, work / "export")
+        _check_export(workers.learner, job, work / "export")
     except OrchestratorError as error:
-        said = f"{error.what}: {error.why}".replace(str(work / "model"), "FOLDER")
+        reason = f"{error.what}: {error.why}".replace(str(work / "model"), "FOLDER")
         if stage != "plan":
-            return Outcome(name, kind, "fault", stage, said)
-        return Outcome(name, kind, "refused", stage, said, unbuilt or plain(work / "model"))
+            return Outcome(name, kind, "fault", stage, reason)
+        return Outcome(name, kind, "refused", stage, reason, unbuilt or plain(work / "model"))
     except Exception as error:
         return Outcome(
             name, kind, "fault", stage, f"{type(error).__name__}: {error}\n{traceback.format_exc()}"
@@ -215,28 +219,28 @@ def journey(name: str, work: Path, group: ProcessGroup, **learners: Any) -> Outc
     return Outcome(name, kind, "works", "reload", "")
 
 
-def _planned_as_learned(job: PlannedRun, learner: RankLearner, kind: str) -> None:
-    """The plan's model without storage has the learner's parameters: tied where they are, frozen where no
-    text reaches them. Reading weights gives a gradient to what its class declared to have none (afmoe's bias
-    of experts): it stays zero."""
+def _check_sizes(job: PlannedRun, learner: RankLearner, kind: str) -> None:
+    """The plan's model without storage must have the learner's parameters: the same ones tied, and the same
+    ones frozen. Exceptions are routed parameters: from_pretrained makes some trainable that their class
+    declares frozen (afmoe's bias of experts), whose gradient stays zero."""
 
-    def look(model: torch.nn.Module) -> dict[str, tuple[int, bool]]:
+    def sizes(model: torch.nn.Module) -> dict[str, tuple[int, bool]]:
         return {
             name: (p.numel(), p.requires_grad or kind in UNFOLLOWED or ROUTED in name)
             for name, p in model.named_parameters()
         }
 
-    planned = look(
+    planned = sizes(
         fake_model(job.recipe, job.algorithm, FakeTensorMode(allow_non_fake_inputs=True)).hugging_face
     )
-    learned = look(learner.scoring.hugging_face)
+    learned = sizes(learner.scoring.hugging_face)
     if planned != learned:
         raise AssertionError(
             f"plan and learner differ in {sorted(dict(planned.items() ^ learned.items()))[:4]}"
         )
 
 
-def _equals_plain(
+def _check_steps(
     job: PlannedRun, learner: RankLearner, steps: Sequence[Any], losses: Sequence[float]
 ) -> None:
     trainer = PlainTrainer(job.recipe, job.algorithm, STEPS)
@@ -254,7 +258,7 @@ def _equals_plain(
         )
 
 
-def _reads_the_same(learner: RankLearner, job: PlannedRun, folder: Path) -> None:
+def _check_export(learner: RankLearner, job: PlannedRun, folder: Path) -> None:
     model = (
         auto_class(AutoConfig.from_pretrained(folder), "lm")
         .from_pretrained(folder, dtype=torch.float32)

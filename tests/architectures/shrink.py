@@ -1,9 +1,10 @@
-"""Any architecture of transformers in little: its own default configuration with every size made small, by
-the names of its fields.
+"""A small model of any architecture of transformers: its default configuration with small sizes, which are
+chosen by the names of the fields.
 
-    model type --default configuration--> fields --RULES (first that matches a name)--> small ones --CAUSAL classes--> a model of a few kB
+    model type --default configuration--> fields --RULES (first match of a name)--> small configuration
 
-The rules know words (heads, experts, rank, ...), not models. EXCEPTIONS holds what no word tells.
+The rules contain words (heads, experts, rank, ...), not models. EXCEPTIONS has the sizes that depend on the
+model.
 """
 
 import dataclasses
@@ -38,7 +39,8 @@ RULES: tuple[tuple[str, int], ...] = (
     (r"qk_head_dim", 24),
     (r".*head_dim|.*d_head|.*head_size|d_kv|kv_channels|mamba_headdim", HEAD_DIM),
     (
-        r".*(num_experts_per_tok|num_experts_per_token|top_k|moe_topk|num_selected_experts|moe_k|experts_per_token)",
+        r".*(num_experts_per_tok|num_experts_per_token|top_k|moe_topk|num_selected_experts|moe_k"
+        r"|experts_per_token)",
         2,
     ),
     (r"n_groups?|topk_group|num_expert_groups?|n_expert_groups?|mamba_n_groups|num_groups", 1),
@@ -54,20 +56,21 @@ RULES: tuple[tuple[str, int], ...] = (
         2 * HIDDEN,
     ),
     (
-        r".*(hidden_size|hidden_size_global|embedding_size|embed_dim|hidden_dim|model_dim|embd|embed_size|lru_width|d_model)",
+        r".*(hidden_size|hidden_size_global|embedding_size|embed_dim|hidden_dim|model_dim|embd|embed_size"
+        r"|lru_width|d_model)",
         HIDDEN,
     ),
     (r".*(embedding_dim|proj_dim|width)|dim|n_embd", HIDDEN),
     (r".*sliding_window(_size)?|local_attention|attention_window(_size)?|.*window(_size)?", 8),
 )
-"""(pattern of a whole field's name, small value); a field that is smaller already stays."""
+"""(pattern of a field's whole name, small value). A field with a smaller value keeps it."""
 
 ID = re.compile(r".*(token_ids?|token_index|_idx|_id)")
 LAYERS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "decoder_layers")
 
 
 def small(model_type: str) -> PretrainedConfig:
-    """The configuration of an architecture in little."""
+    """A small configuration of the architecture."""
     if model_type in PARTS:
         return AutoConfig.for_model(
             model_type, **{name: small(part).to_dict() for name, part in PARTS[model_type].items()}
@@ -83,21 +86,20 @@ def small(model_type: str) -> PretrainedConfig:
 
 
 def _changes(default: PretrainedConfig) -> dict[str, Any]:
-    """What to say otherwise than by default: sizes, one layer of each kind, no dropout. A field whose default
-    is None is computed from others, so it is left to the configuration, but for the kinds of layers."""
-    given = {f.name: f for f in dataclasses.fields(type(default)) if f.init}
+    """Differences from the default: small sizes, one layer of each kind, no dropout. A field whose default is
+    None stays so, since the configuration computes it from others, except for the kinds of layers."""
+    fields = {f.name: f for f in dataclasses.fields(type(default)) if f.init}
     layers = next((name for name in LAYERS if isinstance(getattr(default, name, None), int)), None)
     picked = _picked(default, getattr(default, layers)) if layers else []
     changes: dict[str, Any] = {}
-    for name, field in given.items():
+    for name, field in fields.items():
         value = vars(default).get(name)
         if name in default.sub_configs:
             if isinstance(value, PretrainedConfig):
-                fields = {
-                    f.name for f in dataclasses.fields(type(value))
-                }  # what is not one is computed from those
-                said = {k: v for k, v in value.to_diff_dict().items() if k in fields}
-                changes[name] = {**said, **_changes(value), "model_type": value.model_type}
+                # other values are computed from the fields
+                inner = {f.name for f in dataclasses.fields(type(value))}
+                explicit = {k: v for k, v in value.to_diff_dict().items() if k in inner}
+                changes[name] = {**explicit, **_changes(value), "model_type": value.model_type}
         elif layers and _per_layer(value, getattr(default, layers)):
             changes[name] = [_small(name, value[i]) for i in picked]
         elif value is None and name in FILLED:
@@ -107,14 +109,10 @@ def _changes(default: PretrainedConfig) -> dict[str, Any]:
     for name in LAYERS:
         if name in changes and picked:
             changes[name] = len(picked)
-    heads, shared = (
-        getattr(default, "num_attention_heads", None),
-        getattr(default, "num_key_value_heads", None),
-    )
-    if (
-        heads is not None and heads == shared and "num_key_value_heads" in given
-    ):  # low-rank attention knows no groups
-        changes["num_key_value_heads"] = HEADS
+    heads = getattr(default, "num_attention_heads", None)
+    shared = getattr(default, "num_key_value_heads", None)
+    if heads is not None and heads == shared and "num_key_value_heads" in fields:
+        changes["num_key_value_heads"] = HEADS  # low-rank attention has no groups of heads
     changes = {
         name: value
         for name, value in changes.items()
@@ -128,7 +126,7 @@ def _per_layer(value: Any, layers: int) -> bool:
 
 
 def _picked(config: PretrainedConfig, layers: int) -> list[int]:
-    """Layers of the default model to keep: one of each kind that any list of kinds names, two at least."""
+    """Layers of the default model to keep: one of each kind in any list of kinds, and at least two."""
     lists = [v for v in vars(config).values() if _per_layer(v, layers) and isinstance(v[0], str | bool | int)]
     seen: set[tuple[int, Any]] = set()
     picked = []
@@ -161,7 +159,7 @@ PARTS = {
     "musicgen": {**_OF_MUSIC, "decoder": "musicgen_decoder"},
     "musicgen_melody": {**_OF_MUSIC, "decoder": "musicgen_melody_decoder"},
 }
-"""Configurations that are made of others, which have no defaults."""
+"""Configurations that consist of others and have no defaults."""
 
 FILLED: dict[str, Any] = {
     "head_dim": HEAD_DIM,
@@ -176,7 +174,7 @@ FILLED: dict[str, Any] = {
     "output_gate_type": "sigmoid",
     "default_language": "en_XX",
 }
-"""Fields that have no default and that the model cannot do without."""
+"""Fields without a default that the model needs."""
 
 DECODER: dict[str, dict[str, Any]] = {
     name: {"is_decoder": True}
@@ -195,7 +193,7 @@ DECODER: dict[str, dict[str, Any]] = {
         *("roberta", "roberta-prelayernorm", "roc_bert", "roformer", "xlm-roberta", "xlm-roberta-xl", "xmod"),
     )
 }
-"""Encoders that are causal where their configuration says so."""
+"""Encoders that are causal if their configuration says so."""
 
 _MAMBA = {"mamba_n_heads": 8}
 _BARE = {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}
@@ -242,4 +240,4 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "emu3_vqgan": {"base_channels": 32},
     "gemma3n_text": {"num_kv_shared_layers": 0},
 }
-"""What the name of a field does not tell, by model type."""
+"""Values that do not follow from a field's name, by model type."""

@@ -1,6 +1,6 @@
-"""Real DeepSpeed ranks without Ray, and what they do for tests/invariants/test_engine.py.
+"""Real DeepSpeed ranks without Ray, and their work for tests/invariants/test_engine.py.
 
-`work` runs every ZeRO stage with every legal sync policy in one process group, since starting one takes
+`work` runs every ZeRO stage with every legal sync policy in one process group, since starting a group takes
 seconds.
 """
 
@@ -56,20 +56,22 @@ Policy = tuple[int, str, str]
 FP32 = [(stage, sync, "fp32") for stage, policies in LEGAL_SYNC.items() for sync in policies]
 BF16 = [(1, "no_sync", "bf16"), (2, "per_micro_batch", "bf16"), (3, "per_micro_batch", "bf16")]
 LOOKED_AT = [*FP32, BF16[0]]
-"""bf16 at stage 1 has an optimizer of its own in DeepSpeed; at stages 2 and 3 it shares fp32's."""
+"""DeepSpeed has a separate optimizer for bf16 at stage 1. At stages 2 and 3 it is the one for fp32."""
 MOVES = [(0, 0), (1, 1), (2, 2), (3, 3), (0, 3), (3, 1), (1, 2), (2, 0)]
-"""(saved at stage, put back at stage)."""
+"""(saved at stage, loaded at stage)."""
 HOLDS_BACK = [p for p in LOOKED_AT if p[0] < 3 and p[1] != "per_micro_batch"]
-"""Where a rank that stops early leaves no other one waiting, so that a step is replayed in place."""
+"""Policies under which a rank that stops early leaves no other rank waiting, so that a step can be replayed
+in place."""
 
 
-# ---- processes ----------------------------------------------------------------------------------------------------
+# ---- processes
 
 
 def on_ranks(function: Callable[..., Any], world: int, folder: Path, *args: Any, timeout: float) -> list[Any]:
-    """function(group, *args) on `world` ranks, each in a process of its own; results by rank.
+    """Runs function(group, *args) on `world` ranks, each in a separate process. Returns the results by rank.
 
-    A rank that fails ends the others and fails the test with its traceback, as does the deadline, in seconds.
+    A rank that fails ends the others and fails the test with its traceback. So does the deadline `timeout`,
+    in seconds.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -110,14 +112,14 @@ def _rank(function: Callable[..., Any], group: ProcessGroup, file: Path, args: t
         file.write_bytes(pickle.dumps(f"rank {group.rank}:\n{traceback.format_exc()}"))
         os._exit(1)
     file.write_bytes(pickle.dumps(result))
-    os._exit(0)  # without the interpreter's own teardown, which may wait for a rank that is gone
+    os._exit(0)  # without the interpreter's own teardown, which may wait for a rank that has ended
 
 
-# ---- what is trained ----------------------------------------------------------------------------------------------
+# ---- the model and its examples
 
 
 def recipe(precision: str = "fp32", clip: float | None = CLIP, offload: Offload | None = None) -> Recipe:
-    """SimPO on pairs. The vocabulary makes two tensors large enough for ZeRO-3 to partition them, the others
+    """SimPO on pairs. The vocabulary makes two tensors large enough for ZeRO-3 to partition them. The others
     stay whole."""
     return Recipe(
         model=Model(tiny=TinyModel(hidden_size=64, layers=1, heads=4, vocab_size=2048)),
@@ -153,11 +155,12 @@ MANY_PAIRS = pairs(64 * WORLD, 3)
 
 
 def cut(policy: Policy, examples: int = 2, world: int = WORLD) -> Cut:
-    return Cut(world, examples, None, "prefix_shared", policy[0], policy[1])  # pyright: ignore[reportArgumentType]
+    stage, sync, _ = policy
+    return Cut(world, examples, None, "prefix_shared", stage, sync)  # pyright: ignore[reportArgumentType]
 
 
 class Rank:
-    """A fresh learner on this rank and its share of each step."""
+    """A new learner on this rank and its share of each step."""
 
     def __init__(
         self,
@@ -198,14 +201,15 @@ class Rank:
         return digest.hexdigest()
 
 
-# ---- what is done on every rank -----------------------------------------------------------------------------------
+# ---- the work of every rank
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
-    """What a rank saw of one stage and policy. after[n]: digest of the state after n + 1 good steps."""
+class PolicyResults:
+    """Results of one rank under one stage and policy."""
 
     after: tuple[str, ...]
+    """after[n]: digest of the state after n + 1 good steps."""
     loss: float
     steps: tuple[StepApplied, ...]
     first_moment: dict[str, np.ndarray]
@@ -223,34 +227,38 @@ class Found:
 
 @dataclass(frozen=True, slots=True)
 class Resumed:
-    """A state put back. saved, loaded: its digests; undisturbed, resumed: a step later; gap: largest weight
-    difference then."""
+    """Digests of a state that was saved and loaded."""
 
     saved: str
     loaded: str
     undisturbed: str
+    """One step after saving, in the learner that was saved."""
     resumed: str
+    """The same step in the learner that loaded the state."""
     gap: float
+    """Largest difference of a weight between the two after that step."""
 
 
 @dataclass(frozen=True, slots=True)
 class Everything:
-    """All findings of one rank. moved: by (saved at stage, loaded at stage); replayed: by policy and the
-    micro-batch that ran out of memory; gradients: of MANY bf16 micro-batches, by name."""
+    """All results of one rank."""
 
     compilers: tuple[str | None, ...]
-    found: dict[Policy, Found]
+    results: dict[Policy, PolicyResults]
     moved: dict[tuple[int, int], Resumed]
+    """By (saved at stage, loaded at stage)."""
     bf16: dict[Policy, Resumed]
     replayed: dict[tuple[Policy, int], str]
+    """Digests by policy and the micro-batch that ran out of memory."""
     gradients: dict[Policy, dict[str, np.ndarray]]
+    """Gradients of MANY_PAIRS from bf16 micro-batches, by name."""
     low_master: str
 
 
 def work(group: ProcessGroup, folder: Path) -> Everything:
     return Everything(
         compilers=tuple(shutil.which(name) for name in ("g++", "gcc", "c++", "cc", "clang", "ninja")),
-        found={policy: look(group, policy) for policy in LOOKED_AT},
+        results={policy: run_policy(group, policy) for policy in LOOKED_AT},
         moved=move(group, folder),
         bf16={policy: resume_bf16(group, policy, folder / f"bf16-{policy[0]}") for policy in BF16},
         replayed={(policy, at): replay(group, policy, at) for policy in HOLDS_BACK for at in (0, 1, 2)},
@@ -259,8 +267,8 @@ def work(group: ProcessGroup, folder: Path) -> Everything:
     )
 
 
-def look(group: ProcessGroup, policy: Policy) -> Found:
-    """An undisturbed run, then the same one disturbed in every way that must leave no trace."""
+def run_policy(group: ProcessGroup, policy: Policy) -> PolicyResults:
+    """Runs three steps undisturbed, then the same steps with every disturbance that must leave no trace."""
     calm = Rank(group, policy)
     loss = calm.forward(STEPS[0], 0).loss
     steps, states = [calm.learner.optim_step(0)], [calm.state()]
@@ -290,7 +298,7 @@ def look(group: ProcessGroup, policy: Policy) -> Found:
     batch, extra = cut_step(STEPS[0], plain.cut), filler(STEPS[0], plain.cut.layout)
     fillers.learner.forward_backward([extra, *batch.micro_batches[group.rank], extra], batch.units, 0)
     fillers.learner.optim_step(0)
-    return Found(
+    return PolicyResults(
         after=tuple(states),
         loss=loss,
         steps=tuple(steps),
@@ -310,7 +318,7 @@ def look(group: ProcessGroup, policy: Policy) -> Found:
 
 @contextmanager
 def one_bad_micro_batch(rank: int = 1) -> Iterator[None]:
-    """The gradient of one rank's micro-batches of BAD_STEP is not a number."""
+    """Makes the gradient of one rank's micro-batches of BAD_STEP NaN."""
     os.environ[VARIABLE] = json.dumps(
         [{"site": "micro_batch", "action": "nan", "step": BAD_STEP, "rank": rank}]
     )
@@ -321,7 +329,7 @@ def one_bad_micro_batch(rank: int = 1) -> Iterator[None]:
 
 
 def move(group: ProcessGroup, folder: Path) -> dict[tuple[int, int], Resumed]:
-    """States of two steps, saved at every stage, put back there and at another."""
+    """Saves the state after two steps at every stage, and loads it at the same stage and at another."""
     sources: dict[int, tuple[str, str, dict[str, np.ndarray]]] = {}
     policies = [
         (0, "no_sync", "fp32"),
@@ -346,11 +354,12 @@ def move(group: ProcessGroup, folder: Path) -> dict[tuple[int, int], Resumed]:
     return moved
 
 
-def relative_gap(one: Rank, other: Rank) -> float:
+def relative_gap(baseline: Rank, other: Rank) -> float:
     """||dw|| / ||w|| over all weights. A collective."""
-    mine, others = one.weights(), other.weights()
-    square = sum(float(np.square(others[n] - w, dtype=np.float64).sum()) for n, w in mine.items())
-    return float(np.sqrt(square / sum(float(np.square(w, dtype=np.float64).sum()) for w in mine.values())))
+    weights, others = baseline.weights(), other.weights()
+    square = sum(float(np.square(others[n] - w, dtype=np.float64).sum()) for n, w in weights.items())
+    size = sum(float(np.square(w, dtype=np.float64).sum()) for w in weights.values())
+    return float(np.sqrt(square / size))
 
 
 def save_after_two(source: Rank, folder: Path) -> str:
@@ -375,8 +384,8 @@ def resume_bf16(group: ProcessGroup, policy: Policy, folder: Path) -> Resumed:
 
 
 def replay(group: ProcessGroup, policy: Policy, at: int) -> str:
-    """Digest of the state after a step in which micro-batch `at` of rank 1 did not fit, forward (odd numbers:
-    backward), so that it was played again."""
+    """Digest of the state after a step that was replayed because micro-batch `at` of rank 1 ran out of memory
+    in its forward, or in its backward if `at` is odd."""
     rank = Rank(group, policy)
     calls = iter(range(100))
     kept: list[weakref.ref[torch.Tensor]] = []
@@ -399,9 +408,7 @@ def replay(group: ProcessGroup, policy: Policy, at: int) -> str:
     if handle is not None:
         handle.remove()
     rank.learner.discard()
-    assert not [ref for ref in kept if ref() is not None], (
-        "the micro-batch that did not fit is still in memory"
-    )
+    assert not [ref for ref in kept if ref() is not None], "the failed micro-batch is still in memory"
     rank.step(0)
     return rank.state()
 
@@ -417,7 +424,7 @@ def bf16_gradient(
 
 
 def low_master() -> str:
-    """What the engine says of a module that would be trained on bf16 weights."""
+    """The engine's error for a module whose master weights are bf16, or ""."""
     cfg = recipe()
     module = ScoringModel(load(cfg.model, seed=0, head="lm").model, head="lm").bfloat16()
     try:

@@ -1,8 +1,8 @@
-"""The live storages of a real DeepSpeed rank, walked and added up by what holds them: for
+"""Counts the live storages of a real DeepSpeed rank by their owners, for
 tests/invariants/test_state_bytes.py.
 
-Every tensor that Python can reach is found, each storage is counted once, and what no class owns is counted
-as `rest`, so that a buffer nobody thought of cannot hide.
+Every tensor that Python can reach is found and each storage is counted once. A storage without a known owner
+is counted as `rest`, so that an unexpected buffer shows.
 """
 
 import gc
@@ -33,7 +33,7 @@ from tests.invariants.engine_ranks import pairs
 
 @dataclass(frozen=True, slots=True)
 class Way:
-    """One way to hold a model in training."""
+    """One combination of stage, sync policy, precision and offload."""
 
     stage: int
     sync: Sync
@@ -45,7 +45,7 @@ class Way:
 
 @dataclass(frozen=True, slots=True)
 class Counted:
-    """Bytes of live storages by class. rest: of no class."""
+    """Bytes of live storages by class."""
 
     weights: int
     gradients: int
@@ -54,6 +54,7 @@ class Counted:
     moments: int
     buffers: int
     rest: int
+    """Bytes of storages that belong to no class."""
 
     @property
     def total(self) -> int:
@@ -62,15 +63,16 @@ class Counted:
 
 @dataclass(frozen=True, slots=True)
 class Walked:
-    """What a rank held: in the last backward of a step, while the gradients are still held back; and after
-    that step."""
+    """Bytes that a rank held in a step."""
 
     backward: Counted
+    """In the last backward, while gradients are still held back."""
     stepped: Counted
+    """After the step."""
 
 
 def recipe(way: Way, workers: int) -> Recipe:
-    """13.6 M parameters; of the adapter 0.6 M."""
+    """A model of 13.6 M parameters. The adapter has 0.6 M."""
     return Recipe(
         model=Model(
             tiny=TinyModel(hidden_size=512, layers=2, heads=4, vocab_size=8192, intermediate_size=1024),
@@ -92,27 +94,26 @@ def cut(way: Way, workers: int) -> Cut:
 
 
 def walk_ways(group: ProcessGroup, ways: list[Way]) -> list[Walked]:
-    """Each way's engine in turn: two steps of two micro-batches, the second one walked, when all state is
-    there."""
+    """Runs two steps of two micro-batches with each way's engine. The second is counted, when all state
+    exists."""
     return [_walk_way(group, way) for way in ways]
 
 
 def _walk_way(group: ProcessGroup, way: Way) -> Walked:
     gc.collect()
-    others = [
-        s for s in map(_storage, _reachable()) if s is not None
-    ]  # held, so that nothing of this engine comes to lie where one was
+    # references, so that no storage of this engine gets the address of an older one
+    others = [s for s in map(_storage, _reachable()) if s is not None]
     before = {s.data_ptr() for s in others}
     how = cut(way, group.world)
     learner = RankLearner(LearnerSpec(recipe(way, group.world), how, 10), group, torch.device("cpu"))
-    found: list[Counted] = []
+    counts: list[Counted] = []
     backward, zero, buckets = learner.engine.backward, learner.engine.zero, [0]
     reduce = getattr(zero, "reduce_ipg_grads", None)
 
     def watched(loss: Tensor, *, last: bool) -> None:
         backward(loss, last=last)
         if last:
-            found.append(_count(learner, before, buckets[-1]))
+            counts.append(_count(learner, before, buckets[-1]))
 
     def reduced(*args: Any, **options: Any) -> Any:
         buckets.append(_bytes(_buckets(zero)))
@@ -126,14 +127,14 @@ def _walk_way(group: ProcessGroup, way: Way) -> Walked:
         batch = cut_step(pairs(2 * group.world, step), how)
         learner.forward_backward(batch.micro_batches[group.rank], batch.units, step)
         learner.optim_step(step)
-        buckets[:] = [0]  # a policy that holds back reduces after its last backward
+        buckets[:] = [0]  # a policy that holds gradients back reduces after its last backward
     stepped = _count(learner, before, 0)
-    return Walked(found[-1], stepped)
+    return Walked(counts[-1], stepped)
 
 
 def _count(learner: RankLearner, before: set[int], bucket: int) -> Counted:
-    """bucket: bytes of the buckets while they were reduced; at stage 2 they are gone when the backward is
-    over."""
+    """bucket: bytes of the buckets during the reduction. At stage 2 they are freed by the end of the
+    backward."""
     gc.collect()
     zero, optimizer = learner.engine.zero, learner.engine.ds.basic_optimizer
     parameters = list(learner.scoring.parameters())

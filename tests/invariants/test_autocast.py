@@ -1,4 +1,4 @@
-"""bf16_autocast casts each weight once per optimizer step, and the step is the one that casts for every
+"""bf16_autocast casts each weight once per optimizer step. The step equals one that casts for every
 micro-batch."""
 
 import time
@@ -18,7 +18,7 @@ WAYS = ((0, "no_sync"), (1, "no_sync"), (2, "coalesced"), (2, "per_micro_batch")
 
 
 class Casts(TorchDispatchMode):
-    """Casts of whole parameters to bf16, by shape."""
+    """Counts casts of whole parameters to bf16. They are recognised by their shapes."""
 
     def __init__(self, shapes: set[torch.Size]) -> None:
         super().__init__()
@@ -32,14 +32,18 @@ class Casts(TorchDispatchMode):
 
 
 def step(group: ProcessGroup) -> dict[tuple[int, str], dict[str, Any]]:
-    return {way: {"once": look(group, way), "each": look(group, way, again=True)} for way in WAYS}
+    return {way: {"once": measure(group, way), "each": measure(group, way, every_time=True)} for way in WAYS}
 
 
-def look(group: ProcessGroup, way: tuple[int, str], *, again: bool = False) -> tuple[int, int, str, float]:
-    """(casts of a step, its micro-batches, the state after three steps, seconds). again: for every
-    micro-batch, as without it."""
+def measure(
+    group: ProcessGroup, way: tuple[int, str], *, every_time: bool = False
+) -> tuple[int, int, str, float]:
+    """(casts of a step, its micro-batches, the state after three steps, seconds).
+
+    every_time: casts for every micro-batch, as without cast_once.
+    """
     with pytest.MonkeyPatch.context() as patch:
-        if again:
+        if every_time:
             patch.setattr(engine, "cast_once", nullcontext)
         rank = Rank(group, (*way, "bf16_autocast"))
         layer = rank.learner.scoring.hugging_face.model.layers[0]  # pyright: ignore
@@ -64,9 +68,9 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[tuple[int, str]
 
 @pytest.mark.parametrize("way", WAYS, ids=lambda w: f"zero{w[0]}-{w[1]}")
 def test_weights_are_cast_once_a_step_and_nothing_changes(ranks, way):
-    for found in (rank[way] for rank in ranks):
-        once, micro_batches, state, _ = found["once"]
-        each, _, undisturbed, _ = found["each"]
+    for measured in (rank[way] for rank in ranks):
+        once, micro_batches, state, _ = measured["once"]
+        each, _, undisturbed, _ = measured["each"]
         assert state == undisturbed
         assert micro_batches > 1
         if way[0] < 3:

@@ -1,8 +1,9 @@
-"""One long row under masks of blocks: the same log-probs and gradients as padded rows, and few compilations.
+"""One long row under masks of blocks gives the same log-probs and gradients as padded rows, with few
+compilations.
 
-torch has no FlexAttention kernel with a backward for CPUs and refuses it; the refusal is patched away here,
-so that Dynamo's graph runs as it is. That proves masks, padding, rows and the number of graphs, not the
-kernel: benchmarks/gpu.py does, on a GPU.
+torch has no FlexAttention kernel with a backward for CPUs and refuses to run one. That check is patched away
+here, so that Dynamo's graph runs uncompiled. This proves masks, padding, rows and the number of graphs.
+benchmarks/gpu.py proves the kernel, on a GPU.
 """
 
 from dataclasses import replace
@@ -48,7 +49,8 @@ def model(case: Case) -> ScoringModel:
 
 
 def groups(seed: int, longest: int) -> list[SequenceGroup]:
-    """Pairs of ragged lengths: prompts longer than a block, answers across blocks, some of one token."""
+    """Pairs of very different lengths: prompts longer than a block, answers across blocks, some of one
+    token."""
     draw = np.random.default_rng(seed)
     shapes = [
         (longest, longest // 2, 7),
@@ -89,7 +91,7 @@ def test_one_row_gives_the_log_probs_and_gradients_of_padded_rows(case, layout):
 
 
 def test_a_row_that_sees_its_neighbours_would_be_noticed():
-    """Control: with one segment in place of six, log-probs move by far more than the tolerance."""
+    """Control: with one segment instead of six, log-probs change by far more than the tolerance."""
     policy = model(DEFAULT[0])
     right = tensors(pack(groups(0, 150), "prefix_shared", one_row=True))
     wrong = replace(right, segment=torch.zeros_like(right.segment), branch=torch.zeros_like(right.branch))
@@ -101,11 +103,11 @@ def test_a_row_that_sees_its_neighbours_would_be_noticed():
 
 
 @pytest.mark.parametrize("case", [c for c in DEFAULT if c.architecture != "gemma2"], ids=str)
-def test_ragged_rows_in_all_a_run_does_are_compiled_a_few_times(case):
-    """A reference pass, checks, training, evaluation and generation: a graph with gradients and one without,
-    per kind of layer.
+def test_all_phases_of_a_run_need_few_compilations(case):
+    """A reference pass, checks, training, evaluation and generation need a graph with gradients and one
+    without, per kind of layer.
 
-    A call that Dynamo ran uncompiled would have raised: the attention is compiled as one whole graph.
+    A call that Dynamo ran uncompiled would have raised an error: the attention is one complete graph.
     """
     policy = model(case)
     torch._dynamo.reset()
@@ -128,7 +130,7 @@ def test_ragged_rows_in_all_a_run_does_are_compiled_a_few_times(case):
     assert (
         2
         <= compiled_attention().compilations
-        <= (4 if policy.can.kinds == ("full_attention", "sliding_attention") else 2)
+        <= (4 if policy.capabilities.kinds == ("full_attention", "sliding_attention") else 2)
     )
 
 
@@ -155,21 +157,21 @@ def test_checkpointed_layers_run_again_under_the_same_mask(mode):
 @pytest.mark.parametrize("window", [None, 5, 100, 300])
 @pytest.mark.parametrize("longest", [8, 60, 200])
 def test_blocks_are_skipped_only_where_nothing_is_visible(longest, window, layout):
-    """Against the dense rule at every pair of tokens: no visible pair lies in a skipped block, and a block
-    that is taken whole has no invisible pair. Without a window nothing is visited for nothing either."""
+    """Compared with the dense rule at every pair of tokens, no visible pair lies in a skipped block, and no
+    invisible pair in a block without a mask. Without a window no block is visited in vain either."""
     rows = tensors(pack(groups(longest, longest), layout, one_row=True))
     can = replace(capabilities(model(CASES[0]).hugging_face.config), window=window)
     dense = attention_mask(rows.segment, rows.branch, rows.position_ids, layout, can, torch.float32)
     assert isinstance(dense, torch.Tensor)
     size = rows.segment.shape[1] // ROW_MULTIPLE
     pairs = (dense[0, 0] == 0).view(size, ROW_MULTIPLE, size, ROW_MULTIPLE).transpose(1, 2).flatten(2)
-    some, whole = _visible_blocks(rows.segment[0], rows.branch[0], rows.position_ids[0], window)
-    assert not (pairs.any(2) & ~some).any()
-    assert not (whole & ~pairs.all(2)).any()
+    in_part, in_full = _visible_blocks(rows.segment[0], rows.branch[0], rows.position_ids[0], window)
+    assert not (pairs.any(2) & ~in_part).any()
+    assert not (in_full & ~pairs.all(2)).any()
     if window is None:
-        assert torch.equal(some, pairs.any(2))
+        assert torch.equal(in_part, pairs.any(2))
         below = torch.ones(size, size).tril(-1).bool()
-        assert torch.equal(whole & below, pairs.all(2) & below)
+        assert torch.equal(in_full & below, pairs.all(2) & below)
 
 
 @pytest.mark.parametrize("case", [BLOCKS[0], *WINDOWS], ids=str)
@@ -187,7 +189,7 @@ def test_the_rule_within_a_block_is_that_of_dense_masks(case):
         assert torch.equal(block.mask_mod(b, torch.zeros_like(b), i, j), mask[:, 0] == 0)
 
 
-def test_work_grows_with_what_is_visible_not_with_the_square_of_the_row():
+def test_work_grows_with_the_visible_blocks_and_not_with_the_square_of_the_row():
     """64 pairs in one row visit few of its blocks."""
     draw = np.random.default_rng(0)
     pairs = [
@@ -195,9 +197,9 @@ def test_work_grows_with_what_is_visible_not_with_the_square_of_the_row():
         for n in range(64)
     ]
     rows = tensors(pack(pairs, "prefix_shared", one_row=True))
-    some, _ = _visible_blocks(rows.segment[0], rows.branch[0], rows.position_ids[0], None)
+    visible, _ = _visible_blocks(rows.segment[0], rows.branch[0], rows.position_ids[0], None)
     assert rows.segment.shape[1] == 64 * 300
-    assert int(some.sum()) <= 4 * len(some)
+    assert int(visible.sum()) <= 4 * len(visible)
 
 
 def test_the_shortest_row_and_architectures_without_blocks():
@@ -205,7 +207,7 @@ def test_the_shortest_row_and_architectures_without_blocks():
     assert not capabilities(model(Case("gpt2")).hugging_face.config).blocks
 
 
-def test_a_layer_without_a_mask_of_ours_is_an_error():
+def test_a_layer_without_our_mask_is_an_error():
     policy = model(DEFAULT[0])
     run_forward(policy, tensors(pack(groups(0, 4), "packed", one_row=True)))
     with pytest.raises(TypeError, match="no BlockMask"):

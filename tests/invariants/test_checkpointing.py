@@ -1,4 +1,4 @@
-"""What is computed again changes no optimizer step, at any ZeRO stage, with an adapter or without."""
+"""Computing activations again changes no optimizer step, at any ZeRO stage, with an adapter or without."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ PLACES = [(0, "no_sync"), (1, "no_sync"), (2, "per_micro_batch"), (3, "per_micro
 
 def learn(group: ProcessGroup) -> dict[tuple[int, bool, str], dict[str, np.ndarray]]:
     """Weights after two steps by (stage, adapter, mode)."""
-    found = {}
+    learned = {}
     for stage, sync in PLACES:
         how = cut((stage, sync, "fp32"))
         for adapter in (False, True):
@@ -35,23 +35,23 @@ def learn(group: ProcessGroup) -> dict[tuple[int, bool, str], dict[str, np.ndarr
                     batch = cut_step(STEPS[step], how)
                     learner.forward_backward(batch.micro_batches[group.rank], batch.units, step)
                     assert learner.optim_step(step).applied
-                found[stage, adapter, mode] = {name: weight.numpy() for name, weight in full_weights(learner)}
-    return found
+                learned[stage, adapter, mode] = {n: weight.numpy() for n, weight in full_weights(learner)}
+    return learned
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_every_mode_takes_the_same_steps(tmp_path: Path) -> None:
-    found = on_ranks(learn, 2, tmp_path, timeout=500)[0]
-    for (stage, adapter, mode), weights in found.items():
-        plain = found[stage, adapter, "none"]
+    learned = on_ranks(learn, 2, tmp_path, timeout=500)[0]
+    for (stage, adapter, mode), weights in learned.items():
+        plain = learned[stage, adapter, "none"]
         assert weights.keys() == plain.keys()
         for name, weight in weights.items():
             np.testing.assert_allclose(
                 weight, plain[name], rtol=1e-5, atol=2e-6, err_msg=f"{stage} {adapter} {mode} {name}"
             )
     for stage, _ in PLACES:
-        adapter = found[stage, True, "full"]
+        adapter = learned[stage, True, "full"]
         assert any("lora_B" in name and weight.any() for name, weight in adapter.items()), (
-            "an adapter starts at zero and has to move"
+            "the adapter starts at zero and must change"
         )

@@ -1,4 +1,4 @@
-"""A rank copies to the host what it writes, and nothing else; it fills buckets that it sends, and no others."""
+"""A rank copies to the host only what it writes, and fills only the buckets that it sends."""
 
 from pathlib import Path
 
@@ -19,12 +19,11 @@ Bytes = dict[str, int]
 
 
 def copied(group: ProcessGroup, folder: Path) -> dict[int, Bytes]:
-    """Bytes that this rank copied or packed, by what it was asked to do, and `state`: those of all weights
-    and moments."""
-    return {policy[0]: look(Rank(group, policy), folder / str(policy[0])) for policy in STAGES}
+    """Bytes that this rank copied or packed by stage and task. `state`: bytes of all weights and moments."""
+    return {policy[0]: count_copies(Rank(group, policy), folder / str(policy[0])) for policy in STAGES}
 
 
-def look(rank: Rank, folder: Path) -> Bytes:
+def count_copies(rank: Rank, folder: Path) -> Bytes:
     seen: Bytes = {}
     doing, real_copy, real_fill = "", state.on_cpu, publish.fill
 

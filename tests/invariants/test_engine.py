@@ -1,7 +1,7 @@
-"""Two real DeepSpeed ranks, no Ray: every ZeRO stage with every legal sync policy keeps the accumulation
-contract.
+"""Every ZeRO stage with every legal sync policy keeps the accumulation contract, on two real DeepSpeed ranks
+without Ray.
 
-All work is done once (engine_ranks.py), without a compiler on the PATH; the tests look at what it found.
+All work is done once (engine_ranks.py), without a compiler on the PATH. The tests check its results.
 """
 
 from dataclasses import dataclass
@@ -56,12 +56,13 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[Everything]:
 
 @dataclass(frozen=True, slots=True)
 class Plain:
-    """Step 0 as one batch in plain torch: loss, norm of the whole gradient (added up in double), the gradient
-    by name."""
+    """Step 0 as one batch in plain torch."""
 
     loss: float
     norm: float
+    """Norm of the whole gradient, summed in double."""
     gradient: dict[str, np.ndarray]
+    """By parameter name."""
 
 
 @pytest.fixture(scope="module")
@@ -71,9 +72,8 @@ def plain() -> Plain:
     step = trainer.step(STEPS[0], loss_units(STEPS[0]), 0)
     gradient = {f"model.{n}": p.grad.numpy() for n, p in trainer.trainable.items() if p.grad is not None}
     norm = norm_of(gradient)
-    assert step.grad_norm == pytest.approx(
-        norm, rel=1e-4
-    )  # torch's own norm of large fp32 tensors is not sharper
+    # torch's own norm of large fp32 tensors is not more precise
+    assert step.grad_norm == pytest.approx(norm, rel=1e-4)
     return Plain(step.loss, norm, gradient)
 
 
@@ -81,8 +81,8 @@ def norm_of(gradient: dict[str, np.ndarray]) -> float:
     return float(np.sqrt(sum(np.square(g, dtype=np.float64).sum() for g in gradient.values())))
 
 
-def policies(some: list[Policy]) -> pytest.MarkDecorator:
-    return pytest.mark.parametrize("policy", some, ids=lambda p: f"zero{p[0]}-{p[1]}-{p[2]}")
+def policies(cases: list[Policy]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("policy", cases, ids=lambda p: f"zero{p[0]}-{p[1]}-{p[2]}")
 
 
 def test_no_compiler_is_needed(ranks):
@@ -91,47 +91,47 @@ def test_no_compiler_is_needed(ranks):
 
 @policies(LOOKED_AT)
 def test_ranks_agree_to_the_bit(ranks, policy):
-    assert ranks[0].found[policy].after == ranks[1].found[policy].after
-    assert len(set(ranks[0].found[policy].after)) == 3
+    assert ranks[0].results[policy].after == ranks[1].results[policy].after
+    assert len(set(ranks[0].results[policy].after)) == 3
 
 
 @policies(LOOKED_AT)
 def test_a_non_finite_gradient_on_one_rank_is_refused_by_all_and_leaves_no_trace(ranks, policy):
-    for found in (rank.found[policy] for rank in ranks):
-        assert not found.refused.applied
-        assert np.isnan(found.refused.grad_norm)
-        assert found.after_refused == found.after[0]
-        assert found.good_after_refused == found.after[1]
+    for results in (rank.results[policy] for rank in ranks):
+        assert not results.refused.applied
+        assert np.isnan(results.refused.grad_norm)
+        assert results.after_refused == results.after[0]
+        assert results.good_after_refused == results.after[1]
 
 
 @policies(LOOKED_AT)
 def test_discarded_gradients_leave_no_trace(ranks, policy):
-    for found in (rank.found[policy] for rank in ranks):
-        assert found.after_discard == found.after_probe == found.after[1]
-        assert found.good_after_discard == found.after[2]
+    for results in (rank.results[policy] for rank in ranks):
+        assert results.after_discard == results.after_probe == results.after[1]
+        assert results.good_after_discard == results.after[2]
 
 
 @policies(LOOKED_AT)
 def test_a_filler_changes_nothing(ranks, policy):
-    for found in (rank.found[policy] for rank in ranks):
-        assert found.with_fillers == found.plain
+    for results in (rank.results[policy] for rank in ranks):
+        assert results.with_fillers == results.plain
 
 
 @policies(FP32)
 def test_loss_and_gradient_norm_are_those_of_one_plain_batch(ranks, plain, policy):
-    found = [rank.found[policy] for rank in ranks]
-    assert sum(f.loss for f in found) == pytest.approx(plain.loss, rel=1e-6)
-    for each in found:
-        assert each.steps[0].grad_norm == pytest.approx(plain.norm, rel=1e-6)
-        assert each.unclipped.grad_norm == pytest.approx(plain.norm, rel=1e-6)
+    by_rank = [rank.results[policy] for rank in ranks]
+    assert sum(results.loss for results in by_rank) == pytest.approx(plain.loss, rel=1e-6)
+    for results in by_rank:
+        assert results.steps[0].grad_norm == pytest.approx(plain.norm, rel=1e-6)
+        assert results.unclipped.grad_norm == pytest.approx(plain.norm, rel=1e-6)
     assert plain.norm > 2 * CLIP
 
 
 @policies(FP32)
 @pytest.mark.parametrize("clip", [CLIP, None])
 def test_the_clipped_and_the_whole_gradient_reach_adam(ranks, plain, policy, clip):
-    found = ranks[0].found[policy]
-    moment = found.first_moment if clip else found.unclipped_moment
+    results = ranks[0].results[policy]
+    moment = results.first_moment if clip else results.unclipped_moment
     reached = {name: value / (1 - BETA1) for name, value in moment.items()}
     norm = clip or plain.norm
     assert reached.keys() == plain.gradient.keys()
@@ -144,23 +144,24 @@ def test_the_clipped_and_the_whole_gradient_reach_adam(ranks, plain, policy, cli
 
 @policies(LOOKED_AT)
 def test_steps_use_the_learning_rate_of_the_schedule(ranks, policy):
-    assert [s.learning_rate for s in ranks[0].found[policy].steps] == pytest.approx([0.0, 5e-3, 1e-2])
-    assert all(s.applied for s in ranks[0].found[policy].steps)
+    steps = ranks[0].results[policy].steps
+    assert [s.learning_rate for s in steps] == pytest.approx([0.0, 5e-3, 1e-2])
+    assert all(s.applied for s in steps)
 
 
 @policies(LOOKED_AT)
 def test_collectives_carry_the_predicted_bytes(ranks, policy):
-    """To the byte, but for ZeRO-3's three norm weights of 64 values, which the counter takes for flags; in
-    its first step DeepSpeed also gathers what it keeps whole later."""
+    """The counts are exact to the byte, except for ZeRO-3's three norm weights of 64 values, which are too
+    small for the counter. In its first step DeepSpeed also gathers what it later keeps whole."""
     cfg, how = recipe(policy[2]), cut(policy)
     predicted = traffic(
         cfg, model_sizes(cfg, build(cfg.algorithm)), how, len(cut_step(STEPS[0], how).micro_batches[0])
     )
     skipped = 3 * 64 * (2 if policy[2] == "bf16" else 4) if policy[0] == 3 else 0
-    for found in (rank.found[policy] for rank in ranks):
-        assert [s.reduced_bytes for s in found.steps] == [predicted.reduced] * 3
-        assert [s.gathered_bytes for s in found.steps[1:]] == [predicted.gathered - skipped] * 2
-        assert policy[0] == 3 or found.steps[0].gathered_bytes == predicted.gathered
+    for steps in (rank.results[policy].steps for rank in ranks):
+        assert [s.reduced_bytes for s in steps] == [predicted.reduced] * 3
+        assert [s.gathered_bytes for s in steps[1:]] == [predicted.gathered - skipped] * 2
+        assert policy[0] == 3 or steps[0].gathered_bytes == predicted.gathered
     assert skipped < 1e-3 * predicted.gathered or not skipped
 
 
@@ -184,7 +185,7 @@ def test_bf16_resumes_to_the_bit(ranks, policy):
 @policies(HOLDS_BACK)
 def test_a_step_that_did_not_fit_is_replayed_without_a_trace(ranks, policy, at):
     for rank in ranks:
-        assert rank.replayed[policy, at] == rank.found[policy].after[0]
+        assert rank.replayed[policy, at] == rank.results[policy].after[0]
 
 
 def test_a_module_with_low_precision_master_weights_is_refused(ranks):
@@ -204,25 +205,27 @@ def test_bf16_gradients_accumulate_in_fp32(ranks, bf16_baselines, policy):
     assert ours == pytest.approx(summed_high, rel=0.05), numbers
 
 
-def distance(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> float:
-    """Norm of the difference over the norm of `other`."""
-    gap = sum(float(np.square(one[n] - v, dtype=np.float64).sum()) for n, v in other.items())
-    return float(np.sqrt(gap / sum(float(np.square(v, dtype=np.float64).sum()) for v in other.values())))
+def distance(gradient: dict[str, np.ndarray], exact: dict[str, np.ndarray]) -> float:
+    """Norm of the difference over the norm of `exact`."""
+    gap = sum(float(np.square(gradient[n] - v, dtype=np.float64).sum()) for n, v in exact.items())
+    return float(np.sqrt(gap / sum(float(np.square(v, dtype=np.float64).sum()) for v in exact.values())))
 
 
 @dataclass(frozen=True, slots=True)
 class Baselines:
-    """Gradients of MANY_PAIRS in plain torch: fp32 throughout, and of bf16 micro-batches summed in fp32 or in
-    bf16."""
+    """Gradients of MANY_PAIRS in plain torch, by parameter name."""
 
     exact: dict[str, np.ndarray]
+    """In fp32 throughout."""
     summed_in_fp32: dict[str, np.ndarray]
+    """bf16 gradients of micro-batches, summed in fp32."""
     summed_in_bf16: dict[str, np.ndarray]
+    """bf16 gradients of micro-batches, summed in bf16 on each rank."""
 
 
 @pytest.fixture(scope="module")
 def bf16_baselines() -> Baselines:
-    """The weights are the same rounded ones everywhere, and each rank's micro-batches those of the learners."""
+    """All use the same rounded weights, and the learners' micro-batches of each rank."""
     micro = cut_step(MANY_PAIRS, cut(BF16[0], examples=1)).micro_batches
     low, exact = module(), module().float()
     sums: dict[str, torch.Tensor] = {n: torch.zeros(p.shape) for n, p in low.named_parameters()}

@@ -1,8 +1,8 @@
-"""Every allow-listed architecture: prefix-shared and packed rows give the log-probs and gradients of padded
-ones.
+"""For every allow-listed architecture, prefix-shared and packed rows give the log-probs and gradients of
+padded rows.
 
-Initial weights are drawn wide, so that attention is far from uniform; a control shows that a wrong mask is
-seen.
+Initial weights have a wide distribution, so that attention is far from uniform. A control shows that a wrong
+mask would be seen.
 """
 
 from dataclasses import dataclass, field, replace
@@ -26,7 +26,7 @@ TOLERANCE = 1e-5
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """An architecture and the options that make its peculiarity bite on short rows."""
+    """An architecture, with options under which its peculiarities matter on short rows."""
 
     architecture: str
     name: str = ""
@@ -81,7 +81,7 @@ PADDED_ONLY = [
     Case("hyperclovax", options={"logits_scaling": 0.5}),
     Case("llama4_text", options={"head_dim": 8, "num_key_value_heads": 4}),
 ]
-"""Ways out of the ordinary: no position ids, ALiBi, recurrent layers, another name for the backbone, odd
+"""Unusual architectures: no position ids, ALiBi, recurrent layers, another name for the backbone, unusual
 logit transforms."""
 
 
@@ -102,14 +102,14 @@ def branch(draw: np.random.Generator, size: int, unscored: int = 0) -> Branch:
 
 
 def groups() -> list[SequenceGroup]:
-    """Answers of very different lengths, prompts of one token, an unscored start, several pairs to a row."""
+    """Pairs with answers of very different lengths, prompts of one token, and an unscored start."""
     draw = np.random.default_rng(0)
     shapes = [(12, 3, 25), (1, 20, 2), (7, 1, 1), (1, 1, 6), (19, 9, 8)]
-    made = []
+    pairs = []
     for number, (prompt, chosen, rejected) in enumerate(shapes):
         answers = (branch(draw, chosen, unscored=2 if chosen > 5 else 0), branch(draw, rejected))
-        made.append(SequenceGroup(number, draw.integers(0, 256, prompt), answers))
-    return made
+        pairs.append(SequenceGroup(number, draw.integers(0, 256, prompt), answers))
+    return pairs
 
 
 def tensors(mb: MicroBatch) -> MicroBatchTensors:
@@ -117,14 +117,14 @@ def tensors(mb: MicroBatch) -> MicroBatchTensors:
 
 
 def in_padded_order(mb: MicroBatch, values: torch.Tensor) -> torch.Tensor:
-    """Scored tokens sorted by sequence: a layout lays sequences down in an order of its own."""
+    """Scored tokens sorted by sequence. The order of sequences depends on the layout."""
     return values[torch.from_numpy(np.argsort(mb.sequence, kind="stable"))]
 
 
 def run(
     model: ScoringModel, layout: Layout, row_tokens: int | None = None
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Log-probs in sequence order, and every parameter's gradient of a sum with a different weight per token."""
+    """Log-probs in sequence order, and gradients of a sum with a different weight for each token."""
     mb = pack(groups(), layout, row_tokens=row_tokens)
     result = run_forward(model, tensors(mb))
     values = in_padded_order(mb, result.values) if result.rewards is None else result.values.flatten()
@@ -151,9 +151,9 @@ def assert_same(model: ScoringModel, layout: Layout, row_tokens: int | None) -> 
 @pytest.mark.parametrize("layout", SHARING)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_layouts_give_the_log_probs_and_gradients_of_padded_rows(case, layout, row_tokens):
-    """Rows as short as they can be, a few sequences to a row, and everything in one row."""
+    """Rows as short as possible, with a few sequences each, and one row for everything."""
     model = ScoringModel(make(case), head="lm")
-    assert model.can.layouts == {"prefix_shared", "packed", "padded"}, model.can.reason
+    assert model.capabilities.layouts == {"prefix_shared", "packed", "padded"}, model.capabilities.reason
     assert_same(model, layout, row_tokens)
 
 
@@ -193,7 +193,7 @@ def test_other_architectures_are_held_to_padded_rows(case):
 @pytest.mark.parametrize("layout", SHARING)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_a_wrong_mask_would_be_seen(case, layout):
-    """Control: with every earlier token of the row visible, log-probs move by far more than the tolerance."""
+    """Control: if tokens see all earlier ones of the row, log-probs change by far more than the tolerance."""
     model = ScoringModel(make(case), head="lm")
     mb = pack(groups(), layout, row_tokens=200)
     right = tensors(mb)
@@ -205,13 +205,12 @@ def test_a_wrong_mask_would_be_seen(case, layout):
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.options.get("sliding_window")], ids=str)
 def test_the_window_matters_on_these_rows(case):
-    """Control: without its window the model gives other log-probs wherever the window is shorter than the
-    rows."""
+    """Control: without its window the model gives other log-probs if the window is shorter than the rows."""
     model = ScoringModel(make(case), head="lm")
     rows = tensors(pack(groups(), "prefix_shared", row_tokens=200))
     with torch.no_grad():
         windowed = run_forward(model, rows).values
-        model.can = replace(model.can, window=10_000)
+        model.capabilities = replace(model.capabilities, window=10_000)
         gap = float((windowed - run_forward(model, rows).values).abs().max())
     assert gap == 0.0 if case.options["sliding_window"] >= 40 else gap > 100 * TOLERANCE
 
@@ -224,7 +223,7 @@ def test_rewards_do_not_depend_on_the_layout(case, layout):
 
 
 def test_rewards_equal_the_models_own():
-    """A sequence at a time through the classification model, which reads the last token."""
+    """The classification model gets one sequence at a time, and reads its last token."""
     hugging_face = make(CASES[0], AutoModelForSequenceClassification, num_labels=1)
     mb = pack(groups(), "prefix_shared")
     rows = [[torch.from_numpy(np.concatenate([g.prompt, b.ids]))[None] for b in g.branches] for g in groups()]
@@ -238,7 +237,7 @@ def test_rewards_equal_the_models_own():
     "case", [c for c in CASES if c.architecture not in ("gpt2", "falcon", "gemma2")], ids=str
 )
 def test_layers_see_no_padding(case):
-    """gpt2 and falcon want a mask of their own size, gemma2 computes attention in a way of its own."""
+    """Without gpt2 and falcon, which need a mask of another size, and gemma2, whose attention is eager."""
     seen = []
     model = ScoringModel(make(case), head="lm")
     model.hugging_face.get_input_embeddings().register_forward_hook(
@@ -252,8 +251,8 @@ def test_layers_see_no_padding(case):
 
 
 def test_a_mask_without_rows_is_refused():
-    """Another model's rows would be taken for one sequence."""
+    """Otherwise another model's rows would be computed as one sequence."""
     model = ScoringModel(make(CASES[0]), head="lm")
     run_forward(model, tensors(pack(groups(), "packed")))
-    with pytest.raises(TypeError, match="masks of its own"):
+    with pytest.raises(TypeError, match="mask without rows"):
         model.hugging_face(input_ids=torch.zeros(1, 4, dtype=torch.long))

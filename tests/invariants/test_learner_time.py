@@ -1,5 +1,5 @@
-"""What a rank reports of a step's time and work, and that nothing in a step waits for the device before its
-sums are read."""
+"""A rank reports a step's time and work correctly, and does not wait for the device before it reads the
+step's sums."""
 
 import time
 from typing import Any
@@ -20,17 +20,17 @@ READ_S = 0.5
 WAITS = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select")
 
 
-class Asked(TorchDispatchMode):
-    """The operations that stop the host until a device has answered."""
+class WaitingOperations(TorchDispatchMode):
+    """Records operations that stop the host until the device has answered."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.found: list[str] = []
+        self.names: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
         if name in WAITS:
-            self.found.append(name)
+            self.names.append(name)
         return func(*args, **(kwargs or {}))
 
 
@@ -38,33 +38,33 @@ def step(group: ProcessGroup) -> dict[str, Any]:
     rank = Rank(group, (1, "no_sync", "fp32"))
     batch = cut_step(STEPS[0], rank.cut)
     copies: list[int] = []
-    real_moved, real_sums = rows.moved, learner_module.Sums
+    real_copy, real_sums = rows.to_device, learner_module.Sums
 
     def counted(columns: Any, device: torch.device) -> Any:
         copies.append(len(columns))
-        return real_moved(columns, device)
+        return real_copy(columns, device)
 
     class Slow(real_sums):
-        """A device that takes its time: the sums come when all before them is done."""
+        """Simulates a slow device, whose sums arrive after all earlier work is done."""
 
         def read(self) -> Any:
             time.sleep(READ_S)
             return super().read()
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rows, "moved", counted)
-        with Asked() as asked:
+        patch.setattr(rows, "to_device", counted)
+        with WaitingOperations() as waits:
             report = rank.learner.forward_backward(batch.micro_batches[0], batch.units, 0)
         rank.learner.discard()
         patch.setattr(learner_module, "Sums", Slow)
         slow = rank.learner.forward_backward(batch.micro_batches[0], batch.units, 0).seconds
         rank.learner.discard()
         slow_evaluation = rank.learner.evaluate(batch.micro_batches[0], batch.units)[0].seconds
-    with Asked() as control:
+    with WaitingOperations() as control:
         float(torch.ones(1).sum())
     return {
-        "waits": asked.found,
-        "control": control.found,
+        "waits": waits.names,
+        "control": control.names,
         "copies": copies[: len(batch.micro_batches[0])],
         "micro_batches": len(batch.micro_batches[0]),
         "slow": (slow, slow_evaluation),
@@ -73,37 +73,37 @@ def step(group: ProcessGroup) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return on_ranks(step, 1, tmp_path_factory.mktemp("step"), timeout=250.0)[0]
 
 
-def test_the_time_of_a_step_is_taken_after_the_device_has_answered(found):
-    assert min(found["slow"]) >= READ_S
+def test_the_time_of_a_step_is_taken_after_the_device_has_answered(measured):
+    assert min(measured["slow"]) >= READ_S
 
 
-def test_no_micro_batch_waits_for_the_device(found):
-    assert found["waits"] == []
-    assert found["control"] == ["_local_scalar_dense"]
+def test_no_micro_batch_waits_for_the_device(measured):
+    assert measured["waits"] == []
+    assert measured["control"] == ["_local_scalar_dense"]
 
 
-def test_a_micro_batch_is_one_copy(found):
-    assert len(found["copies"]) == found["micro_batches"] > 1
+def test_a_micro_batch_is_one_copy(measured):
+    assert len(measured["copies"]) == measured["micro_batches"] > 1
 
 
-def test_attention_is_counted_as_far_as_each_token_sees(found):
-    """Of one layer: the prompt once, each branch over the prompt and itself."""
+def test_attention_counts_the_tokens_that_each_token_sees(measured):
+    """For one layer: the prompt once, and each branch over the prompt and itself."""
     expected = 0
     for group in STEPS[0]:
         prompt = len(group.prompt)
         expected += prompt * (prompt + 1) // 2
         expected += sum(len(b.ids) * prompt + len(b.ids) * (len(b.ids) + 1) // 2 for b in group.branches)
-    assert found["attended"] == expected
+    assert measured["attended"] == expected
 
 
 @pytest.mark.parametrize("layout", ["prefix_shared", "packed", "padded"])
-def test_no_layout_changes_what_a_window_leaves(layout: Any):
-    """A window of 4: each token sees at most 4. Padding sees nothing. Packed and padded rows compute the
-    prompt for each branch."""
+def test_a_windows_attention_is_counted_in_every_layout(layout: Any):
+    """With a window of 4 each token sees at most 4 tokens. Padding sees nothing. Packed and padded rows
+    compute the prompt for each branch."""
     group = STEPS[0][0]
     lengths = [len(group.prompt) + len(b.ids) for b in group.branches]
     seen = [sum(min(i + 1, 4) for i in range(n)) for n in lengths]

@@ -1,5 +1,5 @@
-"""A bf16 model is the one that transformers loads: its rotary frequencies stay in fp32, or positions of a
-thousand are off by a radian."""
+"""A bf16 model equals the one that transformers loads. Its rotary frequencies stay in fp32; in bf16 they
+would be off by a radian at position 1,000."""
 
 from pathlib import Path
 
@@ -21,9 +21,9 @@ CPU, LENGTH = torch.device("cpu"), 1200
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
-    """A small model with weights so wide that attention looks at single tokens."""
+    """A small model with weights so large that attention concentrates on single tokens."""
     folder = str(tmp_path_factory.mktemp("model"))
-    cfg = TinyModel(hidden_size=256, layers=4, heads=4, max_positions=2048)  # pyright: ignore[reportCallIssue]
+    cfg = TinyModel(hidden_size=256, layers=4, heads=4, max_positions=2048)
     model = build(cfg, 0, AutoModelForCausalLM)
     for parameter in model.parameters():
         if parameter.dim() > 1:
@@ -70,11 +70,13 @@ def test_the_reference_is_the_model_that_transformers_loads(
 ) -> None:
     half = LENGTH // 2
     group = SequenceGroup(0, ids[:half], (Branch(ids[half:], np.ones(half, np.bool_)),))
-    (found,) = RankReference(recipe, CPU).token_logprobs([pack([group], "padded")])
-    assert np.abs(found - expected).mean() < 0.02  # the head rounds its logits elsewhere
+    (logps,) = RankReference(recipe, CPU).token_logprobs([pack([group], "padded")])
+    assert np.abs(logps - expected).mean() < 0.02  # our head rounds logits at another point
 
 
-def test_so_is_the_generator(recipe: Recipe, ids: np.ndarray, expected: np.ndarray) -> None:
+def test_the_generator_is_the_model_that_transformers_loads(
+    recipe: Recipe, ids: np.ndarray, expected: np.ndarray
+) -> None:
     assert np.abs(logps_of(TransformersEngine(recipe, CPU).model, ids) - expected).mean() < 1e-3
 
 

@@ -1,4 +1,4 @@
-"""The plan's predicted peak against the resident memory of a real DeepSpeed rank, each in a fresh process."""
+"""The plan's predicted peak against the resident memory of a real DeepSpeed rank, each in a new process."""
 
 import importlib.util
 import sys
@@ -14,7 +14,7 @@ def benchmark():
     spec = importlib.util.spec_from_file_location("seed_arithmetic", BENCHMARK)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
+    sys.modules[spec.name] = module  # dataclasses look up their module
     spec.loader.exec_module(module)
     return module
 

@@ -1,5 +1,5 @@
-"""Optimizer state (and ZeRO-3's parameters) in host memory: the same steps, refusals, discards and
-checkpoints as on the device."""
+"""With optimizer state (and ZeRO-3's parameters) in host memory, steps, refusals, discards and checkpoints
+are the same as on the device."""
 
 import shutil
 from dataclasses import dataclass
@@ -33,7 +33,7 @@ Case = tuple[Policy, Offload]
 
 
 def legal(precision: str) -> list[Case]:
-    """Every way to partition that can be offloaded: ZeRO 1-3, no gradients held back whole in low precision."""
+    """Every combination that can be offloaded: ZeRO 1-3, without whole gradients held back in bf16."""
     low = precision == "bf16"
     ways = [
         (stage, sync)
@@ -58,30 +58,35 @@ FEW: list[Case] = [
 
 @dataclass(frozen=True, slots=True)
 class Offloaded:
-    """States (SHA-256 of weights and moments) after steps 1, 2, 3 undisturbed; after the same steps with a
-    refused and a discarded one between; saved and put back. accumulation: largest difference of the gradient
-    of many bf16 micro-batches from the one without offload, relative to its largest value. gaps: ||dw|| /
-    ||w|| against the weights without offload, after each step."""
+    """Results of one case. A state is the SHA-256 of weights and moments."""
 
     after: tuple[str, ...]
+    """States after undisturbed steps 1, 2 and 3."""
     norms: tuple[float, ...]
     plain_norms: tuple[float, ...]
+    """Gradient norms of the same steps without offload."""
     gaps: tuple[float, ...]
+    """||dw|| / ||w|| against the weights without offload, after each step."""
     refused: bool
     after_refused: str
     after_discard: str
     rough: tuple[str, ...]
+    """States after the same steps, with a refused and a discarded step in between."""
     loaded: str
+    """State after step 2, saved and loaded again."""
     resumed: str
+    """State one step after that."""
     on_host: bool
     accumulation: float
+    """Largest difference of the gradient of many bf16 micro-batches from the one without offload, relative to
+    its largest value."""
 
 
 def compare(group: ProcessGroup, folder: Path, cases: list[Case]) -> dict[Case, Offloaded]:
-    return {case: look(group, folder / str(i), *case) for i, case in enumerate(cases)}
+    return {case: run_case(group, folder / str(i), *case) for i, case in enumerate(cases)}
 
 
-def look(group: ProcessGroup, folder: Path, policy: Policy, where: Offload) -> Offloaded:
+def run_case(group: ProcessGroup, folder: Path, policy: Policy, where: Offload) -> Offloaded:
     plain, calm = Rank(group, policy), Rank(group, policy, offload=where)
     norms, plain_norms, gaps, after = [], [], [], []
     for number in range(3):
@@ -146,15 +151,15 @@ ALL = pytest.mark.slow
     ],
 )
 def test_an_offloaded_step_is_the_same_step(tmp_path: Path, world: int, cases: list[Case]) -> None:
-    for found in on_ranks(compare, world, tmp_path, tmp_path, cases, timeout=500.0):
-        for case, seen in found.items():
-            where = f"{case}: {seen}"
-            assert seen.accumulation <= 1e-4, where  # a bf16 sum would be 1e-2 off
-            assert seen.on_host, where
-            assert len(set(seen.after)) == 3, where  # each step moves the weights
-            assert seen.norms == pytest.approx(seen.plain_norms, rel=TOLERANCE[case[0][2]]), where
-            assert max(seen.gaps) <= TOLERANCE[case[0][2]], where
-            assert seen.refused, where
-            assert seen.after_refused == seen.after_discard == seen.after[0], where
-            assert seen.rough == seen.after, where
-            assert (seen.loaded, seen.resumed) == seen.after[1:], where
+    for results in on_ranks(compare, world, tmp_path, tmp_path, cases, timeout=500.0):
+        for case, result in results.items():
+            where = f"{case}: {result}"
+            assert result.accumulation <= 1e-4, where  # a bf16 sum would be 1e-2 off
+            assert result.on_host, where
+            assert len(set(result.after)) == 3, where  # each step changes the weights
+            assert result.norms == pytest.approx(result.plain_norms, rel=TOLERANCE[case[0][2]]), where
+            assert max(result.gaps) <= TOLERANCE[case[0][2]], where
+            assert result.refused, where
+            assert result.after_refused == result.after_discard == result.after[0], where
+            assert result.rough == result.after, where
+            assert (result.loaded, result.resumed) == result.after[1:], where

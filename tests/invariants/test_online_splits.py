@@ -1,5 +1,4 @@
-"""An optimizer step from recorded rollouts is the same however the hardware cuts it, for every algorithm and
-normaliser."""
+"""An optimizer step from recorded rollouts is the same under every cut, for each algorithm and normaliser."""
 
 import json
 import random
@@ -84,8 +83,8 @@ def label(case: dict) -> str:
 def test_a_step_from_recorded_rollouts_is_independent_of_the_cut(
     two_workers: LearnerGroup, data: Path, algorithm: dict
 ) -> None:
-    """2 workers x ZeRO 0-3 x every legal sync policy, each with one of two micro-batch sizes and three
-    layouts in turn."""
+    """2 workers x ZeRO 0-3 x every legal sync policy, each with the next of two micro-batch sizes x three
+    layouts."""
     proof = Verification.of(recipe(data, algorithm), steps=3)
     baseline = proof.baseline()
     cuts = cuts_to_try(proof.planned, PROMPTS, "fp32", [2], everything=False)
@@ -112,8 +111,8 @@ def test_a_critics_step_is_independent_of_the_cut(two_workers: LearnerGroup, dat
 def test_every_cut_of_a_grpo_step_on_other_numbers_of_workers(
     two_workers: LearnerGroup, data: Path, workers: int
 ) -> None:
-    """All micro-batch sizes and layouts on every engine; two_workers keeps half of the CPUs, so these take
-    little."""
+    """All micro-batch sizes and layouts on every engine. two_workers holds half of the CPUs, so these workers
+    reserve little."""
     cfg = recipe(data, {"name": "grpo", "kl": {"coefficient": 0.05}}, workers)
     cfg = cfg.model_copy(update={"learners": cfg.learners.model_copy(update={"cpus_per_worker": 0.2})})
     differences = list(run(cfg, steps=3, workers=[workers], everything=True))
@@ -121,7 +120,7 @@ def test_every_cut_of_a_grpo_step_on_other_numbers_of_workers(
 
 
 def test_a_wrong_normaliser_would_be_seen(two_workers: LearnerGroup, data: Path) -> None:
-    """The proof can fail: token means instead of means of sequence means are far above the tolerance."""
+    """The proof can fail: a token mean instead of a mean of sequence means is far above the tolerance."""
     right, wrong = (
         Verification.of(recipe(data, {"name": "grpo", "normaliser": n}), steps=2)
         for n in ("sequence", "token")

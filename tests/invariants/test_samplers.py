@@ -1,7 +1,7 @@
-"""On policy every token weighs exactly 1, however it was drawn: a grid of samplers on shared logits, and both
+"""On policy every token has weight 1, whatever the sampler: a grid of samplers on shared logits, and both
 decoders on a model.
 
-the same logits --rollout.sampling.draw--> sampled log-probs  ─┐
+the same logits --engines.sampling.draw--> sampled log-probs  ─┐
                 --learner's head at HeadSpec.temperature--> old ┴─> weight = exp(old - sampled) = 1
 """
 
@@ -26,7 +26,7 @@ from tests.unit.rollout.decoding_cases import CASES, EOS, kept_gap, letters, req
 
 ROWS, VOCABULARY, LENGTH = 96, 128, 12
 GRID = tuple(product((0.2, 0.6, 1.0, 1.7, 3.0), (1.0, 0.9, 0.5), (None, 1, 20, 500), (0.0, 0.1)))
-"""temperature, top_p, top_k, min_p: 120 samplers; 500 is more than there are tokens."""
+"""120 samplers by (temperature, top_p, top_k, min_p). A top_k of 500 is larger than the vocabulary."""
 KINDS: tuple[CorrectionKind, ...] = ("none", "token", "sequence", "decoupled")
 EXACT = 1e-6
 
@@ -38,7 +38,7 @@ def named(temperature: float, top_p: float, top_k: int | None, min_p: float) -> 
 
 
 def sampled(rollouts: Rollouts) -> tuple[Sampling, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(sampling, logits Float[R, V], tokens, the generator's log-probs): one step of a decoder."""
+    """(sampling, logits Float[R, V], tokens, the generator's log-probs) of one step of a decoder."""
     sampling = Sampling(1, LENGTH, rollouts.temperature, rollouts.top_p, rollouts.top_k, rollouts.min_p)
     generator = torch.Generator().manual_seed(7)
     logits = 2.0 * torch.randn(ROWS, VOCABULARY, generator=generator)
@@ -50,17 +50,16 @@ def sampled(rollouts: Rollouts) -> tuple[Sampling, torch.Tensor, torch.Tensor, t
 def learned(
     rollouts: Rollouts, logits: torch.Tensor, tokens: torch.Tensor, name: str = "grpo"
 ) -> torch.Tensor:
-    """What the learner's own head says of the same logits, with the spec that the algorithm's row gives it."""
-    spec = build(AlgorithmConfig(name=name), rollouts).scores  # pyright: ignore[reportArgumentType]
+    """Log-probs of the learner's head for the same logits, with the algorithm's own head spec."""
+    spec = build(AlgorithmConfig(name=name), rollouts).head_spec  # pyright: ignore[reportArgumentType]
     return chunked_logprobs(logits, torch.eye(VOCABULARY), None, tokens, spec).logps
 
 
 def scores_of(logps: torch.Tensor, sampled_logps: torch.Tensor) -> TokenScores:
     sequence = torch.arange(ROWS) // LENGTH
-    known = ExperienceTensors(
-        torch.randn(ROWS, generator=torch.Generator().manual_seed(1)), sampled_logps, None, logps.detach()
-    )
-    return TokenScores(logps, sequence, ROWS // LENGTH, 1, entropy=torch.zeros(ROWS), experience=known)
+    advantages = torch.randn(ROWS, generator=torch.Generator().manual_seed(1))
+    experience = ExperienceTensors(advantages, sampled_logps, None, logps.detach())
+    return TokenScores(logps, sequence, ROWS // LENGTH, 1, entropy=torch.zeros(ROWS), experience=experience)
 
 
 @pytest.mark.parametrize("sampler", GRID, ids=str)
@@ -71,19 +70,21 @@ def test_on_policy_every_weight_is_one(sampler):
     scores = scores_of(logps, sampled_logps)
     for kind in KINDS:
         weights = correction_weights(scores, logps, sampled_logps, kind, 2.0)
-        bound = EXACT * (LENGTH if kind == "sequence" else 1)  # there a weight is a product of LENGTH of them
+        bound = EXACT * (LENGTH if kind == "sequence" else 1)  # a sequence's weight is a product of LENGTH
         assert float((weights - 1.0).abs().max()) < bound, kind
 
 
 @pytest.mark.parametrize("name", ["grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo", "reinforce_pp", "ppo"])
 @pytest.mark.parametrize("sampler", [(0.6, 0.9, 20, 0.0), (1.7, 0.5, None, 0.1)], ids=str)
 def test_the_gradient_is_that_of_no_correction(name, sampler):
-    """Of every row of the table, by each kind of correction: what the sampler left out cannot be seen."""
+    """This holds for every row of the table and each kind of correction: tokens that the sampler excludes do
+    not matter."""
     rollouts = named(*sampler)
     _, logits, tokens, sampled_logps = sampled(rollouts)
     gradients = {}
     for kind in KINDS:
-        cfg = AlgorithmConfig(name=name, correction=Correction(kind=kind))  # pyright: ignore[reportArgumentType]
+        correction = Correction(kind=kind)
+        cfg = AlgorithmConfig(name=name, correction=correction)  # pyright: ignore[reportArgumentType]
         logps = learned(rollouts, logits, tokens, name).requires_grad_()
         loss = build(cfg, rollouts).objective(
             scores_of(logps, sampled_logps), LossUnits(ROWS // LENGTH, (ROWS,))
@@ -95,9 +96,9 @@ def test_the_gradient_is_that_of_no_correction(name, sampler):
         torch.testing.assert_close(gradients[kind], gradients["none"], rtol=2e-5, atol=1e-9)
 
 
-def test_log_probs_of_the_distribution_drawn_from_would_be_seen():
-    """The test's own teeth: renormalised over what top_p leaves, weights are below 1 by the mass that is cut
-    away."""
+def test_renormalised_log_probs_would_be_seen():
+    """Control: with log-probs renormalised over the tokens that top_p keeps, weights are below 1 by the
+    excluded probability."""
     rollouts = named(1.0, 0.8, None, 0.0)
     sampling, logits, tokens, _ = sampled(rollouts)
     renormalised = drawn_from(logits, sampling).gather(1, tokens[:, None])[:, 0]
@@ -112,14 +113,13 @@ DECODED = [(0.5, 0.9, None, 0.0), (1.5, 1.0, 30, 0.0), (0.8, 0.8, 40, 0.05), (2.
 
 @pytest.mark.parametrize("decoder", [StaticDecoder, ContinuousDecoder], ids=["static", "continuous"])
 @pytest.mark.parametrize("sampler", DECODED, ids=str)
-def test_a_decoders_log_probs_are_one_forwards(decoder: Callable, sampler) -> None:
-    """Through the cache, with stop texts and without, within what the kernels differ by."""
-    model, asked = CASES[0].model(), requests(4, room=16)
+def test_a_decoders_log_probs_are_those_of_one_forward(decoder: Callable, sampler) -> None:
+    """Log-probs from the cache, with stop texts and without, differ only by the kernels' rounding."""
+    model, prompts = CASES[0].model(), requests(4, room=16)
     for stop in STOPS:
         sampling = Sampling(4, 16, *sampler, stop=stop)
-        found = decoder(model, EOS, 8, letters).generate(asked, sampling)
-        assert worst_gap(model, asked, found, sampling) < 1e-4
-        assert kept_gap(model, asked, found, sampling) < 1e-4
-    assert any(
-        c.finish == "stop" and not np.isin(c.ids[-1], EOS) for cs in found for c in cs
-    )  # a stop text ended some
+        completions = decoder(model, EOS, 8, letters).generate(prompts, sampling)
+        assert worst_gap(model, prompts, completions, sampling) < 1e-4
+        assert kept_gap(model, prompts, completions, sampling) < 1e-4
+    # at least one completion ended with a stop text
+    assert any(c.finish == "stop" and not np.isin(c.ids[-1], EOS) for cs in completions for c in cs)

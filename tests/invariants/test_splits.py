@@ -1,4 +1,4 @@
-"""The one idea, proved: an optimizer step is the same however the hardware cuts it.
+"""An optimizer step is the same under every cut of the hardware.
 
 Every cut runs on real Ray workers and DeepSpeed ranks and is compared with one process, one batch, plain
 torch.
@@ -13,7 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from orchestrator.algorithms.losses.interface import LossSum, TokenScores
 from orchestrator.cluster.learner_group import LearnerGroup
+from orchestrator.core.batches import LossUnits
+from orchestrator.learner.rank_learner import LearnerSpec, RankLearner
 from orchestrator.recipe.schema import Recipe
 from orchestrator.run.verify import TOLERANCE, Difference, Verification, cuts_to_try, run
 from tests.running import shared_ray
@@ -22,13 +25,14 @@ pytestmark = pytest.mark.timeout(600)
 EFFECTIVE = 32
 
 
-def write_rows(path: Path, count: int) -> None:
-    """Rows of every kind at once, of very different lengths, so that padding, packing and balancing have work
-    to do."""
+def write_rows(path: Path, count: int, *, equal_lengths: bool = False) -> None:
+    """Rows that serve as SFT, preference and unpaired data. Their lengths differ much, so that padding,
+    packing and balancing matter, or are all the same."""
     draw = random.Random(1)
 
     def text(low: int, high: int) -> str:
-        return "".join(draw.choice("abcdefgh ") for _ in range(draw.randint(low, high)))
+        size = high if equal_lengths else draw.randint(low, high)
+        return "".join(draw.choice("abcdefgh ") for _ in range(size))
 
     with path.open("w") as file:
         for i in range(count):
@@ -90,8 +94,8 @@ def worst(differences: list[Difference]) -> tuple[float, float, float]:
     "everything", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["covering", "all"]
 )
 def test_every_cut_takes_the_same_steps(ray_session: None, data: Path, everything: bool) -> None:
-    """workers 1, 2, 4 × ZeRO 0-3 × every legal sync policy (21 engines), each with one of two micro-batch
-    sizes × three layouts in turn, or (slow) with all of them: 126 cuts, ten steps."""
+    """1, 2 and 4 workers × ZeRO 0-3 × every legal sync policy: 21 engines. Each takes four steps with one of
+    the two micro-batch sizes × three layouts in turn, or (slow) ten steps with all of them: 126 cuts."""
     workers = [n for n in (1, 2, 4) if n * 0.5 <= (os.cpu_count() or 1)]
     differences = list(
         run(
@@ -142,24 +146,25 @@ def test_each_family_is_independent_of_the_cut(
 def test_loras_dropout_is_independent_of_the_cut(
     two_workers: LearnerGroup, data: Path, algorithm: dict
 ) -> None:
-    """Masks belong to tokens: the same ones under each layout, micro-batch, rank and with layers computed
-    again, in both passes of KTO."""
+    """A token has the same mask in every layout, micro-batch and rank, when layers are computed again, and in
+    both passes of KTO."""
     adapted = {
         "tiny": {"architecture": "llama", "hidden_size": 32, "layers": 2, "heads": 2},
         "lora": {"rank": 4, "dropout": 0.3},
     }
-    again = {"workers": 2, "activation_checkpointing": "full"}
-    calm = {
-        "learning_rate": 2e-2,
-        "eps": 1e-3,
-    }  # Adam makes a full step of the rounding in a gradient that is all but zero
-    proof = Verification.of(recipe(data, algorithm, model=adapted, learners=again, optimizer=calm), steps=3)
+    recomputing = {"workers": 2, "activation_checkpointing": "full"}
+    # with Adam's usual eps the rounding in a gradient that is almost zero would become a full step
+    damped = {"learning_rate": 2e-2, "eps": 1e-3}
+    proof = Verification.of(
+        recipe(data, algorithm, model=adapted, learners=recomputing, optimizer=damped), steps=3
+    )
     baseline = proof.baseline()
     for cut in cuts_to_try(proof.planned, EFFECTIVE, "fp32", [2], everything=False):
         difference = baseline.difference(proof.under(cut, two_workers), cut)
         assert difference.within(TOLERANCE["fp32"]), difference
-    still = proof.recipe.model.lora.model_copy(update={"dropout": 0.0})  # pyright: ignore[reportOptionalMemberAccess]
-    model = proof.recipe.model.model_copy(update={"lora": still})
+    assert proof.recipe.model.lora is not None
+    undropped = proof.recipe.model.lora.model_copy(update={"dropout": 0.0})
+    model = proof.recipe.model.model_copy(update={"lora": undropped})
     without = replace(proof, recipe=proof.recipe.model_copy(update={"model": model}))
     assert not baseline.difference(without.baseline(), proof.planned).within(TOLERANCE["fp32"])
 
@@ -178,12 +183,43 @@ def test_bf16_stays_within_its_stated_bound(two_workers: LearnerGroup, data: Pat
     print(f"bf16: loss {worst(differences)[0]:.1e}, weights {worst(differences)[2]:.1e}")
 
 
-def test_a_wrong_normaliser_would_be_seen(two_workers: LearnerGroup, data: Path) -> None:
-    """The proof can fail: a loss averaged per micro-batch, the usual mistake, is far above the tolerance."""
-    proof = Verification.of(recipe(data, {"name": "sft"}, learners={"workers": 2}), steps=2)
-    baseline = proof.baseline()
-    (cut, *_) = cuts_to_try(proof.planned, EFFECTIVE, "fp32", [2], everything=False)
-    halves = Verification(
-        proof.recipe, proof.algorithm, tuple(s[: EFFECTIVE // 2] for s in proof.steps), proof.planned
+def average_by_micro_batch(learner: RankLearner) -> None:
+    """Installs a common mistake: each micro-batch's loss is divided by its own token count, and the step's
+    loss is the mean over micro-batches, weighted by their examples."""
+    objective = learner.algorithm.objective
+
+    def averaged(scores: TokenScores, units: LossUnits) -> LossSum:
+        own = LossUnits(scores.examples, tuple(int(count) for count in scores.lengths().sum(0)))
+        loss = objective(scores, own)
+        return replace(loss, total=loss.total * scores.examples / units.examples)
+
+    learner.algorithm = replace(learner.algorithm, objective=averaged)
+
+
+@pytest.mark.parametrize("equal_lengths", [False, True], ids=["uneven rows", "equal rows"])
+def test_a_wrong_normaliser_would_be_seen(
+    two_workers: LearnerGroup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, equal_lengths: bool
+) -> None:
+    """The proof can fail: a loss averaged per micro-batch is 20 times above the tolerance. Rows of equal
+    length are the control: both normalisers agree there, so nothing else causes the difference."""
+
+    def build(spec: LearnerSpec) -> None:
+        LearnerGroup.build(two_workers, spec)
+        two_workers.call(average_by_micro_batch)
+
+    monkeypatch.setattr(two_workers, "build", build)
+    write_rows(tmp_path / "rows.jsonl", 2 * EFFECTIVE, equal_lengths=equal_lengths)
+    proof = Verification.of(
+        recipe(tmp_path / "rows.jsonl", {"name": "sft"}, learners={"workers": 2}), steps=2
     )
-    assert not baseline.difference(halves.under(cut, two_workers), cut).within(TOLERANCE["fp32"])
+    (cut, *_) = cuts_to_try(proof.planned, EFFECTIVE, "fp32", [2], everything=False)
+    assert cut.examples is not None and cut.examples <= EFFECTIVE // 4, (
+        "each worker has several micro-batches"
+    )
+    difference = proof.baseline().difference(proof.under(cut, two_workers), cut)
+    if equal_lengths:
+        assert difference.within(TOLERANCE["fp32"]), difference
+    else:
+        assert difference.loss > 20 * TOLERANCE["fp32"] < difference.weights, difference
+        assert difference.grad_norm > 200 * TOLERANCE["fp32"], difference
+    print(difference)

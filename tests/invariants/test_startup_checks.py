@@ -1,5 +1,5 @@
-"""A learner's start-up checks: rows as long as real answers start in every precision, a mask that leaks does
-not."""
+"""A learner's start-up checks: rows as long as real answers pass in every precision, a mask that leaks is
+refused."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -32,8 +32,8 @@ def groups(length: int) -> list[SequenceGroup]:
     return [SequenceGroup(i, draw.integers(0, 256, 8), (branch(), branch())) for i in range(4)]
 
 
-class Here:
-    """workers.LearnerGroup of the learner in this process."""
+class LocalGroup:
+    """Replaces LearnerGroup, for one learner in this process."""
 
     def __init__(self, rank: Rank) -> None:
         self.rank = rank
@@ -43,29 +43,28 @@ class Here:
 
 
 class Rows:
-    """dataset.DataSet, as far as the check looks."""
+    """The attributes of data.dataset.DataSet that the check reads."""
 
-    def __init__(self, some: Sequence[SequenceGroup]) -> None:
-        self.groups = some
+    def __init__(self, examples: Sequence[SequenceGroup]) -> None:
+        self.groups = examples
 
 
 def leaking(column: str) -> Callable[..., MicroBatch]:
     """pack(), but a token sees the other branch, or the other sequences of its row."""
 
-    def made(some: Sequence[SequenceGroup], layout: Any, **options: Any) -> MicroBatch:
-        rows = pack(
-            some, layout, row_tokens=sum(g.tokens for g in some) if layout == "packed" else None, **options
-        )
+    def pack_leaking(examples: Sequence[SequenceGroup], layout: Any, **options: Any) -> MicroBatch:
+        row_tokens = sum(g.tokens for g in examples) if layout == "packed" else None
+        rows = pack(examples, layout, row_tokens=row_tokens, **options)
         values = getattr(rows, column)
         return rows if layout == "padded" else replace(rows, **{column: np.minimum(values, 0)})
 
-    return made
+    return pack_leaking
 
 
-def verdicts(group: ProcessGroup) -> dict[tuple[str, int, str], str]:
-    """What the check says of sound rows and of leaking ones, peaked logits as trained models have: "" where
-    it lets the run start."""
-    said = {}
+def check_all(group: ProcessGroup) -> dict[tuple[str, int, str], str]:
+    """The check's error for correct rows and for leaking ones, or "" if the run may start. The model has
+    peaked logits, like a trained one."""
+    errors = {}
     for precision in ("fp32", "bf16"):
         cfg = recipe(precision)
         rank = Rank(group, (1, "no_sync", precision))
@@ -83,31 +82,34 @@ def verdicts(group: ProcessGroup) -> dict[tuple[str, int, str], str]:
                     if leak:
                         patch.setattr(startup, "pack", leaking(leak))
                     how = Cut(1, 4, None, layout, 1, "no_sync")  # pyright: ignore[reportArgumentType]
-                    said[precision, length, leak or layout] = judged(cfg, how, rank, groups(length))
-    return said
+                    errors[precision, length, leak or layout] = error_of(cfg, how, rank, groups(length))
+    return errors
 
 
-def judged(cfg: Any, how: Cut, rank: Rank, some: Sequence[SequenceGroup]) -> str:
+def error_of(cfg: Any, how: Cut, rank: Rank, examples: Sequence[SequenceGroup]) -> str:
+    data: Any = Rows(examples)
+    workers: Any = LocalGroup(rank)
     try:
-        check_layout(cfg, build(cfg.algorithm), Rows(some), how, Here(rank), lambda _: None)  # pyright: ignore[reportArgumentType]
+        check_layout(cfg, build(cfg.algorithm), data, how, workers, lambda _: None)
     except ConfigError as error:
         return error.what
     return ""
 
 
 @pytest.fixture(scope="module")
-def said(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int, str], str]:
-    return on_ranks(verdicts, 1, tmp_path_factory.mktemp("checks"), timeout=250.0)[0]
+def errors(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int, str], str]:
+    return on_ranks(check_all, 1, tmp_path_factory.mktemp("checks"), timeout=250.0)[0]
 
 
 @pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_sound_layout_starts_whatever_the_length(said, precision, length):
-    assert said[precision, length, "prefix_shared"] == said[precision, length, "packed"] == ""
+def test_a_correct_layout_starts_at_every_length(errors, precision, length):
+    assert errors[precision, length, "prefix_shared"] == errors[precision, length, "packed"] == ""
 
 
 @pytest.mark.parametrize("leak", LEAKS)
 @pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_mask_that_leaks_is_refused_whatever_the_length(said, precision, length, leak):
-    assert "gives other log-probs than padded rows" in said[precision, length, leak]
+def test_a_mask_that_leaks_is_refused_at_every_length(errors, precision, length, leak):
+    layout = "prefix_shared" if leak == "branch" else "packed"
+    assert errors[precision, length, leak].startswith(f"layout {layout} ")

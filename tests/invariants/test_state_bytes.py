@@ -1,5 +1,4 @@
-"""The plan's bytes are DeepSpeed's: plan/state_bytes.py against the live storages of real engines, class by
-class."""
+"""The plan's bytes (plan/state_bytes.py) are those of the live storages of real engines, class by class."""
 
 import os
 from dataclasses import asdict
@@ -26,7 +25,7 @@ OF_EACH_STAGE = [
 
 
 def ways(precision: str, lora: bool) -> list[Way]:
-    """All that DeepSpeed can do in this precision on a CPU (fp16 it cannot)."""
+    """All combinations that DeepSpeed supports in this precision on a CPU. It does not support fp16 there."""
     held = [(stage, sync) for stage, policies in LEGAL_SYNC.items() for sync in policies]
     if precision == "bf16":
         held = [(stage, sync) for stage, sync in held if stage and sync != "coalesced"]
@@ -43,7 +42,8 @@ def ways(precision: str, lora: bool) -> list[Way]:
 
 
 def predicted(way: Way, workers: int) -> tuple[dict[str, int], dict[str, int]]:
-    """Bytes by class on device and host together, which are one on a CPU."""
+    """(bytes by class, bytes of the host's part). On a CPU device and host are the same memory, so the first
+    has both."""
     config = recipe(way, workers)
     held = state_bytes(model_sizes(config, build(config.algorithm)), config.learners, cut(way, workers))
     device, host = asdict(held.device), asdict(held.host)
@@ -51,13 +51,12 @@ def predicted(way: Way, workers: int) -> tuple[dict[str, int], dict[str, int]]:
 
 
 def most(ranks: list[Counted]) -> dict[str, int]:
-    """The most of each class over the ranks: what a plan has to hold."""
+    """The largest value of each class over the ranks, which a plan must predict."""
     return {name: max(getattr(rank, name) for rank in ranks) for name in (*CLASSES, "rest")}
 
 
 def compare(way: Way, workers: int, ranks: list[Walked]) -> list[str]:
-    """Prints a row of the table; what is wrong: a class more than 2 % off (of itself, or a tenth of that of
-    everything)."""
+    """Prints a row of the table, and returns its problems. A class may be 2 % off, or 0.2 % of the total."""
     expected, host = predicted(way, workers)
     counted = most([r.backward for r in ranks])
     total = sum(counted.values())
@@ -93,10 +92,10 @@ def test_each_stage_holds_what_is_predicted(tmp_path: Path, monkeypatch: pytest.
     ranks = on_ranks(walk_ways, 2, tmp_path, OF_EACH_STAGE, timeout=400)
     assert not [
         problem
-        for way, *found in zip(OF_EACH_STAGE, *ranks, strict=True)
-        for problem in compare(way, 2, found)
+        for way, *walked in zip(OF_EACH_STAGE, *ranks, strict=True)
+        for problem in compare(way, 2, walked)
     ]
-    wrong = predicted(Way(2, "per_micro_batch", "bf16"), 2)[0]  # what documents say of stage 1 in bf16
+    wrong = predicted(Way(2, "per_micro_batch", "bf16"), 2)[0]  # the documented formula for stage 1 in bf16
     counted = most([r[1].backward for r in ranks])
     assert counted["gradients"] + counted["accumulators"] > 2.9 * (wrong["gradients"] + wrong["accumulators"])
 
@@ -109,17 +108,17 @@ def test_each_stage_holds_what_is_predicted(tmp_path: Path, monkeypatch: pytest.
 def test_every_way_holds_what_is_predicted(
     workers: int, precision: str, lora: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each precision in processes of its own: DeepSpeed's autocast is a switch of the process."""
+    """Each precision runs in separate processes, since DeepSpeed's autocast is a switch of the process."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     wanted, problems = ways(precision, lora), []
-    for part in range(0, len(wanted), 6):  # an engine leaves tensors behind when it goes
+    for part in range(0, len(wanted), 6):  # a deleted engine leaves tensors behind
         folder = tmp_path / str(part)
         os.mkdir(folder)
-        some = wanted[part : part + 6]
-        ranks = on_ranks(walk_ways, workers, folder, some, timeout=1200)
+        batch = wanted[part : part + 6]
+        ranks = on_ranks(walk_ways, workers, folder, batch, timeout=1200)
         problems += [
             problem
-            for way, *found in zip(some, *ranks, strict=True)
-            for problem in compare(way, workers, found)
+            for way, *walked in zip(batch, *ranks, strict=True)
+            for problem in compare(way, workers, walked)
         ]
     assert not problems

@@ -1,7 +1,8 @@
-"""A parameter that no token of a step reaches has a gradient of zero in that step: not an earlier step's, and
-no infinity of a refused one.
+"""A parameter that no token of a step reaches has a gradient of zero in that step: neither that of an earlier
+step nor the infinity of a refused one.
 
-Every ZeRO stage and sync policy on two real ranks, against torch's AdamW over the same steps on one process.
+Every ZeRO stage and sync policy runs on two real ranks, against torch's AdamW over the same steps in one
+process.
 """
 
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ from tests.invariants.engine_ranks import on_ranks
 pytestmark = pytest.mark.timeout(500)
 WORLD = 2
 WIDTH = 320
-"""320 x 320 is above the size at which ZeRO-3 partitions a tensor."""
+"""320 x 320 values are enough for ZeRO-3 to partition a tensor."""
 OPTIMIZER = Optimizer(learning_rate=1e-2, weight_decay=0.1, max_grad_norm=0.5)
 Policy = tuple[int, str, str]
 POLICIES: list[Policy] = [
@@ -27,14 +28,14 @@ POLICIES: list[Policy] = [
     (3, "per_micro_batch", "cpu"),
 ]
 STEPS: tuple[tuple[tuple[int, ...], ...], ...] = (((0, 1), (0,)), ((0,), (0,)), ((0,), (0,)), ((1,), (0,)))
-"""By step and micro-batch: which experts tokens are sent to. The second comes first, then not at all, then in
-a first micro-batch only."""
+"""Experts that receive tokens, by step and micro-batch. The second expert is used in step 0, then not at all,
+then in the first micro-batch of the last step."""
 REFUSED_AFTER = 1
-"""A step is refused here, after which the second expert gets no gradient for a whole step."""
+"""A step is refused after this one. After it the second expert has no gradient for a whole step."""
 
 
 class Experts(nn.Module):
-    """Two experts, of which a forward uses those it is told to, and a norm."""
+    """Two experts and a norm. A forward uses the named experts."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -55,7 +56,8 @@ def inputs(step: int, micro: int, rank: int) -> Tensor:
 
 
 def plain() -> dict[str, Tensor]:
-    """torch's own AdamW, all ranks' micro-batches in one sum; absent gradients are zeros."""
+    """Weights after all steps with torch's AdamW, on the sum of all ranks' micro-batches. Missing gradients
+    are zeros."""
     module = Experts()
     decay, other = [e.weight for e in module.experts], list(module.norm.parameters())
     groups = [
@@ -77,9 +79,10 @@ def plain() -> dict[str, Tensor]:
 
 def trained(group: ProcessGroup, policies: Sequence[Policy]) -> dict[Policy, dict[str, Tensor]]:
     """The weights after all steps under each policy."""
-    found = {}
+    weights = {}
     for stage, sync, offload in policies:
-        learners = Learners(workers=WORLD, offload=Offload(optimizer=offload))  # pyright: ignore[reportArgumentType]
+        where = Offload(optimizer=offload)  # pyright: ignore[reportArgumentType]
+        learners = Learners(workers=WORLD, offload=where)
         engine = Engine(
             Experts(), learners=learners, optimizer=OPTIMIZER, stage=stage, sync=sync, world=WORLD
         )
@@ -91,10 +94,10 @@ def trained(group: ProcessGroup, policies: Sequence[Policy]) -> dict[Policy, dic
             assert engine.step(OPTIMIZER.learning_rate).applied, (stage, sync, offload, number)
             if number == REFUSED_AFTER:
                 engine.discard(lambda engine=engine: engine(inputs(9, 0, 0), (0, 1)))
-        found[stage, sync, offload] = {
+        weights[stage, sync, offload] = {
             name: on_cpu(engine.weight(p)) for name, p in engine.module.named_parameters()
         }
-    return found
+    return weights
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +111,7 @@ def expected() -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("policy", POLICIES, ids=lambda p: f"zero{p[0]}-{p[1]}-{p[2]}")
-def test_no_gradient_is_a_gradient_of_zero(weights, expected, policy):
+def test_a_missing_gradient_counts_as_zero(weights, expected, policy):
     for name, weight in expected.items():
         torch.testing.assert_close(
             weights[policy][name], weight, rtol=0.0, atol=2e-6, msg=lambda text, name=name: f"{name}: {text}"

@@ -1,8 +1,7 @@
-"""Weights cross to the rollout actors bit by bit, whatever the transport and the ZeRO stage, or no rollout is
-made with them.
+"""Weights reach the rollout actors bit for bit with every transport and ZeRO stage, or no rollout uses them.
 
-Two real DeepSpeed ranks and two real rollout actors on one local Ray; digests are taken in the processes
-themselves.
+Two real DeepSpeed ranks and two real rollout actors run on one local Ray. Digests are computed in their own
+processes.
 """
 
 import hashlib
@@ -31,7 +30,8 @@ from orchestrator.data.packing import by_branch
 from orchestrator.learner import engine
 from orchestrator.learner.rank_learner import LearnerSpec, RankLearner
 from orchestrator.learner.state import full_weights
-from orchestrator.models.weight_buckets import WIRE, CorruptWeights
+from orchestrator.models.precision import precision_of
+from orchestrator.models.weight_buckets import CorruptWeights
 from orchestrator.recipe.schema import Recipe
 from tests.running import planned_faults, shared_ray, wait_until
 
@@ -40,9 +40,9 @@ pytestmark = pytest.mark.timeout(300)
 BUCKET_BYTES = 16_000
 SAMPLING = Sampling(samples=2, max_new_tokens=4)
 WORK = [(i, Prompt(i, "", 0, np.arange(1, 5 + i), "")) for i in range(4)]
-BRIDGES = {"object_store": ObjectStoreSync, "broadcast": BroadcastSync}
+SYNCS = {"object_store": ObjectStoreSync, "broadcast": BroadcastSync}
 CORRUPT_ONCE, CORRUPT_ALWAYS, KILLED_ON_THE_WAY, CORRUPT_GIFT, BETWEEN = 50, 60, 70, 80, 90
-"""Versions to which something happens, + 1 for the broadcast."""
+"""Versions at which a fault happens; + 1 for the broadcast."""
 
 
 def recipe(precision: str = "fp32", lora: dict | None = None, **rollouts: Any) -> Recipe:
@@ -75,7 +75,7 @@ def ray_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def group(ray_session: None) -> Iterator[LearnerGroup]:
-    """Two ranks; every test builds what it needs on them. Each bundle has room for an actor."""
+    """Two ranks, on which each test builds its learner. Each bundle has room for an actor."""
     cfg = recipe(placement="colocated")
     with LearnerGroup(cfg.learners, colocated=cfg.rollouts) as group:
         group.call(shard_everything)
@@ -83,8 +83,8 @@ def group(ray_session: None) -> Iterator[LearnerGroup]:
 
 
 def shard_everything(_: Any) -> None:
-    """In a learner's process: ZeRO-3 keeps no parameter whole on every rank, as it would every one of a tiny
-    model's."""
+    """Runs in a learner's process. ZeRO-3 then keeps no parameter whole on every rank, as it otherwise would
+    with all parameters of a tiny model."""
     engine.PERSISTENT_ELEMENTS = 0
 
 
@@ -94,14 +94,13 @@ def elements_held(learner: RankLearner) -> int:
 
 @pytest.fixture(scope="module")
 def faults(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Files that say which faults have happened."""
+    """Folder of the files that record which faults have happened."""
     return tmp_path_factory.mktemp("faults")
 
 
 @pytest.fixture(scope="module")
 def pool(group: LearnerGroup, faults: Path) -> Iterator[RolloutPool]:
-    """Two actors in fp32 in the learners' bundles, to whose weights things happen at the versions named
-    above, and at no others."""
+    """Two actors in fp32 in the learners' bundles, with faults at the versions named above."""
     planned = [
         {
             "site": "weights",
@@ -143,7 +142,7 @@ def cut_of(cfg: Recipe, stage: int) -> Cut:
 
 
 def build(group: LearnerGroup, cfg: Recipe, stage: int) -> Cut:
-    """A learner that has taken a step, so that its weights are nobody else's."""
+    """A learner that has taken a step, so that no other model has its weights."""
     cut = cut_of(cfg, stage)
     group.build(LearnerSpec(cfg, cut, 4))
     learn(group, cut, 0)
@@ -153,7 +152,7 @@ def build(group: LearnerGroup, cfg: Recipe, stage: int) -> Cut:
 
 
 def learn(group: LearnerGroup, cut: Cut, seed: int) -> None:
-    """A step on rows of its own."""
+    """Takes a step on rows that depend on the seed."""
     draw = np.random.default_rng(seed)
     rows = [
         SequenceGroup(i, draw.integers(0, 256, 3), (Branch(draw.integers(0, 256, 4), np.ones(4, np.bool_)),))
@@ -168,13 +167,13 @@ def digest(tensor: torch.Tensor) -> str:
 
 
 def learner_digests(learner: RankLearner) -> dict[str, str]:
-    """SHA-256 of each trainable weight as generators shall compute with it, by Hugging Face name."""
-    names, wire = learner.scoring.hf_names(), WIRE[learner.spec.recipe.learners.precision]
+    """SHA-256 of each trainable weight in the type that generators compute with, by Hugging Face name."""
+    names, wire = learner.scoring.hf_names(), precision_of(learner.spec.recipe.learners.precision).wire_dtype
     return {names[name]: digest(weight.to(wire)) for name, weight in full_weights(learner)}
 
 
 def actor_digests(worker: Any) -> tuple[int | None, dict[str, str]]:
-    """(version held, SHA-256 of each parameter by name)."""
+    """(version of the weights, SHA-256 of each parameter by name)."""
     return worker.engine.version, {name: digest(p) for name, p in worker.engine.model.named_parameters()}
 
 
@@ -189,7 +188,7 @@ def sent(group: LearnerGroup) -> dict[str, str]:
 
 
 def rollouts(pool: RolloutPool, version: int) -> tuple[RolloutGroup, ...]:
-    """Groups sampled with `version`, by an actor of each process: until none is left that does not hold it."""
+    """Groups sampled with `version`. Samples until every actor holds that version."""
     groups: list[RolloutGroup] = []
 
     def all_worked() -> bool:
@@ -202,11 +201,11 @@ def rollouts(pool: RolloutPool, version: int) -> tuple[RolloutGroup, ...]:
 
 
 def check_arrived(group: LearnerGroup, pool: RolloutPool, version: int) -> None:
-    """Rollouts are stamped with the version, and every actor's parameters are the learner's, bit by bit."""
+    """Rollouts carry the version, and every actor's parameters are those of the learner, bit for bit."""
     rollouts(pool, version)
     expected = sent(group)
-    for found, digests in pool.call(actor_digests):
-        assert found == version
+    for held_version, digests in pool.call(actor_digests):
+        assert held_version == version
         assert digests == expected
 
 
@@ -214,51 +213,47 @@ def check_arrived(group: LearnerGroup, pool: RolloutPool, version: int) -> None:
 
 
 def every_stage(group: LearnerGroup, pool: RolloutPool, precision: str, stages: tuple[int, ...]) -> None:
-    cfg, version, bridges = (
-        recipe(precision),
-        0,
-        {name: kind(group, pool, BUCKET_BYTES) for name, kind in BRIDGES.items()},
-    )
+    cfg, version = recipe(precision), 0
+    element = precision_of(precision).wire_dtype.itemsize
+    syncs = {name: kind(group, pool, BUCKET_BYTES) for name, kind in SYNCS.items()}
     seen = set()
     for stage in stages:
         cut = build(group, cfg, stage)
-        for name, bridge in bridges.items():
+        for name, sync in syncs.items():
             version += 1
             learn(group, cut, version)
-            delivered = bridge.publish(version)
+            delivered = sync.publish(version)
             check_arrived(group, pool, version)
             elements = group.call(trainable_elements)[0]
             assert delivered.version == version and delivered.transport == name and delivered.buckets >= 5
-            assert delivered.bytes == pytest.approx(
-                elements * WIRE[precision].itemsize, rel=0.01
-            )  # places are multiples of 16
+            # not exactly, as offsets are multiples of 16
+            assert delivered.bytes == pytest.approx(elements * element, rel=0.01)
             seen.add(tuple(sent(group).values()))
             print(
                 f"{precision} ZeRO-{stage} {name}: {delivered.bytes} bytes in {delivered.buckets} buckets, "
                 f"{delivered.seconds:.3f} s"
             )
-    assert len(seen) == 2 * len(stages)  # each version had weights of its own, so the check could fail
+    assert len(seen) == 2 * len(stages)  # each version had other weights, so the check could fail
 
 
 def trainable_elements(learner: RankLearner) -> int:
     return sum(weight.numel() for _, weight in full_weights(learner))
 
 
-def test_fp32_weights_of_every_zero_stage_arrive_bit_by_bit(group: LearnerGroup, pool: RolloutPool) -> None:
-    """Colocated actors."""
+def test_fp32_weights_of_every_zero_stage_arrive_bit_for_bit(group: LearnerGroup, pool: RolloutPool) -> None:
+    """The actors are colocated with the learners."""
     every_stage(group, pool, "fp32", (0, 1, 2, 3))
 
 
-def test_bf16_weights_of_every_zero_stage_arrive_bit_by_bit(group: LearnerGroup) -> None:
-    """Actors in bundles of their own. Stage 0 is refused in bf16 by the plan: DeepSpeed takes a stray step
-    there."""
+def test_bf16_weights_of_every_zero_stage_arrive_bit_for_bit(group: LearnerGroup) -> None:
+    """The actors have separate bundles. The plan refuses bf16 at stage 0, where DeepSpeed takes a spurious
+    step."""
     with RolloutPool(recipe("bf16"), name="apart") as pool:
         every_stage(group, pool, "bf16", (1, 2, 3))
 
 
-def test_lora_sends_its_adapter_alone(group: LearnerGroup) -> None:
-    """The base does not cross; what is sampled with the new adapter has the log-probs that the learner gives
-    it."""
+def test_lora_sends_only_its_adapter(group: LearnerGroup) -> None:
+    """The base weights are not sent. Samples with the new adapter have the learner's log-probs."""
     cfg = recipe(lora={"rank": 2, "alpha": 64.0})
     with RolloutPool(cfg, name="apart") as pool:
         before = pool.call(actor_digests)[0][1]
@@ -274,13 +269,12 @@ def test_lora_sends_its_adapter_alone(group: LearnerGroup) -> None:
                 assert {n: d for n, d in after.items() if n not in adapter} == {
                     n: d for n, d in before.items() if n not in adapter
                 }
-            whole = pool.call(parameter_bytes)[0]
-            assert delivered.buckets > 1 and delivered.bytes < whole / 5
+            model_bytes = pool.call(parameter_bytes)[0]
+            assert delivered.buckets > 1 and delivered.bytes < model_bytes / 5
             assert learner_gap(group, cut, groups[-len(WORK) :]) < 1e-5
-            assert start.isdisjoint(
-                r.logprobs.tobytes() for g in groups for r in g.rollouts
-            )  # the adapter does something
-            print(f"LoRA ZeRO-{stage}: {delivered.bytes} of {whole} bytes")
+            # the adapter changes the log-probs
+            assert start.isdisjoint(r.logprobs.tobytes() for g in groups for r in g.rollouts)
+            print(f"LoRA ZeRO-{stage}: {delivered.bytes} of {model_bytes} bytes")
 
 
 def _untrained(group: LearnerGroup, pool: RolloutPool, cfg: Recipe) -> tuple[RolloutGroup, ...]:
@@ -304,8 +298,8 @@ def learner_gap(group: LearnerGroup, cut: Cut, groups: tuple[RolloutGroup, ...])
     gaps = [
         float(np.abs(branches[0] - sampled[row]).max())
         for micro_batches, values in zip(batch.micro_batches, group.token_logprobs(batch), strict=True)
-        for micro_batch, found in zip(micro_batches, values, strict=True)
-        for row, branches in zip(micro_batch.examples, by_branch(micro_batch, found), strict=True)
+        for micro_batch, logprobs in zip(micro_batches, values, strict=True)
+        for row, branches in zip(micro_batch.examples, by_branch(micro_batch, logprobs), strict=True)
     ]
     assert len(gaps) == len(rows)
     return max(gaps)
@@ -321,25 +315,25 @@ def trained(group: LearnerGroup) -> LearnerGroup:
     return group
 
 
-def publish(trained: LearnerGroup, bridge: WeightSync, version: int) -> None:
-    """Takes a step first: no version has the weights of another one."""
+def publish(trained: LearnerGroup, sync: WeightSync, version: int) -> None:
+    """Publishes after another step, so that each version has different weights."""
     learn(trained, cut_of(recipe(), 3), version)
-    bridge.publish(version)
+    sync.publish(version)
 
 
-@pytest.fixture(params=enumerate(BRIDGES), ids=list(BRIDGES))
+@pytest.fixture(params=enumerate(SYNCS), ids=list(SYNCS))
 def transport(request: pytest.FixtureRequest) -> tuple[int, type]:
-    """(what to add to the versions, the bridge)."""
+    """(offset of the versions with faults, weight sync)."""
     offset, name = request.param
-    return offset, BRIDGES[name]
+    return offset, SYNCS[name]
 
 
 def test_damaged_weights_are_refused_and_sent_again(
     trained: LearnerGroup, pool: RolloutPool, transport: tuple[int, Any], faults: Path
 ) -> None:
-    offset, bridge = transport
+    offset, kind = transport
     pids = list(pool.pids)
-    publish(trained, bridge(trained, pool, BUCKET_BYTES), CORRUPT_ONCE + offset)
+    publish(trained, kind(trained, pool, BUCKET_BYTES), CORRUPT_ONCE + offset)
     check_arrived(trained, pool, CORRUPT_ONCE + offset)
     assert (faults / f"corrupt-{offset}").exists()
     assert pool.pids == pids  # a damaged transfer costs no actor
@@ -348,11 +342,11 @@ def test_damaged_weights_are_refused_and_sent_again(
 def test_weights_that_are_always_damaged_end_the_run_without_a_rollout(
     trained: LearnerGroup, pool: RolloutPool, transport: tuple[int, Any]
 ) -> None:
-    offset, bridge = transport
+    offset, kind = transport
     version = CORRUPT_ALWAYS + offset
     pool.spans()
     with pytest.raises(CorruptWeights, match=f"weight version {version} arrived damaged"):
-        publish(trained, bridge(trained, pool, BUCKET_BYTES), version)
+        publish(trained, kind(trained, pool, BUCKET_BYTES), version)
         pool.start(WORK, SAMPLING, version).result()
     pool.wait_until_idle()
     assert all(span.version != version for span in pool.spans())
@@ -360,8 +354,8 @@ def test_weights_that_are_always_damaged_end_the_run_without_a_rollout(
     for actor in pool.actors:
         with pytest.raises(WorkerLost, match=f"asked to roll out weights {version}"):
             ray.get(actor.roll_out.remote(WORK, SAMPLING, version, []))
-    publish(trained, bridge(trained, pool, BUCKET_BYTES), version + 2)
-    check_arrived(trained, pool, version + 2)  # nobody is worse for it
+    publish(trained, kind(trained, pool, BUCKET_BYTES), version + 2)
+    check_arrived(trained, pool, version + 2)  # the actors still work
 
 
 def test_an_actor_that_dies_in_a_broadcast_is_replaced(
@@ -375,7 +369,7 @@ def test_an_actor_that_dies_in_a_broadcast_is_replaced(
 
 
 def kill(pool: RolloutPool, index: int) -> None:
-    """kill -9, and waits until Ray knows."""
+    """Kills an actor with SIGKILL, and waits until Ray reports its death."""
     os.kill(pool.pids[index], signal.SIGKILL)
     actor = pool.actors[index]
 
@@ -393,13 +387,13 @@ def test_an_actor_killed_between_publish_and_work_comes_back_with_the_right_weig
     trained: LearnerGroup, pool: RolloutPool, transport: tuple[int, Any]
 ) -> None:
     offset, kind = transport
-    bridge = kind(trained, pool, BUCKET_BYTES)
-    publish(trained, bridge, BETWEEN + offset)
+    sync = kind(trained, pool, BUCKET_BYTES)
+    publish(trained, sync, BETWEEN + offset)
     pids = list(pool.pids)
     kill(pool, 0)
     check_arrived(trained, pool, BETWEEN + offset)
     assert pool.pids[0] != pids[0] and pool.pids[1] == pids[1]
-    publish(trained, bridge, BETWEEN + offset + 2)  # through a channel to the new actor
+    publish(trained, sync, BETWEEN + offset + 2)  # through a channel to the new actor
     check_arrived(trained, pool, BETWEEN + offset + 2)
 
 
@@ -407,10 +401,10 @@ def test_an_actor_killed_between_publish_and_work_comes_back_with_the_right_weig
 def test_an_actor_that_died_idle_is_replaced_by_the_next_broadcast(
     trained: LearnerGroup, pool: RolloutPool
 ) -> None:
-    bridge, pids = BroadcastSync(trained, pool, BUCKET_BYTES), list(pool.pids)
+    sync, pids = BroadcastSync(trained, pool, BUCKET_BYTES), list(pool.pids)
     for version in (10, 11):
         kill(pool, version - 10)
-        publish(trained, bridge, version)  # the first opens its channel, the second has one
+        publish(trained, sync, version)  # the first one opens the channel, the second one has it already
         check_arrived(trained, pool, version)
     assert set(pids).isdisjoint(pool.pids)
 
@@ -419,10 +413,10 @@ def test_an_actor_that_died_idle_is_replaced_by_the_next_broadcast(
 def test_weights_damaged_between_two_actors_are_sent_again(
     trained: LearnerGroup, pool: RolloutPool, faults: Path
 ) -> None:
-    """A new actor is given what another one holds, under the same checksums."""
-    bridge = BroadcastSync(trained, pool, BUCKET_BYTES)
-    (faults / "gift").touch()  # not yet: the broadcast itself shall pass
-    publish(trained, bridge, CORRUPT_GIFT)
+    """A new actor gets the weights of another actor, under the same checksums."""
+    sync = BroadcastSync(trained, pool, BUCKET_BYTES)
+    (faults / "gift").touch()  # no fault in the broadcast itself
+    publish(trained, sync, CORRUPT_GIFT)
     kill(pool, 0)
     (faults / "gift").unlink()
     check_arrived(trained, pool, CORRUPT_GIFT)
@@ -440,9 +434,9 @@ def test_a_broadcast_version_that_no_living_actor_holds_ends_the_attempt(
         pool.start(WORK, SAMPLING, 1).result()
 
 
-def test_an_actor_rolls_out_only_what_it_holds(trained: LearnerGroup, pool: RolloutPool) -> None:
-    for version, bridge in enumerate(BRIDGES.values(), 5):
-        publish(trained, bridge(trained, pool, BUCKET_BYTES), version)
+def test_an_actor_rolls_out_only_the_version_it_holds(trained: LearnerGroup, pool: RolloutPool) -> None:
+    for version, kind in enumerate(SYNCS.values(), 5):
+        publish(trained, kind(trained, pool, BUCKET_BYTES), version)
         check_arrived(trained, pool, version)
     with pytest.raises(WorkerLost, match="rollout-0 was asked to roll out weights 5, it holds 6"):
         ray.get(pool.actors[0].roll_out.remote(WORK, SAMPLING, 5, []))
@@ -451,10 +445,10 @@ def test_an_actor_rolls_out_only_what_it_holds(trained: LearnerGroup, pool: Roll
 
 
 def test_a_broadcast_waits_for_work_with_the_old_version(trained: LearnerGroup, pool: RolloutPool) -> None:
-    bridge = BroadcastSync(trained, pool, BUCKET_BYTES)
-    publish(trained, bridge, 7)
+    sync = BroadcastSync(trained, pool, BUCKET_BYTES)
+    publish(trained, sync, 7)
     old = [pool.start(WORK, SAMPLING, 7) for _ in range(3)]
-    publish(trained, bridge, 8)
+    publish(trained, sync, 8)
     assert all(g is not None for pending in old for g in pending.groups)  # done before publish returned
     assert {r.version for pending in old for g in pending.result() for r in g.rollouts} == {7}
     check_arrived(trained, pool, 8)
@@ -479,27 +473,27 @@ def test_an_actor_that_hangs_in_a_broadcast_is_named_and_replaced(
             publish(trained, BroadcastSync(trained, pool, BUCKET_BYTES), 3)
 
 
-# ---- who sits where
+# ---- placement
 
 
 def test_the_order_of_cuda_ipc(trained: LearnerGroup, pool: RolloutPool, faults: Path) -> None:
-    """make_bridge refuses it on a CPU, where torch's handles are copies; who hands what to whom, and what is
-    checked, is the same."""
-    bridge, pids = CudaIpcSync(trained, pool, BUCKET_BYTES), list(pool.pids)
+    """make_weight_sync refuses CUDA IPC on a CPU, where torch's handles are copies. The order of calls and
+    the checks are the same."""
+    sync, pids = CudaIpcSync(trained, pool, BUCKET_BYTES), list(pool.pids)
     (faults / "corrupt-0").unlink(missing_ok=True)
-    publish(trained, bridge, CORRUPT_ONCE)
+    publish(trained, sync, CORRUPT_ONCE)
     assert (faults / "corrupt-0").exists()
     check_arrived(trained, pool, CORRUPT_ONCE)
     with pytest.raises(CorruptWeights, match=f"weight version {CORRUPT_ALWAYS} arrived damaged"):
-        publish(trained, bridge, CORRUPT_ALWAYS)
+        publish(trained, sync, CORRUPT_ALWAYS)
     assert pool.call(held) == [None, None]
     assert pool.pids == pids
-    publish(trained, bridge, CORRUPT_ALWAYS + 4)
+    publish(trained, sync, CORRUPT_ALWAYS + 4)
     check_arrived(trained, pool, CORRUPT_ALWAYS + 4)
 
 
 @pytest.mark.slow
-def test_an_actor_that_dies_while_it_is_handed_weights_is_replaced(
+def test_an_actor_that_dies_while_it_takes_weights_is_replaced(
     trained: LearnerGroup, pool: RolloutPool, faults: Path
 ) -> None:
     (faults / "kill").unlink(missing_ok=True)
@@ -529,17 +523,17 @@ def test_the_transport_follows_from_the_recipe(
 ) -> None:
     cfg = recipe(placement=placement, gpus_per_worker=actor, transport=transport)
     cfg = cfg.model_copy(update={"learners": cfg.learners.model_copy(update={"gpus_per_worker": learner})})
-    nobody: Any = None
+    no_learners: Any = None
     if expected is None:
-        with pytest.raises(ConfigError, match=r"cuda_ipc needs a learner and a rollout actor on each GPU"):
-            make_weight_sync(cfg, nobody, pool)
+        with pytest.raises(ConfigError, match="cuda_ipc"):
+            make_weight_sync(cfg, no_learners, pool)
     else:
-        assert type(make_weight_sync(cfg, nobody, pool)) is expected
+        assert type(make_weight_sync(cfg, no_learners, pool)) is expected
 
 
 @pytest.mark.gpu
 def test_weights_cross_between_processes_on_one_gpu(ray_session: None) -> None:
-    """Every transport there is on GPUs, with a learner and an actor on one."""
+    """Every transport on GPUs, with a learner and an actor on the same one."""
     cfg = recipe(workers=1, placement="colocated", gpus_per_worker=0.5)
     cfg = cfg.model_copy(
         update={"learners": cfg.learners.model_copy(update={"gpus_per_worker": 0.5, "workers": 1})}

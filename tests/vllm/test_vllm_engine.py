@@ -1,5 +1,5 @@
-"""The real vLLM on tiny models: its log-probs against a transformers forward, weight updates, seeds, ends of
-sequences."""
+"""The real vLLM on tiny models: its log-probs against a transformers forward, weight updates, seeds, and ends
+of sequences."""
 
 import importlib.util
 from collections.abc import Iterator, Sequence
@@ -27,9 +27,9 @@ INSTALLED = importlib.util.find_spec("vllm") is not None
 needs_vllm = pytest.mark.skipif(not INSTALLED, reason="vllm is not installed: run `make test-vllm`")
 CPU = torch.device("cpu")
 CLOSE = 1e-4
-"""Bound on the difference of log-probs, in nat; measured: at most 4e-6."""
+"""Largest difference of log-probs in nat. Measured: at most 4e-6."""
 PEAKED = 12.0
-"""The head's weights are scaled by this, so that distributions are peaked and sampling parameters matter."""
+"""Factor of the head's weights, which makes distributions peaked, so that sampling parameters matter."""
 PROMPTS = [np.arange(10, 40), np.array([50, 60, 70]), np.arange(100, 240)]
 FREE = Sampling(samples=4, max_new_tokens=24)
 
@@ -47,12 +47,12 @@ def recipe(model: dict[str, Any], engine: str = "vllm", **rollouts: Any) -> Reci
 
 
 def tiny(architecture: str, **sizes: int) -> dict[str, Any]:
-    """Heads of 32 values: vLLM on a CPU has no smaller ones."""
+    """A tiny model with heads of 32 values, the smallest that vLLM supports on a CPU."""
     return {"tiny": {"architecture": architecture, "heads": 2, **sizes}}
 
 
 def peaked(model: Any, seed: int, scale: float = PEAKED) -> Any:
-    """Other weights than the model was made with."""
+    """The model with different weights, and a head scaled by `scale`."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -65,25 +65,25 @@ def buckets(model: Any) -> list[Bucket]:
     """The weights as learners send them, in two buckets."""
     named = list(model.named_parameters())
     sent = []
-    for some in (named[: len(named) // 2], named[len(named) // 2 :]):
-        entries, total = plan_bucket([(name, tuple(p.shape)) for name, p in some], torch.float32)
-        flat = fill(entries, total, dict(some), CPU)
+    for half in (named[: len(named) // 2], named[len(named) // 2 :]):
+        entries, total = plan_bucket([(name, tuple(p.shape)) for name, p in half], torch.float32)
+        flat = fill(entries, total, dict(half), CPU)
         sent.append(Bucket(entries, flat.numpy(), checksum(flat)))
     return sent
 
 
 def logits(model: Any, prompt: np.ndarray, ids: np.ndarray) -> Tensor:
-    """Float[S, V] that each of ids was drawn from, by a forward over the whole sequence."""
+    """Logits Float[S, V] for each of ids, from a forward over the whole sequence."""
     with torch.no_grad():
-        whole = model(torch.from_numpy(np.concatenate([prompt, ids]))[None]).logits[0]
-    return whole[len(prompt) - 1 : -1]
+        all_logits = model(torch.from_numpy(np.concatenate([prompt, ids]))[None]).logits[0]
+    return all_logits[len(prompt) - 1 : -1]
 
 
 def gap(
     model: Any, requests: Sequence[Request], completions: Sequence[tuple[Completion, ...]], sampling: Sampling
 ) -> float:
-    """The largest difference between the log-probs returned and the policy's, from the transformers logits;
-    every token could be drawn."""
+    """Largest difference between the returned log-probs and the policy's, from the transformers logits. Also
+    checks that the sampler allows every token."""
     worst = 0.0
     for request, drawn in zip(requests, completions, strict=True):
         assert len(drawn) == len(request.seeds)
@@ -104,16 +104,16 @@ def requests(room: int = 24, samples: int = 4) -> list[Request]:
 
 @pytest.fixture(scope="module")
 def shared() -> Iterator[tuple[Any, Any]]:
-    """(engine, the transformers model with the same weights)."""
-    chosen = recipe(tiny("llama", kv_heads=1))
-    engine = make_engine(chosen, CPU)
-    yield engine, peaked(load(chosen.model, seed=0, head="lm").model, 1)
+    """(engine, a transformers model with other weights)."""
+    cfg = recipe(tiny("llama", kv_heads=1))
+    engine = make_engine(cfg, CPU)
+    yield engine, peaked(load(cfg.model, seed=0, head="lm").model, 1)
     engine.close()
 
 
 @pytest.fixture
 def held(shared: tuple[Any, Any]) -> tuple[Any, Any]:
-    """`shared` with version 1 in place."""
+    """`shared`, with the model's weights loaded as version 1."""
     engine, model = shared
     engine.load(1, buckets(model))
     return engine, model
@@ -137,9 +137,7 @@ def test_log_probs_follow_the_weights_and_no_stale_prefix_is_read(shared: tuple[
     before = engine.generate(requests(), FREE)
     assert engine.version == 1 and gap(first, requests(), before, FREE) < CLOSE
     engine.load(2, buckets(second))
-    after = engine.generate(
-        requests(), FREE
-    )  # the same prompts: their keys and values lay in the prefix cache
+    after = engine.generate(requests(), FREE)  # the same prompts, which the prefix cache held
     assert engine.version == 2 and gap(second, requests(), after, FREE) < CLOSE
     assert gap(first, requests(), after, FREE) > 1.0
 
@@ -161,10 +159,8 @@ def test_log_probs_follow_the_weights_and_no_stale_prefix_is_read(shared: tuple[
     ],
     ids=str,
 )
-def test_log_probs_are_the_policys_whatever_the_sampler_leaves_out(
-    held: tuple[Any, Any], drawn: dict[str, Any]
-) -> None:
-    """On policy, then, every weight is 1; and vLLM's own bounds of the temperature, 0.01 and 2, do not hold."""
+def test_log_probs_are_the_policys_for_every_sampler(held: tuple[Any, Any], drawn: dict[str, Any]) -> None:
+    """So every weight is 1 on policy. vLLM's own limits of the temperature, 0.01 and 2, do not apply."""
     engine, model = held
     sampling = replace(FREE, **drawn)
     assert gap(model, requests(), engine.generate(requests(), sampling), sampling) < CLOSE / min(
@@ -173,8 +169,9 @@ def test_log_probs_are_the_policys_whatever_the_sampler_leaves_out(
 
 
 @needs_vllm
-def test_tokens_come_as_often_as_the_narrowed_policy_says(held: tuple[Any, Any]) -> None:
-    """The temperature acts on what is drawn, not only on what is reported: first tokens of 2,000 samples."""
+def test_token_frequencies_are_those_of_the_narrowed_policy(held: tuple[Any, Any]) -> None:
+    """The temperature acts on the sampled tokens and not only on the reported log-probs. Counts the first
+    tokens of 2,000 samples."""
     engine, model = held
     sampling = replace(FREE, temperature=1.6, top_k=6, max_new_tokens=1)
     request = Request(PROMPTS[0], tuple(range(2000)), 1)
@@ -190,9 +187,8 @@ def test_tokens_come_as_often_as_the_narrowed_policy_says(held: tuple[Any, Any])
 
 
 @needs_vllm
-def test_top_p_looks_at_what_min_p_left(held: tuple[Any, Any]) -> None:
-    """vLLM's order, as the module says: no token is drawn that it leaves out, and some that ours would keep
-    never are."""
+def test_top_p_applies_after_min_p(held: tuple[Any, Any]) -> None:
+    """vLLM's order: no token is sampled that this order excludes, and it excludes some that ours keeps."""
     engine, model = held
     both = replace(FREE, top_p=0.8, min_p=0.2)
     completions = engine.generate(requests(samples=16), both)
@@ -215,9 +211,9 @@ def test_greedy_is_the_transformers_engine(held: tuple[Any, Any]) -> None:
     other.load(1, buckets(model))
     greedy = replace(FREE, temperature=0.0)
     for stop in ((), tuple("aeiouAEIOU")):
-        asked = requests(room=100, samples=1)
-        ours = engine.generate(asked, replace(greedy, stop=stop))
-        for (a,), (b,) in zip(ours, other.generate(asked, replace(greedy, stop=stop)), strict=True):
+        prompts = requests(room=100, samples=1)
+        ours = engine.generate(prompts, replace(greedy, stop=stop))
+        for (a,), (b,) in zip(ours, other.generate(prompts, replace(greedy, stop=stop)), strict=True):
             assert same(a, b) and not a.logprobs.any()
 
 
@@ -260,12 +256,12 @@ def test_buckets_of_a_broadcast_count_once_they_are_committed(held: tuple[Any, A
 
 
 @needs_vllm
-def test_a_sample_is_the_same_whatever_is_decoded_beside_it(held: tuple[Any, Any]) -> None:
+def test_a_sample_does_not_depend_on_the_other_requests(held: tuple[Any, Any]) -> None:
     engine, _ = held
-    asked = requests()
-    together = engine.generate(asked, FREE)
-    for request, drawn in zip(asked, together, strict=True):
-        assert len({tuple(c.ids.tolist()) for c in drawn}) == len(drawn)  # other seeds, other samples
+    prompts = requests()
+    together = engine.generate(prompts, FREE)
+    for request, drawn in zip(prompts, together, strict=True):
+        assert len({tuple(c.ids.tolist()) for c in drawn}) == len(drawn)  # different seeds, different samples
         for seed, c in zip(request.seeds, drawn, strict=True):
             (alone,) = engine.generate([replace(request, seeds=(seed,))], FREE)[0]
             assert same(alone, c)
@@ -274,12 +270,12 @@ def test_a_sample_is_the_same_whatever_is_decoded_beside_it(held: tuple[Any, Any
 @needs_vllm
 def test_a_second_turn_draws_other_noise(held: tuple[Any, Any]) -> None:
     engine, _ = held
-    asked = [
+    turns = [
         Request(PROMPTS[0], (17,), 24),
         Request(PROMPTS[0], (17,), 24, position=24),
         Request(PROMPTS[0], (17,), 24),
     ]
-    (first,), (later,), (again,) = engine.generate(asked, FREE)
+    (first,), (later,), (again,) = engine.generate(turns, FREE)
     assert same(first, again) and later.ids.tolist() != first.ids.tolist()
 
 
@@ -287,39 +283,38 @@ def test_a_second_turn_draws_other_noise(held: tuple[Any, Any]) -> None:
 def test_eos_is_the_last_token_and_room_is_the_longest(held: tuple[Any, Any]) -> None:
     engine, model = held
     hot = replace(FREE, temperature=2.0)
-    asked = [replace(r, room=room) for r, room in zip(requests(samples=32), (64, 3, 1), strict=True)]
-    completions = engine.generate(asked, hot)
+    prompts = [replace(r, room=room) for r, room in zip(requests(samples=32), (64, 3, 1), strict=True)]
+    completions = engine.generate(prompts, hot)
     eos = load(recipe(tiny("llama")).model, seed=0, head="lm").tokenizer.eos_token_id
     assert {c.finish for c in completions[0]} == {"stop", "length"}
-    for request, drawn in zip(asked, completions, strict=True):
+    for request, drawn in zip(prompts, completions, strict=True):
         for c in drawn:
             assert len(c.ids) == len(c.logprobs) and eos not in c.ids[:-1].tolist()
             assert (c.ids[-1] == eos) if c.finish == "stop" else (len(c.ids) == request.room)
-    assert gap(model, asked, completions, hot) < CLOSE  # that of eos too
+    assert gap(model, prompts, completions, hot) < CLOSE  # eos included
 
 
 @needs_vllm
 def test_a_stop_text_of_two_tokens_ends_a_completion_and_stays(held: tuple[Any, Any]) -> None:
     engine, model = held
     tokenizer = load(recipe(tiny("llama")).model, seed=0, head="lm").tokenizer
-    asked = requests(room=64, samples=8)
-    free = [c for drawn in engine.generate(asked, FREE) for c in drawn]
-    pairs = (
-        (c, i) for c in free for i in range(len(c.ids) - 3) if max(c.ids[i : i + 2]) < 94
-    )  # printable ASCII
+    prompts = requests(room=64, samples=8)
+    free = [c for drawn in engine.generate(prompts, FREE) for c in drawn]
+    # ids below 94 are printable ASCII
+    pairs = ((c, i) for c in free for i in range(len(c.ids) - 3) if max(c.ids[i : i + 2]) < 94)
     chosen, at = next(pairs)
     stopping = replace(FREE, stop=(tokenizer.decode(chosen.ids[at : at + 2].tolist()),))
-    stopped = engine.generate(asked, stopping)
+    stopped = engine.generate(prompts, stopping)
     position = next(i for i, c in enumerate(free) if c is chosen)
     ended = stopped[position // 8][position % 8]
     assert ended.finish == "stop" and len(ended.ids) <= at + 2
     assert ended.ids.tolist() == chosen.ids[: len(ended.ids)].tolist()
     assert tokenizer.decode(ended.ids.tolist()).endswith(stopping.stop[0])
-    assert gap(model, asked, stopped, stopping) < CLOSE
+    assert gap(model, prompts, stopped, stopping) < CLOSE
 
 
 @needs_vllm
-def test_what_vllm_would_change_or_cut_is_refused(held: tuple[Any, Any]) -> None:
+def test_requests_that_vllm_would_truncate_are_refused(held: tuple[Any, Any]) -> None:
     engine, _ = held
     with pytest.raises(DataError, match=r"data\.max_length is 256"):
         engine.generate(requests(room=200), FREE)
@@ -329,19 +324,18 @@ def test_what_vllm_would_change_or_cut_is_refused(held: tuple[Any, Any]) -> None
 @needs_vllm
 @pytest.mark.parametrize(("architecture", "tied"), [("gemma", True), ("gpt2", True), ("qwen2", False)])
 def test_a_folder_with_a_tied_head_and_two_ends(tmp_path: Path, architecture: str, tied: bool) -> None:
-    made = load(Model(tiny=TinyModel(architecture=architecture, heads=2)), seed=0, head="lm")
-    made.model.generation_config.eos_token_id = [made.tokenizer.eos_token_id, 64]
-    made.model.save_pretrained(tmp_path)
-    made.tokenizer.save_pretrained(tmp_path)
-    assert ("lm_head.weight" not in dict(made.model.named_parameters())) is tied
+    loaded = load(Model(tiny=TinyModel(architecture=architecture, heads=2)), seed=0, head="lm")
+    model: Any = loaded.model
+    model.generation_config.eos_token_id = [loaded.tokenizer.eos_token_id, 64]
+    model.save_pretrained(tmp_path)
+    loaded.tokenizer.save_pretrained(tmp_path)
+    assert ("lm_head.weight" not in dict(model.named_parameters())) is tied
     with closing(make_engine(recipe({"path": str(tmp_path)}), CPU)) as engine:
         assert engine.version is None and engine.eos == [258, 64]
-        first = engine.generate(
-            requests(), FREE
-        )  # the folder's own weights; nothing but this test reads them
-        assert gap(made.model.eval(), requests(), first, FREE) < CLOSE
+        first = engine.generate(requests(), FREE)  # with the folder's own weights
+        assert gap(model.eval(), requests(), first, FREE) < CLOSE
         for version in (1, 2):
-            changed = peaked(made.model, version, scale=1.0)
+            changed = peaked(model, version, scale=1.0)
             engine.load(version, buckets(changed))
             completions = engine.generate(requests(samples=16), FREE)
             assert gap(changed, requests(samples=16), completions, FREE) < CLOSE
@@ -350,7 +344,7 @@ def test_a_folder_with_a_tied_head_and_two_ends(tmp_path: Path, architecture: st
 
 @needs_vllm
 @pytest.mark.parametrize(
-    ("model", "rollouts", "said"),
+    ("model", "rollouts", "reason"),
     [
         (tiny("llama") | {"lora": {"rank": 4}}, {}, "LoRA"),
         (tiny("mixtral"), {}, "other names"),
@@ -360,14 +354,14 @@ def test_a_folder_with_a_tied_head_and_two_ends(tmp_path: Path, architecture: st
     ids=["lora", "converted", "positions", "heads"],
 )
 def test_a_recipe_that_this_engine_cannot_run_is_refused(
-    model: dict[str, Any], rollouts: dict[str, Any], said: str
+    model: dict[str, Any], rollouts: dict[str, Any], reason: str
 ) -> None:
     with pytest.raises(ConfigError) as caught:
         make_engine(recipe(model, **rollouts), CPU)
-    assert said in str(caught.value) and caught.value.fix
+    assert reason in str(caught.value) and caught.value.fix
 
 
 @pytest.mark.skipif(INSTALLED, reason="vllm is installed")
-def test_a_missing_package_says_what_to_install() -> None:
+def test_the_fix_for_a_missing_package_is_to_install_it() -> None:
     with pytest.raises(ConfigError, match="pip install"):
         make_engine(recipe(tiny("llama")), CPU)

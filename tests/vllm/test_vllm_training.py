@@ -1,4 +1,4 @@
-"""The vLLM engine in a whole run: tiny GRPO through Ray, DeepSpeed and weight updates in place."""
+"""The vLLM engine in a complete run: tiny GRPO through Ray, DeepSpeed and in-place weight updates."""
 
 import importlib.util
 from collections.abc import Iterator
@@ -15,8 +15,8 @@ pytestmark = [
 ]
 
 GAP = 1e-4
-"""Nat per token, the largest of a run: 64 wide fp32 models on other kernels, before and after each weight
-update."""
+"""Largest gap of a run in nat per token, for fp32 models of width 64 on different kernels, before and after
+each weight update."""
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +26,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shared]:
 
 
 def test_tiny_grpo_learns_on_vllm(shared: Shared) -> None:
-    """The recipe as it ships, but with two attention heads, as vLLM's CPU kernels take no heads of 16."""
+    """The shipped recipe with two attention heads, since vLLM's CPU kernels do not support heads of 16."""
     quiet = ("tracking.wandb=off", "learners.workers=1")
     sft, _ = shared.train(
         "tiny/sft", "sft", *quiet, "model.tiny.heads=2", "evaluation.every=null", "data.eval=null"

@@ -7,7 +7,8 @@ import torch
 
 from orchestrator.core.rollouts import Completion, Sampling
 from orchestrator.models.load import load, placed
-from orchestrator.models.weight_buckets import WIRE, Bucket, Entry, Receiver
+from orchestrator.models.precision import precision_of
+from orchestrator.models.weight_buckets import Bucket, Entry, Receiver
 from orchestrator.recipe.schema import Recipe, Rollouts
 from orchestrator.rollout.engines.engine import Decoder, Request, end_tokens
 from orchestrator.rollout.engines.padded_decoder import StaticDecoder
@@ -24,7 +25,11 @@ class TransformersEngine:
     def __init__(self, recipe: Recipe, device: torch.device) -> None:
         loaded = load(recipe.model, seed=recipe.run.seed, head="lm", longest=recipe.data.max_length)
         model: Any = loaded.model
-        self.model = placed(model, device, WIRE[recipe.learners.precision]).eval().requires_grad_(False)
+        self.model = (
+            placed(model, device, precision_of(recipe.learners.precision).wire_dtype)
+            .eval()
+            .requires_grad_(False)
+        )
         self.tokenizer = loaded.tokenizer
         self.receiver = Receiver(self.model)
         self.decoder = make_decoder(recipe.rollouts, self.model, loaded.tokenizer, device)

@@ -31,7 +31,8 @@ from orchestrator.core.errors import ConfigError, DataError, OrchestratorError
 from orchestrator.core.rollouts import Completion, Sampling
 from orchestrator.models.load import load, load_config, load_tokenizer
 from orchestrator.models.noise import hashed
-from orchestrator.models.weight_buckets import WIRE, Bucket, Entry, as_bytes, bucket_views, check
+from orchestrator.models.precision import precision_of
+from orchestrator.models.weight_buckets import Bucket, Entry, as_bytes, bucket_views, check
 from orchestrator.recipe.schema import Model, Recipe
 from orchestrator.rollout.engines.engine import Request, end_tokens
 
@@ -127,7 +128,7 @@ class VllmEngine:
 
     def _bytes(self, recipe: Recipe) -> int:
         """Of the weights as they arrive."""
-        return WIRE[recipe.learners.precision].itemsize * sum(
+        return precision_of(recipe.learners.precision).wire_dtype.itemsize * sum(
             math.prod(shape) for shape in self.shapes.values()
         )
 
@@ -289,7 +290,7 @@ def _build(vllm: Any, recipe: Recipe, device: torch.device, source: str, size: i
             source,
             **_pinned(recipe.model),
             trust_remote_code=recipe.model.trust_remote_code,
-            dtype=str(WIRE[recipe.learners.precision]).removeprefix("torch."),
+            dtype=str(precision_of(recipe.learners.precision).wire_dtype).removeprefix("torch."),
             max_model_len=recipe.data.max_length,
             seed=recipe.run.seed,
             logprobs_mode="raw_logprobs",

@@ -1,9 +1,9 @@
-"""What DeepSpeed is told on GPUs and on CPUs: overlap, buckets, and that the accumulation contract is the
-same."""
+"""DeepSpeed's configuration on GPUs and on CPUs: overlap, buckets, and the same accumulation contract."""
 
 import pytest
 
-from orchestrator.learner.engine import bucket_elements, deepspeed_config
+from orchestrator.core.zero import bucket_elements
+from orchestrator.learner.engine import deepspeed_config
 from orchestrator.recipe.schema import Learners, Optimizer
 
 MANY = 10**9
@@ -11,7 +11,8 @@ MANY = 10**9
 
 def config(gpus: float, stage: int, trainable: int = MANY) -> dict:
     learners = Learners(gpus_per_worker=gpus)  # pyright: ignore[reportCallIssue]
-    return deepspeed_config(learners, Optimizer(learning_rate=1e-3), stage, "no_sync", trainable)  # pyright: ignore[reportCallIssue]
+    optimizer = Optimizer(learning_rate=1e-3)  # pyright: ignore[reportCallIssue]
+    return deepspeed_config(learners, optimizer, stage, "no_sync", trainable)
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
@@ -31,9 +32,9 @@ def test_buckets_fill_a_gpus_links_and_are_never_larger_than_the_model(stage):
 
 
 def test_nothing_but_speed_depends_on_the_device():
-    def rest(gpus: float) -> dict:
-        whole = config(gpus, 3)
-        return {name: value for name, value in whole.items() if name != "zero_optimization"}
+    def without_zero(gpus: float) -> dict:
+        return {name: value for name, value in config(gpus, 3).items() if name != "zero_optimization"}
 
-    assert rest(0) == rest(1)
-    assert rest(1)["communication_data_type"] == rest(1)["data_types"]["grad_accum_dtype"] == "fp32"
+    on_gpu = without_zero(1)
+    assert without_zero(0) == on_gpu
+    assert on_gpu["communication_data_type"] == on_gpu["data_types"]["grad_accum_dtype"] == "fp32"

@@ -13,7 +13,7 @@ CPU = torch.device("cpu")
 MB = 1_000_000
 
 
-def test_the_peak_remembers_what_was_given_back_until_it_is_reset():
+def test_the_peak_includes_freed_memory_until_it_is_reset():
     memory.reset_peak(CPU)
     before = memory.current_bytes(CPU)
     block = torch.ones(50 * MB)
@@ -32,11 +32,11 @@ import torch
 from orchestrator.learner import memory
 cpu = torch.device("cpu")
 block = torch.ones(50_000_000)
-known = memory.peak_bytes(cpu)
-assert known > 200_000_000
+by_proc = memory.peak_bytes(cpu)
+assert by_proc > 200_000_000
 memory._STATUS = memory._CLEAR_REFS = Path("/nowhere/at/all")
 highest = memory.peak_bytes(cpu)
-assert highest > known - 5_000_000  # a process may also count what its parent held when it was started
+assert highest > by_proc - 5_000_000  # a process may also count its parent's memory from before the exec
 del block
 memory.reset_peak(cpu)
 assert memory.peak_bytes(cpu) >= highest
@@ -44,7 +44,7 @@ assert memory.current_bytes(cpu) == memory.peak_bytes(cpu)
 """
 
 
-def test_without_proc_the_highest_size_since_the_start_stands_for_both():
+def test_without_proc_peak_and_current_are_the_highest_size_since_the_start():
     done = subprocess.run([sys.executable, "-c", WITHOUT_PROC], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
 
@@ -53,7 +53,7 @@ def test_a_worker_has_its_share_of_the_machine():
     assert memory.device_bytes(CPU, 4) == memory.device_bytes(CPU, 1) // 4
 
 
-def test_out_of_memory_is_told_from_other_errors():
+def test_out_of_memory_is_distinguished_from_other_errors():
     with pytest.raises(RuntimeError) as allocator:
         torch.empty(1 << 60, dtype=torch.uint8)
     assert memory.is_out_of_memory(allocator.value)

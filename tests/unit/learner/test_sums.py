@@ -1,4 +1,4 @@
-"""Sums of a step on the device: exact, read once, whoever knows the counts."""
+"""Sums of a step on the device are exact and read once, whether counts are on the host or on the device."""
 
 import torch
 
@@ -27,12 +27,12 @@ def test_counts_of_the_host_and_of_the_device_add_up_alike():
         assert maxima == {"ratio": 4.0}
 
 
-def test_a_large_count_of_the_device_stays_whole():
+def test_a_large_count_on_the_device_is_exact():
     sums = Sums()
     for count in (2**24, 1):
         sums.add(loss(0.0, 0.0, torch.tensor(count), 0.0), 1.0)
     assert sums.read()[1]["rewards"].count == 2**24 + 1
 
 
-def test_nothing_added_is_nothing():
+def test_sums_without_micro_batches_are_empty():
     assert Sums().read() == (0.0, {}, {})

@@ -1,4 +1,4 @@
-"""The counter against a backend that records what it was given."""
+"""The counter against a backend that records its arguments."""
 
 import torch
 
@@ -6,7 +6,7 @@ from orchestrator.learner.traffic import CollectiveCounter
 
 
 class Backend:
-    """The four collectives of DeepSpeed's backend that move gradients and parameters, with its parameter
+    """The four collectives of DeepSpeed's backend that move gradients and parameters, with the same parameter
     names."""
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Computing activations again changes no gradient; `selective` computes no matrix product again, `full` all
+"""Computing activations again changes no gradient. `selective` computes no matrix product again, `full` all
 of them."""
 
 import numpy as np
@@ -46,15 +46,15 @@ def test_all_modes_give_the_same_gradients(architecture, lora):
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
     gradients, products = {}, {}
-    for mode in ("none", "selective", "full", "none"):  # and back again
+    for mode in ("none", "selective", "full", "none"):  # "none" again at the end, to see that it can be reset
         scoring.checkpoint(mode)
         scoring.zero_grad(set_to_none=True)
         with Products() as counted:
             run_forward(scoring, batch).values.sum().backward()
-        found = {name: p.grad.clone() for name, p in scoring.named_parameters() if p.grad is not None}
         if mode in gradients:
             assert counted.count == products[mode]
-        gradients[mode], products[mode] = found, counted.count
+        gradients[mode] = {n: p.grad.clone() for n, p in scoring.named_parameters() if p.grad is not None}
+        products[mode] = counted.count
     for mode in ("selective", "full"):
         assert gradients[mode].keys() == gradients["none"].keys()
         for name, gradient in gradients["none"].items():

@@ -1,4 +1,4 @@
-"""Weight decay pulls on the parameters that transformers' Trainer lets it pull on, and on no other."""
+"""The parameters that decay are those that decay in transformers' Trainer."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ SIZES = {
 }
 
 
-def made(kind: str) -> nn.Module:
+def make_model(kind: str) -> nn.Module:
     return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **SIZES))
 
 
@@ -30,7 +30,7 @@ def by_decay(groups: list[dict], model: nn.Module) -> dict[str, float]:
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "gpt2", "mixtral", "gpt_neox", "mamba"])
 def test_the_groups_are_the_trainers(kind: str, tmp_path: Path) -> None:
-    model = made(kind)
+    model = make_model(kind)
     arguments = TrainingArguments(output_dir=str(tmp_path), weight_decay=0.1, use_cpu=True, report_to=[])
     theirs = by_decay(Trainer(model=model, args=arguments).create_optimizer().param_groups, model)
     ours = by_decay(parameter_groups(model, 0.1), model)
@@ -39,16 +39,16 @@ def test_the_groups_are_the_trainers(kind: str, tmp_path: Path) -> None:
 
 
 def test_a_model_inside_the_learner_has_the_same_groups() -> None:
-    model = made("qwen3")
+    model = make_model("qwen3")
     inside = by_decay(parameter_groups(ScoringModel(model, head="lm"), 0.1), model)
     assert inside == by_decay(parameter_groups(model, 0.1), model)
 
 
 def test_a_step_is_the_trainers(tmp_path: Path) -> None:
-    """The same gradients through transformers' optimizer (fused) and through ours, three times at a large
-    rate: the decay alone moves a weight by about 1e-4 a step and a norm's by 5e-3, rounding of the two
-    kernels by 4e-7."""
-    theirs, ours = made("qwen3"), made("qwen3")
+    """The same gradients through transformers' optimizer (fused) and through ours, for three steps at a large
+    learning rate. The decay alone moves a weight by about 1e-4 a step and a norm's weight by 5e-3; rounding
+    of the two kernels moves it by 4e-7."""
+    theirs, ours = make_model("qwen3"), make_model("qwen3")
     ours.load_state_dict(theirs.state_dict())
     arguments = TrainingArguments(
         output_dir=str(tmp_path),
@@ -68,14 +68,14 @@ def test_a_step_is_the_trainers(tmp_path: Path) -> None:
             optimizer.zero_grad()
             model(input_ids=ids, labels=ids).loss.backward()  # pyright: ignore[reportCallIssue]
             optimizer.step()
-    for (name, one), other in zip(theirs.named_parameters(), ours.parameters(), strict=True):
+    for (name, expected), parameter in zip(theirs.named_parameters(), ours.parameters(), strict=True):
         torch.testing.assert_close(
-            other, one, rtol=0.0, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}"
+            parameter, expected, rtol=0.0, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}"
         )
 
 
 def test_a_step_without_gradient_moves_only_what_decays() -> None:
-    model = made("gpt2")
+    model = make_model("gpt2")
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     adam = torch.optim.AdamW(parameter_groups(model, 0.5), lr=0.1)
     for parameter in model.parameters():
@@ -87,4 +87,4 @@ def test_a_step_without_gradient_moves_only_what_decays() -> None:
 
 
 def test_without_decay_there_is_one_group() -> None:
-    assert [group["weight_decay"] for group in parameter_groups(made("llama"), 0.0)] == [0.0]
+    assert [group["weight_decay"] for group in parameter_groups(make_model("llama"), 0.0)] == [0.0]

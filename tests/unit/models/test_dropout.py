@@ -1,4 +1,4 @@
-"""LoRA's dropout belongs to the token, whatever the rows; a model's own noise is off."""
+"""LoRA's dropout depends on the token and not on the rows. A model's own noise is off."""
 
 import math
 from dataclasses import replace
@@ -44,7 +44,7 @@ def groups(count: int = 5, branches: int = 2) -> list[SequenceGroup]:
 
 
 @pytest.mark.parametrize("p", [0.05, 0.5, 0.9])
-def test_masks_are_as_dense_as_they_should_be_in_every_row_and_column(p):
+def test_masks_have_the_expected_density_in_every_row_and_column(p):
     identity = torch.from_numpy(np.random.default_rng(0).integers(-(2**63), 2**63 - 1, TOKENS))
     mask = kept(identity, 12345 << 40, FEATURES, p).double()
     error = math.sqrt(p * (1 - p))
@@ -79,14 +79,14 @@ def by_token(rows: MicroBatch) -> dict[int, int]:
 
 
 def test_a_token_has_one_identity_in_every_layout_order_and_cut():
-    made = groups()
-    whole = by_token(pack(made, "prefix_shared"))
-    assert len(whole) == sum(g.shared_tokens for g in made)  # no two tokens share one
+    examples = groups()
+    identities = by_token(pack(examples, "prefix_shared"))
+    assert len(identities) == sum(g.shared_tokens for g in examples)  # no two tokens share an identity
     for layout in LAYOUTS:
-        assert by_token(pack(made[::-1], layout)) == whole
-        parts = [by_token(pack([group], layout)) for group in made]
-        assert {key: value for part in parts for key, value in part.items()} == whole
-    assert by_token(pack(made, "prefix_shared", one_row=True)) == whole
+        assert by_token(pack(examples[::-1], layout)) == identities
+        parts = [by_token(pack([group], layout)) for group in examples]
+        assert {key: value for part in parts for key, value in part.items()} == identities
+    assert by_token(pack(examples, "prefix_shared", one_row=True)) == identities
 
 
 # ---- the model
@@ -105,7 +105,7 @@ def adapted(dropout: float, architecture: str = "llama") -> ScoringModel:
 
 
 def gradients(scoring: ScoringModel, batches: list[MicroBatch], step: int = 3) -> dict[str, torch.Tensor]:
-    """Of a sum over all tokens, each with a weight of its own."""
+    """Gradients of a sum over all tokens with different weights."""
     as_used(scoring)
     scoring.zero_grad(set_to_none=True)
     for rows in batches:
@@ -116,29 +116,29 @@ def gradients(scoring: ScoringModel, batches: list[MicroBatch], step: int = 3) -
     return {name: p.grad.clone() for name, p in scoring.named_parameters() if p.grad is not None}
 
 
-def far(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
-    gap = sum(float((one[n] - other[n]).square().sum()) for n in one)
-    return math.sqrt(gap / sum(float(v.square().sum()) for v in one.values()))
+def relative_gap(expected: dict[str, torch.Tensor], actual: dict[str, torch.Tensor]) -> float:
+    gap = sum(float((expected[n] - actual[n]).square().sum()) for n in expected)
+    return math.sqrt(gap / sum(float(v.square().sum()) for v in expected.values()))
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def test_no_layout_cut_order_or_recomputation_changes_the_gradient(architecture):
-    made, scoring = groups(), adapted(0.3, architecture)
-    want = gradients(scoring, [pack(made, "padded")])
+    examples, scoring = groups(), adapted(0.3, architecture)
+    padded = [pack(examples, "padded")]
+    want = gradients(scoring, padded)
     for layout in LAYOUTS:
-        for cut in ([made[::-1]], [made[:2], made[2:]], [[g] for g in made]):
+        for cut in ([examples[::-1]], [examples[:2], examples[2:]], [[g] for g in examples]):
             scoring.checkpoint("none" if len(cut) == 2 else "full" if layout == "padded" else "selective")
-            assert far(want, gradients(scoring, [pack(part, layout) for part in cut])) < 1e-5, (
-                layout,
-                len(cut),
-            )
+            gap = relative_gap(want, gradients(scoring, [pack(part, layout) for part in cut]))
+            assert gap < 1e-5, (layout, len(cut))
     scoring.checkpoint("none")
-    assert far(want, gradients(scoring, [pack(made, "padded")], step=4)) > 0.1
-    assert far(want, gradients(scoring, [pack([replace(g, id=g.id + 100) for g in made], "padded")])) > 0.1
-    assert far(want, gradients(adapted(0.0, architecture), [pack(made, "padded")])) > 0.1
+    renumbered = [pack([replace(g, id=g.id + 100) for g in examples], "padded")]
+    assert relative_gap(want, gradients(scoring, padded, step=4)) > 0.1
+    assert relative_gap(want, gradients(scoring, renumbered)) > 0.1
+    assert relative_gap(want, gradients(adapted(0.0, architecture), padded)) > 0.1
 
 
-def test_layers_have_masks_of_their_own_and_nothing_is_dropped_elsewhere():
+def test_layers_have_different_masks_and_nothing_is_dropped_elsewhere():
     scoring, rows = adapted(0.3), MicroBatchTensors.of(pack(groups(), "padded"), CPU)
     layers = [module for module in scoring.modules() if isinstance(module, KeyedDropout)]
     assert len(layers) == len({layer.name for layer in layers}) == 2 * 7
@@ -154,9 +154,9 @@ def test_layers_have_masks_of_their_own_and_nothing_is_dropped_elsewhere():
     assert torch.equal(*same)
 
 
-def test_a_layer_that_sees_some_tokens_only_is_refused():
+def test_a_layer_that_receives_only_some_tokens_is_refused():
     draws = Draws((0, 0), torch.arange(10))
-    with pytest.raises(ConfigError, match=r"model\.lora\.dropout: experts\.3 is given some of the tokens"):
+    with pytest.raises(ConfigError, match=r"model\.lora\.dropout: experts\.3 "):
         KeyedDropout(0.1, "experts.3", draws)(torch.ones(7, 5))
 
 
@@ -174,8 +174,8 @@ NOISY = {
     "mixtral": {"router_jitter_noise": 0.4, "num_local_experts": 4, "sliding_window": None},
     "phimoe": {"input_jitter_noise": 0.4, "num_local_experts": 4},
 }
-"""Noise in modules, in functions of a layer, read from the configuration, in routers, in experts that are
-drawn."""
+"""Noise in modules, in functions of a layer, from the configuration, in routers, and in experts that are
+sampled."""
 
 
 @pytest.mark.parametrize("mode", ["none", "full"])
@@ -185,7 +185,7 @@ def test_a_models_own_noise_is_off_while_it_learns(architecture, mode):
     model = build(cfg, 0, AutoModelForCausalLM, initializer_range=0.2, **NOISY[architecture])
     rows = MicroBatchTensors.of(pack(groups(), "padded"), CPU)
     model.train()
-    assert not torch.equal(*(model(rows.input_ids).logits for _ in range(2)))  # the noise is there
+    assert not torch.equal(*(model(rows.input_ids).logits for _ in range(2)))  # plain training mode is noisy
     scoring = ScoringModel(model, head="lm")
     scoring.checkpoint(mode)
     as_used(scoring)

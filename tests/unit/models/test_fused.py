@@ -14,7 +14,7 @@ from tests.invariants.test_layouts import groups
 
 
 def policy(architecture: str, backend: str | None, layers: int = 4) -> ScoringModel:
-    cfg = TinyModel(architecture=architecture, hidden_size=64, layers=layers, heads=4, kv_heads=2)  # pyright: ignore[reportCallIssue]
+    cfg = TinyModel(architecture=architecture, hidden_size=64, layers=layers, heads=4, kv_heads=2)
     model = build(cfg, 0, AutoModelForCausalLM, initializer_range=0.1).train()
     if backend is not None:
         assert (
@@ -49,8 +49,8 @@ def test_compiled_blocks_give_the_same_log_probs_and_gradients(architecture):
 
 @pytest.mark.parametrize("layers", [2, 6])
 def test_layers_share_their_graphs_whatever_the_rows(layers):
-    """A norm and a feed-forward block, with gradients and without: the number of layers and the shapes of
-    rows make no difference."""
+    """There are graphs for a norm and a feed-forward block, with gradients and without. The number of layers
+    and the shapes of rows make no difference."""
     counter = CompileCounter()
     torch._dynamo.reset()
     model = policy("llama", counter, layers)  # type: ignore[arg-type]
@@ -58,9 +58,8 @@ def test_layers_share_their_graphs_whatever_the_rows(layers):
         learned(model, layout, count)
         with torch.no_grad():
             run_forward(model, MicroBatchTensors.of(pack(groups()[:count], layout), torch.device("cpu")))
-    assert (
-        2 <= counter.frame_count <= 8
-    )  # of two kinds, with and without gradients, for a row of tokens and for several rows
+    # of two kinds, with and without gradients, for one row of tokens and for several rows
+    assert 2 <= counter.frame_count <= 8
 
 
 def test_names_stay():

@@ -1,4 +1,4 @@
-"""A reward is read where AutoModelForSequenceClassification reads it, whatever the pad token: eos as well."""
+"""A reward is read where AutoModelForSequenceClassification reads it, also if eos is the pad token."""
 
 from typing import Any
 
@@ -30,7 +30,7 @@ def model(pad: int) -> Any:
 
 
 def groups() -> list[SequenceGroup]:
-    """Answers that end in eos, in two of them, in none; one that is nothing else; prompts with an eos inside."""
+    """Answers that end in one eos, in two, or in none, one that is only eos, and a prompt with eos inside."""
 
     def branch(*ids: int) -> Branch:
         return Branch(np.array(ids), np.ones(len(ids), np.bool_))
@@ -42,30 +42,30 @@ def groups() -> list[SequenceGroup]:
 
 
 @torch.no_grad()
-def theirs(some: Any, pad: int) -> torch.Tensor:
-    """Rewards of the model's own forward, one batch padded on the right."""
+def own_rewards(classifier: Any, pad: int) -> torch.Tensor:
+    """Rewards of the model's own forward, for one batch padded on the right."""
     sequences = [[*g.prompt.tolist(), *b.ids.tolist()] for g in groups() for b in g.branches]
     width = max(map(len, sequences))
     ids = torch.tensor([s + [pad] * (width - len(s)) for s in sequences])
     mask = torch.tensor([[1] * len(s) + [0] * (width - len(s)) for s in sequences])
-    return some(input_ids=ids, attention_mask=mask, use_cache=False).logits.view(-1, 2)
+    return classifier(input_ids=ids, attention_mask=mask, use_cache=False).logits.view(-1, 2)
 
 
 @pytest.mark.parametrize("pad", [PAD, EOS], ids=["its own pad token", "eos is the pad token"])
 @pytest.mark.parametrize("layout", ["padded", "packed", "prefix_shared"])
 def test_rewards_are_transformers_own(layout, pad):
-    some = model(pad)
-    own = theirs(some, pad)
+    classifier = model(pad)
+    expected = own_rewards(classifier, pad)
     rows = MicroBatchTensors.of(pack(groups(), layout), torch.device("cpu"))
     with torch.no_grad():
-        found = run_forward(ScoringModel(some, head="scalar"), rows).rewards
-    assert found is not None
-    torch.testing.assert_close(found, own, rtol=0.0, atol=1e-5)
+        rewards = run_forward(ScoringModel(classifier, head="scalar"), rows).rewards
+    assert rewards is not None
+    torch.testing.assert_close(rewards, expected, rtol=0.0, atol=1e-5)
 
 
 def test_the_start_up_check_sees_a_reward_that_is_read_elsewhere():
     scoring = ScoringModel(model(EOS), head="scalar")
     rows = MicroBatchTensors.of(pack(groups(), "padded"), torch.device("cpu"))
     assert head_gap(scoring, rows).abs().max() < 1e-5
-    scoring._pad = None  # reads the last token, as it did
+    scoring._pad = None  # now the reward is read at the last token
     assert head_gap(scoring, rows).abs().max() > 1e-3

@@ -1,5 +1,5 @@
-"""Rotary frequencies that transformers takes from the longest position of a batch are those of one length for
-every batch."""
+"""Rotary frequencies that transformers derives from the longest position of a batch are fixed for all
+batches."""
 
 import copy
 from typing import Any
@@ -53,10 +53,10 @@ def model(kind: str) -> Any:
 
 
 @torch.no_grad()
-def logits(some: Any, length: int) -> torch.Tensor:
-    """Of the first 12 tokens in a row of `length`."""
+def logits(decoder: Any, length: int) -> torch.Tensor:
+    """Logits of the first 12 tokens in a row of `length`."""
     ids = torch.arange(length)[None] % 90 + 5
-    return some(input_ids=ids, use_cache=False).logits[0, :12]
+    return decoder(input_ids=ids, use_cache=False).logits[0, :12]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -64,20 +64,20 @@ def test_a_long_row_in_the_batch_changes_nothing(kind):
     free, fixed = model(kind), model(kind)
     pin(fixed, 40)
     assert pinned(fixed) == (kind,)
-    assert (logits(free, 40) - logits(free, 12)).abs().max() > 1e-3, "the batch matters to transformers"
+    assert (logits(free, 40) - logits(free, 12)).abs().max() > 1e-3, "unpinned, the batch matters"
     torch.testing.assert_close(logits(fixed, 40), logits(fixed, 12), rtol=0.0, atol=1e-5)
     torch.testing.assert_close(logits(fixed, 40), logits(model(kind), 40), rtol=0.0, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_within_its_own_length_it_is_the_model_as_it_was(kind):
+def test_pinning_within_the_models_own_length_changes_nothing(kind):
     fixed = model(kind)
     before = logits(copy.deepcopy(fixed), 12)
     pin(fixed, 16)
     torch.testing.assert_close(logits(fixed, 12), before, rtol=0.0, atol=0.0)
 
 
-def test_a_model_without_moving_frequencies_is_left_alone():
+def test_a_model_without_such_frequencies_is_not_changed():
     plain = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **SIZES))
     pin(plain, 4096)
     assert pinned(plain) == ()

@@ -1,4 +1,4 @@
-"""A micro-batch on the device is the micro-batch: every column, by one buffer, whatever it came from."""
+"""Every column of a micro-batch arrives on the device, through one buffer."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from orchestrator.core.batches import Branch, Experience, MicroBatch, SequenceGroup
 from orchestrator.data.packing import pack
 from orchestrator.models.ragged_attention import blocks_of
-from orchestrator.models.rows import ALIGNMENT, NARROW, MicroBatchTensors, moved
+from orchestrator.models.rows import ALIGNMENT, NARROW, MicroBatchTensors, to_device
 
 CPU = torch.device("cpu")
 DRAW = np.random.default_rng(0)
@@ -38,29 +38,29 @@ def micro_batch(*, rl: bool = False, full: bool = True) -> MicroBatch:
 @pytest.mark.parametrize("rl", [False, True])
 def test_every_column_arrives(rl, full):
     rows = micro_batch(rl=rl, full=full)
-    there = MicroBatchTensors.of(rows, CPU)
+    tensors = MicroBatchTensors.of(rows, CPU)
     for name in MicroBatchTensors.__dataclass_fields__:
         if name in ("layout", "one_row", "branches", "experience", "ragged"):
             continue
-        column, tensor = getattr(rows, name), getattr(there, name)
+        column, tensor = getattr(rows, name), getattr(tensors, name)
         assert (column is None) == (tensor is None), name
         if column is not None:
             np.testing.assert_array_equal(tensor.numpy(), column, err_msg=name)
             assert tensor.dtype == (torch.int32 if name in NARROW else torch.from_numpy(column).dtype)
-    if there.ragged is not None:
-        np.testing.assert_array_equal(there.ragged.at.numpy(), np.flatnonzero(rows.segment >= 0))
-    assert (there.experience is None) == (not rl)
-    if there.experience is not None:
+    if tensors.ragged is not None:
+        np.testing.assert_array_equal(tensors.ragged.at.numpy(), np.flatnonzero(rows.segment >= 0))
+    assert (tensors.experience is None) == (not rl)
+    if tensors.experience is not None:
         assert rows.experience is not None
         for name, theirs in zip(
-            Experience.__dataclass_fields__, there.experience.__dataclass_fields__, strict=True
+            Experience.__dataclass_fields__, tensors.experience.__dataclass_fields__, strict=True
         ):
-            column, tensor = getattr(rows.experience, name), getattr(there.experience, theirs)
+            column, tensor = getattr(rows.experience, name), getattr(tensors.experience, theirs)
             assert (column is None) == (tensor is None)
             assert column is None or np.array_equal(tensor.numpy(), column)
 
 
-def test_it_is_one_aligned_buffer_and_no_view_of_what_it_came_from():
+def test_columns_share_one_aligned_buffer_that_is_a_copy():
     columns = [
         np.arange(3, dtype=np.int32),
         None,
@@ -70,8 +70,8 @@ def test_it_is_one_aligned_buffer_and_no_view_of_what_it_came_from():
     ]
     for column in columns:
         if column is not None:
-            column.setflags(write=False)  # as Ray's are
-    tensors = moved(columns, CPU)
+            column.setflags(write=False)  # like arrays from Ray
+    tensors = to_device(columns, CPU)
     assert tensors[1] is None
     present = [t for t in tensors if t is not None]
     assert len({t.untyped_storage().data_ptr() for t in present}) == 1
@@ -81,29 +81,29 @@ def test_it_is_one_aligned_buffer_and_no_view_of_what_it_came_from():
     assert present[1].shape == (2, 5) and present[2].numel() == 0
 
 
-def test_the_memory_model_may_ask_for_it_without_storage():
+def test_the_memory_model_can_build_it_without_storage():
     with FakeTensorMode(allow_non_fake_inputs=True):
-        there = MicroBatchTensors.of(micro_batch(), CPU)
-        assert isinstance(there.input_ids + 1, FakeTensor)
+        tensors = MicroBatchTensors.of(micro_batch(), CPU)
+        assert isinstance(tensors.input_ids + 1, FakeTensor)
 
 
 def test_tokens_are_found_in_their_rows_and_in_their_blocks():
     rows = micro_batch()
-    there = MicroBatchTensors.of(rows, CPU).ragged
-    assert there is not None
-    np.testing.assert_array_equal(rows.segment.ravel()[there.at.numpy()] >= 0, True)
-    assert len(there.at) == rows.tokens
-    for block in there.blocks:
+    ragged = MicroBatchTensors.of(rows, CPU).ragged
+    assert ragged is not None
+    np.testing.assert_array_equal(rows.segment.ravel()[ragged.at.numpy()] >= 0, True)
+    assert len(ragged.at) == rows.tokens
+    for block in ragged.blocks:
         square = torch.zeros(len(block) * block.length, dtype=torch.long)
-        square[there.within[block.tokens]] = (
-            1 + torch.from_numpy(rows.input_ids.ravel())[there.at[block.tokens]]
+        square[ragged.within[block.tokens]] = (
+            1 + torch.from_numpy(rows.input_ids.ravel())[ragged.at[block.tokens]]
         )
         own = np.where(rows.segment >= 0, 1 + rows.input_ids, 0)[block.rows, : block.length]
         np.testing.assert_array_equal(square.view(own.shape).numpy(), own)
 
 
 @pytest.mark.parametrize("layout", ["padded", "packed"])
-def test_rows_without_padding_or_mask_stay_as_they_are(layout):
+def test_rows_without_padding_or_mask_are_not_ragged(layout):
     branch = Branch(np.arange(9), np.ones(9, np.bool_))
     sizes = (3, 30) if layout == "padded" else (3, 3)
     rows = pack([SequenceGroup(i, np.arange(size), (branch, branch)) for i, size in enumerate(sizes)], layout)
@@ -114,7 +114,7 @@ def test_rows_without_padding_or_mask_stay_as_they_are(layout):
     ("lengths", "starts"),
     [([5], [0]), ([100, 90, 81, 79, 50, 20, 8], [0, 3, 4, 5]), ([40, 3, 1], [0]), ([60, 70], [0, 1])],
 )
-def test_blocks_hold_rows_of_about_one_length(lengths, starts):
+def test_blocks_hold_rows_of_similar_length(lengths, starts):
     blocks = blocks_of(lengths)
     assert [b.rows.start for b in blocks] == starts
     assert [i for b in blocks for i in range(b.rows.start, b.rows.stop)] == list(range(len(lengths)))

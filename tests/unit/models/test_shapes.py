@@ -1,4 +1,4 @@
-"""The table of known shapes against the parameter counts that the models' own pages give."""
+"""The table of known shapes against the parameter counts on the models' own pages."""
 
 import json
 
@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from orchestrator.core.errors import ConfigError
 from orchestrator.models.load import load_config
-from orchestrator.models.shapes import SHAPES, as_folder, known
+from orchestrator.models.shapes import SHAPES, as_folder, known_shape
 from orchestrator.recipe.schema import Model
 
 COUNTS = {
@@ -53,7 +53,7 @@ def test_every_shape_has_the_parameters_of_its_model():
     ],
 )
 def test_a_model_is_known_by_its_name(path, shape):
-    assert known(path) == shape
+    assert known_shape(path) == shape
 
 
 def test_a_shape_is_a_folder_without_weights_and_others_are_refused(tmp_path):

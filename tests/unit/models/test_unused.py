@@ -1,5 +1,5 @@
-"""A plan's model without storage has the parameters of a learner's: tied ones once, frozen what text never
-reaches. A model that cannot be followed learns whole."""
+"""A plan's model without storage has the same parameters as a learner's: tied ones count once, and those that
+text never reaches are frozen. If the forward fails, nothing is frozen."""
 
 from pathlib import Path
 
@@ -30,17 +30,16 @@ def test_a_plan_freezes_what_a_learner_does(
     learned = load(model, seed=0, head="lm").model
     assert {n: p.shape for n, p in planned.named_parameters()} == {
         n: p.shape for n, p in learned.named_parameters()
-    }, "tied alike"
-    assert frozen(planned) == frozen(learned) and not [
-        line for line in caplog.messages if "could not be found" in line
-    ]
+    }, "the same ones are tied"
+    assert frozen(planned) == frozen(learned)
+    assert not [line for line in caplog.messages if "nothing is frozen" in line]
     assert any(tower in name for name in frozen(learned)) if tower or lora else not frozen(learned)
     assert unreached(planned) == unreached(learned) and bool(unreached(planned)) == bool(tower)
     adapters = [name for name, parameter in learned.named_parameters() if parameter.requires_grad]
     assert adapters and (not tower or not any(tower in name for name in adapters))
 
 
-def test_what_cannot_be_followed_is_said(
+def test_a_forward_that_fails_is_logged_and_freezes_nothing(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def needs_a_gpu(*_: object, **__: object) -> None:
@@ -50,7 +49,4 @@ def test_what_cannot_be_followed_is_said(
     loaded = load(Model(tiny=TinyModel(hidden_size=16, layers=1)), seed=0, head="lm")
     assert not frozen(loaded.model)
     (line,) = caplog.messages
-    assert (
-        line == "LlamaForCausalLM: what text never reaches could not be found, and nothing is frozen: "
-        "NotImplementedError: no kernel"
-    )
+    assert line.startswith("LlamaForCausalLM: ") and line.endswith(": NotImplementedError: no kernel")

@@ -1,4 +1,4 @@
-"""Weights in buckets: they arrive bit for bit, and whatever happens to them on the way shows."""
+"""Weights in buckets arrive bit for bit, and the checksum shows any damage."""
 
 from collections.abc import Iterator
 
@@ -72,18 +72,18 @@ def test_layout_by_hand():
 def test_round_trip_is_bit_identical(dtype):
     sent = tensors(dtype)
     bucket = bucket_of(sent, dtype)
-    bucket.data.flags.writeable = False  # as shared memory is
-    found = dict(bucket_views(bucket.entries, as_bytes(bucket)))
-    assert list(found) == list(sent)
+    bucket.data.flags.writeable = False  # like shared memory
+    received = dict(bucket_views(bucket.entries, as_bytes(bucket)))
+    assert list(received) == list(sent)
     for name, tensor in sent.items():
-        assert found[name].dtype == dtype and found[name].shape == tensor.shape
-        assert torch.equal(found[name].view(BIT_PATTERNS[dtype]), tensor.view(BIT_PATTERNS[dtype]))
+        assert received[name].dtype == dtype and received[name].shape == tensor.shape
+        assert torch.equal(received[name].view(BIT_PATTERNS[dtype]), tensor.view(BIT_PATTERNS[dtype]))
 
 
-def test_the_wire_rounds_to_its_own_precision_and_no_further():
+def test_the_wire_rounds_once_to_its_own_precision():
     sent = {"a": torch.randn(33)}
-    found = dict(bucket_views(*_wired(sent, torch.bfloat16)))
-    assert torch.equal(found["a"], sent["a"].to(torch.bfloat16))
+    received = dict(bucket_views(*_wired(sent, torch.bfloat16)))
+    assert torch.equal(received["a"], sent["a"].to(torch.bfloat16))
 
 
 def _wired(named: dict[str, torch.Tensor], dtype: torch.dtype) -> tuple[tuple, torch.Tensor]:
@@ -92,7 +92,7 @@ def _wired(named: dict[str, torch.Tensor], dtype: torch.dtype) -> tuple[tuple, t
 
 
 def contents() -> Iterator[torch.Tensor]:
-    """What weights look like: noise, numbers that bf16 holds exactly, ones, zeros with a few numbers."""
+    """Typical weights: noise, numbers that bf16 holds exactly, ones, zeros with a few other numbers."""
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(8192, generator=generator)
     sparse = torch.zeros(8192)
@@ -145,7 +145,7 @@ def test_exchanged_blocks_show(which, size, data):
 
 
 def test_blocks_of_bf16_numbers_exchanged_at_a_round_distance_show():
-    """256 KiB apart: what a sum weighted by place cannot see, as both differences are multiples of 2**16."""
+    """They are 256 KiB apart. A sum weighted by place misses them: the differences are multiples of 2**16."""
     flat = torch.randn(1 << 17).to(torch.bfloat16).float()
     damaged = flat.clone()
     damaged[:1024], damaged[65536:66560] = flat[65536:66560], flat[:1024]
@@ -153,14 +153,14 @@ def test_blocks_of_bf16_numbers_exchanged_at_a_round_distance_show():
 
 
 def test_a_zeroed_norm_shows():
-    """1024 ones: a sum of their words, weighted by place or not, is 0 in 32 bits."""
+    """The sum of 1024 ones' words, weighted by place or not, is 0 in 32 bits."""
     flat = torch.ones(4096)
     damaged = flat.clone()
     damaged[1024:2048] = 0
     assert checksum(damaged.view(torch.uint8)) != checksum(flat.view(torch.uint8))
 
 
-def test_a_checksum_does_not_depend_on_how_many_words_are_summed_at_once(monkeypatch):
+def test_a_checksum_does_not_depend_on_the_size_of_its_chunks(monkeypatch):
     expected = checksum(FLATS[0])
     for chunk in (7, 4096):
         monkeypatch.setattr("orchestrator.models.weight_buckets._CHUNK", chunk)
@@ -168,7 +168,7 @@ def test_a_checksum_does_not_depend_on_how_many_words_are_summed_at_once(monkeyp
 
 
 def test_a_checksum_by_hand():
-    """Python's integers, without a tensor."""
+    """Computed with Python's integers, without a tensor."""
     words, total = np.random.default_rng(0).integers(0, 2**64, 6, np.uint64), 0
     for place, word in enumerate(words.tolist(), start=1):
         mixed = signed(signed(place * 0x2545_F491_4F6C_DD1D) ^ signed(word))
@@ -179,7 +179,7 @@ def test_a_checksum_by_hand():
 
 
 def signed(value: int) -> int:
-    """The 64-bit integer that the value wraps around to."""
+    """The signed 64-bit integer to which the value wraps around."""
     return (value + 2**63) % 2**64 - 2**63
 
 
@@ -189,7 +189,7 @@ def test_check_names_the_bucket_and_the_version():
         check(FLATS[1], checksum(FLATS[0]), 3, 1)
 
 
-def test_a_receiver_holds_what_was_sent_bit_for_bit():
+def test_a_receiver_holds_the_sent_weights_bit_for_bit():
     sender, model = Model(), Model()
     receiver = Receiver(model)
     assert receiver.version is None
@@ -218,22 +218,22 @@ def test_a_receiver_of_a_damaged_bucket_holds_no_version_and_uses_nothing_of_it(
     )
 
 
-def test_a_receiver_whose_sender_breaks_off_holds_no_version():
-    def breaking_off() -> Iterator[Bucket]:
+def test_a_receiver_whose_sender_stops_early_holds_no_version():
+    def stopping_early() -> Iterator[Bucket]:
         yield Model().buckets()[0]
         raise ConnectionError
 
     receiver = Receiver(Model())
     receiver.load(1, Model().buckets())
     with pytest.raises(ConnectionError):
-        receiver.load(2, breaking_off())
+        receiver.load(2, stopping_early())
     assert receiver.version is None
 
 
 @pytest.mark.parametrize(
     ("name", "shape"), [("first.bias", (1,)), ("first.bias", (4, 1)), ("third.bias", (4,))]
 )
-def test_weights_of_another_model_are_refused_and_never_stretched(name, shape):
+def test_weights_of_another_model_are_refused_and_not_broadcast(name, shape):
     receiver = Receiver(Model())
     with pytest.raises(CorruptWeights, match=f"weights arrived for {name}"):
         receiver.load(1, [bucket_of({name: torch.zeros(shape)})])
