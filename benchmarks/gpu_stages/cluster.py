@@ -36,7 +36,7 @@ side."""
 def run(bench: Bench) -> None:
     import ray
 
-    from orchestrator.cluster.placement import connect
+    from orchestrator.cluster.joining import connect
 
     with tempfile.TemporaryDirectory(
         prefix="o"
@@ -130,7 +130,7 @@ def transports(bench: Bench) -> None:
     work = [(0, Prompt(0, "", 0, np.arange(1, 6), ""))]
     with (
         LearnerGroup(recipe.learners, colocated=recipe.rollouts) as group,
-        RolloutPool(recipe, placement=group.placement) as pool,
+        RolloutPool(recipe, reservation=group.reservation) as pool,
     ):
         group.build(LearnerSpec(recipe, cut, len(kinds)))
         seen = set()

@@ -141,7 +141,7 @@ def doctor(
 
         _ask_cluster(address, recipe, working_dir, words, document=as_json)
         return
-    from orchestrator.cluster.doctor.checks import render
+    from orchestrator.cluster.doctor.findings import render
     from orchestrator.run.preflight import exit_code as code_of
     from orchestrator.run.stages import diagnose
 

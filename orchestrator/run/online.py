@@ -11,7 +11,7 @@ from orchestrator.algorithms.table import critic as value_model
 from orchestrator.cluster.in_process import LocalRank, LocalRewards, LocalRollouts
 from orchestrator.cluster.joining import connect, store_for
 from orchestrator.cluster.learner_group import LearnerGroup
-from orchestrator.cluster.placement import Placement, reserved
+from orchestrator.cluster.placement import Reservation, reserved
 from orchestrator.cluster.ranks import Ranks
 from orchestrator.cluster.reward_pool import RewardPool
 from orchestrator.cluster.rollout_pool import RolloutPool
@@ -123,17 +123,17 @@ def _on_ray(job: Job, folder: RunFolder, stack: ExitStack) -> Parts:
         learners, together = recipe.learners, _together(recipe)
         policy = stack.enter_context(
             LearnerGroup(
-                learners, parameters=parameters, logs=logs, colocated=together, placement=placed["learners"]
+                learners, parameters=parameters, logs=logs, colocated=together, reservation=placed["learners"]
             )
         )
         critic = stack.enter_context(_critic(job, folder, placed)) if _has_critic(job) else None
 
     def rollouts() -> Rolling:
         scorer = stack.enter_context(
-            RewardPool(recipe.rewards, model_for_tokenizer=recipe.model, logs=logs, placed=placed)
+            RewardPool(recipe.rewards, model_for_tokenizer=recipe.model, logs=logs, reservations=placed)
         )
         pool = stack.enter_context(
-            RolloutPool(recipe, parameters=parameters, logs=logs, placement=_of_rollouts(placed))
+            RolloutPool(recipe, parameters=parameters, logs=logs, reservation=_of_rollouts(placed))
         )
         return pool, scorer, make_weight_sync(recipe, policy, pool)
 
@@ -174,7 +174,7 @@ def _together(recipe: Recipe) -> Rollouts | None:
     )
 
 
-def _of_rollouts(placed: Mapping[str, Placement]) -> Placement:
+def _of_rollouts(placed: Mapping[str, Reservation]) -> Reservation:
     """Where rollout actors live: in the learners' bundles where they are colocated."""
     return placed.get("rollouts", placed["learners"])
 
@@ -195,11 +195,11 @@ def critic_recipe(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"model": model, "optimizer": optimizer, "learners": learners})
 
 
-def _critic(job: Job, folder: RunFolder, placed: Mapping[str, Placement]) -> LearnerGroup:
+def _critic(job: Job, folder: RunFolder, placed: Mapping[str, Reservation]) -> LearnerGroup:
     recipe = critic_recipe(job.recipe)
     parameters = model_sizes(recipe, value_model(recipe.algorithm)).all
     return LearnerGroup(
-        recipe.learners, parameters=parameters, logs=folder.logs, name="critic", placement=placed["critic"]
+        recipe.learners, parameters=parameters, logs=folder.logs, name="critic", reservation=placed["critic"]
     )
 
 
@@ -286,13 +286,15 @@ def evaluate(job: Job) -> dict[str, float]:
         parameters = job.sizes().all
         learners, together = recipe.learners, _together(recipe)
         group = stack.enter_context(
-            LearnerGroup(learners, parameters=parameters, colocated=together, placement=placed["learners"])
+            LearnerGroup(learners, parameters=parameters, colocated=together, reservation=placed["learners"])
         )
         group.build(LearnerSpec(recipe, job.plan.cut, 1))
         scorer = stack.enter_context(
-            RewardPool(recipe.rewards, model_for_tokenizer=recipe.model, logs=None, placed=placed)
+            RewardPool(recipe.rewards, model_for_tokenizer=recipe.model, logs=None, reservations=placed)
         )
-        pool = stack.enter_context(RolloutPool(recipe, parameters=parameters, placement=_of_rollouts(placed)))
+        pool = stack.enter_context(
+            RolloutPool(recipe, parameters=parameters, reservation=_of_rollouts(placed))
+        )
         make_weight_sync(recipe, group, pool).publish(0)
         return dict(
             RolloutEvaluator(job.prompts.held_out, recipe.evaluation, sampling_of(recipe), pool, scorer)
