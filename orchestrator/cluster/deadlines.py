@@ -1,7 +1,7 @@
 """How long anything on the cluster is waited for.
 
 A verb of the workers has what the recipe allows, and beyond it the time that the verb's bytes take at a slow
-rate. The doctor's deadlines stand in doctor/deadlines.py, those of a dashboard in submit/ray_jobs.py.
+rate. The doctor's deadlines are in doctor/deadlines.py, those of a dashboard in submit/ray_jobs.py.
 """
 
 import time

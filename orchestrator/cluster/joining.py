@@ -172,7 +172,7 @@ def _check_head(named: str, address: str) -> None:
     host, _, port = address.rpartition(":")
     fix = (
         "start the cluster, or unset RAY_ADDRESS (it may be left over from another one): then the run "
-        "starts a Ray of its own"
+        "starts its own Ray"
     )
     try:
         with socket.create_connection((host.strip("[]"), int(port)), timeout=HEAD_ANSWER_S) as connection:

@@ -44,7 +44,7 @@ class Kernel:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Soft limits of a worker process; None is no limit."""
+    """Soft limits of a worker process; None if unlimited."""
 
     open_files: int | None
     """ulimit -n."""
@@ -164,7 +164,7 @@ class AllReduce:
     """Median of the slowest process."""
     pairs: tuple[PairRate, ...] = ()
     error: str | None = None
-    """Why there is no result."""
+    """Why it failed; None if it was measured."""
     ranks: int = 1
     """Processes on each node."""
 

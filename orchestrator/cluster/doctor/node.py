@@ -182,7 +182,7 @@ def shared_folder(root: Path) -> Path:
     return next(folder for folder in (root, *root.parents) if folder.is_dir())
 
 
-def mark(folder: str, nonce: str, name: str) -> Storage:
+def write_marker(folder: str, nonce: str, name: str) -> Storage:
     """Writes this node's marker; the state of the folder."""
     marker = _marker(folder, nonce, name)
     try:
@@ -207,7 +207,7 @@ def _bytes(path: Path) -> int:
         return 0
 
 
-def unseen(folder: str, nonce: str, names: Sequence[str], wait_s: float) -> tuple[str, ...]:
+def missing_markers(folder: str, nonce: str, names: Sequence[str], wait_s: float) -> tuple[str, ...]:
     """Nodes whose markers are not seen here within `wait_s` seconds: a network file system may show a new
     file late."""
     deadline = time.monotonic() + wait_s
@@ -231,7 +231,7 @@ def _seen(marker: Path, name: str) -> bool:
         return False
 
 
-def sweep(folder: str, nonce: str) -> None:
+def remove_markers(folder: str, nonce: str) -> None:
     """Removes the markers that this node sees, those of nodes that were lost meanwhile included."""
     for marker in Path(folder).glob(f"{MARKER}{nonce}-*"):
         marker.unlink(missing_ok=True)
@@ -264,7 +264,7 @@ def wandb_problem() -> str | None:
         entry = netrc.netrc(os.environ.get("NETRC")).authenticators(host)
     except (OSError, netrc.NetrcParseError):
         entry = None
-    return None if entry is not None else f"there is no key for {host}"
+    return None if entry is not None else f"no key for {host} is set"
 
 
 def server_problem(url: str) -> str | None:

@@ -17,7 +17,7 @@ import ray
 from orchestrator.cluster.actors import own_device
 from orchestrator.cluster.doctor.deadlines import COLLECTIVE_S, CONNECT_S, SETTLE_S
 from orchestrator.cluster.doctor.facts import BlockedPort, ModelSource, NodeFacts, Storage
-from orchestrator.cluster.doctor.node import mark, node_facts, sweep, unseen
+from orchestrator.cluster.doctor.node import missing_markers, node_facts, remove_markers, write_marker
 from orchestrator.cluster.doctor.smoke import product_problem
 from orchestrator.cluster.network import use_interface_of
 from orchestrator.learner.engine import ProcessGroup
@@ -53,14 +53,14 @@ class Probe:
     def facts(self, models: Sequence[ModelSource], libraries: Sequence[str]) -> NodeFacts:
         return node_facts(self.name, self.address, models, libraries)
 
-    def mark(self, folder: str, nonce: str) -> Storage:
-        return mark(folder, nonce, self.name)
+    def write_marker(self, folder: str, nonce: str) -> Storage:
+        return write_marker(folder, nonce, self.name)
 
-    def unseen(self, folder: str, nonce: str, names: Sequence[str]) -> tuple[str, ...]:
-        return unseen(folder, nonce, names, SETTLE_S)
+    def missing_markers(self, folder: str, nonce: str, names: Sequence[str]) -> tuple[str, ...]:
+        return missing_markers(folder, nonce, names, SETTLE_S)
 
-    def sweep(self, folder: str, nonce: str) -> None:
-        sweep(folder, nonce)
+    def remove_markers(self, folder: str, nonce: str) -> None:
+        remove_markers(folder, nonce)
 
     def listen(self, nonce: str) -> Listener:
         """Opens a free port, taken as the master port is, and sends the nonce to every client."""

@@ -43,7 +43,13 @@ from orchestrator.cluster.doctor.facts import (
     SilentNode,
     Storage,
 )
-from orchestrator.cluster.doctor.node import mark, node_facts, shared_folder, sweep, unmet_requirements
+from orchestrator.cluster.doctor.node import (
+    node_facts,
+    remove_markers,
+    shared_folder,
+    unmet_requirements,
+    write_marker,
+)
 from orchestrator.cluster.doctor.probe import Listener, Probe
 from orchestrator.cluster.joining import connect, named_cluster
 
@@ -244,9 +250,9 @@ def local_node_facts(
         return facts
     nonce = uuid.uuid4().hex
     try:
-        return replace(facts, storage=mark(folder, nonce, name))
+        return replace(facts, storage=write_marker(folder, nonce, name))
     finally:
-        sweep(folder, nonce)
+        remove_markers(folder, nonce)
 
 
 def asks_for_token() -> bool | None:
@@ -283,13 +289,13 @@ def _with_storage(probes: _Probes, facts: Mapping[str, NodeFacts], folder: str) 
     """The facts with the state of the folder, and the nodes whose markers each node does not see."""
     nonce, marked = uuid.uuid4().hex, dict[str, Storage]()
     try:
-        marked = probes.call_all("mark", folder, nonce)
+        marked = probes.call_all("write_marker", folder, nonce)
         written = [name for name, storage in marked.items() if storage.error is None]
-        unseen = probes.call_all("unseen", folder, nonce, written, timeout_s=REQUEST_S + SETTLE_S)
+        unseen = probes.call_all("missing_markers", folder, nonce, written, timeout_s=REQUEST_S + SETTLE_S)
     finally:
         # not on a read-only mount, on which removing fails, even a file that does not exist
         writable = [n for n in probes.actors if n in marked and marked[n].error is None]
-        probes.call(dict.fromkeys(writable, ("sweep", (folder, nonce))))
+        probes.call(dict.fromkeys(writable, ("remove_markers", (folder, nonce))))
     return {
         name: replace(facts[name], storage=replace(marked[name], unseen=names))
         for name, names in unseen.items()

@@ -201,5 +201,5 @@ def _check_path(key: str, path: str, upload: Upload, *, is_file: bool) -> None:
             else "check the path"
         )
         raise MissingInput(
-            f"{key}: there is no {path} in {upload.root}, the folder that is uploaded", fix=fix
+            f"{key}: {path} does not exist in {upload.root}, the folder that is uploaded", fix=fix
         )

@@ -15,12 +15,12 @@ from orchestrator.cluster.doctor import node as node_facts
 from orchestrator.cluster.doctor.facts import Gpu, ModelSource, UnmetRequirement
 from orchestrator.cluster.doctor.node import (
     MARKER,
-    mark,
+    missing_markers,
+    remove_markers,
     server_problem,
-    sweep,
     unmet_requirements,
-    unseen,
     wandb_problem,
+    write_marker,
 )
 
 
@@ -84,7 +84,7 @@ def test_wandb_needs_a_key_and_a_key_in_netrc_is_one(tmp_path: Path, monkeypatch
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     with answering(200) as url:
         monkeypatch.setenv("WANDB_BASE_URL", url)
-        assert wandb_problem() == "there is no key for 127.0.0.1"
+        assert wandb_problem() == "no key for 127.0.0.1 is set"
         (tmp_path / "netrc").write_text("machine 127.0.0.1 login user password canary\n")
         assert wandb_problem() is None
         (tmp_path / "netrc").unlink()
@@ -144,13 +144,13 @@ def test_markers_are_seen_in_the_same_folder_only_and_removed(tmp_path: Path) ->
     for folder in (one, other):
         (folder / "checkpoints" / "step_000001").mkdir(parents=True)
         (folder / "checkpoints" / "step_000001" / "weights").write_bytes(b"x" * 1000)
-    written = mark(str(one), "n", "a b/c")
+    written = write_marker(str(one), "n", "a b/c")
     assert written.error is None and written.free > 0 and written.held == 1000
-    assert unseen(str(one), "n", ["a b/c", "d"], 0.0) == ("d",)
-    assert unseen(str(other), "n", ["a b/c"], 0.0) == ("a b/c",)
-    sweep(str(one), "n")
+    assert missing_markers(str(one), "n", ["a b/c", "d"], 0.0) == ("d",)
+    assert missing_markers(str(other), "n", ["a b/c"], 0.0) == ("a b/c",)
+    remove_markers(str(one), "n")
     assert not list(one.glob(f"{MARKER}*"))
-    assert mark(str(tmp_path / "gone"), "n", "a").error == "No such file or directory"
+    assert write_marker(str(tmp_path / "gone"), "n", "a").error == "No such file or directory"
 
 
 def test_a_full_disk_is_reported_and_keeps_no_marker(tmp_path: Path) -> None:
@@ -158,7 +158,7 @@ def test_a_full_disk_is_reported_and_keeps_no_marker(tmp_path: Path) -> None:
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
     try:
-        written = mark(str(tmp_path), "n", "a")
+        written = write_marker(str(tmp_path), "n", "a")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert written.error == "File too large" and list(tmp_path.iterdir()) == []
