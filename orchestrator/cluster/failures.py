@@ -161,6 +161,8 @@ def _reporting(method: Callable[..., Any]) -> Callable[..., Any]:
             return method(*args, **options)
         except (OrchestratorError, RayError):
             raise
+        except RemoteError:  # of another method of the actor, which this one called
+            raise
         except Exception as error:
             traceback.print_exc()
             raise RemoteError(ErrorRecord.of(error)) from None

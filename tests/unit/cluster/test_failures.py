@@ -172,6 +172,20 @@ def test_an_exception_that_cannot_be_pickled_arrives_as_what_it_was(
     assert "Traceback" in capfd.readouterr().err, "the whole traceback is in the actor's log"
 
 
+def test_an_exception_of_a_method_that_another_one_called_arrives_as_what_it_was() -> None:
+    @reports_errors
+    class Nested:
+        def do(self) -> None:
+            self.save_state()
+
+        def save_state(self) -> None:
+            raise FULL
+
+    with pytest.raises(RemoteError) as caught:
+        Nested().do()
+    assert (caught.value.record.kinds[0], caught.value.record.errno) == ("OSError", errno.ENOSPC)
+
+
 @pytest.mark.parametrize(
     "error", [ActorDiedError(), ObjectLostError("00" * 28, None, "")], ids=lambda e: type(e).__name__
 )
