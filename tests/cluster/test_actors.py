@@ -114,7 +114,8 @@ def test_probes_and_reward_functions_see_none(gpu_node: None, tmp_path: Path) ->
     assert ray.get(probe.__ray_call__.remote(seen), timeout=60)["CUDA_VISIBLE_DEVICES"] == ""
     ray.kill(probe)
     (tmp_path / "mine.py").write_text("def zero(completions, **_):\n    return [0.0] * len(completions)\n")
-    function = RewardFunction(name="mine", function=f"{tmp_path}/mine.py:zero")  # pyright: ignore[reportCallIssue]
+    zero = f"{tmp_path}/mine.py:zero"
+    function = RewardFunction(name="mine", function=zero)  # pyright: ignore[reportCallIssue]
     rewards = Rewards(functions=[function])  # pyright: ignore[reportCallIssue]
     with RewardPool(rewards, model_for_tokenizer=None, logs=tmp_path) as pool:
         assert (
