@@ -4,7 +4,7 @@ token.
     host 0 (head)   host 1   host 2       10.77.N.1, .2, .3
         └──────────── bridge ────┘        10.77.N.254: this process (a wandb stand-in, say)
 
-A file system is shared, as on a cluster with NFS, but for Ray's own folder. Needs root and iproute2.
+The hosts share a file system, as on a cluster with NFS, except for Ray's own folder. Needs root and iproute2.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ import pytest
 from tests.running import REPOSITORY, TAG, Finished, carriers, wait_until
 
 NOTICED_S = 30.0
-"""A dead host must have been noticed by then, with the settings below."""
+"""Time within which a dead host must be noticed, with the settings below."""
 HEALTH = {
     "RAY_health_check_initial_delay_ms": "0",
     "RAY_health_check_period_ms": "1000",
@@ -37,15 +37,15 @@ HEALTH = {
 
 @dataclass(slots=True)
 class Hosts:
-    """The running hosts. root: on the shared file system; token: of the cluster, None where it has no
-    authentication."""
+    """The running hosts."""
 
     root: Path
+    """Folder on the shared file system."""
     count: int
     token: str | None
-    ray_folder: Path = field(
-        default_factory=lambda: Path(tempfile.mkdtemp(prefix="o"))
-    )  # short: sockets lie below it
+    """Token of the cluster; None without authentication."""
+    ray_folder: Path = field(default_factory=lambda: Path(tempfile.mkdtemp(prefix="o")))
+    """Ray's folder on every host. Its path is short, as sockets lie below it."""
     tag: str = field(default_factory=lambda: uuid.uuid4().hex)
     net: int = field(default_factory=lambda: secrets.randbelow(250) + 1)
 
@@ -57,7 +57,7 @@ class Hosts:
 
     @property
     def outside(self) -> str:
-        """Where the hosts reach servers of this process."""
+        """Address at which the hosts reach servers of this process."""
         return f"10.77.{self.net}.254"
 
     @property
@@ -69,11 +69,12 @@ class Hosts:
         return self.root / f"home-{host}"
 
     def _disk(self, host: int) -> Path:
-        """What the host sees as `ray_folder`: nodes that share it would clean away each other's files."""
+        """What the host sees as `ray_folder`. Nodes that share the folder would remove each other's files."""
         return self.home(host) / "ray"
 
     def environment(self, host: int, extra: Mapping[str, str] | None = None) -> dict[str, str]:
-        """Variables of a process on a host: nothing of this process's Ray, wandb or Hugging Face settings."""
+        """Variables of a process on a host, without this process's settings of Ray, wandb and this
+        program."""
         inherited = {
             k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "WANDB_", "ORCHESTRATOR_"))
         }
@@ -105,8 +106,8 @@ class Hosts:
                 os.killpg(process.pid, signal.SIGKILL)
                 out, err = process.communicate()
                 pytest.fail(
-                    f"{' '.join(map(str, command))}: no end after {timeout:.0f} s; it "
-                    f"said:\n{out[-3000:]}\n{err[-3000:]}"
+                    f"{' '.join(map(str, command))}: no end after {timeout:.0f} s; its "
+                    f"output:\n{out[-3000:]}\n{err[-3000:]}"
                 )
         return Finished(process.returncode, out, err)
 
@@ -138,8 +139,10 @@ class Hosts:
     def start_ray(
         self, host: int, *options: str, env: Mapping[str, str] | None = None, before: Sequence[str] = ()
     ) -> None:
-        """`ray start` on a host: the head on host 0, a worker elsewhere. before: a command that runs it, such
-        as unshare."""
+        """Runs `ray start` on a host: the head on host 0, a worker on any other.
+
+        before: a command that runs it, such as unshare.
+        """
         where = ["--head", "--port=6379"] if host == 0 else [f"--address={self.address(0)}:6379"]
         common = [
             f"--node-ip-address={self.address(host)}",
@@ -162,8 +165,10 @@ class Hosts:
         assert done.code == 0, done.out + done.err
 
     def start_cluster(self, *options: str, env: Mapping[str, str] | None = None) -> None:
-        """Ray on every host, up to the moment when the Jobs API answers and all nodes have joined. env: of
-        the head's jobs too."""
+        """Starts Ray on every host, until the Jobs API answers and all nodes have joined.
+
+        env: variables of Ray's processes, and so of the head's jobs.
+        """
         for host in range(self.count):
             self.start_ray(host, *options, env=env)
         asking = ("curl", "-s", "-o", "/dev/null", "-w", "%{http_code}", f"{self.dashboard}/api/version")
@@ -180,10 +185,10 @@ class Hosts:
         )
 
     def cut(self, host: int) -> None:
-        """Takes the host off the network; what runs on it goes on running."""
+        """Takes the host off the network; its processes continue."""
         _ip("link", "set", f"{self.name(host)}v", "down")
 
-    def mend(self, host: int) -> None:
+    def reconnect(self, host: int) -> None:
         _ip("link", "set", f"{self.name(host)}v", "up")
 
     def up(self) -> None:
@@ -200,9 +205,8 @@ class Hosts:
             _ip("-n", name, "link", "set", "lo", "up")
             _ip("-n", name, "link", "set", "eth0", "up")
             _ip("-n", name, "addr", "add", f"{self.address(host)}/24", "dev", "eth0")
-            _ip(
-                "-n", name, "route", "add", "default", "via", self.outside
-            )  # by it a program finds out its own address
+            # by this route a program finds out its own address
+            _ip("-n", name, "route", "add", "default", "via", self.outside)
             (self.home(host) / ".ray").mkdir(parents=True)
             self._disk(host).mkdir()
             if self.token is not None:
@@ -211,7 +215,7 @@ class Hosts:
                 file.write_text(self.token)
 
     def down(self) -> None:
-        """Ends every process of the hosts, and the hosts."""
+        """Ends every process of the hosts, then removes the hosts."""
 
         def kill() -> bool:
             for pid in carriers(self.tag):
@@ -220,10 +224,9 @@ class Hosts:
             return not carriers(self.tag)
 
         ended = wait_until(kill, 30.0)
-        for host in range(self.count):  # unchecked: `up` may not have come to all of them
-            subprocess.run(
-                ["ip", "link", "del", f"{self.name(host)}v"], check=False, capture_output=True
-            )  # else it stays a while
+        for host in range(self.count):  # unchecked: `up` may not have made all of them
+            # else it stays for a while
+            subprocess.run(["ip", "link", "del", f"{self.name(host)}v"], check=False, capture_output=True)
             subprocess.run(["ip", "netns", "del", self.name(host)], check=False, capture_output=True)
         subprocess.run(["ip", "link", "del", f"o{self.net}br"], check=False, capture_output=True)
         shutil.rmtree(self.ray_folder, ignore_errors=True)
@@ -232,17 +235,17 @@ class Hosts:
 
 @contextmanager
 def hosts(root: Path, count: int = 3, *, authenticated: bool = True) -> Iterator[Hosts]:
-    """Hosts without Ray; skips the test where namespaces cannot be made."""
+    """Hosts without Ray; skips the test if namespaces cannot be made."""
     if os.geteuid() != 0 or shutil.which("ip") is None:
         pytest.skip("network namespaces need root and iproute2")
-    made = Hosts(root, count, secrets.token_hex(16) if authenticated else None)
+    running = Hosts(root, count, secrets.token_hex(16) if authenticated else None)
     try:
-        made.up()
-        yield made
+        running.up()
+        yield running
     except _NoNamespaces as error:
         pytest.skip(f"network namespaces cannot be made here: {error}")
     finally:
-        made.down()
+        running.down()
 
 
 class _NoNamespaces(Exception):

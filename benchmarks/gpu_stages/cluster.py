@@ -36,7 +36,7 @@ kernels on each side."""
 def run(bench: Bench) -> None:
     import ray
 
-    from orchestrator.cluster.placement import connect
+    from orchestrator.cluster.joining import connect
 
     # a short name: the path of a socket below it has 107 characters at most
     with tempfile.TemporaryDirectory(prefix="o") as ray_folder:
@@ -129,7 +129,7 @@ def transports(bench: Bench) -> None:
     work = [(0, Prompt(0, "", 0, np.arange(1, 6), ""))]
     with (
         LearnerGroup(recipe.learners, colocated=recipe.rollouts) as group,
-        RolloutPool(recipe, placement=group.placement) as pool,
+        RolloutPool(recipe, reservation=group.reservation) as pool,
     ):
         group.build(LearnerSpec(recipe, cut, len(kinds)))
         seen = set()

@@ -141,7 +141,7 @@ def doctor(
 
         _ask_cluster(address, recipe, working_dir, words, document=as_json)
         return
-    from orchestrator.cluster.doctor.checks import render
+    from orchestrator.cluster.doctor.findings import render
     from orchestrator.run.preflight import exit_code as code_of
     from orchestrator.run.stages import diagnose
 
@@ -162,7 +162,7 @@ def _ask_cluster(
 
     name = submission.path_in_upload(recipe, working_dir) if recipe is not None else ""
     jobs, upload = Jobs(address), collect(working_dir)
-    id = submission.ask(jobs, words(name), upload)
+    id = submission.run_command(jobs, words(name), upload)
     attempt = jobs.follow(
         id, (lambda text: None) if document else lambda text: print(text, end="", flush=True)
     )

@@ -1,1 +1,1 @@
-"""All that speaks to Ray: placement, worker groups, the rollout and reward pools, weight sync."""
+"""Everything that uses Ray: placement, worker groups, the rollout and reward pools, weight sync."""

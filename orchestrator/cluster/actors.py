@@ -1,6 +1,6 @@
 """How every actor is made: what its process may see and use of the machine, whoever started Ray.
 
-Share (CPUs, GPUs, threads) --worker_environment--> variables of the process --made--> ray.remote(kind).options(…)
+ActorResources --worker_environment--> variables of the process --actor_class--> ray.remote(kind).options
 """
 
 import os
@@ -18,43 +18,55 @@ from orchestrator.core import faults
 from orchestrator.core.resources import NO_GPUS
 
 ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
-"""How torch's allocator is told what to do: the name since torch 2.9, and the older ones, which it still
+"""Variables that set up torch's allocator: the name since torch 2.9, and the older ones, which it still
 reads."""
 EXPANDABLE = "expandable_segments:True"
-"""Segments that grow: micro-batches of many lengths leave no holes. CUDA IPC and vLLM's sleep mode cannot
-share such memory."""
+"""Allocator segments that grow: micro-batches of many lengths leave no holes. CUDA IPC and vLLM's sleep mode
+cannot share such memory."""
 
 
 @dataclass(frozen=True, slots=True)
-class Share:
-    """What an actor has of its node. cpus, gpus: reserved in Ray; threads: that it computes with on the CPU;
-    expandable: its GPU's memory may be laid out in segments that grow."""
+class ActorResources:
+    """What one actor has of its node."""
 
     cpus: float
+    """CPUs reserved in Ray."""
     gpus: float
+    """GPUs reserved in Ray; 0.5 is half of one."""
     threads: int = 1
+    """Threads that it computes with on the CPU."""
     expandable: bool = False
+    """Whether its GPU's memory may be laid out in segments that grow."""
 
 
-def worker_environment(share: Share) -> dict[str, str]:
-    """Variables of an actor's process. Without a GPU it sees none: Ray leaves such a process what the node's
-    Ray was started with, which is every GPU of the machine. With one, Ray itself names it. Planned faults go
-    along, also to a Ray that somebody else started."""
+def worker_environment(resources: ActorResources) -> dict[str, str]:
+    """Environment variables of an actor's process.
+
+    Without a GPU the process is made to see none: Ray would leave it what the node's Ray was started with,
+    which is every GPU of the machine. With a GPU, Ray itself names it. Planned faults are passed on, also to
+    a Ray that somebody else started.
+    """
     planned = {faults.VARIABLE: os.environ[faults.VARIABLE]} if faults.VARIABLE in os.environ else {}
-    hidden = {} if share.gpus else NO_GPUS
-    return {"OMP_NUM_THREADS": str(share.threads), "TOKENIZERS_PARALLELISM": "false", **hidden, **planned}
+    hidden = {} if resources.gpus else NO_GPUS
+    return {"OMP_NUM_THREADS": str(resources.threads), "TOKENIZERS_PARALLELISM": "false", **hidden, **planned}
 
 
-def made(kind: type, share: Share, *, strategy: Any = None, name: str | None = None) -> Any:
-    """The class as an actor class of Ray, ready for `.remote(…)`. strategy: where it is placed; name: as
-    Ray's dashboard shows it."""
+def actor_class(
+    kind: type, resources: ActorResources, *, strategy: Any = None, name: str | None = None
+) -> Any:
+    """The class as an actor class of Ray, ready for `.remote(…)`.
+
+    strategy: Ray's scheduling strategy, which says where the actor is placed; name: as Ray's dashboard shows
+    it.
+    """
     options = {"name": name} if name is not None else {}
     placed = {"scheduling_strategy": strategy} if strategy is not None else {}
-    forked = None if share.gpus else py_executable(os.environ)
+    forked = None if resources.gpus else py_executable(os.environ)
+    environment = {"env_vars": worker_environment(resources), **({"py_executable": forked} if forked else {})}
     return ray.remote(kind).options(
-        num_cpus=share.cpus,
-        num_gpus=share.gpus,
-        runtime_env={"env_vars": worker_environment(share), **({"py_executable": forked} if forked else {})},
+        num_cpus=resources.cpus,
+        num_gpus=resources.gpus,
+        runtime_env=environment,
         max_restarts=0,
         max_concurrency=1,
         **options,
@@ -63,18 +75,22 @@ def made(kind: type, share: Share, *, strategy: Any = None, name: str | None = N
 
 
 def outlive_sigterm() -> None:
-    """SIGTERM, which systemd, Slurm and containers send to all processes of a run, is the driver's affair: it
-    ends this one when it has saved. A handler, as what is ignored or blocked stays so in the processes that
-    the user's code starts here."""
+    """Makes this process survive SIGTERM, which systemd, Slurm and containers send to all processes of a run.
+
+    The driver handles it, and ends this process once it has saved. A handler is installed because a signal
+    that is ignored or blocked stays so in the processes that the user's code starts here.
+    """
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, lambda number, frame: None)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
 
 
 def grow_segments(environment: Mapping[str, str]) -> dict[str, str]:
-    """What to add to the process's variables so that torch's allocator grows its segments; nothing where the
-    user, or whoever started Ray on the node, set the allocator up. To be asked in the process itself, before
-    it uses its GPU."""
+    """Variables to add to the process so that torch's allocator grows its segments.
+
+    Empty if the user, or whoever started Ray on the node, set the allocator up. Call it in the process
+    itself, before it uses its GPU.
+    """
     return {} if any(name in environment for name in ALLOCATOR) else {ALLOCATOR[0]: EXPANDABLE}
 
 
@@ -86,25 +102,24 @@ def own_device() -> Any:
 
 
 def device_name(device: Any) -> str:
-    """The same for two processes only if they use the same device: a GPU's UUID, or a CPU's node."""
+    """A name that two processes share only if they use the same device: a GPU's UUID, or a CPU's node."""
     import torch
 
-    return (
-        str(torch.cuda.get_device_properties(device).uuid)
-        if device.type == "cuda"
-        else f"the CPU of {ray.util.get_node_ip_address()}"
-    )
+    if device.type == "cuda":
+        return str(torch.cuda.get_device_properties(device).uuid)
+    return f"the CPU of {ray.util.get_node_ip_address()}"
 
 
 def keep_to_share(device: Any, gpus: float) -> None:
-    """Bounds what torch's allocator may reserve of a GPU that others use too to this actor's part of it.
-    Reserved bytes count: what is allocated is less, and only what is reserved keeps others from it."""
+    """Limits what torch's allocator may reserve of a GPU that others use too to this actor's part of it.
+
+    The limit is on reserved bytes: what is allocated is less, and only what is reserved is kept from others.
+    """
     import torch
 
     if device.type == "cuda" and gpus < 1:
-        torch.cuda.set_per_process_memory_fraction(
-            gpus
-        )  # of the current device; one without an index is refused
+        # of the current device: torch refuses a device without an index here
+        torch.cuda.set_per_process_memory_fraction(gpus)
 
 
 def redirect_output(path: Path) -> None:

@@ -1,7 +1,7 @@
-"""What Ray starts in place of a worker's interpreter: asks the fork server (forkserver.py) for the worker,
-and ends as it ends.
+"""What Ray starts in place of a worker's interpreter: it requests the worker from the fork server
+(forkserver.py), and ends as the worker ends.
 
-Imports the standard library only, to start in hundredths of a second.
+It imports the standard library only, to start in hundredths of a second.
 """
 
 import json
@@ -12,7 +12,8 @@ import sys
 
 
 def main(address: str, *command: str) -> int:
-    """The exit code of the worker `command` (a script and its arguments); minus the signal that ended it."""
+    """Runs the worker `command` (a script and its arguments); its exit code, or minus the signal that ended
+    it."""
     signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     request = {
         "command": command,
@@ -25,7 +26,7 @@ def main(address: str, *command: str) -> int:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as server:
         try:
             server.connect(address)
-        except OSError:  # the server was killed: the worker starts as it would without one
+        except OSError:  # the server was killed: start the worker without it
             os.execv(sys.executable, [sys.executable, *command])
         socket.send_fds(server, [len(message).to_bytes(8)], [0, 1, 2])
         server.sendall(message)

@@ -4,9 +4,9 @@
                           ^ unix socket
     raylet --starts--> fork_client.py: "be this worker", with its arguments, variables and files
 
-An import of all libraries takes six seconds of a processor for each process; a fork takes a few hundredths,
-and shares the memory. Only a run's own Ray uses it, on Linux, on a machine without a GPU: CUDA does not
-outlive a fork.
+Importing all libraries costs each process six seconds of a processor. A fork costs a few hundredths, and
+shares the memory. Only a run's own Ray uses it, on Linux, on a machine without a GPU: CUDA does not survive a
+fork.
 """
 
 import atexit
@@ -32,61 +32,61 @@ from orchestrator.plan.hardware import visible_gpus
 
 CLIENT = Path(__file__).with_name("fork_client.py")
 VARIABLE = "ORCHESTRATOR_FORK_SERVER"
-"""Where the server of this run listens."""
-WAITING = 64
-"""Workers that may ask at once."""
+"""Variable that holds the address on which the server of this run listens."""
+BACKLOG = 64
+"""Workers that may wait to be accepted."""
 LENGTH_BYTES = 8
 PR_SET_PDEATHSIG = 1
 
 
 @contextmanager
-def forked_workers(said: Callable[[], AbstractContextManager[None]] = nullcontext) -> Iterator[None]:
-    """Inside, the workers of a Ray that is started here are forked. said: around the imports, which take
-    seconds.
+def forked_workers(progress: Callable[[], AbstractContextManager[None]] = nullcontext) -> Iterator[None]:
+    """Context in which the workers of a Ray that is started here are forked.
 
-    The server is this process as it is now, with all that workers need, where ray is not imported yet: its
-    library reads what a worker is when it is loaded. Else it is a new process. Nothing is changed where
-    workers may not be forked (see above), and where the run joins another Ray.
+    progress: a context entered around the imports, which take seconds.
+
+    If ray is not imported yet, the server is a fork of this process with all that workers need. Else it is a
+    new process, since Ray's library reads what a worker is when it is loaded. Nothing changes where workers
+    may not be forked (see above), or if the run joins another Ray.
     """
     own = os.environ.get("RAY_ADDRESS", "") in ("", "local")
-    if sys.platform != "linux" or not own or VARIABLE in os.environ or _has_gpus(said):
+    if sys.platform != "linux" or not own or VARIABLE in os.environ or _has_gpus(progress):
         yield
         return
     with tempfile.TemporaryDirectory(prefix="fork-") as folder:
         address = str(Path(folder) / "socket")
-        with socket.socket(
-            socket.AF_UNIX, socket.SOCK_STREAM
-        ) as listener:  # here only until the server has it
+        # open in this process only until the server has it
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
             listener.bind(address)
-            listener.listen(WAITING)
+            listener.listen(BACKLOG)
             server = _spawned(listener) if "ray" in sys.modules else _forked(listener)
         os.environ[VARIABLE] = address
         try:
             yield
         finally:
             del os.environ[VARIABLE]
-            os.kill(server, signal.SIGKILL)  # workers that it forked are Ray's, and stay
+            os.kill(server, signal.SIGKILL)  # the workers that it forked belong to Ray and stay
             os.waitpid(server, 0)
 
 
-def _has_gpus(said: Callable[[], AbstractContextManager[None]]) -> bool:
-    """Told by torch, which is imported for it: with all the rest where that is not to be done again in a
-    process of its own."""
-    with said():
+def _has_gpus(progress: Callable[[], AbstractContextManager[None]]) -> bool:
+    """Whether torch sees a GPU. torch is imported for it; all other libraries too if this process will become
+    the server."""
+    with progress():
         if "ray" not in sys.modules:
             _import()
         return bool(visible_gpus())
 
 
 def py_executable(environment: Mapping[str, str]) -> str | None:
-    """What stands for the interpreter in Ray's command line of a worker without a GPU; None: the interpreter
-    itself."""
+    """What replaces the interpreter in Ray's command line of a worker without a GPU; None keeps the
+    interpreter."""
     address = environment.get(VARIABLE)
     return shlex.join([sys.executable, "-S", "-E", str(CLIENT), address]) if address else None
 
 
 def _import() -> None:
-    """What takes a worker its time, and does not import ray."""
+    """Imports what takes a worker its time; none of it imports ray."""
     import orchestrator.learner.rank_learner
     import orchestrator.rollout.engines.transformers_engine  # noqa: F401
     from orchestrator.learner.engine import load_deepspeed
@@ -95,7 +95,7 @@ def _import() -> None:
 
 
 def _forked(listener: socket.socket) -> int:
-    """The server's process, off this one."""
+    """Forks this process into the server; its process id."""
     driver = os.getpid()
     if server := os.fork():
         return server
@@ -109,14 +109,14 @@ def _forked(listener: socket.socket) -> int:
 
 
 def _spawned(listener: socket.socket) -> int:
-    """The server's process, a new one: see the end of this file."""
+    """Starts the server as a new process (see the end of this file); its process id."""
     listener.set_inheritable(True)
     command = [sys.executable, "-m", __name__, str(listener.fileno()), str(os.getpid())]
     return os.posix_spawn(command[0], command, os.environ)
 
 
 def _end_with(parent: int) -> None:
-    """The kernel ends this process when its parent is gone."""
+    """Makes the kernel end this process when its parent is gone."""
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(0)
@@ -126,7 +126,8 @@ def _serve(listener: socket.socket) -> NoReturn:
     for number in STOPPING:
         signal.signal(number, signal.SIG_IGN)
     gc.collect()
-    gc.freeze()  # a collection in a worker would write to, and so copy, the pages it shares with the others
+    # else a collection in a worker would write to the pages that it shares with the others, and so copy them
+    gc.freeze()
     children: dict[int, socket.socket] = {}
     reader, writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
     signal.set_wakeup_fd(writer)
@@ -145,7 +146,7 @@ def _serve(listener: socket.socket) -> NoReturn:
 
 
 def _fork(client: socket.socket, listener: socket.socket, children: dict[int, socket.socket]) -> None:
-    """A worker for this client."""
+    """Forks a worker for this client."""
     length, files, _, _ = socket.recv_fds(client, LENGTH_BYTES, 3)
     with client.makefile("rb") as stream:
         message = stream.read(int.from_bytes(length))
@@ -169,14 +170,14 @@ def _fork(client: socket.socket, listener: socket.socket, children: dict[int, so
     except BaseException:
         traceback.print_exc()
     finally:
-        atexit._run_exitfuncs()  # as an interpreter does at its end; this one's own end would be the driver's
+        atexit._run_exitfuncs()  # as an interpreter does at its end, which is not reached here
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
 
 
 def _become(request: dict[str, Any], files: Sequence[int]) -> None:
-    """This process as the worker that the client was started to be."""
+    """Turns this process into the worker that the client was started to be."""
     for number, file in enumerate(files):
         os.dup2(file, number)
         os.close(file)
@@ -185,7 +186,7 @@ def _become(request: dict[str, Any], files: Sequence[int]) -> None:
     if signal.SIGINT not in request["ignored"]:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.pthread_sigmask(signal.SIG_SETMASK, request["blocked"])
-    os.setpgid(0, 0)  # Ray ends a worker's whole process group with it, and the server's is the driver's
+    os.setpgid(0, 0)  # Ray kills a worker with its process group; the server's group is the driver's
     os.environ.clear()
     os.environ.update(request["environment"])
     os.chdir(request["directory"])
@@ -194,7 +195,7 @@ def _become(request: dict[str, Any], files: Sequence[int]) -> None:
 
 
 def _reap(children: dict[int, socket.socket]) -> None:
-    """Tells the clients of workers that have ended."""
+    """Sends exit codes to the clients of workers that have ended."""
     while children:
         pid, status = os.waitpid(-1, os.WNOHANG)
         if not pid:

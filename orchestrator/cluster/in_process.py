@@ -1,13 +1,14 @@
-"""A run in this process, without Ray: for breakpoints, profilers and notebooks. The numbers are those of one
-worker and one actor.
+"""A run in this process, without Ray: for breakpoints, profilers and notebooks. The numbers are those of a
+run with one worker and one actor.
 
-Ranks._each --a call--> Rank --> RankLearner     LocalRollouts.start --> RolloutWorker     LocalRewards.score --> the functions themselves
+    LocalRank._each --verb--> Rank --> RankLearner
+    LocalRollouts.start --> RolloutWorker
+    LocalRewards.score --> the reward functions themselves
 """
 
-import os
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,21 +16,21 @@ import torch
 
 from orchestrator.cluster.deadlines import Deadlines
 from orchestrator.cluster.ranks import Rank, Ranks
+from orchestrator.cluster.scorer import ComponentScorer
 from orchestrator.core.errors import OutOfMemory
-from orchestrator.core.rollouts import BatchRewards, Prompt, RolloutGroup, Sampling, Span, WeightsDelivered
+from orchestrator.core.rollouts import Prompt, RolloutGroup, Sampling, Span, WeightsDelivered
 from orchestrator.learner.weights import flat_buckets
 from orchestrator.models.weight_buckets import Bucket, checksum
 from orchestrator.recipe.schema import Learners, Model, Recipe, RewardFunction, Rewards
-from orchestrator.rollout.rewards.combine import check_any, score_with_retries, sum_components
+from orchestrator.rollout.rewards.combine import ComponentRewards, score_with_retries
 from orchestrator.rollout.rewards.component import Component, Outcome, RewardCall, invoke, validate_rewards
-from orchestrator.rollout.rewards.http import HttpReward
 from orchestrator.rollout.rewards.lookup import check_rewards, resolve
 from orchestrator.rollout.rewards.reward_model import RewardModel
 from orchestrator.rollout.worker import RolloutWorker
 
 
 class LocalRank(Ranks):
-    """The only rank. What it raises is raised where it happened: nothing is translated, nothing is tried
+    """The only rank. An exception is raised where it happened: it is not translated, and nothing is tried
     again."""
 
     def __init__(self, learners: Learners) -> None:
@@ -45,7 +46,7 @@ class LocalRank(Ranks):
         try:
             return [self.rank.do(verb, *own) for own in arguments]
         except OutOfMemory as error:
-            error.in_place = error.in_place and self._holds_back()
+            error.in_place = error.in_place and self._can_replay()
             raise
 
     def __enter__(self) -> "LocalRank":
@@ -57,8 +58,8 @@ class LocalRank(Ranks):
 
 
 @dataclass(frozen=True, slots=True)
-class Done:
-    """roles.Pending of what was done at once."""
+class FinishedGroups:
+    """roles.Pending of groups that are sampled already."""
 
     groups: tuple[RolloutGroup, ...]
 
@@ -67,18 +68,21 @@ class Done:
 
 
 class LocalRollouts:
-    """roles.Generator and roles.WeightBridge: one engine beside the learner that it takes its weights from."""
+    """roles.Generator and roles.WeightSync: one engine beside the learner that it takes its weights from."""
 
     def __init__(self, recipe: Recipe, policy: LocalRank) -> None:
         self.recipe, self.policy = recipe, policy
         self.worker = RolloutWorker(recipe, _device(recipe.rollouts.gpus))
         self._spans: list[Span] = []
 
-    def start(self, prompts: Sequence[tuple[int, Prompt]], sampling: Sampling, version: int) -> Done:
+    def start(
+        self, prompts: Sequence[tuple[int, Prompt]], sampling: Sampling, version: int
+    ) -> FinishedGroups:
+        """Samples the groups before it returns."""
         began = time.perf_counter()
         groups = self.worker.roll_out(prompts, sampling, version)
         self._spans.append(Span(0, began, time.perf_counter(), version))
-        return Done(tuple(groups))
+        return FinishedGroups(tuple(groups))
 
     def spans(self) -> Sequence[Span]:
         spans, self._spans = self._spans, []
@@ -86,7 +90,7 @@ class LocalRollouts:
         return spans or [Span(0, now, now, -1)]
 
     def publish(self, version: int) -> WeightsDelivered:
-        """Copies the weights over, in the buckets that they would travel in."""
+        """Copies the weights to the engine, in the buckets that they would travel in."""
         began, sizes = time.perf_counter(), []
         buckets = []
         for plan, flat in flat_buckets(self.policy.rank.learner, int(self.recipe.rollouts.bucket_mb * 1e6)):
@@ -98,51 +102,36 @@ class LocalRollouts:
 
 
 class LocalFunction:
-    """A component (rewards.Component) that is called here: a breakpoint in it stops the run. No process of
-    its own, no time limit."""
+    """A component (rewards.Component) whose function is called here: a breakpoint in it stops the run. It has
+    no separate process and no time limit."""
 
     def __init__(self, function: RewardFunction) -> None:
         self.name, self._written, self._function = function.name, function.function, resolve(function)
 
     def score(self, groups: Sequence[RolloutGroup], timeout_s: float) -> list[Outcome]:
         call = RewardCall.of(groups)
-        return validate_rewards(
-            self.name, invoke(self.name, self._function, call.given_to(self._written)), call.samples
-        )
+        rewards = invoke(self.name, self._function, call.given_to(self._written))
+        return validate_rewards(self.name, rewards, call.samples)
 
 
-class LocalRewards:
-    """roles.Scorer: the components one after the other."""
+class LocalRewards(ComponentScorer):
+    """Scores with one component after the other."""
 
     def __init__(self, rewards: Rewards, policy: Model) -> None:
+        super().__init__(rewards)
         check_rewards(rewards)
-        self.rewards, self.policy = rewards, policy
+        self.policy = policy
         self.components = [self._component(function) for function in rewards.functions]
 
-    def score(self, groups: Sequence[RolloutGroup]) -> BatchRewards:
-        check_any(groups, self.rewards)
-        if not groups:
-            return BatchRewards(())
+    def _component_rewards(self, groups: Sequence[RolloutGroup]) -> Mapping[str, ComponentRewards]:
         limits = {"timeout_s": self.rewards.timeout_s, "retries": self.rewards.retries}
-        return sum_components(
-            groups, self.rewards, {c.name: score_with_retries(c, groups, **limits) for c in self.components}
-        )
+        return {c.name: score_with_retries(c, groups, **limits) for c in self.components}
 
-    def _component(self, function: RewardFunction) -> Component:
-        if function.url is not None:
-            return HttpReward(
-                function,
-                batch_size=self.rewards.batch_size,
-                environment=os.environ,
-                retry=self.rewards.retries > 0,
-            )
-        if function.model is not None:
-            return RewardModel(
-                function,
-                policy=self.policy,
-                batch_size=self.rewards.batch_size,
-                device=_device(function.gpus),
-            )
+    def _model(self, function: RewardFunction) -> Component:
+        rows, device = self.rewards.batch_size, _device(function.gpus)
+        return RewardModel(function, policy=self.policy, batch_size=rows, device=device)
+
+    def _function(self, function: RewardFunction) -> Component:
         return LocalFunction(function)
 
 

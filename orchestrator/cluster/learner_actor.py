@@ -9,34 +9,34 @@ from typing import Any
 import ray
 
 from orchestrator.cluster.actors import (
-    Share,
+    ActorResources,
     grow_segments,
     keep_to_share,
     outlive_sigterm,
     own_device,
     redirect_output,
 )
-from orchestrator.cluster.failures import telling
-from orchestrator.cluster.network import speak_from
+from orchestrator.cluster.failures import reports_errors
+from orchestrator.cluster.network import use_interface_of
 from orchestrator.cluster.ranks import Rank
 
 
-@telling
+@reports_errors
 class LearnerActor(Rank):
-    """A rank in a process of its own, and what it does for weights that are sent to rollout actors."""
+    """A rank in its own process, with the verbs that send weights to rollout actors."""
 
-    def __init__(self, rank: int, log: str | None, share: Share) -> None:
+    def __init__(self, rank: int, log: str | None, resources: ActorResources) -> None:
         if log is not None:
             redirect_output(Path(log))
         outlive_sigterm()
-        if share.expandable:
+        if resources.expandable:
             os.environ.update(grow_segments(os.environ))
         import torch
 
-        torch.set_num_threads(share.threads)
-        self.share = share
+        torch.set_num_threads(resources.threads)
+        self.resources = resources
         self.node = ray.util.get_node_ip_address()
-        speak_from(self.node)
+        use_interface_of(self.node)
         super().__init__(rank, own_device())
         self.store: Any = None
         self.channel: Any = None
@@ -53,12 +53,12 @@ class LearnerActor(Rank):
 
     def join(self, world: int, address: str, port: int, timeout_s: float) -> int:
         pid = super().join(world, address, port, timeout_s)
-        keep_to_share(self.device, self.share.gpus)
+        keep_to_share(self.device, self.resources.gpus)
         return pid
 
     def put_buckets(self, bucket_bytes: int) -> tuple[list[Any], int]:
-        """Rank 0: the weights in Ray's object store, a reference per bucket, and their bytes. A collective at
-        ZeRO-3."""
+        """Rank 0 puts the weights into Ray's object store: a reference per bucket, and the bytes of all. A
+        collective at ZeRO-3."""
         from orchestrator.learner.weights import flat_buckets
         from orchestrator.models.weight_buckets import Bucket, checksum
 
@@ -70,7 +70,7 @@ class LearnerActor(Rank):
         return references, size
 
     def listen(self, timeout_s: float) -> tuple[str, int]:
-        """Rank 0: where the members of a new channel meet."""
+        """Rank 0 opens the store at which the members of a new channel meet; its address and port."""
         from torch._C._distributed_c10d import TCPStore
 
         self.store = TCPStore(
@@ -78,18 +78,19 @@ class LearnerActor(Rank):
         )
         return self.node, self.store.port
 
-    def open_channel(self, meeting: Any) -> str | None:
-        """Rank 0: waits for the other members; what went wrong, if anything did."""
+    def open_channel(self, rendezvous: Any) -> str | None:
+        """Rank 0 waits for the other members; the reason if the channel did not open."""
         from orchestrator.models.weight_buckets import Channel, ChannelBroken
 
         self.channel = None
         try:
-            self.channel = Channel(meeting, 0, self.store)
+            self.channel = Channel(rendezvous, 0, self.store)
         except ChannelBroken as error:
             return str(error)
         return None
 
     def broadcast_buckets(self, bucket_bytes: int) -> str | None:
+        """Sends the weights through the channel; the reason if it broke."""
         from orchestrator.learner.weights import broadcast
 
         return broadcast(self.learner, self.channel, bucket_bytes)

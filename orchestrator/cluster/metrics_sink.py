@@ -1,4 +1,4 @@
-"""Every step's metrics as Ray gauges: Ray's agent on the driver's node serves them to Prometheus, beside
+"""Metrics of every step as Ray gauges. Ray's agent on the driver's node serves them to Prometheus, beside
 Ray's own."""
 
 import math
@@ -16,11 +16,10 @@ TAGS = ("run", "algorithm", "stage")
 
 
 class RayMetricsSink:
-    """Sets one gauge per metric, made when the metric first comes. Says nothing where Ray has no metrics
-    agent.
+    """Sets one gauge per metric, made when the metric first comes. Does nothing if Ray has no metrics agent.
 
-    run: what the run and its stages have in common; stage: its own name. Values that are not finite are left
-    out.
+    run: the name that a run and its stages have in common; stage: the stage's own name. Values that are not
+    finite are left out.
     """
 
     def __init__(self, run: str, algorithm: str, stage: str) -> None:
@@ -29,7 +28,7 @@ class RayMetricsSink:
         self._served: bool | None = None
 
     def open(self, note: Note) -> None:
-        """Ray may not be there yet."""
+        """Does nothing: Ray may not have started yet."""
 
     def step(self, report: StepReport) -> None:
         self._set({**report.metrics, "global_step": report.step})
@@ -38,13 +37,13 @@ class RayMetricsSink:
         self._set(report.metrics)
 
     def note(self, message: str) -> None:
-        """No metric."""
+        """Does nothing: a note is not a metric."""
 
     def alert(self, alert: Alert) -> None:
-        """Prometheus has alert rules of its own."""
+        """Does nothing: Prometheus has its own alert rules."""
 
     def close(self, *, failed: bool = False) -> None:
-        """The agent forgets the gauges of a process that ended."""
+        """Does nothing: the agent forgets the gauges of a process that ended."""
 
     def _set(self, metrics: Mapping[str, float]) -> None:
         if self._served is None:

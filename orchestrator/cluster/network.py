@@ -1,21 +1,22 @@
-"""Which network a worker speaks on."""
+"""Network interface that a worker's collectives use."""
 
 import os
 
 from orchestrator.cluster.doctor.node import interface_of
 
 INTERFACES = {"GLOO_SOCKET_IFNAME": "{}", "NCCL_SOCKET_IFNAME": "={}"}
-"""How gloo and NCCL are told of an interface; NCCL takes what follows "=" as a whole name, else as the
-beginning of one."""
+"""Variables that name an interface to gloo and NCCL, and the form of their value. NCCL takes what follows "="
+as a whole name, else as the beginning of one."""
 
 
-def speak_from(address: str) -> None:
+def use_interface_of(address: str) -> None:
     """Makes gloo and NCCL of this process use the interface that has the node's Ray address, unless the user
     chose one.
 
-    gloo itself looks up the machine's name, which on many hosts (containers, several networks, 127.0.1.1 in
-    /etc/hosts) is an address that the other nodes cannot reach. NCCL takes the first one that is no loopback
-    or docker0: of several networks it may be the wrong one. Over InfiniBand it only meets there.
+    gloo by itself looks up the machine's name. On many hosts (containers, several networks, 127.0.1.1 in
+    /etc/hosts) that gives an address which the other nodes cannot reach. NCCL takes the first interface that
+    is neither loopback nor docker0: of several networks it may be the wrong one. Over InfiniBand it uses the
+    interface for the rendezvous only.
     """
     if interface := interface_of(address):
         for variable, form in INTERFACES.items():

@@ -1,5 +1,4 @@
-"""Ray's small talk, which says nothing of a run: dropped by what it says, so that its warnings and errors are
-still heard."""
+"""Drops the routine messages of Ray that say nothing about a run. Its warnings and errors are still shown."""
 
 import logging
 import re
@@ -11,15 +10,16 @@ SMALL_TALK = (
     "Connected to Ray cluster",
     "Usage stats collection is",
 )
-"""Beginnings of messages."""
-SPEAKERS = (
+"""Beginnings of the messages that are dropped."""
+LOGGERS = (
     "ray._private.authentication.authentication_token_setup",
     "ray._private.worker",
     "ray._common.usage.usage_lib",
 )
-"""Loggers that say them: a filter of a logger does not see what its children say."""
-INFORMS = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}\s+INFO \w+\.py:\d+ -- ")
-"""A line of Ray's in the log of a job that is neither a warning nor an error."""
+"""Loggers that write these messages. Each is named, as a logger's filter does not see records of its
+children."""
+INFO_LINE = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}\s+INFO \w+\.py:\d+ -- ")
+"""A line of Ray in the log of a job that is neither a warning nor an error."""
 
 
 class _SmallTalk(logging.Filter):
@@ -31,11 +31,11 @@ _FILTER = _SmallTalk()
 
 
 def without_small_talk() -> None:
-    """From here on, in this process; again does nothing more."""
-    for name in SPEAKERS:
+    """Drops the messages in this process from now on. A second call changes nothing."""
+    for name in LOGGERS:
         logging.getLogger(name).addFilter(_FILTER)
 
 
 def is_small_talk(line: str) -> bool:
-    """Whether a line of a job's log is Ray's and says nothing of the run."""
-    return INFORMS.match(line) is not None or line.startswith(SMALL_TALK)
+    """Whether a line of a job's log comes from Ray and says nothing about the run."""
+    return INFO_LINE.match(line) is not None or line.startswith(SMALL_TALK)

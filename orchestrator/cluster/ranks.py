@@ -1,6 +1,8 @@
-"""The verbs of a learner: what one rank does, and all ranks together. Neither knows where a rank lives.
+"""The verbs of a learner: on one rank, and on all ranks together. Neither knows where a rank lives.
 
-Ranks.forward_backward(batch) --a share each--> Rank.forward_backward --> RankLearner           (workers.py: actors; in_process.py: here)
+    Ranks.forward_backward(batch) --micro-batches of each rank--> Rank.do --> RankLearner
+
+learner_group.py: each rank in an actor; in_process.py: one rank in this process.
 """
 
 import os
@@ -17,7 +19,7 @@ from orchestrator.recipe.schema import Recipe
 
 
 class Rank:
-    """One rank: holds a RankLearner, or before it the reference policy."""
+    """One rank: holds the reference policy (RankReference), then a RankLearner."""
 
     def __init__(self, rank: int, device: Any) -> None:
         self.rank, self.device = rank, device
@@ -45,7 +47,7 @@ class Rank:
         self.group.keep_deadline()
 
     def do(self, verb: str, *args: Any) -> Any:
-        """A verb by its name: one of this class, else one of the RankLearner that it holds."""
+        """Calls a verb by its name: a method of this class, else one of the learner that it holds."""
         return getattr(self if hasattr(self, verb) else self.learner, verb)(*args)
 
     def save_state(self, directory: str, moments: bool) -> list[FileEntry]:
@@ -64,28 +66,29 @@ class Rank:
         return str(export_learner(self.learner, Path(directory), card))
 
     def call(self, function: Callable[..., Any], *args: Any) -> Any:
-        """Runs function(rank_learner, *args): for checks that are not verbs (weights, digests, probes)."""
+        """Calls function(rank_learner, *args), for checks that are not verbs (weights, digests, probes)."""
         return function(self.learner, *args)
 
 
 class Ranks:
-    """roles.Learner over all ranks, by one call of them all: `_each`."""
+    """roles.Learner over all ranks. Every verb is one `_each`, which calls all ranks."""
 
     world: int
     spec: LearnerSpec | None = None
 
     def build(self, spec: LearnerSpec) -> None:
-        """Builds model and optimizer on every rank; again for another cut or after a reference pass."""
+        """Builds model and optimizer on every rank. Called again for another cut, and after a reference
+        pass."""
         self.spec = spec
         self._all("build", spec)
 
     def build_reference(self, recipe: Recipe) -> str:
-        """Loads only the reference policy on every rank, to fill the cache through `token_logprobs`; its
-        fingerprint."""
+        """Loads only the reference policy on every rank, to fill the cache through `token_logprobs`; returns
+        its fingerprint."""
         return self._all("build_reference", recipe)[0]
 
     def forward_backward(self, batch: PackedBatch, step: int) -> LearnReport:
-        units = self._shared(batch.units)
+        units = self._share(batch.units)
         reports = self._each("forward_backward", [(share, units, step) for share in batch.micro_batches])
         return merge_reports(reports)
 
@@ -127,23 +130,26 @@ class Ranks:
         return Path(self._all("export", str(directory), card)[0])
 
     def call(self, function: Callable[..., Any], *args: Any) -> list[Any]:
-        """function(rank_learner, *args) on every rank, results by rank."""
+        """Calls function(rank_learner, *args) on every rank; results by rank."""
         return self._all("call", function, *args)
 
-    def _shared(self, value: Any) -> Any:
-        """A value that every rank is given."""
+    def _share(self, value: Any) -> Any:
+        """Prepares a value that is passed to every rank."""
         return value
 
     def _all(self, verb: str, *args: Any) -> list[Any]:
         return self._each(verb, [args] * self.world)
 
     def _each(self, verb: str, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
-        """Results of a verb by rank; an OutOfMemory says whether it can be recovered from in place."""
+        """Calls a verb on every rank, with the arguments of each; results by rank.
+
+        An OutOfMemory has `in_place` set if the step can be replayed in these workers.
+        """
         raise NotImplementedError
 
-    def _holds_back(self) -> bool:
-        """True where a rank that stops early leaves no other rank waiting in a collective, and its gradients
-        can be dropped."""
+    def _can_replay(self) -> bool:
+        """Whether a rank that stops early leaves no other rank waiting in a collective, and its gradients can
+        be dropped."""
         if self.spec is None:
             return True
         cut = self.spec.cut
@@ -151,7 +157,7 @@ class Ranks:
 
 
 def merge_reports(reports: Sequence[LearnReport]) -> LearnReport:
-    """One report of all ranks: sums add up, the slowest rank gives the time and the largest the memory."""
+    """One report of all ranks: sums are added, the slowest rank gives the time and the largest the memory."""
     means, maxima = joined_metrics(reports)
     return LearnReport(
         loss=sum(r.loss for r in reports),

@@ -1,10 +1,11 @@
-"""roles.Scorer on a cluster: all components of the reward at once, each where it can do no harm.
+"""roles.Scorer on a cluster: all components of the reward at the same time, each isolated from the run.
 
-function   RewardActor -> a clean process of its own (rollout/rewards/sandbox.py), on the driver's node
+function   RewardActor -> its own clean process (rollout/rewards/sandbox.py), on the driver's node
 model      RewardModelActor with the GPUs it is given
 url        threads of the driver (rollout/rewards/http.py)
 
-groups --each component in a thread: judge_batch--> {name: Judged} --combine--> Scoring
+groups --a thread per component: score_with_retries--> {name: ComponentRewards}
+       --sum_components--> BatchRewards
 """
 
 import os
@@ -18,32 +19,22 @@ import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from orchestrator.cluster.actors import Share, made, outlive_sigterm, own_device
+from orchestrator.cluster.actors import ActorResources, actor_class, outlive_sigterm, own_device
+from orchestrator.cluster.deadlines import REWARD_GRACE_S, REWARD_LOAD_S
 from orchestrator.cluster.joining import connect
-from orchestrator.cluster.placement import Placement, named
+from orchestrator.cluster.placement import Reservation, create_named
+from orchestrator.cluster.scorer import ComponentScorer
 from orchestrator.core.errors import NotEnoughResources, OrchestratorError, RewardsFailed
-from orchestrator.core.rollouts import BatchRewards, RolloutGroup
+from orchestrator.core.rollouts import RolloutGroup
 from orchestrator.recipe.schema import Model, RewardFunction, Rewards
-from orchestrator.rollout.rewards.combine import (
-    ComponentRewards,
-    check_any,
-    score_with_retries,
-    sum_components,
-)
+from orchestrator.rollout.rewards.combine import ComponentRewards, score_with_retries
 from orchestrator.rollout.rewards.component import Component, Outcome, RewardCall, RewardFailure
-from orchestrator.rollout.rewards.http import HttpReward
 from orchestrator.rollout.rewards.lookup import check_rewards
 from orchestrator.rollout.rewards.sandbox import START_TIMEOUT_S, Confinement, Sandbox
 
-LOAD_TIMEOUT_S = 600.0
-"""For an actor to be placed and a reward model to be loaded."""
-
-GRACE_S = 5.0
-"""On top of a deadline that the other side keeps itself."""
-
 
 class RewardActor:
-    """Supervises the process of one reward function; it runs nothing of the user's itself."""
+    """Supervises the process of one reward function; it runs no user code itself."""
 
     def __init__(self, function: RewardFunction, confinement: Confinement) -> None:
         outlive_sigterm()
@@ -60,7 +51,7 @@ class RewardActor:
 
 
 class RewardModelActor:
-    """Holds one reward model, on the GPU where Ray gave it one."""
+    """Holds one reward model, on the GPU that Ray gave it, else on the CPU."""
 
     def __init__(self, function: RewardFunction, policy: Model | None, batch_size: int) -> None:
         outlive_sigterm()
@@ -83,28 +74,30 @@ class RewardModelActor:
 
 @dataclass(frozen=True, slots=True)
 class _Limits:
-    """Seconds. start: from asking for an actor until it is ready; margin: that a call may take beyond its
-    timeout."""
+    """Time limits of one component's actor."""
 
     start: float
+    """Seconds from the request for an actor until it is ready."""
     margin: float
+    """Seconds that a call may take beyond its timeout."""
 
 
 class ActorComponent:
-    """A component (rewards.Component) behind a Ray actor, which is killed when it is late and made anew when
-    it is gone."""
+    """A component (rewards.Component) behind a Ray actor, which is killed when it is late and started again
+    when it is gone."""
 
     def __init__(self, name: str, make: Callable[[], Any], limits: _Limits) -> None:
         self.name, self.make, self.limits = name, make, limits
         self.actor: Any = None
 
     def start(self) -> Any:
-        """Asks for an actor without waiting for it: the handle of its being ready."""
+        """Requests an actor without waiting for it; the reference of its `ready`."""
         self.actor = self.make()
         return self.actor.ready.remote()
 
     def await_ready(self, ready: Any) -> None:
-        """NotEnoughResources where it was not placed or did not start in time; what is wrong with it else."""
+        """NotEnoughResources if the actor was not placed or did not start in time; else the error that it
+        raised."""
         try:
             ray.get(ready, timeout=self.limits.start)
         except GetTimeoutError:
@@ -119,53 +112,47 @@ class ActorComponent:
             raise _cause(self.name, error) from error
         except RayActorError as error:
             self.close()
-            raise RewardFailure(
-                f"reward {self.name}: its actor died at start", why=str(error).strip().splitlines()[0]
-            ) from error
+            why = str(error).strip().splitlines()[0]
+            raise RewardFailure(f"reward {self.name}: its actor died at start", why=why) from error
 
     def score(self, groups: Sequence[RolloutGroup], timeout_s: float) -> list[Outcome]:
+        limit = timeout_s + self.limits.margin
         try:
-            return ray.get(
-                self._alive().score.remote(groups, timeout_s), timeout=timeout_s + self.limits.margin
-            )
+            return ray.get(self._running().score.remote(groups, timeout_s), timeout=limit)
         except GetTimeoutError:
-            why = f"it did not answer within {timeout_s + self.limits.margin:g} s and was ended"
+            why = f"it did not answer within {limit:g} s and was ended"
         except RayTaskError as error:
             raise _cause(self.name, error) from error
         except RayActorError as error:
             why = f"its actor died: {str(error).strip().splitlines()[0]}"
-        self.close(patience_s=0)
+        self.close(grace_s=0)
         raise RewardFailure(f"reward {self.name} failed", why=why)
 
-    def _alive(self) -> Any:
-        """The actor, made anew where it was ended."""
+    def _running(self) -> Any:
+        """The actor, started again if it was ended."""
         if self.actor is None:
             try:
                 self.await_ready(self.start())
-            except OrchestratorError as error:  # it did start before: a failure of this call
-                raise RewardFailure(
-                    f"reward {self.name} could not be started again", why=error.what
-                ) from error
+            except OrchestratorError as error:  # it did start before, so this call failed, not the run
+                what = f"reward {self.name} could not be started again"
+                raise RewardFailure(what, why=error.what) from error
         return self.actor
 
-    def close(self, patience_s: float = GRACE_S) -> None:
-        """Ends the actor; it may use `patience_s` to end its process, which ends itself too once the actor is
-        gone."""
+    def close(self, grace_s: float = REWARD_GRACE_S) -> None:
+        """Ends the actor. It may use `grace_s` to end its process, which also ends by itself once the actor
+        is gone."""
         actor, self.actor = self.actor, None
         if actor is None:
             return
-        if patience_s:
-            ray.wait([actor.close.remote()], timeout=patience_s)
+        if grace_s:
+            ray.wait([actor.close.remote()], timeout=grace_s)
         ray.kill(actor)
 
 
-class RewardPool:
-    """roles.Scorer: scores rollout batches with all components at once; a context manager that ends its
-    actors.
+class RewardPool(ComponentScorer):
+    """Scores rollout batches with all components at the same time; a context manager that ends its actors.
 
-    model_for_tokenizer: the policy, whose token ids reward models read where theirs is the same tokenizer;
-    logs: the folder for what functions print (reward-NAME.log), None for nowhere. ConfigError, MissingInput
-    or NotEnoughResources where a component cannot start.
+    ConfigError, MissingInput or NotEnoughResources if a component cannot start.
     """
 
     def __init__(
@@ -174,13 +161,17 @@ class RewardPool:
         *,
         model_for_tokenizer: Model | None,
         logs: Path | None,
-        placed: Mapping[str, Placement] | None = None,
+        reservations: Mapping[str, Reservation] | None = None,
     ) -> None:
-        """placed: of reward models with a GPU, by `reward NAME`, where the caller reserved them together with
-        the run's other groups."""
+        """model_for_tokenizer: the policy. Reward models with the same tokenizer read its token ids.
+        logs: folder for what functions print (reward-NAME.log); None discards it.
+        reservations: of reward models with a GPU, by `reward NAME`, if the caller reserved them together with
+        the run's other groups.
+        """
+        super().__init__(rewards)
         check_rewards(rewards)
-        self.placed = placed or {}
-        self.rewards, self.logs = rewards, logs.absolute() if logs is not None else None
+        self.reservations = reservations or {}
+        self.logs = logs.absolute() if logs is not None else None
         self.policy = model_for_tokenizer
         self.actors: list[ActorComponent] = []
         self.components: list[Component] = []
@@ -194,14 +185,6 @@ class RewardPool:
             self.close()
             raise
 
-    def score(self, groups: Sequence[RolloutGroup]) -> BatchRewards:
-        """Rewards of a batch; RewardsFailed where more than rewards.max_dropped_fraction of its groups have
-        none."""
-        check_any(groups, self.rewards)
-        if not groups:
-            return BatchRewards(())
-        return sum_components(groups, self.rewards, self._judge(groups))
-
     def close(self) -> None:
         for actor in self.actors:
             actor.close()
@@ -213,73 +196,67 @@ class RewardPool:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _judge(self, groups: Sequence[RolloutGroup]) -> dict[str, ComponentRewards]:
-        """Each component's word, by name."""
+    def _component_rewards(self, groups: Sequence[RolloutGroup]) -> Mapping[str, ComponentRewards]:
         timeout_s, retries = self.rewards.timeout_s, self.rewards.retries
         futures = {
             c.name: self.threads.submit(score_with_retries, c, groups, timeout_s=timeout_s, retries=retries)
             for c in self.components
         }
-        margin = max((a.limits.start + a.limits.margin for a in self.actors), default=0.0) + GRACE_S
-        patience = (retries + 1) * (timeout_s + margin)
-        wait(futures.values(), timeout=patience)
+        margin = max((a.limits.start + a.limits.margin for a in self.actors), default=0.0) + REWARD_GRACE_S
+        limit = (retries + 1) * (timeout_s + margin)
+        wait(futures.values(), timeout=limit)
         late = [name for name, future in futures.items() if not future.done()]
         if late:
             raise RewardsFailed(
-                f"the rewards {', '.join(late)} did not come within {patience:.0f} s",
-                why="every call and restart has a deadline of its own, and one was not kept",
+                f"the rewards {', '.join(late)} did not come within {limit:.0f} s",
+                why="every call and restart has its own deadline, and one was not kept",
                 fix="look at logs/reward-NAME.log and the Ray logs; lower rewards.timeout_s or "
-                "rewards.retries to be told earlier",
+                "rewards.retries to get this error earlier",
             )
         return {name: future.result() for name, future in futures.items()}
 
-    def _component(self, function: RewardFunction) -> Component:
-        if function.url is not None:
-            rewards = self.rewards
-            return HttpReward(
-                function, batch_size=rewards.batch_size, environment=os.environ, retry=rewards.retries > 0
-            )
+    def _function(self, function: RewardFunction) -> Component:
+        """On this node, where the recipe's files and the run folder are. It takes no CPU from Ray's count."""
         connect()
-        actor = self._model(function) if function.model is not None else self._sandboxed(function)
-        self.actors.append(actor)
-        return actor
-
-    def _sandboxed(self, function: RewardFunction) -> ActorComponent:
-        """On this node, where the recipe's files and the run folder are; it takes no CPU from Ray's count."""
         log = self.logs / f"reward-{function.name}.log" if self.logs is not None else None
         confinement = Confinement.of(self.rewards, os.environ, log)
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-        kind = made(RewardActor, Share(cpus=0, gpus=0), strategy=here, name=f"reward-{function.name}")
-        limits = _Limits(START_TIMEOUT_S, START_TIMEOUT_S + GRACE_S)
-        return ActorComponent(
-            function.name, lambda: named(lambda: kind.remote(function, confinement)), limits
+        own_node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+        kind = actor_class(
+            RewardActor,
+            ActorResources(cpus=0, gpus=0),
+            strategy=own_node,
+            name=f"reward-{function.name}",
         )
+        limits = _Limits(START_TIMEOUT_S, START_TIMEOUT_S + REWARD_GRACE_S)
+        return self._in_actor(function, lambda: kind.remote(function, confinement), limits)
 
-    def _model(self, function: RewardFunction) -> ActorComponent:
+    def _model(self, function: RewardFunction) -> Component:
+        connect()
         has = ray.cluster_resources().get("GPU", 0.0)
         if function.gpus > has:
             raise NotEnoughResources(
                 f"reward {function.name} asks for {function.gpus:g} GPUs, the cluster has {has:g}",
                 fix="lower its gpus",
             )
-        placed = self.placed.get(f"reward {function.name}")
-        there = placed.at(0) if placed is not None else None
-        kind = made(
+        reservation = self.reservations.get(f"reward {function.name}")
+        kind = actor_class(
             RewardModelActor,
-            Share(cpus=0, gpus=function.gpus),
-            strategy=there,
+            ActorResources(cpus=0, gpus=function.gpus),
+            strategy=reservation.at(0) if reservation is not None else None,
             name=f"reward-{function.name}",
         )
         rows = self.rewards.batch_size
-        return ActorComponent(
-            function.name,
-            lambda: named(lambda: kind.remote(function, self.policy, rows)),
-            _Limits(LOAD_TIMEOUT_S, 0.0),
-        )
+        limits = _Limits(REWARD_LOAD_S, 0.0)
+        return self._in_actor(function, lambda: kind.remote(function, self.policy, rows), limits)
+
+    def _in_actor(self, function: RewardFunction, make: Callable[[], Any], limits: _Limits) -> Component:
+        actor = ActorComponent(function.name, lambda: create_named(make), limits)
+        self.actors.append(actor)
+        return actor
 
 
 def _cause(name: str, error: RayTaskError) -> OrchestratorError:
-    """What a user can read from what an actor raised."""
+    """The error for the user, from what an actor raised."""
     if isinstance(error.cause, OrchestratorError):
         return error.cause
     last = str(error).strip().splitlines()[-1]

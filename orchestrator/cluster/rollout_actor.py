@@ -1,4 +1,4 @@
-"""A rollout actor: one process that generates, and takes weights by every transport."""
+"""A rollout actor: a process that generates, and takes weights by every transport."""
 
 import os
 from collections.abc import Sequence
@@ -9,8 +9,8 @@ import ray
 import torch
 
 from orchestrator.cluster.actors import device_name, outlive_sigterm, own_device, redirect_output
-from orchestrator.cluster.failures import telling
-from orchestrator.cluster.network import speak_from
+from orchestrator.cluster.failures import reports_errors
+from orchestrator.cluster.network import use_interface_of
 from orchestrator.core import faults
 from orchestrator.core.errors import ConfigError, WorkerLost
 from orchestrator.core.rollouts import Prompt, RolloutGroup, Sampling
@@ -26,12 +26,12 @@ from orchestrator.models.weight_buckets import (
 from orchestrator.recipe.schema import Recipe
 
 Work = Sequence[tuple[int, Prompt]]
-"""(draw, prompt) each."""
+"""(draw, prompt) of every group."""
 
 
-@telling
+@reports_errors
 class RolloutActor:
-    """One process that generates. Weights come as references into the object store, through a channel, or
+    """A process that generates. Weights come as references into the object store, through a channel, or
     bucket by bucket."""
 
     def __init__(self, index: int, log: str | None, threads: int) -> None:
@@ -39,7 +39,7 @@ class RolloutActor:
             redirect_output(Path(log))
         outlive_sigterm()
         torch.set_num_threads(threads)
-        speak_from(ray.util.get_node_ip_address())
+        use_interface_of(ray.util.get_node_ip_address())
         self.index = index
         self.device = own_device()
         self.worker: Any = None
@@ -55,41 +55,44 @@ class RolloutActor:
     def roll_out(
         self, work: Work, sampling: Sampling, version: int, references: list[Any]
     ) -> tuple[RolloutGroup, ...]:
-        """Groups for `work` with weights `version`; takes them from `references`, if any, where it holds
-        another version."""
+        """Groups for `work`, sampled with weights `version`. If it holds another version, it loads that one
+        from `references` first."""
         if self.worker.engine.version != version:
             if not references:
                 raise WorkerLost(
                     f"rollout-{self.index} was asked to roll out weights {version}, it holds "
                     f"{self.worker.engine.version}",
-                    fix="the run goes on from its last checkpoint; if it repeats, this is a bug",
+                    fix="the run resumes from its last checkpoint; if it repeats, this is a bug",
                 )
             self.load(version, references)
         faults.inject("roll_out", step=version, rank=self.index)
         return self.worker.roll_out(work, sampling, version)
 
     def load(self, version: int, references: list[Any]) -> None:
-        """Takes a version from the object store."""
+        """Loads a version from the object store."""
         self.worker.engine.load(version, (self._fetched(r, version) for r in references))
 
     def dump(self, version: int, plans: Sequence[BucketPlan]) -> list[Any] | None:
-        """A version as references into the object store, for an actor that has none; None where it is not
-        held, or where the engine cannot give it back."""
+        """Puts a version into the object store, for an actor that has none; a reference per bucket. None if
+        this actor does not hold it, or its engine cannot read it back."""
         receiver = getattr(self.worker.engine, "receiver", None)
         if receiver is None or self.worker.engine.version != version:
             return None
         return [ray.put(bucket) for bucket in receiver.dump(plans)]
 
-    def join_channel(self, meeting: Rendezvous, plans: Sequence[BucketPlan]) -> None:
-        """Becomes member index + 1, which receives buckets as in `plans`."""
-        self.channel, self.plans = join(meeting, self.index + 1), plans
+    def join_channel(self, rendezvous: Rendezvous, plans: Sequence[BucketPlan]) -> None:
+        """Becomes member index + 1 of the channel, which receives buckets as in `plans`."""
+        self.channel, self.plans = join(rendezvous, self.index + 1), plans
 
     def leave_channel(self) -> None:
         self.channel = None
 
     def receive(self, version: int) -> None:
-        """A version through the channel; CorruptWeights (and no version held) where a bucket is damaged.
-        Receives all of them even then: the other members take part in every broadcast."""
+        """Receives a version through the channel. CorruptWeights if a bucket is damaged; then no version is
+        held.
+
+        All buckets are received even then, as the other members take part in every broadcast.
+        """
         assert self.channel is not None, "join_channel first"
         engine, damaged = self.worker.engine, None
         engine.commit(None)
@@ -110,8 +113,11 @@ class RolloutActor:
     def take(
         self, version: int, index: int, plan: BucketPlan, shared: tuple[Any, Any], expected: int, device: str
     ) -> None:
-        """One bucket where its sender has it. shared: (function, arguments) that open it here; device: the
-        sender's name for it. `commit` makes it the version held."""
+        """Reads one bucket from the memory of its sender, on the GPU that both use. `commit` makes the
+        buckets the version held.
+
+        shared: (function, arguments) that open it in this process; device: the sender's `device_name`.
+        """
         if device != device_name(self.device):
             raise ConfigError(
                 f"rollout-{self.index} does not share its learner's device",
@@ -129,14 +135,15 @@ class RolloutActor:
             torch.cuda.synchronize()  # the sender uses its buffer again as soon as this returns
 
     def commit(self, version: int) -> None:
-        """All buckets of the version were taken."""
+        """Makes `version` the version held, after all its buckets were taken."""
         self.worker.engine.commit(version)
 
     def call(self, function: Any, *args: Any) -> Any:
-        """Runs function(rollout_worker, *args): for checks."""
+        """Calls function(rollout_worker, *args), for checks."""
         return function(self.worker, *args)
 
     def _fetched(self, reference: Any, version: int) -> Bucket:
+        """The bucket of a reference, damaged if a test planned that."""
         bucket: Bucket = ray.get(reference)
         if faults.inject("weights", step=version, rank=self.index) == "corrupt":
             data = bucket.data.copy()
@@ -145,6 +152,7 @@ class RolloutActor:
         return bucket
 
     def _on_arrival(self, flat: Any, version: int) -> Any:
+        """The bucket, damaged if a test planned that."""
         if faults.inject("weights", step=version, rank=self.index) == "corrupt":
             flat[len(flat) // 2] ^= 1
         return flat

@@ -1,10 +1,14 @@
 """How the policy's weights reach the rollout actors: one transport per class, the same verb.
 
-learners: gather a bucket (ZeRO-3), checksum it --transport--> actor: verify, put it in place; then it takes traffic
+    learners: gather a bucket (ZeRO-3), checksum it --transport--> actor: verify it, put it in place
 
-object_store   every bucket into Ray's object store; an actor fetches them before its first work with the version
-broadcast      every bucket from rank 0 to all actors at once, over gloo or NCCL (models/buckets.Channel)
-cuda_ipc       every bucket from rank i to actor i on the same GPU, by a handle: nothing is copied between processes
+An actor generates with a version only after all its buckets are verified.
+
+object_store   all buckets into Ray's object store; an actor fetches them before its first work with the
+               version
+broadcast      each bucket from rank 0 to all actors together, over gloo or NCCL (weight_buckets.Channel)
+cuda_ipc       each bucket from rank i to actor i on the same GPU, by a handle: nothing is copied between
+               processes
 """
 
 import time
@@ -28,16 +32,16 @@ from orchestrator.learner.weights import bucket_plans, send_each
 from orchestrator.models.weight_buckets import BucketPlan, ChannelBroken, CorruptWeights, Rendezvous, checksum
 from orchestrator.recipe.schema import Recipe
 
-PATIENCE = 0.8
-"""Of a deadline: what a member of a transfer waits for another one. It gives up before the driver does, so
-that only who hangs is late."""
+DEADLINE_SHARE = 0.8
+"""Part of a deadline that a member of a transfer waits for another member. It gives up before the driver
+does, so that only the process that hangs is late."""
 
 
 class ObjectStoreSync:
     """Through Ray's object store: shared memory on one node, Ray's own transfer between nodes. Works
     everywhere.
 
-    The learner goes on at once; an actor fetches a version before its first piece of work of it.
+    The learners continue without waiting. An actor fetches a version before its first chunk of it.
     """
 
     def __init__(self, learners: LearnerGroup, pool: RolloutPool, bucket_bytes: int) -> None:
@@ -53,36 +57,27 @@ class ObjectStoreSync:
 
 @dataclass(frozen=True, slots=True)
 class DeliveryFailure:
-    """Why an actor does not hold a version. lost, late: it has to be replaced; broken: another member may be
-    to blame."""
+    """Why an actor does not hold a version."""
 
     kind: Literal["damaged", "broken", "lost", "late", "failed"]
+    """lost, late: the actor has to be replaced; broken: another member may be the cause."""
     error: OrchestratorError
 
     @classmethod
-    def of(cls, error: Exception, who: str, verb: str) -> "DeliveryFailure":
+    def of(cls, error: Exception, actor: str, verb: str) -> "DeliveryFailure":
         if isinstance(error, GetTimeoutError):
-            return cls(
-                "late",
-                WorkerLost(
-                    f"{who} did not {verb} in time", fix="raise rollouts.timeout_s if it really takes longer"
-                ),
-            )
-        found = translate(error, who, verb)
+            fix = "raise rollouts.timeout_s if it really takes longer"
+            return cls("late", WorkerLost(f"{actor} did not {verb} in time", fix=fix))
+        failure = translate(error, actor, verb)
         if isinstance(error, RayActorError):
-            return cls("lost", found)
-        return cls(
-            "damaged"
-            if isinstance(found, CorruptWeights)
-            else "broken"
-            if isinstance(found, ChannelBroken)
-            else "failed",
-            found,
-        )
+            return cls("lost", failure)
+        if isinstance(failure, CorruptWeights):
+            return cls("damaged", failure)
+        return cls("broken" if isinstance(failure, ChannelBroken) else "failed", failure)
 
 
 def outcomes(references: Sequence[Any], verb: str, timeout_s: float) -> dict[int, DeliveryFailure]:
-    """What went wrong, by actor. references: of one call to each."""
+    """Waits for one call to each actor; the failures, by actor."""
     _, late = ray.wait(list(references), num_returns=len(references), timeout=timeout_s)
     failed: dict[int, DeliveryFailure] = {}
     for index, reference in enumerate(references):
@@ -96,11 +91,11 @@ def outcomes(references: Sequence[Any], verb: str, timeout_s: float) -> dict[int
 
 
 class _DirectSync(ABC):
-    """Puts the weights into the actors while `publish` waits: once all work with the old version is done. An
-    actor that dies on the way is replaced, and all are sent to again.
+    """Sends the weights while `publish` waits, once all work with the old version is done. If an actor dies
+    meanwhile it is replaced, and the weights are sent to all actors again.
 
-    With rollouts.max_staleness the learners wait here for what is in flight: the object store lets them go
-    on.
+    With rollouts.max_staleness the learners wait here for rollouts in flight; with the object store they
+    continue.
     """
 
     transport: str
@@ -111,8 +106,10 @@ class _DirectSync(ABC):
         self.plans: tuple[BucketPlan, ...] = ()
 
     def publish(self, version: int) -> WeightsDelivered:
-        """Returns when every actor holds `version`; CorruptWeights where it arrived damaged SENDS times. Call
-        it from the thread that starts rollouts."""
+        """Returns when every actor holds `version`; CorruptWeights if it arrived damaged MAX_SENDS times.
+
+        Call it from the thread that starts rollouts.
+        """
         started = time.perf_counter()
         self.pool.wait_until_idle()
         if not self.plans:
@@ -129,16 +126,16 @@ class _DirectSync(ABC):
 
     @abstractmethod
     def _send(self, version: int) -> Mapping[int, DeliveryFailure]:
-        """Sends all buckets to all actors; what went wrong, by actor."""
+        """Sends all buckets to all actors; the failures, by actor."""
 
     def _replace_failed(self, failed: Mapping[int, DeliveryFailure]) -> OrchestratorError | None:
-        """Replaces who has to be; the error that counts as one failed send, None where a lost actor explains
-        all of it."""
-        for index, found in failed.items():
-            if found.kind == "failed":
-                raise found.error
-            if found.kind in ("lost", "late"):
-                ended = self.pool.replace(index, late=found.kind == "late", why=found.error.what)
+        """Replaces the actors that are lost or late. Returns the error that counts as one failed send; None
+        if a lost actor explains all failures."""
+        for index, failure in failed.items():
+            if failure.kind == "failed":
+                raise failure.error
+            if failure.kind in ("lost", "late"):
+                ended = self.pool.replace(index, late=failure.kind == "late", why=failure.error.what)
                 if ended is not None:
                     raise ended
         damaged = [f.error for f in failed.values() if f.kind == "damaged"]
@@ -148,7 +145,8 @@ class _DirectSync(ABC):
 
 
 class BroadcastSync(_DirectSync):
-    """From rank 0 to all actors at once, through a channel that is opened anew whenever an actor is."""
+    """From rank 0 to all actors together, through a channel that is opened again when an actor is
+    replaced."""
 
     transport = "broadcast"
 
@@ -165,14 +163,14 @@ class BroadcastSync(_DirectSync):
         started = time.monotonic()
         receiving = [actor.receive.remote(version) for actor in self.pool.actors]
         broken = self.learners.broadcast_buckets(self.bucket_bytes)
-        rest = max(self.deadline_s - (time.monotonic() - started), (1 - PATIENCE) * self.deadline_s)
+        rest = max(self.deadline_s - (time.monotonic() - started), (1 - DEADLINE_SHARE) * self.deadline_s)
         failed = outcomes(receiving, "receive weights", rest)
         if broken is not None or any(f.kind != "damaged" for f in failed.values()):
             self.members = []
         return failed
 
     def _open(self) -> Mapping[int, DeliveryFailure]:
-        """A new channel to the actors there are now."""
+        """Opens a new channel to the present actors; the failures, by actor."""
         self.members, actors = [], list(self.pool.actors)
         gone = outcomes(
             [a.leave_channel.remote() for a in actors], "leave the channel for weights", self.deadline_s
@@ -180,9 +178,10 @@ class BroadcastSync(_DirectSync):
         if gone:
             return gone
         address, port = self.learners.listen()
-        meeting = Rendezvous(address, port, len(actors) + 1, self.backend, PATIENCE * self.deadline_s)
-        joining = [a.join_channel.remote(meeting, self.plans) for a in actors]
-        broken = self.learners.open_channel(meeting)
+        limit = DEADLINE_SHARE * self.deadline_s
+        rendezvous = Rendezvous(address, port, len(actors) + 1, self.backend, limit)
+        joining = [a.join_channel.remote(rendezvous, self.plans) for a in actors]
+        broken = self.learners.open_channel(rendezvous)
         failed = outcomes(joining, "join the channel for weights", self.deadline_s)
         if broken is not None and not failed:
             raise WorkerLost(
@@ -194,15 +193,14 @@ class BroadcastSync(_DirectSync):
 
 
 class CudaIpcSync(_DirectSync):
-    """From rank i to actor i in the memory of the GPU that both use."""
+    """From rank i to actor i, in the memory of the GPU that both use."""
 
     transport = "cuda_ipc"
 
     def _send(self, version: int) -> Mapping[int, DeliveryFailure]:
-        found = self.learners.call(
-            hand_buckets, list(self.pool.actors), version, self.bucket_bytes, PATIENCE * self.deadline_s
-        )
-        failed = {index: f for index, f in enumerate(found) if f is not None}
+        actors, limit = list(self.pool.actors), DEADLINE_SHARE * self.deadline_s
+        failures = self.learners.call(hand_buckets, actors, version, self.bucket_bytes, limit)
+        failed = {index: failure for index, failure in enumerate(failures) if failure is not None}
         return failed or outcomes(
             [a.commit.remote(version) for a in self.pool.actors], "take weights", self.deadline_s
         )
@@ -211,8 +209,8 @@ class CudaIpcSync(_DirectSync):
 def hand_buckets(
     learner: RankLearner, receivers: Sequence[Any], version: int, bucket_bytes: int, timeout_s: float
 ) -> DeliveryFailure | None:
-    """On every rank: hands each bucket to the actor with the rank's number, which has taken it before the
-    next is gathered."""
+    """On every rank: passes each bucket to the actor with the rank's number. The actor has taken it before
+    the next bucket is gathered."""
     from torch.multiprocessing.reductions import reduce_tensor
 
     rank, device = learner.process_group.rank, device_name(learner.device)
@@ -234,9 +232,11 @@ def hand_buckets(
 
 
 def make_weight_sync(recipe: Recipe, learners: LearnerGroup, pool: RolloutPool) -> WeightSync:
-    """The transport that the recipe names. auto: the object store, which works everywhere; CUDA IPC saves its
-    copies where learner and actor share a GPU, but its handles have not run on one yet, so it has to be asked
-    for."""
+    """The transport that the recipe names.
+
+    auto is the object store, which works everywhere. CUDA IPC saves its copies if learner and actor share a
+    GPU, but its handles have not run on one yet, so the recipe has to name it.
+    """
     rollouts, size = recipe.rollouts, int(recipe.rollouts.bucket_mb * 1e6)
     shared = shares_gpus(recipe)
     if rollouts.transport == "cuda_ipc" and not shared:
@@ -249,15 +249,14 @@ def make_weight_sync(recipe: Recipe, learners: LearnerGroup, pool: RolloutPool) 
         )
     if rollouts.transport == "broadcast":
         on_gpus = recipe.learners.gpus > 0 and rollouts.gpus > 0 and not shared
-        return BroadcastSync(
-            learners, pool, size, "nccl" if on_gpus else "gloo"
-        )  # NCCL takes one process per GPU
+        backend = "nccl" if on_gpus else "gloo"  # NCCL takes one process per GPU
+        return BroadcastSync(learners, pool, size, backend)
     if rollouts.transport == "cuda_ipc":
         return CudaIpcSync(learners, pool, size)
     return ObjectStoreSync(learners, pool, size)
 
 
 def shares_gpus(recipe: Recipe) -> bool:
-    """True where learner i and rollout actor i have parts of one GPU."""
+    """Whether learner i and rollout actor i have parts of one GPU."""
     learner, actor = recipe.learners.gpus, recipe.rollouts.gpus
     return recipe.rollouts.placement == "colocated" and learner > 0 and actor > 0 and learner + actor <= 1

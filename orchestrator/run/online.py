@@ -11,7 +11,7 @@ from orchestrator.algorithms.table import critic as value_model
 from orchestrator.cluster.in_process import LocalRank, LocalRewards, LocalRollouts
 from orchestrator.cluster.joining import connect, store_for
 from orchestrator.cluster.learner_group import LearnerGroup
-from orchestrator.cluster.placement import Placement, reserved
+from orchestrator.cluster.placement import Reservation, reserved
 from orchestrator.cluster.ranks import Ranks
 from orchestrator.cluster.reward_pool import RewardPool
 from orchestrator.cluster.rollout_pool import RolloutPool
@@ -124,17 +124,21 @@ def _on_ray(planned: PlannedRun, folder: RunFolder, stack: ExitStack) -> Parts:
         learners, colocated = recipe.learners, _colocated_rollouts(recipe)
         policy = stack.enter_context(
             LearnerGroup(
-                learners, parameters=parameters, logs=logs, colocated=colocated, placement=placed["learners"]
+                learners,
+                parameters=parameters,
+                logs=logs,
+                colocated=colocated,
+                reservation=placed["learners"],
             )
         )
         critic = stack.enter_context(_critic_group(planned, folder, placed)) if _has_critic(planned) else None
 
     def start_rollouts() -> RolloutParts:
         scorer = stack.enter_context(
-            RewardPool(recipe.rewards, model_for_tokenizer=recipe.model, logs=logs, placed=placed)
+            RewardPool(recipe.rewards, model_for_tokenizer=recipe.model, logs=logs, reservations=placed)
         )
         pool = stack.enter_context(
-            RolloutPool(recipe, parameters=parameters, logs=logs, placement=_rollout_placement(placed))
+            RolloutPool(recipe, parameters=parameters, logs=logs, reservation=_rollout_reservation(placed))
         )
         return pool, scorer, make_weight_sync(recipe, policy, pool)
 
@@ -172,8 +176,8 @@ def _colocated_rollouts(recipe: Recipe) -> Rollouts | None:
     return rollouts if rollouts.placement == "colocated" and rollouts.replay is None else None
 
 
-def _rollout_placement(placed: Mapping[str, Placement]) -> Placement:
-    """Placement of the rollout actors: the learners' bundles if they are colocated."""
+def _rollout_reservation(placed: Mapping[str, Reservation]) -> Reservation:
+    """Reservation of the rollout actors: the learners' bundles if they are colocated."""
     return placed.get("rollouts", placed["learners"])
 
 
@@ -193,11 +197,11 @@ def critic_recipe(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"model": model, "optimizer": optimizer, "learners": learners})
 
 
-def _critic_group(planned: PlannedRun, folder: RunFolder, placed: Mapping[str, Placement]) -> LearnerGroup:
+def _critic_group(planned: PlannedRun, folder: RunFolder, placed: Mapping[str, Reservation]) -> LearnerGroup:
     recipe = critic_recipe(planned.recipe)
     parameters = model_sizes(recipe, value_model(recipe.algorithm)).all
     return LearnerGroup(
-        recipe.learners, parameters=parameters, logs=folder.logs, name="critic", placement=placed["critic"]
+        recipe.learners, parameters=parameters, logs=folder.logs, name="critic", reservation=placed["critic"]
     )
 
 
@@ -293,14 +297,14 @@ def evaluate(planned: PlannedRun) -> dict[str, float]:
         parameters = planned.sizes().all
         learners, colocated = recipe.learners, _colocated_rollouts(recipe)
         group = stack.enter_context(
-            LearnerGroup(learners, parameters=parameters, colocated=colocated, placement=placed["learners"])
+            LearnerGroup(learners, parameters=parameters, colocated=colocated, reservation=placed["learners"])
         )
         group.build(LearnerSpec(recipe, planned.plan.cut, 1))
         scorer = stack.enter_context(
-            RewardPool(recipe.rewards, model_for_tokenizer=recipe.model, logs=None, placed=placed)
+            RewardPool(recipe.rewards, model_for_tokenizer=recipe.model, logs=None, reservations=placed)
         )
         pool = stack.enter_context(
-            RolloutPool(recipe, parameters=parameters, placement=_rollout_placement(placed))
+            RolloutPool(recipe, parameters=parameters, reservation=_rollout_reservation(placed))
         )
         make_weight_sync(recipe, group, pool).publish(0)
         return dict(

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from orchestrator.cluster.doctor.checks import Finding
 from orchestrator.cluster.doctor.facts import ClusterFacts, ClusterRequirements, ModelSource, NodeCapacity
-from orchestrator.cluster.doctor.node import shared_folder, unmet_requirements, wandb_trouble
-from orchestrator.cluster.doctor.smoke import in_a_process
+from orchestrator.cluster.doctor.findings import Finding
+from orchestrator.cluster.doctor.node import shared_folder, unmet_requirements, wandb_problem
+from orchestrator.cluster.doctor.smoke import try_gpus_in_child
 from orchestrator.cluster.doctor.survey import local_node_facts, on_cluster, survey
 from orchestrator.core.errors import (
     ConfigError,
@@ -85,8 +85,8 @@ def cluster_facts(
         else this_machine(need, root)
     )
     if kernels and not on_cluster() and facts.nodes[0].devices:
-        facts = replace(facts, nodes=(replace(facts.nodes[0], kernels=in_a_process()),))
-    return replace(facts, wandb=wandb_trouble()) if need.wandb == "online" else facts
+        facts = replace(facts, nodes=(replace(facts.nodes[0], kernels=try_gpus_in_child()),))
+    return replace(facts, wandb=wandb_problem()) if need.wandb == "online" else facts
 
 
 def recipe_requirements(recipes: Sequence[Recipe]) -> ClusterRequirements:

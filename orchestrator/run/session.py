@@ -88,9 +88,9 @@ class Session:
             placed = self._stack.enter_context(
                 reserved(self.planned.demands(), self.recipe.learners.start_timeout_s)
             )
-            sizes, placement = self.planned.sizes().all, placed["learners"]
+            sizes, reservation = self.planned.sizes().all, placed["learners"]
             self.learner = self._stack.enter_context(
-                LearnerGroup(self.recipe.learners, parameters=sizes, placement=placement)
+                LearnerGroup(self.recipe.learners, parameters=sizes, reservation=reservation)
             )
         self.learner.build(LearnerSpec(self.recipe, self.cut, self.planned.schedule_steps))
         if self.algorithm.online is None:
@@ -106,9 +106,11 @@ class Session:
             local = LocalRollouts(self.recipe, self.learner)
             return local, local
         assert isinstance(self.learner, LearnerGroup)
-        placement = placed.get("rollouts", placed["learners"])
+        reservation = placed.get("rollouts", placed["learners"])
         parameters = self.planned.sizes().all
-        pool = self._stack.enter_context(RolloutPool(self.recipe, parameters=parameters, placement=placement))
+        pool = self._stack.enter_context(
+            RolloutPool(self.recipe, parameters=parameters, reservation=reservation)
+        )
         return pool, make_weight_sync(self.recipe, self.learner, pool)
 
     # ---- verbs

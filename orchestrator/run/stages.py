@@ -15,8 +15,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from orchestrator.cluster.doctor.checks import Finding, check_cluster
+from orchestrator.cluster.doctor.checks import check_cluster
 from orchestrator.cluster.doctor.facts import of_cluster
+from orchestrator.cluster.doctor.findings import Finding
 from orchestrator.cluster.joining import own_ray
 from orchestrator.core.errors import NotEnoughResources
 from orchestrator.core.stopping import Stop

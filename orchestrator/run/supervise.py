@@ -14,12 +14,13 @@ from pathlib import Path
 
 from rich.console import Console
 
+from orchestrator.cluster.capacity import check_capacity
 from orchestrator.cluster.deadlines import Restarts
-from orchestrator.cluster.doctor.checks import Finding, check_cluster
+from orchestrator.cluster.doctor.checks import check_cluster
 from orchestrator.cluster.doctor.facts import of_cluster
+from orchestrator.cluster.doctor.findings import Finding
 from orchestrator.cluster.doctor.survey import on_cluster
 from orchestrator.cluster.joining import connect
-from orchestrator.cluster.placement import check_capacity
 from orchestrator.core.errors import NotEnoughResources, OutOfMemory, WorkerFailed, WorkerLost
 from orchestrator.core.files import read_lines
 from orchestrator.core.reports import Progress

@@ -20,10 +20,11 @@ import ray
 from ray.cluster_utils import Cluster
 
 from orchestrator.cluster.doctor import survey as probes
-from orchestrator.cluster.doctor.checks import Finding, check_cluster
+from orchestrator.cluster.doctor.checks import check_cluster
 from orchestrator.cluster.doctor.facts import ClusterFacts, ClusterRequirements, NodeCapacity
+from orchestrator.cluster.doctor.findings import Finding
 from orchestrator.cluster.doctor.node import MARKER, shared_folder
-from orchestrator.cluster.doctor.probe import tournament
+from orchestrator.cluster.doctor.probe import round_robin_pairs
 from orchestrator.cluster.doctor.survey import survey
 from orchestrator.core.errors import NotEnoughResources
 from orchestrator.core.resources import WorkerGroup
@@ -38,11 +39,12 @@ LEARNERS = (WorkerGroup("learners", 3, 1, 0),)
 
 @dataclass(frozen=True, slots=True)
 class Surveyed:
-    """What the probes of a cluster found. root: the folder above that of the run, which does not exist."""
+    """Facts of a cluster of two nodes."""
 
     cluster: Cluster
     facts: ClusterFacts
     root: Path
+    """Folder above that of the run, which does not exist."""
 
     def check(self, name: str, need: ClusterRequirements) -> Finding:
         (finding,) = [f for f in check_cluster(self.facts, need) if f.check == name]
@@ -55,9 +57,8 @@ def surveyed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Surveyed]:
     root = tmp_path_factory.mktemp("shared")
     sandbox = Sandbox(root)
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in (
-            sandbox.environment() | {"HOME": str(Path.home())}
-        ).items():  # HOME: see tests/running.py
+        home = {"HOME": str(Path.home())}  # see tests/running.py
+        for name, value in (sandbox.environment() | home).items():
             patch.setenv(name, value)
         node = {"num_cpus": 2, "object_store_memory": 80 * 2**20}
         cluster = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
@@ -75,23 +76,23 @@ def test_a_healthy_cluster_is_measured(surveyed: Surveyed) -> None:
     need = ClusterRequirements(LEARNERS, checkpoint_bytes=1_000_000, keep=2)
     findings = check_cluster(surveyed.facts, need)
     assert [f for f in findings if f.level == "error"] == []
-    said = {f.check: f.what for f in findings}
-    assert said["nodes"] == "2 nodes answered"
-    assert said["resources"] == "3 learners x 1 = 3 CPUs, the cluster has 2 nodes x 2 = 4 CPUs"
-    assert said["storage"] == f"{surveyed.root} written and seen by every node"
-    assert said["network"] == "every node reaches every other (2 directions)"
-    assert said["all-reduce"].startswith("gloo, 16.0 MB in ")
+    shown = {f.check: f.what for f in findings}
+    assert shown["nodes"] == "2 nodes answered"
+    assert shown["resources"] == "3 learners x 1 = 3 CPUs, the cluster has 2 nodes x 2 = 4 CPUs"
+    assert shown["storage"] == f"{surveyed.root} written and seen by every node"
+    assert shown["network"] == "every node reaches every other (2 directions)"
+    assert shown["all-reduce"].startswith("gloo, 16.0 MB in ")
     assert surveyed.facts.all_reduce is not None and surveyed.facts.all_reduce.rate > 1e6  # bytes per second
     assert all(abs(node.clock_offset_s) < 1.0 for node in surveyed.facts.nodes)
     require(findings)
 
 
-def test_looking_leaves_nothing_behind(surveyed: Surveyed) -> None:
+def test_a_survey_leaves_nothing_behind(surveyed: Surveyed) -> None:
     assert not (surveyed.root / "runs").exists()
     assert not list(surveyed.root.glob(f"{MARKER}*"))
 
 
-def test_a_missing_gpu_is_told_with_the_arithmetic(surveyed: Surveyed) -> None:
+def test_a_missing_gpu_is_reported_with_the_arithmetic(surveyed: Surveyed) -> None:
     need = ClusterRequirements((WorkerGroup("learners", 1, 1, 1),))
     finding = surveyed.check("resources", need)
     assert (finding.level, finding.what) == ("error", "1 learners x 1 = 1 GPUs, the cluster has no GPUs")
@@ -114,37 +115,36 @@ def test_a_node_that_is_gone_before_its_probe_comes_up_is_a_finding(
     assert (silent.level, silent.where) == ("error", "gone") and silent.what.startswith("`now` failed: ")
 
 
-def test_this_machine_is_looked_at_without_an_actor(tmp_path: Path) -> None:
+def test_this_machine_is_checked_without_an_actor(tmp_path: Path) -> None:
     need = ClusterRequirements((WorkerGroup("learners", 1, 1, 0),), checkpoint_bytes=10**18, keep=2)
-    said = {f.check: f for f in check_cluster(this_machine(need, tmp_path / "run"), need)}
-    assert said["storage"].level == said["versions"].level == said["resources"].level == "ok"
-    assert said["disk"].level == "error" and "set checkpoint.keep=1" in said["disk"].fix
-    assert "network" not in said and list(tmp_path.iterdir()) == []
+    shown = {f.check: f for f in check_cluster(this_machine(need, tmp_path / "run"), need)}
+    assert shown["storage"].level == shown["versions"].level == shown["resources"].level == "ok"
+    assert shown["disk"].level == "error" and "set checkpoint.keep=1" in shown["disk"].fix
+    assert "network" not in shown and list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.slow
 def test_several_processes_of_each_node_are_measured_together(surveyed: Surveyed) -> None:
-    """As over several GPUs of each, here over gloo and with three nodes that are one: who speaks to whom is
-    the same."""
-    here = probes.alive_nodes()[0]
-    seats = {f"{node} GPU {i}": probes._place(here.id, 0).remote(node) for node in "abc" for i in range(2)}
-    with closing(probes._Probes(seats)) as members:
-        members.each("now", timeout_s=probes.START_S)
-        found = probes._measure(members, ("a", "b", "c"), "gloo")
-    assert found.error is None and found.ranks == 2 and found.nodes == ("a", "b", "c")
-    assert {(p.one, p.other) for p in found.pairs} == {("a", "b"), ("a", "c"), ("b", "c")} and all(
-        p.rate > 1e5 for p in found.pairs
-    )
+    """As over several GPUs of each, but over gloo and on one node that takes the place of three: the pairs of
+    processes are the same."""
+    own = probes.alive_nodes()[0]
+    actors = {f"{node} GPU {i}": probes.probe_on(own.id, 0).remote(node) for node in "abc" for i in range(2)}
+    with closing(probes._Probes(actors)) as members:
+        members.call_all("now", timeout_s=probes.START_S)
+        result = probes._measure(members, ("a", "b", "c"), "gloo")
+    assert result.error is None and result.ranks == 2 and result.nodes == ("a", "b", "c")
+    assert {(p.one, p.other) for p in result.pairs} == {("a", "b"), ("a", "c"), ("b", "c")}
+    assert all(p.rate > 1e5 for p in result.pairs)
 
 
 @pytest.mark.slow
 def test_a_node_that_hangs_is_a_finding_within_the_deadline(
     surveyed: Surveyed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Last on this cluster: Ray gives the node up some seconds later."""
+    """Runs last on this cluster: Ray gives the node up some seconds later."""
     monkeypatch.setattr(probes, "START_S", 8.0)
-    here = ray.get_runtime_context().get_node_id()
-    (node,) = [n for n in surveyed.cluster.list_all_nodes() if n.node_id != here]
+    own = ray.get_runtime_context().get_node_id()
+    (node,) = [n for n in surveyed.cluster.list_all_nodes() if n.node_id != own]
     raylet = node.all_processes["raylet"][0].process.pid
     os.kill(raylet, signal.SIGSTOP)
     try:
@@ -159,15 +159,15 @@ def test_a_node_that_hangs_is_a_finding_within_the_deadline(
     assert "ray stop, then ray start" in silent.fix
 
 
-@pytest.mark.parametrize("players", [2, 3, 4, 5, 8])
-def test_everybody_meets_everybody_once(players: int) -> None:
-    rounds = tournament(players)
+@pytest.mark.parametrize("nodes", [2, 3, 4, 5, 8])
+def test_every_node_meets_every_other_once(nodes: int) -> None:
+    rounds = round_robin_pairs(nodes)
     met = [(i, j) for partners in rounds for i, j in enumerate(partners) if j is not None]
-    assert sorted(met) == [(i, j) for i in range(players) for j in range(players) if i != j]
+    assert sorted(met) == [(i, j) for i in range(nodes) for j in range(nodes) if i != j]
     assert all(partners[j] == i for partners in rounds for i, j in enumerate(partners) if j is not None)
 
 
-def test_a_run_folder_is_tried_where_it_will_be(tmp_path: Path) -> None:
+def test_a_new_run_folder_is_checked_at_its_nearest_parent(tmp_path: Path) -> None:
     assert shared_folder(tmp_path / "not" / "yet") == tmp_path
     assert shared_folder(tmp_path) == tmp_path
 
@@ -189,12 +189,12 @@ NEEDS_IPTABLES = pytest.mark.skipif(
 
 
 def doctor(cluster: Hosts, root: Path) -> list[Finding]:
-    """What the doctor says on the head."""
+    """Findings of the doctor on the head."""
     done = cluster.inside(
         0, sys.executable, "-c", SCRIPT, root, env={"RAY_ADDRESS": f"{cluster.address(0)}:6379"}
     )
     assert done.code == 0, done.out + done.err
-    return [Finding(**found) for found in json.loads(done.out.splitlines()[-1])]
+    return [Finding(**fields) for fields in json.loads(done.out.splitlines()[-1])]
 
 
 def label(cluster: Hosts, host: int, findings: list[Finding]) -> str:
@@ -210,15 +210,15 @@ def test_three_hosts_with_a_token_are_healthy(tmp_path: Path) -> None:
         cluster.start_cluster()
         findings = doctor(cluster, tmp_path / "runs")
         assert [asdict(f) for f in findings if f.level != "ok"] == []
-        said = {f.check: f.what for f in findings}
-        assert said["auth"] == "Ray asks for a token"
-        assert said["network"] == "every node reaches every other (6 directions)"
-        print(said["all-reduce"])
+        shown = {f.check: f.what for f in findings}
+        assert shown["auth"] == "Ray asks for a token"
+        assert shown["network"] == "every node reaches every other (6 directions)"
+        print(shown["all-reduce"])
 
 
 @pytest.fixture(scope="module")
 def faulty(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Hosts, Path]]:
-    """No token anywhere; host 1 has another trl, host 2 mounts the shared folder read-only."""
+    """No host has a token; host 1 has another trl, host 2 mounts the shared folder read-only."""
     root = tmp_path_factory.mktemp("faulty")
     shared, fake = root / "shared", root / "fake"
     shared.mkdir()
@@ -238,18 +238,18 @@ def faulty(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Hosts, Pa
 def test_version_skew_read_only_storage_and_no_token_are_found(faulty: tuple[Hosts, Path]) -> None:
     cluster, shared = faulty
     findings = doctor(cluster, shared / "run")
-    trouble = {f.check: f for f in findings if f.level != "ok"}
-    assert set(trouble) == {"versions", "storage", "auth"}, findings
+    problems = {f.check: f for f in findings if f.level != "ok"}
+    assert set(problems) == {"versions", "storage", "auth"}, findings
     one, two = (label(cluster, host, findings) for host in (1, 2))
 
-    skew = trouble["versions"]
+    skew = problems["versions"]
     assert (skew.level, skew.where) == ("error", one)
     assert skew.what.startswith("trl is 0.0.1 here and 1.")
     assert skew.fix.startswith("pip install trl==1.") and skew.fix.endswith(
         "for the Python that runs Ray there, then ray stop and ray start"
     )
 
-    storage = trouble["storage"]
+    storage = problems["storage"]
     assert (storage.level, storage.where, storage.what) == (
         "error",
         two,
@@ -257,8 +257,10 @@ def test_version_skew_read_only_storage_and_no_token_are_found(faulty: tuple[Hos
     )
     assert "mount the same shared folder" in storage.fix
 
-    assert (trouble["auth"].level, trouble["auth"].where) == ("warning", "all 3 nodes")
-    assert trouble["auth"].fix.startswith("ray get-auth-token --generate on the head; copy ~/.ray/auth_token")
+    assert (problems["auth"].level, problems["auth"].where) == ("warning", "all 3 nodes")
+    assert problems["auth"].fix.startswith(
+        "ray get-auth-token --generate on the head; copy ~/.ray/auth_token"
+    )
     assert list(shared.iterdir()) == []
 
 

@@ -1,5 +1,5 @@
-"""Workers that are forked: what Ray would have started, in less time and memory, and without a server all the
-same."""
+"""Forked workers are the processes that Ray would have started, in less time and memory; without a server
+they start all the same."""
 
 import json
 import os
@@ -15,12 +15,16 @@ from tests.running import Sandbox, exported_hash, wait_until
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="workers are forked on Linux alone")
 
-SAID = """
+PRINTS = """
 import json, os, signal, sys
 print(json.dumps({
-    "argv": sys.argv, "own": os.environ.get("OWN"), "fork": os.environ.get("ORCHESTRATOR_FORK_SERVER") is not None, "cwd": os.getcwd(),
-    "ignored": signal.getsignal(signal.SIGHUP) == signal.SIG_IGN, "blocked": sorted(signal.pthread_sigmask(signal.SIG_BLOCK, ())),
-    "torch": "torch" in sys.modules, "parent": os.getppid(), "name": __name__,
+    "argv": sys.argv,
+    "own": os.environ.get("OWN"),
+    "cwd": os.getcwd(),
+    "ignored": signal.getsignal(signal.SIGHUP) == signal.SIG_IGN,
+    "blocked": sorted(signal.pthread_sigmask(signal.SIG_BLOCK, ())),
+    "torch": "torch" in sys.modules,
+    "name": __name__,
 }))
 sys.exit(int(os.environ.get("CODE", "0")))
 """
@@ -34,10 +38,10 @@ def server():
 
 
 def worker(
-    tmp_path: Path, script: str = SAID, before: str = "", **variables: str
+    tmp_path: Path, script: str = PRINTS, before: str = "", **variables: str
 ) -> subprocess.CompletedProcess[str]:
-    """What Ray does: its own interpreter's place taken by `py_executable`, from a shell that has set the
-    worker's signals and variables."""
+    """Starts a worker as Ray does: with `py_executable` in place of the interpreter, from a shell that has
+    set the worker's signals and variables."""
     file = tmp_path / "worker.py"
     file.write_text(script)
     command = f"{before} exec {py_executable(os.environ)} {file} --a=b 'c d'"
@@ -55,10 +59,10 @@ def worker(
 def test_a_forked_worker_is_the_process_that_was_asked_for(server, tmp_path):
     done = worker(tmp_path, OWN="1", before="trap '' HUP;")
     assert done.returncode == 0, done.stderr
-    said = json.loads(done.stdout)
-    assert said["argv"] == [str(tmp_path / "worker.py"), "--a=b", "c d"] and said["name"] == "__main__"
-    assert (said["own"], said["cwd"], said["torch"]) == ("1", str(tmp_path), True)
-    assert said["ignored"] and said["blocked"] == []
+    printed = json.loads(done.stdout)
+    assert printed["argv"] == [str(tmp_path / "worker.py"), "--a=b", "c d"] and printed["name"] == "__main__"
+    assert (printed["own"], printed["cwd"], printed["torch"]) == ("1", str(tmp_path), True)
+    assert printed["ignored"] and printed["blocked"] == []
 
 
 def test_it_ends_as_it_would(server, tmp_path):
@@ -77,7 +81,7 @@ def test_each_has_its_own_randomness(server, tmp_path):
     assert len(drawn) == 3
 
 
-def test_without_its_server_a_worker_starts_as_ever(tmp_path):
+def test_without_its_server_a_worker_starts_as_usual(tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(VARIABLE, str(tmp_path / "of-a-server-that-ended"))
         done = worker(tmp_path)
@@ -103,16 +107,16 @@ RUN = (
 
 def test_a_run_is_the_same_with_forked_workers_and_in_one_process(sandbox, tmp_path):
     forked = sandbox.run(*RUN, "learners.workers=1", "--output", tmp_path / "forked")
-    here = sandbox.run(*RUN, "--in-process", "--output", tmp_path / "here")
-    assert (forked.code, here.code) == (0, 0), forked.err + here.err
+    local = sandbox.run(*RUN, "--in-process", "--output", tmp_path / "here")
+    assert (forked.code, local.code) == (0, 0), forked.err + local.err
     assert exported_hash(tmp_path / "forked") == exported_hash(tmp_path / "here")
     lines = [
         [json.loads(line) for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()]
         for run in ("forked", "here")
     ]
-    same = [{(line["step"], line["loss"], line["grad_norm"]) for line in run} for run in lines]
-    assert same[0] == same[1]
-    assert "starting Ray" in forked.out and "Ray" not in here.out
+    curves = [{(line["step"], line["loss"], line["grad_norm"]) for line in run} for run in lines]
+    assert curves[0] == curves[1]
+    assert "starting Ray" in forked.out and "Ray" not in local.out
 
 
 def test_a_server_that_is_killed_costs_no_run(sandbox, tmp_path):
@@ -148,8 +152,8 @@ def test_an_online_run_is_the_same_in_one_process(sandbox, tmp_path, recipe):
     mine = (f"{stage}:{change}" for change in changes)
     few = ["sft:run.max_steps=2", "sft:learners.workers=1", *mine]
     ray = sandbox.run("train", f"tiny/{recipe}", *few, "--output", tmp_path / "ray")
-    here = sandbox.run("train", f"tiny/{recipe}", *few, "--in-process", "--output", tmp_path / "here")
-    assert (ray.code, here.code) == (0, 0), ray.err + here.err
+    local = sandbox.run("train", f"tiny/{recipe}", *few, "--in-process", "--output", tmp_path / "here")
+    assert (ray.code, local.code) == (0, 0), ray.err + local.err
     assert (
         exported_hash(tmp_path / "ray" / stage)
         == exported_hash(tmp_path / "here" / stage)

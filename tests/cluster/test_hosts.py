@@ -1,7 +1,8 @@
-"""A cluster of three hosts: submitted runs end as on one host, are tracked, and go on after a host is lost.
+"""A cluster of three hosts: submitted runs end as on one host, are tracked, and continue after a host is
+lost.
 
-The hosts are network namespaces with a real Ray node each (tests/hosts.py), one CPU per node, so that every
-learner lives on another.
+The hosts are network namespaces with a real Ray node each (tests/hosts.py). Each node has one CPU, so every
+learner runs on another node.
 """
 
 import time
@@ -38,7 +39,7 @@ ONE_CPU = "--num-cpus=1"
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """The running hosts and the stand-in of wandb that they reach."""
+    """The running hosts, and the stand-in of wandb that they reach."""
 
     hosts: Hosts
     wandb: WandbServer
@@ -70,7 +71,7 @@ def three(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
 
 
 def on_one_host(root: Path, *words: str) -> Path:
-    """The same run here, with one worker; its folder."""
+    """Runs the same on this host, with one worker; its folder."""
     sandbox = Sandbox(root)
     try:
         done = sandbox.run(
@@ -134,7 +135,7 @@ def test_a_stopped_run_saves_and_is_resumed(three: Site, tmp_path: Path) -> None
     assert begun.code == 0 and "orchestrator stop stopped" in begun.out, begun.out + begun.err
     ledger = tmp_path / "run" / "metrics.jsonl"
     assert wait_until(lambda: ledger.is_file() and len(metrics(tmp_path / "run")) >= 3, 240.0), (
-        "the run does not get on"
+        "the run makes no progress"
     )
     stopped = three.hosts.inside(0, "orchestrator", "stop", "stopped")
     assert stopped.code == 0 and "STOPPED" in stopped.out, stopped.out + stopped.err
@@ -144,13 +145,16 @@ def test_a_stopped_run_saves_and_is_resumed(three: Site, tmp_path: Path) -> None
     assert resumed.code == 0 and f"step {done + 1}/60" in resumed.out, resumed.out + resumed.err
     assert f"step {done}/60" not in resumed.out
     assert [line["step"] for line in metrics(tmp_path / "run")] == list(range(1, 61))
-    told = three.hosts.inside(0, "orchestrator", "status", "stopped")
+    status = three.hosts.inside(0, "orchestrator", "status", "stopped")
     assert (
-        "STOPPED" in told.out and "stopped.2" in told.out and "SUCCEEDED" in told.out and "60/60" in told.out
+        "STOPPED" in status.out
+        and "stopped.2" in status.out
+        and "SUCCEEDED" in status.out
+        and "60/60" in status.out
     )
 
 
-def test_who_has_no_token_is_told_so(three: Site, tmp_path: Path) -> None:
+def test_a_user_without_the_token_is_refused(three: Site, tmp_path: Path) -> None:
     stranger = {"HOME": str(tmp_path), "RAY_AUTH_MODE": "disabled"}
     done = three.submit(*DPO, "--output", tmp_path / "run", env=stranger)
     assert done.code == 77
@@ -163,12 +167,12 @@ def test_who_has_no_token_is_told_so(three: Site, tmp_path: Path) -> None:
     assert across.code == 77 and "no token for" in across.err
 
 
-def test_doctor_and_plan_look_at_the_hosts(three: Site) -> None:
-    found = three.hosts.inside(
+def test_doctor_and_plan_use_the_facts_of_the_hosts(three: Site) -> None:
+    doctor = three.hosts.inside(
         0, "orchestrator", "doctor", "tiny/dpo", "learners.workers=3", "--address", three.hosts.dashboard
     )
-    assert found.code == 0, found.out + found.err
-    assert "3 nodes answered" in found.out and "GB/s" in found.out and "Ray asks for a token" in found.out
+    assert doctor.code == 0, doctor.out + doctor.err
+    assert "3 nodes answered" in doctor.out and "GB/s" in doctor.out and "Ray asks for a token" in doctor.out
     short = three.hosts.inside(
         0,
         "orchestrator",
@@ -179,20 +183,20 @@ def test_doctor_and_plan_look_at_the_hosts(three: Site) -> None:
         three.hosts.dashboard,
     )
     assert short.code == 69 and "GPUs" in short.out and "gpus_per_worker=0" in short.out
-    assert "doctor-" not in three.hosts.inside(0, "orchestrator", "status").out, "a question is no run"
+    assert "doctor-" not in three.hosts.inside(0, "orchestrator", "status").out, "a question is not a run"
     plan = three.hosts.inside(0, "orchestrator", "plan", "tiny/dpo", "--address", three.hosts.dashboard)
     assert plan.code == 0, plan.out + plan.err
     assert "3 machines" in plan.out and "3 learners" in plan.out and "measured" in plan.out
 
 
-def test_a_lost_host_is_named_and_the_rest_go_on(tmp_path: Path) -> None:
+def test_a_lost_host_is_named_and_the_rest_continue(tmp_path: Path) -> None:
     words = (*DPO, "run.max_steps=200", "checkpoint.every=10", "--output", tmp_path / "run")
     with site(tmp_path / "hosts") as three:
         reference = f"reference.cache_dir={three.root / 'reference'}"
         with three.hosts.started(0, "orchestrator", "submit", *words, reference) as following:
             ledger = tmp_path / "run" / "metrics.jsonl"
             assert wait_until(lambda: ledger.is_file() and len(metrics(tmp_path / "run")) >= 15, 240.0), (
-                "the run does not get on"
+                "the run makes no progress"
             )
             three.hosts.cut(2)
             cut_at = time.monotonic()
@@ -202,7 +206,7 @@ def test_a_lost_host_is_named_and_the_rest_go_on(tmp_path: Path) -> None:
         assert following.returncode == 75, out + err
         assert three.hosts.address(2) in out, out
         assert "orchestrator resume tiny-dpo" in out
-        print(f"cut after {before} steps; noticed, ended and told within {took:.1f} s")
+        print(f"cut after {before} steps; noticed, ended and reported within {took:.1f} s")
         assert took < NOTICED_S + 15.0
 
         done = three.submit(*words)

@@ -1,4 +1,4 @@
-"""Which Ray a run is on: never one that it did not start or was not told of, whatever the machine is like."""
+"""Which Ray a run uses: only one that it started or that RAY_ADDRESS names, whatever the machine is like."""
 
 import json
 import os
@@ -26,7 +26,7 @@ from orchestrator.cluster.joining import connect
 before = signal.getsignal(signal.SIGTERM)
 connect(100_000_000)
 import psutil, ray
-from orchestrator.cluster.actors import Share, made, outlive_sigterm
+from orchestrator.cluster.actors import ActorResources, actor_class, outlive_sigterm
 class Actor:
     def __init__(self): outlive_sigterm()
     def where(self): return os.getcwd()
@@ -34,13 +34,13 @@ class Actor:
         sleeper = subprocess.Popen(["sleep", "60"])
         sleeper.terminate()
         return sleeper.wait(10)
-actor = made(Actor, Share(1, 0)).remote()
+actor = actor_class(Actor, ActorResources(1, 0)).remote()
 folder = ray.get(actor.where.remote(), timeout=60)
 signal.signal(signal.SIGTERM, lambda *_: None)
 for process in psutil.Process().children(recursive=True):
     process.send_signal(signal.SIGTERM)
 time.sleep(1.0)
-again = made(Actor, Share(1, 0)).remote()
+again = actor_class(Actor, ActorResources(1, 0)).remote()
 found = {
     "gcs": ray.get_runtime_context().gcs_address, "cpus": ray.cluster_resources()["CPU"], "folder": folder,
     "lives": ray.get([actor.where.remote(), again.where.remote()], timeout=60) == [folder, folder],
@@ -57,25 +57,25 @@ def refusal(monkeypatch: pytest.MonkeyPatch, address: str) -> OrchestratorError:
     started = time.monotonic()
     with pytest.raises(OrchestratorError) as caught:
         joining.connect()
-    assert time.monotonic() - started < 3 * joining.KNOCK_S
+    assert time.monotonic() - started < 3 * joining.HEAD_ANSWER_S
     return caught.value
 
 
 @contextmanager
-def door(answer: bytes | None) -> Iterator[str]:
-    """A server that says `answer` to everybody, or nothing at all; its address."""
+def server_with(answer: bytes | None) -> Iterator[str]:
+    """A server that answers every connection with `answer`, or not at all; its address."""
     with socket.create_server(("127.0.0.1", 0)) as server:
 
         def serve() -> None:
-            guests = []
+            connections = []
             while True:
                 try:
-                    guest, _ = server.accept()
+                    connection, _ = server.accept()
                 except OSError:
                     return
-                guests.append(guest)
+                connections.append(connection)
                 if answer is not None:
-                    guest.sendall(answer)
+                    connection.sendall(answer)
 
         threading.Thread(target=serve, daemon=True).start()
         yield f"127.0.0.1:{server.getsockname()[1]}"
@@ -91,7 +91,7 @@ def door(answer: bytes | None) -> Iterator[str]:
         ("head:port", "e.g. 10.0.0.1:6379"),
     ],
 )
-def test_what_is_no_address_of_a_cluster_is_refused_at_once(
+def test_a_value_that_is_not_a_clusters_address_is_refused_at_once(
     monkeypatch: pytest.MonkeyPatch, address: str, fix: str
 ) -> None:
     error = refusal(monkeypatch, address)
@@ -99,7 +99,7 @@ def test_what_is_no_address_of_a_cluster_is_refused_at_once(
     assert f"RAY_ADDRESS={address}" in error.what and fix in error.fix
 
 
-def test_a_cluster_that_is_gone_is_told_in_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cluster_that_is_gone_is_reported_in_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         address = f"127.0.0.1:{free.getsockname()[1]}"
     for named in (address, "no-such-host.invalid:6379"):
@@ -113,16 +113,16 @@ def test_a_cluster_that_is_gone_is_told_in_seconds(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize(
-    ("answer", "said"),
-    [(b"HTTP/1.1 400 Bad Request\r\n\r\n", "is no head of a Ray cluster"), (None, "no Ray answers")],
+    ("answer", "message"),
+    [(b"HTTP/1.1 400 Bad Request\r\n\r\n", "is not the head of a Ray cluster"), (None, "no Ray answers")],
 )
-def test_another_server_at_that_address_is_told_in_seconds(
-    monkeypatch: pytest.MonkeyPatch, answer: bytes | None, said: str
+def test_another_server_at_that_address_is_reported_in_seconds(
+    monkeypatch: pytest.MonkeyPatch, answer: bytes | None, message: str
 ) -> None:
-    monkeypatch.setattr(joining, "KNOCK_S", 1.0)
-    with door(answer) as address:
+    monkeypatch.setattr(joining, "HEAD_ANSWER_S", 1.0)
+    with server_with(answer) as address:
         error = refusal(monkeypatch, address)
-    assert isinstance(error, DashboardUnreachable) and said in error.what
+    assert isinstance(error, DashboardUnreachable) and message in error.what
 
 
 def test_a_long_temporary_folder_gives_ray_a_short_one_of_its_own(
@@ -144,7 +144,7 @@ def test_a_long_temporary_folder_gives_ray_a_short_one_of_its_own(
 def alone(
     sandbox: Sandbox, *, wrap: tuple[str, ...] = (), cwd: Path = REPOSITORY, **variables: str
 ) -> dict[str, object]:
-    """What a run on a Ray of its own finds there."""
+    """The facts that a run on its own Ray prints."""
     environment = {**sandbox.environment(), "PYTHONPATH": str(REPOSITORY), **variables}
     done = subprocess.run(
         [*wrap, sys.executable, "-c", ALONE],
@@ -159,8 +159,8 @@ def alone(
 
 
 def test_a_ray_that_runs_or_ran_on_the_machine_is_not_joined(tmp_path: Path) -> None:
-    """With a head, and with what is left of one that was killed; under `uv run`, with a HOME that cannot be
-    written, and SIGTERM to all."""
+    """Beside a head, and beside the files of one that was killed; under `uv run`, with a HOME that cannot be
+    written, and with SIGTERM to all processes."""
     sandbox = Sandbox(tmp_path)
     project = tmp_path / "project" / "below"
     project.mkdir(parents=True)
@@ -168,13 +168,8 @@ def test_a_ray_that_runs_or_ran_on_the_machine_is_not_joined(tmp_path: Path) -> 
         "import subprocess, sys\nsys.exit(subprocess.run(sys.argv[1:]).returncode)\n"
     )
     (project.parent / "pyproject.toml").write_text("[project]\nname = 'p'\nversion = '1'\n")
-    as_uv = (
-        "bash",
-        "-c",
-        f'exec -a uv {sys.executable} "$@"',
-        "",
-        "run",
-    )  # stays as the parent, as uv does: its command line is `uv run …`
+    # stays as the parent, as uv does: its command line is `uv run …`
+    as_uv = ("bash", "-c", f'exec -a uv {sys.executable} "$@"', "", "run")
     try:
         head = [
             str(Path(sys.executable).parent / "ray"),

@@ -1,5 +1,5 @@
-"""Learners in Ray: their names, that a group can be built again at once under the same ones, and who is told
-to be late."""
+"""Learners in Ray: their names, that a group can be built again under the same names, and which worker is
+reported as late."""
 
 import os
 import signal
@@ -12,7 +12,7 @@ import pytest
 import ray
 from ray.util import list_named_actors
 
-from orchestrator.cluster.deadlines import GRACE_S
+from orchestrator.cluster.deadlines import COLLECTIVE_GRACE_S
 from orchestrator.cluster.joining import OBJECT_STORE_BYTES, connect, own_ray, store_for
 from orchestrator.cluster.learner_group import LearnerGroup
 from orchestrator.core.batches import Cut
@@ -41,13 +41,13 @@ def test_workers_are_named_by_role_and_rank_as_nice_as_their_driver_and_can_be_r
 
 
 def freeze(learner: Any, rank: int) -> None:
-    """SIGSTOP to the process of one rank, in the middle of its work."""
+    """Sends SIGSTOP to the process of one rank, in the middle of its work."""
     if int(os.environ["RANK"]) == rank:
         os.kill(os.getpid(), signal.SIGSTOP)
 
 
 def deadlines_of_groups(learner: Any) -> list[timedelta]:
-    """Of every process group of this rank, those that DeepSpeed made too."""
+    """Timeouts of every process group of this rank, those that DeepSpeed made included."""
     import torch
     from torch.distributed import distributed_c10d as c10d
 
@@ -62,9 +62,9 @@ def test_a_frozen_worker_is_named_by_the_driver_before_gloo_gives_up(tmp_path: P
         group.build(LearnerSpec(recipe, Cut(2, 1, None, "padded", 1, "no_sync"), 4))
         last = group.deadlines.of("save_state")
         assert last == 60 + 12e9 / 100e6
-        found = group.call(deadlines_of_groups)
-        assert len(found[0]) > 1, "DeepSpeed has a group of its own"
-        assert {d for rank in found for d in rank} == {timedelta(seconds=last + GRACE_S)}
+        timeouts = group.call(deadlines_of_groups)
+        assert len(timeouts[0]) > 1, "DeepSpeed has its own group"
+        assert {d for rank in timeouts for d in rank} == {timedelta(seconds=last + COLLECTIVE_GRACE_S)}
         group.deadlines = type(group.deadlines)(60.0, 3.0)
         started = time.monotonic()
         with pytest.raises(WorkerLost, match=r"^learner-1 did not answer `call` within 3 s"):

@@ -1,5 +1,5 @@
-"""What is no lost worker ends a run by its own code, at once; what an environment raises costs an episode;
-two jobs never hold half each."""
+"""A failure that is not a lost worker ends the run without another attempt, with its own exit code. An
+exception of an environment costs an episode. Two jobs never hold half of the cluster each."""
 
 import json
 import threading
@@ -85,7 +85,7 @@ def test_a_finished_run_is_extended_and_a_refusal_names_the_key(shared: Shared, 
     assert caught.value.why == "algorithm.beta: 0.1 -> 0.2"
 
 
-def test_truncated_weights_are_no_input_and_nothing_is_tried_again(
+def test_truncated_weights_are_a_missing_input_and_nothing_is_tried_again(
     shared: Shared, done: Path, tmp_path: Path
 ) -> None:
     broken = tmp_path / "broken"
@@ -103,7 +103,7 @@ def test_truncated_weights_are_no_input_and_nothing_is_tried_again(
 
 
 def failure(shared: Shared, recipe: str, folder: str, *overrides: str) -> tuple[OrchestratorError, str]:
-    """(how the run ended, what the user saw)."""
+    """The error that ended the run, and its output."""
     with pytest.raises(OrchestratorError) as caught:
         shared.train(recipe, folder, *overrides)
     assert "\x1b" not in str(caught.value) and "Traceback" not in str(caught.value)
@@ -136,12 +136,12 @@ def test_a_flaky_environment_costs_nothing_and_a_broken_one_ends_the_run_at_once
     assert isinstance(error, RewardsFailed) and error.exit_code == Exit.SOFTWARE
     assert "ConnectionError at world.py:8: tool server" in error.why and "restart" not in said
     assert "Traceback" in (shared.root / "broken" / "logs" / "rollout-0.log").read_text(), (
-        "the whole of it is kept"
+        "the whole traceback is kept"
     )
 
 
 class Odd(ValueError):
-    """Cannot be made anew from its arguments, as many libraries' exceptions."""
+    """Cannot be rebuilt from its `args`, like the exceptions of many libraries."""
 
     def __init__(self, one: int, two: int) -> None:
         super().__init__(f"{one} and {two}")
@@ -154,7 +154,7 @@ def bug(learner: object) -> None:
 def test_a_bug_in_a_worker_ends_the_run_with_70_and_its_place(shared: Shared, tmp_path: Path) -> None:
     learners = Learners(workers=1, cpus_per_worker=0.3)  # pyright: ignore[reportCallIssue]
     with LearnerGroup(learners, logs=tmp_path) as group:
-        for _ in range(2):  # the worker lives on
+        for _ in range(2):  # the worker survives
             with pytest.raises(WorkerFailed, match="learner-0 failed in `call`: Odd: 1 and 2") as caught:
                 group.call(bug)
     assert (
@@ -165,7 +165,7 @@ def test_a_bug_in_a_worker_ends_the_run_with_70_and_its_place(shared: Shared, tm
     assert "raise Odd(1, 2)" in (tmp_path / "learner-0.log").read_text()
 
 
-def test_an_environment_that_is_not_there_is_told_before_any_worker(shared: Shared, tmp_path: Path) -> None:
+def test_a_missing_environment_is_reported_before_any_worker_starts(shared: Shared, tmp_path: Path) -> None:
     recipe = online(tmp_path, "False")
     started = time.monotonic()
     error, _ = failure(shared, recipe, "nofile", "rollouts.environment=nofile.py:World")
@@ -174,24 +174,25 @@ def test_an_environment_that_is_not_there_is_told_before_any_worker(shared: Shar
 
 
 def test_two_jobs_never_take_half_each(shared: Shared) -> None:
-    """Each wants all CPUs, for two groups: one gets them, the other nothing until it is done."""
+    """Each needs all CPUs, for two groups: one gets them, the other one nothing until the first is done."""
     each = ray.cluster_resources()["CPU"] / 2
     groups = [WorkerGroup("learners", 1, each, 0.0), WorkerGroup("rollouts", 1, each, 0.0)]
-    got: list[str] = []
+    events: list[str] = []
 
     def job(name: str) -> None:
         with reserved(groups, 60.0) as placed:
             assert [p.first for p in placed.values()] == [0, 1]
-            got.append(f"{name} began")
+            events.append(f"{name} began")
             time.sleep(1.0)
-            got.append(f"{name} ended")
+            events.append(f"{name} ended")
 
     jobs = [threading.Thread(target=job, args=(name,)) for name in "ab"]
     for thread in jobs:
         thread.start()
     for thread in jobs:
         thread.join(90)
-    assert len(got) == 4 and got[0][0] == got[1][0] and got[2][0] == got[3][0], got
+    assert len(events) == 4, events
+    assert events[0][0] == events[1][0] and events[2][0] == events[3][0], events
     late = pytest.raises(NotEnoughResources, match="not free together within 1 s")
     with reserved(groups, 30.0), late, reserved(groups, 1.0):
         pass

@@ -1,4 +1,4 @@
-"""Online runs that were disturbed end with the weights of one that was not; and how old a rollout may be."""
+"""Online runs that were disturbed end with the weights of one that was not. Rollouts are never too old."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,8 +26,8 @@ RUN = (
     "data.eval=null",
     "tracking.wandb=off",
 )
-"""PPO with all the state that there is: critic, warm-up, KL controller, running reward moments, two epochs of
-two mini-batches."""
+"""PPO with all kinds of state: critic, warm-up, KL controller, running reward moments, two epochs of two
+mini-batches."""
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +75,7 @@ def test_a_killed_rollout_actor_changes_nothing(
 def test_a_killed_learner_restarts_the_run_from_its_checkpoint(
     shared: Shared, sft: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
-    """Policy and critic alike; in flight was nothing that is not sampled again."""
+    """Policy and critic alike. All rollouts that were in flight are sampled again."""
     fault = {"site": "micro_batch", "action": "kill", "step": 13, "once": str(tmp_path / "killed")}
     with planned_faults(fault):
         outcome, said = shared.train_last("tiny/ppo", sft, "learner", *RUN)
@@ -84,8 +84,8 @@ def test_a_killed_learner_restarts_the_run_from_its_checkpoint(
 
 
 @pytest.mark.slow
-def test_a_killed_driver_goes_on_by_the_same_command(shared: Shared, sft: Path, undisturbed: Path) -> None:
-    """Killed between two checkpoints, in a process of its own."""
+def test_a_killed_driver_continues_by_the_same_command(shared: Shared, sft: Path, undisturbed: Path) -> None:
+    """Killed between two checkpoints, in its own process."""
     recipe = shared.root / "driver.yaml"
     overrides = [f"ppo:{o}" for o in (*RUN, *shared.overrides())]
     last = load("tiny/ppo", overrides).stages[-1].recipe
@@ -100,7 +100,7 @@ def test_a_killed_driver_goes_on_by_the_same_command(shared: Shared, sft: Path, 
     check_equal(shared.root / "driver", undisturbed)
 
 
-# ---- how old a rollout may be
+# age of rollouts
 
 
 AHEAD = (
@@ -129,8 +129,8 @@ def test_generation_runs_one_version_ahead_and_never_more(shared: Shared, sft: P
 
 @pytest.mark.slow
 def test_weights_may_change_between_the_requests_of_a_batch(shared: Shared, sft: Path) -> None:
-    """Slow actors are still at the next batch when new weights come: its later prompts are answered with
-    them, each stamped so."""
+    """Slow actors still work on the next batch when new weights come: its later prompts are sampled with
+    these, and each rollout names its version."""
     slow = (
         "rollouts.max_staleness=1",
         "rollouts.update=request",
@@ -145,10 +145,10 @@ def test_weights_may_change_between_the_requests_of_a_batch(shared: Shared, sft:
 
 @pytest.mark.slow
 def test_one_step_ahead_learns_as_well_and_idles_less(shared: Shared, sft: Path) -> None:
-    """Three seeds of tiny GRPO: the held-out reward within 0.05, and rollout actors idle for a smaller part
-    of the time."""
+    """Three seeds of tiny GRPO: the held-out reward is within 0.05, and rollout actors idle for a smaller
+    part of the time."""
     for seed in (0, 1, 2):
-        found = {}
+        results = {}
         for ahead in (0, 1):
             changes = (
                 f"run.seed={seed}",
@@ -162,7 +162,7 @@ def test_one_step_ahead_learns_as_well_and_idles_less(shared: Shared, sft: Path)
             idle = float(
                 np.sum([x["time/idle/rollouts"] for x in lines]) / np.sum([x["time/step"] for x in lines])
             )
-            found[ahead] = (
+            results[ahead] = (
                 outcome.after["eval/reward/mean"],
                 idle,
                 float(np.sum([x["time/step"] for x in lines])),
@@ -170,8 +170,8 @@ def test_one_step_ahead_learns_as_well_and_idles_less(shared: Shared, sft: Path)
         print(
             f"seed {seed}: "
             + ", ".join(
-                f"ahead {k}: reward {r:.3f}, idle {i:.0%}, {t:.1f} s" for k, (r, i, t) in found.items()
+                f"ahead {k}: reward {r:.3f}, idle {i:.0%}, {t:.1f} s" for k, (r, i, t) in results.items()
             )
         )
-        assert found[1][0] >= found[0][0] - 0.05
-        assert found[1][1] < found[0][1]
+        assert results[1][0] >= results[0][0] - 0.05
+        assert results[1][1] < results[0][1]

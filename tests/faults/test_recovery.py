@@ -1,5 +1,5 @@
-"""A run that was disturbed ends with the weights of one that was not: to the last bit after a kill, whoever
-was killed and wherever, and as near as sums in another order are after another cut."""
+"""A run that was disturbed ends with the weights of one that was not. After a kill of any process at any
+place they are equal to the last bit; after another cut they differ as sums in another order do."""
 
 import math
 import os
@@ -48,7 +48,7 @@ RUN = (
 
 @dataclass(frozen=True, slots=True)
 class Undisturbed:
-    """A run that nothing happened to."""
+    """A run without a disturbance."""
 
     folder: Path
     digest: str
@@ -68,14 +68,13 @@ def undisturbed(shared: Shared) -> Undisturbed:
 
 
 def check_equal(folder: Path, undisturbed: Undisturbed) -> None:
-    """The same weights to the last bit, and every step told once."""
+    """The same weights to the last bit, and every step recorded once."""
     assert steps(folder) == list(range(1, STEPS + 1))
     assert exported_hash(folder) == undisturbed.digest
 
 
 def cut_back(undisturbed: Undisturbed, folder: Path, step: int) -> Path:
-    """A copy of the run as it was when it had just written the checkpoint of `step` (one that is still
-    there)."""
+    """A copy of the run as it was after it had written the checkpoint of `step`, which must still exist."""
     shutil.copytree(undisturbed.folder, folder)
     shutil.rmtree(folder / "export")
     for later in folder.glob("checkpoints/step_*"):
@@ -93,7 +92,7 @@ def test_worker_killed(shared: Shared, undisturbed: Undisturbed, tmp_path: Path)
     assert (tmp_path / "killed").exists()
     assert "learner-1 died" in said and "restart 1 of 3" in said
     assert said.count("step 4/8") == 1 and said.count("step 5/8") == 1, (
-        "it went on from the checkpoint of step 4"
+        "it continued from the checkpoint of step 4"
     )
     check_equal(outcome.folder, undisturbed)
 
@@ -109,7 +108,7 @@ def test_driver_killed(
     shared: Shared, undisturbed: Undisturbed, crashes: tuple[tuple[str, int], ...]
 ) -> None:
     """While it writes a checkpoint: before the manifest, after it, and between the rename and LATEST. The
-    same command goes on each time."""
+    same command continues each time."""
     name = f"driver-{crashes[0][0]}"
     for site, step in crashes:
         fault = {"site": site, "step": step, "action": "kill"}
@@ -120,7 +119,7 @@ def test_driver_killed(
         assert not (shared.root / name / "export").exists()
     outcome, _ = shared.train("tiny/dpo", name, *RUN)
     check_equal(outcome.folder, undisturbed)
-    assert not list(outcome.folder.glob("checkpoints/.tmp-*")), "what the crashes left was cleared away"
+    assert not list(outcome.folder.glob("checkpoints/.tmp-*")), "the remains of the crashes were removed"
 
 
 def flip_bit(checkpoint: Path) -> None:
@@ -168,7 +167,7 @@ RESHARDINGS = [
 
 @pytest.mark.parametrize("cut", RESHARDINGS, ids=" ".join)
 def test_resharded(shared: Shared, undisturbed: Undisturbed, cut: tuple[str, ...]) -> None:
-    """Another number of workers or another ZeRO stage goes on with the same examples."""
+    """Another number of workers or another ZeRO stage continues with the same examples."""
     folder = cut_back(undisturbed, shared.root / "-".join(cut), 6)
     _, said = shared.train("tiny/dpo", folder.name, *RUN, *cut)
     assert "step 7/8" in said and "step 6/8" not in said
@@ -197,7 +196,7 @@ def test_from_zero_3_to_a_lower_stage(shared: Shared, undisturbed: Undisturbed, 
 
 
 def check_close(folder: Path, undisturbed: Undisturbed, tolerance: float) -> None:
-    """The same losses and weights, as near as sums in another order are. tolerance: of the weights, relative."""
+    """The same losses and weights, up to the order of sums. tolerance: of the weights, relative."""
     assert steps(folder) == list(range(1, STEPS + 1))
     for one, other in zip(metrics(undisturbed.folder), metrics(folder), strict=True):
         assert other["loss"] == pytest.approx(one["loss"], rel=1e-5)
@@ -219,8 +218,8 @@ def test_out_of_memory_is_replayed_in_place(shared: Shared, undisturbed: Undistu
 def test_out_of_memory_in_the_update_rebuilds_the_workers(
     shared: Shared, undisturbed: Undisturbed, tmp_path: Path
 ) -> None:
-    """Nobody knows which weights were moved by then. It is no lost worker: the step is cut finer, and no
-    restart is spent on it."""
+    """It is unknown which weights were updated by then. It does not count as a lost worker: the step is cut
+    finer, and no restart is spent on it."""
     fault = {"site": "optim_step", "action": "oom", "step": 4, "rank": 1, "once": str(tmp_path / "oom")}
     with planned_faults(fault):
         outcome, said = shared.train("tiny/dpo", "update", *RUN)
@@ -241,9 +240,9 @@ def test_out_of_memory_amid_collectives_rebuilds_the_workers(
     with planned_faults(fault):
         outcome, said = shared.train("tiny/dpo", "rebuilt", *RUN, "learners.zero_stage=3")
     assert "starting the workers again with at most 2 examples" in said
-    assert said.count("step 4/8") == 1, "it went on from the checkpoint of step 4"
+    assert said.count("step 4/8") == 1, "it continued from the checkpoint of step 4"
     assert [line["perf/micro_batches"] for line in metrics(outcome.folder)] == [2] * 4 + [4] * 4
-    check_close(outcome.folder, undisturbed, 1e-5)  # the undisturbed run is one of stage 0
+    check_close(outcome.folder, undisturbed, 1e-5)  # the undisturbed run has stage 0
 
 
 @pytest.mark.slow
@@ -270,7 +269,7 @@ def test_non_finite_steps_are_skipped_and_five_in_a_row_end_the_run(
 
 
 def kill_something(sandbox: Sandbox, running: Command, victim: str, choice: random.Random) -> None:
-    """SIGKILL to the driver, to one learner worker, or to the driver, Ray and all workers."""
+    """Sends SIGKILL to the driver, to one learner worker, or to the driver, Ray and all workers."""
     workers = sorted(pid for pid, name in sandbox.living().items() if name.startswith("ray::LearnerActor"))
     if victim == "everything":
         sandbox.kill_all()
@@ -283,12 +282,12 @@ def kill_something(sandbox: Sandbox, running: Command, victim: str, choice: rand
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_ten_random_kills(undisturbed: Undisturbed, tmp_path: Path) -> None:
-    """Ten SIGKILLs at random moments of commands with a Ray of their own, then each run is brought to its
+    """Ten SIGKILLs at random moments of commands with their own Ray; then each run is continued to its
     end."""
     choice = random.Random(20)
     folders = [tmp_path / "run-0"]
     for turn in range(10):
-        if last_checkpoint(folders[-1]) >= STEPS - 1:  # next to nothing is left to disturb
+        if last_checkpoint(folders[-1]) >= STEPS - 1:  # almost nothing remains to be disturbed
             folders.append(tmp_path / f"run-{len(folders)}")
         folder = folders[-1]
         victim = choice.choice(["driver", "worker", "everything"])
@@ -319,5 +318,5 @@ def test_ten_random_kills(undisturbed: Undisturbed, tmp_path: Path) -> None:
 
 
 def last_checkpoint(folder: Path) -> int:
-    """The step of the newest checkpoint, 0 where there is none."""
+    """The step of the newest checkpoint, 0 without one."""
     return max((int(p.name.removeprefix("step_")) for p in folder.glob("checkpoints/step_*")), default=0)

@@ -1,4 +1,4 @@
-"""A whole reward pool on a real local Ray: right rewards to the last digit, wrong ones named, every wait
+"""A whole reward pool on a real local Ray: rewards are exact, failures are named, and every wait is
 bounded."""
 
 import os
@@ -73,7 +73,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shared]:
 
 @pytest.fixture
 def scored(shared: Shared, tmp_path: Path) -> Callable[..., BatchRewards]:
-    """Scores groups with functions of mine.py, by name: one pool, one batch."""
+    """Scores groups with functions of mine.py, given by name: one pool, one batch."""
 
     def score(groups: Sequence[RolloutGroup], *names: str, **options: Any) -> BatchRewards:
         functions = [RewardFunction(name=n, function=f"{shared.root}/mine.py:{n}") for n in names]
@@ -111,7 +111,7 @@ def values(scoring: BatchRewards) -> dict[int, list[float]]:
 
 
 @pytest.mark.parametrize(
-    ("name", "words"),
+    ("name", "message"),
     [
         ("raises", "ValueError at mine.py:11: cannot parse"),
         ("sleeps", "did not answer within 2 s"),
@@ -123,23 +123,23 @@ def values(scoring: BatchRewards) -> dict[int, list[float]]:
     ],
 )
 def test_a_poisoned_group_is_dropped_by_name_and_the_others_keep_exact_rewards(
-    scored, name: str, words: str
+    scored, name: str, message: str
 ) -> None:
     started = time.monotonic()
     scoring = scored(GROUPS, name, timeout_s=6.0, retries=1, max_dropped_fraction=0.5)
     assert values(scoring) == RIGHT
     (dropped,) = scoring.dropped
-    assert dropped.startswith(f"q.jsonl:2: reward {name}") and words in dropped
+    assert dropped.startswith(f"q.jsonl:2: reward {name}") and message in dropped
     assert time.monotonic() - started < 40
 
 
 def test_too_many_dropped_groups_end_the_run_with_the_reasons(scored) -> None:
-    with pytest.raises(RewardsFailed, match="1 of 3 groups") as told:
+    with pytest.raises(RewardsFailed, match="1 of 3 groups") as caught:
         scored(GROUPS, "raises", timeout_s=5.0)
-    assert "q.jsonl:2: reward raises failed (ValueError at mine.py:11: cannot parse)" in str(told.value)
+    assert "q.jsonl:2: reward raises failed (ValueError at mine.py:11: cannot parse)" in str(caught.value)
 
 
-def test_all_components_run_at_once_and_add_up(shared: Shared, tmp_path: Path) -> None:
+def test_all_components_run_at_the_same_time_and_are_added_up(shared: Shared, tmp_path: Path) -> None:
     mine = f"{shared.root}/mine.py"
     config = Rewards(
         functions=[
@@ -196,7 +196,7 @@ def test_nothing_is_left_when_a_pool_closes_or_its_actor_dies(shared: Shared) ->
         assert wait_until(lambda: running not in sandboxes(), 5)
 
 
-def test_an_actor_that_is_killed_is_made_anew(shared: Shared) -> None:
+def test_an_actor_that_is_killed_is_started_again(shared: Shared) -> None:
     config = Rewards(
         functions=[RewardFunction(name="length", function=f"{shared.root}/mine.py:length")], retries=1
     )
@@ -210,7 +210,7 @@ def test_an_actor_that_is_killed_is_made_anew(shared: Shared) -> None:
         assert time.monotonic() - started < 20
 
 
-def test_a_function_that_cannot_be_loaded_or_placed_is_told_at_once(shared: Shared) -> None:
+def test_a_function_that_cannot_be_loaded_or_placed_is_reported_at_once(shared: Shared) -> None:
     (shared.root / "broken.py").write_text("import no_such_package\ndef f(completions): ...")
     started = time.monotonic()
     with pytest.raises(ConfigError, match=r"ModuleNotFoundError at broken\.py:1"):
@@ -233,7 +233,7 @@ def test_a_function_that_cannot_be_loaded_or_placed_is_told_at_once(shared: Shar
 
 @pytest.fixture(scope="module")
 def reward_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What a `reward` run exports, with weights of its own."""
+    """An export as of a `reward` run, with its own weights."""
     loaded = load(TINY, seed=7, head="scalar")
     weights = dict(loaded.model.named_parameters())
     return export(
@@ -247,7 +247,7 @@ def reward_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def direct(folder: Path, prompt: Sequence[int], completion: Sequence[int]) -> float:
-    """The head's value at the last token, one sequence at a time, by transformers alone."""
+    """Value of the head at the last token, one sequence at a time, by transformers alone."""
     from transformers import AutoModelForSequenceClassification
 
     model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
@@ -266,14 +266,16 @@ def test_a_reward_model_scores_as_a_direct_forward(shared: Shared, reward_folder
     function = RewardFunction(name="rm", model=str(reward_folder), weight=2.0)
     with RewardPool(Rewards(functions=[function], batch_size=2), model_for_tokenizer=TINY, logs=None) as pool:
         scoring = pool.score(groups)
-    got = np.concatenate([g.parts["rm"] for g in scoring.groups])
-    assert np.abs(got - expected).max() < 1e-6
-    assert np.array_equal(np.concatenate([g.rewards for g in scoring.groups]), 2 * got)
+    parts = np.concatenate([g.parts["rm"] for g in scoring.groups])
+    assert np.abs(parts - expected).max() < 1e-6
+    assert np.array_equal(np.concatenate([g.rewards for g in scoring.groups]), 2 * parts)
     from_text = RewardModel(function, policy=None, batch_size=64, device=torch.device("cpu"))
     assert not from_text.reads_ids and np.abs(np.array(from_text.score(groups)) - expected).max() < 1e-6
 
 
-def test_the_policys_ids_are_read_only_where_they_mean_the_same(reward_folder: Path, tmp_path: Path) -> None:
+def test_the_policys_ids_are_read_only_if_the_tokenizers_are_the_same(
+    reward_folder: Path, tmp_path: Path
+) -> None:
     tokenizer = load_tokenizer(TINY)
     function = RewardFunction(name="rm", model=str(reward_folder))
     exported = RewardModel(function, policy=TINY, batch_size=4, device=torch.device("cpu"))
@@ -286,7 +288,7 @@ def test_the_policys_ids_are_read_only_where_they_mean_the_same(reward_folder: P
     assert not RewardModel(function, policy=changed, batch_size=4, device=torch.device("cpu")).reads_ids
 
 
-def test_a_sequence_that_is_too_long_is_no_reward(reward_folder: Path) -> None:
+def test_a_sequence_that_is_too_long_has_no_reward(reward_folder: Path) -> None:
     model = RewardModel(
         RewardFunction(name="rm", model=str(reward_folder)),
         policy=TINY,
@@ -318,7 +320,7 @@ def test_a_model_without_a_trained_head_is_refused(tmp_path: Path) -> None:
         )
 
 
-def test_a_reward_model_whose_gpu_is_not_there_is_told_at_once(shared: Shared, reward_folder: Path) -> None:
+def test_a_reward_model_without_enough_gpus_is_reported_at_once(shared: Shared, reward_folder: Path) -> None:
     config = Rewards(functions=[RewardFunction(name="rm", model=str(reward_folder), gpus=64)])
     with pytest.raises(NotEnoughResources, match="64 GPUs"):
         RewardPool(config, model_for_tokenizer=TINY, logs=None)
@@ -358,15 +360,15 @@ def test_http_stands_beside_functions(shared: Shared) -> None:
 
 def sandboxes() -> set[int]:
     """Living processes of reward functions on this machine."""
-    found = set()
+    pids = set()
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             line = (folder / "cmdline").read_bytes()
         except OSError:  # it ended meanwhile
             continue
         if b"orchestrator.rollout.rewards.sandbox" in line:
-            found.add(int(folder.name))
-    return found
+            pids.add(int(folder.name))
+    return pids
 
 
 def parent(pid: int) -> int:

@@ -1,5 +1,5 @@
-"""Runs that are moved, extended, evaluated otherwise and exported afterwards: the same to the last bit where
-the recipe says the same."""
+"""Runs that are moved, extended, evaluated in another way and exported afterwards: weights of the same recipe
+are equal to the last bit."""
 
 import json
 from collections.abc import Iterator
@@ -87,13 +87,13 @@ def test_moved_extended_and_evaluated_otherwise_it_is_the_same_run(
     for step, digest in ((2, short), (4, undisturbed), (None, undisturbed)):
         folder = tmp_path / f"of-{step}"
         export_run(after.folder, recipe, step, folder / "export", notes.append)
-        assert exported_hash(folder) == digest, "one path for a learner's export and a checkpoint's"
+        assert exported_hash(folder) == digest, "a learner and a checkpoint are exported by the same code"
     half = recipe_of(after.folder, ["export.dtype=bf16"])
     written = load_file(
         export_run(after.folder, half, 4, tmp_path / "half", notes.append) / "model.safetensors"
     )
-    whole = load_file(after.folder / "export" / "model.safetensors")
-    assert all(torch.equal(whole[name].bfloat16(), value) for name, value in written.items())
+    full = load_file(after.folder / "export" / "model.safetensors")
+    assert all(torch.equal(full[name].bfloat16(), value) for name, value in written.items())
     assert json.loads((tmp_path / "half" / "config.json").read_text())["dtype"] == "bfloat16"
     with pytest.raises(CheckpointError, match="no verified checkpoint of step 3") as caught:
         export_run(after.folder, recipe, 3, tmp_path / "none", notes.append)
@@ -115,17 +115,17 @@ def test_weights_alone_are_a_third_and_cannot_be_extended(shared: Shared, undist
         with pytest.raises(OutputError, match="cannot be extended") as caught:
             shared.train("tiny/dpo", final, *common, "run.max_steps=5", f"checkpoint.final={final}")
         assert "model.path=RUN/export" in caught.value.fix
-    whole = sum(
+    full = sum(
         file.stat().st_size
         for file in (shared.root / "undisturbed" / "checkpoints" / "step_00000004").rglob("*.safetensors")
     )
-    assert 0.3 < sizes["weights"] / whole < 0.36 and sizes["none"] == 0
+    assert 0.3 < sizes["weights"] / full < 0.36 and sizes["none"] == 0
     assert not (shared.root / "none" / "checkpoints").exists()
     assert [d.name for d in (shared.root / "weights" / "checkpoints").glob("step_*")] == ["step_00000004"]
 
 
 class StopsAtExport(Stop):
-    """Asked to stop by the time that the model is to be exported."""
+    """Stops the run when it begins to export the model."""
 
     def __setattr__(self, name: str, value: object) -> None:
         super().__setattr__(name, value)
@@ -134,9 +134,7 @@ class StopsAtExport(Stop):
 
 
 @pytest.mark.slow
-def test_an_interrupted_export_is_made_up_for_also_of_an_extended_run(
-    shared: Shared, undisturbed: str
-) -> None:
+def test_an_interrupted_export_is_repeated_also_for_an_extended_run(shared: Shared, undisturbed: str) -> None:
     from rich.console import Console
 
     from orchestrator.recipe.loading import load

@@ -129,8 +129,8 @@ def pool(group: LearnerGroup, faults: Path) -> Iterator[RolloutPool]:
             {"site": "weights", "action": "corrupt", "step": CORRUPT_ALWAYS + i},
         ]
     cfg = recipe(placement="colocated", max_restarts=100)
-    with planned_faults(*planned), RolloutPool(cfg, placement=group.placement) as pool:
-        assert not pool.reserved
+    with planned_faults(*planned), RolloutPool(cfg, reservation=group.reservation) as pool:
+        assert not pool.owns_reservation
         yield pool
 
 
@@ -540,7 +540,7 @@ def test_weights_cross_between_processes_on_one_gpu(ray_session: None) -> None:
     )
     with (
         LearnerGroup(cfg.learners, colocated=cfg.rollouts) as group,
-        RolloutPool(cfg, placement=group.placement) as pool,
+        RolloutPool(cfg, reservation=group.reservation) as pool,
     ):
         cut = cut_of(cfg, 3)
         group.build(LearnerSpec(cfg, cut, 4))

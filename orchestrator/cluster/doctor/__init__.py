@@ -1,1 +1,1 @@
-"""What is known of the machines, and what is wrong with them."""
+"""Facts about the machines of a cluster, and what is wrong with them."""

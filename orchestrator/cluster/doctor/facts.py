@@ -1,6 +1,7 @@
-"""What is known of a cluster, and what a run needs of it: records. `cluster/doctor/checks.py` judges them.
+"""Facts about a cluster, and what a run requires of it: records, which doctor/checks.py compares.
 
-node_facts.py -> NodeFacts × nodes ──cluster/doctor/survey.py──► ClusterFacts        preflight.py -> Need
+node.py --NodeFacts of each node--> survey.py --ClusterFacts--> checks.py
+run/preflight.py --ClusterRequirements------------------------> checks.py
 """
 
 from collections.abc import Mapping
@@ -14,55 +15,66 @@ from orchestrator.plan.hardware import Hardware, Machine
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """A device as nvidia-smi sees it. memory: bytes, 0 where it does not say; driver: its version, "" where
-    it does not say; compute: its compute capability, such as 9.0, "" where it does not say."""
+    """A device as nvidia-smi reports it."""
 
     name: str
+    """Example: NVIDIA H100 80GB HBM3."""
     memory: int
+    """Bytes; 0 if not reported."""
     driver: str = ""
+    """Version of its driver, such as 580.65.06; "" if not reported."""
     compute: str = ""
+    """Compute capability, such as 9.0; "" if not reported."""
 
     @property
     def knows_bf16(self) -> bool:
-        """From Ampere (8.0) on; what does not say is taken for one that does."""
+        """Whether it computes in bf16: from Ampere (8.0) on, or if its compute capability is unknown."""
         return not self.compute or float(self.compute) >= 8.0
 
 
 @dataclass(frozen=True, slots=True)
 class Kernel:
-    """A small product computed on a GPU. device: which one of its node; trouble: what was wrong with it, None
-    where nothing was."""
+    """A small product computed on a GPU."""
 
     device: str
-    trouble: str | None
+    """GPU of its node, such as "GPU 0"."""
+    problem: str | None
+    """What was wrong with the product; None if nothing was."""
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Soft limits of a worker process (ulimit -n, -u, -l in bytes); None: no limit."""
+    """Soft limits of a worker process; None if unlimited."""
 
     open_files: int | None
+    """ulimit -n."""
     processes: int | None
+    """ulimit -u."""
     locked_memory: int | None
+    """Bytes; ulimit -l."""
 
 
 @dataclass(frozen=True, slots=True)
 class Storage:
-    """The run folder as a node sees it. error: why it cannot be written; free: bytes; held: bytes of
-    checkpoints that lie there already; unseen: nodes that wrote a marker which this one does not see."""
+    """The run folder as a node sees it."""
 
     folder: str
     error: str | None
+    """Why it cannot be written; None if it can."""
     free: int
+    """Bytes."""
     held: int = 0
+    """Bytes of checkpoints in it."""
     unseen: tuple[str, ...] = ()
+    """Nodes that wrote a marker which this node does not see."""
 
 
 @dataclass(frozen=True, slots=True)
 class BlockedPort:
-    """A TCP connection that did not come about. node: the other side."""
+    """A TCP connection that failed."""
 
     node: str
+    """The node that was not reached."""
     address: str
     port: int
     why: str
@@ -78,39 +90,47 @@ class MissingModel:
 
 @dataclass(frozen=True, slots=True)
 class NodeFacts:
-    """What a process on a node sees. name: unique in the cluster; versions: of python and the libraries
-    ("missing" where there is none); devices: GPUs by nvidia-smi; cuda: the version that its torch is built
-    for, "" without; kernels: what was computed on its GPUs, empty where none was tried; ram, shm_*: bytes;
-    interface: the network device that holds the address; ports: from which the system takes free ones;
-    clock_offset_s: against the driver's clock."""
+    """What a process on a node sees of it."""
 
     name: str
+    """Unique in the cluster."""
     address: str
     versions: Mapping[str, str]
+    """Versions of Python, this program and libraries; "missing" if one is not installed."""
     devices: tuple[Gpu, ...]
     ram: int
+    """Bytes."""
     shm_total: int
+    """Bytes of /dev/shm; 0 without one."""
     shm_free: int
+    """Bytes."""
     limits: Limits
     rdma: bool
+    """Whether it has an InfiniBand or RoCE card."""
     interface: str
+    """Network device that holds the address, such as eth0."""
     ports: tuple[int, int]
+    """First and last of the ports that the system gives out."""
     storage: Storage | None = None
     absent: tuple[MissingModel, ...] = ()
     unreachable: tuple[BlockedPort, ...] = ()
     clock_offset_s: float = 0.0
+    """Seconds that its clock is ahead of the driver's."""
     cuda: str = ""
+    """CUDA version that its torch is built for; "" for a build without CUDA."""
     kernels: tuple[Kernel, ...] = ()
+    """Products computed on its GPUs; empty if none was tried."""
 
 
 @dataclass(frozen=True, slots=True)
 class NodeCapacity:
-    """What Ray gives out on a node. object_store: bytes; 0 where it is not known."""
+    """What Ray gives out on a node."""
 
     node: str
     cpus: float
     gpus: float
     object_store: int = 0
+    """Bytes; 0 if unknown."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,78 +143,93 @@ class SilentNode:
 
 @dataclass(frozen=True, slots=True)
 class PairRate:
-    """Measured bytes per second and direction between two nodes, both sending."""
+    """Measured rate between two nodes that send to each other."""
 
     one: str
     other: str
     rate: float
+    """Bytes per second in each direction."""
 
 
 @dataclass(frozen=True, slots=True)
 class AllReduce:
-    """An all-reduce over `ranks` processes on each node. seconds: median of the slowest process; error: why
-    there is no result."""
+    """A measured all-reduce over all nodes."""
 
     backend: str
+    """gloo or nccl."""
     nodes: tuple[str, ...]
     size: int
+    """Bytes."""
     seconds: float = 0.0
+    """Median of the slowest process."""
     pairs: tuple[PairRate, ...] = ()
     error: str | None = None
+    """Why it failed; None if it was measured."""
     ranks: int = 1
+    """Processes on each node."""
 
     @property
     def rate(self) -> float:
-        """Bytes per second that each node sends and receives, through all its network cards together: 2 (n -
-        1) / n times the size, over the time."""
+        """Bytes per second that each node sends and receives, through all its network cards together:
+        2 (n - 1) / n times the size, divided by the time."""
         return 2 * (len(self.nodes) - 1) / len(self.nodes) * self.size / self.seconds
 
 
 @dataclass(frozen=True, slots=True)
 class UnmetRequirement:
-    """A library that is not what this program needs. wanted: e.g. "trl>=1.16"."""
+    """A library whose version does not meet this program's requirement."""
 
     version: str
+    """Example: trl 1.10.0."""
     wanted: str
+    """Example: trl>=1.16."""
 
 
 @dataclass(frozen=True, slots=True)
 class ClusterFacts:
-    """Everything that was found out; the first node is the driver's. auth: Ray's token authentication, None
-    where it cannot be told; skipped: why no all-reduce was tried; wandb: why its server cannot be used from
-    the driver."""
+    """All facts about a cluster."""
 
     nodes: tuple[NodeFacts, ...]
+    """The nodes that answered, the driver's first."""
     capacities: tuple[NodeCapacity, ...]
     silent: tuple[SilentNode, ...] = ()
     unmet: tuple[UnmetRequirement, ...] = ()
+    """Requirements that the driver's own installation does not meet."""
     auth: bool | None = None
+    """Whether Ray asks for a token; None if unknown."""
     all_reduce: AllReduce | None = None
     skipped: str = ""
+    """Why no all-reduce was tried."""
     wandb: str | None = None
+    """Why the driver cannot use wandb's server; None if it can."""
 
 
 @dataclass(frozen=True, slots=True)
 class ModelSource:
-    """Weights that the workers load: a folder, or a hub name at a revision."""
+    """Weights that the workers load."""
 
     path: str
+    """A folder, or a name on the hub."""
     revision: str | None
     hub: bool
+    """Whether `path` is a name on the hub."""
 
 
 @dataclass(frozen=True, slots=True)
 class ClusterRequirements:
-    """What a run asks of the cluster. checkpoint_bytes: of one; libraries: beyond those that every run uses;
-    object_store: bytes of published weights that lie in it at once."""
+    """What a run requires of the cluster."""
 
     groups: tuple[WorkerGroup, ...] = ()
     checkpoint_bytes: int = 0
+    """Size of one checkpoint."""
     keep: int = 0
+    """Number of checkpoints that are kept."""
     wandb: Literal["online", "offline", "off"] = "off"
     models: tuple[ModelSource, ...] = ()
     libraries: tuple[str, ...] = ()
+    """Libraries beyond those that every run uses."""
     object_store: int = 0
+    """Bytes of published weights in Ray's object store at the same time."""
 
     @property
     def gpus(self) -> bool:
@@ -202,8 +237,10 @@ class ClusterRequirements:
 
 
 def of_cluster(facts: ClusterFacts) -> Hardware:
-    """The machines that answered, with the measured bandwidth of their all-reduce. NotEnoughResources where
-    none did."""
+    """Hardware of the machines that answered, with the measured bandwidth of their all-reduce.
+
+    NotEnoughResources if none answered.
+    """
     if not facts.nodes:
         silent = "; ".join(f"{s.node}: {s.why}" for s in facts.silent)
         raise NotEnoughResources(
@@ -222,9 +259,8 @@ def of_cluster(facts: ClusterFacts) -> Hardware:
         )
         for n in facts.nodes
     )
-    measured = (
-        facts.all_reduce.rate if facts.all_reduce is not None and facts.all_reduce.error is None else None
-    )
+    reduced = facts.all_reduce
+    measured = reduced.rate if reduced is not None and reduced.error is None else None
     return Hardware(
         machines,
         between=measured,

@@ -1,1 +1,1 @@
-"""From a recipe here to a job there: Ray jobs, Slurm, Kubernetes, SkyPilot."""
+"""Submits a recipe of this machine as a job elsewhere: Ray jobs, Slurm, Kubernetes, SkyPilot."""

@@ -1,6 +1,7 @@
-"""Ray's Jobs API: submissions of a run, numbered, so that submitting again is safe and goes on.
+"""Ray's Jobs API: the attempts of a run are numbered jobs, so that the same submission can safely be repeated
+and resumes the run.
 
-NAME, NAME.2, NAME.3 …   one Ray job per attempt of the run NAME; the newest tells where it stands
+    NAME, NAME.2, NAME.3 …   one Ray job per attempt of the run NAME; the newest has the run's status
 """
 
 import asyncio
@@ -24,44 +25,57 @@ from orchestrator.core.errors import (
 )
 
 LOCAL = "http://127.0.0.1:8265"
+"""Address of a dashboard on this machine."""
 FINAL = ("SUCCEEDED", "FAILED", "STOPPED")
+"""Statuses of a job that is over."""
 STOP_GRACE = "RAY_JOB_STOP_WAIT_TIME_S"
+"""Variable of a job: seconds between SIGTERM and SIGKILL when it is stopped."""
 SERVER_ERROR = re.compile(r"status code 5\d\d")
 NO_AGENT = (
-    "try again in some seconds; if it stays so, another Ray on that machine holds the port of the job agent: "
+    "try again in some seconds; if it repeats, another Ray on that machine holds the port of the job agent: "
     "ray start --head --dashboard-agent-listen-port=PORT"
 )
-"""What mends Ray's \"No available agent to submit job\": the agent is not up yet, or never will be, its port
-being taken."""
+"""Fix of Ray's \"No available agent to submit job\": the agent has not started yet, or never will because its
+port is taken."""
 RUN, ATTEMPT = "orchestrator_run", "orchestrator_attempt"
-"""Names in a job's metadata."""
+"""Keys of a job's metadata."""
 RECONNECT_S = 120.0
-"""How long a followed job may be out of sight before the follower gives up; the job itself goes on."""
+"""Time that a followed job's dashboard may be away before the follower gives up; the job itself continues."""
 ANSWER_S = 60.0
-"""Deadline of one request to the dashboard, beside the time that an upload may take."""
-SLOWEST = 100_000
+"""Deadline of one request to the dashboard, without the time that an upload may take."""
+MIN_UPLOAD_RATE = 100_000
 """Bytes per second of the slowest upload that is waited for."""
 QUIET_S = 60.0
-"""After so long without a word of a followed job its log is asked for anew: a connection whose other end is
-gone says nothing either."""
+"""Time without output of a followed job after which its log is requested again: a connection whose other end
+is gone is silent too."""
 POLL_S = 1.0
+"""Time between two requests for a job's status."""
 
 
 @dataclass(frozen=True, slots=True)
 class JobAttempt:
-    """One Ray job of a run. status: Ray's word; started, ended: Unix seconds; exit_code: of the driver, once
-    it ended; stop_grace_s: between SIGTERM and SIGKILL when it is stopped."""
+    """One Ray job of a run."""
 
     id: str
+    """Ray's id of the job, such as NAME.2."""
     run: str
+    """Name of the run."""
     number: int
+    """1 for the first attempt."""
     entrypoint: str
+    """Command of the driver."""
     status: str
+    """Ray's status: PENDING, RUNNING, SUCCEEDED, FAILED or STOPPED."""
     message: str
+    """Ray's message about the status."""
     started: float | None
+    """Unix seconds."""
     ended: float | None
+    """Unix seconds."""
     exit_code: int | None
+    """Exit code of the driver, once it ended."""
     stop_grace_s: float = 3.0
+    """Seconds between SIGTERM and SIGKILL when it is stopped."""
 
     @property
     def is_over(self) -> bool:
@@ -70,53 +84,54 @@ class JobAttempt:
 
 @dataclass(frozen=True, slots=True)
 class Submission:
-    """What is asked for. environment: of the driver and workers, no secrets: the Jobs API shows it to
-    everybody."""
+    """A job to be submitted."""
 
     run: str
     entrypoint: str
+    """Command of the driver."""
     folder: Path
+    """Folder that is uploaded."""
     environment: Mapping[str, str]
+    """Variables of driver and workers. They must not contain secrets: the Jobs API shows them to every
+    user."""
 
 
 class Jobs:
-    """The jobs of a cluster. address: of its dashboard, e.g. http://127.0.0.1:8265."""
+    """The jobs of a cluster.
+
+    address: of its dashboard, e.g. http://127.0.0.1:8265.
+    """
 
     def __init__(self, address: str) -> None:
         token = find_token()
         _require_token(address, token)
         self.address = address
-        self._client = self._asked(lambda: _client(address, token))
+        self._client = self._request(lambda: _client(address, token))
 
     def attempts(self, run: str | None = None) -> list[JobAttempt]:
-        """Those of one run, or of all runs, oldest first."""
-        found = [
-            _attempt(details)
-            for details in self._asked(self._client.list_jobs)
-            if RUN in (details.metadata or {})
-        ]
-        return sorted((a for a in found if run in (None, a.run)), key=lambda a: (a.started or 0.0, a.number))
+        """Attempts of one run, or of all runs, oldest first."""
+        jobs = self._request(self._client.list_jobs)
+        attempts = [_attempt(details) for details in jobs if RUN in (details.metadata or {})]
+        wanted = (a for a in attempts if run in (None, a.run))
+        return sorted(wanted, key=lambda a: (a.started or 0.0, a.number))
 
     def find(self, name: str) -> JobAttempt:
-        """The attempt of that id, else the newest of the run of that name; MissingInput where there is
+        """The attempt with that id, else the newest of the run with that name; MissingInput if there is
         neither."""
         attempts = self.attempts()
-        found = [a for a in attempts if a.id == name and a.run != name] or [
-            a for a in attempts if a.run == name
-        ]
-        if found:
-            return max(found, key=lambda a: a.number)
-        known = sorted({a.run for a in attempts})
-        fix = (
-            f"the runs known there are {', '.join(known)}"
-            if known
-            else "submit it: orchestrator submit RECIPE"
-        )
+        by_id = [a for a in attempts if a.id == name and a.run != name]
+        matches = by_id or [a for a in attempts if a.run == name]
+        if matches:
+            return max(matches, key=lambda a: a.number)
+        runs = sorted({a.run for a in attempts})
+        fix = f"the runs there are {', '.join(runs)}" if runs else "submit it: orchestrator submit RECIPE"
         raise MissingInput(f"no run {name} at {self.address}", fix=fix)
 
     def submit(self, submission: Submission, number: int | None) -> str:
-        """Starts attempt `number`; its id. Two that race for the same number: the second is told that it
-        exists. None: a command that belongs to no run, and is not listed."""
+        """Starts attempt `number`; its id. Of two submissions with the same number Ray refuses the second.
+
+        number: None for a command that belongs to no run; it is not listed.
+        """
         name = submission.run if number in (None, 1) else f"{submission.run}.{number}"
         environment = {"working_dir": str(submission.folder), "env_vars": dict(submission.environment)}
 
@@ -128,18 +143,18 @@ class Jobs:
                 metadata={} if number is None else {RUN: submission.run, ATTEMPT: str(number)},
             )
 
-        return self._asked(send)
+        return self._request(send)
 
     def read(self, id: str) -> JobAttempt:
-        return _attempt(self._asked(lambda: self._client.get_job_info(id)))
+        return _attempt(self._request(lambda: self._client.get_job_info(id)))
 
     def logs(self, id: str) -> str:
-        """All that the driver has said."""
-        return self._asked(lambda: self._client.get_job_logs(id))
+        """The whole output of the driver."""
+        return self._request(lambda: self._client.get_job_logs(id))
 
     def follow(self, id: str, write: Callable[[str], None]) -> JobAttempt:
-        """Hands on what the driver says, as it says it, until the job is over; survives a dashboard that is
-        away for a while."""
+        """Passes the driver's output to `write` as it comes, until the job is over. Survives a dashboard that
+        is away for a while."""
         import aiohttp
 
         seen, lost_at = 0, None
@@ -170,16 +185,16 @@ class Jobs:
                     raise DashboardUnreachable(
                         f"lost sight of job {id} at {self.address}",
                         why=f"not reachable for {RECONNECT_S:.0f} s: {error}",
-                        fix=f"the job may well go on; look again with: orchestrator logs {id} --address "
-                        f"{self.address}",
+                        fix="the job may still be running; look again with: "
+                        f"orchestrator logs {id} --address {self.address}",
                     ) from error
             time.sleep(POLL_S)
 
     def stop(self, id: str) -> JobAttempt:
-        """Asks the driver to stop (SIGTERM: checkpoint, then exit 75) and waits until it is over: Ray kills
-        it after its grace."""
+        """Stops the driver (SIGTERM: checkpoint, then exit 75) and waits until it has ended. Ray kills it
+        after its `stop_grace_s`."""
         wait_s = self.read(id).stop_grace_s + RECONNECT_S
-        self._asked(lambda: self._client.stop_job(id))
+        self._request(lambda: self._client.stop_job(id))
         deadline = time.monotonic() + wait_s
         while not (attempt := self.read(id)).is_over:
             if time.monotonic() > deadline:
@@ -190,18 +205,18 @@ class Jobs:
             time.sleep(POLL_S)
         return attempt
 
-    def _asked(self, request: Callable[[], Any]) -> Any:
-        """The answer to a request, or an error that says what to do."""
+    def _request(self, send: Callable[[], Any]) -> Any:
+        """The answer to a request; an error with its fix if it fails."""
         from ray.exceptions import AuthenticationError
 
         try:
-            return request()
+            return send()
         except AuthenticationError as error:
             refused = (
                 "401: no token was given" if find_token() is None else "403: the token is another cluster's"
             )
             raise Forbidden(
-                f"{self.address} refuses to talk to us ({refused})",
+                f"{self.address} refuses this request ({refused})",
                 why="the cluster has token authentication on",
                 fix="set RAY_AUTH_TOKEN, or copy the head's ~/.ray/auth_token to the same place here (chmod "
                 "600)",
@@ -216,27 +231,27 @@ class Jobs:
         except RuntimeError as error:
             if SERVER_ERROR.search(str(error)):
                 fix = NO_AGENT if "No available agent" in str(error) else "try again"
-                raise DashboardUnreachable(
-                    f"the dashboard at {self.address} is in trouble", why=_first_line(error)[:200], fix=fix
-                ) from error
-            raise OrchestratorError(
-                f"{self.address} refused", why=_first_line(error)[:400], fix="see the dashboard's log"
-            ) from error
+                what = f"the dashboard at {self.address} answers with a server error"
+                raise DashboardUnreachable(what, why=_first_line(error)[:200], fix=fix) from error
+            what = f"{self.address} refused the request"
+            why = _first_line(error)[:400]
+            raise OrchestratorError(what, why=why, fix="see the dashboard's log") from error
 
 
 def exit_code(attempt: JobAttempt) -> int:
-    """What a command that followed the job ends with: the driver's own code; a stopped job can be resumed."""
+    """Exit code of a command that followed the job: the driver's own; 75 for a stopped job, which can be
+    resumed."""
     if attempt.status == "SUCCEEDED":
         return Exit.OK
     if attempt.status == "STOPPED":
         return Exit.RESUMABLE
     code = attempt.exit_code or Exit.SOFTWARE
-    return code if code > 0 else 128 - code  # ended by a signal: as a shell says it
+    return code if code > 0 else 128 - code  # ended by a signal: the code that a shell gives
 
 
 def find_token() -> str | None:
-    """The token of the cluster: RAY_AUTH_TOKEN, the file RAY_AUTH_TOKEN_PATH, or ~/.ray/auth_token, as Ray
-    looks for it."""
+    """The token of the cluster, from where Ray reads it: RAY_AUTH_TOKEN, the file RAY_AUTH_TOKEN_PATH, or
+    ~/.ray/auth_token."""
     if token := os.environ.get("RAY_AUTH_TOKEN"):
         return token
     file = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
@@ -244,12 +259,11 @@ def find_token() -> str | None:
 
 
 def _require_token(address: str, token: str | None) -> None:
-    """A Jobs API is a remote shell: across a network it must ask for a token."""
+    """Forbidden without a token across a network: a Jobs API is a remote shell."""
     parts = urlsplit(address)
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ConfigError(
-            f"--address {address!r} is no dashboard address", fix=f"write e.g. --address {LOCAL}"
-        )
+        what = f"--address {address!r} is not the address of a dashboard"
+        raise ConfigError(what, fix=f"write e.g. --address {LOCAL}")
     if token is None and parts.hostname not in ("127.0.0.1", "localhost", "::1"):
         raise Forbidden(
             f"no token for {address}",
@@ -274,8 +288,8 @@ def _client(address: str, token: str | None) -> Any:
 
     class Client(JobSubmissionClient):
         def _do_request(self, method: str, endpoint: str, **options: Any) -> Any:
-            """Ray's own waits for ever."""
-            timeout = ANSWER_S + len(options.get("data") or b"") / SLOWEST
+            """Adds a timeout: Ray's own requests wait for ever."""
+            timeout = ANSWER_S + len(options.get("data") or b"") / MIN_UPLOAD_RATE
             return super()._do_request(method, endpoint, **{"timeout": timeout, **options})
 
     return Client(address, headers={"Authorization": f"Bearer {token}"} if token else None)

@@ -1,10 +1,11 @@
-"""Artefacts for schedulers: the files of launch/ with the lines marked `#= field` filled in, and their
-hand-over.
+"""Job files for schedulers: the files of launch/ with the lines marked `#= field` filled in, and their
+submission.
 
-    Launch -> values, quoted for where they go -> artefact (text) -> dispatch: sbatch | kubectl apply | sky jobs launch
+    Launch -> values, quoted for their place -> artefact (text)
+           -> dispatch: sbatch | kubectl apply | sky jobs launch
 
-A file of launch/ can be used as it is: a marked line holds an example, `head value  #= field`. The field's value takes the place
-of the example; a line whose field has no value is left out.
+A file of launch/ can be used as it is: a marked line holds an example, `head value  #= field`. The field's
+value replaces the example; a line whose field has no value is left out.
 """
 
 import os
@@ -28,10 +29,12 @@ PROGRAMS = {
     "kubectl": "install kubectl and point it at the cluster, https://kubernetes.io/docs/tasks/tools",
     "sky": "pip install 'skypilot[kubernetes]' (or your cloud's extra), then `sky check`",
 }
+"""Fix if a scheduler's program is not installed."""
 DEADLINE_S = 600.0
-"""Of a hand-over: `sky jobs launch` may start its controller first."""
+"""Deadline of a submission: `sky jobs launch` may start its controller first."""
 
-NAME_LENGTH = 47  # KubeRay adds to the name of a RayJob, and 63 characters are what a label may have
+NAME_LENGTH = 47
+"""Characters of a job's name: a label may have 63, and KubeRay appends some to the name of a RayJob."""
 _MARKED = re.compile(r"^(?P<head>[^=:\n]*[=:] *)(?P<example>\S.*?) +#= (?P<field>[a-z_]+)$", re.MULTILINE)
 
 Value = str | int | None
@@ -39,26 +42,27 @@ Value = str | int | None
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """One run on machines that a scheduler finds.
-
-    name: of the job. nodes: machines, each with gpus_per_node GPUs, cpus_per_node CPUs and memory_gb GiB.
-    output: the run folder, an absolute path on storage that every node shares. image: the container (k8s and
-    sky). gpu: what sky looks for, e.g. "H100".
-    """
+    """One run on machines that a scheduler provides."""
 
     recipe: str
     overrides: tuple[str, ...]
     name: str
+    """Name of the job."""
     nodes: int
+    """Number of machines, each with the GPUs, CPUs and memory below."""
     gpus_per_node: int
     cpus_per_node: int
     output: str
+    """Run folder: an absolute path on storage that every node shares."""
     image: str
+    """Container image, for k8s and sky."""
     gpu: str = "H100"
+    """Kind of GPU that sky looks for."""
     memory_gb: int = 64
+    """GiB of each machine."""
 
     def __post_init__(self) -> None:
-        """Raises ConfigError for what no scheduler could take."""
+        """ConfigError for values that no scheduler accepts."""
         if not PurePosixPath(self.output).is_absolute():
             raise ConfigError(
                 f"output {self.output!r} is not an absolute path",
@@ -69,7 +73,7 @@ class Launch:
                 f"{self.nodes} nodes x ({self.gpus_per_node} GPUs, {self.cpus_per_node} CPUs, "
                 f"{self.memory_gb} GiB)"
             )
-            raise ConfigError(f"{shape} cannot be asked for", fix="at least 1 node with 1 CPU and 1 GiB")
+            raise ConfigError(f"{shape} cannot be requested", fix="set at least 1 node, 1 CPU and 1 GiB")
         for text in (self.recipe, *self.overrides, self.output, self.image, self.gpu):
             if any(c == "\0" or 0xD800 <= ord(c) < 0xE000 for c in text):
                 raise ConfigError(
@@ -78,7 +82,7 @@ class Launch:
 
     @property
     def command(self) -> tuple[str, ...]:
-        """What runs on the head; `--output DIR` follows."""
+        """Command of the head; the file appends `--output DIR`."""
         return ("python", "-m", "orchestrator", "train", self.recipe, *self.overrides)
 
     @property
@@ -90,18 +94,18 @@ class Launch:
 
 
 def artefact(target: str, launch: Launch) -> str:
-    """The text that `dispatch` hands over. Raises ConfigError for an unknown target."""
+    """The text that `dispatch` submits. ConfigError for an unknown target."""
     if target not in FILES:
         raise ConfigError(f"unknown target {target!r}", fix=f"one of {', '.join(TARGETS)}")
     return _fill(_folder().joinpath(FILES[target]).read_text(), _VALUES[target](launch))
 
 
 def dispatch(target: str, text: str) -> str:
-    """Hands an artefact to sbatch, kubectl or sky; what that program said.
+    """Submits an artefact with sbatch, kubectl or sky; returns that program's output.
 
-    sky: RAY_AUTH_TOKEN is made where the environment has none; WANDB_API_KEY goes along where it is set. Both
-    travel in the environment. Raises MissingInput (program not installed), NotEnoughResources (it refused) or
-    OrchestratorError (no answer by the deadline).
+    sky: RAY_AUTH_TOKEN is created if the environment has none, and WANDB_API_KEY is passed on if it is set;
+    both in the environment. MissingInput if the program is not installed, NotEnoughResources if it refuses,
+    OrchestratorError if it does not answer by the deadline.
     """
     if target == "slurm":
         return _run(["sbatch"], text)
@@ -123,7 +127,7 @@ def _slurm(launch: Launch) -> dict[str, Value]:
         "name": launch.job_name,
         "nodes": launch.nodes,
         "cpus_per_node": launch.cpus_per_node,
-        "gpus_per_node": launch.gpus_per_node or None,  # a cluster without GPUs refuses to hear of them
+        "gpus_per_node": launch.gpus_per_node or None,  # a cluster without GPUs refuses the line
         "output": shell_word(launch.output),
         "command": shell_array(launch.command),
     }
@@ -159,10 +163,10 @@ _VALUES = {"slurm": _slurm, "k8s": _k8s, "sky": _sky}
 
 
 def shell_word(text: str) -> str:
-    """A word of bash that expands to `text`, on one line whatever `text` holds."""
+    """A word of bash that expands to `text`, on one line even if `text` has several."""
     if text.isprintable():
         return shlex.quote(text)
-    # bytes, as \\u depends on the locale; what prints stays readable
+    # bytes, as \\u depends on the locale; printable characters stay readable
     escaped = (
         c if c.isprintable() and c not in "\\'" else "".join(f"\\x{byte:02x}" for byte in c.encode())
         for c in text
@@ -183,7 +187,7 @@ def yaml_string(text: str) -> str:
 
 
 def _fill(template: str, values: Mapping[str, Value]) -> str:
-    """The template with its marked lines filled in. Every value must have a place and every marked line a
+    """The template with its marked lines filled in. Every value needs a marked line, and every marked line a
     value."""
     marked = {match["field"] for match in _MARKED.finditer(template)}
     if marked != values.keys():
@@ -196,7 +200,7 @@ def _fill(template: str, values: Mapping[str, Value]) -> str:
     return _MARKED.sub(line, template).replace(f"{_DROP}\n", "")
 
 
-_DROP = "\0"  # no value can hold it
+_DROP = "\0"  # marks a line to be left out; no value can hold it
 
 
 def _folder() -> Path:
@@ -214,12 +218,12 @@ def _run(command: Sequence[str], text: str, environment: Mapping[str, str] | Non
     except FileNotFoundError:
         raise MissingInput(
             f"{program} is not installed here",
-            fix=f"{PROGRAMS[program]}; or --print, and hand the text over yourself",
+            fix=f"{PROGRAMS[program]}; or use --print and submit the text yourself",
         ) from None
     except subprocess.TimeoutExpired:
         raise OrchestratorError(
             f"{program} gave no answer within {DEADLINE_S:.0f} s",
-            fix=f"see whether it has the job before you submit again ({_listing(program)})",
+            fix=f"check whether it has the job before you submit again ({_listing(program)})",
         ) from None
     if done.returncode != 0:
         raise NotEnoughResources(
@@ -230,4 +234,5 @@ def _run(command: Sequence[str], text: str, environment: Mapping[str, str] | Non
 
 
 def _listing(program: str) -> str:
+    """The command that lists the jobs of a scheduler."""
     return {"sbatch": "squeue --me", "kubectl": "kubectl get rayjobs", "sky": "sky jobs queue"}[program]

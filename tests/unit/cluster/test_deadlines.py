@@ -1,10 +1,10 @@
-"""Deadlines with numbers: what moves the state has as long as its bytes take, and NCCL gives up after the
+"""Deadlines in numbers: a verb that moves state has the time that its bytes take, and NCCL gives up after the
 driver."""
 
-from orchestrator.cluster.deadlines import GRACE_S, Deadlines
+from orchestrator.cluster.deadlines import COLLECTIVE_GRACE_S, Deadlines
 
 
-def test_what_moves_the_state_has_time_for_its_bytes_and_nothing_else_has() -> None:
+def test_only_verbs_that_move_state_have_time_for_its_bytes() -> None:
     large = Deadlines(start_s=180, verb_s=600, parameters=70_000_000_000)
     assert large.of("forward_backward") == large.of("discard") == 600
     assert large.of("save_state") == large.of("load_state") == 600 + 840e9 / 100e6
@@ -14,4 +14,6 @@ def test_what_moves_the_state_has_time_for_its_bytes_and_nothing_else_has() -> N
 
 def test_collectives_give_up_after_every_deadline_of_the_driver() -> None:
     for deadlines in (Deadlines(180, 600, 70_000_000_000), Deadlines(180, 600), Deadlines(900, 60)):
-        assert deadlines.collective_s == max(deadlines.start_s, deadlines.of("save_state")) + GRACE_S
+        assert (
+            deadlines.collective_s == max(deadlines.start_s, deadlines.of("save_state")) + COLLECTIVE_GRACE_S
+        )

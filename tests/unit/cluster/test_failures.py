@@ -1,5 +1,5 @@
-"""What a user reads of a worker's failure, whether another attempt can cure it, and how many attempts there
-are."""
+"""What a user reads about a worker's failure, whether another attempt can cure it, and how many attempts
+there are."""
 
 import errno
 import pickle
@@ -12,7 +12,7 @@ from ray.exceptions import ActorDiedError, ObjectLostError, RayTaskError
 from safetensors import SafetensorError
 
 from orchestrator.cluster.deadlines import Restarts
-from orchestrator.cluster.failures import Raised, Trouble, learner_failure, telling, translate
+from orchestrator.cluster.failures import ErrorRecord, RemoteError, learner_failure, reports_errors, translate
 from orchestrator.core.errors import (
     ConfigError,
     Exit,
@@ -26,26 +26,26 @@ from orchestrator.core.errors import (
 
 
 def raised(cause: Exception) -> RayTaskError:
-    """As Ray hands it over: of a Raised only what survives pickling."""
+    """As Ray delivers it: of a RemoteError only what survives pickling."""
     return RayTaskError("verb", "Traceback …", pickle.loads(pickle.dumps(cause)))
 
 
-@telling
+@reports_errors
 class Actor:
-    """Stands where an actor's class does; the wrapper is what is tried."""
+    """Takes the place of an actor's class: the decorator is what is tested."""
 
     def verb(self, error: Exception) -> None:
         raise error
 
 
-def told(error: Exception) -> RayTaskError:
-    """The same through an actor's method."""
-    with pytest.raises((Raised, OrchestratorError)) as caught:
+def through_actor(error: Exception) -> RayTaskError:
+    """As Ray delivers it from a method of an actor."""
+    with pytest.raises((RemoteError, OrchestratorError)) as caught:
         Actor().verb(error)
     return raised(caught.value)
 
 
-WAYS = pytest.mark.parametrize("way", [raised, told])
+WAYS = pytest.mark.parametrize("way", [raised, through_actor])
 FULL = OSError(errno.ENOSPC, "No space left on device")
 AWAY = OSError(errno.ESTALE, "Stale file handle")
 
@@ -82,12 +82,12 @@ def test_a_micro_batch_that_did_not_fit_may_be_replayed_in_place() -> None:
 
 
 @WAYS
-def test_a_rollout_actor_that_runs_out_of_memory_is_no_reason_to_cut_the_learners_step_finer(
+def test_a_rollout_actor_that_runs_out_of_memory_does_not_cut_the_learners_step_finer(
     way: Any,
 ) -> None:
     failure = translate(way(torch.OutOfMemoryError("CUDA out of memory.")), "rollout-0", "roll_out")
     assert isinstance(failure, WorkerLost) and failure.repeats is not None, (
-        "a second time at the same place it ends the run"
+        "at the same place a second time it ends the run"
     )
 
 
@@ -152,8 +152,8 @@ def test_the_message_names_the_place_in_our_code_and_in_the_library(tmp_path: Pa
         def export(self) -> None:
             space["export"](space["deep"])
 
-    with pytest.raises(Raised) as caught:
-        telling(Exporter)().export()
+    with pytest.raises(RemoteError) as caught:
+        reports_errors(Exporter)().export()
     failure = translate(raised(caught.value), "learner-0", "export")
     assert failure.what == "learner-0 failed in `export`: ValueError: no more lines"
     assert failure.why == "raised at lib.py:2 in deep, called at orchestrator/models/export.py:13 in export"
@@ -167,9 +167,23 @@ def test_an_exception_that_cannot_be_pickled_arrives_as_what_it_was(
         def __init__(self, one: int, two: int) -> None:
             super().__init__(f"{one} and {two}")
 
-    failure = translate(told(Odd(1, 2)), "rollout-0", "roll_out")
+    failure = translate(through_actor(Odd(1, 2)), "rollout-0", "roll_out")
     assert isinstance(failure, WorkerFailed) and "Odd: 1 and 2" in failure.what
-    assert "Traceback" in capfd.readouterr().err, "the whole of it is in the actor's log"
+    assert "Traceback" in capfd.readouterr().err, "the whole traceback is in the actor's log"
+
+
+def test_an_exception_of_a_method_that_another_one_called_arrives_as_what_it_was() -> None:
+    @reports_errors
+    class Nested:
+        def do(self) -> None:
+            self.save_state()
+
+        def save_state(self) -> None:
+            raise FULL
+
+    with pytest.raises(RemoteError) as caught:
+        Nested().do()
+    assert (caught.value.record.kinds[0], caught.value.record.errno) == ("OSError", errno.ENOSPC)
 
 
 @pytest.mark.parametrize(
@@ -191,22 +205,26 @@ def test_an_exception_while_an_actor_starts_is_read_from_its_text() -> None:
         'an error raised in its creation task, \x1b[36mray::A.__init__()\x1b[39m\n  File "/x/a.py", line '
         "7, in __init__\nValueError: init bad"
     )
-    trouble = Trouble.read(text)
+    record = ErrorRecord.parse(text)
     assert (
-        trouble is not None
-        and trouble.shown == "ValueError: init bad"
-        and trouble.where.endswith("a.py:7 in __init__")
+        record is not None
+        and record.shown == "ValueError: init bad"
+        and record.where.endswith("a.py:7 in __init__")
     )
-    assert Trouble.read("The actor died unexpectedly before finishing this task.") is None
+    assert ErrorRecord.parse("The actor died unexpectedly before finishing this task.") is None
 
 
 def test_a_message_for_the_user_stays_what_it_was() -> None:
-    assert isinstance(learner_failure(told(ConfigError("no such loss")), "learner-1", "build"), ConfigError)
+    assert isinstance(
+        learner_failure(through_actor(ConfigError("no such loss")), "learner-1", "build"), ConfigError
+    )
 
 
 def test_the_same_failure_has_the_same_name_and_another_place_another_one() -> None:
-    one, again = (translate(told(RuntimeError("CUDA error: x")), "learner-0", "evaluate") for _ in range(2))
-    other = translate(told(RuntimeError("CUDA error: x")), "learner-0", "export")
+    one, again = (
+        translate(through_actor(RuntimeError("CUDA error: x")), "learner-0", "evaluate") for _ in range(2)
+    )
+    other = translate(through_actor(RuntimeError("CUDA error: x")), "learner-0", "export")
     assert isinstance(one, WorkerLost) and isinstance(again, WorkerLost) and isinstance(other, WorkerLost)
     assert one.repeats == again.repeats != other.repeats
 
@@ -216,11 +234,11 @@ def test_restarts_count_within_an_hour_or_while_nothing_is_reached(monkeypatch: 
     monkeypatch.setattr("time.monotonic", lambda: clock[0])
 
     def counts(hours: float, marks: list[int]) -> list[int]:
-        restarts, found = Restarts(3), []
+        restarts, counted = Restarts(3), []
         for mark in marks:
             clock[0] += hours * 3600
-            found.append(restarts.add(mark))
-        return found
+            counted.append(restarts.add(mark))
+        return counted
 
     assert counts(0.1, [1, 2, 3, 4]) == [1, 2, 3, 4]
     assert counts(2.0, [1, 2, 3, 4]) == [1, 1, 1, 1], "a long run may lose a host now and then"

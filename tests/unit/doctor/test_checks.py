@@ -1,4 +1,4 @@
-"""Each planted fault gives exactly its finding, with its fix; a healthy cluster gives none."""
+"""Each planted fault gives exactly its finding, with its fix; a healthy cluster gives no warning or error."""
 
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -6,7 +6,7 @@ from dataclasses import asdict, replace
 import pytest
 from rich.console import Console
 
-from orchestrator.cluster.doctor.checks import Finding, check_cluster, render
+from orchestrator.cluster.doctor.checks import check_cluster
 from orchestrator.cluster.doctor.facts import (
     AllReduce,
     BlockedPort,
@@ -24,6 +24,7 @@ from orchestrator.cluster.doctor.facts import (
     Storage,
     UnmetRequirement,
 )
+from orchestrator.cluster.doctor.findings import Finding, render
 from orchestrator.core.errors import (
     ConfigError,
     Exit,
@@ -59,7 +60,7 @@ def node(name: str, address: str) -> NodeFacts:
 
 
 def rates(*gigabytes: float) -> tuple[PairRate, ...]:
-    """Between a and b, a and c, b and c."""
+    """Rates between a and b, a and c, b and c."""
     return tuple(
         PairRate(one, other, rate * GB)
         for (one, other), rate in zip(("ab", "ac", "bc"), gigabytes, strict=True)
@@ -93,29 +94,29 @@ def asking(*groups: WorkerGroup) -> ClusterRequirements:
     return replace(NEED, groups=groups)
 
 
-def troubles(facts: ClusterFacts, need: ClusterRequirements = NEED) -> list[Finding]:
+def problems(facts: ClusterFacts, need: ClusterRequirements = NEED) -> list[Finding]:
     return [f for f in check_cluster(facts, need) if f.level != "ok"]
 
 
-def test_a_healthy_cluster_passes_every_check_and_says_what_was_measured() -> None:
+def test_a_healthy_cluster_passes_every_check_and_reports_what_was_measured() -> None:
     findings = check_cluster(HEALTHY, NEED)
     assert {f.level for f in findings} == {"ok"}
-    said = {f.check: f.what for f in findings}
+    shown = {f.check: f.what for f in findings}
     assert (
-        " ".join(said)
+        " ".join(shown)
         == "nodes versions resources driver kernels storage disk shm limits network all-reduce model wandb "
         "auth"
     )
-    cpus, gpus = said["resources"].split("; ")
+    cpus, gpus = shown["resources"].split("; ")
     assert cpus == "6 learners x 1 = 6 CPUs, the cluster has 3 nodes x 16 = 48 CPUs"
     assert gpus == "6 learners x 1 = 6 GPUs, the cluster has 3 nodes x 2 = 6 GPUs"
     assert (
-        said["disk"]
+        shown["disk"]
         == "3 checkpoints x 10.00 GB = 30.00 GB (checkpoint.keep=2 and one being written), 100.00 GB free"
     )
-    assert said["driver"] == "driver 580.65.06, torch for CUDA 13.0"
-    assert said["kernels"] == "a product on each of 6 GPUs is what the CPU makes of it"
-    assert said["all-reduce"] == "nccl, 256.0 MB in 20.0 ms: 17.07 GB/s"  # 2 * 2/3 * 256 MB / 20 ms
+    assert shown["driver"] == "driver 580.65.06, torch for CUDA 13.0"
+    assert shown["kernels"] == "a product on each of 6 GPUs is the same as on the CPU"
+    assert shown["all-reduce"] == "nccl, 256.0 MB in 20.0 ms: 17.07 GB/s"  # 2 * 2/3 * 256 MB / 20 ms
     require(findings)
 
 
@@ -203,7 +204,7 @@ FAULTS: dict[str, tuple[ClusterFacts, ClusterRequirements, Finding]] = {
             "--num-gpus=N)",
         ),
     ),
-    "GPUs that Ray was not told of": (
+    "GPUs that Ray does not count": (
         replace(
             HEALTHY, capacities=(NodeCapacity("a", 16, 2), NodeCapacity("b", 16, 0), NodeCapacity("c", 16, 2))
         ),
@@ -273,7 +274,7 @@ FAULTS: dict[str, tuple[ClusterFacts, ClusterRequirements, Finding]] = {
             "install driver 580 or",
         ),
     ),
-    "a torch that knows no GPU": (
+    "a torch without CUDA": (
         changed("c", cuda=""),
         NEED,
         Finding(
@@ -350,7 +351,7 @@ FAULTS: dict[str, tuple[ClusterFacts, ClusterRequirements, Finding]] = {
             "shm",
             "warning",
             "a",
-            "/dev/shm has 500.0 MB free; NCCL and Ray's object store want 1.00 GB or more",
+            "/dev/shm has 500.0 MB free; NCCL and Ray's object store need 1.00 GB or more",
             "docker run --shm-size=16g",
         ),
     ),
@@ -361,7 +362,7 @@ FAULTS: dict[str, tuple[ClusterFacts, ClusterRequirements, Finding]] = {
             "shm",
             "warning",
             "a, b, c",
-            "Ray's object store has 30.00 GB, published weights take 48.00 GB: through the disk",
+            "Ray's object store has 30.00 GB, published weights take 48.00 GB: they go through the disk",
             "ray start --object-store-memory=48000000000, or rollouts.transport=broadcast",
         ),
     ),
@@ -372,7 +373,7 @@ FAULTS: dict[str, tuple[ClusterFacts, ClusterRequirements, Finding]] = {
             "limits",
             "warning",
             "b",
-            "at most 1024 open files per process; a cluster wants 8192 or more",
+            "at most 1024 open files per process; a cluster needs 8192 or more",
             "ulimit -n 65536 before ray start",
         ),
     ),
@@ -427,7 +428,7 @@ FAULTS: dict[str, tuple[ClusterFacts, ClusterRequirements, Finding]] = {
             "warning",
             "all 3 nodes",
             "not measured: some nodes cannot reach others",
-            "mend the errors above first",
+            "fix the errors above first",
         ),
     ),
     "a slow link": (
@@ -504,14 +505,14 @@ FAULTS: dict[str, tuple[ClusterFacts, ClusterRequirements, Finding]] = {
             "ray get-auth-token --generate",
         ),
     ),
-    "nobody knows about the token": (
+    "a token that may or may not be asked for": (
         replace(HEALTHY, auth=None),
         NEED,
         Finding(
             "auth",
             "warning",
             "all 3 nodes",
-            "it cannot be told whether Ray asks for a token",
+            "it is unknown whether Ray asks for a token",
             "ray get-auth-token --generate",
         ),
     ),
@@ -521,17 +522,17 @@ FAULTS: dict[str, tuple[ClusterFacts, ClusterRequirements, Finding]] = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_planted_fault_gives_its_finding_and_no_other(fault: str) -> None:
     facts, need, expected = FAULTS[fault]
-    (found,) = troubles(facts, need)
-    assert replace(found, fix="") == replace(expected, fix="")
-    assert expected.fix and found.fix.startswith(expected.fix)
+    (finding,) = problems(facts, need)
+    assert replace(finding, fix="") == replace(expected, fix="")
+    assert expected.fix and finding.fix.startswith(expected.fix)
 
 
-def test_gpus_that_a_run_does_not_use_are_not_judged() -> None:
+def test_gpus_that_a_run_does_not_use_are_not_checked() -> None:
     old = changed(
         "b", devices=(replace(H100, driver="550.54.15"),) * 2, kernels=(Kernel("GPU 0", "no kernel runs"),)
     )
-    assert troubles(old, asking(WorkerGroup("learners", 6, 1, 0))) == []
-    assert {(f.check, f.level) for f in troubles(old, ClusterRequirements())} == {
+    assert problems(old, asking(WorkerGroup("learners", 6, 1, 0))) == []
+    assert {(f.check, f.level) for f in problems(old, ClusterRequirements())} == {
         ("driver", "warning"),
         ("kernels", "warning"),
     }
@@ -550,33 +551,33 @@ def test_a_driver_is_new_enough_for_every_cuda_of_its_family_and_for_all_before(
             replace(n, cuda=cuda, devices=(replace(H100, driver=driver),) * 2) for n in HEALTHY.nodes
         ),
     )
-    assert troubles(facts) == []
+    assert problems(facts) == []
 
 
 def test_a_node_sends_through_all_its_cards() -> None:
     facts = replace(
         HEALTHY, all_reduce=AllReduce("nccl", ("a", "b", "c"), 256_000_000, 0.02, rates(9, 8, 10), ranks=8)
     )
-    said = {f.check: f.what for f in check_cluster(facts, NEED)}
-    assert said["all-reduce"] == "nccl over 8 GPUs of each, 256.0 MB in 20.0 ms: 17.07 GB/s"
+    shown = {f.check: f.what for f in check_cluster(facts, NEED)}
+    assert shown["all-reduce"] == "nccl over 8 GPUs of each, 256.0 MB in 20.0 ms: 17.07 GB/s"
 
 
-def test_nodes_with_the_same_trouble_share_a_finding() -> None:
+def test_nodes_with_the_same_problem_share_a_finding() -> None:
     facts = replace(HEALTHY, nodes=(A, *(replace(n, limits=Limits(1024, None, None)) for n in (B, C))))
-    (found,) = troubles(facts)
-    assert (found.check, found.where) == ("limits", "b, c")
+    (finding,) = problems(facts)
+    assert (finding.check, finding.where) == ("limits", "b, c")
 
 
-def test_both_directions_of_a_blocked_link_are_told() -> None:
-    lost = {
+def test_both_directions_of_a_blocked_link_are_reported() -> None:
+    blocked = {
         "a": BlockedPort("b", "10.0.0.2", 4000, "refused"),
         "b": BlockedPort("a", "10.0.0.1", 5000, "refused"),
     }
-    facts = replace(HEALTHY, nodes=(*(replace(n, unreachable=(lost[n.name],)) for n in (A, B)), C))
-    assert [f.where for f in troubles(facts)] == ["a -> b", "b -> a"]
+    facts = replace(HEALTHY, nodes=(*(replace(n, unreachable=(blocked[n.name],)) for n in (A, B)), C))
+    assert [f.where for f in problems(facts)] == ["a -> b", "b -> a"]
 
 
-def test_a_cluster_where_nobody_answers_is_one_finding() -> None:
+def test_a_cluster_where_no_node_answers_is_one_finding() -> None:
     facts = ClusterFacts((), (NodeCapacity("a", 16, 2),), silent=(SilentNode("a", "no answer"),))
     assert [f.check for f in check_cluster(facts, NEED)] == ["nodes"]
 
@@ -588,18 +589,18 @@ def test_one_node_needs_no_network_and_no_shared_storage() -> None:
         auth=False,
         skipped="there is one node",
     )
-    said = {f.check: (f.level, f.what) for f in check_cluster(alone, NEED)}
-    assert said["all-reduce"] == ("ok", "not measured: there is one node")
-    assert said["auth"] == ("ok", "Ray listens on the loopback address only")
-    assert said["storage"] == ("ok", "/shared/runs can be written")
-    assert "network" not in said
+    shown = {f.check: (f.level, f.what) for f in check_cluster(alone, NEED)}
+    assert shown["all-reduce"] == ("ok", "not measured: there is one node")
+    assert shown["auth"] == ("ok", "Ray listens on the loopback address only")
+    assert shown["storage"] == ("ok", "/shared/runs can be written")
+    assert "network" not in shown
 
 
 def test_without_a_recipe_the_cluster_is_described() -> None:
-    said = {f.check: f.what for f in check_cluster(HEALTHY, ClusterRequirements())}
-    assert said["resources"] == "3 nodes x 16 = 48 CPUs, 3 nodes x 2 = 6 GPUs"
-    assert said["disk"] == "100.00 GB free"
-    assert said["wandb"] == "not needed: tracking.wandb=off"
+    shown = {f.check: f.what for f in check_cluster(HEALTHY, ClusterRequirements())}
+    assert shown["resources"] == "3 nodes x 16 = 48 CPUs, 3 nodes x 2 = 6 GPUs"
+    assert shown["disk"] == "100.00 GB free"
+    assert shown["wandb"] == "not needed: tracking.wandb=off"
 
 
 @pytest.mark.parametrize(
@@ -628,7 +629,7 @@ def test_warnings_do_not_end_a_run() -> None:
     require(check_cluster(replace(HEALTHY, auth=False, wandb="no key"), NEED))
 
 
-def test_several_errors_are_told_at_once_each_with_its_fix() -> None:
+def test_several_errors_are_reported_together_each_with_its_fix() -> None:
     facts = replace(
         changed("b", versions=dict(A.versions, trl="0.0.1")), silent=(SilentNode("d", "no answer"),)
     )
@@ -645,6 +646,6 @@ def test_the_table_shows_every_finding_and_fix(make: Callable[[], tuple[Finding,
     findings, console = make(), Console(width=400)
     with console.capture() as capture:
         console.print(render(findings))
-    said = capture.get()
-    assert all(f.what in said and f.fix in said for f in findings)
+    output = capture.get()
+    assert all(f.what in output and f.fix in output for f in findings)
     assert all(set(asdict(f)) == {"check", "level", "where", "what", "fix"} for f in findings)

@@ -1,5 +1,5 @@
-"""What a process sees of its machine, against things put there to be seen: a server, a key, a device, a
-library, a marker."""
+"""What a process sees of its machine, tested with things that each test puts there: a server, a key, a
+device, a library, a marker file."""
 
 import resource
 import socket
@@ -15,18 +15,18 @@ from orchestrator.cluster.doctor import node as node_facts
 from orchestrator.cluster.doctor.facts import Gpu, ModelSource, UnmetRequirement
 from orchestrator.cluster.doctor.node import (
     MARKER,
-    mark,
-    sweep,
-    unanswered,
+    missing_markers,
+    remove_markers,
+    server_problem,
     unmet_requirements,
-    unseen,
-    wandb_trouble,
+    wandb_problem,
+    write_marker,
 )
 
 
 @contextmanager
 def answering(status: int) -> Iterator[str]:
-    """A server that answers everything with a status; its address."""
+    """A server that answers every request with a status; its address."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_HEAD(self) -> None:
@@ -34,7 +34,7 @@ def answering(status: int) -> Iterator[str]:
             self.end_headers()
 
         def log_message(self, *_: object) -> None:
-            """Says nothing."""
+            """Prints nothing."""
 
     server = HTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -48,22 +48,22 @@ def answering(status: int) -> Iterator[str]:
 BROKEN = [(503, "127.0.0.1 answers 503"), (407, "127.0.0.1 answers 407")]
 
 
-@pytest.mark.parametrize(("status", "trouble"), [(200, None), (404, None), (401, None), *BROKEN])
-def test_a_server_that_answers_is_reachable_whatever_it_says_unless_it_is_broken(
-    status: int, trouble: str | None
+@pytest.mark.parametrize(("status", "problem"), [(200, None), (404, None), (401, None), *BROKEN])
+def test_a_server_that_answers_is_reachable_unless_it_answers_that_it_is_broken(
+    status: int, problem: str | None
 ) -> None:
     with answering(status) as url:
-        assert unanswered(url) == trouble
+        assert server_problem(url) == problem
 
 
 def test_a_server_that_is_not_there_is_named() -> None:
     with answering(200) as url:
         pass
-    assert unanswered(url) == "127.0.0.1 does not answer: [Errno 111] Connection refused"
+    assert server_problem(url) == "127.0.0.1 does not answer: [Errno 111] Connection refused"
 
 
-def test_what_is_no_address_and_what_is_no_web_server_are_told() -> None:
-    assert unanswered("wandb.example") == "wandb.example is no address: it needs https:// before it"
+def test_a_wrong_address_and_a_server_of_another_protocol_are_reported() -> None:
+    assert server_problem("wandb.example") == "wandb.example is not an address: it needs https:// before it"
     with socket.create_server(("127.0.0.1", 0)) as server:
 
         def greet() -> None:
@@ -73,7 +73,7 @@ def test_what_is_no_address_and_what_is_no_web_server_are_told() -> None:
 
         threading.Thread(target=greet, daemon=True).start()
         assert (
-            unanswered(f"http://127.0.0.1:{server.getsockname()[1]}")
+            server_problem(f"http://127.0.0.1:{server.getsockname()[1]}")
             == "127.0.0.1 does not answer: 220 mail ready\r\n"
         )
 
@@ -84,12 +84,12 @@ def test_wandb_needs_a_key_and_a_key_in_netrc_is_one(tmp_path: Path, monkeypatch
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     with answering(200) as url:
         monkeypatch.setenv("WANDB_BASE_URL", url)
-        assert wandb_trouble() == "there is no key for 127.0.0.1"
+        assert wandb_problem() == "no key for 127.0.0.1 is set"
         (tmp_path / "netrc").write_text("machine 127.0.0.1 login user password canary\n")
-        assert wandb_trouble() is None
+        assert wandb_problem() is None
         (tmp_path / "netrc").unlink()
         monkeypatch.setenv("WANDB_API_KEY", "canary")
-        assert wandb_trouble() is None
+        assert wandb_problem() is None
 
 
 def put_nvidia_smi(folder: Path, script: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,14 +112,14 @@ def test_devices_are_those_of_nvidia_smi(tmp_path: Path, monkeypatch: pytest.Mon
     )
 
 
-def test_a_device_that_shares_the_memory_of_its_cpu_is_one(
+def test_a_device_that_shares_the_memory_of_its_cpu_counts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     put_nvidia_smi(tmp_path, "echo 'NVIDIA GB10, [N/A], 580.95.05, [N/A]'", monkeypatch)
     assert node_facts.devices() == (Gpu("NVIDIA GB10", 0, "580.95.05"),)
 
 
-def test_a_broken_driver_is_no_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_working_driver_there_is_no_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     put_nvidia_smi(tmp_path, "echo 'NVIDIA-SMI has failed'; exit 9", monkeypatch)
     assert node_facts.devices() == ()
 
@@ -139,32 +139,32 @@ def test_a_library_that_is_too_old_or_gone_is_named(tmp_path: Path, monkeypatch:
     assert unmet_requirements() == (UnmetRequirement("no no-such-library", "no-such-library>=3"),)
 
 
-def test_markers_are_seen_by_who_shares_the_folder_and_removed(tmp_path: Path) -> None:
+def test_markers_are_seen_in_the_same_folder_only_and_removed(tmp_path: Path) -> None:
     (one, other) = (tmp_path / "one", tmp_path / "other")
     for folder in (one, other):
         (folder / "checkpoints" / "step_000001").mkdir(parents=True)
         (folder / "checkpoints" / "step_000001" / "weights").write_bytes(b"x" * 1000)
-    written = mark(str(one), "n", "a b/c")
+    written = write_marker(str(one), "n", "a b/c")
     assert written.error is None and written.free > 0 and written.held == 1000
-    assert unseen(str(one), "n", ["a b/c", "d"], 0.0) == ("d",)
-    assert unseen(str(other), "n", ["a b/c"], 0.0) == ("a b/c",)
-    sweep(str(one), "n")
+    assert missing_markers(str(one), "n", ["a b/c", "d"], 0.0) == ("d",)
+    assert missing_markers(str(other), "n", ["a b/c"], 0.0) == ("a b/c",)
+    remove_markers(str(one), "n")
     assert not list(one.glob(f"{MARKER}*"))
-    assert mark(str(tmp_path / "gone"), "n", "a").error == "No such file or directory"
+    assert write_marker(str(tmp_path / "gone"), "n", "a").error == "No such file or directory"
 
 
-def test_a_full_disk_is_told_and_keeps_no_marker(tmp_path: Path) -> None:
-    """A limit on the size of files stands for the disk: the file can be made, and not be filled."""
+def test_a_full_disk_is_reported_and_keeps_no_marker(tmp_path: Path) -> None:
+    """A limit on the size of files takes the place of the disk: the file can be created, but not filled."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
     try:
-        written = mark(str(tmp_path), "n", "a")
+        written = write_marker(str(tmp_path), "n", "a")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert written.error == "File too large" and list(tmp_path.iterdir()) == []
 
 
-def test_weights_are_there_where_they_can_be_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_are_absent_if_they_cannot_be_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def absent(model: ModelSource) -> list[str]:
         return [a.why for a in node_facts.node_facts("n", "127.0.0.1", (model,), ()).absent]
 
@@ -175,7 +175,7 @@ def test_weights_are_there_where_they_can_be_loaded(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     hub = ModelSource("org/model", "0" * 40, hub=True)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert absent(hub) == ["not in this node's cache, and HF_HUB_OFFLINE forbids to ask the hub"]
+    assert absent(hub) == ["not in this node's cache, and HF_HUB_OFFLINE forbids requests to the hub"]
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     with answering(503) as url:
         monkeypatch.setattr(constants, "ENDPOINT", url)
@@ -194,4 +194,4 @@ def test_the_interface_is_the_one_that_holds_the_address() -> None:
 def test_the_cuda_of_torch_is_that_of_its_build() -> None:
     import torch
 
-    assert node_facts.built_for() == (torch.version.cuda or "")
+    assert node_facts.torch_cuda() == (torch.version.cuda or "")

@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from orchestrator.cluster.capacity import check_totals
 from orchestrator.cluster.doctor.facts import (
     AllReduce,
     ClusterFacts,
@@ -14,7 +15,6 @@ from orchestrator.cluster.doctor.facts import (
     SilentNode,
     of_cluster,
 )
-from orchestrator.cluster.placement import _check_capacity
 from orchestrator.core.errors import ConfigError, NotEnoughResources
 from orchestrator.core.resources import WorkerGroup
 from orchestrator.plan.hardware import DEVICES, Hardware, Machine, hypothetical_hardware
@@ -34,10 +34,10 @@ def test_a_worker_needs_its_share_on_one_machine() -> None:
 def test_shares_that_are_not_exact_in_binary_fit() -> None:
     tenths = WorkerGroup("learners", 3, 0.1, 0.0)
     assert tenths.fit(1.0, 0.0) == 10 and 1.0 // 0.1 == 9.0
-    _check_capacity([tenths], {"CPU": 0.3})
+    check_totals([tenths], {"CPU": 0.3})
     with pytest.raises(NotEnoughResources, match=r"the cluster has 0\.2 CPUs") as refused:
-        _check_capacity([tenths], {"CPU": 0.2})
-    assert refused.value.fix.startswith("set learners.workers to 2 or fewer")
+        check_totals([tenths], {"CPU": 0.2})
+    assert refused.value.fix.startswith("set learners.workers=2")
 
 
 def test_other_groups_take_their_place_first() -> None:

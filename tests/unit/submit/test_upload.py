@@ -1,4 +1,4 @@
-"""What goes with a job is told, and no secret is among it."""
+"""The files that are uploaded with a job are listed, and no secret is among them."""
 
 import os
 from pathlib import Path
@@ -60,21 +60,20 @@ def test_secrets_are_refused_and_may_be_ignored(tmp_path: Path, secret: str) -> 
 
 
 def test_a_key_under_another_name_is_found(tmp_path: Path) -> None:
-    write(
-        tmp_path, "notes.txt", content="-----BEGIN OPENSSH " + "PRIVATE KEY-----\nabc"
-    )  # in two parts: no scanner takes this file for a key
+    # in two parts: no scanner takes this file for a key
+    write(tmp_path, "notes.txt", content="-----BEGIN OPENSSH " + "PRIVATE KEY-----\nabc")
     with pytest.raises(ConfigError, match=r"notes\.txt"):
         collect(tmp_path)
 
 
-def test_a_link_to_a_secret_is_one(tmp_path: Path) -> None:
+def test_a_link_to_a_secret_is_refused(tmp_path: Path) -> None:
     write(tmp_path, "outside/.netrc", "work/recipe.yaml")
     os.symlink(tmp_path / "outside" / ".netrc", tmp_path / "work" / "hosts.txt")
     with pytest.raises(ConfigError, match=r"hosts\.txt"):
         collect(tmp_path / "work")
 
 
-def test_a_link_into_a_folder_of_secrets_is_one(tmp_path: Path) -> None:
+def test_a_link_into_a_folder_of_secrets_is_refused(tmp_path: Path) -> None:
     for name in ("aws/.aws/credentials", "work/recipe.yaml"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("x")
@@ -91,18 +90,18 @@ def test_a_link_within_the_folder_goes_wherever_the_folder_lies(tmp_path: Path) 
     assert collect(root).files == (Path("a.yaml"), Path("b.yaml"))
 
 
-def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     os.symlink("/proc/self/mem", tmp_path / "memory")  # nobody can read its first page
     with pytest.raises(ConfigError, match="memory cannot be read"):
         collect(tmp_path)
 
 
-def test_public_keys_and_examples_go(tmp_path: Path) -> None:
+def test_public_keys_and_examples_are_uploaded(tmp_path: Path) -> None:
     write(tmp_path, "id_rsa.pub", ".env.example")
     assert names(tmp_path) == {"id_rsa.pub", ".env.example"}
 
 
-def test_too_much_is_refused_with_the_largest_by_name(tmp_path: Path) -> None:
+def test_too_many_bytes_are_refused_with_the_largest_files_named(tmp_path: Path) -> None:
     with (tmp_path / "weights.bin").open("wb") as file:
         file.truncate(LIMIT_BYTES + 1)
     with pytest.raises(ConfigError, match="at most") as refused:
@@ -110,7 +109,7 @@ def test_too_much_is_refused_with_the_largest_by_name(tmp_path: Path) -> None:
     assert "weights.bin (100.0 MB)" in refused.value.why
 
 
-def test_no_folder(tmp_path: Path) -> None:
+def test_a_missing_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(MissingInput):
         collect(tmp_path / "nowhere")
 
@@ -134,7 +133,7 @@ def test_this_repository_sends_its_code_and_recipes() -> None:
     assert upload.size < 5_000_000
 
 
-def test_links_are_followed_and_what_leads_nowhere_is_named(tmp_path: Path) -> None:
+def test_links_are_followed_and_those_to_nothing_are_named(tmp_path: Path) -> None:
     write(
         tmp_path,
         "big/data/prompts.jsonl",
@@ -159,9 +158,9 @@ def test_links_are_followed_and_what_leads_nowhere_is_named(tmp_path: Path) -> N
         "data/prompts.jsonl",
         "data/.rayignore",
     }
-    assert upload.left == (
+    assert upload.left_out == (
         "gone (a link to nothing)",
-        "pipe (no file)",
+        "pipe (not a file)",
         "sub/up (a link to a folder that it lies in)",
     )
     assert "not: gone (a link to nothing), pipe" in upload.summary()
@@ -181,7 +180,7 @@ def test_a_linked_folder_of_secrets_is_refused(tmp_path: Path) -> None:
         collect(tmp_path / "work")
 
 
-def test_a_program_stays_one_on_the_way(tmp_path: Path) -> None:
+def test_executables_stay_executable(tmp_path: Path) -> None:
     write(tmp_path, "judge.sh", "plain.txt")
     (tmp_path / "judge.sh").chmod(0o755)
     with collect(tmp_path).staged({"run.sh": "#!/bin/sh\n"}) as folder:
@@ -192,8 +191,8 @@ def test_a_program_stays_one_on_the_way(tmp_path: Path) -> None:
         ]
 
 
-def test_what_runs_made_stays_behind_and_is_told(tmp_path: Path) -> None:
-    """A folder with a few tries of a real model held 6,475 MB."""
+def test_the_results_of_runs_are_left_out_and_listed(tmp_path: Path) -> None:
+    """A folder with a few runs of a real model held 6,475 MB."""
     for run in ("runs/dpo", "runs/pipe/sft", "runs/pipe/dpo", "old"):
         write(
             tmp_path / run,
@@ -213,8 +212,10 @@ def test_what_runs_made_stays_behind_and_is_told(tmp_path: Path) -> None:
         "runs/pipe/readme.txt",
     }
     assert upload.runs == (Path("old"), Path("runs/dpo"), Path("runs/pipe/dpo"), Path("runs/pipe/sft"))
-    assert "not: what 4 runs made (old, runs/dpo, runs/pipe/dpo …)" in upload.summary()
-    assert upload.holds(Path("runs/dpo/recipe.yaml")), "a run may be started again from its folder's recipe"
+    assert "not: the results of 4 runs (old, runs/dpo, runs/pipe/dpo …)" in upload.summary()
+    assert upload.holds(Path("runs/dpo/recipe.yaml")), (
+        "a run may be started again from the recipe in its folder"
+    )
     assert (
         upload.run_of(Path("runs/dpo/export")) == Path("runs/dpo")
         and upload.run_of(Path("runs/pipe")) is None
