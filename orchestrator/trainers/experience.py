@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from orchestrator.algorithms.losses.estimators import Episodes
+from orchestrator.algorithms.losses.advantages import Episodes
 from orchestrator.algorithms.losses.kl import ESTIMATORS, k3
 from orchestrator.algorithms.table import AlgorithmSpec
 from orchestrator.core.batches import Branch, Cut, Experience, Floats, PackedBatch, SequenceGroup
