@@ -257,7 +257,7 @@ def _plan(job: Job, sampling: Sampling, evaluated: bool) -> OnlinePlan:
         max_resampled=algorithm.max_resampled,
         mask_truncated=algorithm.mask_truncated,
         kl=algorithm.kl,
-        alarm=algorithm.correction.alarm,
+        gap_warning=algorithm.correction.alarm,
         normalise_rewards=recipe.rewards.normalise == "running",
         critic_warmup=recipe.critic.warmup_steps,
         evaluate_every=recipe.evaluation.every,
