@@ -9,6 +9,7 @@ All three give the same log-probs: a token sees the earlier tokens of its own se
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 
@@ -297,7 +298,8 @@ def _experience(parts: Sequence[Experience | None]) -> Experience | None:
             raise _mixed(name)
         return None if columns[0] is None else np.concatenate(columns)
 
-    return Experience(**{f.name: joined(f.name) for f in fields(Experience)})  # pyright: ignore[reportArgumentType]
+    columns: dict[str, Any] = {f.name: joined(f.name) for f in fields(Experience)}
+    return Experience(**columns)
 
 
 def _mixed(name: str) -> OrchestratorError:

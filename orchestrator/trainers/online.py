@@ -175,8 +175,8 @@ class OnlineTrainer:
         consequence = "others fill it up and teach nothing" if taught else "no optimizer step is taken"
         self.report.note(
             f"warning: step {step}: dynamic sampling found {taught} of {batch.wanted} groups whose rewards "
-            f"differ, in {batch.prompts} prompts; {consequence}. Raise algorithm.max_resampled, or give other "
-            "prompts"
+            f"differ, in {batch.prompts} prompts; {consequence}. Raise algorithm.max_resampled, or give "
+            "other prompts"
         )
 
     def _next(self, progress: Progress, clock: Clock) -> RolloutBatch:

@@ -68,17 +68,7 @@ def batch_metrics(
     time/<phase>: seconds that the controller spent; time/idle/<role>: seconds in which a role had no work.
     sources: names of the data's sources, by number.
     """
-    metrics: dict[str, float] = {}
-    if policy is not None:
-        means = {
-            n: m for n, m in policy.report.means.items() if m.count
-        }  # no count: all completions are masked
-        metrics |= {"loss": policy.report.loss, **named(values(means), sources), **policy.report.maxima}
-        if policy.applied is not None:
-            metrics |= {"grad_norm": policy.applied.grad_norm, "learning_rate": policy.applied.learning_rate}
-        metrics["perf/learn_tokens_per_s"] = policy.report.tokens / max(1e-9, policy.report.seconds)
-        metrics["perf/padding"] = 1.0 - policy.report.computed / max(1, policy.report.positions)
-        metrics["perf/peak_memory_gb"] = policy.report.peak_bytes / 1e9
+    metrics = {} if policy is None else _policy_metrics(policy, sources)
     if critic is not None:
         metrics |= _critic_metrics(critic)
     metrics |= (
@@ -107,6 +97,18 @@ def batch_metrics(
         "skipped": progress.skipped,
         "optimizer_steps": progress.optimizer_steps,
     }
+
+
+def _policy_metrics(policy: LearnSummary, sources: Sequence[str]) -> dict[str, float]:
+    report = policy.report
+    means = {n: m for n, m in report.means.items() if m.count}  # no count: all completions are masked
+    metrics = {"loss": report.loss, **named(values(means), sources), **report.maxima}
+    if policy.applied is not None:
+        metrics |= {"grad_norm": policy.applied.grad_norm, "learning_rate": policy.applied.learning_rate}
+    metrics["perf/learn_tokens_per_s"] = report.tokens / max(1e-9, report.seconds)
+    metrics["perf/padding"] = 1.0 - report.computed / max(1, report.positions)
+    metrics["perf/peak_memory_gb"] = report.peak_bytes / 1e9
+    return metrics
 
 
 def _critic_metrics(critic: LearnSummary) -> dict[str, float]:

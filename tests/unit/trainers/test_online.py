@@ -321,8 +321,8 @@ def test_a_gap_above_the_alarm_is_noted(one_rank, tmp_path):
 
 
 def test_truncated_completions_can_be_left_out(one_rank, tmp_path):
-    """On policy a sequence's loss is -A / 12. A group's rewards are two zeros and two ones: its advantages are
-    -a and a and add up to 0. Sample 0 of each group is truncated, with the rewards 0, 1, 0."""
+    """On policy a sequence's loss is -A / 12. A group's rewards are two zeros and two ones: its advantages
+    are -a and a and add up to 0. Sample 0 of each group is truncated, with the rewards 0, 1, 0."""
     plain, masked = RecordingReporter(), RecordingReporter()
     uncorrected: Any = {"algorithm": {"correction": Correction(kind="none")}, "total_steps": 1}
     run(one_rank, tmp_path, Scripted(uneven), reporter=plain, **uncorrected)
