@@ -103,7 +103,8 @@ def load_rows(spec: str | list[Source], data: Data, kind: DataKind, reads: Reads
 def raw_records(path: str) -> Iterator[Record]:
     """Records of a file, a folder or a toy task as they are, before any column is read."""
     source = Source(path=path)  # pyright: ignore[reportCallIssue]
-    return _Reader("prompt", EVERYTHING)._records(source, Columns())
+    columns = Columns()  # pyright: ignore[reportCallIssue]
+    return _Reader("prompt", EVERYTHING)._records(source, columns)
 
 
 def _distinct(names: Sequence[str]) -> tuple[str, ...]:

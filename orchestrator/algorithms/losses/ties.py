@@ -37,7 +37,7 @@ Length = TypeVar("Length", float, Tensor, NDArray[np.float64])
 
 def margin_noise(tokens: Length, precision: str) -> Length:
     """Rounding noise in nat of the log-ratio of two answers. tokens: scored tokens of both together."""
-    # pyright: a negative float would have a complex root
+    # the type checker minds a negative float, whose root would be complex
     return TOKEN_NOISE[precision] * tokens**0.5  # pyright: ignore[reportReturnType]
 
 
