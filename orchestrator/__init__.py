@@ -8,7 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from orchestrator.algorithms.losses.estimators import Episodes as Episodes
+    from orchestrator.algorithms.losses.advantages import Episodes as Episodes
     from orchestrator.algorithms.losses.interface import LossSum as LossSum
     from orchestrator.algorithms.losses.interface import TokenScores as TokenScores
     from orchestrator.core.batches import LossUnits as LossUnits
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 PUBLIC = {
-    "Episodes": "algorithms.losses.estimators",
+    "Episodes": "algorithms.losses.advantages",
     "EvaluationReport": "core.reports",
     "LossSum": "algorithms.losses.interface",
     "LossUnits": "core.batches",

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from orchestrator.algorithms.losses.estimators import AdvantageEstimator, Episodes
+from orchestrator.algorithms.losses.advantages import AdvantageEstimator, Episodes
 from orchestrator.algorithms.losses.interface import LossSum, Objective, TokenScores
 from orchestrator.core.batches import LossUnits
 from orchestrator.core.errors import ConfigError

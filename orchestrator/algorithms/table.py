@@ -1,4 +1,4 @@
-"""The table: one row per algorithm. A new one is a function, a row, a parity test and a tiny recipe."""
+"""The table: one row per algorithm. A new one needs a function, a row, a parity test and a tiny recipe."""
 
 import difflib
 import math
@@ -6,9 +6,10 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Literal
 
-from orchestrator.algorithms.losses import advantages, estimators
-from orchestrator.algorithms.losses.estimators import AdvantageEstimator
+from orchestrator.algorithms.losses import advantages
+from orchestrator.algorithms.losses.advantages import AdvantageEstimator, by_group
 from orchestrator.algorithms.losses.interface import Objective
+from orchestrator.algorithms.losses.kto import Kto
 from orchestrator.algorithms.losses.logprobs import HeadSpec
 from orchestrator.algorithms.losses.policy import Level, Normaliser, PolicyGradient
 from orchestrator.algorithms.losses.preference import PreferenceParams
@@ -18,7 +19,6 @@ from orchestrator.algorithms.losses.preference_mix import (
     REFERENCE_FREE,
     SFT,
     WITH_REFERENCE,
-    Kto,
     PreferenceMix,
 )
 from orchestrator.algorithms.losses.reward import bradley_terry
@@ -32,106 +32,98 @@ from orchestrator.recipe.schema import ONLINE, AlgorithmConfig, Recipe, Rollouts
 
 
 @dataclass(frozen=True, slots=True)
-class Online:
-    """What the online loop needs to know beyond the objective.
-
-    advantage: advantages from rewards; None: the best and the worst sample of each prompt become a preference
-    pair. critic: values come from a learner of their own. dynamic_sampling: groups of equal rewards teach
-    nothing and are replaced.
-    """
+class OnlineSpec:
+    """What the online loop needs to know beyond the objective."""
 
     advantage: AdvantageEstimator | None
+    """Advantages from rewards; None: the best and the worst sample of a prompt become a preference pair."""
     critic: bool = False
+    """Values come from a separate learner."""
     dynamic_sampling: bool = False
+    """Groups of equal rewards, which teach nothing, are replaced."""
 
 
 @dataclass(frozen=True, slots=True)
 class AlgorithmSpec:
-    """What the loop needs to know of an objective.
-
-    loss_unit: what its loss is divided by. branches: sequences per example. couples_batch: the loss of an
-    example depends on the others, so it takes two passes over the effective batch. head, head_spec: what the
-    model has to give. loss_at_reference: the loss where policy == reference, if known. online: set for
-    algorithms that learn from rollouts.
-    """
+    """What a loop needs to know of an algorithm."""
 
     name: str
     data: DataKind
     objective: Objective
     loss_unit: Literal["token", "pair", "example", "sequence"]
+    """Unit whose global count the loss is divided by."""
     branches: int
+    """Sequences per example. Example: 2 for a preference pair, 8 for GRPO with eight samples of a prompt."""
     needs_reference: bool
     couples_batch: bool = False
+    """The loss of an example depends on the others: it takes two passes over the effective batch."""
     head: Literal["lm", "scalar", "value"] = "lm"
+    """Head of the model."""
     head_spec: HeadSpec = field(default_factory=HeadSpec)
+    """Scores that the head has to compute."""
     loss_at_reference: float | None = None
-    online: Online | None = None
+    """Loss at policy == reference, if it is known. Example: ln 2 for DPO."""
+    online: OnlineSpec | None = None
+    """Set for algorithms that learn from rollouts."""
 
     @property
     def group_examples(self) -> int:
-        """What one sequence group counts in batch.effective: the completions of a prompt are one group, a
-        pair or a row is one."""
+        """Examples that a sequence group counts in batch.effective: each completion of a prompt, or one for a
+        pair or a row."""
         return self.branches if self.loss_unit == "sequence" else 1
 
     def keeps_reference(self, recipe: Recipe) -> bool:
-        """True where a worker holds a reference policy of its own while it learns: TR-DPO's moving one, or a
-        frozen one for rollouts, which no cache can know beforehand. With LoRA the base weights are the
-        reference: no second copy."""
+        """True if a worker holds a reference policy while it learns.
+
+        TR-DPO's moves; that of rollouts is frozen, and no cache can hold its log-probs beforehand. With LoRA
+        the base weights are the reference: no second copy.
+        """
         if recipe.algorithm.reference_sync_every is not None:
             return True
         return self.online is not None and self.needs_reference and recipe.model.lora is None
 
 
-#         default loss of each preference algorithm
 DEFAULTS: dict[str, dict[str, float]] = {
     "dpo": {"sigmoid": 1.0},
     "simpo": {"simpo": 1.0},
     "cpo": {"cpo": 1.0, SFT: 1.0},
     "orpo": {"orpo": 1.0, SFT: 1.0},
 }
-
-
-@dataclass(frozen=True, slots=True)
-class OnlineSpec:
-    """A line of the table of policy-gradient algorithms: its loss and its advantages, where the recipe does
-    not say otherwise."""
-
-    loss: PolicyGradient
-    advantage: AdvantageEstimator | None = None
-    critic: bool = False
-    dynamic_sampling: bool = False
+"""Default loss of each preference algorithm."""
 
 
 def _clip(
-    level: Level, per: Normaliser, low: float, high: float, *, kl_ratio: bool = False
+    level: Level, normaliser: Normaliser, low: float, high: float, *, kl_ratio: bool = False
 ) -> PolicyGradient:
-    return PolicyGradient("clip", level, per, clip_low=low, clip_high=high, kl_ratio=kl_ratio)
+    return PolicyGradient("clip", level, normaliser, clip_low=low, clip_high=high, kl_ratio=kl_ratio)
 
 
-_SCALED = estimators.by_group(advantages.group_normalised)
-_CENTRED = estimators.by_group(advantages.group_centred)
+_CISPO = PolicyGradient("cispo", "token", "token", clip_high=5.0, kl_ratio=True)
+_SCALED = by_group(advantages.group_normalised)
+_CENTRED = by_group(advantages.group_centred)
+_LEAVE_ONE_OUT = by_group(advantages.leave_one_out)
+_REINFORCE_PP = advantages.by_reinforce_pp
+_BASELINE = advantages.by_reinforce_pp_baseline
 
-ONLINE_ROWS: dict[str, OnlineSpec] = {
-    #                              ratio of     divided by   clip          advantages
-    "grpo": OnlineSpec(_clip("token", "sequence", 0.2, 0.2, kl_ratio=True), _SCALED),
-    "dr_grpo": OnlineSpec(_clip("token", "constant", 0.2, 0.2, kl_ratio=True), _CENTRED),
-    "dapo": OnlineSpec(_clip("token", "token", 0.2, 0.28, kl_ratio=True), _SCALED, dynamic_sampling=True),
-    "gspo": OnlineSpec(_clip("sequence", "sequence", 3e-4, 4e-4, kl_ratio=True), _SCALED),
-    "cispo": OnlineSpec(PolicyGradient("cispo", "token", "token", clip_high=5.0, kl_ratio=True), _SCALED),
-    "rloo": OnlineSpec(
-        _clip("trajectory", "sequence", 0.2, 0.2), estimators.by_group(advantages.leave_one_out)
-    ),
-    "reinforce_pp": OnlineSpec(_clip("token", "token", 0.2, 0.2), estimators.reinforce_pp),
-    "reinforce_pp_baseline": OnlineSpec(_clip("token", "token", 0.2, 0.2), estimators.reinforce_pp_baseline),
-    "ppo": OnlineSpec(_clip("token", "token", 0.2, 0.2), critic=True),
+ONLINE_ROWS: dict[str, tuple[PolicyGradient, OnlineSpec]] = {
+    # loss: level of the ratio, normaliser, clip                   advantages
+    "grpo": (_clip("token", "sequence", 0.2, 0.2, kl_ratio=True), OnlineSpec(_SCALED)),
+    "dr_grpo": (_clip("token", "constant", 0.2, 0.2, kl_ratio=True), OnlineSpec(_CENTRED)),
+    "dapo": (_clip("token", "token", 0.2, 0.28, kl_ratio=True), OnlineSpec(_SCALED, dynamic_sampling=True)),
+    "gspo": (_clip("sequence", "sequence", 3e-4, 4e-4, kl_ratio=True), OnlineSpec(_SCALED)),
+    "cispo": (_CISPO, OnlineSpec(_SCALED)),
+    "rloo": (_clip("trajectory", "sequence", 0.2, 0.2), OnlineSpec(_LEAVE_ONE_OUT)),
+    "reinforce_pp": (_clip("token", "token", 0.2, 0.2), OnlineSpec(_REINFORCE_PP)),
+    "reinforce_pp_baseline": (_clip("token", "token", 0.2, 0.2), OnlineSpec(_BASELINE)),
+    "ppo": (_clip("token", "token", 0.2, 0.2), OnlineSpec(None, critic=True)),  # GAE is built from the recipe
 }
+"""Loss and advantages of the policy-gradient algorithms; keys of the recipe override them."""
 
 
 def build(cfg: AlgorithmConfig, rollouts: Rollouts | None = None) -> AlgorithmSpec:
-    """The row of `algorithm.name` with its loss; ConfigError for an unknown loss or an impossible
-    combination.
+    """The row of `algorithm.name`; ConfigError for an unknown loss or an impossible combination.
 
-    rollouts: of an online recipe: its samples per prompt and its temperature are part of the row.
+    rollouts: section of an online recipe. Its samples per prompt and its temperature are part of the row.
     """
     if names_code(cfg.loss):
         load_function(LOSS, str(cfg.loss))
@@ -143,7 +135,7 @@ def build(cfg: AlgorithmConfig, rollouts: Rollouts | None = None) -> AlgorithmSp
         return _preference(cfg)
     if cfg.loss is not None:
         raise ConfigError(
-            f"algorithm.loss: {cfg.name} has one loss of its own",
+            f"algorithm.loss: the loss of {cfg.name} is fixed",
             fix="remove algorithm.loss, or set algorithm.name=dpo",
         )
     if cfg.name == "sft":
@@ -156,7 +148,7 @@ def build(cfg: AlgorithmConfig, rollouts: Rollouts | None = None) -> AlgorithmSp
 
 
 def kl_notes(algorithm: AlgorithmSpec) -> tuple[str, ...]:
-    """What is odd about the KL term of a loss, for the plan; nothing where nothing is."""
+    """Notes for the plan on a KL term that has no effect; empty if there is nothing to note."""
     loss = algorithm.objective
     if (
         not isinstance(loss, PolicyGradient)
@@ -172,71 +164,86 @@ def kl_notes(algorithm: AlgorithmSpec) -> tuple[str, ...]:
 
 
 def critic(cfg: AlgorithmConfig) -> AlgorithmSpec:
-    """PPO's value model: the row of its learner."""
+    """The row of PPO's value model."""
     return AlgorithmSpec("critic", "prompt", ValueLoss(cfg.value_clip), "token", 1, False, head="value")
 
 
 def _online(cfg: AlgorithmConfig, rollouts: Rollouts) -> AlgorithmSpec:
     if rollouts.temperature == 0.0:
         raise ConfigError(
-            "rollouts.temperature=0 cannot be trained with",
-            why="greedy samples of a prompt are all the same, so none is better than another, and their "
-            "probability says nothing",
-            fix="set a temperature above 0, such as 1; evaluation is greedy whatever it is",
+            "rollouts.temperature=0 cannot be used for training",
+            why="all greedy samples of a prompt are equal, so no sample is better than another",
+            fix="set a temperature above 0, such as 1; evaluation is greedy at any temperature",
         )
     if cfg.name == "online_dpo":
-        head_spec = HeadSpec(
-            want_wpo=cfg.wpo
-        )  # the pairs' loss is that of the model itself, as in TRL: the temperature only explores
+        # as in TRL, the pairs' loss is taken at temperature 1: rollouts.temperature only explores
+        head_spec = HeadSpec(want_wpo=cfg.wpo)
         pairs = _preference(cfg.model_copy(update={"name": "dpo"}))
-        return replace(pairs, name=cfg.name, data="prompt", head_spec=head_spec, online=Online(None))
+        return replace(pairs, name=cfg.name, data="prompt", head_spec=head_spec, online=OnlineSpec(None))
     if cfg.loss is not None:
         raise ConfigError(
-            f"algorithm.loss: {cfg.name} has one loss of its own",
+            f"algorithm.loss: the loss of {cfg.name} is fixed",
             fix="remove algorithm.loss, or set algorithm.name=online_dpo",
         )
-    head_spec = HeadSpec(temperature=rollouts.temperature, want_entropy=True)
-    row = ONLINE_ROWS[cfg.name]
-    loss = replace(
-        row.loss,
-        normaliser=row.loss.normaliser if cfg.normaliser == "auto" else cfg.normaliser,
+    reference = cfg.kl.coefficient > 0
+    if cfg.kl.target is not None and not reference:
+        raise ConfigError(
+            "algorithm.kl.target needs algorithm.kl.coefficient > 0",
+            why="the controller changes the coefficient by factors",
+            fix="set algorithm.kl.coefficient=0.05",
+        )
+    loss, online = ONLINE_ROWS[cfg.name]
+    return AlgorithmSpec(
+        cfg.name,
+        "prompt",
+        _policy_loss(loss, cfg, rollouts),
+        "sequence",
+        rollouts.samples,
+        reference,
+        head_spec=HeadSpec(temperature=rollouts.temperature, want_entropy=True),
+        online=_online_spec(online, cfg),
+    )
+
+
+def _policy_loss(loss: PolicyGradient, cfg: AlgorithmConfig, rollouts: Rollouts) -> PolicyGradient:
+    """The loss of a table's row with the recipe's keys."""
+    return replace(
+        loss,
+        normaliser=loss.normaliser if cfg.normaliser == "auto" else cfg.normaliser,
         constant=float(rollouts.max_new_tokens),
-        clip_low=row.loss.clip_low if cfg.clip.low is None else cfg.clip.low,
-        clip_high=row.loss.clip_high if cfg.clip.high is None else cfg.clip.high,
+        clip_low=loss.clip_low if cfg.clip.low is None else cfg.clip.low,
+        clip_high=loss.clip_high if cfg.clip.high is None else cfg.clip.high,
         dual=cfg.clip.dual,
         kl_coefficient=cfg.kl.coefficient if cfg.kl.place == "loss" else 0.0,
         kl_estimator="k3" if cfg.kl.estimator == "auto" else cfg.kl.estimator,
-        kl_ratio=(row.loss.kl_ratio and cfg.kl.estimator != "k2") if cfg.kl.ratio is None else cfg.kl.ratio,
+        kl_ratio=(loss.kl_ratio and cfg.kl.estimator != "k2") if cfg.kl.ratio is None else cfg.kl.ratio,
         entropy_bonus=cfg.entropy_bonus,
         correction=cfg.correction.kind,
         cap=cfg.correction.cap,
     )
-    advantage = estimators.gae(cfg.gamma, cfg.gae_lambda, whiten=cfg.whiten) if row.critic else row.advantage
+
+
+def _online_spec(online: OnlineSpec, cfg: AlgorithmConfig) -> OnlineSpec:
+    """The advantages of a table's row with the recipe's keys."""
+    advantage = online.advantage
     if cfg.advantage is not None:
         load_function(ADVANTAGE, cfg.advantage)
         advantage = own_advantage(cfg.advantage)
-    if cfg.scale_by_std is not None and advantage in (_SCALED, _CENTRED):
+    elif online.critic:
+        advantage = advantages.by_gae(cfg.gamma, cfg.gae_lambda, whitened=cfg.whiten)
+    elif cfg.scale_by_std is not None and advantage in (_SCALED, _CENTRED):
         advantage = _SCALED if cfg.scale_by_std else _CENTRED
-    dynamic = row.dynamic_sampling if cfg.dynamic_sampling is None else cfg.dynamic_sampling
-    reference = cfg.kl.coefficient > 0
-    if cfg.kl.target is not None and not reference:
-        what = "algorithm.kl.target needs algorithm.kl.coefficient > 0"
-        raise ConfigError(
-            what, why="the controller changes it by factors", fix="set algorithm.kl.coefficient=0.05"
-        )
-    online = Online(advantage, row.critic, dynamic)
-    return AlgorithmSpec(
-        cfg.name, "prompt", loss, "sequence", rollouts.samples, reference, head_spec=head_spec, online=online
-    )
+    dynamic = online.dynamic_sampling if cfg.dynamic_sampling is None else cfg.dynamic_sampling
+    return OnlineSpec(advantage, online.critic, dynamic)
 
 
 def _preference(cfg: AlgorithmConfig) -> AlgorithmSpec:
     terms = _terms(cfg)
     _check(cfg, terms)
-    knobs = PreferenceParams(
+    params = PreferenceParams(
         cfg.beta, cfg.label_smoothing, cfg.ipo_length_average, cfg.simpo_gamma, cfg.discopop_tau
     )
-    mix = PreferenceMix(terms, knobs, cfg.f_divergence, cfg.f_alpha, cfg.ld_alpha, cfg.wpo)
+    mix = PreferenceMix(terms, params, cfg.f_divergence, cfg.f_alpha, cfg.ld_alpha, cfg.wpo)
     reference = any(name in WITH_REFERENCE for name in terms)
     return AlgorithmSpec(
         cfg.name,
@@ -259,10 +266,10 @@ def _terms(cfg: AlgorithmConfig) -> dict[str, float]:
         if name not in PAIR_LOSSES:
             close = difflib.get_close_matches(name, PAIR_LOSSES, n=3, cutoff=0.5)
             hint = f"did you mean {', '.join(close)}?" if close else f"choose from {', '.join(PAIR_LOSSES)}"
-            raise ConfigError(f"algorithm.loss: there is no loss {name!r}", fix=hint)
+            raise ConfigError(f"algorithm.loss: {name!r} is not a loss", fix=hint)
     if not any(name != SFT for name in terms):
         raise ConfigError(
-            "algorithm.loss: only the sft term is left",
+            "algorithm.loss: sft is the only term",
             fix="set algorithm.name=sft, or add a preference loss",
         )
     return terms
@@ -273,33 +280,34 @@ def _check(cfg: AlgorithmConfig, terms: dict[str, float]) -> None:
         raise ConfigError(
             "algorithm.wpo cannot be combined with "
             f"{', '.join(n for n in terms if n in COUPLED or n == SFT)}",
-            why="its per-pair weight has no meaning for losses that sort the batch, nor for a token mean",
-            fix="drop algorithm.wpo, or use the pair losses alone",
+            why="its weight per pair has no meaning for a loss that sorts the batch, nor for a token mean",
+            fix="remove algorithm.wpo, or these losses",
         )
     if "exo_pair" in terms and cfg.label_smoothing == 0:
         raise ConfigError(
             "algorithm.loss: exo_pair needs algorithm.label_smoothing > 0",
-            why="its target has log(label_smoothing)",
-            fix="set it to 0.001",
+            why="its target contains log(label_smoothing)",
+            fix="set algorithm.label_smoothing=0.001",
         )
     free = [name for name in terms if name in REFERENCE_FREE]
     if free and (cfg.f_divergence != "reverse_kl" or cfg.reference_sync_every is not None):
         raise ConfigError(
             f"algorithm.loss: {', '.join(free)} has no reference policy",
             why="f_divergence and reference_sync_every act on the reference",
-            fix="remove them",
+            fix="remove these keys",
         )
     if cfg.reference_sync_every is not None and not any(name in WITH_REFERENCE for name in terms):
         raise ConfigError(
-            "algorithm.reference_sync_every needs a loss with a reference policy", fix="remove it"
+            "algorithm.reference_sync_every needs a loss with a reference policy", fix="remove the key"
         )
 
 
 def _loss_at_reference(cfg: AlgorithmConfig, terms: dict[str, float]) -> float | None:
-    """Loss at policy == reference, where every log-ratio is 0: ln 2 for DPO."""
+    """Loss at policy == reference, where every log-ratio is 0: ln 2 for DPO. None if a term has no closed
+    form."""
     ln2, eps = math.log(2.0), cfg.label_smoothing
     half_beta = 0.5 / cfg.beta
-    known = {
+    closed_form = {
         "sigmoid": ln2,
         "robust": ln2,
         "hinge": 1.0,
@@ -315,6 +323,6 @@ def _loss_at_reference(cfg: AlgorithmConfig, terms: dict[str, float]) -> float |
         "discopop": 0.5 * ln2 + 0.5,
         "sigmoid_norm": ln2,
     }
-    if cfg.wpo or any(name not in known for name in terms):
+    if cfg.wpo or any(name not in closed_form for name in terms):
         return None
-    return sum(weight * known[name] for name, weight in terms.items())
+    return sum(weight * closed_form[name] for name, weight in terms.items())

@@ -1,4 +1,4 @@
-"""Rows that cannot be used: named as "file:line: reason", counted against data.max_bad_rows."""
+"""Rows that cannot be used: reported as "file:line: reason", counted against data.max_bad_rows."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,9 +14,10 @@ class BadRecord(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class BadRow:
-    """where: "file:line"."""
+    """A row that cannot be used."""
 
     where: str
+    """Place of the row. Example: rows.jsonl:7"""
     reason: str
 
     def __str__(self) -> str:
@@ -24,8 +25,10 @@ class BadRow:
 
 
 def grouped(bad: Sequence[BadRow], shown: int) -> list[str]:
-    """A line for each reason, the most frequent first, with how many rows have it and where the first stands;
-    at most `shown`, and how many rows are left then."""
+    """A line for each reason, the most frequent first, with its number of rows and the first of them.
+
+    At most `shown` reasons, then a line with the number of other rows.
+    """
     reasons: dict[str, list[BadRow]] = {}
     for row in bad:
         reasons.setdefault(row.reason, []).append(row)
@@ -36,17 +39,17 @@ def grouped(bad: Sequence[BadRow], shown: int) -> list[str]:
         else f"{len(rows)} rows: {rows[0].reason} (the first is {rows[0].where})"
         for rows in ordered[:shown]
     ]
-    left = sum(map(len, ordered[shown:]))
-    return [*lines, *([f"… and {left} more"] if left else [])]
+    others = sum(map(len, ordered[shown:]))
+    return [*lines, *([f"… and {others} more"] if others else [])]
 
 
 def check_bad(bad: Sequence[BadRow], allowed: int) -> None:
-    """DataError that names ten of them, equal reasons together, where there are more than `allowed`."""
+    """DataError with the first ten reasons if there are more bad rows than `allowed`."""
     if len(bad) <= allowed:
         return
     raise DataError(
         f"{len(bad)} bad rows, data.max_bad_rows allows {allowed}",
         why="".join(f"\n    {line}" for line in grouped(bad, SHOWN)),
-        fix="mend the rows, map or leave out columns with data.columns, or raise data.max_bad_rows to leave "
+        fix="fix the rows, map or leave out columns with data.columns, or raise data.max_bad_rows to leave "
         "the rows out",
     )

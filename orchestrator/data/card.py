@@ -1,6 +1,8 @@
-"""What a data set's README.md says of its files, as the hub reads it: the `configs` of its YAML head.
+"""The files that a data set's README.md declares, as the hub reads it: the `configs` of its YAML head.
 
-configs: [{config_name: main, data_files: [{split: train, path: main/train-*}, …]}, …] --declared--> {subset: {split: files}}
+configs: [{config_name: main, data_files: [{split: train, path: main/train-*}, …]}, …]
+    --declared--> {main: configuration}
+    --files_of--> {train: files}
 """
 
 from collections.abc import Mapping
@@ -12,12 +14,14 @@ import yaml
 from orchestrator.core.errors import ConfigError, MissingInput
 
 DEFAULT = "default"
-"""The subset that is read where none is named: so called, or marked `default: true`, or the only one."""
+"""Name of the default subset. One marked `default: true`, or an only one, is the default too."""
 
 
 def declared(folder: Path) -> Mapping[str, Mapping[str, Any]]:
-    """The configurations by subset name; empty without a README, a YAML head, or `configs` in it. ConfigError
-    for a broken head."""
+    """The configurations by subset name; empty without a README, a YAML head, or `configs` in it.
+
+    ConfigError for a broken head.
+    """
     readme = folder / "README.md"
     if not readme.is_file():
         return {}
@@ -30,18 +34,21 @@ def declared(folder: Path) -> Mapping[str, Mapping[str, Any]]:
         raise ConfigError(
             f"{readme}: its YAML head cannot be read",
             why=str(error).replace("\n", " "),
-            fix="mend it, or name the files",
+            fix="fix the YAML head, or name the files in data.train or data.eval",
         ) from error
     configs = head.get("configs") if isinstance(head, dict) else None
-    found = configs if isinstance(configs, list) else []
-    return {str(one.get("config_name", DEFAULT)): one for one in found if isinstance(one, dict)}
+    if not isinstance(configs, list):
+        return {}
+    return {str(c.get("config_name", DEFAULT)): c for c in configs if isinstance(c, dict)}
 
 
 def subset_of(
     folder: Path, configs: Mapping[str, Mapping[str, Any]], subset: str | None
 ) -> Mapping[str, Any]:
-    """The configuration of a subset, or the default one. MissingInput for another name, ConfigError where
-    several are there and none named."""
+    """The configuration of a subset, or the default one.
+
+    MissingInput for an unknown subset; ConfigError if several exist, none is named and none is the default.
+    """
     names = ", ".join(configs)
     if subset is not None:
         if subset not in configs:
@@ -51,8 +58,8 @@ def subset_of(
         return configs[subset]
     marked = [
         name
-        for name, one in configs.items()
-        if one.get("default") is True or name == DEFAULT or len(configs) == 1
+        for name, config in configs.items()
+        if config.get("default") is True or name == DEFAULT or len(configs) == 1
     ]
     if not marked:
         fix = f"set `subset`: {{path: {folder}, subset: {next(iter(configs))}}}"
@@ -63,27 +70,27 @@ def subset_of(
 def files_of(
     folder: Path, config: Mapping[str, Any], suffixes: tuple[str, ...]
 ) -> dict[str | None, list[Path]] | None:
-    """The files of a configuration by split; None where it names none. MissingInput where one that it names
-    is not there."""
+    """The files of a configuration by split; None if it names no files. MissingInput for files that do not
+    exist."""
     from datasets.data_files import resolve_pattern, sanitize_patterns
 
     base = folder / str(config.get("data_dir") or "")
-    named = config.get("data_files")
-    if named is None:
+    declared_files = config.get("data_files")
+    if declared_files is None:
         return None
-    found: dict[str | None, list[Path]] = {}
+    by_split: dict[str | None, list[Path]] = {}
     try:
-        for split, patterns in sanitize_patterns(named).items():
-            listed = [
+        for split, patterns in sanitize_patterns(declared_files).items():
+            resolved = [
                 resolve_pattern(str(pattern), str(base), allowed_extensions=list(suffixes))
                 for pattern in patterns
             ]
-            found[split] = [Path(file) for files in listed for file in files]
+            by_split[split] = [Path(file) for files in resolved for file in files]
     except (FileNotFoundError, ValueError) as error:
         why = " ".join(str(error).split())
         raise MissingInput(
-            f"{folder}/README.md names data files that are not there",
+            f"{folder}/README.md names data files that do not exist",
             why=why,
-            fix="fetch the folder again, whole",
+            fix="download the whole folder again",
         ) from error
-    return found
+    return by_split

@@ -1,15 +1,15 @@
-"""Rows of a CSV or TSV file, with the values that `datasets` (so TRL) would give them, but for what it loses.
+"""Rows of a CSV or TSV file, with the values that `datasets`, and so TRL, would give them.
 
     true, True, false, FALSE    in a column of nothing else     true and false
     3, -4                       in a column of nothing else     whole numbers
     3, 0.5, 1e-3                in a column of nothing else     numbers
-    nothing, NA, null, nan …    in such a column                null
-    nothing                     in any other column             null
+    empty, NA, null, nan …      in such a column                null
+    empty                       in any other column             null
     anything else                                               text
 
-Columns that a run reads as text stay text, whatever they look like. Unlike there, words such as NA and None
-stay words in a column of text, 007 keeps its zeros, and a column of whole numbers with gaps stays one.
-Messages as JSON text are read as messages.
+Columns that a run reads as text stay text, whatever they look like. Unlike with `datasets`, words such as NA
+and None stay words in a column of text, 007 keeps its zeros, and a column of whole numbers with gaps keeps
+whole numbers. Messages as JSON text are read as messages.
 """
 
 import csv
@@ -50,18 +50,19 @@ NOTHING = frozenset(
     }
     | {"nan", "null"}
 )
-"""What pandas takes for a missing value."""
+"""Cells that pandas reads as a missing value."""
 SEPARATORS = ";\t|"
-"""Of files that are called CSV and have other separators: said, not guessed."""
+"""Other separators of files called .csv: they are reported, not guessed."""
 PYTHONS = re.compile(r"\s*\[\s*\{\s*'(role|from|content|value)'")
-"""A list of messages as `str()` writes it, which is no JSON."""
+"""A list of messages as Python's `str()` writes it, which is not JSON."""
 
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """Cells of a record, and the line of the file at which it begins."""
+    """A record of the file."""
 
     number: int
+    """Line of the file at which the record begins."""
     cells: tuple[str, ...]
 
 
@@ -73,8 +74,11 @@ def rows(
     bad: list[BadRow],
     note: Callable[[str], None],
 ) -> Iterator[tuple[dict[str, Any], int]]:
-    """(values by column, line) of each record. texts: columns that stay text; bad: gets what is no row of the
-    table. DataError for a file that is no table."""
+    """(values by column, line) of each record.
+
+    DataError for a file that is not a table. texts: columns that stay text. bad: gets records that are not a
+    row of the table.
+    """
     header, lines = _read(raw, path, separator)
     kept = []
     for line in lines:
@@ -82,9 +86,7 @@ def rows(
             kept.append(line)
         else:
             bad.append(
-                BadRow(
-                    f"{path}:{line.number}", f"{len(line.cells)} fields, where the header has {len(header)}"
-                )
+                BadRow(f"{path}:{line.number}", f"{len(line.cells)} fields, and the header has {len(header)}")
             )
     readers = [
         _text if name in texts else _reader([line.cells[i] for line in kept]) for i, name in enumerate(header)
@@ -92,8 +94,8 @@ def rows(
     decoded: set[str] = set()
     for line in kept:
         values = {name: read(cell) for name, read, cell in zip(header, readers, line.cells, strict=True)}
-        spelled = {name: cell for name in texts if isinstance(cell := values.get(name), str)}
-        pythons = next((name for name, cell in spelled.items() if PYTHONS.match(cell)), None)
+        cells = {name: cell for name in texts if isinstance(cell := values.get(name), str)}
+        pythons = next((name for name, cell in cells.items() if PYTHONS.match(cell)), None)
         if pythons is not None:
             bad.append(
                 BadRow(
@@ -102,9 +104,7 @@ def rows(
                 )
             )
             continue
-        lists = {
-            name: messages for name, cell in spelled.items() if (messages := _messages(cell)) is not None
-        }
+        lists = {name: messages for name, cell in cells.items() if (messages := _messages(cell)) is not None}
         decoded |= lists.keys()
         yield values | lists, line.number
     for name in sorted(decoded):
@@ -112,34 +112,34 @@ def rows(
 
 
 def _read(raw: BinaryIO, path: str, separator: str) -> tuple[list[str], list[Line]]:
-    """The header's names and the records below it. A byte order mark (Excel's) is passed over."""
+    """(names of the header, the records below it). A byte order mark, which Excel writes, is skipped."""
     text = io.TextIOWrapper(raw, encoding="utf-8-sig", newline="")
-    found: list[Line] = []
+    lines: list[Line] = []
     before = 0
     with _long_cells():
         reader = csv.reader(text, delimiter=separator, strict=True)
         try:
             for cells in reader:
                 if cells:  # no blank line
-                    found.append(Line(before + 1, tuple(cells)))
+                    lines.append(Line(before + 1, tuple(cells)))
                 before = reader.line_num
         except csv.Error as error:
             fix = (
                 'a cell with quotes in it is written "with ""doubled"" quotes"; csv.writer and pandas do that'
             )
-            raise DataError(f"{path}:{before + 1}: no CSV", why=str(error), fix=fix) from error
+            raise DataError(f"{path}:{before + 1}: not CSV", why=str(error), fix=fix) from error
         except UnicodeDecodeError as error:
             fix = "save it as UTF-8 (Excel: CSV UTF-8)"
             raise DataError(
                 f"{path}: not UTF-8 after line {before}", why=str(error.reason), fix=fix
             ) from error
-    if not found:
+    if not lines:
         return [], []
-    return _names(found[0], path, separator), found[1:]
+    return _names(lines[0], path, separator), lines[1:]
 
 
 def _names(header: Line, path: str, separator: str) -> list[str]:
-    """Of the columns; one without a name, such as pandas writes for its index, is called as pandas reads it."""
+    """Names of the columns. One without a name, such as pandas' index, gets the name that pandas reads."""
     names = [name or f"Unnamed: {i}" for i, name in enumerate(header.cells)]
     other = next((mark for mark in SEPARATORS if mark != separator and mark in names[0]), None)
     if len(names) == 1 and other is not None:
@@ -152,21 +152,21 @@ def _names(header: Line, path: str, separator: str) -> list[str]:
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise DataError(
-            f"{path}: several columns are named {', '.join(twice)}", fix="give each column a name of its own"
+            f"{path}: several columns are named {', '.join(twice)}", fix="give each column its own name"
         )
     return names
 
 
 def _reader(cells: Sequence[str]) -> Callable[[str], Any]:
-    """How a column's cells are read, by what all of them are."""
-    said = {cell for cell in cells if cell not in NOTHING}
-    if not said:
+    """Reads a cell of the column as the kind of value that all its cells are."""
+    present = {cell for cell in cells if cell not in NOTHING}
+    if not present:
         return _text
-    if all(cell in TRUTH for cell in said):
+    if all(cell in TRUTH for cell in present):
         return TRUTH.get
-    if all(WHOLE.fullmatch(cell) for cell in said):
+    if all(WHOLE.fullmatch(cell) for cell in present):
         return lambda cell: None if cell in NOTHING else int(cell)
-    if all(NUMBER.fullmatch(cell) for cell in said):
+    if all(NUMBER.fullmatch(cell) for cell in present):
         return lambda cell: None if cell in NOTHING else float(cell)
     return _text
 
@@ -176,24 +176,24 @@ def _text(cell: str) -> str | None:
 
 
 def _messages(cell: str) -> list[Any] | None:
-    """The list of messages that a cell spells in JSON; None for any other text."""
+    """The list of messages that a cell holds as JSON; None for any other text."""
     if not cell.lstrip().startswith("["):
         return None
     try:
         value = json.loads(cell)
     except (ValueError, RecursionError):
         return None
-    spells = (
+    are_messages = (
         isinstance(value, list)
         and value
-        and all(isinstance(one, dict) and (one.keys() & {"role", "from"}) for one in value)
+        and all(isinstance(entry, dict) and (entry.keys() & {"role", "from"}) for entry in value)
     )
-    return value if spells else None
+    return value if are_messages else None
 
 
 @contextmanager
 def _long_cells() -> Iterator[None]:
-    """csv refuses cells beyond 131,072 characters, and an answer may be longer; the limit is the process's."""
+    """Lifts csv's limit of 131,072 characters a cell, which an answer may exceed; the limit is global."""
     before = csv.field_size_limit(sys.maxsize)
     try:
         yield

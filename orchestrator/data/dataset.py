@@ -22,24 +22,29 @@ from orchestrator.recipe.schema import Model, Recipe, Source
 
 @dataclass(frozen=True, slots=True)
 class DataSet:
-    """Everything the loop reads. batches: training examples by cursor; held_out: encoded evaluation examples.
-
-    prompts, answers: held-out prompts (token ids) with an expected answer, for generation. unused: columns
-    that nothing reads; notes: what else the user should know of the data.
-    """
+    """Everything that the offline loop reads."""
 
     tokenizer: Any
     loaded: LoadedRows
+    """Rows of data.train."""
     report: EncodingReport
     groups: tuple[SequenceGroup, ...]
+    """Training examples in row order."""
     batches: Batches[SequenceGroup]
+    """Training examples of an optimizer step by the cursor of consumed examples."""
     held_out: tuple[SequenceGroup, ...]
+    """Examples for evaluation."""
     held_out_report: EncodingReport | None
     held_out_names: tuple[str, ...]
+    """Names of the sources of data.eval."""
     prompts: tuple[tuple[int, ...], ...]
+    """Token ids of held-out prompts with an expected answer, for generation."""
     answers: tuple[str, ...]
+    """Expected answer of each of these prompts."""
     unused: tuple[str, ...] = ()
+    """Columns that nothing reads."""
     notes: tuple[str, ...] = ()
+    """What else the user should know of the data."""
 
     @property
     def decode(self) -> Callable[[Sequence[int]], str]:
@@ -49,7 +54,7 @@ class DataSet:
 def load_data(recipe: Recipe, algorithm: AlgorithmSpec, load_tokenizer: Callable[[Model], Any]) -> DataSet:
     """Reads and checks all data of a recipe; DataError or MissingInput before anything expensive starts.
 
-    load_tokenizer: called once the rows are read, so that a mistake in the data is reported first.
+    load_tokenizer: called after the rows are read, so that a mistake in the data is reported first.
     """
     reads = Reads(margin=algorithm.name == "reward", answer=False)
     loaded = load_rows(recipe.data.train, recipe.data, algorithm.data, reads)
@@ -81,8 +86,10 @@ def load_data(recipe: Recipe, algorithm: AlgorithmSpec, load_tokenizer: Callable
 
 
 def seen_in(loaded: LoadedRows, held_out: LoadedRows | None) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """(columns that are not read in any of the rows, notes); ConfigError where all held-out rows are trained
-    on."""
+    """(columns that are not read in any of the rows, notes).
+
+    ConfigError if all held-out rows are trained on.
+    """
     if held_out is None:
         return loaded.unused, loaded.notes
     unused = [name for name in loaded.unused if name not in held_out.used]
@@ -92,7 +99,7 @@ def seen_in(loaded: LoadedRows, held_out: LoadedRows | None) -> tuple[tuple[str,
 
 
 def held_out_source(spec: str | list[Source]) -> str | list[Source]:
-    """A toy task named by a plain string means its held-out half, never the rows that are trained on."""
+    """data.eval as sources. A toy task given as a plain string means its held-out half."""
     if isinstance(spec, str) and spec.startswith("toy:"):
         return [Source(path=spec, split="eval")]  # pyright: ignore[reportCallIssue]
     return spec

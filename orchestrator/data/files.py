@@ -1,8 +1,13 @@
-"""Data files on a disk or behind a URL: record by record, and which of a folder's files are of a split.
+"""Data files on a disk or behind a URL: their records, and the files of a folder that belong to a split.
 
-A folder is read as its README.md says (data/card.py), or else as the hub lays data sets out: DIR/train.jsonl,
-DIR/data/train-00000-of-00002.parquet, DIR/train/a.jsonl, or one of these below DIR/SUBSET/. Files in whose
-names no split stands are all of one, `train`.
+A folder is read as its README.md declares (data/card.py), or else as the hub lays data sets out:
+
+    DIR/train.jsonl
+    DIR/data/train-00000-of-00002.parquet
+    DIR/train/a.jsonl
+    DIR/SUBSET/ with one of these
+
+If no file name contains a split, all files are `train`.
 """
 
 import gzip
@@ -20,44 +25,50 @@ from orchestrator.data.bad_rows import BadRow
 
 REFETCH = "fetch or write the file again, and check that it may be read"
 USUAL = (".jsonl", ".jsonl.gz", ".json.gz", ".parquet")
-"""What a folder is read for first: beside such files a .json or .csv mostly says something about them."""
+"""Kinds that are read first: beside such files a .json or .csv mostly describes them."""
 TABLES = {".csv": ",", ".csv.gz": ",", ".tsv": "\t", ".tsv.gz": "\t"}
-"""Suffix -> what separates columns."""
+"""Suffix -> separator of the columns."""
 SUFFIXES = (*USUAL, ".json", *TABLES)
 ABOUT = ("config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
-"""Files of a folder that say something of its data and are none, as the hub knows them."""
+"""Files that describe the data of a folder and hold none, by the hub's names."""
 SPLITS = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }
-"""The words for splits in names of files and folders, as the hub knows them."""
+"""Words for splits in names of files and folders, as the hub reads them."""
 OTHERS = (".arrow", ".jsonl.zst", ".jsonl.bz2")
-"""Data that is not read here; with USUAL or without, it is told of where it lies beside data that is read."""
+"""Data that is not read here; it is reported if it lies beside data that is read."""
 SHARD = re.compile(r"(?P<split>\w+(?:\.\w+)*)-\d{5}-of-\d{5,}")
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """What a file holds at `where` ("file:line"). filled: it comes from a table (data/formats.py)."""
+    """A record of a file."""
 
     value: Any
     where: str
+    """Place of the record. Example: rows.jsonl:7"""
     filled: bool = False
+    """The record comes from a table: see `to_rows` in data/formats.py."""
 
 
 @dataclass(frozen=True, slots=True)
 class Chosen:
-    """Files of a folder to read, in order, and the subfolders with data and files of other kinds that are
-    left alone."""
+    """The choice among the files of a folder."""
 
     files: tuple[Path, ...]
+    """Files to read, in order."""
     passed_over: tuple[str, ...] = ()
+    """Subfolders with data, and files of other kinds, that are not read."""
 
 
 def choose(folder: Path, subset: str | None, split: str | None) -> Chosen:
-    """The files of one split (default: the only one there is). ConfigError where the folder has several and
-    none is named, or files of no split beside others; MissingInput where there are none."""
+    """The files of one split (default: the only one).
+
+    ConfigError if the folder has several splits and none is named, or files of no split beside others;
+    MissingInput if there are no files.
+    """
     configs = card.declared(folder)
     if not configs:
         return _laid_out(folder, subset, split)
@@ -70,14 +81,14 @@ def choose(folder: Path, subset: str | None, split: str | None) -> Chosen:
 
 
 def _laid_out(folder: Path, subset: str | None, split: str | None) -> Chosen:
-    """The same by the names of folders and files."""
+    """`choose` by the names of folders and files."""
     base = folder / subset if subset else folder
     if not base.is_dir():
         raise MissingInput(
             f"{folder} holds no subset {subset}",
             fix=f"it holds the folders {', '.join(_folders(folder)) or 'none'}",
         )
-    own, others = _found(base)
+    own, others = _own_and_others(base)
     if not own and len(others) == 1:  # its only subset
         return _laid_out(base, others[0], split)
     if not own:
@@ -109,8 +120,8 @@ def _of_split(folder: Path, by_split: Mapping[str | None, list[Path]], split: st
         if not named and wanted == "train":
             return by_split[None]
         if wanted not in by_split:
-            there = f"its splits are {', '.join(named)}" if named else "no name in it says a split"
-            raise MissingInput(f"{folder} holds no split {split}", why=there, fix=example)
+            why = f"its splits are {', '.join(named)}" if named else "no file name in it contains a split"
+            raise MissingInput(f"{folder} holds no split {split}", why=why, fix=example)
         return by_split[wanted]
     if len(named) > 1:
         why = "held-out rows must not be trained on"
@@ -127,9 +138,12 @@ def _of_split(folder: Path, by_split: Mapping[str | None, list[Path]], split: st
     return files
 
 
-def _found(base: Path) -> tuple[list[Path], list[str]]:
-    """Data files of a folder (its own, of `data` and of folders named after splits; the usual kinds alone
-    where there are any), and its other folders that hold some."""
+def _own_and_others(base: Path) -> tuple[list[Path], list[str]]:
+    """(data files of a folder, its other folders that hold data files).
+
+    Files of the folder itself, of `data` and of folders named after splits belong to it. If there are files
+    of the usual kinds, only they count.
+    """
     own = _files(base)
     others = []
     for name in _folders(base):
@@ -159,8 +173,11 @@ def _is_data(file: Path) -> bool:
 
 
 def _split_of(file: Path) -> str | None:
-    """file: relative to its folder. A shard names its split whole (`train_prefs-00000-of-00001`); else a word
-    does, in the name of the file or of the nearest folder."""
+    """The split that the name of a file contains. file: relative to the data folder.
+
+    A shard begins with its split (`train_prefs-00000-of-00001`). Else it is a word in the name of the file or
+    of the nearest folder.
+    """
     shard = SHARD.match(file.name)
     if shard is not None:
         return SPLITS.get(shard["split"], shard["split"])
@@ -182,8 +199,11 @@ def _word(name: str) -> str | None:
 def records(
     path: str, bad: list[BadRow], texts: Collection[str] = (), note: Callable[[str], None] = print
 ) -> Iterator[Record]:
-    """Of one file; path: of a local file, or a URL. What is no record goes to `bad`. texts: columns that stay
-    text where the file does not say what is a number; note: is told what the user should know."""
+    """Records of one file. path: local, or a URL.
+
+    bad: gets lines that are not a record. texts: columns that stay text in a file without types. note: gets
+    notes for the user.
+    """
     if path.endswith(".parquet"):
         yield from _parquet(path, bad)
         return
@@ -192,14 +212,14 @@ def records(
     separator = next((mark for suffix, mark in TABLES.items() if path.endswith(suffix)), None)
     if separator is not None:
         yield from _table(path, separator, bad, texts, note)
-    elif path.endswith((".json", ".json.gz")) and (whole := _whole(path)) is not None:
-        yield from whole
+    elif path.endswith((".json", ".json.gz")) and (entries := _json_array(path)) is not None:
+        yield from entries
     else:
         yield from _json_lines(path, bad)
 
 
 def _json_lines(path: str, bad: list[BadRow]) -> Iterator[Record]:
-    """An object in each line."""
+    """Records of a file with an object in each line."""
     for number, line in enumerate(_lines(path), start=1):
         if not line.strip():
             continue
@@ -216,9 +236,11 @@ def _json_lines(path: str, bad: list[BadRow]) -> Iterator[Record]:
             bad.append(BadRow(where, f"broken JSON: {' '.join(str(error).split())[:120]}"))
 
 
-def _whole(path: str) -> list[Record] | None:
-    """The entries of a file that is one JSON array, by their number; None for a file of lines. DataError
-    where it is neither."""
+def _json_array(path: str) -> list[Record] | None:
+    """Records of a file that is one JSON array, by their number; None for a file of lines.
+
+    DataError for a file that is neither.
+    """
     content = b"".join(_lines(path))
     start = content[:4096].lstrip(b"\xef\xbb\xbf \t\r\n")
     first, _, rest = content.strip().partition(b"\n")
@@ -227,14 +249,14 @@ def _whole(path: str) -> list[Record] | None:
     try:
         value = json.loads(content.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
-        fix = "mend it, or write one object per line as .jsonl"
+        fix = "fix the JSON, or write one object per line as .jsonl"
         raise DataError(f"{path}: broken JSON", why=" ".join(str(error).split())[:200], fix=fix) from error
     if isinstance(value, list):
         return [Record(entry, f"{path}:{number}") for number, entry in enumerate(value, start=1)]
     lists = [name for name, entry in value.items() if isinstance(entry, list)]
     why = f"it is one object, with {'the list ' + lists[0] if lists else 'no list'} in it"
     raise DataError(
-        f"{path} holds no array of rows",
+        f"{path} does not hold an array of rows",
         why=why,
         fix="write the rows as one array, or one object per line as .jsonl",
     )
@@ -256,17 +278,19 @@ def _unpacked(raw: BinaryIO, path: str) -> Any:
 
 
 def _open(path: str) -> BinaryIO:
-    """The file, for reading. ConfigError or MissingInput for a URL that cannot be opened; OSError for a local
-    file."""
+    """The file, opened for reading.
+
+    ConfigError or MissingInput for a URL that cannot be opened, OSError for a local file.
+    """
     if "://" not in path:
         return open(path, "rb")
     scheme, _, rest = path.partition("://")
     if "@" in rest.partition("/")[0]:
-        why = "recipes are kept and logged"
+        why = "recipes are stored and logged"
         raise ConfigError(
             f"data: a {scheme}:// address with a user or a password in it",
             why=why,
-            fix="put them into the environment",
+            fix="set them as environment variables",
         )
     import fsspec
 
@@ -277,9 +301,9 @@ def _open(path: str) -> BinaryIO:
         fix = (
             'pip install "orchestrator[s3]"'
             if scheme in ("s3", "s3a")
-            else "install the package of fsspec that reads it"
+            else f"install the fsspec package that reads {scheme}://"
         )
-        raise ConfigError(f"data: {scheme}:// cannot be read here", why=str(error), fix=fix) from error
+        raise ConfigError(f"data: {scheme}:// cannot be read", why=str(error), fix=fix) from error
     except OSError as error:
         raise MissingInput(
             f"no data file {path}", why=str(error), fix="check the name, the permissions and the endpoint"
@@ -297,7 +321,7 @@ def _lines(path: str) -> Iterator[bytes]:
 
 
 def _parquet(path: str, bad: list[BadRow]) -> Iterator[Record]:
-    """Row by row; not through `datasets`, which would write a copy into its cache."""
+    """Records of a Parquet file. `datasets` would write a copy into its cache."""
     from pyarrow import ArrowException
     from pyarrow.parquet import ParquetFile
 
@@ -322,8 +346,10 @@ def _parquet(path: str, bad: list[BadRow]) -> Iterator[Record]:
 
 
 def _values(batch: Any) -> Iterator[dict[str, Any] | Exception]:
-    """The rows of a batch; where it cannot be converted as a whole, such as for a date beyond the year 9999,
-    an error for a row that cannot."""
+    """The rows of a batch, with an error in place of a row that cannot be converted.
+
+    Such a row, as with a date beyond the year 9999, makes the conversion of the whole batch fail.
+    """
     try:
         yield from batch.to_pylist(maps_as_pydicts="strict")
         return

@@ -1,4 +1,4 @@
-"""From a raw record to a Row: TRL's formats, recognised and validated; every refusal says why."""
+"""From a raw record to the fields of a Row: TRL's formats, recognised and validated."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -16,21 +16,19 @@ from orchestrator.recipe.schema import Columns
 HH_TURN = "\n\nAssistant:"
 SHAREGPT_COLUMN = "conversations"
 PICTURES = ("images", "image")
-"""Of TRL; a text called `image` may be anything, such as the name of a container's."""
+"""TRL's columns of pictures. A text called `image` may be anything, such as a container image."""
 
 
 @dataclass(frozen=True, slots=True)
 class Reads:
-    """Which columns a run reads beside those that its kind of data is made of.
-
-    margin: of a pair; answer: of a row; environment: rows may name one; others: of prompts, by name, None:
-    all of them.
-    """
+    """Columns that a run reads beside those that its kind of data needs."""
 
     margin: bool = True
     answer: bool = True
     environment: bool = False
+    """Rows may name an environment."""
     others: frozenset[str] | None = None
+    """Further columns of prompts; None: all of them."""
 
 
 EVERYTHING = Reads()
@@ -39,11 +37,10 @@ EVERYTHING = Reads()
 def to_rows(
     record: Any, columns: Columns, kind: DataKind, reads: Reads = EVERYTHING, *, filled: bool = False
 ) -> list[dict[str, Any]]:
-    """Row fields of one record: one dict, or two where a preference pair is unpaired for KTO. Raises
-    BadRecord.
+    """Row fields of one record: one dict, or two if a preference pair is unpaired for KTO. Raises BadRecord.
 
-    filled: the record comes from a table, where each mapping has the keys of all others, null where it had
-    none.
+    filled: the record comes from a table, where each mapping has the keys of all others, with null for those
+    that it lacks.
     """
     if not isinstance(record, Mapping):
         raise BadRecord(f"a record must be an object, this is {type(record).__name__}")
@@ -57,7 +54,7 @@ def to_rows(
 
 
 class _Lacking(BadRecord):
-    """A record without columns that its kind needs."""
+    """A record that lacks columns of its kind."""
 
     def __init__(self, needs: str, *wanted: str) -> None:
         super().__init__(needs)
@@ -86,7 +83,7 @@ def _of_kind(
 def used_columns(
     fields: Mapping[str, Any], record: Mapping[str, Any], columns: Columns, reads: Reads
 ) -> set[str]:
-    """Names in the record of what `fields`, made of it, were made of and the run reads."""
+    """Columns of the record that `fields` were made from and that the run reads."""
     names = columns.model_dump()
     used = {theirs for name, theirs in names.items() if name in fields and theirs in record}
     if "messages" in fields and record.get(str(columns.messages)) is None:
@@ -107,7 +104,7 @@ def used_columns(
 
 
 def describe(row: Row) -> str:
-    """The format in words, for the data report."""
+    """The format of a row, for the data report. Example: preference, conversational"""
     if row.chosen is not None:
         return f"preference, {'conversational' if isinstance(row.chosen, list) else 'text'}"
     if row.messages is not None:
@@ -121,7 +118,7 @@ def describe(row: Row) -> str:
 
 
 def _mapped(record: Mapping[str, Any], columns: Columns, kind: DataKind, reads: Reads) -> dict[str, Any]:
-    """The record's values by the recipe's names, without what is null; what a run cannot honour is refused."""
+    """The record's values by the recipe's names, without nulls. BadRecord for what the run cannot use."""
     fields: dict[str, Any] = {}
     for name, theirs in columns.model_dump().items():
         if theirs is None:
@@ -145,7 +142,7 @@ def _mapped(record: Mapping[str, Any], columns: Columns, kind: DataKind, reads: 
 
 
 def _refuse(fields: dict[str, Any], record: Mapping[str, Any], columns: Columns, reads: Reads) -> None:
-    """BadRecord for pictures, and for an environment's name where the run has none."""
+    """BadRecord for pictures, and for the name of an environment if the run has none."""
     pictures = fields.pop("images", None)
     if columns.images is not None and not pictures:
         pictures = next(
@@ -212,8 +209,10 @@ def _preference(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def _is_redundant(fields: Mapping[str, Any]) -> bool:
-    """True for a prompt of text that is the first user turn of both answers, which are whole conversations
-    (UltraFeedback's form)."""
+    """True if a text prompt repeats the first user turn of both answers, which are conversations.
+
+    This is UltraFeedback's form.
+    """
     if not isinstance(fields["prompt"], str) or not all(
         isinstance(fields[name], list) and fields[name] for name in ("chosen", "rejected")
     ):
@@ -242,8 +241,10 @@ def _unpaired(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def _prompt(fields: dict[str, Any], record: Mapping[str, Any], columns: Columns) -> dict[str, Any]:
-    """The question alone (of `messages`, the turns before the assistant's last), and the rest of the record
-    as columns."""
+    """The prompt, and the other values of the record as columns.
+
+    The prompt of `messages` ends before the assistant's last turn.
+    """
     if "prompt" in fields:
         (prompt,) = _texts(fields, ("prompt",))
         if not prompt:
@@ -261,20 +262,18 @@ def _prompt(fields: dict[str, Any], record: Mapping[str, Any], columns: Columns)
         name for name, theirs in columns.model_dump().items() if theirs is None
     }
     left_out |= set(PICTURES) if columns.images is None else set()
-    extra = {name: value for name, value in record.items() if name not in left_out}
-    extra |= {name: value for name, value in fields.items() if name not in left_out}
-    extra = {str(name): plain(value, str(name)) for name, value in extra.items()} | template
+    others = {name: value for name, value in record.items() if name not in left_out}
+    others |= {name: value for name, value in fields.items() if name not in left_out}
     return {
         "prompt": prompt,
-        "columns": extra,
+        "columns": {str(name): plain(value, str(name)) for name, value in others.items()} | template,
         **template,
         **_extra({k: v for k, v in fields.items() if k == "answer"}),
     }
 
 
 def _template(fields: Mapping[str, Any], answer: Any = ()) -> dict[str, Any]:
-    """What a chat template is given beside messages; nothing where the row is text, of which no template is
-    made."""
+    """Fields that a chat template gets beside messages; empty for a row of text, which needs no template."""
     if isinstance(answer, str):
         return {}
     tools, variables = tools_of(fields.get("tools")), variables_of(fields.get("chat_template_kwargs"))
@@ -287,9 +286,9 @@ def _template(fields: Mapping[str, Any], answer: Any = ()) -> dict[str, Any]:
 def _implicit_prompt(chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:
     """Splits off the prompt that both answers begin with.
 
-    Messages: the shared leading turns. Strings: TRL's extract_prompt takes the longest common prefix, words
-    of the answers included ("The " of "The sea" and "The sky"); here it is cut back to the last
-    "\\n\\nAssistant:" turn of Anthropic's HH format, or without one to the last line break.
+    Of messages it is the shared leading turns. Of strings TRL's extract_prompt takes the longest common
+    prefix, which may hold words of the answers ("The " of "The sea" and "The sky"). Here that prefix is cut
+    back to the last "\\n\\nAssistant:" turn of Anthropic's HH format, or else to the last line break.
     """
     if isinstance(chosen, list) and isinstance(rejected, list):
         a, b = messages_of(chosen, "chosen"), messages_of(rejected, "rejected")
@@ -315,8 +314,10 @@ def _implicit_prompt(chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:
 
 
 def _shared(chosen: Any, rejected: Any) -> int:
-    """Length of the common prefix: TRL's extract_prompt but for its edges (nothing, or one of the two, is
-    shared)."""
+    """Length of the common prefix, by TRL's extract_prompt.
+
+    Its edge cases are handled here: nothing is shared, or one of the two is a prefix of the other.
+    """
     from trl.data_utils import extract_prompt
 
     shorter, longer = sorted((chosen, rejected), key=len)
@@ -328,14 +329,14 @@ def _shared(chosen: Any, rejected: Any) -> int:
 
 
 def _mixed(names: Sequence[str], values: Sequence[Any]) -> str:
-    talks, texts = (
+    conversations, texts = (
         [n for n, v in zip(names, values, strict=True) if isinstance(v, list) is listed]
         for listed in (True, False)
     )
     leave_out = f"; data.columns.{texts[0]}=null leaves it out" if texts == ["prompt"] else ""
     return (
-        f"{' and '.join(texts)} text, {' and '.join(talks)} message lists: write all as text or all as "
-        f"messages{leave_out}"
+        f"{' and '.join(texts)} text, {' and '.join(conversations)} message lists: "
+        f"write all as text or all as messages{leave_out}"
     )
 
 

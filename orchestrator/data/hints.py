@@ -1,5 +1,5 @@
-"""Which column of a file is probably meant by one of TRL's names: for messages, and for recipes that are
-written from data."""
+"""The column of a file that one of TRL's names probably means: for messages, and for recipes written from
+data."""
 
 import difflib
 from collections.abc import Iterable
@@ -56,11 +56,11 @@ LIKELY: dict[str, tuple[str, ...]] = {
         "reference",
     ),
 }
-"""Names that data sets give to TRL's columns, the likeliest first."""
+"""Names that data sets use for TRL's columns, the likeliest first."""
 
 
 def likely(wanted: str, columns: Iterable[str]) -> str | None:
-    """The column that probably holds what TRL calls `wanted`, or None."""
+    """The column that probably holds TRL's column `wanted`, or None."""
     names = {str(column).lower(): str(column) for column in columns}
     for name in LIKELY.get(wanted, (wanted,)):
         if name in names:
@@ -71,13 +71,16 @@ def likely(wanted: str, columns: Iterable[str]) -> str | None:
 
 
 def lacking(wanted: Iterable[str], needs: str, columns: Iterable[str]) -> str:
-    """Why a record cannot be used that has not the columns `wanted`. Example: no 'chosen'; columns are
-    prompt, good, bad; data.columns.chosen=good?"""
-    there = [str(column) for column in columns]
-    taken: set[str] = set()
+    """Reason why a record without the columns `wanted` cannot be used, with a hint.
+
+    Example: no 'chosen'; columns are prompt, good, bad; data.columns.chosen=good?
+    """
+    names = [str(column) for column in columns]
+    proposed: set[str] = set()
     hints = []
     for name in wanted:
-        if (found := likely(name, (c for c in there if c not in taken))) is not None and found != name:
-            taken.add(found)
-            hints.append(f"data.columns.{name}={found}")
-    return f"{needs}; columns are {', '.join(there) or 'none'}" + (f"; {' '.join(hints)}?" if hints else "")
+        column = likely(name, (c for c in names if c not in proposed))
+        if column is not None and column != name:
+            proposed.add(column)
+            hints.append(f"data.columns.{name}={column}")
+    return f"{needs}; columns are {', '.join(names) or 'none'}" + (f"; {' '.join(hints)}?" if hints else "")

@@ -1,4 +1,4 @@
-"""KTO's mismatched completions: the second branch from which its KL term is estimated."""
+"""KTO's mismatched completions: a second branch, from which the KL term is estimated."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -9,11 +9,11 @@ from orchestrator.core.batches import SequenceGroup
 
 
 def with_mismatched(groups: Sequence[SequenceGroup], max_length: int) -> tuple[SequenceGroup, ...]:
-    """Each group with the completion of the next one that has another prompt as branch 1 (KTO, arXiv
-    2402.01306, §4.2).
+    """Each group with a mismatched completion as branch 1 (KTO, arXiv 2402.01306, §4.2).
 
-    The next one alone would not do: the two answers of an unpaired preference pair follow each other. The
-    pairing goes round the whole data set, fixed before batching, so that no batch or rank can change it.
+    It is the completion of the next group with another prompt: the two answers of an unpaired preference pair
+    follow each other. The pairing goes round the whole data set before batching, so no batch or rank can
+    change it.
     """
     paired = []
     for group, other in zip(groups, _next_with_other_prompt(groups), strict=True):
@@ -25,13 +25,13 @@ def with_mismatched(groups: Sequence[SequenceGroup], max_length: int) -> tuple[S
 
 
 def _next_with_other_prompt(groups: Sequence[SequenceGroup]) -> list[int]:
-    """Index of that group for each one, going round; the next one where all prompts are equal."""
+    """For each group the index of the next one with another prompt; the next one if all prompts are equal."""
     count = len(groups)
-    found = [0] * count
+    partners = [0] * count
     other = None
-    for at in reversed(range(2 * count - 1)):  # two rounds, backwards: the first finds what the second needs
-        here, after = at % count, (at + 1) % count
-        if not np.array_equal(groups[here].prompt, groups[after].prompt):
-            other = after
-        found[here] = after if other is None else other
-    return found
+    for at in reversed(range(2 * count - 1)):  # backwards, twice: the end of the list needs its beginning
+        group, following = at % count, (at + 1) % count
+        if not np.array_equal(groups[group].prompt, groups[following].prompt):
+            other = following
+        partners[group] = following if other is None else other
+    return partners

@@ -1,10 +1,9 @@
-"""A list of chat messages, checked and in one form: roles and text, ShareGPT's names, content parts, per-turn
-weights.
+"""Checks chat messages and brings them into one form.
 
-{"role": …, "content": …}        as it is
-{"from": …, "value": …}          renamed, as TRL does; `human` and `gpt`, which no template knows, are user and assistant
-content: [{"type": "text", …}]   the joined text; a part that is no text is refused by its type
-weight: 0 or 1                   OpenAI's: whether a turn is learned (SFT); other values are refused
+{"role": …, "content": …}        stays
+{"from": …, "value": …}          is renamed, as in TRL; `human` and `gpt` become `user` and `assistant`
+content: [{"type": "text", …}]   becomes the joined text; a part of another type is an error
+weight: 0 or 1                   OpenAI's key: whether a turn is learned (SFT); other values are an error
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,20 +17,19 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
 def messages_of(value: Any, name: str) -> list[dict[str, Any]]:
-    """The messages of a column in a plain form. name: of the column, for the reason in BadRecord."""
+    """The messages of a column in one form. name: the column, for the reason in BadRecord."""
     if not isinstance(value, list) or not value:
         raise BadRecord(f"{name} must be a non-empty list of messages")
     return [_message(message, f"{name}[{i}]") for i, message in enumerate(value)]
 
 
 def is_learned(message: Mapping[str, Any]) -> bool:
-    """False where a turn's weight is 0."""
+    """False if the weight of a turn is 0."""
     return message.get("weight") != 0
 
 
 def check_weights(messages: Sequence[Mapping[str, Any]], name: str) -> None:
-    """BadRecord where something other than an assistant's turn is to be learned; for conversations, of which
-    the rest never is."""
+    """BadRecord if a turn of a conversation has weight 1 and is not the assistant's."""
     for i, message in enumerate(messages):
         if message.get("weight") == 1 and message["role"] != "assistant":
             raise BadRecord(
@@ -41,7 +39,7 @@ def check_weights(messages: Sequence[Mapping[str, Any]], name: str) -> None:
 
 
 def refuse_weights(messages: Any, name: str) -> None:
-    """BadRecord where a turn of an answer is not to be learned, and the loss scores answers as a whole."""
+    """BadRecord if a turn of an answer has weight 0: the loss scores an answer as a whole."""
     for i, message in enumerate(messages if isinstance(messages, list) else ()):
         if not is_learned(message):
             raise BadRecord(
@@ -50,7 +48,7 @@ def refuse_weights(messages: Any, name: str) -> None:
 
 
 def unicode(value: str, name: str) -> str:
-    """The text; BadRecord for half of a surrogate pair, which JSON can spell and no tokenizer takes."""
+    """The text; BadRecord for half of a surrogate pair, which JSON can hold and no tokenizer accepts."""
     try:
         value.encode()
     except UnicodeEncodeError as error:

@@ -1,11 +1,10 @@
-"""Cuts one optimizer step into micro-batches: same step, whatever the cut.
+"""Cuts one optimizer step into micro-batches. No cut changes the step.
 
     groups --sort by length--> micro-batches within the budget --balance--> ranks x the same number
                                               ^                       |
-                                              +-- a little smaller, where the ranks' work differs
+                                              +-- a little smaller, if the ranks' work differs
 
-Every rank gets the same number of micro-batches, with a zero-weight one where data runs out: ZeRO-3 hangs
-otherwise.
+Every rank gets the same number of micro-batches, if need be one with weight zero: else ZeRO-3 hangs.
 """
 
 import heapq
@@ -17,13 +16,13 @@ from orchestrator.core.batches import Cut, LossUnits, PackedBatch, SequenceGroup
 from orchestrator.data.packing import cost, filler, pack
 
 IMBALANCE = 0.03
-"""Share of a step that ranks may wait for the one with most positions before the step is cut anew."""
+"""Share of a step that ranks may wait for the one with most positions; beyond it the step is cut again."""
 SMOOTH = 6
-"""Micro-batches a rank with which the ranks' work is near enough equal."""
+"""Micro-batches per rank from which on the ranks' work is equal enough."""
 
 
 def loss_units(groups: Sequence[SequenceGroup]) -> LossUnits:
-    """The global counts that loss sums of these groups are divided by."""
+    """The global counts that the loss sums of these groups are divided by."""
     branches = len(groups[0].branches)
     return LossUnits(
         len(groups), tuple(sum(int(g.branches[k].loss_mask.sum()) for g in groups) for k in range(branches))
@@ -31,7 +30,7 @@ def loss_units(groups: Sequence[SequenceGroup]) -> LossUnits:
 
 
 def cut_step(groups: Sequence[SequenceGroup], cut: Cut) -> PackedBatch:
-    """One PackedBatch from the examples of one optimizer step, the same for the same groups and cut."""
+    """The PackedBatch of one optimizer step: a function of its groups and the cut."""
     dealt = shares(groups, cut)
     count = max(len(share) for share in dealt)
     ranks = []
@@ -43,10 +42,10 @@ def cut_step(groups: Sequence[SequenceGroup], cut: Cut) -> PackedBatch:
 
 
 def shares(groups: Sequence[SequenceGroup], cut: Cut) -> list[list[list[SequenceGroup]]]:
-    """Examples by rank and micro-batch, without the rows that `cut_step` makes of them.
+    """Examples by rank and micro-batch, [rank][micro-batch][example].
 
-    A few micro-batches as large as the budget leave the ranks unequal, by 17 % at three of them: then a
-    smaller budget that makes the micro-batches equal is tried, and more of them, up to SMOOTH a rank.
+    A few micro-batches as large as the budget leave the ranks unequal: by 17 % at three of them. Then smaller
+    budgets are tried, with which the micro-batches are equal, and more of them, up to SMOOTH per rank.
     """
     ordered = sorted(groups, key=lambda g: (-g.longest, -g.tokens, g.id))
     chunks = _even(_chunks(ordered, cut), cut.workers)
@@ -72,14 +71,13 @@ def positions_of(groups: Sequence[SequenceGroup], cut: Cut) -> int:
 
 
 def _imbalance(dealt: list[list[list[SequenceGroup]]], cut: Cut) -> float:
-    """How far the rank with most positions is above the mean; the others wait for it. Example: 0.03 for 3 %."""
+    """Positions of the rank with most of them above the mean. Example: 0.03 for 3 %."""
     loads = [sum(positions_of(chunk, cut) for chunk in share) for share in dealt]
     return max(loads) * len(loads) / sum(loads) - 1.0
 
 
 def _smallest_budget(ordered: Sequence[SequenceGroup], cut: Cut, count: int) -> int:
-    """Positions of the smallest budget, at most the cut's, with which the examples still fall into `count`
-    micro-batches."""
+    """Positions of the smallest budget, at most the cut's, that needs `count` micro-batches or fewer."""
     assert cut.positions is not None
     low, high = 0, cut.positions
     while high - low > max(1, cut.positions // 256):
@@ -92,17 +90,17 @@ def _smallest_budget(ordered: Sequence[SequenceGroup], cut: Cut, count: int) -> 
 
 
 def _chunks(ordered: Sequence[SequenceGroup], cut: Cut) -> list[list[SequenceGroup]]:
-    """Runs of similar length, longest first, each as long as the cut's budget allows (a single group may
-    exceed it)."""
+    """Groups of similar length together, longest first, as many as the cut's budget allows.
+
+    A single group may exceed the budget.
+    """
     chunks: list[list[SequenceGroup]] = []
     start, total = 0, len(ordered)
     while start < total:
         end = start + 1
         while end < total and _fits(ordered[start : (twice := min(total, 2 * end - start))], cut):
             end = twice
-        longer = range(
-            end + 1, min(total + 1, 2 * end - start)
-        )  # trying each would cost as often as the run is long
+        longer = range(end + 1, min(total + 1, 2 * end - start))  # bisected: each try costs the whole chunk
         end += bisect_left(longer, True, key=lambda stop: not _fits(ordered[start:stop], cut))
         chunks.append(list(ordered[start:end]))
         start = end
@@ -117,7 +115,7 @@ def _fits(chunk: Sequence[SequenceGroup], cut: Cut) -> bool:
 
 
 def _even(chunks: list[list[SequenceGroup]], workers: int) -> list[list[SequenceGroup]]:
-    """Splits the largest chunks until every rank can have the same number: cheaper than idle fillers."""
+    """Splits the largest chunks until every rank can have the same number; idle fillers would cost more."""
     chunks = list(chunks)
     while len(chunks) % workers and max(len(c) for c in chunks) > 1:
         largest = max(range(len(chunks)), key=lambda i: (len(chunks[i]), -i))
@@ -128,7 +126,7 @@ def _even(chunks: list[list[SequenceGroup]], workers: int) -> list[list[Sequence
 
 
 def _deal(chunks: list[list[SequenceGroup]], cut: Cut) -> list[list[list[SequenceGroup]]]:
-    """Largest chunk first to the least loaded rank that still has a free slot."""
+    """Gives each chunk, the largest first, to the least loaded rank that has a free slot."""
     slots = -(-len(chunks) // cut.workers)
     dealt: list[list[list[SequenceGroup]]] = [[] for _ in range(cut.workers)]
     heap = [(0, rank) for rank in range(cut.workers)]
@@ -143,7 +141,7 @@ def _deal(chunks: list[list[SequenceGroup]], cut: Cut) -> list[list[list[Sequenc
 
 
 def micro_batches_per_worker(effective: int, cut: Cut) -> int | None:
-    """Micro-batches a worker runs per step when the budget is in examples; None when lengths decide."""
+    """Micro-batches of a worker per step; None if the budget is in positions, so that lengths decide."""
     if cut.examples is None:
         return None
     return -(-effective // (cut.workers * cut.examples))

@@ -1,6 +1,6 @@
 """The order of examples as a function of (seed, epoch, cursor in GLOBAL examples).
 
-Nothing about workers enters it, so a run resumed on another world size sees the same examples in the same
+It does not depend on workers: a run that resumes on another world size sees the same examples in the same
 order.
 """
 
@@ -15,18 +15,17 @@ Item = TypeVar("Item")
 
 
 def permutation(size: int, *key: int) -> np.ndarray:
-    """A permutation of range(size) drawn from a counter-based generator keyed by up to four numbers."""
+    """A permutation of range(size) from a counter-based generator with up to four numbers as its key."""
     words = np.array([*key, 0, 0, 0, 0][:4], np.uint64)
     packed = words[:2] ^ (words[2:] << np.uint64(32))
     return np.random.Generator(np.random.Philox(key=packed)).permutation(size)
 
 
 class Order:
-    """A weighted mixture of sources. sizes, weights: one per source; weight w passes over a source w times an
-    epoch.
+    """A weighted mixture of sources. sizes, weights: one per source; weight w: w passes per epoch.
 
-    In epoch e source s gives its next floor(w n (e+1)) - floor(w n e) items of the endless concatenation of
-    its own permutations; the items of the epoch are then shuffled together.
+    The permutations of a source, one after the other, are an endless sequence. In epoch e source s gives its
+    next floor(w n (e+1)) - floor(w n e) items. The items of all sources are then shuffled together.
     """
 
     def __init__(self, sizes: Sequence[int], weights: Sequence[float], seed: int) -> None:
@@ -41,7 +40,7 @@ class Order:
         return items[permutation(len(items), self.seed, epoch, 0, 1)]
 
     def size(self, epoch: int) -> int:
-        """How many examples an epoch has."""
+        """Number of examples of an epoch."""
         return sum(last - first for first, last in (self._bounds(s, epoch) for s in range(len(self.sizes))))
 
     def _bounds(self, source: int, epoch: int) -> tuple[int, int]:
@@ -53,17 +52,20 @@ class Order:
         at = np.arange(*self._bounds(source, epoch))
         result = np.empty(len(at), np.int64)
         for lap in np.unique(at // size) if size else ():
-            here = at // size == lap
-            result[here] = permutation(size, self.seed, int(lap), source, 2)[at[here] % size]
+            in_lap = at // size == lap
+            result[in_lap] = permutation(size, self.seed, int(lap), source, 2)[at[in_lap] % size]
         return result + self._offsets[source]
 
 
 class Batches(Generic[Item]):
     """Batches of `effective` examples (sequence groups, or prompts) at any cursor.
 
-    cursor: GLOBAL examples consumed so far; the next cursor is cursor + len(batch). remainder: an epoch's
-    last partial batch is dropped, used as it is (a smaller step, divided by its own count), or carried into
-    the next epoch.
+    cursor: GLOBAL examples consumed so far; the next cursor is cursor + len(batch).
+    remainder: what becomes of the last partial batch of an epoch:
+
+        drop   it is left out
+        use    it is a smaller step, divided by its own count
+        carry  examples of the next epoch fill it
     """
 
     def __init__(
@@ -82,9 +84,9 @@ class Batches(Generic[Item]):
 
     def steps_in(self, epochs: float) -> int:
         """Optimizer steps in `epochs` passes, at least one."""
-        whole = math.floor(epochs)
-        sizes = [self._size(e) for e in range(whole)]
-        part = (epochs - whole) * self._size(whole)
+        full = math.floor(epochs)
+        sizes = [self._size(e) for e in range(full)]
+        part = (epochs - full) * self._size(full)
         if self.remainder == "carry":
             return max(1, math.ceil((sum(sizes) + part) / self.effective - 1e-9))
         return max(

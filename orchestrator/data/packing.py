@@ -1,14 +1,15 @@
-"""Rows a micro-batch is made of: padded, packed, or with the prompt stored once for its branches.
+"""Rows of a micro-batch: padded, packed, or with the prompt stored once for its branches.
 
-    prefix_shared   [prompt | chosen | rejected] [prompt | chosen | rejected] …   positions restart after each prompt
-    packed          [prompt chosen] [prompt rejected] …                           several sequences in a row
-    padded          [prompt chosen . . .]                                         one sequence a row
+    prefix_shared   [prompt | chosen | rejected] [prompt | …   position ids restart after each prompt
+    packed          [prompt chosen] [prompt rejected] …        several sequences in a row
+    padded          [prompt chosen . . .]                      one sequence in a row
 
-All three compute the same log-probs: a token sees the earlier tokens of its own sequence and nothing else.
+All three give the same log-probs: a token sees the earlier tokens of its own sequence and nothing else.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 
@@ -24,27 +25,44 @@ from orchestrator.core.batches import (
     MicroBatch,
     SequenceGroup,
 )
+from orchestrator.core.errors import DataError, OrchestratorError
 
 _WORD = 0xFFFF_FFFF_FFFF_FFFF
 
 
 @dataclass(frozen=True, slots=True)
 class _Piece:
-    """What is laid down in one go: tokens of one segment. branch: Int[t]; owner: Int[t], as branch wherever
-    the prompt lies (0: the prompt); branches: whose tokens, in the order they lie in."""
+    """Tokens of one segment, which lie next to each other in a row."""
 
+    example: int
+    """Id of the group that the tokens belong to."""
     ids: Ints
     positions: Ints
     branch: Ints
+    """Int[t]: MicroBatch.branch of each token."""
     owner: Ints
+    """Int[t]: 0 for the prompt's tokens, k + 1 for those of branch k, in every layout."""
     loss_mask: Bools
     sequence: Ints
+    """Int[t]: sequence that each token is scored in."""
     previous: Ints
+    """Int[t]: index in the piece of the token that predicts each token."""
     last: tuple[tuple[int, int], ...]
+    """(sequence, index of its last token in the piece) of each sequence."""
     branches: tuple[Branch, ...]
+    """Branches of the tokens, in the order in which they lie."""
 
     def __len__(self) -> int:
         return len(self.ids)
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where a piece lies: a row and the column of its first token."""
+
+    piece: int
+    row: int
+    column: int
 
 
 def pack(
@@ -55,52 +73,32 @@ def pack(
     one_row: bool = False,
     weight: float = 1.0,
 ) -> MicroBatch:
-    """One MicroBatch holding `groups` in `layout`.
+    """One MicroBatch that holds `groups` in `layout`.
 
-    row_tokens: length of a packed or prefix-shared row, default the longest piece, so that rows stay short
-    (attention over one long row is slower than padding on a CPU). one_row: everything in a single row for
-    block attention, which skips what tokens cannot see; its length is a multiple of ROW_MULTIPLE and at least
-    SHORTEST_ROW.
+    row_tokens: length of a packed or prefix-shared row. The default is the longest piece: on a CPU attention
+    over one long row is slower than padding. one_row: a single row for block attention, which skips what
+    tokens cannot see. Its length is a multiple of ROW_MULTIPLE and at least SHORTEST_ROW.
     """
     branches = len(groups[0].branches)
     pieces = [p for index, group in enumerate(groups) for p in _pieces(group, index * branches, layout)]
     lengths = [len(p) for p in pieces]
     rows = [list(range(len(pieces)))] if one_row else _rows(lengths, layout, row_tokens)
     length = _single(lengths) if one_row else max(sum(lengths[i] for i in row) for row in rows)
-    shape = (len(rows), length)
-    ids, branch = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
-    segment = np.full(shape, -1, np.int64)
-    positions, identity = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
-    score_at, targets, sequence = [], [], []
-    last_at = np.zeros(len(groups) * branches, np.int64)
-    for r, row in enumerate(rows):
-        start = 0
-        for i in row:
-            piece = pieces[i]
-            end, base = start + len(piece), r * length + start
-            ids[r, start:end], positions[r, start:end] = piece.ids, piece.positions
-            segment[r, start:end], branch[r, start:end] = i, piece.branch
-            identity[r, start:end] = _identity(groups[int(piece.sequence[-1]) // branches].id, piece)
-            score_at.append(base + piece.previous[piece.loss_mask])
-            targets.append(piece.ids[piece.loss_mask])
-            sequence.append(piece.sequence[piece.loss_mask])
-            for which, at in piece.last:
-                last_at[which] = base + at
-            start = end
-        if (
-            layout == "padded"
-        ):  # without a mask, transformers reads a position that does not count up as a new sequence
-            positions[r, start:] = np.arange(start, length)
+    places = list(_places(rows, lengths))
+    ids, positions, segment, branch, identity = _grids(pieces, places, (len(rows), length))
+    if layout == "padded":
+        _count_on(positions, segment)
+    score_at, targets, sequence = _scored(pieces, places, length)
     return MicroBatch(
         layout=layout,
         input_ids=ids,
         position_ids=positions,
         segment=segment,
         branch=branch,
-        score_at=np.concatenate(score_at),
-        targets=np.concatenate(targets),
-        sequence=np.concatenate(sequence),
-        last_at=last_at,
+        score_at=score_at,
+        targets=targets,
+        sequence=sequence,
+        last_at=_last_at(pieces, places, length, len(groups) * branches),
         identity=identity,
         examples=np.array([g.id for g in groups], np.int64),
         branches=branches,
@@ -108,14 +106,68 @@ def pack(
         unshared_tokens=sum(g.tokens for g in groups),
         weight=weight,
         source=np.array([g.source for g in groups], np.int64),
-        label=_column([g.label for g in groups]),
-        margin=_column([g.margin for g in groups]),
-        experience=_experience([b.experience for row in rows for i in row for b in pieces[i].branches]),
+        label=_column([g.label for g in groups], "label"),
+        margin=_column([g.margin for g in groups], "margin"),
+        experience=_experience([b.experience for place in places for b in pieces[place.piece].branches]),
     )
 
 
+def _places(rows: Sequence[Sequence[int]], lengths: Sequence[int]) -> Iterator[_Place]:
+    """The place of each piece, row after row."""
+    for row, pieces in enumerate(rows):
+        column = 0
+        for piece in pieces:
+            yield _Place(piece, row, column)
+            column += lengths[piece]
+
+
+def _grids(
+    pieces: Sequence[_Piece], places: Sequence[_Place], shape: tuple[int, int]
+) -> tuple[Ints, Ints, Ints, Ints, Ints]:
+    """(token ids, position ids, segment, branch, identity) of a micro-batch, Int[R, T] each."""
+    ids, positions, branch, identity = (np.zeros(shape, np.int64) for _ in range(4))
+    segment = np.full(shape, -1, np.int64)
+    for place in places:
+        piece = pieces[place.piece]
+        at = place.row, slice(place.column, place.column + len(piece))
+        ids[at], positions[at], branch[at] = piece.ids, piece.positions, piece.branch
+        segment[at] = place.piece
+        identity[at] = _identity(piece)
+    return ids, positions, segment, branch, identity
+
+
+def _count_on(positions: Ints, segment: Ints) -> None:
+    """Lets position ids count on over the padding of each row, in place.
+
+    Without a mask, transformers takes a position id that does not count up for the start of a new sequence.
+    """
+    columns = np.broadcast_to(np.arange(positions.shape[1]), positions.shape)
+    padding = segment < 0
+    positions[padding] = columns[padding]
+
+
+def _scored(pieces: Sequence[_Piece], places: Sequence[_Place], length: int) -> tuple[Ints, Ints, Ints]:
+    """(score_at, targets, sequence) of the tokens that count in the loss, Int[N] each."""
+    score_at, targets, sequence = [], [], []
+    for place in places:
+        piece = pieces[place.piece]
+        score_at.append(place.row * length + place.column + piece.previous[piece.loss_mask])
+        targets.append(piece.ids[piece.loss_mask])
+        sequence.append(piece.sequence[piece.loss_mask])
+    return np.concatenate(score_at), np.concatenate(targets), np.concatenate(sequence)
+
+
+def _last_at(pieces: Sequence[_Piece], places: Sequence[_Place], length: int, sequences: int) -> Ints:
+    """Int[sequences]: flat position of the last token of each sequence."""
+    last_at = np.zeros(sequences, np.int64)
+    for place in places:
+        for sequence, index in pieces[place.piece].last:
+            last_at[sequence] = place.row * length + place.column + index
+    return last_at
+
+
 def filler(groups: Sequence[SequenceGroup], layout: Layout, *, one_row: bool = False) -> MicroBatch:
-    """The cheapest micro-batch made of one of `groups`, with weight 0: it only keeps ranks in step."""
+    """The cheapest micro-batch of one of `groups`, with weight 0: it only keeps ranks in step."""
     return pack([min(groups, key=lambda g: (g.tokens, g.id))], layout, one_row=one_row, weight=0.0)
 
 
@@ -129,7 +181,7 @@ def cost(groups: Sequence[SequenceGroup], layout: Layout, *, one_row: bool = Fal
 
 
 def _single(lengths: Sequence[int]) -> int:
-    """Length of the single row that holds them all."""
+    """Length of a single row that holds pieces of these lengths."""
     return max(SHORTEST_ROW, -(-sum(lengths) // ROW_MULTIPLE) * ROW_MULTIPLE)
 
 
@@ -140,7 +192,7 @@ def _lengths(group: SequenceGroup, layout: Layout) -> list[int]:
 
 
 def _rows(lengths: Sequence[int], layout: Layout, row_tokens: int | None) -> list[list[int]]:
-    """First-fit decreasing into rows, longest first; padded rows hold one piece each."""
+    """Pieces of each row by first-fit decreasing, the longest row first; a padded row holds one piece."""
     if layout == "padded":
         return [[i] for i in range(len(lengths))]
     capacity = max(row_tokens or 0, max(lengths))
@@ -165,6 +217,7 @@ def _pieces(group: SequenceGroup, first_sequence: int, layout: Layout) -> Iterat
         size, prompt = len(group.prompt) + len(branch.ids), len(group.prompt)
         loss_mask = np.concatenate([np.zeros(prompt, np.bool_), branch.loss_mask])
         yield _Piece(
+            example=group.id,
             ids=np.concatenate([group.prompt, branch.ids]),
             positions=np.arange(size),
             branch=np.zeros(size, np.int64),
@@ -182,11 +235,11 @@ def _shared_piece(group: SequenceGroup, first_sequence: int) -> _Piece:
     sizes = [len(b.ids) for b in group.branches]
     starts = prompt + np.cumsum([0, *sizes])
     previous = np.arange(starts[-1]) - 1
-    previous[starts[:-1][np.array(sizes) > 0]] = (
-        prompt - 1
-    )  # a branch's first token is predicted by the prompt's last
+    # the prompt's last token predicts the first token of each branch
+    previous[starts[:-1][np.array(sizes) > 0]] = prompt - 1
     owner = np.concatenate([np.zeros(prompt, np.int64), *(np.full(n, k + 1) for k, n in enumerate(sizes))])
     return _Piece(
+        example=group.id,
         ids=np.concatenate([group.prompt, *(b.ids for b in group.branches)]),
         positions=np.concatenate([np.arange(prompt), *(np.arange(prompt, prompt + n) for n in sizes)]),
         branch=owner,
@@ -201,9 +254,9 @@ def _shared_piece(group: SequenceGroup, first_sequence: int) -> _Piece:
     )
 
 
-def _identity(example: int, piece: _Piece) -> Ints:
+def _identity(piece: _Piece) -> Ints:
     """splitmix64 of (example, owner, position) of each token."""
-    word = np.uint64(example * 0x9E37_79B9_7F4A_7C15 & _WORD)  # products wrap, here and below
+    word = np.uint64(piece.example * 0x9E37_79B9_7F4A_7C15 & _WORD)  # products wrap, here and below
     word = (
         word
         + piece.owner.astype(np.uint64) * np.uint64(0xC2B2_AE3D_27D4_EB4F)
@@ -214,34 +267,50 @@ def _identity(example: int, piece: _Piece) -> Ints:
     return (word ^ (word >> np.uint64(31))).view(np.int64)
 
 
-def _column(values: Sequence[float | None]) -> Floats | None:
+def _column(values: Sequence[float | None], name: str) -> Floats | None:
+    """Float[n] of a column; None if no example has it. DataError if only a part of the examples has it."""
     present = [v for v in values if v is not None]
     if not present:
         return None
-    assert len(present) == len(values), "a column is given for some examples of a step and not for others"
+    if len(present) < len(values):
+        raise DataError(
+            f"{len(values) - len(present)} of {len(values)} examples of a micro-batch have no {name}",
+            why=f"the others have a {name}, and a loss reads it from all examples or from none",
+            fix=f"give every row a {name}, or leave the column out with data.columns.{name}=null",
+        )
     return np.array(present, np.float32)
 
 
 def _experience(parts: Sequence[Experience | None]) -> Experience | None:
-    """The columns of all branches one after the other: the order of the scored tokens."""
+    """The columns of all branches one after the other, in the order of the scored tokens.
+
+    OrchestratorError if a column is there for a part of the branches only.
+    """
     present = [p for p in parts if p is not None]
     if not present:
         return None
-    assert len(present) == len(parts), "some branches of a micro-batch are rollouts and some are not"
+    if len(present) < len(parts):
+        raise _mixed("experience")
 
     def joined(name: str) -> Floats | None:
         columns = [getattr(p, name) for p in present]
-        assert all((c is None) == (columns[0] is None) for c in columns), (
-            f"{name} is given for some rollouts of a step and not for others"
-        )
+        if any((c is None) != (columns[0] is None) for c in columns):
+            raise _mixed(name)
         return None if columns[0] is None else np.concatenate(columns)
 
-    return Experience(**{f.name: joined(f.name) for f in fields(Experience)})  # pyright: ignore[reportArgumentType]
+    columns: dict[str, Any] = {f.name: joined(f.name) for f in fields(Experience)}
+    return Experience(**columns)
+
+
+def _mixed(name: str) -> OrchestratorError:
+    return OrchestratorError(
+        f"some rollouts of a micro-batch have {name}, others have none",
+        fix="this is a bug: report it with logs/ of the run",
+    )
 
 
 def by_branch(micro_batch: MicroBatch, values: Floats) -> list[tuple[Floats, ...]]:
-    """Splits Float[N] values of the scored tokens by example and branch: [example][branch]: Float[scored
-    tokens]."""
+    """Splits Float[N] values of the scored tokens: [example][branch]: Float[scored tokens]."""
     order = np.argsort(micro_batch.sequence, kind="stable")
     sequences = len(micro_batch) * micro_batch.branches
     ends = np.cumsum(np.bincount(micro_batch.sequence, minlength=sequences))

@@ -1,8 +1,8 @@
-"""From the recipe's `data` section to prompts for rollouts, and what the planner has to know of them.
+"""From the recipe's `data` section to prompts for rollouts, and to the longest steps that they can lead to.
 
 sources --load_rows--> rows --encode--> Prompt --Order, Batches--> the prompts of any rollout batch
                                           |
-                                          +-- with full-length completions --> SequenceGroups: the longest steps there can be
+                                          +-- with completions of full length --> SequenceGroups to plan with
 """
 
 from collections import Counter
@@ -22,20 +22,22 @@ from orchestrator.data.formats import Reads
 from orchestrator.data.order import Batches, Order
 from orchestrator.data.sources import LoadedRows, load_rows
 from orchestrator.data.tokenize import Encoder, EncodingReport, bad_row
-from orchestrator.data.turns import said_of, with_fewer_turns
+from orchestrator.data.turns import OverlongCounts
 from orchestrator.recipe.schema import Model, Recipe
 
 
 @dataclass(frozen=True, slots=True)
 class PromptSet:
-    """Prompts to sample from. batches: by prompt cursor; held_out: for evaluation; longest: the data set that
-    the longest possible rollouts would make, for the plan, the memory probe and the start-up checks."""
+    """Prompts to sample from."""
 
     tokenizer: Any
     loaded: LoadedRows
     batches: Batches[Prompt]
+    """Prompts of a rollout batch by the cursor of consumed prompts."""
     held_out: tuple[Prompt, ...]
+    """Prompts for evaluation."""
     longest: DataSet
+    """Data set of the longest possible rollouts, for the plan, the memory probe and the start-up checks."""
 
 
 def load_prompts(
@@ -44,10 +46,10 @@ def load_prompts(
     load_tokenizer: Callable[[Model], Any],
     rewarded: frozenset[str] | None,
 ) -> PromptSet:
-    """Reads and checks all prompts of a recipe; DataError, ConfigError or MissingInput before anything
-    expensive starts.
+    """Reads and checks all prompts of a recipe.
 
-    rewarded: columns that the reward's components read; None if all columns go to one of them.
+    DataError, ConfigError or MissingInput before anything expensive starts. rewarded: columns that the
+    reward's components read; None if a component reads all columns.
     """
     tokenizer = load_tokenizer(recipe.model)
     reads = _reads(recipe, rewarded)
@@ -86,14 +88,17 @@ def load_prompts(
 
 
 def check_batches(recipe: Recipe, algorithm: AlgorithmSpec) -> int:
-    """Mini-batches of one pass over a rollout batch; ConfigError where the rollout batch cannot be cut into
-    effective batches."""
+    """Mini-batches of one pass over a rollout batch.
+
+    ConfigError if the rollout batch cannot be cut into effective batches, or if the algorithm needs other
+    rollouts.
+    """
     share, rollouts, effective = algorithm.group_examples, recipe.rollouts, recipe.batch.effective
     total = rollouts.prompts * share
     unit = "completions" if share > 1 or algorithm.loss_unit == "sequence" else "pairs"
     if effective % share:
         raise ConfigError(
-            f"batch.effective={effective} is no multiple of rollouts.samples={share}",
+            f"batch.effective={effective} is not a multiple of rollouts.samples={share}",
             why="the completions of a prompt stay together: they share its computation",
             fix=f"set batch.effective to {max(1, effective // share) * share}, or rollouts.samples to a "
             "divisor",
@@ -109,7 +114,7 @@ def check_batches(recipe: Recipe, algorithm: AlgorithmSpec) -> int:
         raise ConfigError(
             "online_dpo needs rollouts.samples of at least 2",
             why="it compares the best with the worst",
-            fix="set it to 4",
+            fix="set rollouts.samples=4",
         )
     if (
         recipe.algorithm.name in ("grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo", "reinforce_pp_baseline")
@@ -118,24 +123,58 @@ def check_batches(recipe: Recipe, algorithm: AlgorithmSpec) -> int:
         raise ConfigError(
             f"{recipe.algorithm.name} needs rollouts.samples of at least 2",
             why="its baseline is the group's mean",
-            fix="set it to 8",
+            fix="set rollouts.samples=8",
         )
     if algorithm.online is not None and algorithm.online.dynamic_sampling and rollouts.max_staleness:
         raise ConfigError(
             "dynamic sampling needs rollouts.max_staleness=0",
-            why="which prompts are drawn next depends on the rewards of the last ones",
+            why="the rewards of one batch decide which prompts are drawn next",
             fix="set rollouts.max_staleness=0, or algorithm.dynamic_sampling=false",
         )
     return total // effective
 
 
 def _encode(loaded: LoadedRows, tokenizer: Any, recipe: Recipe) -> tuple[tuple[Prompt, ...], EncodingReport]:
-    encoder, data = Encoder(tokenizer, recipe.data, "prompt"), recipe.data
-    room = data.max_length - recipe.rollouts.max_new_tokens
+    encoder, room = Encoder(tokenizer, recipe.data, "prompt"), _prompt_room(recipe)
+    prompts, bad, counts = [], [], OverlongCounts()
+    for row in loaded.rows:
+        try:
+            fitted = _fitted(encoder, row, room, counts)
+        except DataError as error:
+            bad.append(bad_row(row, error))
+            continue
+        if fitted is not None:
+            prompts.append(_prompt(*fitted, room))
+    check_bad([*loaded.bad, *bad], recipe.data.max_bad_rows)
+    if not prompts:
+        raise DataError(
+            "no prompt is left after data.overlong",
+            why=f"a prompt may have {room} tokens",
+            fix="raise data.max_length",
+        )
+    report = EncodingReport(
+        rows=len(loaded.rows),
+        kept=len(prompts),
+        dropped=counts.dropped,
+        truncated=counts.truncated,
+        not_prefix=(),
+        identical=0,
+        lengths=tuple(len(p.ids) + recipe.rollouts.max_new_tokens for p in prompts),
+        bad=tuple(bad),
+        notes=(*encoder.notes, *counts.notes(f"{room} tokens beside rollouts.max_new_tokens")),
+        turns=counts.turns,
+    )
+    return tuple(prompts), report
+
+
+def _prompt_room(recipe: Recipe) -> int:
+    """Tokens that a prompt may have; ConfigError if there are none, or for a policy that cuts completions."""
+    data, rollouts = recipe.data, recipe.rollouts
+    room = data.max_length - rollouts.max_new_tokens
     if room < 1:
         raise ConfigError(
             f"data.max_length={data.max_length} leaves no room for "
-            f"rollouts.max_new_tokens={recipe.rollouts.max_new_tokens}",
+            f"rollouts.max_new_tokens={rollouts.max_new_tokens}",
             fix="raise data.max_length (prompt and completion together), or lower rollouts.max_new_tokens",
         )
     if data.overlong == "truncate_end":
@@ -143,78 +182,37 @@ def _encode(loaded: LoadedRows, tokenizer: Any, recipe: Recipe) -> tuple[tuple[P
             "data.overlong=truncate_end has no meaning for prompts",
             fix="use error, drop or truncate_prompt_left",
         )
-    prompts, bad, counts = [], [], _Counts()
-    for row in loaded.rows:
-        try:
-            fitted = _fitted(encoder, row, room, counts)
-        except DataError as error:
-            bad.append(bad_row(row, error))
-            continue
-        if fitted is None:
-            continue
-        row, ids = fitted
-        if len(ids) > room:  # data.overlong is error: the run ends, however many bad rows it allows
-            raise DataError(
-                f"{row.where}: the prompt has {len(ids)} tokens, {room} are left beside the completion",
-                fix="raise data.max_length, or set data.overlong to drop or truncate_prompt_left",
-            )
-        if not ids:
-            raise DataError(f"{row.where}: the prompt has no token", fix="remove the row")
-        tokens = np.array(ids, np.int64)
-        prompts.append(
-            Prompt(
-                row.id,
-                row.where,
-                row.source,
-                tokens,
-                row.prompt,
-                row.columns,
-                row.tools,
-                row.chat_template_kwargs,
-            )
-        )
-    check_bad([*loaded.bad, *bad], data.max_bad_rows)
-    if not prompts:
+    return room
+
+
+def _prompt(row: Row, ids: tuple[int, ...], room: int) -> Prompt:
+    """The prompt of a row. DataError ends the run, however many bad rows it allows."""
+    if len(ids) > room:  # data.overlong is error
         raise DataError(
-            "no prompt is left after data.overlong",
-            why=f"{room} tokens are left for a prompt",
-            fix="raise data.max_length",
+            f"{row.where}: the prompt has {len(ids)} tokens, {room} are left beside the completion",
+            fix="raise data.max_length, or set data.overlong to drop or truncate_prompt_left",
         )
-    lengths = tuple(len(p.ids) + recipe.rollouts.max_new_tokens for p in prompts)
-    notes = (
-        *encoder.notes,
-        *said_of(counts.turns, counts.last_turns, f"{room} tokens beside rollouts.max_new_tokens"),
+    if not ids:
+        raise DataError(f"{row.where}: the prompt has no token", fix="remove the row")
+    return Prompt(
+        row.id,
+        row.where,
+        row.source,
+        np.array(ids, np.int64),
+        row.prompt,
+        row.columns,
+        row.tools,
+        row.chat_template_kwargs,
     )
-    report = EncodingReport(
-        len(loaded.rows),
-        len(prompts),
-        counts.dropped,
-        counts.truncated,
-        (),
-        0,
-        lengths,
-        tuple(bad),
-        notes,
-        counts.turns,
-    )
-    return tuple(prompts), report
 
 
-@dataclass(slots=True)
-class _Counts:
-    """turns: prompts that lost their oldest turns; last_turns: dropped, as their last one is too long."""
+def _fitted(
+    encoder: Encoder, row: Row, room: int, counts: OverlongCounts
+) -> tuple[Row, tuple[int, ...]] | None:
+    """(the row as rewards will see it, its tokens) after data.overlong; None if the row is dropped.
 
-    dropped: int = 0
-    truncated: int = 0
-    turns: int = 0
-    last_turns: int = 0
-
-
-def _fitted(encoder: Encoder, row: Row, room: int, counts: _Counts) -> tuple[Row, tuple[int, ...]] | None:
-    """The row, as rewards will see it too, and its tokens, by data.overlong at most `room` of them; None
-    where it is dropped.
-
-    A conversation loses whole turns, plain text its beginning.
+    At most `room` tokens remain: a conversation loses whole turns, plain text its beginning. With
+    data.overlong=error the tokens are returned as they are.
     """
     ids, overlong = encoder.prompt_tokens(row), encoder.data.overlong
     if len(ids) <= room or overlong == "error":
@@ -225,29 +223,23 @@ def _fitted(encoder: Encoder, row: Row, room: int, counts: _Counts) -> tuple[Row
     if not isinstance(row.prompt, list):
         counts.truncated += 1
         return row, ids[-room:]
-    found = with_fewer_turns(
+    shortened = counts.shorten(
         row.prompt,
-        lambda left: encoder.prompt_tokens(replace(row, prompt=left)),
+        lambda messages: encoder.prompt_tokens(replace(row, prompt=messages)),
         lambda ids: len(ids) <= room,
     )
-    if found is None:
-        counts.dropped += 1
-        counts.last_turns += 1
-        return None
-    counts.truncated += 1
-    counts.turns += 1
-    return replace(row, prompt=found[0]), found[1]
+    return None if shortened is None else (replace(row, prompt=shortened[0]), shortened[1])
 
 
 def _reads(recipe: Recipe, rewarded: frozenset[str] | None) -> Reads:
-    """Environments and endpoints are given whole rows; functions what they name."""
+    """Columns that a run reads. Environments and endpoints get whole rows, functions what they name."""
     if recipe.rollouts.environment is not None:
         return Reads(margin=False, environment=True)
     return Reads(margin=False, others=rewarded)
 
 
 def longest_rollouts(prompt: Prompt, recipe: Recipe, algorithm: AlgorithmSpec) -> SequenceGroup:
-    """The prompt with completions of full length: repeats of its first token, which nothing learns from."""
+    """The prompt with completions of full length: repeats of its first token. Nothing learns from them."""
     tokens = recipe.rollouts.max_new_tokens
     zeros = np.zeros(tokens, np.float32)
     experience = (

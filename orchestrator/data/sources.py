@@ -1,5 +1,7 @@
-"""Rows from files (local, or s3:// and what else fsspec opens), folders, the hub or the built-in toy task;
-bad rows named as file:line: reason."""
+"""Rows from files (local, or s3:// and what else fsspec opens), folders, the hub or a built-in toy task.
+
+Bad rows are reported as file:line: reason.
+"""
 
 import difflib
 import hashlib
@@ -21,36 +23,41 @@ from orchestrator.data.toy import DEFAULT_ROWS, toy_rows
 from orchestrator.recipe.schema import Columns, Data, Source
 
 EMPTY: tuple[Any, ...] = (None, "", [], {})
-"""Values that say nothing: a column of nothing else is not missed where it is not read."""
+"""Values without content: a column of these alone is not reported as unused."""
 MEASURED = ("label", "margin", "answer")
-"""Columns of a run that may be no text: in a CSV their values say what they are."""
+"""Columns that need not be text: in a CSV their values decide the type."""
 
 
 @dataclass(frozen=True, slots=True)
 class LoadedRows:
-    """Validated rows of all sources in order. sizes, weights, names, formats: one per source.
-
-    used, unused: columns that the run reads and that it does not, of all sources. digests: a hash of what
-    each row says; origins: the files and splits that rows came from. notes: what else the user should know.
-    """
+    """Validated rows of all sources in order."""
 
     rows: tuple[Row, ...]
     bad: tuple[BadRow, ...]
     sizes: tuple[int, ...]
+    """Rows of each source."""
     weights: tuple[float, ...]
+    """Weight of each source in the mixture."""
     names: tuple[str, ...]
+    """Name of each source in metrics. Example: ("train", "train-2")"""
     formats: tuple[str, ...]
+    """Format of each source. Example: ("preference, text", "empty")"""
     fingerprint: str
+    """SHA-256 of the content of all rows."""
     used: frozenset[str] = frozenset()
+    """Columns that the run reads, of all sources."""
     unused: tuple[str, ...] = ()
+    """Columns that it does not read."""
     digests: tuple[bytes, ...] = ()
+    """Hash of the content of each row."""
     origins: frozenset[str] = frozenset()
+    """Files and splits that rows came from."""
     notes: tuple[str, ...] = ()
+    """What else the user should know."""
 
 
 def load_rows(spec: str | list[Source], data: Data, kind: DataKind, reads: Reads = EVERYTHING) -> LoadedRows:
-    """All rows of `spec`; DataError when more than data.max_bad_rows are bad, before anything expensive
-    starts."""
+    """All rows of `spec`; DataError if more than data.max_bad_rows are bad, or if no row is usable."""
     sources = [Source(path=spec)] if isinstance(spec, str) else spec  # pyright: ignore[reportCallIssue]
     reader = _Reader(kind, reads)
     rows: list[Row] = []
@@ -94,30 +101,36 @@ def load_rows(spec: str | list[Source], data: Data, kind: DataKind, reads: Reads
 
 
 def raw_records(path: str) -> Iterator[Record]:
-    """What a file, a folder or a toy task holds, as it is, before any column is looked for."""
-    return _Reader("prompt", EVERYTHING)._records(Source(path=path), Columns())  # pyright: ignore[reportCallIssue]
+    """Records of a file, a folder or a toy task as they are, before any column is read."""
+    source = Source(path=path)  # pyright: ignore[reportCallIssue]
+    columns = Columns()  # pyright: ignore[reportCallIssue]
+    return _Reader("prompt", EVERYTHING)._records(source, columns)
 
 
 def _distinct(names: Sequence[str]) -> tuple[str, ...]:
-    """The names, a number after one that came before: metrics are told by them. Example: train, train ->
-    train, train-2"""
-    told: list[str] = []
+    """The names with a number after each repeated one: metrics carry them.
+
+    Example: train, train -> train, train-2
+    """
+    distinct: list[str] = []
     for name in names:
         count = 1
-        while (one := name if count == 1 else f"{name}-{count}") in told:
+        while (numbered := name if count == 1 else f"{name}-{count}") in distinct:
             count += 1
-        told.append(one)
-    return tuple(told)
+        distinct.append(numbered)
+    return tuple(distinct)
 
 
 def check_apart(train: LoadedRows, held_out: LoadedRows) -> str | None:
-    """ConfigError where held-out rows come from what is trained on, or every one of them is trained on; a
-    note where some are, None where none is."""
-    why = "metrics of rows that were learned say nothing of others"
+    """A note if some held-out rows are trained on; None if none is.
+
+    ConfigError if both are read from the same place, or if all held-out rows are trained on.
+    """
+    why = "metrics of learned rows do not show how the model does on others"
     fix = "name other rows: another file, or another split ({path: …, split: test}); or set data.eval=null"
     if both := sorted(train.origins & held_out.origins):
         raise ConfigError(
-            f"data.eval and data.train both read {both[0]}, from its first row on", why=why, fix=fix
+            f"data.eval and data.train both read {both[0]} from its first row", why=why, fix=fix
         )
     trained = set(train.digests)
     shared = [row for row, digest in zip(held_out.rows, held_out.digests, strict=True) if digest in trained]
@@ -144,7 +157,7 @@ def _check_margins(rows: list[Row]) -> None:
 
 
 class _Reader:
-    """Reads sources one after the other and collects what is bad, used, unused or noteworthy in them."""
+    """Reads sources one after the other; collects bad rows, used and unused columns, origins and notes."""
 
     def __init__(self, kind: DataKind, reads: Reads) -> None:
         self.kind: DataKind = kind
@@ -156,8 +169,8 @@ class _Reader:
         self.origins: set[str] = set()
 
     def read(self, source: Source, columns: Columns) -> Iterator[tuple[dict[str, Any], str]]:
-        """(fields of a Row, where it stands) of a source, at most max_rows."""
-        left = source.max_rows if source.max_rows is not None else sys.maxsize
+        """(fields of a Row, its place) of each row of a source, at most max_rows."""
+        remaining = source.max_rows if source.max_rows is not None else sys.maxsize
         seen: dict[str, None] = {}
         used: set[str] = set()
         for record in self._records(source, columns):
@@ -168,10 +181,10 @@ class _Reader:
                 continue
             seen |= dict.fromkeys(name for name, value in record.value.items() if value not in EMPTY)
             used |= used_columns(rows[0], record.value, columns, self.reads)
-            for fields in rows[:left]:
+            for fields in rows[:remaining]:
                 yield fields, record.where
-            left -= min(left, len(rows))
-            if not left:
+            remaining -= min(remaining, len(rows))
+            if not remaining:
                 break
         self.used |= used
         self.unused |= dict.fromkeys(str(name) for name in seen if name not in used)
@@ -189,7 +202,7 @@ class _Reader:
             _refuse(source, "a folder", "revision")
             chosen = choose(path, source.subset, source.split)
             if chosen.passed_over:
-                self.notes.append(f"{path}: not read of it: {', '.join(chosen.passed_over)}")
+                self.notes.append(f"{path}: these are not read: {', '.join(chosen.passed_over)}")
             for file in chosen.files:
                 yield from self._file(str(file), columns)
         elif (
@@ -225,15 +238,11 @@ class _Reader:
 
 
 def _refuse(source: Source, what: str, *keys: str) -> None:
-    """ConfigError where a key is set that this kind of source does not read."""
+    """ConfigError for a key that this kind of source does not read. what: the kind of source."""
     for key in keys:
         value = getattr(source, key)
         if value is not None:
-            why = (
-                "it holds rows of one kind, all of which are read"
-                if key != "revision"
-                else "a revision is a commit of the hub"
-            )
+            why = "all its rows are read" if key != "revision" else "a revision is a commit of the hub"
             raise ConfigError(
                 f"data: `{key}: {value}` has no meaning for {source.path}, which is {what}",
                 why=why,
@@ -251,8 +260,8 @@ def _toy(source: Source) -> Iterator[Record]:
 def _hub(source: Source) -> Iterator[Record]:
     if source.revision is None:
         raise ConfigError(
-            f"data: {source.path} is no local file, and a hub data set needs a pinned revision",
-            why="a branch may change under a run",
+            f"data: {source.path} is not a local file, and a hub data set needs a pinned revision",
+            why="a branch may change during a run",
             fix="write it as {path: ORG/NAME, revision: COMMIT}, or check the file name",
         )
     from datasets import load_dataset
@@ -274,7 +283,7 @@ def _hub(source: Source) -> Iterator[Record]:
 
 @contextmanager
 def cached_data_sets() -> Iterator[None]:
-    """`datasets` looks into its cache only, where the hub is not there."""
+    """Lets `datasets` read its cache only if the hub cannot be reached."""
     import datasets.config
     from huggingface_hub import constants
 

@@ -1,8 +1,7 @@
-"""The ONE place where a chat template is applied, with everything that a row gives it: messages, tools and
-further variables.
+"""The ONE place where a chat template is applied, with all that a row gives it: messages, tools, variables.
 
-rows   -> Encoder (data/tokenize.py)     -+
-turns  -> Roller (rollout/episodes.py)  -+-> render -> tokens (and which of them the assistant wrote), or text
+rows  --> Encoder (data/tokenize.py)           --+
+turns --> EpisodeRunner (rollout/episodes.py)  --+--> render --> tokens (and the assistant's mask), or text
 """
 
 import json
@@ -27,15 +26,17 @@ OWN_ARGUMENTS = frozenset(
     }
     | {"max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs"}
 )
-"""Arguments of apply_chat_template that say what is made of the text; no row may set them."""
+"""Arguments of apply_chat_template that a row may not set."""
 
 
 class TemplateInputs(Protocol):
-    """What a template is given beside the messages: of a Row, or of a Prompt. where: for messages to the
-    user."""
+    """What a template is given beside the messages: a Row or a Prompt."""
 
     @property
-    def where(self) -> str: ...
+    def where(self) -> str:
+        """Place of the row, for messages to the user."""
+        ...
+
     @property
     def tools(self) -> Sequence[Mapping[str, Any]] | None: ...
     @property
@@ -45,12 +46,11 @@ class TemplateInputs(Protocol):
 def render(
     tokenizer: Any, messages: Any, row: TemplateInputs, *, template: str | None = None, **options: bool
 ) -> Any:
-    """What tokenizer.apply_chat_template makes of the messages: a mapping with `input_ids`, or with
-    tokenize=False text.
+    """The messages as a mapping with `input_ids`, or with tokenize=False as text.
 
-    template: instead of the tokenizer's own. ConfigError without a template or for one that is no Jinja;
-    DataError, with the row's place, for whatever else a template raises: it is somebody's program, and the
-    row is what it could not take.
+    template: replaces the tokenizer's own. ConfigError without a template, or for one that is not Jinja. A
+    template is a program: whatever else it raises becomes a DataError with the row's place, as it could not
+    take that row.
     """
     from jinja2 import TemplateSyntaxError
 
@@ -67,21 +67,23 @@ def render(
         )
     except TemplateSyntaxError as error:
         raise ConfigError(
-            "the chat template is no Jinja",
+            "the chat template is not valid Jinja",
             why=f"line {error.lineno}: {error.message}",
-            fix="mend the template, or set model.chat_template",
+            fix="fix the template, or set model.chat_template",
         ) from error
     except Exception as error:
         kind = "" if type(error).__module__.startswith("jinja2") else f"{type(error).__name__}: "
         why = f"{kind}{' '.join(str(error).split())[:300]}"
         raise DataError(
-            f"{row.where}: the chat template refuses the conversation", why=why, fix="mend or remove the row"
+            f"{row.where}: the chat template refuses the conversation", why=why, fix="fix or remove the row"
         ) from error
 
 
 def given_names(messages: Sequence[Mapping[str, Any]], row: TemplateInputs) -> set[str]:
-    """Names of what a template is given: keys of messages, `tools`, further variables; but for what every
-    template has and for weights."""
+    """Names that a row gives the template: keys of messages, `tools`, variables.
+
+    Keys that every template reads, and weights, are left out.
+    """
     keys = {key for message in messages for key, value in message.items() if value is not None} - {
         "role",
         "content",
@@ -91,7 +93,7 @@ def given_names(messages: Sequence[Mapping[str, Any]], row: TemplateInputs) -> s
 
 
 def require_template(tokenizer: Any, row: TemplateInputs) -> None:
-    """ConfigError where there is no chat template."""
+    """ConfigError if the tokenizer has no chat template."""
     if not tokenizer.chat_template:
         raise ConfigError(
             f"{row.where} holds chat messages, but the tokenizer has no chat template",
@@ -101,34 +103,35 @@ def require_template(tokenizer: Any, row: TemplateInputs) -> None:
 
 
 def own_template(tokenizer: Any, row: TemplateInputs) -> str:
-    """The template that the tokenizer takes for this row: one of several may be for rows with tools."""
+    """The tokenizer's template for this row: rows with tools may have a separate one."""
     require_template(tokenizer, row)
     return tokenizer.get_chat_template(tools=row.tools or None)
 
 
 def is_marked(template: str) -> bool:
-    """True where the template marks what the assistant wrote by {% generation %}."""
+    """True if the template marks the assistant's text by {% generation %}."""
     from trl.chat_template_utils import has_generation_markers
 
     return has_generation_markers(template)
 
 
 def training_template(tokenizer: Any) -> str | None:
-    """TRL's training form of the tokenizer's (default) template, which keeps earlier turns as they are and
-    marks what the assistant wrote; None where TRL knows none, or none is needed. It is for encoding
-    demonstrations: the tokenizer keeps its own."""
+    """TRL's training form of the tokenizer's (default) template; None if TRL has none, or none is needed.
+
+    It keeps earlier turns as they are and marks the assistant's text. It is used to encode demonstrations
+    only: the tokenizer keeps its own template.
+    """
     from jinja2 import TemplateError
     from trl.chat_template_utils import get_training_chat_template
 
     try:
         return get_training_chat_template(tokenizer)
-    except (ValueError, TemplateError):  # not one of those that TRL knows
+    except (ValueError, TemplateError):  # TRL has no training form of it
         return None
 
 
 def tools_of(value: Any) -> list[dict[str, Any]] | None:
-    """The column `tools`: a list of JSON schemas or its JSON text, in a plain form; None for null, an empty
-    text or list."""
+    """The column `tools`, a list of JSON schemas or its JSON text, in a plain form; None if it is empty."""
     value = _parsed(value, "tools")
     if value is None or value == []:
         return None
@@ -138,7 +141,7 @@ def tools_of(value: Any) -> list[dict[str, Any]] | None:
 
 
 def variables_of(value: Any) -> dict[str, Any]:
-    """The column `chat_template_kwargs`: a mapping or its JSON text, in a plain form, without what is null."""
+    """The column `chat_template_kwargs`, a mapping or its JSON text, in a plain form without nulls."""
     value = _parsed(value, "chat_template_kwargs")
     if value is None:
         return {}
@@ -149,11 +152,11 @@ def variables_of(value: Any) -> dict[str, Any]:
             "chat_template_kwargs must be a mapping of names to values, or its JSON text, not "
             f"{_shown(value)}"
         )
-    taken = sorted(OWN_ARGUMENTS & value.keys())
-    if taken:
+    reserved = sorted(OWN_ARGUMENTS & value.keys())
+    if reserved:
         raise BadRecord(
-            f"chat_template_kwargs may not set {', '.join(taken)}: these are the orchestrator's (a template "
-            "is model.chat_template)"
+            f"chat_template_kwargs may not set {', '.join(reserved)}: the orchestrator sets these "
+            "(a template is model.chat_template)"
         )
     return {
         name: plain(entry, f"chat_template_kwargs.{name}")
@@ -170,7 +173,7 @@ def _parsed(value: Any, name: str) -> Any:
     try:
         return json.loads(value)
     except (ValueError, RecursionError) as error:
-        raise BadRecord(f"{name} is text, but no JSON: {str(error)[:80]}") from error
+        raise BadRecord(f"{name} is text, but not JSON: {str(error)[:80]}") from error
 
 
 def _shown(value: Any) -> str:

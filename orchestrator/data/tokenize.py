@@ -1,9 +1,13 @@
 """Row -> token ids and loss mask.
 
-Scored are: the assistant's turns of `messages`; the whole of a completion, as TRL has it, the turns of tools
-and users in it included; every token but the first of plain text. A turn with `weight` 0 is not. A completion
-starts where the tokenized prompt and the tokenized prompt + completion diverge, as in TRL. Padding is added
-later and masked by position, never by id.
+These tokens are scored; a turn with `weight` 0 never is:
+
+    messages     the assistant's turns
+    completion   all tokens, also turns of tools and users in it, as in TRL
+    text         every token but the first
+
+A completion starts where the tokenized prompt and the tokenized prompt + completion diverge, as in TRL.
+Padding is added later and masked by position, never by id.
 """
 
 from collections.abc import Sequence
@@ -17,27 +21,30 @@ from orchestrator.core.errors import ConfigError, DataError
 from orchestrator.data.bad_rows import BadRow, check_bad
 from orchestrator.data.messages import is_learned
 from orchestrator.data.template import given_names, is_marked, own_template, render, training_template
-from orchestrator.data.turns import said_of, with_fewer_turns
+from orchestrator.data.turns import OverlongCounts
 from orchestrator.recipe.schema import Data
 
 
 @dataclass(frozen=True, slots=True)
 class EncodingReport:
-    """What encoding did: rows kept, dropped, truncated; not_prefix: rows whose prompt is not a token prefix
-    of the completion; identical: pairs that truncation made equal; lengths: tokens of prompt + longest branch
-    of kept rows; turns: rows of the truncated that lost their oldest turns whole; bad: rows that could not be
-    encoded; notes: what else the user should know."""
+    """What encoding did to the rows of a data set."""
 
     rows: int
     kept: int
     dropped: int
     truncated: int
     not_prefix: tuple[str, ...]
+    """Places ("file:line") of rows whose prompt is not a token prefix of the completion."""
     identical: int
+    """Pairs that truncation made equal."""
     lengths: tuple[int, ...]
+    """Tokens of prompt + longest branch of each row that was kept."""
     bad: tuple[BadRow, ...] = ()
+    """Rows that could not be encoded."""
     notes: tuple[str, ...] = ()
+    """What else the user should know."""
     turns: int = 0
+    """Truncated rows that lost their oldest turns."""
 
     def quantiles(self) -> dict[str, int]:
         """Minimum, median, 95th percentile and maximum of the lengths."""
@@ -50,45 +57,35 @@ class EncodingReport:
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """groups: what can be trained on, in row order; a group's id is its row's."""
+    """The encoded rows of a data set."""
 
     groups: tuple[SequenceGroup, ...]
+    """Examples in row order; the id of a group is the id of its row."""
     report: EncodingReport
 
 
 @dataclass(slots=True)
-class _Counts:
-    dropped: int = 0
-    truncated: int = 0
+class _Counts(OverlongCounts):
     identical: int = 0
-    turns: int = 0
-    last_turns: int = 0
     bad: list[BadRow] = field(default_factory=list)
 
 
 def encode_rows(
     rows: Sequence[Row], tokenizer: Any, data: Data, kind: DataKind, bad: Sequence[BadRow] = ()
 ) -> Encoded:
-    """All rows, with the over-long policy applied and counted. bad: rows that are left out already.
+    """All rows, with data.overlong applied and counted. bad: rows that were left out before.
 
-    DataError where more than data.max_bad_rows are bad together with those that cannot be encoded, or nothing
-    is left.
+    DataError if more than data.max_bad_rows cannot be read or encoded, or if no row remains.
     """
     encoder = Encoder(tokenizer, data, kind)
     counts, groups = _Counts(), []
     for row in rows:
         try:
-            whole = encoder.encode(row)
-            if (
-                data.overlong == "truncate_prompt_left"
-                and whole.longest > data.max_length
-                and (turns := row.messages or row.prompt)
-            ):
-                whole = whole if isinstance(turns, str) else _with_fewer_turns(encoder, row, counts)
+            encoded = _encode(encoder, row, counts)
         except DataError as error:
             counts.bad.append(bad_row(row, error))
             continue
-        group = None if whole is None else _fit(whole, row, data, counts)
+        group = None if encoded is None else _fit(encoded, row, data, counts)
         if group is not None:
             groups.append(group)
     check_bad([*bad, *counts.bad], data.max_bad_rows)
@@ -107,50 +104,47 @@ def encode_rows(
             truncated=counts.truncated,
             not_prefix=tuple(
                 dict.fromkeys(encoder.not_prefix)
-            ),  # a row that lost turns was encoded more than once
+            ),  # a row that lost turns is encoded repeatedly
             identical=counts.identical,
             lengths=tuple(g.longest for g in groups),
             bad=tuple(counts.bad),
-            notes=(
-                *encoder.notes,
-                *said_of(counts.turns, counts.last_turns, f"data.max_length={data.max_length}"),
-            ),
+            notes=(*encoder.notes, *counts.notes(f"data.max_length={data.max_length}")),
             turns=counts.turns,
         ),
     )
 
 
-def _with_fewer_turns(encoder: "Encoder", row: Row, counts: _Counts) -> SequenceGroup | None:
-    """The group of an overlong conversation without its oldest turns; None, and counted as dropped, where its
-    last one is too long."""
+def _encode(encoder: "Encoder", row: Row, counts: _Counts) -> SequenceGroup | None:
+    """The group of a row. With data.overlong=truncate_prompt_left an overlong conversation loses its oldest
+    turns; None if its last exchange alone is too long."""
+    group = encoder.encode(row)
+    if encoder.data.overlong != "truncate_prompt_left" or group.longest <= encoder.data.max_length:
+        return group
     name = "prompt" if row.messages is None else "messages"
+    turns = getattr(row, name)
+    if not turns or isinstance(turns, str):
+        return group
 
-    def teaches(left: list[Any]) -> bool:
-        return name == "prompt" or any(m["role"] == "assistant" and is_learned(m) for m in left)
+    def teaches(messages: list[Any]) -> bool:
+        return name == "prompt" or any(m["role"] == "assistant" and is_learned(m) for m in messages)
 
     def fits(group: SequenceGroup) -> bool:
         return group.longest <= encoder.data.max_length
 
-    found = with_fewer_turns(
-        getattr(row, name), lambda left: encoder.encode(replace(row, **{name: left})), fits, teaches
+    shortened = counts.shorten(
+        turns, lambda messages: encoder.encode(replace(row, **{name: messages})), fits, teaches
     )
-    if found is None:
-        counts.dropped += 1
-        counts.last_turns += 1
-        return None
-    counts.truncated += 1
-    counts.turns += 1
-    return found[1]
+    return None if shortened is None else shortened[1]
 
 
 def bad_row(row: Row, error: DataError) -> BadRow:
-    """The row that could not be encoded, with the reason."""
+    """The bad row of an error that encoding raised."""
     what = error.what.removeprefix(f"{row.where}: ")
     return BadRow(row.where, f"{what} ({error.why})" if error.why else what)
 
 
 class Encoder:
-    """Tokenizes rows of one kind. not_prefix collects the rows whose prompt end had to be left out."""
+    """Tokenizes rows of one kind. not_prefix: rows whose prompt lost its end, as it is not a token prefix."""
 
     def __init__(self, tokenizer: Any, data: Data, kind: DataKind) -> None:
         self.tokenizer, self.data, self.kind = tokenizer, data, kind
@@ -159,33 +153,35 @@ class Encoder:
         self._doubled = 0
         self._given: set[str] = set()
         self._training: str | None = None
-        self._asked = False
+        self._training_looked_up = False
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What of the tokenizer and the template the user should know, after the rows were encoded."""
-        found = []
+        """Notes for the user on the tokenizer and the template, once the rows are encoded."""
+        notes = []
         if self._training is not None:
-            found.append(
+            notes.append(
                 "conversations are encoded with TRL's training form of the chat template; the exported "
                 "model keeps its own"
             )
         if unnamed := [name for name in sorted(self._given) if name not in str(self.tokenizer.chat_template)]:
-            found.append(
-                f"the chat template does not name {', '.join(unnamed)}, which the rows give it: no token "
-                "comes of it"
+            notes.append(
+                f"the chat template does not name {', '.join(unnamed)}, which the rows give it: they add no "
+                "token"
             )
         if self._doubled:
             bos = self.tokenizer.bos_token
-            found.append(
+            notes.append(
                 f"{self._doubled} prompts begin with {bos} twice: the text holds one and the tokenizer adds "
-                "one; take it out of the text"
+                "one; remove it from the text"
             )
-        return tuple(found)
+        return tuple(notes)
 
     def encode(self, row: Row) -> SequenceGroup:
-        """The group of a row: prompt tokens, and a branch per completion. DataError for a row that cannot be
-        encoded, ConfigError where the template is at fault."""
+        """The group of a row: prompt tokens, and a branch per completion.
+
+        DataError for a row that cannot be encoded, ConfigError for a template that cannot be used.
+        """
         if row.messages is not None:
             return self._conversation(row)
         if row.text is not None:
@@ -193,25 +189,24 @@ class Encoder:
         completions = [row.chosen, row.rejected] if self.kind == "preference" else [row.completion]
         prompt = self._tokens(row.prompt, row, generation=True)
         self._count_bos(prompt, row.prompt)
-        wholes = [self._tokens(self._joined(row.prompt, c), row) for c in completions]
-        if len(wholes) == 2 and wholes[0] == wholes[1]:
+        sequences = [self._tokens(self._joined(row.prompt, c), row) for c in completions]
+        if len(sequences) == 2 and sequences[0] == sequences[1]:
             raise DataError(
                 f"{row.where}: chosen and rejected are the same tokens",
                 why="template or tokenizer makes them equal",
-                fix="remove it",
+                fix="remove the row",
             )
-        shared = min(_common_prefix(prompt, whole) for whole in wholes)
+        shared = min(_common_prefix(prompt, sequence) for sequence in sequences)
         if shared < len(prompt):
             self.not_prefix.append(row.where)
         if shared == 0:  # something must predict the first token
-            shared = _lead(wholes, row)
+            shared = _lead(sequences, row)
         branches = tuple(
-            self._branch(row, whole, shared, c) for whole, c in zip(wholes, completions, strict=True)
+            self._branch(row, sequence, shared, c) for sequence, c in zip(sequences, completions, strict=True)
         )
         label = None if row.label is None else float(row.label)
-        return SequenceGroup(
-            row.id, np.array(wholes[0][:shared], np.int64), branches, row.source, label, row.margin
-        )
+        prompt = np.array(sequences[0][:shared], np.int64)
+        return SequenceGroup(row.id, prompt, branches, row.source, label, row.margin)
 
     def prompt_tokens(self, row: Row) -> tuple[int, ...]:
         """The prompt alone, ready for generation."""
@@ -222,24 +217,27 @@ class Encoder:
         self._count_bos(prompt, row.prompt)
         return tuple(prompt)
 
-    def _branch(self, row: Row, whole: list[int], shared: int, completion: Any) -> Branch:
-        """A completion's tokens, all scored but for turns of weight 0, told apart by growing prefixes."""
+    def _branch(self, row: Row, sequence: list[int], shared: int, completion: Any) -> Branch:
+        """A completion's tokens, the `sequence` without its first `shared` ones.
+
+        All are scored but for turns of weight 0, which growing prefixes tell apart.
+        """
         if not isinstance(completion, list) or all(is_learned(m) for m in completion):
-            return _scored(whole[shared:])
-        mask, ids = [False] * shared, whole[:shared]
+            return _scored(sequence[shared:])
+        mask, ids = [False] * shared, sequence[:shared]
         for i, message in enumerate(completion):
             after = self._tokens(row.prompt + completion[: i + 1], row)
-            if after[: len(ids)] != ids or whole[: len(after)] != after:
+            if after[: len(ids)] != ids or sequence[: len(after)] != after:
                 raise DataError(
-                    f"{row.where}: the chat template rewrites earlier turns, so that weight 0 has no tokens "
-                    "of its own"
+                    f"{row.where}: the chat template rewrites earlier turns, so the tokens of a turn with "
+                    "weight 0 cannot be located"
                 )
             mask += [is_learned(message)] * (len(after) - len(mask))
             ids = after
-        return Branch(np.array(whole[shared:], np.int64), np.array(mask[shared:], np.bool_))
+        return Branch(np.array(sequence[shared:], np.int64), np.array(mask[shared:], np.bool_))
 
     def _conversation(self, row: Row) -> SequenceGroup:
-        """Loss on the assistant's turns only, by the template's generation markers or by growing prefixes."""
+        """Scores the assistant's turns only, by the template's generation markers or by growing prefixes."""
         assert row.messages is not None
         ids, mask = self._assistant_mask(row, row.messages)
         first = next((i for i, scored in enumerate(mask) if scored), None)
@@ -264,11 +262,12 @@ class Encoder:
         )
 
     def _training_form(self, own: str) -> str | None:
-        """TRL's, where `own` is the template that it is the form of."""
-        if not self._asked:
-            self._asked, self._training = True, training_template(self.tokenizer)
-        known = self.tokenizer.chat_template
-        return self._training if own == (known.get("default") if isinstance(known, dict) else known) else None
+        """TRL's training form of the template `own`; None if there is none."""
+        if not self._training_looked_up:
+            self._training_looked_up, self._training = True, training_template(self.tokenizer)
+        templates = self.tokenizer.chat_template
+        default = templates.get("default") if isinstance(templates, dict) else templates
+        return self._training if own == default else None
 
     def _by_prefixes(self, row: Row, messages: Sequence[Any]) -> tuple[list[int], list[bool]]:
         ids: list[int] = []
@@ -281,7 +280,7 @@ class Encoder:
             if before[: len(ids)] != ids or after[: len(before)] != before:
                 raise ConfigError(
                     f"{row.where}: the chat template rewrites earlier turns, so the assistant's tokens "
-                    "cannot be told apart",
+                    "cannot be located",
                     fix="use a template with {% generation %} markers (model.chat_template)",
                 )
             mask += [False] * (len(before) - len(ids)) + [is_learned(message)] * (len(after) - len(before))
@@ -304,8 +303,11 @@ class Encoder:
         return text + eos if self.data.append_eos and not text.endswith(eos) else text
 
     def _tokens(self, text: Any, row: Row, *, generation: bool = False) -> list[int]:
-        """Of text without what the tokenizer adds at the end, which may be an eos: data.append_eos says where
-        one belongs."""
+        """Tokens of text or messages.
+
+        What the tokenizer adds at the end of a text is cut off, since it may be an eos: data.append_eos
+        decides where one belongs.
+        """
         if not isinstance(text, str):
             self._given |= given_names(text, row)
             return list(render(self.tokenizer, text, row, add_generation_prompt=generation)["input_ids"])
@@ -319,16 +321,18 @@ class Encoder:
 
 def _added_at_end(tokenizer: Any) -> list[int]:
     """Tokens that the tokenizer writes after every text, such as an eos with add_eos_token."""
-    whole, bare = (
+    full, bare = (
         list(tokenizer(text="a", add_special_tokens=special)["input_ids"]) for special in (True, False)
     )
-    starts = [at for at in range(len(whole) - len(bare) + 1) if whole[at : at + len(bare)] == bare]
-    return whole[starts[-1] + len(bare) :] if starts else []
+    starts = [at for at in range(len(full) - len(bare) + 1) if full[at : at + len(bare)] == bare]
+    return full[starts[-1] + len(bare) :] if starts else []
 
 
 def _weighed(mask: list[bool], messages: Sequence[Any], row: Row) -> list[bool]:
-    """The mask of a template's markers without the turns of weight 0: its runs are the assistant's turns, in
-    order."""
+    """The mask of a template's markers without the turns of weight 0.
+
+    Its runs of True are the assistant's turns, in order.
+    """
     turns = [is_learned(m) for m in messages if m["role"] == "assistant"]
     if all(turns):
         return mask
@@ -336,9 +340,9 @@ def _weighed(mask: list[bool], messages: Sequence[Any], row: Row) -> list[bool]:
     runs = edges.reshape(-1, 2).tolist()
     if len(runs) != len(turns):
         raise DataError(
-            f"{row.where}: weight 0 cannot be honoured",
-            why=f"the chat template marks {len(runs)} runs of tokens as the assistant's, and it has "
-            f"{len(turns)} turns",
+            f"{row.where}: weight 0 cannot be applied",
+            why=f"the chat template marks {len(runs)} runs of tokens as the assistant's, for {len(turns)} "
+            "turns",
         )
     kept = list(mask)
     for (start, end), learned in zip(runs, turns, strict=True):
@@ -346,14 +350,14 @@ def _weighed(mask: list[bool], messages: Sequence[Any], row: Row) -> list[bool]:
     return kept
 
 
-def _lead(wholes: list[list[int]], row: Row) -> int:
-    """Tokens that stand in for a missing prompt: the first one, bos or not, if all completions begin with it."""
-    if min(len(w) for w in wholes) < 2:
+def _lead(sequences: list[list[int]], row: Row) -> int:
+    """Number of tokens that stand in for a missing prompt: the first one, if all completions share it."""
+    if min(len(s) for s in sequences) < 2:
         raise DataError(
             f"{row.where}: no prompt, and a completion of fewer than two tokens",
             fix="give the row a prompt, or remove it",
         )
-    if len({w[0] for w in wholes}) > 1:
+    if len({s[0] for s in sequences}) > 1:
         raise DataError(
             f"{row.where}: no prompt, and the answers share no first token", fix="give the row a prompt"
         )
@@ -365,7 +369,7 @@ def _scored(ids: Sequence[int]) -> Branch:
 
 
 def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    """TRL's common_prefix_length, kept here because importing trl takes seconds and `plan` should not."""
+    """TRL's common_prefix_length. Importing trl would take seconds, which `plan` should not."""
     length = 0
     for x, y in zip(a, b, strict=False):
         if x != y:
@@ -375,8 +379,10 @@ def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
 
 
 def _fit(group: SequenceGroup, row: Row, data: Data, counts: _Counts) -> SequenceGroup | None:
-    """Applies data.overlong; a completion is never cut to nothing in silence: then the row is dropped and
-    counted."""
+    """Applies data.overlong; None for a row that is dropped, which is counted.
+
+    A row is dropped, never kept without a scored token.
+    """
     if any(not len(b.ids) for b in group.branches):
         counts.dropped += 1
         return None

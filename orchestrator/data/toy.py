@@ -1,12 +1,11 @@
-"""The demo's task, generated: write a word as it is, or backwards.
+"""Generated toy data: the demo's word task and the calculator's task.
 
-Demonstrations answer right (the word itself) and wrong (the word backwards) equally often, so a model that
-imitates them is right half of the time; preference pairs say which one is wanted. That is what preference
-tuning is for.
+Word task: write a word as it is. Demonstrations answer right (the word itself) and wrong (the word backwards)
+equally often, so a model that imitates them is right half of the time. Preference pairs show which answer is
+wanted: that is what preference tuning is for.
 
-The calculator's task: add two numbers with a tool (orchestrator/rollout/environments/calculator.py). Half of
-the demonstrations call it and copy its result, the other half guess, and guess wrong; a reward says which
-pays.
+Calculator: add two numbers with a tool (orchestrator/rollout/environments/calculator.py). Half of the
+demonstrations call it and copy its result. The others guess a wrong sum. A reward shows which is better.
 """
 
 from collections.abc import Iterator
@@ -21,15 +20,14 @@ LENGTH = 4
 DEFAULT_ROWS = {"train": 2048, "eval": 256}
 NAMES = ("sft", "preference", "unpaired", "reward", "prompts", "calculator", "calculator_sft")
 NUMBERS = range(10, 50)
-"""What the calculator's task adds: two digits each, and so has the sum."""
+"""Numbers that the calculator's task adds: two digits each, and two in the sum."""
 
 
 def toy_rows(name: str, split: str, count: int) -> Iterator[dict[str, Any]]:
-    """`count` rows in TRL's format. Train and eval prompts never overlap: they differ in a checksum of what
-    they hold."""
+    """`count` rows in TRL's format. Train and eval prompts never overlap: a checksum decides the split."""
     if name not in NAMES or split not in DEFAULT_ROWS:
         raise ConfigError(
-            f"there is no toy data `toy:{name}` with split {split!r}",
+            f"`toy:{name}` with split {split!r} is not toy data",
             fix=f"use toy:{{{','.join(NAMES)}}} with split train or eval",
         )
     generator = np.random.Generator(np.random.Philox(key=[NAMES.index(name), split == "eval"]))
@@ -57,7 +55,7 @@ def _words(name: str, split: str, generator: np.random.Generator) -> dict[str, A
 
 
 def _word(generator: np.random.Generator, split: str) -> str:
-    """A word of distinct letters (so it differs from its reverse); every fifth, by checksum, is held out."""
+    """A word of distinct letters, so that it differs from its reverse; a fifth, by checksum, is held out."""
     while True:
         letters = generator.choice(len(LETTERS), LENGTH, replace=False)
         held_out = int((letters * (1, 3, 5, 7)).sum()) % 5 == 0
@@ -66,26 +64,26 @@ def _word(generator: np.random.Generator, split: str) -> str:
 
 
 def _calculation(name: str, split: str, generator: np.random.Generator) -> dict[str, Any]:
-    """A row of the calculator's task, as messages; held-out demonstrations all call the tool."""
+    """A row of the calculator's task, as messages. All held-out demonstrations call the tool."""
     a, b = _numbers(generator, split)
     question, answer = [{"role": "user", "content": f"{a}+{b}"}], str(a + b)
     guesses = bool(generator.random() < 0.5) and split == "train"
     off = int(generator.integers(1, 10)) * (-1 if a + b > 50 else 1)
     if name == "calculator":
         return {"prompt": question, "answer": answer}
-    said = (
+    turns = (
         [("assistant", str(a + b + off))]
         if guesses
         else [("assistant", f"={a}+{b};"), ("tool", answer), ("assistant", answer)]
     )
     return {
-        "messages": [*question, *({"role": role, "content": content} for role, content in said)],
+        "messages": [*question, *({"role": role, "content": content} for role, content in turns)],
         "answer": answer,
     }
 
 
 def _numbers(generator: np.random.Generator, split: str) -> tuple[int, int]:
-    """Two numbers; every fifth pair, by checksum, is held out."""
+    """Two numbers; a fifth of the pairs, by checksum, is held out."""
     while True:
         a, b = (int(n) for n in generator.integers(NUMBERS.start, NUMBERS.stop, 2))
         if ((3 * a + b) % 5 == 0) == (split == "eval"):

@@ -1,6 +1,6 @@
 """The form in which a row's values reach chat templates, reward functions, endpoints and environments.
 
-    text, number, true/false, null      as they are; NaN and infinities stay floats
+    text, number, true/false, null      unchanged; NaN and infinities stay floats
     date, time, timestamp               ISO 8601 text              2026-11-27T17:05:00+00:00
     duration                            seconds, a number          90.5
     decimal, UUID                       text                       "3.14"
@@ -8,8 +8,8 @@
     list, tuple, array                  a list, each entry in its form
     mapping                             a mapping with text keys
 
-Parquet and hub data sets hold such values; JSON holds the first line, lists and mappings only. Anything else
-is refused by name.
+Parquet files and hub data sets hold all of these, JSON only the first line, lists and mappings. A value of
+another type is an error that names the type.
 """
 
 import base64
@@ -23,12 +23,12 @@ from uuid import UUID
 from orchestrator.data.bad_rows import BadRecord
 
 DEEPEST = 100
-"""Levels of lists and mappings inside each other: a row crosses processes, whose serializers recurse."""
+"""Most levels of nested lists and mappings: rows cross processes, and serializers recurse."""
 
 
 def plain(value: Any, name: str, *, depth: int = 0) -> Any:
-    """The value in its form. name: of the column, for the reason in BadRecord."""
-    if hasattr(value, "tolist"):  # arrays and scalars of numpy, of which some are floats
+    """The value in its plain form. name: the column, for the reason in BadRecord."""
+    if hasattr(value, "tolist"):  # numpy's arrays and scalars, some of which are floats
         value = value.tolist()
     if value is None or isinstance(value, bool | int | float | str):
         return value
@@ -50,13 +50,15 @@ def plain(value: Any, name: str, *, depth: int = 0) -> Any:
     if isinstance(value, bytes | bytearray | memoryview):
         return base64.b64encode(value).decode("ascii")
     raise BadRecord(
-        f"{name} holds a {type(value).__name__}, which is no text, number, date, bytes, list or mapping"
+        f"{name} holds a {type(value).__name__}, which is not a text, number, date, bytes, list or mapping"
     )
 
 
 def in_json(value: Any) -> Any:
-    """A plain value as standard JSON has it: NaN and infinities, which it lacks, as the texts NaN, Infinity
-    and -Infinity."""
+    """A plain value for standard JSON, which lacks NaN and infinities.
+
+    They become the texts NaN, Infinity and -Infinity.
+    """
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
     if isinstance(value, Mapping):
@@ -65,8 +67,7 @@ def in_json(value: Any) -> Any:
 
 
 def without_nulls(value: Any) -> Any:
-    """The value without mapping entries that are null: Parquet gives every mapping of a column all keys that
-    any of them has."""
+    """The value without null entries of mappings. Parquet gives every mapping of a column the keys of all."""
     if isinstance(value, Mapping):
         return {k: without_nulls(v) for k, v in value.items() if v is not None}
     return [without_nulls(v) for v in value] if isinstance(value, list) else value

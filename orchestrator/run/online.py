@@ -268,7 +268,7 @@ def _loop_plan(planned: PlannedRun, sampling: Sampling, evaluated: bool) -> Onli
         max_resampled=algorithm.max_resampled,
         mask_truncated=algorithm.mask_truncated,
         kl=algorithm.kl,
-        alarm=algorithm.correction.alarm,
+        gap_warning=algorithm.correction.alarm,
         normalise_rewards=recipe.rewards.normalise == "running",
         critic_warmup=recipe.critic.warmup_steps,
         evaluate_every=recipe.evaluation.every,

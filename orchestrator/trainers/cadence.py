@@ -1,12 +1,11 @@
-"""What follows the steps of a loop: checkpoints and evaluations where they are due, and the end that a signal
-asks for.
+"""What follows each step of a loop: checkpoints, evaluations, and the end after a signal.
 
-    step --due, last, asked--> checkpoint --due, last--> evaluation --asked--> Interrupted
-                                                             ^
-    resumed ---- its step is due and has none on record -----+
+    step --due, last, signal--> checkpoint --due, last--> evaluation --signal--> Interrupted
+                                                              ^
+    resumed ---- its step is due and was not evaluated -------+
 
-The checkpoint comes first, so that nothing is lost where an evaluation is interrupted; the run that goes on
-from it makes up for it.
+The checkpoint comes first, so that an interrupted evaluation loses nothing: the run that resumes from the
+checkpoint evaluates it then.
 """
 
 import time
@@ -20,8 +19,7 @@ from orchestrator.core.stopping import Stop
 
 
 class Cadence(Protocol):
-    """The part of a loop's plan that says when, in its own steps. save_after_s: seconds since the last
-    checkpoint; evaluated: the step that the run goes on from has its evaluation on record."""
+    """The schedule in a loop's plan, in the loop's own steps."""
 
     @property
     def total_steps(self) -> int: ...
@@ -32,13 +30,18 @@ class Cadence(Protocol):
     @property
     def save_every(self) -> int | None: ...
     @property
-    def save_after_s(self) -> float | None: ...
+    def save_after_s(self) -> float | None:
+        """Seconds since the last checkpoint after which the next one is due."""
+        ...
+
     @property
-    def evaluated(self) -> bool: ...
+    def evaluated(self) -> bool:
+        """The step that the run resumes from was evaluated."""
+        ...
 
 
 class AfterSteps:
-    """Evaluates, saves and stops for one loop. clock: seconds."""
+    """Evaluates, saves and stops for one loop. clock: returns seconds."""
 
     def __init__(
         self,
@@ -48,18 +51,12 @@ class AfterSteps:
         stop: Stop,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.plan, self.evaluate, self.checkpoints, self.stop, self.clock = (
-            plan,
-            evaluate,
-            checkpoints,
-            stop,
-            clock,
-        )
+        self.plan, self.evaluate, self.checkpoints = plan, evaluate, checkpoints
+        self.stop, self.clock = stop, clock
         self.saved_at, self.saved_step = clock(), -1
 
     def begin(self, progress: Progress) -> None:
-        """Before the first step of an attempt: the evaluation of the start weights, or the one that an
-        interrupted run owes."""
+        """Before the first step: evaluates the start weights, or a step whose evaluation was interrupted."""
         self.saved_at, self.saved_step = self.clock(), progress.step
         fresh = progress.step == 0 and progress.examples == 0
         if (fresh and self.plan.evaluate_at_start) or (
@@ -70,8 +67,10 @@ class AfterSteps:
             self._end(progress)
 
     def step(self, progress: Progress) -> None:
-        """After a step; Interrupted where a signal asked for it and there are steps to go, with a checkpoint
-        of this one."""
+        """After a step: saves and evaluates if due.
+
+        Interrupted, with a checkpoint of this step, if a signal came and steps remain.
+        """
         if self._save_due(progress.step) or self.stop():
             self._save(progress)
         if self._evaluation_due(progress.step):
@@ -107,13 +106,11 @@ class AfterSteps:
     def _end(self, progress: Progress) -> None:
         if progress.step > 0:
             self._save(progress)
-        said = (
-            "; a checkpoint was written"
-            if progress.step > 0
-            else ", before the first one: there is nothing to save yet"
+        saved = "a checkpoint was written" if progress.step > 0 else "there is nothing to save yet"
+        raise Interrupted(
+            f"stopped by request after step {progress.step} of {self.plan.total_steps}; {saved}",
+            fix="run the same command again to resume",
         )
-        what = f"stopped by request after step {progress.step} of {self.plan.total_steps}{said}"
-        raise Interrupted(what, fix="run the same command again to go on")
 
 
 def _due(every: int | None, step: int) -> bool:

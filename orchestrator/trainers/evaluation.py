@@ -1,9 +1,9 @@
 """Held-out evaluation: preference accuracy and margins per source, and greedy generation with a checker.
 
-`eval/preference_accuracy` counts the pairs whose chosen answer ranks higher, by what `ranking` says: the
-implicit reward where there is a reference. `eval/logp_accuracy` then says beside it what the policy alone
-prefers, by its log-prob per token. Ties count one half; where every pair is a tie (the policy is its
-reference still) nothing is known: NaN, null in metrics.jsonl, – in tables.
+`eval/preference_accuracy` is the share of pairs whose chosen answer ranks higher by trainers/ranking.py: if
+there is a reference, by the implicit reward. Then `eval/logp_accuracy` is the share by the policy alone, by
+its log-prob per token. Ties count one half. If every pair is a tie (the policy still is its reference) the
+accuracy is NaN: null in metrics.jsonl, – in tables.
 """
 
 import math
@@ -28,12 +28,15 @@ Decode = Callable[[Sequence[int]], str]
 
 @dataclass(frozen=True, slots=True)
 class HeldOut:
-    """Held-out examples. prompts, answers: for generation, prompt token ids and the expected answer text."""
+    """Held-out examples."""
 
     groups: tuple[SequenceGroup, ...]
     sources: tuple[str, ...]
+    """Names of the sources of data.eval."""
     prompts: tuple[tuple[int, ...], ...] = ()
+    """Token ids of the prompts to generate from."""
     answers: tuple[str, ...] = ()
+    """Expected answer to each prompt."""
 
 
 class Evaluator:
@@ -52,7 +55,7 @@ class Evaluator:
         self.attach_reference, self.decode, self.ranking = attach_reference, decode, ranking
 
     def evaluate(self, cut: Cut, step: int) -> EvaluationReport:
-        """Metrics `eval/...` after `step` optimizer steps, with the most-wrong pairs and the generations."""
+        """Metrics `eval/...` after `step` optimizer steps, with the most wrong pairs and the generations."""
         metrics: dict[str, float] = {}
         samples: list[Sample] = []
         if self.held_out.groups:
@@ -60,8 +63,8 @@ class Evaluator:
             report, sums = self.policy.evaluate(batch)
             metrics["eval/loss"] = report.loss
             at_reference = step == 0 and self.ranking.starts_at_reference
-            found = named(values(report.means, at_reference=at_reference), self.held_out.sources)
-            metrics.update({f"eval/{name}": value for name, value in found.items()})
+            means = named(values(report.means, at_reference=at_reference), self.held_out.sources)
+            metrics.update({f"eval/{name}": value for name, value in means.items()})
             if len(self.held_out.groups[0].branches) == 2 and self.held_out.groups[0].label is None:
                 margins = self.ranking.margins(batch, sums)
                 margins = {i: Margin(0.0, 0.0) for i in margins} if at_reference else margins
@@ -81,13 +84,15 @@ class Evaluator:
         for group in self.held_out.groups:
             by_source.setdefault(group.source, []).append(margins[group.id])
         if len(by_source) > 1:
-            for source, margins_of in by_source.items():
-                metrics[f"eval/preference_accuracy/{self.held_out.sources[source]}"] = _accuracy(margins_of)
+            for source, of_source in by_source.items():
+                metrics[f"eval/preference_accuracy/{self.held_out.sources[source]}"] = _accuracy(of_source)
         return metrics
 
     def _likelihoods(self, batch: PackedBatch, sums: PerMicroBatch) -> dict[str, float]:
-        """Whether the policy alone, without its reference, gives the chosen answer more probability per
-        token: to be compared with a model that has none, and known before the first step."""
+        """Accuracy and margin of the policy alone, without its reference, by the log-prob per token.
+
+        They compare with a model that has no reference, and are known before the first step.
+        """
         margins = replace(self.ranking, basis="log-prob per token").margins(batch, sums).values()
         return {
             "eval/logp_accuracy": _accuracy(margins),
@@ -95,7 +100,7 @@ class Evaluator:
         }
 
     def _most_wrong(self, margins: Mapping[int, Margin], step: int) -> list[Sample]:
-        """The pairs with the lowest margins; none where all are ties and no pair is more wrong than another."""
+        """The pairs with the lowest margins; none if all pairs are ties."""
         if math.isnan(_accuracy(margins.values())):
             return []
         worst = sorted(self.held_out.groups, key=lambda g: (margins[g.id].value, g.id))[
@@ -117,13 +122,13 @@ class Evaluator:
         generation = self.config.generate
         assert generation is not None
         completions = self.policy.generate(self.held_out.prompts, generation.max_new_tokens)
-        samples, right = [], 0
+        samples, correct_count = [], 0
         for prompt, answer, tokens in zip(
             self.held_out.prompts, self.held_out.answers, completions, strict=True
         ):
             text = self.decode(tokens)
             correct = matches(text, answer, generation.checker)
-            right += correct
+            correct_count += correct
             samples.append(
                 Sample(
                     step,
@@ -134,7 +139,7 @@ class Evaluator:
                     scores={"correct": float(correct)},
                 )
             )
-        return samples, right / len(samples)
+        return samples, correct_count / len(samples)
 
 
 def _accuracy(margins: Collection[Margin]) -> float:

@@ -1,9 +1,9 @@
-"""From scored rollouts to training data: what the learner thinks of each token, and what each token was
-worth.
+"""From rewarded rollouts to training data: log-probs, values and advantages of each token.
 
-ScoredGroup -> SequenceGroup (tokens) --learner: old, reference log-probs; critic: values--> Columns
-                                      --Estimator: rewards, KL penalties, values--> Experience on every branch
-ScoredGroup -> SequenceGroup (best, worst)                                            (online DPO)
+RewardedGroup -> SequenceGroup (tokens) --learner: old, reference log-probs; critic: values--> Columns
+              --AdvantageEstimator: rewards, KL penalties, values--> Experience of every branch
+
+RewardedGroup -> SequenceGroup (best, worst)         online DPO
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from orchestrator.algorithms.losses.estimators import Episodes
+from orchestrator.algorithms.losses.advantages import Episodes
 from orchestrator.algorithms.losses.kl import ESTIMATORS, k3
 from orchestrator.algorithms.table import AlgorithmSpec
 from orchestrator.core.batches import Branch, Cut, Experience, Floats, PackedBatch, SequenceGroup
@@ -22,32 +22,35 @@ from orchestrator.data.micro_batches import cut_step, loss_units
 from orchestrator.data.packing import by_branch
 
 Columns = list[Floats]
-"""Float[scored tokens] of each branch, group after group."""
+"""Float[scored tokens] of each branch, one group after the other."""
 
 
 @dataclass(frozen=True, slots=True)
 class ExperienceInputs:
-    """What the columns of an Experience have to be. old: the policy changes between the scoring of the
-    rollouts and the learning from them (LoRA's dropout does that too), or the KL is part of the reward.
-    penalty: the KL's coefficient in the reward, 0 where it is none."""
+    """Columns that an Experience needs."""
 
     old: bool
+    """Log-probs before the update: the policy (or LoRA's dropout) changes before they are used, or the KL is
+    part of the reward."""
     reference: bool
+    """Log-probs of the reference."""
     penalty: float
+    """Coefficient of the KL in the reward; 0 if it is not part of the reward."""
     estimator: str
+    """Estimator of that KL. Example: k1"""
 
 
 @dataclass(frozen=True, slots=True)
 class TrainingData:
-    """Training data of a rollout batch. kl: mean of k3 per token against the reference, None where it is not
-    known here."""
+    """Training data of a rollout batch."""
 
     groups: tuple[SequenceGroup, ...]
     kl: float | None
+    """Mean of k3 per token against the reference; None if the log-probs were not computed here."""
 
 
 def sequences(rewarded: Sequence[RewardedGroup], *, mask_truncated: bool) -> tuple[SequenceGroup, ...]:
-    """The tokens of each group: a prompt and a branch per rollout. ids count from 0 within the rollout batch."""
+    """The tokens of each group, a prompt and a branch per rollout; ids count from 0 in the rollout batch."""
     groups = []
     for index, item in enumerate(rewarded):
         rollouts = item.group.rollouts
@@ -73,8 +76,7 @@ def make_experience(
     *,
     mask_truncated: bool = False,
 ) -> TrainingData:
-    """Groups whose branches carry advantages. rewards: Float[n] of each group, as the estimator shall see
-    them."""
+    """Groups whose branches carry advantages. rewards: Float[n] of each group, as given to the estimator."""
     assert algorithm.online is not None and algorithm.online.advantage is not None
     groups = sequences(rewarded, mask_truncated=mask_truncated)
     batch = (
@@ -86,7 +88,7 @@ def make_experience(
     reference = _columns(batch, policy.token_logprobs(batch, reference=True)) if needs.reference else None
     values = None if critic is None else _columns(batch, critic.token_values(batch))
     lengths = tuple(int(b.loss_mask.sum()) for g in groups for b in g.branches)
-    found, returns = algorithm.online.advantage(
+    per_token, returns = algorithm.online.advantage(
         Episodes(
             rewards=torch.from_numpy(np.stack(rewards)).double(),
             penalties=_penalties(old, reference, needs, sum(lengths)),
@@ -94,8 +96,8 @@ def make_experience(
             values=None if values is None else torch.from_numpy(np.concatenate(values)).double(),
         )
     )
-    advantages, targets = _split(found, lengths), None if returns is None else _split(returns, lengths)
-    made, at = [], 0
+    advantages, targets = _split(per_token, lengths), None if returns is None else _split(returns, lengths)
+    learned, at = [], 0
     for item, group in zip(rewarded, groups, strict=True):
         branches = []
         for rollout, branch in zip(item.group.rollouts, group.branches, strict=True):
@@ -103,12 +105,13 @@ def make_experience(
             columns = (None if c is None else c[at] for c in (old, reference, values, targets))
             branches.append(replace(branch, experience=Experience(advantages[at], sampled, *columns)))
             at += 1
-        made.append(replace(group, branches=tuple(branches)))
-    return TrainingData(tuple(made), None if old is None or reference is None else _mean_kl(old, reference))
+        learned.append(replace(group, branches=tuple(branches)))
+    kl = None if old is None or reference is None else _mean_kl(old, reference)
+    return TrainingData(tuple(learned), kl)
 
 
 def pairs(rewarded: Sequence[RewardedGroup], rewards: Sequence[Floats]) -> tuple[SequenceGroup, ...]:
-    """(best, worst) of each group by reward; groups of equal rewards say nothing and are left out."""
+    """(best, worst) of each group by reward. Groups of equal rewards hold no preference and are left out."""
     groups = []
     for index, (item, values) in enumerate(zip(rewarded, rewards, strict=True)):
         best, worst = int(values.argmax()), int(values.argmin())
@@ -121,27 +124,26 @@ def pairs(rewarded: Sequence[RewardedGroup], rewards: Sequence[Floats]) -> tuple
 
 
 def has_signal(item: RewardedGroup) -> bool:
-    """False where all samples earned the same: every group advantage is 0 then (DAPO, arXiv 2503.14476, sec.
-    3.2)."""
+    """False if all samples have equal rewards, so advantages of 0 (DAPO, arXiv 2503.14476, sec. 3.2)."""
     return bool(np.ptp(item.rewards) > 1e-6)
 
 
 def _columns(batch: PackedBatch, values: PerMicroBatch) -> Columns:
-    """Values [rank][i]: Float[N] back to the branches they belong to."""
-    found: Mapping[int, tuple[Floats, ...]] = {
+    """Values [rank][i]: Float[N] as columns of the branches that they belong to."""
+    by_group: Mapping[int, tuple[Floats, ...]] = {
         int(group): branches
         for rank, parts in zip(batch.micro_batches, values, strict=True)
         for micro_batch, part in zip(rank, parts, strict=True)
         if micro_batch.weight
         for group, branches in zip(micro_batch.examples, by_branch(micro_batch, part), strict=True)
     }
-    return [branch for group in batch.groups for branch in found[group.id]]
+    return [branch for group in batch.groups for branch in by_group[group.id]]
 
 
 def _penalties(
     old: Columns | None, reference: Columns | None, needs: ExperienceInputs, tokens: int
 ) -> torch.Tensor:
-    """Float[N]: what each token costs for being unlike the reference."""
+    """Float[N]: KL coefficient times the KL of each token against the reference; zeros without a penalty."""
     if not needs.penalty:
         return torch.zeros(tokens, dtype=torch.float64)
     assert old is not None and reference is not None, (

@@ -1,6 +1,7 @@
 """The offline loop: SFT, reward models and the preference family.
 
-batches --cut--> PackedBatch --reference log-probs--> forward_backward --> optim_step --> report, evaluate, save
+batches --cut--> PackedBatch --reference log-probs--> forward_backward --> optim_step
+        --> report --> evaluate, save
 """
 
 from dataclasses import dataclass
@@ -19,8 +20,7 @@ from orchestrator.trainers.optimizer_step import Attach, Clock, Guards, Optimize
 
 @dataclass(frozen=True, slots=True)
 class OfflinePlan:
-    """What the loop has to know. save_every: steps; save_after_s: seconds since the last checkpoint;
-    evaluated: see cadence.py; sources: names of the training data's."""
+    """What the loop needs to know, intervals in optimizer steps. `Cadence` describes the schedule."""
 
     algorithm: AlgorithmSpec
     total_steps: int
@@ -28,15 +28,18 @@ class OfflinePlan:
     evaluate_at_start: bool
     save_every: int | None
     reference_sync_every: int | None
+    """TR-DPO: steps between updates of the reference; None: it stays."""
     reference_sync_alpha: float
+    """TR-DPO: weight of the policy in an update."""
     guards: Guards
     save_after_s: float | None = None
     evaluated: bool = False
     sources: tuple[str, ...] = ()
+    """Names of the sources of data.train."""
 
 
 class OfflineTrainer:
-    """Runs the loop."""
+    """Runs the offline loop."""
 
     def __init__(
         self,
@@ -60,11 +63,11 @@ class OfflineTrainer:
 
     @property
     def cut(self) -> Cut:
-        """How steps are cut now."""
+        """The current cut."""
         return self.steps.cut
 
     def run(self) -> Progress:
-        """Trains to the plan's last step and returns where it ended."""
+        """Trains to the plan's last step and returns the progress."""
         plan = self.plan
         progress = self.checkpoints.restore()
         with self.stop.waits("training"):
@@ -76,17 +79,17 @@ class OfflineTrainer:
             clock = Clock()
             with clock.phase("data"):
                 groups = self.batches.at(progress.examples)
-            taken = self.steps.step(groups, progress.step, clock)
-            if taken.applied is None:
-                progress = progress.after_skip(taken.batch)
+            outcome = self.steps.step(groups, progress.step, clock)
+            if outcome.applied is None:
+                progress = progress.after_skip(outcome.batch)
                 continue
-            progress = progress.after(taken.batch)
+            progress = progress.after(outcome.batch)
             self._after_step(progress, clock)
             first = progress.step == 1 and self._from_reference
             metrics = flatten(
                 progress,
-                taken.learned,
-                taken.applied,
+                outcome.learned,
+                outcome.applied,
                 clock.phases,
                 self.throughput,
                 plan.sources,

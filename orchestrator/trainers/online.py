@@ -1,9 +1,10 @@
 """The online loop: PPO, GRPO and their family, and online DPO.
 
-prompts --generator--> groups --scorer--> rewards --experience--> mini-batches --policy, critic--> new version --publish--+
-   ^          ^                                                                                                           |
-   |          +------------------------- at most max_staleness versions ahead of learning --------------------------------+
-   +-- consumed cursor: what was in flight is sampled again after a resume
+prompts --generator--> groups --scorer--> rewards --experience--> mini-batches --policy, critic--> version
+   ^          ^                                                                                       |
+   |          +---- publish: at most max_staleness versions ahead of learning ------------------------+
+   |
+   +-- cursor of consumed prompts: a resumed run samples again what was in flight
 """
 
 from collections import deque
@@ -38,38 +39,45 @@ from orchestrator.trainers.optimizer_step import Clock, OptimizerStepper, StepOu
 
 @dataclass(frozen=True, slots=True)
 class OnlinePlan:
-    """What the loop has to know. A step is one rollout batch; total_steps counts them.
-
-    dropout: the learner's network drops features that the generator's has: who sampled a token is then the
-    learner without dropout. mini_batch: groups (or pairs) of one optimizer step; optimizer_steps: of a full
-    rollout batch; alarm: mean gap in nat between the generator's and the learner's log-probs above which a
-    note is written; sources: names of the prompts' sources.
-    """
+    """What the loop needs to know. A step is one rollout batch. `Cadence` describes the schedule."""
 
     algorithm: AlgorithmSpec
     seed: int
     total_steps: int
+    """Rollout batches of the run."""
     mini_batch: int
+    """Groups (or pairs) of one optimizer step."""
     epochs: int
+    """Passes over a rollout batch."""
     optimizer_steps: int
+    """Optimizer steps from a full rollout batch."""
     sampling: Sampling
     dropout: bool
+    """The learner drops features that the generator keeps: old log-probs are those without dropout."""
     max_staleness: int
+    """Most versions that a rollout may be behind the learner."""
     max_resampled: int
+    """Most further rollout batches of a step with dynamic sampling."""
     mask_truncated: bool
+    """Completions that reach the length limit are not learned."""
     kl: Kl
-    alarm: float
+    gap_warning: float
+    """Mean gap in nat between the generator's and the learner's log-probs above which a warning appears."""
     normalise_rewards: bool
+    """Rewards are divided by the deviation of all rewards so far."""
     critic_warmup: int
+    """Steps in which only the critic learns."""
     evaluate_every: int | None
     evaluate_at_start: bool
     save_every: int | None
     save_after_s: float | None = None
     evaluated: bool = False
     sources: tuple[str, ...] = ()
+    """Names of the sources of the prompts."""
 
     @property
     def needs(self) -> ExperienceInputs:
+        """Columns that experience needs."""
         in_reward = self.kl.place == "reward" and self.kl.coefficient > 0
         estimator = (
             ("k1" if self.kl.place == "reward" else "k3")
@@ -84,7 +92,7 @@ class OnlinePlan:
 
 @dataclass(frozen=True, slots=True)
 class TrainedRoles:
-    """Who learns: the policy, and PPO's critic."""
+    """The learners: the policy, and PPO's critic."""
 
     policy: OptimizerStepper
     critic: OptimizerStepper | None = None
@@ -95,7 +103,7 @@ class TrainedRoles:
 
 
 class OnlineTrainer:
-    """Runs the loop."""
+    """Runs the online loop."""
 
     def __init__(
         self,
@@ -119,7 +127,7 @@ class OnlineTrainer:
         self.next_prompt = 0
 
     def run(self) -> Progress:
-        """Trains to the plan's last step and returns where it ended."""
+        """Trains to the plan's last step and returns the progress."""
         plan, progress = self.plan, self.checkpoints.restore()
         self.next_prompt = progress.examples
         self.weights.publish(progress.step)
@@ -131,22 +139,20 @@ class OnlineTrainer:
         while progress.step < plan.total_steps:
             clock = Clock()
             batch = self._collect(progress, clock)
-            taken, progress = self._learn(batch, progress, clock)
+            outcomes, progress = self._learn(batch, progress, clock)
             with clock.phase("publish"):
                 delivered = self.weights.publish(progress.step)
-            self._report(progress, batch, taken, delivered, clock)
+            self._report(progress, batch, outcomes, delivered, clock)
             self.after.step(progress)
         return progress
 
     # ---- rollouts
 
     def _collect(self, progress: Progress, clock: Clock) -> RolloutBatch:
-        """A scored rollout batch; with dynamic sampling as many prompts more as it takes to fill it with
-        groups that teach.
+        """A rewarded rollout batch; dynamic sampling draws more prompts until its groups have a signal.
 
-        Where they do not suffice, groups without signal fill it up: they count in what the loss is divided
-        by, so that an optimizer step is of the effective batch all the same. Where no group teaches at all
-        there is nothing to learn from, and no step is taken.
+        If they do not suffice, groups without signal fill it up. These count in the loss's divisor, so that
+        an optimizer step still is of the effective batch. If no group has a signal, no step is taken.
         """
         plan = self.plan
         batch = self._next(progress, clock)
@@ -162,22 +168,19 @@ class OnlineTrainer:
         taught = useful[: batch.wanted]
         rest = [g for g in batch.rewarded if not has_signal(g)][: batch.wanted - len(taught)]
         if rest:
-            self._say_starved(progress.step + 1, len(taught), batch)
+            self._note_starved(progress.step + 1, len(taught), batch)
         return replace(batch, learned_from=(*taught, *rest) if taught else ())
 
-    def _say_starved(self, step: int, taught: int, batch: RolloutBatch) -> None:
-        drawn = (
-            f"{taught} of the {batch.wanted} groups that a step wants have rewards that differ, of "
-            f"{batch.prompts} prompts drawn"
-        )
-        what = "the others fill it up and teach nothing" if taught else "no optimizer step is taken"
+    def _note_starved(self, step: int, taught: int, batch: RolloutBatch) -> None:
+        consequence = "others fill it up and teach nothing" if taught else "no optimizer step is taken"
         self.report.note(
-            f"warning: step {step}: dynamic sampling found {drawn}; {what}. Raise algorithm.max_resampled, "
-            "or give other prompts"
+            f"warning: step {step}: dynamic sampling found {taught} of {batch.wanted} groups whose rewards "
+            f"differ, in {batch.prompts} prompts; {consequence}. Raise algorithm.max_resampled, or give "
+            "other prompts"
         )
 
     def _next(self, progress: Progress, clock: Clock) -> RolloutBatch:
-        """Tops up what is in flight, waits for the oldest batch of it and has it scored."""
+        """Starts rollout batches up to max_staleness, waits for the oldest one and gets its rewards."""
         with clock.phase("generate"):
             ahead = min(self.plan.max_staleness + 1, self.plan.total_steps - progress.step)
             while len(self.in_flight) < ahead:
@@ -209,29 +212,29 @@ class OnlineTrainer:
     def _learn(
         self, batch: RolloutBatch, progress: Progress, clock: Clock
     ) -> tuple[list[tuple[StepOutcome | None, StepOutcome | None]], Progress]:
-        """All optimizer steps from one rollout batch: (policy's, critic's) each."""
+        """All optimizer steps from one rollout batch: (outcome of the policy's, of the critic's) each."""
         plan = self.plan
         rewards, progress = self._rewards(batch.learned_from, progress)
         coefficient = progress.kl_coefficient if progress.kl_coefficient is not None else plan.kl.coefficient
         with clock.phase("experience"):
-            made = self._training_data(batch.learned_from, rewards, coefficient)
+            data = self._training_data(batch.learned_from, rewards, coefficient)
         in_loss = coefficient if plan.kl.place == "loss" and plan.kl.target is not None else None
-        taken, at = [], progress.optimizer_steps
-        for groups in self._mini_batches(made.groups, progress.step):
+        outcomes, at = [], progress.optimizer_steps
+        for groups in self._mini_batches(data.groups, progress.step):
             critic = None if self.learning.critic is None else self.learning.critic.step(groups, at, clock)
             policy = None
             if progress.step >= plan.critic_warmup:
                 policy = self.learning.policy.step(groups, at, clock, kl_coefficient=in_loss)
-            taken.append((policy, critic))
+            outcomes.append((policy, critic))
             at += 1
-        if plan.kl.target is not None and made.kl is not None:
+        if plan.kl.target is not None and data.kl is not None:
             rollouts = sum(len(g.group.rollouts) for g in batch.learned_from)
             progress = replace(
                 progress,
-                kl_coefficient=adapt(coefficient, made.kl, plan.kl.target, plan.kl.horizon, rollouts),
+                kl_coefficient=adapt(coefficient, data.kl, plan.kl.target, plan.kl.horizon, rollouts),
             )
-        refused = sum(t is not None and t.applied is None for pair in taken for t in pair)
-        return taken, replace(
+        refused = sum(o is not None and o.applied is None for pair in outcomes for o in pair)
+        return outcomes, replace(
             progress,
             step=progress.step + 1,
             examples=progress.examples + batch.prompts,
@@ -263,15 +266,17 @@ class OnlineTrainer:
         )
 
     def _mini_batches(self, groups: Sequence[SequenceGroup], step: int) -> Iterator[list[SequenceGroup]]:
-        """Epochs x mini-batches, in an order that is a function of (seed, step, epoch)."""
+        """The mini-batches of all epochs, in an order that is a function of (seed, step, epoch)."""
         for epoch in range(self.plan.epochs):
             order = permutation(len(groups), self.plan.seed, step, epoch, 3)
             for first in range(0, len(groups), self.plan.mini_batch):
                 yield [groups[i] for i in order[first : first + self.plan.mini_batch]]
 
     def _rewards(self, groups: Sequence[RewardedGroup], progress: Progress) -> tuple[list[Floats], Progress]:
-        """Rewards as the estimator sees them; with normalisation divided by the deviation of all rewards so
-        far (Welford)."""
+        """(rewards for the estimator, progress with their moments).
+
+        With normalisation they are divided by the deviation of all rewards so far (Welford).
+        """
         if not self.plan.normalise_rewards or not groups:
             return [g.rewards for g in groups], progress
         values = np.concatenate([g.rewards for g in groups]).astype(np.float64)
@@ -288,29 +293,28 @@ class OnlineTrainer:
         )
         return [(g.rewards / deviation).astype(np.float32) for g in groups], progress
 
-    # ---- what is seen of it
+    # ---- reports
 
     def _report(
         self,
         progress: Progress,
         batch: RolloutBatch,
-        taken: Sequence[tuple[StepOutcome | None, StepOutcome | None]],
+        outcomes: Sequence[tuple[StepOutcome | None, StepOutcome | None]],
         delivered: WeightsDelivered,
         clock: Clock,
     ) -> None:
-        policy = summarise_steps([p for p, _ in taken if p is not None])
-        critic = summarise_steps([c for _, c in taken if c is not None])
+        policy = summarise_steps([p for p, _ in outcomes if p is not None])
+        critic = summarise_steps([c for _, c in outcomes if c is not None])
         spans = self.generator.spans()
         metrics = batch_metrics(
             progress, batch, policy, critic, delivered, clock.phases, clock.spans, spans, self.plan.sources
         )
         gap = metrics.get("policy/train_rollout_gap", 0.0)
-        if self.plan.max_staleness == 0 and gap > self.plan.alarm:
+        if self.plan.max_staleness == 0 and gap > self.plan.gap_warning:
             self.report.note(
-                f"warning: step {progress.step}: the generator's log-probs are {gap:.3f} nat per token from "
-                "the learner's, though strictly "
-                "on-policy: its weights are other ones, or its kernels (precision, attention, a fused head) "
-                "compute otherwise"
+                f"warning: step {progress.step}: the generator's log-probs differ from the learner's by "
+                f"{gap:.3f} nat per token, though the run is strictly on-policy: the generator has other "
+                "weights, or its kernels (precision, attention, a fused head) compute differently"
             )
         self.report.step(StepReport(progress.step, metrics, samples_of(batch, progress.step)))
         self.timeline.step(progress.step, clock.spans, spans)

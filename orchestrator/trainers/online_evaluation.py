@@ -1,5 +1,4 @@
-"""Evaluation on held-out prompts by the rollout actors: the reward of greedy answers, and pass@k of sampled
-ones."""
+"""Evaluation on held-out prompts by the rollout actors: reward of greedy answers, pass@k of sampled ones."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +14,7 @@ from orchestrator.trainers.online_metrics import sample_of
 
 @dataclass(frozen=True, slots=True)
 class RolloutEvaluator:
-    """Samples with the version that was published last. prompts: held out; none: nothing is reported."""
+    """Samples from held-out prompts with the version published last; reports nothing without prompts."""
 
     prompts: tuple[Prompt, ...]
     config: Evaluation
@@ -46,7 +45,7 @@ class RolloutEvaluator:
         return EvaluationReport(step, metrics, tuple(sample_of(g, 0, step, "generation") for g in greedy))
 
     def _scored(self, step: int, sampling: Sampling) -> Sequence[RewardedGroup]:
-        """draws count down from -1, so that their seeds are nobody else's."""
+        """Rewarded answers of all prompts. Draws count down from -1: training never uses their seeds."""
         drawn = [(-1 - i, prompt) for i, prompt in enumerate(self.prompts)]
         return self.scorer.score(self.generator.start(drawn, sampling, step).result()).groups
 

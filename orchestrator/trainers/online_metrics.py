@@ -1,4 +1,4 @@
-"""What is reported of a rollout batch: flat metrics, and a sample for every rollout."""
+"""The report of a rollout batch: flat metrics, and a sample for every rollout."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,20 +21,21 @@ LEARNING = ("experience", "reference", "first_pass", "forward_backward", "optim"
 
 @dataclass(frozen=True, slots=True)
 class LearnSummary:
-    """All optimizer steps from one rollout batch as one report; applied: of the last one."""
+    """All optimizer steps from one rollout batch, together."""
 
     report: LearnReport
     applied: StepApplied | None
+    """The last optimizer step that was applied; None if all were refused."""
     steps: int
 
 
-def summarise_steps(taken: Sequence[StepOutcome]) -> LearnSummary | None:
-    """Sums what adds up, and takes the mean of the losses."""
-    if not taken:
+def summarise_steps(outcomes: Sequence[StepOutcome]) -> LearnSummary | None:
+    """Sums counts, seconds and means, and averages the losses; None without steps."""
+    if not outcomes:
         return None
-    reports = [t.learned for t in taken]
+    reports = [outcome.learned for outcome in outcomes]
     means, maxima = joined_metrics(reports)
-    whole = replace(
+    report = replace(
         reports[-1],
         loss=float(np.mean([r.loss for r in reports])),
         means=means,
@@ -47,8 +48,8 @@ def summarise_steps(taken: Sequence[StepOutcome]) -> LearnSummary | None:
         seconds=sum(r.seconds for r in reports),
         peak_bytes=max(r.peak_bytes for r in reports),
     )
-    applied = next((t.applied for t in reversed(taken) if t.applied is not None), None)
-    return LearnSummary(whole, applied, len(taken))
+    applied = next((o.applied for o in reversed(outcomes) if o.applied is not None), None)
+    return LearnSummary(report, applied, len(outcomes))
 
 
 def batch_metrics(
@@ -62,19 +63,12 @@ def batch_metrics(
     actors: Sequence[Span],
     sources: Sequence[str] = (),
 ) -> dict[str, float]:
-    """One line of metrics.jsonl. sources: names of the data's, by their numbers. time/<phase>: seconds the
-    controller spent; time/idle/<role>: seconds a role had no work."""
-    metrics: dict[str, float] = {}
-    if policy is not None:
-        means = {
-            n: m for n, m in policy.report.means.items() if m.count
-        }  # nothing is known where all completions are masked
-        metrics |= {"loss": policy.report.loss, **named(values(means), sources), **policy.report.maxima}
-        if policy.applied is not None:
-            metrics |= {"grad_norm": policy.applied.grad_norm, "learning_rate": policy.applied.learning_rate}
-        metrics["perf/learn_tokens_per_s"] = policy.report.tokens / max(1e-9, policy.report.seconds)
-        metrics["perf/padding"] = 1.0 - policy.report.computed / max(1, policy.report.positions)
-        metrics["perf/peak_memory_gb"] = policy.report.peak_bytes / 1e9
+    """One line of metrics.jsonl.
+
+    time/<phase>: seconds that the controller spent; time/idle/<role>: seconds in which a role had no work.
+    sources: names of the data's sources, by number.
+    """
+    metrics = {} if policy is None else _policy_metrics(policy, sources)
     if critic is not None:
         metrics |= _critic_metrics(critic)
     metrics |= (
@@ -105,11 +99,23 @@ def batch_metrics(
     }
 
 
+def _policy_metrics(policy: LearnSummary, sources: Sequence[str]) -> dict[str, float]:
+    report = policy.report
+    means = {n: m for n, m in report.means.items() if m.count}  # no count: all completions are masked
+    metrics = {"loss": report.loss, **named(values(means), sources), **report.maxima}
+    if policy.applied is not None:
+        metrics |= {"grad_norm": policy.applied.grad_norm, "learning_rate": policy.applied.learning_rate}
+    metrics["perf/learn_tokens_per_s"] = report.tokens / max(1e-9, report.seconds)
+    metrics["perf/padding"] = 1.0 - report.computed / max(1, report.positions)
+    metrics["perf/peak_memory_gb"] = report.peak_bytes / 1e9
+    return metrics
+
+
 def _critic_metrics(critic: LearnSummary) -> dict[str, float]:
     means = {n: m.value for n, m in critic.report.means.items()}
     error, returns, square = (means.pop(f"value/{n}") for n in ("error_sq", "return", "return_sq"))
-    found = {**means, "value/explained_variance": explained_variance(error, returns, square)}
-    return found | ({} if critic.applied is None else {"value/grad_norm": critic.applied.grad_norm})
+    metrics = {**means, "value/explained_variance": explained_variance(error, returns, square)}
+    return metrics | ({} if critic.applied is None else {"value/grad_norm": critic.applied.grad_norm})
 
 
 def _reward_metrics(batch: RolloutBatch) -> dict[str, float]:
@@ -128,7 +134,7 @@ def _reward_metrics(batch: RolloutBatch) -> dict[str, float]:
         "reward/max": float(rewards.max()),
     }
     metrics["reward/group_std"] = float(rewards.std(1).mean())
-    if rewards.shape[1] > 1:  # a lone answer has nothing to be compared with
+    if rewards.shape[1] > 1:  # a single answer cannot be compared
         metrics["reward/no_signal_ratio"] = float(np.mean(np.ptp(rewards, axis=1) <= 1e-6))
     for name in batch.rewarded[0].parts:
         metrics[f"reward/{name}"] = float(np.mean([g.parts[name] for g in batch.rewarded]))
@@ -136,7 +142,7 @@ def _reward_metrics(batch: RolloutBatch) -> dict[str, float]:
 
 
 def _rewards_by_source(batch: RolloutBatch, sources: Sequence[str]) -> dict[str, float]:
-    """reward/mean of each source of the prompts, where there are several."""
+    """reward/mean of each source of the prompts, if there are several."""
     if len(sources) < 2:
         return {}
     by_source: dict[int, list[Floats]] = {}
@@ -155,14 +161,13 @@ def _completion_metrics(batch: RolloutBatch) -> dict[str, float]:
         "completions/mean_length": float(lengths.mean()),
         "completions/max_length": float(lengths.max()),
         "completions/clipped_ratio": float(np.mean([r.finish == "length" for r in rollouts])),
-        "completions/empty_ratio": float(np.mean([not _said(r).strip() for r in rollouts])),
+        "completions/empty_ratio": float(np.mean([not _model_text(r).strip() for r in rollouts])),
         "completions/mean_turns": float(np.mean([r.turns for r in rollouts])),
     }
 
 
 def _kept_mass(batch: RolloutBatch) -> dict[str, float]:
-    """The policy's mass that top-k, top-p and min-p left to draw from, mean over tokens; nothing where they
-    are off."""
+    """Mean over tokens of the policy's mass that top-k, top-p and min-p keep; empty if they are off."""
     kept = [r.kept for g in batch.groups for r in g.rollouts if r.kept is not None]
     return {"policy/kept_mass": float(np.exp(np.concatenate(kept)).mean())} if kept else {}
 
@@ -170,8 +175,8 @@ def _kept_mass(batch: RolloutBatch) -> dict[str, float]:
 def _times(
     phases: Mapping[str, float], spans: Sequence[tuple[str, float, float]], actors: Sequence[Span]
 ) -> dict[str, float]:
-    """Seconds by phase; learn: of all of the learners' phases; idle/learners: the rest; idle/rollouts: mean
-    over actors."""
+    """Seconds by phase, of the learners' phases together (learn), of the rest (idle/learners), and in which a
+    rollout actor had no work, mean over actors (idle/rollouts)."""
     times = {f"time/{name}": seconds for name, seconds in phases.items()}
     start, end = min(s for _, s, _ in spans), max(e for _, _, e in spans)
     learning = sum(seconds for name, seconds in phases.items() if name in LEARNING)
@@ -187,8 +192,8 @@ def _times(
     return times
 
 
-def _said(rollout: Rollout) -> str:
-    """What the model wrote, as text."""
+def _model_text(rollout: Rollout) -> str:
+    """The text that the model wrote."""
     if isinstance(rollout.completion, str):
         return rollout.completion
     return "\n".join(str(m.get("content") or "") for m in rollout.completion if m.get("role") == "assistant")
@@ -219,7 +224,7 @@ def sample_of(item: RewardedGroup, k: int, step: int, kind: Literal["generation"
 
 
 def samples_of(batch: RolloutBatch, step: int) -> tuple[Sample, ...]:
-    """A sample for each scored rollout, with its tokens, so that it can be replayed."""
+    """A sample for each rewarded rollout, with its tokens, so that it can be replayed."""
     return tuple(
         replace(
             sample_of(item, k, step, "rollout"),

@@ -1,4 +1,4 @@
-"""One optimizer step, whoever asks for it: learn, guard, apply.
+"""One optimizer step of any loop: learn, guard, apply.
 
 groups --cut--> PackedBatch --attach--> forward_backward --guard--> optim_step
           ^                                  |
@@ -20,15 +20,17 @@ from orchestrator.data.micro_batches import cut_step
 from orchestrator.trainers.two_pass import with_coefficients
 
 Attach = Callable[[PackedBatch], PackedBatch]
-"""Adds the reference log-probs to a batch: from the cache, live, or (reference-free losses) not at all."""
+"""Adds reference log-probs to a batch: from the cache, live, or none for reference-free losses."""
 
 
 @dataclass(slots=True)
 class Clock:
-    """Seconds per phase of the current step; spans: (phase, start, end) in seconds of time.perf_counter."""
+    """Times of the phases of the current step."""
 
     phases: dict[str, float] = field(default_factory=dict)
+    """Seconds of each phase."""
     spans: list[tuple[str, float, float]] = field(default_factory=list)
+    """(phase, start, end) in seconds of time.perf_counter."""
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -41,24 +43,27 @@ class Clock:
 
 @dataclass(frozen=True, slots=True)
 class Guards:
-    """What a step is checked against. first_loss_tolerance: how far the first loss may be from the
-    algorithm's anchor, relative to it where it is above 1, None: not checked. gradient_bytes: of one whole
-    reduction, 0 with one worker. precision: the learner's."""
+    """Limits that a step is checked against."""
 
     first_loss_tolerance: float | None = None
+    """Largest difference between the first loss and the algorithm's loss_at_reference, relative to the latter
+    if it is above 1; None: the first loss is not checked."""
     gradient_bytes: int = 0
+    """Bytes of one reduction of the whole gradient; 0 with one worker."""
     max_skipped_in_a_row: int = 5
+    """Refused steps in a row after which the run ends."""
     precision: str = "fp32"
+    """learners.precision."""
 
 
 @dataclass(frozen=True, slots=True)
 class StepOutcome:
-    """A step's outcome. applied is None where a non-finite loss or gradient was refused: then nothing
-    advanced."""
+    """The outcome of a step."""
 
     batch: PackedBatch
     learned: LearnReport
     applied: StepApplied | None
+    """None if a non-finite loss or gradient was refused: then nothing advanced."""
 
 
 class OptimizerStepper:
@@ -81,13 +86,12 @@ class OptimizerStepper:
     def step(
         self, groups: Sequence[SequenceGroup], step: int, clock: Clock, *, kl_coefficient: float | None = None
     ) -> StepOutcome:
-        """One step over `groups`. step: optimizer steps taken before it. Diverged after too many refusals in
-        a row."""
+        """One step over `groups`; Diverged after too many refusals in a row. step: optimizer steps so far."""
         with clock.phase("data"):
             batch = self._cut(groups, kl_coefficient)
         batch, learned = self._learn(batch, step, clock)
         if step == 0:
-            self._check_anchor(learned)
+            self._check_first_loss(learned)
         if not math.isfinite(learned.loss):
             self.learner.discard()
             return self._refused(batch, learned, step, "loss")
@@ -108,7 +112,7 @@ class OptimizerStepper:
         )
 
     def _learn(self, batch: PackedBatch, step: int, clock: Clock) -> tuple[PackedBatch, LearnReport]:
-        """The gradient of one step; cut finer and replayed when a micro-batch does not fit."""
+        """The gradient of one step. If a micro-batch does not fit, the step is cut finer and replayed."""
         while True:
             try:
                 with clock.phase("reference"):
@@ -136,7 +140,7 @@ class OptimizerStepper:
                 batch = self._cut(batch.groups, batch.units.kl_coefficient)
 
     def _refused(self, batch: PackedBatch, learned: LearnReport, step: int, what: str) -> StepOutcome:
-        """Nothing advances but the data cursor; the examples are named, and too many in a row end the run."""
+        """Notes the examples of a refused step; only the data cursor advances. Diverged after too many."""
         ids = sorted(g.id for g in batch.groups)
         self.report.note(f"step {step + 1}: non-finite {what}, no step taken; examples {ids}")
         self.skipped_in_a_row += 1
@@ -149,8 +153,10 @@ class OptimizerStepper:
         return StepOutcome(batch, learned, None)
 
     def _check_traffic(self, batch: PackedBatch, applied: StepApplied) -> None:
-        """Compares the gradient bytes of the first step with the plan's: a reduction too many costs time, one
-        too few would be a wrong result."""
+        """Compares the gradient bytes of the first step with the plan's.
+
+        A reduction too many costs time, one too few gives a wrong result.
+        """
         if self.traffic_checked:
             return
         self.traffic_checked = True
@@ -158,22 +164,21 @@ class OptimizerStepper:
         expected = self.guards.gradient_bytes * reductions
         if abs(applied.reduced_bytes - expected) > 0.02 * expected:
             self.report.note(
-                f"warning: the first step reduced {applied.reduced_bytes:,} bytes per worker, the plan says "
-                f"{expected:,} ({self.cut.sync}); "
-                "run `orchestrator verify` before trusting the result"
+                f"warning: the first step reduced {applied.reduced_bytes:,} bytes per worker, the plan "
+                f"expects {expected:,} ({self.cut.sync}); run `orchestrator verify` before you trust the "
+                "result"
             )
 
-    def _check_anchor(self, learned: LearnReport) -> None:
-        """At step 0 policy == reference, so the loss is known in closed form: ln 2 for DPO. Catches stale
-        caches."""
-        anchor, tolerance = self.algorithm.loss_at_reference, self.guards.first_loss_tolerance
-        if anchor is None or tolerance is None or not math.isfinite(learned.loss):
+    def _check_first_loss(self, learned: LearnReport) -> None:
+        """At step 0 policy == reference, so the loss has a closed form: ln 2 for DPO. Finds stale caches."""
+        expected, tolerance = self.algorithm.loss_at_reference, self.guards.first_loss_tolerance
+        if expected is None or tolerance is None or not math.isfinite(learned.loss):
             return
-        if abs(learned.loss - anchor) > tolerance * max(1.0, abs(anchor)):
+        if abs(learned.loss - expected) > tolerance * max(1.0, abs(expected)):
             raise ConfigError(
-                f"the first loss is {learned.loss:.7f}, but policy == reference must give {anchor:.7f}",
-                why="the reference log-probs are not those of the start weights: a stale cache, or a model "
-                "with random layers",
+                f"the first loss is {learned.loss:.7f}, but policy == reference must give {expected:.7f}",
+                why="the reference log-probs are not those of the start weights: the cache is stale, or the "
+                "model has random layers",
                 fix="remove the reference cache (reference.cache_dir) and start again",
             )
 

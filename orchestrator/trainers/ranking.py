@@ -1,9 +1,9 @@
-"""By what held-out pairs are ranked: what the training itself ranks them by, never the sum of log-probs,
-which ranks by length.
+"""The margin that ranks held-out pairs: training's own. The sum of log-probs would rank by length.
 
-a reference      implicit reward    beta * (log pi(y)/pi_ref(y)), chosen less rejected
-none             log-prob per token log pi(y)/|y|, chosen less rejected
-a reward model   reward             r(chosen) - r(rejected)
+algorithm           basis               margin: chosen less rejected of
+with a reference    implicit reward     beta * log pi(y)/pi_ref(y)
+without             log-prob per token  log pi(y)/|y|
+a reward model      reward              r(y)
 """
 
 from dataclasses import dataclass
@@ -22,25 +22,28 @@ Basis = Literal["implicit reward", "log-prob per token", "reward"]
 
 @dataclass(frozen=True, slots=True)
 class Margin:
-    """Chosen less rejected. noise: what of it may be rounding."""
+    """Chosen less rejected."""
 
     value: float
     noise: float
+    """Rounding that the value may hold."""
 
 
 @dataclass(frozen=True, slots=True)
 class Ranking:
-    """basis: see above; beta: of the implicit reward; starts_at_reference: before the first step policy and
-    reference are one, whatever rounding makes of them."""
+    """How pairs are ranked."""
 
     basis: Basis
     beta: float = 1.0
+    """Factor of the implicit reward."""
     precision: str = "fp32"
+    """learners.precision."""
     starts_at_reference: bool = False
+    """Before the first step policy and reference are the same model; rounding may make them differ."""
 
     @classmethod
     def of(cls, recipe: Recipe, algorithm: AlgorithmSpec, *, itself: bool = True) -> "Ranking":
-        """The one that an algorithm's pairs are ranked by. itself: the policy starts as the recipe's model."""
+        """The ranking of an algorithm. itself: the policy starts as the recipe's model."""
         precision = recipe.learners.precision
         if algorithm.head == "scalar":
             return cls("reward", precision=precision)
@@ -51,20 +54,18 @@ class Ranking:
         )
 
     def margins(self, batch: PackedBatch, sums: PerMicroBatch) -> dict[int, Margin]:
-        """Of each example by its id. sums[rank][i]: Float[n, 2], log-prob sums (or rewards) of chosen and
-        rejected."""
-        found: dict[int, Margin] = {}
+        """The margin of each example by its id.
+
+        sums[rank][i]: Float[n, 2], log-prob sums (or rewards) of chosen and rejected.
+        """
+        by_example: dict[int, Margin] = {}
         for rank, values in zip(batch.micro_batches, sums, strict=True):
             for mb, per_example in zip(rank, values, strict=True):
                 if mb.weight:
                     margins, noises = self._of(mb, per_example.astype(np.float64))
-                    found.update(
-                        {
-                            int(i): Margin(float(m), float(n))
-                            for i, m, n in zip(mb.examples, margins, noises, strict=True)
-                        }
-                    )
-        return found
+                    for example, margin, noise in zip(mb.examples, margins, noises, strict=True):
+                        by_example[int(example)] = Margin(float(margin), float(noise))
+        return by_example
 
     def _of(self, mb: MicroBatch, sums: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         if self.basis == "reward":

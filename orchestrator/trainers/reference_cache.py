@@ -1,8 +1,8 @@
 """Reference log-probs, computed once by the learners and kept on disk by content.
 
-A record is keyed by the tokens of an example and what of it is scored; the folder by the model's fingerprint
-and dtype. So a changed row, model or precision can never be answered with old values, and an interrupted pass
-goes on where it stopped.
+The key of a record is a hash of an example's tokens and loss mask; the folder's name depends on the model's
+fingerprint and dtype. So a changed row, model or precision never gets old values, and an interrupted pass
+continues where it stopped.
 """
 
 import hashlib
@@ -20,12 +20,13 @@ from orchestrator.core.files import fsync_directory, fsync_file
 from orchestrator.core.roles import PerMicroBatch
 
 PART_EXAMPLES = 512
+"""Examples of a file."""
 Score = Callable[[PackedBatch], PerMicroBatch]
 CutStep = Callable[[Sequence[SequenceGroup]], PackedBatch]
 
 
 class ReferenceCache:
-    """Float[scored tokens of all branches] for each example, on disk in safetensors parts and in memory."""
+    """Float[scored tokens of all branches] of each example, in memory and on disk in safetensors files."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -40,8 +41,10 @@ class ReferenceCache:
         score: Score,
         progress: Callable[[int, int], None],
     ) -> int:
-        """Computes what is missing, part by part, each part durable once written. Returns how many were
-        computed."""
+        """Computes and writes missing examples, file by file; returns their number.
+
+        progress: called with (computed, missing) after each file.
+        """
         missing = [g for g in groups if content_key(g) not in self._values]
         for start in range(0, len(missing), PART_EXAMPLES):
             part = missing[start : start + PART_EXAMPLES]
@@ -53,8 +56,10 @@ class ReferenceCache:
         return len(missing)
 
     def recheck(self, groups: Sequence[SequenceGroup], cut: CutStep, score: Score, tolerance: float) -> float:
-        """Largest mean difference of a token's cached and live values over one of `groups`; DataError above
-        the tolerance."""
+        """The largest of the groups' mean differences between cached and live values, in nat per token.
+
+        DataError above the tolerance.
+        """
         batch = cut(groups)
         live = dict(self._by_example(batch, score(batch), {g.id: content_key(g) for g in groups}))
         worst = float(np.max([_gap(live[k], self._values[k]) for k in live]))  # numpy's max keeps a NaN
@@ -119,12 +124,12 @@ def _gap(live: Floats, cached: Floats) -> float:
 
 
 def by_sequence(mb: MicroBatch) -> np.ndarray:
-    """Indices that bring scored positions into the order (example, branch, position)."""
+    """Indices that sort scored tokens by (example, branch, position)."""
     return np.lexsort((mb.score_at, mb.sequence))
 
 
 def content_key(group: SequenceGroup) -> str:
-    """SHA-256 over the tokens and the scored mask of an example."""
+    """SHA-256 over the tokens and the loss mask of an example."""
     digest = hashlib.sha256(np.int64(len(group.prompt)).tobytes() + group.prompt.tobytes())
     for branch in group.branches:
         digest.update(np.int64(len(branch.ids)).tobytes() + branch.ids.tobytes() + branch.loss_mask.tobytes())

@@ -1,5 +1,4 @@
-"""Losses that couple the examples of a batch (AOT's sort, KTO's KL term) over the EFFECTIVE batch, in two
-passes.
+"""Losses that couple examples (AOT's sort, KTO's KL term), over the EFFECTIVE batch in two passes.
 
 pass 1  token log-probs of all micro-batches, no gradient
         the loss once over the whole effective batch  ->  d loss / d log-prob of every token
@@ -16,13 +15,14 @@ from orchestrator.algorithms.losses.sources import by_source
 from orchestrator.algorithms.losses.whole_batch import coefficients
 from orchestrator.algorithms.table import AlgorithmSpec
 from orchestrator.core.batches import Floats, PackedBatch
+from orchestrator.core.errors import DataError
 from orchestrator.core.reports import LearnReport, Mean
 from orchestrator.core.roles import Learner, PerMicroBatch
 
 
 @dataclass(frozen=True, slots=True)
 class WholeLoss:
-    """The loss and metrics of pass 1: those of the step, since pass 2 only carries the gradient."""
+    """Loss and metrics of pass 1. They are those of the step: pass 2 only carries the gradient."""
 
     loss: float
     means: dict[str, Mean]
@@ -34,11 +34,10 @@ class WholeLoss:
 def with_coefficients(
     batch: PackedBatch, policy: Learner, algorithm: AlgorithmSpec, step: int, precision: str = "fp32"
 ) -> tuple[PackedBatch, WholeLoss]:
-    """Pass 1: the batch with d loss / d log-prob in every micro-batch, and the loss of the whole effective
-    batch.
+    """Pass 1: (the batch with d loss / d log-prob in every micro-batch, the loss of the effective batch).
 
-    step: of the optimizer step whose dropout pass 2 will draw: both passes see one network. precision: the
-    learner's.
+    step: the optimizer step whose dropout pass 2 will draw, so that both passes see the same network.
+    precision: learners.precision.
     """
     scores = replace(whole_scores(batch, policy.token_logprobs(batch, step=step)), precision=precision)
     loss, gradient = coefficients(algorithm.objective, scores, batch.units)
@@ -46,8 +45,8 @@ def with_coefficients(
 
 
 def whole_scores(batch: PackedBatch, logprobs: PerMicroBatch) -> TokenScores:
-    """All examples of the effective batch as one TokenScores, fillers left out, in the order of the
-    micro-batches."""
+    """All examples of the effective batch as one TokenScores, in the order of the micro-batches, without
+    fillers."""
     parts = [
         (mb, lp)
         for rank, values in zip(batch.micro_batches, logprobs, strict=True)
@@ -60,20 +59,26 @@ def whole_scores(batch: PackedBatch, logprobs: PerMicroBatch) -> TokenScores:
         offset += len(mb) * mb.branches
     return TokenScores(
         logps=torch.from_numpy(np.concatenate([lp for _, lp in parts])).double(),
-        ref_logps=_column([mb.ref_logprobs for mb, _ in parts]),
+        ref_logps=_column([mb.ref_logprobs for mb, _ in parts], "reference log-probs"),
         sequence=torch.from_numpy(np.concatenate(sequences)),
         examples=sum(len(mb) for mb, _ in parts),
         branches=parts[0][0].branches,
-        label=_column([mb.label for mb, _ in parts]),
-        margin=_column([mb.margin for mb, _ in parts]),
+        label=_column([mb.label for mb, _ in parts], "label"),
+        margin=_column([mb.margin for mb, _ in parts], "margin"),
     )
 
 
-def _column(values: list[Floats | None]) -> torch.Tensor | None:
+def _column(values: list[Floats | None], name: str) -> torch.Tensor | None:
+    """A column of all micro-batches; None if none has it. DataError if only a part of them has it."""
     present = [v for v in values if v is not None]
     if not present:
         return None
-    assert len(present) == len(values), "a column is in some micro-batches of a step and not in others"
+    if len(present) < len(values):
+        raise DataError(
+            f"{len(values) - len(present)} of {len(values)} micro-batches of a step have no {name}",
+            why="the others have it, and the loss reads a column from all examples or from none",
+            fix="give every row the column, or leave it out with data.columns",
+        )
     return torch.from_numpy(np.concatenate(present)).double()
 
 

@@ -23,7 +23,7 @@ from orchestrator.algorithms.losses.interface import TokenScores
 from orchestrator.core.batches import LossUnits
 
 QUIET = {"use_cpu": True, "bf16": False, "report_to": "none"}
-"""What TRL's configurations need on any machine; nothing of it is read by a loss."""
+"""Keys that TRL's configurations need on any machine; no loss reads them."""
 TRL_DIVERGENCE = {
     "reverse_kl": "reverse_kl",
     "forward_kl": "forward_kl",
@@ -34,8 +34,7 @@ TRL_DIVERGENCE = {
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """n examples of two branches as TRL lays them out: rows [branch 0 of all | branch 1 of all], columns =
-    tokens.
+    """n examples of two branches in TRL's layout: rows [branch 0 of all | branch 1 of all], a token a column.
 
     policy, reference, log_sum_sq: Float[2n, T] with zeros where mask: Bool[2n, T] is False.
     """
@@ -116,7 +115,7 @@ def _fused(log_probs: Tensor, log_sum_sq: Tensor) -> FusedCausalLMOutput:
 
 
 def _trainer(**fields: Any) -> SimpleNamespace:
-    """What every trainer's loss reads of `self`."""
+    """The fields of `self` that every trainer's loss reads."""
     model = torch.nn.Module().train()
     model.is_gradient_checkpointing = False
     common = {
@@ -136,7 +135,7 @@ def _logged(trainer: SimpleNamespace) -> dict[str, float]:
 
 
 def _inputs(mask: Tensor) -> dict[str, Tensor]:
-    """Ids and masks one longer than the log-probs: the first token is predicted by nothing."""
+    """Ids and masks one longer than the log-probs: nothing predicts the first token."""
     completion = torch.cat([torch.zeros(len(mask), 1, dtype=torch.long), mask.long()], 1)
     return {
         "input_ids": torch.ones_like(completion),
@@ -191,8 +190,7 @@ def kto(
     )
 
     def model(values: Tensor) -> Any:
-        # TRL first asks for the KL rows under no_grad, then for the completions; both are told apart by their
-        # ids.
+        # TRL first runs the KL rows under no_grad, then the completions; their ids tell which rows are meant
         def forward(*, input_ids: Tensor, **_: Any) -> FusedCausalLMOutput:
             rows = slice(n, 2 * n) if int(input_ids[0, 0]) == 2 else slice(0, n)
             return _fused(values[rows], batch.log_sum_sq[rows])
@@ -220,8 +218,7 @@ def kto(
 
 @dataclass(frozen=True, slots=True)
 class LogitsBatch:
-    """n pairs with logits of a model, for trainers that start from logits. Rows [chosen of all | rejected of
-    all].
+    """n pairs with logits, for trainers that start from logits. Rows: [chosen of all | rejected of all].
 
     logits: Float[2n, T, V]; ids: Int[2n, T]; completion, attention: Bool[2n, T].
     """
@@ -274,7 +271,7 @@ def cpo(
     simpo_gamma: float,
     cpo_alpha: float,
 ) -> tuple[Tensor, dict[str, float]]:
-    """CPOTrainer.get_batch_loss_metrics: its own forward, log-probs, cpo_loss and NLL term on `batch.logits`."""
+    """CPOTrainer.get_batch_loss_metrics on `batch.logits`: its forward, log-probs, cpo_loss and NLL term."""
     fields = {
         "loss_type": loss_type,
         "alpha": 0.0,

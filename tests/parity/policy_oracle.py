@@ -2,8 +2,8 @@
 log-probs.
 
 Losses are methods, called unbound as in oracle.py. The correction weights and advantages are lines inside
-`_generate_and_score_completions`, which needs a model: those very lines of the installed TRL are cut out and
-run. Every setting is that of TRL's own GRPOConfig() or RLOOConfig(), but for those that a call names.
+`_generate_and_score_completions`, which needs a model: those lines of the installed TRL are cut out and run.
+Every setting has the default of TRL's GRPOConfig() or RLOOConfig(), unless a call sets it.
 """
 
 import inspect
@@ -108,7 +108,7 @@ def settings(config: type[Any], **changes: Any) -> Any:
 
 
 def _trainer(rollouts: Rollouts, args: Any, **fields: Any) -> SimpleNamespace:
-    """What the losses of both trainers read of `self`, made of `args` as their constructors make it."""
+    """The fields of `self` that the losses of both trainers read, set from `args` as the constructors do."""
 
     def scored(*_: Any, **__: Any) -> tuple[Tensor, Tensor, None]:
         return rollouts.logps, rollouts.entropy, None

@@ -36,7 +36,7 @@ group.join(torch.device("cpu"))
 reference = RankReference(recipe, torch.device("cpu"))
 learner = RankLearner(LearnerSpec(recipe, cut, recipe.run.max_steps), group, torch.device("cpu"))
 effective = recipe.batch.effective
-for step in range(recipe.run.max_steps):  # in the file's order, as TRL is told to
+for step in range(recipe.run.max_steps):  # in the file's order, as TRL is configured
     batch = cut_step(data.groups[step * effective : (step + 1) * effective], cut)
     batch = batch.with_reference((reference.token_logprobs(batch.micro_batches[0]),))
     learned = learner.forward_backward(batch.micro_batches[0], batch.units, step)

@@ -227,7 +227,7 @@ def test_ipo_on_sums_against_the_closed_form():
 
 @pytest.mark.parametrize("beta", [0.1, 0.5])
 @pytest.mark.parametrize("name", TRL_LOSSES)
-def test_anchor_is_the_loss_where_policy_equals_reference(name, beta):
+def test_loss_at_reference_is_the_loss_if_policy_equals_reference(name, beta):
     algorithm: AlgorithmSpec = build(AlgorithmConfig(name="dpo", loss=name, beta=beta, label_smoothing=0.1))
     batch = random_batch(CHOSEN, REJECTED)
     same = Batch(batch.policy, batch.policy, batch.log_sum_sq, batch.mask)

@@ -131,7 +131,7 @@ def test_kl_term_equals_trl(name, on_policy, corrected):
 
 @pytest.mark.parametrize("name", FAMILY)
 def test_the_two_kl_terms_differ_in_their_gradient_alone_on_policy(name):
-    """What a comparison of losses cannot see: on policy the ratio is 1."""
+    """A comparison of losses cannot show it: on policy the ratio is 1."""
     options, _ = FORMS[name]
     rollouts = random_rollouts(*LENGTHS, drift=0.0, seed=1).tracked()
     losses = [
@@ -183,10 +183,10 @@ def test_k1_in_the_loss_has_the_divergences_gradient_with_the_ratio_and_none_wit
         (k3, False, False),
     ):
         term = estimator(logps, ref) * ((logps - old).exp() if ratio else 1.0)
-        (found,) = torch.autograd.grad((p * term).sum(), z, retain_graph=True)
-        assert torch.allclose(found, exact, rtol=1e-12, atol=1e-14) is right, (estimator.__name__, ratio)
+        (gradient,) = torch.autograd.grad((p * term).sum(), z, retain_graph=True)
+        assert torch.allclose(gradient, exact, rtol=1e-12, atol=1e-14) is right, (estimator.__name__, ratio)
         if estimator is k1 and not ratio:
-            assert float(found.abs().max()) < 1e-15
+            assert float(gradient.abs().max()) < 1e-15
     noted = {"name": "ppo", "kl": {"coefficient": 0.3, "estimator": "k1"}}
     assert "no gradient in expectation" in kl_notes(build(AlgorithmConfig.model_validate(noted)))[0]
     for calm in (
@@ -200,7 +200,7 @@ def test_k1_in_the_loss_has_the_divergences_gradient_with_the_ratio_and_none_wit
 
 @pytest.mark.parametrize("name", ["grpo", "dr_grpo", "dapo", "cispo", "gspo"])
 def test_entropy_bonus_equals_trl(name):
-    """A mean over tokens, whatever divides the policy's loss."""
+    """A mean over tokens, whatever the normaliser of the policy's loss."""
     options, objective = FORMS[name]
     rollouts = random_rollouts(*LENGTHS, drift=0.4, tools=True, seed=2).tracked()
     want, _ = grpo(rollouts, entropy_coef=0.2, **options)

@@ -224,13 +224,13 @@ def take_adapter(theirs: torch.nn.Module) -> None:
 
 def given(trainer: type, run: Path) -> type:
     """A trainer that takes the completions of our first step in place of its generation."""
-    said = [
+    completions = [
         line for line in every_line(run / "samples.jsonl") if line["kind"] == "rollout" and line["step"] == 1
     ]
 
     class Given(trainer):
         def _generate_single_turn(self, prompt_ids: Sequence[Sequence[int]], *_: Any) -> Any:
-            left = list(said)
+            left = list(completions)
             return [take(left, list(ids)) for ids in prompt_ids], None
 
     def take(left: list[dict[str, Any]], prompt: list[int]) -> list[int]:

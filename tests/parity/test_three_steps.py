@@ -1,8 +1,7 @@
-"""docs/coming-from.md, held to its word: three steps of TRL's own trainer and of the recipe that the page
-maps its settings to.
+"""Checks docs/coming-from.md: three steps of TRL's trainer, and of the recipe that the page maps it to.
 
-    rows, a start model --TRL's trainer--> weights  ─┐
-    the same     --mapped recipe, our learner--> weights ┴─> by tensor: difference of the two updates / TRL's update
+    rows, a start model --TRL's trainer-------------> weights ─┐
+    the same            --mapped recipe, our learner--> weights ┴─> difference of the updates / TRL's update
 
 Weight decay, warm-up, decay of the learning rate and clipping are all on. Every other setting is TRL's own
 default, or is named here.
@@ -36,7 +35,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "coming-from.md"
 STEPS, EFFECTIVE, SAMPLES = 3, 8, 4
 BOUND = 1e-3
-"""Of the norm of TRL's update, by tensor."""
+"""Largest difference of a tensor's update, as a share of the norm of TRL's."""
 QUIET = {
     **{
         "use_cpu": True,
@@ -48,7 +47,7 @@ QUIET = {
     },
     **{"gradient_checkpointing": False},
 }
-"""Settings of TRL that decide no step."""
+"""Settings of TRL that do not change a step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,7 +198,7 @@ def our_completions(folder: Path, rows: Sequence[Mapping[str, Any]]) -> list[lis
 
 
 def train_with_trl(
-    name: str, folder: Path, rows: list[dict[str, Any]], said: list[list[dict[str, Any]]] | None
+    name: str, folder: Path, rows: list[dict[str, Any]], completions: list[list[dict[str, Any]]] | None
 ) -> dict[str, np.ndarray]:
     """The weights after three steps of TRL's trainer."""
     import trl
@@ -217,12 +216,12 @@ def train_with_trl(
     )
     common = {"args": args, "train_dataset": Dataset.from_list(rows), "processing_class": byte_tokenizer()}
     model = auto.from_pretrained(folder, dtype=torch.float32)
-    if said is None:
+    if completions is None:
         taken = trainer(model=model, **common)
         taken._get_train_sampler = lambda dataset=None: SequentialSampler(dataset or taken.train_dataset)
     else:
         args.shuffle_dataset = False
-        taken = _given(trainer, said)(model=model, reward_funcs=rewards, **common)
+        taken = _given(trainer, completions)(model=model, reward_funcs=rewards, **common)
     taken.train()
     assert taken.state.global_step == STEPS
     norms = [line["grad_norm"] for line in taken.state.log_history if "grad_norm" in line]
@@ -232,9 +231,9 @@ def train_with_trl(
     return {n: p.detach().numpy() for n, p in taken.accelerator.unwrap_model(taken.model).named_parameters()}
 
 
-def _given(trainer: type, said: list[list[dict[str, Any]]]) -> type:
+def _given(trainer: type, completions: list[list[dict[str, Any]]]) -> type:
     """A trainer that takes our completions in place of its generation."""
-    steps = iter(said)
+    steps = iter(completions)
 
     class Given(trainer):
         def _generate_single_turn(self, prompt_ids: Any, *_: Any) -> Any:
@@ -281,10 +280,10 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[dict[st
         start(folder, case.head)
         data = folder / "rows.jsonl"
         data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        said = our_completions(folder, rows) if case.online else None
-        theirs[name] = train_with_trl(name, folder, rows, said)
+        completions = our_completions(folder, rows) if case.online else None
+        theirs[name] = train_with_trl(name, folder, rows, completions)
         recipe = mapped_recipe(case, folder, "toy:arithmetic" if case.online else str(data))
-        jobs.append({"name": name, "recipe": recipe, "folder": str(folder), "rollouts": said})
+        jobs.append({"name": name, "recipe": recipe, "folder": str(folder), "rollouts": completions})
     (root / "jobs.json").write_text(json.dumps(jobs))
     command = [sys.executable, "-m", "tests.parity.three_steps", str(root / "jobs.json")]
     done = subprocess.run(

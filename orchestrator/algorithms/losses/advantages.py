@@ -1,20 +1,96 @@
-"""Advantages of completions (of a group of samples of one prompt) and of tokens (of an episode).
+"""From the rewards of a rollout batch to an advantage for each token.
 
-    rewards Float[G, n] --group_*, leave_one_out--> Float[G, n]
-    rewards Float[B], KL penalties Float[N] --token_rewards--> Float[N] --gae, discounted_returns, whiten--> Float[N]
+    rewards    Float[G, n]: n samples of each of G prompts
+    penalties  Float[N]: KL penalty of each token
+    values     Float[N]: a critic's value of each token
 
-Ragged token columns are flat, Float[N], episode after episode, with the `lengths` of the episodes (zeros
-allowed).
+    Episodes --AdvantageEstimator--> advantages Float[N], returns Float[N] or None
+
+    by_group                 rewards --group_*, leave_one_out--> Float[G, n] --> each token of its completion
+    by_gae, by_reinforce_pp  rewards, penalties --token_rewards--> Float[N] --gae, whiten--> Float[N]
+
+Token columns of different lengths are flat, Float[N], one episode after the other. `lengths` holds the tokens
+of each episode; zeros are allowed.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from orchestrator.algorithms.losses.interface import required
+
 NEGLIGIBLE = 1e-8
-"""A deviation this small against the largest value is rounding: there is nothing to scale."""
+"""A deviation below this share of the largest value is rounding: there is nothing to scale."""
+
+
+@dataclass(frozen=True, slots=True)
+class Episodes:
+    """The episodes of a rollout batch, group after group."""
+
+    rewards: Tensor
+    """Float[G, n]: reward of each completion."""
+    penalties: Tensor
+    """Float[N]: KL coefficient times the KL of each scored token; zeros without a penalty."""
+    lengths: tuple[int, ...]
+    """Scored tokens of each of the G*n episodes. Example: (12, 0, 7, 9) for two groups of two."""
+    values: Tensor | None = None
+    """Float[N]: value of each scored token, if there is a critic."""
+
+    def penalised(self) -> Tensor:
+        """Float[G, n]: the reward of each episode less its tokens' penalties."""
+        owner = torch.repeat_interleave(torch.arange(len(self.lengths)), torch.tensor(self.lengths))
+        costs = torch.zeros(len(self.lengths), dtype=self.rewards.dtype).index_add(
+            0, owner, self.penalties.to(self.rewards.dtype)
+        )
+        return self.rewards - costs.view_as(self.rewards)
+
+
+AdvantageEstimator = Callable[[Episodes], tuple[Tensor, Tensor | None]]
+"""(advantages Float[N], returns Float[N] for a critic or None)."""
+
+
+# ---- estimators: from episodes to tokens, for the table of algorithms
+
+
+def by_group(estimate: Callable[[Tensor], Tensor]) -> AdvantageEstimator:
+    """Gives every token of a completion the advantage of its completion.
+
+    The KL penalty is part of the completion's reward. estimate: Float[G, n] -> Float[G, n].
+    """
+
+    def estimator(episodes: Episodes) -> tuple[Tensor, None]:
+        per_completion = estimate(episodes.penalised()).flatten()
+        return per_completion.repeat_interleave(torch.tensor(episodes.lengths)), None
+
+    return estimator
+
+
+def by_reinforce_pp(episodes: Episodes) -> tuple[Tensor, None]:
+    """REINFORCE++: see `reinforce_pp`."""
+    return reinforce_pp(episodes.rewards.flatten(), episodes.penalties, episodes.lengths), None
+
+
+def by_reinforce_pp_baseline(episodes: Episodes) -> tuple[Tensor, None]:
+    """REINFORCE++ with a baseline: see `reinforce_pp_baseline`."""
+    return reinforce_pp_baseline(episodes.penalised(), episodes.lengths), None
+
+
+def by_gae(gamma: float, lam: float, *, whitened: bool) -> AdvantageEstimator:
+    """PPO: GAE over tokens. whitened: advantages are whitened over the rollout batch; returns never are."""
+
+    def estimator(episodes: Episodes) -> tuple[Tensor, Tensor]:
+        values = required(episodes.values, "GAE", "a critic's values")
+        rewards = token_rewards(episodes.rewards.flatten(), episodes.penalties, episodes.lengths)
+        advantages, returns = episodes_gae(rewards, values.to(rewards.dtype), episodes.lengths, gamma, lam)
+        return (whiten(advantages) if whitened else advantages), returns
+
+    return estimator
+
+
+# ---- equations
 
 
 def group_centred(rewards: Tensor) -> Tensor:
@@ -25,7 +101,8 @@ def group_centred(rewards: Tensor) -> Tensor:
 def group_normalised(rewards: Tensor, scale_by_std: bool = True, eps: float = 1e-4) -> Tensor:
     """A_i = (r_i - mean(r)) / (std(r) + eps), Float[G, n] (GRPO, arXiv 2402.03300, sec. 4.1.2).
 
-    std is unbiased and eps TRL's; a group of one has deviation 0. Not scaled: Dr. GRPO.
+    std is the unbiased deviation, eps has TRL's value. A group of one sample has deviation 0. Without scaling
+    this is Dr. GRPO's advantage.
     """
     centred = group_centred(rewards)
     if not scale_by_std or rewards.shape[1] < 2:
@@ -38,30 +115,33 @@ def leave_one_out(rewards: Tensor) -> Tensor:
     n = rewards.shape[1]
     if n < 2:
         raise ValueError(
-            f"leave-one-out needs at least 2 samples of a prompt, got {n}: the baseline is the mean of the "
-            "others"
+            f"leave-one-out needs at least 2 samples of a prompt, got {n}: "
+            "the baseline is the mean of the others"
         )
     return (n / (n - 1)) * group_centred(rewards)  # r_i - (sum - r_i)/(n - 1)
 
 
 def token_rewards(rewards: Tensor, penalties: Tensor, lengths: Sequence[int]) -> Tensor:
-    """r_t = [t = T] R - penalty_t, Float[N]: an episode's reward Float[B] comes with its last token (Ziegler
-    et al., arXiv 1909.08593, eq. 2, written per token).
+    """r_t = [t = T] R - penalty_t, Float[N] (Ziegler et al., arXiv 1909.08593, eq. 2, written per token).
 
-    penalties: Float[N], the KL coefficient times k1 of each token. An episode without tokens has nowhere to
-    put its reward.
+    The last token of an episode gets the episode's reward, Float[B]. An episode without tokens loses its
+    reward. penalties: Float[N], the KL coefficient times k1 of each token.
     """
     sizes = torch.tensor(lengths, device=penalties.device)
-    last, some = sizes.cumsum(0) - 1, sizes > 0
-    return (-penalties).index_add(0, last[some], rewards[some].to(penalties.dtype))
+    last, has_tokens = sizes.cumsum(0) - 1, sizes > 0
+    return (-penalties).index_add(0, last[has_tokens], rewards[has_tokens].to(penalties.dtype))
 
 
 def gae(rewards: Tensor, values: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
-    """Generalised advantage estimation (arXiv 1506.02438, eq. 16) of finished episodes: (advantages,
-    returns), Float[..., T] each.
+    """Generalised advantage estimation (arXiv 1506.02438, eq. 16) of finished episodes.
 
-    delta_t = r_t + gamma V_{t+1} - V_t with V_T = 0; A_t = delta_t + gamma lam A_{t+1}; return_t = A_t + V_t.
-    Rows padded with zeros at their end are exact: nothing comes from a padded place.
+    Returns (advantages, returns), Float[..., T] each:
+
+        delta_t = r_t + gamma V_{t+1} - V_t with V_T = 0
+        A_t = delta_t + gamma lam A_{t+1}
+        return_t = A_t + V_t
+
+    Zeros that pad the end of a row change nothing before them.
     """
     following = torch.cat([values[..., 1:], torch.zeros_like(values[..., :1])], -1)
     delta = rewards + gamma * following - values
@@ -75,7 +155,7 @@ def gae(rewards: Tensor, values: Tensor, gamma: float, lam: float) -> tuple[Tens
 def episodes_gae(
     rewards: Tensor, values: Tensor, lengths: Sequence[int], gamma: float, lam: float
 ) -> tuple[Tensor, Tensor]:
-    """gae of each episode of flat Float[N] columns: (advantages, returns), Float[N] each."""
+    """`gae` of each episode of flat Float[N] columns: (advantages, returns), Float[N] each."""
     if not len(rewards):
         return rewards.clone(), values.clone()
     inside = (
@@ -90,13 +170,12 @@ def episodes_gae(
 
 
 def discounted_returns(rewards: Tensor, gamma: float) -> Tensor:
-    """G_t = r_t + gamma G_{t+1}, Float[..., T]: gae with lambda 1 and no values."""
+    """G_t = r_t + gamma G_{t+1}, Float[..., T]: `gae` with lambda 1 and without values."""
     return gae(rewards, torch.zeros_like(rewards), gamma, 1.0)[0]
 
 
 def whiten(values: Tensor) -> Tensor:
-    """(x - mean(x)) / std(x), Float[N], with the unbiased deviation; zeros where there is none (N < 2, or
-    equal values)."""
+    """(x - mean(x)) / std(x), Float[N], with the unbiased deviation; zeros if N < 2 or all are equal."""
     if len(values) < 2:
         return torch.zeros_like(values)
     exact = values.double()
@@ -107,11 +186,10 @@ def whiten(values: Tensor) -> Tensor:
 
 
 def reinforce_pp(rewards: Tensor, penalties: Tensor, lengths: Sequence[int]) -> Tensor:
-    """REINFORCE++ (arXiv 2501.03262, eq. 8-10), Float[N]: A_t = R - sum_{i >= t} penalty_i, normalised over
-    the GLOBAL batch of tokens.
+    """A_t = R - sum_{i >= t} penalty_i, whitened over the GLOBAL batch of tokens, Float[N].
 
-    rewards: Float[B], of all episodes of the rollout batch; penalties: Float[N], beta * k1 of each token (eq.
-    9).
+    REINFORCE++ (arXiv 2501.03262, eq. 8-10). rewards: Float[B], of all episodes of the rollout batch.
+    penalties: Float[N], beta * k1 of each token (eq. 9).
     """
     rewarded = token_rewards(rewards, penalties, lengths)
     returns, _ = episodes_gae(rewarded, torch.zeros_like(rewarded), lengths, 1.0, 1.0)  # eq. 8
@@ -119,10 +197,10 @@ def reinforce_pp(rewards: Tensor, penalties: Tensor, lengths: Sequence[int]) -> 
 
 
 def reinforce_pp_baseline(rewards: Tensor, lengths: Sequence[int]) -> Tensor:
-    """REINFORCE++ with baseline (arXiv 2501.03262), Float[N]: r - mean of its group, on each token,
-    normalised over the GLOBAL batch.
+    """r - mean of its group, on each token, whitened over the GLOBAL batch of tokens, Float[N].
 
-    rewards: Float[G, n]; lengths: of the G*n episodes, group after group. Its KL term is k2 in the loss.
+    REINFORCE++ with a baseline (arXiv 2501.03262); its KL term is k2 in the loss. rewards: Float[G, n].
+    lengths: tokens of the G*n episodes, group after group.
     """
     sizes = torch.tensor(lengths, device=rewards.device)
     return whiten(group_centred(rewards).flatten().repeat_interleave(sizes))

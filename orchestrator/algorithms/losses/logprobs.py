@@ -1,4 +1,4 @@
-"""Token log-probs from hidden states without the logits of a whole row, and token weights."""
+"""Token log-probs from hidden states, a chunk of logits at a time; LD-DPO's token weights."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -9,29 +9,31 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True, slots=True)
 class HeadSpec:
-    """How logits are made of hidden states and what is wanted beside log-probs.
+    """How logits are computed from hidden states, and what is wanted beside log-probs.
 
-    z = (cap * tanh(scale * (hidden W^T + b) / cap)) / temperature. temperature: of the distribution that
-    rollouts are drawn from, so that log-probs are those of the sampled policy. chunk: positions whose logits
-    are alive at once.
+    z = (cap * tanh(scale * (hidden W^T + b) / cap)) / temperature
     """
 
     chunk: int = 1024
+    """Positions whose logits are alive at the same time."""
     soft_cap: float | None = None
     scale: float = 1.0
     temperature: float = 1.0
+    """Temperature that rollouts are drawn at, so that log-probs are those of the sampled policy."""
     want_wpo: bool = False
     want_entropy: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class HeadOutput:
-    """logps: Float[N], log softmax(z)[target]; wpo: Float[N], log p(target) - log sum_v p(v)^2 (WPO, arXiv
-    2406.11827, eq. 2) without gradient; entropy: Float[N], -sum_v p(v) log p(v)."""
+    """Scores of N target tokens, Float[N] each."""
 
     logps: Tensor
+    """log softmax(z)[target]."""
     wpo: Tensor | None = None
+    """log p(target) - log sum_v p(v)^2 (WPO, arXiv 2406.11827, eq. 2), without gradient."""
     entropy: Tensor | None = None
+    """-sum_v p(v) log p(v)."""
 
 
 def chunked_logprobs(
@@ -39,17 +41,17 @@ def chunked_logprobs(
 ) -> HeadOutput:
     """Log-probs of `targets` (and what else `spec` wants), spec.chunk positions at a time.
 
-    hidden: [N, H], weight: [V, H], bias: [V], targets: Int[N]; results in fp32 (fp64 for fp64 input). The
-    backward recomputes each chunk, so at most two chunks of logits are alive; the weight's gradient is summed
-    over chunks in fp32 and rounded once.
+    hidden: [N, H], weight: [V, H], bias: [V], targets: Int[N]. Results are fp32 (fp64 for fp64 input). The
+    backward computes each chunk again, so at most two chunks of logits are alive. The weight's gradient is
+    summed over chunks in fp32 and rounded once.
     """
     logps, wpo, entropy = _ChunkedLogProbs.apply(hidden, weight, bias, targets, spec)
     return HeadOutput(logps, wpo if spec.want_wpo else None, entropy if spec.want_entropy else None)
 
 
 def _widens(tensor: Tensor, accurate: torch.dtype) -> bool:
-    """True where a product of these low-precision values can be had as the fp32 sums that it is made of:
-    NVIDIA's from Ampere on."""
+    """True if the device returns a product of these low-precision values as its fp32 sums: NVIDIA from Ampere
+    on."""
     return (
         tensor.is_cuda
         and tensor.dtype != accurate
@@ -73,23 +75,29 @@ def _logits(
 
 
 def _below_top(z: Tensor) -> Tensor:
-    """The largest logit of each row, Float[n]; z is left with what is below it. A log-prob is then a
-    difference of small numbers, as in torch.log_softmax: taken from whole logits it would lose what fp32
-    cannot hold beside a logit of 40 (4e-6 nat)."""
+    """The largest logit of each row, Float[n], subtracted from z in place.
+
+    A log-prob is then a difference of small numbers, as in torch.log_softmax. Taken from the logits
+    themselves it would lose what fp32 cannot hold beside a logit of 40 (4e-6 nat).
+    """
     top = z.amax(1, keepdim=True)
     z.sub_(top)
     return top[:, 0]
 
 
-def _spent(z: Tensor) -> Tensor:
-    """log sum_v exp z_v: Float[n], of z below its top, without the second [n, V] tensor that torch.logsumexp
-    takes. z is overwritten."""
+def _logsumexp_in_place(z: Tensor) -> Tensor:
+    """log sum_v exp z_v, Float[n], of z below its top; overwrites z.
+
+    torch.logsumexp would allocate a second [n, V] tensor.
+    """
     return z.exp_().sum(1).log_()
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left^T right in place: [V, H] += [n, V]^T [n, H], summed in total's precision. Where no
-    product of low precision adds up in fp32 (a CPU's), both sides are made fp32."""
+    """total += left^T right in place: [V, H] += [n, V]^T [n, H], summed in total's precision.
+
+    If the device cannot sum low-precision products in fp32 (a CPU), both sides are converted to fp32.
+    """
     if _widens(left, total.dtype):
         torch.addmm(total, left.t(), right, out_dtype=total.dtype, out=total)
     else:
@@ -97,8 +105,7 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 class _ChunkedLogProbs(torch.autograd.Function):
-    """Keeps the weight PARAMETER, not a copy: under ZeRO-3 its data is freed after the forward and gathered
-    again."""
+    """Keeps the weight PARAMETER, no copy: ZeRO-3 frees its data after the forward and gathers it again."""
 
     @staticmethod
     def forward(
@@ -111,7 +118,7 @@ class _ChunkedLogProbs(torch.autograd.Function):
         )
         accurate = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         logps = torch.empty(len(hidden), dtype=accurate, device=hidden.device)
-        norm = torch.empty_like(logps)  # log sum_v exp z_v: kept, so that the backward has no sums to make
+        norm = torch.empty_like(logps)  # log sum_v exp z_v, kept for the backward
         wpo = torch.empty_like(logps) if spec.want_wpo else logps.new_empty(0)
         entropy = torch.empty_like(logps) if spec.want_entropy else logps.new_empty(0)
         w, b = weight.to(ctx.compute), None if bias is None else bias.to(ctx.compute)
@@ -120,7 +127,7 @@ class _ChunkedLogProbs(torch.autograd.Function):
             z = _logits(hidden[part].to(ctx.compute), w, b, spec, accurate)
             top = _below_top(z)
             picked = z.gather(1, targets[part, None])[:, 0]
-            below = z.logsumexp(1) if spec.want_wpo or spec.want_entropy else _spent(z)
+            below = z.logsumexp(1) if spec.want_wpo or spec.want_entropy else _logsumexp_in_place(z)
             norm[part] = below + top
             logps[part] = picked - below
             if spec.want_wpo:
@@ -194,8 +201,10 @@ def _logits_gradient(
     grad_entropy: Tensor | None,
     entropy: Tensor | None,
 ) -> Tensor:
-    """d/dz of grad . log p(target) + grad_entropy . H. z: [n, V], overwritten; norm = log sum exp z,
-    gradients and entropy: [n, 1]."""
+    """d/dz of grad . log p(target) + grad_entropy . H, [n, V]; overwrites z.
+
+    norm = log sum exp z, grad, grad_entropy and entropy: [n, 1].
+    """
     if grad_entropy is not None:
         assert entropy is not None
         logp = z.sub_(norm)
@@ -209,10 +218,10 @@ def _logits_gradient(
 
 
 def ld_weights(sequence: Tensor, examples: int, branches: int, alpha: float) -> Tensor:
-    """LD-DPO's token weights Float[N] (arXiv 2409.06411, eq. 10): 1 up to the shorter branch's length, alpha
-    beyond.
+    """LD-DPO's token weights, Float[N] (arXiv 2409.06411, eq. 10).
 
-    sequence: Int[N], tokens of a sequence in order of position.
+    1 up to the length of the shorter branch, alpha beyond it. sequence: Int[N]; the tokens of a sequence
+    stand in order of their positions.
     """
     ones = torch.ones_like(sequence)
     lengths = torch.zeros(examples * branches, dtype=sequence.dtype, device=sequence.device).index_add(

@@ -1,7 +1,7 @@
-"""Policy-gradient losses by composition: a log-ratio, what a token loses, its correction, its share of the
-global count.
+"""Policy-gradient losses by composition: ratio, loss of a token, its correction, its share of the batch.
 
-    log_ratio --exp--> ratio --clipped | clipped_weight | reinforce--> loss of a token --* correction, + KL--> --* share--> sum
+    log_ratio --exp--> ratio --clipped | clipped_weight | reinforce--> loss of a token
+                                            loss of a token --* correction, + KL--> --* share--> sum
 
 | algorithm                        | form      | level      | normaliser | clip_low, clip_high      |
 |----------------------------------|-----------|------------|------------|--------------------------|
@@ -21,7 +21,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from orchestrator.algorithms.losses.interface import LossSum, Means, TokenScores
+from orchestrator.algorithms.losses.interface import ExperienceTensors, LossSum, Means, TokenScores, required
 from orchestrator.algorithms.losses.kl import ESTIMATORS, k3
 from orchestrator.core.batches import LossUnits
 
@@ -31,15 +31,16 @@ Normaliser = Literal["token", "sequence", "constant"]
 CorrectionKind = Literal["none", "token", "sequence", "decoupled"]
 
 LOG_RATIO_MAX = 80.0
-"""exp of more overflows fp32, and an infinite ratio has a NaN gradient even where it is clipped away."""
+"""exp of more overflows fp32. An infinite ratio has a NaN gradient even if it is clipped away."""
 
 
 def log_ratio(scores: TokenScores, old_logps: Tensor, level: Level) -> Tensor:
-    """log(pi/pi_old) as each token sees it, Float[N].
+    """log(pi/pi_old) of each token at a level, Float[N].
 
-    token: its own (PPO, arXiv 1707.06347); sequence: the mean over its sequence (GSPO, arXiv 2507.18071, eq.
-    7); trajectory: the sum over its sequence, the ratio of whole completions (RLOO, arXiv 2402.14740, as TRL
-    clips it).
+    token       its own (PPO, arXiv 1707.06347)
+    sequence    the mean over its sequence (GSPO, arXiv 2507.18071, eq. 7)
+    trajectory  the sum over its sequence: the ratio of whole completions (RLOO, arXiv 2402.14740, as TRL
+                clips it)
     """
     per_token = scores.logps - old_logps
     if level == "token":
@@ -51,33 +52,34 @@ def log_ratio(scores: TokenScores, old_logps: Tensor, level: Level) -> Tensor:
 def clipped(ratio: Tensor, advantages: Tensor, low: float, high: float, dual: float | None) -> Tensor:
     """-min(min(r, dual) A, clip(r, 1 - low, 1 + high) A), Float[N].
 
-    PPO (arXiv 1707.06347, eq. 7); low != high: DAPO's clip-higher (arXiv 2503.14476); dual: for A < 0 the
-    loss grows only up to r = dual (dual-clip PPO, arXiv 1912.09729; TRL's delta).
+    PPO (arXiv 1707.06347, eq. 7). low != high is DAPO's clip-higher (arXiv 2503.14476). With `dual` the loss
+    of A < 0 grows only up to r = dual (dual-clip PPO, arXiv 1912.09729; TRL's delta).
     """
     bounded = ratio if dual is None else ratio.clamp(max=dual)
     return -torch.min(bounded * advantages, ratio.clamp(1.0 - low, 1.0 + high) * advantages)
 
 
 def clipped_weight(ratio: Tensor, advantages: Tensor, logps: Tensor, high: float) -> Tensor:
-    """-sg(min(r, high)) A log pi, Float[N] (CISPO, arXiv 2506.13585, eq. 4-5, without a lower bound as in TRL)."""
+    """-sg(min(r, high)) A log pi, Float[N] (CISPO, arXiv 2506.13585, eq. 4-5; no lower bound, as in TRL)."""
     return -ratio.clamp(max=high).detach() * advantages * logps
 
 
 def reinforce(advantages: Tensor, logps: Tensor) -> Tensor:
-    """-A log pi, Float[N] (Williams 1992): its gradient is the policy gradient where the tokens are the policy's
-    own."""
+    """-A log pi, Float[N] (Williams 1992).
+
+    Its gradient is the policy gradient if the policy drew the tokens itself.
+    """
     return -advantages * logps
 
 
 def correction_weights(
     scores: TokenScores, old_logps: Tensor, sampled_logps: Tensor, kind: CorrectionKind, cap: float
 ) -> Tensor:
-    """Weights Float[N] for tokens that were drawn from another distribution than pi_old, w =
-    pi_old/pi_sampled.
+    """Weights Float[N] of tokens that were not drawn from pi_old, by w = pi_old/pi_sampled.
 
-    token: min(w, cap), truncated importance sampling (TRL's token_truncate); sequence: the product over the
-    sequence, 0 beyond cap or where it is no number (TRL's sequence_mask); decoupled: w, 0 beyond cap (AReaL,
-    arXiv 2505.24298).
+    token      min(w, cap): truncated importance sampling (TRL's token_truncate)
+    sequence   the product of w over the sequence; 0 if it is beyond cap or NaN (TRL's sequence_mask)
+    decoupled  w; 0 if it is beyond cap (AReaL, arXiv 2505.24298)
     """
     gap = old_logps - sampled_logps
     if kind == "none":
@@ -89,12 +91,13 @@ def correction_weights(
 
 
 def shares(scores: TokenScores, units: LossUnits, normaliser: Normaliser, constant: float) -> Tensor:
-    """What a token's loss counts in the effective batch, Float[N]: sum_t share_t = 1 over a batch where every
-    sequence is whole.
+    """Share of each token's loss in the effective batch, Float[N].
 
-    token: 1/tokens (DAPO, arXiv 2503.14476, eq. 8); sequence: 1/(|o| sequences), the mean of means (GRPO,
-    arXiv 2402.03300, eq. 3); constant: 1/(constant * sequences) (Dr. GRPO, arXiv 2503.20783), with which the
-    shares add up to less than 1.
+    token     1/tokens (DAPO, arXiv 2503.14476, eq. 8)
+    sequence  1/(|o| sequences): the mean of means (GRPO, arXiv 2402.03300, eq. 3)
+    constant  1/(constant * sequences) (Dr. GRPO, arXiv 2503.20783)
+
+    The shares of `token` and `sequence` add up to 1 over the effective batch, those of `constant` to less.
     """
     if normaliser == "token":
         return torch.full_like(scores.logps, 1.0 / max(units.tokens, 1))
@@ -104,53 +107,58 @@ def shares(scores: TokenScores, units: LossUnits, normaliser: Normaliser, consta
 
 
 def _of_sequence(scores: TokenScores, values: Tensor) -> Tensor:
-    """Float[N]: to each token the value Float[n, branches] of its sequence."""
+    """Float[N]: for each token the value, of Float[n, branches], of its sequence."""
     return values.flatten()[scores.sequence]
 
 
 @dataclass(frozen=True, slots=True)
 class PolicyGradient:
-    """A policy loss over the effective batch, in sums: total = sum_t share_t (correction_t loss_t + beta
-    KL_t) - bonus mean(H).
+    """A policy loss over the effective batch, in sums.
 
-    constant: of the normaliser "constant" (Dr. GRPO: max_new_tokens). kl_coefficient: units.kl_coefficient
-    overrides it. kl_ratio: KL_t is multiplied by the ratio (of `level`), with its gradient, as TRL 1.16 does
-    for the GRPO family: the tokens were drawn by pi_old, and without it k3's gradient is not that of the
-    divergence, k1's is nothing at all in expectation. entropy_bonus: of the mean entropy over the tokens of
-    the effective batch, whatever the normaliser. cap: of the correction.
+    total = sum_t share_t (correction_t loss_t + beta KL_t) - bonus mean(H)
     """
 
     form: Form = "clip"
     level: Level = "token"
+    """Level of the ratio: see `log_ratio`."""
     normaliser: Normaliser = "token"
+    """Count that a token's loss is divided by: see `shares`."""
     constant: float = 1.0
+    """Length that the normaliser "constant" divides by (Dr. GRPO: max_new_tokens)."""
     clip_low: float = 0.2
     clip_high: float = 0.2
     dual: float | None = None
+    """Largest ratio of tokens with a negative advantage; None: unbounded."""
     kl_coefficient: float = 0.0
+    """beta; units.kl_coefficient overrides it."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
     kl_ratio: bool = False
+    """Multiplies KL_t by the ratio (of `level`), with its gradient, as TRL 1.16 does for the GRPO family.
+    pi_old drew the tokens: without the ratio k3's gradient is not that of the divergence, and k1's expected
+    gradient is zero."""
     entropy_bonus: float = 0.0
+    """Weight of the mean entropy over the tokens of the effective batch, whatever the normaliser."""
     correction: CorrectionKind = "none"
+    """Correction for tokens that pi_old did not draw: see `correction_weights`."""
     cap: float = 2.0
+    """Largest weight of the correction."""
 
     def __call__(self, scores: TokenScores, units: LossUnits) -> LossSum:
-        known = scores.experience
-        assert known is not None, "a policy gradient needs experience"
-        old = scores.logps.detach() if known.old_logps is None else known.old_logps
+        experience = required(scores.experience, "a policy gradient", "experience")
+        old = scores.logps.detach() if experience.old_logps is None else experience.old_logps
         ratio = log_ratio(scores, old, self.level).clamp(max=LOG_RATIO_MAX).exp()
-        weights = correction_weights(scores, old, known.sampled_logps, self.correction, self.cap)
-        losses = weights * self._losses(ratio, known.advantages, scores.logps)
+        weights = correction_weights(scores, old, experience.sampled_logps, self.correction, self.cap)
+        losses = weights * self._losses(ratio, experience.advantages, scores.logps)
         beta = self.kl_coefficient if units.kl_coefficient is None else units.kl_coefficient
         if beta:
-            assert known.ref_logps is not None, "a KL term needs reference log-probs"
-            divergence = ESTIMATORS[self.kl_estimator](scores.logps, known.ref_logps)
+            ref_logps = required(experience.ref_logps, "a KL term", "reference log-probs")
+            divergence = ESTIMATORS[self.kl_estimator](scores.logps, ref_logps)
             losses = losses + beta * (divergence * ratio if self.kl_ratio else divergence)
         total = (shares(scores, units, self.normaliser, self.constant) * losses).sum()
         if self.entropy_bonus:
-            assert scores.entropy is not None, "an entropy bonus needs the entropy at each token"
-            total = total - self.entropy_bonus * scores.entropy.sum() / max(units.tokens, 1)
-        return LossSum(total, *self._metrics(scores, old, ratio.detach(), weights))
+            entropy = required(scores.entropy, "an entropy bonus", "the entropy at each token")
+            total = total - self.entropy_bonus * entropy.sum() / max(units.tokens, 1)
+        return LossSum(total, *self._metrics(scores, experience, old, ratio.detach(), weights))
 
     def _losses(self, ratio: Tensor, advantages: Tensor, logps: Tensor) -> Tensor:
         if self.form == "clip":
@@ -160,27 +168,31 @@ class PolicyGradient:
         return reinforce(advantages, logps)
 
     def _metrics(
-        self, scores: TokenScores, old: Tensor, ratio: Tensor, weights: Tensor
+        self,
+        scores: TokenScores,
+        experience: ExperienceTensors,
+        old: Tensor,
+        ratio: Tensor,
+        weights: Tensor,
     ) -> tuple[Means, dict[str, Tensor]]:
         """Means over tokens (a clipped sequence counts with its tokens) and maxima."""
-        known, logps = scores.experience, scores.logps.detach()
-        assert known is not None
-        gap = (old - known.sampled_logps).abs()
+        logps = scores.logps.detach()
+        gap = (old - experience.sampled_logps).abs()
         columns = {
             "policy/approx_kl": k3(old, logps),
             "policy/train_rollout_gap": gap,
             "policy/correction_weight": weights,
         }
-        if known.ref_logps is not None:
-            columns["kl"] = k3(logps, known.ref_logps)
+        if experience.ref_logps is not None:
+            columns["kl"] = k3(logps, experience.ref_logps)
         if scores.entropy is not None:
             columns["policy/entropy"] = scores.entropy.detach()
         if self.form != "reinforce":
             high = (ratio > (self.clip_high if self.form == "cispo" else 1.0 + self.clip_high)) & (
-                known.advantages > 0
+                experience.advantages > 0
             )
             low = (
-                (ratio < 1.0 - self.clip_low) & (known.advantages < 0)
+                (ratio < 1.0 - self.clip_low) & (experience.advantages < 0)
                 if self.form == "clip"
                 else torch.zeros_like(high)
             )
@@ -194,5 +206,5 @@ class PolicyGradient:
 
 
 def _largest(column: Tensor) -> Tensor:
-    """The maximum of a column of what is never negative, 0 where there is no token."""
+    """The maximum of a column of non-negative values, 0 without tokens."""
     return torch.cat([column, column.new_zeros(1)]).max()

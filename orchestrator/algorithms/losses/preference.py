@@ -14,18 +14,20 @@ from torch.nn import functional as F
 
 @dataclass(frozen=True, slots=True)
 class Pairs:
-    """Sequence-level quantities of n pairs, each Float[n]. chosen, rejected: log pi(y); ref_*: log pi_ref(y)
-    (zeros for reference-free losses); score_*: the f-divergence's link applied to the log-ratios; tokens_*:
-    lengths."""
+    """Quantities of the sequences of n pairs, each Float[n]."""
 
     chosen: Tensor
     rejected: Tensor
+    """log pi(y) of chosen and rejected."""
     ref_chosen: Tensor
     ref_rejected: Tensor
+    """log pi_ref(y); zeros for reference-free losses."""
     score_chosen: Tensor
     score_rejected: Tensor
+    """Log-ratios under the f-divergence's link."""
     tokens_chosen: Tensor
     tokens_rejected: Tensor
+    """Scored tokens."""
 
     @property
     def ratio_chosen(self) -> Tensor:
@@ -48,7 +50,7 @@ class Pairs:
 
 @dataclass(frozen=True, slots=True)
 class PreferenceParams:
-    """Hyper-parameters of the family; each loss reads those its equation has."""
+    """Hyper-parameters of the family; each loss reads those of its equation."""
 
     beta: float = 0.1
     label_smoothing: float = 0.0
@@ -58,10 +60,12 @@ class PreferenceParams:
 
 
 def f_divergence_link(ratio: Tensor, name: str, alpha: float) -> Tensor:
-    """f'(t) at t = exp(ratio), up to constants (f-DPO, arXiv 2309.16240, table 1): what replaces the
-    log-ratio.
+    """f'(t) at t = exp(ratio), up to constants; replaces the log-ratio (f-DPO, arXiv 2309.16240, table 1).
 
-    reverse_kl: log t; forward_kl: 1 - 1/t; js: log(2t/(1+t)); alpha: (t^(a-1) - 1)/(a-1), log t at a = 1.
+    reverse_kl  log t
+    forward_kl  1 - 1/t
+    js          log(2t/(1+t))
+    alpha       (t^(a-1) - 1)/(a-1); log t at a = 1
     """
     if name == "forward_kl":
         return 1.0 - torch.exp(-ratio)
@@ -83,8 +87,10 @@ def sigmoid(p: Pairs, k: PreferenceParams) -> Tensor:
 
 
 def robust(p: Pairs, k: PreferenceParams) -> Tensor:
-    """Robust DPO (2403.00409, eq. 12): (-(1-eps) log sigmoid(beta d) + eps log sigmoid(-beta d)) / (1 - 2
-    eps)."""
+    """Robust DPO (2403.00409, eq. 12).
+
+    (-(1 - eps) log sigmoid(beta d) + eps log sigmoid(-beta d)) / (1 - 2 eps)
+    """
     eps, x = k.label_smoothing, k.beta * p.delta
     return (-(1.0 - eps) * F.logsigmoid(x) + eps * F.logsigmoid(-x)) / (1.0 - 2.0 * eps)
 
@@ -108,14 +114,19 @@ def exo_pair(p: Pairs, k: PreferenceParams) -> Tensor:
 
 
 def nca_pair(p: Pairs, k: PreferenceParams) -> Tensor:
-    """NCA (2402.05369, eq. 11 for a pair): -log sigmoid(r_c) - 1/2 log sigmoid(-r_c) - 1/2 log sigmoid(-r_r)."""
+    """NCA (2402.05369, eq. 11 for a pair) with r = beta h.
+
+    -log sigmoid(r_c) - 1/2 log sigmoid(-r_c) - 1/2 log sigmoid(-r_r)
+    """
     c, r = k.beta * p.ratio_chosen, k.beta * p.ratio_rejected
     return -F.logsigmoid(c) - 0.5 * F.logsigmoid(-c) - 0.5 * F.logsigmoid(-r)
 
 
 def bco_pair(p: Pairs, k: PreferenceParams) -> Tensor:
-    """BCO on pairs (2404.04656, eq. 9, without reward shift, as TRL 1.16): -log sigmoid(r_c) - log
-    sigmoid(-r_r)."""
+    """BCO on pairs (2404.04656, eq. 9, without reward shift, as TRL 1.16) with r = beta h.
+
+    -log sigmoid(r_c) - log sigmoid(-r_r)
+    """
     return -F.logsigmoid(k.beta * p.ratio_chosen) - F.logsigmoid(-k.beta * p.ratio_rejected)
 
 
@@ -125,7 +136,7 @@ def sppo_hard(p: Pairs, k: PreferenceParams) -> Tensor:
 
 
 def aot(p: Pairs, k: PreferenceParams) -> Tensor:
-    """AOT paired (2406.05882, eq. 5): DPO on log-ratios sorted over the EFFECTIVE batch, policy against
+    """AOT paired (2406.05882, eq. 5): DPO on differences sorted over the EFFECTIVE batch, policy against
     reference."""
     policy = torch.sort(p.chosen - p.rejected).values
     reference = torch.sort(p.ref_chosen - p.ref_rejected).values
@@ -175,8 +186,10 @@ def cpo(p: Pairs, k: PreferenceParams) -> Tensor:
 
 
 def orpo(p: Pairs, k: PreferenceParams) -> Tensor:
-    """ORPO's odds-ratio term (2403.07691, eq. 7): -beta log sigmoid(log odds(y_c) - log odds(y_r)), odds per
-    token."""
+    """ORPO's odds-ratio term (2403.07691, eq. 7), odds per token.
+
+    -beta log sigmoid(log odds(y_c) - log odds(y_r))
+    """
     c = p.chosen / p.tokens_chosen.clamp(min=1)
     r = p.rejected / p.tokens_rejected.clamp(min=1)
     log_odds = (c - r) - (_log1mexp(c) - _log1mexp(r))
@@ -194,8 +207,11 @@ def _log1mexp(x: Tensor) -> Tensor:
 def kto_losses(
     ratio: Tensor, label: Tensor, kl: Tensor, beta: float, desirable: float, undesirable: float
 ) -> Tensor:
-    """KTO (2402.01306, eq. 7-8), Float[n]: w_D (1 - sigmoid(beta (h - z))) for desirable (label 1)
-    completions and w_U (1 - sigmoid(beta (z - h))) for undesirable; z = kl carries no gradient."""
+    """KTO (2402.01306, eq. 7-8), Float[n]. z = kl carries no gradient.
+
+    desirable (label 1)  w_D (1 - sigmoid(beta (h - z)))
+    undesirable          w_U (1 - sigmoid(beta (z - h)))
+    """
     good = desirable * torch.sigmoid(-beta * (ratio - kl))
     bad = undesirable * torch.sigmoid(-beta * (kl - ratio))
     return torch.where(label > 0.5, good, bad)

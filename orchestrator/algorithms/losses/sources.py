@@ -1,5 +1,4 @@
-"""Means for each source of the data: sums and counts of a micro-batch, so that they add up exactly over any
-cut."""
+"""Means for each source of the data: sums and counts of a micro-batch, which add up exactly over any cut."""
 
 from collections.abc import Sequence
 
@@ -11,12 +10,14 @@ from orchestrator.core.reports import SOURCE
 
 
 def by_source(per_example: PerExample, source: Tensor, present: Sequence[int]) -> Means:
-    """`NAME/source K` for every metric and every source K that is present. source: Int[n] of each example, on
-    the metrics' device."""
+    """`NAME/source K` for every metric and every source K in `present`.
+
+    source: Int[n], source of each example, on the metrics' device.
+    """
     means: Means = {}
     for number in present:
-        mine = source == number
+        of_source = source == number
         for name, (sums, counts) in per_example.items():
-            count = mine.sum() if counts is None else torch.where(mine, counts, 0.0).sum()
-            means[f"{name}{SOURCE}{number}"] = (torch.where(mine, sums.double(), 0.0).sum(), count)
+            count = of_source.sum() if counts is None else torch.where(of_source, counts, 0.0).sum()
+            means[f"{name}{SOURCE}{number}"] = (torch.where(of_source, sums.double(), 0.0).sum(), count)
     return means

@@ -5,7 +5,7 @@ from orchestrator.core.batches import LossUnits
 
 
 def cross_entropy(scores: TokenScores, units: LossUnits) -> LossSum:
-    """Token cross-entropy: -sum_t log p(x_t | x_<t) / T, T = scored tokens of the EFFECTIVE batch."""
+    """Token cross-entropy: -sum_t log p(x_t | x_<t) / T with T scored tokens in the EFFECTIVE batch."""
     total = -scores.logps.sum()
     sums, tokens = -scores.sums().detach().sum(1), scores.lengths().sum(1)
     return LossSum(

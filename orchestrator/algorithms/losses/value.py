@@ -1,19 +1,19 @@
-"""PPO's critic: what it loses, and how much of the returns it explains."""
+"""PPO's critic: its loss, and the share of the returns' variance that it explains."""
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from orchestrator.algorithms.losses.interface import LossSum, Means, TokenScores
+from orchestrator.algorithms.losses.interface import LossSum, Means, TokenScores, required
 from orchestrator.core.batches import LossUnits
 
 
 def value_losses(values: Tensor, old_values: Tensor, returns: Tensor, clip: float | None) -> Tensor:
-    """0.5 max((V - R)^2, (V_old + clip(V - V_old, -c, c) - R)^2), Float[N]; without c the first alone.
+    """0.5 max((V - R)^2, (V_old + clip(V - V_old, -c, c) - R)^2), Float[N]; 0.5 (V - R)^2 if c is None.
 
-    The clipped form is that of OpenAI's baselines (ppo2) and of arXiv 2005.12729, sec. 2: a pessimistic
-    bound, so that one rollout batch moves a value by at most c.
+    The clipped form is that of OpenAI's baselines (ppo2) and of arXiv 2005.12729, sec. 2. It is a pessimistic
+    bound: one rollout batch moves a value by at most c.
     """
     plain = (values - returns).square()
     if clip is None:
@@ -23,27 +23,28 @@ def value_losses(values: Tensor, old_values: Tensor, returns: Tensor, clip: floa
 
 
 def explained_variance(error_sq: float, returns: float, returns_sq: float) -> float:
-    """1 - E[(V - R)^2] / Var(R), from the means `value/error_sq`, `value/return` and `value/return_sq`; NaN
-    where the returns are all equal."""
+    """1 - E[(V - R)^2] / Var(R), from the means `value/error_sq`, `value/return` and `value/return_sq`.
+
+    NaN if all returns are equal.
+    """
     variance = returns_sq - returns**2
     return 1.0 - error_sq / variance if variance > 0 else float("nan")
 
 
 @dataclass(frozen=True, slots=True)
 class ValueLoss:
-    """The critic's loss summed over tokens, divided by the tokens of the effective batch. clip: None:
-    unclipped."""
+    """The critic's loss summed over tokens, divided by the tokens of the effective batch."""
 
     clip: float | None = 0.2
+    """Largest change of a value from one rollout batch; None: unclipped."""
 
     def __call__(self, scores: TokenScores, units: LossUnits) -> LossSum:
-        known = scores.experience
-        assert scores.values is not None, "a value loss needs a critic's values"
-        assert known is not None and known.values is not None and known.returns is not None, (
-            "a value loss needs old values and returns"
-        )
-        losses = value_losses(scores.values, known.values, known.returns, self.clip)
-        values, returns = scores.values.detach(), known.returns
+        loss = "the critic's loss"
+        experience = required(scores.experience, loss, "experience")
+        returns = required(experience.returns, loss, "returns")
+        live = required(scores.values, loss, "a critic's values")
+        losses = value_losses(live, required(experience.values, loss, "old values"), returns, self.clip)
+        values = live.detach()
         columns = {
             "value/loss": losses.detach(),
             "value/mean": values,

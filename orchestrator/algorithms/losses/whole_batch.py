@@ -1,8 +1,9 @@
 """Losses over a whole effective batch, learned micro-batch by micro-batch through a linear surrogate.
 
-By the chain rule dL/dtheta = sum_t (dL/dlogp_t) (dlogp_t/dtheta): with the coefficients dL/dlogp_t of the
-whole batch known, the gradient of sum_t coefficient_t * logp_t over any cut of it is that of the one large
-batch.
+    dL/dtheta = sum_t (dL/dlogp_t) (dlogp_t/dtheta)      by the chain rule
+
+Once the coefficients dL/dlogp_t of the whole batch are known, sum_t coefficient_t * logp_t has the gradient
+of the one large batch, however that batch is cut.
 """
 
 from dataclasses import replace
@@ -15,7 +16,7 @@ from orchestrator.core.batches import LossUnits
 
 
 def coefficients(objective: Objective, scores: TokenScores, units: LossUnits) -> tuple[LossSum, Tensor]:
-    """The loss of the whole effective batch and dL/dlogp, Float[N], in the order of scores.logps."""
+    """(loss of the whole effective batch, dL/dlogp Float[N] in the order of scores.logps)."""
     logps = scores.logps.detach().requires_grad_()
     with torch.enable_grad():
         loss = objective(replace(scores, logps=logps), units)
@@ -24,5 +25,5 @@ def coefficients(objective: Objective, scores: TokenScores, units: LossUnits) ->
 
 
 def linear(logps: Tensor, weights: Tensor) -> Tensor:
-    """sum_t weight_t * logp_t: has the coupled loss's gradient, not its value."""
+    """sum_t weight_t * logp_t: has the gradient of the coupled loss, not its value."""
     return (weights * logps).sum()

@@ -1,5 +1,4 @@
-"""Advantages on literal numbers, against brute-force closed forms, and where there is nothing to compare
-with."""
+"""Advantages on literal numbers, against brute-force closed forms, and without anything to compare with."""
 
 import math
 
@@ -65,7 +64,7 @@ def test_a_group_of_one():
 
 
 def test_token_rewards_literally():
-    """Episodes of 3, 0 and 1 tokens; the one without tokens has nowhere to put its reward."""
+    """Episodes of 3, 0 and 1 tokens; the one without tokens loses its reward."""
     got = token_rewards(tensor(1.0, 9.0, -2.0), tensor(0.1, 0.2, 0.3, 0.4), (3, 0, 1))
     same(got, tensor(-0.1, -0.2, 0.7, -2.4))
 
@@ -87,12 +86,11 @@ def brute_force_gae(rewards: list[float], values: list[float], gamma: float, lam
         return sum(gamma ** (i - t) * rewards[i] for i in range(t, last)) + bootstrap - values[t]
 
     def mixed(t: int) -> float:
-        left = (
+        steps = (
             end - t
-        )  # beyond it every n-step advantage is the same: their weights add up to lambda^(left - 1)
-        return sum((1 - lam) * lam ** (n - 1) * n_step(t, n) for n in range(1, left)) + lam ** (
-            left - 1
-        ) * n_step(t, left)
+        )  # beyond it all n-step advantages are equal: their weights add up to lambda^(steps - 1)
+        shorter = sum((1 - lam) * lam ** (n - 1) * n_step(t, n) for n in range(1, steps))
+        return shorter + lam ** (steps - 1) * n_step(t, steps)
 
     return [mixed(t) for t in range(end)]
 
@@ -158,7 +156,7 @@ def test_whiten_literally():
 
 @pytest.mark.parametrize("values", [[], [5.0], [0.1] * 7, [0.0, 0.0], [1e6 + 0.1] * 100])
 def test_whiten_without_a_deviation(values):
-    """Rounding of the mean must not be blown up to deviation 1."""
+    """Rounding of the mean must not be scaled up to deviation 1."""
     got = whiten(tensor(*values))
     same(got, torch.zeros_like(got))
 
@@ -179,7 +177,7 @@ def test_reinforce_pp_baseline_literally():
 
 
 def test_reinforce_pp_normalises_over_the_whole_batch():
-    """Scaling each group alone would make the two groups alike."""
+    """Scaling each group alone would make the two groups equal."""
     rewards = torch.tensor([[0.0, 1.0], [0.0, 10.0]], dtype=torch.float64)
     got = reinforce_pp_baseline(rewards, (1, 1, 1, 1))
     assert float(got[3] / got[1]) == pytest.approx(10.0)

@@ -36,7 +36,7 @@ def test_k1_and_k3_have_the_divergence_as_their_expectation():
         )
 
 
-def test_k2_has_the_divergences_gradient_on_policy_and_k1_none():
+def test_on_policy_k2_has_the_gradient_of_the_divergence_and_k1_has_none():
     """Why k1 belongs into the reward: E[grad log pi] = 0."""
     draw = torch.Generator().manual_seed(1)
     logits = torch.randn(7, generator=draw, dtype=torch.float64).requires_grad_()
@@ -79,6 +79,6 @@ def test_adapt_changes_a_coefficient_by_at_most_e_to_the_fifth_per_horizon():
 
 
 def test_adapt_never_turns_a_coefficient_negative():
-    """Without a bound a rollout batch of 10 horizons would give 1 - 0.2 * 10 < 0: a reward for leaving the
-    reference."""
+    """Without a bound a rollout batch of 10 horizons would give 1 - 0.2 * 10 < 0, which rewards distance from
+    the reference."""
     assert adapt(1.0, observed=0.0, target=0.1, horizon=10.0, rollouts=100) == pytest.approx(0.8)

@@ -11,8 +11,7 @@ N, H, V = 13, 5, 17
 
 
 def inputs(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """hidden, weight, bias, targets and the gradient that comes back; logits of a few units, so that a cap
-    bites."""
+    """hidden, weight, bias, targets, incoming gradient. Logits are a few units large, so that a cap acts."""
     draw = torch.Generator().manual_seed(0)
     hidden, weight, bias = (
         torch.randn(shape, generator=draw, dtype=dtype) for shape in ((N, H), (V, H), (V,))
@@ -131,7 +130,7 @@ def test_bf16_gives_fp32_log_probs_and_sums_the_weight_gradient_in_fp32():
         assert float((a.double() - b).norm() / b.norm()) < 1e-2
 
 
-def test_a_frozen_head_gets_no_gradient_but_passes_one_on():
+def test_a_frozen_head_passes_a_gradient_on_and_gets_none():
     hidden, weight, _, targets, _ = inputs()
     hidden.requires_grad_()
     logps = chunked_logprobs(hidden, weight, None, targets, HeadSpec(chunk=4)).logps
@@ -158,8 +157,7 @@ def test_at_most_a_chunk_of_logits_is_alive():
 
 @pytest.mark.parametrize("device_type", ["cpu", "cuda"])
 def test_the_chunks_of_a_device_equal_fp64_at_a_vocabulary_of_128k(device_type):
-    """Of which a CPU takes 130 positions at a time and a GPU 4,185; here by a head on the CPU that makes
-    either's chunks."""
+    """A CPU takes 130 positions at a time, a GPU 4,185. Here a head on the CPU makes the chunks of either."""
     vocabulary, positions, width = 128_256, 150, 8
     draw = torch.Generator().manual_seed(0)
     linear = torch.nn.Linear(width, vocabulary, bias=False)
@@ -189,8 +187,7 @@ def test_ld_weights_literally():
 
 
 def test_ld_weights_with_sequences_in_any_order_of_rows():
-    """Packed rows hold the longest sequence first, so tokens of a sequence are together but sequences are not
-    sorted."""
+    """Packed rows start with the longest sequence: a sequence's tokens are adjacent, sequences unsorted."""
     sequence = torch.tensor([3, 3, 3, 3, 0, 0, 0, 2, 2, 1])
     want = [1.0, 1.0, 0.25, 0.25, 1.0, 0.25, 0.25, 1.0, 1.0, 1.0]
     assert ld_weights(sequence, 2, 2, 0.25).tolist() == want

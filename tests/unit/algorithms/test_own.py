@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from orchestrator.algorithms.losses.estimators import Episodes
+from orchestrator.algorithms.losses.advantages import Episodes
 from orchestrator.algorithms.losses.interface import LossSum, TokenScores
 from orchestrator.algorithms.own import own_advantage
 from orchestrator.algorithms.table import build

@@ -1,5 +1,5 @@
-"""No cut of an effective batch changes its loss or gradient: sums with global counts, or coefficients for
-coupled losses."""
+"""No cut of an effective batch changes its loss or gradient: sums over global counts, coefficients of coupled
+losses."""
 
 from itertools import pairwise
 
@@ -130,7 +130,7 @@ def test_coupled_losses_have_the_whole_batches_gradient_over_any_partition(cfg, 
 
 @pytest.mark.parametrize("cfg", TOGETHER, ids=label_of)
 def test_coupled_losses_differ_when_cut_naively(cfg):
-    """Why they take two passes: the sum over micro-batches of one is another loss."""
+    """The reason for two passes: the sum over the micro-batches is another loss."""
     draw = torch.Generator().manual_seed(0)
     sequence = torch.arange(16)
     logps, reference = (-torch.rand(16, generator=draw, dtype=torch.float64) * 20 for _ in range(2))
@@ -145,7 +145,7 @@ def test_coupled_losses_differ_when_cut_naively(cfg):
 
 
 def test_a_coupled_loss_seen_through_a_model():
-    """theta -> log-probs is not linear: the parameter gradient over micro-batches equals the whole batch's."""
+    """theta -> log-probs is not linear; the gradient over micro-batches still equals the whole batch's."""
     draw = torch.Generator().manual_seed(1)
     features = torch.randn(12, 3, generator=draw, dtype=torch.float64)
     reference = -torch.rand(12, generator=draw, dtype=torch.float64)

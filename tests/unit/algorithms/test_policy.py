@@ -1,5 +1,4 @@
-"""Policy losses: literal numbers, finite differences, any cut of the effective batch, and the edges of each
-equation."""
+"""Policy losses: literal numbers, finite differences, any cut of the effective batch, edge cases."""
 
 import math
 from dataclasses import replace
@@ -22,6 +21,7 @@ from orchestrator.algorithms.losses.policy import (
     shares,
 )
 from orchestrator.core.batches import LossUnits
+from orchestrator.core.errors import OrchestratorError
 
 
 def tensor(*values: float) -> Tensor:
@@ -82,10 +82,10 @@ def test_clipped_weight_and_reinforce_literally():
 
 def test_correction_weights_literally():
     """w = 2, 1/4 | 1; products 1/2 | 1."""
-    known = THREE.experience
+    experience = THREE.experience
 
     def weights(kind, cap: float) -> Tensor:
-        return correction_weights(THREE, known.old_logps, known.sampled_logps, kind, cap)
+        return correction_weights(THREE, experience.old_logps, experience.sampled_logps, kind, cap)
 
     same(weights("none", 1.5), tensor(1.0, 1.0, 1.0))
     same(weights("token", 1.5), tensor(1.5, 0.25, 1.0))
@@ -97,10 +97,10 @@ def test_correction_weights_literally():
 
 @pytest.mark.parametrize("sampled", [-math.inf, math.nan])
 def test_a_sequence_without_a_finite_weight_is_left_out(sampled):
-    known = THREE.experience
-    broken = known.sampled_logps.clone()
+    experience = THREE.experience
+    broken = experience.sampled_logps.clone()
     broken[0] = sampled
-    same(correction_weights(THREE, known.old_logps, broken, "sequence", 2.0), tensor(0.0, 0.0, 1.0))
+    same(correction_weights(THREE, experience.old_logps, broken, "sequence", 2.0), tensor(0.0, 0.0, 1.0))
 
 
 def test_shares_literally():
@@ -156,8 +156,8 @@ def test_metrics_literally():
 
 def test_approx_kl_is_of_the_old_policy_which_drew_the_tokens():
     """One token at twice its old probability: (r - 1) - log r at r = new/old = 2, not at 1/2."""
-    known = ExperienceTensors(advantages=tensor(1.0), sampled_logps=tensor(-2.0), old_logps=tensor(-2.0))
-    scores = TokenScores(tensor(-2.0 + LN2), torch.tensor([0]), 1, 1, experience=known)
+    experience = ExperienceTensors(advantages=tensor(1.0), sampled_logps=tensor(-2.0), old_logps=tensor(-2.0))
+    scores = TokenScores(tensor(-2.0 + LN2), torch.tensor([0]), 1, 1, experience=experience)
     assert mean(PolicyGradient()(scores, LossUnits(1, (1,))), "policy/approx_kl") == pytest.approx(1.0 - LN2)
 
 
@@ -178,11 +178,11 @@ def random_scores(lengths: list[int], branches: int, seed: int) -> TokenScores:
 
     logps = -0.05 - 2.0 * torch.rand(len(sequence), generator=draw, dtype=torch.float64)
     old = logps + 0.3 * noise()
-    known = ExperienceTensors(
+    experience = ExperienceTensors(
         advantages=noise(), sampled_logps=old + 0.3 * noise(), old_logps=old, ref_logps=logps + 0.3 * noise()
     )
     return TokenScores(
-        logps, sequence, len(lengths) // branches, branches, entropy=noise().abs(), experience=known
+        logps, sequence, len(lengths) // branches, branches, entropy=noise().abs(), experience=experience
     )
 
 
@@ -209,14 +209,14 @@ def moved(given: TokenScores, logps: Tensor, entropy: Tensor) -> TokenScores:
 def held(objective: PolicyGradient, given: TokenScores) -> tuple[PolicyGradient, TokenScores]:
     """An objective whose plain derivative is the gradient wanted: old log-probs are numbers, and so is
     CISPO's weight, which makes it REINFORCE with weighted advantages."""
-    known = given.experience
-    old = given.logps if known.old_logps is None else known.old_logps
-    fixed = replace(known, old_logps=old)
+    experience = given.experience
+    old = given.logps if experience.old_logps is None else experience.old_logps
+    fixed = replace(experience, old_logps=old)
     if objective.form == "cispo":
         weight = log_ratio(given, old, objective.level).exp().clamp(max=objective.clip_high)
         objective, fixed = (
             replace(objective, form="reinforce"),
-            replace(fixed, advantages=known.advantages * weight),
+            replace(fixed, advantages=experience.advantages * weight),
         )
     return objective, replace(given, experience=fixed)
 
@@ -253,18 +253,18 @@ def part(whole: TokenScores, examples: list[int], logps: Tensor) -> TokenScores:
     sequence = [
         torch.full((len(i),), place * whole.branches + k) for i, (place, _, k) in zip(at, places, strict=True)
     ]
-    known = whole.experience
+    experience = whole.experience
     assert (
-        known is not None
-        and known.old_logps is not None
-        and known.ref_logps is not None
+        experience is not None
+        and experience.old_logps is not None
+        and experience.ref_logps is not None
         and whole.entropy is not None
     )
     cut = ExperienceTensors(
-        advantages=known.advantages[index],
-        sampled_logps=known.sampled_logps[index],
-        old_logps=known.old_logps[index],
-        ref_logps=known.ref_logps[index],
+        advantages=experience.advantages[index],
+        sampled_logps=experience.sampled_logps[index],
+        old_logps=experience.old_logps[index],
+        ref_logps=experience.ref_logps[index],
     )
     scored = torch.cat([torch.zeros(0, dtype=torch.long), *sequence])
     return TokenScores(
@@ -323,23 +323,25 @@ def test_nothing_scored_is_a_loss_of_zero():
 @pytest.mark.parametrize("advantage", [1.0, -1.0])
 def test_a_ratio_beyond_fp32_has_a_finite_gradient(advantage):
     """exp(100) overflows fp32: clipped away for a positive advantage, where 0 * inf would be NaN."""
-    known = ExperienceTensors(
+    experience = ExperienceTensors(
         advantages=torch.tensor([advantage]),
         sampled_logps=torch.tensor([-101.0]),
         old_logps=torch.tensor([-101.0]),
     )
     logps = torch.tensor([-1.0], requires_grad=True)
-    loss = PolicyGradient()(TokenScores(logps, torch.tensor([0]), 1, 1, experience=known), LossUnits(1, (1,)))
+    loss = PolicyGradient()(
+        TokenScores(logps, torch.tensor([0]), 1, 1, experience=experience), LossUnits(1, (1,))
+    )
     loss.total.backward()
     assert torch.isfinite(loss.total) and torch.isfinite(logps.grad).all()
 
 
-def test_what_an_objective_needs_is_named():
+def test_a_missing_column_is_named():
     bare = replace(THREE, entropy=None, experience=replace(THREE.experience, ref_logps=None))
-    with pytest.raises(AssertionError, match="reference log-probs"):
+    with pytest.raises(OrchestratorError, match="reference log-probs"):
         PolicyGradient(kl_coefficient=0.1)(bare, UNITS)
-    with pytest.raises(AssertionError, match="entropy at each token"):
+    with pytest.raises(OrchestratorError, match="entropy at each token"):
         PolicyGradient(entropy_bonus=0.1)(bare, UNITS)
-    with pytest.raises(AssertionError, match="needs experience"):
+    with pytest.raises(OrchestratorError, match="needs experience"):
         PolicyGradient()(replace(THREE, experience=None), UNITS)
     assert "kl" not in PolicyGradient()(bare, UNITS).means

@@ -28,7 +28,7 @@ PAIRS = Pairs(
     tokens_chosen=tensor(4.0, 5.0),
     tokens_rejected=tensor(2.0, 8.0),
 )
-KNOBS = PreferenceParams(beta=0.5, label_smoothing=0.2, simpo_gamma=0.3, discopop_tau=0.1)
+PARAMS = PreferenceParams(beta=0.5, label_smoothing=0.2, simpo_gamma=0.3, discopop_tau=0.1)
 LITERAL = {
     "sigmoid": [0.8 * -math.log(sigmoid(x)) - 0.2 * math.log(sigmoid(-x)) for x in (0.25, -2.0)],
     "robust": [(-0.8 * math.log(sigmoid(x)) + 0.2 * math.log(sigmoid(-x))) / 0.6 for x in (0.25, -2.0)],
@@ -69,14 +69,14 @@ LITERAL = {
 
 @pytest.mark.parametrize("name", LITERAL)
 def test_losses_literally(name):
-    got = getattr(preference, name)(PAIRS, KNOBS)
+    got = getattr(preference, name)(PAIRS, PARAMS)
     torch.testing.assert_close(got, tensor(*LITERAL[name]), rtol=1e-12, atol=1e-12)
 
 
 def test_orpo_literally():
     odds = [math.exp(m) / (1 - math.exp(m)) for m in (-3 / 4, -2.5 / 2, -8 / 5, -4 / 8)]
     want = [-0.5 * math.log(sigmoid(math.log(c / r))) for c, r in ((odds[0], odds[1]), (odds[2], odds[3]))]
-    torch.testing.assert_close(preference.orpo(PAIRS, KNOBS), tensor(*want), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(preference.orpo(PAIRS, PARAMS), tensor(*want), rtol=1e-12, atol=1e-12)
 
 
 def test_kto_literally():

@@ -1,5 +1,4 @@
-"""Ties count one half; what is a tie follows from the arithmetic, and equals TRL's bare `>` where there is
-none."""
+"""Ties count one half. Which margins are ties follows from the precision; without ties TRL agrees."""
 
 import math
 
@@ -36,15 +35,14 @@ def test_a_tie_counts_one_half():
     assert margins_of("fp32", 1.0, 1.0, 0.0, -1e-7)["rewards/accuracies"] == 0.75
 
 
-def test_nothing_is_known_where_all_are_ties():
-    found = margins_of("fp32", 0.0, 1e-7, -1e-7)
-    assert math.isnan(found["rewards/accuracies"]) and found["rewards/margins"] == pytest.approx(
-        0.0, abs=1e-8
-    )
-    assert "rewards/ties" not in found, "a step's line has the accuracy, not how it was found"
+def test_an_accuracy_of_ties_alone_is_nan():
+    metrics = margins_of("fp32", 0.0, 1e-7, -1e-7)
+    assert math.isnan(metrics["rewards/accuracies"])
+    assert metrics["rewards/margins"] == pytest.approx(0.0, abs=1e-8)
+    assert "rewards/ties" not in metrics, "ties are an ingredient of the accuracy, not a metric of a step"
 
 
-def test_what_is_a_tie_follows_from_the_precision():
+def test_which_margins_are_ties_follows_from_the_precision():
     """A margin of 0.01 nat over 200 tokens is a result in fp32 and rounding in bf16."""
     assert margins_of("fp32", 0.01, -1.0)["rewards/accuracies"] == 0.5
     assert margins_of("bf16", 0.01, -1.0)["rewards/accuracies"] == 0.25
@@ -66,7 +64,7 @@ def test_ties_on_the_device_and_on_the_host_are_the_same():
     assert math.isnan(accuracy([0.1, 0.0], [0.1, 0.1]))
 
 
-def test_a_margin_that_is_no_number_is_no_tie_and_not_right():
+def test_a_nan_margin_is_neither_a_tie_nor_right():
     nan = torch.tensor([math.nan])
     assert preferred(nan, torch.zeros(1)).item() == tied(nan, torch.zeros(1)).item() == 0.0
 
@@ -103,19 +101,17 @@ def test_sources_add_up_to_the_whole(sources: list[int]):
     assert sum(float(c) for name, (_, c) in means.items() if name.startswith("a")) == len(sources)
 
 
-def test_sources_are_told_by_their_names_and_not_where_there_is_one():
+def test_metrics_of_sources_carry_their_names_unless_there_is_one_source():
     metrics = {"loss": 1.0, "rewards/margins/source 0": 2.0, "rewards/margins/source 1": 3.0}
     assert named(metrics, ("a", "b")) == {"loss": 1.0, "rewards/margins/a": 2.0, "rewards/margins/b": 3.0}
     assert named(metrics, ("a",)) == {"loss": 1.0}
 
 
-def test_an_accuracy_of_a_source_is_unknown_by_itself():
+def test_the_accuracy_of_a_source_of_ties_alone_is_nan():
     means = {"rewards/accuracies": Mean(1.0, 2), "rewards/ties": Mean(1.0, 2)}
     means |= {f"rewards/accuracies/source {k}": Mean(v, 1) for k, v in ((0, 1.0), (1, 0.5))}
     means |= {f"rewards/ties/source {k}": Mean(v, 1) for k, v in ((0, 0.0), (1, 1.0))}
-    found = named(values(means), ("a", "b"))
-    assert (
-        found["rewards/accuracies"] == 0.5
-        and found["rewards/accuracies/a"] == 1.0
-        and math.isnan(found["rewards/accuracies/b"])
-    )
+    metrics = named(values(means), ("a", "b"))
+    assert metrics["rewards/accuracies"] == 0.5
+    assert metrics["rewards/accuracies/a"] == 1.0
+    assert math.isnan(metrics["rewards/accuracies/b"])

@@ -22,9 +22,9 @@ VALUES, OLD, RETURNS = tensor(1.0, 0.0, 2.0, 0.1), tensor(0.0, 0.1, 0.0, 0.0), t
 
 def scores(values: torch.Tensor, old: torch.Tensor, returns: torch.Tensor) -> TokenScores:
     nothing = torch.zeros_like(returns)
-    known = ExperienceTensors(advantages=nothing, sampled_logps=nothing, values=old, returns=returns)
+    experience = ExperienceTensors(advantages=nothing, sampled_logps=nothing, values=old, returns=returns)
     return TokenScores(
-        nothing, torch.zeros(len(values), dtype=torch.long), 1, 1, values=values, experience=known
+        nothing, torch.zeros(len(values), dtype=torch.long), 1, 1, values=values, experience=experience
     )
 
 
@@ -65,8 +65,7 @@ def test_explained_variance_from_the_sums():
 
 @pytest.mark.parametrize("clip", [None, 0.2])
 def test_gradient(clip):
-    """Against finite differences; a value beyond its clip learns nothing once the clipped error is the
-    larger."""
+    """Against finite differences. A value beyond its clip gets no gradient if the clipped error is larger."""
     objective, units = ValueLoss(clip), LossUnits(2, (7,))
     at = VALUES.clone().requires_grad_()
     (got,) = torch.autograd.grad(objective(scores(at, OLD, RETURNS), units).total, at)

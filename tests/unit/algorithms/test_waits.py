@@ -1,4 +1,4 @@
-"""No objective asks the device for a number: each runs, forward and backward, on tensors that have none."""
+"""No objective reads a number from the device: each runs, forward and backward, on tensors without data."""
 
 from dataclasses import replace
 
@@ -22,17 +22,17 @@ TOKENS, EXAMPLES = 24, 4
 
 
 def algorithms() -> list[AlgorithmSpec]:
-    made = [build(AlgorithmConfig(name="dpo", loss=loss, label_smoothing=0.01)) for loss in WITH_REFERENCE]
-    made += [build(AlgorithmConfig(name=name)) for name in ("simpo", "orpo", "cpo")]
-    made += [build(AlgorithmConfig(name="dpo", loss={"sigmoid": 0.5, "sft": 1.0}, ld_alpha=0.5))]
-    made += [
+    specs = [build(AlgorithmConfig(name="dpo", loss=loss, label_smoothing=0.01)) for loss in WITH_REFERENCE]
+    specs += [build(AlgorithmConfig(name=name)) for name in ("simpo", "orpo", "cpo")]
+    specs += [build(AlgorithmConfig(name="dpo", loss={"sigmoid": 0.5, "sft": 1.0}, ld_alpha=0.5))]
+    specs += [
         build(AlgorithmConfig(name="dpo", wpo=True)),
         build(AlgorithmConfig(name="sft")),
         build(AlgorithmConfig(name="reward")),
         build(AlgorithmConfig(name="kto")),
     ]
-    made += [build(AlgorithmConfig(name=name)) for name in ONLINE]
-    return [*made, critic(AlgorithmConfig(name="ppo"))]
+    specs += [build(AlgorithmConfig(name=name)) for name in ONLINE]
+    return [*specs, critic(AlgorithmConfig(name="ppo"))]
 
 
 def scores(algorithm: AlgorithmSpec) -> TokenScores:
@@ -40,7 +40,7 @@ def scores(algorithm: AlgorithmSpec) -> TokenScores:
         return torch.zeros(TOKENS, requires_grad=requires_grad)
 
     branches = algorithm.branches
-    one = algorithm.head == "value"
+    is_critic = algorithm.head == "value"
     return TokenScores(
         logps=column(True),
         sequence=torch.zeros(TOKENS, dtype=torch.long),
@@ -52,7 +52,7 @@ def scores(algorithm: AlgorithmSpec) -> TokenScores:
         wpo=column(),
         rewards=torch.zeros(EXAMPLES, branches, requires_grad=True) if algorithm.head == "scalar" else None,
         entropy=column(),
-        values=column(True) if one else None,
+        values=column(True) if is_critic else None,
         experience=ExperienceTensors(*(column() for _ in range(6))),
     )
 
@@ -69,7 +69,7 @@ def test_an_objective_never_waits_for_the_device(algorithm):
     assert run(algorithm).means
 
 
-def test_neither_does_the_head():
+def test_the_head_never_waits_for_the_device():
     with FakeTensorMode():
         hidden, weight = torch.zeros(9, 4, requires_grad=True), torch.zeros(11, 4, requires_grad=True)
         spec = HeadSpec(chunk=4, want_wpo=True, want_entropy=True)
@@ -79,11 +79,11 @@ def test_neither_does_the_head():
 @pytest.mark.parametrize(
     "ask", [lambda s: float(s.logps.sum()), lambda s: s.logps[s.logps > 0].sum()], ids=["float", "mask"]
 )
-def test_one_that_did_would_be_seen(ask):
+def test_an_objective_that_waits_would_be_seen(ask):
     plain = build(AlgorithmConfig(name="sft"))
 
-    def asking(known: TokenScores, units: LossUnits) -> LossSum:
-        return LossSum(plain.objective(known, units).total, {"asked": (known.logps.sum(), ask(known))})
+    def asking(given: TokenScores, units: LossUnits) -> LossSum:
+        return LossSum(plain.objective(given, units).total, {"asked": (given.logps.sum(), ask(given))})
 
     with pytest.raises((DataDependentOutputException, DynamicOutputShapeException)):
         run(replace(plain, objective=asking))

@@ -50,19 +50,21 @@ TALK = [*ASKED, GOOD, say("user", "Sea?"), BAD]
 
 @dataclass(frozen=True)
 class Seen:
-    """What a stage made of its first row. prompt: text before the first scored token; scored: text of each
-    branch that is learned; handed: columns that reach rewards or environments."""
+    """What a stage makes of its first row."""
 
     prompt: str
+    """Text before the first scored token."""
     scored: tuple[str, ...] = ()
+    """Learned text of each branch."""
     unused: tuple[str, ...] = ()
     handed: Mapping[str, Any] = field(default_factory=dict)
+    """Columns that reach rewards or environments."""
     facts: tuple[float | None, ...] = ()
 
 
 @dataclass(frozen=True)
 class Stage:
-    """recipe: a built-in one; row: what its rows are made of."""
+    """A built-in recipe, and the row that it is run on."""
 
     recipe: str
     row: Mapping[str, Any]
@@ -88,13 +90,13 @@ def see(tmp_path_factory: pytest.TempPathFactory):
     folder = tmp_path_factory.mktemp("net")
     (folder / "t.jinja").write_text(TEMPLATE)
 
-    made: dict[str, Seen] = {}
+    results: dict[str, Seen] = {}
 
     def run(name: str, row: Mapping[str, Any], *overrides: str) -> Seen:
         key = json.dumps([name, row, overrides])
-        if key not in made:
-            made[key] = fresh(name, row, *overrides)
-        return made[key]
+        if key not in results:
+            results[key] = fresh(name, row, *overrides)
+        return results[key]
 
     def fresh(name: str, row: Mapping[str, Any], *overrides: str) -> Seen:
         stage = STAGES[name]
@@ -182,12 +184,12 @@ def _online(recipe: Any) -> Seen:
         [(0, prompt)], Sampling(1, 100), 0
     )
     handed = {name: value for name, value in rows[0].items() if name != "prompt"}
-    told = TOKENIZER.decode(decoder.asked[0].prompt)
-    assert TOKENIZER.decode(decoder.asked[1].prompt) == f"{told}=1+1;<eos><|tool|>2<|assistant|>", (
+    prompt_text = TOKENIZER.decode(decoder.asked[0].prompt)
+    assert TOKENIZER.decode(decoder.asked[1].prompt) == f"{prompt_text}=1+1;<eos><|tool|>2<|assistant|>", (
         "later turns hold no second header"
     )
     return Seen(
-        told,
+        prompt_text,
         tuple(TOKENIZER.decode(r.ids[r.loss_mask]) for r in group.rollouts),
         prompts.longest.unused,
         handed,
@@ -237,7 +239,7 @@ WORDS = {
     "loss": "in the loss",
     "handed over": "handed over",
 }
-"""What an entry means on the page."""
+"""Entries of the table as the page spells them."""
 
 
 def page_table() -> str:
@@ -260,12 +262,12 @@ IN_TOKENS = {
 }
 
 
-def test_the_table_is_whole() -> None:
+def test_the_table_is_complete() -> None:
     assert TABLE.keys() == COLUMNS.keys() and all(row.keys() == STAGES.keys() for row in TABLE.values())
-    told = {name for row in COLUMNS.values() for name in row} | {
+    covered = {name for row in COLUMNS.values() for name in row} | {
         name for stage in STAGES.values() for name in stage.row
     }
-    assert set(Columns.model_fields) - told == {"text"}, "a new field of data.columns needs a row here"
+    assert set(Columns.model_fields) - covered == {"text"}, "a new field of data.columns needs a row here"
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -367,7 +369,7 @@ def test_a_turn_of_weight_0_is_not_learned(see) -> None:
         ("kto", {"completion": [say("assistant", "Blue.", weight=0)]}, r"completion\[0\]\.weight is 0"),
     ],
 )
-def test_a_weight_that_cannot_be_honoured_is_refused(
+def test_a_weight_that_cannot_be_applied_is_refused(
     see, stage: str, row: dict[str, Any], reason: str
 ) -> None:
     with pytest.raises(DataError, match=reason):
@@ -412,7 +414,7 @@ def test_sharegpt_names_are_read_at_every_stage(see, stage: str) -> None:
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
-        ({"tools": "no json"}, "tools is text, but no JSON"),
+        ({"tools": "no json"}, "tools is text, but not JSON"),
         ({"tools": {"name": "stock"}}, "tools must be a list of JSON schemas"),
         ({"tools": ["stock"]}, "tools must be a list of JSON schemas"),
         ({"chat_template_kwargs": [1]}, "chat_template_kwargs must be a mapping"),
@@ -420,7 +422,7 @@ def test_sharegpt_names_are_read_at_every_stage(see, stage: str) -> None:
         ({"chat_template_kwargs": {"chat_template": "x"}}, "chat_template_kwargs may not set chat_template"),
     ],
 )
-def test_a_value_no_template_could_take_is_refused(see, row: dict[str, Any], reason: str) -> None:
+def test_a_value_that_no_template_can_take_is_refused(see, row: dict[str, Any], reason: str) -> None:
     for stage in STAGES:
         with pytest.raises(DataError, match=reason):
             see(stage, row)

@@ -1,5 +1,4 @@
-"""CSV, TSV and JSON arrays come in by the same door as JSONL, with the values that `datasets` reads from the
-same file."""
+"""CSV, TSV and JSON arrays give the rows of JSONL, with the values that `datasets` reads from the file."""
 
 import csv
 import gzip
@@ -31,15 +30,16 @@ def table(rows: list[dict[str, Any]], separator: str = ",") -> str:
 
 def read(path: Path, texts: tuple[str, ...] = ()) -> list[Any]:
     bad: list[Any] = []
-    found = [record.value for record in records(str(path), bad, texts)]
+    values = [record.value for record in records(str(path), bad, texts)]
     assert not bad
-    return found
+    return values
 
 
 def by_datasets(path: Path, cache: Path) -> list[Any]:
     from datasets import load_dataset
 
-    return list(load_dataset("csv", data_files=str(path), split="train", cache_dir=str(cache)))  # pyright: ignore[reportArgumentType]
+    loaded: Any = load_dataset("csv", data_files=str(path), split="train", cache_dir=str(cache))
+    return list(loaded)
 
 
 WRITTEN = {
@@ -111,7 +111,7 @@ def test_columns_drawn_at_random_are_what_datasets_reads_them_as(tmp_path: Path)
 
 
 def test_what_pandas_would_lose_stays(tmp_path: Path) -> None:
-    """Each is a wrong example there: a missing answer, another number, another type because of a gap."""
+    """pandas makes each a wrong example: a missing answer, another number, another type because of a gap."""
     rows = [{"text": "None", "id": "007", "n": "3"}, {"text": "word", "id": "1", "n": ""}]
     file = tmp_path / "table.csv"
     file.write_text(table(rows))
@@ -148,29 +148,26 @@ def test_labels_margins_and_other_columns_have_their_types(tmp_path: Path) -> No
     assert load_rows(str(file), DATA, "prompt").rows[0].columns == {"answer": 4, "level": 2, "source": "x"}
 
 
-def test_messages_as_json_text_are_messages_and_said(tmp_path: Path) -> None:
+def test_messages_as_json_text_are_messages_with_a_note(tmp_path: Path) -> None:
     messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello, you."}]
     file = tmp_path / "chat.csv"
     file.write_text(table([{"messages": json.dumps(messages), "tools": ""}]))
     loaded = load_rows(str(file), DATA, "sft")
     assert loaded.rows[0].messages == messages
-    assert loaded.notes == (
-        f"{file}: messages holds lists of messages as JSON text, which are read as messages",
-    )
+    (note,) = loaded.notes
+    assert note.startswith(f"{file}: messages") and "JSON" in note
     file.write_text(table([{"messages": str(messages)}]))
-    with pytest.raises(
-        DataError, match=r"chat\.csv:2: messages holds a list in Python's notation; write it with json\.dumps"
-    ):
+    with pytest.raises(DataError, match=r"chat\.csv:2: messages .*Python.*json\.dumps"):
         load_rows(str(file), DATA, "sft")
 
 
 @pytest.mark.parametrize(
-    ("name", "text", "said"),
+    ("name", "text", "pattern"),
     [
-        ("a.csv", "prompt,completion\na,b\nc,d,e\n", r"a\.csv:3: 3 fields, where the header has 2"),
+        ("a.csv", "prompt,completion\na,b\nc,d,e\n", r"a\.csv:3: 3 fields.*2"),
         ("a.csv", 'prompt,completion\n"a\nb",c\nd\n', r"a\.csv:4: 1 fields"),
-        ("a.csv", 'prompt,completion\na,"b\n', r"a\.csv:2: no CSV[\s\S]*doubled"),
-        ("a.csv", 'prompt,completion\n"a"b,c\n', r"a\.csv:2: no CSV"),
+        ("a.csv", 'prompt,completion\na,"b\n', r"a\.csv:2: [\s\S]*doubled"),
+        ("a.csv", 'prompt,completion\n"a"b,c\n', r"a\.csv:2: "),
         ("a.csv", "prompt;completion\na;b\n", r"separated by ';'[\s\S]*commas"),
         ("a.csv", "prompt\tcompletion\na\tb\n", r"or call it \.tsv"),
         ("a.csv", "prompt,prompt\na,b\n", "several columns are named prompt"),
@@ -182,9 +179,11 @@ def test_messages_as_json_text_are_messages_and_said(tmp_path: Path) -> None:
         ("a.json", '[{"prompt": "a", "completion": "b"}, 3]', r"a\.json:2: a record must be an object"),
     ],
 )
-def test_what_is_no_table_is_told_with_its_place(tmp_path: Path, name: str, text: str, said: str) -> None:
+def test_a_file_that_is_not_a_table_is_refused_with_its_place(
+    tmp_path: Path, name: str, text: str, pattern: str
+) -> None:
     (tmp_path / name).write_text(text)
-    with pytest.raises(DataError, match=said):
+    with pytest.raises(DataError, match=pattern):
         load_rows(str(tmp_path / name), DATA, "sft")
 
 
@@ -201,7 +200,7 @@ def test_cells_longer_than_pythons_limit(tmp_path: Path) -> None:
     assert len(row.text or "") == 300_000 and csv.field_size_limit() == before
 
 
-def test_a_folder_of_csv_is_read_and_beside_jsonl_it_is_told(tmp_path: Path) -> None:
+def test_a_folder_of_csv_is_read_and_is_noted_beside_jsonl(tmp_path: Path) -> None:
     (tmp_path / "train.csv").write_text(table([PAIR]))
     (tmp_path / "test.json").write_text(json.dumps([PAIR]))
     (tmp_path / "dataset_infos.json").write_text("{}")

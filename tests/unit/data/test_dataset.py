@@ -21,47 +21,52 @@ def few(kind, split="train", rows=32):
 
 
 def test_batches_walk_through_every_row_once_an_epoch():
-    found = data(f"data.train={few('preference', rows=20)}", "data.eval=null", "batch.effective=8")
+    data_set = data(f"data.train={few('preference', rows=20)}", "data.eval=null", "batch.effective=8")
     seen, cursor = [], 0
     for _ in range(5):
-        step = found.batches.at(cursor)
+        step = data_set.batches.at(cursor)
         seen += [g.id for g in step]
         cursor += len(step)
     assert cursor == 40
     assert sorted(seen[:20]) == sorted(seen[20:]) == list(range(20))
     assert seen[:20] != seen[20:]
-    assert found.batches.steps_in(1.0) == 3
-    assert (found.held_out, found.held_out_report, found.held_out_names, found.prompts) == ((), None, (), ())
+    assert data_set.batches.steps_in(1.0) == 3
+    assert (data_set.held_out, data_set.held_out_report, data_set.held_out_names, data_set.prompts) == (
+        (),
+        None,
+        (),
+        (),
+    )
 
 
 def test_a_plain_toy_name_holds_out_words_that_are_not_trained_on():
-    found = data("data.train=toy:preference", "data.eval=toy:preference")
-    trained = {tuple(g.prompt) for g in found.groups}
-    assert len(found.held_out) == 256
-    assert not trained & {tuple(g.prompt) for g in found.held_out}
+    data_set = data("data.train=toy:preference", "data.eval=toy:preference")
+    trained = {tuple(g.prompt) for g in data_set.groups}
+    assert len(data_set.held_out) == 256
+    assert not trained & {tuple(g.prompt) for g in data_set.held_out}
 
 
 def test_prompts_are_distinct_have_their_answers_and_are_bounded():
-    found = data(
+    data_set = data(
         f"data.train={few('preference')}", "data.eval=toy:preference", "evaluation.generate.max_prompts=40"
     )
-    assert len(found.prompts) == len(set(found.prompts)) == len(found.answers) == 40
-    for prompt, answer in zip(found.prompts, found.answers, strict=True):
-        assert found.decode(prompt) == f"{answer}>"
+    assert len(data_set.prompts) == len(set(data_set.prompts)) == len(data_set.answers) == 40
+    for prompt, answer in zip(data_set.prompts, data_set.answers, strict=True):
+        assert data_set.decode(prompt) == f"{answer}>"
 
 
 def test_generation_takes_answers_from_rows_beyond_the_evaluated_ones():
-    found = data(
+    data_set = data(
         f"data.train={few('preference')}",
         "data.eval=toy:preference",
         "evaluation.max_examples=5",
         "evaluation.generate.max_prompts=16",
     )
-    assert (len(found.held_out), len(found.prompts)) == (5, 16)
+    assert (len(data_set.held_out), len(data_set.prompts)) == (5, 16)
 
 
 @pytest.mark.parametrize("off", ["evaluation.generate=null", "data.eval=null"])
-def test_no_prompts_where_nothing_is_generated(off):
+def test_no_prompts_if_nothing_is_generated(off):
     assert data(f"data.train={few('preference')}", off).prompts == ()
 
 
@@ -74,9 +79,9 @@ def test_rows_without_an_answer_or_a_prompt_are_not_generated_for(tmp_path):
     ]
     path = tmp_path / "eval.jsonl"
     path.write_text("".join(json.dumps(r) + "\n" for r in rows))
-    found = data(f"data.train={few('sft')}", f"data.eval={path}", name="sft")
-    assert [found.decode(p) for p in found.prompts] == ["2+2="]
-    assert found.answers == ("4",)
+    data_set = data(f"data.train={few('sft')}", f"data.eval={path}", name="sft")
+    assert [data_set.decode(p) for p in data_set.prompts] == ["2+2="]
+    assert data_set.answers == ("4",)
 
 
 def test_a_reward_model_generates_nothing():
@@ -85,22 +90,24 @@ def test_a_reward_model_generates_nothing():
         .stages[0]
         .recipe
     )
-    asked = recipe.evaluation.model_copy(update={"generate": Generation()})  # pyright: ignore[reportCallIssue]
-    assert read_data(recipe.model_copy(update={"evaluation": asked}), build(recipe.algorithm)).prompts == ()
+    generation = Generation()  # pyright: ignore[reportCallIssue]
+    evaluation = recipe.evaluation.model_copy(update={"generate": generation})
+    with_generation = recipe.model_copy(update={"evaluation": evaluation})
+    assert read_data(with_generation, build(recipe.algorithm)).prompts == ()
 
 
 def test_kto_gets_a_mismatched_second_branch():
-    found = data(f"data.train={few('unpaired')}", "data.eval=null", name="kto")
-    assert all(len(g.branches) == 2 and g.label in (0.0, 1.0) for g in found.groups)
-    assert any(tuple(g.branches[0].ids) != tuple(g.branches[1].ids) for g in found.groups)
+    data_set = data(f"data.train={few('unpaired')}", "data.eval=null", name="kto")
+    assert all(len(g.branches) == 2 and g.label in (0.0, 1.0) for g in data_set.groups)
+    assert any(tuple(g.branches[0].ids) != tuple(g.branches[1].ids) for g in data_set.groups)
 
 
 def test_sources_are_mixed_by_weight():
     mixed = "[{path: toy:preference, max_rows: 20}, {path: toy:preference, max_rows: 10, weight: 2}]"
-    found = data(f"data.train={mixed}", "data.eval=null", "batch.effective=40")
-    step = found.batches.at(0)
+    data_set = data(f"data.train={mixed}", "data.eval=null", "batch.effective=40")
+    step = data_set.batches.at(0)
     assert [sum(g.source == s for g in step) for s in (0, 1)] == [20, 20]
-    assert found.batches.steps_in(1.0) == 1
+    assert data_set.batches.steps_in(1.0) == 1
 
 
 def test_the_seed_decides_the_order_alone():
@@ -115,7 +122,7 @@ def test_the_seed_decides_the_order_alone():
     assert order(1) == order(1) != order(2)
 
 
-def test_missing_and_corrupt_data_are_told_before_anything_starts(tmp_path):
+def test_missing_and_corrupt_data_are_refused_before_anything_starts(tmp_path):
     with pytest.raises(MissingInput):
         data(f"data.train={tmp_path / 'nothing.jsonl'}")
     path = tmp_path / "bad.jsonl"

@@ -1,5 +1,4 @@
-"""Splits of local folders, laid out as the hub lays them out; what a table or a line may hold that Python
-cannot."""
+"""Splits of local folders in the hub's layout; values of tables and lines that Python cannot hold."""
 
 import datetime
 import json
@@ -25,7 +24,7 @@ DATA = Data(train="unused")
 
 
 def lay_out(folder: Path, *names: str) -> Path:
-    """Files of one row each, which says the file's name."""
+    """Files of one row each, whose prompt is the file's name."""
     for name in names:
         file = folder / name
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -92,7 +91,7 @@ configs:
         ("whole", None, ["parts/a-1.jsonl", "parts/a-2.parquet", "parts/b.jsonl"]),
     ],
 )
-def test_a_readme_says_which_files_are_of_a_subset_and_a_split(
+def test_a_readme_declares_the_files_of_a_subset_and_a_split(
     tmp_path: Path, subset: str, split: str | None, files: list[str]
 ) -> None:
     lay_out(
@@ -100,12 +99,12 @@ def test_a_readme_says_which_files_are_of_a_subset_and_a_split(
     )
     (tmp_path / "README.md").write_text(CARD % "")
     assert chosen(tmp_path, split, subset) == files
-    for asked, error, said in (
+    for subset_name, error, pattern in (
         ("main", ConfigError, "splits test, train|splits train, test"),
         ("none", MissingInput, "main, socratic, whole"),
     ):
-        with pytest.raises(error, match=said):
-            chosen(tmp_path, None, asked)
+        with pytest.raises(error, match=pattern):
+            chosen(tmp_path, None, subset_name)
     with pytest.raises(ConfigError, match="has the subsets main, socratic, whole, and none is named"):
         chosen(tmp_path)
     (tmp_path / "README.md").write_text(
@@ -114,16 +113,16 @@ def test_a_readme_says_which_files_are_of_a_subset_and_a_split(
     assert chosen(tmp_path) == ["held.jsonl"]
 
 
-def test_a_readme_whose_files_are_not_there_or_whose_head_is_broken_is_told(tmp_path: Path) -> None:
+def test_a_readme_with_missing_files_or_a_broken_head_is_refused(tmp_path: Path) -> None:
     lay_out(tmp_path, "a.jsonl")
     for text in ("no head", "---\nlicense: mit\n---\n", "---\nnever closed"):
         (tmp_path / "README.md").write_text(text)
         assert chosen(tmp_path) == ["a.jsonl"]
     (tmp_path / "README.md").write_text("---\nconfigs: [{data_files: gone-*.jsonl}]\n---\n")
-    with pytest.raises(MissingInput, match=r"README.md names data files that are not there"):
+    with pytest.raises(MissingInput, match=r"README\.md"):
         chosen(tmp_path)
     (tmp_path / "README.md").write_text("---\nconfigs: [\n---\n")
-    with pytest.raises(ConfigError, match="YAML head cannot be read"):
+    with pytest.raises(ConfigError, match=r"README\.md.*YAML"):
         chosen(tmp_path)
 
 
@@ -138,16 +137,16 @@ def test_the_only_split_needs_no_name_and_so_do_files_without_one(tmp_path):
 
 
 def test_splits_agree_with_the_hubs_own_rules(tmp_path):
-    """`datasets` resolves each layout to the same files (jsonl.gz and what names no split are ours)."""
+    """`datasets` resolves each layout to the same files, but for those that only we read."""
     from datasets.data_files import DataFilesDict, get_data_patterns
 
     for number, (names, split, files) in enumerate(LAYOUTS):
         folder = lay_out(tmp_path / str(number), *names)
         patterns = get_data_patterns(str(folder))
-        found = DataFilesDict.from_patterns(patterns, str(folder)).items()
+        resolved = DataFilesDict.from_patterns(patterns, str(folder)).items()
         theirs = {
             str(name): sorted(Path(file).relative_to(folder).as_posix() for file in named)
-            for name, named in found
+            for name, named in resolved
         }
         canonical = {"valid": "validation", "eval": "test"}.get(split, split)
         if canonical in theirs:  # the name of a file as a split is ours
@@ -176,7 +175,7 @@ def test_splits_agree_with_the_hubs_own_rules(tmp_path):
             MissingInput,
             r"holds no split test[\s\S]*its splits are train",
         ),
-        (("a.jsonl",), {"split": "test"}, MissingInput, "no name in it says a split"),
+        (("a.jsonl",), {"split": "test"}, MissingInput, r"holds no split test[\s\S]*no file name"),
         (
             ("main/train.jsonl", "socratic/train.jsonl"),
             {},
@@ -191,7 +190,7 @@ def test_a_folder_that_could_be_read_two_ways_is_refused(tmp_path, names, option
         load_rows([Source(path=str(lay_out(tmp_path, *names)), **options)], DATA, "sft")
 
 
-def test_subsets_are_subfolders_and_other_folders_are_told(tmp_path):
+def test_subsets_are_subfolders_and_other_folders_are_noted(tmp_path):
     folder = lay_out(
         tmp_path,
         "main/train-00000-of-00001.parquet",
@@ -205,7 +204,8 @@ def test_subsets_are_subfolders_and_other_folders_are_told(tmp_path):
     folder = lay_out(tmp_path / "mixed", "a.jsonl", "old/a.jsonl", "main/train.jsonl", "b.csv", "notes.md")
     loaded = load_rows(str(folder), DATA, "sft")
     assert [row.prompt for row in loaded.rows] == ["a.jsonl"]
-    assert loaded.notes == (f"{folder}: not read of it: main, old, b.csv",)
+    (note,) = loaded.notes
+    assert note.startswith(f"{folder}: ") and note.endswith(": main, old, b.csv")
 
 
 @pytest.mark.parametrize(
@@ -234,9 +234,7 @@ def test_held_out_rows_that_are_trained_on(tmp_path):
     )
     with pytest.raises(ConfigError, match=r"data\.eval holds the rows of data\.train: all 2 of them"):
         check_apart(train, copy)
-    with pytest.raises(
-        ConfigError, match=r"data\.eval and data\.train both read .*train\.jsonl, from its first row on"
-    ):
+    with pytest.raises(ConfigError, match=r"data\.eval and data\.train both read .*train\.jsonl"):
         check_apart(load_rows([Source(path=str(tmp_path / "train.jsonl"), max_rows=1)], DATA, "sft"), train)
     assert (
         check_apart(train, part)
@@ -302,24 +300,25 @@ VALUES: list[tuple[Any, Any]] = [
 
 @pytest.mark.parametrize(("value", "form"), VALUES)
 def test_every_value_has_one_form(value, form):
-    found = plain(value, "x")
-    assert found == form and type(found) is type(form)
-    assert json.loads(json.dumps(found)) == form
+    converted = plain(value, "x")
+    assert converted == form and type(converted) is type(form)
+    assert json.loads(json.dumps(converted)) == form
 
 
 def test_numbers_that_json_lacks_stay_numbers_and_are_text_in_json():
-    found = plain([float("nan"), float("inf"), -float("inf"), np.float64("nan")], "x")
-    assert np.isnan(found[0]) and found[1:3] == [float("inf"), -float("inf")] and type(found[3]) is float
-    assert in_json({"x": found, "y": 1.5}) == {"x": ["NaN", "Infinity", "-Infinity", "NaN"], "y": 1.5}
+    numbers = plain([float("nan"), float("inf"), -float("inf"), np.float64("nan")], "x")
+    assert np.isnan(numbers[0]) and numbers[1:3] == [float("inf"), -float("inf")]
+    assert type(numbers[3]) is float
+    assert in_json({"x": numbers, "y": 1.5}) == {"x": ["NaN", "Infinity", "-Infinity", "NaN"], "y": 1.5}
 
 
-def test_what_has_no_form_is_refused_by_name():
-    with pytest.raises(BadRecord, match="picture holds a object, which is no text"):
+def test_a_value_without_a_form_is_refused_by_name():
+    with pytest.raises(BadRecord, match="picture holds a object"):
         plain([object()], "picture")
 
 
 def table() -> pa.Table:
-    """A row with a column of each kind that Parquet has and JSON has not."""
+    """A row with a column of each kind that Parquet has and JSON lacks."""
     columns = {
         "prompt": pa.array(["p"]),
         "stamp": pa.array([MOMENT], pa.timestamp("us", "UTC")),
@@ -373,7 +372,7 @@ def test_a_date_that_python_cannot_hold_is_a_bad_row_of_its_own(tmp_path):
 
 
 def test_nulls_that_a_table_fills_in_reach_no_template(tmp_path):
-    """Tools and calls of other shapes give each other their keys; in JSON a null is what the user wrote."""
+    """Tools and calls of other shapes give each other their keys; a null in JSON is the user's own."""
     calls = [{"type": "function", "function": {"name": "stock", "arguments": {"item": "chair"}}}]
     asked = {"role": "user", "content": "a"}
     calling = {

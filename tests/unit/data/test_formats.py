@@ -1,4 +1,4 @@
-"""Records in TRL's formats become row fields; every refusal says why."""
+"""Records in TRL's formats become row fields; every refusal gives its reason."""
 
 import json
 import re

@@ -29,12 +29,12 @@ def test_the_next_groups_completion_is_the_second_branch():
     ]
 
 
-def test_the_other_answer_to_the_same_prompt_is_no_mismatch():
+def test_the_other_answer_to_the_same_prompt_is_not_a_mismatch():
     groups = [group(0, [1], [10]), group(1, [1], [11]), group(2, [2], [20]), group(3, [2], [21])]
     assert answers(with_mismatched(groups, 16)) == [[[10], [20]], [[11], [20]], [[20], [10]], [[21], [10]]]
 
 
-def test_where_all_prompts_are_equal_the_next_completion_is_used():
+def test_if_all_prompts_are_equal_the_next_completion_is_used():
     groups = [group(i, [1], [10 + i]) for i in range(3)]
     assert answers(with_mismatched(groups, 16)) == [[[10], [11]], [[11], [12]], [[12], [10]]]
     assert answers(with_mismatched(groups[:1], 16)) == [[[10], [10]]]

@@ -15,7 +15,7 @@ LAYOUTS = ("prefix_shared", "packed", "padded")
 
 
 def sized(index, prompt, *branches):
-    """A group of these lengths, every token of it recognisable."""
+    """A group of these lengths with distinct tokens."""
     answers = tuple(
         Branch(np.arange(n) + 1000 * (index + 1) + 100 * (k + 1), np.arange(n) % 3 != 1)
         for k, n in enumerate(branches)
@@ -42,13 +42,13 @@ def cut(workers=1, examples=None, positions=None, layout="padded"):
 
 
 def targets(batch):
-    """(example, branch) -> its scored tokens in order, from the micro-batches that count."""
-    found = {}
+    """(example, branch) -> its scored tokens in order, without fillers."""
+    by_branch = {}
     for mb in (mb for rank in batch.micro_batches for mb in rank if mb.weight):
         for sequence, target in zip(mb.sequence, mb.targets, strict=True):
             which, branch = divmod(int(sequence), mb.branches)
-            found.setdefault((int(mb.examples[which]), branch), []).append(int(target))
-    return found
+            by_branch.setdefault((int(mb.examples[which]), branch), []).append(int(target))
+    return by_branch
 
 
 def content(batch):
@@ -161,8 +161,8 @@ def imbalance(batch) -> float:
 @pytest.mark.parametrize("positions", [2048, 8192, 12_000, 16_384])
 @pytest.mark.parametrize("workers", [2, 8])
 def test_ranks_have_the_same_work_however_large_the_micro_batches(workers, positions, layout):
-    """An eighth of 4k context, to be quick: 65,536 positions there, with 3 micro-batches on each of 8 ranks,
-    left 17 %."""
+    """An eighth of 4k context, for speed. There, 65,536 positions and 3 micro-batches on each of 8 ranks left
+    17 %."""
     for seed in range(3):
         groups = ragged(seed, 256, 256)
         batch = cut_step(groups, cut(workers, positions=positions, layout=layout))

@@ -1,4 +1,4 @@
-"""Order is a function of (seed, epoch, cursor); batches chain; what a remainder becomes."""
+"""Order is a function of (seed, epoch, cursor); batches chain; the remainder of an epoch."""
 
 from collections import Counter
 from itertools import pairwise
@@ -25,16 +25,16 @@ def batches(sizes, weights, seed, effective, remainder):
 
 def walk(source, examples, start=0):
     """The batches from `start` until `examples` are consumed, as (cursor, ids)."""
-    cursor, found = start, []
+    cursor, walked = start, []
     while cursor < examples - 1e-9:
         ids = [g.id for g in source.at(cursor)]
-        found.append((cursor, ids))
+        walked.append((cursor, ids))
         cursor += len(ids)
-    return found
+    return walked
 
 
-def flat(found):
-    return [i for _, ids in found for i in ids]
+def flat(walked):
+    return [i for _, ids in walked for i in ids]
 
 
 def test_the_permutation_is_pinned():
@@ -101,7 +101,7 @@ def test_each_lap_over_a_source_has_its_own_order():
 
 
 @given(seed=SEEDS, epochs=st.permutations(range(6)))
-def test_order_does_not_depend_on_what_was_asked_before(seed, epochs):
+def test_order_does_not_depend_on_earlier_calls(seed, epochs):
     used = Order([5, 4], [1.0, 0.5], seed)
     for epoch in epochs:
         assert used.epoch(epoch).tolist() == Order([5, 4], [1.0, 0.5], seed).epoch(epoch).tolist()
@@ -147,13 +147,13 @@ def test_carried_batches_are_one_stream_whatever_the_effective_batch(size, seed,
 )
 def test_ten_examples_by_four(remainder, sizes, cursors):
     source = batches([10], [1.0], 3, 4, remainder)
-    found = walk(source, 16 if remainder == "drop" else 20)
-    assert [len(ids) for _, ids in found] == sizes
-    assert [cursor for cursor, _ in found] == cursors
+    walked = walk(source, 16 if remainder == "drop" else 20)
+    assert [len(ids) for _, ids in walked] == sizes
+    assert [cursor for cursor, _ in walked] == cursors
     first, second = (source.order.epoch(e).tolist() for e in (0, 1))
     expected = {"drop": first[:8] + second[:8], "use": first + second, "carry": first + second}[remainder]
-    assert flat(found) == expected
-    assert source.steps_in(2) == len(found)
+    assert flat(walked) == expected
+    assert source.steps_in(2) == len(walked)
 
 
 def test_an_epoch_smaller_than_the_batch_is_never_dropped_whole():
@@ -179,7 +179,7 @@ def test_steps_in_matches_walking(size, weight, effective, remainder, tenths):
     assert source.steps_in(epochs) == max(1, len(walk(source, examples)))
 
 
-def test_a_tenth_of_an_epoch_is_no_step_more_for_rounding():
+def test_rounding_adds_no_step_to_a_tenth_of_an_epoch():
     assert batches([100], [1.0], 0, 10, "use").steps_in(1.1) == 11
     assert batches([100], [1.0], 0, 10, "carry").steps_in(1.1) == 11
 

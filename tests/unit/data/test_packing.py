@@ -1,11 +1,14 @@
 """The three row layouts: literal examples, and what every scored position sees."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestrator.core.batches import Branch, SequenceGroup
+from orchestrator.core.batches import Branch, Experience, SequenceGroup
+from orchestrator.core.errors import DataError, OrchestratorError
 from orchestrator.data.packing import cost, filler, pack
 
 LAYOUTS = ("prefix_shared", "packed", "padded")
@@ -25,7 +28,7 @@ TALK = SequenceGroup(4, np.array([1]), (branch([3, 4, 5], [True, False, True]),)
 def groups_of(draw, branches=None, max_size=6):
     """Groups with distinct ids, the same number of branches, at least one scored token each."""
     branches = branches or draw(st.sampled_from([1, 2]))
-    made = []
+    groups = []
     for number in range(draw(st.integers(1, max_size))):
         prompt = draw(st.lists(st.integers(1, 99), min_size=1, max_size=6))
         answers = []
@@ -33,8 +36,8 @@ def groups_of(draw, branches=None, max_size=6):
             ids = draw(st.lists(st.integers(1, 99), min_size=1, max_size=7))
             scored = draw(st.lists(st.booleans(), min_size=len(ids), max_size=len(ids)))
             answers.append(branch(ids, [*scored[:-1], True]))
-        made.append(SequenceGroup(100 + number, np.array(prompt), tuple(answers)))
-    return made
+        groups.append(SequenceGroup(100 + number, np.array(prompt), tuple(answers)))
+    return groups
 
 
 def test_prefix_shared_literally():
@@ -85,6 +88,23 @@ def test_only_scored_tokens_are_targets(layout):
     assert (mb.targets.tolist(), mb.score_at.tolist(), mb.last_at.tolist()) == ([3, 5], [0, 2], [3])
 
 
+def test_a_column_of_a_part_of_the_examples_is_an_error():
+    without = SequenceGroup(8, PAIR.prompt, PAIR.branches)
+    with pytest.raises(DataError, match=r"1 of 2 examples[\s\S]*data\.columns\.margin=null"):
+        pack([PAIR, without], "padded")
+
+
+def rollout(count: int, **columns: np.ndarray) -> Branch:
+    zeros = np.zeros(count, np.float32)
+    return replace(branch([5] * count), experience=Experience(zeros, zeros, **columns))
+
+
+@pytest.mark.parametrize("other", [branch([5, 6]), rollout(2, values=np.zeros(2, np.float32))])
+def test_experience_of_a_part_of_the_branches_is_an_error(other):
+    with pytest.raises(OrchestratorError, match=r"experience|values"):
+        pack([SequenceGroup(1, PAIR.prompt, (rollout(2), other))], "padded")
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_columns_follow_the_examples(layout):
     mb = pack([PAIR, SequenceGroup(8, PAIR.prompt, PAIR.branches, margin=2.0)], layout)
@@ -115,8 +135,7 @@ def test_every_scored_position_sees_its_own_sequence_and_nothing_else(groups, la
             ends = [len(group.prompt) + int(t) for t in np.flatnonzero(answer.loss_mask)]
             assert [target for _, target in own] == [whole[end] for end in ends]
             for (at, _), end in zip(own, ends, strict=True):
-                # the prompt's last token belongs to no branch, so it sees the prompt alone: what predicts
-                # token `end`
+                # the prompt's last token has no branch: it sees the prompt alone and predicts token `end`
                 seen = visible(mb, at)
                 assert ids[seen].tolist() == whole[:end]
                 assert positions[seen].tolist() == list(range(end))

@@ -1,4 +1,4 @@
-"""Prompts: how they are read, and the batch arithmetic of rollouts that is refused before anything starts."""
+"""Prompts: how they are read, and rollout batches that are refused before anything starts."""
 
 import json
 from pathlib import Path
@@ -37,9 +37,9 @@ def test_the_arithmetic_of_rollout_batches():
 
 
 @pytest.mark.parametrize(
-    ("sections", "says"),
+    ("sections", "pattern"),
     [
-        ({"batch": {"effective": 60}}, "no multiple of rollouts.samples=8"),
+        ({"batch": {"effective": 60}}, "batch.effective=60 .* rollouts.samples=8"),
         ({"rollouts": {"prompts": 15}}, "cannot be cut into effective batches of 64"),
         ({"rollouts": {"samples": 1, "prompts": 64}}, "grpo needs rollouts.samples of at least 2"),
         (
@@ -52,9 +52,9 @@ def test_the_arithmetic_of_rollout_batches():
         ),
     ],
 )
-def test_what_cannot_be_cut_is_refused_with_a_fix(sections, says):
+def test_a_batch_that_cannot_be_cut_is_refused_with_a_fix(sections, pattern):
     algorithm = sections.pop("algorithm", None)
-    with pytest.raises(ConfigError, match=says) as error:
+    with pytest.raises(ConfigError, match=pattern) as error:
         batches(recipe(algorithm=algorithm, **sections))
     assert error.value.fix
 
@@ -67,11 +67,11 @@ def test_every_other_column_goes_to_the_rewards(tmp_path: Path):
     file = tmp_path / "rows.jsonl"
     rows = [{"prompt": f"p{i}>", "answer": i, "level": "hard"} for i in range(20)]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    found = load(recipe(str(file)))
-    (first, *_) = sorted(found.batches.at(0), key=lambda p: p.id)
+    prompts = load(recipe(str(file)))
+    (first, *_) = sorted(prompts.batches.at(0), key=lambda p: p.id)
     assert first.columns["level"] == "hard" and first.columns["answer"] == rows[first.id]["answer"]
     assert len(first.ids) == len(first.text), "a byte is a token"
-    longest = found.longest.groups[0]
+    longest = prompts.longest.groups[0]
     assert len(longest.branches) == 8 and {len(b.ids) for b in longest.branches} == {8}
 
 

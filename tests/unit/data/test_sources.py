@@ -18,7 +18,7 @@ from orchestrator.recipe.schema import Columns, Data, Source
 PAIRS = [{"prompt": f"p{i}", "chosen": f"good {i}", "rejected": f"bad {i}"} for i in range(5)]
 DATA = Data(train="unused")
 GSM8K = Path(__file__).resolve().parents[2] / "data" / "gsm8k"
-"""64 real pairs and demonstrations, under the licence beside them."""
+"""64 real pairs and demonstrations; the licence lies beside them."""
 
 
 def lines(records):
@@ -304,7 +304,7 @@ def test_urls_that_cannot_be_read(store):
     store.pipe("/bucket/pairs.jsonl", b"")
     with pytest.raises(MissingInput, match="no data file memory:"):
         load_rows("memory://bucket/none.jsonl", DATA, "preference")
-    with pytest.raises(ConfigError, match="nosuch:// cannot be read here"):
+    with pytest.raises(ConfigError, match="nosuch://"):
         load_rows("nosuch://bucket/pairs.jsonl", DATA, "preference")
     with pytest.raises(ConfigError, match="user or a password") as caught:
         load_rows("s3://key:hidden@bucket/pairs.jsonl", DATA, "preference")

@@ -32,8 +32,8 @@ def data(**options):
     return Data(train="unused", **options)
 
 
-def encode(one, kind, tokenizer=None, **options):
-    return Encoder(tokenizer or byte_tokenizer(), data(**options), kind).encode(one)
+def encode(example, kind, tokenizer=None, **options):
+    return Encoder(tokenizer or byte_tokenizer(), data(**options), kind).encode(example)
 
 
 def ids(text, tokenizer=None):
@@ -45,7 +45,7 @@ def text(tokens):
 
 
 def parts(group):
-    """(prompt, branches) in words; tokens that are not scored in square brackets."""
+    """(prompt, branches) as text; tokens that are not scored stand in square brackets."""
     branches = []
     for branch in group.branches:
         shown, last = "", True
@@ -117,7 +117,7 @@ def test_chat_messages_without_a_chat_template_are_refused(kind, fields):
     assert parts(encode(row(prompt="a", completion="b"), "sft", tokenizer)) == ("a", ("b<eos>",))
 
 
-def test_what_a_template_refuses_is_named_by_row():
+def test_a_refusal_of_a_template_names_the_row():
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
     with pytest.raises(
@@ -135,7 +135,7 @@ def test_a_conversation_that_the_assistant_begins():
         encode(row(messages=TALK[2:3]), "sft", tokenizer)
 
 
-def test_a_first_token_of_the_assistant_is_given_for_nothing_predicts_it():
+def test_a_first_token_of_the_assistant_is_given_since_nothing_predicts_it():
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = "{% generation %}{{ messages[0]['content'] }}{% endgeneration %}"
     assert parts(encode(row(messages=TALK[2:3]), "sft", tokenizer)) == ("B", ("lue.",))
@@ -178,7 +178,7 @@ def test_text_outside_ascii_round_trips():
     assert len(group.branches[0].ids) == len(" 是\n".encode()) + 1
 
 
-def test_eos_is_scored_where_it_is_the_pad_token_too():
+def test_eos_is_scored_even_if_it_is_the_pad_token():
     tokenizer = byte_tokenizer()
     tokenizer.pad_token = tokenizer.eos_token
     group = encode(row(prompt="p", chosen="yes", rejected="no"), "preference", tokenizer)
@@ -236,7 +236,7 @@ def merging_tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", pad_token="<eos>")
 
 
-def test_a_prompt_that_is_no_token_prefix_is_reported_and_its_end_left_out():
+def test_a_prompt_that_is_not_a_token_prefix_is_reported_and_loses_its_end():
     rows = [
         Row(0, "f:1", 0, prompt="xxa", chosen="bc", rejected="cb"),
         Row(1, "f:2", 0, prompt="xx", chosen="ab", rejected="b"),
@@ -296,7 +296,7 @@ def test_overlong_rows_as_an_error():
     )
 
 
-def test_a_conversation_cut_before_the_assistant_speaks_is_dropped():
+def test_a_conversation_cut_before_the_assistants_turn_is_dropped():
     rows = [Row(0, "f:1", 0, messages=TALK), Row(1, "f:2", 0, messages=TALK[1:3])]
     encoded = encode_rows(rows, byte_tokenizer(), data(max_length=15, overlong="truncate_end"), "sft")
     assert [g.id for g in encoded.groups] == [1]

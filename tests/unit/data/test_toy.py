@@ -1,4 +1,4 @@
-"""The demo's tasks: what is right, how often demonstrations are, and that held-out prompts are held out."""
+"""The toy tasks: their right answers, the share of right demonstrations, the held-out prompts."""
 
 import pytest
 
@@ -99,8 +99,8 @@ def test_half_of_the_calculators_demonstrations_call_it_and_the_others_guess_wro
     calls = [row for row in rows if len(row["messages"]) == 4]
     assert 450 <= len(calls) <= 550
     for row in calls:
-        said = [(m["role"], m["content"]) for m in row["messages"][1:]]
-        assert said == [
+        turns = [(m["role"], m["content"]) for m in row["messages"][1:]]
+        assert turns == [
             ("assistant", f"={question(row)};"),
             ("tool", row["answer"]),
             ("assistant", row["answer"]),

@@ -308,7 +308,7 @@ EXERCISES: dict[str, Row | Elsewhere | Unseen] = {
     "rollouts.timeout_s": Elsewhere(f"{BRIDGE}::test_an_actor_that_hangs_in_a_broadcast_is_named_and_replaced"),
     "rollouts.max_restarts": Elsewhere(f"{BRIDGE}::test_an_actor_that_hangs_in_a_broadcast_is_named_and_replaced"),
     "rollouts.start_timeout_s": Row(_start_s, ("null", "7"), (180.0, 7.0)),
-    "algorithm.correction.alarm": Elsewhere("tests/unit/trainers/test_online.py::test_the_alarm_names_a_gap"),
+    "algorithm.correction.alarm": Elsewhere("tests/unit/trainers/test_online.py::test_a_gap_above_the_alarm_is_noted"),
     "algorithm.dynamic_sampling": Row(lambda r: build(r.algorithm, r.rollouts).online.dynamic_sampling, ("true", "false"), (True, False)),
     "algorithm.max_resampled": Elsewhere(
         "tests/unit/trainers/test_online.py::test_dynamic_sampling_replaces_groups_without_signal_and_consumes_what_it_drew"

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from orchestrator.algorithms.losses.estimators import Episodes
+from orchestrator.algorithms.losses.advantages import Episodes
 from orchestrator.algorithms.losses.interface import ExperienceTensors, TokenScores
 from orchestrator.algorithms.schedule import learning_rate
 from orchestrator.algorithms.table import build, critic

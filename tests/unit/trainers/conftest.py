@@ -26,7 +26,7 @@ WHOLE = Cut(1, 8, None, "prefix_shared", 0, "no_sync")
 
 @pytest.fixture(scope="package")
 def rank() -> Iterator[ProcessGroup]:
-    """A process group of this process alone; the environment is put back after."""
+    """A process group of this process alone; the environment is restored afterwards."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         group = ProcessGroup(0, 1, "127.0.0.1", free.getsockname()[1], 60.0)
@@ -56,11 +56,13 @@ def pairs(count: int, seed: int = 0, *, labelled: bool = False) -> list[Sequence
         size = int(draw.integers(2, 9))
         return Branch(draw.integers(0, 256, size), np.arange(size) >= int(draw.integers(0, 2)))
 
-    made = []
+    groups = []
     for i in range(count):
         prompt = draw.integers(0, 256, int(draw.integers(1, 9)))
-        made.append(SequenceGroup(i, prompt, (branch(), branch()), label=float(i % 2) if labelled else None))
-    return made
+        groups.append(
+            SequenceGroup(i, prompt, (branch(), branch()), label=float(i % 2) if labelled else None)
+        )
+    return groups
 
 
 def batches(groups: Sequence[SequenceGroup], effective: int = 8) -> Batches:
@@ -68,7 +70,7 @@ def batches(groups: Sequence[SequenceGroup], effective: int = 8) -> Batches:
 
 
 class OneRank:
-    """roles.Learner over a RankLearner in this process. fits: positions of the largest micro-batch that does."""
+    """roles.Learner over a RankLearner in this process. fits: largest positions of a micro-batch."""
 
     def __init__(
         self, group: ProcessGroup, cfg: Recipe, cut: Cut = WHOLE, fits: int = 10**9, total_steps: int = 10
@@ -134,8 +136,8 @@ def one_rank(rank: ProcessGroup) -> Callable[..., OneRank]:
 
 
 @dataclass
-class Said:
-    """A reporter that remembers."""
+class RecordingReporter:
+    """A reporter that keeps what it gets."""
 
     steps: list[StepReport] = field(default_factory=list)
     evaluations: list[EvaluationReport] = field(default_factory=list)
@@ -156,8 +158,8 @@ class Said:
 
 
 @dataclass
-class Kept:
-    """Checkpoints in memory: what was saved, and where to begin."""
+class MemoryCheckpoints:
+    """Checkpoints in memory: the start of a run, and what it saved."""
 
     start: Progress = field(default_factory=Progress)
     saved: list[Progress] = field(default_factory=list)

@@ -1,4 +1,4 @@
-"""Held-out numbers by hand: checkers, accuracies by source, the most-wrong pairs."""
+"""Held-out metrics against literal numbers: checkers, accuracies by source, the most wrong pairs."""
 
 import math
 from dataclasses import replace
@@ -102,9 +102,9 @@ def evaluator(
 def test_accuracies_and_margins_in_all_and_by_source():
     groups = [replace(g, source=s) for g, s in zip(pairs(5), [0, 0, 1, 1, 1], strict=True)]
     policy = Fixed({0: 1.0, 1: -1.0, 2: 2.0, 3: 0.5, 4: 0.0})
-    found = evaluator(policy, groups, ("easy", "hard")).evaluate(CUT, 7)
-    assert found.step == 7
-    assert found.metrics == pytest.approx(
+    report = evaluator(policy, groups, ("easy", "hard")).evaluate(CUT, 7)
+    assert report.step == 7
+    assert report.metrics == pytest.approx(
         {
             "eval/loss": 0.5,
             "eval/rewards/accuracies": 0.75,
@@ -115,19 +115,19 @@ def test_accuracies_and_margins_in_all_and_by_source():
     )
 
 
-def test_a_tie_is_half_right_and_one_source_has_no_line_of_its_own():
-    found = evaluator(Fixed({0: 0.0, 1: 1.0}), pairs(2)).evaluate(CUT, 0).metrics
-    assert found["eval/preference_accuracy"] == 0.75
-    assert not [name for name in found if name.startswith("eval/preference_accuracy/")]
+def test_a_tie_is_half_right_and_one_source_has_no_separate_metric():
+    report = evaluator(Fixed({0: 0.0, 1: 1.0}), pairs(2)).evaluate(CUT, 0).metrics
+    assert report["eval/preference_accuracy"] == 0.75
+    assert not [name for name in report if name.startswith("eval/preference_accuracy/")]
 
 
-def test_nothing_but_ties_is_nothing_known_and_no_pair_is_more_wrong_than_another():
-    found = evaluator(Fixed({0: 0.0, 1: 0.0}), pairs(2)).evaluate(CUT, 0)
-    assert math.isnan(found.metrics["eval/preference_accuracy"]) and found.samples == ()
+def test_of_ties_alone_the_accuracy_is_nan_and_no_pair_is_shown():
+    report = evaluator(Fixed({0: 0.0, 1: 0.0}), pairs(2)).evaluate(CUT, 0)
+    assert math.isnan(report.metrics["eval/preference_accuracy"]) and report.samples == ()
 
 
-def test_pairs_rank_by_log_prob_per_token_where_there_is_no_reference():
-    """The sum of log-probs prefers the shorter answer whatever it says."""
+def test_pairs_rank_by_log_prob_per_token_without_a_reference():
+    """The sum of log-probs would prefer the shorter answer, whatever its text."""
     long, short = np.arange(20), np.arange(2)
     group = SequenceGroup(
         0, np.array([1]), (Branch(long, np.ones(20, bool)), Branch(short, np.ones(2, bool)))
@@ -139,14 +139,14 @@ def test_pairs_rank_by_log_prob_per_token_where_there_is_no_reference():
                 tuple(np.array([[-20.0, -4.0]], np.float32) for _ in rank) for rank in batch.micro_batches
             )
 
-    found = evaluator(Sums({0: 0.0}), [group], ranking=Ranking("log-prob per token")).evaluate(CUT, 0)
-    assert found.metrics["eval/preference_accuracy"] == 1.0, "-1 nat a token against -2"
-    assert found.samples[0].scores == {"logp_per_token_margin": pytest.approx(1.0)}
-    assert "eval/logp_accuracy" not in found.metrics
+    report = evaluator(Sums({0: 0.0}), [group], ranking=Ranking("log-prob per token")).evaluate(CUT, 0)
+    assert report.metrics["eval/preference_accuracy"] == 1.0, "-1 nat a token against -2"
+    assert report.samples[0].scores == {"logp_per_token_margin": pytest.approx(1.0)}
+    assert "eval/logp_accuracy" not in report.metrics
 
 
 @pytest.mark.parametrize("layout", ["prefix_shared", "padded", "packed"])
-def test_pairs_rank_by_implicit_reward_where_there_is_a_reference(one_rank, layout):
+def test_pairs_rank_by_implicit_reward_with_a_reference(one_rank, layout):
     policy = one_rank()
     cut = Cut(1, 3, None, layout, 0, "no_sync")
     held_out = evaluator(policy, pairs(7), attach=policy.with_live_reference, ranking=BY_DPO)
@@ -155,7 +155,7 @@ def test_pairs_rank_by_implicit_reward_where_there_is_a_reference(one_rank, layo
         before.metrics["eval/rewards/accuracies"]
     )
     assert before.samples == () and 0.0 < before.metrics["eval/logp_accuracy"] < 1.0, (
-        "what the policy alone prefers is known before"
+        "the accuracy of the policy alone is known before"
     )
     for step in range(3):
         policy.forward_backward(
@@ -171,12 +171,12 @@ def test_pairs_rank_by_implicit_reward_where_there_is_a_reference(one_rank, layo
 
 
 def test_the_most_wrong_pairs_come_first_and_ties_by_id():
-    found = evaluator(Fixed({0: 1.0, 1: -2.0, 2: -3.0, 3: -2.0, 4: 5.0}), pairs(5), worst_pairs=4).evaluate(
+    report = evaluator(Fixed({0: 1.0, 1: -2.0, 2: -3.0, 3: -2.0, 4: 5.0}), pairs(5), worst_pairs=4).evaluate(
         CUT, 3
     )
-    assert [s.scores["reward_margin"] for s in found.samples] == [-3.0, -2.0, -2.0, 1.0]
+    assert [s.scores["reward_margin"] for s in report.samples] == [-3.0, -2.0, -2.0, 1.0]
     groups = pairs(5)
-    for sample, which in zip(found.samples, (2, 1, 3, 0), strict=True):
+    for sample, which in zip(report.samples, (2, 1, 3, 0), strict=True):
         group = groups[which]
         assert (sample.step, sample.kind) == (3, "pair")
         assert (sample.prompt, sample.chosen, sample.rejected) == (
@@ -186,7 +186,7 @@ def test_the_most_wrong_pairs_come_first_and_ties_by_id():
         )
 
 
-def test_no_worst_pairs_where_none_are_asked_for():
+def test_no_worst_pairs_if_none_are_requested():
     assert evaluator(Fixed({0: 1.0}), pairs(1), worst_pairs=0).evaluate(CUT, 0).samples == ()
 
 
@@ -195,17 +195,19 @@ def test_only_pairs_have_preferences(kind):
     groups = pairs(2, labelled=kind == "labelled answers")
     if kind == "single answers":
         groups = [replace(g, branches=g.branches[:1]) for g in groups]
-    found = evaluator(Fixed({0: 1.0, 1: 1.0}), groups).evaluate(CUT, 0)
-    assert found.metrics.keys() == {"eval/loss", "eval/rewards/accuracies"} and not found.samples
+    report = evaluator(Fixed({0: 1.0, 1: 1.0}), groups).evaluate(CUT, 0)
+    assert report.metrics.keys() == {"eval/loss", "eval/rewards/accuracies"} and not report.samples
 
 
 def test_generations_are_checked_and_shown():
     completions = [[ord("4")], [ord("x")], [ord(c) for c in "is 6"]]
     prompts, answers = [(50,), (51,), (52,)], ["4", "5", "6"]
     config = {"generate": Generation(max_new_tokens=5, checker="last_number")}
-    found = evaluator(Fixed({}, completions), (), prompts=prompts, answers=answers, **config).evaluate(CUT, 2)
-    assert found.metrics == pytest.approx({"eval/exact_match": 2 / 3})
-    assert [(s.kind, s.prompt, s.completion, s.answer, s.scores["correct"]) for s in found.samples] == [
+    report = evaluator(Fixed({}, completions), (), prompts=prompts, answers=answers, **config).evaluate(
+        CUT, 2
+    )
+    assert report.metrics == pytest.approx({"eval/exact_match": 2 / 3})
+    assert [(s.kind, s.prompt, s.completion, s.answer, s.scores["correct"]) for s in report.samples] == [
         ("generation", "2", "4", "4", 1.0),
         ("generation", "3", "x", "5", 0.0),
         ("generation", "4", "is 6", "6", 1.0),
@@ -222,10 +224,10 @@ def test_a_real_learner_is_evaluated_alike_in_any_cut(one_rank, layout, examples
     policy = one_rank()
     groups = pairs(7)
     held_out = evaluator(policy, groups, attach=policy.with_live_reference, ranking=BY_DPO)
-    found = held_out.evaluate(Cut(1, examples, None, layout, 0, "no_sync"), 0).metrics
+    report = held_out.evaluate(Cut(1, examples, None, layout, 0, "no_sync"), 0).metrics
     whole = held_out.evaluate(Cut(1, 7, None, "padded", 0, "no_sync"), 0).metrics
-    assert found.keys() == whole.keys()
-    assert found == pytest.approx(whole, rel=1e-4, abs=1e-5, nan_ok=True)
+    assert report.keys() == whole.keys()
+    assert report == pytest.approx(whole, rel=1e-4, abs=1e-5, nan_ok=True)
 
 
 def test_a_reward_model_prefers_by_its_rewards(one_rank):

@@ -1,4 +1,4 @@
-"""Reference log-probs on disk: by content, resumable, the same for every cut, and checked against live ones."""
+"""Reference log-probs on disk: by content, resumable, equal for every cut, checked against live ones."""
 
 from dataclasses import replace
 
@@ -57,17 +57,17 @@ class Counting:
 
 def test_everything_is_computed_once(tmp_path, score):
     first, second = Counting(score), Counting(score)
-    told = []
+    reported = []
     assert (
-        ReferenceCache(tmp_path / "c").fill(GROUPS, cut, first, lambda done, of: told.append((done, of)))
+        ReferenceCache(tmp_path / "c").fill(GROUPS, cut, first, lambda done, of: reported.append((done, of)))
         == 11
     )
-    assert told == [(11, 11)]
+    assert reported == [(11, 11)]
     assert ReferenceCache(tmp_path / "c").fill(GROUPS, cut, second, quiet) == 0
     assert (sorted(first.examples), second.examples) == (list(range(11)), [])
 
 
-def test_an_interrupted_pass_goes_on_where_it_stopped(tmp_path, score, monkeypatch):
+def test_an_interrupted_pass_continues_where_it_stopped(tmp_path, score, monkeypatch):
     monkeypatch.setattr(reference, "PART_EXAMPLES", 4)
     interrupted, rest = Counting(score, parts=2), Counting(score)
     with pytest.raises(KeyboardInterrupt):
@@ -86,7 +86,7 @@ def test_a_part_that_was_not_finished_is_not_read(tmp_path, score):
     assert ReferenceCache(tmp_path).fill(GROUPS, cut, score, quiet) == 11
 
 
-def test_a_truncated_part_is_told_with_its_name(tmp_path, score):
+def test_a_truncated_part_is_named_in_the_error(tmp_path, score):
     ReferenceCache(tmp_path).fill(GROUPS, cut, score, quiet)
     (part,) = tmp_path.glob("part-*")
     part.write_bytes(part.read_bytes()[:-40])
@@ -179,11 +179,11 @@ def test_the_key_changes_with_every_token_and_with_the_mask(changed):
     assert content_key(group(**changed)) != content_key(group())
 
 
-def test_the_key_does_not_see_what_the_model_does_not_see():
+def test_the_key_ignores_fields_that_the_model_does_not_read():
     assert content_key(group(id=7, source=3, label=1.0, margin=0.5)) == content_key(group())
 
 
-def test_an_unknown_example_is_no_silent_zero(tmp_path, score):
+def test_an_unknown_example_is_an_error_and_not_zero(tmp_path, score):
     cache = ReferenceCache(tmp_path)
     cache.fill(GROUPS[:5], cut, score, quiet)
     with pytest.raises(KeyError):

@@ -1,5 +1,4 @@
-"""Losses that couple the batch: the gradient of two passes over any cut is that of one large batch in plain
-torch."""
+"""Losses that couple the batch: two passes over any cut have the gradient of one large batch in torch."""
 
 import numpy as np
 import pytest
@@ -48,14 +47,14 @@ def test_two_passes_over_any_cut_learn_like_one_plain_batch(one_rank, algorithm,
 
 
 def test_a_loss_per_micro_batch_would_be_another_one(one_rank):
-    """The control: over micro-batches of one example there is nothing to sort, and AOT has another loss."""
+    """The control: micro-batches of one example have nothing to sort, which is another loss."""
     policy, groups = one_rank(recipe(loss="aot_unpaired", beta=5.0)), pairs(8, 50)
     for number in range(3):
         step(policy, pairs(8, number), cut(), number)
     objective, units = policy.rank.algorithm.objective, loss_units(groups)
 
-    def loss(some):
-        batch = policy.with_live_reference(cut_step(some, cut()))
+    def loss(part):
+        batch = policy.with_live_reference(cut_step(part, cut()))
         return float(objective(whole_scores(batch, policy.token_logprobs(batch)), units).total)
 
     assert abs(sum(loss([g]) for g in groups) - loss(groups)) > 1e-2
