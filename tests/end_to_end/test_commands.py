@@ -76,7 +76,7 @@ def test_plan_names_batches_that_divide(sandbox: Sandbox) -> None:
 def test_plan_of_a_pipeline(sandbox: Sandbox) -> None:
     said = succeeded(sandbox.run("plan", "tiny/demo"))
     assert "200 optimizer steps of sft" in said
-    assert "dpo is planned when what it takes from other stages has been trained (sft)" in said
+    assert "dpo is planned once the stages that it needs are trained (sft)" in said
 
 
 def test_evaluate_names_what_only_a_run_makes(sandbox: Sandbox) -> None:
