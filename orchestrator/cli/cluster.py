@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 
 from orchestrator.cli.options import CLUSTER, Address, Overrides, RecipeArgument, WorkingDir, out, show
-from orchestrator.cli.status import LOG_AGAIN, StatusRow, status_lines, status_table
+from orchestrator.cli.status import REPEATED_LOG, StatusRow, status_lines, status_table
 from orchestrator.cluster.quiet import is_small_talk
 from orchestrator.cluster.submit import submission
 from orchestrator.cluster.submit.ray_jobs import LOCAL, Jobs, exit_code
@@ -111,11 +111,9 @@ def _submit_job(
     if decision.number is not None:
         out.print(f"uploading {upload.summary()}")
         id = submission.start(jobs, loaded.name, command, decision.number, upload, stop_grace)
-        earlier = (
-            ""
-            if decision.attempt is None
-            else f"; {decision.attempt.id} ended as {decision.attempt.status}, this continues in its run folder"
-        )
+        earlier = ""
+        if (last := decision.attempt) is not None:
+            earlier = f"; {last.id} ended as {last.status}, this continues in its run folder"
         out.print(f"submitted {id} to {address}{earlier}")
     else:
         assert decision.attempt is not None
@@ -226,7 +224,7 @@ def _follow(jobs: Jobs, id: str, run: str, address: str) -> None:
     if code == Exit.RESUMABLE:
         out.print(f"it can be resumed: orchestrator resume {run} --address {address}")
     elif code:
-        out.print(attempt.message.partition(LOG_AGAIN)[0])  # the log has been shown
+        out.print(attempt.message.partition(REPEATED_LOG)[0])  # the log has been shown
     if code:
         sys.exit(code)
 

@@ -66,12 +66,12 @@ def _loading() -> AbstractContextManager[None]:
 
 @app.command(rich_help_panel=START)
 def init(
+    model: Annotated[str, typer.Option("--model", help="model folder, or hub name with --revision")],
+    data: Annotated[str, typer.Option("--data", help="file or folder of training rows")],
     columns: Annotated[
         list[str] | None,
         typer.Argument(metavar="[data.columns.NAME=COLUMN]...", help="columns that init does not recognise"),
     ] = None,
-    model: Annotated[str, typer.Option("--model", help="model folder, or hub name with --revision")] = ...,  # pyright: ignore[reportArgumentType]
-    data: Annotated[str, typer.Option("--data", help="file or folder of training rows")] = ...,  # pyright: ignore[reportArgumentType]
     held_out: Annotated[str | None, typer.Option("--eval", help="file or folder of held-out rows")] = None,
     kind: Annotated[
         str | None,
@@ -86,7 +86,7 @@ def init(
         Path | None, typer.Option("--output", "-o", help="recipe file (default: KIND.yaml)")
     ] = None,
 ) -> None:
-    """Write a recipe that fits your model and data, with the reason for every value."""
+    """Write a recipe that fits your model and data, with reasons."""
     from orchestrator.cli.init.look import asked, look
     from orchestrator.cli.init.recipe import next_commands, save
 
@@ -150,7 +150,10 @@ def evaluate(
         int | None, typer.Option("--step", min=1, help="step of the run's checkpoint (default: its export)")
     ] = None,
 ) -> None:
-    """Evaluate a model on held-out data: accuracy and exact match, or reward and pass@k."""
+    """Evaluate a model on held-out data.
+
+    Prints preference accuracy and greedy exact match; for an online recipe the reward, greedy and pass@k.
+    """
     run = Path(recipe) if Path(recipe).is_dir() else None
     if run is None and step is not None:
         raise ConfigError(
@@ -251,7 +254,10 @@ def verify(
         bool, typer.Option("--all", help="try every combination instead of a covering set")
     ] = False,
 ) -> None:
-    """Prove that a recipe trains the same however it is cut: workers, micro-batch, layout, ZeRO stage."""
+    """Prove that a recipe gives the same result however it is cut.
+
+    Runs the same steps under many cuts and prints how far each is from one plain large batch.
+    """
     with forked_workers():
         _verify(last_recipe(recipe, overrides), steps, workers, everything)
 

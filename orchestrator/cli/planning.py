@@ -168,7 +168,10 @@ def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
     working_dir: WorkingDir = Path("."),
 ) -> None:
-    """Check every machine (versions, GPUs, storage, network) and show a fix for each problem."""
+    """Check every machine and show a fix for each problem.
+
+    It looks at versions, GPUs, storage, network, bandwidth and the cluster's token.
+    """
     loaded = recipes.load(recipe, overrides or ()) if recipe is not None else None
     folder = output.absolute() if output else None
     if address is not None:

@@ -1,5 +1,4 @@
-"""Somebody's model and data, looked at for a first recipe: what the rows are, which columns hold what, and
-how long they are.
+"""What `init` finds in the user's model and data: kind and format of the rows, columns, lengths.
 
 model, data --look--> Look (columns, kind, format, lengths)   -> cli/init/recipe.py
 """
@@ -34,16 +33,16 @@ NEEDED: dict[str, tuple[str, ...]] = {
     "unpaired": ("prompt", "completion", "label"),
 }
 SAMPLED = 5_000
-"""Rows that are tokenized to see how long they are."""
+"""Rows that are tokenized to measure lengths."""
 PEEKED = 200
-"""Records that are looked at for their columns."""
+"""Records whose columns are read."""
 SHORT = 40
-"""Characters of an answer that a reward can compare; longer ones are demonstrations."""
+"""Characters of an answer that a reward can compare; a longer one is a demonstration."""
 
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """What the user gave. columns: TRL's name -> theirs, where they said so."""
+    """What the user gave on the command line."""
 
     model: str
     revision: str | None
@@ -51,24 +50,31 @@ class Asked:
     held_out: str | None
     kind: Kind | None
     columns: dict[str, str]
+    """TRL's column name -> the user's, for those named on the command line."""
 
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """What the data turned out to be. columns: TRL's name -> theirs, where they differ; form: of the rows in
-    words; lengths: tokens of prompt and the longest answer; positions: of the model, None where its
-    configuration does not say; answers: whether rows have one to compare with, and whether it is a number."""
+    """What the data turned out to be."""
 
     kind: Kind
     why: str
+    """Reason for the kind, as a clause. Example: "rows hold pairs (good, bad)"."""
     columns: dict[str, str]
+    """TRL's column name -> the user's, where they differ."""
     form: str
+    """Format of the rows. Example: "preference, text"."""
     rows: int
     lengths: tuple[int, ...]
+    """Tokens of a row with its longest answer (of the prompt alone for grpo), for up to SAMPLED rows."""
     positions: int | None
+    """Positions of the model; None if its configuration does not name them."""
     has_answers: bool
+    """Whether rows have an answer that a reward can compare with."""
     numbers: bool
+    """Whether those answers are numbers."""
     skipped: tuple[str, ...]
+    """Rows that cannot be used, each with the reason."""
 
     def quantile(self, share: float) -> int:
         return int(np.quantile(self.lengths, share, method="higher"))
@@ -82,7 +88,7 @@ def asked(
     kind: str | None,
     columns: Sequence[str],
 ) -> Asked:
-    """From the command line; ConfigError for a kind or a column that there is not."""
+    """Checks the command line; ConfigError for an unknown kind or column."""
     if kind is not None and kind not in ROWS_OF:
         close = difflib.get_close_matches(kind, ROWS_OF)
         raise ConfigError(
@@ -94,7 +100,7 @@ def asked(
         match = re.fullmatch(r"(?:data\.columns\.)?(\w+)=(.+)", text)
         if match is None or match[1] not in Columns.model_fields:
             raise ConfigError(
-                f"`{text}` maps no column",
+                f"`{text}` does not map a column",
                 fix=f"write data.columns.NAME=COLUMN; NAME is one of {', '.join(Columns.model_fields)}",
             )
         named[match[1]] = match[2]
@@ -102,24 +108,24 @@ def asked(
 
 
 def look(asked: Asked) -> Look:
-    """Reads the data and the tokenizer; ConfigError, DataError or MissingInput where no recipe could work."""
-    records = [record.value for record in islice(raw_records(asked.train), PEEKED)]
-    seen = [record for record in records if isinstance(record, dict)]
-    if not seen:
+    """Reads the data and the tokenizer; ConfigError, DataError or MissingInput if no recipe could work."""
+    values = [record.value for record in islice(raw_records(asked.train), PEEKED)]
+    records = [value for value in values if isinstance(value, dict)]
+    if not records:
         raise DataError(
-            f"{asked.train} holds no record", fix="give a file with a JSON object a line, or Parquet"
+            f"{asked.train} holds no record", fix="give a file with one JSON object per line, or Parquet"
         )
-    there = list(
-        dict.fromkeys(str(name) for record in seen for name, value in record.items() if value is not None)
+    names = list(
+        dict.fromkeys(str(name) for record in records for name, value in record.items() if value is not None)
     )
-    kind, why = (asked.kind, "as asked") if asked.kind is not None else _guess(seen, there, asked.columns)
-    columns = _columns(kind, there, asked.columns)
+    kind, why = (asked.kind, "as asked") if asked.kind is not None else _guess(records, names, asked.columns)
+    columns = _columns(kind, names, asked.columns)
     mapped = Columns.model_validate(columns)
     model = Model.model_validate({"path": asked.model, "revision": asked.revision})
     data = Data.model_validate(
         {"train": asked.train, "columns": mapped, "max_bad_rows": 1_000_000_000, "max_length": 1_000_000_000}
     )
-    loaded = _loaded(asked, kind, data, there)
+    loaded = _loaded(asked, kind, data, names)
     tokenizer = load_tokenizer(model)
     answers = [row.answer for row in loaded.rows if row.answer]
     return Look(
@@ -136,15 +142,15 @@ def look(asked: Asked) -> Look:
     )
 
 
-def _loaded(asked: Asked, kind: Kind, data: Data, there: Sequence[str]) -> LoadedRows:
-    """The rows as the recipe will read them; what is wrong with most of them is wrong with the guess."""
+def _loaded(asked: Asked, kind: Kind, data: Data, names: Sequence[str]) -> LoadedRows:
+    """The rows as the recipe will read them; DataError if most are bad, since then the guess is wrong."""
     loaded = load_rows(asked.train, data, ROWS_OF[kind])
     if asked.held_out is not None:
         load_rows(asked.held_out, data, ROWS_OF[kind])
     if len(loaded.bad) > len(loaded.rows):
         why = (
             f"{loaded.bad[0]}; {len(loaded.bad)} of {len(loaded.bad) + len(loaded.rows)} rows; columns "
-            f"are {', '.join(there)}"
+            f"are {', '.join(names)}"
         )
         raise DataError(
             f"{asked.train} does not hold rows for {kind}",
@@ -155,92 +161,75 @@ def _loaded(asked: Asked, kind: Kind, data: Data, there: Sequence[str]) -> Loade
 
 
 def _guess(
-    records: Sequence[dict[str, Any]], there: Sequence[str], given: dict[str, str]
+    records: Sequence[dict[str, Any]], names: Sequence[str], given: dict[str, str]
 ) -> tuple[Kind, str]:
-    """The kind that such rows are usually for, and why."""
-    names = {name: given.get(name) or likely(name, there) for name in LIKELY}
-    if names["chosen"] and names["rejected"]:
-        return "dpo", f"rows hold pairs ({names['chosen']}, {names['rejected']})"
-    column = names["label"]
-    if (
-        column
-        and names["prompt"]
-        and names["completion"]
-        and all(isinstance(r.get(column), bool) for r in records)
-    ):
-        return "kto", f"rows hold single answers, each marked in {names['label']}"
-    if names["messages"] and isinstance(records[0].get(names["messages"]), list):
-        return "sft", f"rows hold conversations ({names['messages']})"
-    answer = names["completion"]
-    if names["prompt"] and answer and answer not in LIKELY["answer"]:
-        return "sft", f"rows hold demonstrations ({names['prompt']}, {answer})"
-    if names["prompt"] and answer:
+    """The kind of training that such rows are usually for, and why."""
+    columns = {name: given.get(name) or likely(name, names) for name in LIKELY}
+    prompt, answer, label = columns["prompt"], columns["completion"], columns["label"]
+    if columns["chosen"] and columns["rejected"]:
+        return "dpo", f"rows hold pairs ({columns['chosen']}, {columns['rejected']})"
+    if label and prompt and answer and all(isinstance(r.get(label), bool) for r in records):
+        return "kto", f"rows hold single answers, each marked in {label}"
+    if columns["messages"] and isinstance(records[0].get(columns["messages"]), list):
+        return "sft", f"rows hold conversations ({columns['messages']})"
+    if prompt and answer:
         short = sum(len(str(record.get(answer, ""))) <= SHORT for record in records) >= 0.9 * len(records)
-        if short:
-            return (
-                "grpo",
-                f"rows hold prompts and short answers to compare with ({names['prompt']}, {answer})",
-            )
-        return "sft", f"rows hold demonstrations ({names['prompt']}, {answer})"
-    if names["prompt"]:
-        return "grpo", f"rows hold prompts alone ({names['prompt']})"
-    if names["text"]:
-        return "sft", f"rows hold text ({names['text']})"
+        if answer in LIKELY["answer"] and short:
+            return "grpo", f"rows hold prompts and short answers to compare with ({prompt}, {answer})"
+        return "sft", f"rows hold demonstrations ({prompt}, {answer})"
+    if prompt:
+        return "grpo", f"rows hold prompts alone ({prompt})"
+    if columns["text"]:
+        return "sft", f"rows hold text ({columns['text']})"
     fix = (
-        "say which columns they are, e.g. data.columns.prompt=NAME data.columns.chosen=NAME "
-        "data.columns.rejected=NAME"
+        "name the columns, e.g. data.columns.prompt=NAME data.columns.chosen=NAME data.columns.rejected=NAME"
     )
-    raise ConfigError("the rows' format is not recognised", why=f"columns are {', '.join(there)}", fix=fix)
+    raise ConfigError("the rows' format is not recognised", why=f"columns are {', '.join(names)}", fix=fix)
 
 
-def _columns(kind: Kind, there: Sequence[str], given: dict[str, str]) -> dict[str, str]:
-    """Names that differ from TRL's, of the columns that the kind needs and of those that it may have."""
+def _columns(kind: Kind, names: Sequence[str], given: dict[str, str]) -> dict[str, str]:
+    """TRL's column name -> the user's, where they differ, of the columns that the kind can read."""
     for name, theirs in given.items():
-        if theirs not in there:
+        if theirs not in names:
             raise ConfigError(
-                f"data.columns.{name}={theirs}: there is no such column",
-                why=f"columns are {', '.join(there)}",
+                f"data.columns.{name}={theirs}: the data has no such column",
+                why=f"columns are {', '.join(names)}",
                 fix="name one of them",
             )
     rows = ROWS_OF[kind]
-    wanted = [
-        *NEEDED.get(rows, ()),
-        *(("prompt",) if rows == "preference" else ("answer",) if rows == "prompt" else ()),
-    ]
-    if rows == "sft":
-        talks = given.get("messages") or likely("messages", there)
-        wanted = (
-            ["messages"]
-            if talks
-            else ["prompt", "completion"]
-            if likely("completion", there) or "completion" in given
-            else ["text"]
-        )
-    found = dict(given)
+    wanted = _wanted(rows, names, given)
+    columns = dict(given)
     for name in wanted:
-        if (
-            name not in found
-            and (theirs := likely(name, (c for c in there if c not in found.values()))) is not None
-        ):
-            found[name] = theirs
-    if rows == "prompt" and "prompt" not in found and "messages" in there:
+        if name in columns:
+            continue
+        theirs = likely(name, (c for c in names if c not in columns.values()))
+        if theirs is not None:
+            columns[name] = theirs
+    if rows == "prompt" and "prompt" not in columns and "messages" in names:
         wanted.remove("prompt")
-    missing = [
-        name
-        for name in wanted
-        if name not in found and name in (*NEEDED.get(rows, ()), "messages", "text", "completion")
-    ]
+    required = (*NEEDED.get(rows, ()), "messages", "text", "completion")
+    missing = [name for name in wanted if name not in columns and name in required]
     if missing:
         needs = f"{kind} needs {' and '.join(missing)}"
         raise ConfigError(
-            f"no column for {', '.join(missing)}", why=lacking(missing, needs, there), fix=_name_them(missing)
+            f"no column for {', '.join(missing)}", why=lacking(missing, needs, names), fix=_name_them(missing)
         )
-    sharegpt = found.get("messages") == SHAREGPT_COLUMN
+    sharegpt = columns.get("messages") == SHAREGPT_COLUMN
     return {
         name: theirs
-        for name, theirs in found.items()
+        for name, theirs in columns.items()
         if name != theirs and not (name == "messages" and sharegpt)
     }
+
+
+def _wanted(rows: DataKind, names: Sequence[str], given: dict[str, str]) -> list[str]:
+    """Columns that rows of this kind need or may have, in TRL's names."""
+    if rows == "sft":
+        if given.get("messages") or likely("messages", names):
+            return ["messages"]
+        return ["prompt", "completion"] if likely("completion", names) or "completion" in given else ["text"]
+    optional = {"preference": ("prompt",), "prompt": ("answer",)}
+    return [*NEEDED.get(rows, ()), *optional.get(rows, ())]
 
 
 def _name_them(missing: Sequence[str]) -> str:
@@ -257,7 +246,7 @@ def _lengths(rows: Sequence[Row], tokenizer: Any, data: Data, kind: Kind) -> tup
         try:
             lengths.append(len(encoder.prompt_tokens(row)) if kind == "grpo" else encoder.encode(row).longest)
         except DataError:
-            continue  # named by `plan`, which reads all of them
+            continue  # `plan` reads every row and names this one
     if not lengths:
         raise DataError(
             "no row could be tokenized",

@@ -61,8 +61,8 @@ RECOGNISED: list[tuple[dict[str, Any], str, dict[str, str], str]] = [
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("model")
     cfg = Model(tiny=TinyModel(hidden_size=16, layers=1, heads=2))  # pyright: ignore[reportCallIssue]
-    whole: Any = load_model(cfg, seed=0, head="lm").model
-    whole.save_pretrained(folder)
+    loaded: Any = load_model(cfg, seed=0, head="lm").model
+    loaded.save_pretrained(folder)
     tokenizer = load_tokenizer(cfg)
     tokenizer.chat_template = (
         "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if "
@@ -85,10 +85,10 @@ def of(model: str, train: str, kind: str | None = None, *columns: str, held_out:
 def test_rows_are_recognised_and_the_recipe_reads_them(
     tmp_path: Path, model: str, record: dict[str, Any], kind: str, columns: dict[str, str], form: str
 ) -> None:
-    wanted = of(model, rows(tmp_path, record))
-    found = look(wanted)
-    assert (found.kind, found.columns, found.rows) == (kind, columns, 40) and found.form.startswith(form)
-    save(wanted, found, tmp_path / "mine.yaml")
+    request = of(model, rows(tmp_path, record))
+    data = look(request)
+    assert (data.kind, data.columns, data.rows) == (kind, columns, 40) and data.form.startswith(form)
+    save(request, data, tmp_path / "mine.yaml")
     (stage,) = load(tmp_path / "mine.yaml").stages
     assert not stage.ignored and stage.recipe.batch.effective <= max(40, 64)
     from orchestrator.run.stages import plan_stages
@@ -97,7 +97,7 @@ def test_rows_are_recognised_and_the_recipe_reads_them(
     assert (
         plan.data.kept == 40
         and not plan.data.bad
-        and not any("more than the" in said or "warms up" in said for said in plan.warnings)
+        and not any("more than the" in warning or "warms up" in warning for warning in plan.warnings)
     )
 
 
@@ -105,25 +105,25 @@ def test_rows_are_recognised_and_the_recipe_reads_them(
 @pytest.mark.parametrize("count", [1, 5, 33, 3000])
 def test_values_fit_however_few_rows_there_are(tmp_path: Path, model: str, kind: str, count: int) -> None:
     record = {**PAIR, "completion": "yes", "label": True, "answer": "4"}
-    wanted = of(model, rows(tmp_path, record, count), kind)
-    found = look(wanted)
-    save(wanted, found, tmp_path / f"{kind}.yaml")
+    request = of(model, rows(tmp_path, record, count), kind)
+    data = look(request)
+    save(request, data, tmp_path / f"{kind}.yaml")
     recipe = load(tmp_path / f"{kind}.yaml").stages[0].recipe
     assert recipe.batch.effective <= count * (
         8 if kind == "grpo" else 1
-    ) and recipe.data.max_length >= found.quantile(1.0)
+    ) and recipe.data.max_length >= data.quantile(1.0)
     assert recipe.algorithm.name == ("dpo" if kind == "lora-dpo" else kind) and (
         recipe.model.lora is not None
     ) == (kind == "lora-dpo")
     assert all(
-        str(tmp_path / f"{kind}.yaml") in line for line in next_commands(found, tmp_path / f"{kind}.yaml")
+        str(tmp_path / f"{kind}.yaml") in line for line in next_commands(data, tmp_path / f"{kind}.yaml")
     )
 
 
 @pytest.mark.parametrize(("answer", "function"), [("1,024", "last_number"), ("blue", "exact_match")])
 def test_the_reward_follows_from_the_answers(tmp_path: Path, model: str, answer: str, function: str) -> None:
-    wanted = of(model, rows(tmp_path, {"prompt": "a", "answer": answer}), "grpo")
-    save(wanted, look(wanted), tmp_path / "mine.yaml")
+    request = of(model, rows(tmp_path, {"prompt": "a", "answer": answer}), "grpo")
+    save(request, look(request), tmp_path / "mine.yaml")
     assert load(tmp_path / "mine.yaml").stages[0].recipe.rewards.functions[0].function == function
     assert not (tmp_path / "reward.py").exists()
 
@@ -135,8 +135,8 @@ def test_the_reward_follows_from_the_answers(tmp_path: Path, model: str, answer:
 def test_the_written_reward_works_on_text_and_messages(
     tmp_path: Path, model: str, completion: object
 ) -> None:
-    wanted = of(model, rows(tmp_path, {"prompt": "a"}))
-    assert [file.name for file in save(wanted, look(wanted), tmp_path / "mine.yaml")] == [
+    request = of(model, rows(tmp_path, {"prompt": "a"}))
+    assert [file.name for file in save(request, look(request), tmp_path / "mine.yaml")] == [
         "mine.yaml",
         "reward.py",
     ]
@@ -148,17 +148,17 @@ def test_the_written_reward_works_on_text_and_messages(
 
 
 def test_nothing_is_overwritten(tmp_path: Path, model: str) -> None:
-    wanted = of(model, rows(tmp_path, {"prompt": "a"}))
-    found = look(wanted)
+    request = of(model, rows(tmp_path, {"prompt": "a"}))
+    data = look(request)
     (tmp_path / "reward.py").write_text("mine")
     with pytest.raises(OutputError, match=r"reward\.py exists already"):
-        save(wanted, found, tmp_path / "mine.yaml")
+        save(request, data, tmp_path / "mine.yaml")
     assert not (tmp_path / "mine.yaml").exists() and (tmp_path / "reward.py").read_text() == "mine"
     with pytest.raises(OutputError, match="there is no folder"):
-        save(wanted, found, tmp_path / "none" / "mine.yaml")
+        save(request, data, tmp_path / "none" / "mine.yaml")
 
 
-def test_wrong_columns_are_told_with_those_that_are_there(tmp_path: Path, model: str) -> None:
+def test_an_error_about_columns_lists_the_columns_of_the_data(tmp_path: Path, model: str) -> None:
     train = rows(tmp_path, {"frage": "a", "gut": "b", "schlecht": "c"})
     with pytest.raises(ConfigError, match="not recognised") as refused:
         look(of(model, train))
@@ -174,16 +174,16 @@ def test_wrong_columns_are_told_with_those_that_are_there(tmp_path: Path, model:
     )
     given = ("data.columns.prompt=frage", "data.columns.chosen=gut", "rejected=schlecht")
     assert look(of(model, train, None, *given)).kind == "dpo"
-    with pytest.raises(ConfigError, match="there is no such column"):
+    with pytest.raises(ConfigError, match=r"data\.columns\.chosen=guut"):
         look(of(model, train, "dpo", "data.columns.chosen=guut"))
-    with pytest.raises(ConfigError, match="maps no column"):
+    with pytest.raises(ConfigError, match=r"data\.columns\.choosen=gut"):
         of(model, train, "dpo", "data.columns.choosen=gut")
     with pytest.raises(ConfigError, match="--kind dpoo") as refused:
         of(model, train, "dpoo")
     assert refused.value.fix == "did you mean dpo?"
 
 
-def test_what_is_not_there_is_told(tmp_path: Path, model: str) -> None:
+def test_missing_files_and_unusable_rows_are_errors(tmp_path: Path, model: str) -> None:
     with pytest.raises(MissingInput, match="no data file") as missing:
         look(of(model, str(tmp_path / "row.jsonl")))
     rows(tmp_path, PAIR)
@@ -210,10 +210,10 @@ def test_what_is_not_there_is_told(tmp_path: Path, model: str) -> None:
 
 @pytest.mark.parametrize("file", ["preferences.jsonl", "train.jsonl"])
 def test_real_rows(tmp_path: Path, model: str, file: str) -> None:
-    wanted = of(model, str(GSM8K / file), held_out=str(GSM8K / file))
-    found = look(wanted)
-    assert (found.kind, found.rows) == ({"preferences.jsonl": "dpo", "train.jsonl": "sft"}[file], 64)
-    save(wanted, found, tmp_path / "mine.yaml")
+    request = of(model, str(GSM8K / file), held_out=str(GSM8K / file))
+    data = look(request)
+    assert (data.kind, data.rows) == ({"preferences.jsonl": "dpo", "train.jsonl": "sft"}[file], 64)
+    save(request, data, tmp_path / "mine.yaml")
     recipe = load(tmp_path / "mine.yaml").stages[0].recipe
     assert (
         recipe.data.eval == str(GSM8K / file)
