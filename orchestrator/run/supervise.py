@@ -41,7 +41,7 @@ from orchestrator.recipe.fingerprint import (
 )
 from orchestrator.recipe.loading import dump
 from orchestrator.recipe.schema import ONLINE, Recipe
-from orchestrator.rollout.rewards.http import knock
+from orchestrator.rollout.rewards.http import check_reachable
 from orchestrator.rollout.rewards.lookup import is_users, source_of
 from orchestrator.run import offline as run_offline
 from orchestrator.run import online as run_online
@@ -103,7 +103,7 @@ def _train(recipe: Recipe, root: Path, console: Console, stop: Stop, how: How) -
     if job.prompts is not None and recipe.rollouts.replay is None:
         for function in recipe.rewards.functions:
             if function.url is not None:
-                knock(function)
+                check_reachable(function)
     end = End(recipe.optimizer, job.plan.total_steps, job.optimizer_steps, how.extend)
     identity = _identity(recipe.model_copy(update={"learners": job.recipe.learners}), job)
     with open_run(root, identity, dump(recipe), job.plan_json(), _say(console), end=end) as folder:

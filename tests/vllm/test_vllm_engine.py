@@ -287,14 +287,14 @@ def test_a_second_turn_draws_other_noise(held: tuple[Any, Any]) -> None:
 def test_eos_is_the_last_token_and_room_is_the_longest(held: tuple[Any, Any]) -> None:
     engine, model = held
     hot = replace(FREE, temperature=2.0)
-    asked = [replace(r, room=room) for r, room in zip(requests(samples=32), (64, 3, 1), strict=True)]
+    asked = [replace(r, tokens_left=room) for r, room in zip(requests(samples=32), (64, 3, 1), strict=True)]
     completions = engine.generate(asked, hot)
     eos = load(recipe(tiny("llama")).model, seed=0, head="lm").tokenizer.eos_token_id
     assert {c.finish for c in completions[0]} == {"stop", "length"}
     for request, drawn in zip(asked, completions, strict=True):
         for c in drawn:
             assert len(c.ids) == len(c.logprobs) and eos not in c.ids[:-1].tolist()
-            assert (c.ids[-1] == eos) if c.finish == "stop" else (len(c.ids) == request.room)
+            assert (c.ids[-1] == eos) if c.finish == "stop" else (len(c.ids) == request.tokens_left)
     assert gap(model, asked, completions, hot) < CLOSE  # that of eos too
 
 

@@ -30,7 +30,8 @@ SOURCE = """
 def named(completions, price, *, when=None): return [0.0] * len(completions)
 def open_to_all(completions, **columns): return [0.0] * len(completions)
 def forms(completions, when, price, raw, score):
-    right = when[0] == "2026-11-27T17:05:00" and price[0] == "1.50" and raw[0] == "AAE=" and score[0] != score[0]
+    right = when[0] == "2026-11-27T17:05:00" and price[0] == "1.50" and raw[0] == "AAE="
+    right = right and score[0] != score[0]
     return [1.0 if right else 0.0] * len(completions)
 """
 
