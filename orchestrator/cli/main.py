@@ -87,16 +87,16 @@ def init(
     ] = None,
 ) -> None:
     """Write a recipe that fits your model and data, with reasons."""
-    from orchestrator.cli.init.look import asked, look
+    from orchestrator.cli.init.data_profile import parse_request, profile_data
     from orchestrator.cli.init.recipe import next_commands, save
 
-    request = asked(model, revision, data, held_out, kind, columns or ())
-    findings = look(request)
-    target = output or Path(f"{findings.kind}.yaml")
-    for file in save(request, findings, target):
+    request = parse_request(model, revision, data, held_out, kind, columns or ())
+    profile = profile_data(request)
+    target = output or Path(f"{profile.kind}.yaml")
+    for file in save(request, profile, target):
         out.print(f"wrote {file}")
-    out.print(f"{findings.rows} rows, {findings.form}: {findings.why}")
-    for line in next_commands(findings, target):
+    out.print(f"{profile.rows} rows, {profile.form}: {profile.why}")
+    for line in next_commands(profile, target):
         out.print(f"  {line}")
 
 

@@ -27,7 +27,7 @@ from orchestrator.rollout.rewards.sandbox import START_TIMEOUT_S, Confinement, d
 def try_user_code(rewards: Rewards, environment: str | None, columns: Sequence[str] | None) -> None:
     """ConfigError if a reward function or the environment cannot be loaded, or called as it will be.
 
-    `columns` are the names of the data's columns; None if there is no data to look at.
+    `columns` are the names of the data's columns; None without data.
     """
     if columns is not None:
         _check_builtins(rewards, columns)

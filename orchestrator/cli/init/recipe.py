@@ -1,6 +1,6 @@
 """The recipe that `init` writes: values that fit the model and the data, each with its reason.
 
-    Look (cli/init/look.py) --fit--> Fit --write--> recipe.yaml (and reward.py) --save--> files
+    DataProfile (cli/init/data_profile.py) --fit--> Fit --write--> recipe.yaml (and reward.py) --save--> files
 
 reward.py is written for GRPO on rows without answers to compare with.
 """
@@ -9,7 +9,7 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-from orchestrator.cli.init.look import Asked, Look
+from orchestrator.cli.init.data_profile import DataProfile, InitRequest
 from orchestrator.core.errors import OutputError
 from orchestrator.core.files import write_atomically
 
@@ -35,36 +35,36 @@ class Fit:
     """Tokens of an answer that is sampled; 0 unless the kind is grpo."""
 
 
-def fit(data: Look) -> Fit:
+def fit(profile: DataProfile) -> Fit:
     """The values for these rows."""
-    most = data.positions or 1_000_000
-    new_tokens = min(256, most // 2) if data.kind == "grpo" else 0
-    length = min(-(-(data.quantile(0.99) + new_tokens) // ROUND) * ROUND, most)
-    if data.kind == "grpo":
-        prompts = min(8, data.rows)
-        return Fit(length, prompts * 8, 1, max(1, data.rows // prompts), new_tokens)
-    epochs = {"sft": 3 if data.rows < 1000 else 2, "reward": 1}.get(data.kind, 1)
+    most = profile.positions or 1_000_000
+    new_tokens = min(256, most // 2) if profile.kind == "grpo" else 0
+    length = min(-(-(profile.quantile(0.99) + new_tokens) // ROUND) * ROUND, most)
+    if profile.kind == "grpo":
+        prompts = min(8, profile.rows)
+        return Fit(length, prompts * 8, 1, max(1, profile.rows // prompts), new_tokens)
+    epochs = {"sft": 3 if profile.rows < 1000 else 2, "reward": 1}.get(profile.kind, 1)
     effective = 32
-    while effective > 1 and data.rows * epochs // effective < STEPS:
+    while effective > 1 and profile.rows * epochs // effective < STEPS:
         effective //= 2
-    effective = min(max(effective, 4), data.rows)
-    return Fit(length, effective, epochs, max(1, -(-data.rows * epochs // effective)), new_tokens)
+    effective = min(max(effective, 4), profile.rows)
+    return Fit(length, effective, epochs, max(1, -(-profile.rows * epochs // effective)), new_tokens)
 
 
-def write(asked: Asked, data: Look, output: Path) -> dict[Path, str]:
+def write(request: InitRequest, profile: DataProfile, output: Path) -> dict[Path, str]:
     """Text of each file: the recipe, and reward.py beside it if GRPO has no answers to compare with."""
-    values = fit(data)
+    values = fit(profile)
     blocks = [
-        _head(asked, data, values, output),
-        _model(asked, data.kind),
-        _data(asked, data, values),
-        *_training(data, values),
+        _head(request, profile, values, output),
+        _model(request, profile.kind),
+        _data(request, profile, values),
+        *_training(profile, values),
     ]
-    needs_reward = data.kind == "grpo" and not data.has_answers
+    needs_reward = profile.kind == "grpo" and not profile.has_answers
     reward = output.parent / "reward.py"
-    if data.kind == "grpo":
-        blocks += _rollouts(data, values, reward)
-    if asked.held_out:
+    if profile.kind == "grpo":
+        blocks += _rollouts(profile, values, reward)
+    if request.held_out:
         every = max(1, values.steps // 4)
         blocks.append(
             [f"evaluation: {{every: {every}}}  # four times in {values.steps} steps, and before the first"]
@@ -73,30 +73,31 @@ def write(asked: Asked, data: Look, output: Path) -> dict[Path, str]:
     return {output: recipe, reward: REWARD} if needs_reward else {output: recipe}
 
 
-def _head(asked: Asked, data: Look, values: Fit, output: Path) -> list[str]:
-    unit = "rollout batches" if data.kind == "grpo" else "optimizer steps"
+def _head(request: InitRequest, profile: DataProfile, values: Fit, output: Path) -> list[str]:
+    unit = "rollout batches" if profile.kind == "grpo" else "optimizer steps"
     return [
-        f"# {data.kind} of {asked.model} on {asked.train}, written by `orchestrator init`: {data.why}.",
-        f"# Format: {data.form}; {data.rows} rows. Paths are relative to the folder that commands are run "
-        "in.",
+        f"# {profile.kind} of {request.model} on {request.train}, "
+        f"written by `orchestrator init`: {profile.why}.",
+        f"# Format: {profile.form}; {profile.rows} rows. "
+        "Paths are relative to the folder that commands are run in.",
         "run:",
         f"  name: {_name(output)}",
-        f"  epochs: {values.epochs}  # {_passes(data.kind)}; {values.steps} {unit} in all",
+        f"  epochs: {values.epochs}  # {_passes(profile.kind)}; {values.steps} {unit} in all",
     ]
 
 
-def _model(asked: Asked, kind: str) -> list[str]:
+def _model(request: InitRequest, kind: str) -> list[str]:
     return [
         "model:",
-        f"  path: {_quoted(asked.model)}",
-        *([f"  revision: {_quoted(asked.revision)}"] if asked.revision else []),
+        f"  path: {_quoted(request.model)}",
+        *([f"  revision: {_quoted(request.revision)}"] if request.revision else []),
         *(["  lora: {rank: 16, alpha: 32, target_modules: all-linear}"] if kind == "lora-dpo" else []),
     ]
 
 
-def _training(data: Look, values: Fit) -> list[list[str]]:
+def _training(profile: DataProfile, values: Fit) -> list[list[str]]:
     """The sections algorithm, batch, optimizer and learners."""
-    kind, online = data.kind, data.kind == "grpo"
+    kind, online = profile.kind, profile.kind == "grpo"
     name = "dpo" if kind == "lora-dpo" else kind
     beta = ", beta: 0.1" if kind in ("dpo", "lora-dpo", "kto") else ""
     schedule = ["  schedule: linear", "  warmup_ratio: 0.1  # of the run's optimizer steps"]
@@ -105,7 +106,7 @@ def _training(data: Look, values: Fit) -> list[list[str]]:
         [f"algorithm: {{name: {name}{beta}}}"],
         [
             "batch:",
-            f"  effective: {values.effective}  # {_effective(data, values)}",
+            f"  effective: {values.effective}  # {_effective(profile, values)}",
             "  micro_batch: auto  # found by a probe; changes no result",
         ],
         [
@@ -123,20 +124,23 @@ def _training(data: Look, values: Fit) -> list[list[str]]:
     ]
 
 
-def _data(asked: Asked, data: Look, values: Fit) -> list[str]:
-    over = sum(n + values.new_tokens > values.max_length for n in data.lengths)
+def _data(request: InitRequest, profile: DataProfile, values: Fit) -> list[str]:
+    over = sum(n + values.new_tokens > values.max_length for n in profile.lengths)
     quantiles = ", ".join(
-        f"{name} {data.quantile(q)}" for name, q in (("median", 0.5), ("95 % below", 0.95), ("longest", 1.0))
+        f"{name} {profile.quantile(q)}"
+        for name, q in (("median", 0.5), ("95 % below", 0.95), ("longest", 1.0))
     )
-    what = "prompts" if data.kind == "grpo" else "rows"
+    what = "prompts" if profile.kind == "grpo" else "rows"
     answer = f", and {values.new_tokens} for the answer" if values.new_tokens else ""
-    longer = f"{over or 'none'} of {len(data.lengths)} {what} measured {'are' if over > 1 else 'is'} longer"
-    columns = ", ".join(f"{name}: {_quoted(theirs)}" for name, theirs in data.columns.items())
+    longer = (
+        f"{over or 'none'} of {len(profile.lengths)} {what} measured {'are' if over > 1 else 'is'} longer"
+    )
+    columns = ", ".join(f"{name}: {_quoted(theirs)}" for name, theirs in profile.columns.items())
     return [
         "data:",
-        f"  train: {_quoted(asked.train)}",
-        f"  eval: {_quoted(asked.held_out)}"
-        if asked.held_out
+        f"  train: {_quoted(request.train)}",
+        f"  eval: {_quoted(request.held_out)}"
+        if request.held_out
         else "  # eval: FILE  # held-out rows show whether the model got better",
         *([f"  columns: {{{columns}}}"] if columns else []),
         f"  max_length: {values.max_length}  # tokens of {what}: {quantiles}{answer}; {longer}",
@@ -150,10 +154,10 @@ def _passes(kind: str) -> str:
     )
 
 
-def _effective(data: Look, values: Fit) -> str:
-    if data.kind == "grpo":
+def _effective(profile: DataProfile, values: Fit) -> str:
+    if profile.kind == "grpo":
         return f"completions in one step: {values.effective // 8} prompts with 8 answers each"
-    fewer = "" if values.effective == 32 else f"; 32 are usual, and too many for {data.rows} rows"
+    fewer = "" if values.effective == 32 else f"; 32 are usual, and too many for {profile.rows} rows"
     return f"examples in one optimizer step on any machine{fewer}"
 
 
@@ -168,12 +172,12 @@ def _rate(kind: str) -> str:
     }[kind]
 
 
-def _rollouts(data: Look, values: Fit, reward: Path) -> list[list[str]]:
+def _rollouts(profile: DataProfile, values: Fit, reward: Path) -> list[list[str]]:
     """The sections rollouts and rewards; `reward` is the file that is named if rows have no answer."""
-    if not data.has_answers:
+    if not profile.has_answers:
         component = f"{{name: mine, function: {_quoted(f'{reward}:reward')}}}"
         why = "rows have no answer to compare with: change the function to what you want"
-    elif data.numbers:
+    elif profile.numbers:
         component = "{name: correct, function: last_number}"
         why = "1 if the last number of an answer is the row's `answer`, else 0"
     else:
@@ -238,9 +242,9 @@ def _name(output: Path) -> str:
     return name or "run"
 
 
-def save(asked: Asked, data: Look, output: Path) -> list[Path]:
+def save(request: InitRequest, profile: DataProfile, output: Path) -> list[Path]:
     """Writes the files and returns their paths. OutputError if one exists already; then none is written."""
-    files = write(asked, data, output)
+    files = write(request, profile, output)
     for file in files:
         if file.exists():
             raise OutputError(
@@ -250,14 +254,14 @@ def save(asked: Asked, data: Look, output: Path) -> list[Path]:
             )
     if not output.parent.is_dir():
         raise OutputError(
-            f"there is no folder {output.parent}", fix=f"mkdir -p {shlex.quote(str(output.parent))}"
+            f"the folder {output.parent} does not exist", fix=f"mkdir -p {shlex.quote(str(output.parent))}"
         )
     for file, text in files.items():
         write_atomically(file, text)
     return list(files)
 
 
-def next_commands(data: Look, output: Path) -> list[str]:
+def next_commands(profile: DataProfile, output: Path) -> list[str]:
     """The commands to run next, each with its purpose."""
     recipe, name = shlex.quote(str(output)), _name(output)
     commands = [

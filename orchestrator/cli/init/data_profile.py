@@ -1,6 +1,6 @@
 """What `init` finds in the user's model and data: kind and format of the rows, columns, lengths.
 
-model, data --look--> Look (columns, kind, format, lengths)   -> cli/init/recipe.py
+model, data --profile_data--> DataProfile (columns, kind, format, lengths)   -> cli/init/recipe.py
 """
 
 import difflib
@@ -41,7 +41,7 @@ SHORT = 40
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class InitRequest:
     """What the user gave on the command line."""
 
     model: str
@@ -54,7 +54,7 @@ class Asked:
 
 
 @dataclass(frozen=True, slots=True)
-class Look:
+class DataProfile:
     """What the data turned out to be."""
 
     kind: Kind
@@ -80,14 +80,14 @@ class Look:
         return int(np.quantile(self.lengths, share, method="higher"))
 
 
-def asked(
+def parse_request(
     model: str,
     revision: str | None,
     train: str,
     held_out: str | None,
     kind: str | None,
     columns: Sequence[str],
-) -> Asked:
+) -> InitRequest:
     """Checks the command line; ConfigError for an unknown kind or column."""
     if kind is not None and kind not in ROWS_OF:
         close = difflib.get_close_matches(kind, ROWS_OF)
@@ -104,31 +104,40 @@ def asked(
                 fix=f"write data.columns.NAME=COLUMN; NAME is one of {', '.join(Columns.model_fields)}",
             )
         named[match[1]] = match[2]
-    return Asked(model, revision, train, held_out, kind, named)  # pyright: ignore[reportArgumentType]
+    return InitRequest(model, revision, train, held_out, kind, named)  # pyright: ignore[reportArgumentType]
 
 
-def look(asked: Asked) -> Look:
+def profile_data(request: InitRequest) -> DataProfile:
     """Reads the data and the tokenizer; ConfigError, DataError or MissingInput if no recipe could work."""
-    values = [record.value for record in islice(raw_records(asked.train), PEEKED)]
+    values = [record.value for record in islice(raw_records(request.train), PEEKED)]
     records = [value for value in values if isinstance(value, dict)]
     if not records:
         raise DataError(
-            f"{asked.train} holds no record", fix="give a file with one JSON object per line, or Parquet"
+            f"{request.train} holds no record", fix="give a file with one JSON object per line, or Parquet"
         )
     names = list(
         dict.fromkeys(str(name) for record in records for name, value in record.items() if value is not None)
     )
-    kind, why = (asked.kind, "as asked") if asked.kind is not None else _guess(records, names, asked.columns)
-    columns = _columns(kind, names, asked.columns)
-    mapped = Columns.model_validate(columns)
-    model = Model.model_validate({"path": asked.model, "revision": asked.revision})
-    data = Data.model_validate(
-        {"train": asked.train, "columns": mapped, "max_bad_rows": 1_000_000_000, "max_length": 1_000_000_000}
+    kind, why = (
+        (request.kind, "as requested")
+        if request.kind is not None
+        else _guess(records, names, request.columns)
     )
-    loaded = _loaded(asked, kind, data, names)
+    columns = _columns(kind, names, request.columns)
+    mapped = Columns.model_validate(columns)
+    model = Model.model_validate({"path": request.model, "revision": request.revision})
+    data = Data.model_validate(
+        {
+            "train": request.train,
+            "columns": mapped,
+            "max_bad_rows": 1_000_000_000,
+            "max_length": 1_000_000_000,
+        }
+    )
+    loaded = _loaded(request, kind, data, names)
     tokenizer = load_tokenizer(model)
     answers = [row.answer for row in loaded.rows if row.answer]
-    return Look(
+    return DataProfile(
         kind=kind,
         why=why,
         columns=columns,
@@ -142,18 +151,18 @@ def look(asked: Asked) -> Look:
     )
 
 
-def _loaded(asked: Asked, kind: Kind, data: Data, names: Sequence[str]) -> LoadedRows:
+def _loaded(request: InitRequest, kind: Kind, data: Data, names: Sequence[str]) -> LoadedRows:
     """The rows as the recipe will read them; DataError if most are bad, since then the guess is wrong."""
-    loaded = load_rows(asked.train, data, ROWS_OF[kind])
-    if asked.held_out is not None:
-        load_rows(asked.held_out, data, ROWS_OF[kind])
+    loaded = load_rows(request.train, data, ROWS_OF[kind])
+    if request.held_out is not None:
+        load_rows(request.held_out, data, ROWS_OF[kind])
     if len(loaded.bad) > len(loaded.rows):
         why = (
             f"{loaded.bad[0]}; {len(loaded.bad)} of {len(loaded.bad) + len(loaded.rows)} rows; columns "
             f"are {', '.join(names)}"
         )
         raise DataError(
-            f"{asked.train} does not hold rows for {kind}",
+            f"{request.train} does not hold rows for {kind}",
             why=why,
             fix="give another --kind, or data.columns.NAME=COLUMN",
         )
