@@ -125,7 +125,8 @@ def test_corrupt_row_is_named_by_file_and_line(sandbox: Sandbox, tmp_path: Path)
 
 def test_conversations_need_a_chat_template(sandbox: Sandbox, tmp_path: Path) -> None:
     model = tmp_path / "model"
-    config = ModelConfig(tiny=TinyModel(hidden_size=16, layers=1, heads=2))  # pyright: ignore[reportCallIssue]
+    tiny = TinyModel(hidden_size=16, layers=1, heads=2)
+    config = ModelConfig(tiny=tiny)  # pyright: ignore[reportCallIssue]
     tokenizer = load_tokenizer(config)
     tokenizer.chat_template = None
     tokenizer.save_pretrained(model)

@@ -191,7 +191,9 @@ class _TemperatureHook:
 
     def attach(self, model: Any) -> None:
         """Hooks the layer that computes logits; ConfigError if there is not exactly one."""
-        from vllm.model_executor.layers.logits_processor import LogitsProcessor  # pyright: ignore[reportMissingImports]
+        from vllm.model_executor.layers.logits_processor import (  # pyright: ignore[reportMissingImports]
+            LogitsProcessor,
+        )
 
         layers = [layer for layer in model.modules() if isinstance(layer, LogitsProcessor)]
         if len(layers) != 1:
@@ -337,7 +339,9 @@ def _repack_head(model: Any) -> None:
     vLLM's CPU kernels read a packed copy, which `reload_weights` does not update if the head is tied to the
     embedding (vLLM 0.32).
     """
-    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead  # pyright: ignore[reportMissingImports]
+    from vllm.model_executor.layers.vocab_parallel_embedding import (  # pyright: ignore[reportMissingImports]
+        ParallelLMHead,
+    )
 
     for layer in model.modules():
         if isinstance(layer, ParallelLMHead):
@@ -346,7 +350,9 @@ def _repack_head(model: Any) -> None:
 
 def _head_size_refused(llm: Any) -> ConfigError | None:
     """The error that vLLM on a CPU would raise only at the first token; None if there is none."""
-    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend  # pyright: ignore[reportMissingImports]
+    from vllm.v1.attention.backends.cpu_attn import (  # pyright: ignore[reportMissingImports]
+        CPUAttentionBackend,
+    )
 
     size, supported = llm.model_config.get_head_size(), CPUAttentionBackend.get_supported_head_sizes()
     if size in supported:

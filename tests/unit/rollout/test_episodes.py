@@ -1,5 +1,5 @@
-"""Episodes: what the model wrote stays as it wrote it, only that is scored, and its log-probs are those of
-one forward."""
+"""Episodes: the model's own tokens stay unchanged, only they are in the loss, and their log-probs are those
+of one forward."""
 
 import copy
 import itertools
@@ -37,27 +37,28 @@ def tokens(text: str) -> np.ndarray:
 
 def prompt(number: int = 0, text: Any = None, **columns: Any) -> Prompt:
     text = [{"role": "user", "content": f"{number}+1"}] if text is None else text
-    ids = tokens(text) if isinstance(text, str) else np.array([], np.int64)  # an environment makes its own
+    ids = (
+        tokens(text) if isinstance(text, str) else np.array([], np.int64)
+    )  # an environment gives its own prompt
     return Prompt(number, f"row {number}", 0, ids, text, {"answer": str(number + 1), **columns})
 
 
 @dataclass
 class Scripted:
-    """A decoder that says what it is told, turn by turn, and notes what it was asked. A str ends with eos,
-    tokens as they are."""
+    """A decoder that gives the turns of `script` and records its requests. A str gets an eos at its end."""
 
     script: Sequence[str | np.ndarray]
     asked: list[list[Request]] = field(default_factory=list)
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[tuple[Completion, ...]]:
-        said = self.script[len(self.asked)]
+        turn = self.script[len(self.asked)]
         self.asked.append(list(requests))
-        ids = tokens(said + "<eos>") if isinstance(said, str) else said
-        made = [ids[: r.tokens_left] for r in requests]
+        ids = tokens(turn + "<eos>") if isinstance(turn, str) else turn
+        drawn = [ids[: r.tokens_left] for r in requests]
         finishes: list[Finish] = ["length" if len(ids) > r.tokens_left else "stop" for r in requests]
         completions = [
             Completion(i, np.full(len(i), -float(len(self.asked)), np.float32), f)
-            for i, f in zip(made, finishes, strict=True)
+            for i, f in zip(drawn, finishes, strict=True)
         ]
         return [(c,) * len(r.seeds) for r, c in zip(requests, completions, strict=True)]
 
@@ -329,6 +330,11 @@ def test_an_episode_whose_environment_failed_is_played_again_from_the_same_seed(
         assert equal(first, second)
 
 
+def turn_of(**fields: Any) -> Turn:
+    """A turn with fields of any type, as user code may return one."""
+    return Turn(**fields)
+
+
 class Broken(Calculator):
     """Its step raises or returns `gives`, for one prompt only."""
 
@@ -351,10 +357,10 @@ class Broken(Calculator):
     [
         (ValueError("a bug"), "ValueError at test_episodes.py:"),
         (SystemExit(3), "SystemExit at test_episodes.py:"),
-        (Turn(done=True, reward=None), "step gave the reward None, not a number"),  # pyright: ignore[reportArgumentType]
-        (Turn(done=True, reward=float("nan")), "step gave the reward nan"),
-        (Turn(done=True, reward="high"), "could not convert string to float"),  # pyright: ignore[reportArgumentType]
-        (Turn(messages="hello"), "not a list of {role, content}"),  # pyright: ignore[reportArgumentType]
+        (turn_of(done=True, reward=None), "step gave the reward None, not a number"),
+        (turn_of(done=True, reward=float("nan")), "step gave the reward nan"),
+        (turn_of(done=True, reward="high"), "could not convert string to float"),
+        (turn_of(messages="hello"), "not a list of {role, content}"),
         (None, "step returned a NoneType, not a Turn"),
     ],
     ids=lambda v: type(v).__name__,

@@ -297,8 +297,9 @@ def test_another_release_of_transformers_is_static_or_an_error_with_the_version_
 ):
     monkeypatch.setattr(continuous, "ContinuousBatchingConfig", OfTransformers518)
     tokenizer = load(Model(tiny=TinyModel()), seed=0, head="lm").tokenizer  # pyright: ignore[reportCallIssue]
+    rollouts = Rollouts(batching="continuous")  # pyright: ignore[reportCallIssue]
     with pytest.raises(ContinuousBatchingFailed, match="transformers") as refused:
-        make_decoder(Rollouts(batching="continuous"), LLAMA, tokenizer, torch.device("cpu"))  # pyright: ignore[reportCallIssue]
+        make_decoder(rollouts, LLAMA, tokenizer, torch.device("cpu"))
     assert "page_size" in refused.value.why and "transformers>=5.19" in refused.value.fix
     rollouts = Rollouts(batching="measured")  # pyright: ignore[reportCallIssue]
     assert type(make_decoder(rollouts, LLAMA, tokenizer, torch.device("cpu"))) is StaticDecoder

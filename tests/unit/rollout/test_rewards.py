@@ -253,14 +253,14 @@ def test_one_bad_value_is_a_failure_of_its_sample_alone(value, words: str) -> No
         (1.0, "float"),
     ],
 )
-def test_an_answer_that_is_no_list_of_the_right_length(answer, words: str) -> None:
+def test_an_answer_that_is_not_a_list_of_the_right_length(answer, words: str) -> None:
     with pytest.raises(RewardFailure, match=words) as caught:
         validate_rewards("len", answer, ["s0", "s1"])
     assert "reward len" in str(caught.value)
 
 
 class Scripted:
-    """A component that fails as told, and remembers whom it was asked about."""
+    """A component that behaves as given, and records the prompts of each call."""
 
     name = "a"
 
@@ -279,10 +279,10 @@ def test_a_batch_that_fails_as_a_whole_is_scored_group_by_group() -> None:
         return [float(len(r.completion)) for r in group.rollouts]
 
     component = Scripted(behave)
-    components = score_with_retries(component, batch(["x", "yy"], ["p"], ["zzz"]), timeout_s=5, retries=2)
+    result = score_with_retries(component, batch(["x", "yy"], ["p"], ["zzz"]), timeout_s=5, retries=2)
     assert component.asked == [[0, 1, 2], [0], [1], [2], [1]]
-    assert {i: r.tolist() for i, r in components.rewards.items()} == {0: [1.0, 2.0], 2: [3.0]}
-    assert components.reasons == {1: "reward a failed (poison 1)"}
+    assert {i: r.tolist() for i, r in result.rewards.items()} == {0: [1.0, 2.0], 2: [3.0]}
+    assert result.reasons == {1: "reward a failed (poison 1)"}
 
 
 def test_only_groups_with_a_bad_sample_are_asked_again() -> None:
@@ -294,9 +294,9 @@ def test_only_groups_with_a_bad_sample_are_asked_again() -> None:
         return [RewardFailure("bad") if bad and r.sample == 1 else 1.0 for r in group.rollouts]
 
     component = Scripted(behave)
-    components = score_with_retries(component, batch(["x", "y"], ["z"]), timeout_s=5, retries=3)
+    result = score_with_retries(component, batch(["x", "y"], ["z"]), timeout_s=5, retries=3)
     assert component.asked == [[0, 1], [0]]
-    assert not components.reasons and len(components.rewards) == 2
+    assert not result.reasons and len(result.rewards) == 2
 
 
 def test_without_retries_a_failed_batch_is_lost() -> None:
@@ -319,8 +319,8 @@ def test_groups_that_hang_do_not_take_the_time_of_all_and_rounds_are_bounded() -
         return [1.0]
 
     started = time.monotonic()
-    components = score_with_retries(Scripted(behave), batch(*[["x"]] * 8), timeout_s=0.4, retries=1)
-    assert set(components.reasons) == {0, 1, 2} and set(components.rewards) == {3, 4, 5, 6, 7}
+    result = score_with_retries(Scripted(behave), batch(*[["x"]] * 8), timeout_s=0.4, retries=1)
+    assert set(result.reasons) == {0, 1, 2} and set(result.rewards) == {3, 4, 5, 6, 7}
     assert time.monotonic() - started < 1.5
 
 
