@@ -1,11 +1,12 @@
-"""Commands that speak to a Ray cluster: submit a run, see where it stands, read it, stop it, go on.
+"""Commands for runs on a Ray cluster: submit, status, logs, stop, resume.
 
-Heavy imports happen inside the commands, as in `cli`.
+Heavy imports stand inside the commands, as in `main.py`.
 """
 
 import json
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -13,8 +14,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from orchestrator.cli.options import Address, Overrides, RecipeArgument, WorkingDir, out, show
-from orchestrator.cli.status import LOG_AGAIN, StatusRow, status_lines, status_table
+from orchestrator.cli.options import CLUSTER, Address, Overrides, RecipeArgument, WorkingDir, out, show
+from orchestrator.cli.status import REPEATED_LOG, StatusRow, status_lines, status_table
 from orchestrator.cluster.quiet import is_small_talk
 from orchestrator.cluster.submit import submission
 from orchestrator.cluster.submit.ray_jobs import LOCAL, Jobs, exit_code
@@ -26,13 +27,16 @@ from orchestrator.recipe import loading as recipes
 app = typer.Typer(add_completion=False)
 
 RunArgument = Annotated[
-    str, typer.Argument(metavar="RUN", help="the name of a submitted run, or the id of one attempt")
+    str, typer.Argument(metavar="RUN", help="name of a submitted run, or id of one attempt")
 ]
 
 Grace = Annotated[
     int,
     typer.Option(
-        "--stop-grace", min=1, metavar="SECONDS", help="between SIGTERM and SIGKILL when the job is stopped"
+        "--stop-grace",
+        min=1,
+        metavar="SECONDS",
+        help="time between SIGTERM and SIGKILL when the job is stopped",
     ),
 ]
 Follow = Annotated[
@@ -43,52 +47,63 @@ Follow = Annotated[
 ]
 
 
-@app.command()
+@app.command(rich_help_panel=CLUSTER)
 def submit(
     recipe: RecipeArgument,
     overrides: Overrides = None,
     address: Address = LOCAL,
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="run folder on storage that all nodes see; default ./runs/NAME"),
+        typer.Option(
+            "--output", "-o", help="run folder on storage that all nodes share (default: ./runs/NAME)"
+        ),
     ] = None,
     working_dir: WorkingDir = Path("."),
     stop_grace: Grace = submission.STOP_GRACE_S,
     follow: Follow = True,
     to: Annotated[
         str | None,
-        typer.Option("--to", metavar="slurm|k8s|sky", help="start machines by a scheduler instead"),
+        typer.Option(
+            "--to", metavar="slurm|k8s|sky", help="scheduler that starts the machines, instead of a Ray job"
+        ),
     ] = None,
     only_print: Annotated[
-        bool, typer.Option("--print", help="with --to: print what would be handed over")
+        bool, typer.Option("--print", help="with --to: print the job file instead of submitting it")
     ] = False,
-    nodes: Annotated[int, typer.Option(min=1, help="with --to: machines")] = 1,
-    gpus_per_node: Annotated[int, typer.Option(min=0, help="with --to")] = 8,
-    cpus_per_node: Annotated[int, typer.Option(min=1, help="with --to")] = 32,
-    gpu: Annotated[str, typer.Option(help="with --to sky: the kind of GPU")] = "H100",
+    nodes: Annotated[int, typer.Option(min=1, help="with --to: number of machines")] = 1,
+    gpus_per_node: Annotated[int, typer.Option(min=0, help="with --to: GPUs of a machine")] = 8,
+    cpus_per_node: Annotated[int, typer.Option(min=1, help="with --to: CPUs of a machine")] = 32,
+    gpu: Annotated[str, typer.Option(help="with --to sky: kind of GPU")] = "H100",
     image: Annotated[
-        str, typer.Option(help="with --to k8s or sky: a container built from docker/")
+        str, typer.Option(help="with --to k8s or sky: container built from docker/")
     ] = "orchestrator:latest",
 ) -> None:
-    """Runs a recipe as a Ray job; submitting the same again follows it, or goes on where it ended early."""
-    loaded = recipes.load(
-        recipe, overrides or ()
-    )  # a mistake in it is told before anything leaves this machine
+    """Run a recipe on a cluster; the same command again follows or resumes the run."""
+    loaded = recipes.load(recipe, overrides or ())  # a mistake in it is an error before anything is uploaded
     folder = (output or Path("runs") / loaded.name).absolute()
-    if to is not None:
-        from orchestrator.cluster.submit.schedulers import Launch, artefact, dispatch
-
-        changes = tuple(overrides or ())
-        text = artefact(
-            to,
-            Launch(
-                recipe, changes, loaded.name, nodes, gpus_per_node, cpus_per_node, str(folder), image, gpu
-            ),
-        )
-        print((text if only_print else dispatch(to, text)).rstrip("\n"))
+    if to is None:
+        _submit_job(recipe, overrides or (), loaded, address, folder, working_dir, stop_grace, follow)
         return
+    from orchestrator.cluster.submit.schedulers import Launch, artefact, dispatch
 
-    command = submission.entrypoint(recipe, overrides or (), folder, working_dir)
+    changes, where = tuple(overrides or ()), str(folder)
+    launch = Launch(recipe, changes, loaded.name, nodes, gpus_per_node, cpus_per_node, where, image, gpu)
+    text = artefact(to, launch)
+    print((text if only_print else dispatch(to, text)).rstrip("\n"))
+
+
+def _submit_job(
+    recipe: str,
+    overrides: Sequence[str],
+    loaded: recipes.LoadedRecipe,
+    address: str,
+    folder: Path,
+    working_dir: Path,
+    stop_grace: int,
+    follow: bool,
+) -> None:
+    """Starts a Ray job for the run, unless an attempt is running or has succeeded; then follows it."""
+    command = submission.entrypoint(recipe, overrides, folder, working_dir)
     upload = collect(working_dir)
     submission.check_paths(recipe, loaded.stages, upload)
     jobs = Jobs(address)
@@ -96,31 +111,32 @@ def submit(
     if decision.number is not None:
         out.print(f"uploading {upload.summary()}")
         id = submission.start(jobs, loaded.name, command, decision.number, upload, stop_grace)
-        again = (
-            ""
-            if decision.attempt is None
-            else f"; {decision.attempt.id} ended as {decision.attempt.status}, this goes on in its run folder"
-        )
-        out.print(f"submitted {id} to {address}{again}")
+        earlier = ""
+        if (last := decision.attempt) is not None:
+            earlier = f"; {last.id} ended as {last.status}, this continues in its run folder"
+        out.print(f"submitted {id} to {address}{earlier}")
     else:
         assert decision.attempt is not None
         id = decision.attempt.id
         out.print(f"{id} is {decision.attempt.status} already; nothing was submitted")
-    out.print(f"run folder  {folder}  (all nodes must see it: orchestrator doctor)")
-    _say_next(loaded.name, address)
+    out.print(f"run folder  {folder}  (all nodes must share it: orchestrator doctor)")
+    _print_next_commands(loaded.name, address)
     if follow:
         _follow(jobs, id, loaded.name, address)
 
 
-@app.command()
+@app.command(rich_help_panel=CLUSTER)
 def status(
     run: Annotated[
-        str | None, typer.Argument(metavar="[RUN]", help="a run; without it, all runs of the cluster")
+        str | None, typer.Argument(metavar="[RUN]", help="name of a run (default: all runs of the cluster)")
     ] = None,
     address: Address = LOCAL,
-    as_json: Annotated[bool, typer.Option("--json")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
-    """Where submitted runs stand: step, exit code, age. In a pipe a line for each attempt, columns by tabs."""
+    """Show where submitted runs stand: status, step, loss, exit code, age.
+
+    In a pipe there is one line for each attempt, with tabs between the columns.
+    """
     jobs = Jobs(address)
     attempts = jobs.attempts(run)
     if run is not None and not attempts:
@@ -129,8 +145,8 @@ def status(
     now = time.time()
     rows = []
     for attempt in attempts:
-        read = run is not None or attempt.id == newest[attempt.run]  # a log is a request of its own
-        rows.append(StatusRow.of(attempt, jobs.logs(attempt.id) if read else "", now))
+        needs_log = run is not None or attempt.id == newest[attempt.run]  # each log is one more request
+        rows.append(StatusRow.of(attempt, jobs.logs(attempt.id) if needs_log else "", now))
     if as_json:
         print(json.dumps([asdict(row) for row in rows], indent=1))
     elif out.is_terminal:
@@ -139,25 +155,21 @@ def status(
         print(status_lines(rows))
 
 
-@app.command()
+@app.command(rich_help_panel=CLUSTER)
 def logs(run: RunArgument, address: Address = LOCAL, follow: Follow = False) -> None:
-    """What a run's newest attempt has said."""
+    """Print the log of a submitted run's newest attempt."""
     jobs = Jobs(address)
     attempt = jobs.find(run)
     if follow:
         _follow(jobs, attempt.id, attempt.run, address)
     else:
-        print(
-            "".join(
-                line for line in jobs.logs(attempt.id).splitlines(keepends=True) if not is_small_talk(line)
-            ),
-            end="",
-        )
+        lines = jobs.logs(attempt.id).splitlines(keepends=True)
+        print("".join(line for line in lines if not is_small_talk(line)), end="")
 
 
-@app.command()
+@app.command(rich_help_panel=CLUSTER)
 def stop(run: RunArgument, address: Address = LOCAL) -> None:
-    """Asks a run to save and end, and waits for it; `resume` goes on from there."""
+    """Stop a submitted run once it has saved a checkpoint; `resume` continues it."""
     jobs = Jobs(address)
     attempt = jobs.find(run)
     if attempt.is_over:
@@ -165,11 +177,11 @@ def stop(run: RunArgument, address: Address = LOCAL) -> None:
         return
     ended = jobs.stop(attempt.id)
     out.print(
-        f"{ended.id} is {ended.status}; go on with: orchestrator resume {ended.run} --address {address}"
+        f"{ended.id} is {ended.status}; continue with: orchestrator resume {ended.run} --address {address}"
     )
 
 
-@app.command()
+@app.command(rich_help_panel=CLUSTER)
 def resume(
     run: RunArgument,
     address: Address = LOCAL,
@@ -177,7 +189,7 @@ def resume(
     stop_grace: Grace = submission.STOP_GRACE_S,
     follow: Follow = True,
 ) -> None:
-    """Starts a run again that was stopped or failed: the same command, from its last checkpoint."""
+    """Resume a submitted run that was stopped or has failed, from its last checkpoint."""
     jobs = Jobs(address)
     last = jobs.find(jobs.find(run).run)
     decision = submission.decide([last], last.entrypoint)
@@ -190,34 +202,35 @@ def resume(
     out.print(f"uploading {upload.summary()}")
     id = submission.start(jobs, last.run, last.entrypoint, decision.number, upload, stop_grace)
     out.print(f"submitted {id} to {address}: `{last.entrypoint}`")
-    _say_next(last.run, address)
+    _print_next_commands(last.run, address)
     if follow:
         _follow(jobs, id, last.run, address)
 
 
 def _follow(jobs: Jobs, id: str, run: str, address: str) -> None:
-    """Shows the log until the job is over; ends with the driver's exit code."""
-
+    """Shows the log until the job is over, then exits with the driver's code."""
     view = LogView(out)
     try:
         attempt = jobs.follow(id, view.write)
     except KeyboardInterrupt:
         view.close()
-        out.print(f"\n{id} goes on; look again with: orchestrator logs {run} --follow --address {address}")
+        out.print(
+            f"\n{id} is still running; follow it with: orchestrator logs {run} --follow --address {address}"
+        )
         sys.exit(128 + 2)
     view.close()
     code = exit_code(attempt)
     out.print(f"{id} {attempt.status}")
     if code == Exit.RESUMABLE:
-        out.print(f"it can go on: orchestrator resume {run} --address {address}")
+        out.print(f"it can be resumed: orchestrator resume {run} --address {address}")
     elif code:
-        out.print(attempt.message.partition(LOG_AGAIN)[0])  # the log has been shown
+        out.print(attempt.message.partition(REPEATED_LOG)[0])  # the log has been shown
     if code:
         sys.exit(code)
 
 
 class LogView:
-    """A followed log: steps as the live table on a terminal, everything else as it came."""
+    """A followed log: steps as the live table on a terminal, every other line unchanged."""
 
     def __init__(self, console: Console) -> None:
         self._console, self._table, self._rest = console, LiveTable(console), ""
@@ -242,7 +255,7 @@ class LogView:
             self._table.add(step)
 
 
-def _say_next(run: str, address: str) -> None:
-    where = "" if address == LOCAL else f" --address {address}"
-    for words in (f"status {run}", f"logs {run} --follow", f"stop {run}", f"resume {run}"):
-        out.print(f"  orchestrator {words}{where}")
+def _print_next_commands(run: str, address: str) -> None:
+    options = "" if address == LOCAL else f" --address {address}"
+    for command in (f"status {run}", f"logs {run} --follow", f"stop {run}", f"resume {run}"):
+        out.print(f"  orchestrator {command}{options}")

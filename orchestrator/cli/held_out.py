@@ -1,4 +1,4 @@
-"""The table that a training command ends with."""
+"""The table of held-out metrics that `train` prints last."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 def held_out(outcomes: "dict[str, Outcome]") -> Table:
-    """Held-out metrics before and after each stage."""
+    """A row for each metric, with its value before and after each stage."""
     from orchestrator.observe.metric_names import display_name
 
     table = Table(title="held out", title_justify="left")
@@ -27,10 +27,9 @@ def held_out(outcomes: "dict[str, Outcome]") -> Table:
         "eval/exact_match",
         "eval/reward/mean",
     )
-    parts = [m for m in metrics if m.startswith("eval/reward/") and m != "eval/reward/mean"]
-    shown = {*names, *(parts if len(parts) > 1 else ())}  # one component alone is the reward
-    wanted = [m for m in metrics if m in shown or m.startswith("eval/pass@")]
-    for metric in wanted:
+    components = [m for m in metrics if m.startswith("eval/reward/") and m != "eval/reward/mean"]
+    shown = {*names, *(components if len(components) > 1 else ())}  # a single component is the reward itself
+    for metric in (m for m in metrics if m in shown or m.startswith("eval/pass@")):
         last = next(o.after for o in reversed(outcomes.values()) if metric in o.after)
         cells = [_cell(metric, o.after, side) for o in outcomes.values() for side in (o.before, o.after)]
         table.add_row(display_name(metric, last), *cells)
@@ -38,6 +37,5 @@ def held_out(outcomes: "dict[str, Outcome]") -> Table:
 
 
 def _cell(metric: str, measured: Mapping[str, float], side: Mapping[str, float]) -> str:
-    """– where a stage measures this and has no value: policy and reference are one; empty where it does not
-    measure it."""
+    """– if the stage measures this but has no value (policy equals reference); empty if it does not."""
     return f"{side[metric]:.3f}" if metric in side else "–" if metric in measured else ""

@@ -1,4 +1,4 @@
-"""Commands that read: recipes, their schema, the first batch, reports and comparisons of runs."""
+"""Commands that only read: recipes, their schema, the first batch, reports and comparisons of runs."""
 
 import json
 import shutil
@@ -7,37 +7,39 @@ from typing import Annotated
 
 import typer
 
-from orchestrator.cli.options import Overrides, RecipeArgument, last_recipe, out, show
+from orchestrator.cli.options import RESULTS, START, Overrides, RecipeArgument, last_recipe, out, show
 from orchestrator.core.errors import OutputError
 from orchestrator.recipe import loading as recipes
 from orchestrator.recipe.files import builtin_recipes
 
 app = typer.Typer(add_completion=False)
-recipes_app = typer.Typer(no_args_is_help=True, help="The recipes that come with the program.")
-config_app = typer.Typer(no_args_is_help=True, help="The recipe schema.")
+recipes_app = typer.Typer(no_args_is_help=True, help="List, show and copy the built-in recipes.")
+config_app = typer.Typer(no_args_is_help=True, help="Print every recipe key, as a page or as a JSON schema.")
+RecipeName = Annotated[
+    str, typer.Argument(metavar="NAME", help="built-in name such as tiny/dpo, or YAML file")
+]
+
+app.add_typer(recipes_app, name="recipes", rich_help_panel=START)
+app.add_typer(config_app, name="config", rich_help_panel=START)
 
 
-app.add_typer(recipes_app, name="recipes")
-app.add_typer(config_app, name="config")
-
-
-@app.command()
-def report(directory: Annotated[Path, typer.Argument(metavar="DIR", help="a run folder")]) -> None:
-    """Writes one self-contained report.html with the curves and sample pairs."""
+@app.command(rich_help_panel=RESULTS)
+def report(directory: Annotated[Path, typer.Argument(metavar="DIR", help="run folder")]) -> None:
+    """Write the curves and samples of a run into one file, report.html."""
     from orchestrator.observe.report.html import write_report
 
     out.print(str(write_report(directory)))
 
 
-@app.command()
+@app.command(rich_help_panel=RESULTS)
 def compare(
     directories: Annotated[
         list[Path],
-        typer.Argument(metavar="DIR...", help="run folders; a pipeline's root stands for its stages"),
+        typer.Argument(metavar="DIR...", help="run folders; the folder of a pipeline stands for its stages"),
     ],
-    as_json: Annotated[bool, typer.Option("--json")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
-    """Runs side by side: where their recipes differ, held-out and training metrics, speed."""
+    """Show runs side by side: differences of their recipes, metrics, speed."""
     from orchestrator.observe.report.compare import read_run, run_folders, table, to_json
 
     runs = [read_run(name, folder) for directory in directories for name, folder in run_folders(directory)]
@@ -47,11 +49,13 @@ def compare(
         show(table(runs))
 
 
-@app.command()
+@app.command(rich_help_panel=START)
 def inspect(
-    recipe: RecipeArgument, overrides: Overrides = None, examples: Annotated[int, typer.Option(min=1)] = 3
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    examples: Annotated[int, typer.Option(min=1, help="number of examples to show")] = 3,
 ) -> None:
-    """The first batch, tokens coloured by loss mask."""
+    """Show the first batch, its tokens coloured by the loss mask."""
     cfg = last_recipe(recipe, overrides)
     from orchestrator.observe.report.tokens import render_group
     from orchestrator.plan.view import data_notes
@@ -67,25 +71,27 @@ def inspect(
 
 @recipes_app.command("ls")
 def recipes_ls() -> None:
-    """Names of the built-in recipes, with their first comment."""
+    """List the built-in recipes, each with its first comment."""
     for name, path in builtin_recipes().items():
         first = path.read_text().splitlines()[0].removeprefix("#").strip()
         out.print(f"{name:<24}{first}")
     out.print(
-        "start/… are for a model and data of your own (orchestrator init writes one fitted to them); tiny/… "
-        "are for random-weight toy models"
+        "start/… are for your own model and data (orchestrator init writes a recipe that fits them); tiny/… "
+        "are for toy models with random weights"
     )
 
 
 @recipes_app.command("show")
-def recipes_show(name: str) -> None:
-    """Prints a recipe file as it is."""
+def recipes_show(name: RecipeName) -> None:
+    """Print a recipe file unchanged."""
     out.print(recipes.find(name).read_text())
 
 
 @recipes_app.command("cp")
-def recipes_cp(name: str, target: Path) -> None:
-    """Copies a recipe, with the files it extends, into the folder TARGET."""
+def recipes_cp(
+    name: RecipeName, target: Annotated[Path, typer.Argument(metavar="TARGET", help="folder to copy into")]
+) -> None:
+    """Copy a recipe and the files that it extends into the folder TARGET."""
     source = recipes.find(name)
     target.mkdir(parents=True, exist_ok=True)
     for file in recipes.recipe_files(source):
@@ -98,13 +104,13 @@ def recipes_cp(name: str, target: Path) -> None:
 
 @config_app.command("schema")
 def config_schema() -> None:
-    """The JSON schema of recipe files, for editors."""
+    """Print the JSON schema of recipe files, for editors."""
     print(json.dumps(recipes.json_schema(), indent=1))
 
 
 @config_app.command("reference")
 def config_reference() -> None:
-    """Every key with its default and what it means, as Markdown."""
+    """Print every key with its default and meaning, as Markdown."""
     from orchestrator.recipe.reference_page import render
 
     print(render(), end="")

@@ -1,6 +1,6 @@
-"""The program: every command reads a recipe, does one thing, and ends with an exit code of sysexits.h.
+"""The program. Every command does one thing and ends with an exit code of sysexits.h.
 
-Heavy imports happen inside the commands, so that `--help` needs neither torch nor ray.
+Heavy imports stand inside the commands, so that `--help` needs neither torch nor ray.
 """
 
 import errno
@@ -16,7 +16,16 @@ import typer
 from orchestrator.cli import cluster, inspect, planning
 from orchestrator.cli.chat import command as chat
 from orchestrator.cli.held_out import held_out
-from orchestrator.cli.options import Overrides, RecipeArgument, last_recipe, out, show
+from orchestrator.cli.options import (
+    RESULTS,
+    START,
+    TRAIN,
+    Overrides,
+    RecipeArgument,
+    last_recipe,
+    out,
+    show,
+)
 from orchestrator.cluster.forkserver import forked_workers
 from orchestrator.core.errors import ConfigError, Exit, OrchestratorError, OutputError
 from orchestrator.core.stopping import enduring_output, stop_signals
@@ -28,7 +37,7 @@ from orchestrator.recipe.pipeline import references
 if TYPE_CHECKING:
     from orchestrator.recipe.schema import Recipe
 
-OF_THE_PATH = (
+PATH_ERRORS = (
     errno.EACCES,
     errno.EPERM,
     errno.EROFS,
@@ -39,12 +48,13 @@ OF_THE_PATH = (
     errno.ENAMETOOLONG,
     errno.ESTALE,
 )
+"""Errors of the system that name a path which the user can fix."""
 
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Trains language models on preferences.",
+    help="Train language models on preferences, with the same result on a laptop and on a cluster.",
 )
 
 for commands in (planning, cluster, chat, inspect):
@@ -55,27 +65,63 @@ def _loading() -> AbstractContextManager[None]:
     return phase(out, "loading torch, transformers and DeepSpeed")
 
 
-@app.command()
+@app.command(rich_help_panel=START)
+def init(
+    model: Annotated[str, typer.Option("--model", help="model folder, or hub name with --revision")],
+    data: Annotated[str, typer.Option("--data", help="file or folder of training rows")],
+    columns: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[data.columns.NAME=COLUMN]...", help="columns that init does not recognise"),
+    ] = None,
+    held_out: Annotated[str | None, typer.Option("--eval", help="file or folder of held-out rows")] = None,
+    kind: Annotated[
+        str | None,
+        typer.Option(
+            "--kind",
+            metavar="sft|dpo|lora-dpo|reward|grpo|kto",
+            help="kind of training (default: what the rows look like)",
+        ),
+    ] = None,
+    revision: Annotated[str | None, typer.Option("--revision", help="commit of a hub model")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="recipe file (default: KIND.yaml)")
+    ] = None,
+) -> None:
+    """Write a recipe that fits your model and data, with reasons."""
+    from orchestrator.cli.init.data_profile import parse_request, profile_data
+    from orchestrator.cli.init.recipe import next_commands, save
+
+    request = parse_request(model, revision, data, held_out, kind, columns or ())
+    profile = profile_data(request)
+    target = output or Path(f"{profile.kind}.yaml")
+    for file in save(request, profile, target):
+        out.print(f"wrote {file}")
+    out.print(f"{profile.rows} rows, {profile.form}: {profile.why}")
+    for line in next_commands(profile, target):
+        out.print(f"  {line}")
+
+
+@app.command(rich_help_panel=TRAIN)
 def train(
     recipe: RecipeArgument,
     overrides: Overrides = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="run folder; default runs/NAME")
+        Path | None, typer.Option("--output", "-o", help="run folder (default: runs/NAME)")
     ] = None,
     in_process: Annotated[
         bool,
         typer.Option(
-            "--in-process", help="one worker in this process, without Ray: for breakpoints and profilers"
+            "--in-process", help="one worker in this process, without Ray, for breakpoints and profilers"
         ),
     ] = False,
     extend: Annotated[
         bool,
         typer.Option(
-            "--extend", help="another run.max_steps or run.epochs though the schedule looks at the end"
+            "--extend", help="accept a new run.max_steps or run.epochs although it changes the schedule"
         ),
     ] = False,
 ) -> None:
-    """Trains; goes on by itself if the folder holds a verified checkpoint of the same run."""
+    """Train a model; the same command again continues from the last checkpoint."""
     with stop_signals() as stop, enduring_output():
         loaded = recipes.load(recipe, overrides or ())
         with nullcontext() if in_process else forked_workers(_loading):
@@ -92,60 +138,27 @@ def train(
         out.print(f"report  {outcome.report}\nmodel   {outcome.export}")
 
 
-@app.command()
-def init(
-    columns: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[data.columns.NAME=COLUMN]...", help="columns that are not recognised"),
-    ] = None,
-    model: Annotated[str, typer.Option("--model", help="a folder, or a hub name with --revision")] = ...,  # pyright: ignore[reportArgumentType]
-    data: Annotated[str, typer.Option("--data", help="rows to train on: a file or a folder")] = ...,  # pyright: ignore[reportArgumentType]
-    held_out: Annotated[str | None, typer.Option("--eval", help="held-out rows")] = None,
-    kind: Annotated[
-        str | None,
-        typer.Option(
-            "--kind", metavar="sft|dpo|lora-dpo|reward|grpo|kto", help="default: what the rows look like"
-        ),
-    ] = None,
-    revision: Annotated[str | None, typer.Option("--revision", help="commit of a model of the hub")] = None,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="the recipe file; default KIND.yaml")
-    ] = None,
-) -> None:
-    """Writes a recipe for your model and data: columns recognised, lengths measured, every choice with its
-    reason. Asks nothing."""
-    from orchestrator.cli.init.look import asked, look
-    from orchestrator.cli.init.recipe import next_commands, save
-
-    wanted = asked(model, revision, data, held_out, kind, columns or ())
-    found = look(wanted)
-    target = output or Path(f"{found.kind}.yaml")
-    for file in save(wanted, found, target):
-        out.print(f"wrote {file}")
-    out.print(f"{found.rows} rows, {found.form}: {found.why}")
-    for line in next_commands(found, target):
-        out.print(f"  {line}")
-
-
-@app.command()
+@app.command(rich_help_panel=RESULTS)
 def evaluate(
     recipe: Annotated[
-        str, typer.Argument(metavar="RECIPE|RUN", help="a recipe, or a run folder: the model that it trained")
+        str, typer.Argument(metavar="RECIPE|RUN", help="recipe, or run folder for the model that it trained")
     ],
     overrides: Overrides = None,
     model: Annotated[
-        Path | None, typer.Option("--model", help="a folder to evaluate instead of the recipe's model")
+        Path | None, typer.Option("--model", help="model folder to evaluate instead of the recipe's model")
     ] = None,
     step: Annotated[
-        int | None, typer.Option("--step", min=1, help="of a run: its checkpoint of this step")
+        int | None, typer.Option("--step", min=1, help="step of the run's checkpoint (default: its export)")
     ] = None,
 ) -> None:
-    """Held-out preference accuracy and greedy exact match of a model; of an online recipe the reward, greedy
-    and pass@k."""
+    """Evaluate a model on held-out data.
+
+    Prints preference accuracy and greedy exact match; for an online recipe the reward, greedy and pass@k.
+    """
     run = Path(recipe) if Path(recipe).is_dir() else None
     if run is None and step is not None:
         raise ConfigError(
-            "--step goes with a run folder", fix=f"{recipe} is a recipe; give the --output of a run"
+            "--step needs a run folder", fix=f"{recipe} is a recipe; give the --output of a run"
         )
     if model is not None and step is not None:
         raise ConfigError("--step and --model name two models", fix="leave one of them out")
@@ -156,7 +169,7 @@ def evaluate(
     else:
         cfg = last_recipe(recipe, overrides)
     if named := references(cfg):
-        fix = "give the run folder of that stage, where they are folders"
+        fix = "give the run folder of that stage, in which they are folders"
         raise ConfigError(f"{', '.join(named)} of {recipe} are made by stages of a run", fix=fix)
     with forked_workers(), tempfile.TemporaryDirectory(prefix="orchestrator-evaluate-") as scratch:
         from orchestrator.observe.metric_names import display_name, unknown
@@ -171,7 +184,7 @@ def evaluate(
 
 
 def _trained(run: Path, cfg: "Recipe", step: int | None, scratch: Path) -> Path:
-    """A folder with the model of a run: its export, or what a checkpoint holds, in fp32."""
+    """The folder with a run's model: its export, or a checkpoint written to `scratch` in fp32."""
     from orchestrator.run.export import export_run
 
     if step is None and (run / "export" / "config.json").is_file():
@@ -187,56 +200,65 @@ def _trained(run: Path, cfg: "Recipe", step: int | None, scratch: Path) -> Path:
     )
 
 
-@app.command()
+@app.command(rich_help_panel=RESULTS)
 def export(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="a run folder")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="run folder")],
     overrides: Overrides = None,
     step: Annotated[
-        int | None, typer.Option("--step", min=1, help="a checkpoint's; default: the newest")
+        int | None, typer.Option("--step", min=1, help="step of the checkpoint (default: the newest)")
     ] = None,
     dtype: Annotated[
         str | None,
-        typer.Option("--dtype", metavar="source|fp32|bf16|fp16", help="default: the recipe's export.dtype"),
+        typer.Option(
+            "--dtype",
+            metavar="source|fp32|bf16|fp16",
+            help="number format (default: the recipe's export.dtype)",
+        ),
     ] = None,
     lora: Annotated[
         str | None,
-        typer.Option("--lora", metavar="both|merged|adapter", help="default: the recipe's export.lora"),
+        typer.Option(
+            "--lora",
+            metavar="both|merged|adapter",
+            help="what of a LoRA run (default: the recipe's export.lora)",
+        ),
     ] = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="default: RUN/export-step-N")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="model folder (default: RUN/export-step-N)")
+    ] = None,
 ) -> None:
-    """Writes a checkpoint of a run as a Hugging Face folder."""
-    os.environ.setdefault(
-        "DS_ACCELERATOR", "cpu"
-    )  # of this process alone, which computes nothing: DeepSpeed need not look for a GPU, and say so
+    """Write a checkpoint of a run as a Hugging Face folder."""
+    # This process computes nothing, so DeepSpeed need not look for a GPU and print what it sees.
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
     from transformers.utils import logging
 
     from orchestrator.run.export import export_run, recipe_of
 
     logging.disable_progress_bar()
-    asked = [
+    options = [
         f"export.{key}={value}" for key, value in (("dtype", dtype), ("lora", lora)) if value is not None
     ]
-    cfg = recipe_of(run, [*(overrides or ()), *asked])
-    out.print(
-        f"model   {export_run(run, cfg, step, output, lambda text: out.print(text, markup=False))}",
-        markup=False,
-    )
+    cfg = recipe_of(run, [*(overrides or ()), *options])
+    folder = export_run(run, cfg, step, output, lambda text: out.print(text, markup=False))
+    out.print(f"model   {folder}", markup=False)
 
 
-@app.command()
+@app.command(rich_help_panel=TRAIN)
 def verify(
     recipe: RecipeArgument,
     overrides: Overrides = None,
     steps: Annotated[int, typer.Option(min=1, help="optimizer steps of each cut")] = 5,
     workers: Annotated[
-        str, typer.Option(help="worker counts to try, e.g. 1,2,4; default 1 and the recipe's")
+        str, typer.Option(help="worker counts to try, e.g. 1,2,4 (default: 1 and the recipe's)")
     ] = "",
     everything: Annotated[
-        bool, typer.Option("--all", help="every combination instead of a covering set")
+        bool, typer.Option("--all", help="try every combination instead of a covering set")
     ] = False,
 ) -> None:
-    """The proof: runs the same steps under many cuts and prints the largest difference from one plain large
-    batch."""
+    """Prove that a recipe gives the same result however it is cut.
+
+    Runs the same steps under many cuts and prints how far each is from one plain large batch.
+    """
     with forked_workers():
         _verify(last_recipe(recipe, overrides), steps, workers, everything)
 
@@ -282,10 +304,9 @@ def _verify(cfg: "Recipe", steps: int, workers: str, everything: bool) -> None:
     out.print(f"all within {tolerance:g} (relative; weights: norm of the difference over norm)")
 
 
-def machine_trouble(error: OSError) -> OrchestratorError:
-    """What a user can read from an error of the system that nobody told better: a path that cannot be used,
-    or a bug."""
-    if error.filename is not None and error.errno in OF_THE_PATH:
+def system_error(error: OSError) -> OrchestratorError:
+    """An error of the system as the user reads it: a path that cannot be used, else a bug."""
+    if error.filename is not None and error.errno in PATH_ERRORS:
         fix = (
             "free space, fix its permissions, or choose another place (HOME, TMPDIR, --output and the "
             "recipe's paths decide where it lies)"
@@ -301,14 +322,14 @@ def machine_trouble(error: OSError) -> OrchestratorError:
     )
 
 
-def _tell(text: str) -> None:
-    """On a terminal that may be closed by now: the exit code has to be told all the same."""
+def _print_error(text: str) -> None:
+    """Prints to a terminal that may be closed by now; the exit code is returned all the same."""
     with enduring_output():
         print(text, file=sys.stderr)
 
 
 def main() -> None:
-    """Runs a command; a failure is one message and an exit code. `--debug` anywhere shows the traceback."""
+    """Runs a command. A failure is one message and an exit code; `--debug` anywhere shows the traceback."""
     debug = "--debug" in sys.argv
     sys.argv = [argument for argument in sys.argv if argument != "--debug"]
     try:
@@ -316,17 +337,17 @@ def main() -> None:
     except OrchestratorError as error:
         if debug:
             raise
-        _tell(f"error: {error}")
+        _print_error(f"error: {error}")
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
-        _tell("interrupted; run the same command again to go on from the last checkpoint")
+        _print_error("interrupted; run the same command again to continue from the last checkpoint")
         sys.exit(Exit.RESUMABLE)
     except OSError as error:
         if debug:
             raise
-        told = machine_trouble(error)
-        print(f"error: {told}", file=sys.stderr)
-        sys.exit(told.exit_code)
+        explained = system_error(error)
+        print(f"error: {explained}", file=sys.stderr)
+        sys.exit(explained.exit_code)
     except Exception as error:
         if debug:
             raise

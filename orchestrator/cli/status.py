@@ -1,6 +1,6 @@
-"""What `status` says of the attempts of submitted runs: for people, for a pipe, for programs.
+"""What `status` prints of the attempts of submitted runs.
 
-Attempt, its log --StatusRow.of--> StatusRow --> a table of 80 columns | lines with tabs | JSON
+JobAttempt, its log --StatusRow.of--> StatusRow --> a table of 80 columns | lines with tabs | JSON
 """
 
 import re
@@ -17,44 +17,49 @@ from orchestrator.core.format import duration
 from orchestrator.observe.live_table import StepLine
 
 STOPPED_BY_REQUEST = re.compile(r"^error: stopped by request after step (\d+) of (\d+)", re.MULTILINE)
-"""What a driver says last that was stopped and has saved; Ray keeps no exit code of a job that it stopped."""
-LOG_AGAIN = ", last available logs (truncated"
-SPEAK_FOR_THEMSELVES = ("RUNNING", "SUCCEEDED")
-"""Words of Ray to which its message adds nothing."""
+"""Last line of a driver that was stopped and has saved. Ray keeps no exit code of a job that it stopped."""
+REPEATED_LOG = ", last available logs (truncated"
+"""Text after which Ray's message repeats the log."""
+PLAIN_STATUSES = ("RUNNING", "SUCCEEDED")
+"""Ray's statuses whose message adds nothing."""
 
 
 @dataclass(frozen=True, slots=True)
 class StatusRow:
-    """An attempt of a run. exit_code: of the driver, None while it runs and where nobody knows; age_s: since
-    it started; took_s: from start to end; step, total, loss: of the last step that its log tells; message:
-    why it ended as it did, on one line."""
+    """One attempt of a submitted run, as all three forms show it."""
 
     run: str
     job: str
+    """Id of the attempt. Example: "llama-dpo.2"."""
     status: str
+    """Ray's word. Example: "FAILED"."""
     exit_code: int | None
+    """Exit code of the driver; None while it runs, or if Ray kept none."""
     age_s: float | None
+    """Seconds since the attempt started."""
     took_s: float | None
+    """Seconds from start to end, or until now."""
     step: int | None
+    """Last step in the log."""
     total: int | None
+    """Steps of the whole run."""
     loss: str | None
+    """Loss of the last step, as the log prints it."""
     message: str
+    """Why the attempt ended as it did, on one line."""
 
     @classmethod
     def of(cls, attempt: JobAttempt, log: str, now: float) -> "StatusRow":
-        """log: what the attempt has said, or nothing where it was not asked; now: Unix seconds."""
-        steps = [step for line in reversed(log.splitlines()) if (step := StepLine.parse(line)) is not None][
-            :1
-        ]
+        """`log` is what the attempt printed, or "" if it was not fetched; `now` is in Unix seconds."""
+        lines = reversed(log.splitlines())
+        last = next((step for line in lines if (step := StepLine.parse(line)) is not None), None)
         saved = STOPPED_BY_REQUEST.search(log) if attempt.status == "STOPPED" else None
         code = Exit.RESUMABLE.value if attempt.exit_code is None and saved else attempt.exit_code
-        step, total = (
-            (steps[0].step, steps[0].total)
-            if steps
-            else (int(saved[1]), int(saved[2]))
-            if saved
-            else (None, None)
-        )
+        step = total = None
+        if last is not None:
+            step, total = last.step, last.total
+        elif saved:
+            step, total = int(saved[1]), int(saved[2])
         return cls(
             run=attempt.run,
             job=attempt.id,
@@ -64,21 +69,20 @@ class StatusRow:
             took_s=None if attempt.started is None else (attempt.ended or now) - attempt.started,
             step=step,
             total=total,
-            loss=steps[0].columns.get("loss") if steps else None,
-            message="" if attempt.status in SPEAK_FOR_THEMSELVES else reason(attempt.message),
+            loss=None if last is None else last.columns.get("loss"),
+            message="" if attempt.status in PLAIN_STATUSES else reason(attempt.message),
         )
 
-    def words(self) -> tuple[str, str, str, str, str, str]:
-        """Status, exit code, age, time taken, step, loss, as they are shown."""
+    def cells(self) -> tuple[str, str, str, str, str, str]:
+        """Status, exit code, age, time taken, step and loss, as they are shown."""
         code = "" if self.exit_code is None else str(self.exit_code)
         step = "" if self.step is None else f"{self.step}/{self.total}"
         return self.status, code, _time(self.age_s), _time(self.took_s), step, self.loss or ""
 
 
 def reason(message: str) -> str:
-    """What Ray says of the end of a job, on one line: it repeats the log, of which the driver's own error is
-    enough."""
-    what, _, log = message.partition(LOG_AGAIN)
+    """Ray's message about the end of a job on one line; the driver's error replaces the repeated log."""
+    what, _, log = message.partition(REPEATED_LOG)
     errors = [line for line in log.splitlines() if line.startswith("error: ")]
     return " ".join(
         f"{what}{': ' if errors else ''}{errors[-1].removeprefix('error: ') if errors else ''}".split()
@@ -86,29 +90,21 @@ def reason(message: str) -> str:
 
 
 def status_lines(rows: Sequence[StatusRow]) -> str:
-    """For a pipe: a line for each attempt, columns by tabs, cut nowhere."""
-    return "\n".join("\t".join((row.run, row.job, *row.words(), row.message)) for row in rows)
+    """A line for each attempt, with tabs between the columns and nothing cut off."""
+    return "\n".join("\t".join((row.run, row.job, *row.cells(), row.message)) for row in rows)
 
 
 def status_table(rows: Sequence[StatusRow]) -> RenderableType:
-    """A table no wider than the terminal, with what ended a job below it."""
+    """A table no wider than the terminal; below it why jobs ended."""
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-    for name in (
-        "job",
-        "status",
-        "exit",
-        "age",
-        "took",
-        "step",
-        "loss",
-    ):  # a job's name begins with its run's
+    for name in ("job", "status", "exit", "age", "took", "step", "loss"):  # a job's id begins with its run
         table.add_column(name, overflow="fold")
     for row in rows:
-        table.add_row(row.job, *row.words())
-    said = [
+        table.add_row(row.job, *row.cells())
+    messages = [
         Text(f"{row.job}: {row.message}", overflow="ellipsis", no_wrap=True) for row in rows if row.message
     ]
-    return Group(table, *said)
+    return Group(table, *messages)
 
 
 def _time(seconds: float | None) -> str:

@@ -1,9 +1,9 @@
-"""One loader for the user's modules, reward functions and environments alike: as `python file.py` and `import
-module` find them.
+"""Loads the user's modules, with reward functions or an environment, as Python itself would find them.
 
-module            from the working folder, then the Python path
-file.py           under its own name in sys.modules (pickle and dataclasses look there), its folder on the path (siblings)
-package/file.py   that imports relatively: as a module of its package
+module            from the working folder, then from the Python path
+file.py           under its own name in sys.modules (for pickle and dataclasses), with its folder on the
+                  path (for its siblings)
+package/file.py   with relative imports: as a module of its package
 """
 
 import ast
@@ -22,7 +22,7 @@ from orchestrator.core.errors import ConfigError, MissingInput
 
 
 def load_module(place: str) -> ModuleType:
-    """The module of a dotted name or of a path that ends with .py; runs it, and raises what it raises."""
+    """The module of a dotted name, or of a path that ends with .py. Raises what the module raises."""
     _first_on_path(Path.cwd())
     if not place.endswith(".py"):
         return importlib.import_module(place)
@@ -30,7 +30,7 @@ def load_module(place: str) -> ModuleType:
     _first_on_path(file.parent, after=Path.cwd())
     package = _package(file)
     if not package:
-        return _loose(file)
+        return _single_file(file)
     _first_on_path(file.parents[len(package)], after=Path.cwd())
     return importlib.import_module(".".join([*package, file.stem]))
 
@@ -66,8 +66,10 @@ def load_function(key: str, place: str) -> Callable[..., Any]:
 
 
 def _package(file: Path) -> tuple[str, ...]:
-    """Names of the packages that a file which imports relatively lies in, outermost first, at least its
-    folder's; none for another file: what a package's __init__ does may be no business of it."""
+    """The packages around a file with relative imports, outermost first; at least its folder.
+
+    Empty for a file without relative imports, which need not run a package's __init__.
+    """
     if not file.stem.isidentifier() or not file.parent.name.isidentifier() or not _imports_relatively(file):
         return ()
     names: list[str] = []
@@ -84,13 +86,13 @@ def _imports_relatively(file: Path) -> bool:
     )
 
 
-def _loose(file: Path) -> ModuleType:
-    """A file of its own. Where another module has its name (json.py), it gets one that only it can have."""
+def _single_file(file: Path) -> ModuleType:
+    """The module of a file outside of packages. If its name is taken (json.py), it gets a unique one."""
     name = file.stem
-    known = sys.modules.get(name)
-    if known is not None and _is(known, file):
-        return known
-    if known is not None or name in sys.stdlib_module_names:
+    loaded = sys.modules.get(name)
+    if loaded is not None and _is_from(loaded, file):
+        return loaded
+    if loaded is not None or name in sys.stdlib_module_names:
         name = f"{name}_{hashlib.sha256(str(file).encode()).hexdigest()[:8]}"
         if name in sys.modules:
             return sys.modules[name]
@@ -106,13 +108,13 @@ def _loose(file: Path) -> ModuleType:
     return module
 
 
-def _is(module: ModuleType, file: Path) -> bool:
-    there = getattr(module, "__file__", None)
-    return there is not None and Path(there).resolve() == file
+def _is_from(module: ModuleType, file: Path) -> bool:
+    source = getattr(module, "__file__", None)
+    return source is not None and Path(source).resolve() == file
 
 
 def _first_on_path(folder: Path, after: Path | None = None) -> None:
-    """Puts a folder at the head of sys.path, or behind `after`, unless it is on it."""
+    """Puts a folder first on sys.path, or just behind `after`, unless it is there already."""
     text = os.fspath(folder)
     if text in sys.path or ("" in sys.path and folder == Path.cwd()):
         return

@@ -1,1 +1,1 @@
-"""Samples and what they are worth: engines, environments, rewards, without Ray."""
+"""Samples and their rewards: engines, environments, rewards. No Ray."""

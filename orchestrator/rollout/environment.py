@@ -1,4 +1,4 @@
-"""What an environment is, and how the recipe's one is loaded."""
+"""The Protocol of an environment, and the loader of the recipe's."""
 
 import traceback
 from collections.abc import Callable, Mapping
@@ -14,28 +14,33 @@ Messages = list[dict[str, Any]]
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """What an environment says to a completion: its messages, whether the episode is over, and a reward
-    (summed up)."""
+    """What an environment returns for a completion."""
 
     messages: Messages = field(default_factory=list)
+    """Messages that follow the completion, before the model's next turn."""
     done: bool = False
+    """Whether the episode is over."""
     reward: float = 0.0
+    """Reward of this turn; an episode's is the sum."""
 
 
 class Environment(Protocol):
-    """One episode with the model. A new object is made for every rollout.
+    """One episode with the model. Every rollout gets a new object.
 
     Example: orchestrator/rollout/environments/calculator.py, a tool that the model may call before it
     answers.
     """
 
     def reset(self, row: Mapping[str, Any]) -> Messages:
-        """The conversation that the episode begins with; row: `prompt` and the other columns of the data. The
-        same row must always give the same messages: the samples of a prompt share it."""
+        """The conversation that the episode begins with.
+
+        `row` has `prompt` and the other columns of the data. The same row must always give the same messages,
+        since the samples of a prompt share it.
+        """
         ...
 
     def step(self, completion: str) -> Turn:
-        """Answers the model's turn."""
+        """The answer to the model's turn."""
         ...
 
 
@@ -43,16 +48,19 @@ Factory = Callable[[], Environment]
 
 
 def load_environment(spec: str) -> Factory:
-    """The class named by `module:Class` or `file.py:Class`; ConfigError where there is none or its module
-    cannot be loaded."""
+    """The class named by `module:Class` or `file.py:Class`.
+
+    ConfigError if there is none, or if its module cannot be loaded.
+    """
     place, _, name = spec.rpartition(":")
     if not place or not name:
         raise ConfigError(
-            f"rollouts.environment: {spec!r} names no class", fix="write module:Class or file.py:Class"
+            f"rollouts.environment: {spec!r} does not name a class", fix="write module:Class or file.py:Class"
         )
     if place.endswith(".py") and not Path(place).is_file():
         raise ConfigError(
-            f"rollouts.environment: no file {place}", fix="give a path relative to where you start the run"
+            f"rollouts.environment: no file {place}",
+            fix="give a path relative to the folder where you start the run",
         )
     try:
         module = load_module(place)
@@ -62,14 +70,15 @@ def load_environment(spec: str) -> Factory:
         ) from error
     except (Exception, SystemExit) as error:
         where = traceback.extract_tb(error.__traceback__)[-1]
-        said = f"{type(error).__name__} at {where.filename}:{where.lineno}: {error}"
         raise ConfigError(
-            f"rollouts.environment: {place} cannot be loaded", why=said, fix="import it on its own to see why"
+            f"rollouts.environment: {place} cannot be loaded",
+            why=f"{type(error).__name__} at {where.filename}:{where.lineno}: {error}",
+            fix="import it alone to see why",
         ) from error
     factory = getattr(module, name, None)
     if not callable(getattr(factory, "reset", None)) or not callable(getattr(factory, "step", None)):
         raise ConfigError(
             f"rollouts.environment: {place} has no class {name} with reset and step",
-            fix="see orchestrator.rollout.episodes.Environment",
+            fix="see orchestrator.rollout.environment.Environment",
         )
     return factory  # pyright: ignore[reportReturnType]

@@ -1,4 +1,4 @@
-"""Rollouts from a recording instead of a generator: the same learning steps again, to debug them.
+"""Rollouts from a recording instead of a generator, to debug learning steps.
 
 samples.jsonl of a run --by step--> groups and their rewards
 """
@@ -36,9 +36,11 @@ class _Recorded:
 
 
 class Replay:
-    """roles.Generator and roles.Scorer over a samples.jsonl: each start() gives the next recorded rollout
-    batch, whatever was asked for, and score() its recorded rewards. Versions are those that are asked for:
-    nothing is stale in a recording."""
+    """roles.Generator and roles.Scorer over a samples.jsonl.
+
+    Each start() gives the next recorded rollout batch, whatever it asks for, and score() gives the recorded
+    rewards. Versions are the requested ones, so that nothing is stale.
+    """
 
     def __init__(self, steps: Sequence[Sequence[RewardedGroup]], file: Path) -> None:
         self.steps, self.file = deque(steps), file
@@ -46,7 +48,7 @@ class Replay:
 
     @classmethod
     def read(cls, file: str) -> "Replay":
-        """MissingInput without the file, DataError where it holds no whole rollout."""
+        """MissingInput without the file; DataError if it holds no rollout with its tokens."""
         path = Path(file)
         if not path.is_file():
             raise MissingInput(
@@ -58,7 +60,8 @@ class Replay:
                 continue
             if "tokens" not in line:
                 raise DataError(
-                    f"{path}:{number}: a rollout without its tokens", fix="record it with this version"
+                    f"{path}:{number}: the rollout has no tokens",
+                    fix="record it again with this version of orchestrator",
                 )
             by_step.setdefault(line["step"], []).append(line)
         if not by_step:
@@ -73,7 +76,7 @@ class Replay:
         if not self.steps:
             raise DataError(
                 f"{self.file} holds no more rollout batches",
-                why=f"version {version} was asked for",
+                why=f"the run needs one for version {version}",
                 fix="lower run.max_steps",
             )
         recorded = self.steps.popleft()
@@ -93,14 +96,14 @@ class Replay:
 
 
 class NoSync:
-    """roles.WeightBridge where nobody generates."""
+    """roles.WeightBridge of a replay, which has no generator to send weights to."""
 
     def publish(self, version: int) -> WeightsDelivered:
         return WeightsDelivered(version, 0, 0.0, 0, "none")
 
 
 def _groups(lines: Sequence[Mapping[str, Any]]) -> list[RewardedGroup]:
-    """The groups of a step: lines follow each other sample by sample, and sample 0 begins a group."""
+    """The groups of a step. Lines of a group have rising samples; the next group begins at sample 0."""
     groups: list[list[Mapping[str, Any]]] = []
     for line in lines:
         if not groups or line["sample"] <= groups[-1][-1]["sample"]:

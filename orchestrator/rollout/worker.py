@@ -1,9 +1,10 @@
-"""What a rollout actor holds: an engine, its weights by version, and the episodes that it plays."""
+"""What a rollout actor holds: an engine, whose weights have a version, and the episodes that it runs."""
 
 from collections.abc import Sequence
 
 import torch
 
+from orchestrator.core.errors import OrchestratorError
 from orchestrator.core.rollouts import Prompt, RolloutGroup, Sampling
 from orchestrator.models.load import load_tokenizer
 from orchestrator.recipe.schema import Recipe
@@ -14,13 +15,13 @@ from orchestrator.rollout.episodes import EpisodeRunner
 
 
 class RolloutWorker:
-    """One actor's share: groups for prompts, with exactly the version that was asked for."""
+    """Samples groups for prompts, with exactly the requested version of the weights."""
 
     def __init__(self, recipe: Recipe, device: torch.device) -> None:
         self.recipe = recipe
         self.engine: GenerationEngine = make_engine(recipe, device)
         environment = load_environment(recipe.rollouts.environment) if recipe.rollouts.environment else None
-        self.roller = EpisodeRunner(
+        self.episodes = EpisodeRunner(
             self.engine,
             load_tokenizer(recipe.model),
             environment,
@@ -32,16 +33,19 @@ class RolloutWorker:
         self, work: Sequence[tuple[int, Prompt]], sampling: Sampling, version: int
     ) -> tuple[RolloutGroup, ...]:
         """A group for each (draw, prompt); the engine must hold `version`."""
-        assert self.engine.version == version, f"the actor holds weights {self.engine.version}, not {version}"
-        return self.roller.roll_out(work, sampling, version)
+        if self.engine.version != version:
+            raise OrchestratorError(
+                f"the engine holds weight version {self.engine.version}, not {version}",
+                fix="run the same command again; if it repeats, this is a bug: report it",
+            )
+        return self.episodes.run(work, sampling, version)
 
 
 def make_engine(recipe: Recipe, device: torch.device) -> GenerationEngine:
     """The engine that the recipe names."""
     if recipe.rollouts.engine == "vllm":
-        from orchestrator.rollout.engines.vllm_engine import (
-            VllmEngine,
-        )  # an optional package, and slow to import
+        # vllm is an optional package, and slow to import.
+        from orchestrator.rollout.engines.vllm_engine import VllmEngine
 
         return VllmEngine(recipe, device)
     return TransformersEngine(recipe, device)

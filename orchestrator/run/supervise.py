@@ -44,7 +44,7 @@ from orchestrator.recipe.fingerprint import (
 )
 from orchestrator.recipe.loading import dump
 from orchestrator.recipe.schema import ONLINE, Recipe
-from orchestrator.rollout.rewards.http import knock
+from orchestrator.rollout.rewards.http import check_reachable
 from orchestrator.rollout.rewards.lookup import is_users, source_of
 from orchestrator.run import offline as run_offline
 from orchestrator.run import online as run_online
@@ -122,7 +122,7 @@ def _train(recipe: Recipe, root: Path, console: Console, stop: Stop, options: Ru
     if planned.prompts is not None and recipe.rollouts.replay is None:
         for function in recipe.rewards.functions:
             if function.url is not None:
-                knock(function)
+                check_reachable(function)
     end = End(recipe.optimizer, planned.plan.total_steps, planned.optimizer_steps, options.extend)
     identity = _identity(recipe.model_copy(update={"learners": planned.recipe.learners}), planned)
     with open_run(

@@ -211,7 +211,7 @@ def test_a_lost_host_is_named_and_the_rest_continue(tmp_path: Path) -> None:
 
         done = three.submit(*words)
         assert done.code == 0, done.out + done.err
-        assert "tiny-dpo.2" in done.out and "goes on in its run folder" in done.out
+        assert "tiny-dpo.2" in done.out and "continues in its run folder" in done.out
     assert [line["step"] for line in metrics(tmp_path / "run")] == list(range(1, 201))
     plan = (tmp_path / "run" / "plan.json").read_text()
     assert '"workers": 2' in plan and '"effective": 32' in plan

@@ -1,5 +1,4 @@
-"""Bad input through the program itself: one clear message, the exit code of sysexits.h, and nothing
-half-written."""
+"""Bad input to the program: one clear message, an exit code of sysexits.h, and nothing half-written."""
 
 import json
 from collections.abc import Iterator
@@ -18,12 +17,13 @@ pytestmark = pytest.mark.timeout(600)
 
 @dataclass(frozen=True, slots=True)
 class Bad:
-    """Overrides of tiny/dpo that cannot work. says: what has to be in the message."""
+    """Overrides of tiny/dpo that cannot work."""
 
     name: str
     overrides: tuple[str, ...]
     code: int
-    says: tuple[str, ...]
+    words: tuple[str, ...]
+    """What the message must contain."""
 
 
 CASES = (
@@ -64,14 +64,14 @@ def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sandbox]:
 
 
 def refused(sandbox: Sandbox, code: int, *arguments: str | Path) -> str:
-    """The message of a command that must fail like this."""
+    """The error message of a command, which must fail with this code."""
     finished = sandbox.run(*arguments, timeout=120)
     assert finished.code == code, finished.err
     assert finished.err.startswith("error: ")
     assert finished.err.count("error: ") == 1 and "Traceback" not in finished.err
     assert "  fix: " in finished.err
     assert all(line.endswith(" …") for line in finished.out.splitlines()), (
-        "nothing but what was being done when it was found"
+        "only the phase is printed in which the error occurred"
     )
     return finished.err
 
@@ -86,7 +86,7 @@ def test_impossible_recipe(sandbox: Sandbox, tmp_path: Path, bad: Bad) -> None:
     message = refused(
         sandbox, bad.code, "train", "tiny/dpo", *small, *bad.overrides, "--output", tmp_path / "run"
     )
-    for words in bad.says:
+    for words in bad.words:
         assert words in message
     assert list(tmp_path.iterdir()) == []
 
@@ -125,7 +125,8 @@ def test_corrupt_row_is_named_by_file_and_line(sandbox: Sandbox, tmp_path: Path)
 
 def test_conversations_need_a_chat_template(sandbox: Sandbox, tmp_path: Path) -> None:
     model = tmp_path / "model"
-    config = ModelConfig(tiny=TinyModel(hidden_size=16, layers=1, heads=2))  # pyright: ignore[reportCallIssue]
+    tiny = TinyModel(hidden_size=16, layers=1, heads=2)
+    config = ModelConfig(tiny=tiny)  # pyright: ignore[reportCallIssue]
     tokenizer = load_tokenizer(config)
     tokenizer.chat_template = None
     tokenizer.save_pretrained(model)
@@ -143,7 +144,7 @@ def test_conversations_need_a_chat_template(sandbox: Sandbox, tmp_path: Path) ->
 
 
 @pytest.mark.slow
-def test_output_of_another_run_is_left_as_it_is(sandbox: Sandbox, tmp_path: Path) -> None:
+def test_the_folder_of_another_run_is_not_changed(sandbox: Sandbox, tmp_path: Path) -> None:
     output = tmp_path / "run"
     output.mkdir()
     (output / "run.json").write_text(json.dumps({"fingerprint": "0" * 64}))
@@ -153,7 +154,7 @@ def test_output_of_another_run_is_left_as_it_is(sandbox: Sandbox, tmp_path: Path
 
 
 @pytest.mark.slow
-def test_folder_with_foreign_files_is_left_as_it_is(sandbox: Sandbox, tmp_path: Path) -> None:
+def test_a_folder_with_other_files_is_not_changed(sandbox: Sandbox, tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("mine")
     message = refused(sandbox, 73, "train", "tiny/dpo", "data.eval=null", "--output", tmp_path)
     assert "not empty" in message

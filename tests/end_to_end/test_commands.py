@@ -1,4 +1,4 @@
-"""Every command that needs no workers."""
+"""Commands that need no workers."""
 
 import json
 from collections.abc import Iterator
@@ -57,7 +57,7 @@ def test_plan_as_json(sandbox: Sandbox) -> None:
 
 @pytest.mark.slow
 def test_plan_names_batches_that_divide(sandbox: Sandbox) -> None:
-    said = succeeded(
+    out = succeeded(
         sandbox.run(
             "plan",
             "tiny/dpo",
@@ -67,19 +67,19 @@ def test_plan_names_batches_that_divide(sandbox: Sandbox) -> None:
             "--recipe",
         )
     )
-    assert "cuts evenly at batch.effective 60 or 70" in said
-    assert "predicted memory per worker" in said
-    assert "architecture: llama" in said, "the resolved recipe"
+    assert "cuts evenly at batch.effective 60 or 70" in out
+    assert "predicted memory per worker" in out
+    assert "architecture: llama" in out, "the resolved recipe"
 
 
 @pytest.mark.slow
 def test_plan_of_a_pipeline(sandbox: Sandbox) -> None:
-    said = succeeded(sandbox.run("plan", "tiny/demo"))
-    assert "200 optimizer steps of sft" in said
-    assert "dpo is planned when what it takes from other stages has been trained (sft)" in said
+    out = succeeded(sandbox.run("plan", "tiny/demo"))
+    assert "200 optimizer steps of sft" in out
+    assert "dpo is planned once the stages that it needs are trained (sft)" in out
 
 
-def test_evaluate_names_what_only_a_run_makes(sandbox: Sandbox) -> None:
+def test_evaluate_names_the_models_that_only_a_run_makes(sandbox: Sandbox) -> None:
     finished = sandbox.run("evaluate", "tiny/rlhf")
     assert finished.code == 78
     assert (
@@ -89,25 +89,23 @@ def test_evaluate_names_what_only_a_run_makes(sandbox: Sandbox) -> None:
     assert "the run folder of that stage" in finished.err
 
 
-def test_inspect_shows_the_first_batch_and_what_is_to_be_said_of_the_data(
-    sandbox: Sandbox, tmp_path: Path
-) -> None:
-    said = succeeded(
+def test_inspect_shows_the_first_batch_and_notes_about_the_data(sandbox: Sandbox, tmp_path: Path) -> None:
+    out = succeeded(
         sandbox.run(
             "inspect", "tiny/dpo", f"data.train={FEW % 'preference'}", "data.eval=null", "--examples", "2"
         )
     )
-    assert said.count("5 scored") == 4 and said.startswith("unused columns: answer\n"), "two pairs"
+    assert out.count("5 scored") == 4 and out.startswith("unused columns: answer\n"), "two pairs"
     rows = "".join(
         f'{{"prompt": "p{i}", "chosen": "good", "rejected": "bad", "annotator": {i}}}\n' for i in range(16)
     )
     (tmp_path / "rows.jsonl").write_text(rows)
-    said = succeeded(
+    out = succeeded(
         sandbox.run(
             "inspect", "tiny/dpo", f"data.train={tmp_path}/rows.jsonl", "data.eval=null", "batch.effective=8"
         )
     )
-    assert said.startswith("unused columns: annotator\n")
+    assert out.startswith("unused columns: annotator\n")
 
 
 def test_recipes(sandbox: Sandbox, tmp_path: Path) -> None:
@@ -141,15 +139,15 @@ def test_report(sandbox: Sandbox, tmp_path: Path) -> None:
         for step in range(1, 9)
     ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    said = succeeded(sandbox.run("report", tmp_path))
-    assert said.strip() == str(tmp_path / "report.html")
+    out = succeeded(sandbox.run("report", tmp_path))
+    assert out.strip() == str(tmp_path / "report.html")
     assert "<svg" in (tmp_path / "report.html").read_text()
     missing = sandbox.run("report", tmp_path / "nowhere")
     assert missing.code == 66 and "nowhere" in missing.err and "Traceback" not in missing.err
 
 
-def test_plans_for_machines_that_are_not_there(sandbox: Sandbox) -> None:
-    told = sandbox.run(
+def test_a_plan_for_hypothetical_machines(sandbox: Sandbox) -> None:
+    finished = sandbox.run(
         "plan",
         "tiny/dpo",
         "batch.effective=64",
@@ -161,7 +159,7 @@ def test_plans_for_machines_that_are_not_there(sandbox: Sandbox) -> None:
         "4",
         "--json",
     )
-    plan = json.loads(told.out)
+    plan = json.loads(finished.out)
     assert plan["cut"]["workers"] == 8 and plan["recipe"]["learners"]["gpus_per_worker"] == 1
     assert plan["memory_limit"] == int(80e9 * plan["recipe"]["batch"]["memory_utilisation"])
     assert {"hardware", "communication"} <= {choice["name"] for choice in plan["choices"]}
@@ -169,8 +167,8 @@ def test_plans_for_machines_that_are_not_there(sandbox: Sandbox) -> None:
     assert alone.code == 78 and "--gpu" in alone.err
 
 
-def test_a_schedulers_artefact_is_printed_filled_in(sandbox: Sandbox, tmp_path: Path) -> None:
-    told = sandbox.run(
+def test_submit_prints_the_job_file_of_a_scheduler(sandbox: Sandbox, tmp_path: Path) -> None:
+    finished = sandbox.run(
         "submit",
         "tiny/dpo",
         "batch.effective=32",
@@ -182,7 +180,7 @@ def test_a_schedulers_artefact_is_printed_filled_in(sandbox: Sandbox, tmp_path: 
         "--output",
         tmp_path,
     )
-    assert told.code == 0 and "#SBATCH --nodes=3" in told.out and f"OUTPUT={tmp_path}" in told.out
-    assert "python -m orchestrator train tiny/dpo batch.effective=32" in told.out
+    assert finished.code == 0 and "#SBATCH --nodes=3" in finished.out and f"OUTPUT={tmp_path}" in finished.out
+    assert "python -m orchestrator train tiny/dpo batch.effective=32" in finished.out
     wrong = sandbox.run("submit", "tiny/dpo", "--to", "pbs", "--print")
     assert wrong.code == 78 and "slurm, k8s, sky" in wrong.err

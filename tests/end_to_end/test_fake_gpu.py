@@ -1,9 +1,8 @@
-"""Every command of the README, and every tiny recipe, on a machine where torch.cuda.is_available() is true
-and nothing is placed on a GPU.
+"""Every tiny recipe on a machine where torch.cuda.is_available() is true and nothing is placed on a GPU.
 
-The answer is forged in all processes, Ray's workers too, and for all libraries (tests/fake_gpu). A module
-that asks whether the machine has a GPU, and not on which device it computes, ends such a run: that is how no
-command worked on a GPU host.
+tests/fake_gpu forges the answer in all processes, Ray's workers too, and for all libraries. Such a run fails
+in a module that asks whether the machine has a GPU instead of which device it computes on. (Once no command
+worked on a GPU host for this reason.)
 """
 
 import subprocess
@@ -19,7 +18,7 @@ pytestmark = pytest.mark.timeout(600)
 FAKE = {"PYTHONPATH": str(REPOSITORY / "tests" / "fake_gpu")}
 TINY = sorted(p.stem for p in (REPOSITORY / "recipes" / "tiny").glob("*.yaml") if "base" not in p.stem)
 DEFAULT = ("dpo",)
-"""The others take the same ways, so they are among the slow tests."""
+"""Recipes of the default suite; the others take the same paths and are slow tests."""
 
 LOOK = """
 import sys
@@ -37,13 +36,13 @@ for recipe in sys.argv[1:]:
 @pytest.fixture
 def sandbox(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("PYTHONPATH", FAKE["PYTHONPATH"])
-    monkeypatch.delenv("FAKE_GPU_FOR", raising=False)  # of a suite that is itself told the lie
+    monkeypatch.delenv("FAKE_GPU_FOR", raising=False)  # set if the suite itself runs with the fake GPU
     box = Sandbox(tmp_path)
     yield box
     box.close()
 
 
-def test_the_lie_is_told_to_every_process() -> None:
+def test_every_process_sees_the_fake_gpu() -> None:
     code = "import torch, subprocess, sys; print(torch.cuda.is_available()); " + (
         "sys.stdout.flush(); subprocess.run([sys.executable, '-c', 'import torch.cuda; "
         "print(torch.cuda.is_available())'])"
@@ -76,7 +75,7 @@ def test_every_tiny_recipe_is_planned_and_its_first_batch_shown(sandbox: Sandbox
 def test_every_tiny_recipe_trains_a_step_on_the_cpu(sandbox: Sandbox, tmp_path: Path, name: str) -> None:
     command = ["train", f"tiny/{name}", "tracking.wandb=off", "--output", tmp_path / "run"]
     overrides = ["evaluation.at_start=false", "run.max_steps=1"]
-    pipeline = name in ("demo", "rlhf")  # of stages, which have keys of their own
+    pipeline = name in ("demo", "rlhf")  # its keys belong to stages
     done = sandbox.run(*command, *([] if pipeline else overrides), timeout=500)
     assert done.code == 0, done.err
     runs = [file.parent for file in (tmp_path / "run").rglob("metrics.jsonl")]

@@ -1,4 +1,4 @@
-"""Online runs on real Ray workers: what they learn, what they leave, and what must not change them."""
+"""Online runs on real Ray workers: what they learn, what they write, and what must not change them."""
 
 import json
 from collections.abc import Iterator
@@ -81,8 +81,8 @@ def test_the_tiny_recipes_raise_the_reward_on_held_out_prompts(
 
 
 def test_a_run_folder_holds_every_rollout_and_the_timeline(shared: Shared, sft: Path) -> None:
-    outcome, said = shared.train_last("tiny/grpo", sft, "folder", *SMALL, "rollouts.workers=2")
-    assert "step 3/3" in said
+    outcome, console = shared.train_last("tiny/grpo", sft, "folder", *SMALL, "rollouts.workers=2")
+    assert "step 3/3" in console
     rollouts = [s for s in every_line(outcome.folder / "samples.jsonl") if s["kind"] == "rollout"]
     assert len(rollouts) == 3 * 8 * 8
     first = rollouts[0]
@@ -156,7 +156,7 @@ def test_lora_learns_with_its_base_as_reference(shared: Shared, sft: Path) -> No
 
 @pytest.mark.slow
 def test_real_prompts_run_to_the_end(shared: Shared, sft: Path) -> None:
-    """A tiny model earns nothing there; nothing may crash, and the metrics say so."""
+    """A tiny model earns no reward on them: nothing may crash, and the metrics show it."""
     real = (
         f"data.train={GSM8K}",
         "rewards.functions=[{name: math, function: last_number}]",
@@ -185,12 +185,12 @@ def test_a_recorded_run_is_learned_again_to_the_last_bit(shared: Shared, sft: Pa
 
 @pytest.mark.slow
 def test_the_learners_cut_does_not_change_an_online_run(shared: Shared, sft: Path) -> None:
-    one, _ = shared.train_last("tiny/grpo", sft, "one", *SMALL)
-    two, _ = shared.train_last(
+    whole, _ = shared.train_last("tiny/grpo", sft, "one", *SMALL)
+    cut, _ = shared.train_last(
         "tiny/grpo", sft, "two", *SMALL, "learners.workers=2", "learners.zero_stage=3", "batch.micro_batch=16"
     )
-    for name, weight in exported(one.folder).items():
-        assert np.abs(exported(two.folder)[name] - weight).max() < 1e-4, name
+    for name, weight in exported(whole.folder).items():
+        assert np.abs(exported(cut.folder)[name] - weight).max() < 1e-4, name
 
 
 @pytest.fixture(scope="module")
@@ -227,13 +227,15 @@ def rolled_out(
         return pool.start(list(enumerate(prompts)), Sampling(8, 8, seed=3), 0).result()
 
 
-def test_rollouts_do_not_depend_on_who_makes_them(policy: tuple[Recipe, LearnerGroup], sft: Path) -> None:
+def test_rollouts_do_not_depend_on_the_number_of_actors(
+    policy: tuple[Recipe, LearnerGroup], sft: Path
+) -> None:
     """The same tokens with 1, 2 and 3 actors and with other numbers of rows; log-probs within 1e-5."""
-    one, two, three = (
+    first, second, third = (
         rolled_out(policy, sft, workers, rows) for workers, rows in ((1, 64), (2, 64), (3, 24))
     )
-    assert len({tuple(r.ids) for g in one for r in g.rollouts}) > 20
-    for a, b, c in zip(one, two, three, strict=True):
+    assert len({tuple(r.ids) for g in first for r in g.rollouts}) > 20
+    for a, b, c in zip(first, second, third, strict=True):
         for x, y, z in zip(a.rollouts, b.rollouts, c.rollouts, strict=True):
             assert x.ids.tolist() == y.ids.tolist() == z.ids.tolist()
             assert max(np.abs(x.logprobs - y.logprobs).max(), np.abs(x.logprobs - z.logprobs).max()) < 1e-5

@@ -1,4 +1,4 @@
-"""Pipelines through the program: stages feed each other, and a killed one goes on at the stage where it was."""
+"""Pipelines: stages feed each other, and a killed pipeline continues at its stage."""
 
 import re
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ from tests.running import Shared, exported_hash, shared_ray, steps
 pytestmark = [pytest.mark.timeout(900), pytest.mark.slow]
 
 STAGES = {"sft": 6, "reward": 7, "ppo": 5}
-"""Steps of each stage, all different, so that a line `step 3/7` says whose it is."""
+"""Steps of each stage, all different, so that a line `step 3/7` names its stage."""
 SMALL = (
     *(f"{name}:run.max_steps={count}" for name, count in STAGES.items()),
     *(
@@ -41,39 +41,38 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shared]:
         yield shared
 
 
-def test_a_killed_pipeline_goes_on_at_its_stage(shared: Shared) -> None:
-    """SIGKILL to the driver in the second and in the third stage; the same command each time; equal to the
-    last bit."""
+def test_a_killed_pipeline_continues_at_its_stage(shared: Shared) -> None:
+    """The driver gets SIGKILL in the second and the third stage; the same command gives the same bits."""
     undisturbed, folder = shared.root / "undisturbed", shared.root / "killed"
     finished = shared.sandbox.run("train", "tiny/rlhf", *SMALL, "--output", undisturbed)
     assert finished.code == 0, finished.err
 
-    said: list[str] = []
-    for last_words in ("step 4/7", "step 3/5"):
+    logs: list[str] = []
+    for line in ("step 4/7", "step 3/5"):
         running = shared.sandbox.start("train", "tiny/rlhf", *SMALL, "--output", folder)
-        running.wait_for(last_words)
+        running.wait_for(line)
         running.process.kill()
         assert running.finish().code == -9
-        said.append(running.out.read_text())
+        logs.append(running.out.read_text())
     finished = shared.sandbox.run("train", "tiny/rlhf", *SMALL, "--output", folder)
     assert finished.code == 0, finished.err
-    said.append(finished.out)
+    logs.append(finished.out)
 
-    assert taken(said[0], 6) == [1, 2, 3, 4, 5, 6] and taken(said[0], 7)[:4] == [1, 2, 3, 4]
-    assert taken(said[1], 6) == [] and 3 <= taken(said[1], 7)[0] <= 5 and taken(said[1], 5)[:3] == [1, 2, 3]
-    assert taken(said[2], 6) == [] and taken(said[2], 7) == [] and 3 <= taken(said[2], 5)[0] <= 5
+    assert taken(logs[0], 6) == [1, 2, 3, 4, 5, 6] and taken(logs[0], 7)[:4] == [1, 2, 3, 4]
+    assert taken(logs[1], 6) == [] and 3 <= taken(logs[1], 7)[0] <= 5 and taken(logs[1], 5)[:3] == [1, 2, 3]
+    assert taken(logs[2], 6) == [] and taken(logs[2], 7) == [] and 3 <= taken(logs[2], 5)[0] <= 5
     for name, count in STAGES.items():
         assert steps(folder / name) == list(range(1, count + 1))
         assert exported_hash(folder / name) == exported_hash(undisturbed / name), name
 
 
-def taken(said: str, total: int) -> list[int]:
-    """Steps of the stage of `total` steps that a command told of."""
-    return [int(step) for step in re.findall(rf"step (\d+)/{total}\b", said)]
+def taken(log: str, total: int) -> list[int]:
+    """Steps that a command printed of the stage that has `total` steps."""
+    return [int(step) for step in re.findall(rf"step (\d+)/{total}\b", log)]
 
 
-def test_rlhf_makes_a_reward_model_and_learns_what_was_wanted_from_it(shared: Shared, tmp_path: Path) -> None:
-    """PPO sees the reward model only; exact match (weight 0) says whether that was the point."""
+def test_rlhf_trains_a_reward_model_and_learns_exact_match_from_it(shared: Shared, tmp_path: Path) -> None:
+    """PPO sees the reward model alone; exact match, with weight 0, checks what it learned."""
     finished = shared.sandbox.run(
         "train", "tiny/rlhf", "learners.cpus_per_worker=0.5", "--output", tmp_path / "rlhf", timeout=600
     )

@@ -1,5 +1,7 @@
-"""Whole online runs under every kind of sampler: strictly on-policy the generator's log-probs are the
-learner's, so weights are 1."""
+"""Online runs with every kind of sampler: on-policy, the generator's log-probs are the learner's.
+
+So all correction weights are 1.
+"""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +16,7 @@ from tests.running import Shared, metrics, shared_ray
 pytestmark = pytest.mark.timeout(600)
 
 GAP = 1e-4
-"""Nat, of any token: what an fp32 model's kernels differ by (measured at full support: 1e-5)."""
+"""Nat per token by which an fp32 model's kernels differ at most (measured at full support: 1e-5)."""
 SMALL = (
     *(
         "run.max_steps=2",
@@ -53,7 +55,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def reward(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Differs within every group, so that the second step samples from other weights than the first."""
+    """A reward that differs within every group, so that the first step changes the weights."""
     file = tmp_path_factory.mktemp("reward") / "variety.py"
     file.write_text(
         "def variety(completions, **_):\n    return [float(len(set(text))) for text in completions]\n"
@@ -86,7 +88,7 @@ def test_on_policy_weights_are_one_whatever_the_sampler(
     shared: Shared, start: Path, reward: str, name: str, sampler: tuple[str, ...]
 ) -> None:
     folder = "-".join((name, *sampler)).translate(str.maketrans("=.,'[]", "______"))
-    outcome, said = shared.train_last(
+    outcome, console = shared.train_last(
         "tiny/grpo",
         start,
         folder,
@@ -96,7 +98,7 @@ def test_on_policy_weights_are_one_whatever_the_sampler(
         *(f"rollouts.{s}" for s in sampler),
     )
     lines = metrics(outcome.folder)
-    assert len(lines) == 2 and "warning" not in said
+    assert len(lines) == 2 and "warning" not in console
     assert lines[0]["grad_norm"] > 0 or "top_k=1" in sampler, "greedy completions of a group are all the same"
     for line in lines:
         assert line["policy/train_rollout_gap_max"] < GAP

@@ -1,5 +1,4 @@
-"""Settings that only whole runs can show: two runs that differ in many keys, each key seen in what its run
-leaves behind."""
+"""Settings that only whole runs can show: two runs differ in many keys, each visible in its run folder."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,13 +16,18 @@ pytestmark = pytest.mark.timeout(900)  # four whole runs, two of them with four 
 
 BASES = {
     "rows": """algorithm: {name: dpo}
-data: {train: [{path: toy:preference, max_rows: 64}], eval: [{path: toy:preference, split: eval, max_rows: 8}]}
+data:
+  train: [{path: toy:preference, max_rows: 64}]
+  eval: [{path: toy:preference, split: eval, max_rows: 8}]
 batch: {micro_batch: 8}
 evaluation: {generate: {}}
 """,
     "rollouts": """run: {max_steps: 3}
 algorithm: {name: ppo, kl: {coefficient: 0.1, place: reward}}
-data: {train: [{path: toy:prompts, max_rows: 64}], eval: [{path: toy:prompts, split: eval, max_rows: 8}], max_length: 64}
+data:
+  train: [{path: toy:prompts, max_rows: 64}]
+  eval: [{path: toy:prompts, split: eval, max_rows: 8}]
+  max_length: 64
 rollouts: {cpus_per_worker: 0.25}
 critic: {cpus_per_worker: 0.25}
 tracking: {wandb: off}
@@ -31,7 +35,7 @@ tracking: {wandb: off}
 }
 COMMON = "model: {tiny: {hidden_size: 32, layers: 1, heads: 2}}\noptimizer: {learning_rate: 1e-2}\n"
 MATCHING = {"rollouts": (["batch.effective=8"], ["batch.effective=32"])}
-"""What the values of other keys need."""
+"""Overrides that the first, and the second, values of other keys need."""
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +45,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shared]:
 
 
 def overrides(kind: str, which: int, root: Path) -> list[str]:
-    """All first, or all second, values of the table; the key of a reward's entry with the whole list."""
+    """All first, or all second, values of the table; a key of a reward sets the whole list."""
     changes = [*MATCHING.get(kind, ([], []))[which], "learners.cpus_per_worker=0.25"]
     for path, run in RUNS.items():
         value = run.values[which].replace("ROOT", str(root))
@@ -66,7 +70,7 @@ def ran(shared: Shared, request: pytest.FixtureRequest) -> tuple[str, tuple[Path
     return kind, folders
 
 
-def test_every_key_of_the_runs_is_seen_in_what_they_leave(ran: tuple[str, tuple[Path, Path]]) -> None:
+def test_every_key_of_the_runs_is_visible_in_their_folders(ran: tuple[str, tuple[Path, Path]]) -> None:
     kind, folders = ran
     seen = {
         path: tuple(run.see(folder) for folder in folders) for path, run in RUNS.items() if run.kind == kind

@@ -1,5 +1,4 @@
-"""launch/slurm.sbatch on a real Slurm: munge, slurmctld and slurmd of this machine, in namespaces of their
-own.
+"""launch/slurm.sbatch on a real Slurm: this machine's munge, slurmctld and slurmd in separate namespaces.
 
 The process namespace is needed because `ray symmetric-run` refuses a machine that has a Ray and ends with
 `ray stop`, which ends every Ray it sees; the network namespace keeps the ports apart.
@@ -69,7 +68,8 @@ ip addr add 10.99.0.1/24 dev eth0
 ip link set eth0 up && ip link set eth1 up && ip route add default dev eth0
 cd "$1"
 head -c 1024 /dev/urandom >munge.key && chmod 400 munge.key
-munged --force --socket=munge.socket --key-file=munge.key --log-file=munge.log --pid-file=munge.pid --seed-file=munge.seed --num-threads=2
+munged --force --socket=munge.socket --key-file=munge.key --log-file=munge.log \\
+    --pid-file=munge.pid --seed-file=munge.seed --num-threads=2
 slurmctld -D & slurmd -D &
 wait
 """
@@ -77,13 +77,14 @@ wait
 
 @dataclass(frozen=True, slots=True)
 class Slurm:
-    """A cluster of one node. inside: process id of the first process in its namespaces."""
+    """A cluster of one node."""
 
     root: Path
     inside: int
+    """Id of the first process in its namespaces."""
 
     def __call__(self, *command: str | Path, check: bool = True, stdin: str = "") -> str:
-        """What a command says that runs where Slurm does."""
+        """Runs a command in the namespaces, and returns what it prints."""
         enter = [
             "nsenter",
             f"--target={self.inside}",
@@ -100,7 +101,7 @@ class Slurm:
         return done.stdout
 
     def submit(self, script: str) -> int:
-        """The id of a job of that script."""
+        """Submits a script; the id of the job."""
         return int(re.findall(r"\d+", self("sbatch", stdin=script))[0])
 
     def field(self, job: int, name: str) -> str:
@@ -110,17 +111,16 @@ class Slurm:
         return found[1]
 
     def wait_for(self, job: int, *states: str, timeout: float = 240.0) -> str:
-        """The state as soon as it is one of these; a job that does not come to it fails the test with its
-        log."""
+        """Waits for one of these states; if none comes the test fails with the job's log."""
         arrived = wait_until(lambda: self.field(job, "JobState") in states, timeout, pause_s=1.0)
         state = self.field(job, "JobState")
         assert arrived, (
-            f"job {job} is {state} after {timeout:.0f} s, not {states}; it said:\n{self.log(job)[-3000:]}"
+            f"job {job} is {state} after {timeout:.0f} s, not {states}; its log:\n{self.log(job)[-3000:]}"
         )
         return state
 
     def log(self, job: int) -> str:
-        """What the job has said so far."""
+        """What the job has printed so far."""
         path = self.root / f"tiny-dpo-{job}.log"
         return path.read_text() if path.exists() else ""
 
@@ -209,7 +209,7 @@ def test_a_job_trains_to_its_end(slurm: Slurm) -> None:
     assert not list(Path("/tmp").glob(f"ray-{job}")), "Ray's files were left behind"
 
 
-def test_usr1_writes_a_checkpoint_and_the_job_goes_on_when_it_is_its_turn_again(slurm: Slurm) -> None:
+def test_usr1_writes_a_checkpoint_and_the_requeued_job_continues(slurm: Slurm) -> None:
     length = 60
     job = slurm.submit(_script(slurm, "requeued", length))
     assert wait_until(lambda: f"step 3/{length}" in slurm.log(job), 240.0), slurm.log(job)[-3000:]

@@ -1,5 +1,5 @@
-"""A run that is asked to stop, by any signal, in any phase: it ends with 75 and a checkpoint, and the same
-command goes on."""
+"""A run that is stopped by any signal in any phase ends with 75 and a checkpoint; the same command
+continues it."""
 
 import contextlib
 import os
@@ -21,9 +21,12 @@ pytestmark = pytest.mark.timeout(600)
 STEPS = 30
 
 
-def test_sigterm_to_every_process_stops_after_the_step_and_the_next_run_goes_on(tmp_path: Path) -> None:
-    """With a Ray of its own, as a user runs it; systemd, Slurm and containers signal its daemons and workers
-    as well as the driver. Nothing of it is left at either end."""
+def test_sigterm_to_every_process_stops_after_the_step_and_the_next_run_continues(tmp_path: Path) -> None:
+    """The run starts its own Ray, as a user's does.
+
+    systemd, Slurm and containers signal Ray's daemons and the workers as well as the driver. No process is
+    left after either run.
+    """
     folder = tmp_path / "run"
     overrides = (
         f"run.max_steps={STEPS}",
@@ -92,7 +95,7 @@ PHASES: dict[str, tuple[Callable[[Command], None], str, tuple[str, ...]]] = {
         ("run.max_steps=2",),
     ),
 }
-"""How to wait for a phase, what the run then says, and overrides."""
+"""How to wait for a phase, what the run then prints, and overrides."""
 MATRIX = [
     (phase, name, group) for phase in PHASES for name in ("TERM", "INT", "HUP") for group in (False, True)
 ]
@@ -107,10 +110,10 @@ QUICK = (("first second", "INT", True), ("step", "HUP", True))
 def test_any_signal_in_any_phase_ends_with_75_and_nothing_left(
     tmp_path: Path, phase: str, name: str, group: bool
 ) -> None:
-    """Twice at once, as `timeout` and a closing terminal do."""
-    wait, said, overrides = PHASES[phase]
+    """The signal comes twice in a row, as from `timeout` and a closing terminal."""
+    wait, words, overrides = PHASES[phase]
     number, sandbox = signal.Signals[f"SIG{name}"], Sandbox(tmp_path / "sandbox")
-    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which nohup would have the run ignore
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # a run under nohup would ignore it
     try:
         running = sandbox.start("train", "tiny/dpo", *SMALL, *overrides, "--output", tmp_path / "run")
         wait(running)
@@ -122,7 +125,9 @@ def test_any_signal_in_any_phase_ends_with_75_and_nothing_left(
         sandbox.close()
     assert stopped.code == 75, stopped.err
     assert (
-        said in stopped.err and "run the same command again" in stopped.err and "Traceback" not in stopped.err
+        words in stopped.err
+        and "run the same command again" in stopped.err
+        and "Traceback" not in stopped.err
     )
     if phase in ("step", "export"):
         (checkpoint,) = (tmp_path / "run" / "checkpoints").glob("step_*")
@@ -141,7 +146,7 @@ with stop_signals() as stop:
 """
 
 
-def test_what_is_ignored_at_start_stays_so() -> None:
+def test_a_signal_that_is_ignored_at_start_stays_ignored() -> None:
     done = subprocess.run(
         [sys.executable, "-c", IGNORING],
         cwd=REPOSITORY,
@@ -186,8 +191,8 @@ with enduring_output():
 
 
 @pytest.mark.parametrize("kind", ["pipe", "terminal"])
-def test_output_that_nobody_reads_any_longer_ends_nothing(tmp_path: Path, kind: str) -> None:
-    """`| head -1`, and a terminal that is closed (SIGHUP is kept away from it here)."""
+def test_a_closed_output_does_not_end_the_run(tmp_path: Path, kind: str) -> None:
+    """As with `| head -1`, and with a closed terminal (here without its SIGHUP)."""
     reader, writer = os.pipe() if kind == "pipe" else pty.openpty()
     process = subprocess.Popen(
         [sys.executable, "-c", PRINTING, "20", str(tmp_path / "end")],

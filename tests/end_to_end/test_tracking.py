@@ -1,5 +1,4 @@
-"""Runs as they are watched: in wandb (a stand-in for its service), in Prometheus, and by which names the
-dashboards know them."""
+"""Tracking of runs: in wandb (a stand-in for its service), in Prometheus, and the names of dashboards."""
 
 import math
 import re
@@ -57,8 +56,10 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shared]:
 
 @dataclass(frozen=True, slots=True)
 class Tracked:
-    """A DPO run whose driver was killed with -9 while it wrote the checkpoint of step 4, and that was started
-    again with another micro-batch."""
+    """A DPO run whose driver was killed with -9 while it wrote the checkpoint of step 4.
+
+    It was started again with another micro-batch.
+    """
 
     folder: Path
     server: WandbServer
@@ -105,7 +106,7 @@ def test_the_config_holds_recipe_plan_and_versions_and_no_secret(tracked: Tracke
     assert (run.name, run.group, run.job_type, run.tags) == ("tiny-dpo", "watched", "dpo", ["dpo"])
     assert run.config["batch"]["effective"] == 16
     assert run.config["algorithm"]["beta"] == 0.1
-    assert run.config["batch"]["micro_batch"] == 4, "what it runs with now"
+    assert run.config["batch"]["micro_batch"] == 4, "the value of the second start"
     assert run.config["plan"]["arithmetic"].startswith("16 pairs = ")
     assert run.config["plan"]["memory"]["total"] > 0
     assert {"torch", "transformers", "deepspeed", "ray", "trl"} <= run.config["versions"].keys()
@@ -126,7 +127,7 @@ def test_tables_are_uploaded_and_bounded(tracked: Tracked) -> None:
     assert len(rows) == 8
 
 
-def test_summaries_say_the_best(tracked: Tracked) -> None:
+def test_summaries_hold_the_best_value(tracked: Tracked) -> None:
     losses = tracked.run.series("eval/loss")
     assert tracked.run.summary["eval/loss"] == {
         "min": pytest.approx(min(losses)),
@@ -136,28 +137,28 @@ def test_summaries_say_the_best(tracked: Tracked) -> None:
 
 
 def scrape(run: str, wanted: Collection[str], deadline_s: float = 60.0) -> dict[str, float]:
-    """The gauges of a run that the node's metrics agent serves, once all of `wanted` are there with a value
-    of their own: drivers report to it every ten seconds."""
+    """Gauges of a run, from the node's metrics agent, once it has all of `wanted`.
+
+    Drivers report to the agent every ten seconds.
+    """
     import ray
 
     node = ray.nodes()[0]
-    url, found = (
-        f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics",
-        dict[str, float](),
-    )
+    url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+    gauges: dict[str, float] = {}
     sample = re.compile(rf'^ray_(orchestrator_\w+){{[^}}]*run="{run}"[^}}]*}} (\S+)$', re.MULTILINE)
 
-    def there() -> bool:
+    def complete() -> bool:
         with urllib.request.urlopen(url, timeout=10) as answer:
-            found.update((name, float(value)) for name, value in sample.findall(answer.read().decode()))
-        return found.keys() >= set(wanted)
+            gauges.update((name, float(value)) for name, value in sample.findall(answer.read().decode()))
+        return gauges.keys() >= set(wanted)
 
-    assert wait_until(there, deadline_s), f"never came: {set(wanted) - found.keys()}"
-    return found
+    assert wait_until(complete, deadline_s), f"never came: {set(wanted) - gauges.keys()}"
+    return gauges
 
 
-def test_a_gauge_reaches_prometheus_and_what_is_no_number_does_not(shared: Shared) -> None:
-    """Ray itself, without a dashboard: its metrics agent is there all the same."""
+def test_a_gauge_reaches_prometheus_and_infinity_does_not(shared: Shared) -> None:
+    """Ray's metrics agent runs without a dashboard too."""
     sink = RayMetricsSink("a-pipeline", "dpo", "second")
     sink.step(StepReport(7, {"grad_norm": math.inf, "loss": 0.25}))
     sink.evaluation(EvaluationReport(7, {"eval/loss": 0.5}))

@@ -1,5 +1,4 @@
-"""Whole runs on real Ray workers: what a run folder holds, what the exported model computes, and the variants
-of DPO."""
+"""Whole runs on real Ray workers: the run folder, the exported model, and the variants of DPO."""
 
 import math
 from collections.abc import Iterator
@@ -46,7 +45,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shared]:
 
 
 def same_batch(task: str) -> str:
-    """As many rows as one step takes: every step sees the same examples, so the loss has to fall."""
+    """As many rows as one step takes, so that every step sees the same examples and the loss must fall."""
     return f"data.train=[{{path: toy:{task}, max_rows: 16}}]"
 
 
@@ -56,16 +55,16 @@ def held_out(task: str, rows: int = 8) -> str:
 
 def train_tiny(shared: Shared, recipe: str, task: str, folder: str, *overrides: str) -> Path:
     """The folder of a small run of a tiny recipe."""
-    outcome, said = shared.train(
+    outcome, console = shared.train(
         f"tiny/{recipe}", folder, *SMALL, same_batch(task), held_out(task), *overrides
     )
     assert outcome.steps == 4
-    assert "step 4/4" in said
+    assert "step 4/4" in console
     return outcome.folder
 
 
 def check_folder(folder: Path, *, wandb: bool) -> None:
-    """All that every run leaves."""
+    """Checks the files that every run writes."""
     for name in (
         "recipe.yaml",
         "plan.json",
@@ -104,7 +103,7 @@ def log_prob(model: torch.nn.Module, prompt: list[int], completion: list[int]) -
 
 
 def check_preference_export(folder: Path) -> None:
-    """The exported folder, loaded as any user would, gives the log-probs that the run reported at its end."""
+    """Checks that the exported folder gives the log-probs that the run reported last."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from orchestrator.data.toy import toy_rows
@@ -135,9 +134,9 @@ def test_dpo(shared: Shared) -> None:
     assert kinds == {"pair", "generation"}
 
     before = exported_hash(folder), (folder / "metrics.jsonl").read_text()
-    _, said = shared.train("tiny/dpo", "dpo", *SMALL, same_batch("preference"), held_out("preference"))
-    assert said.count("step 4/4") == 1, "the same command again took a step"
-    assert "all 4 steps are done already" in said
+    _, console = shared.train("tiny/dpo", "dpo", *SMALL, same_batch("preference"), held_out("preference"))
+    assert console.count("step 4/4") == 1, "the same command again took a step"
+    assert "all 4 steps are done already" in console
     assert (exported_hash(folder), (folder / "metrics.jsonl").read_text()) == before
 
 
@@ -190,7 +189,7 @@ def test_kto(shared: Shared) -> None:
 
 
 def test_lora_with_activation_checkpointing(shared: Shared) -> None:
-    """Two things that go wrong together: frozen inputs have no gradient to hold a checkpointed layer's graph."""
+    """Frozen inputs have no gradient that would keep the graph of a checkpointed layer."""
     from orchestrator.models.load import load as load_model
 
     extra = (
@@ -226,7 +225,7 @@ def test_tr_dpo_without_wandb(shared: Shared) -> None:
 
 @pytest.mark.slow
 def test_aot_couples_the_batch(shared: Shared) -> None:
-    """The loss sorts over the whole step: two passes when it is cut."""
+    """The loss sorts the whole step, so a cut step takes two passes."""
     folder = train_tiny(shared, "dpo", "preference", "aot", "algorithm.loss=aot", "batch.micro_batch=2")
     check_folder(folder, wandb=True)
     lines = metrics(folder)

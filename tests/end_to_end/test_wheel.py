@@ -1,4 +1,4 @@
-"""The wheel, installed where there is no checkout: it has all it needs, and trains."""
+"""The wheel, installed without a checkout, has all that it needs, and trains."""
 
 import json
 import subprocess
@@ -19,14 +19,14 @@ pytestmark = pytest.mark.timeout(600)
 
 @dataclass(frozen=True, slots=True)
 class Installed:
-    """An environment with the wheel and, by a path file, the dependencies of the one that runs the tests."""
+    """An environment with the wheel; a path file adds the dependencies of the tests' environment."""
 
     wheel: Path
     python: Path
     sandbox: Sandbox
 
     def run(self, *command: str | Path, timeout: float = 120) -> str:
-        """A command from a folder without a checkout; what it printed."""
+        """Runs a command in a folder without a checkout, and returns what it printed."""
         folder = self.sandbox.root / "elsewhere"
         folder.mkdir(exist_ok=True)
         done = subprocess.run(
@@ -46,8 +46,7 @@ class Installed:
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Installed]:
-    """Without the network: hatchling is part of the development environment, and dependencies are not
-    installed again."""
+    """The wheel, built and installed without the network."""
     root = tmp_path_factory.mktemp("wheel")
     subprocess.run(
         [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(root)],
@@ -61,9 +60,8 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Installed]:
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", str(python)]
     subprocess.run([*pip, "install", "--no-deps", "--no-index", "--quiet", str(wheel)], check=True)
     (packages,) = (root / "venv").glob("lib/python*/site-packages")
-    (packages / "dependencies.pth").write_text(
-        sysconfig.get_path("purelib") + "\n"
-    )  # a path alone: the editable install there is not followed
+    # This is a path alone, so the editable install in that folder is not followed.
+    (packages / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
     sandbox = Sandbox(root / "sandbox")
     yield Installed(wheel, python, sandbox)
     sandbox.close()

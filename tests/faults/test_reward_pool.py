@@ -311,7 +311,7 @@ def test_a_model_without_a_trained_head_is_refused(tmp_path: Path) -> None:
         card="",
         dtype="float32",
     )
-    with pytest.raises(ConfigError, match="is no reward model"):
+    with pytest.raises(ConfigError, match="is not a reward model"):
         RewardModel(
             RewardFunction(name="rm", model=str(folder)),
             policy=TINY,

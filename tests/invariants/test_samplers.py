@@ -115,7 +115,7 @@ DECODED = [(0.5, 0.9, None, 0.0), (1.5, 1.0, 30, 0.0), (0.8, 0.8, 40, 0.05), (2.
 @pytest.mark.parametrize("sampler", DECODED, ids=str)
 def test_a_decoders_log_probs_are_those_of_one_forward(decoder: Callable, sampler) -> None:
     """Log-probs from the cache, with stop texts and without, differ only by the kernels' rounding."""
-    model, prompts = CASES[0].model(), requests(4, room=16)
+    model, prompts = CASES[0].model(), requests(4, limit=16)
     for stop in STOPS:
         sampling = Sampling(4, 16, *sampler, stop=stop)
         completions = decoder(model, EOS, 8, letters).generate(prompts, sampling)

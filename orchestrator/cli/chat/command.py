@@ -1,6 +1,6 @@
-"""`chat`: asks a trained model, and if asked for another one beside it, in a terminal or in a pipe.
+"""`chat`: a conversation with a trained model, or with two side by side, in a terminal or in a pipe.
 
-Heavy imports happen inside the command, as in `cli`.
+Heavy imports stand inside the command, as in `cli/main.py`.
 """
 
 import json
@@ -17,85 +17,94 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from orchestrator.cli.options import RESULTS
 from orchestrator.core.errors import ConfigError, OrchestratorError
 
 if TYPE_CHECKING:
     from orchestrator.cli.chat.conversation import Conversation
 
 app = typer.Typer(add_completion=False)
-HELP = "/reset forgets what was said, /exit (or Ctrl-D) ends, Ctrl-C ends an answer"
+HELP = "/reset forgets the conversation, /exit (or Ctrl-D) ends, Ctrl-C ends an answer"
 CUT = {"max_new_tokens": " …\n(cut: --max-new-tokens gives it more room)", "interrupted": " …\n(interrupted)"}
+"""What follows an answer that was cut off, by why it ended."""
 
 
-@app.command()
+@app.command(rich_help_panel=RESULTS)
 def chat(
     model: Annotated[
         str,
-        typer.Argument(
-            metavar="RUN|MODEL", help="a run folder, a model's or an adapter's folder, or ORG/NAME@REVISION"
-        ),
+        typer.Argument(metavar="RUN|MODEL", help="run folder, model or adapter folder, or ORG/NAME@REVISION"),
     ],
     against: Annotated[
         str | None,
-        typer.Option(metavar="RUN|MODEL", help="a second one beside it; `base`: what the run started from"),
+        typer.Option(
+            metavar="RUN|MODEL",
+            help="second model beside it, or `base` for the model that the run started from",
+        ),
     ] = None,
     system: Annotated[
-        str | None, typer.Option(metavar="TEXT", help="a system message before the conversation")
+        str | None, typer.Option(metavar="TEXT", help="system message before the conversation")
     ] = None,
     prompt: Annotated[
         list[str] | None,
-        typer.Option(metavar="TEXT", help="answer this and end; again: each is a conversation of its own"),
+        typer.Option(
+            metavar="TEXT", help="prompt to answer before ending; each one is a separate conversation"
+        ),
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="of an answer")] = 512,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="longest answer, in tokens")] = 512,
     temperature: Annotated[
-        float, typer.Option(min=0.0, help="0 takes the likeliest token, 1 draws as the model would")
+        float,
+        typer.Option(min=0.0, help="0 takes the likeliest token, 1 samples from the model's distribution"),
     ] = 0.0,
-    seed: Annotated[int, typer.Option(min=0, help="of what is drawn")] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="an object per prompt and line")] = False,
+    seed: Annotated[int, typer.Option(min=0, help="seed of the sampling")] = 0,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="print one JSON object per prompt, each on one line")
+    ] = False,
 ) -> None:
-    """Talks with a trained model. In a pipe each line of the input is a prompt, and a conversation of its
-    own."""
-    asked = prompt or None
-    if asked is None and not sys.stdin.isatty():
-        asked = (line.rstrip("\n") for line in sys.stdin if line.strip())
-    if asked is None and as_json:
+    """Chat with a trained model, in a terminal or a pipe.
+
+    In a pipe each line of the input is a prompt and a separate conversation.
+    """
+    prompts = prompt or None
+    if prompts is None and not sys.stdin.isatty():
+        prompts = (line.rstrip("\n") for line in sys.stdin if line.strip())
+    if prompts is None and as_json:
         raise ConfigError(
-            "--json is for prompts, not for a conversation",
-            fix="give --prompt TEXT, or prompts on the standard input",
+            "--json needs prompts, not a conversation",
+            fix="give --prompt TEXT, or pipe prompts into standard input",
         )
     console = Console(highlight=False, soft_wrap=True, markup=False)
-    said = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
-    conversations, run_start = _open(model, against, system, (max_new_tokens, temperature, seed), said)
-    if asked is not None:
-        for text in asked:
+    notes = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
+    conversations, has_start = _open(model, against, system, (max_new_tokens, temperature, seed), notes)
+    if prompts is not None:
+        for text in prompts:
             _answer_once(conversations, text, as_json, alone=prompt is not None and len(prompt) == 1)
         return
-    said.print(
+    notes.print(
         f"{' and '.join(c.name for c in conversations)}. {HELP}."
-        + ("" if against or not run_start else " --against base compares.")
+        + ("" if against or not has_start else " --against base compares.")
     )
     _talk(conversations, console)
 
 
 def _open(
-    model: str, against: str | None, system: str | None, settings: tuple[int, float, int], said: Console
+    model: str, against: str | None, system: str | None, settings: tuple[int, float, int], notes: Console
 ) -> "tuple[list[Conversation], bool]":
-    """The conversations, and whether the first is with a run that has a start to be compared with. said: for
-    notes."""
+    """The conversations, and whether the first model is a run's, which `--against base` can compare."""
     from orchestrator.cli.chat.models import BASE, find
 
-    first = find(model)  # a wrong name is told before anything heavy is read
+    first = find(model)  # a wrong name is an error before the weights are read
     choices = [first]
     if against is not None:
         other = first.start if against == BASE and not Path(BASE).exists() else find(against)
         if other is None:
             raise ConfigError(
-                f"--against base: {model} is no run",
-                why="only a run knows what it started from",
-                fix="name the other model's folder",
+                f"--against base: {model} is not a run",
+                why="only a run records the model that it started from",
+                fix="give the other model's folder",
             )
         choices.append(other)
-    with said.status("reading the weights") if said.is_terminal else nullcontext():
+    with notes.status("reading the weights") if notes.is_terminal else nullcontext():
         import torch
         from transformers.utils import logging
 
@@ -109,17 +118,16 @@ def _open(
         conversations = [
             Conversation(load(choice, device), Settings(*settings), choice.name, system) for choice in choices
         ]
-    for one in conversations:
-        if not one.has_template:
-            said.print(
-                f"{one.name} has no chat template: texts are continued as they are, and nothing is remembered"
+    for conversation in conversations:
+        if not conversation.has_template:
+            notes.print(
+                f"{conversation.name} has no chat template: it continues each text and remembers nothing"
             )
     return conversations, first.start is not None
 
 
 def _answer_once(conversations: "Sequence[Conversation]", text: str, as_json: bool, *, alone: bool) -> None:
-    """One prompt, answered by each without a history. alone: the only one, so that the answer needs no
-    heading."""
+    """Prints each model's answer to one prompt without a history; the prompt too, unless it is `alone`."""
     answers = []
     for conversation in conversations:
         conversation.reset()
@@ -127,8 +135,10 @@ def _answer_once(conversations: "Sequence[Conversation]", text: str, as_json: bo
         if answers[-1].ended == "interrupted":
             sys.exit(128 + 2)
     if as_json:
-        told = [{"model": c.name, **asdict(answer)} for c, answer in zip(conversations, answers, strict=True)]
-        print(json.dumps({"prompt": text, "answers": told}, ensure_ascii=False), flush=True)
+        records = [
+            {"model": c.name, **asdict(answer)} for c, answer in zip(conversations, answers, strict=True)
+        ]
+        print(json.dumps({"prompt": text, "answers": records}, ensure_ascii=False), flush=True)
         return
     if not alone or len(answers) > 1:
         print(f"> {text}")
@@ -138,7 +148,7 @@ def _answer_once(conversations: "Sequence[Conversation]", text: str, as_json: bo
 
 
 def _talk(conversations: "Sequence[Conversation]", console: Console) -> None:
-    """Until the user has enough."""
+    """Answers what the user types until /exit or Ctrl-D."""
     for text in _typed():
         if text in ("/exit", "/quit"):
             return
@@ -150,15 +160,16 @@ def _talk(conversations: "Sequence[Conversation]", console: Console) -> None:
             console.print(HELP)
         else:
             try:
-                _side_by_side(conversations, text, console) if len(conversations) > 1 else _stream(
-                    conversations[0], text, console
-                )
+                if len(conversations) > 1:
+                    _side_by_side(conversations, text, console)
+                else:
+                    _stream(conversations[0], text, console)
             except OrchestratorError as error:  # such as a conversation that has grown too long
                 console.print(f"error: {error}")
 
 
 def _typed() -> Iterator[str]:
-    """Lines from the terminal, with the keys of readline where there is one."""
+    """Lines from the terminal, with readline's keys if it is installed."""
     with suppress(ImportError):
         import readline  # noqa: F401 (gives input() its history and its keys)
     while True:
@@ -177,7 +188,7 @@ def _stream(conversation: "Conversation", text: str, console: Console) -> None:
 
 
 def _side_by_side(conversations: "Sequence[Conversation]", text: str, console: Console) -> None:
-    """A column for each, which fills as its model writes; the whole table stays when all are done."""
+    """Prints a table with one column per model, which fills as that model writes."""
     written = ["" for _ in conversations]
 
     def columns() -> Table:

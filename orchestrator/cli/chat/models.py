@@ -1,7 +1,8 @@
-"""What `chat` speaks with: a run's export, the model that the run started from, a model folder, an adapter
-with its base.
+"""The models that `chat` can load.
 
-RUN | PIPELINE | MODEL | ADAPTER | ORG/NAME@REVISION --find--> Choice --Speaker--> a model that writes text
+They are a run's export, the model that the run started from, a model folder, and an adapter with its base.
+
+    RUN | PIPELINE | MODEL | ADAPTER | ORG/NAME@REVISION --find--> Choice --load--> ChatModel
 """
 
 import difflib
@@ -19,46 +20,50 @@ from orchestrator.recipe import loading as recipes
 from orchestrator.recipe.schema import Model
 
 BASE = "base"
-"""What --against takes for the model that a run started from."""
+"""Value of --against for the model that a run started from."""
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """A model to speak with. name: as the user knows it; adapter: a folder with adapter_config.json, for
-    `model` as its base; start: what the run started from, where it is a run's; seed: of a model that is made
-    on the spot."""
+    """A model to chat with."""
 
     name: str
+    """Name as the user gave it."""
     model: Model
     adapter: Path | None = None
+    """Folder with adapter_config.json, whose base is `model`."""
     start: "Choice | None" = None
+    """What the run, or the adapter, started from."""
     seed: int = 0
+    """Seed of a model that is made on the spot (model.tiny)."""
 
 
 def find(given: str) -> Choice:
-    """The model of a run folder, a pipeline's folder (its last stage), a model's or an adapter's folder, or
-    of the hub (ORG/NAME@REVISION). MissingInput where there is none."""
+    """The model of a run, a pipeline's last stage, a model or adapter folder, or the hub (ORG/NAME@REVISION).
+
+    MissingInput if there is none.
+    """
     folder = Path(given)
     if folder.is_file():
-        raise MissingInput(f"{given} is a file", fix="give the folder of a run (its --output), or of a model")
+        raise MissingInput(f"{given} is a file", fix="give a run folder (its --output) or a model folder")
     if not folder.is_dir():
-        return _of_the_hub(given)
+        return _hub_model(given)
     if (folder / "config.json").is_file():
         return Choice(given, Model(path=given))  # pyright: ignore[reportCallIssue]
     if (folder / "adapter_config.json").is_file():
-        return _adapter(folder)
+        return _adapter_model(folder)
     if (folder / "recipe.yaml").is_file():
-        return _of_a_run(folder)
+        return _run_model(folder)
     if not list(folder.glob("*/metrics.jsonl")):
         fix = "give a run folder, or a folder with a config.json (or an adapter_config.json) and weights"
         raise MissingInput(f"{given} holds neither a run nor a model", fix=fix)
-    return _of_a_run(run_folders(folder)[-1][1])
+    return _run_model(run_folders(folder)[-1][1])
 
 
-def _of_a_run(folder: Path) -> Choice:
+def _run_model(folder: Path) -> Choice:
     recipe = recipes.load(folder / "recipe.yaml").stages[-1].recipe
     if recipe.algorithm.name == "reward":
-        fix = f"use it as a reward: rewards.functions=[{{name: judge, model: {folder}/export}}]"
+        fix = f"use it as a reward: rewards.functions=[{{name: reward, model: {folder}/export}}]"
         raise ConfigError(
             f"{folder} trained a reward model", why="it gives a score and writes no text", fix=fix
         )
@@ -76,8 +81,8 @@ def _of_a_run(folder: Path) -> Choice:
     )
 
 
-def _adapter(folder: Path) -> Choice:
-    """An adapter as peft saves it, which names its base."""
+def _adapter_model(folder: Path) -> Choice:
+    """An adapter as peft saves it, with the base that it names."""
     config = json.loads((folder / "adapter_config.json").read_text())
     base, revision = config.get("base_model_name_or_path"), config.get("revision")
     merged = (
@@ -91,9 +96,8 @@ def _adapter(folder: Path) -> Choice:
             fix=merged or "set base_model_name_or_path in its adapter_config.json",
         )
     if not Path(base).is_dir() and (revision is None or Path(base).is_absolute()):
-        fix = (
-            merged
-            or "put it there, or set base_model_name_or_path (of a hub model, revision too) in "
+        fix = merged or (
+            "put it there, or set base_model_name_or_path (for a hub model, revision too) in "
             "adapter_config.json"
         )
         raise MissingInput(f"{folder} adapts {base}, which is not there", fix=fix)
@@ -101,7 +105,7 @@ def _adapter(folder: Path) -> Choice:
     return Choice(str(folder), model, adapter=folder, start=Choice(str(base), model))
 
 
-def _of_the_hub(given: str) -> Choice:
+def _hub_model(given: str) -> Choice:
     path, _, revision = given.partition("@")
     if not revision:
         parent = Path(given).parent
@@ -117,24 +121,23 @@ def _of_the_hub(given: str) -> Choice:
 
 
 @dataclass(frozen=True, slots=True)
-class Loaded:
-    """A model that writes text, on its device, and its tokenizer."""
+class ChatModel:
+    """A model that writes text, on its device, with its tokenizer."""
 
     model: Any
     tokenizer: Any
     device: torch.device
 
 
-def load(choice: Choice, device: torch.device) -> Loaded:
-    """Reads the weights: in fp32 on a CPU, as they are stored elsewhere. ConfigError for a model that writes
-    no text."""
+def load(choice: Choice, device: torch.device) -> ChatModel:
+    """Reads the weights: in fp32 on a CPU, else as they are stored. ConfigError for a reward model."""
     if any(
         name.endswith("ForSequenceClassification") for name in load_config(choice.model).architectures or ()
     ):
         raise ConfigError(
             f"{choice.name} is a reward model",
             why="it gives a score and writes no text",
-            fix="give the model that it judges",
+            fix="give the model that it was trained to score",
         )
     tokenizer = load_tokenizer(choice.model)
     model = load_for_text(
@@ -142,7 +145,7 @@ def load(choice: Choice, device: torch.device) -> Loaded:
     )
     if choice.adapter is not None:
         model = _adapted(model, choice.adapter)
-    return Loaded(model.to(device).eval().requires_grad_(False), tokenizer, device)
+    return ChatModel(model.to(device).eval().requires_grad_(False), tokenizer, device)
 
 
 def _adapted(model: Any, adapter: Path) -> Any:

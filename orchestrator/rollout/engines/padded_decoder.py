@@ -1,10 +1,10 @@
-"""The transformers engine with a padded batch that is refilled while it decodes.
+"""Decodes a padded batch that is refilled while it decodes.
 
     requests --admit: prefill each prompt once, fork it for its samples--> rows of one left-padded batch
                  ^                                                             |
-                 +---- rows end, the batch is compacted <--- one token a row --+
+                 +---- rows end, the batch is compacted <-- one token per row --+
 
-A model's own `generate` repeats the prompt for every sample and keeps ended rows until the longest one ends.
+transformers' own `generate` repeats the prompt for every sample and keeps ended rows until the longest ends.
 """
 
 from collections import deque
@@ -25,26 +25,26 @@ from orchestrator.rollout.engines.engine import Request
 from orchestrator.rollout.engines.sampling import Drawn, draw
 
 COMPACT_AT = 0.25
-"""Share of ended rows at which the batch is compacted: copying the cache costs more than a few idle rows."""
+"""Share of ended rows at which the batch is compacted; copying the cache costs more than a few idle rows."""
 SPARE_TOKENS = 8
-"""Decoded beside the longest stop text: some tokenizers lose a space at the beginning of what they decode."""
+"""Tokens decoded beyond the longest stop text; some tokenizers lose a space at the start of a text."""
 
 
 @dataclass(frozen=True, slots=True)
 class StopCriteria:
-    """What ends a completion: an eos token, a stop text, no room. decode: tokens -> text, special ones
-    included."""
+    """What ends a completion: an eos token, a stop text, or its limit of tokens."""
 
     eos: frozenset[int]
     decode: Callable[[Sequence[int]], str]
+    """Tokens -> text, special tokens included."""
 
-    def finish(self, ids: Sequence[int], room: int, stop: Sequence[str]) -> Finish | None:
-        """Why a completion ends with the last of its tokens, None where it goes on."""
-        if ids[-1] in self.eos or (stop and self._stops(ids, stop)):
+    def finish(self, ids: Sequence[int], limit: int, stop: Sequence[str]) -> Finish | None:
+        """Why a completion ends with the last of its tokens; None if it does not end yet."""
+        if ids[-1] in self.eos or (stop and self._has_stop_text(ids, stop)):
             return "stop"
-        return "length" if len(ids) >= room else None
+        return "length" if len(ids) >= limit else None
 
-    def _stops(self, ids: Sequence[int], stop: Sequence[str]) -> bool:
+    def _has_stop_text(self, ids: Sequence[int], stop: Sequence[str]) -> bool:
         tokens = SPARE_TOKENS + max(len(text.encode()) for text in stop)  # no token is shorter than a byte
         tail = self.decode(ids[-tokens:])
         return any(text in tail for text in stop)
@@ -52,9 +52,14 @@ class StopCriteria:
 
 @dataclass(slots=True)
 class _Row:
+    """One sample that is being decoded."""
+
     request: int
+    """Index of its request."""
     sample: int
-    room: int
+    """Index among the request's samples."""
+    limit: int
+    """Tokens that it may draw."""
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     kept: list[float] = field(default_factory=list)
@@ -65,13 +70,16 @@ class _Row:
 
 
 class StaticDecoder:
-    """Decodes requests with one model in this process. rows: sequences decoded together; eos: tokens that end
-    a sequence. ConfigError where the model's cache is more than keys and values."""
+    """Decodes requests with one model in this process."""
 
     def __init__(
         self, model: Any, eos: Sequence[int], rows: int, decode: Callable[[Sequence[int]], str]
     ) -> None:
-        self.model, self.rows, self.ends = model, rows, StopCriteria(frozenset(eos), decode)
+        """`rows` sequences are decoded together; `eos` are the tokens that end a sequence.
+
+        ConfigError if the model's cache holds more than keys and values.
+        """
+        self.model, self.rows, self.stops = model, rows, StopCriteria(frozenset(eos), decode)
         self.device = next(model.parameters()).device
         kinds = {type(layer) for layer in DynamicCache(config=model.config).layers}
         if getattr(model, "_is_stateful", False) or kinds - {DynamicLayer, DynamicSlidingWindowLayer}:
@@ -83,7 +91,7 @@ class StaticDecoder:
 
     @torch.no_grad()
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[tuple[Completion, ...]]:
-        """The completions of each request, in order. A stop text or eos is the last token of its completion."""
+        """The completions of each request, in order, each with the eos or stop text that ended it."""
         self.model.eval()
         done: list[list[Completion | None]] = [[None] * len(r.seeds) for r in requests]
         waiting = deque(range(len(requests)))
@@ -104,7 +112,7 @@ class StaticDecoder:
         return [tuple(c for c in completions if c is not None) for completions in done]
 
     def _admit(self, batch: "_Batch", waiting: deque[int], requests: Sequence[Request]) -> None:
-        """Fills free rows; not before a quarter of them is free, as each prefill interrupts all the others."""
+        """Fills free rows once a quarter of them is free; each prefill interrupts all the other rows."""
         free = self.rows - len(batch.rows)
         if not waiting or (
             batch.rows and free < max(len(requests[waiting[0]].seeds), COMPACT_AT * self.rows)
@@ -122,21 +130,23 @@ class StaticDecoder:
             ids[row, width - len(request.prompt) :] = torch.from_numpy(request.prompt)
             mask[row, width - len(request.prompt) :] = 1
         ids, mask = ids.to(self.device), mask.to(self.device)
-        cache = (
-            DynamicCache()
-        )  # without the config: sliding layers keep all, so that rows can be padded and compacted alike
+        # Without the config sliding layers keep all keys, so that all layers are padded and compacted alike.
+        cache = DynamicCache()
         logits = self._logits(ids, mask, (mask.cumsum(1) - 1).clamp(min=0), cache)
         forks = torch.tensor([len(r.seeds) for r in chosen], device=self.device)
         origin = torch.repeat_interleave(torch.arange(len(chosen), device=self.device), forks)
         rows = [
-            _Row(i, k, r.room) for i, r in zip(admitted, chosen, strict=True) for k in range(len(r.seeds))
+            _Row(i, k, r.tokens_left)
+            for i, r in zip(admitted, chosen, strict=True)
+            for k in range(len(r.seeds))
         ]
         seeds = torch.tensor([words(seed) for r in chosen for seed in r.seeds], device=self.device)
-        start = torch.tensor([r.position for r in chosen for _ in r.seeds], device=self.device)
+        positions = torch.tensor([r.position for r in chosen for _ in r.seeds], device=self.device)
         layers = [(keys[origin], values[origin]) for keys, values in map(_keys_values, cache.layers)]
-        batch.add(rows, layers, mask[origin], logits[origin], seeds, start)
+        batch.add(rows, layers, mask[origin], logits[origin], seeds, positions)
 
     def _draw(self, batch: "_Batch", sampling: Sampling) -> None:
+        """Draws the next token of each row, and notes which rows end with it."""
         drawn = draw(batch.logits, batch.seeds, batch.positions, sampling)
         batch.tokens, batch.positions = drawn.tokens, batch.positions + 1
         for row, token, logprob, kept in zip(batch.rows, *on_host(drawn), strict=True):
@@ -145,10 +155,10 @@ class StaticDecoder:
             row.ids.append(token)
             row.logprobs.append(logprob)
             row.kept.extend(kept)
-            row.finish = self.ends.finish(row.ids, row.room, sampling.stop)
+            row.finish = self.stops.finish(row.ids, row.limit, sampling.stop)
 
     def _forward(self, batch: "_Batch") -> None:
-        """One token further: the logits after the last drawn tokens."""
+        """Computes the logits after the tokens drawn last."""
         batch.mask = torch.cat([batch.mask, batch.mask.new_ones(len(batch.rows), 1)], 1)
         positions = batch.mask.sum(1, keepdim=True) - 1
         batch.logits = self._logits(batch.tokens[:, None], batch.mask, positions, batch.cache)
@@ -166,14 +176,22 @@ class StaticDecoder:
 
 
 class _Batch:
-    """Rows that decode together, left-padded to one length. mask: Int[R, T]; logits: Float[R, V] that the
-    next token is drawn from; seeds: Int[R, 2]; positions: Int[R], tokens drawn so far."""
+    """R rows that decode together, left-padded to the same length T."""
 
     def __init__(self, device: torch.device) -> None:
         self.rows: list[_Row] = []
         self.cache = DynamicCache()
+        """Keys and values Float[R, heads, T, d] of each layer."""
         self.mask = torch.zeros(0, 0, dtype=torch.long, device=device)
-        self.logits = self.seeds = self.positions = self.tokens = torch.zeros(0, device=device)
+        """Int[R, T], 0 for padding."""
+        self.logits = torch.zeros(0, device=device)
+        """Float[R, V], from which the next tokens are drawn."""
+        self.tokens = torch.zeros(0, device=device)
+        """Int[R], the tokens drawn last."""
+        self.seeds = torch.zeros(0, device=device)
+        """Int[R, 2], two 32-bit words each."""
+        self.positions = torch.zeros(0, device=device)
+        """Int[R], tokens that each seed has drawn so far."""
 
     def add(
         self,
@@ -184,15 +202,10 @@ class _Batch:
         seeds: Tensor,
         positions: Tensor,
     ) -> None:
-        """Joins new rows, both sides padded on the left to the longer of the two."""
+        """Adds rows; old and new ones are padded on the left to the longer of the two."""
         if not self.rows:
-            self.rows, self.mask, self.logits, self.seeds, self.positions = (
-                rows,
-                mask,
-                logits,
-                seeds,
-                positions,
-            )
+            self.rows, self.mask, self.logits = rows, mask, logits
+            self.seeds, self.positions = seeds, positions
             for index, (keys, values) in enumerate(layers):
                 self.cache.update(keys, values, index)
             return
@@ -208,7 +221,7 @@ class _Batch:
         self.positions = torch.cat([self.positions, positions])
 
     def keep(self, alive: list[int]) -> None:
-        """Drops the other rows, and the columns that are padding in all that stay."""
+        """Drops the other rows, and the columns that are padding in all rows that remain."""
         index = torch.tensor(alive, device=self.mask.device)
         self.rows = [self.rows[i] for i in alive]
         self.mask = self.mask[index]
@@ -221,8 +234,7 @@ class _Batch:
 
 
 def on_host(drawn: Drawn) -> tuple[list[int], list[float], list[list[float]]]:
-    """Of each row: its token, its log-prob, and a list with the log of its kept mass, empty where all is
-    kept."""
+    """Each row's token, log-prob, and a list with the log of its kept mass, which is empty if all is kept."""
     kept = [[] for _ in drawn.tokens] if drawn.kept is None else [[k] for k in drawn.kept.tolist()]
     return drawn.tokens.tolist(), drawn.logprobs.tolist(), kept
 
@@ -246,7 +258,7 @@ def _set(layer: Any, keys: Tensor, values: Tensor) -> None:
 
 
 def pad_left(values: Tensor, width: int, dim: int) -> Tensor:
-    """Zeros in front until `dim` has `width`."""
+    """Puts zeros in front until dimension `dim` has `width` entries."""
     missing = width - values.shape[dim]
     if not missing:
         return values

@@ -1,11 +1,11 @@
-"""Drawing tokens so that who draws them cannot matter.
+"""Draws tokens that depend on the sample alone, not on the batch or the actor.
 
-    logits --temperature--> the policy --top-k, top-p, min-p--> the distribution drawn from --Gumbel-max--> token
+    logits --temperature--> policy --top-k, top-p, min-p--> narrowed distribution --Gumbel-max--> token
 
-The noise, f(seed, position, token), is a function of a sample's seed and the position, never of the batch it
-sits in or the actor that holds it. What is kept of a token is its log-prob under the policy, over the whole
-vocabulary as the learner computes it: log-probs over what top-k, top-p and min-p leave are larger by the mass
-that they cut away, so a learner would take the sampler for another policy.
+The noise f(seed, position, token) is a function of a sample's seed and the position, never of the batch or
+the actor. A token's log-prob is the policy's, over the whole vocabulary, as the learner computes it. Under
+the narrowed distribution log-probs are larger by the mass that top-k, top-p and min-p cut away, so the
+learner would see another policy.
 """
 
 import math
@@ -18,21 +18,22 @@ from orchestrator.core.rollouts import Sampling
 from orchestrator.models.noise import WORD, hashed, mixed
 
 _CACHED = 1 << 16
-"""Numbers that a CPU's cache holds while they are mixed."""
+"""Numbers that fit into a CPU's cache while they are mixed."""
 
 
 def sample_seed(run_seed: int, prompt_id: int, draw: int, sample: int, version: int) -> int:
-    """The 64-bit seed of one sample: a hash of what it is, and of nothing else."""
+    """The 64-bit seed of one sample, a hash of these five numbers alone."""
     return hashed(run_seed, prompt_id, draw, sample, version)
 
 
 def gumbel(seeds: Tensor, positions: Tensor, vocabulary: int) -> Tensor:
     """Standard Gumbel noise Float[R, V] from a counter-based generator keyed by (seed, position, token).
 
-    seeds: Int[R, 2], the two 32-bit words of each row's seed; positions: Int[R], tokens already drawn. The
-    mixer is murmur3's finaliser, a bijection of 32 bits with full avalanche, so the uniforms of a row never
-    repeat. Each word of the seed is mixed with the position on its own: where two rows meet in the first,
-    they are shifted copies only before the second.
+    seeds: Int[R, 2], the two 32-bit words of each row's seed; positions: Int[R], tokens already drawn.
+
+    The mixer is murmur3's finaliser, a bijection of 32 bits with full avalanche, so the uniforms of a row
+    never repeat. Each word of the seed is mixed with the position separately. So if two rows collide in the
+    first word, their noise is a shifted copy only until the second word is mixed in.
     """
     rows = len(seeds) if seeds.is_cuda else max(1, _CACHED // vocabulary)
     if len(seeds) > rows:
@@ -48,8 +49,10 @@ def gumbel(seeds: Tensor, positions: Tensor, vocabulary: int) -> Tensor:
 
 
 def drawn_from(logits: Tensor, sampling: Sampling) -> Tensor:
-    """Log-probs Float[R, V] of the distribution that is drawn from: after temperature, then top-k, top-p and
-    min-p, in the order of transformers; -inf where a token cannot be drawn. Renormalised over what is left.
+    """Log-probs Float[R, V] of the narrowed distribution, from which tokens are drawn.
+
+    Temperature, top-k, top-p and min-p are applied in the order of transformers. The log-prob is -inf if a
+    token cannot be drawn; the others are renormalised.
     """
     z = logits.float() / sampling.temperature
     if sampling.top_k is not None and sampling.top_k < z.shape[1]:
@@ -66,19 +69,20 @@ def drawn_from(logits: Tensor, sampling: Sampling) -> Tensor:
 
 
 def policy_logps(logits: Tensor, sampling: Sampling) -> Tensor:
-    """Log-probs Float[R, V] of the policy: softmax of the logits over the temperature, nothing left out."""
+    """Log-probs Float[R, V] of the policy: softmax over the whole vocabulary of logits / temperature."""
     return torch.log_softmax(logits.float() / sampling.temperature, 1)
 
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
-    """One token for each of R rows. tokens: Int[R]; logprobs: Float[R], under the policy (0 where greedy);
-    kept: Float[R], log of the policy's mass that top-k, top-p and min-p left to draw from, None where none of
-    them is set. logprobs - kept is the log-prob under the distribution drawn from."""
+    """One token for each of R rows. logprobs - kept is the log-prob under the narrowed distribution."""
 
     tokens: Tensor
+    """Int[R]."""
     logprobs: Tensor
+    """Float[R], under the policy; 0 if greedy."""
     kept: Tensor | None = None
+    """Float[R], log of the policy's mass that top-k, top-p and min-p keep; None if none of them is set."""
 
 
 def draw(logits: Tensor, seeds: Tensor, positions: Tensor, sampling: Sampling) -> Drawn:
@@ -91,5 +95,5 @@ def draw(logits: Tensor, seeds: Tensor, positions: Tensor, sampling: Sampling) -
     picked = logps.gather(1, tokens[:, None])[:, 0]
     if not sampling.truncates:
         return Drawn(tokens, picked)
-    whole = policy_logps(logits, sampling).gather(1, tokens[:, None])[:, 0]
-    return Drawn(tokens, whole, whole - picked)
+    logprobs = policy_logps(logits, sampling).gather(1, tokens[:, None])[:, 0]
+    return Drawn(tokens, logprobs, logprobs - picked)

@@ -1,4 +1,4 @@
-"""The transformers engine: a model in this process, decoded by a padded or a paged batch."""
+"""The transformers engine: a model in this process, with the padded or the paged decoder."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -20,7 +20,7 @@ from orchestrator.rollout.engines.paged_decoder import (
 
 
 class TransformersEngine:
-    """A transformers model in this process. batching: static (a refilled padded batch) or continuous (paged)."""
+    """A transformers model in this process; `rollouts.batching` selects its decoder."""
 
     def __init__(self, recipe: Recipe, device: torch.device) -> None:
         loaded = load(recipe.model, seed=recipe.run.seed, head="lm", longest=recipe.data.max_length)
@@ -52,13 +52,15 @@ class TransformersEngine:
         return self.decoder.generate(requests, sampling)
 
     def close(self) -> None:
-        """Nothing to end: the model goes with the process."""
+        """Nothing to do: the model ends with the process."""
 
 
 def make_decoder(cfg: Rollouts, model: Any, tokenizer: Any, device: torch.device) -> Decoder:
-    """The decoder that `rollouts.batching` names; all give the same tokens, but log-probs differ in their
-    last bits. So auto looks at the device, never at a clock: a resumed run must decode as the one before it
-    did."""
+    """The decoder that `rollouts.batching` names.
+
+    All decoders give the same tokens, but log-probs differ in their last bits. So `auto` looks at the device
+    and never at a clock: a resumed run must decode as it did before.
+    """
     decode: Callable[[Sequence[int]], str] = lambda ids: tokenizer.decode(ids)  # noqa: E731
     options: Any = (model, end_tokens(model, tokenizer), cfg.rows, decode)
     static = StaticDecoder(*options)
@@ -75,5 +77,5 @@ def make_decoder(cfg: Rollouts, model: Any, tokenizer: Any, device: torch.device
 
 
 def _note(line: str) -> None:
-    """To the log of the actor."""
+    """Prints to the actor's log."""
     print(line, flush=True)

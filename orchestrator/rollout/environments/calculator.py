@@ -1,11 +1,10 @@
-"""The worked example of an environment: a question, a calculator that the model may call, and a reward for
-the right answer.
+"""Example of an environment: a calculator that the model may call before it answers a question.
 
-    reset -> "12+34"      the model: "=12+34;"  step -> tool: "46"      the model: "46"  step -> done, reward 1
+    reset -> "12+34"     the model: "=12+34;"  step -> tool: "46"     the model: "46"  step -> done, reward 1
 
-A turn of the form `=EXPRESSION;` is a call; any other is the answer. Recipe: `rollouts.environment:
-orchestrator.rollout.environments.calculator:Calculator` with `toy:calculator` (or rows of your own with
-`prompt` and `answer`).
+A turn of the form `=EXPRESSION;` is a call; any other turn is the answer. Recipe: `rollouts.environment:
+orchestrator.rollout.environments.calculator:Calculator` with `toy:calculator`, or with your own rows that
+have `prompt` and `answer`.
 """
 
 import ast
@@ -19,7 +18,7 @@ from orchestrator.rollout.environment import Messages, Turn
 
 CALL = re.compile(r"\s*=([0-9+*() -]{1,64});\s*")
 LARGEST = 10**12
-"""Results beyond it are errors: a completion must not be able to make the actor compute for long."""
+"""Largest result; more is an error, so that no completion can keep the actor busy for long."""
 OPERATIONS: Mapping[type[ast.operator], Callable[[int, int], int]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
@@ -28,16 +27,17 @@ OPERATIONS: Mapping[type[ast.operator], Callable[[int, int], int]] = {
 
 
 class Calculator:
-    """One question. answer: of the row."""
+    """One question."""
 
     def __init__(self) -> None:
         self.answer = ""
+        """The row's `answer`."""
 
     def reset(self, row: Mapping[str, Any]) -> Messages:
-        """The row's prompt; DataError where the row has no answer to compare with."""
+        """The row's prompt; DataError if the row has no answer."""
         if row.get("answer") is None:
             raise DataError(
-                "a row of the calculator's has no `answer`",
+                "a row of the calculator has no `answer`",
                 why=f"it has {', '.join(row)}",
                 fix="map it with data.columns.answer",
             )
@@ -46,8 +46,8 @@ class Calculator:
         return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
 
     def step(self, completion: str) -> Turn:
-        """A call is answered by a `tool` message; anything else ends the episode: reward 1 for the answer,
-        else 0."""
+        """A call is answered with a `tool` message. Any other turn ends the episode, with reward 1 for the
+        row's answer and else 0."""
         call = CALL.fullmatch(completion)
         if call is None:
             return Turn(done=True, reward=float(completion.strip() == self.answer))
@@ -56,7 +56,7 @@ class Calculator:
 
 
 def evaluate(expression: str) -> int | None:
-    """The value of whole numbers under +, - and *; None where it is anything else, or too large.
+    """The value of whole numbers under +, - and *; None for anything else, or if it is too large.
 
     Example: evaluate("2*(3+4)") == 14, evaluate("2**9") is None.
     """

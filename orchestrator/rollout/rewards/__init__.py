@@ -1,1 +1,1 @@
-"""What a completion is worth: reward functions, endpoints, reward models, and how they add up."""
+"""Rewards: functions, HTTP endpoints, reward models, and their weighted sum."""

@@ -1,5 +1,7 @@
-"""Which columns of the rows the components of the reward read, as far as their sources say: for the list of
-those that nothing reads."""
+"""Columns of the rows that the components of the reward read, as far as their sources show.
+
+The plan lists the columns that nothing reads.
+"""
 
 import ast
 
@@ -10,20 +12,22 @@ ANSWER = "answer"
 
 
 def columns_read(rewards: Rewards) -> frozenset[str] | None:
-    """Names that the functions take, and `answer`, which samples are shown with; None where all columns go
-    somewhere: to an endpoint, or to a function with **keywords or without a source."""
+    """Columns that the functions take, and `answer`, which the report shows with each sample.
+
+    None if all columns are passed on: to an endpoint, or to a function with **keywords or without a source.
+    """
     names = {ANSWER}
     for function in rewards.functions:
         if function.model is not None:
             continue
-        taken = _taken(function)
-        if taken is None:
+        columns = _columns_of(function)
+        if columns is None:
             return None
-        names |= taken
+        names |= columns
     return frozenset(names)
 
 
-def _taken(function: RewardFunction) -> set[str] | None:
+def _columns_of(function: RewardFunction) -> set[str] | None:
     if function.url is not None:
         return None
     if ":" not in str(function.function):  # a checker

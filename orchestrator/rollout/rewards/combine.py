@@ -1,7 +1,8 @@
-"""A rollout batch through all components: what is tried again, what is dropped, and how parts add up.
+"""Scores a rollout batch with all components: what is tried again, what is dropped, how parts add up.
 
-component --whole batch--> groups without a reward --one by one, `retries` rounds--> Judged
-{name: Judged} --combine--> Scoring(total = sum of weight * part, or the group is dropped with its reasons)
+component --whole batch--> groups without rewards --one by one, `retries` rounds--> ComponentRewards
+{name: ComponentRewards} --sum_components--> BatchRewards (total = sum of weight * part; groups without
+                                             a reward are dropped with the reasons)
 """
 
 import time
@@ -18,114 +19,117 @@ from orchestrator.rollout.rewards.component import Component, Outcome, RewardFai
 from orchestrator.rollout.rewards.lookup import ENVIRONMENT
 
 SHARES = 4
-"""A group asked alone gets at least this part of a round's time, so that a few that hang leave time for the
-others."""
+"""A group that is tried alone gets at least 1/SHARES of a round's time, so that a few that hang leave time
+for the others."""
 
 REASONS, PLACES = 5, 3
-"""What a message names of them."""
+"""Most reasons, and most places of each, in a message."""
 
 
 @dataclass(frozen=True, slots=True)
 class ComponentRewards:
-    """A component's word on a batch, by group index: rewards Float[n], or the reason why there are none.
-    seconds: it took."""
+    """What one component gave for a batch."""
 
     rewards: Mapping[int, Floats]
+    """Group index -> Float[n], one reward per sample."""
     reasons: Mapping[int, str]
+    """Group index -> why the group has no rewards."""
     seconds: float
+    """Time that all rounds took."""
 
 
 def score_with_retries(
     component: Component, groups: Sequence[RolloutGroup], *, timeout_s: float, retries: int
 ) -> ComponentRewards:
-    """Asks for the whole batch; then, in each of `retries` rounds, for each group without rewards alone.
+    """Scores the whole batch; then, in each of `retries` rounds, each group without rewards alone.
 
-    A round begins no call after timeout_s, so that all of it ends within (retries + 1) x timeout_s and the
-    restarts that belong to the last calls. Groups that were asked least come first.
+    A round begins no call after timeout_s, so all rounds end within (retries + 1) x timeout_s and the
+    restarts that belong to the last calls. Groups that were tried least come first.
     """
     started = time.monotonic()
     rewards: dict[int, Floats] = {}
     reasons: dict[int, str] = {}
-    asked = dict.fromkeys(range(len(groups)), 0)
+    tries = dict.fromkeys(range(len(groups)), 0)
 
-    def ask(which: Sequence[int], limit_s: float) -> None:
-        for i, found in zip(which, _ask(component, [groups[i] for i in which], limit_s), strict=True):
-            asked[i] += 1
-            if isinstance(found, str):
-                reasons[i] = found
+    def attempt(indices: Sequence[int], limit_s: float) -> None:
+        results = _score_groups(component, [groups[i] for i in indices], limit_s)
+        for i, result in zip(indices, results, strict=True):
+            tries[i] += 1
+            if isinstance(result, str):
+                reasons[i] = result
             else:
-                rewards[i] = found
+                rewards[i] = result
                 reasons.pop(i, None)
 
-    ask(range(len(groups)), timeout_s)
+    attempt(range(len(groups)), timeout_s)
     for _ in range(retries):
-        waiting = sorted(reasons, key=lambda i: (asked[i], i))
-        ends = time.monotonic() + timeout_s
+        waiting = sorted(reasons, key=lambda i: (tries[i], i))
+        deadline = time.monotonic() + timeout_s
         for i in waiting:
-            left = ends - time.monotonic()
-            if left <= 0:
+            seconds_left = deadline - time.monotonic()
+            if seconds_left <= 0:
                 break
-            ask([i], min(left, timeout_s / min(SHARES, len(waiting))))
+            attempt([i], min(seconds_left, timeout_s / min(SHARES, len(waiting))))
     return ComponentRewards(rewards, reasons, time.monotonic() - started)
 
 
-def _ask(component: Component, groups: Sequence[RolloutGroup], limit_s: float) -> list[Floats | str]:
-    """Float[n] or a reason for each group."""
+def _score_groups(component: Component, groups: Sequence[RolloutGroup], limit_s: float) -> list[Floats | str]:
+    """Float[n] for each group, or why it has no rewards."""
     try:
         outcomes = component.score(groups, limit_s)
     except RewardFailure as failure:
         return [failure.reason] * len(groups)
-    found: list[Floats | str] = []
+    results: list[Floats | str] = []
     start = 0
     for group in groups:
         end = start + len(group.rollouts)
-        found.append(_of_group(outcomes[start:end]))
+        results.append(_group_rewards(outcomes[start:end]))
         start = end
     assert start == len(outcomes), f"{component.name} gave {len(outcomes)} outcomes for {start} samples"
-    return found
+    return results
 
 
-def _of_group(outcomes: Sequence[Outcome]) -> Floats | str:
+def _group_rewards(outcomes: Sequence[Outcome]) -> Floats | str:
+    """Float[n] if every sample has a reward, else the first reason."""
     failures = [o.reason for o in outcomes if isinstance(o, RewardFailure)]
     return failures[0] if failures else np.array(outcomes, np.float32)
 
 
 def sum_components(
-    groups: Sequence[RolloutGroup], rewards: Rewards, judged: Mapping[str, ComponentRewards]
+    groups: Sequence[RolloutGroup], rewards: Rewards, components: Mapping[str, ComponentRewards]
 ) -> BatchRewards:
-    """Total and parts of each group that every component scored; the others dropped, with the reasons.
+    """Total and parts of each group that every component scored; other groups are dropped with the reasons.
 
-    What an environment gave is the part `environment`, with weight 1. RewardsFailed where more than
+    The part `environment` holds what an environment gave, with weight 1. RewardsFailed if more than
     rewards.max_dropped_fraction of the groups have no reward.
     """
     weights = {f.name: f.weight for f in rewards.functions}
     scored: list[RewardedGroup] = []
     dropped: list[tuple[str, str]] = []
     for i, group in enumerate(groups):
-        found = _from_environment(group)
-        reasons = [found] if isinstance(found, str) else []
-        reasons += [judged[name].reasons[i] for name in weights if i in judged[name].reasons]
+        given = _environment_rewards(group)
+        reasons = [given] if isinstance(given, str) else []
+        reasons += [components[name].reasons[i] for name in weights if i in components[name].reasons]
         if not reasons:
-            parts = {name: judged[name].rewards[i] for name in weights}
+            parts = {name: components[name].rewards[i] for name in weights}
             total = sum(
                 (weights[n] * p.astype(np.float64) for n, p in parts.items()), np.zeros(len(group.rollouts))
             )
-            if found is not None and not isinstance(found, str):
-                parts[ENVIRONMENT] = found
-                total = total + found
+            if given is not None and not isinstance(given, str):
+                parts[ENVIRONMENT] = given
+                total = total + given
             if all(is_finite(t) for t in total):
                 scored.append(RewardedGroup(group, total.astype(np.float32), parts))
                 continue
             reasons = ["the weighted sum of its rewards is not finite"]
         dropped.append((group.prompt.where, "; ".join(reasons)))
-    seconds = {name: judged[name].seconds for name in weights}
+    seconds = {name: components[name].seconds for name in weights}
     _check_dropped(dropped, len(groups), rewards.max_dropped_fraction)
     return BatchRewards(tuple(scored), tuple(f"{where}: {reason}" for where, reason in dropped), seconds)
 
 
-def _from_environment(group: RolloutGroup) -> Floats | str | None:
-    """Float[n] where an environment gave a reward to each sample, None where it gave none at all, else a
-    reason."""
+def _environment_rewards(group: RolloutGroup) -> Floats | str | None:
+    """Float[n] if an environment gave each sample a reward, None if it gave none at all, else a reason."""
     for rollout in group.rollouts:
         if rollout.failure is not None:
             return f"the environment failed on sample {rollout.sample}: {rollout.failure}"
@@ -143,7 +147,7 @@ def _from_environment(group: RolloutGroup) -> Floats | str | None:
 
 
 def check_any(groups: Sequence[RolloutGroup], rewards: Rewards) -> None:
-    """ConfigError where neither a component nor an environment gives a reward."""
+    """ConfigError if neither a component nor an environment gives a reward."""
     if not rewards.functions and any(
         r.environment_reward is None and r.failure is None for g in groups for r in g.rollouts
     ):
@@ -155,20 +159,20 @@ def check_any(groups: Sequence[RolloutGroup], rewards: Rewards) -> None:
 
 
 def _check_dropped(dropped: Sequence[tuple[str, str]], groups: int, allowed: float) -> None:
-    """dropped: where a prompt stands, and why its group has no reward. A reason that many share is told once."""
+    """RewardsFailed if too many are dropped: (place of the prompt, reason). Equal reasons are joined."""
     if len(dropped) <= allowed * groups:
         return
     places: dict[str, list[str]] = {}
     for where, reason in dropped:
         places.setdefault(reason, []).append(where)
-    shown = [f"{_listed(found)}: {reason}" for reason, found in list(places.items())[:REASONS]]
+    shown = [f"{_listed(where)}: {reason}" for reason, where in list(places.items())[:REASONS]]
     shown += [f"… and {len(places) - REASONS} other reasons"] if len(places) > REASONS else []
     raise RewardsFailed(
         f"{len(dropped)} of {groups} groups of a rollout batch have no reward; rewards.max_dropped_fraction "
         f"allows {allowed:g}",
         why="\n       ".join(shown),
-        fix="mend what is named: the output of a component is in logs/reward-NAME.log of the run folder, an "
-        "environment's in logs/rollout-N.log",
+        fix="fix what is named: logs/reward-NAME.log in the run folder holds the output of a component, "
+        "logs/rollout-N.log that of an environment",
     )
 
 

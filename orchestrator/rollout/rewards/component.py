@@ -1,9 +1,10 @@
-"""One call of one component of the reward: what it is given, and what of its answer counts as a reward.
+"""One call of one component of the reward: its arguments, and which answers count as rewards.
 
-    groups -> RewardCall(prompts, completions, completion_ids, columns) --invoke--> anything --judge--> Outcome per sample
+    groups -> RewardCall(prompts, completions, completion_ids, columns) --invoke--> any answer
+           --validate_rewards--> one Outcome per sample
 
-A reward is never invented: whatever is not one finite number for each sample is a RewardFailure that says
-what came instead.
+A reward is never invented: whatever is not one finite number per sample is a RewardFailure that names what
+came instead.
 """
 
 import asyncio
@@ -32,7 +33,7 @@ __all__ = [
 
 
 class RewardFailure(OrchestratorError):
-    """A component gave no reward: for one sample, or for all that it was asked about."""
+    """A component gave no reward, for one sample or for all samples of a call."""
 
     @property
     def reason(self) -> str:
@@ -41,40 +42,42 @@ class RewardFailure(OrchestratorError):
 
 
 Outcome: TypeAlias = float | RewardFailure
-"""What came out for one sample."""
+"""Result for one sample."""
 
 
 class Component(Protocol):
-    """One part of the reward, of whatever kind."""
+    """One part of the reward, of any kind."""
 
     @property
     def name(self) -> str: ...
 
     def score(self, groups: Sequence[RolloutGroup], timeout_s: float) -> list[Outcome]:
-        """An outcome per sample, group after group; raises RewardFailure where nothing came for any of them
-        in time."""
+        """One outcome per sample, group after group; RewardFailure if none came in time for any of them."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class RewardCall:
-    """What a component is asked, one entry per sample: a prompt and its columns are repeated for each of its
-    samples.
+    """Arguments of a component, with one entry per sample.
 
-    samples: "file:line, sample k" for messages. Columns that a prompt lacks are None for its samples.
-    Example: a prompt at q.jsonl:3 with two samples and {"answer": "4"}: samples ("q.jsonl:3, sample 0",
-    "q.jsonl:3, sample 1"), columns {"answer": ["4", "4"]}.
+    A prompt and its columns are repeated for each of its samples. Example: a prompt at q.jsonl:3 with two
+    samples and {"answer": "4"} has samples ("q.jsonl:3, sample 0", "q.jsonl:3, sample 1") and columns
+    {"answer": ["4", "4"]}.
     """
 
     prompts: Sequence[Any]
+    """Text, or a list of messages."""
     completions: Sequence[Any]
+    """Text if the prompt is text, else a list of messages."""
     completion_ids: Sequence[Sequence[int]]
     samples: Sequence[str]
+    """Place of each sample, for messages."""
     columns: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    """Other columns of the rows; None for samples whose row lacks it."""
 
     @classmethod
     def of(cls, groups: Sequence[RolloutGroup]) -> "RewardCall":
-        """Columns that bear the name of an argument, or TRL's singular of one, are left out, as in TRL."""
+        """The call for these groups. As in TRL, it leaves out columns that have the name of an argument."""
         pairs = [(g.prompt, r) for g in groups for r in g.rollouts]
         names = dict.fromkeys(
             name for g in groups for name in g.prompt.columns if name not in (*GIVEN, "prompt", "completion")
@@ -91,7 +94,7 @@ class RewardCall:
         return len(self.samples)
 
     def chunks(self, size: int) -> Iterator["RewardCall"]:
-        """The call cut into calls of at most `size` samples."""
+        """Calls of at most `size` samples each."""
         for start in range(0, len(self), size):
             part = slice(start, start + size)
             columns = {name: values[part] for name, values in self.columns.items()}
@@ -104,11 +107,11 @@ class RewardCall:
             )
 
     def given_to(self, function: str | None) -> "RewardCall":
-        """As the function of this name (`trl:NAME`, a file's, ours) wants it."""
+        """The call as this function needs it: see `for_trl` if it is `trl:NAME`, else unchanged."""
         return self.for_trl() if (function or "").startswith("trl:") else self
 
     def for_trl(self) -> "RewardCall":
-        """As TRL's own functions want it: completions as messages, and the answers under `solution` too."""
+        """The call as TRL's functions need it: completions as messages, and `answer` as `solution` too."""
         messages = [
             [{"role": "assistant", "content": c}] if isinstance(c, str) else c for c in self.completions
         ]
@@ -119,16 +122,15 @@ class RewardCall:
 
 
 def invoke(name: str, function: Callable[..., Any], call: RewardCall) -> Any:
-    """function(prompts=, completions=, completion_ids=, **columns), awaited if it is async; only what the
-    function takes.
+    """function(prompts=, completions=, completion_ids=, **columns), awaited if it is async.
 
-    Bound options win over columns of the same name. RewardFailure where the function needs what the data
-    lacks; what the function raises goes through.
+    The function gets only the arguments that it takes. Bound options win over columns of the same name.
+    RewardFailure if it needs a column that the data lacks; what the function raises is not caught.
     """
     bound = getattr(function, "keywords", {})
     given: dict[str, Any] = {k: v for k, v in call.columns.items() if k not in bound}
     given |= {"prompts": call.prompts, "completions": call.completions, "completion_ids": call.completion_ids}
-    result = function(**_taken(name, function, given))
+    result = function(**_accepted(name, function, given))
     return asyncio.run(_awaited(result)) if inspect.isawaitable(result) else result
 
 
@@ -136,10 +138,10 @@ async def _awaited(result: Any) -> Any:
     return await result
 
 
-def _taken(name: str, function: Callable[..., Any], given: dict[str, Any]) -> dict[str, Any]:
+def _accepted(name: str, function: Callable[..., Any], given: dict[str, Any]) -> dict[str, Any]:
     try:
         signature = inspect.signature(function)
-    except ValueError:  # a function of C without one
+    except ValueError:  # a C function has no signature
         return given
     parameters = signature.parameters.values()
     if not any(p.kind is p.VAR_KEYWORD for p in parameters):
@@ -148,7 +150,7 @@ def _taken(name: str, function: Callable[..., Any], given: dict[str, Any]) -> di
         signature.bind(**given)
     except TypeError as error:
         raise RewardFailure(
-            f"reward {name}: the function cannot be called with what there is",
+            f"reward {name}: the function cannot be called with the given arguments",
             why=str(error),
             fix="it is given prompts, completions, completion_ids and the columns of the data, by name",
         ) from None
@@ -156,8 +158,10 @@ def _taken(name: str, function: Callable[..., Any], given: dict[str, Any]) -> di
 
 
 def validate_rewards(name: str, answer: Any, samples: Sequence[str]) -> list[Outcome]:
-    """The rewards in a component's answer, a failure for each entry that is none; RewardFailure where it is
-    no list of them."""
+    """One outcome per sample: the reward, or a failure for an entry that is not a finite number.
+
+    RewardFailure if the answer is not a list with one entry per sample.
+    """
     if hasattr(answer, "tolist"):  # numpy and torch
         answer = answer.tolist()
     if not isinstance(answer, list | tuple):
@@ -189,7 +193,7 @@ def _outcome(name: str, value: Any, sample: str) -> Outcome:
 
 
 def is_finite(reward: float) -> bool:
-    """True where it is still a finite number in fp32, as rewards are kept."""
+    """Whether the reward is finite in fp32, in which rewards are kept."""
     return abs(reward) <= float(np.finfo(np.float32).max)
 
 

@@ -1,11 +1,10 @@
-"""A component behind an HTTP endpoint: batched JSON, no wait without an end, nothing sent where the recipe
-does not say.
+"""A component behind an HTTP endpoint: batched JSON, bounded waits, and no request to another address.
 
     POST {"prompts": [...], "completions": [...], "columns": {...}}   ->   {"rewards": [...]}
 
-A request is tried again after a lost connection, 408, 429 and 5xx until the call's deadline, as Retry-After
-says where it does; other answers are final. Redirects are refused: they would carry data and headers to a
-host nobody named.
+A request is tried again after a lost connection, 408, 429 and 5xx until the call's deadline, after the time
+of Retry-After if the answer has one. Other answers are final. Redirects are refused: they would carry data
+and headers to a host that the recipe does not name.
 """
 
 import asyncio
@@ -35,23 +34,25 @@ IN_FLIGHT = 8
 CONNECT_TIMEOUT_S = 10.0
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.25, 8.0
 FAILURES_TO_OPEN, COOL_DOWN_S = 3, 30.0
-KNOCK_S = 15.0
-"""For an endpoint to be there when a run begins."""
-TRUST = "set SSL_CERT_FILE to a file with the certificate of who signed the server's, or mend the server"
+REACHABLE_WITHIN_S = 15.0
+"""Time for an endpoint to accept a connection when a run begins."""
+TRUST = "set SSL_CERT_FILE to the certificate of the authority that signed the server's, or fix the server"
 
-logging.getLogger("httpx").setLevel(
-    logging.WARNING
-)  # it writes whole addresses at INFO, with what may be in their query
+# At INFO httpx writes whole addresses, whose query may hold a secret.
+logging.getLogger("httpx").setLevel(logging.WARNING)
 
 
 class Unavailable(RewardFailure):
-    """The endpoint could not be reached or said that it cannot work now."""
+    """The endpoint cannot be reached, or answers that it cannot work now."""
 
 
 @dataclass(slots=True)
 class Breaker:
-    """Stops asking an endpoint that is away: open after `failures_to_open` unavailable answers in a row, for
-    `cool_down_s`; then one request is let through, which closes or opens it again."""
+    """Circuit breaker: sends nothing to an endpoint that is unavailable.
+
+    It opens for `cool_down_s` after `failures_to_open` failures in a row. Then it lets one request through,
+    which closes it or opens it again.
+    """
 
     failures_to_open: int = FAILURES_TO_OPEN
     cool_down_s: float = COOL_DOWN_S
@@ -60,14 +61,14 @@ class Breaker:
     reason: str = ""
 
     def seconds_to_wait(self) -> float:
-        """Until a request may be tried; 0 where it may."""
+        """Seconds until a request may be sent; 0 if it may be sent now."""
         return 0.0 if self.opened is None else max(0.0, self.opened + self.cool_down_s - time.monotonic())
 
     def answered(self) -> None:
         self.failures, self.opened, self.reason = 0, None, ""
 
     def unavailable(self, reason: str) -> None:
-        """reason: why it is away, for those who are not let through."""
+        """Counts a failure. `reason` is shown for requests that are not sent."""
         self.failures += 1
         self.reason = reason
         if self.opened is not None or self.failures >= self.failures_to_open:
@@ -75,9 +76,7 @@ class Breaker:
 
 
 class HttpReward:
-    """A component (rewards.Component). For one thread at a time. retry=False: each request is tried once.
-
-    environment: where the values of headers_from are; they are never logged."""
+    """A component (component.Component) for one thread at a time."""
 
     def __init__(
         self,
@@ -88,13 +87,13 @@ class HttpReward:
         retry: bool = True,
         breaker: Breaker | None = None,
     ) -> None:
+        """`environment` holds the values of headers_from, which are never logged.
+
+        With retry=False each request is sent once.
+        """
         assert function.url is not None
-        self.name, self.url, self.batch_size, self.retry = (
-            function.name,
-            httpx.URL(function.url),
-            batch_size,
-            retry,
-        )
+        self.name, self.url = function.name, httpx.URL(function.url)
+        self.batch_size, self.retry = batch_size, retry
         self.headers = {
             **header_values(function, environment),
             "Accept": "application/json",
@@ -103,34 +102,33 @@ class HttpReward:
         self.breaker = breaker or Breaker()
 
     def score(self, groups: Sequence[RolloutGroup], timeout_s: float) -> list[Outcome]:
-        """An outcome per sample within timeout_s; a request that failed is a failure of each of its samples."""
+        """One outcome per sample within timeout_s; a failed request is a failure of each of its samples."""
         wait = self.breaker.seconds_to_wait()
         if wait:
             raise Unavailable(
-                f"reward {self.name}: {self._shown} was away {self.breaker.failures} times in a row",
-                why=f"{self.breaker.reason}; it is asked again in {wait:.0f} s",
+                f"reward {self.name}: {self._shown} was unavailable {self.breaker.failures} times in a row",
+                why=f"{self.breaker.reason}; the next request is sent in {wait:.0f} s",
             )
         chunks = list(RewardCall.of(groups).chunks(self.batch_size))
-        loop = asyncio.new_event_loop()  # not asyncio.run: it would wait for a name server without an end
+        loop = asyncio.new_event_loop()  # asyncio.run would wait for a name server without limit
         try:
             return loop.run_until_complete(self._all(chunks, time.monotonic() + timeout_s))
         finally:
             loop.close()
 
     async def _all(self, chunks: Sequence[RewardCall], deadline: float) -> list[Outcome]:
-        left = deadline - time.monotonic()
-        timeout = httpx.Timeout(left, connect=min(left, CONNECT_TIMEOUT_S))
+        seconds = deadline - time.monotonic()
+        timeout = httpx.Timeout(seconds, connect=min(seconds, CONNECT_TIMEOUT_S))
         slots = asyncio.Semaphore(IN_FLIGHT)
         async with httpx.AsyncClient(headers=self.headers, timeout=timeout, follow_redirects=False) as client:
 
-            async def one(number: int) -> list[Outcome]:
+            async def score_chunk(number: int) -> list[Outcome]:
                 async with slots:
                     return await self._outcomes(client, chunks[number], number, deadline)
 
-            first = (
-                [await one(0)] if self.breaker.opened is not None else []
-            )  # half open: one request decides
-            rest = await asyncio.gather(*(one(i) for i in range(len(first), len(chunks))))
+            # If the breaker is half open, one request decides.
+            first = [await score_chunk(0)] if self.breaker.opened is not None else []
+            rest = await asyncio.gather(*(score_chunk(i) for i in range(len(first), len(chunks))))
         return [outcome for outcomes in [*first, *rest] for outcome in outcomes]
 
     async def _outcomes(
@@ -138,18 +136,20 @@ class HttpReward:
     ) -> list[Outcome]:
         try:
             if self.breaker.seconds_to_wait():
-                raise Unavailable(f"reward {self.name}: {self._shown} is away", why=self.breaker.reason)
+                raise Unavailable(
+                    f"reward {self.name}: {self._shown} is unavailable", why=self.breaker.reason
+                )
             answer = await self._answer(client, _body(self.name, call), number, deadline)
             return validate_rewards(self.name, _rewards(self.name, answer), call.samples)
         except Unavailable as failure:
-            if not self.breaker.seconds_to_wait():  # else it was not asked, or others have just opened it
+            if not self.breaker.seconds_to_wait():  # else nothing was sent, or another request just opened it
                 self.breaker.unavailable(failure.why)
             return [failure] * len(call)
         except RewardFailure as failure:
             return [failure] * len(call)
 
     async def _answer(self, client: httpx.AsyncClient, body: bytes, number: int, deadline: float) -> bytes:
-        """The body of the first answer of success before the deadline."""
+        """The body of the first successful answer before the deadline."""
         attempt, last = 0, "no answer came in time"
         while True:
             try:
@@ -160,18 +160,18 @@ class HttpReward:
                     f"reward {self.name}: {self._shown} did not answer in time", why=last
                 ) from None
             except _Busy as busy:
-                asked = busy.retry_after
-                last = busy.reason if asked is None else f"{busy.reason} and asks to wait {asked:.0f} s"
-            pause = asked if asked is not None else self._pause(number, attempt)
+                wanted = busy.retry_after
+                last = busy.reason if wanted is None else f"{busy.reason} and asks to wait {wanted:.0f} s"
+            pause = wanted if wanted is not None else self._pause(number, attempt)
             attempt += 1
             if not self.retry or time.monotonic() + pause >= deadline:
                 raise Unavailable(
-                    f"reward {self.name}: {self._shown} cannot be used", why=f"{last}, asked {attempt} times"
+                    f"reward {self.name}: {self._shown} cannot be used", why=f"{last}, tried {attempt} times"
                 )
             await asyncio.sleep(pause)
 
     async def _post(self, client: httpx.AsyncClient, body: bytes) -> bytes:
-        """One request; raises _Busy where another may help and RewardFailure where not."""
+        """Sends one request; raises _Busy if another may succeed, else RewardFailure."""
         try:
             async with client.stream(
                 "POST", self.url, content=body, headers={"Content-Type": "application/json"}
@@ -179,15 +179,15 @@ class HttpReward:
                 self._check(response)
                 return await self._bounded(response)
         except httpx.TimeoutException as error:
-            raise _Busy(f"{type(error).__name__}: it is silent", None) from None
+            raise _Busy(f"{type(error).__name__}: no answer", None) from None
         except httpx.ConnectError as error:
             if _is_untrusted(error):
                 raise RewardFailure(
                     f"reward {self.name}: {self._shown} is not trusted", why=str(error), fix=TRUST
                 ) from None
             raise _Busy(f"no connection: {error}", None) from None
-        except httpx.HTTPError as error:  # its text may hold parts of the request
-            raise _Busy(f"the exchange broke off: {type(error).__name__}", None) from None
+        except httpx.HTTPError as error:  # whose text may hold parts of the request
+            raise _Busy(f"the connection broke: {type(error).__name__}", None) from None
 
     def _check(self, response: httpx.Response) -> None:
         status = response.status_code
@@ -195,7 +195,7 @@ class HttpReward:
             raise _Busy(f"it answers {status}", _retry_after(response.headers.get("Retry-After")))
         self.breaker.answered()
         if 300 <= status < 400:
-            fix = "set the component's url to the address that is meant"
+            fix = "set the component's url to the final address"
             raise RewardFailure(
                 f"reward {self.name}: {self._shown} answers {status}, a redirect, which is not followed",
                 fix=fix,
@@ -223,7 +223,7 @@ class HttpReward:
         return bytes(data)
 
     def _pause(self, number: int, attempt: int) -> float:
-        """Seconds before the next try: doubled each time, spread over its upper half by a hash of who asks."""
+        """Seconds before the next try: doubled each time, spread over the upper half by a hash."""
         digest = hashlib.blake2b(f"{self.name} {number} {attempt}".encode(), digest_size=8).digest()
         return min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2**attempt) * (
             0.5 + 0.5 * int.from_bytes(digest, "big") / 2**64
@@ -231,25 +231,27 @@ class HttpReward:
 
     @property
     def _shown(self) -> str:
-        """The address without a query, which may hold a secret."""
+        """The address without its query, which may hold a secret."""
         return f"{self.url.scheme}://{self.url.netloc.decode()}{self.url.path}"
 
 
-def knock(function: RewardFunction, patience_s: float = KNOCK_S) -> None:
-    """Once before a run: ConfigError where the endpoint's certificate is not trusted, Unreachable where
-    nobody is there for `patience_s` seconds. It sends nothing. Behind a proxy nothing is tried: who is there
-    can only be told by asking."""
+def check_reachable(function: RewardFunction, timeout_s: float = REACHABLE_WITHIN_S) -> None:
+    """Connects to the endpoint once before a run, and sends nothing.
+
+    ConfigError if its certificate is not trusted, DashboardUnreachable if it accepts no connection within
+    `timeout_s`. Behind a proxy nothing is tried, since only a request would show whether it is there.
+    """
     url = httpx.URL(str(function.url))
-    shown, deadline = f"{url.scheme}://{url.netloc.decode()}", time.monotonic() + patience_s
+    shown, deadline = f"{url.scheme}://{url.netloc.decode()}", time.monotonic() + timeout_s
     if urllib.request.getproxies().get(url.scheme) and not urllib.request.proxy_bypass(url.host):
         return
     while True:
         try:
             with socket.create_connection(
                 (url.host, url.port or (443 if url.scheme == "https" else 80)), timeout=CONNECT_TIMEOUT_S
-            ) as door:
+            ) as connection:
                 if url.scheme == "https":
-                    httpx.create_ssl_context().wrap_socket(door, server_hostname=url.host).close()
+                    httpx.create_ssl_context().wrap_socket(connection, server_hostname=url.host).close()
             return
         except ssl.SSLCertVerificationError as error:
             raise ConfigError(
@@ -257,9 +259,9 @@ def knock(function: RewardFunction, patience_s: float = KNOCK_S) -> None:
             ) from error
         except OSError as error:
             if time.monotonic() + 1.0 > deadline:
-                fix = "start the server, or mend the component's url"
+                fix = "start the server, or fix the component's url"
                 raise DashboardUnreachable(
-                    f"reward {function.name}: nobody answers at {shown}",
+                    f"reward {function.name}: nothing answers at {shown}",
                     why=error.strerror or str(error),
                     fix=fix,
                 ) from error
@@ -267,7 +269,7 @@ def knock(function: RewardFunction, patience_s: float = KNOCK_S) -> None:
 
 
 def _is_untrusted(error: BaseException | None) -> bool:
-    """Whether a certificate is at the bottom of it: no other try will help."""
+    """Whether an untrusted certificate is the cause, so that no other try can succeed."""
     while error is not None:
         if isinstance(error, ssl.SSLCertVerificationError):
             return True
@@ -276,7 +278,7 @@ def _is_untrusted(error: BaseException | None) -> bool:
 
 
 class _Busy(Exception):
-    """A try failed, another may not. retry_after: seconds the server asks to wait."""
+    """A try failed, another may succeed. `retry_after` is how many seconds the server asks to wait."""
 
     def __init__(self, reason: str, retry_after: float | None) -> None:
         super().__init__(reason)
@@ -310,7 +312,7 @@ def _rewards(name: str, answer: bytes) -> object:
 
 
 def _retry_after(header: str | None) -> float | None:
-    """Seconds of a Retry-After header, which holds a number or a date; None where it says neither."""
+    """Seconds of a Retry-After header, which holds a number or a date; None if it holds neither."""
     if header is None:
         return None
     if header.strip().isdecimal():

@@ -1,11 +1,11 @@
-"""From a name in the recipe to a reward function, and the check of the names before anything is started.
+"""Finds the reward function that a recipe names, and checks the names before anything is started.
 
     exact_match | last_number        the checkers of data/answers.py, against the row's `answer`
     module:function                  importable from the working folder or the Python path
-    file.py:function                 a loose file
-    trl:NAME                         of trl.rewards; `options` go to its makers (`get_*`)
+    file.py:function                 a file outside of packages
+    trl:NAME                         in trl.rewards; `options` are passed to its makers (`get_*`)
 
-`check_rewards` reads sources and imports nothing of the user's; only the sandbox process calls `resolve`.
+`check_rewards` reads sources and imports no user code; only the sandbox process calls `resolve`.
 """
 
 import ast
@@ -16,7 +16,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
@@ -29,24 +29,26 @@ from orchestrator.data.answers import CHECKERS, matches
 from orchestrator.recipe.schema import RewardFunction, Rewards
 
 ENVIRONMENT = "environment"
-"""The component that holds what environments gave; no function may have its name."""
+"""Name of the part with the environments' rewards; no component may use it."""
 
 NEEDS_MATH_VERIFY = "accuracy_rewards"
-"""The file of trl.rewards whose functions work only with the package math-verify."""
+"""File of trl.rewards whose functions need the package math-verify."""
 
 GIVEN = ("prompts", "completions", "completion_ids")
+"""Arguments that every function gets beside the columns of the data."""
 ONLY_TRL = ("trainer_state", "log_metric", "log_extra", "environments")
-"""What TRL's trainers give beside these; there is no such trainer here."""
+"""Arguments that only TRL's trainers give."""
 
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """Where a function is written. file: its source, None where there is none to read; module: None for a
-    loose file."""
+    """Where a function is written."""
 
     name: str
     module: str | None
+    """None for a file outside of packages."""
     file: Path | None
+    """Its source; None if there is none to read."""
 
     @property
     def is_trl(self) -> bool:
@@ -54,15 +56,14 @@ class Origin:
 
 
 def check_rewards(rewards: Rewards) -> None:
-    """ConfigError or MissingInput where a component cannot work as written; nothing of the user's is imported
-    or called."""
+    """ConfigError or MissingInput if a component cannot work as written. No user code is run."""
     names = [f.name for f in rewards.functions]
     for name in names:
         if names.count(name) > 1 or name == ENVIRONMENT:
             why = (
-                "it names what environments give"
+                "it is the name of the environment's reward"
                 if name == ENVIRONMENT
-                else "metrics are told apart by the names"
+                else "metrics need a different name for each component"
             )
             raise ConfigError(
                 f"rewards.functions: the name {name} is taken", why=why, fix="rename the component"
@@ -79,26 +80,31 @@ def check_rewards(rewards: Rewards) -> None:
 
 
 def header_values(function: RewardFunction, environment: Mapping[str, str]) -> dict[str, str]:
-    """HTTP headers of a component; a value is never put into a message."""
+    """HTTP headers of a component. Error messages never show a value."""
     headers = {}
     for header, variable in function.headers_from.items():
         value = environment.get(variable, "").strip()
         if not value or not (value.isascii() and value.isprintable()):
-            state = "holds characters that no header may" if value else "is not set"
+            state = "holds characters that a header cannot have" if value else "is not set"
             raise ConfigError(
                 f"rewards.functions, {function.name}: the variable {variable} for the header {header} "
                 f"{state}",
                 fix=f"export {variable}=…",
             )
         if not re.fullmatch(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+", header):
-            raise ConfigError(f"rewards.functions, {function.name}: {header!r} is no name of an HTTP header")
+            raise ConfigError(
+                f"rewards.functions, {function.name}: {header!r} is not a name for an HTTP header",
+                fix="rename it in headers_from",
+            )
         headers[header] = value
     return headers
 
 
 def parameters_of(function: RewardFunction) -> ast.arguments | None:
-    """What a function takes by its source; None where none is read: a method, a decorated function, one that
-    is imported or made."""
+    """A function's arguments, from its source.
+
+    None if there is none to read, as for a method, and for a decorated, imported or made function.
+    """
     origin = _locate(function)
     if origin.file is None:
         return None
@@ -107,22 +113,21 @@ def parameters_of(function: RewardFunction) -> ast.arguments | None:
 
 
 def resolve(function: RewardFunction) -> Callable[..., Any]:
-    """The function with its options bound. Runs the user's module: only for the sandbox process."""
+    """The function with its options bound. This runs user code: only for the sandbox process."""
     origin = _locate(function)
     if origin.module == __name__:
         return functools.partial(_check_answers, checker=origin.name)
-    found: Any = functools.reduce(
-        getattr, origin.name.split("."), load_module(origin.module or str(origin.file))
-    )
+    module = load_module(origin.module or str(origin.file))
+    named: Any = functools.reduce(getattr, origin.name.split("."), module)
     if origin.is_trl and origin.name.startswith("get_"):
-        return found(**function.options)
-    return functools.partial(found, **function.options) if function.options else found
+        return named(**function.options)
+    return functools.partial(named, **function.options) if function.options else named
 
 
 def _check_answers(
     completions: Sequence[Any], checker: str, answer: Sequence[str | None], **_: Any
 ) -> list[float | None]:
-    """1.0 where the completion's text is the row's answer, else 0.0; None where the row has no answer."""
+    """1.0 if the completion matches the row's answer, else 0.0; None if the row has no answer."""
     return [
         None if wanted is None else float(matches(text_of(completion), str(wanted), checker))
         for completion, wanted in zip(completions, answer, strict=True)
@@ -130,15 +135,15 @@ def _check_answers(
 
 
 def text_of(completion: Any) -> str:
-    """A completion's text; of messages, what the assistant said last."""
+    """A completion's text; for messages, that of the assistant's last one."""
     if isinstance(completion, str):
         return completion
-    said = next((m["content"] for m in reversed(completion) if m["role"] == "assistant"), "") or ""
-    return said if isinstance(said, str) else "".join(part.get("text", "") for part in said)
+    content = next((m["content"] for m in reversed(completion) if m["role"] == "assistant"), "") or ""
+    return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
 
 
 def is_users(function: RewardFunction) -> bool:
-    """True for code that is neither this program's nor TRL's."""
+    """Whether the code is neither this program's nor TRL's."""
     return (
         function.function is not None
         and ":" in function.function
@@ -147,7 +152,7 @@ def is_users(function: RewardFunction) -> bool:
 
 
 def source_of(written: str) -> Path | None:
-    """The file of `module:name` or `file.py:name`; None where there is none to read."""
+    """The file of `module:name` or `file.py:name`; None if there is none to read."""
     place = written.rpartition(":")[0]
     if place.endswith(".py"):
         return Path(place) if Path(place).is_file() else None
@@ -160,7 +165,7 @@ def source_of(written: str) -> Path | None:
 
 
 def needs_answer(function: RewardFunction) -> bool:
-    """True for the checkers of this program."""
+    """Whether it is a checker of this program, which needs the column `answer`."""
     return function.function in CHECKERS
 
 
@@ -172,15 +177,12 @@ def _check_weight(function: RewardFunction) -> None:
 
 
 def _check_function(function: RewardFunction) -> None:
-    """ConfigError where the function or the package it needs is not there, or it does not take the options."""
+    """ConfigError if the function or a package that it needs is missing, or it does not take the options."""
     origin = _locate(function)
     if origin.file is None:
         return
-    if (
-        origin.is_trl
-        and origin.file.stem == NEEDS_MATH_VERIFY
-        and importlib.util.find_spec("math_verify") is None
-    ):
+    needs_math_verify = origin.is_trl and origin.file.stem == NEEDS_MATH_VERIFY
+    if needs_math_verify and importlib.util.find_spec("math_verify") is None:
         raise ConfigError(
             f"rewards.functions, {function.name}: {function.function} needs the package math-verify",
             fix="pip install 'math-verify[antlr4_13_2]'",
@@ -197,34 +199,29 @@ def _check_function(function: RewardFunction) -> None:
 def _check_options(
     function: RewardFunction, definition: ast.FunctionDef | ast.AsyncFunctionDef, *, maker: bool
 ) -> None:
-    if definition.decorator_list:  # they may change what it takes
+    if definition.decorator_list:  # decorators may change the arguments
         return
     arguments = definition.args
     positional = [a.arg for a in arguments.posonlyargs + arguments.args]
     takes = [*positional, *(a.arg for a in arguments.kwonlyargs)]
     for option in function.options:
         if (option not in takes and arguments.kwarg is None) or (option in GIVEN and not maker):
-            why = "the orchestrator gives it" if option in takes else ""
-            raise _unknown(
-                function,
-                f"{function.function} takes no option {option}",
-                option,
-                set(takes) - set(GIVEN),
-                why,
-            )
+            why = "orchestrator itself gives it" if option in takes else ""
+            what = f"{function.function} takes no option {option}"
+            raise _unknown(function, what, option, set(takes) - set(GIVEN), why)
     required = positional[: len(positional) - len(arguments.defaults)]
     missing = [name for name in required if name not in function.options]
-    foreign = [
+    only_trl = [
         name
         for name in (*missing, *_without_default(arguments))
         if name in ONLY_TRL and name not in function.options
     ]
-    if foreign and not maker:
+    if only_trl and not maker:
         raise ConfigError(
-            f"rewards.functions, {function.name}: {function.function} needs {', '.join(foreign)}, which "
+            f"rewards.functions, {function.name}: {function.function} needs {', '.join(only_trl)}, which "
             "only TRL's trainers give",
             why="it is given prompts, completions, completion_ids and the columns of the data",
-            fix=f"give the argument a default ({foreign[0]}=None) and leave out what needs it",
+            fix=f"give the argument a default ({only_trl[0]}=None) and remove the code that needs it",
         )
     if maker and missing:
         raise ConfigError(
@@ -234,7 +231,7 @@ def _check_options(
 
 
 def _without_default(arguments: ast.arguments) -> list[str]:
-    """Keyword-only arguments that have to be given."""
+    """Keyword-only arguments without a default."""
     return [
         a.arg
         for a, default in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True)
@@ -243,7 +240,7 @@ def _without_default(arguments: ast.arguments) -> list[str]:
 
 
 def _locate(function: RewardFunction) -> Origin:
-    """Where the function is, without importing it; ConfigError or MissingInput where there is no such place."""
+    """Where the function is, without importing it; ConfigError or MissingInput if that does not exist."""
     assert function.function is not None
     where, colon, name = function.function.rpartition(":")
     if not colon:
@@ -261,7 +258,7 @@ def _locate(function: RewardFunction) -> Origin:
             )
         return Origin(name, __name__, None)
     if where == "trl":
-        return _of_trl(function, name)
+        return _locate_in_trl(function, name)
     if where.endswith(".py"):
         file = Path(where).absolute()
         if not file.is_file():
@@ -285,25 +282,25 @@ def _locate(function: RewardFunction) -> Origin:
     )
 
 
-def _of_trl(function: RewardFunction, name: str) -> Origin:
+def _locate_in_trl(function: RewardFunction, name: str) -> Origin:
     spec = _spec("trl.rewards")
     if spec is None or spec.origin is None:
         raise ConfigError(
             f"rewards.functions, {function.name}: this trl has no trl.rewards", fix="pip install 'trl>=1.16'"
         )
-    known: dict[str, Path] = {}
+    files: dict[str, Path] = {}
     for file in sorted(Path(spec.origin).parent.glob("*.py")):
-        known |= {
+        files |= {
             defined: file
             for defined in _definitions(file, function).names
             if not defined.startswith("_") and file.stem != "__init__"
         }
-    known = {
-        name: file for name, file in known.items() if name.endswith("_reward") or name.startswith("get_")
+    files = {
+        name: file for name, file in files.items() if name.endswith("_reward") or name.startswith("get_")
     }
-    if name not in known:
-        raise _unknown(function, f"trl.rewards has no {name}", name, known)
-    return Origin(name, "trl.rewards", known[name])
+    if name not in files:
+        raise _unknown(function, f"trl.rewards has no {name}", name, files)
+    return Origin(name, "trl.rewards", files[name])
 
 
 def _spec(module: str) -> ModuleSpec | None:
@@ -311,7 +308,7 @@ def _spec(module: str) -> ModuleSpec | None:
     head, *rest = module.split(".")
     try:
         spec = PathFinder.find_spec(head, [os.getcwd(), *sys.path]) or importlib.util.find_spec(head)
-    except (ValueError, ImportError):  # a name that Python itself does not look up, like __main__ or ""
+    except (ValueError, ImportError):  # a name that Python cannot look up, such as __main__ or ""
         return None
     for part in rest:
         if spec is None or spec.submodule_search_locations is None:
@@ -323,11 +320,12 @@ def _spec(module: str) -> ModuleSpec | None:
 
 @dataclass(frozen=True, slots=True)
 class _Definitions:
-    """Names at the top level of a source, functions with their definition. open: others may come from a star
-    import."""
+    """Names at the top level of a source."""
 
     names: Mapping[str, ast.FunctionDef | ast.AsyncFunctionDef | None]
+    """Name -> its definition; None for what is not a function."""
     open: bool
+    """Whether there may be other names, from a star import or __getattr__."""
 
 
 def _definitions(file: Path, function: RewardFunction) -> _Definitions:
@@ -338,7 +336,7 @@ def _definitions(file: Path, function: RewardFunction) -> _Definitions:
         raise ConfigError(
             f"rewards.functions, {function.name}: {file}:{line} is not Python",
             why=str(error),
-            fix="mend the file",
+            fix="fix the file",
         ) from error
     names: dict[str, ast.FunctionDef | ast.AsyncFunctionDef | None] = {}
     for node in _top_level(tree):
@@ -354,7 +352,7 @@ def _definitions(file: Path, function: RewardFunction) -> _Definitions:
 
 
 def _top_level(tree: ast.AST) -> Iterator[ast.AST]:
-    """Nodes that run when the module is imported, what is inside functions and classes left out."""
+    """Nodes that run when the module is imported, without those inside functions and classes."""
     for node in ast.iter_child_nodes(tree):
         yield node
         if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Lambda):
@@ -364,11 +362,11 @@ def _top_level(tree: ast.AST) -> Iterator[ast.AST]:
 def _check_url(url: str, key: str) -> None:
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ConfigError(f"{key} is no http:// or https:// address", fix="write http://host:port/path")
+        raise ConfigError(f"{key} is not an http:// or https:// address", fix="write http://host:port/path")
     if parts.username or parts.password:
         raise ConfigError(
             f"{key} holds a user or a password",
-            why="recipes are kept and logged",
+            why="recipes are stored and logged",
             fix="use headers_from with a variable",
         )
 
@@ -383,10 +381,13 @@ def _check_model(function: RewardFunction) -> None:
         )
 
 
-def _unknown(function: RewardFunction, what: str, name: str, known: Any, why: str = "") -> ConfigError:
-    names = sorted(str(k) for k in known)
+def _unknown(
+    function: RewardFunction, what: str, name: str, choices: Iterable[str], why: str = ""
+) -> ConfigError:
+    """The error for an unknown name, with the choices that are close to it."""
+    names = sorted(choices)
     close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
-    fix = _did_you_mean(close) or (f"there are {', '.join(names[:12])}" if names else "")
+    fix = _did_you_mean(close) or (f"use one of {', '.join(names[:12])}" if names else "")
     return ConfigError(f"rewards.functions, {function.name}: {what}", why=why, fix=fix)
 
 

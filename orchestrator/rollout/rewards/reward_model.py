@@ -1,10 +1,9 @@
-"""A trained reward model as a component: the folder that a `reward` run exports, read at the last token of
-each sequence.
+"""A trained reward model as a component: the export of a `reward` run, read at each sequence's last token.
 
-    groups -> prompt ids + completion ids (the policy's, or text tokenized anew) -> padded micro-batches ->
-    rewards Float[n]
+    groups -> prompt ids + completion ids (the policy's, or text tokenized again) -> padded micro-batches
+           -> rewards Float[n]
 
-It is the forward that trained the model (models/forward.py), so padding, masks and positions mean the same.
+It uses the forward that trained the model (models/forward.py), so padding, masks and positions are the same.
 """
 
 import json
@@ -26,18 +25,17 @@ from orchestrator.rollout.rewards.component import Outcome, RewardFailure
 
 
 class RewardModel:
-    """A component (rewards.Component) around a sequence-classification model with one output.
+    """A component (component.Component) around a sequence-classification model with one output.
 
-    policy: the model whose tokenizer made the rollouts' ids; where the reward model's is the same
-    (`same_tokenizer`) the ids are read as they are, so the reward is of exactly the tokens sampled. Else, or
-    without it, prompt and completion are tokenized from their text by data/tokenize.py, as in training, with
-    an eos only where the completion had its own.
+    If `policy` has the same tokenizer as the reward model (`same_tokenizer`), the rollouts' ids are read
+    unchanged, so the reward is of exactly the tokens that were sampled. Else the texts of prompt and
+    completion are tokenized by data/tokenize.py as in training, with an eos if the completion ended with one.
     """
 
     def __init__(
         self, function: RewardFunction, *, policy: Model | None, batch_size: int, device: torch.device
     ) -> None:
-        """ConfigError or MissingInput where the folder holds no trained reward model."""
+        """ConfigError or MissingInput if the folder does not hold a trained reward model."""
         assert function.model is not None
         cfg = Model(path=function.model, revision=function.revision)  # pyright: ignore[reportCallIssue]
         _check_head(function.name, cfg)
@@ -54,25 +52,30 @@ class RewardModel:
         }
 
     def score(self, groups: Sequence[RolloutGroup], timeout_s: float = float("inf")) -> list[Outcome]:
-        """A reward per sample; a failure where it is too long or cannot be tokenized. The caller keeps the
-        time."""
-        found: list[Outcome | SequenceGroup] = [
+        """A reward per sample; a failure if it is too long or cannot be tokenized."""
+        outcomes: list[Outcome | SequenceGroup] = [
             self._sequence(g.prompt, r) for g in groups for r in g.rollouts
         ]
-        fitting = [i for i, s in enumerate(found) if isinstance(s, SequenceGroup)]
+        fitting = [i for i, s in enumerate(outcomes) if isinstance(s, SequenceGroup)]
         fitting.sort(
-            key=lambda i: -len(_sequence_at(found, i).prompt) - len(_sequence_at(found, i).branches[0].ids)
+            key=lambda i: (
+                -len(_sequence_at(outcomes, i).prompt) - len(_sequence_at(outcomes, i).branches[0].ids)
+            )
         )
         for start in range(0, len(fitting), self.batch_size):
             chunk = fitting[start : start + self.batch_size]
-            for i, reward in zip(chunk, self._rewards([_sequence_at(found, i) for i in chunk]), strict=True):
-                found[i] = reward
+            for i, reward in zip(
+                chunk, self._rewards([_sequence_at(outcomes, i) for i in chunk]), strict=True
+            ):
+                outcomes[i] = reward
         samples = [f"{g.prompt.where}, sample {r.sample}" for g in groups for r in g.rollouts]
-        return [_finite(self.name, outcome, sample) for outcome, sample in zip(found, samples, strict=True)]
+        return [
+            _finite(self.name, outcome, sample) for outcome, sample in zip(outcomes, samples, strict=True)
+        ]
 
     @torch.no_grad()
     def _rewards(self, sequences: Sequence[SequenceGroup]) -> list[float]:
-        """Of one micro-batch; halves of it where it does not fit in the device's memory."""
+        """Rewards of one micro-batch, which is halved if it does not fit into the device's memory."""
         try:
             rows = MicroBatchTensors.of(pack(sequences, "padded"), self.device)
             return run_forward(self.model, rows).values.flatten().tolist()
@@ -108,10 +111,13 @@ class RewardModel:
         return sequence
 
 
-def same_tokenizer(one: Any, other: Any) -> bool:
-    """True where ids of one mean the same to the other: the serialized tokenizers (vocabulary, merges,
-    normaliser, added tokens …) are equal but for padding and truncation, and so are chat template and eos."""
-    return _identity(one) == _identity(other)
+def same_tokenizer(first: Any, second: Any) -> bool:
+    """Whether ids mean the same to both tokenizers.
+
+    This is so if the serialized tokenizers (vocabulary, merges, normaliser, added tokens …) are equal but for
+    padding and truncation, and if chat template and eos are equal.
+    """
+    return _identity(first) == _identity(second)
 
 
 def _identity(tokenizer: Any) -> tuple[Any, ...]:
@@ -126,12 +132,12 @@ def _identity(tokenizer: Any) -> tuple[Any, ...]:
 
 
 def _check_head(name: str, cfg: Model) -> None:
-    """transformers would draw a missing head at random, and train on what it says."""
+    """ConfigError for a folder without a reward head, which transformers would draw at random."""
     config = load_config(cfg)
     kinds = getattr(config, "architectures", None) or []
     if not any(kind.endswith("ForSequenceClassification") for kind in kinds) or config.num_labels != 1:
         raise ConfigError(
-            f"rewards.functions, {name}: {cfg.path} is no reward model",
+            f"rewards.functions, {name}: {cfg.path} is not a reward model",
             why=f"it is a {', '.join(kinds) or 'model without an architecture'} with {config.num_labels} "
             "outputs",
             fix="give the export folder of a `reward` run, or another sequence classifier with one output",
@@ -142,8 +148,8 @@ def _data(*, append_eos: bool) -> Data:
     return Data(train="", append_eos=append_eos)  # pyright: ignore[reportCallIssue]
 
 
-def _sequence_at(found: Sequence[Outcome | SequenceGroup], i: int) -> SequenceGroup:
-    sequence = found[i]
+def _sequence_at(outcomes: Sequence[Outcome | SequenceGroup], i: int) -> SequenceGroup:
+    sequence = outcomes[i]
     assert isinstance(sequence, SequenceGroup)
     return sequence
 

@@ -1,13 +1,15 @@
-"""A process of its own for one reward function, which may do what it likes without harm to the run.
+"""A separate process for one reward function, which cannot harm the run.
 
-    Sandbox (in an actor) --socket: length, JSON--> `python -m orchestrator.rollout.rewards.sandbox` --> the user's function
+    Sandbox (in an actor) --socket: length, JSON--> `python -m orchestrator.rollout.rewards.sandbox`
+                                                        --> the user's function
 
-The process starts with a clean environment (so its /proc/self/environ and what it starts are clean too), an
-address space limited to its own at start plus `memory_bytes`, a session of its own, nothing on stdin, and a
-log file for what it prints. Nothing is unpickled. A call that is late costs the process group its life, and
-the next call gets a new one. If the actor dies, the process sees its socket closed and ends itself with all
-that it started. It protects a run from mistakes; it is no wall against hostile code, which runs as the same
-user and can read that user's files and processes.
+The process starts with a clean environment (so its /proc/self/environ and its children are clean too), its
+own session, an address space limited to that at its start plus `memory_bytes`, nothing on stdin, and a log
+file for its output. Nothing is unpickled. If a call is late, the process group is killed and the next call
+starts a new one. If the actor dies, the process sees its socket closed and ends its process group.
+
+The sandbox protects a run from mistakes, not from hostile code, which runs as the same user and can read that
+user's files and processes.
 """
 
 import contextlib
@@ -43,30 +45,33 @@ from orchestrator.rollout.rewards.component import (
 from orchestrator.rollout.rewards.lookup import resolve
 
 START_TIMEOUT_S = 120.0
-"""For Python to start and the user's module to be imported."""
+"""Time for Python to start and import the user's module."""
 
 MAX_ANSWER_BYTES = 256 * 1024 * 1024
 KEPT = ("PATH", "HOME", "LANG", "TZ", "PYTHONPATH", "OMP_NUM_THREADS")
+"""Variables that the process keeps."""
 HEADER = struct.Struct(">Q")
 
 
 @dataclass(frozen=True, slots=True)
 class Confinement:
-    """What the process may have. environment: all of its variables; memory_bytes: above its address space at
-    start; folder: where it works; log: where its output goes, None for nowhere."""
+    """What the process may have."""
 
     environment: Mapping[str, str]
+    """All of its variables."""
     memory_bytes: int
+    """Limit above its address space at start."""
     folder: str
+    """Working folder."""
     log: Path | None = None
+    """File for its output; None drops it."""
 
     @classmethod
     def of(cls, rewards: Rewards, environment: Mapping[str, str], log: Path | None) -> "Confinement":
-        """From the recipe and the variables of the driver: only those named here or in rewards.environment
-        are kept."""
+        """From the recipe and the driver's variables; it keeps KEPT, LC_* and rewards.environment."""
         kept = {k: v for k, v in environment.items() if k in KEPT or k.startswith("LC_")}
         named = {k: environment[k] for k in rewards.environment if k in environment}
-        defaults = {"OMP_NUM_THREADS": "1", **NO_GPUS}  # the learners' devices are not its own
+        defaults = {"OMP_NUM_THREADS": "1", **NO_GPUS}  # it must not use the learners' devices
         return cls(defaults | kept | named, int(rewards.memory_limit_gb * 2**30), os.getcwd(), log)
 
 
@@ -75,7 +80,7 @@ class _Ended(Exception):
 
 
 class Sandbox:
-    """Supervises the process of one function. For one thread at a time."""
+    """Supervises the process of one function, for one thread at a time."""
 
     def __init__(self, function: RewardFunction, confinement: Confinement) -> None:
         self.function, self.confinement = function, confinement
@@ -84,7 +89,7 @@ class Sandbox:
         self.channel: socket.socket | None = None
 
     def start(self, timeout_s: float = START_TIMEOUT_S) -> None:
-        """Starts the process and has it import the function; ConfigError where that fails."""
+        """Starts the process, which imports the function; ConfigError if that fails."""
         self.close()
         ours, theirs = socket.socketpair()
         with theirs:
@@ -107,25 +112,24 @@ class Sandbox:
             )
 
     def score(self, call: RewardCall, timeout_s: float) -> list[Outcome]:
-        """An outcome per sample; RewardFailure where the function raised, was late, or took its process down."""
+        """One outcome per sample; RewardFailure if the function raised, was late, or ended its process."""
         if not len(call):
             return []
         if self.process is None:
-            self._revive()
+            self._restart()
         answer = self._exchange(_request(self.name, call), timeout_s)
         if "failure" in answer:
             raise RewardFailure(f"reward {self.name} failed", why=str(answer["failure"]), fix=self._see_log())
         faults = answer.get("faults") or {}
-        outcomes = validate_rewards(
-            self.name, answer.get("rewards"), call.samples
-        )  # what comes from a process is judged again
+        # Validated again here, since the process runs user code and may send anything.
+        outcomes = validate_rewards(self.name, answer.get("rewards"), call.samples)
         return [
             RewardFailure(str(faults[str(i)])) if str(i) in faults else outcome
             for i, outcome in enumerate(outcomes)
         ]
 
     def close(self) -> None:
-        """Ends the process and all that it started in its group."""
+        """Kills the process group."""
         if self.process is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)
@@ -145,24 +149,24 @@ class Sandbox:
         log = self.confinement.log
         if log is not None:
             log.parent.mkdir(parents=True, exist_ok=True)
-        words = ["orchestrator.rollout.rewards.sandbox", str(theirs.fileno())]
+        command = ["orchestrator.rollout.rewards.sandbox", str(theirs.fileno())]
         with open(log or os.devnull, "ab") as output:
             return started_process(
-                words,
+                command,
                 self.confinement.environment,
                 self.confinement.folder,
                 output,
                 pass_fds=(theirs.fileno(),),
             )
 
-    def _revive(self) -> None:
+    def _restart(self) -> None:
         try:
             self.start()
-        except ConfigError as error:  # it did start before: a failure of this call
+        except ConfigError as error:  # it has started before, so only this call fails
             raise RewardFailure(error.what, why=error.why, fix=error.fix) from error
 
     def _exchange(self, request: Any, timeout_s: float) -> dict[str, Any]:
-        """Sends and waits for the answer; where none comes in time the process is ended."""
+        """Sends a request and waits for the answer. Without one in time the process is killed."""
         assert self.channel is not None and self.process is not None
         deadline = time.monotonic() + timeout_s
         try:
@@ -173,27 +177,29 @@ class Sandbox:
                 raise ValueError(f"a {type(answer).__name__}")
             return answer
         except TimeoutError:
-            why = f"it did not answer within {timeout_s:.3g} s and was ended"
+            why = f"it did not answer within {timeout_s:.3g} s and was killed"
         except (_Ended, OSError):
             why = self._how_it_ended()
         except (ValueError, RecursionError) as error:
-            why = f"its process answered nonsense: {str(error)[:80]}"
+            why = f"its process sent an invalid answer: {str(error)[:80]}"
         self.close()
         raise RewardFailure(f"reward {self.name} failed", why=why, fix=self._see_log())
 
     def _seconds_left(self, deadline: float) -> float:
-        """Seconds for the next wait: short, because a process that ended may have left its end of the socket
-        to a child."""
+        """Seconds for the next wait; TimeoutError after the deadline, _Ended if the process has ended.
+
+        Waits are short, since a process that ended may have left its end of the socket to a child.
+        """
         assert self.process is not None
-        left = deadline - time.monotonic()
-        if left <= 0:
+        seconds = deadline - time.monotonic()
+        if seconds <= 0:
             raise TimeoutError
         if self.process.poll() is not None:
             assert self.channel is not None
             readable, _, _ = select.select([self.channel], [], [], 0)
             if not readable:
                 raise _Ended
-        return min(left, 0.2)
+        return min(seconds, 0.2)
 
     def _how_it_ended(self) -> str:
         assert self.process is not None
@@ -211,12 +217,12 @@ class Sandbox:
         return (
             f"see {self.confinement.log}"
             if self.confinement.log is not None
-            else "call the function on its own to see why"
+            else "call the function alone to see why"
         )
 
 
 def started_process(
-    words: Sequence[str],
+    command: Sequence[str],
     environment: Mapping[str, str],
     folder: str,
     output: Any,
@@ -224,10 +230,12 @@ def started_process(
     stdin: int = subprocess.DEVNULL,
     pass_fds: Sequence[int] = (),
 ) -> "subprocess.Popen[bytes]":
-    """`python -m WORDS` in a session of its own, with just these variables. output: a file for all that it
-    says."""
+    """Starts `python -m COMMAND` in its own session, with these variables alone.
+
+    `output` is a file for stdout and stderr.
+    """
     return subprocess.Popen(
-        [sys.executable, "-u", "-m", *words],
+        [sys.executable, "-u", "-m", *command],
         stdin=stdin,
         stdout=output,
         stderr=output,
@@ -239,7 +247,7 @@ def started_process(
 
 
 def _with_package(environment: Mapping[str, str]) -> dict[str, str]:
-    """The variables, with this package importable."""
+    """The variables, with a PYTHONPATH from which this package can be imported."""
     root = str(Path(orchestrator.__file__).resolve().parents[1])
     paths = [p for p in environment.get("PYTHONPATH", "").split(os.pathsep) if p]
     return {**environment, "PYTHONPATH": os.pathsep.join([*paths, root])}
@@ -256,7 +264,7 @@ def _request(name: str, call: RewardCall) -> dict[str, Any]:
         try:
             json.dumps(values, default=_plain)
         except (TypeError, ValueError) as error:
-            what = f"reward {name}: the column {column} cannot be handed over"
+            what = f"reward {name}: the column {column} cannot be sent to its process"
             raise RewardFailure(
                 what, why=str(error), fix="keep text, numbers and lists in the data"
             ) from error
@@ -264,10 +272,10 @@ def _request(name: str, call: RewardCall) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """What JSON takes in the place of numpy's types."""
+    """numpy's values as JSON values; TypeError for other types."""
     if hasattr(value, "tolist"):
         return value.tolist()
-    raise TypeError(f"a {type(value).__name__} is no JSON value")
+    raise TypeError(f"a {type(value).__name__} is not a JSON value")
 
 
 def _send(channel: socket.socket, message: Any) -> None:
@@ -275,19 +283,21 @@ def _send(channel: socket.socket, message: Any) -> None:
     channel.sendall(HEADER.pack(len(data)) + data)
 
 
-def _receive(channel: socket.socket, patience: Callable[[], float | None]) -> Any:
-    """The next message. patience: seconds to wait before it is asked again, None for ever; it raises when
-    there is none left."""
-    (size,) = HEADER.unpack(_exactly(channel, HEADER.size, patience))
+def _receive(channel: socket.socket, seconds_left: Callable[[], float | None]) -> Any:
+    """The next message.
+
+    `seconds_left` gives the seconds of the next wait, or None to wait for ever, and raises at the deadline.
+    """
+    (size,) = HEADER.unpack(_exactly(channel, HEADER.size, seconds_left))
     if size > MAX_ANSWER_BYTES:
         raise ValueError(f"a message of {size} bytes")
-    return json.loads(_exactly(channel, size, patience))
+    return json.loads(_exactly(channel, size, seconds_left))
 
 
-def _exactly(channel: socket.socket, size: int, patience: Callable[[], float | None]) -> bytes:
+def _exactly(channel: socket.socket, size: int, seconds_left: Callable[[], float | None]) -> bytes:
     data = bytearray()
     while len(data) < size:
-        channel.settimeout(patience())
+        channel.settimeout(seconds_left())
         try:
             part = channel.recv(min(size - len(data), 1 << 20))
         except TimeoutError:
@@ -300,9 +310,8 @@ def _exactly(channel: socket.socket, size: int, patience: Callable[[], float | N
 
 def main() -> None:
     """The process: imports the function, then answers calls until its socket is closed."""
-    signal.signal(
-        signal.SIGTERM, lambda number, frame: None
-    )  # sent to all processes of a run that is to end; the supervisor ends this one
+    # SIGTERM is sent to all processes of a run that is stopped; the supervisor ends this one.
+    signal.signal(signal.SIGTERM, lambda number, frame: None)
     channel = socket.socket(fileno=int(sys.argv[1]))
     channel.set_inheritable(False)
     threading.Thread(target=_end_with_supervisor, args=(channel,), daemon=True).start()
@@ -313,7 +322,7 @@ def main() -> None:
         callable_ = resolve(function)
     except (Exception, SystemExit) as error:
         traceback.print_exc()
-        _send(channel, {"failure": words_of(error, function)})
+        _send(channel, {"failure": describe_error(error, function)})
         return
     _send(channel, {"ready": True})
     while True:
@@ -332,13 +341,13 @@ def _answer(function: RewardFunction, callable_: Callable[..., Any], call: Rewar
         return {"failure": failure.reason}
     except (Exception, SystemExit) as error:
         traceback.print_exc()
-        return {"failure": words_of(error, function)}
+        return {"failure": describe_error(error, function)}
     faults = {i: outcome.reason for i, outcome in enumerate(outcomes) if isinstance(outcome, RewardFailure)}
     return {"rewards": [0.0 if isinstance(o, RewardFailure) else o for o in outcomes], "faults": faults}
 
 
-def words_of(error: BaseException, function: RewardFunction) -> str:
-    """What an error of the user's function was and on which line, in one line."""
+def describe_error(error: BaseException, function: RewardFunction) -> str:
+    """An error of the user's function with its place, on one line."""
     if isinstance(error, SystemExit):
         return f"it called sys.exit({error.code!r})"
     if isinstance(error, OrchestratorError):
@@ -347,12 +356,12 @@ def words_of(error: BaseException, function: RewardFunction) -> str:
     own = [f for f in frames if "orchestrator/rollout" not in f.filename and "importlib" not in f.filename]
     where = f" at {Path(own[-1].filename).name}:{own[-1].lineno}" if own else ""
     hint = ": the limit is rewards.memory_limit_gb" if isinstance(error, MemoryError) else ""
-    said = " ".join(str(error).split())[:200]
-    return f"{type(error).__name__}{where}{': ' + said if said else ''}{hint}"
+    message = " ".join(str(error).split())[:200]
+    return f"{type(error).__name__}{where}{': ' + message if message else ''}{hint}"
 
 
 def _limit_memory(memory_bytes: int) -> None:
-    """Address space of this process and of each that it starts, above what it has now."""
+    """Limits the address space of this process and its children to `memory_bytes` more than now."""
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     limit = math.ceil(pages * resource.getpagesize() + memory_bytes)
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
@@ -360,9 +369,9 @@ def _limit_memory(memory_bytes: int) -> None:
 
 
 def _end_with_supervisor(channel: socket.socket) -> None:
-    """Ends the process group once the supervisor is gone, whatever the function does meanwhile."""
+    """Kills the process group once the supervisor is gone, whatever the function is doing."""
     poll = select.poll()
-    poll.register(channel.fileno(), 0)  # only a hang-up wakes it
+    poll.register(channel.fileno(), 0)  # only a hang-up wakes the poll
     poll.poll()
     os.killpg(0, signal.SIGKILL)
 

@@ -1,5 +1,4 @@
-"""`chat` answers with the model that is meant, stops where a turn ends, and is of use in a terminal, in a
-pipe and in a script."""
+"""`chat` loads the right model, stops where a turn ends, and works in a terminal, a pipe and a script."""
 
 import io
 import json
@@ -47,8 +46,10 @@ def save(folder: Path, seed: int, template: str | None = CHAT_TEMPLATE, head: st
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """start/, another/, reward/, plain/ (no template), run/ (a run folder of tiny/dpo with another's export),
-    pipe/dpo/."""
+    """Model folders start/, another/, reward/ and plain/ (no template), and two run folders.
+
+    run/ and pipe/dpo/ are runs of tiny/dpo with another's export.
+    """
     root = tmp_path_factory.mktemp("models")
     save(root / "start", 0)
     save(root / "another", 1)
@@ -167,7 +168,7 @@ def test_an_adapter_is_its_base_with_the_adapter(models: Path, tmp_path: Path) -
         find(str(tmp_path / "adapter"))
 
 
-def test_what_cannot_speak_says_why(models: Path, tmp_path: Path) -> None:
+def test_what_cannot_be_chatted_with_is_an_error(models: Path, tmp_path: Path) -> None:
     with pytest.raises(MissingInput, match=r"did you mean .*another"):
         find(str(models / "anothr"))
     with pytest.raises(MissingInput, match="neither a run nor a model"):

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from orchestrator.cli.init.look import ROWS_OF, Asked, asked, look
+from orchestrator.cli.init.data_profile import ROWS_OF, InitRequest, parse_request, profile_data
 from orchestrator.cli.init.recipe import REWARD, next_commands, save
 from orchestrator.core.errors import ConfigError, DataError, MissingInput, OutputError
 from orchestrator.models.load import load as load_model
@@ -61,8 +61,8 @@ RECOGNISED: list[tuple[dict[str, Any], str, dict[str, str], str]] = [
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("model")
     cfg = Model(tiny=TinyModel(hidden_size=16, layers=1, heads=2))  # pyright: ignore[reportCallIssue]
-    whole: Any = load_model(cfg, seed=0, head="lm").model
-    whole.save_pretrained(folder)
+    loaded: Any = load_model(cfg, seed=0, head="lm").model
+    loaded.save_pretrained(folder)
     tokenizer = load_tokenizer(cfg)
     tokenizer.chat_template = (
         "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if "
@@ -77,18 +77,22 @@ def rows(tmp_path: Path, record: dict[str, Any], count: int = 40, name: str = "r
     return str(tmp_path / name)
 
 
-def of(model: str, train: str, kind: str | None = None, *columns: str, held_out: str | None = None) -> Asked:
-    return asked(model, None, train, held_out, kind, columns)
+def of(
+    model: str, train: str, kind: str | None = None, *columns: str, held_out: str | None = None
+) -> InitRequest:
+    return parse_request(model, None, train, held_out, kind, columns)
 
 
 @pytest.mark.parametrize(("record", "kind", "columns", "form"), RECOGNISED, ids=lambda value: str(value)[:40])
 def test_rows_are_recognised_and_the_recipe_reads_them(
     tmp_path: Path, model: str, record: dict[str, Any], kind: str, columns: dict[str, str], form: str
 ) -> None:
-    wanted = of(model, rows(tmp_path, record))
-    found = look(wanted)
-    assert (found.kind, found.columns, found.rows) == (kind, columns, 40) and found.form.startswith(form)
-    save(wanted, found, tmp_path / "mine.yaml")
+    request = of(model, rows(tmp_path, record))
+    profile = profile_data(request)
+    assert (profile.kind, profile.columns, profile.rows) == (kind, columns, 40) and profile.form.startswith(
+        form
+    )
+    save(request, profile, tmp_path / "mine.yaml")
     (stage,) = load(tmp_path / "mine.yaml").stages
     assert not stage.ignored and stage.recipe.batch.effective <= max(40, 64)
     from orchestrator.run.stages import plan_stages
@@ -97,7 +101,7 @@ def test_rows_are_recognised_and_the_recipe_reads_them(
     assert (
         plan.data.kept == 40
         and not plan.data.bad
-        and not any("more than the" in said or "warms up" in said for said in plan.warnings)
+        and not any("more than the" in warning or "warms up" in warning for warning in plan.warnings)
     )
 
 
@@ -105,25 +109,25 @@ def test_rows_are_recognised_and_the_recipe_reads_them(
 @pytest.mark.parametrize("count", [1, 5, 33, 3000])
 def test_values_fit_however_few_rows_there_are(tmp_path: Path, model: str, kind: str, count: int) -> None:
     record = {**PAIR, "completion": "yes", "label": True, "answer": "4"}
-    wanted = of(model, rows(tmp_path, record, count), kind)
-    found = look(wanted)
-    save(wanted, found, tmp_path / f"{kind}.yaml")
+    request = of(model, rows(tmp_path, record, count), kind)
+    profile = profile_data(request)
+    save(request, profile, tmp_path / f"{kind}.yaml")
     recipe = load(tmp_path / f"{kind}.yaml").stages[0].recipe
     assert recipe.batch.effective <= count * (
         8 if kind == "grpo" else 1
-    ) and recipe.data.max_length >= found.quantile(1.0)
+    ) and recipe.data.max_length >= profile.quantile(1.0)
     assert recipe.algorithm.name == ("dpo" if kind == "lora-dpo" else kind) and (
         recipe.model.lora is not None
     ) == (kind == "lora-dpo")
     assert all(
-        str(tmp_path / f"{kind}.yaml") in line for line in next_commands(found, tmp_path / f"{kind}.yaml")
+        str(tmp_path / f"{kind}.yaml") in line for line in next_commands(profile, tmp_path / f"{kind}.yaml")
     )
 
 
 @pytest.mark.parametrize(("answer", "function"), [("1,024", "last_number"), ("blue", "exact_match")])
 def test_the_reward_follows_from_the_answers(tmp_path: Path, model: str, answer: str, function: str) -> None:
-    wanted = of(model, rows(tmp_path, {"prompt": "a", "answer": answer}), "grpo")
-    save(wanted, look(wanted), tmp_path / "mine.yaml")
+    request = of(model, rows(tmp_path, {"prompt": "a", "answer": answer}), "grpo")
+    save(request, profile_data(request), tmp_path / "mine.yaml")
     assert load(tmp_path / "mine.yaml").stages[0].recipe.rewards.functions[0].function == function
     assert not (tmp_path / "reward.py").exists()
 
@@ -135,8 +139,8 @@ def test_the_reward_follows_from_the_answers(tmp_path: Path, model: str, answer:
 def test_the_written_reward_works_on_text_and_messages(
     tmp_path: Path, model: str, completion: object
 ) -> None:
-    wanted = of(model, rows(tmp_path, {"prompt": "a"}))
-    assert [file.name for file in save(wanted, look(wanted), tmp_path / "mine.yaml")] == [
+    request = of(model, rows(tmp_path, {"prompt": "a"}))
+    assert [file.name for file in save(request, profile_data(request), tmp_path / "mine.yaml")] == [
         "mine.yaml",
         "reward.py",
     ]
@@ -148,72 +152,72 @@ def test_the_written_reward_works_on_text_and_messages(
 
 
 def test_nothing_is_overwritten(tmp_path: Path, model: str) -> None:
-    wanted = of(model, rows(tmp_path, {"prompt": "a"}))
-    found = look(wanted)
+    request = of(model, rows(tmp_path, {"prompt": "a"}))
+    profile = profile_data(request)
     (tmp_path / "reward.py").write_text("mine")
     with pytest.raises(OutputError, match=r"reward\.py exists already"):
-        save(wanted, found, tmp_path / "mine.yaml")
+        save(request, profile, tmp_path / "mine.yaml")
     assert not (tmp_path / "mine.yaml").exists() and (tmp_path / "reward.py").read_text() == "mine"
-    with pytest.raises(OutputError, match="there is no folder"):
-        save(wanted, found, tmp_path / "none" / "mine.yaml")
+    with pytest.raises(OutputError, match="none does not exist"):
+        save(request, profile, tmp_path / "none" / "mine.yaml")
 
 
-def test_wrong_columns_are_told_with_those_that_are_there(tmp_path: Path, model: str) -> None:
+def test_an_error_about_columns_lists_the_columns_of_the_data(tmp_path: Path, model: str) -> None:
     train = rows(tmp_path, {"frage": "a", "gut": "b", "schlecht": "c"})
     with pytest.raises(ConfigError, match="not recognised") as refused:
-        look(of(model, train))
+        profile_data(of(model, train))
     assert (
         "columns are frage, gut, schlecht" in refused.value.why
         and "data.columns.chosen=" in refused.value.fix
     )
     with pytest.raises(ConfigError, match="no column for chosen, rejected") as refused:
-        look(of(model, train, "dpo"))
+        profile_data(of(model, train, "dpo"))
     assert (
         "frage, gut, schlecht" in refused.value.why
         and "data.columns.chosen=COLUMN data.columns.rejected=COLUMN" in refused.value.fix
     )
     given = ("data.columns.prompt=frage", "data.columns.chosen=gut", "rejected=schlecht")
-    assert look(of(model, train, None, *given)).kind == "dpo"
-    with pytest.raises(ConfigError, match="there is no such column"):
-        look(of(model, train, "dpo", "data.columns.chosen=guut"))
-    with pytest.raises(ConfigError, match="maps no column"):
+    assert profile_data(of(model, train, None, *given)).kind == "dpo"
+    with pytest.raises(ConfigError, match=r"data\.columns\.chosen=guut"):
+        profile_data(of(model, train, "dpo", "data.columns.chosen=guut"))
+    with pytest.raises(ConfigError, match=r"data\.columns\.choosen=gut"):
         of(model, train, "dpo", "data.columns.choosen=gut")
     with pytest.raises(ConfigError, match="--kind dpoo") as refused:
         of(model, train, "dpoo")
     assert refused.value.fix == "did you mean dpo?"
 
 
-def test_what_is_not_there_is_told(tmp_path: Path, model: str) -> None:
+def test_missing_files_and_unusable_rows_are_errors(tmp_path: Path, model: str) -> None:
     with pytest.raises(MissingInput, match="no data file") as missing:
-        look(of(model, str(tmp_path / "row.jsonl")))
+        profile_data(of(model, str(tmp_path / "row.jsonl")))
     rows(tmp_path, PAIR)
     with pytest.raises(MissingInput, match="no folder") as missing:
-        look(of(model[:-1], rows(tmp_path, PAIR)))
+        profile_data(of(model[:-1], rows(tmp_path, PAIR)))
     assert model in missing.value.fix
     with (
         pytest.MonkeyPatch.context() as patch
     ):  # models/nam looks like a hub name, and there is a folder models/
         patch.chdir(Path(model).parent.parent)
         with pytest.raises(MissingInput, match="no folder") as missing:
-            look(of(str(Path(model).relative_to(Path.cwd()))[:-1], rows(tmp_path, PAIR)))
+            profile_data(of(str(Path(model).relative_to(Path.cwd()))[:-1], rows(tmp_path, PAIR)))
         assert Path(model).name in missing.value.fix
     with pytest.raises(MissingInput):
-        look(of(model, rows(tmp_path, PAIR), held_out=str(tmp_path / "held.jsonl")))
+        profile_data(of(model, rows(tmp_path, PAIR), held_out=str(tmp_path / "held.jsonl")))
     with pytest.raises(DataError, match="no usable row") as none:
-        look(of(model, rows(tmp_path, {"messages": "no list"}), "sft"))
+        profile_data(of(model, rows(tmp_path, {"messages": "no list"}), "sft"))
     assert "40 rows: messages must be a non-empty list of messages" in none.value.why
     mixed = rows(tmp_path, {"messages": "no list"})
     Path(mixed).write_text(Path(mixed).read_text() + json.dumps({"messages": [USER, YES]}) + "\n")
     with pytest.raises(DataError, match="does not hold rows for sft"):
-        look(of(model, mixed, "sft"))
+        profile_data(of(model, mixed, "sft"))
 
 
 @pytest.mark.parametrize("file", ["preferences.jsonl", "train.jsonl"])
 def test_real_rows(tmp_path: Path, model: str, file: str) -> None:
-    wanted = of(model, str(GSM8K / file), held_out=str(GSM8K / file))
-    found = look(wanted)
-    assert (found.kind, found.rows) == ({"preferences.jsonl": "dpo", "train.jsonl": "sft"}[file], 64)
-    save(wanted, found, tmp_path / "mine.yaml")
+    request = of(model, str(GSM8K / file), held_out=str(GSM8K / file))
+    profile = profile_data(request)
+    assert (profile.kind, profile.rows) == ({"preferences.jsonl": "dpo", "train.jsonl": "sft"}[file], 64)
+    save(request, profile, tmp_path / "mine.yaml")
     recipe = load(tmp_path / "mine.yaml").stages[0].recipe
     assert (
         recipe.data.eval == str(GSM8K / file)

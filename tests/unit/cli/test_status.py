@@ -1,5 +1,7 @@
-"""`status` tells people, pipes and programs where a run stands: nothing cut, the exit code and the last step
-of a stopped run."""
+"""`status` shows where a run stands as a table, as lines and as JSON, with nothing cut off.
+
+A stopped run has its exit code and last step.
+"""
 
 import io
 import json
@@ -46,7 +48,7 @@ def test_a_row_holds_values_and_json_has_them_all() -> None:
     assert json.loads(json.dumps(asdict(FAILED)))["message"] == JOB.message
 
 
-def test_a_stopped_run_shows_75_where_it_said_that_it_saved() -> None:
+def test_a_stopped_run_shows_75_if_its_log_reports_a_checkpoint() -> None:
     """Ray keeps no exit code of a job that it stopped."""
     stopped = replace(JOB, status="STOPPED", message="", exit_code=None)
     assert StatusRow.of(stopped, SAVED, NOW).exit_code == 75 and StatusRow.of(stopped, SAVED, NOW).step == 401
@@ -56,7 +58,7 @@ def test_a_stopped_run_shows_75_where_it_said_that_it_saved() -> None:
     assert StatusRow.of(replace(JOB, status="SUCCEEDED", exit_code=None), "", NOW).exit_code == 0
 
 
-def test_the_log_that_ray_repeats_is_told_by_its_error() -> None:
+def test_the_drivers_error_replaces_the_log_that_ray_repeats() -> None:
     again = ", last available logs (truncated to 20,000 chars):\nRunning …\n"
     assert (
         reason(f"it failed with exit code 78{again}error: no data file x\n  fix: y\n")
@@ -67,9 +69,9 @@ def test_the_log_that_ray_repeats_is_told_by_its_error() -> None:
 
 
 def test_status_is_readable_at_80_columns() -> None:
-    said = io.StringIO()
+    screen = io.StringIO()
     console = Console(
-        file=said,
+        file=screen,
         width=80,
         force_terminal=True,
         color_system=None,
@@ -78,7 +80,7 @@ def test_status_is_readable_at_80_columns() -> None:
         markup=False,
     )
     console.print(status_table([FAILED, RUNNING]), soft_wrap=False)
-    lines = said.getvalue().splitlines()
+    lines = screen.getvalue().splitlines()
     assert max(map(len, lines)) <= 80
     assert lines[1].split() == [
         "llama-dpo-a-long-name.2",
@@ -94,7 +96,7 @@ def test_status_is_readable_at_80_columns() -> None:
     )
 
 
-def test_status_in_a_pipe_is_a_line_for_each_attempt_with_everything() -> None:
+def test_status_in_a_pipe_is_one_uncut_line_for_each_attempt() -> None:
     first, second = status_lines([FAILED, RUNNING]).splitlines()
     assert first.split("\t") == [
         JOB.run,

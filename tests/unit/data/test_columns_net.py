@@ -180,9 +180,7 @@ def _online(recipe: Any) -> Seen:
             return super().reset(row)
 
     decoder = Wise()
-    (group,) = EpisodeRunner(decoder, prompts.tokenizer, Noting, 4).roll_out(
-        [(0, prompt)], Sampling(1, 100), 0
-    )
+    (group,) = EpisodeRunner(decoder, prompts.tokenizer, Noting, 4).run([(0, prompt)], Sampling(1, 100), 0)
     handed = {name: value for name, value in rows[0].items() if name != "prompt"}
     prompt_text = TOKENIZER.decode(decoder.asked[0].prompt)
     assert TOKENIZER.decode(decoder.asked[1].prompt) == f"{prompt_text}=1+1;<eos><|tool|>2<|assistant|>", (

@@ -1,5 +1,4 @@
-"""Small models and requests that tests of both decoders share, and the truth about log-probs: one forward
-over everything."""
+"""Small models and requests for tests of both decoders, and the true log-probs from one forward over all."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -59,13 +58,13 @@ def letters(ids: Sequence[int]) -> str:
     return "".join(chr(ord("a") + i % 26) for i in ids)
 
 
-def requests(count: int = 7, *, longest: int = 20, room: int = 40, samples: int = 4) -> list[Request]:
-    """Ragged prompts and rooms; the last prompt is one token."""
+def requests(count: int = 7, *, longest: int = 20, limit: int = 40, samples: int = 4) -> list[Request]:
+    """Prompts and limits of ragged lengths; the last prompt is one token."""
     random = np.random.default_rng(3)
     prompts = [random.integers(16, 250, length) for length in (*random.integers(2, longest, count - 1), 1)]
-    rooms = random.integers(1, room + 1, count)
+    limits = random.integers(1, limit + 1, count)
     seeds = [tuple(sample_seed(0, i, 0, k, 0) for k in range(samples)) for i in range(count)]
-    return [Request(p, s, int(r)) for p, s, r in zip(prompts, seeds, rooms, strict=True)]
+    return [Request(p, s, int(n)) for p, s, n in zip(prompts, seeds, limits, strict=True)]
 
 
 def forward_logprobs(
@@ -76,8 +75,10 @@ def forward_logprobs(
     *,
     narrowed: bool = False,
 ) -> np.ndarray:
-    """What one forward over prompt and completion says of the completion's tokens, Float[S]: under the
-    policy, or where narrowed, under what top-k, top-p and min-p leave of it."""
+    """Log-probs Float[S] of the completion's tokens by one forward over prompt and completion.
+
+    Under the policy, or if narrowed under the distribution that top-k, top-p and min-p keep of it.
+    """
     ids = torch.from_numpy(np.concatenate([prompt, completion.ids]))[None]
     with torch.no_grad():
         logits = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1]
@@ -85,41 +86,42 @@ def forward_logprobs(
     return logps.gather(1, ids[0, len(prompt) :, None])[:, 0].numpy()
 
 
-def worst_gap(model: Any, made: Sequence[Request], found: Generated, sampling: Sampling = SAMPLING) -> float:
+def worst_gap(
+    model: Any, asked: Sequence[Request], generated: Generated, sampling: Sampling = SAMPLING
+) -> float:
     """Largest |difference| between a completion's log-probs and one forward's."""
     gaps = [
         np.abs(forward_logprobs(model, r.prompt, c, sampling) - c.logprobs).max()
-        for r, cs in zip(made, found, strict=True)
+        for r, cs in zip(asked, generated, strict=True)
         for c in cs
     ]
     return float(max(gaps))
 
 
-def kept_gap(model: Any, made: Sequence[Request], found: Generated, sampling: Sampling) -> float:
-    """Largest |difference| between log-probs less the kept mass and what one forward says of the distribution
-    drawn from."""
+def kept_gap(model: Any, asked: Sequence[Request], generated: Generated, sampling: Sampling) -> float:
+    """Largest |difference| between logprobs - kept and those of one forward, narrowed."""
 
     def of(request: Request, completion: Completion) -> float:
         assert completion.kept is not None and len(completion.kept) == len(completion.ids)
         truth = forward_logprobs(model, request.prompt, completion, sampling, narrowed=True)
         return float(np.abs(truth - (completion.logprobs - completion.kept)).max())
 
-    return max(of(r, c) for r, cs in zip(made, found, strict=True) for c in cs)
+    return max(of(r, c) for r, cs in zip(asked, generated, strict=True) for c in cs)
 
 
-def same(one: Generated, other: Generated, tolerance: float = 1e-5) -> bool:
+def same(first: Generated, second: Generated, tolerance: float = 1e-5) -> bool:
     """Whether two decoders made the same tokens, for the same reason, with the same log-probs."""
-    return len(one) == len(other) and all(
+    return len(first) == len(second) and all(
         np.array_equal(a.ids, b.ids)
         and a.finish == b.finish
         and np.allclose(a.logprobs, b.logprobs, rtol=0, atol=tolerance)
-        for left, right in zip(one, other, strict=True)
+        for left, right in zip(first, second, strict=True)
         for a, b in zip(left, right, strict=True)
     )
 
 
 def cut_at(completion: Completion, stop: Sequence[str]) -> int:
-    """Tokens of a completion up to the first at which a stop text has been written."""
+    """Number of tokens up to the one that completes a stop text, or of all tokens."""
     return next(
         (n for n in range(1, len(completion.ids) + 1) if any(s in letters(completion.ids[:n]) for s in stop)),
         len(completion.ids),

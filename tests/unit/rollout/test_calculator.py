@@ -1,4 +1,4 @@
-"""The calculator: whole-number arithmetic and nothing else, and episodes that pay for the right answer only."""
+"""The calculator: whole-number arithmetic alone, and episodes that reward only the right answer."""
 
 import pytest
 from hypothesis import example, given

@@ -1,5 +1,4 @@
-"""Columns on their way to rewards: which a function reads, and in which form a table's values reach each kind
-of reward."""
+"""Columns for rewards: which a function reads, and in which form a table's values reach each reward."""
 
 import datetime
 import json
@@ -30,7 +29,8 @@ SOURCE = """
 def named(completions, price, *, when=None): return [0.0] * len(completions)
 def open_to_all(completions, **columns): return [0.0] * len(completions)
 def forms(completions, when, price, raw, score):
-    right = when[0] == "2026-11-27T17:05:00" and price[0] == "1.50" and raw[0] == "AAE=" and score[0] != score[0]
+    right = when[0] == "2026-11-27T17:05:00" and price[0] == "1.50" and raw[0] == "AAE="
+    right = right and score[0] != score[0]
     return [1.0 if right else 0.0] * len(completions)
 """
 
@@ -66,12 +66,12 @@ def test_columns_that_rewards_read(folder: Path) -> None:
         "when",
     }
     assert columns_read(rewards({"function": f"{file}:named", "options": {"when": 1}})) == {"answer", "price"}
-    for whole in (
+    for reads_all in (
         {"function": f"{file}:open_to_all"},
         {"url": "http://localhost:1/x"},
         {"function": "trl:think_format_reward"},
     ):
-        assert columns_read(rewards({"function": "exact_match"}, whole)) is None
+        assert columns_read(rewards({"function": "exact_match"}, reads_all)) is None
 
 
 def test_the_plan_lists_what_no_reward_reads(folder: Path) -> None:
@@ -100,14 +100,15 @@ def call_of(path: Path) -> RewardCall:
 
 @pytest.mark.parametrize("name", ["forms", "named", "open_to_all"])
 def test_a_tables_values_reach_a_function_in_their_forms(folder: Path, name: str) -> None:
-    function = RewardFunction(name="mine", function=f"{folder}/mine.py:{name}")  # pyright: ignore[reportCallIssue]
+    written = f"{folder}/mine.py:{name}"
+    function = RewardFunction(name="mine", function=written)  # pyright: ignore[reportCallIssue]
     with Sandbox(function, Confinement.of(rewards(), os.environ, None)) as sandbox:
         assert sandbox.score(call_of(folder / "rows.parquet"), 60) == [1.0 if name == "forms" else 0.0]
 
 
 def test_a_tables_values_reach_an_endpoint_as_standard_json(folder: Path) -> None:
     def refuse(name: str) -> None:
-        raise AssertionError(f"{name} is no JSON")
+        raise AssertionError(f"{name} is not JSON")
 
     sent = json.loads(_body("mine", call_of(folder / "rows.parquet")), parse_constant=refuse)
     assert sent["columns"] == {

@@ -1,5 +1,5 @@
-"""Episodes: what the model wrote stays as it wrote it, only that is scored, and its log-probs are those of
-one forward."""
+"""Episodes: the model's own tokens stay unchanged, only they are in the loss, and their log-probs are those
+of one forward."""
 
 import copy
 import itertools
@@ -37,27 +37,28 @@ def tokens(text: str) -> np.ndarray:
 
 def prompt(number: int = 0, text: Any = None, **columns: Any) -> Prompt:
     text = [{"role": "user", "content": f"{number}+1"}] if text is None else text
-    ids = tokens(text) if isinstance(text, str) else np.array([], np.int64)  # an environment makes its own
+    ids = (
+        tokens(text) if isinstance(text, str) else np.array([], np.int64)
+    )  # an environment gives its own prompt
     return Prompt(number, f"row {number}", 0, ids, text, {"answer": str(number + 1), **columns})
 
 
 @dataclass
 class Scripted:
-    """A decoder that says what it is told, turn by turn, and notes what it was asked. A str ends with eos,
-    tokens as they are."""
+    """A decoder that gives the turns of `script` and records its requests. A str gets an eos at its end."""
 
     script: Sequence[str | np.ndarray]
     asked: list[list[Request]] = field(default_factory=list)
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[tuple[Completion, ...]]:
-        said = self.script[len(self.asked)]
+        turn = self.script[len(self.asked)]
         self.asked.append(list(requests))
-        ids = tokens(said + "<eos>") if isinstance(said, str) else said
-        made = [ids[: r.room] for r in requests]
-        finishes: list[Finish] = ["length" if len(ids) > r.room else "stop" for r in requests]
+        ids = tokens(turn + "<eos>") if isinstance(turn, str) else turn
+        drawn = [ids[: r.tokens_left] for r in requests]
+        finishes: list[Finish] = ["length" if len(ids) > r.tokens_left else "stop" for r in requests]
         completions = [
             Completion(i, np.full(len(i), -float(len(self.asked)), np.float32), f)
-            for i, f in zip(made, finishes, strict=True)
+            for i, f in zip(drawn, finishes, strict=True)
         ]
         return [(c,) * len(r.seeds) for r, c in zip(requests, completions, strict=True)]
 
@@ -79,12 +80,12 @@ class Chatter:
 
 
 def play(
-    script: Sequence[str | np.ndarray], environment: Any = Calculator, *, room: int = 100, turns: int = 8
+    script: Sequence[str | np.ndarray], environment: Any = Calculator, *, limit: int = 100, turns: int = 8
 ) -> tuple[Rollout, Scripted]:
     """The only rollout of one prompt."""
     decoder = Scripted(script)
-    (group,) = EpisodeRunner(decoder, TOKENIZER, environment, turns).roll_out(
-        [(0, prompt(12))], Sampling(1, room), 5
+    (group,) = EpisodeRunner(decoder, TOKENIZER, environment, turns).run(
+        [(0, prompt(12))], Sampling(1, limit), 5
     )
     return group.rollouts[0], decoder
 
@@ -111,7 +112,7 @@ def test_an_episode_by_hand():
     assert TOKENIZER.decode(first.prompt) == "<|user|>12+1<|assistant|>"
     assert np.array_equal(second.prompt, np.concatenate([first.prompt, rollout.ids[:-3]]))
     assert (first.position, second.position) == (0, 7) and first.seeds == second.seeds
-    assert (first.room, second.room) == (100, 100 - len(rollout.ids) + 3)
+    assert (first.tokens_left, second.tokens_left) == (100, 100 - len(rollout.ids) + 3)
 
 
 def test_the_tokens_are_those_of_the_template_over_the_whole_conversation():
@@ -135,7 +136,7 @@ def test_what_the_model_wrote_is_never_tokenized_again():
 
 
 def test_a_turn_without_eos_gets_the_templates_unscored():
-    """Where a stop text ended it."""
+    """A stop text ended it."""
     rollout, _ = play([tokens("=12+1;"), "13"])
     assert spans(rollout) == [(True, "=12+1;"), (False, "<eos><|tool|>13<|assistant|>"), (True, "13<eos>")]
 
@@ -146,7 +147,7 @@ def test_another_end_token_than_eos_is_not_doubled():
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|eot|>"]})
     tokenizer.chat_template = CHAT_TEMPLATE.replace("eos_token", "'<|eot|>'")
     ids = np.array(tokenizer("=12+1;<|eot|>")["input_ids"])
-    (group,) = EpisodeRunner(Scripted([ids, "13"]), tokenizer, Calculator, 4).roll_out(
+    (group,) = EpisodeRunner(Scripted([ids, "13"]), tokenizer, Calculator, 4).run(
         [(0, prompt(12))], Sampling(1, 100), 0
     )
     assert tokenizer.decode(group.rollouts[0].ids) == "=12+1;<|eot|><|tool|>13<|assistant|>13<eos>"
@@ -156,7 +157,7 @@ def test_rewards_add_up_until_the_environment_is_done():
     rollout, _ = play(["a"] * 9, Chatter)
     assert (rollout.turns, rollout.environment_reward, rollout.finish) == (3, 1.5, "stop")
     assert rollout.completion[-1] == {"role": "tool", "content": "heard 3"}
-    assert spans(rollout)[-1] == (True, "a<eos>")  # nobody reads the last message: it has no tokens
+    assert spans(rollout)[-1] == (True, "a<eos>")  # the last message gets no tokens
 
 
 def test_an_episode_ends_after_max_turns():
@@ -174,15 +175,14 @@ SUFFIX = len(tokens("<|tool|>heard 1<|assistant|>"))
 
 
 @pytest.mark.parametrize(
-    ("room", "turns", "length"),
+    ("limit", "turns", "length"),
     [(1, 1, 1), (2, 1, 2), (2 + SUFFIX, 1, 2), (3 + SUFFIX, 2, 3 + SUFFIX), (200, 3, 6 + 2 * SUFFIX)],
 )
-def test_room_is_that_of_the_whole_episode(room, turns, length):
-    """Two tokens a turn. What the environment says counts, and is left out where no token of the model could
-    follow."""
-    rollout, _ = play(["a"] * 9, Chatter, room=room)
+def test_the_limit_of_tokens_is_that_of_the_whole_episode(limit, turns, length):
+    """Two tokens a turn. The environment's tokens count, and are left out if no model token could follow."""
+    rollout, _ = play(["a"] * 9, Chatter, limit=limit)
     assert (rollout.turns, len(rollout.ids)) == (turns, length)
-    assert rollout.finish == ("stop" if room == 200 else "length")
+    assert rollout.finish == ("stop" if limit == 200 else "length")
     assert rollout.loss_mask[-1]
 
 
@@ -197,12 +197,12 @@ class Moody(Chatter):
 
 
 def test_an_environment_that_begins_differently_is_refused():
-    with pytest.raises(DataError, match="row 3: the environment began two episodes of one row differently"):
-        EpisodeRunner(Scripted(["a"] * 9), TOKENIZER, Moody, 4).roll_out([(0, prompt(3))], Sampling(2, 50), 0)
+    with pytest.raises(DataError, match="row 3"):
+        EpisodeRunner(Scripted(["a"] * 9), TOKENIZER, Moody, 4).run([(0, prompt(3))], Sampling(2, 50), 0)
 
 
 class Scribbler(Chatter):
-    """Keeps the conversation in the list that it gave away, and writes into the row."""
+    """Changes the list that it returned, and the row."""
 
     def reset(self, row: Mapping[str, Any]) -> Messages:
         self.count = 0
@@ -215,12 +215,10 @@ class Scribbler(Chatter):
         return super().step(completion)
 
 
-def test_an_environment_may_write_into_what_it_got_and_gave():
+def test_an_environment_may_change_its_row_and_its_messages():
     row = prompt(3, columns=[])
     before = copy.deepcopy(row.text)
-    (group,) = EpisodeRunner(Scripted(["a"] * 9), TOKENIZER, Scribbler, 4).roll_out(
-        [(0, row)], Sampling(2, 90), 0
-    )
+    (group,) = EpisodeRunner(Scripted(["a"] * 9), TOKENIZER, Scribbler, 4).run([(0, row)], Sampling(2, 90), 0)
     assert (row.text, row.columns["columns"]) == (before, [])
     assert group.prompt.text == before
     assert [m["role"] for m in group.rollouts[0].completion] == ["assistant", "tool"] * 3
@@ -232,16 +230,14 @@ def test_a_template_that_changes_the_answer_is_refused():
         "message['content'] + eos_token", "message['content'] | upper"
     )
     with pytest.raises(ConfigError, match="changes the assistant's text"):
-        EpisodeRunner(Scripted(["a"] * 9), tokenizer, Chatter, 4).roll_out(
-            [(0, prompt())], Sampling(1, 50), 0
-        )
+        EpisodeRunner(Scripted(["a"] * 9), tokenizer, Chatter, 4).run([(0, prompt())], Sampling(1, 50), 0)
 
 
 def test_an_environment_needs_a_chat_template():
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = None
     with pytest.raises(ConfigError, match="no chat template"):
-        EpisodeRunner(Scripted(["a"]), tokenizer, Chatter, 4).roll_out([(0, prompt())], Sampling(1, 50), 0)
+        EpisodeRunner(Scripted(["a"]), tokenizer, Chatter, 4).run([(0, prompt())], Sampling(1, 50), 0)
 
 
 WORK = [(7, prompt(1)), (8, prompt(22)), (9, prompt(333))]
@@ -263,7 +259,7 @@ def equal(one: RolloutGroup, other: RolloutGroup) -> bool:
     "decoder", [DECODER, ContinuousDecoder(LLAMA, (*EOS, END), 6, letters)], ids=["static", "continuous"]
 )
 def test_log_probs_of_an_episode_are_those_of_one_forward_over_it(decoder):
-    groups = EpisodeRunner(decoder, TOKENIZER, Chatter, 8).roll_out(WORK, ROOMY, 0)
+    groups = EpisodeRunner(decoder, TOKENIZER, Chatter, 8).run(WORK, ROOMY, 0)
     for group in groups:
         for r in group.rollouts:
             whole = forward_logprobs(LLAMA, group.prompt.ids, Completion(r.ids, r.logprobs, r.finish))
@@ -275,18 +271,18 @@ def test_log_probs_of_an_episode_are_those_of_one_forward_over_it(decoder):
 
 
 def test_an_episode_does_not_depend_on_the_others():
-    groups = EpisodeRunner(DECODER, TOKENIZER, Chatter, 8).roll_out(WORK, ROOMY, 0)
+    groups = EpisodeRunner(DECODER, TOKENIZER, Chatter, 8).run(WORK, ROOMY, 0)
     for at in (0, 2):
-        (alone,) = EpisodeRunner(
-            StaticDecoder(LLAMA, (*EOS, END), 2, letters), TOKENIZER, Chatter, 8
-        ).roll_out([WORK[at]], ROOMY, 0)
+        (alone,) = EpisodeRunner(StaticDecoder(LLAMA, (*EOS, END), 2, letters), TOKENIZER, Chatter, 8).run(
+            [WORK[at]], ROOMY, 0
+        )
         assert equal(alone, groups[at])
-    (later,) = EpisodeRunner(DECODER, TOKENIZER, Chatter, 8).roll_out([WORK[0]], ROOMY, 1)
+    (later,) = EpisodeRunner(DECODER, TOKENIZER, Chatter, 8).run([WORK[0]], ROOMY, 1)
     assert not equal(later, groups[0])  # another version samples with other seeds
 
 
 def test_without_an_environment_a_rollout_is_one_completion():
-    (text, chat) = EpisodeRunner(DECODER, TOKENIZER, None, 8).roll_out(
+    (text, chat) = EpisodeRunner(DECODER, TOKENIZER, None, 8).run(
         [(0, prompt(1, "ab>")), (1, prompt(2, "cd>"))], SAMPLING, 3
     )
     seeds = tuple(sample_seed(0, 1, 0, k, 3) for k in range(4))
@@ -300,14 +296,12 @@ def test_without_an_environment_a_rollout_is_one_completion():
 
 def test_a_completion_of_messages_is_a_message():
     asked = Prompt(0, "row", 0, tokens("<|user|>hi<|assistant|>"), [{"role": "user", "content": "hi"}])
-    (group,) = EpisodeRunner(Scripted(["hello"]), TOKENIZER, None, 1).roll_out(
-        [(0, asked)], Sampling(1, 20), 0
-    )
+    (group,) = EpisodeRunner(Scripted(["hello"]), TOKENIZER, None, 1).run([(0, asked)], Sampling(1, 20), 0)
     assert group.rollouts[0].completion == [{"role": "assistant", "content": "hello"}]
 
 
 class Flaky(Calculator):
-    """Fails in its first calls, as a tool behind a network does. fails: how often; where: in which verb."""
+    """Fails in the first `left` calls of the verb `where`, as a tool behind a network does."""
 
     left, where = 0, "step"
 
@@ -328,16 +322,21 @@ class Flaky(Calculator):
 @pytest.mark.parametrize("where", ["reset", "step"])
 def test_an_episode_whose_environment_failed_is_played_again_from_the_same_seed(monkeypatch, where):
     monkeypatch.setattr(Flaky, "where", where)
-    expected = EpisodeRunner(DECODER, TOKENIZER, Calculator, 3).roll_out(WORK[:2], ROOMY, 0)
+    expected = EpisodeRunner(DECODER, TOKENIZER, Calculator, 3).run(WORK[:2], ROOMY, 0)
     monkeypatch.setattr(Flaky, "left", 2)
-    found = EpisodeRunner(DECODER, TOKENIZER, Flaky, 3, retries=2).roll_out(WORK[:2], ROOMY, 0)
+    groups = EpisodeRunner(DECODER, TOKENIZER, Flaky, 3, retries=2).run(WORK[:2], ROOMY, 0)
     assert Flaky.left == 0
-    for one, other in zip(expected, found, strict=True):
-        assert equal(one, other)
+    for first, second in zip(expected, groups, strict=True):
+        assert equal(first, second)
+
+
+def turn_of(**fields: Any) -> Turn:
+    """A turn with fields of any type, as user code may return one."""
+    return Turn(**fields)
 
 
 class Broken(Calculator):
-    """gives: of step, an exception to raise or a thing to return; for one prompt only."""
+    """Its step raises or returns `gives`, for one prompt only."""
 
     gives: Any = None
 
@@ -358,18 +357,18 @@ class Broken(Calculator):
     [
         (ValueError("a bug"), "ValueError at test_episodes.py:"),
         (SystemExit(3), "SystemExit at test_episodes.py:"),
-        (Turn(done=True, reward=None), "step gave the reward None, not a number"),  # pyright: ignore[reportArgumentType]
-        (Turn(done=True, reward=float("nan")), "step gave the reward nan"),
-        (Turn(done=True, reward="high"), "could not convert string to float"),  # pyright: ignore[reportArgumentType]
-        (Turn(messages="hello"), "not a list of {role, content}"),  # pyright: ignore[reportArgumentType]
+        (turn_of(done=True, reward=None), "step gave the reward None, not a number"),
+        (turn_of(done=True, reward=float("nan")), "step gave the reward nan"),
+        (turn_of(done=True, reward="high"), "could not convert string to float"),
+        (turn_of(messages="hello"), "not a list of {role, content}"),
         (None, "step returned a NoneType, not a Turn"),
     ],
     ids=lambda v: type(v).__name__,
 )
-def test_a_bug_in_an_environment_costs_its_group_and_is_told_with_its_line(monkeypatch, gives, reason):
+def test_a_bug_in_an_environment_costs_its_group_and_is_named_with_its_line(monkeypatch, gives, reason):
     monkeypatch.setattr(Broken, "gives", gives)
     work = [(0, prompt(1)), (1, prompt(2)), (2, prompt(3))]
-    groups = EpisodeRunner(Scripted(["7", "7"]), TOKENIZER, Broken, 3, retries=1).roll_out(
+    groups = EpisodeRunner(Scripted(["7", "7"]), TOKENIZER, Broken, 3, retries=1).run(
         work, Sampling(2, 20), 0
     )
     assert [[r.failure is None for r in g.rollouts] for g in groups] == [[False] * 2, [True] * 2, [True] * 2]
@@ -389,7 +388,7 @@ def test_an_environment_that_never_begins_an_episode_costs_only_its_group():
                 raise TimeoutError("no browser")
             return super().reset(row)
 
-    shut, other = EpisodeRunner(Scripted(["2"]), TOKENIZER, Shut, 1).roll_out(
+    shut, other = EpisodeRunner(Scripted(["2"]), TOKENIZER, Shut, 1).run(
         [(0, prompt(1)), (1, prompt(2))], Sampling(2, 20), 0
     )
     assert [len(r.ids) for r in shut.rollouts] == [0, 0] and all(
@@ -409,14 +408,14 @@ def test_an_environment_from_a_file(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("spec", "told"),
+    ("spec", "reason"),
     [
-        ("Calculator", "names no class"),
+        ("Calculator", "'Calculator'"),
         ("no_such_module:World", "No module named"),
         ("no_such_file.py:World", "no file no_such_file.py"),
         ("orchestrator.rollout.environments.calculator:evaluate", "no class evaluate with reset and step"),
     ],
 )
-def test_an_environment_that_is_not_there_is_told(spec, told):
-    with pytest.raises(ConfigError, match=told):
+def test_an_environment_that_does_not_exist_is_an_error(spec, reason):
+    with pytest.raises(ConfigError, match=reason):
         load_environment(spec)

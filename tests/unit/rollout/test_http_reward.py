@@ -1,4 +1,4 @@
-"""Rewards over HTTP against a real server on the loopback that misbehaves in every way we know."""
+"""HTTP rewards against a real server on the loopback that misbehaves in every way we know."""
 
 import json
 import logging
@@ -24,7 +24,7 @@ from orchestrator.rollout.rewards.http import (
     HttpReward,
     Unavailable,
     _retry_after,
-    knock,
+    check_reachable,
 )
 from tests.unit.rollout.reward_cases import batch, group
 
@@ -33,7 +33,7 @@ Behave = Callable[["Handler", dict[str, Any], int], None]
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Answers each request as the server's `behave` does; requests are counted from 0."""
+    """Answers each request with the server's `behave`; requests are counted from 0."""
 
     server: "Server"
     protocol_version = "HTTP/1.1"
@@ -94,16 +94,16 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
 def component(
     url: str, *, batch_size: int = 64, retry: bool = True, breaker: Breaker | None = None
 ) -> HttpReward:
-    function = RewardFunction(name="judge", url=url, headers_from={"Authorization": "JUDGE_TOKEN"})
+    function = RewardFunction(name="remote", url=url, headers_from={"Authorization": "REMOTE_TOKEN"})
     return HttpReward(
-        function, batch_size=batch_size, environment={"JUDGE_TOKEN": SECRET}, retry=retry, breaker=breaker
+        function, batch_size=batch_size, environment={"REMOTE_TOKEN": SECRET}, retry=retry, breaker=breaker
     )
 
 
 def failures(outcomes: list[Any]) -> list[str]:
-    assert all(isinstance(o, RewardFailure) for o in outcomes), outcomes  # none is invented
+    assert all(isinstance(o, RewardFailure) for o in outcomes), outcomes  # no reward is invented
     reasons = [o.reason for o in outcomes]
-    assert all("judge" in r and SECRET not in r for r in reasons)
+    assert all("remote" in r and SECRET not in r for r in reasons)
     return reasons
 
 
@@ -133,7 +133,7 @@ def test_many_batches_keep_their_order(server: Server) -> None:
 
 
 @pytest.mark.parametrize("status", [500, 503, 408, 429])
-def test_a_passing_trouble_is_waited_for(server: Server, status: int) -> None:
+def test_a_temporary_error_is_tried_again(server: Server, status: int) -> None:
     server.behave = lambda h, r, n: h.answer(status) if n < 2 else right(h, r, n)
     assert component(server.url).score(batch(["ab"]), 10) == [2.0]
     assert len(server.requests) == 3
@@ -160,14 +160,14 @@ def test_retry_after_may_be_a_date() -> None:
     assert [_retry_after(h) for h in ("7", "soon", "-3", None)] == [7.0, None, None, None]
 
 
-def test_a_server_that_is_always_broken_is_left_at_the_deadline(server: Server) -> None:
+def test_a_server_that_always_fails_is_given_up_at_the_deadline(server: Server) -> None:
     server.behave = lambda h, r, n: h.answer(500)
     started = time.monotonic()
     (reason,) = failures(component(server.url).score(batch(["ab"]), 1.0))
     assert "it answers 500" in reason and time.monotonic() - started < 1.5 and len(server.requests) > 1
 
 
-def test_without_retries_it_is_asked_once(server: Server) -> None:
+def test_without_retries_one_request_is_sent(server: Server) -> None:
     server.behave = lambda h, r, n: h.answer(500)
     failures(component(server.url, retry=False).score(batch(["ab"]), 5.0))
     assert len(server.requests) == 1
@@ -198,7 +198,7 @@ def hang(handler: Handler, *_: Any) -> None:
 
 
 def drip(handler: Handler, *_: Any) -> None:
-    """One byte of the head at a time: no single read is ever late."""
+    """One byte of the head at a time, so that no single read is late."""
     for byte in b"HTTP/1.1 200 OK\r\nX-Slow: " + b"a" * 400:
         handler.wfile.write(bytes([byte]))
         if handler.server.release.wait(0.05):
@@ -260,7 +260,7 @@ def test_a_huge_body_is_not_read(server: Server) -> None:
         (b'{"rewards": {"0": 1.0, "1": 2.0}}', "application/json", "dict"),
     ],
 )
-def test_a_wrong_answer_is_no_reward(server: Server, body: bytes, kind: str, words: str) -> None:
+def test_a_wrong_answer_is_not_a_reward(server: Server, body: bytes, kind: str, words: str) -> None:
     server.behave = lambda h, r, n: h.answer(200, body, kind)
     for reason in failures(component(server.url).score(batch(["ab", "c"]), 5)):
         assert words in reason
@@ -275,8 +275,8 @@ def test_a_compressed_answer_is_refused_unread(server: Server) -> None:
 
 def test_a_bad_entry_is_a_failure_of_its_sample_alone(server: Server) -> None:
     server.behave = lambda h, r, n: h.answer(200, b'{"rewards": [1.5, NaN, null, "2", 1e999, true]}')
-    right_one, *wrong, yes = component(server.url).score(batch(["a"] * 6), 5)
-    assert right_one == 1.5 and yes == 1.0
+    first, *wrong, last = component(server.url).score(batch(["a"] * 6), 5)
+    assert first == 1.5 and last == 1.0
     for reason, words in zip(failures(wrong), ["nan", "None", "str '2'", "inf"], strict=True):
         assert words in reason and "q.jsonl:1, sample" in reason
 
@@ -298,14 +298,14 @@ def test_a_connection_that_breaks_off_is_tried_again(server: Server) -> None:
 
 def test_a_failed_batch_does_not_lose_the_others(server: Server) -> None:
     server.behave = lambda h, r, n: h.answer(422) if "bad" in r["completions"] else right(h, r, n)
-    one, *two, three = component(server.url, batch_size=1).score(batch(["a", "bad", "ccc"]), 5)
-    assert (one, three) == (1.0, 3.0) and len(failures(two)) == 1
+    first, *second, third = component(server.url, batch_size=1).score(batch(["a", "bad", "ccc"]), 5)
+    assert (first, third) == (1.0, 3.0) and len(failures(second)) == 1
 
 
 def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def test_a_refused_connection_is_named(server: Server) -> None:
@@ -317,36 +317,36 @@ def test_a_refused_connection_is_named(server: Server) -> None:
 
 def test_the_breaker_opens_fails_fast_and_recovers(server: Server) -> None:
     server.behave = lambda h, r, n: h.answer(500)
-    judge = component(
+    remote = component(
         server.url, batch_size=1, retry=False, breaker=Breaker(failures_to_open=3, cool_down_s=0.6)
     )
     for _ in range(3):
-        failures(judge.score(batch(["ab"]), 5))
+        failures(remote.score(batch(["ab"]), 5))
     started = time.monotonic()
-    with pytest.raises(Unavailable, match="away 3 times in a row"):
-        judge.score(batch(["ab"]), 5)
+    with pytest.raises(Unavailable, match="3 times in a row"):
+        remote.score(batch(["ab"]), 5)
     assert time.monotonic() - started < 0.2 and len(server.requests) == 3
 
     time.sleep(0.7)  # half open: one request for all, and it fails
-    failures(judge.score(batch(["a", "b", "c", "d"]), 5))
+    failures(remote.score(batch(["a", "b", "c", "d"]), 5))
     assert len(server.requests) == 4
     with pytest.raises(Unavailable):
-        judge.score(batch(["ab"]), 5)
+        remote.score(batch(["ab"]), 5)
 
     time.sleep(0.7)
     server.behave = right
-    assert judge.score(batch(["a", "bb"]), 5) == [1.0, 2.0]
+    assert remote.score(batch(["a", "bb"]), 5) == [1.0, 2.0]
     server.behave = lambda h, r, n: h.answer(500)
-    failures(judge.score(batch(["ab"]), 5))  # closed again: one failure does not open it
+    failures(remote.score(batch(["ab"]), 5))  # closed again: one failure does not open it
     server.behave = right
-    assert judge.score(batch(["ab"]), 5) == [2.0]
+    assert remote.score(batch(["ab"]), 5) == [2.0]
 
 
 def test_refusals_do_not_open_the_breaker(server: Server) -> None:
     server.behave = lambda h, r, n: h.answer(404)
-    judge = component(server.url, breaker=Breaker(failures_to_open=2))
+    remote = component(server.url, breaker=Breaker(failures_to_open=2))
     for _ in range(4):
-        failures(judge.score(batch(["ab"]), 5))
+        failures(remote.score(batch(["ab"]), 5))
     assert len(server.requests) == 4
 
 
@@ -357,41 +357,24 @@ def test_nothing_secret_is_logged(server: Server, caplog: pytest.LogCaptureFixtu
     assert SECRET not in caplog.text
 
 
-# ---- who is there
+# ---- before a run
 
 
 @pytest.fixture
 def untrusted(server: Server, tmp_path: Path) -> str:
-    """The server's address behind a certificate that it signed itself."""
-    made = [
-        "openssl",
-        "req",
-        "-x509",
-        "-newkey",
-        "rsa:2048",
-        "-nodes",
-        "-days",
-        "2",
-        "-subj",
-        "/CN=127.0.0.1",
-    ]
-    files = [
-        "-addext",
-        "subjectAltName=IP:127.0.0.1",
-        "-keyout",
-        tmp_path / "key.pem",
-        "-out",
-        tmp_path / "cert.pem",
-    ]
-    subprocess.run([*made, *files], check=True, capture_output=True)
+    """The server's address with a self-signed certificate."""
+    key, certificate = tmp_path / "key.pem", tmp_path / "cert.pem"
+    options = ["-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=127.0.0.1"]
+    files = ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", key, "-out", certificate]
+    subprocess.run(["openssl", "req", "-x509", *options, *files], check=True, capture_output=True)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(tmp_path / "cert.pem", tmp_path / "key.pem")
+    context.load_cert_chain(certificate, key)
     server.socket = context.wrap_socket(server.socket, server_side=True)
     return server.url.replace("http", "https")
 
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl makes the certificate")
-def test_a_certificate_that_is_not_trusted_is_final_and_said(
+def test_an_untrusted_certificate_is_a_final_error(
     untrusted: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("SSL_CERT_FILE", raising=False)
@@ -399,14 +382,14 @@ def test_a_certificate_that_is_not_trusted_is_final_and_said(
     (reason,) = set(failures(component(untrusted).score(batch(["a", "b"]), 30)))
     assert "CERTIFICATE_VERIFY_FAILED" in reason and time.monotonic() - started < 10
     with pytest.raises(ConfigError, match="is not trusted") as caught:
-        knock(RewardFunction(name="judge", url=untrusted))
+        check_reachable(RewardFunction(name="remote", url=untrusted))
     assert "CERTIFICATE_VERIFY_FAILED" in caught.value.why and "SSL_CERT_FILE" in caught.value.fix
     monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "cert.pem"))
-    knock(RewardFunction(name="judge", url=untrusted))
+    check_reachable(RewardFunction(name="remote", url=untrusted))
     assert component(untrusted).score(batch(["a", "bb"]), 30) == [1.0, 2.0]
 
 
-def test_a_breaker_says_why_it_is_open() -> None:
+def test_an_open_breaker_gives_the_reason() -> None:
     breaker = Breaker(failures_to_open=1)
     failures(
         component(f"http://127.0.0.1:{closed_port()}/score", retry=False, breaker=breaker).score(
@@ -415,7 +398,7 @@ def test_a_breaker_says_why_it_is_open() -> None:
     )
     with pytest.raises(Unavailable) as caught:
         component("http://127.0.0.1:1/score", breaker=breaker).score(batch(["a"]), 5)
-    assert "no connection: " in caught.value.why and "asked again in" in caught.value.why
+    assert "no connection: " in caught.value.why
 
 
 def closed_port() -> int:
@@ -423,14 +406,14 @@ def closed_port() -> int:
         return free.getsockname()[1]
 
 
-def test_a_knock_tells_in_seconds_that_nobody_is_there(
+def test_an_unreachable_endpoint_is_an_error_within_seconds(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    knock(RewardFunction(name="judge", url=server.url))
+    check_reachable(RewardFunction(name="remote", url=server.url))
     assert not server.requests, "nothing was sent"
     for url in (f"http://127.0.0.1:{closed_port()}/score", "https://no-such-host.invalid/score"):
-        with pytest.raises(DashboardUnreachable, match="reward judge: nobody answers at http") as caught:
-            knock(RewardFunction(name="judge", url=url), patience_s=0.5)
+        with pytest.raises(DashboardUnreachable, match="reward remote: nothing answers at http") as caught:
+            check_reachable(RewardFunction(name="remote", url=url), timeout_s=0.5)
         assert caught.value.why and caught.value.exit_code == 69
     monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")
-    knock(RewardFunction(name="judge", url="https://no-such-host.invalid/score"))
+    check_reachable(RewardFunction(name="remote", url="https://no-such-host.invalid/score"))

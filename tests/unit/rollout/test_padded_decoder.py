@@ -1,4 +1,4 @@
-"""The refilled static batch: tokens that no batch can change, and log-probs of one plain forward."""
+"""The refilled padded batch: tokens do not depend on it, and log-probs are those of one forward."""
 
 from dataclasses import replace
 
@@ -82,16 +82,16 @@ def test_every_completion_ends_for_its_reason():
         assert len(completions) == len(request.seeds)
         for c in completions:
             ended = np.isin(c.ids, EOS)
-            assert 1 <= len(c.ids) <= request.room and len(c.ids) == len(c.logprobs)
+            assert 1 <= len(c.ids) <= request.tokens_left and len(c.ids) == len(c.logprobs)
             assert not ended[:-1].any()
             assert c.finish == ("stop" if ended[-1] else "length")
-            assert c.finish == "stop" or len(c.ids) == request.room
+            assert c.finish == "stop" or len(c.ids) == request.tokens_left
             reasons.add(c.finish)
     assert reasons == {"stop", "length"}
 
 
 def test_ragged_lengths_are_refilled_many_times_over():
-    """60 samples of which one in twenty tokens ends one, six at a time."""
+    """60 samples, six at a time; one in twenty tokens ends a sample."""
     many = requests(20, samples=3)
     found = StaticDecoder(LLAMA, EOS, 6, letters).generate(many, SAMPLING)
     assert worst_gap(LLAMA, many, found) < 1e-4
@@ -101,25 +101,25 @@ def test_ragged_lengths_are_refilled_many_times_over():
 
 
 @pytest.mark.parametrize("cut", [1, 3])
-def test_a_request_can_go_on_where_another_stopped(cut):
-    request, whole = max(zip(REQUESTS, EXPECTED, strict=True), key=lambda pair: pair[0].room)
+def test_a_request_can_continue_where_another_stopped(cut):
+    request, whole = max(zip(REQUESTS, EXPECTED, strict=True), key=lambda pair: pair[0].tokens_left)
     for seed, completion in zip(request.seeds, whole, strict=True):
         if len(completion.ids) <= cut:
             continue
         prompt = np.concatenate([request.prompt, completion.ids[:cut]])
         ((rest,),) = StaticDecoder(LLAMA, EOS, 4, letters).generate(
-            [Request(prompt, (seed,), request.room - cut, cut)], SAMPLING
+            [Request(prompt, (seed,), request.tokens_left - cut, cut)], SAMPLING
         )
         assert np.array_equal(rest.ids, completion.ids[cut:]) and rest.finish == completion.finish
         ((other,),) = StaticDecoder(LLAMA, EOS, 4, letters).generate(
-            [Request(prompt, (seed,), request.room - cut, 0)], SAMPLING
+            [Request(prompt, (seed,), request.tokens_left - cut, 0)], SAMPLING
         )
         assert not np.array_equal(other.ids, rest.ids)  # the position is part of the noise
 
 
 @pytest.mark.parametrize("length", [1, 2, 30])
 def test_a_stop_text_ends_a_completion_and_stays_in_it(length):
-    """30 letters are longer than the tail of tokens that was decoded once."""
+    """30 letters are longer than the decoded tail of tokens."""
     free = StaticDecoder(LLAMA, (), 64, letters).generate(REQUESTS, SAMPLING)
     longest = max((c for cs in free for c in cs), key=lambda c: len(c.ids))
     stop = (letters(longest.ids)[5 : 5 + length], "never written")
@@ -188,7 +188,7 @@ def test_a_model_with_another_kind_of_cache_is_refused(architecture):
     assert "vllm" in refusal.value.fix
 
 
-def test_the_truth_of_these_tests_sees_a_wrong_token():
+def test_the_reference_of_these_tests_sees_a_wrong_token():
     completion = EXPECTED[0][0]
     wrong = replace(completion, ids=np.roll(completion.ids, 1))
     assert np.abs(forward_logprobs(LLAMA, REQUESTS[0].prompt, wrong) - completion.logprobs).max() > 0.1

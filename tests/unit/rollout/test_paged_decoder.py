@@ -105,7 +105,7 @@ def test_a_request_can_go_on_where_another_stopped():
     )
     prompt = np.concatenate([request.prompt, completion.ids[:3]])
     ((rest,),) = ContinuousDecoder(LLAMA, EOS, 4, letters).generate(
-        [Request(prompt, request.seeds[:1], request.room - 3, 3)], SAMPLING
+        [Request(prompt, request.seeds[:1], request.tokens_left - 3, 3)], SAMPLING
     )
     assert np.array_equal(rest.ids, completion.ids[3:]) and rest.finish == completion.finish
 
@@ -173,7 +173,7 @@ def test_a_model_with_an_attention_of_its_own_is_refused(case):
     assert "static" in refusal.value.fix
 
 
-def test_what_breaks_the_managers_thread_is_told():
+def test_an_error_in_the_managers_thread_is_raised():
     """A prompt with a token that the model does not have."""
     model = CASES[0].model()
     threads = threading.active_count()
@@ -186,7 +186,7 @@ def test_what_breaks_the_managers_thread_is_told():
 
 
 class Clock:
-    """Time that passes only where a decoder says how long it took."""
+    """A clock that only the decoders below advance."""
 
     now = 0.0
 
@@ -202,7 +202,7 @@ class AnotherModel(ContinuousDecoder):
 
 
 def taking(kind: Any, seconds: float, clock: Clock) -> Any:
-    """A decoder of that kind that takes so long."""
+    """A decoder of that kind that takes `seconds`."""
 
     class Taking(kind):
         def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[tuple[Completion, ...]]:
@@ -223,41 +223,41 @@ def taking(kind: Any, seconds: float, clock: Clock) -> Any:
 def test_the_quicker_decoder_is_chosen_once_unless_it_is_wrong(
     kind, static_s, continuous_s, chosen, monkeypatch
 ):
-    said: list[str] = []
+    notes: list[str] = []
     clock = Clock()
     monkeypatch.setattr("orchestrator.rollout.engines.paged_decoder.time", clock)
     decoder = MeasuredDecoder(
-        taking(StaticDecoder, static_s, clock), taking(kind, continuous_s, clock), said.append
+        taking(StaticDecoder, static_s, clock), taking(kind, continuous_s, clock), notes.append
     )
     assert decoder.generate([], SAMPLING) == [] and decoder.chosen is None
     found = decoder.generate(REQUESTS, SAMPLING)
     assert same(found, EXPECTED) and same(decoder.generate(REQUESTS[:2], SAMPLING), EXPECTED[:2])
     assert decoder.chosen is (decoder.continuous if chosen == "continuous" else decoder.static)
-    assert len(said) == 1
+    assert len(notes) == 1
     times = f"static {static_s:.2f} s, continuous {continuous_s:.2f} s"
-    assert said[0].startswith(f"rollouts.batching=measured: {chosen} (12 samples: {times}, log-probs")
+    assert notes[0].startswith(f"rollouts.batching=measured: {chosen} (12 samples: {times}, log-probs")
 
 
-def test_a_failure_while_measuring_chooses_static_and_is_told():
+def test_a_failure_while_measuring_chooses_static_with_a_note():
     class Failing(ContinuousDecoder):
         def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[tuple[Completion, ...]]:
             return super().generate([replace(r, prompt=np.array([5, 10_000])) for r in requests], sampling)
 
-    said: list[str] = []
+    notes: list[str] = []
     options = (LLAMA, EOS, 6, letters)
-    decoder = MeasuredDecoder(StaticDecoder(*options), Failing(*options), said.append)
+    decoder = MeasuredDecoder(StaticDecoder(*options), Failing(*options), notes.append)
     assert same(decoder.generate(REQUESTS, SAMPLING), EXPECTED)
-    assert decoder.chosen is decoder.static and "IndexError" in said[0]
+    assert decoder.chosen is decoder.static and "IndexError" in notes[0]
 
 
 def test_gap_of_log_probs_ends_where_the_tokens_part():
     def completion(ids: list[int], logprobs: list[float]) -> tuple[Completion, ...]:
         return (Completion(np.array(ids), np.array(logprobs, np.float32), "length"),)
 
-    one = [completion([1, 2, 3], [-1.0, -1.0, -1.0])]
-    assert logprob_gap(one, [completion([1, 2, 4], [-1.0, -1.5, -9.0])]) == pytest.approx(0.25)
-    assert logprob_gap(one, [completion([1], [-1.0])]) == 0.0
-    assert logprob_gap(one, [completion([4, 2, 3], [-1.0, -1.0, -1.0])]) == float("inf")
+    first = [completion([1, 2, 3], [-1.0, -1.0, -1.0])]
+    assert logprob_gap(first, [completion([1, 2, 4], [-1.0, -1.5, -9.0])]) == pytest.approx(0.25)
+    assert logprob_gap(first, [completion([1], [-1.0])]) == 0.0
+    assert logprob_gap(first, [completion([4, 2, 3], [-1.0, -1.0, -1.0])]) == float("inf")
 
 
 @pytest.mark.parametrize(
@@ -276,35 +276,31 @@ def test_the_recipe_and_the_device_name_the_decoder(batching, device, kind):
     assert type(make_decoder(rollouts, loaded.model, loaded.tokenizer, torch.device(device))) is kind
 
 
-def test_measured_is_static_where_the_model_reads_no_pages(capsys):
+def test_measured_is_static_if_the_model_reads_no_pages(capsys):
     tokenizer = load(Model(tiny=TinyModel()), seed=0, head="lm").tokenizer  # pyright: ignore[reportCallIssue]
-    assert (
-        type(
-            make_decoder(Rollouts(batching="measured"), Case("bloom").model(), tokenizer, torch.device("cpu"))
-        )
-        is StaticDecoder
-    )  # pyright: ignore[reportCallIssue]
+    rollouts = Rollouts(batching="measured")  # pyright: ignore[reportCallIssue]
+    decoder = make_decoder(rollouts, Case("bloom").model(), tokenizer, torch.device("cpu"))
+    assert type(decoder) is StaticDecoder
     assert "BloomForCausalLM cannot decode" in capsys.readouterr().out
 
 
 @dataclass(frozen=True)
 class OfTransformers518:
-    """What transformers 5.18 calls its settings: pages are blocks, and there is no choice of a kernel."""
+    """Settings of transformers 5.18, where pages are called blocks and no kernel can be chosen."""
 
     block_size: int = 32
     num_blocks: int | None = None
 
 
-def test_another_release_of_transformers_is_static_or_refused_with_the_version_to_install(
+def test_another_release_of_transformers_is_static_or_an_error_with_the_version_to_install(
     monkeypatch, capsys
 ):
     monkeypatch.setattr(continuous, "ContinuousBatchingConfig", OfTransformers518)
     tokenizer = load(Model(tiny=TinyModel()), seed=0, head="lm").tokenizer  # pyright: ignore[reportCallIssue]
-    with pytest.raises(ContinuousBatchingFailed, match="another continuous batching") as refused:
-        make_decoder(Rollouts(batching="continuous"), LLAMA, tokenizer, torch.device("cpu"))  # pyright: ignore[reportCallIssue]
+    rollouts = Rollouts(batching="continuous")  # pyright: ignore[reportCallIssue]
+    with pytest.raises(ContinuousBatchingFailed, match="transformers") as refused:
+        make_decoder(rollouts, LLAMA, tokenizer, torch.device("cpu"))
     assert "page_size" in refused.value.why and "transformers>=5.19" in refused.value.fix
-    assert (
-        type(make_decoder(Rollouts(batching="measured"), LLAMA, tokenizer, torch.device("cpu")))
-        is StaticDecoder
-    )  # pyright: ignore[reportCallIssue]
+    rollouts = Rollouts(batching="measured")  # pyright: ignore[reportCallIssue]
+    assert type(make_decoder(rollouts, LLAMA, tokenizer, torch.device("cpu"))) is StaticDecoder
     assert "rollouts.batching=measured: static" in capsys.readouterr().out

@@ -1,5 +1,4 @@
-"""Names of reward functions, what they are given, what of their answers counts, what is tried again and how
-parts add up."""
+"""Reward functions: names, arguments, which answers count, what is tried again and how parts add up."""
 
 import functools
 import sys
@@ -81,23 +80,25 @@ def test_names_are_found_without_importing_anything(folder: Path, written: str) 
         ("package.iner:length", {}, ConfigError, ["package.iner"]),
         ("package.inner:lenth", {}, ConfigError, ["did you mean length?"]),
         ("mine.py:length", {"scal": 2}, ConfigError, ["no option scal", "did you mean scale?"]),
-        ("mine.py:length", {"completions": 2}, ConfigError, ["completions", "the orchestrator gives it"]),
+        ("mine.py:length", {"completions": 2}, ConfigError, ["completions", "itself gives it"]),
         ("trl:think_format", {}, ConfigError, ["trl.rewards has no think_format", "think_format_reward"]),
         ("trl:get_soft_overlong_punishment", {}, ConfigError, ["max_completion_len, soft_punish_cache"]),
         ("trl:get_repetition_penalty_reward", {"ngram": 2}, ConfigError, ["no option ngram", "ngram_size"]),
         ("broken.py:f", {}, ConfigError, ["broken.py:2 is not Python"]),
     ],
 )
-def test_a_wrong_name_or_option_is_told_before_anything_starts(folder, written, options, kind, words) -> None:
+def test_a_wrong_name_or_option_is_an_error_before_anything_starts(
+    folder, written, options, kind, words
+) -> None:
     (folder / "broken.py").write_text("x = 1\ndef f(:\n")
-    with pytest.raises(kind) as told:
+    with pytest.raises(kind) as caught:
         check_rewards(rewards(function("a", written, options=options)))
     for word in words:
-        assert word in str(told.value)
+        assert word in str(caught.value)
     assert not (folder / "imported").exists()
 
 
-def test_math_verify_is_asked_for() -> None:
+def test_a_missing_math_verify_is_an_error() -> None:
     try:
         import math_verify  # noqa: F401  # pyright: ignore[reportMissingImports]
     except ImportError:
@@ -116,7 +117,7 @@ def test_math_verify_is_asked_for() -> None:
     ("components", "words"),
     [
         ([function("a", "exact_match"), function("a", "last_number")], "the name a is taken"),
-        ([function("environment", "exact_match")], "what environments give"),
+        ([function("environment", "exact_match")], "the name environment is taken"),
         ([function("a", "exact_match", weight=float("nan"))], "the weight is nan"),
         ([RewardFunction(name="a", url="ftp://host/x")], "http:// or https://"),
         ([RewardFunction(name="a", url="http://me:pw@host/x")], "user or a password"),
@@ -132,18 +133,18 @@ def test_math_verify_is_asked_for() -> None:
     ],
 )
 def test_other_mistakes_of_a_component(components, words: str) -> None:
-    with pytest.raises(OrchestratorError, match=words) as told:
+    with pytest.raises(OrchestratorError, match=words) as caught:
         check_rewards(rewards(*components))
-    assert "pw" not in str(told.value)
+    assert "pw" not in str(caught.value)
 
 
-def test_a_header_that_cannot_be_sent_is_told_without_its_value(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_invalid_header_is_an_error_that_hides_its_value(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("THE_TOKEN", "geh\nheim")
-    with pytest.raises(ConfigError) as told:
+    with pytest.raises(ConfigError) as caught:
         check_rewards(
             rewards(RewardFunction(name="a", url="http://host/", headers_from={"Authorization": "THE_TOKEN"}))
         )
-    assert "THE_TOKEN" in str(told.value) and "heim" not in str(told.value)
+    assert "THE_TOKEN" in str(caught.value) and "heim" not in str(caught.value)
 
 
 def test_built_in_rewards_and_trls_own(folder: Path) -> None:
@@ -252,14 +253,14 @@ def test_one_bad_value_is_a_failure_of_its_sample_alone(value, words: str) -> No
         (1.0, "float"),
     ],
 )
-def test_an_answer_that_is_no_list_of_the_right_length(answer, words: str) -> None:
-    with pytest.raises(RewardFailure, match=words) as told:
+def test_an_answer_that_is_not_a_list_of_the_right_length(answer, words: str) -> None:
+    with pytest.raises(RewardFailure, match=words) as caught:
         validate_rewards("len", answer, ["s0", "s1"])
-    assert "reward len" in str(told.value)
+    assert "reward len" in str(caught.value)
 
 
 class Scripted:
-    """A component that fails as told, and remembers whom it was asked about."""
+    """A component that behaves as given, and records the prompts of each call."""
 
     name = "a"
 
@@ -278,10 +279,10 @@ def test_a_batch_that_fails_as_a_whole_is_scored_group_by_group() -> None:
         return [float(len(r.completion)) for r in group.rollouts]
 
     component = Scripted(behave)
-    judged = score_with_retries(component, batch(["x", "yy"], ["p"], ["zzz"]), timeout_s=5, retries=2)
+    result = score_with_retries(component, batch(["x", "yy"], ["p"], ["zzz"]), timeout_s=5, retries=2)
     assert component.asked == [[0, 1, 2], [0], [1], [2], [1]]
-    assert {i: r.tolist() for i, r in judged.rewards.items()} == {0: [1.0, 2.0], 2: [3.0]}
-    assert judged.reasons == {1: "reward a failed (poison 1)"}
+    assert {i: r.tolist() for i, r in result.rewards.items()} == {0: [1.0, 2.0], 2: [3.0]}
+    assert result.reasons == {1: "reward a failed (poison 1)"}
 
 
 def test_only_groups_with_a_bad_sample_are_asked_again() -> None:
@@ -293,9 +294,9 @@ def test_only_groups_with_a_bad_sample_are_asked_again() -> None:
         return [RewardFailure("bad") if bad and r.sample == 1 else 1.0 for r in group.rollouts]
 
     component = Scripted(behave)
-    judged = score_with_retries(component, batch(["x", "y"], ["z"]), timeout_s=5, retries=3)
+    result = score_with_retries(component, batch(["x", "y"], ["z"]), timeout_s=5, retries=3)
     assert component.asked == [[0, 1], [0]]
-    assert not judged.reasons and len(judged.rewards) == 2
+    assert not result.reasons and len(result.rewards) == 2
 
 
 def test_without_retries_a_failed_batch_is_lost() -> None:
@@ -318,8 +319,8 @@ def test_groups_that_hang_do_not_take_the_time_of_all_and_rounds_are_bounded() -
         return [1.0]
 
     started = time.monotonic()
-    judged = score_with_retries(Scripted(behave), batch(*[["x"]] * 8), timeout_s=0.4, retries=1)
-    assert set(judged.reasons) == {0, 1, 2} and set(judged.rewards) == {3, 4, 5, 6, 7}
+    result = score_with_retries(Scripted(behave), batch(*[["x"]] * 8), timeout_s=0.4, retries=1)
+    assert set(result.reasons) == {0, 1, 2} and set(result.rewards) == {3, 4, 5, 6, 7}
     assert time.monotonic() - started < 1.5
 
 
@@ -348,28 +349,28 @@ def test_the_total_is_the_weighted_sum_of_the_parts() -> None:
 
 def test_a_group_that_one_component_failed_is_dropped_and_named() -> None:
     config = rewards(function("a", "exact_match"), function("b", "last_number"), max_dropped_fraction=0.5)
-    judged = parts("a", [1], None, reasons={1: "reward a is None"}) | parts("b", [1], [1])
-    scoring = sum_components(batch(["x"], ["y"]), config, judged)
+    components = parts("a", [1], None, reasons={1: "reward a is None"}) | parts("b", [1], [1])
+    scoring = sum_components(batch(["x"], ["y"]), config, components)
     assert [g.group.prompt.id for g in scoring.groups] == [0]
     assert scoring.dropped == ("q.jsonl:2: reward a is None",)
 
 
 def test_too_many_dropped_groups_end_the_run() -> None:
-    judged = parts("a", [1], None, reasons={1: "reward a is None"})
-    with pytest.raises(RewardsFailed, match="1 of 2 groups") as told:
+    components = parts("a", [1], None, reasons={1: "reward a is None"})
+    with pytest.raises(RewardsFailed, match="1 of 2 groups") as caught:
         sum_components(
-            batch(["x"], ["y"]), rewards(function("a", "exact_match"), max_dropped_fraction=0.4), judged
+            batch(["x"], ["y"]), rewards(function("a", "exact_match"), max_dropped_fraction=0.4), components
         )
-    assert "q.jsonl:2: reward a is None" in str(told.value) and told.value.exit_code == Exit.SOFTWARE
+    assert "q.jsonl:2: reward a is None" in str(caught.value) and caught.value.exit_code == Exit.SOFTWARE
 
 
-def test_a_reason_that_many_groups_share_is_told_once() -> None:
-    judged = parts(
+def test_a_reason_that_many_groups_share_is_printed_once() -> None:
+    components = parts(
         "a", *[None] * 6, reasons={i: "reward a is None" if i < 5 else "reward a is nan" for i in range(6)}
     )
-    with pytest.raises(RewardsFailed, match="6 of 6 groups") as told:
-        sum_components(batch(*[["x"]] * 6), rewards(function("a", "exact_match")), judged)
-    assert told.value.why.splitlines() == [
+    with pytest.raises(RewardsFailed, match="6 of 6 groups") as caught:
+        sum_components(batch(*[["x"]] * 6), rewards(function("a", "exact_match")), components)
+    assert caught.value.why.splitlines() == [
         "q.jsonl:1, q.jsonl:2, q.jsonl:3 and 2 more: reward a is None",
         "       q.jsonl:6: reward a is nan",
     ]

@@ -1,5 +1,4 @@
-"""Noise that belongs to a sample, and the distribution it is drawn from: against statistics and transformers'
-own warpers."""
+"""Noise and the distribution of samples, against statistics and transformers' own warpers."""
 
 import math
 
@@ -68,8 +67,8 @@ def test_gumbel_moments():
     assert float(noise.std()) == pytest.approx(math.pi / math.sqrt(6), rel=0.02)
 
 
-def correlation(one: np.ndarray, other: np.ndarray) -> float:
-    return abs(float(np.corrcoef(one.ravel(), other.ravel())[0, 1]))
+def correlation(first: np.ndarray, second: np.ndarray) -> float:
+    return abs(float(np.corrcoef(first.ravel(), second.ravel())[0, 1]))
 
 
 def test_rows_tokens_positions_and_words_of_the_seed_do_not_correlate():
@@ -107,9 +106,9 @@ def test_no_position_repeats_the_noise_of_another_shifted_to_other_tokens():
 @given(order=st.permutations(range(12)), take=st.integers(1, 12))
 def test_noise_belongs_to_the_row_whatever_the_batch(order, take):
     seeds, positions = SEEDS[:12], torch.arange(12) * 7
-    whole = gumbel(seeds, positions, 50)
-    some = order[:take]
-    assert torch.equal(gumbel(seeds[some], positions[some], 50), whole[some])
+    noise = gumbel(seeds, positions, 50)
+    chosen = order[:take]
+    assert torch.equal(gumbel(seeds[chosen], positions[chosen], 50), noise[chosen])
 
 
 def test_a_larger_vocabulary_begins_with_the_noise_of_a_smaller_one():
@@ -197,7 +196,7 @@ def test_log_probs_are_the_policys_and_less_the_kept_mass_those_of_the_distribut
     assert not sampling.truncates or float(mass.min()) < -0.05
 
 
-def test_greedy_takes_the_likeliest_token_for_sure():
+def test_greedy_takes_the_likeliest_token():
     logits = torch.randn(100, 40, generator=torch.Generator().manual_seed(1))
     drawn = draw(logits, SEEDS[:100], torch.arange(100), Sampling(1, 1, temperature=0.0))
     assert torch.equal(drawn.tokens, logits.argmax(1)) and not drawn.logprobs.any() and drawn.kept is None

@@ -1,5 +1,5 @@
-"""The process of a reward function: what it can see, what it may use, and that nothing it does outlives or
-delays its supervisor."""
+"""The process of a reward function: what it can see and use, and that it cannot outlive or delay its
+supervisor."""
 
 import os
 import signal
@@ -101,13 +101,13 @@ def test_rewards_come_back_exactly(made) -> None:
         ("leaves_one", "exit code 9"),
     ],
 )
-def test_a_function_that_fails_is_told_and_asked_again(made, name: str, words: str) -> None:
+def test_a_function_that_fails_is_an_error_and_can_be_called_again(made, name: str, words: str) -> None:
     sandbox = made(name)
     for _ in range(2):
         started = time.monotonic()
-        with pytest.raises(RewardFailure) as told:
+        with pytest.raises(RewardFailure) as caught:
             ask(sandbox, "a", "b")
-        assert words in told.value.reason and "reward f" in told.value.reason
+        assert words in caught.value.reason and "reward f" in caught.value.reason
         assert time.monotonic() - started < 8
 
 
@@ -117,7 +117,7 @@ def test_a_nan_is_a_failure_of_its_sample_alone(made) -> None:
 
 
 @pytest.mark.parametrize("name", ["sleeps", "spins"])
-def test_a_function_that_is_late_is_ended_in_time(made, name: str) -> None:
+def test_a_function_that_is_late_is_killed_in_time(made, name: str) -> None:
     sandbox = made(name)
     pid = sandbox.process.pid
     started = time.monotonic()
@@ -191,7 +191,8 @@ from pathlib import Path
 from tests.unit.rollout.reward_cases import batch, function, rewards
 from orchestrator.rollout.rewards.component import RewardCall
 from orchestrator.rollout.rewards.sandbox import Confinement, Sandbox
-with Sandbox(function("f", sys.argv[1] + ":starts_one"), Confinement.of(rewards(), os.environ, Path(sys.argv[2]))) as sandbox:
+confinement = Confinement.of(rewards(), os.environ, Path(sys.argv[2]))
+with Sandbox(function("f", sys.argv[1] + ":starts_one"), confinement) as sandbox:
     sandbox.score(RewardCall.of(batch(["a"])), 600)
 """
 
@@ -206,19 +207,17 @@ with Sandbox(function("f", sys.argv[1] + ":starts_one"), Confinement.of(rewards(
         ("", "has no attribute 'f'"),
     ],
 )
-def test_a_module_that_cannot_be_imported_is_a_mistake_of_the_recipe(
-    tmp_path: Path, source: str, words: str
-) -> None:
+def test_a_module_that_cannot_be_imported_is_a_config_error(tmp_path: Path, source: str, words: str) -> None:
     path = tmp_path / "broken.py"
     path.write_text(source)
     sandbox = Sandbox(function("f", f"{path}:f"), confinement(tmp_path / "log.txt"))
-    with pytest.raises(ConfigError) as told:
+    with pytest.raises(ConfigError) as caught:
         sandbox.start()
-    assert words in str(told.value) and "reward f" in str(told.value)
+    assert words in str(caught.value) and "reward f" in str(caught.value)
     assert sandbox.process is None
 
 
-def test_columns_that_json_cannot_carry_are_named(made) -> None:
+def test_a_column_that_is_not_json_is_named(made) -> None:
     call = RewardCall(["p"], ["c"], [[1]], ["s"], {"when": [object()]})
     with pytest.raises(RewardFailure, match="the column when"):
         made("length").score(call, 5.0)

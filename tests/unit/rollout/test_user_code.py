@@ -1,5 +1,4 @@
-"""Reward files and environments that do what Python files do, and mistakes in them that are told before
-anything is placed."""
+"""Reward files and environments do what Python files do; mistakes are errors before anything is placed."""
 
 import sys
 import time
@@ -20,9 +19,9 @@ from orchestrator.rollout.trial import try_user_code
 from tests.unit.rollout.reward_cases import function
 
 FILES = {
-    "verdict.py": "from __future__ import annotations\nfrom dataclasses import dataclass\n@dataclass\nclass "
-    "Verdict:\n    score: float\n"
-    "def judge(completions, **columns): return [Verdict(len(c)).score for c in completions]\n",
+    "scored.py": "from __future__ import annotations\nfrom dataclasses import dataclass\n@dataclass\nclass "
+    "Scored:\n    score: float\n"
+    "def score(completions, **columns): return [Scored(len(c)).score for c in completions]\n",
     "pool.py": "from concurrent.futures import ProcessPoolExecutor\ndef one(text): return len(text)\n"
     "def pooled(completions, **columns):\n    with ProcessPoolExecutor(2) as pool: return "
     "list(pool.map(one, completions))\n",
@@ -43,7 +42,7 @@ FILES = {
 }
 SCORES = (
     *(
-        "verdict.py:judge",
+        "scored.py:score",
         "pool.py:pooled",
         "folder/sibling.py:score",
         "pack/inner/relative.py:score",
@@ -54,8 +53,8 @@ SCORES = (
 
 
 @pytest.fixture
-def there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A working folder with the files; what is imported from it is forgotten after."""
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A working folder with the files; sys.modules is restored afterwards."""
     for name, source in FILES.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(source)
@@ -67,29 +66,29 @@ def there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     sys.modules.update(modules)
 
 
-def one(written: str, **options: Any) -> Rewards:
+def component(written: str, **options: Any) -> Rewards:
     return Rewards(functions=[function("mine", written, **options)])
 
 
 @pytest.mark.parametrize("written", [SCORES[0], SCORES[1], SCORES[2], SCORES[5]])
-def test_a_reward_file_may_do_what_a_python_file_does(there: Path, written: str, tmp_path: Path) -> None:
-    check_rewards(one(written))
+def test_a_reward_file_may_do_what_a_python_file_does(folder: Path, written: str, tmp_path: Path) -> None:
+    check_rewards(component(written))
     with Sandbox(
         function("mine", written), Confinement.of(Rewards(), {"PATH": "/usr/bin:/bin"}, tmp_path / "log")
     ) as sandbox:
-        found = sandbox.score(RewardCall(["p"] * 2, ["a", "bbb"], [[1], [2]], ["x", "y"]), 60)
-    assert found == [1.0, 3.0]
+        outcomes = sandbox.score(RewardCall(["p"] * 2, ["a", "bbb"], [[1], [2]], ["x", "y"]), 60)
+    assert outcomes == [1.0, 3.0]
 
 
-def test_a_file_with_the_name_of_a_module_takes_nothing_from_it(there: Path) -> None:
+def test_a_file_with_the_name_of_a_module_takes_nothing_from_it(folder: Path) -> None:
     import json
 
-    mine = load_module(str(there / "odd" / "json.py"))
+    mine = load_module(str(folder / "odd" / "json.py"))
     assert mine.score(["ab"]) == [2] and sys.modules["json"] is json and load_module("odd/json.py") is mine
-    assert sys.path.index(str(there)) < sys.path.index(str(there / "odd")), "the working folder comes first"
+    assert sys.path.index(str(folder)) < sys.path.index(str(folder / "odd")), "the working folder comes first"
 
 
-def test_environments_load_the_same_way(there: Path) -> None:
+def test_environments_load_the_same_way(folder: Path) -> None:
     world = (
         "from __future__ import annotations\nfrom dataclasses import dataclass\nimport "
         "beside\n@dataclass\nclass World:\n"
@@ -98,7 +97,7 @@ def test_environments_load_the_same_way(there: Path) -> None:
         "    n: int = 0\n    def reset(self, row): return []\n    def step(self, text): return "
         "beside.size(text)\n"
     )
-    (there / "folder" / "world.py").write_text(world)
+    (folder / "folder" / "world.py").write_text(world)
     assert load_environment("folder/world.py:World")().step("abc") == 3  # type: ignore[comparison-overlap]
 
 
@@ -108,8 +107,8 @@ def test_environments_load_the_same_way(there: Path) -> None:
 GOOD_WORLD = "class World:\n    def reset(self, row): return []\n    def step(self, text): return None\n"
 
 
-def test_what_works_passes_in_seconds(there: Path) -> None:
-    (there / "world.py").write_text(GOOD_WORLD)
+def test_what_works_passes_in_seconds(folder: Path) -> None:
+    (folder / "world.py").write_text(GOOD_WORLD)
     started = time.monotonic()
     try_user_code(
         Rewards(functions=[function(f"f{i}", written) for i, written in enumerate(SCORES)]),
@@ -117,15 +116,15 @@ def test_what_works_passes_in_seconds(there: Path) -> None:
         ["answer"],
     )
     assert time.monotonic() - started < 100
-    try_user_code(one("exact_match"), None, ["answer"])
+    try_user_code(component("exact_match"), None, ["answer"])
 
 
 @pytest.mark.parametrize(
-    ("source", "said"),
+    ("source", "reason"),
     [
         ("import no_such_package\ndef f(completions): ...", "No module named 'no_such_package'"),
         ("raise RuntimeError('needs a licence')\ndef f(completions): ...", "needs a licence"),
-        ("f = 3", "is a int, no function"),
+        ("f = 3", "is a int, not a function"),
         ("import sys\nsys.exit(4)\ndef f(completions): ...", "it called sys.exit(4)"),
         (
             "import os\nprint('bye')\nos._exit(4)\ndef f(completions): ...",
@@ -138,26 +137,26 @@ def test_what_works_passes_in_seconds(there: Path) -> None:
         ),
     ],
 )
-def test_a_function_that_cannot_work_is_told(there: Path, source: str, said: str) -> None:
-    (there / "bad.py").write_text(source + "\n")
+def test_a_function_that_cannot_work_is_an_error(folder: Path, source: str, reason: str) -> None:
+    (folder / "bad.py").write_text(source + "\n")
     with pytest.raises(ConfigError) as caught:
-        try_user_code(one("bad.py:f"), None, ["answer"])
+        try_user_code(component("bad.py:f"), None, ["answer"])
     assert (
-        said in f"{caught.value.what} {caught.value.why}"
+        reason in f"{caught.value.what} {caught.value.why}"
         and "bad.py:f" in caught.value.what
         and caught.value.fix
     )
 
 
-def test_the_name_of_an_argument_that_is_nearly_one_is_told(there: Path) -> None:
-    (there / "bad.py").write_text("def f(completion, **columns): ...\n")
+def test_a_misspelt_argument_is_an_error_with_the_right_name(folder: Path) -> None:
+    (folder / "bad.py").write_text("def f(completion, **columns): ...\n")
     with pytest.raises(ConfigError, match="needs completion") as caught:
-        try_user_code(one("bad.py:f"), None, ["answer"])
+        try_user_code(component("bad.py:f"), None, ["answer"])
     assert caught.value.fix.startswith("did you mean completions?")
 
 
 @pytest.mark.parametrize(
-    ("spec", "source", "said"),
+    ("spec", "source", "reason"),
     [
         ("nofile.py:World", "", "no file nofile.py"),
         ("world.py:World", "import no_such_package\n" + GOOD_WORLD, "No module named 'no_such_package'"),
@@ -175,32 +174,34 @@ def test_the_name_of_an_argument_that_is_nearly_one_is_told(there: Path) -> None
         ),
     ],
 )
-def test_an_environment_that_cannot_work_is_told(there: Path, spec: str, source: str, said: str) -> None:
-    (there / "world.py").write_text(source)
+def test_an_environment_that_cannot_work_is_an_error(
+    folder: Path, spec: str, source: str, reason: str
+) -> None:
+    (folder / "world.py").write_text(source)
     with pytest.raises(ConfigError) as caught:
         try_user_code(Rewards(), spec, None)
-    assert said in f"{caught.value.what} {caught.value.why}"
+    assert reason in f"{caught.value.what} {caught.value.why}"
 
 
-def test_a_column_that_the_checkers_need_is_told(there: Path) -> None:
+def test_a_missing_column_that_the_checkers_need_is_an_error(folder: Path) -> None:
     with pytest.raises(ConfigError, match="exact_match needs the column answer") as caught:
-        try_user_code(one("exact_match"), None, ["solution"])
+        try_user_code(component("exact_match"), None, ["solution"])
     assert "solution" in caught.value.why and "data.columns.answer" in caught.value.fix
 
 
 @pytest.mark.parametrize("name", ["trainer_state", "log_metric", "log_extra"])
 @pytest.mark.parametrize("form", ["completions, {0}", "completions, *, {0}", "{0}, completions, **columns"])
-def test_what_only_trls_trainers_give_is_refused_by_name(there: Path, name: str, form: str) -> None:
-    (there / "trl_like.py").write_text(f"def f({form.format(name)}): return [1.0 for c in completions]\n")
+def test_what_only_trls_trainers_give_is_refused_by_name(folder: Path, name: str, form: str) -> None:
+    (folder / "trl_like.py").write_text(f"def f({form.format(name)}): return [1.0 for c in completions]\n")
     with pytest.raises(ConfigError, match=f"needs {name}, which only TRL's trainers give"):
-        check_rewards(one("trl_like.py:f"))
-    (there / "trl_like.py").write_text(
+        check_rewards(component("trl_like.py:f"))
+    (folder / "trl_like.py").write_text(
         f"def f(completions, {name}=None, **columns): return [1.0 for c in completions]\n"
     )
-    check_rewards(one("trl_like.py:f"))
+    check_rewards(component("trl_like.py:f"))
 
 
-def test_a_missing_file_is_no_input(there: Path) -> None:
+def test_a_missing_file_is_missing_input(folder: Path) -> None:
     with pytest.raises(OrchestratorError) as caught:
-        check_rewards(one("nofile.py:f"))
+        check_rewards(component("nofile.py:f"))
     assert isinstance(caught.value, MissingInput) and isinstance(function("mine", "x:y"), RewardFunction)

@@ -1,4 +1,4 @@
-"""What of a GPU vLLM may fill: its actor's own part, less the weights that wait there to be verified."""
+"""Share of a GPU that vLLM may fill: its actor's part, less the weights that wait there to be verified."""
 
 import pytest
 
@@ -20,5 +20,5 @@ def test_vllm_fills_what_its_actor_was_given_of_a_gpu() -> None:
 
 
 @pytest.mark.parametrize("transport", ["broadcast", "cuda_ipc"])
-def test_room_is_kept_for_weights_that_arrive_on_the_gpu(transport: str) -> None:
+def test_memory_is_kept_for_weights_that_arrive_on_the_gpu(transport: str) -> None:
     assert share("gpus_per_worker=0.5", f"transport={transport}") == pytest.approx(0.45 - 16 / 80)
