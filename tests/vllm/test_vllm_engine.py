@@ -211,7 +211,7 @@ def test_greedy_is_the_transformers_engine(held: tuple[Any, Any]) -> None:
     other.load(1, buckets(model))
     greedy = replace(FREE, temperature=0.0)
     for stop in ((), tuple("aeiouAEIOU")):
-        prompts = requests(limit=100, samples=1)
+        prompts = requests(room=100, samples=1)
         ours = engine.generate(prompts, replace(greedy, stop=stop))
         for (a,), (b,) in zip(ours, other.generate(prompts, replace(greedy, stop=stop)), strict=True):
             assert same(a, b) and not a.logprobs.any()
@@ -298,7 +298,7 @@ def test_eos_is_the_last_token_and_room_is_the_longest(held: tuple[Any, Any]) ->
 def test_a_stop_text_of_two_tokens_ends_a_completion_and_stays(held: tuple[Any, Any]) -> None:
     engine, model = held
     tokenizer = load(recipe(tiny("llama")).model, seed=0, head="lm").tokenizer
-    prompts = requests(limit=64, samples=8)
+    prompts = requests(room=64, samples=8)
     free = [c for drawn in engine.generate(prompts, FREE) for c in drawn]
     # ids below 94 are printable ASCII
     pairs = ((c, i) for c in free for i in range(len(c.ids) - 3) if max(c.ids[i : i + 2]) < 94)
@@ -317,7 +317,7 @@ def test_a_stop_text_of_two_tokens_ends_a_completion_and_stays(held: tuple[Any, 
 def test_requests_that_vllm_would_truncate_are_refused(held: tuple[Any, Any]) -> None:
     engine, _ = held
     with pytest.raises(DataError, match=r"data\.max_length is 256"):
-        engine.generate(requests(limit=200), FREE)
+        engine.generate(requests(room=200), FREE)
     assert engine.generate([], FREE) == []
 
 
