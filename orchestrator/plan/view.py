@@ -10,7 +10,7 @@ from rich.text import Text
 
 from orchestrator.core.format import size
 from orchestrator.plan.planner import BINS, DataReport, Plan
-from orchestrator.recipe.pipeline import Ignored
+from orchestrator.recipe.pipeline import IgnoredKey
 from orchestrator.recipe.schema import Recipe, Section
 
 PARTS = 3
@@ -75,7 +75,7 @@ def _shown(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def not_read(keys: Sequence[Ignored]) -> RenderableType:
+def not_read(keys: Sequence[IgnoredKey]) -> RenderableType:
     """The inherited keys that a stage does not read, a line each; nothing where there are none."""
     return Group(
         *([Text("inherited, and not read by this run:")] if keys else []),

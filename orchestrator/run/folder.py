@@ -17,7 +17,7 @@ from typing import Any
 
 from orchestrator.core.errors import OutputError
 from orchestrator.core.files import read_lines, write_atomically
-from orchestrator.recipe.fingerprint import FREE, TOKENS, Identity
+from orchestrator.recipe.fingerprint import MAY_CHANGE, TOKENS, Identity
 from orchestrator.run.extension import End
 
 DONE = "done_steps"
@@ -205,7 +205,7 @@ def _reject_other_run(root: Path, identity: Identity) -> Mapping[str, Any]:
         return {}
     if there["fingerprint"] == identity.fingerprint:
         return there
-    other = f"choose another --output, or set them back. Free to change are {FREE}"
+    other = f"choose another --output, or set them back. Free to change are {MAY_CHANGE}"
     if "deciding" not in there:
         why = (
             f"run {there['fingerprint'][:12]} was started there, this recipe and data are run "

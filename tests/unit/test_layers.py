@@ -36,7 +36,7 @@ FLOOR_OF = {
 }
 OPEN = ("__init__", "__main__")
 CORE_LINES = 1_600
-"""core/ stays small: it holds no code of other rooms. A third of its lines are docstrings of record fields."""
+"""core/ stays small and holds no code of other rooms. A third of its lines are docstrings of records."""
 HOMES = {"deepspeed": "learner/engine.py", "ray": "cluster/", "wandb": "observe/"}
 HEAVY = ("torch", "transformers", "trl", "datasets", "peft", "deepspeed", "ray", "wandb")
 

@@ -11,7 +11,7 @@ from orchestrator.core.errors import ConfigError
 from orchestrator.models.load import load_config
 from orchestrator.recipe.keys import DEFAULT_LOSS, LOSSES, READERS, has_reference, samples_dynamically
 from orchestrator.recipe.loading import dump, load
-from orchestrator.recipe.pipeline import Ignored
+from orchestrator.recipe.pipeline import IgnoredKey
 from orchestrator.recipe.schema import ONLINE, AlgorithmConfig, Model, Recipe
 from tests.unit.settings import observe as o
 from tests.unit.settings.contexts import BASE
@@ -153,9 +153,9 @@ def test_what_is_inherited_or_useless_by_a_change_is_listed_and_has_its_default(
     )
     (stage,) = load(own, ["run.max_steps=2", "tracking.wandb=off"]).stages
     assert stage.ignored == (
-        Ignored("run.epochs", f"{own}:2", "not read because of override `run.max_steps=2`"),
-        Ignored("critic.export", f"{own.parent / 'base.yaml'}:6", "read only by ppo"),
-        Ignored("tracking.project", f"{own}:3", "not read because of override `tracking.wandb=off`"),
+        IgnoredKey("run.epochs", f"{own}:2", "not read because of override `run.max_steps=2`"),
+        IgnoredKey("critic.export", f"{own.parent / 'base.yaml'}:6", "read only by ppo"),
+        IgnoredKey("tracking.project", f"{own}:3", "not read because of override `tracking.wandb=off`"),
     )
     recipe = stage.recipe
     assert (recipe.run.epochs, recipe.tracking.project, recipe.critic.export) == (1.0, "orchestrator", False)

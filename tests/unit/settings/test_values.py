@@ -13,7 +13,7 @@ from orchestrator.recipe import reference_page
 from orchestrator.recipe.files import builtin_recipes
 from orchestrator.recipe.keys import ALWAYS, READERS
 from orchestrator.recipe.loading import load
-from orchestrator.recipe.pipeline import Ignored
+from orchestrator.recipe.pipeline import IgnoredKey
 from orchestrator.recipe.schema import Recipe, Section
 from orchestrator.recipe.strict_yaml import Dumper, parse
 from tests.unit.settings.contexts import ALWAYS_HERE, BASE, NEVER_READ, NULLED, context
@@ -54,7 +54,7 @@ def written(folder: Path, overrides: list[str], text: str, name: str = "own.yaml
     return file
 
 
-def of(file: Path, *overrides: str) -> tuple[Recipe, tuple[Ignored, ...]]:
+def of(file: Path, *overrides: str) -> tuple[Recipe, tuple[IgnoredKey, ...]]:
     (stage,) = load(file, overrides).stages
     return stage.recipe, stage.ignored
 
