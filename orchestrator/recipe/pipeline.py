@@ -80,7 +80,7 @@ def check(recipe: Recipe, where: str, earlier: Mapping[str, Recipe]) -> None:
         if earlier[name].model.lora is not None and earlier[name].export.lora == "adapter":
             raise ConfigError(
                 f"{where}: {key}: stage {name} exports only its adapter",
-                why="with export.lora=adapter there is no model to load",
+                why="with export.lora=adapter it has no model to load",
                 fix=f"set {name}:export.lora=both",
             )
         scores = earlier[name].algorithm.name == "reward"

@@ -135,7 +135,7 @@ class Learners(Workers):
     def _reject_boolean(cls, value: Any) -> Any:
         if isinstance(value, bool):
             raise ValueError(
-                f"{str(value).lower()} is no longer a value: use {'full' if value else 'none'}, or auto"
+                f"{str(value).lower()} is not a value any more: use {'full' if value else 'none'}, or auto"
                 " to leave it to the plan"
             )
         return value

@@ -25,9 +25,10 @@ from orchestrator.observe.sink import Sink
 from orchestrator.observe.wandb_sink import WandbSink, stable_run_id
 from orchestrator.observe.watch import Watch
 from orchestrator.plan import disk
+from orchestrator.plan.choice import Choice
 from orchestrator.plan.hardware import Hardware, this_machine
-from orchestrator.plan.planner import Choice, Plan, make_plan
-from orchestrator.plan.sense import Seen, what_makes_no_sense
+from orchestrator.plan.planner import Plan, make_plan
+from orchestrator.plan.sanity import SanityInputs, sanity_warnings
 from orchestrator.plan.settle import settle
 from orchestrator.plan.sketch import Lengths, synthetic_data
 from orchestrator.plan.state_bytes import Sizes
@@ -198,14 +199,14 @@ def _job(recipe: Recipe, console: Console, hardware: Hardware, lengths: Lengths 
     )
     make = _offline if algorithm.online is None else _online
     job = make(fitted, algorithm, hardware, lengths, console, fewer=counted and not fitted.learners.gpus)
-    choices = (*(Choice(why.name, why.value, why.reason) for why in reasons), *job.plan.choices)
-    seen = Seen(
+    choices = (*reasons, *job.plan.choices)
+    inputs = SanityInputs(
         job.recipe, job.data, job.plan.data, job.plan.total_steps, job.schedule_steps, job.plan.parameters
     )
     return replace(
         job,
         plan=replace(
-            job.plan, choices=choices, warnings=() if lengths is not None else what_makes_no_sense(seen)
+            job.plan, choices=choices, warnings=() if lengths is not None else sanity_warnings(inputs)
         ),
     )
 

@@ -13,8 +13,9 @@ from orchestrator.cluster.joining import own_ray
 from orchestrator.core.errors import NotEnoughResources
 from orchestrator.core.stopping import Stop
 from orchestrator.models.shapes import as_folder, known
+from orchestrator.plan.choice import Choice
 from orchestrator.plan.hardware import Hardware
-from orchestrator.plan.planner import Choice, Plan
+from orchestrator.plan.planner import Plan
 from orchestrator.plan.sketch import Lengths
 from orchestrator.recipe.pipeline import Stage, references, resolve
 from orchestrator.recipe.schema import ONLINE, Recipe

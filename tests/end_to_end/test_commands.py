@@ -67,7 +67,7 @@ def test_plan_names_batches_that_divide(sandbox: Sandbox) -> None:
             "--recipe",
         )
     )
-    assert "cuts evenly at batch.effective 60 or 70" in said
+    assert "batch.effective 60 or 70" in said
     assert "predicted memory per worker" in said
     assert "architecture: llama" in said, "the resolved recipe"
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orchestrator.core.errors import ConfigError, Exit, MissingInput
-from orchestrator.plan.sense import rates_of
+from orchestrator.plan.sanity import rates_of
 from orchestrator.recipe.files import builtin_recipes, find
 from orchestrator.recipe.fingerprint import identity_of
 from orchestrator.recipe.loading import dump, json_schema, load

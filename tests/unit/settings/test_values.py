@@ -38,7 +38,8 @@ def changes(leaf: Leaf, given: tuple[str, ...], text: str) -> list[str]:
 
 
 def written(folder: Path, overrides: list[str], text: str, name: str = "own.yaml") -> Path:
-    """A file that says what BASE and the overrides say, `text` as it is; HERE stands for it in the overrides."""
+    """A file that says what BASE and the overrides say, `text` as it is; HERE stands for it in the
+    overrides."""
     tree, _ = parse(BASE, "base")
     for change in overrides:
         keys, _, value = change.partition("=")
