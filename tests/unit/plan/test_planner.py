@@ -399,14 +399,14 @@ def test_fp16_on_a_cpu():
         plan("learners.precision=fp16")
 
 
-# ---- what is told
+# ---- output
 
 
 def test_the_json_holds_everything_and_nothing_that_json_cannot():
     found = plan("batch.micro_batch=4")
-    told = json.loads(json.dumps(found.to_json(), allow_nan=False))
-    assert told.keys() == {f.name for f in fields(Plan)}
-    assert told["memory"]["total"] == found.memory.total == sum(found.memory.parts.values())
+    values = json.loads(json.dumps(found.to_json(), allow_nan=False))
+    assert values.keys() == {f.name for f in fields(Plan)}
+    assert values["memory"]["total"] == found.memory.total == sum(found.memory.parts.values())
     cut = {
         "workers": 2,
         "examples": 4,
@@ -416,8 +416,8 @@ def test_the_json_holds_everything_and_nothing_that_json_cannot():
         "sync": "no_sync",
         "one_row": False,
     }
-    assert told["cut"] == cut
-    assert [c["name"] for c in told["choices"]] == [
+    assert values["cut"] == cut
+    assert [c["name"] for c in values["choices"]] == [
         "hardware",
         "layout",
         "ZeRO stage",
@@ -425,7 +425,7 @@ def test_the_json_holds_everything_and_nothing_that_json_cannot():
         "checkpointing",
         "micro-batch",
     ]
-    assert told["recipe"]["batch"]["effective"] == 16
+    assert values["recipe"]["batch"]["effective"] == 16
 
 
 def rows_file(tmp_path):
