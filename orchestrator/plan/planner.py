@@ -338,7 +338,7 @@ def _micro_batch_choice(recipe: Recipe, cut: Cut) -> Choice:
     return Choice(
         "micro-batch",
         f"{cut.positions} positions",
-        "fits the predicted memory; a probe step checks it if memory is tight",
+        "fits the predicted memory; a probe step checks it if it is tight",
     )
 
 
