@@ -222,6 +222,7 @@ def _generation_config(recipe: Recipe, config: Any) -> Any:
     """The generation configuration of the model. A folder without one gets it from the model's
     configuration."""
     try:
-        return GenerationConfig.from_pretrained(recipe.model.path, revision=recipe.model.revision or "main")  # pyright: ignore
+        revision = recipe.model.revision or "main"
+        return GenerationConfig.from_pretrained(recipe.model.path, revision=revision)  # pyright: ignore
     except OSError:
         return GenerationConfig.from_model_config(config)

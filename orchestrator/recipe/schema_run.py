@@ -286,4 +286,7 @@ class Tracking(Section):
     finish_timeout_s: float = Field(
         60.0, gt=0, description="Seconds to upload at the end; after them the rest stays in the run folder."
     )
-    alerts: Alerts | None = Field(Alerts(), description="Thresholds of alerts; null: none.")  # pyright: ignore[reportCallIssue]
+    alerts: Alerts | None = Field(
+        Alerts(),  # pyright: ignore[reportCallIssue]
+        description="Thresholds of alerts; null: none.",
+    )
