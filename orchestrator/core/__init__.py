@@ -1,2 +1,2 @@
-"""What every room speaks: records that flow, Protocols, errors, files on disk, faults. Standard library and
-numpy only."""
+"""Records, Protocols, errors and files on disk that all rooms share. It imports the standard library and
+numpy."""

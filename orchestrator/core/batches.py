@@ -1,9 +1,12 @@
-"""What flows: frozen records, made once by one room and never filled in later by another.
+"""Records of a training step, from a row of data to the micro-batches of an optimizer step.
 
     offline   Row -> SequenceGroup -> PackedBatch -> MicroBatch -> LearnReport -> StepReport
-    online    Row -> Prompt -> RolloutGroup -> ScoredGroup -> SequenceGroup (its branches carry Experience) -> … the same …
 
-Arrays are numpy so that records cross processes without copies and without torch.
+    online    Row -> Prompt -> RolloutGroup -> RewardedGroup -> SequenceGroup -> … as offline …
+                                                               (its branches carry Experience)
+
+Every record is frozen: one room makes it complete, and no other room fills it in later. Arrays are numpy, so
+that records cross processes without copies and without torch.
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,16 +29,22 @@ Sync = Literal["no_sync", "coalesced", "per_micro_batch"]
 class Row:
     """One validated row of a data source, in TRL's terms, before any tokenizer.
 
-    Texts are strings or lists of {"role", "content"} messages. SFT: prompt (may be "") + completion, or
-    `messages` alone; preference: prompt, chosen, rejected; unpaired: prompt, completion, label; prompt:
-    prompt alone, and in `columns` whatever else the record holds, for reward functions and environments.
-    tools, chat_template_kwargs: what the chat template is given beside the messages; a message with `weight`
-    0 is not learned. where: "file:line" for messages to the user; source: index of the source in the recipe.
+    Which of the texts are set depends on the kind of data:
+
+        sft          prompt (may be "") and completion, or `messages` or `text` alone
+        preference   prompt, chosen, rejected
+        unpaired     prompt, completion, label
+        prompt       prompt
+
+    A text is a string or a list of {"role", "content"} messages. A message with `weight` 0 is not learned.
     """
 
     id: int
+    """Number of the row in its data set, from 0."""
     where: str
+    """Place of the row in messages to the user. Example: "pairs.jsonl:12"."""
     source: int
+    """Index of the source in the recipe."""
     prompt: Any = None
     completion: Any = None
     chosen: Any = None
@@ -43,63 +52,78 @@ class Row:
     messages: Any = None
     text: str | None = None
     label: bool | None = None
+    """KTO: True for a wanted completion."""
     margin: float | None = None
+    """Reward model: by how much `chosen` is better than `rejected`."""
     answer: str | None = None
+    """Reference answer that generated text is compared with."""
     columns: Mapping[str, Any] = field(default_factory=dict)
+    """Other columns of the record, for reward functions and environments."""
     tools: Sequence[Mapping[str, Any]] | None = None
+    """JSON schemas of the tools that the chat template renders."""
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    """Further variables of the chat template. Example: {"enable_thinking": False}."""
 
 
 @dataclass(frozen=True, slots=True)
 class Experience:
-    """What RL knows of the S scored tokens of a completion (or the N of a micro-batch), Float[S] each, in
-    their order.
+    """Columns of reinforcement learning: one value for each of S scored tokens, in their order.
 
-    sampled_logprobs: under the generator's policy; old_logprobs: under the learner's policy before the first
-    update from this rollout batch (the proximal policy), None where that is the policy of this very step;
-    ref_logprobs: under the reference; all over the whole vocabulary, at the temperature. values: the critic's
-    before the update; returns: what it shall learn.
+    S counts the scored tokens of one completion, or all N of a micro-batch. Log-probs are taken over the
+    whole vocabulary, at the sampling temperature.
 
-    Example: a completion of two tokens with reward 1, RLOO against one sample of reward 0: advantages [1.0,
-    1.0].
+    Example: a completion of two tokens with reward 1, RLOO against one sample with reward 0:
+    advantages [1.0, 1.0].
     """
 
     advantages: Floats
+    """Float[S]."""
     sampled_logprobs: Floats
+    """Float[S]: log-probs under the policy of the generator."""
     old_logprobs: Floats | None = None
+    """Float[S]: log-probs under the proximal policy, which is the learner's before its first update from this
+    rollout batch. None if that is the policy of this very step."""
     ref_logprobs: Floats | None = None
+    """Float[S]: log-probs under the reference policy."""
     values: Floats | None = None
+    """Float[S]: values of the critic before the update."""
     returns: Floats | None = None
+    """Float[S]: targets of the critic."""
 
 
 @dataclass(frozen=True, slots=True)
 class Branch:
-    """Tokens that follow a prompt. ids: Int[T]; loss_mask: Bool[T], True where a token counts in the loss.
-
-    experience: of the scored tokens, where the branch is a rollout."""
+    """T tokens that follow a prompt."""
 
     ids: Ints
+    """Int[T]: token ids."""
     loss_mask: Bools
+    """Bool[T]: True for tokens that count in the loss (the scored tokens)."""
     experience: Experience | None = None
+    """Values for the scored tokens, if the branch is a rollout."""
 
 
 @dataclass(frozen=True, slots=True)
 class SequenceGroup:
-    """The atom of packing: a prompt and the branches that share it. Never split over micro-batches.
+    """The atom of packing: a prompt and the branches that share it. A group is never split.
 
-    SFT and KTO have 1 branch (KTO a second, mismatched one for its KL term), a pair has 2: (chosen,
-    rejected). The prompt holds at least one token, so every branch token has a position that predicts it.
-
-    Example: prompt [1, 7, 8], branches ([9, 2], [5, 6, 2]): 3 + 2 + 3 = 8 tokens with a shared prompt, 11
-    without.
+    Example: prompt [1, 7, 8], branches ([9, 2], [5, 6, 2]): 3 + 2 + 3 = 8 tokens if the prompt is shared, 11
+    if it is not.
     """
 
     id: int
+    """Number of the example in its data set."""
     prompt: Ints
+    """Int[P], P >= 1: so every token of a branch has a position that predicts it."""
     branches: tuple[Branch, ...]
+    """SFT: 1. Pairs: 2, (chosen, rejected). KTO: 1, or 2 with the mismatched completion of its KL term.
+    Online: one for each sample."""
     source: int = 0
+    """Index of the data source in the recipe."""
     label: float | None = None
+    """KTO: 1.0 for a wanted completion, 0.0 for an unwanted one."""
     margin: float | None = None
+    """Reward model: by how much the chosen branch is better."""
 
     @property
     def shared_tokens(self) -> int:
@@ -113,29 +137,38 @@ class SequenceGroup:
 
     @property
     def longest(self) -> int:
+        """Tokens of the prompt with the longest branch."""
         return len(self.prompt) + max(len(b.ids) for b in self.branches)
 
     @property
     def scored_tokens(self) -> int:
+        """Tokens that count in the loss."""
         return sum(int(b.loss_mask.sum()) for b in self.branches)
 
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """How the hardware cuts an optimizer step. Nothing in here may change a result.
+    """How an optimizer step is cut over the hardware. No value of a cut may change a result.
 
-    A micro-batch holds at most `examples` examples or, if that is None, `positions` computed token positions.
-    one_row: a micro-batch is a single row under block masks (models/block_attention.py), as GPUs like it.
+    `examples` bounds a micro-batch or, if that is None, `positions`.
+
     Example: 256 pairs, Cut(workers=2, examples=8, …): 2 workers x 16 micro-batches x 8 pairs.
     """
 
     workers: int
+    """Number of data-parallel ranks."""
     examples: int | None
+    """Most examples of a micro-batch."""
     positions: int | None
+    """Most computed token positions of a micro-batch."""
     layout: Layout
+    """How examples become rows."""
     zero_stage: int
+    """ZeRO stage, 0 to 3."""
     sync: Sync
+    """When gradients are reduced over the ranks."""
     one_row: bool = False
+    """Whether a micro-batch is one long row under block masks (models/block_attention.py), for GPUs."""
 
     def __str__(self) -> str:
         """Example: at most 4096 positions, ZeRO 2 (per_micro_batch)"""
@@ -151,20 +184,21 @@ class Cut:
 
 @dataclass(frozen=True, slots=True)
 class LossUnits:
-    """The GLOBAL counts of one optimizer step, taken before the first backward: what loss sums are divided
-    by.
+    """GLOBAL counts of one optimizer step, taken before its first backward. Loss sums are divided by them.
 
-    examples: pairs (or conversations); branch_tokens[k]: scored tokens of branch k over all examples.
-    kl_coefficient: of this step where a controller steers it, else the recipe's holds. Example: the group
-    above, both branches wholly scored: LossUnits(1, (2, 3)), `.tokens` 5.
+    Example: the group of SequenceGroup's example, every branch token scored: LossUnits(1, (2, 3)).
     """
 
     examples: int
+    """Examples of the step over all ranks: pairs, conversations or prompts."""
     branch_tokens: tuple[int, ...]
+    """Scored tokens of branch k over all examples, for each k."""
     kl_coefficient: float | None = None
+    """KL coefficient of this step if the adaptive controller sets it; None: the recipe's."""
 
     @property
     def tokens(self) -> int:
+        """Scored tokens of all branches."""
         return sum(self.branch_tokens)
 
     @property
@@ -174,70 +208,86 @@ class LossUnits:
 
 
 ROW_MULTIPLE = 128
-"""The length of a single row is a multiple of it: the block of FlexAttention's masks."""
+"""A single row is padded to a multiple of this length: the block size of FlexAttention's masks."""
 SHORTEST_ROW = 512
-"""Shorter single rows make torch compile its attention again: sizes 1 and 2 of a dimension are special to it.
-"""
+"""Least length of a single row. torch compiles its attention again for shorter rows, because sizes 1 and 2 of
+a dimension are special to it."""
 
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """A few rows that one worker takes through the model at once.
+    """R rows of T positions that one worker computes in one forward and backward pass.
 
-    input_ids, position_ids: Int[R, T]. segment: Int[R, T], which sequence group (or sequence) a token belongs
-    to,
-    -1 for padding; branch: Int[R, T], 0 for tokens every branch may see (the prompt), k >= 1 for branch k.
-    Token i sees token j iff j <= i, same segment, and branch[j] is 0 or branch[i].
-    score_at: Int[N], flat positions r*T + t whose hidden state predicts targets: Int[N];
-    sequence: Int[N], the sequence (example * branches + branch) of each; sequences run 0 .. n*branches - 1.
-    identity: Int[R, T], a hash of (example, branch or prompt, position) of each token: the same in every
-    layout, cut and order.
-    last_at: Int[n*branches], flat position of the last token of each sequence (where reward heads read).
-    one_row: the row is single and made for block masks. examples: Int[n], group ids. weight: 0.0 for a filler
-    that only keeps ranks in step.
-    ref_logprobs: Float[N]; coefficients: Float[N], d loss / d token log-prob of losses that couple the whole
-    batch.
-    source: Int[n], which source of the data an example is from. label, margin: Float[n]. experience: columns
-    Float[N] of a policy-gradient step.
+    Token i sees token j if j <= i, segment[i] == segment[j], and branch[j] is 0 or branch[i]. The n examples
+    have n * branches sequences, numbered example * branches + branch; N of their tokens are scored.
+
+    Example: prompt [1, 7, 8] with branches ([9, 2], [5, 6, 2]), every branch token scored, prefix_shared:
+
+        input_ids      [[1, 7, 8, 9, 2, 5, 6, 2]]       score_at   [2, 3, 2, 5, 6]
+        position_ids   [[0, 1, 2, 3, 4, 3, 4, 5]]       targets    [9, 2, 5, 6, 2]
+        segment        [[0, 0, 0, 0, 0, 0, 0, 0]]       sequence   [0, 0, 1, 1, 1]
+        branch         [[0, 0, 0, 1, 1, 2, 2, 2]]       last_at    [4, 7]
     """
 
     layout: Layout
+    """How the examples became rows."""
     input_ids: Ints
+    """Int[R, T]."""
     position_ids: Ints
+    """Int[R, T]: position of each token in its own sequence."""
     segment: Ints
+    """Int[R, T]: group (prefix_shared) or sequence that a token belongs to; -1: padding."""
     branch: Ints
+    """Int[R, T]: 0 for tokens that every branch sees (the prompt), k >= 1 for tokens of branch k."""
     score_at: Ints
+    """Int[N]: flat positions r * T + t whose hidden states predict `targets`."""
     targets: Ints
+    """Int[N]: the scored tokens."""
     sequence: Ints
+    """Int[N]: sequence of each scored token."""
     last_at: Ints
+    """Int[n * branches]: flat position of the last token of each sequence, where a reward head reads."""
     identity: Ints
+    """Int[R, T]: a hash of (example, branch or prompt, position) of each token. It is the same in every
+    layout, cut and order, and seeds LoRA's dropout."""
     examples: Ints
+    """Int[n]: ids of the groups."""
     branches: int
+    """Branches of each example."""
     unshared_tokens: int
+    """Tokens with the prompt repeated for each branch."""
     one_row: bool = False
+    """Whether the rows are one single row, made for block masks."""
     weight: float = 1.0
+    """0.0 for a filler: it keeps the ranks in step and adds nothing."""
     source: Ints | None = None
+    """Int[n]: index of the data source of each example."""
     ref_logprobs: Floats | None = None
+    """Float[N]: log-probs under the reference policy."""
     coefficients: Floats | None = None
+    """Float[N]: d loss / d token log-prob, for losses that couple the whole batch."""
     label: Floats | None = None
+    """Float[n]: KTO's labels."""
     margin: Floats | None = None
+    """Float[n]: margins of the reward model's pairs."""
     experience: Experience | None = None
+    """Columns Float[N] of a policy-gradient step."""
 
     @property
     def tokens(self) -> int:
-        """Positions the model computes that are not padding."""
+        """Positions that are not padding."""
         return int((self.segment >= 0).sum())
 
     @property
     def positions(self) -> int:
-        """Places in its rows, padding included: what attention and so memory grow with, at most."""
+        """All positions of the rows, padding included. They bound the growth of attention and memory."""
         return int(self.input_ids.size)
 
     def attended(self, window: int | None = None) -> int:
-        """(query, key) pairs that one attention layer with this window looks at. Example: a sequence of 3
-        tokens: 1 + 2 + 3."""
-        seen = self.position_ids[self.segment >= 0] + 1
-        return int((seen if window is None else np.minimum(seen, window)).sum())
+        """(query, key) pairs of one attention layer with this window. Example: a sequence of 3 tokens has
+        1 + 2 + 3."""
+        keys = self.position_ids[self.segment >= 0] + 1
+        return int((keys if window is None else np.minimum(keys, window)).sum())
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -245,15 +295,17 @@ class MicroBatch:
 
 @dataclass(frozen=True, slots=True)
 class PackedBatch:
-    """One optimizer step for all ranks: micro_batches[rank][i], the same number on every rank.
+    """One optimizer step for all ranks.
 
-    groups: the examples themselves in batch order, for tables and for cutting the step again after an
-    out-of-memory error.
+    Example: 8 pairs, Cut(workers=2, examples=2, …): 2 ranks with 2 micro-batches of 2 pairs each.
     """
 
     groups: tuple[SequenceGroup, ...]
+    """The examples in batch order, for tables and for cutting the step again after an out-of-memory error."""
     micro_batches: tuple[tuple[MicroBatch, ...], ...]
+    """micro_batches[rank][i]: every rank has the same number of them."""
     units: LossUnits
+    """Counts of the whole step, which every rank divides its sums by."""
 
     @property
     def tokens(self) -> int:
@@ -261,11 +313,11 @@ class PackedBatch:
         return sum(g.tokens for g in self.groups)
 
     def with_reference(self, logprobs: tuple[tuple[Floats, ...], ...]) -> "PackedBatch":
-        """A copy whose micro-batches carry reference log-probs: logprobs[rank][i]: Float[N]."""
+        """A copy whose micro-batches carry reference log-probs. logprobs[rank][i]: Float[N]."""
         return self._with("ref_logprobs", logprobs)
 
     def with_coefficients(self, coefficients: tuple[tuple[Floats, ...], ...]) -> "PackedBatch":
-        """A copy whose micro-batches carry d loss / d token log-prob: coefficients[rank][i]: Float[N]."""
+        """A copy whose micro-batches carry d loss / d token log-prob. coefficients[rank][i]: Float[N]."""
         return self._with("coefficients", coefficients)
 
     def _with(self, name: str, columns: tuple[tuple[Floats, ...], ...]) -> "PackedBatch":

@@ -1,10 +1,10 @@
-"""Errors a user can act on: what, where, why and the fix, with the exit code of sysexits.h."""
+"""Errors with a message for the user (what happened, why, the fix) and an exit code of sysexits.h."""
 
 from enum import IntEnum
 
 
 class Exit(IntEnum):
-    """Exit codes of the program. 75 means: run the same command again and it goes on."""
+    """Exit codes of the program. After 75 the same command continues the run."""
 
     OK = 0
     DATA = 65
@@ -18,14 +18,15 @@ class Exit(IntEnum):
 
 
 class OrchestratorError(Exception):
-    """A failure with a message for the user.
-
-    what: one sentence naming what failed (and where: file:line, key or rank).
-    why: the reason, if it is not in `what`.
-    fix: what the user can do about it.
-    """
+    """A failure with a message for the user: what happened, why, and the fix."""
 
     exit_code: Exit = Exit.SOFTWARE
+    what: str
+    """What failed and where (file:line, key or rank). Example: "batch.effective is 0"."""
+    why: str
+    """The reason, if `what` does not give it. Example: "a step needs an example"."""
+    fix: str
+    """What the user can do. Example: "set it to 256"."""
 
     def __init__(self, what: str, *, why: str = "", fix: str = "") -> None:
         self.what, self.why, self.fix = what, why, fix
@@ -39,7 +40,7 @@ class OrchestratorError(Exception):
             parts.append(f"  fix: {self.fix}")
         return "\n".join(parts)
 
-    def __reduce__(self):  # keyword-only fields must survive the trip through Ray
+    def __reduce__(self):  # Ray pickles errors, and pickle passes arguments by position
         return _rebuild, (type(self), self.what, self.why, self.fix)
 
 
@@ -60,84 +61,79 @@ class DataError(OrchestratorError):
 
 
 class MissingInput(OrchestratorError):
-    """A file or folder that the recipe names is not there."""
+    """A file or folder that the recipe names does not exist."""
 
     exit_code = Exit.NO_INPUT
 
 
 class NotEnoughResources(OrchestratorError):
-    """The cluster cannot hold the placement group, or a worker never came."""
+    """The cluster cannot hold the placement group, or a worker never started."""
 
     exit_code = Exit.UNAVAILABLE
 
 
 class DashboardUnreachable(OrchestratorError):
-    """A server that is needed does not answer: a cluster's head, its dashboard, a reward's endpoint."""
+    """A server does not answer: a cluster's head, its dashboard, a reward's endpoint."""
 
     exit_code = Exit.UNAVAILABLE
 
 
 class Forbidden(OrchestratorError):
-    """A cluster asks for a token that was not given, or should ask for one."""
+    """A cluster requires a token that was not given, or does not require one and should."""
 
     exit_code = Exit.NO_PERMISSION
 
 
 class OutputError(OrchestratorError):
-    """The output folder cannot be used: another run's, not writable, disk full."""
+    """The output folder cannot be used: it holds another run, is not writable, or its disk is full."""
 
     exit_code = Exit.CANNOT_CREATE
 
 
 class Diverged(OrchestratorError):
-    """Training produced non-finite steps beyond what the recipe allows."""
+    """More steps in a row were non-finite than a run may have."""
 
     exit_code = Exit.SOFTWARE
 
 
 class Interrupted(OrchestratorError):
-    """The run stopped early and can be resumed by the same command."""
+    """The run stopped early. The same command resumes it."""
 
     exit_code = Exit.RESUMABLE
 
 
 class WorkerLost(OrchestratorError):
-    """A worker died, did not answer before its deadline, or lost its device or its peers: another attempt can
-    cure it.
-
-    repeats: names the failure where the same one again means that no attempt will; None where nothing is
-    known of its cause.
-    """
+    """A worker died, missed its deadline, or lost its device or its peers. A restart can help."""
 
     exit_code = Exit.RESUMABLE
     repeats: str | None = None
+    """Name of a failure which, if it comes again, no restart can help against. None if the cause is not
+    known."""
 
 
 class WorkerFailed(OrchestratorError):
-    """A worker raised an exception that another attempt would raise again: a bug, or what the model or the
-    data cannot bear."""
+    """A worker raised an exception that it would raise again after a restart: a bug, or a model or data that
+    cannot be computed with."""
 
     exit_code = Exit.SOFTWARE
 
 
 class OutOfMemory(OrchestratorError):
-    """A micro-batch did not fit on a worker. The step can be cut finer: same effective batch, same result.
-
-    in_place: True where no rank is stuck in a collective, so that the step can be replayed at once; else the
-    workers have to be rebuilt from the last checkpoint.
-    """
+    """A micro-batch did not fit on a worker. A finer cut has the same effective batch and the same result."""
 
     exit_code = Exit.UNAVAILABLE
     in_place: bool = True
+    """True if no rank waits in a collective: the step can be replayed immediately. Otherwise the workers have
+    to be rebuilt from the last checkpoint."""
 
 
 class CheckpointError(OrchestratorError):
-    """A checkpoint does not verify."""
+    """The files of a checkpoint do not match its manifest."""
 
     exit_code = Exit.DATA
 
 
 class RewardsFailed(OrchestratorError):
-    """Too many groups of a rollout batch have no reward; going on would train on what is left by accident."""
+    """Too many groups of a rollout batch have no reward. The rest would be a biased sample to learn from."""
 
     exit_code = Exit.SOFTWARE

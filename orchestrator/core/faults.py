@@ -1,10 +1,13 @@
-"""The one seam for fault injection: tests and chaos runs name a site, a step and a rank; nothing happens
-otherwise.
+"""Injected faults, for tests and chaos runs: the only place where the code fails on purpose.
 
-ORCHESTRATOR_FAULTS holds a JSON list of {"site", "action", "step"?, "rank"?, "once"?}: action is "kill"
-(SIGKILL to this process), "oom" (an out-of-memory error), "nan" or "corrupt" (told to the caller), "stop"
-(SIGSTOP), "slow" (a second of sleep) or "disk_full". `once` names a marker file: the fault happens only while
-the file does not exist, and makes it.
+ORCHESTRATOR_FAULTS holds a JSON list of faults; without it nothing happens.
+
+    [{"site": "optim_step", "action": "kill", "step": 3, "rank": 1, "once": "/tmp/marker"}]
+
+    step, rank   optional: the fault happens at every step or rank if they are not set
+    once         optional: a marker file. The fault creates it, and happens only if it does not exist.
+    action       kill (SIGKILL to this process), stop (SIGSTOP), slow (sleeps a second), disk_full (OSError);
+                 oom, nan and corrupt are returned to the caller, which acts on them
 """
 
 import json
@@ -17,11 +20,12 @@ VARIABLE = "ORCHESTRATOR_FAULTS"
 
 
 def inject(site: str, *, step: int, rank: int = 0) -> str | None:
-    """Carries out the fault planned for this place, if any, and returns the action the caller has to act on."""
-    planned = os.environ.get(VARIABLE)
-    if not planned:
+    """Carries out the first fault listed for this site, step and rank. Returns its action, None without
+    one."""
+    faults = os.environ.get(VARIABLE)
+    if not faults:
         return None
-    for fault in json.loads(planned):
+    for fault in json.loads(faults):
         if (
             fault["site"] == site
             and fault.get("step", step) == step
@@ -33,6 +37,7 @@ def inject(site: str, *, step: int, rank: int = 0) -> str | None:
 
 
 def _first(fault: dict[str, str]) -> bool:
+    """False if the marker file shows that the fault has happened."""
     marker = fault.get("once")
     if marker is None:
         return True

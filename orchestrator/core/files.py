@@ -1,4 +1,4 @@
-"""Files that a crash cannot leave half written, and what tells them apart."""
+"""Files on disk: atomic writes, checksums, and JSON lines that survive a torn last line."""
 
 import hashlib
 import json
@@ -15,18 +15,23 @@ from orchestrator.core.errors import DataError
 
 @dataclass(frozen=True, slots=True)
 class FileEntry:
-    """A file of a checkpoint: path relative to its folder, size in bytes, SHA-256 in hex."""
+    """A file of a checkpoint, as its manifest lists it."""
 
     path: str
+    """Path relative to the checkpoint's folder. Example: "optimizer/exp_avg.safetensors"."""
     size: int
+    """Size in bytes."""
     sha256: str
+    """SHA-256 in hex."""
 
     @classmethod
     def of(cls, path: Path, root: Path) -> "FileEntry":
+        """Entry of the file `path` below the folder `root`."""
         return cls(str(path.relative_to(root)), path.stat().st_size, sha256(path))
 
 
 def sha256(path: Path) -> str:
+    """SHA-256 of a file in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -45,7 +50,7 @@ def fsync_directory(path: Path) -> None:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Writes a text file so that a reader sees the old content or the new, never a part."""
+    """Writes a text file. A reader sees the old content or the new one, never a part."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     try:
         with temporary.open("w", encoding="utf-8") as file:
@@ -59,26 +64,26 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSONL file. A torn last line is left out; DataError for a damaged line before it."""
+    """Objects of a JSONL file, without a torn last line. Raises DataError for a damaged line before the
+    last."""
     return [record for _, record in _parsed(path)]
 
 
 def _parsed(path: Path) -> list[tuple[str, dict[str, Any]]]:
-    found: list[tuple[str, dict[str, Any]]] = []
-    lines = (
-        path.read_bytes().decode("utf-8", "replace").rstrip("\n").split("\n")
-    )  # not splitlines: it cuts at U+2028
+    records: list[tuple[str, dict[str, Any]]] = []
+    text = path.read_bytes().decode("utf-8", "replace")
+    lines = text.rstrip("\n").split("\n")  # not splitlines, which also splits at U+2028
     for number, line in enumerate(lines, 1):
         record = _json_object(line)
         if record is not None:
-            found.append((line, record))
+            records.append((line, record))
         elif number < len(lines):
             raise DataError(
                 f"{path}:{number}: not a JSON object",
                 why="only the last line may be torn",
                 fix="remove that line",
             )
-    return found
+    return records
 
 
 def _json_object(line: str) -> dict[str, Any] | None:
@@ -90,12 +95,12 @@ def _json_object(line: str) -> dict[str, Any] | None:
 
 
 def is_evaluation(line: Mapping[str, Any]) -> bool:
-    """Whether a line of metrics.jsonl is one of an evaluation, not of a step."""
+    """True for a line of metrics.jsonl that holds an evaluation and not a step."""
     return any(name.startswith("eval/") for name in line)
 
 
 def json_line(record: Mapping[str, Any]) -> str:
-    """One line of strict JSON in ASCII; numbers that JSON has no word for (nan, inf) become null."""
+    """One line of strict JSON in ASCII. nan and inf, which JSON does not have, become null."""
     return json.dumps({name: _finite(value) for name, value in record.items()}, allow_nan=False) + "\n"
 
 

@@ -1,5 +1,7 @@
-"""Is the Hugging Face hub there? Asked once and answered in seconds: its libraries try again for half a
-minute, several times a command."""
+"""Reachability of the Hugging Face hub, tested once per process within seconds.
+
+The hub's libraries retry for half a minute, several times per command.
+"""
 
 import os
 import socket
@@ -10,45 +12,46 @@ from urllib.request import getproxies, proxy_bypass
 from orchestrator.core.errors import MissingInput
 
 PROBE_S = 3.0
-"""Seconds that the hub, or the proxy before it, has to take a connection."""
-GO_ON = (
-    "where there is a network: `hf download {what}` into this cache (HF_HOME), or a local folder; "
-    "to plan without it: plan … --lengths MEAN,MAX (tokens), and --shape config.json for a model that the "
-    "table lacks"
+"""Seconds within which the hub, or the proxy before it, has to accept a connection."""
+FIX = (
+    "on a machine with a network run `hf download {what}` into this cache (HF_HOME), or name a local folder; "
+    "to plan without it use plan … --lengths MEAN,MAX (tokens), and --shape config.json for a model that is "
+    "not in the table"
 )
 
 
 def endpoint() -> str:
+    """Address of the hub."""
     return os.environ.get("HF_ENDPOINT", "https://huggingface.co")
 
 
 @lru_cache
 def reachable() -> bool:
-    """True where something takes a connection at the hub's address within PROBE_S; False as well where
-    HF_HUB_OFFLINE forbids to ask."""
+    """True if the hub's address accepts a connection within PROBE_S. False if HF_HUB_OFFLINE forbids the
+    test."""
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
         return False
-    asked = urlsplit(endpoint())
-    proxies = {} if proxy_bypass(asked.hostname or "") else getproxies()
-    proxy = proxies.get(asked.scheme) or proxies.get("all")
-    way = urlsplit(proxy if proxy is None or "://" in proxy else f"http://{proxy}") if proxy else asked
+    hub = urlsplit(endpoint())
+    proxies = {} if proxy_bypass(hub.hostname or "") else getproxies()
+    proxy = proxies.get(hub.scheme) or proxies.get("all")
+    target = urlsplit(proxy if "://" in proxy else f"http://{proxy}") if proxy else hub
     try:
-        socket.create_connection(
-            (way.hostname or "", way.port or (443 if way.scheme == "https" else 80)), timeout=PROBE_S
-        ).close()
+        port = target.port or (443 if target.scheme == "https" else 80)
+        socket.create_connection((target.hostname or "", port), timeout=PROBE_S).close()
     except OSError:
         return False
     return True
 
 
 def absent(what: str, of: str) -> MissingInput:
-    """The error where the hub is not there and `what` (ORG/NAME) not in the cache. of: e.g. "model"."""
+    """Error for `what` (ORG/NAME) that is not in the cache while the hub is not reachable. of: "model" or
+    "data set"."""
     why = (
-        f"{endpoint()} does not answer within {PROBE_S:g} s, or HF_HUB_OFFLINE is set, and the cache does "
-        "not hold it"
+        f"{endpoint()} does not answer within {PROBE_S:g} s, or HF_HUB_OFFLINE is set, and the "
+        "cache does not hold it"
     )
     return MissingInput(
         f"{of} {what} cannot be fetched",
         why=why,
-        fix=GO_ON.format(what=what if of == "model" else f"{what} --repo-type dataset"),
+        fix=FIX.format(what=what if of == "model" else f"{what} --repo-type dataset"),
     )

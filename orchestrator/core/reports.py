@@ -1,4 +1,4 @@
-"""What learners and controllers report: metrics of a step, progress, samples, evaluations."""
+"""Records that learners and trainers report: metrics of a step, progress, samples, evaluations."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -9,53 +9,61 @@ from orchestrator.core.batches import Finish, PackedBatch
 
 @dataclass(frozen=True, slots=True)
 class Mean:
-    """A metric on its way: sum and count, so that partial values add up exactly. Example: Mean(3.0, 4) is
-    0.75."""
+    """A metric as sum and count, so that the values of micro-batches, ranks and steps add up exactly.
+
+    Example: Mean(3.0, 4) + Mean(1.0, 1) is Mean(4.0, 5), whose value is 0.8.
+    """
 
     total: float
+    """Sum of the values."""
     count: float
+    """Number of the values, or the sum of their weights."""
 
     def __add__(self, other: "Mean") -> "Mean":
         return Mean(self.total + other.total, self.count + other.count)
 
     @property
     def value(self) -> float:
+        """The mean; nan if nothing was counted."""
         return self.total / self.count if self.count else float("nan")
 
 
 @dataclass(frozen=True, slots=True)
 class LearnReport:
-    """What forward_backward over one PackedBatch found: loss (already divided once by the global count) and
-    means.
-
-    tokens: with the prompt repeated for each branch, as TRL counts; computed: positions that are not padding,
-    prompts shared; scored_tokens: positions the head ran on; positions: all, padding and fillers included.
-    peak_bytes: highest memory in use since the report before, less what the process held before it built the
-    model. maxima: metrics whose reduction is the maximum. attended: (query, key) pairs, added up over the
-    attention layers.
-    """
+    """Result of forward_backward over one PackedBatch, of one rank or of all."""
 
     loss: float
+    """The step's loss, already divided once by the global count."""
     means: Mapping[str, Mean]
+    """Metrics that are averaged. Example: {"rewards/accuracies": Mean(6.0, 8)}."""
     micro_batches: int
+    """Number of micro-batches."""
     tokens: int
+    """Tokens with the prompt repeated for each branch, as TRL counts them."""
     computed: int
+    """Positions that are not padding; a shared prompt counts once."""
     scored_tokens: int
+    """Positions that the head ran on."""
     positions: int
+    """All positions, padding and fillers included."""
     seconds: float
+    """Wall time."""
     peak_bytes: int = 0
+    """Highest memory in use since the last report, without the bytes that the process held before it built
+    the model."""
     maxima: Mapping[str, float] = field(default_factory=dict)
+    """Metrics whose maximum is reported."""
     attended: int = 0
+    """(query, key) pairs, summed over the attention layers."""
 
 
 SOURCE = "/source "
-"""Between a metric's name and the number of a source of the data, until the driver puts the source's name
-there."""
+"""Separates the name of a metric from the number of its data source. The driver replaces both by the source's
+name."""
 
 
 def joined_metrics(reports: Sequence[LearnReport]) -> tuple[dict[str, Mean], dict[str, float]]:
-    """(means, maxima) of several reports as one, whether of ranks or of steps: each metric by its own
-    reduction."""
+    """(means, maxima) of several reports, of ranks or of steps: means are added, maxima are compared."""
     means: dict[str, Mean] = {}
     maxima: dict[str, float] = {}
     for report in reports:
@@ -68,40 +76,48 @@ def joined_metrics(reports: Sequence[LearnReport]) -> tuple[dict[str, Mean], dic
 
 @dataclass(frozen=True, slots=True)
 class StepApplied:
-    """What optim_step did. applied is False where a non-finite gradient was refused: then nothing advanced.
-
-    reduced_bytes: gradient bytes this rank sent into reductions; gathered_bytes: parameter bytes gathered.
-    """
+    """Result of optim_step."""
 
     applied: bool
+    """False if the gradient was not finite: nothing was changed."""
     grad_norm: float
+    """Norm of the whole step's gradient before clipping."""
     learning_rate: float
+    """Learning rate of the step. Example: 5e-07."""
     reduced_bytes: int = 0
+    """Gradient bytes that this rank sent into reductions."""
     gathered_bytes: int = 0
+    """Parameter bytes that this rank gathered."""
 
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """The whole resume state of a controller, with the learner's own.
+    """Resume state of a training loop. With the state of the learner it is all that a resumed run needs.
 
-    step: optimizer steps taken (online: rollout batches learned from, which is also the policy version);
-    examples: GLOBAL examples consumed (online: prompts; the data cursor); tokens: unshared tokens seen;
-    skipped: steps refused by the non-finite guard; optimizer_steps: online, as a rollout batch takes several;
-    kl_coefficient: of the adaptive controller, None while it is the recipe's; reward_*: running moments of
-    the reward (Welford).
+    Example: 20 steps of 256 pairs, none refused: Progress(step=20, examples=5120, tokens=…).
     """
 
     step: int = 0
+    """Optimizer steps taken. Online: rollout batches learned from, which is also the policy version."""
     examples: int = 0
+    """The data cursor: GLOBAL examples consumed (online: prompts)."""
     tokens: int = 0
+    """Tokens learned from, with the prompt repeated for each branch."""
     skipped: int = 0
+    """Steps refused because their loss or gradient was not finite."""
     optimizer_steps: int = 0
+    """Online: optimizer steps taken, of which a rollout batch has several."""
     kl_coefficient: float | None = None
+    """Coefficient of the adaptive KL controller. None: the recipe's."""
     reward_count: int = 0
+    """Number of rewards so far. With the mean and m2 it is the state of Welford's running moments."""
     reward_mean: float = 0.0
+    """Mean of the rewards so far."""
     reward_m2: float = 0.0
+    """Sum of squared deviations of the rewards from their mean."""
 
     def after(self, batch: PackedBatch) -> "Progress":
+        """State after a step on `batch`."""
         return replace(
             self,
             step=self.step + 1,
@@ -110,46 +126,61 @@ class Progress:
         )
 
     def after_skip(self, batch: PackedBatch) -> "Progress":
-        """The batch is consumed, but no step was taken: the schedule does not advance."""
+        """State after a refused step: the batch is consumed, and the schedule does not advance."""
         return replace(self, examples=self.examples + batch.units.examples, skipped=self.skipped + 1)
 
 
 @dataclass(frozen=True, slots=True)
 class StepReport:
-    """One line of metrics.jsonl: `step` and flat metrics by the names TRL users know; samples: the rollouts
-    it learned from."""
+    """One line of metrics.jsonl."""
 
     step: int
+    """Number of the step, from 1."""
     metrics: Mapping[str, float]
+    """Values by the names that TRL uses. Example: {"loss": 0.6931, "rewards/margins": 0.0}."""
     samples: "tuple[Sample, ...]" = ()
+    """Rollouts that the step learned from."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One line of samples.jsonl: a pair, a greedy completion or a rollout, with its scores.
-
-    tokens: of a rollout, so that it can be replayed: prompt, ids, scored and logprobs as lists."""
+    """One line of samples.jsonl: a pair, a greedy completion or a rollout, with its scores."""
 
     step: int
+    """Step that it belongs to."""
     kind: Literal["pair", "generation", "rollout"]
+    """What it is: it decides which of the texts are set."""
     prompt: str
+    """Text of the prompt."""
     completion: str | None = None
+    """Generated text (generation, rollout)."""
     chosen: str | None = None
+    """Better answer (pair)."""
     rejected: str | None = None
+    """Worse answer (pair)."""
     answer: str | None = None
+    """Reference answer of the row, if it has one."""
     scores: Mapping[str, float] = field(default_factory=dict)
+    """Scores by name. Example: {"reward": 1.0, "accuracy": 1.0}."""
     prompt_id: int | None = None
+    """Row of a rollout's prompt."""
     sample: int | None = None
+    """Number of the rollout among those of its prompt."""
     version: int | None = None
+    """Version of the policy that sampled the rollout."""
     finish: Finish | None = None
+    """Why the rollout ended."""
     tokens: Mapping[str, Any] | None = None
+    """Lists `prompt`, `ids`, `scored` and `logprobs` of a rollout, for replays."""
 
 
 @dataclass(frozen=True, slots=True)
 class EvaluationReport:
-    """Held-out results after `step` optimizer steps: metrics named `eval/...` and the samples worth looking
-    at."""
+    """Results on held-out data."""
 
     step: int
+    """Optimizer steps taken before the evaluation."""
     metrics: Mapping[str, float]
+    """Values by name. Example: {"eval/loss": 0.61}."""
     samples: tuple[Sample, ...] = ()
+    """Pairs with the lowest margins, and generated answers."""

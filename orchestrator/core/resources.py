@@ -1,24 +1,28 @@
-"""CPUs and GPUs as worker groups ask for them."""
+"""CPUs and GPUs that a worker group requests."""
 
 from dataclasses import dataclass
 
 SLACK = 1e-6
-"""Of sums and quotients of CPUs and GPUs; Ray counts in steps of 1e-4."""
+"""Tolerance for sums and quotients of CPUs and GPUs. Ray counts in steps of 1e-4."""
 NO_GPUS = {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": "", "ROCR_VISIBLE_DEVICES": ""}
-"""Variables of a process that is to see no GPU, of NVIDIA or of AMD."""
+"""Environment variables that hide all GPUs of NVIDIA and AMD from a process."""
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerGroup:
-    """Workers of one kind. what: as in the recipe, e.g. "learners"; cpus, gpus: of each."""
+    """Workers of one kind. Example: WorkerGroup("learners", 8, cpus=4.0, gpus=1.0)."""
 
     what: str
+    """Section of the recipe. Example: "learners"."""
     workers: int
+    """Number of workers."""
     cpus: float
+    """CPUs of each worker."""
     gpus: float
+    """GPUs of each worker; 0.5: two workers share one."""
 
     def fit(self, cpus: float, gpus: float) -> int:
-        """How many of such workers find room in so much, each whole; all of them where they ask for nothing."""
+        """Number of such workers that fit into these CPUs and GPUs; `workers` if a worker needs neither."""
         return min(
             (times(has, each) for has, each in ((cpus, self.cpus), (gpus, self.gpus)) if each),
             default=self.workers,
@@ -26,5 +30,5 @@ class WorkerGroup:
 
 
 def times(has: float, each: float) -> int:
-    """How often `each` goes into `has`: shares such as 0.1 are not exact in binary."""
+    """How many times `each` goes into `has`. Shares such as 0.1 are not exact in binary, hence SLACK."""
     return int(has / each + SLACK)

@@ -1,1 +1,1 @@
-"""Recipe, lengths and hardware to a `Cut`: memory, time, and why."""
+"""Planning: recipe, lengths and hardware to a `Cut`, with predicted memory and time, and the reasons."""

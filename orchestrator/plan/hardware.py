@@ -1,7 +1,6 @@
-"""What a run is planned for: machines with their memory, how fast they speak, and how many workers find room
-on them.
+"""Hardware of a plan: machines with their memory and bandwidth, and the number of workers that fit on them.
 
-this machine | facts of a cluster (measured) | a table of known devices  ->  Hardware  ->  plan/planner.py
+this machine | measured cluster facts | a table of known devices  ->  Hardware  ->  plan/planner.py
 """
 
 import os
@@ -14,61 +13,68 @@ from orchestrator.core.resources import WorkerGroup
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """One node. cpus, gpus: what can be given out; ram: bytes; gpu_memory: bytes of each GPU, 0 without one;
-    bf16: whether its GPUs compute in it."""
+    """One node. Example: Machine(cpus=96, gpus=8, ram=10**12, gpu_memory=80_000_000_000)."""
 
     cpus: float
+    """CPUs that can be given to workers."""
     gpus: float
+    """GPUs that can be given to workers."""
     ram: int
+    """Bytes of RAM."""
     gpu_memory: int = 0
+    """Bytes of each GPU; 0 without one."""
     bf16: bool = True
+    """Whether its GPUs compute in bf16."""
 
     def holds(self, group: WorkerGroup) -> int:
-        """Workers of the group that it has room for."""
+        """Number of workers of the group that fit."""
         return group.fit(self.cpus, self.gpus)
 
 
 @dataclass(frozen=True, slots=True)
 class Hardware:
-    """What is there. within, between: bytes per second that a worker sends to others on its node, and that a
-    node sends to other nodes; None: not known. source: where the numbers come from, e.g. "measured"."""
+    """All machines of a run."""
 
     machines: tuple[Machine, ...]
+    """The nodes."""
     within: float | None = None
+    """Bytes per second that a worker sends to others on its node. None if not known."""
     between: float | None = None
+    """Bytes per second that a node sends to other nodes. None if not known."""
     source: str = "this machine"
+    """Source of the numbers. Example: "measured"."""
 
     @property
     def gpu_memory(self) -> int | None:
-        """Bytes of the smallest GPU; None without one."""
+        """Bytes of the smallest GPU. None without one."""
         return min((m.gpu_memory for m in self.machines if m.gpu_memory), default=None)
 
     @property
     def has_gpus(self) -> bool:
-        """Has any machine a GPU to give out?"""
+        """Whether a machine has a GPU that can be given to workers."""
         return any(m.gpus > 0 for m in self.machines)
 
     @property
     def link(self) -> float | None:
-        """Bytes per second of the narrowest link that an all-reduce over all nodes passes."""
+        """Bytes per second of the slowest link of an all-reduce over all nodes. None if not known."""
         return self.between if len(self.machines) > 1 else self.within
 
     def room_for(self, group: WorkerGroup, others: Sequence[WorkerGroup] = ()) -> int:
-        """Workers of `group` that fit beside all `others`, each worker whole on one machine.
-        NotEnoughResources where the others do not fit themselves."""
+        """Number of workers of `group` that fit beside all `others`. A worker is never split over machines.
+        Raises NotEnoughResources if the others do not fit."""
         machines = list(self.machines)
         for other in sorted(others, key=lambda g: (-g.gpus, -g.cpus)):
             for _ in range(other.workers):
                 place = max(range(len(machines)), key=lambda i: machines[i].holds(other), default=None)
                 if place is None or not machines[place].holds(other):
                     raise NotEnoughResources(
-                        f"no machine has room for another of {other.workers} {other.what} ({_words(other)} "
-                        "each)",
+                        f"the machines have no room for {other.workers} {other.what} (each needs "
+                        f"{_resources(other)})",
                         why=str(self),
                         fix=f"set {other.what}.workers lower, or plan for more machines",
                     )
-                taken = machines[place]
-                machines[place] = replace(taken, cpus=taken.cpus - other.cpus, gpus=taken.gpus - other.gpus)
+                host = machines[place]
+                machines[place] = replace(host, cpus=host.cpus - other.cpus, gpus=host.gpus - other.gpus)
         return sum(machine.holds(group) for machine in machines)
 
     def __str__(self) -> str:
@@ -83,12 +89,12 @@ class Hardware:
         )
 
 
-def _words(group: WorkerGroup) -> str:
+def _resources(group: WorkerGroup) -> str:
     return f"{group.cpus:g} CPUs" + (f", {group.gpus:g} GPUs" if group.gpus else "")
 
 
 def this_machine() -> Hardware:
-    """What this process sees."""
+    """The machine of this process, with the GPUs that it sees."""
     gpus = visible_gpus()
     ram = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return Hardware(
@@ -104,7 +110,7 @@ def visible_gpus() -> list[int]:
 
 
 def _bf16(gpus: int) -> bool:
-    """Does every GPU that this process sees compute in bf16: Ampere and newer?"""
+    """Whether every GPU that this process sees computes in bf16, as Ampere and newer ones do."""
     import torch
 
     return all(torch.cuda.get_device_properties(i).major >= 8 for i in range(gpus))
@@ -112,12 +118,14 @@ def _bf16(gpus: int) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """A GPU by its data sheet. memory: bytes; link: bytes per second and direction to another GPU of the node
-    (NVLink, else PCIe); per_node: how many a usual machine has."""
+    """A GPU by its data sheet."""
 
     memory: int
+    """Bytes of memory."""
     link: float
+    """Bytes per second and direction to another GPU of the node, over NVLink or else PCIe."""
     per_node: int
+    """GPUs of a typical machine."""
 
 
 DEVICES: dict[str, Device] = {
@@ -132,23 +140,25 @@ DEVICES: dict[str, Device] = {
     "b200-180g": Device(180_000_000_000, 900e9, 8),
     "mi300x-192g": Device(192_000_000_000, 448e9, 8),
 }
-"""Data sheets, for planning without the machines. `plan --address` measures instead."""
+"""Data sheets, for plans without the machines. `plan --address` measures real machines."""
 NETWORK = 12.5e9
-"""Bytes per second between nodes that a plan without the machines assumes: 100 Gbit/s."""
+"""Assumed bytes per second between nodes in plans without the machines: 100 Gbit/s."""
 CPUS_PER_GPU, RAM_PER_GPU = 12, 128_000_000_000
-"""Of a usual GPU machine."""
+"""Assumed CPUs and bytes of RAM per GPU in plans without the machines."""
 
 
 def hypothetical_hardware(
     nodes: int, gpu: str, gpus_per_node: int | None = None, network_gbit: float | None = None
 ) -> Hardware:
-    """Machines that are not there. gpu: a name of DEVICES; network_gbit: between nodes, in Gbit/s.
-    ConfigError for others."""
+    """Hardware of a plan without the machines. Raises ConfigError for an unknown GPU.
+
+    gpu: a name of DEVICES. network_gbit: bandwidth between nodes in Gbit/s.
+    """
     device = DEVICES.get(gpu.lower())
     if device is None:
         raise ConfigError(
             f"--gpu {gpu} is not in the table",
-            fix=f"use one of {', '.join(DEVICES)}, or plan --address on the real machines",
+            fix=f"use one of {', '.join(DEVICES)}, or `plan --address` with the real machines",
         )
     count = gpus_per_node or device.per_node
     machine = Machine(CPUS_PER_GPU * count, count, RAM_PER_GPU * count, device.memory)

@@ -1,13 +1,12 @@
-"""What a plan says of the model before it is loaded: tables that rows do not fit into, what is not learned
-yet, what the export changes.
+"""Notes of a plan on the model, before it is loaded: tables that rows do not fit into, weights that are not
+learned, and changes by the export.
 
-fake model, configuration, rows --advise--> notes, or ConfigError where a worker would end in an IndexError
+    model without storage, configuration, rows --advise--> notes, or a ConfigError
 """
 
 import re
 import tempfile
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,70 +20,62 @@ from orchestrator.models.classes import auto_class
 from orchestrator.models.forward import ScoringModel
 from orchestrator.models.generation import savable
 from orchestrator.models.load import check_files, load_config
+from orchestrator.plan.choice import Choice
 from orchestrator.plan.memory import MemoryModel
 from orchestrator.recipe.schema import Recipe
 
 POSITIONS = re.compile(
     r"(^|\.)(wpe|pos_emb|embed_positions?|position(al)?_?embeddings?|pos_embed(ding)?s?)(\.|$)"
 )
-"""Names that transformers' models give to a table of positions."""
+"""Names of position tables in transformers' models."""
 
 
-@dataclass(frozen=True, slots=True)
-class Note:
-    """One line of the plan. Example: Note("positions", "2,048 of 1,024", "…")."""
-
-    name: str
-    value: str
-    reason: str
-
-
-def advise(recipe: Recipe, algorithm: AlgorithmSpec, model: MemoryModel, data: DataSet) -> list[Note]:
-    """ConfigError or MissingInput for what cannot work; the rest in words."""
+def advise(recipe: Recipe, algorithm: AlgorithmSpec, model: MemoryModel, data: DataSet) -> list[Choice]:
+    """Notes on the model. Raises ConfigError or MissingInput for a model that cannot be trained on these
+    rows."""
     check_files(recipe.model)
     config, scoring = load_config(recipe.model), model.scoring
     _check_ids(recipe, scoring, data)
     notes = _positions(recipe, model, longest(recipe, algorithm, data))
     if model.pinned_rope:
         reason = (
-            f"its frequencies are those of sequences of up to data.max_length={recipe.data.max_length} "
-            "for all rows: the batch must not matter"
+            f"all rows have the frequencies of sequences of up to data.max_length={recipe.data.max_length}, "
+            "so that the batch does not matter"
         )
-        notes.append(Note("positions", ", ".join(model.pinned_rope), reason))
+        notes.append(Choice("positions", ", ".join(model.pinned_rope), reason))
     notes += _experts(recipe, scoring)
     if recipe.model.lora is not None:
         notes.append(_adapters(model))
     if model.idle and recipe.model.lora is None:
-        reason = "text does not reach them, so they keep their start weights: " + ", ".join(
-            _parts(model.idle)
-        )
-        notes.append(Note("not trained", f"{len(model.idle)} parameters", reason))
+        parts = ", ".join(_parts(model.idle))
+        reason = f"text does not use them, so they keep their start weights: {parts}"
+        notes.append(Choice("not trained", f"{len(model.idle)} parameters", reason))
     if data.tokenizer is not None and recipe.model.path is not None:
         notes += _dry_export(recipe, config, data.tokenizer, algorithm)
     if model.unpredicted:
         notes.append(
-            Note(
+            Choice(
                 "activations",
                 "by a formula",
-                f"a step could not be followed ({model.unpredicted}); the probe step decides",
+                f"a step without storage failed ({model.unpredicted}); the probe step decides",
             )
         )
     return notes
 
 
 def longest(recipe: Recipe, algorithm: AlgorithmSpec, data: DataSet) -> int:
-    """Tokens of the longest sequence that the run can meet: of the rows as encoded; of a rollout, of full
-    length; of generation in an evaluation."""
+    """Tokens of the longest possible sequence of the run: an encoded row, a rollout of full length, or
+    generation in an evaluation."""
     lengths = [g.longest for g in (*data.groups, *data.held_out)]
     if algorithm.online is not None and recipe.rollouts.environment is not None:
-        lengths.append(recipe.data.max_length)  # turns go on until then
+        lengths.append(recipe.data.max_length)  # an episode ends there
     if recipe.evaluation.generate is not None:
         lengths += [len(prompt) + recipe.evaluation.generate.max_new_tokens for prompt in data.prompts]
     return max(lengths)
 
 
 def _check_ids(recipe: Recipe, scoring: ScoringModel, data: DataSet) -> None:
-    """ConfigError where a token has no row in the embedding."""
+    """Raises ConfigError for a token that has no row in the embedding."""
     embedding: Any = scoring.hugging_face.get_input_embeddings()
     rows = int(embedding.weight.shape[0])
     groups = (*data.groups, *data.held_out)
@@ -93,20 +84,21 @@ def _check_ids(recipe: Recipe, scoring: ScoringModel, data: DataSet) -> None:
     )
     if highest >= rows:
         token = "" if data.tokenizer is None else f", {data.tokenizer.convert_ids_to_tokens(highest)!r},"
-        known = "" if data.tokenizer is None else f"; the tokenizer has {len(data.tokenizer)} tokens"
+        tokens = "" if data.tokenizer is None else f"; the tokenizer has {len(data.tokenizer)} tokens"
         raise ConfigError(
             f"model.path: token {highest}{token} of the data has no row in the embedding of "
             f"{recipe.model.path or 'the model'}",
-            why=f"the embedding has {rows} rows{known}: tokens were added to the tokenizer and not to the "
+            why=f"the embedding has {rows} rows{tokens}: tokens were added to the tokenizer and not to the "
             "model",
-            fix="model.resize_token_embeddings(len(tokenizer)) in transformers and save it, or take the "
-            "tokenizer the model was made with",
+            fix="call model.resize_token_embeddings(len(tokenizer)) in transformers and save the model, or "
+            "use the tokenizer that the model was made with",
         )
 
 
-def _positions(recipe: Recipe, model: MemoryModel, most: int) -> list[Note]:
-    """ConfigError where a sequence is longer than a table of positions; a note where the recipe allows such,
-    or where rotary positions go beyond what was trained. most: tokens of the longest sequence."""
+def _positions(recipe: Recipe, model: MemoryModel, most: int) -> list[Choice]:
+    """A note if the recipe allows sequences beyond the table of positions, or beyond the trained rotary
+    positions. Raises ConfigError if a sequence is longer than a table. most: tokens of the longest
+    sequence."""
     allowed = max(most, recipe.data.max_length)
     config = model.scoring.hugging_face.config.get_text_config()
     named = getattr(config, "max_position_embeddings", None)
@@ -119,57 +111,55 @@ def _positions(recipe: Recipe, model: MemoryModel, most: int) -> list[Note]:
         if most > size:
             raise ConfigError(
                 f"sequences of up to {most} tokens do not fit the model's {size} positions ({name})",
-                why="each position has a row of its own in a table; there is none beyond",
+                why="each position needs a row of that table",
                 fix=f"set data.max_length={size} or less (with rollouts.max_new_tokens and "
                 "evaluation.generate.max_new_tokens below it)",
             )
     least = min((size for _, size in tables), default=None)
     if least is not None and allowed > least:
         reason = (
-            f"data.max_length={allowed} allows more than the table of positions holds; the longest "
-            f"sequence here has {most} tokens"
+            f"data.max_length={allowed} allows more positions than the table has; the longest sequence here "
+            f"has {most} tokens"
         )
-        return [Note("positions", f"{most} of {least}", reason)]
+        return [Choice("positions", f"{most} of {least}", reason)]
     if isinstance(named, int) and allowed > named and getattr(config, "rope_parameters", None):
         reason = (
-            f"max_position_embeddings is {named}: rotary positions go on beyond it, and the model was "
-            "not trained there"
+            f"max_position_embeddings is {named}: rotary positions continue beyond it, where the model was "
+            "not trained"
         )
         longest_here = (
             f"data.max_length={recipe.data.max_length}, the longest sequence here has {most} tokens"
         )
-        return [Note("positions", f"{allowed} of {named}", f"{reason}; {longest_here}")]
+        return [Choice("positions", f"{allowed} of {named}", f"{reason}; {longest_here}")]
     return []
 
 
 def position_tables(model: nn.Module, named: int | None) -> Iterable[tuple[str, int]]:
-    """(name, positions it holds) of each table of positions. Rows before the first position (OPT's two,
+    """(name, number of positions) of each table of positions. Rows before the first position (OPT's two,
     RoBERTa's up to its padding) are not counted."""
     for name, module in model.named_modules():
         if isinstance(module, nn.Embedding) and POSITIONS.search(name):
             rows = module.num_embeddings
-            yield (
-                name,
-                named
-                if named is not None and rows > named
-                else rows - (0 if module.padding_idx is None else module.padding_idx + 1),
-            )
+            first = 0 if module.padding_idx is None else module.padding_idx + 1
+            yield name, named if named is not None and rows > named else rows - first
     for name, buffer in model.named_buffers():
         if POSITIONS.search(name) and buffer.ndim == 2 and torch.is_floating_point(buffer):
             yield name, buffer.shape[0]
 
 
-def _adapters(model: MemoryModel) -> Note:
+def _adapters(model: MemoryModel) -> Choice:
+    """Number of adapted layers and of trainable parameters."""
     layers = sum(name.endswith(".lora_A") for name, _ in model.scoring.named_modules())
-    learns, all_of_them = model.sizes.learns, model.sizes.all
-    reason = f"{learns:,} of {all_of_them:,} parameters learn ({learns / all_of_them:.2%})"
-    return Note("LoRA", f"on {layers} layers", reason)
+    learns, total = model.sizes.learns, model.sizes.all
+    reason = f"{learns:,} of {total:,} parameters learn ({learns / total:.2%})"
+    return Choice("LoRA", f"on {layers} layers", reason)
 
 
-def _experts(recipe: Recipe, scoring: ScoringModel) -> list[Note]:
+def _experts(recipe: Recipe, scoring: ScoringModel) -> list[Choice]:
+    """Notes on a mixture of experts: a balancing loss that is not learned, experts without adapters."""
     config: Any = scoring.hugging_face.config.get_text_config()
     names = ("router_aux_loss_coef", "aux_loss_alpha", "aux_loss_coef", "moe_loss_weight")
-    found = next(
+    balancing = next(
         (
             (name, value)
             for name in names
@@ -178,28 +168,28 @@ def _experts(recipe: Recipe, scoring: ScoringModel) -> list[Note]:
         None,
     )
     notes, routed = [], sum(p.numel() for name, p in scoring.named_parameters() if ".experts." in name)
-    if found is not None and routed:
-        declared = f"the configuration declares a loss that balances the experts ({found[0]}={found[1]:g})"
+    if balancing is not None and routed:
+        declared = f"the configuration has a loss that balances the experts ({balancing[0]}={balancing[1]:g})"
         notes.append(
-            Note(
+            Choice(
                 "balancing loss",
                 "not learned yet",
-                f"{declared}; the step is the objective's alone, transformers and TRL may add it",
+                f"{declared}; only the objective is learned, transformers and TRL may add that loss",
             )
         )
     if recipe.model.lora is not None and routed:
-        held = sum(
+        adapters = sum(
             p.numel() for name, p in scoring.named_parameters() if ".experts." in name and "lora_" in name
         )
-        if not held:
+        if not adapters:
             share = routed / max(1, sum(p.numel() for p in scoring.parameters()))
-            reason = f"{share:.0%} of the weights are experts in one tensor, which is no linear layer"
-            notes.append(Note("adapters", "none in the experts", reason))
+            reason = f"{share:.0%} of the weights are experts in one tensor, which is not a linear layer"
+            notes.append(Choice("adapters", "none in the experts", reason))
     return notes
 
 
 def _parts(names: Iterable[str]) -> list[str]:
-    """The three parts of the model that hold most of these parameters."""
+    """The three parts of the model with most of these parameters."""
     counts: dict[str, int] = {}
     for name in names:
         part = ".".join(name.split(".")[:2])
@@ -207,30 +197,32 @@ def _parts(names: Iterable[str]) -> list[str]:
     return sorted(counts, key=lambda part: -counts[part])[:3]
 
 
-def _dry_export(recipe: Recipe, config: Any, tokenizer: Any, algorithm: AlgorithmSpec) -> list[Note]:
-    """Saves all that an export holds but weights, so that nothing known now can fail at the end."""
+def _dry_export(recipe: Recipe, config: Any, tokenizer: Any, algorithm: AlgorithmSpec) -> list[Choice]:
+    """Notes of a trial export without weights, so that it does not fail at the end of the run. Raises
+    OutputError."""
     notes = []
     with tempfile.TemporaryDirectory(prefix="orchestrator-export-") as folder:
-        for what, saved in (("configuration", config), ("tokenizer", tokenizer)):
+        for what, part in (("configuration", config), ("tokenizer", tokenizer)):
             try:
-                saved.save_pretrained(folder)
+                part.save_pretrained(folder)
             except Exception as error:
                 raise OutputError(
-                    f"model.path: {recipe.model.path}: the export could not hold its {what}",
+                    f"model.path: {recipe.model.path}: the export cannot write its {what}",
                     why=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}",
-                    fix=f"mend the {what} in that folder: it is read by transformers, which does not write "
-                    "it",
+                    fix=f"fix the {what} in that folder: transformers reads it and does not write it",
                 ) from error
     if auto_class(config, algorithm.head).__name__ != "AutoModelForSequenceClassification":
         _, changed = savable(_generation_config(recipe, config))
         if changed:
-            notes.append(Note("generation config", "changed", changed))
+            notes.append(Choice("generation config", "changed", changed))
     return notes
 
 
 def _generation_config(recipe: Recipe, config: Any) -> Any:
-    """The one that the model will be loaded with; of a folder without one, made from its configuration."""
+    """The generation configuration of the model. A folder without one gets it from the model's
+    configuration."""
     try:
-        return GenerationConfig.from_pretrained(recipe.model.path, revision=recipe.model.revision or "main")  # pyright: ignore
+        revision = recipe.model.revision or "main"
+        return GenerationConfig.from_pretrained(recipe.model.path, revision=revision)  # pyright: ignore
     except OSError:
         return GenerationConfig.from_model_config(config)

@@ -1,8 +1,10 @@
-"""From a recipe, its data and the hardware to a plan: how each optimizer step is cut, and why.
+"""Planning: a recipe, its data and the hardware to a `Plan`, which says how each optimizer step is cut, and
+why.
 
-    lengths + effective batch + memory  ->  ZeRO stage, sync policy, layout, micro-batch  ->  arithmetic, memory, traffic
+    lengths, effective batch, memory -> layout, ZeRO stage, sync policy, checkpointing, micro-batch
+                                     -> arithmetic, memory, traffic
 
-The plan may change how fast a step is, never what it computes.
+A plan may change how fast a step is, never its result.
 """
 
 from dataclasses import asdict, dataclass, replace
@@ -12,26 +14,25 @@ from orchestrator.algorithms.table import AlgorithmSpec, build, kl_notes
 from orchestrator.core.batches import Cut, Layout, PackedBatch, Sync
 from orchestrator.core.errors import ConfigError, NotEnoughResources
 from orchestrator.core.format import size
-from orchestrator.data.bad_rows import grouped
 from orchestrator.data.dataset import DataSet
 from orchestrator.data.micro_batches import cut_step
 from orchestrator.models.attention import capabilities
 from orchestrator.models.forward import Checkpointing
 from orchestrator.models.load import load_config
+from orchestrator.plan.checks import check_learners
+from orchestrator.plan.choice import Choice
+from orchestrator.plan.data_report import DataReport, data_report
 from orchestrator.plan.hardware import Hardware, this_machine
 from orchestrator.plan.memory import MemoryEstimate, MemoryModel, Traffic
 from orchestrator.plan.model_advice import advise
-from orchestrator.plan.settle import one_gpu_each
 from orchestrator.plan.state_bytes import Sizes
 from orchestrator.plan.ways import (
-    LEGAL_SYNC,
     Limits,
     Way,
     Work,
     first_steps,
     given,
     largest_micro_batch,
-    lowest_stage,
     memory_limit,
     modes_of,
     ram_limit,
@@ -43,13 +44,9 @@ CHECKPOINTING_REASONS: dict[Checkpointing, str] = {
     "none": "activations fit the memory: nothing is computed again",
     "selective": "matrix products and attention are kept, the rest is computed again: a few per cent of a "
     "step, for larger micro-batches",
-    "full": "only the inputs of layers are kept: a third more to compute, for micro-batches that would not "
-    "fit or would be too small",
+    "full": "only the inputs of layers are kept: a third more to compute, for micro-batches that otherwise "
+    "would not fit or would be too small",
 }
-BAD_REASONS = 3
-"""That a plan names."""
-BINS = 10
-"""Of the histogram of lengths."""
 SYNC_REASONS: dict[Sync, str] = {
     "no_sync": "gradients stay on the rank until the step: one reduction instead of one per micro-batch",
     "coalesced": "whole gradients are held back and reduced once at the end of the step",
@@ -58,76 +55,57 @@ SYNC_REASONS: dict[Sync, str] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
-    """One decision in words. Example: Choice("sync", "no_sync", "one reduction per step …")."""
-
-    name: str
-    value: str
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class DataReport:
-    """What the data turned into. histogram: (upper bound in tokens, rows) over equal bins of the lengths.
-    unused: columns of the rows that no part of the run reads; notes: what else there is to know; turns: rows
-    of the truncated that lost their oldest turns whole; reasons: of the bad rows, equal ones together."""
-
-    rows: int
-    bad: tuple[str, ...]
-    kept: int
-    dropped: int
-    truncated: int
-    made_identical: int
-    not_prefix: int
-    formats: tuple[str, ...]
-    sources: tuple[str, ...]
-    held_out: int
-    quantiles: dict[str, int]
-    histogram: tuple[tuple[int, int], ...]
-    unused: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
-    turns: int = 0
-    reasons: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
 class Plan:
-    """All that `orchestrator plan` shows. recipe: with activation_checkpointing decided; memory_limit,
-    ram_limit: bytes that a rank may use of its device, and a GPU learner of the machine's RAM; mean_length:
-    tokens, for FLOPs; parameters: of the model; warnings: what makes no sense, see plan/sense.py."""
+    """The plan of a run: all that `orchestrator plan` prints."""
 
     recipe: Recipe
+    """The recipe, with activation_checkpointing decided."""
     algorithm: str
+    """Name of the algorithm."""
     cut: Cut
+    """How each optimizer step is cut."""
     micro_batches: int
+    """Micro-batches of the first step on each worker."""
     total_steps: int
+    """Steps of the run: optimizer steps, or online rollout batches."""
     arithmetic: str
+    """The effective batch as a product. Example: "256 pairs = 2 workers × 16 micro-batches × 8 pairs"."""
     nearest: tuple[int, ...]
+    """Effective batches next to this one that divide evenly. Empty if it does."""
     choices: tuple[Choice, ...]
+    """Decisions with their reasons."""
     data: DataReport
+    """Rows and lengths."""
     memory: MemoryEstimate
+    """Predicted memory of a worker."""
     memory_limit: int
+    """Bytes that a worker may use of its device."""
     ram_limit: int
+    """Bytes that a GPU learner may use of its machine's RAM."""
     traffic: Traffic
+    """Bytes per worker and step."""
     mean_length: int
+    """Mean tokens of a row, for FLOPs."""
     sizes: Sizes
     """Parameters of the policy, tensor by tensor."""
     followed: bool = True
     """Whether activations were counted on a step without storage; False: by a formula."""
     warnings: tuple[str, ...] = ()
+    """Settings that make no sense with this model and data (plan/sanity.py)."""
 
     @property
     def parameters(self) -> int:
-        """Of the policy, in all."""
+        """Number of parameters of the policy."""
         return self.sizes.all
 
     @property
     def is_online(self) -> bool:
-        """Does a step of the run draw completions first?"""
+        """Whether a step of the run samples completions first."""
         return self.algorithm in ONLINE
 
     def to_json(self) -> dict[str, Any]:
-        plain = (
+        """The plan as `orchestrator plan --json` prints it."""
+        values = (
             "algorithm",
             "micro_batches",
             "total_steps",
@@ -138,7 +116,7 @@ class Plan:
             "mean_length",
         )
         return {
-            **{name: getattr(self, name) for name in plain},
+            **{name: getattr(self, name) for name in values},
             "cut": asdict(self.cut),
             "choices": [asdict(c) for c in self.choices],
             "warnings": list(self.warnings),
@@ -154,10 +132,10 @@ class Plan:
 def make_plan(
     recipe: Recipe, algorithm: AlgorithmSpec, data: DataSet, hardware: Hardware | None = None
 ) -> Plan:
-    """The plan of a run on `hardware`, or on this machine; ConfigError or NotEnoughResources where it could
-    not work."""
+    """The plan of a run on `hardware`, or on this machine. Raises ConfigError or NotEnoughResources if the
+    run could not work."""
     hardware = hardware or this_machine()
-    _check(recipe, algorithm.group_examples)
+    check_learners(recipe, algorithm.group_examples)
     learners = f"{recipe.learners.count} learner{'s' if recipe.learners.count > 1 else ''}"
     choices = [Choice("hardware", learners, f"on {hardware}")]
     layout = _layout(recipe, algorithm, choices)
@@ -171,9 +149,7 @@ def make_plan(
     micro_batches = len(first.micro_batches[0])
     sent = work.model.traffic(cut, micro_batches)
     choices += _communication(hardware, cut, sent)
-    choices += [
-        Choice(note.name, note.value, note.reason) for note in advise(recipe, algorithm, work.model, data)
-    ]
+    choices += advise(recipe, algorithm, work.model, data)
     return Plan(
         recipe=recipe,
         algorithm=algorithm.name,
@@ -194,80 +170,25 @@ def make_plan(
     )
 
 
-def _check(recipe: Recipe, share: int) -> None:
-    learners, effective = recipe.learners, recipe.batch.effective
-    one_gpu_each(recipe)
-    if effective < learners.count * share:
-        raise ConfigError(
-            f"batch.effective={effective} cannot be cut over learners.workers={learners.count}",
-            why="every worker needs at least one example of each optimizer step",
-            fix=f"set learners.workers to {effective // share} or fewer, or batch.effective to "
-            f"{learners.count * share} or more",
-        )
-    if learners.precision == "fp16" and not learners.gpus:
-        raise ConfigError(
-            "learners.precision=fp16 needs a GPU",
-            why="DeepSpeed has no fp16 on a CPU",
-            fix="use fp32, bf16 or bf16_autocast",
-        )
-    low = learners.precision in ("bf16", "fp16")
-    if low and learners.zero_stage == 0:
-        raise ConfigError(
-            f"learners.precision={learners.precision} needs learners.zero_stage 1, 2 or 3",
-            why="DeepSpeed keeps no fp32 accumulation buffer at stage 0",
-            fix="set learners.zero_stage=1 (also right for one worker), or precision=bf16_autocast",
-        )
-    if learners.zero_stage != "auto" and learners.zero_stage < (lowest := lowest_stage(learners)):
-        what = "parameters" if lowest == 3 else "optimizer"
-        raise ConfigError(
-            f"learners.offload.{what}=cpu is not possible at ZeRO stage {learners.zero_stage}",
-            why="DeepSpeed offloads what it has partitioned",
-            fix=f"set learners.zero_stage={lowest}, or auto",
-        )
-    if learners.fused and (learners.zero_stage == 3 or lowest_stage(learners) == 3):
-        raise ConfigError(
-            "learners.fused is not possible at ZeRO stage 3",
-            why="its hooks gather every module's parameters, which breaks the compiled graph of each",
-            fix="set learners.fused=false, or learners.zero_stage=2 without offload.parameters",
-        )
-    if learners.zero_stage != "auto" and learners.sync != "auto":
-        _check_sync(learners.sync, learners.zero_stage, learners.precision)
-
-
-def _check_sync(sync: Sync, stage: int, precision: str) -> None:
-    if sync not in LEGAL_SYNC[stage]:
-        raise ConfigError(
-            f"learners.sync={sync} is not possible at ZeRO stage {stage}",
-            why="partitioned gradients cannot be held back whole"
-            if sync == "no_sync"
-            else "DeepSpeed refuses it",
-            fix=f"use one of {', '.join(LEGAL_SYNC[stage])}, or auto",
-        )
-    if sync == "coalesced" and precision in ("bf16", "fp16"):
-        raise ConfigError(
-            f"learners.sync=coalesced with precision={precision} would accumulate gradients in {precision}",
-            why="DeepSpeed holds the parameters' own gradients until the end of the step",
-            fix="use sync=no_sync at stage 1, per_micro_batch at stages 2 and 3, or precision=bf16_autocast",
-        )
-
-
 def _layout(recipe: Recipe, algorithm: AlgorithmSpec, choices: list[Choice]) -> Layout:
+    """The layout of micro-batches. Adds the reason to `choices`."""
     config = load_config(recipe.model)
-    can = capabilities(config.get_text_config())
+    supported = capabilities(config.get_text_config())
     wanted = recipe.batch.layout
-    shares = algorithm.branches > 1
-    best: Layout = "prefix_shared" if shares else ("packed" if recipe.learners.gpus else "padded")
+    best: Layout = (
+        "prefix_shared" if algorithm.branches > 1 else ("packed" if recipe.learners.gpus else "padded")
+    )
     if wanted != "auto":
-        if wanted not in can.layouts:
+        if wanted not in supported.layouts:
             raise ConfigError(
                 f"batch.layout={wanted} is not possible",
-                why=can.reason,
+                why=supported.reason,
                 fix="set batch.layout=auto or padded",
             )
         choices.append(Choice("layout", wanted, "set in the recipe"))
         return wanted
-    if best not in can.layouts:
-        choices.append(Choice("layout", "padded", can.reason))
+    if best not in supported.layouts:
+        choices.append(Choice("layout", "padded", supported.reason))
         return "padded"
     reasons = {
         "prefix_shared": "each prompt is computed once for its branches",
@@ -279,41 +200,41 @@ def _layout(recipe: Recipe, algorithm: AlgorithmSpec, choices: list[Choice]) -> 
 
 
 def _one_row(recipe: Recipe, layout: Layout) -> bool:
-    """A GPU computes one long row under masks of blocks; on a CPU short rows are faster than a long one."""
-    can = capabilities(load_config(recipe.model).get_text_config())
-    return bool(recipe.learners.gpus) and layout != "padded" and can.blocks
+    """Whether micro-batches are one long row under block masks, as is fastest on a GPU. On a CPU short rows
+    are faster."""
+    supported = capabilities(load_config(recipe.model).get_text_config())
+    return bool(recipe.learners.gpus) and layout != "padded" and supported.blocks
 
 
 def _fit(work: Work, layout: Layout, choices: list[Choice]) -> Way:
-    """What takes least time by estimate of all that fits: where gradients and parameters lie, and what is
-    computed again."""
+    """The way that is quickest by estimate among those that fit: a ZeRO stage, a sync policy, and what is
+    computed again. Adds the reasons to `choices`."""
     learners = work.recipe.learners
     ways, modes = ways_of(work.recipe), modes_of(work.recipe, work.model.checkpoints)
-    whole = [
+    cuts = [
         Cut(learners.count, None, None, layout, stage, sync, one_row=_one_row(work.recipe, layout))
         for stage, sync in ways
     ]
     best, possible = None, []
     for mode in modes:
-        for index, cut in enumerate(whole):
+        for index, cut in enumerate(cuts):
             if best is not None and work.least_seconds(cut, mode) >= best.seconds:
-                possible.append(
-                    index
-                )  # it may fit, and cannot be quicker: its memory is not looked at, which takes seconds
-            elif (found := work.largest(cut, mode)) is not None:
+                # it cannot be quicker, so its memory is not predicted, which takes seconds: it may fit
                 possible.append(index)
-                best = found if best is None or found.seconds < best.seconds else best
-    if best is None:  # the caller says by how much
-        return work.way(given(work.recipe, work.algorithm, whole[-1]), modes[-1])
+            elif (way := work.largest(cut, mode)) is not None:
+                possible.append(index)
+                best = way if best is None or way.seconds < best.seconds else best
+    if best is None:  # the caller raises the error, with the memory of this way
+        return work.way(given(work.recipe, work.algorithm, cuts[-1]), modes[-1])
     cut, lowest = best.cut, min(possible)
     at = ways.index((cut.zero_stage, cut.sync))
     why = (
         "the lowest stage whose state fits: fewest collectives"
         if at == 0
-        else "what needs fewer bytes on the wire does not fit the memory"
+        else "ways with less traffic do not fit the memory"
         if at == lowest
-        else "quicker by estimate than a lower stage, which leaves room for smaller micro-batches or has to "
-        "compute more again"
+        else "quicker by estimate than a lower stage, which would need smaller micro-batches or more "
+        "recomputation"
     )
     choices.append(
         Choice(
@@ -338,37 +259,34 @@ def _fit(work: Work, layout: Layout, choices: list[Choice]) -> Way:
 
 
 def _too_large(memory: MemoryEstimate, limits: Limits) -> NotEnoughResources:
+    """Error for a run that does not fit, with the smallest estimate that was found."""
     parts = ", ".join(f"{name} {size(value)}" for name, value in memory.parts.items() if value)
-    fix = (
-        "more learners.workers with a higher learners.zero_stage, a smaller batch.micro_batch, "
-        "learners.activation_checkpointing=full, or learners.offload.optimizer=cpu"
-    )
     if memory.ram > limits.ram:
-        why = (
-            f"{size(memory.ram)} of RAM for each, to load the model in fp32 or to keep "
-            f"{size(memory.offloaded)} offloaded"
-        )
         return NotEnoughResources(
-            f"a worker may use {size(limits.ram)} of the machine's RAM",
-            why=why,
-            fix="fewer workers on a machine, or more RAM",
+            f"a worker needs {size(memory.ram)} of RAM, and may use {size(limits.ram)} of its machine's",
+            why=f"it loads the model in fp32, or keeps {size(memory.offloaded)} of offloaded state",
+            fix="run fewer workers on a machine, or use machines with more RAM",
         )
     if memory.total <= limits.device:
-        why = "it comes whole and in fp32 to every worker before DeepSpeed partitions it"
         return NotEnoughResources(
-            f"loading the model takes {size(memory.loading)} of a worker, it may use {size(limits.device)}",
-            why=why,
-            fix="larger devices",
+            f"a worker needs {size(memory.loading)} to load the model, and may use {size(limits.device)}",
+            why="every worker loads the whole model in fp32 before DeepSpeed partitions it",
+            fix="use larger devices",
         )
     return NotEnoughResources(
-        f"a worker needs about {size(memory.total)}, it may use {size(limits.device)}", why=parts, fix=fix
+        f"a worker needs about {size(memory.total)}, and may use {size(limits.device)}",
+        why=parts,
+        fix="use more learners.workers with a higher learners.zero_stage, a smaller batch.micro_batch, "
+        "learners.activation_checkpointing=full, or learners.offload.optimizer=cpu",
     )
 
 
 def finer_cut(plan: Plan, data: DataSet, cut: Cut) -> Cut:
-    """The cut to try where `cut` took more memory than was predicted: smaller micro-batches, and where they
-    cannot be smaller the next way to partition that fits by prediction. None of it changes a result.
-    NotEnoughResources where nothing is left."""
+    """The cut to try after `cut` took more memory than predicted. It does not change a result.
+
+    Micro-batches get smaller. If they cannot, the next way to partition that fits by prediction is taken.
+    Raises NotEnoughResources if there is none.
+    """
     recipe, steps = plan.recipe, first_steps(data)
     now, finer = largest_micro_batch(steps, cut).positions, cut.halved()
     while finer != cut and largest_micro_batch(steps, finer).positions >= now and finer != finer.halved():
@@ -377,26 +295,26 @@ def finer_cut(plan: Plan, data: DataSet, cut: Cut) -> Cut:
         return finer
     algorithm, limits = build(recipe.algorithm, recipe.rollouts), Limits(plan.memory_limit, plan.ram_limit)
     model, ways = MemoryModel(recipe, algorithm), ways_of(recipe)
-    here = (cut.zero_stage, cut.sync)
+    current = (cut.zero_stage, cut.sync)
     largest = largest_micro_batch(steps, cut)
     memory = model.estimate(cut, largest, recipe.learners.checkpointing)
-    for stage, sync in ways[ways.index(here) + 1 :] if here in ways else ():
+    for stage, sync in ways[ways.index(current) + 1 :] if current in ways else ():
         other = replace(cut, zero_stage=stage, sync=sync)
-        found = model.estimate(other, largest, recipe.learners.checkpointing)
-        if limits.hold(found) and found.total < memory.total:
+        estimate = model.estimate(other, largest, recipe.learners.checkpointing)
+        if limits.hold(estimate) and estimate.total < memory.total:
             return other
     raise NotEnoughResources(
         f"the smallest micro-batch, {now} positions, does not fit at ZeRO {cut.zero_stage} ({cut.sync}), "
         "and no other way to partition is left",
         why=", ".join(f"{name} {size(value)}" for name, value in memory.parts.items() if value)
         + f" by prediction, of {size(limits.device)}",
-        fix="more learners.workers, learners.activation_checkpointing=full, learners.offload.optimizer=cpu, "
-        "or a shorter data.max_length",
+        fix="use more learners.workers, learners.activation_checkpointing=full, "
+        "learners.offload.optimizer=cpu, or a shorter data.max_length",
     )
 
 
 def _communication(hardware: Hardware, cut: Cut, sent: Traffic) -> list[Choice]:
-    """How long the workers of a step talk at least, where the bandwidth is known."""
+    """Least time that the workers communicate in a step, if the bandwidth is known."""
     if cut.workers == 1 or not hardware.link:
         return []
     share = 2 * (cut.workers - 1) / cut.workers  # an all-reduce sends and receives each byte about twice
@@ -412,6 +330,7 @@ def _communication(hardware: Hardware, cut: Cut, sent: Traffic) -> list[Choice]:
 
 
 def _micro_batch_choice(recipe: Recipe, cut: Cut) -> Choice:
+    """The micro-batch and who decided it."""
     if cut.examples is not None:
         return Choice("micro-batch", f"{cut.examples} examples", "set in the recipe")
     if recipe.batch.micro_batch_tokens is not None:
@@ -419,12 +338,12 @@ def _micro_batch_choice(recipe: Recipe, cut: Cut) -> Choice:
     return Choice(
         "micro-batch",
         f"{cut.positions} positions",
-        "fits the predicted memory, which a probe checks where it is tight",
+        "fits the predicted memory; a probe step checks it if it is tight",
     )
 
 
 def _arithmetic(effective: int, cut: Cut, first: PackedBatch, algorithm: AlgorithmSpec) -> str:
-    """Example: 256 pairs = 2 workers x 16 micro-batches x 8 pairs."""
+    """The effective batch as a product. Example: 256 pairs = 2 workers × 16 micro-batches × 8 pairs."""
     count = len(first.micro_batches[0])
     unit = {"pair": "pairs", "token": "examples", "example": "examples", "sequence": "completions"}[
         algorithm.loss_unit
@@ -438,38 +357,9 @@ def _arithmetic(effective: int, cut: Cut, first: PackedBatch, algorithm: Algorit
     return f"{effective} {unit} = {workers} × {batches} of at most {bound}, all divided once by {effective}"
 
 
-def _nearest(effective: int, cut: Cut, share: int) -> tuple[int, ...]:
-    """Effective batches next to this one that divide evenly into full micro-batches; empty where it does
-    itself."""
-    if cut.examples is None or effective % (unit := cut.workers * cut.examples * share) == 0:
+def _nearest(effective: int, cut: Cut, group_examples: int) -> tuple[int, ...]:
+    """Effective batches next to this one that divide evenly into full micro-batches. Empty if it does."""
+    if cut.examples is None or effective % (unit := cut.workers * cut.examples * group_examples) == 0:
         return ()
     below = effective // unit * unit
     return tuple(n for n in (below, below + unit) if n)
-
-
-def data_report(data: DataSet, notes: tuple[str, ...] = ()) -> DataReport:
-    """What `plan` shows of the data; notes: what the algorithm adds to those of the data."""
-    report = data.report
-    top = max(report.lengths)
-    width = max(1, -(-top // BINS))
-    counts = [0] * BINS
-    for length in report.lengths:
-        counts[min(BINS - 1, (length - 1) // width)] += 1
-    return DataReport(
-        rows=report.rows,
-        bad=tuple(str(row) for row in (*data.loaded.bad, *report.bad)),
-        reasons=tuple(grouped((*data.loaded.bad, *report.bad), BAD_REASONS)),
-        kept=report.kept,
-        dropped=report.dropped,
-        truncated=report.truncated,
-        made_identical=report.identical,
-        not_prefix=len(report.not_prefix),
-        formats=data.loaded.formats,
-        sources=data.loaded.names,
-        held_out=len(data.held_out),
-        quantiles=report.quantiles(),
-        histogram=tuple(((i + 1) * width, n) for i, n in enumerate(counts) if n),
-        unused=data.unused,
-        notes=(*data.notes, *notes),
-        turns=report.turns,
-    )

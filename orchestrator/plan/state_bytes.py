@@ -1,11 +1,10 @@
-"""Bytes that DeepSpeed 0.19.8 holds for a model in training, by class, for every way to partition it: pure
-arithmetic.
+"""Bytes that DeepSpeed 0.19.8 holds for a model in training, by class and way to partition.
 
-    parameter sizes, (stage, sync, precision, offload), ranks  ->  StateBytes on the device, StateBytes in the host's RAM
+    parameter sizes, (stage, sync, precision, offload), ranks -> StateBytes on the device and in RAM
 
-Every line was counted from the live storages of real engines (tests/invariants/test_state_bytes.py): two
-ranks that hold the same state by the documents hold it twice, in another dtype, or whole where it is said to
-be partitioned.
+Every formula was checked against the live storages of real engines (tests/invariants/test_state_bytes.py).
+They differ from DeepSpeed's documents: some state is held twice, in another dtype, or whole instead of
+partitioned.
 """
 
 from dataclasses import asdict, dataclass
@@ -25,36 +24,43 @@ from orchestrator.recipe.schema import Learners
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """Elements of a model's parameters, each tensor once, in order. frozen, trainable: of each tensor that
-    does not learn, or does."""
+    """Elements of the parameters of a model, tensor by tensor in their order.
+
+    Example: a linear layer with a LoRA of rank 2: Sizes(frozen=(4096,), trainable=(128, 128)).
+    """
 
     frozen: tuple[int, ...]
+    """Elements of each tensor that does not learn."""
     trainable: tuple[int, ...]
+    """Elements of each tensor that learns."""
 
     @property
     def all(self) -> int:
+        """Elements of all tensors."""
         return sum(self.frozen) + self.learns
 
     @property
     def learns(self) -> int:
+        """Elements of all tensors that learn."""
         return sum(self.trainable)
 
     @property
     def largest(self) -> int:
+        """Elements of the largest tensor."""
         return max((*self.frozen, *self.trainable))
 
     def bucket(self, learners: Learners) -> int:
-        """Elements of a reduction's bucket (deepspeed_config in learner/engine.py)."""
+        """Elements of a bucket of a reduction (deepspeed_config in learner/engine.py)."""
         return min(bucket_elements(bool(learners.gpus)), self.learns)
 
     @property
     def partitioned(self) -> int:
-        """Elements in tensors that ZeRO-3 partitions instead of keeping them whole."""
+        """Elements of all tensors that ZeRO-3 partitions."""
         return sum(n for n in (*self.frozen, *self.trainable) if n > PERSISTENT_ELEMENTS)
 
     def overlap(self, workers: int) -> int:
-        """Elements of all trainable tensors that reach into one rank's partition, of the rank that has most:
-        where gradients are kept as views, a tensor on the border of two partitions stays whole on both."""
+        """Elements of all trainable tensors that overlap a rank's partition, of the rank with the most.
+        Gradients that are kept as views keep a tensor on the border of two partitions whole on both ranks."""
         share = -(-self.learns // workers)
         ends = list(accumulate(self.trainable))
         spans = [(end - n, end) for n, end in zip(self.trainable, ends, strict=True)]
@@ -66,35 +72,41 @@ class Sizes:
 
 @dataclass(frozen=True, slots=True)
 class StateBytes:
-    """weights: what the model computes with; gradients: whole `.grad` tensors in the model's dtype;
-    accumulators: fp32 sums of gradients, whole or partitioned; master: the optimizer's fp32 weights where
-    they are not the model's; moments: Adam's two; buffers: buckets of reductions, and what is copied through
-    on the way to the CPU."""
+    """Bytes of state in one place, by class."""
 
     weights: int = 0
+    """Weights that the model computes with."""
     gradients: int = 0
+    """Whole `.grad` tensors in the model's dtype."""
     accumulators: int = 0
+    """fp32 sums of gradients, whole or partitioned."""
     master: int = 0
+    """The optimizer's fp32 weights, if they are not the model's."""
     moments: int = 0
+    """Adam's two moments."""
     buffers: int = 0
+    """Buckets of reductions, and buffers of copies to the CPU."""
 
     @property
     def total(self) -> int:
+        """Bytes of all classes."""
         return sum(asdict(self).values())
 
 
 @dataclass(frozen=True, slots=True)
-class Held:
-    """What a rank holds in the last backward of a step, when everything exists: on its device, and in RAM for
-    an offloaded part. reducing: copies that live while gradients are reduced in the backward; stepping: while
-    the step is applied, beyond `device` and with no activation alive; gathered: parameters that ZeRO-3 has
-    fetched."""
+class RankState:
+    """State of one rank in the last backward of a step, when all of it exists. Numbers are bytes."""
 
     device: StateBytes
+    """State on the device."""
     host: StateBytes
+    """Offloaded state in RAM."""
     reducing: int = 0
+    """Copies that live while gradients are reduced in the backward."""
     stepping: int = 0
+    """Memory beyond `device` while the step is applied, when no activation is alive."""
     gathered: int = 0
+    """Parameters that ZeRO-3 has gathered."""
 
 
 def element_bytes(learners: Learners) -> int:
@@ -102,12 +114,12 @@ def element_bytes(learners: Learners) -> int:
     return precision_of(learners.precision).element_bytes
 
 
-def state_bytes(sizes: Sizes, learners: Learners, cut: Cut) -> Held:
+def state_bytes(sizes: Sizes, learners: Learners, cut: Cut) -> RankState:
     """The state of one rank of `cut.workers` at `cut.zero_stage` with `cut.sync`."""
     element = element_bytes(learners)
     if cut.zero_stage == 0:
         state = StateBytes(weights=element * sizes.all, gradients=4 * sizes.learns, moments=8 * sizes.learns)
-        return Held(
+        return RankState(
             state, StateBytes(), stepping=4 * min(sizes.learns, ALL_REDUCE_ELEMENTS) if cut.workers > 1 else 0
         )
     if cut.zero_stage == 3:
@@ -117,27 +129,28 @@ def state_bytes(sizes: Sizes, learners: Learners, cut: Cut) -> Held:
     return _stage_1_and_2(sizes, learners, cut, element)
 
 
-def _bf16_optimizer(sizes: Sizes, cut: Cut) -> Held:
-    """DeepSpeed's BF16_Optimizer: bf16 gradients and their fp32 sums stay whole on every rank, whatever its
-    documents say of ZeRO-1."""
+def _bf16_optimizer(sizes: Sizes, cut: Cut) -> RankState:
+    """DeepSpeed's BF16_Optimizer keeps bf16 gradients and their fp32 sums whole on every rank, unlike ZeRO-1
+    in its documents."""
     share = -(-sizes.learns // cut.workers)
     state = StateBytes(2 * sizes.all, 2 * sizes.learns, 4 * sizes.learns, 4 * share, 8 * share)
-    return Held(
+    return RankState(
         state, StateBytes(), stepping=4 * min(sizes.learns, ALL_REDUCE_ELEMENTS) if cut.workers > 1 else 0
     )
 
 
-def _stage_1_and_2(sizes: Sizes, learners: Learners, cut: Cut, element: int) -> Held:
-    """DeepSpeedZeroOptimizer. Stage 1 in a low precision sums whole gradients in fp32 (`grad_accum`); stage 2
-    sums the partition, in fp32 as views of whole gradients; a policy that holds back keeps the whole `.grad`.
+def _stage_1_and_2(sizes: Sizes, learners: Learners, cut: Cut, element: int) -> RankState:
+    """DeepSpeedZeroOptimizer. Stage 1 in a low precision sums whole gradients in fp32 (`grad_accum`). Stage 2
+    sums the partition, in fp32 as views of whole gradients. A sync policy that holds gradients back keeps the
+    whole `.grad`.
     """
     learns, share, low = sizes.learns, -(-sizes.learns // cut.workers), element == 2
     offloaded = learners.offload.optimizer != "none"
     whole = cut.zero_stage == 1 or cut.sync == "coalesced"
-    kept = 4 * (share if low else sizes.overlap(cut.workers))  # of the partition
+    partition = 4 * (share if low else sizes.overlap(cut.workers))
     count = 2 if overlaps(bool(learners.gpus), cut.zero_stage) else 1
     bucket = count * sizes.bucket(learners) * (4 if cut.zero_stage == 1 else element)
-    accumulators = 4 * learns if whole and low else 0 if whole else kept
+    accumulators = 4 * learns if whole and low else 0 if whole else partition
     sums_on_host = offloaded and not whole and not low
     device = StateBytes(
         weights=element * sizes.all,
@@ -154,7 +167,7 @@ def _stage_1_and_2(sizes: Sizes, learners: Learners, cut: Cut, element: int) -> 
         moments=8 * share,
         buffers=element * (share + max(sizes.trainable)),
     )
-    return Held(
+    return RankState(
         device,
         host if offloaded else StateBytes(),
         reducing=_fp32_copies(sizes, learners) if low and cut.zero_stage == 2 else 0,
@@ -162,9 +175,9 @@ def _stage_1_and_2(sizes: Sizes, learners: Learners, cut: Cut, element: int) -> 
     )
 
 
-def _stage_3(sizes: Sizes, learners: Learners, cut: Cut, element: int) -> Held:
-    """DeepSpeedZeroOptimizer_Stage3: all of it partitioned, each tensor by itself; small ones are whole as
-    well, in the same storage where the one rank's partition is the whole and lies where it is needed."""
+def _stage_3(sizes: Sizes, learners: Learners, cut: Cut, element: int) -> RankState:
+    """DeepSpeedZeroOptimizer_Stage3 partitions each tensor by itself. Small tensors are kept whole as well;
+    with one rank they share the storage of their partition, if it is on the device."""
     workers, offload = cut.workers, learners.offload
     share = sum(-(-n // workers) for n in sizes.trainable)
     partitions = element * (share + sum(-(-n // workers) for n in sizes.frozen))
@@ -186,7 +199,7 @@ def _stage_3(sizes: Sizes, learners: Learners, cut: Cut, element: int) -> Held:
         moments=8 * share if optimizer_on_host else 0,
     )
     ahead = bucket_elements(True) + sizes.largest if learners.gpus else 0
-    return Held(
+    return RankState(
         device,
         host,
         reducing=_fp32_copies(sizes, learners),
@@ -196,5 +209,5 @@ def _stage_3(sizes: Sizes, learners: Learners, cut: Cut, element: int) -> Held:
 
 
 def _fp32_copies(sizes: Sizes, learners: Learners) -> int:
-    """A bucket, or a tensor that is larger than one, is copied to fp32 for the wire."""
+    """Bytes of the fp32 copy of a bucket, or of a tensor that is larger than a bucket, for a reduction."""
     return 4 * max(sizes.bucket(learners), *sizes.trainable)

@@ -1,5 +1,5 @@
-"""The plan as a person reads it, on one screen: batch arithmetic first, then warnings, what was set, what was
-decided and why, data and memory."""
+"""A plan as text on one screen: batch arithmetic, warnings, keys that are set, decisions with reasons, data
+and memory."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -9,18 +9,19 @@ from rich.table import Table
 from rich.text import Text
 
 from orchestrator.core.format import size
-from orchestrator.plan.planner import BINS, DataReport, Plan
-from orchestrator.recipe.pipeline import Ignored
+from orchestrator.plan.data_report import BINS, DataReport
+from orchestrator.plan.planner import Plan
+from orchestrator.recipe.pipeline import IgnoredKey
 from orchestrator.recipe.schema import Recipe, Section
 
-PARTS = 3
-"""Of the memory that are named one by one, the largest."""
+MAX_PARTS = 3
+"""Parts of the memory that are printed by name, the largest ones."""
 BARS = "▁▂▃▄▅▆▇█"
 
 
 def render(plan: Plan, given: Recipe | None = None) -> RenderableType:
-    """Everything `orchestrator plan` prints of a stage. given: the recipe as the user wrote it, before the
-    plan filled it in."""
+    """All that `orchestrator plan` prints of a stage. given: the recipe before planning, for the list of set
+    keys."""
     return Group(
         Text(plan.arithmetic, style="bold"),
         *_nearest(plan),
@@ -43,19 +44,19 @@ def render(plan: Plan, given: Recipe | None = None) -> RenderableType:
 
 
 def warning_lines(plan: Plan) -> list[Text]:
-    """What makes no sense with this model and data, a line each."""
+    """A line for each warning of the plan."""
     return [Text(f"warning: {warning}", style="yellow") for warning in plan.warnings]
 
 
 def set_keys(recipe: Recipe) -> Iterator[tuple[str, str]]:
-    """(section, "key value, key value") of what a recipe sets to something else than the default."""
+    """(section, "key value, key value") of the keys that do not have their default."""
     for name in type(recipe).model_fields:
-        if found := [f"{key} {_shown(value)}" for key, value in _changed(getattr(recipe, name), "")]:
-            yield name, ", ".join(found)
+        if pairs := [f"{key} {_shown(value)}" for key, value in _changed(getattr(recipe, name), "")]:
+            yield name, ", ".join(pairs)
 
 
 def _changed(section: Section, prefix: str) -> Iterator[tuple[str, Any]]:
-    """Dotted keys below a section that have another value than their default."""
+    """(dotted key, value) of the keys below a section that do not have their default."""
     for key, field in type(section).model_fields.items():
         value = getattr(section, key)
         if isinstance(value, Section):
@@ -65,7 +66,7 @@ def _changed(section: Section, prefix: str) -> Iterator[tuple[str, Any]]:
 
 
 def _shown(value: Any) -> str:
-    """A value in few characters; of lists of sections what their entries set."""
+    """Short text of a value. Of sections it holds the keys that are set."""
     if isinstance(value, list):
         return f"[{', '.join(_shown(item) for item in value)}]"
     if isinstance(value, Section):
@@ -75,27 +76,28 @@ def _shown(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def not_read(keys: Sequence[Ignored]) -> RenderableType:
-    """The inherited keys that a stage does not read, a line each; nothing where there are none."""
+def not_read(keys: Sequence[IgnoredKey]) -> RenderableType:
+    """A line for each inherited key that a stage does not read. Empty without keys."""
     return Group(
-        *([Text("inherited, and not read by this run:")] if keys else []),
+        *([Text("inherited keys that this run does not read:")] if keys else []),
         *(Text(f"  {key}", style="dim") for key in keys),
     )
 
 
 def _nearest(plan: Plan) -> list[Text]:
+    """A line with the effective batches that cut evenly, if this one does not."""
     if not plan.nearest:
         return []
     return [
         Text(
-            f"cuts evenly at batch.effective {' or '.join(map(str, plan.nearest))}; as it is, the result is "
-            "the same and a little slower"
+            f"batch.effective {' or '.join(map(str, plan.nearest))} would cut evenly; this one has the same "
+            "result, a little slower"
         )
     ]
 
 
 def _table(rows: Iterable[tuple[str, ...]]) -> Table:
-    """Name; value, in bold where a reason follows it."""
+    """Rows of (name, value) or (name, value, reason). A value with a reason is bold."""
     table = Table(box=None, pad_edge=False, show_header=False)
     for name, value, *reason in rows:
         table.add_row(
@@ -105,6 +107,7 @@ def _table(rows: Iterable[tuple[str, ...]]) -> Table:
 
 
 def _data(data: DataReport) -> Group:
+    """Lines on rows, lengths and columns."""
     formats = ", ".join(f"{name} ({form})" for name, form in zip(data.sources, data.formats, strict=True))
     equal = f", {data.made_identical} pairs made equal" if data.made_identical else ""
     lines = [
@@ -117,7 +120,7 @@ def _data(data: DataReport) -> Group:
     if data.not_prefix:
         lines.append(
             Text(
-                f"{data.not_prefix} prompts are not a token prefix of their completions; cut back to the "
+                f"{data.not_prefix} prompts are not a token prefix of their completions; they are cut to the "
                 "shared tokens",
                 style="yellow",
             )
@@ -134,7 +137,7 @@ def _data(data: DataReport) -> Group:
 
 
 def _bars(data: DataReport) -> str:
-    """The lengths as a line of bars, shortest first."""
+    """The histogram of lengths as a line of bars, shortest rows first."""
     width = max(1, -(-data.quantiles["max"] // BINS))
     counts = {bound // width: count for bound, count in data.histogram}
     most = max(counts.values())
@@ -145,19 +148,21 @@ def _bars(data: DataReport) -> str:
 
 
 def data_notes(data: DataReport) -> list[Text]:
-    """What a user should know of the data before a run: columns that nothing reads, and notes."""
+    """Lines on columns that nothing reads, and the notes on the data."""
     unused = [Text(f"unused columns: {', '.join(data.unused)}", style="yellow")] if data.unused else []
     return unused + [Text(note, style="yellow") for note in data.notes]
 
 
 def _memory(plan: Plan) -> list[Text]:
+    """Lines on predicted memory and its limits."""
     memory, limit = plan.memory, size(plan.memory_limit)
     ordered = sorted(
         ((name, count) for name, count in memory.parts.items() if count), key=lambda part: -part[1]
     )
-    few = sum(count for _, count in ordered[PARTS:])
+    rest = sum(count for _, count in ordered[MAX_PARTS:])
     parts = ", ".join(
-        f"{name} {size(count)}" for name, count in [*ordered[:PARTS], *([("others", few)] if few else [])]
+        f"{name} {size(count)}"
+        for name, count in [*ordered[:MAX_PARTS], *([("others", rest)] if rest else [])]
     )
     lines = [
         Text.assemble(
@@ -169,6 +174,6 @@ def _memory(plan: Plan) -> list[Text]:
     ]
     if memory.ram:
         lines.append(
-            Text(f"  RAM {size(memory.ram)} of {size(plan.ram_limit)} that each may use of its machine's")
+            Text(f"  RAM {size(memory.ram)} of {size(plan.ram_limit)} a worker may use of its machine")
         )
     return lines

@@ -1,2 +1,2 @@
-"""YAML to a checked `Recipe`: the schema, files and `extends`, overrides, pipelines, who reads each key, the
+"""YAML to a checked `Recipe`: schema, files and `extends`, overrides, pipelines, readers of each key,
 fingerprint."""

@@ -1,10 +1,10 @@
-"""What makes two runs the same run: everything that decides the result, and nothing else; and what is watched
-beside it.
+"""Identity of a run: the values that decide its result, and the files that are watched beside them.
 
-    recipe, rows, weights, template, tokenizer -> deciding (another value: another run)        user's files, tokens -> watched (a change is told)
+    recipe, rows, weights, template, tokenizer -> deciding   another value is another run
+    files of the user, tokens                  -> watched    a change is reported
 
-Content decides, never a place: data, models and the run's own folder may be moved. The end of a run is
-compared apart (run/folder.py).
+Contents decide, and places do not: data, models and the run folder may be moved. run/folder.py compares the
+end of a run.
 """
 
 import hashlib
@@ -21,35 +21,36 @@ from orchestrator.core.rollouts import Prompt
 from orchestrator.recipe.schema import ONLINE, Model, Recipe, RewardFunction
 
 TOKENS = "encoded tokens"
-"""Name of what rows became, in `watched`."""
-FREE = (
-    "run.max_steps and run.epochs (it goes on), data.eval, evaluation.*, tracking.*, checkpoint.*, "
-    "export.*, run.name, workers and all of "
-    "learners.* but precision, and where data, model and run folder lie"
+"""Name in `watched` of the tokens that rows were encoded to."""
+MAY_CHANGE = (
+    "run.max_steps and run.epochs (the run is extended), data.eval, evaluation.*, tracking.*, checkpoint.*, "
+    "export.*, run.name, workers and all of learners.* but precision, and the paths of data, model and run "
+    "folder"
 )
-"""What may change under a run that goes on, for messages."""
-SAMPLED = 1 << 20
-"""Bytes at either end of a file of weights that stand for all of it."""
+"""What may change when a run is continued, for messages."""
+SAMPLED_BYTES = 1 << 20
+"""Bytes at each end of a file of weights that are hashed instead of the whole file."""
 
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """deciding: JSON values by key, which are all equal where two runs are the same; watched: SHA-256 by name
-    of what may change under a run that goes on (a mended reward), which is told."""
+    """Values that tell whether two runs are the same run."""
 
     deciding: Mapping[str, Any]
+    """JSON values by key. Two runs are the same run if all are equal. Example: {"algorithm.beta": 0.1}."""
     watched: Mapping[str, str] = field(default_factory=dict)
+    """SHA-256 by name of contents that may change when a run is continued, such as a fixed reward function. A
+    change is reported."""
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of what decides."""
+        """SHA-256 of the deciding values."""
         return hashlib.sha256(
             json.dumps(dict(self.deciding), sort_keys=True, separators=(",", ":")).encode()
         ).hexdigest()
 
     def differences(self, other: Mapping[str, Any]) -> list[str]:
-        """ "key: value there -> value here" for each key in which a run with `other` as deciding is another
-        one."""
+        """Texts "key: other value -> own value" for each deciding key that differs from `other`."""
         keys = sorted(self.deciding.keys() | other.keys())
         return [
             f"{k}: {_shown(other, k)} -> {_shown(self.deciding, k)}"
@@ -73,19 +74,22 @@ def identity_of(
     sources: Sequence[tuple[int, float]] = (),
     watched: Mapping[str, str] | None = None,
 ) -> Identity:
-    """data: fingerprint of the rows; tokenizer: of the tokenizer with its chat template; sources: rows and
-    weight of each. Workers, micro-batches, layout, ZeRO stage, evaluation and tracking decide nothing."""
-    whole = recipe.model_dump(mode="json")
-    online = _deciding_online(recipe, whole) if recipe.algorithm.name in ONLINE else {}
+    """Identity of a run. Workers, micro-batches, layout, ZeRO stage, evaluation and tracking decide nothing.
+
+    data: fingerprint of the rows. tokenizer: digest of the tokenizer with its chat template. sources: (rows,
+    weight) of each source.
+    """
+    values = recipe.model_dump(mode="json")
+    online = _deciding_online(recipe, values) if recipe.algorithm.name in ONLINE else {}
     encoding = ("max_length", "overlong", "remainder", "append_eos")
     sections = {
-        "run": {"seed": whole["run"]["seed"]},
-        "batch": {"effective": whole["batch"]["effective"]},
-        "learners": {"precision": whole["learners"]["precision"]},
+        "run": {"seed": values["run"]["seed"]},
+        "batch": {"effective": values["batch"]["effective"]},
+        "learners": {"precision": values["learners"]["precision"]},
         "model": _model(recipe.model),
-        "data": {key: whole["data"][key] for key in encoding},
-        "algorithm": _algorithm(whole["algorithm"]),
-        "optimizer": whole["optimizer"],
+        "data": {key: values["data"][key] for key in encoding},
+        "algorithm": _algorithm(values["algorithm"]),
+        "optimizer": values["optimizer"],
         **online,
     }
     mixture = (
@@ -96,18 +100,18 @@ def identity_of(
     return Identity(deciding, watched or {})
 
 
-def _algorithm(whole: dict[str, Any]) -> dict[str, Any]:
+def _algorithm(values: dict[str, Any]) -> dict[str, Any]:
     """Code of the user's own without its folder."""
-    own = {key: _named(whole[key]) for key in ("loss", "advantage") if isinstance(whole[key], str)}
-    return {key: value for key, value in (whole | own).items() if key != "advantage" or value is not None}
+    own = {key: _named(values[key]) for key in ("loss", "advantage") if isinstance(values[key], str)}
+    return {key: value for key, value in (values | own).items() if key != "advantage" or value is not None}
 
 
 def _model(model: Model) -> dict[str, Any]:
-    """What a model is: the weights of a folder, wherever it lies; the name and revision of one from the hub."""
-    whole = model.model_dump(mode="json")
+    """Identity of a model: the weights of a folder, or the name and revision on the hub."""
+    values = model.model_dump(mode="json")
     return {
-        "tiny": whole["tiny"],
-        "lora": whole["lora"],
+        "tiny": values["tiny"],
+        "lora": values["lora"],
         **_weights("path", model.path, model.revision),
         **_weights("reference", model.reference),
     }
@@ -119,9 +123,8 @@ def _weights(key: str, place: str | None, revision: str | None = None) -> dict[s
     return {key: place, **({"revision": revision} if revision is not None else {})}
 
 
-def _deciding_online(recipe: Recipe, whole: Mapping[str, Any]) -> dict[str, Any]:
-    """What of an online recipe decides its result: how completions are drawn and rewarded, not who does it,
-    and where."""
+def _deciding_online(recipe: Recipe, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Deciding values of an online recipe: how completions are sampled and rewarded, not on which workers."""
     drawn = (
         "engine",
         "prompts",
@@ -134,26 +137,27 @@ def _deciding_online(recipe: Recipe, whole: Mapping[str, Any]) -> dict[str, Any]
         "stop",
         "max_turns",
     )
-    rollouts = {key: whole["rollouts"][key] for key in (*drawn, "max_staleness", "update")} | {
+    rollouts = {key: values["rollouts"][key] for key in (*drawn, "max_staleness", "update")} | {
         "environment": _named(recipe.rollouts.environment)
     }
     replay = recipe.rollouts.replay
     rollouts["replay"] = (
         file_digest(Path(replay)) if replay is not None and Path(replay).is_file() else replay
     )
-    critic = {key: whole["critic"][key] for key in ("learning_rate", "warmup_steps")}
+    critic = {key: values["critic"][key] for key in ("learning_rate", "warmup_steps")}
     return {
         "rollouts": rollouts,
         "rewards": {
             "functions": [_component(f) for f in recipe.rewards.functions],
-            "normalise": whole["rewards"]["normalise"],
+            "normalise": values["rewards"]["normalise"],
         },
         "critic": critic | {"model": None if recipe.critic.model is None else _model(recipe.critic.model)},
     }
 
 
 def _component(function: RewardFunction) -> dict[str, Any]:
-    """A reward without the place of its code, its model or its server: code and address are watched."""
+    """Identity of a reward component, without the place of its code, model or server. Code and address are
+    watched."""
     kind = (
         {"function": _named(function.function)}
         if function.function is not None
@@ -172,19 +176,19 @@ def _named(code: str | None) -> str | None:
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Keys with dots; lists and empty mappings are values."""
-    found: dict[str, Any] = {}
+    """The leaves of a tree by dotted key. Lists and empty mappings are leaves."""
+    leaves: dict[str, Any] = {}
     for key, value in tree.items():
-        found |= (
+        leaves |= (
             _flat(value, f"{prefix}{key}.")
             if isinstance(value, dict) and value
             else {f"{prefix}{key}": value}
         )
-    return found
+    return leaves
 
 
 def tokenizer_digest(tokenizer: Any) -> str:
-    """SHA-256 of what turns text into tokens: vocabulary and rules, and the chat template."""
+    """SHA-256 of a tokenizer's vocabulary, rules and chat template."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     rules = json.loads(backend.to_str()) if backend is not None else tokenizer.get_vocab()
     for state in ("truncation", "padding"):  # of the last call, not of the tokenizer
@@ -193,7 +197,7 @@ def tokenizer_digest(tokenizer: Any) -> str:
 
 
 def tokens_digest(items: Iterable[SequenceGroup | Prompt]) -> str:
-    """SHA-256 of what is learned from: tokens, masks, labels and margins, in their order."""
+    """SHA-256 of training data: tokens, masks, labels and margins, in their order."""
     digest = hashlib.sha256()
     for item in items:
         if isinstance(item, Prompt):
@@ -210,17 +214,19 @@ def _bytes(ids: Any) -> bytes:
 
 
 def text_digest(text: str) -> str:
+    """SHA-256 of a text."""
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def file_digest(path: Path) -> str:
+    """SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def folder_digest(folder: Path) -> str:
-    """SHA-256 of names, sizes and both ends of a model's configuration and weights: other weights are other
-    in their first million bytes."""
+    """SHA-256 of names, sizes and both ends of a model's configuration and weight files. Other weights differ
+    within their first million bytes."""
     digest = hashlib.sha256()
     for path in sorted(
         p for p in folder.iterdir() if p.suffix in (".safetensors", ".bin") or p.name == "config.json"
@@ -228,7 +234,7 @@ def folder_digest(folder: Path) -> str:
         size = path.stat().st_size
         digest.update(f"{path.name} {size} ".encode())
         with path.open("rb") as file:
-            digest.update(file.read(SAMPLED))
-            file.seek(max(0, size - SAMPLED))
-            digest.update(file.read(SAMPLED))
+            digest.update(file.read(SAMPLED_BYTES))
+            file.seek(max(0, size - SAMPLED_BYTES))
+            digest.update(file.read(SAMPLED_BYTES))
     return digest.hexdigest()

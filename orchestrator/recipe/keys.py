@@ -1,13 +1,12 @@
-"""Who reads each key of a recipe: one row a key, so that no key can be set and do nothing.
+"""Table of the runs that read a key of a recipe, one row for each key.
 
-    recipe, what was written --READERS--> keys that this run does not read, each with the words for who would
-
-A row of a section speaks for all keys below it: nobody reads rollouts.samples of a recipe that has no
-rollouts. The table was made from the code, not from the descriptions; tests/unit/settings holds it complete,
-and sees what two values of each key do.
+`recipe/unread.py` finds the keys of a recipe that its run does not read, so no key can be set without an
+effect. A row of a section holds for all keys below it: a recipe without rollouts does not read
+rollouts.samples. tests/unit/settings keeps the table complete, and compares what two values of each key
+change.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,22 +15,24 @@ from pydantic import BaseModel
 
 from orchestrator.core.user_code import names_code
 from orchestrator.recipe import schema as c
-from orchestrator.recipe.schema import Key, Recipe, Section
+from orchestrator.recipe.schema import Recipe
 
 Reads = Callable[[Recipe, Any], bool]
 
 
 @dataclass(frozen=True, slots=True)
 class Readers:
-    """words: go on after "is read only …", "" where every run reads the key. reads: (recipe, the section that
-    holds the key). parts: rows that all have to hold, of which a message names the first that does not."""
+    """One row: the recipes that read a key."""
 
     words: str
+    """End of the sentence "is read only …"; "" if every run reads the key. Example: "by ppo"."""
     reads: Reads
+    """Whether a recipe reads the key, from (recipe, the section that holds the key)."""
     parts: "tuple[Readers, ...]" = ()
+    """Rows that all have to hold. A message names the first that does not."""
 
     def lacking(self, recipe: Recipe, holder: Any) -> "Readers":
-        """What a recipe that does not read the key lacks."""
+        """The first part that does not hold for a recipe which does not read the key, or the row itself."""
         missing = next((part for part in self.parts if not part.reads(recipe, holder)), self)
         return missing if missing.words else self
 
@@ -47,37 +48,39 @@ DEFAULT_LOSS = {
 }
 SMOOTHED = ("sigmoid", "robust", "exo_pair", "aot", "aot_unpaired", "simpo", "cpo")
 DIVERGING = ("sigmoid", "robust", "hinge", "ipo", "exo_pair", "discopop", "sigmoid_norm")
-"""Losses of the log-ratios' difference, in whose place f_divergence puts its link."""
+"""Losses of the difference of log-ratios, which f_divergence replaces by its link function."""
 FREE = ("simpo", "cpo", "orpo", "sft")
 OTHERS = ("nca_pair", "bco_pair", "sppo_hard", "apo_zero", "apo_down")
 FILES = (".jsonl", ".jsonl.gz", ".json.gz", ".parquet")
 LOSSES = frozenset((*SMOOTHED, *DIVERGING, *FREE, *OTHERS))
-"""All losses of pairs by name: the ones of algorithms/losses/preference_mix.py, which needs torch."""
+"""Names of all losses of pairs, as in algorithms/losses/preference_mix.py, which needs torch."""
 
 
-# ---- rows in words
+# ---- builders of rows
 
 
-def where(words: str, reads: Reads) -> Readers:
-    return Readers(f"where {words}", reads)
+def when(condition: str, reads: Reads) -> Readers:
+    """Row of a key that is read if a condition holds."""
+    return Readers(f"if {condition}", reads)
 
 
 def by(*names: str) -> Readers:
-    """Algorithms."""
+    """Row of a key that some algorithms read."""
     return Readers(f"by {_list(names)}", lambda recipe, _: recipe.algorithm.name in names)
 
 
 def by_loss(*losses: str) -> Readers:
-    """Losses of pairs. A name that no loss has is left to the message that names close ones."""
-    known = frozenset(losses)
+    """Row of a key that some losses of pairs read. An unknown loss counts as one: another error names close
+    ones."""
+    readers = frozenset(losses)
     return Readers(
         f"by the loss{'es' if len(losses) > 1 else ''} {_list(losses)}",
-        lambda recipe, _: any(term in known or term not in LOSSES for term in terms(recipe)),
+        lambda recipe, _: any(term in readers or term not in LOSSES for term in terms(recipe)),
     )
 
 
 def together(words: str, *rows: Readers) -> Readers:
-    """Where all of the rows have a reader."""
+    """Row of a key that is read if all of the rows hold."""
     return Readers(words, lambda recipe, holder: all(row.reads(recipe, holder) for row in rows), rows)
 
 
@@ -85,7 +88,7 @@ def _list(names: tuple[str, ...]) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
-# ---- what a recipe is
+# ---- conditions
 
 
 def terms(recipe: Recipe) -> tuple[str, ...]:
@@ -99,36 +102,39 @@ def terms(recipe: Recipe) -> tuple[str, ...]:
 
 
 def is_online(recipe: Recipe) -> bool:
+    """Whether the algorithm learns from rollouts."""
     return recipe.algorithm.name in c.ONLINE
 
 
 def has_reference(recipe: Recipe) -> bool:
-    """Does its loss or its reward compare with a reference policy?"""
+    """Whether the loss or the reward compares the policy with a reference policy."""
     if recipe.algorithm.name in GRADIENTS:
         return recipe.algorithm.kl.coefficient > 0
     return recipe.algorithm.name == "kto" or any(term not in FREE for term in terms(recipe))
 
 
 def samples_dynamically(recipe: Recipe) -> bool:
-    """See the table of algorithms/table.py."""
-    asked = recipe.algorithm.dynamic_sampling
-    return recipe.algorithm.name == "dapo" if asked is None else asked and recipe.algorithm.name in GRADIENTS
+    """Whether dynamic sampling is on, as in algorithms/table.py."""
+    switch = recipe.algorithm.dynamic_sampling
+    return (
+        recipe.algorithm.name == "dapo" if switch is None else switch and recipe.algorithm.name in GRADIENTS
+    )
 
 
 def of_hub(path: str) -> bool:
-    """Is a model or data set of this name taken from the hub? As models/load.py and data/sources.py see it."""
+    """Whether a model or data set comes from the hub, as models/load.py and data/sources.py decide."""
     local = path.startswith((".", "/", "stage:", "toy:")) or "://" in path or path.count("/") != 1
     return not local and not Path(path).exists()
 
 
 def _is_one_file(path: str) -> bool:
-    """A single file has no splits and no subsets. What is not there may be a folder of the machine that runs
-    the recipe."""
+    """Whether a source is a single file, without splits and subsets. A path that does not exist here may be a
+    folder on the machine that runs the recipe."""
     return "://" in path or Path(path).is_file() or path.endswith(FILES)
 
 
 def _of_hub_data(path: str) -> bool:
-    """As data/sources.py: a hub data set may have a name without a slash."""
+    """Whether a data set comes from the hub, as data/sources.py decides: its name may have no slash."""
     bare = "/" not in path and ":" not in path and "." not in path
     return of_hub(path) or (bare and not Path(path).exists())
 
@@ -138,21 +144,21 @@ def _is_of_critic(recipe: Recipe, model: c.Model) -> bool:
 
 
 def _is_train(recipe: Recipe, source: c.Source) -> bool:
-    return isinstance(recipe.data.train, list) and any(source is one for one in recipe.data.train)
+    return isinstance(recipe.data.train, list) and any(source is entry for entry in recipe.data.train)
 
 
 def _shares_columns(recipe: Recipe, data: c.Data) -> bool:
-    """Has a source no columns of its own?"""
+    """Whether a source has no columns of its own."""
     sources = [
-        one
+        source
         for spec in (data.train, data.eval)
         if spec is not None
-        for one in ([None] if isinstance(spec, str) else spec)
+        for source in ([None] if isinstance(spec, str) else spec)
     ]
     return any(source is None or source.columns is None for source in sources)
 
 
-def _functions(recipe: Recipe, *kinds: str) -> bool:
+def _has_rewards(recipe: Recipe, *kinds: str) -> bool:
     return any(getattr(function, kind) is not None for function in recipe.rewards.functions for kind in kinds)
 
 
@@ -162,27 +168,27 @@ OFFLINE = Readers("by algorithms that learn from rows", lambda recipe, _: not is
 GRADIENT = by(*GRADIENTS)
 PAIR = by(*PAIRS)
 PPO = by("ppo")
-TUNED = where(
+TUNED = when(
     "model.path or model.reference is set",
     lambda r, model: model.path is not None or model.reference is not None,
 )
-HELD_OUT = where("data.eval is set", lambda r, _: r.data.eval is not None)
-SAMPLED = where("rollouts.temperature is above 0", lambda _, rollouts: rollouts.temperature > 0)
-PENALISED = together("where algorithm.kl.coefficient is above 0", where("", lambda r, kl: kl.coefficient > 0))
-TRACKED = where("tracking.wandb is online or offline", lambda r, _: r.tracking.wandb != "off")
-ANSWERED = together("by algorithms that learn from rollouts, where data.eval is set", HELD_OUT, ONLINE)
-GENERATES = where(
-    "evaluation.generate is set, or reward functions see it",
+HELD_OUT = when("data.eval is set", lambda r, _: r.data.eval is not None)
+SAMPLED = when("rollouts.temperature is above 0", lambda _, rollouts: rollouts.temperature > 0)
+PENALISED = together("if algorithm.kl.coefficient is above 0", when("", lambda r, kl: kl.coefficient > 0))
+TRACKED = when("tracking.wandb is online or offline", lambda r, _: r.tracking.wandb != "off")
+ANSWERED = together("by algorithms that learn from rollouts, if data.eval is set", HELD_OUT, ONLINE)
+GENERATES = when(
+    "evaluation.generate is set, or reward functions get it",
     lambda r, _: is_online(r) or r.evaluation.generate is not None,
 )
-REWARD_CALLS = where("rewards.functions holds a component", lambda r, _: bool(r.rewards.functions))
-REWARD_CODE = where("a component of rewards.functions is a function", lambda r, _: _functions(r, "function"))
+REWARD_CALLS = when("rewards.functions holds a component", lambda r, _: bool(r.rewards.functions))
+REWARD_CODE = when("a component of rewards.functions is a function", lambda r, _: _has_rewards(r, "function"))
 ROWS_OF_PAIRS = by("reward", "dpo", "simpo", "orpo", "cpo")
 MARGINS = by("reward", *PAIRS)
 
 
 def _rows(every_run: str, **others: Readers) -> Mapping[str, Readers]:
-    """Rows of a section. every_run: the keys that every run reads."""
+    """Rows of a section. every_run: keys that every run reads, separated by spaces."""
     return {**dict.fromkeys(every_run.split(), ALWAYS), **others}
 
 
@@ -194,19 +200,19 @@ READERS: Mapping[type[BaseModel], Mapping[str, Readers]] = {
         critic=PPO,
     ),
     c.Run: _rows(
-        "name seed max_steps", epochs=where("run.max_steps is not set", lambda r, _: r.run.max_steps is None)
+        "name seed max_steps", epochs=when("run.max_steps is not set", lambda r, _: r.run.max_steps is None)
     ),
     c.Model: _rows(
         "path tiny lora",
-        revision=where(
+        revision=when(
             "the model comes from the hub", lambda _, model: model.path is not None and of_hub(model.path)
         ),
         trust_remote_code=TUNED,
-        chat_template=where(
+        chat_template=when(
             "the model's tokenizer renders or is exported",
             lambda r, m: not _is_of_critic(r, m) or r.critic.export,
         ),
-        reference=where(
+        reference=when(
             "the policy is compared with a reference (online with model.lora that is the base model)",
             lambda r, m: (
                 has_reference(r) and not _is_of_critic(r, m) and not (is_online(r) and m.lora is not None)
@@ -219,7 +225,7 @@ READERS: Mapping[type[BaseModel], Mapping[str, Readers]] = {
     c.Lora: _rows("rank alpha dropout target_modules"),
     c.Data: _rows(
         "train eval max_bad_rows max_length overlong remainder",
-        columns=where("a source has no columns of its own", _shares_columns),
+        columns=when("a source has no columns of its own", _shares_columns),
         append_eos=OFFLINE,
     ),
     c.Columns: _rows(
@@ -235,20 +241,20 @@ READERS: Mapping[type[BaseModel], Mapping[str, Readers]] = {
     ),
     c.Source: _rows(
         "path columns max_rows",
-        weight=where("a source is trained on", _is_train),
-        split=where(
+        weight=when("a source is trained on", _is_train),
+        split=when(
             "a source has splits: a hub data set, a folder or toy data",
             lambda _, source: not _is_one_file(source.path),
         ),
-        subset=where(
+        subset=when(
             "a source has subsets: a hub data set or a folder",
             lambda _, source: not _is_one_file(source.path) and not source.path.startswith("toy:"),
         ),
-        revision=where("a source is a hub data set", lambda _, source: _of_hub_data(source.path)),
+        revision=when("a source is a hub data set", lambda _, source: _of_hub_data(source.path)),
     ),
     c.AlgorithmConfig: _rows(
         "name",
-        loss=where(
+        loss=when(
             "the algorithm is one of pairs, or the loss is a function of your own",
             lambda r, algorithm: r.algorithm.name in PAIRS or names_code(algorithm.loss),
         ),
@@ -257,9 +263,9 @@ READERS: Mapping[type[BaseModel], Mapping[str, Readers]] = {
         label_smoothing=by_loss(*SMOOTHED),
         f_divergence=by_loss(*DIVERGING),
         f_alpha=together(
-            "where algorithm.f_divergence is alpha",
+            "if algorithm.f_divergence is alpha",
             by_loss(*DIVERGING),
-            where("", lambda _, algorithm: algorithm.f_divergence == "alpha"),
+            when("", lambda _, algorithm: algorithm.f_divergence == "alpha"),
         ),
         ld_alpha=PAIR,
         wpo=PAIR,
@@ -272,9 +278,9 @@ READERS: Mapping[type[BaseModel], Mapping[str, Readers]] = {
         reference_sync_every=together(
             "by kto, and by dpo with losses that have a reference",
             OFFLINE,
-            where("", lambda r, _: has_reference(r)),
+            when("", lambda r, _: has_reference(r)),
         ),
-        reference_sync_alpha=where(
+        reference_sync_alpha=when(
             "algorithm.reference_sync_every is set",
             lambda r, algorithm: (
                 not is_online(r) and has_reference(r) and algorithm.reference_sync_every is not None
@@ -292,7 +298,7 @@ READERS: Mapping[type[BaseModel], Mapping[str, Readers]] = {
         whiten=PPO,
         scale_by_std=by("grpo", "dr_grpo", "dapo", "gspo", "cispo"),
         dynamic_sampling=GRADIENT,
-        max_resampled=where("algorithm.dynamic_sampling is on", lambda r, _: samples_dynamically(r)),
+        max_resampled=when("algorithm.dynamic_sampling is on", lambda r, _: samples_dynamically(r)),
         mask_truncated=GRADIENT,
     ),
     c.Clip: _rows(
@@ -305,49 +311,49 @@ READERS: Mapping[type[BaseModel], Mapping[str, Readers]] = {
         place=PENALISED,
         estimator=PENALISED,
         ratio=together(
-            "where the KL is a term of the loss", PENALISED, where("", lambda _, kl: kl.place == "loss")
+            "if the KL is a term of the loss", PENALISED, when("", lambda _, kl: kl.place == "loss")
         ),
         target=PENALISED,
         horizon=together(
-            "where algorithm.kl.target is set", PENALISED, where("", lambda _, kl: kl.target is not None)
+            "if algorithm.kl.target is set", PENALISED, when("", lambda _, kl: kl.target is not None)
         ),
     ),
     c.Correction: _rows(
         "kind",
-        cap=where("algorithm.correction.kind is not none", lambda _, correction: correction.kind != "none"),
-        alarm=where("rollouts.max_staleness is 0", lambda r, _: r.rollouts.max_staleness == 0),
+        cap=when("algorithm.correction.kind is not none", lambda _, correction: correction.kind != "none"),
+        alarm=when("rollouts.max_staleness is 0", lambda r, _: r.rollouts.max_staleness == 0),
     ),
     c.Batch: _rows(
         "effective micro_batch_tokens memory_utilisation memory_limit_gb layout",
-        micro_batch=where(
+        micro_batch=when(
             "batch.micro_batch_tokens is not set", lambda _, batch: batch.micro_batch_tokens is None
         ),
     ),
     c.Optimizer: _rows(
         "learning_rate betas eps weight_decay max_grad_norm schedule warmup_steps",
-        warmup_ratio=where("optimizer.warmup_steps is 0", lambda _, optimizer: not optimizer.warmup_steps),
-        min_learning_rate=where(
+        warmup_ratio=when("optimizer.warmup_steps is 0", lambda _, optimizer: not optimizer.warmup_steps),
+        min_learning_rate=when(
             "optimizer.schedule is linear or cosine", lambda _, optimizer: optimizer.schedule != "constant"
         ),
     ),
     c.Learners: _rows(
         "workers gpus_per_worker cpus_per_worker zero_stage precision sync offload activation_checkpointing "
-        "fused "
-        "timeout_s start_timeout_s max_restarts"
+        "fused timeout_s start_timeout_s max_restarts"
     ),
     c.Offload: _rows("optimizer parameters"),
     c.Reference: _rows("cache_dir"),
-    c.Rollouts: _rows(  # rollouts.replay takes the place of actors for the same recipe: what it says of them may stay
+    # keys of actors may stay when rollouts.replay replaces the actors
+    c.Rollouts: _rows(
         "workers gpus_per_worker cpus_per_worker placement engine rows_at_once prompts samples "
-        "max_new_tokens temperature stop "
-        "max_staleness update transport bucket_mb environment replay timeout_s start_timeout_s max_restarts",
-        batching=where(
+        "max_new_tokens temperature stop max_staleness update transport bucket_mb environment replay "
+        "timeout_s start_timeout_s max_restarts",
+        batching=when(
             "rollouts.engine is transformers", lambda _, rollouts: rollouts.engine == "transformers"
         ),
         top_p=SAMPLED,
         top_k=SAMPLED,
         min_p=SAMPLED,
-        max_turns=where("rollouts.environment is set", lambda _, rollouts: rollouts.environment is not None),
+        max_turns=when("rollouts.environment is set", lambda _, rollouts: rollouts.environment is not None),
     ),
     c.Rewards: _rows(
         "functions max_dropped_fraction",
@@ -355,48 +361,47 @@ READERS: Mapping[type[BaseModel], Mapping[str, Readers]] = {
         retries=REWARD_CALLS,
         memory_limit_gb=REWARD_CODE,
         environment=REWARD_CODE,
-        batch_size=where(
-            "a component of rewards.functions is a model or a url", lambda r, _: _functions(r, "model", "url")
+        batch_size=when(
+            "a component of rewards.functions is a model or a url",
+            lambda r, _: _has_rewards(r, "model", "url"),
         ),
         normalise=by(*GRADIENTS),
     ),
     c.RewardFunction: _rows(
         "name function model url weight",
-        revision=where(
+        revision=when(
             "the reward model comes from the hub",
             lambda _, function: function.model is not None and of_hub(function.model),
         ),
-        options=where("function is set", lambda _, function: function.function is not None),
-        headers_from=where("url is set", lambda _, function: function.url is not None),
-        gpus=where("model is set", lambda _, function: function.model is not None),
+        options=when("function is set", lambda _, function: function.function is not None),
+        headers_from=when("url is set", lambda _, function: function.url is not None),
+        gpus=when("model is set", lambda _, function: function.model is not None),
     ),
     c.Critic: _rows("model learning_rate workers gpus_per_worker cpus_per_worker warmup_steps export"),
     c.Checkpoint: _rows("every keep final"),
-    c.Export: _rows("dtype", lora=where("model.lora is set", lambda r, _: r.model.lora is not None)),
+    c.Export: _rows("dtype", lora=when("model.lora is set", lambda r, _: r.model.lora is not None)),
     c.Generation: _rows("max_new_tokens max_prompts checker"),
     c.Evaluation: _rows(
         "",
         every=HELD_OUT,
-        # false asks for no evaluation at the start, and gets none
-        at_start=where(
+        # false asks for no evaluation at the start, so it has its effect without data.eval too
+        at_start=when(
             "data.eval is set", lambda r, evaluation: r.data.eval is not None or not evaluation.at_start
         ),
-        max_examples=together(
-            "by algorithms that learn from rows, where data.eval is set", HELD_OUT, OFFLINE
-        ),
+        max_examples=together("by algorithms that learn from rows, if data.eval is set", HELD_OUT, OFFLINE),
         generate=together(
-            "by algorithms that learn from rows and write text, where data.eval is set",
+            "by algorithms that learn from rows and write text, if data.eval is set",
             HELD_OUT,
             OFFLINE,
-            where("", lambda r, _: r.algorithm.name != "reward"),
+            when("", lambda r, _: r.algorithm.name != "reward"),
         ),
-        worst_pairs=together(f"{ROWS_OF_PAIRS.words}, where data.eval is set", HELD_OUT, ROWS_OF_PAIRS),
+        worst_pairs=together(f"{ROWS_OF_PAIRS.words}, if data.eval is set", HELD_OUT, ROWS_OF_PAIRS),
         max_prompts=ANSWERED,
         pass_at_k=ANSWERED,
         pass_reward=together(
-            "where evaluation.pass_at_k is above 0",
+            "if evaluation.pass_at_k is above 0",
             ANSWERED,
-            where("", lambda _, evaluation: evaluation.pass_at_k > 0),
+            when("", lambda _, evaluation: evaluation.pass_at_k > 0),
         ),
     ),
     c.Alerts: _rows(
@@ -406,7 +411,7 @@ READERS: Mapping[type[BaseModel], Mapping[str, Readers]] = {
         margin_growth=MARGINS,
         accuracy_gain=MARGINS,
         accuracy_enough=MARGINS,
-        loss_rise=together("by algorithms that learn from rows, where data.eval is set", HELD_OUT, OFFLINE),
+        loss_rise=together("by algorithms that learn from rows, if data.eval is set", HELD_OUT, OFFLINE),
         kl=ONLINE,
         component_fall=ONLINE,
     ),
@@ -415,53 +420,4 @@ READERS: Mapping[type[BaseModel], Mapping[str, Readers]] = {
         **dict.fromkeys(("project", "entity", "init_timeout_s", "finish_timeout_s"), TRACKED),
     ),
 }
-"""Section -> key -> its row."""
-
-
-# ---- what a recipe writes and does not read
-
-NOTHING: tuple[Any, ...] = (None, "auto", [], {})
-"""What asks for nothing where it is the default; null of a column leaves it out, and one that nobody reads is
-left out."""
-
-
-@dataclass(frozen=True, slots=True)
-class Unread:
-    """A key, or a whole section, that a run does not read. wishes: the keys at or below it that ask for
-    something: null, auto, [] and {} ask for nothing where they are the default, they take back what a file
-    that is extended said."""
-
-    at: Key
-    wishes: tuple[Key, ...]
-    readers: Readers
-
-
-def unread(recipe: Recipe, written: Mapping[str, Any]) -> tuple[Unread, ...]:
-    """What of `written`, the mapping that became `recipe`, the run does not read; of a section that it does
-    not read at all the section alone."""
-    return tuple(_unread(recipe, recipe, written, ()))
-
-
-def _unread(recipe: Recipe, section: Section, written: Mapping[str, Any], path: Key) -> Iterator[Unread]:
-    rows = READERS.get(type(section), {})
-    for key, value in written.items():
-        at, held, row = (*path, key), getattr(section, key), rows.get(key, ALWAYS)
-        if not row.reads(recipe, section):
-            yield Unread(at, tuple(_wishes(section, key, value, at)), row.lacking(recipe, section))
-        elif isinstance(held, Section) and isinstance(value, Mapping):
-            yield from _unread(recipe, held, value, at)
-        elif isinstance(held, list) and isinstance(value, list):
-            for index, (inner, raw) in enumerate(zip(held, value, strict=True)):
-                if isinstance(inner, Section):
-                    yield from _unread(recipe, inner, raw, (*at, index))
-
-
-def _wishes(section: Section, key: str, value: Any, at: Key) -> Iterator[Key]:
-    held = getattr(section, key)
-    if isinstance(held, Section) and isinstance(value, Mapping):
-        for inner, raw in value.items():
-            yield from _wishes(held, inner, raw, (*at, inner))
-    elif value not in NOTHING or (
-        value != type(section).model_fields[key].default and not isinstance(section, c.Columns)
-    ):
-        yield at
+"""Row of each key of each section."""

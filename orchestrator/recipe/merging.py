@@ -1,4 +1,4 @@
-"""One recipe on top of another: `extends`, and overrides on top of both."""
+"""Merging of recipes: `extends` puts a file on top of another, overrides come on top of both."""
 
 import copy
 from collections.abc import Mapping, Sequence
@@ -14,26 +14,31 @@ from orchestrator.recipe.validation import section_at
 
 
 def extend(draft: Draft, file: Path, chain: tuple[Path, ...]) -> Draft:
-    """`draft`, written in `file`, on top of the recipe that it extends. chain: the files that led here."""
+    """`draft`, written in `file`, on top of the recipe that it extends. chain: files that extend `file`."""
     own = {k: v for k, v in draft.data.items() if k != "extends"}
     target = draft.data.get("extends")
     if target is None:
         return Draft(own, draft.origins)
     place = f"{draft.origins.get(('extends',), file)}: extends"
     if not isinstance(target, str):
-        raise ConfigError(f"{place}: must be the path of one recipe file (got {target!r})")
+        raise ConfigError(
+            f"{place}: must be the path of a recipe file (got {target!r})",
+            fix="name one file, relative to this one",
+        )
     base_file, chain = file.parent / target, (*chain, file.resolve())
     if not base_file.is_file():
         close = neighbours(base_file)
         fix = (
             f"did you mean {', '.join(close)}?"
             if close
-            else "the path is relative to the file that says `extends`"
+            else "write the path relative to the file that holds `extends`"
         )
-        raise MissingInput(f"{place}: no file {base_file}", fix=fix)
+        raise MissingInput(f"{place}: file {base_file} does not exist", fix=fix)
     if base_file.resolve() in chain:
         circle = " -> ".join(p.name for p in (*chain, base_file.resolve()))
-        raise ConfigError(f"{place}: goes round in a circle", why=circle, fix="take one `extends` out")
+        raise ConfigError(
+            f"{place}: files extend each other in a circle", why=circle, fix="remove one `extends`"
+        )
     base = parse_file(base_file, own=False)
     if PIPELINE in base.data:
         raise ConfigError(f"{place}: {base_file} is a pipeline", fix="extend the file of one of its stages")
@@ -46,7 +51,7 @@ def extend(draft: Draft, file: Path, chain: tuple[Path, ...]) -> Draft:
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any], section: type[BaseModel]) -> dict[str, Any]:
-    """`over` on top of `base`: sections are merged key by key; values, lists and loss mixes are replaced
+    """`over` on top of `base`. Sections are merged key by key; values, lists and loss mixes are replaced as a
     whole."""
     merged = dict(base)
     for key, value in over.items():
@@ -58,21 +63,22 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any], section: type[BaseMo
 
 
 def settle_model(data: dict[str, Any], before: Mapping[str, Any], touched: set[str]) -> dict[str, Any]:
-    """Only one of model.path and model.tiny may be set: the one just set (in `touched`) takes the place of
-    the other."""
+    """Removes model.path if model.tiny has just been set, and the other way round: only one may be set.
+
+    before: the mapping before the change. touched: keys of `model` that the change sets.
+    """
     old, new = before.get("model"), data.get("model")
     if not isinstance(old, dict) or not isinstance(new, dict):
         return data
     stale = {"tiny"} & old.keys() if "path" in touched else set[str]()
     stale |= {"path"} if "tiny" in touched else set()
-    stale |= (
-        {"revision"} if "tiny" in touched or new.get("path") != old.get("path") else set()
-    )  # it belongs to the old path
+    if "tiny" in touched or new.get("path") != old.get("path"):
+        stale |= {"revision"}  # of the old path
     return {**data, "model": {k: v for k, v in new.items() if k not in stale - touched}}
 
 
 def apply_overrides(draft: Draft, changes: Sequence[Override]) -> Draft:
-    """The draft with the key of every change set, later ones winning; missing sections are made."""
+    """The draft with the key of every change set. Later changes win; missing sections are created."""
     data, origins = copy.deepcopy(draft.data), dict(draft.origins)
     for change in changes:
         node = data
@@ -87,7 +93,7 @@ def apply_overrides(draft: Draft, changes: Sequence[Override]) -> Draft:
                     else f"{node[key]!r}, which has no keys"
                 )
                 raise ConfigError(
-                    f"override `{change.text}`: {name} is {kind}", fix=f"give it as a whole: {name}=…"
+                    f"override `{change.text}`: {name} is {kind}", fix=f"set it as a whole: {name}=…"
                 )
             node = node[key]
         node[change.keys[-1]] = change.value

@@ -1,10 +1,10 @@
-"""Stages of a pipeline, and the keys of a recipe that may take what an earlier stage exports.
+"""Stages of a pipeline, and the keys of a recipe that may name the export of an earlier stage.
 
-    model.path, model.reference, critic.model.path, critic.model.reference, rewards.functions[i].model:
-    stage:NAME
+    model.path: stage:NAME       also model.reference, critic.model.path, critic.model.reference,
+                                 and rewards.functions[i].model
 
-`references` finds them, `check` refuses a stage that cannot be what the key needs, `resolve` puts the folders
-in.
+`references` finds such keys, `check` rejects a stage that does not have what the key needs, and `resolve`
+replaces them by folders.
 """
 
 from collections.abc import Callable, Mapping
@@ -20,13 +20,16 @@ _REWARD = "rewards.functions["
 
 
 @dataclass(frozen=True, slots=True)
-class Ignored:
-    """A key that a stage inherits, or that a change on the command line has made useless, and that the run
-    does not read."""
+class IgnoredKey:
+    """A key that the run does not read, and that is not an error: it is inherited, or only a change on the
+    command line left it without an effect."""
 
     key: str
+    """Dotted key. Example: "critic.export"."""
     where: str
+    """Place where it was written. Example: "base.yaml:6"."""
     why: str
+    """Reason. Example: "read only by ppo"."""
 
     def __str__(self) -> str:
         return f"{self.key} ({self.where}): {self.why}"
@@ -34,81 +37,89 @@ class Ignored:
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """One training run. Where its recipe says `stage:NAME` it takes the export of that earlier stage.
-    ignored: what was written for it and is not read; the recipe holds the defaults there."""
+    """One training run of a pipeline."""
 
     name: str
+    """Name in the pipeline. Example: "sft"."""
     recipe: Recipe
-    ignored: tuple[Ignored, ...] = ()
+    """Its recipe, in which `stage:NAME` stands for the export of an earlier stage."""
+    ignored: tuple[IgnoredKey, ...] = ()
+    """Keys that are written and not read. The recipe has the defaults there."""
 
 
 def references(recipe: Recipe) -> dict[str, str]:
-    """Key -> name of the stage whose export it takes, e.g. {"model.path": "sft",
+    """Name of the stage whose export each key takes. Example: {"model.path": "sft",
     "rewards.functions[0].model": "reward"}."""
-    found: dict[str, str] = {}
+    stages: dict[str, str] = {}
 
     def note(key: str, value: str) -> str:
-        found[key] = value.removeprefix(STAGE)
+        stages[key] = value.removeprefix(STAGE)
         return value
 
     _replaced(recipe, note)
-    return found
+    return stages
 
 
 def check(recipe: Recipe, where: str, earlier: Mapping[str, Recipe]) -> None:
-    """ConfigError where a key names no earlier stage, or one that trains something else than the key needs.
+    """Raises ConfigError for a key that does not name an earlier stage, or one that trains another kind of
+    model than the key needs.
 
-    where: the recipe, for messages. A reward model has a scalar head: it scores, and can be the start of a
-    critic or of another reward model; transformers would draw the missing half of any other use at random,
-    and say so in a log line.
+    A reward model has a scalar head: it rewards, and can be the start of a critic or of another reward model.
+    For any other use transformers would initialise the missing head at random, and only log it.
+
+    where: the recipe, for messages. earlier: recipes of the stages before it.
     """
     for key, name in references(recipe).items():
         if name not in earlier:
             fix = (
-                f"the stages before it are {', '.join(earlier)}"
+                f"name one of the stages before it: {', '.join(earlier)}"
                 if earlier
-                else "no stage comes before it; give a folder or a hub name"
+                else "name a folder or a hub name: no stage comes before this one"
             )
-            raise ConfigError(f"{where}: {key}: {STAGE}{name} names no earlier stage", fix=fix)
+            raise ConfigError(f"{where}: {key}: {STAGE}{name} is not an earlier stage", fix=fix)
         if earlier[name].model.lora is not None and earlier[name].export.lora == "adapter":
-            what = f"{where}: {key}: stage {name} exports its adapter alone"
             raise ConfigError(
-                what, why="export.lora=adapter: there is no model to load", fix=f"set {name}:export.lora=both"
+                f"{where}: {key}: stage {name} exports only its adapter",
+                why="with export.lora=adapter it has no model to load",
+                fix=f"set {name}:export.lora=both",
             )
         scores = earlier[name].algorithm.name == "reward"
-        wanted = key.startswith(_REWARD) or recipe.algorithm.name == "reward" or key == _CRITIC
-        if scores and not wanted:
-            fix = "name a stage that trains a policy"
+        needs_head = key.startswith(_REWARD) or recipe.algorithm.name == "reward" or key == _CRITIC
+        if scores and not needs_head:
             raise ConfigError(
-                f"{where}: {key}: stage {name} trains a reward model", why="it cannot write text", fix=fix
+                f"{where}: {key}: stage {name} trains a reward model",
+                why="a reward model cannot generate text",
+                fix="name a stage that trains a policy",
             )
         if key.startswith(_REWARD) and not scores:
-            why = f"its algorithm is {earlier[name].algorithm.name}"
             raise ConfigError(
-                f"{where}: {key}: stage {name} trains no reward model",
-                why=why,
+                f"{where}: {key}: stage {name} does not train a reward model",
+                why=f"its algorithm is {earlier[name].algorithm.name}",
                 fix="name a stage with algorithm.name: reward",
             )
 
 
 def resolve(recipe: Recipe, exports: Mapping[str, Path]) -> Recipe:
-    """The recipe with every `stage:NAME` replaced by that stage's exported folder."""
+    """The recipe with every `stage:NAME` replaced by the folder that the stage exported."""
     return _replaced(recipe, lambda key, value: str(exports[value.removeprefix(STAGE)]))
 
 
 def _replaced(recipe: Recipe, put: Callable[[str, str], str]) -> Recipe:
-    """The recipe with every `stage:NAME` put through put(key, "stage:NAME")."""
+    """The recipe with every `stage:NAME` replaced by put(key, "stage:NAME")."""
 
-    def one(key: str, value: str | None) -> str | None:
+    def path(key: str, value: str | None) -> str | None:
         return put(key, value) if value is not None and value.startswith(STAGE) else value
 
     def model(key: str, cfg: Model) -> Model:
         return cfg.model_copy(
-            update={"path": one(f"{key}.path", cfg.path), "reference": one(f"{key}.reference", cfg.reference)}
+            update={
+                "path": path(f"{key}.path", cfg.path),
+                "reference": path(f"{key}.reference", cfg.reference),
+            }
         )
 
     functions = [
-        f.model_copy(update={"model": one(f"{_REWARD}{i}].model", f.model)})
+        f.model_copy(update={"model": path(f"{_REWARD}{i}].model", f.model)})
         for i, f in enumerate(recipe.rewards.functions)
     ]
     critic = recipe.critic

@@ -1,8 +1,8 @@
-"""docs/recipe-reference.md, made from the schema: `orchestrator config reference` prints it, and a test
-compares it with the page.
+"""The page docs/recipe-reference.md, generated from the schema.
 
-config.Recipe -> sections in the order of the file -> a table of keys each: type and bounds, default,
-description, who reads it
+    Recipe -> its sections in order -> a table of keys each: type and bounds, default, description, readers
+
+`orchestrator config reference` prints it, and a test compares it with the committed page.
 """
 
 import types
@@ -18,33 +18,39 @@ from orchestrator.recipe.schema import Recipe
 
 HEAD = """# Recipe reference
 
-A recipe is a YAML file with these sections. `extends: FILE` takes another recipe as its base, `a.b=c` on the command line sets one key,
-and `orchestrator config schema` prints the JSON schema for editors. An unknown key is an error that names the nearest one.
+A recipe is a YAML file with these sections. `extends: FILE` takes another recipe as its base, and `a.b=c`
+on the command line sets one key. `orchestrator config schema` prints the JSON schema for editors. An
+unknown key is an error that names the nearest one.
 
-A file with `pipeline:` holds a list of stages instead; each is a recipe with a `name` besides, and where it says `stage:NAME`
-(`model.path`, `model.reference`, `critic.model.path`, `rewards.functions[].model`) it takes what the stage NAME before it exported.
-On the command line `NAME:a.b=c` sets a key of one stage; `a.b=c` sets it in every stage that reads it.
+A file with `pipeline:` holds a list of stages instead. Each stage is a recipe with a `name`. In it
+`stage:NAME` stands for the export of the earlier stage NAME (in `model.path`, `model.reference`,
+`critic.model.path` and `rewards.functions[].model`). On the command line `NAME:a.b=c` sets a key of one
+stage, and `a.b=c` sets it in every stage that reads it.
 
 ## Keys that a run does not read
-Every key below says who reads it. What stands in your own file or on the command line and is not read is an error, whole sections too: it
-would do nothing, so take it out, even where it repeats the default. Only null, `auto`, `[]` and `{{}}` may stand anywhere where they are the
-default: they ask for nothing, and take back what a file that is extended says. A key that comes from a file under `extends`, from a recipe of
-the program itself, or that is useless only because of a change on the command line (`run.max_steps=2` beside the file's `run.epochs`) is no
-error: `orchestrator plan` lists it, and the run has the default there.
+The last column names the runs that read a key, if not all do. A key or section in your file or on the
+command line that the run does not read is an error: it would have no effect, so remove it, even if it
+repeats the default. Only null, `auto`, `[]` and `{{}}` may be written for any key of which they are the
+default: they undo what an extended file sets. Two kinds of unread keys are not an error: keys of a file
+under `extends` or of a shipped recipe, and keys that only a change on the command line left without an
+effect (`run.max_steps=2` beside the file's `run.epochs`). `orchestrator plan` lists them, and the run has
+their defaults.
 
-The schema holds {keys} keys. `tests/unit/settings` sets each of them to every legal kind of value, {values} in all, from a file and from the
-command line, and to what is not legal, and looks at what two values of each change.
+The schema has {keys} keys. `tests/unit/settings` sets each of them to every legal kind of value, {values}
+in all, from a file and from the command line. It also sets them to illegal values, and compares what two
+values of each key change.
 
 This page is generated from the schema: `orchestrator config reference > docs/recipe-reference.md`.
 """
 KEYS, VALUES = 276, 1135
-"""Counted by tests/unit/settings/test_values.py, which says what to write here."""
+"""Numbers of keys and of values. tests/unit/settings/test_values.py counts them, and prints what to write
+here."""
 WORDS = {str: "text", int: "whole number", float: "number", bool: "true or false", type(None): "null"}
 BOUNDS = (("ge", "≥"), ("gt", ">"), ("le", "≤"), ("lt", "<"))
 
 
 def render() -> str:
-    """The page as Markdown. A section that stands in several places is told once."""
+    """The page as Markdown. A section that stands in several places is printed once."""
     places: dict[type[BaseModel], list[str]] = {}
     for path, section in _sections(Recipe, ""):
         places.setdefault(section, []).append(path)
@@ -54,7 +60,8 @@ def render() -> str:
 
 
 def _sections(section: type[BaseModel], path: str) -> Iterator[tuple[str, type[BaseModel]]]:
-    """(dotted path, section) of every section below one, depth first; `[]` stands for the entries of a list."""
+    """(dotted path, section) of every section below `section`, depth first. `[]` stands for entries of a
+    list."""
     for key, field in section.model_fields.items():
         for inner, many in _inside(field.annotation):
             below = f"{path}{key}{'[]' if many else ''}"
@@ -84,8 +91,8 @@ def _row(key: str, field: FieldInfo, readers: Readers) -> str:
         for name, sign in BOUNDS
         if getattr(item, name, None) is not None
     ]
-    about = field.description or ("see below" if any(_inside(field.annotation)) else "")
-    about += f"; **read only {readers.words}**" if readers.words else ""
+    about = field.description or ("See below." if any(_inside(field.annotation)) else "")
+    about += f" **Read only {readers.words}.**" if readers.words else ""
     value = ", ".join([_type(field.annotation), *bounds])
     return f"| `{key}` | {value} | {_default(field)} | {_cell(about)} |\n"
 
@@ -102,7 +109,7 @@ def _default(field: FieldInfo) -> str:
 
 
 def _type(annotation: Any) -> str:
-    """A type in a reader's words."""
+    """Name of a type. Example: "whole number", "list of texts"."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Literal:
         return _cell(" | ".join(f"`{value}`" for value in arguments))

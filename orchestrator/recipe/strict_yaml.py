@@ -1,5 +1,6 @@
-"""YAML as recipes use it: the 1.2 core types (`off` and `no` are text, `1e-5` is a number), no repeated keys,
-no aliases."""
+"""Strict YAML: the core types of YAML 1.2 (`off` and `no` are text, `1e-5` is a number), no repeated keys, no
+aliases.
+"""
 
 import re
 from collections.abc import Iterator
@@ -8,11 +9,11 @@ from typing import Any, ClassVar
 import yaml
 
 from orchestrator.core.errors import ConfigError
-from orchestrator.recipe.schema import Key
+from orchestrator.recipe.section import KeyPath
 
 
 def _resolvers() -> dict[str, list[tuple[str, re.Pattern[str]]]]:
-    """PyYAML's table, first character -> [(type, pattern)], tried in order."""
+    """PyYAML's table: for each first character the (type, pattern) pairs that are tried in order."""
     types = (
         ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
         ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
@@ -31,14 +32,14 @@ def _resolvers() -> dict[str, list[tuple[str, re.Pattern[str]]]]:
 
 
 class Loader(yaml.SafeLoader):
-    """Refuses what a person would read otherwise than YAML does."""
+    """Rejects what a person would read differently from YAML."""
 
     yaml_implicit_resolvers: ClassVar = _resolvers()
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
             raise yaml.MarkedYAMLError(
-                problem="aliases (*name) are not read; use `extends`",
+                problem="aliases (*name) are not supported; use `extends`",
                 problem_mark=self.peek_event().start_mark,
             )
         return super().compose_node(parent, index)
@@ -68,15 +69,14 @@ Loader.add_constructor("tag:yaml.org,2002:int", Loader.construct_yaml_int)
 
 
 class Dumper(yaml.SafeDumper):
-    """Writes what Loader reads back as the same value."""
+    """Writes texts that Loader reads as the same values."""
 
-    yaml_implicit_resolvers: ClassVar = (
-        _resolvers()
-    )  # quotes exactly what the loader would not read back as text
+    # quotes exactly the texts that the loader would not read as text
+    yaml_implicit_resolvers: ClassVar = _resolvers()
 
 
-def parse(text: str, name: str) -> tuple[Any, dict[Key, str]]:
-    """The value of a YAML text and where each of its keys stands, "name:line". ConfigError names line and
+def parse(text: str, name: str) -> tuple[Any, dict[KeyPath, str]]:
+    """The value of a YAML text, and the place of each key as "name:line". A ConfigError names line and
     column."""
     try:
         loader = Loader(text)
@@ -92,10 +92,11 @@ def parse(text: str, name: str) -> tuple[Any, dict[Key, str]]:
             f"{name}{f':{mark.line + 1}:{mark.column + 1}' if mark else ''}: {error.problem or error.context}"
         ) from error
     except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise ConfigError(f"{name}: not readable as YAML", why=str(error).splitlines()[0]) from error
+        raise ConfigError(f"{name}: the text is not YAML", why=str(error).splitlines()[0]) from error
 
 
-def _lines(node: yaml.Node, path: Key) -> Iterator[tuple[Key, int]]:
+def _lines(node: yaml.Node, path: KeyPath) -> Iterator[tuple[KeyPath, int]]:
+    """The line of each key below a node at `path`."""
     children = node.value if isinstance(node, yaml.MappingNode | yaml.SequenceNode) else ()
     for i, child in enumerate(children):
         key, value, mark = (

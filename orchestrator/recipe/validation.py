@@ -1,7 +1,6 @@
-"""A mapping to a checked `config.Recipe`: no value changes its kind on the way, and one error lists every
-problem.
+"""Validation of a mapping to a `Recipe`. No value changes its type, and one error lists every problem.
 
-mapping --mark what pydantic would quietly read as another value--> pydantic --problems in the recipe's words--> Recipe
+mapping --marks values that pydantic would convert--> pydantic --problems, by dotted key--> Recipe
 """
 
 import difflib
@@ -15,7 +14,8 @@ from typing import Annotated, Any, Union, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 
 from orchestrator.core.errors import ConfigError
-from orchestrator.recipe.schema import DURATION_PATTERN, Key, Recipe
+from orchestrator.recipe.schema import Recipe
+from orchestrator.recipe.section import DURATION_PATTERN, KeyPath
 
 _MUST_BE = {
     **dict.fromkeys(("int_type", "int_parsing", "int_from_float", "int_parsing_size"), "a whole number"),
@@ -42,12 +42,12 @@ _MUST_BE = {
 
 
 OWN = {"model": "model.path=MODEL", "data": "data.train=FILE", "data.train": "data.train=FILE"}
-"""What no starting recipe can know, and how it is given on the command line."""
+"""Keys that a starting recipe cannot set, and how the user sets them on the command line."""
 
 
 @dataclass(frozen=True)
-class _Misplaced:
-    """Stands for a value that pydantic would quietly read as another: `workers: true` is not one worker."""
+class _MisplacedValue:
+    """Stands for a value that pydantic would convert without an error: `workers: true` is not one worker."""
 
     shown: str
 
@@ -55,46 +55,49 @@ class _Misplaced:
         return self.shown
 
 
-def validate(data: Mapping[str, Any], origins: Mapping[Key, object], name: str) -> Recipe:
-    """The checked recipe. origins: where each key was written, by `str`. ConfigError lists `key: what (got
-    value; where)`."""
+def validate(data: Mapping[str, Any], origins: Mapping[KeyPath, object], name: str) -> Recipe:
+    """The checked recipe. Raises ConfigError with lines such as `batch.effective: must be at least 1 (got 0;
+    own.yaml:3)`.
+
+    origins: the place of each key, printed by `str`. name: the recipe in messages.
+    """
     try:
         recipe = Recipe.model_validate(_mark(data, Recipe))
     except ValidationError as error:
         problems = _problems(error, data, origins)
         what = f"{name}: {len(problems)} problem{'s' if len(problems) > 1 else ''} in the recipe"
-        raise ConfigError(what, why=listed(problems), fix=_cure(problems)) from error
-    assert not any(isinstance(value, _Misplaced) for value in _values(recipe)), (
+        raise ConfigError(what, why=listed(problems), fix=_fix(problems)) from error
+    assert not any(isinstance(value, _MisplacedValue) for value in _values(recipe)), (
         "a mark was left in the recipe"
     )
     return recipe
 
 
-def _cure(problems: list[str]) -> str:
-    absent = [
+def _fix(problems: list[str]) -> str:
+    missing = [
         key
         for key in OWN
         if any(p.startswith(f"{key}: required") or p.startswith(f"{key}: set exactly one") for p in problems)
     ]
-    if absent and len(absent) == len(problems):
-        return f"give what is yours: {' '.join(dict.fromkeys(OWN[key] for key in absent))}"
-    return "mend these keys; `orchestrator config schema` lists every key"
+    if missing and len(missing) == len(problems):
+        return f"set your own: {' '.join(dict.fromkeys(OWN[key] for key in missing))}"
+    return "fix these keys; `orchestrator config schema` lists every key"
 
 
 def listed(problems: list[str]) -> str:
-    """Problems as the reason of an error, one a line."""
+    """Problems as the reason of an error, one per line."""
     return "".join(f"\n    {problem}" for problem in problems)
 
 
-# ---- values that pydantic would change
+# ---- values that pydantic would convert
 
 
 def _mark(value: Any, annotation: Any) -> Any:
-    """A copy of `value` in which booleans outside of boolean keys, and non-finite numbers, are marked as
-    misplaced.
+    """A copy of `value` in which booleans outside of boolean keys, and numbers that are not finite, are
+    marked.
 
-    What stands where the schema takes anything (options of rewards) is handed on as it is, and so is what it
-    does not know at all: pydantic converts nothing there.
+    Values of keys that may hold anything (options of rewards), and of unknown keys, stay as they are:
+    pydantic converts nothing there.
     """
     members = list(_members(annotation))
     if annotation is None or Any in members:
@@ -102,22 +105,22 @@ def _mark(value: Any, annotation: Any) -> Any:
     if isinstance(value, dict):
         section = next((m for m in members if _is_section(m)), None)
         if section is not None:
-            known = {k: field.annotation for k, field in section.model_fields.items()}
-            return {k: _mark(v, known.get(k)) for k, v in value.items()}
+            annotations = {k: field.annotation for k, field in section.model_fields.items()}
+            return {k: _mark(v, annotations.get(k)) for k, v in value.items()}
         inner = next((get_args(m)[1] for m in members if get_origin(m) is dict), None)
         return {k: _mark(v, inner) for k, v in value.items()}
     if isinstance(value, list):
         inner = next((get_args(m)[0] for m in members if get_origin(m) in (list, tuple)), None)
         return [_mark(v, inner) for v in value]
     if isinstance(value, bool) and bool not in members:
-        return _Misplaced(str(value).lower())
-    return (
-        _Misplaced(f"{value}, not finite") if isinstance(value, float) and not math.isfinite(value) else value
-    )
+        return _MisplacedValue(str(value).lower())
+    if isinstance(value, float) and not math.isfinite(value):
+        return _MisplacedValue(f"{value}, not finite")
+    return value
 
 
 def _members(annotation: Any) -> Iterator[Any]:
-    """The alternatives of an annotation: int and None of `Annotated[int, …] | None`."""
+    """Alternatives of an annotation. Example: int and None of `Annotated[int, …] | None`."""
     if get_origin(annotation) is Annotated:
         yield from _members(get_args(annotation)[0])
     elif get_origin(annotation) in (Union, types.UnionType):
@@ -132,7 +135,7 @@ def _is_section(annotation: Any) -> bool:
 
 
 def _values(value: Any) -> Iterator[Any]:
-    """Everything that a recipe holds, however deep."""
+    """All values of a recipe, at any depth."""
     if isinstance(value, BaseModel):
         inner: Any = [getattr(value, name) for name in type(value).model_fields]
     elif isinstance(value, Mapping):
@@ -151,7 +154,7 @@ def inside(annotation: Any) -> type[BaseModel] | None:
     """The section named in an annotation: TinyModel of `TinyModel | None`, Source of `str | list[Source]`."""
     if _is_section(annotation):
         return annotation
-    return next((found for found in map(inside, get_args(annotation)) if found), None)
+    return next((section for section in map(inside, get_args(annotation)) if section), None)
 
 
 def section_at(section: type[BaseModel] | None, key: str | int) -> type[BaseModel] | None:
@@ -162,7 +165,7 @@ def section_at(section: type[BaseModel] | None, key: str | int) -> type[BaseMode
 
 
 def all_keys(section: type[BaseModel], prefix: str) -> Iterator[str]:
-    """Dotted keys of a section and of those below it, but not of the entries of lists."""
+    """Dotted keys of a section and the sections below it, without the entries of lists."""
     for key, field in section.model_fields.items():
         yield prefix + key
         inner = inside(field.annotation)
@@ -170,22 +173,27 @@ def all_keys(section: type[BaseModel], prefix: str) -> Iterator[str]:
             yield from all_keys(inner, f"{prefix}{key}.")
 
 
-def dotted(path: Key) -> str:
-    """("data", "train", 0, "path") as a person writes it: data.train[0].path."""
+def dotted(path: KeyPath) -> str:
+    """Text of a path. Example: ("data", "train", 0, "path") is data.train[0].path."""
     return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).removeprefix(".")
 
 
-def where(path: Key, origins: Mapping[Key, object]) -> object | None:
-    """Where a key was written, or the nearest section that holds it."""
+def where(path: KeyPath, origins: Mapping[KeyPath, object]) -> object | None:
+    """The place where a key, or the nearest section that holds it, was written."""
     return next((origins[path[:n]] for n in range(len(path), 0, -1) if path[:n] in origins), None)
 
 
-# ---- pydantic's findings in the recipe's words
+# ---- pydantic's errors as messages
 
 
-def _problems(error: ValidationError, data: Mapping[str, Any], origins: Mapping[Key, object]) -> list[str]:
-    must: dict[Key, list[str]] = {}
-    said: dict[Key, str] = {}
+def _problems(
+    error: ValidationError, data: Mapping[str, Any], origins: Mapping[KeyPath, object]
+) -> list[str]:
+    """One line for each key that pydantic rejects. Example: "batch.effective: must be at least 1 (got 0;
+    own.yaml:3)".
+    """
+    must: dict[KeyPath, list[str]] = {}
+    texts: dict[KeyPath, str] = {}
     for item in error.errors():
         path, kind = _path(item["loc"], data, item["type"] == "missing"), item["type"]
         if kind in _MUST_BE:
@@ -193,22 +201,21 @@ def _problems(error: ValidationError, data: Mapping[str, Any], origins: Mapping[
             must.setdefault(path, []).append(
                 "a time such as 90s, 10m or 1h" if DURATION_PATTERN in words else words
             )
-            said[path] = (
+            texts[path] = (
                 f"must be {' or '.join(dict.fromkeys(must[path]))} (got {_shown(item['input'])}{_meant(item)}"
             )
         elif kind == "extra_forbidden":
-            said |= {whole: f"unknown key{_suggestion(whole)} (" for whole in _leaves(path, item["input"])}
+            texts |= {key: f"unknown key{_suggestion(key)} (" for key in _leaves(path, item["input"])}
         else:
-            said[path] = (
+            texts[path] = (
                 "required, but not set ("
                 if kind == "missing"
                 else f"{item.get('ctx', {}).get('error', item['msg'])} ("
             )
     lines: list[str] = []
-    for path, text in said.items():
-        if not any(
-            len(other) > len(path) and other[: len(path)] == path for other in said
-        ):  # a union's other branches
+    for path, text in texts.items():
+        # a problem of a deeper key replaces those of a union's other branches
+        if not any(len(other) > len(path) and other[: len(path)] == path for other in texts):
             place = where(path, origins) or ""
             joint = "; " if place and not text.endswith("(") else ""
             lines.append(f"{dotted(path)}: {text}{joint}{place})".replace(" ()", ""))
@@ -216,14 +223,14 @@ def _problems(error: ValidationError, data: Mapping[str, Any], origins: Mapping[
 
 
 def _meant(item: Any) -> str:
-    """The words ", did you mean …?" for text that is nearly one of the words of a key."""
-    known = re.findall(r"'([^']*)'", item.get("ctx", {}).get("expected", ""))
-    close = difflib.get_close_matches(str(item["input"]), known, n=3)
+    """Text ", did you mean …?" for a value that is close to a legal one."""
+    legal = re.findall(r"'([^']*)'", item.get("ctx", {}).get("expected", ""))
+    close = difflib.get_close_matches(str(item["input"]), legal, n=3)
     return f", did you mean {' or '.join(close)}?" if close else ""
 
 
-def _path(location: Key, data: Any, missing: bool) -> Key:
-    """pydantic's location without the names of union branches, which are no keys of the data."""
+def _path(location: KeyPath, data: Any, missing: bool) -> KeyPath:
+    """pydantic's location without the names of union branches, which are not keys of the data."""
     path: list[str | int] = []
     for i, part in enumerate(location):
         if _holds(data, part):
@@ -239,8 +246,8 @@ def _holds(data: Any, part: str | int) -> bool:
     return isinstance(data, dict) and part in data
 
 
-def _leaves(path: Key, value: Any) -> Iterator[Key]:
-    """The keys that were written of an unknown one: of `optimiser: {lr: 1}` its optimiser.lr."""
+def _leaves(path: KeyPath, value: Any) -> Iterator[KeyPath]:
+    """The written keys at or below an unknown one. Example: optimiser.lr of `optimiser: {lr: 1}`."""
     if isinstance(value, dict) and value:
         for key, inner in value.items():
             yield from _leaves((*path, key), inner)
@@ -248,8 +255,9 @@ def _leaves(path: Key, value: Any) -> Iterator[Key]:
         yield path
 
 
-def _suggestion(path: Key) -> str:
-    """The words ", did you mean …?": close keys of the same section, else the same key in another section."""
+def _suggestion(path: KeyPath) -> str:
+    """Text ", did you mean …?" with close keys of the same section, or else the same key of another
+    section."""
     close = _close(path)
     every = list(all_keys(Recipe, ""))
     close = (
@@ -260,28 +268,26 @@ def _suggestion(path: Key) -> str:
     return f", did you mean {' or '.join(close[:3])}?" if close else ""
 
 
-def _close(path: Key) -> list[str]:
-    """Keys of the schema that are near to a path in each of its parts, as far as any is:
-    optimizer.learning_rate for optimiser.lr."""
+def _close(path: KeyPath) -> list[str]:
+    """Keys of the schema that are close to a path in each of its parts. Example: optimizer.learning_rate for
+    optimiser.lr."""
     section: type[BaseModel] | None = Recipe
-    right: Key = ()
+    right: KeyPath = ()
     for n, part in enumerate(path):
-        known = list(section.model_fields) if section else []
-        near = [part] if isinstance(part, int) or part in known else _near(str(part), known)
-        if not near:
-            return (
-                [dotted(right)] if n and right != path[:n] else []
-            )  # a section was misspelt, and has no such key
+        keys = list(section.model_fields) if section else []
+        near = [part] if isinstance(part, int) or part in keys else _near(str(part), keys)
+        if not near:  # names the section, if that was misspelt
+            return [dotted(right)] if n and right != path[:n] else []
         if n == len(path) - 1:
             return [dotted((*right, key)) for key in near]
         right, section = (*right, near[0]), section_at(section, near[0])
     return []
 
 
-def _near(name: str, known: list[str]) -> list[str]:
-    """Names that are spelt alike, or of which it is the initials: lr for learning_rate."""
-    initials = [key for key in known if "_" in key and "".join(word[0] for word in key.split("_")) == name]
-    return initials or difflib.get_close_matches(name, known)
+def _near(name: str, keys: list[str]) -> list[str]:
+    """Keys that are spelt like `name`, or whose initials it is: lr for learning_rate."""
+    initials = [key for key in keys if "_" in key and "".join(word[0] for word in key.split("_")) == name]
+    return initials or difflib.get_close_matches(name, keys)
 
 
 def _shown(value: Any) -> str:

@@ -11,7 +11,7 @@ from orchestrator.cluster.learner_group import LearnerGroup
 from orchestrator.core.batches import SequenceGroup
 from orchestrator.core.errors import ConfigError
 from orchestrator.learner.rank_learner import LearnerSpec
-from orchestrator.plan.planner import DataReport, data_report
+from orchestrator.plan.data_report import DataReport, data_report
 from orchestrator.recipe.schema import Recipe
 from orchestrator.run import offline as run_offline
 from orchestrator.run import online as run_online

@@ -19,7 +19,7 @@ from typing import Any
 from orchestrator.algorithms.schedule import learning_rate
 from orchestrator.core.errors import OutputError
 from orchestrator.core.files import read_lines, write_atomically
-from orchestrator.recipe.fingerprint import FREE, TOKENS, Identity
+from orchestrator.recipe.fingerprint import MAY_CHANGE, TOKENS, Identity
 from orchestrator.recipe.schema import Optimizer
 
 DONE = "done_steps"
@@ -259,7 +259,7 @@ def _reject_other_run(root: Path, identity: Identity) -> Mapping[str, Any]:
         return {}
     if record["fingerprint"] == identity.fingerprint:
         return record
-    fix = f"choose another --output, or set the keys back. These may change: {FREE}"
+    fix = f"choose another --output, or set the keys back. These may change: {MAY_CHANGE}"
     if "deciding" not in record:
         why = (
             f"run {record['fingerprint'][:12]} was started there, this recipe and data are run "

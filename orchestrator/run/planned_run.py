@@ -29,9 +29,10 @@ from orchestrator.observe.sink import Sink
 from orchestrator.observe.wandb_sink import WandbSink, stable_run_id
 from orchestrator.observe.watch import Watch
 from orchestrator.plan import disk
+from orchestrator.plan.choice import Choice
 from orchestrator.plan.hardware import Hardware, this_machine
-from orchestrator.plan.planner import Choice, Plan, make_plan
-from orchestrator.plan.sense import Seen, what_makes_no_sense
+from orchestrator.plan.planner import Plan, make_plan
+from orchestrator.plan.sanity import SanityInputs, sanity_warnings
 from orchestrator.plan.settle import settle
 from orchestrator.plan.sketch import Lengths, synthetic_data
 from orchestrator.plan.state_bytes import Sizes
@@ -201,7 +202,7 @@ def plan_sketch(recipe: Recipe, hardware: Hardware, lengths: Lengths) -> Plan:
     return replace(
         plan,
         choices=(
-            Choice("data", "made up", f"{lengths}: total steps are those of these rows only"),
+            Choice("data", "synthetic", f"{lengths}: total steps are those of these rows only"),
             *plan.choices,
         ),
     )
@@ -217,8 +218,8 @@ def _plan_run(recipe: Recipe, console: Console, hardware: Hardware, lengths: Len
     plan_kind = _plan_offline if algorithm.online is None else _plan_online
     may_shrink = automatic and not sized.learners.gpus
     planned = plan_kind(sized, algorithm, hardware, lengths, console, may_shrink=may_shrink)
-    choices = (*(Choice(why.name, why.value, why.reason) for why in reasons), *planned.plan.choices)
-    seen = Seen(
+    choices = (*reasons, *planned.plan.choices)
+    inputs = SanityInputs(
         planned.recipe,
         planned.data,
         planned.plan.data,
@@ -229,7 +230,7 @@ def _plan_run(recipe: Recipe, console: Console, hardware: Hardware, lengths: Len
     return replace(
         planned,
         plan=replace(
-            planned.plan, choices=choices, warnings=() if lengths is not None else what_makes_no_sense(seen)
+            planned.plan, choices=choices, warnings=() if lengths is not None else sanity_warnings(inputs)
         ),
     )
 

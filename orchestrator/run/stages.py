@@ -24,8 +24,9 @@ from orchestrator.core.stopping import Stop
 from orchestrator.models.rounding import WIDE
 from orchestrator.models.shapes import as_folder, known_shape
 from orchestrator.models.source import RECIPE_TYPES, source_dtype
+from orchestrator.plan.choice import Choice
 from orchestrator.plan.hardware import Hardware
-from orchestrator.plan.planner import Choice, Plan
+from orchestrator.plan.planner import Plan
 from orchestrator.plan.sketch import Lengths
 from orchestrator.recipe.pipeline import STAGE, Stage, references, resolve
 from orchestrator.recipe.schema import ONLINE, Recipe

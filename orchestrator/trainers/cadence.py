@@ -96,10 +96,10 @@ class AfterSteps:
 
     def _evaluate(self, progress: Progress) -> None:
         try:
-            with self.stop.at_once(f"evaluating step {progress.step}"):
+            with self.stop.immediate(f"evaluating step {progress.step}"):
                 self.evaluate(progress.step)
         except KeyboardInterrupt:
-            if not self.stop.once:
+            if not self.stop.asked_once:
                 raise
             self._end(progress)
 

@@ -70,7 +70,7 @@ class OfflineTrainer:
         """Trains to the plan's last step and returns the progress."""
         plan = self.plan
         progress = self.checkpoints.restore()
-        with self.stop.waits("training"):
+        with self.stop.deferred("training"):
             return self._steps(plan, progress)
 
     def _steps(self, plan: OfflinePlan, progress: Progress) -> Progress:

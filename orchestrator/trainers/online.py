@@ -131,7 +131,7 @@ class OnlineTrainer:
         plan, progress = self.plan, self.checkpoints.restore()
         self.next_prompt = progress.examples
         self.weights.publish(progress.step)
-        with self.stop.waits("training"):
+        with self.stop.deferred("training"):
             return self._steps(plan, progress)
 
     def _steps(self, plan: OnlinePlan, progress: Progress) -> Progress:

@@ -140,9 +140,9 @@ signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup
 from orchestrator.core.stopping import stop_signals
 with stop_signals() as stop:
     os.kill(os.getpid(), signal.SIGHUP)
-    with stop.waits("training"):
+    with stop.deferred("training"):
         os.kill(os.getpid(), signal.SIGTERM)
-        print(stop.by.name, stop.once)
+        print(stop.by.name, stop.asked_once)
 """
 
 
@@ -161,15 +161,15 @@ def test_a_signal_that_is_ignored_at_start_stays_ignored() -> None:
 def test_only_a_later_signal_is_a_second_one(monkeypatch: pytest.MonkeyPatch) -> None:
     stop, now = Stop(), [100.0]
     monkeypatch.setattr("time.monotonic", lambda: now[0])
-    with stop.waits("training"):
-        stop.hear(signal.SIGTERM)
+    with stop.deferred("training"):
+        stop.handle(signal.SIGTERM)
         now[0] += ECHO_S / 2
-        stop.hear(signal.SIGHUP)
-        assert stop() and stop.once
+        stop.handle(signal.SIGHUP)
+        assert stop() and stop.asked_once
         now[0] += ECHO_S
         with pytest.raises(KeyboardInterrupt):
-            stop.hear(signal.SIGTERM)
-        assert not stop.once and "a second SIGTERM while training" in str(stop.interrupted())
+            stop.handle(signal.SIGTERM)
+        assert not stop.asked_once and "a second SIGTERM while training" in str(stop.interrupted())
 
 
 def test_handlers_are_put_back() -> None:

@@ -11,7 +11,7 @@ import torch
 
 from orchestrator.learner.engine import ProcessGroup
 from orchestrator.learner.state import load_state
-from orchestrator.plan.planner import LEGAL_SYNC
+from orchestrator.plan.ways import LEGAL_SYNC
 from orchestrator.recipe.schema import Offload
 from orchestrator.run.verify import TOLERANCE
 from tests.invariants.engine_ranks import (

@@ -35,8 +35,8 @@ FLOOR_OF = {
     room: floor for floor, rooms in enumerate(reversed(ORDER.split(" > "))) for room in rooms.split(" | ")
 }
 OPEN = ("__init__", "__main__")
-CORE_LINES = 1_400
-"""core/ stays small: it is no drawer for what has no room."""
+CORE_LINES = 1_600
+"""core/ stays small and holds no code of other rooms. A third of its lines are docstrings of records."""
 HOMES = {"deepspeed": "learner/engine.py", "ray": "cluster/", "wandb": "observe/"}
 HEAVY = ("torch", "transformers", "trl", "datasets", "peft", "deepspeed", "ray", "wandb")
 

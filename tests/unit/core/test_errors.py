@@ -1,4 +1,4 @@
-"""Errors say what, why and the fix, carry an exit code, and survive a trip between processes."""
+"""Errors hold what happened, why and the fix, have an exit code, and can be pickled."""
 
 import pickle
 

@@ -1,4 +1,4 @@
-"""The hub is asked once, and its absence costs seconds."""
+"""The hub is tested once, and a hub that is not reachable costs seconds."""
 
 import os
 import subprocess
@@ -12,7 +12,7 @@ OFFLINE = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": "/nonexistent-cache"}
 
 
 @pytest.fixture
-def asked(monkeypatch):
+def environment(monkeypatch):
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
@@ -21,23 +21,23 @@ def asked(monkeypatch):
     hub.reachable.cache_clear()
 
 
-def test_a_port_that_listens_is_a_hub_and_a_closed_one_is_none(asked):
+def test_the_hub_is_reachable_if_its_port_or_its_proxy_listens(environment):
     import socket
 
     with socket.create_server(("127.0.0.1", 0)) as server:
-        asked.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
+        environment.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
         assert hub.reachable()
         hub.reachable.cache_clear()
-        asked.setenv("HF_HUB_OFFLINE", "1")
+        environment.setenv("HF_HUB_OFFLINE", "1")
         assert not hub.reachable()
-        asked.delenv("HF_HUB_OFFLINE")
+        environment.delenv("HF_HUB_OFFLINE")
         hub.reachable.cache_clear()
-        asked.setenv("HF_ENDPOINT", "http://hub.invalid")
-        asked.setenv("http_proxy", f"127.0.0.1:{server.getsockname()[1]}")
-        assert hub.reachable(), "the proxy is asked in its place"
+        environment.setenv("HF_ENDPOINT", "http://hub.invalid")
+        environment.setenv("http_proxy", f"127.0.0.1:{server.getsockname()[1]}")
+        assert hub.reachable(), "the proxy is tested instead"
     hub.reachable.cache_clear()
-    asked.delenv("http_proxy")
-    asked.setenv("HF_ENDPOINT", OFFLINE["HF_ENDPOINT"])
+    environment.delenv("http_proxy")
+    environment.setenv("HF_ENDPOINT", OFFLINE["HF_ENDPOINT"])
     assert not hub.reachable()
 
 
@@ -56,7 +56,7 @@ def test_a_port_that_listens_is_a_hub_and_a_closed_one_is_none(asked):
         ),
     ],
 )
-def test_a_plan_without_a_network_says_at_once_what_it_lacks(recipe, change, what, tmp_path):
+def test_a_plan_without_a_network_names_what_it_lacks_within_seconds(recipe, change, what, tmp_path):
     environment = (
         {k: v for k, v in os.environ.items() if not k.lower().endswith("_proxy")}
         | OFFLINE

@@ -108,7 +108,7 @@ def test_a_cluster_is_planned_with_what_was_measured() -> None:
     assert (hardware.gpu_memory, hardware.link, hardware.source) == (40, 2_000_000.0, "measured")
 
 
-def test_a_cluster_of_which_no_node_answers_is_told() -> None:
+def test_a_cluster_of_which_no_node_answers_is_an_error() -> None:
     with pytest.raises(NotEnoughResources, match="no node of the cluster answered") as refused:
         of_cluster(
             ClusterFacts(

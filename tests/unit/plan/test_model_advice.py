@@ -1,5 +1,5 @@
-"""What `plan` says of a model, and what it refuses before anything is placed: real folders, no weights looked
-at but their headers."""
+"""Notes of `plan` on a model, and models that it rejects before anything is placed. Folders are real; of
+weights only headers are read."""
 
 import json
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from orchestrator.core.errors import ConfigError, Exit, OrchestratorError
 from orchestrator.models.classes import check_trainable
 from orchestrator.models.tiny import byte_tokenizer
-from orchestrator.plan.planner import Choice
+from orchestrator.plan.choice import Choice
 from orchestrator.recipe.schema import (
     AlgorithmConfig,
     Batch,
@@ -100,7 +100,7 @@ def edited(path: Path, name: str = "config.json", **values: Any) -> Path:
     return path
 
 
-# ---- tables ---------------------------------------------------------------------------------------------------------
+# ---- tables
 
 
 @pytest.mark.parametrize(
@@ -124,7 +124,7 @@ def test_a_rollout_of_full_length_counts(folder):
         "rollouts": Rollouts(prompts=2, samples=2, max_new_tokens=100),
         "rewards": Rewards(functions=[RewardFunction(name="exact", function="exact_match")]),
     }
-    assert "do not fit the model's 64 positions" in refusal(folder("gpt2", n_positions=64), **online).what
+    assert "64 positions" in refusal(folder("gpt2", n_positions=64), **online).what
 
 
 def test_rotary_positions_beyond_the_trained_ones_are_a_note(folder):
@@ -152,21 +152,21 @@ def test_a_token_without_a_row_in_the_embedding_is_named(folder):
     assert "<|mood|>" in error.what and "rows" in error.why and error.exit_code == Exit.CONFIG
 
 
-def test_frequencies_that_follow_the_batch_are_fixed_and_said(folder):
+def test_frequencies_that_follow_the_batch_are_fixed_and_reported(folder):
     found = notes(folder("phi3", rope_parameters=LONG_ROPE, max_position_embeddings=128))
     assert found["positions"].value == "longrope" and "data.max_length=1024" in found["positions"].reason
 
 
-# ---- experts, adapters, exports -------------------------------------------------------------------------------------
+# ---- experts, adapters, exports
 
 
-def test_a_declared_balancing_loss_is_said_to_be_left_out(folder):
+def test_a_declared_balancing_loss_is_reported_as_left_out(folder):
     found = notes(folder("mixtral", num_local_experts=4, router_aux_loss_coef=0.02))
     assert found["balancing loss"].value == "not learned yet" and "0.02" in found["balancing loss"].reason
     assert "activations" not in found, "experts in fp32 are followed without computing them"
 
 
-def test_experts_without_adapters_are_said(folder):
+def test_experts_without_adapters_are_reported(folder):
     found = notes(
         folder("gpt_oss", num_local_experts=4, num_experts_per_tok=2, head_dim=8), lora=Lora(rank=2)
     )
@@ -178,13 +178,13 @@ def test_a_target_that_no_layer_has_is_refused_with_close_names(folder):
     assert "'v_porj'" in error.what and "v_proj" in error.fix
 
 
-def test_sampling_flags_beside_greedy_are_mended_and_said(folder):
+def test_sampling_flags_beside_greedy_are_fixed_and_reported(folder):
     path = edited(folder("llama"), "generation_config.json", do_sample=False, temperature=0.6, top_p=0.9)
     found = notes(path)
     assert found["generation config"].value == "changed" and "do_sample" in found["generation config"].reason
 
 
-# ---- what cannot be trained -----------------------------------------------------------------------------------------
+# ---- what cannot be trained
 
 
 def test_an_encoder_with_a_decoder_is_refused(folder):

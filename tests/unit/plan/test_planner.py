@@ -1,4 +1,4 @@
-"""What the plan decides, with numbers: arithmetic, stage, sync, layout, micro-batch, refusals, and the data
+"""Decisions of the plan with numbers: arithmetic, stage, sync, layout, micro-batch, errors, and the data
 report."""
 
 import json
@@ -140,12 +140,8 @@ def test_less_memory_takes_a_higher_stage(precision, stages):
     for number, stage in enumerate(stages):
         found = limited(needs[stage] + 1000, *options)
         assert found.cut.zero_stage == stage
-        lowest, higher = (
-            "the lowest stage whose state fits: fewest collectives",
-            "what needs fewer bytes on the wire does not fit the memory",
-        )
-        words = lowest if number == 0 else higher
-        assert reason(found, "ZeRO stage") == (str(stage), words)
+        value, why = reason(found, "ZeRO stage")
+        assert value == str(stage) and ("lowest stage" if number == 0 else "do not fit the memory") in why
     between = plan(*options, "learners.zero_stage=2", "learners.sync=per_micro_batch")
     assert needs[3] < between.memory.total < needs[1]
     found = limited(between.memory.total + 1000, *options)
@@ -182,10 +178,7 @@ def test_the_largest_micro_batch_that_fits_is_taken():
         double = limited(1e9, *options, f"batch.micro_batch_tokens={found.cut.positions * 2}")
         assert found.memory.total <= found.memory_limit < double.memory.total
         assert found.micro_batches > 1
-        assert (
-            reason(found, "micro-batch")[1]
-            == "fits the predicted memory, which a probe checks where it is tight"
-        )
+        assert "predicted memory" in reason(found, "micro-batch")[1]
 
 
 def test_a_micro_batch_never_falls_below_one_example():
@@ -206,10 +199,7 @@ def test_a_cpu_worker_gets_its_share_of_the_machine():
 
 
 def test_a_cpu_computes_nothing_again_where_activations_fit():
-    assert reason(plan("batch.micro_batch=8"), "checkpointing") == (
-        "none",
-        "activations fit the memory: nothing is computed again",
-    )
+    assert reason(plan("batch.micro_batch=8"), "checkpointing")[0] == "none"
     assert plan("batch.micro_batch=8").recipe.learners.activation_checkpointing == "none"
     assert reason(plan("batch.micro_batch=8", "learners.activation_checkpointing=full"), "checkpointing") == (
         "full",
@@ -241,7 +231,8 @@ def test_what_does_not_fit_is_computed_again_before_it_is_refused():
 
 
 def tried_in_turn(found: Plan) -> tuple[list, NotEnoughResources]:
-    """What finer_cut says again and again, with the largest micro-batch of each, and how it ends."""
+    """The cuts that finer_cut returns one after another, with the largest micro-batch of each, and its last
+    error."""
     data = data_of(found.recipe)
     cut, seen = found.cut, []
     for _ in range(100):
@@ -254,7 +245,7 @@ def tried_in_turn(found: Plan) -> tuple[list, NotEnoughResources]:
 
 
 def test_a_finer_cut_shrinks_the_largest_micro_batch_and_then_partitions_more():
-    """The budget alone could be halved on and on while the longest pair stays as it is."""
+    """The budget alone could be halved many times while the longest pair stays the same."""
     found = plan("learners.workers=4", "batch.effective=64", NONE, *SHAPE)
     seen, error = tried_in_turn(found)
     longest = max(cost([g], "prefix_shared") for g in data_of(found.recipe).groups)
@@ -293,7 +284,7 @@ def test_ram_is_a_limit_as_well():
 def test_what_is_not_partitioned_cannot_be_offloaded(what, stage):
     """DeepSpeed ignores offload.optimizer at stage 0, and ends with an assertion for parameters below 3."""
     assert plan(f"learners.offload.{what}=cpu").cut.zero_stage == stage
-    with pytest.raises(ConfigError, match=f"offload.{what}=cpu is not possible at ZeRO stage {stage - 1}"):
+    with pytest.raises(ConfigError, match=f"offload.{what}=cpu .*stage {stage - 1}"):
         plan(f"learners.offload.{what}=cpu", f"learners.zero_stage={stage - 1}")
 
 
@@ -325,7 +316,7 @@ def test_the_time_on_the_wire_follows_from_the_bandwidth():
     }
     assert "communication" not in {
         c.name for c in plan("learners.workers=2").choices
-    }  # nobody knows this machine's
+    }  # the bandwidth of this machine is not known
 
 
 # ---- sync
@@ -398,9 +389,7 @@ def test_an_architecture_that_was_not_shown_to_take_masks_gets_padded_rows():
 
 
 def test_more_workers_than_examples():
-    with pytest.raises(
-        ConfigError, match=r"batch\.effective=3 cannot be cut over learners\.workers=4"
-    ) as error:
+    with pytest.raises(ConfigError, match=r"batch\.effective=3 .*learners\.workers=4") as error:
         plan("batch.effective=3", "learners.workers=4")
     assert "3 or fewer" in error.value.fix
 
@@ -410,14 +399,14 @@ def test_fp16_on_a_cpu():
         plan("learners.precision=fp16")
 
 
-# ---- what is told
+# ---- output
 
 
 def test_the_json_holds_everything_and_nothing_that_json_cannot():
     found = plan("batch.micro_batch=4")
-    told = json.loads(json.dumps(found.to_json(), allow_nan=False))
-    assert told.keys() == {f.name for f in fields(Plan)}
-    assert told["memory"]["total"] == found.memory.total == sum(found.memory.parts.values())
+    values = json.loads(json.dumps(found.to_json(), allow_nan=False))
+    assert values.keys() == {f.name for f in fields(Plan)}
+    assert values["memory"]["total"] == found.memory.total == sum(found.memory.parts.values())
     cut = {
         "workers": 2,
         "examples": 4,
@@ -427,8 +416,8 @@ def test_the_json_holds_everything_and_nothing_that_json_cannot():
         "sync": "no_sync",
         "one_row": False,
     }
-    assert told["cut"] == cut
-    assert [c["name"] for c in told["choices"]] == [
+    assert values["cut"] == cut
+    assert [c["name"] for c in values["choices"]] == [
         "hardware",
         "layout",
         "ZeRO stage",
@@ -436,7 +425,7 @@ def test_the_json_holds_everything_and_nothing_that_json_cannot():
         "checkpointing",
         "micro-batch",
     ]
-    assert told["recipe"]["batch"]["effective"] == 16
+    assert values["recipe"]["batch"]["effective"] == 16
 
 
 def rows_file(tmp_path):
@@ -506,9 +495,7 @@ def test_sizes_in_words(count, text):
 @pytest.mark.parametrize("gpus", [2, 1.5])
 @pytest.mark.parametrize("section", ["learners", "critic", "rollouts"])
 def test_more_gpus_than_the_one_that_a_worker_computes_on_are_refused(section: str, gpus: float) -> None:
-    with pytest.raises(
-        ConfigError, match=f"{section}.gpus_per_worker is {gpus:g}, and a worker computes on one GPU"
-    ) as refused:
+    with pytest.raises(ConfigError, match=f"{section}.gpus_per_worker is {gpus:g}") as refused:
         recipe = plan().recipe
         asked = getattr(recipe, section).model_copy(update={"gpus_per_worker": gpus})
         make_plan(
@@ -521,7 +508,7 @@ def test_more_gpus_than_the_one_that_a_worker_computes_on_are_refused(section: s
 
 
 def test_two_ranks_on_one_gpu_are_refused():
-    with pytest.raises(ConfigError, match=r"learners\.gpus_per_worker=0\.5 puts two of 2 workers on one GPU"):
+    with pytest.raises(ConfigError, match=r"learners\.gpus_per_worker=0\.5 .*2 workers"):
         plan(
             "learners.workers=2",
             "learners.gpus_per_worker=0.5",

@@ -1,4 +1,4 @@
-"""What a recipe leaves to the machines has a value and a reason on each kind of machine."""
+"""Each `auto` of a recipe gets a value and a reason on each kind of machine."""
 
 import itertools
 from typing import Any
@@ -44,8 +44,8 @@ def recipe(
 def test_gpus_and_precision(hardware: Hardware, learners: dict[str, Any], wanted: tuple[float, str]) -> None:
     settled, notes = settle(recipe(learners=learners), hardware)
     assert (settled.learners.gpus, settled.learners.precision) == wanted
-    said = {note.name: note for note in notes}
-    assert ("precision" in said) == ("precision" not in learners) and ("GPUs per worker" in said) == (
+    names = {note.name for note in notes}
+    assert ("precision" in names) == ("precision" not in learners) and ("GPUs per worker" in names) == (
         "gpus_per_worker" not in learners
     )
     assert all(note.reason and note.value for note in notes)

@@ -12,7 +12,7 @@ from orchestrator.run.stages import plan_stages
 GPU = ["learners.workers=auto", "learners.gpus_per_worker=1"]
 
 
-def test_lengths_have_the_mean_and_the_maximum_that_were_said():
+def test_lengths_have_the_given_mean_and_maximum():
     drawn = Lengths(900, 8192).draw(5000, seed=1)
     assert drawn.mean() == pytest.approx(900, rel=0.03)
     assert (drawn.min() >= 2, drawn.max()) == (True, 8192)

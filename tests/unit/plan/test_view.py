@@ -49,11 +49,11 @@ def test_everything_a_user_asks_is_there():
         "traffic per worker and step: 0.5 MB reduced, 0.0 MB gathered",
     ):
         assert any(words in line for line in lines), words
-    assert "cuts evenly" not in text
+    assert "cut evenly" not in text
 
 
 def test_the_neighbours_of_a_batch_that_does_not_divide():
-    assert "cuts evenly at batch.effective 48 or 64" in printed("batch.effective=50", "batch.micro_batch=8")
+    assert "batch.effective 48 or 64" in printed("batch.effective=50", "batch.micro_batch=8")
 
 
 @pytest.mark.parametrize("width", [40, 80])
@@ -69,9 +69,9 @@ def test_keys_that_are_inherited_and_not_read_are_listed():
     console = Console(record=True, width=200, file=StringIO())
     console.print(not_read(stage.ignored))
     lines = console.export_text().splitlines()
-    assert lines[0] == "inherited, and not read by this run:"
+    assert lines[0].startswith("inherited keys")
     (micro_batch,) = [line.rstrip() for line in lines if line.startswith("  batch.micro_batch (")]
-    assert micro_batch.endswith("read only where batch.micro_batch_tokens is not set")
+    assert micro_batch.endswith("read only if batch.micro_batch_tokens is not set")
     assert any(line.startswith("  evaluation.every (") for line in lines)
     silent = Console(record=True, file=StringIO())
     silent.print(not_read(()))

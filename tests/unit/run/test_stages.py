@@ -82,7 +82,7 @@ def test_a_single_run_keeps_its_source_type_and_a_random_model_is_fp32() -> None
 
 def test_a_stage_that_exports_only_an_adapter_cannot_be_the_model_of_another(tmp_path: Path) -> None:
     (tmp_path / "p.yaml").write_text(PIPELINE % "nowhere")
-    with pytest.raises(ConfigError, match="stage sft exports its adapter alone") as caught:
+    with pytest.raises(ConfigError, match="stage sft exports only its adapter") as caught:
         load(tmp_path / "p.yaml", ["sft:model.lora={}", "sft:export.lora=adapter"])
     assert "sft:export.lora=both" in caught.value.fix
 

@@ -1,4 +1,4 @@
-"""For every key a recipe that reads it and, where not every run does, one that does not."""
+"""For each key a recipe that reads it and, if not every run reads it, one that does not."""
 
 from dataclasses import dataclass
 
@@ -18,11 +18,12 @@ BASE = (
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """read: overrides of BASE with which the key is read; unread: some with which it is not, None where every
-    run reads it."""
+    """Overrides of BASE that decide whether a key is read."""
 
     read: tuple[str, ...] = ()
+    """Overrides with which the key is read."""
     unread: tuple[str, ...] | None = None
+    """Overrides with which it is not read; None if every run reads it."""
 
 
 PLAIN = Context()
@@ -59,9 +60,15 @@ OF_URL = (*GRPO, "rewards.functions=[{name: a, url: 'http://h', %s}]")
 HUB = "path: org/rows, revision: abc"
 ONLINE_EVAL = (*GRPO, *EVAL)
 COLUMNS = {
-    "messages": (SFT, DPO), "text": (SFT, DPO), "completion": (SFT, DPO), "chosen": (DPO, SFT), "rejected": (DPO, SFT),
-    "label": (KTO, SFT), "margin": (REWARD, DPO), "answer": ((*SFT, *EVAL, "evaluation.generate={}"), SFT),
-}  # fmt: skip
+    "messages": (SFT, DPO),
+    "text": (SFT, DPO),
+    "completion": (SFT, DPO),
+    "chosen": (DPO, SFT),
+    "rejected": (DPO, SFT),
+    "label": (KTO, SFT),
+    "margin": (REWARD, DPO),
+    "answer": ((*SFT, *EVAL, "evaluation.generate={}"), SFT),
+}
 ALL_READ = ("prompt", "tools", "chat_template_kwargs", "images", "environment")
 """Columns that every kind of data reads, or refuses."""
 CONTEXTS: dict[str, Context] = {

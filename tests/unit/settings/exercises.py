@@ -1,8 +1,7 @@
-"""For every key two values, and what they change: the table of the exercise.
+"""Table of two values for each key, and what they change.
 
-`Row`: what `see` finds in a recipe with each of the two values, without Ray. `Run`: what two whole runs
-(runs.py) leave behind, one with the first values of all its rows, one with the second. `Elsewhere`: a test of
-its own that sets the key to more than one value.
+`Row`: `see` finds the effect of each value in a recipe, without Ray. `Run` (runs.py): two runs leave the
+effect in their folders. `Elsewhere`: another test sets the key to more than one value.
 """
 
 import string
@@ -19,29 +18,34 @@ from tests.unit.settings.contexts import EXACT, GRPO
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """values: as YAML. wanted: what is seen of each; None: only that it differs. given: overrides beside the
-    key's context."""
+    """Two values of a key whose effect a recipe shows."""
 
     see: Callable[[Recipe], Any]
+    """Computes the effect of a recipe."""
     values: tuple[str, str]
+    """The values as YAML."""
     wanted: tuple[Any, Any] | None = None
+    """The effect of each value; None: they only differ."""
     given: tuple[str, ...] = ()
+    """Overrides beside the key's context."""
 
 
 @dataclass(frozen=True, slots=True)
 class Elsewhere:
-    """test: "file::name" of a test that sets the key, by the name `says` (default: the key's last part), to
-    more than one value."""
+    """Another test that sets the key to more than one value."""
 
     test: str
+    """The test as "file::name"."""
     says: str = ""
+    """Name that the test uses for the key; default: the last part of the key."""
 
 
 @dataclass(frozen=True, slots=True)
 class Unseen:
-    """A key of which no test can see two values. why: what would be needed."""
+    """A key of which no test can compare two values."""
 
     why: str
+    """What would be needed."""
 
 
 SEQUENCE = (
@@ -50,12 +54,12 @@ SEQUENCE = (
     "model.tiny.hidden_size=32",
     "model.tiny.layers=1",
 )
-"""Rollouts that are drawn in a moment."""
+"""Rollouts that take little time."""
 TALK = (f"rollouts.stop={list(string.ascii_letters + string.digits)}", "rollouts.max_new_tokens=400")
-"""Turns that end soon."""
+"""Turns that end early."""
 SERVER = "rewards.functions=[{name: a, url: 'http://127.0.0.1:PORT/score'}]"
 ALONE = ("tracking.alerts.steps=2", "tracking.alerts.accuracy_gain=1")
-"""Margins that grow alone are soon told."""
+"""An early alert of margins that grow alone."""
 FUNCTION = "rewards.functions=[{name: a, function: '%s'}]"
 
 
@@ -170,16 +174,27 @@ EXERCISES: dict[str, Row | Elsewhere | Unseen] = {
     # ---- run, model
     "run.seed": Row(o.order, ("0", "1")),
     "run.epochs": Row(o.steps, ("1", "2.5"), (1, 3), ("batch.effective=4", "data.remainder=drop")),
-    "model.tiny": Row(lambda r: o.config(r).hidden_size, ("{hidden_size: 32}", "{hidden_size: 64}"), (32, 64)),
+    "model.tiny": Row(
+        lambda r: o.config(r).hidden_size, ("{hidden_size: 32}", "{hidden_size: 64}"), (32, 64)
+    ),
     "model.lora": Row(lambda r: o.parameters(r)[0], ("null", "{}")),
     "model.revision": Row(lambda r: o.config(r).hidden_size, SNAPSHOTS, (16, 32)),
-    "model.trust_remote_code": Row(o.knows_its_config, ("false", "true"), (False, True), ("model.path=remote",)),
-    "critic.model": Row(lambda r: o.config(o.critic_of(r)).hidden_size, ("{path: small}", "{path: large}"), (16, 32)),
-    "critic.model.tiny": Row(lambda r: o.config(o.critic_of(r)).hidden_size, ("{hidden_size: 32}", "{hidden_size: " "64}"), (32, 64)),
+    "model.trust_remote_code": Row(
+        o.knows_its_config, ("false", "true"), (False, True), ("model.path=remote",)
+    ),
+    "critic.model": Row(
+        lambda r: o.config(o.critic_of(r)).hidden_size, ("{path: small}", "{path: large}"), (16, 32)
+    ),
+    "critic.model.tiny": Row(
+        lambda r: o.config(o.critic_of(r)).hidden_size, ("{hidden_size: 32}", "{hidden_size: 64}"), (32, 64)
+    ),
     "critic.model.lora": Row(lambda r: o.parameters(o.critic_of(r))[0], ("null", "{}")),
     "critic.model.revision": Row(lambda r: o.config(o.critic_of(r)).hidden_size, SNAPSHOTS, (16, 32)),
     "critic.model.trust_remote_code": Row(
-        lambda r: o.knows_its_config(o.critic_of(r)), ("false", "true"), (False, True), ("critic.model.path=remote",)
+        lambda r: o.knows_its_config(o.critic_of(r)),
+        ("false", "true"),
+        (False, True),
+        ("critic.model.path=remote",),
     ),
     "model.path": Row(lambda r: o.config(r).hidden_size, ("small", "large"), (16, 32)),
     "model.chat_template": Row(o.template, ("one.jinja", "two.jinja"), ("{{ 1 }}", "{{ 2 }}")),
@@ -189,7 +204,9 @@ EXERCISES: dict[str, Row | Elsewhere | Unseen] = {
     **{f"model.lora.{key}": row for key, row in _lora(lambda r: r).items()},
     **{f"critic.model.lora.{key}": row for key, row in _lora(o.critic_of).items()},
     "critic.model.path": Row(lambda r: o.config(o.critic_of(r)).hidden_size, ("small", "large"), (16, 32)),
-    "critic.model.chat_template": Row(lambda r: o.template(o.critic_of(r)), ("one.jinja", "two.jinja"), ("{{ 1 }}", "{{ 2 }}")),
+    "critic.model.chat_template": Row(
+        lambda r: o.template(o.critic_of(r)), ("one.jinja", "two.jinja"), ("{{ 1 }}", "{{ 2 }}")
+    ),
     # ---- data
     "data.train": Row(o.shown, ("rows.jsonl", "other.jsonl")),
     "data.eval": Row(o.held_out, ("held.jsonl", "other.jsonl")),
@@ -206,26 +223,44 @@ EXERCISES: dict[str, Row | Elsewhere | Unseen] = {
     "data.columns.answer": ANSWERS,
     **{f"data.train[].columns.{key}": row for key, row in _columns(o.shown).items()},
     "data.train[].columns.margin": MARGINS,
-    "data.train[].columns.answer": Row(lambda r: [row.answer for row in o.data(r).loaded.rows[:1]], ("c1", "c2"), (["one"], ["two"])),
+    "data.train[].columns.answer": Row(
+        lambda r: [row.answer for row in o.data(r).loaded.rows[:1]], ("c1", "c2"), (["one"], ["two"])
+    ),
     **{f"data.eval[].columns.{key}": row for key, row in SEEN_HELD.items()},
-    "data.eval[].columns.margin": Row(lambda r: [g.margin for g in o.data(r).held_out[:1]], ("m1", "m2"), ([1.0], [2.0])),
+    "data.eval[].columns.margin": Row(
+        lambda r: [g.margin for g in o.data(r).held_out[:1]], ("m1", "m2"), ([1.0], [2.0])
+    ),
     "data.eval[].columns.answer": Row(lambda r: o.answers(r)[0], ("c1", "c2"), ("one", "two")),
     **{f"data.train[].{key}": row for key, row in SOURCES.items()},
     **{f"data.eval[].{key}": row for key, row in HELD_SOURCES.items()},
     "data.train[].weight": Row(o.steps, ("1", "2"), (1, 3), ("batch.effective=4", "data.remainder=drop")),
     "data.train[].subset": Row(o.shown, ("one", "two")),
     "data.eval[].subset": Row(o.held_out, ("one", "two")),
-    **{f"data.columns.{key}": row for key, row in _inputs(o.shown, "data.columns={messages: talk, %s}").items()},
-    **{f"data.train[].columns.{key}": row for key, row in _inputs(o.shown, f"data.train=[{TALKING % 'rows.jsonl'}]").items()},
-    **{f"data.eval[].columns.{key}": row for key, row in _inputs(o.held_out, f"data.eval=[{TALKING % 'held.jsonl'}]").items()},
-    **{f"data.{spec}[].revision": Row(o.refusal, ("null", "abc"), ("ConfigError", "MissingInput")) for spec in ("train", "eval")},
+    **{
+        f"data.columns.{key}": row
+        for key, row in _inputs(o.shown, "data.columns={messages: talk, %s}").items()
+    },
+    **{
+        f"data.train[].columns.{key}": row
+        for key, row in _inputs(o.shown, f"data.train=[{TALKING % 'rows.jsonl'}]").items()
+    },
+    **{
+        f"data.eval[].columns.{key}": row
+        for key, row in _inputs(o.held_out, f"data.eval=[{TALKING % 'held.jsonl'}]").items()
+    },
+    **{
+        f"data.{spec}[].revision": Row(o.refusal, ("null", "abc"), ("ConfigError", "MissingInput"))
+        for spec in ("train", "eval")
+    },
     "data.train[].columns": Row(o.shown, ("{prompt: p1}", "{prompt: p2}")),
     "data.eval[].columns": Row(o.held_out, ("{prompt: p1}", "{prompt: p2}")),
     # ---- algorithm
     "algorithm.name": Row(o.needs_reference, ("sft", "dpo"), (False, True)),
     "algorithm.loss": Row(o.loss, ("hinge", "{sigmoid: 0.5, ipo: 1}")),
     "algorithm.advantage": Row(
-        o.advantages, ("tests.unit.settings.own:ones", "tests.unit.settings.own:twos"), ([1.0] * 8 + [0.0] * 8, [2.0] * 8 + [0.0] * 8)
+        o.advantages,
+        ("tests.unit.settings.own:ones", "tests.unit.settings.own:twos"),
+        ([1.0] * 8 + [0.0] * 8, [2.0] * 8 + [0.0] * 8),
     ),
     "algorithm.beta": Row(o.loss, ("0.1", "0.5")),
     "algorithm.label_smoothing": Row(o.loss, ("0", "0.1")),
@@ -257,26 +292,42 @@ EXERCISES: dict[str, Row | Elsewhere | Unseen] = {
     "algorithm.whiten": Row(o.advantages, ("true", "false")),
     "algorithm.scale_by_std": Row(o.advantages, ("true", "false")),
     "algorithm.value_clip": Row(o.value_loss, ("0.2", "null")),
-    "algorithm.mask_truncated": _drawn(("true", "false"), o.scored_tokens, (0, 8), "rollouts.max_new_tokens=2", "rollouts.top_k=1"),
+    "algorithm.mask_truncated": _drawn(
+        ("true", "false"), o.scored_tokens, (0, 8), "rollouts.max_new_tokens=2", "rollouts.top_k=1"
+    ),
     # ---- batch, optimizer, learners
     "batch.micro_batch": Row(o.micro_batch, ("4", "auto"), ((4, None), (None, 1))),
     "batch.micro_batch_tokens": Row(o.micro_batch, ("512", "2048"), ((None, 512), (None, 2048))),
-    "batch.memory_utilisation": Row(o.room, ("0.5", "1"), (40 * 10**9, 80 * 10**9), ("learners.gpus_per_worker=1", "batch.memory_limit_gb=80")),
+    "batch.memory_utilisation": Row(
+        o.room,
+        ("0.5", "1"),
+        (40 * 10**9, 80 * 10**9),
+        ("learners.gpus_per_worker=1", "batch.memory_limit_gb=80"),
+    ),
     "batch.memory_limit_gb": Row(o.room, ("10", "20"), (8 * 10**9, 16 * 10**9)),
     "optimizer.learning_rate": Row(o.schedule, ("1e-3", "2e-3"), ([1e-3] * 4, [2e-3] * 4)),
-    "optimizer.schedule": Row(o.schedule, ("constant", "linear"), ([1e-3] * 4, [1e-3, 0.75e-3, 0.5e-3, 0.25e-3])),
+    "optimizer.schedule": Row(
+        o.schedule, ("constant", "linear"), ([1e-3] * 4, [1e-3, 0.75e-3, 0.5e-3, 0.25e-3])
+    ),
     "optimizer.warmup_steps": Row(o.schedule, ("0", "2"), ([1e-3] * 4, [0.0, 0.5e-3, 1e-3, 1e-3])),
     "optimizer.warmup_ratio": Row(o.schedule, ("0", "0.3"), ([1e-3] * 4, [0.0, 0.5e-3, 1e-3, 1e-3])),
     "optimizer.min_learning_rate": Row(o.schedule, ("0", "1e-3")),
     "optimizer.betas": Row(o.stepped, ("[0.9, 0.999]", "[0.5, 0.9]")),
     "optimizer.eps": Row(o.stepped, ("1e-8", "0.1")),
     "optimizer.weight_decay": Row(o.stepped, ("0", "0.1")),
-    "optimizer.max_grad_norm": Row(lambda r: (o.deepspeed(r)["gradient_clipping"], o.stepped(r)), ("null", "0.5"), None, ("learners.zero_stage=1",)),
+    "optimizer.max_grad_norm": Row(
+        lambda r: (o.deepspeed(r)["gradient_clipping"], o.stepped(r)),
+        ("null", "0.5"),
+        None,
+        ("learners.zero_stage=1",),
+    ),
     "learners.gpus_per_worker": Row(_group("learners", 2), ("0", "0.5"), (0.0, 0.5)),
     "learners.cpus_per_worker": Row(_group("learners", 1), ("1", "0.5"), (1.0, 0.5)),
     "learners.zero_stage": Row(o.stages, ("1", "3"), ((1,), (3,))),
     "learners.sync": Row(o.syncs, ("no_sync", "per_micro_batch"), ({"no_sync"}, {"per_micro_batch"})),
-    "learners.precision": Row(lambda r: o.deepspeed(r).get("bf16"), ("fp32", "bf16"), (None, {"enabled": True})),
+    "learners.precision": Row(
+        lambda r: o.deepspeed(r).get("bf16"), ("fp32", "bf16"), (None, {"enabled": True})
+    ),
     "learners.offload.optimizer": Row(
         lambda r: (o.offload_stage(r), o.deepspeed(r)["zero_optimization"].get("offload_optimizer")),
         ("none", "cpu"),
@@ -294,30 +345,54 @@ EXERCISES: dict[str, Row | Elsewhere | Unseen] = {
     "checkpoint.final": Elsewhere(f"{LIVE}::test_weights_alone_are_a_third_and_cannot_be_extended"),
     "export.dtype": Elsewhere(f"{LIVE}::test_moved_extended_and_evaluated_otherwise_it_is_the_same_run"),
     "export.lora": Elsewhere(f"{LIVE}::test_lora_is_exported_as_the_recipe_says"),
-    "learners.max_restarts": Elsewhere("tests/end_to_end/test_settings.py::test_a_lost_worker_is_replaced_as_often_as_the_recipe_says"),
+    "learners.max_restarts": Elsewhere(
+        "tests/end_to_end/test_settings.py::test_a_lost_worker_is_replaced_as_often_as_the_recipe_says"
+    ),
     # ---- rollouts, rewards, critic
     "rollouts.gpus_per_worker": Row(_group("rollouts", 2), ("0", "0.5"), (0.0, 0.5)),
     "rollouts.cpus_per_worker": Row(_group("rollouts", 1), ("1", "0.5"), (1.0, 0.5)),
-    "rollouts.placement": Row(lambda r: sorted(o.groups(r)), ("separate", "colocated"), (["learners", "rollouts"], ["learners"])),
+    "rollouts.placement": Row(
+        lambda r: sorted(o.groups(r)), ("separate", "colocated"), (["learners", "rollouts"], ["learners"])
+    ),
     "rollouts.engine": Row(o.engine, ("transformers", "vllm"), None, SEQUENCE),
-    "rollouts.batching": Elsewhere("tests/unit/rollout/test_paged_decoder.py::test_the_recipe_and_the_device_name_the_decoder"),
-    "rollouts.max_staleness": Elsewhere("tests/faults/test_online_recovery.py::test_generation_runs_one_version_ahead_and_never_more"),
-    "rollouts.update": Elsewhere("tests/faults/test_online_recovery.py::test_weights_may_change_between_the_requests_of_a_batch"),
+    "rollouts.batching": Elsewhere(
+        "tests/unit/rollout/test_paged_decoder.py::test_the_recipe_and_the_device_name_the_decoder"
+    ),
+    "rollouts.max_staleness": Elsewhere(
+        "tests/faults/test_online_recovery.py::test_generation_runs_one_version_ahead_and_never_more"
+    ),
+    "rollouts.update": Elsewhere(
+        "tests/faults/test_online_recovery.py::test_weights_may_change_between_the_requests_of_a_batch"
+    ),
     "rollouts.transport": Elsewhere(f"{BRIDGE}::test_the_transport_follows_from_the_recipe"),
-    "rollouts.replay": Elsewhere("tests/end_to_end/test_online.py::test_a_recorded_run_is_learned_again_to_the_last_bit"),
-    "rollouts.timeout_s": Elsewhere(f"{BRIDGE}::test_an_actor_that_hangs_in_a_broadcast_is_named_and_replaced"),
-    "rollouts.max_restarts": Elsewhere(f"{BRIDGE}::test_an_actor_that_hangs_in_a_broadcast_is_named_and_replaced"),
+    "rollouts.replay": Elsewhere(
+        "tests/end_to_end/test_online.py::test_a_recorded_run_is_learned_again_to_the_last_bit"
+    ),
+    "rollouts.timeout_s": Elsewhere(
+        f"{BRIDGE}::test_an_actor_that_hangs_in_a_broadcast_is_named_and_replaced"
+    ),
+    "rollouts.max_restarts": Elsewhere(
+        f"{BRIDGE}::test_an_actor_that_hangs_in_a_broadcast_is_named_and_replaced"
+    ),
     "rollouts.start_timeout_s": Row(_start_s, ("null", "7"), (180.0, 7.0)),
-    "algorithm.correction.alarm": Elsewhere("tests/unit/trainers/test_online.py::test_a_gap_above_the_alarm_is_noted"),
-    "algorithm.dynamic_sampling": Row(lambda r: build(r.algorithm, r.rollouts).online.dynamic_sampling, ("true", "false"), (True, False)),
+    "algorithm.correction.alarm": Elsewhere(
+        "tests/unit/trainers/test_online.py::test_a_gap_above_the_alarm_is_noted"
+    ),
+    "algorithm.dynamic_sampling": Row(
+        lambda r: build(r.algorithm, r.rollouts).online.dynamic_sampling, ("true", "false"), (True, False)
+    ),
     "algorithm.max_resampled": Elsewhere(
         "tests/unit/trainers/test_online.py::test_dynamic_sampling_replaces_groups_without_signal_and_consumes_what_it_drew"
     ),
     "rewards.normalise": Elsewhere("tests/unit/trainers/test_online.py::test_running_rewards_follow_numpy"),
     "rewards.functions[].revision": Unseen("a reward model on the hub is needed, and there is no hub"),
     "evaluation.generate": Row(lambda r: len(o.answers(r)), ("null", "{}"), (0, 6)),
-    "evaluation.generate.checker": Elsewhere("tests/unit/trainers/test_evaluation.py::test_generations_are_checked_and_shown"),
-    "tracking.alerts": Row(lambda r: len(o.alerts(r)) > 0, ("null", "{goodput: 1, goodput_after_s: 0, " "steps: 1}"), (False, True)),
+    "evaluation.generate.checker": Elsewhere(
+        "tests/unit/trainers/test_evaluation.py::test_generations_are_checked_and_shown"
+    ),
+    "tracking.alerts": Row(
+        lambda r: len(o.alerts(r)) > 0, ("null", "{goodput: 1, goodput_after_s: 0, steps: 1}"), (False, True)
+    ),
     "rollouts.rows_at_once": _drawn(("1", "8"), lambda r: r.rollouts.rows, (1, 8)),
     "rollouts.temperature": _drawn(("0.5", "2")),
     "rollouts.top_p": _drawn(("1e-3", "1"), o.is_settled, (True, False)),
@@ -328,13 +403,19 @@ EXERCISES: dict[str, Row | Elsewhere | Unseen] = {
     "rollouts.environment": _drawn(("talks.py:Quiet", "talks.py:Talks"), o.turns, (1, 8), *TALK),
     "rewards.timeout_s": Row(o.asked, ("1", "2"), ((3, 1.0), (3, 2.0)), SEQUENCE),
     "rewards.retries": Row(o.asked, ("0", "4"), ((1, 60.0), (5, 60.0)), SEQUENCE),
-    "rewards.max_dropped_fraction": Row(o.half_dropped, ("0.4", "0.5"), ("ended", "went on"), (*SEQUENCE, EXACT % "")),
+    "rewards.max_dropped_fraction": Row(
+        o.half_dropped, ("0.4", "0.5"), ("ended", "went on"), (*SEQUENCE, EXACT % "")
+    ),
     "rewards.memory_limit_gb": Row(o.reward, ("0.5", "4"), None, (FUNCTION % "judge.py:hoards",)),
-    "rewards.environment": Row(o.reward, ("[]", "[JUDGE]"), ([0.0, 0.0], [7.0, 7.0]), (FUNCTION % "judge.py:of_variable",)),
+    "rewards.environment": Row(
+        o.reward, ("[]", "[JUDGE]"), ([0.0, 0.0], [7.0, 7.0]), (FUNCTION % "judge.py:of_variable",)
+    ),
     "rewards.batch_size": Row(
         lambda r: [count for *_, count in o.http(r)], ("1", "8"), ([1, 1], [2]), (*SEQUENCE, SERVER)
     ),
-    "rewards.functions[].function": Row(o.reward, ("judge.py:ones", "judge.py:twos"), ([1.0, 1.0], [2.0, 2.0])),
+    "rewards.functions[].function": Row(
+        o.reward, ("judge.py:ones", "judge.py:twos"), ([1.0, 1.0], [2.0, 2.0])
+    ),
     "rewards.functions[].options": Row(
         o.reward,
         ("{strict: false, x: .nan}", "{strict: true, x: 2}"),
@@ -343,7 +424,10 @@ EXERCISES: dict[str, Row | Elsewhere | Unseen] = {
     ),
     "rewards.functions[].weight": Row(o.combined, ("1", "0.5"), ([1.0, 1.0], [0.5, 0.5]), SEQUENCE),
     "rewards.functions[].url": Row(
-        lambda r: o.http(r)[0][0], ("'http://127.0.0.1:PORT/a'", "'http://127.0.0.1:PORT/b'"), ("/a", "/b"), SEQUENCE
+        lambda r: o.http(r)[0][0],
+        ("'http://127.0.0.1:PORT/a'", "'http://127.0.0.1:PORT/b'"),
+        ("/a", "/b"),
+        SEQUENCE,
     ),
     "rewards.functions[].headers_from": Row(
         lambda r: o.http(r)[0][1],
@@ -351,28 +435,53 @@ EXERCISES: dict[str, Row | Elsewhere | Unseen] = {
         ("k1", "k2"),
         (*GRPO, *SEQUENCE, "rewards.functions=[{name: a, url: 'http://127.0.0.1:PORT/a', %s}]"),
     ),
-    "rewards.functions[].model": Elsewhere("tests/faults/test_reward_pool.py::test_a_reward_model_scores_as_a_direct_forward", "model"),
-    "rewards.functions[].gpus": Elsewhere("tests/faults/test_reward_pool.py::test_a_reward_model_without_enough_gpus_is_reported_at_once", "gpus"),
+    "rewards.functions[].model": Elsewhere(
+        "tests/faults/test_reward_pool.py::test_a_reward_model_scores_as_a_direct_forward", "model"
+    ),
+    "rewards.functions[].gpus": Elsewhere(
+        "tests/faults/test_reward_pool.py::test_a_reward_model_without_enough_gpus_is_reported_at_once",
+        "gpus",
+    ),
     "critic.workers": Row(_group("critic", 0), ("1", "2"), (1, 2)),
     "critic.gpus_per_worker": Row(_group("critic", 2), ("0", "0.5"), (0.0, 0.5)),
     "critic.cpus_per_worker": Row(_group("critic", 1), ("1", "0.5"), (1.0, 0.5)),
-    "critic.learning_rate": Row(lambda r: o.schedule(o.critic_of(r)), ("1e-2", "1e-1"), ([1e-2] * 4, [1e-1] * 4)),
+    "critic.learning_rate": Row(
+        lambda r: o.schedule(o.critic_of(r)), ("1e-2", "1e-1"), ([1e-2] * 4, [1e-1] * 4)
+    ),
     # ---- tracking
     **{
-        f"tracking.{key}": Elsewhere("tests/unit/settings/test_tracking_keys.py::test_a_run_stands_where_the_recipe_says")
+        f"tracking.{key}": Elsewhere(
+            "tests/unit/settings/test_tracking_keys.py::test_a_run_stands_where_the_recipe_says"
+        )
         for key in ("project", "entity", "group", "init_timeout_s", "finish_timeout_s")
     },
-    "tracking.alerts.steps": Row(_alert("goodput low"), ("1", "4"), (1, 4), ("tracking.alerts.goodput_after_s=0",)),
-    "tracking.alerts.reward_drop": Row(_alert("reward collapse"), ("0.5", "100"), None, ("tracking.alerts.steps=2",)),
-    "tracking.alerts.reward_spread": Row(_alert("rewards without spread"), ("0.5", "0"), None, ("tracking.alerts.steps=2",)),
+    "tracking.alerts.steps": Row(
+        _alert("goodput low"), ("1", "4"), (1, 4), ("tracking.alerts.goodput_after_s=0",)
+    ),
+    "tracking.alerts.reward_drop": Row(
+        _alert("reward collapse"), ("0.5", "100"), None, ("tracking.alerts.steps=2",)
+    ),
+    "tracking.alerts.reward_spread": Row(
+        _alert("rewards without spread"), ("0.5", "0"), None, ("tracking.alerts.steps=2",)
+    ),
     "tracking.alerts.margin_growth": Row(_alert("margin without accuracy"), ("0.1", "0.8"), None, ALONE),
-    "tracking.alerts.accuracy_gain": Row(_alert("margin without accuracy"), ("0.001", "1"), None, ("tracking.alerts.steps=2",)),
+    "tracking.alerts.accuracy_gain": Row(
+        _alert("margin without accuracy"), ("0.001", "1"), None, ("tracking.alerts.steps=2",)
+    ),
     "tracking.alerts.accuracy_enough": Row(_alert("margin without accuracy"), ("0.1", "0.9"), None, ALONE),
     "tracking.alerts.loss_rise": Row(_alert("held-out loss rose"), ("0.01", "0.5"), (2, None)),
     "tracking.alerts.kl": Row(_alert("far from the reference"), ("0.5", "100"), None),
-    "tracking.alerts.component_fall": Row(_alert("a component falls"), ("0.2", "0.9"), None, ("tracking.alerts.steps=2",)),
+    "tracking.alerts.component_fall": Row(
+        _alert("a component falls"), ("0.2", "0.9"), None, ("tracking.alerts.steps=2",)
+    ),
     "tracking.alerts.restarts": Row(_alert("repeated restarts"), ("2", "3"), (0, None)),
-    "tracking.alerts.restarts_s": Row(_alert("repeated restarts"), ("100", "1000"), (None, 0), ("tracking.alerts.restarts=2",)),
-    "tracking.alerts.goodput": Row(_alert("goodput low"), ("0.5", "0.3"), (1, None), ("tracking.alerts={steps: " "1, " "goodput_after_s: " "0}",)),
-    "tracking.alerts.goodput_after_s": Row(_alert("goodput low"), ("0", "500"), (2, 6), ("tracking.alerts.steps=2",)),
-}  # fmt: skip
+    "tracking.alerts.restarts_s": Row(
+        _alert("repeated restarts"), ("100", "1000"), (None, 0), ("tracking.alerts.restarts=2",)
+    ),
+    "tracking.alerts.goodput": Row(
+        _alert("goodput low"), ("0.5", "0.3"), (1, None), ("tracking.alerts={steps: 1, goodput_after_s: 0}",)
+    ),
+    "tracking.alerts.goodput_after_s": Row(
+        _alert("goodput low"), ("0", "500"), (2, 6), ("tracking.alerts.steps=2",)
+    ),
+}

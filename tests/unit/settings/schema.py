@@ -1,4 +1,4 @@
-"""Every key of the schema, with the values that it may have and some that it may not."""
+"""Every key of the schema, with legal values and some illegal ones."""
 
 import math
 import types
@@ -14,26 +14,31 @@ from orchestrator.recipe.validation import inside
 
 @dataclass(frozen=True, slots=True)
 class Leaf:
-    """A key. path: dotted, `[]` for the entries of a list; holder: its section; field: what the schema says
-    of it."""
+    """A key at one place."""
 
     path: str
+    """Dotted path, with `[]` for entries of a list. Example: "data.train[].weight"."""
     holder: type[Section]
+    """Its section."""
     name: str
+    """Its name in the section."""
     field: FieldInfo
+    """Its field in the schema."""
 
 
 @dataclass(frozen=True, slots=True)
 class Value:
-    """A legal value. text: as YAML; wanted: what the recipe then holds."""
+    """A legal value."""
 
     text: str
+    """The value as YAML."""
     wanted: Any
+    """The value in the recipe."""
 
 
 def leaves(section: type[Section] = Recipe, prefix: str = "") -> Iterator[Leaf]:
     """Every key at every place, inside lists too. A key that holds a section is a key as well: it may be
-    null, or written whole."""
+    null, or written as a whole."""
     for name, field in section.model_fields.items():
         yield Leaf(prefix + name, section, name, field)
         inner = inside(field.annotation)
@@ -43,9 +48,9 @@ def leaves(section: type[Section] = Recipe, prefix: str = "") -> Iterator[Leaf]:
 
 
 def members(annotation: Any) -> list[Any]:
-    """The alternatives of a type, Annotated ones whole."""
+    """The alternatives of a type; Annotated types stay as they are."""
     if get_origin(annotation) in (Union, types.UnionType):
-        return [found for member in get_args(annotation) for found in members(member)]
+        return [inner for member in get_args(annotation) for inner in members(member)]
     return [annotation]
 
 
@@ -60,10 +65,10 @@ def bounds(member: Any, field: FieldInfo) -> dict[str, float]:
 
 
 def legal(leaf: Leaf) -> list[Value]:
-    """A value of every kind that the key may have: both booleans, each literal, null, bounds, powers of ten,
+    """A value of every type that the key may have: both booleans, each literal, null, bounds, powers of ten,
     lists, mappings."""
-    found = [value for member in members(leaf.field.annotation) for value in _of(member, leaf)]
-    return list({value.text: value for value in found}.values())
+    values = [value for member in members(leaf.field.annotation) for value in _of(member, leaf)]
+    return list({value.text: value for value in values}.values())
 
 
 def _of(member: Any, leaf: Leaf) -> list[Value]:
@@ -94,7 +99,7 @@ def _of(member: Any, leaf: Leaf) -> list[Value]:
         return [Value("[]", []), Value('[a, "1", "off"]', ["a", "1", "off"])]
     if get_origin(kind) is dict:
         return _mappings(get_args(kind)[1])
-    return []  # sections, and lists of them: their keys are leaves of their own
+    return []  # sections, and lists of them: their keys are other leaves
 
 
 def _floats(limits: dict[str, float]) -> list[Value]:
@@ -139,7 +144,7 @@ def _pattern(leaf: Leaf) -> bool:
 
 
 def illegal(leaf: Leaf) -> list[str]:
-    """Values that the key may not have, as YAML."""
+    """Illegal values of the key, as YAML."""
     kinds = [get_args(m)[0] if get_origin(m) is Annotated else m for m in members(leaf.field.annotation)]
     if inside(leaf.field.annotation) is not None:
         return []

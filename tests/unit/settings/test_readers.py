@@ -1,4 +1,4 @@
-"""Who reads a key by the table reads it by the code; and what becomes of one that nobody reads."""
+"""The table of readers agrees with the code, and keys without a reader are rejected or listed."""
 
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from orchestrator.core.errors import ConfigError
 from orchestrator.models.load import load_config
 from orchestrator.recipe.keys import DEFAULT_LOSS, LOSSES, READERS, has_reference, samples_dynamically
 from orchestrator.recipe.loading import dump, load
-from orchestrator.recipe.pipeline import Ignored
+from orchestrator.recipe.pipeline import IgnoredKey
 from orchestrator.recipe.schema import ONLINE, AlgorithmConfig, Model, Recipe
 from tests.unit.settings import observe as o
 from tests.unit.settings.contexts import BASE
@@ -35,7 +35,7 @@ def changes(base: dict[str, Any], change: dict[str, Any], see: Any) -> bool:
     return see(recipe(**base)) != see(recipe(**{**base, **change}))
 
 
-LOSS_KNOBS: dict[str, tuple[Any, dict[str, Any]]] = {
+LOSS_KEYS: dict[str, tuple[Any, dict[str, Any]]] = {
     "label_smoothing": (0.2, {"label_smoothing": 0.1}),
     "f_divergence": ("js", {}),
     "ipo_length_average": (False, {}),
@@ -45,12 +45,12 @@ LOSS_KNOBS: dict[str, tuple[Any, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("loss", [name for name in PAIR_LOSSES if name != "sft"])
-@pytest.mark.parametrize("knob", LOSS_KNOBS)
+@pytest.mark.parametrize("knob", LOSS_KEYS)
 def test_a_loss_reads_what_the_table_says(loss: str, knob: str) -> None:
-    value, beside = LOSS_KNOBS[knob]
+    value, beside = LOSS_KEYS[knob]
     base = {"loss": loss, "label_smoothing": 0.1, **beside}
     if knob == "f_divergence" and loss in ("simpo", "cpo", "orpo"):
-        with pytest.raises(ConfigError):  # another message says why
+        with pytest.raises(ConfigError):  # another error gives the reason
             o.loss(recipe(**base, f_divergence=value))
         return
     cfg = recipe(**base)
@@ -64,7 +64,7 @@ def test_the_tables_of_losses_are_one() -> None:
     }
 
 
-POLICY_KNOBS: dict[str, dict[str, Any]] = {
+POLICY_KEYS: dict[str, dict[str, Any]] = {
     "clip.low": {"clip": {"low": 0.01}},
     "clip.high": {"clip": {"high": 0.01}},
     "clip.dual": {"clip": {"dual": 1.01}},
@@ -80,7 +80,7 @@ POLICY_KNOBS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", ONLINE_ROWS)
-@pytest.mark.parametrize("knob", POLICY_KNOBS)
+@pytest.mark.parametrize("knob", POLICY_KEYS)
 def test_an_online_algorithm_reads_what_the_table_says(name: str, knob: str) -> None:
     def seen(cfg: Recipe) -> tuple[float, list[float], list[float]]:
         unscaled = (
@@ -100,7 +100,7 @@ def test_an_online_algorithm_reads_what_the_table_says(name: str, knob: str) -> 
             recipe(name=name, scale_by_std=False)
         )
     else:
-        changed = changes({"name": name}, POLICY_KNOBS[knob], seen)
+        changed = changes({"name": name}, POLICY_KEYS[knob], seen)
     assert READERS[type(holder)][key].reads(cfg, holder) == changed
 
 
@@ -114,7 +114,7 @@ def test_what_an_algorithm_is_by_the_table_it_is_by_the_code(name: str) -> None:
         assert samples_dynamically(cfg) == (built.online is not None and built.online.dynamic_sampling)
 
 
-# ---- what becomes of it
+# ---- keys without a reader
 
 
 @pytest.fixture
@@ -153,9 +153,9 @@ def test_what_is_inherited_or_useless_by_a_change_is_listed_and_has_its_default(
     )
     (stage,) = load(own, ["run.max_steps=2", "tracking.wandb=off"]).stages
     assert stage.ignored == (
-        Ignored("run.epochs", f"{own}:2", "not read because of override `run.max_steps=2`"),
-        Ignored("critic.export", f"{own.parent / 'base.yaml'}:6", "read only by ppo"),
-        Ignored("tracking.project", f"{own}:3", "not read because of override `tracking.wandb=off`"),
+        IgnoredKey("run.epochs", f"{own}:2", "not read because of override `run.max_steps=2`"),
+        IgnoredKey("critic.export", f"{own.parent / 'base.yaml'}:6", "read only by ppo"),
+        IgnoredKey("tracking.project", f"{own}:3", "not read because of override `tracking.wandb=off`"),
     )
     recipe = stage.recipe
     assert (recipe.run.epochs, recipe.tracking.project, recipe.critic.export) == (1.0, "orchestrator", False)

@@ -1,5 +1,5 @@
-"""A net under all settings: every key takes every legal kind of value, from a file and from the command line,
-refuses the others, and is refused itself where nobody reads it."""
+"""All settings: each key takes every legal type of value, from a file and from the command line, rejects
+other values, and is rejected if its run does not read it."""
 
 import re
 from pathlib import Path
@@ -13,7 +13,7 @@ from orchestrator.recipe import reference_page
 from orchestrator.recipe.files import builtin_recipes
 from orchestrator.recipe.keys import ALWAYS, READERS
 from orchestrator.recipe.loading import load
-from orchestrator.recipe.pipeline import Ignored
+from orchestrator.recipe.pipeline import IgnoredKey
 from orchestrator.recipe.schema import Recipe, Section
 from orchestrator.recipe.strict_yaml import Dumper, parse
 from tests.unit.settings.contexts import ALWAYS_HERE, BASE, NEVER_READ, NULLED, context
@@ -31,14 +31,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def changes(leaf: Leaf, given: tuple[str, ...], text: str) -> list[str]:
-    """Overrides that set the key to `text`: in the place of %s, or after the others."""
+    """Overrides that set the key to `text`, in the place of %s or after the others."""
     if not any("%s" in change for change in given):
         return [*given, f"{leaf.path}={text}"]
     return [change.replace("%s", f"{leaf.name}: {text}") for change in given]
 
 
 def written(folder: Path, overrides: list[str], text: str, name: str = "own.yaml") -> Path:
-    """A file that says what BASE and the overrides say, `text` as it is; HERE stands for it in the overrides."""
+    """A file with BASE and the overrides. HERE in the overrides is replaced by `text` as it is."""
     tree, _ = parse(BASE, "base")
     for change in overrides:
         keys, _, value = change.partition("=")
@@ -54,22 +54,22 @@ def written(folder: Path, overrides: list[str], text: str, name: str = "own.yaml
     return file
 
 
-def of(file: Path, *overrides: str) -> tuple[Recipe, tuple[Ignored, ...]]:
+def of(file: Path, *overrides: str) -> tuple[Recipe, tuple[IgnoredKey, ...]]:
     (stage,) = load(file, overrides).stages
     return stage.recipe, stage.ignored
 
 
 def value_at(recipe: Recipe, path: str) -> Any:
-    found: Any = recipe
+    value: Any = recipe
     for part in path.split("."):
-        found = getattr(found, part.removesuffix("[]"))
-        found = found[0] if part.endswith("[]") else found
-    return found
+        value = getattr(value, part.removesuffix("[]"))
+        value = value[0] if part.endswith("[]") else value
+    return value
 
 
-def same(found: Any, wanted: Any) -> bool:
-    """Equal in value and in kind, however deep; NaN is NaN."""
-    return repr(found) == repr(wanted)
+def same(value: Any, wanted: Any) -> bool:
+    """Equal in value and in type, at any depth. NaN equals NaN."""
+    return repr(value) == repr(wanted)
 
 
 def given(leaf: Leaf, value: Value) -> tuple[str, ...]:
@@ -114,7 +114,7 @@ UNREAD = [leaf for leaf in LEAVES if context(leaf.path).unread is not None and l
 
 
 def wish(leaf: Leaf) -> Value | None:
-    """A value that asks for something, be it the default."""
+    """A value that asks for something, even if it is the default."""
     return next((value for value in legal(leaf) if value.wanted not in (None, "auto", [], {})), None)
 
 
@@ -123,7 +123,7 @@ def test_a_key_that_nobody_reads_is_refused_where_the_user_wrote_it_and_listed_w
     folder: Path, leaf: Leaf
 ) -> None:
     value, unread = wish(leaf), context(leaf.path).unread
-    if value is None:  # a section: its keys have their own turn
+    if value is None:  # a section: its keys are other leaves
         return
     assert unread is not None
     own = written(folder, changes(leaf, unread, HERE), value.text)
@@ -131,8 +131,8 @@ def test_a_key_that_nobody_reads_is_refused_where_the_user_wrote_it_and_listed_w
     for file, overrides in ((folder / "base.yaml", changes(leaf, unread, value.text)), (own, [])):
         with pytest.raises(ConfigError, match="that this run does not read") as refused:
             load(file, overrides)
-        said = [line.strip().split(":")[0] for line in refused.value.why.splitlines() if line.strip()]
-        assert any(name == key or name.startswith((f"{key}.", f"{key}[")) for key in said), refused.value
+        keys = [line.strip().split(":")[0] for line in refused.value.why.splitlines() if line.strip()]
+        assert any(name == key or name.startswith((f"{key}.", f"{key}[")) for key in keys), refused.value
     heir = folder / "heir.yaml"
     heir.write_text(f"extends: {own.name}\n")
     recipe, ignored = of(heir)
@@ -147,11 +147,11 @@ def test_every_key_says_who_reads_it_and_is_tried_without_a_reader() -> None:
         )
     for leaf in LEAVES:
         conditional = _conditional(leaf.path) and leaf.path not in ALWAYS_HERE
-        assert (context(leaf.path).unread is not None) == conditional, f"{leaf.path}: mend its context"
+        assert (context(leaf.path).unread is not None) == conditional, f"{leaf.path}: fix its context"
 
 
 def _conditional(path: str) -> bool:
-    """Has the key, or a section that it stands in, a row that is not read by every run?"""
+    """Whether some runs do not read the key or a section that holds it."""
     section: type[Section] = Recipe
     for part in path.split("."):
         name = part.removesuffix("[]")
@@ -168,9 +168,9 @@ def _conditional(path: str) -> bool:
     return False
 
 
-def test_the_reference_page_says_how_many() -> None:
-    found = len(LEAVES), sum(len(legal(leaf)) for leaf in LEAVES)
-    assert found == (reference_page.KEYS, reference_page.VALUES), (
+def test_the_reference_page_has_the_numbers() -> None:
+    counts = len(LEAVES), sum(len(legal(leaf)) for leaf in LEAVES)
+    assert counts == (reference_page.KEYS, reference_page.VALUES), (
         "write these numbers into recipe/reference_page.py"
     )
 
@@ -179,7 +179,7 @@ def test_the_reference_page_says_how_many() -> None:
 def test_shipped_recipes_set_nothing_that_they_do_not_read(
     name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Copied into a user's folder, where their keys are the user's own."""
+    """The recipes are copied into a user's folder, where their keys count as the user's."""
     from orchestrator.recipe.loading import recipe_files
 
     for file in recipe_files(builtin_recipes()[name]):

@@ -337,12 +337,12 @@ class Signals(RecordingReporter):
     def step(self, report):
         super().step(report)
         if report.step == self.at_step:
-            self.stop.hear(signal.SIGTERM)
-            self.stop.hear(signal.SIGTERM)  # as `timeout` does
+            self.stop.handle(signal.SIGTERM)
+            self.stop.handle(signal.SIGTERM)  # as `timeout` does
 
     def evaluation(self, report):
         if report.step == self.at_evaluation:
-            self.stop.hear(signal.SIGHUP)
+            self.stop.handle(signal.SIGHUP)
         super().evaluation(report)
 
 
