@@ -1,7 +1,7 @@
 """DPO with a loss of your own: `python examples/own_loss.py`, or with --no-ray in this process.
 
-The same loss by name: `orchestrator train tiny/dpo algorithm.loss=examples/own_loss.py:dpo`; and the proof that
-no cut of the batch changes it: `orchestrator verify tiny/dpo algorithm.loss=examples/own_loss.py:dpo`.
+In a whole run: `orchestrator train tiny/dpo algorithm.loss=examples/own_loss.py:dpo`. The proof that no cut
+of the batch changes it: `orchestrator verify tiny/dpo algorithm.loss=examples/own_loss.py:dpo`.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning in a loop of your own: `python examples/sft.py`, or with --no-ray in this process."""
+"""Supervised fine-tuning in a loop of your own: `python examples/sft.py`, or --no-ray for this process."""
 
 import sys
 

@@ -38,7 +38,7 @@ def figures() -> Iterator[Figure]:
     """All counts of this checkout."""
     entries = tuple(sorted(path.name for path in PACKAGE.iterdir() if path.name != "__pycache__"))
     yield Figure("entries at the package's root", len(entries), 16, entries)
-    circles = tuple(sorted(" -> ".join(group) for group in import_circles()))
+    circles = tuple(sorted(" -> ".join(group) for group in import_circles(module_imports())))
     yield Figure("import circles between files", len(circles), 0, circles)
     functions = sorted(
         ((lines, place) for file in python_files(PACKAGE) for lines, place in function_lengths(file)),
@@ -83,10 +83,13 @@ def function_lengths(file: Path) -> Iterator[tuple[int, str]]:
 
 
 def wide_lines() -> Iterator[str]:
-    for folder in ("orchestrator", "tests", "tools", "benchmarks", "dashboards"):
+    """Lines that ruff's E501 counts: a pragma at the end, or one long word, does not."""
+    pragma = re.compile(r"  # (pyright|noqa|type|fmt)\b.*")
+    for folder in ("orchestrator", "tests", "tools", "benchmarks", "dashboards", "examples"):
         for file in python_files(ROOT / folder):
             for number, line in enumerate(file.read_text().splitlines(), start=1):
-                if len(line) > WIDTH:
+                text = pragma.sub("", line)
+                if len(text) > WIDTH and " " in text.strip():
                     yield f"{shown(file)}:{number}"
 
 
@@ -98,16 +101,17 @@ def listed_words() -> Iterator[str]:
             yield from (f"{shown(file)}:{number} {match[0]}" for match in pattern.finditer(line))
 
 
-def import_circles() -> list[list[str]]:
-    """Groups of modules that import each other, directly or not, imports inside functions included."""
+def module_imports() -> dict[str, set[str]]:
+    """Modules of the package that each module imports, inside functions too."""
     modules = {module_name(file): file for file in python_files(PACKAGE) if file.stem != "__init__"}
-    imports = {module: imported_modules(file) & modules.keys() for module, file in modules.items()}
+    return {module: imported_modules(file) & modules.keys() for module, file in modules.items()}
+
+
+def import_circles(imports: dict[str, set[str]]) -> list[list[str]]:
+    """Groups of modules that import each other, over however many steps."""
     reached = {module: reachable(module, imports) for module in imports}
-    groups = {
-        tuple(sorted(other for other in reached[module] if module in reached[other]))
-        for module in imports
-        if module in reached[module]
-    }
+    in_circle = [module for module in imports if module in reached[module]]
+    groups = {tuple(sorted(other for other in reached[m] if m in reached.get(other, ()))) for m in in_circle}
     return [list(group) for group in sorted(groups)]
 
 

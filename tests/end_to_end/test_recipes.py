@@ -1,4 +1,4 @@
-"""Every recipe that is shipped takes two steps: its own loss, schedule and batch, on a small model and rows that are here.
+"""Every shipped recipe takes two steps: its own loss and schedule, on a small model and rows that are here.
 
 tests/golden runs the tiny ones, as they stand.
 """

@@ -1,7 +1,7 @@
 """The first steps of every tiny recipe are the recorded ones: whoever changes a number sees it here.
 
 To record others on purpose: `python tools/loss_compare.py record tests/golden`. Digits vary by processor and
-build of torch; `python tools/loss_compare.py compare A B` compares checkouts on one machine to the last digit.
+build of torch; `python tools/loss_compare.py compare A B` compares two checkouts on one machine exactly.
 """
 
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Losses and advantages of one's own: what they may return, and what is said if they return something else."""
+"""Losses and advantages of one's own: what they may return, and the errors if they return something else."""
 
 from pathlib import Path
 

@@ -240,7 +240,7 @@ def schedule(recipe: Recipe) -> list[float]:
 
 
 def stepped(recipe: Recipe) -> float:
-    """A weight of 1 after two optimizer steps with gradients 3 and 0.2, by the optimizer that ZeRO 0 takes."""
+    """A weight of 1 after two optimizer steps with gradients 3 and 0.2, by ZeRO 0's optimizer."""
     from orchestrator.learner.optimizer import GuardedAdamW
 
     weight = torch.nn.Parameter(torch.ones(1))
