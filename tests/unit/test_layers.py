@@ -38,7 +38,7 @@ FLOOR_OF = {
 }
 OPEN = ("__init__", "__main__")
 CORE_LINES = 900
-"""Lines of code in core/, docstrings and comments left out: it stays small and holds no code of other rooms."""
+"""Lines of code in core/, docstrings and comments left out: it stays small, without code of other rooms."""
 HOMES = {"deepspeed": "learner/engine.py", "ray": "cluster/", "wandb": "observe/"}
 HEAVY = ("torch", "transformers", "trl", "datasets", "peft", "deepspeed", "ray", "wandb")
 
