@@ -1,6 +1,7 @@
 """Errors with a message for the user (what happened, why, the fix) and an exit code of sysexits.h."""
 
 from enum import IntEnum
+from typing import Any, Literal
 
 
 class Exit(IntEnum):
@@ -17,10 +18,20 @@ class Exit(IntEnum):
     CONFIG = 78
 
 
+Recovery = Literal["none", "restart", "finer_cut"]
+"""restart: the workers start again from the last checkpoint. finer_cut: the step is cut into smaller
+micro-batches, in place or after a restart. Neither changes an optimizer step."""
+
+
 class OrchestratorError(Exception):
     """A failure with a message for the user: what happened, why, and the fix."""
 
     exit_code: Exit = Exit.SOFTWARE
+    recovery: Recovery = "none"
+    """What the program does about it without the user."""
+    repeats: str | None = None
+    """Name of a failure which, if it comes again, no restart can help against. None if the cause is not
+    known."""
     what: str
     """What failed and where (file:line, key or rank). Example: "batch.effective is 0"."""
     why: str
@@ -41,11 +52,13 @@ class OrchestratorError(Exception):
         return "\n".join(parts)
 
     def __reduce__(self):  # Ray pickles errors, and pickle passes arguments by position
-        return _rebuild, (type(self), self.what, self.why, self.fix)
+        return _rebuild, (type(self), vars(self))
 
 
-def _rebuild(kind: type[OrchestratorError], what: str, why: str, fix: str) -> OrchestratorError:
-    return kind(what, why=why, fix=fix)
+def _rebuild(kind: type[OrchestratorError], state: dict[str, Any]) -> OrchestratorError:
+    error = kind(state["what"], why=state["why"], fix=state["fix"])
+    vars(error).update(state)
+    return error
 
 
 class ConfigError(OrchestratorError):
@@ -106,9 +119,7 @@ class WorkerLost(OrchestratorError):
     """A worker died, missed its deadline, or lost its device or its peers. A restart can help."""
 
     exit_code = Exit.RESUMABLE
-    repeats: str | None = None
-    """Name of a failure which, if it comes again, no restart can help against. None if the cause is not
-    known."""
+    recovery = "restart"
 
 
 class WorkerFailed(OrchestratorError):
@@ -122,9 +133,19 @@ class OutOfMemory(OrchestratorError):
     """A micro-batch did not fit on a worker. A finer cut has the same effective batch and the same result."""
 
     exit_code = Exit.UNAVAILABLE
+    recovery = "finer_cut"
     in_place: bool = True
     """True if no rank waits in a collective: the step can be replayed immediately. Otherwise the workers have
     to be rebuilt from the last checkpoint."""
+
+
+class InternalError(OrchestratorError):
+    """A condition that this program guarantees does not hold: a bug in it, or a library that changed."""
+
+    exit_code = Exit.SOFTWARE
+
+    def __init__(self, what: str, *, why: str = "", fix: str = "this is a bug; please report it") -> None:
+        super().__init__(what, why=why, fix=fix)
 
 
 class CheckpointError(OrchestratorError):

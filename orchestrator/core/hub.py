@@ -6,6 +6,7 @@ The hub's libraries retry for half a minute, several times per command.
 import os
 import socket
 from functools import lru_cache
+from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
@@ -18,6 +19,18 @@ FIX = (
     "to plan without it use plan … --lengths MEAN,MAX (tokens), and --shape config.json for a model that is "
     "not in the table"
 )
+
+
+def is_model_name(path: str) -> bool:
+    """True for ORG/NAME, the name of a model on the hub: everything else is a place on a disk."""
+    local = path.startswith((".", "/", "~")) or ":" in path or path.count("/") != 1
+    return not local and not Path(path).exists()
+
+
+def is_data_set_name(path: str) -> bool:
+    """True for ORG/NAME and for NAME alone, the name of a data set on the hub."""
+    bare = "/" not in path and ":" not in path and "." not in path
+    return is_model_name(path) or (bare and not Path(path).exists())
 
 
 def endpoint() -> str:

@@ -205,12 +205,7 @@ class _Reader:
                 self.notes.append(f"{path}: these are not read: {', '.join(chosen.passed_over)}")
             for file in chosen.files:
                 yield from self._file(str(file), columns)
-        elif (
-            path.name.endswith(SUFFIXES)
-            or path.is_absolute()
-            or source.path.startswith(".")
-            or source.path.count("/") > 1
-        ):
+        elif path.name.endswith(SUFFIXES) or not hub.is_data_set_name(source.path):
             near = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
             close = difflib.get_close_matches(path.name, near, n=3)
             raise MissingInput(

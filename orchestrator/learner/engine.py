@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from orchestrator.core.errors import InternalError
 from orchestrator.core.reports import StepApplied
 from orchestrator.core.zero import PERSISTENT_ELEMENTS, bucket_elements, overlaps
 from orchestrator.learner.optimizer import GuardedAdamW, zero_missing
@@ -100,7 +101,7 @@ def _fragments() -> Any:
 
 def _whole(tensor: Tensor | None, what: str) -> Tensor:
     if tensor is None:
-        raise AssertionError(f"DeepSpeed has no {what} for a trainable parameter")
+        raise InternalError(f"DeepSpeed has no {what} for a trainable parameter")
     return tensor.detach().float()
 
 
@@ -281,7 +282,7 @@ class Engine:
         with self.accumulation():
             self.backward(idle_loss() * float("nan"), last=True)
         if self.step(0.0).applied:
-            raise AssertionError("discard() applied a step: DeepSpeed no longer refuses a NaN gradient")
+            raise InternalError("discard() applied a step: DeepSpeed no longer refuses a NaN gradient")
 
     def _hand_over(self) -> None:
         """Passes all gradients to an offloaded optimizer. DeepSpeed 0.19.8 passes only those of parameters
@@ -401,7 +402,7 @@ class Engine:
         for group in self.ds.basic_optimizer.param_groups:
             for parameter in group["params"]:
                 if parameter.dtype != torch.float32:
-                    raise AssertionError(
+                    raise InternalError(
                         f"the optimizer holds {parameter.dtype} master weights, not fp32 (ZeRO stage "
                         f"{self.stage})"
                     )

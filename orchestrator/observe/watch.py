@@ -6,15 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from orchestrator.core.errors import Interrupted, OrchestratorError, OutOfMemory, WorkerLost
+from orchestrator.core.errors import Exit, OrchestratorError
 from orchestrator.core.files import is_evaluation, read_lines
 from orchestrator.core.reports import EvaluationReport, StepReport
 from orchestrator.observe.alerts import Alert, AlertRules
 from orchestrator.observe.goodput import StartLog
 from orchestrator.recipe.schema import Alerts
-
-RESTARTED = (Interrupted, WorkerLost, OutOfMemory)
-"""Errors after which the run is started again, by the program or by the user."""
 
 
 class Watch:
@@ -52,7 +49,7 @@ class Watch:
 
         A stop by the user and an error that is followed by a restart are not alerts.
         """
-        if self._rules is None or not isinstance(error, Exception) or isinstance(error, RESTARTED):
+        if self._rules is None or not isinstance(error, Exception) or _continues(error):
             return ()
         text = error.what if isinstance(error, OrchestratorError) else f"{type(error).__name__}: {error}"
         return (Alert("the run failed", text, "ERROR", self._last),)
@@ -65,3 +62,10 @@ class Watch:
             if is_evaluation(metrics)
             else self._rules.step(StepReport(step, metrics))
         )
+
+
+def _continues(error: Exception) -> bool:
+    """Whether the run resumes after the error, by itself or by the same command."""
+    return isinstance(error, OrchestratorError) and (
+        error.recovery != "none" or error.exit_code is Exit.RESUMABLE
+    )

@@ -13,6 +13,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from orchestrator.core import hub
 from orchestrator.core.user_code import names_code
 from orchestrator.recipe import schema as c
 from orchestrator.recipe.schema import Recipe
@@ -121,22 +122,10 @@ def samples_dynamically(recipe: Recipe) -> bool:
     )
 
 
-def of_hub(path: str) -> bool:
-    """Whether a model or data set comes from the hub, as models/load.py and data/sources.py decide."""
-    local = path.startswith((".", "/", "stage:", "toy:")) or "://" in path or path.count("/") != 1
-    return not local and not Path(path).exists()
-
-
 def _is_one_file(path: str) -> bool:
     """Whether a source is a single file, without splits and subsets. A path that does not exist here may be a
     folder on the machine that runs the recipe."""
     return "://" in path or Path(path).is_file() or path.endswith(FILES)
-
-
-def _of_hub_data(path: str) -> bool:
-    """Whether a data set comes from the hub, as data/sources.py decides: its name may have no slash."""
-    bare = "/" not in path and ":" not in path and "." not in path
-    return of_hub(path) or (bare and not Path(path).exists())
 
 
 def _is_of_critic(recipe: Recipe, model: c.Model) -> bool:
@@ -205,7 +194,8 @@ READERS: Mapping[type[BaseModel], Mapping[str, Readers]] = {
     c.Model: _rows(
         "path tiny lora",
         revision=when(
-            "the model comes from the hub", lambda _, model: model.path is not None and of_hub(model.path)
+            "the model comes from the hub",
+            lambda _, model: model.path is not None and hub.is_model_name(model.path),
         ),
         trust_remote_code=TUNED,
         chat_template=when(
@@ -250,7 +240,7 @@ READERS: Mapping[type[BaseModel], Mapping[str, Readers]] = {
             "a source has subsets: a hub data set or a folder",
             lambda _, source: not _is_one_file(source.path) and not source.path.startswith("toy:"),
         ),
-        revision=when("a source is a hub data set", lambda _, source: _of_hub_data(source.path)),
+        revision=when("a source is a hub data set", lambda _, source: hub.is_data_set_name(source.path)),
     ),
     c.AlgorithmConfig: _rows(
         "name",
@@ -371,7 +361,7 @@ READERS: Mapping[type[BaseModel], Mapping[str, Readers]] = {
         "name function model url weight",
         revision=when(
             "the reward model comes from the hub",
-            lambda _, function: function.model is not None and of_hub(function.model),
+            lambda _, function: function.model is not None and hub.is_model_name(function.model),
         ),
         options=when("function is set", lambda _, function: function.function is not None),
         headers_from=when("url is set", lambda _, function: function.url is not None),

@@ -42,7 +42,7 @@ values of each key change.
 
 This page is generated from the schema: `orchestrator config reference > docs/recipe-reference.md`.
 """
-KEYS, VALUES = 276, 1135
+KEYS, VALUES = 276, 1134
 """Numbers of keys and of values. tests/unit/settings/test_values.py counts them, and prints what to write
 here."""
 WORDS = {str: "text", int: "whole number", float: "number", bool: "true or false", type(None): "null"}

@@ -183,10 +183,9 @@ class Rollouts(Workers):
         description="Placement of the actors; colocated: actor i shares the bundle of learner worker i.",
     )
     engine: Literal["transformers", "vllm"] = Field("transformers", description="Engine that generates.")
-    batching: Literal["auto", "static", "continuous", "measured"] = Field(
+    batching: Literal["auto", "static", "continuous"] = Field(
         "auto",
-        description="Batching of the transformers engine; auto: static on a CPU, continuous on a GPU; "
-        "measured: each actor times both.",
+        description="Batching of the transformers engine; auto: static on a CPU, continuous on a GPU.",
     )
     rows_at_once: int | None = Field(
         None,

@@ -44,7 +44,7 @@ class Replay:
 
     def __init__(self, steps: Sequence[Sequence[RewardedGroup]], file: Path) -> None:
         self.steps, self.file = deque(steps), file
-        self.rewards: dict[int, RewardedGroup] = {}
+        self.rewards: dict[tuple[int, int], RewardedGroup] = {}
 
     @classmethod
     def read(cls, file: str) -> "Replay":
@@ -84,19 +84,24 @@ class Replay:
         for item in recorded:
             rollouts = tuple(_with_version(r, version) for r in item.group.rollouts)
             group = RolloutGroup(item.group.prompt, item.group.draw, rollouts)
-            self.rewards[id(group)] = RewardedGroup(group, item.rewards, item.parts)
+            self.rewards[_key(group)] = RewardedGroup(group, item.rewards, item.parts)
             groups.append(group)
         return _Recorded(tuple(groups))
 
     def score(self, groups: Sequence[RolloutGroup]) -> BatchRewards:
-        return BatchRewards(tuple(self.rewards.pop(id(group)) for group in groups))
+        return BatchRewards(tuple(self.rewards.pop(_key(group)) for group in groups))
 
     def spans(self) -> list[Span]:
         return []
 
 
+def _key(group: RolloutGroup) -> tuple[int, int]:
+    """(version, draw): draws count from 0 in each recorded batch."""
+    return group.rollouts[0].version, group.draw
+
+
 class NoSync:
-    """roles.WeightBridge of a replay, which has no generator to send weights to."""
+    """roles.WeightSync of a replay, which has no generator to send weights to."""
 
     def publish(self, version: int) -> WeightsDelivered:
         return WeightsDelivered(version, 0, 0.0, 0, "none")

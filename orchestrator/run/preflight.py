@@ -16,6 +16,7 @@ from orchestrator.cluster.doctor.findings import Finding
 from orchestrator.cluster.doctor.node import shared_folder, unmet_requirements, wandb_problem
 from orchestrator.cluster.doctor.smoke import try_gpus_in_child
 from orchestrator.cluster.doctor.survey import local_node_facts, on_cluster, survey
+from orchestrator.core import hub
 from orchestrator.core.errors import (
     ConfigError,
     Exit,
@@ -59,15 +60,10 @@ def model_sources(recipe: Recipe) -> tuple[ModelSource, ...]:
     wanted = [(m.path, m.revision) for m in (recipe.model, recipe.critic.model) if m is not None]
     wanted += [(recipe.model.reference, None), *((f.model, f.revision) for f in recipe.rewards.functions)]
     return tuple(
-        ModelSource(path, revision, _on_hub(path))
+        ModelSource(path, revision, hub.is_model_name(path))
         for path, revision in dict.fromkeys(wanted)
         if path is not None
     )
-
-
-def _on_hub(path: str) -> bool:
-    """Whether models/load.py would take the path for a name on the hub."""
-    return not Path(path).is_dir() and not path.startswith(("/", ".")) and path.count("/") == 1
 
 
 def cluster_facts(

@@ -21,7 +21,7 @@ from orchestrator.cluster.doctor.facts import of_cluster
 from orchestrator.cluster.doctor.findings import Finding
 from orchestrator.cluster.doctor.survey import on_cluster
 from orchestrator.cluster.joining import connect
-from orchestrator.core.errors import NotEnoughResources, OutOfMemory, WorkerFailed, WorkerLost
+from orchestrator.core.errors import NotEnoughResources, OrchestratorError, WorkerFailed, WorkerLost
 from orchestrator.core.files import read_lines
 from orchestrator.core.reports import Progress
 from orchestrator.core.stopping import Stop, stop_signals
@@ -248,11 +248,12 @@ def _supervise(planned: PlannedRun, folder: RunFolder, stop: Stop) -> Progress:
     while True:
         try:
             return run_once(planned, folder, cut, stop)
-        except OutOfMemory as error:
-            cut = finer_cut(planned.plan, planned.data, cut)
-            planned.console.print(f"{error.what}: starting the workers again with {cut}", markup=False)
-        except WorkerLost as error:
-            if stop():
+        except OrchestratorError as error:
+            if error.recovery == "finer_cut":
+                cut = finer_cut(planned.plan, planned.data, cut)
+                planned.console.print(f"{error.what}: starting the workers again with {cut}", markup=False)
+                continue
+            if error.recovery == "none" or stop():
                 raise
             if error.repeats is not None and error.repeats in failures:
                 raise WorkerFailed(
@@ -270,7 +271,7 @@ def _supervise(planned: PlannedRun, folder: RunFolder, stop: Stop) -> Progress:
             )
 
 
-def _require_room(planned: PlannedRun, lost: WorkerLost) -> None:
+def _require_room(planned: PlannedRun, lost: OrchestratorError) -> None:
     """WorkerLost, with exit code 75 ("run it again"), if the remaining hosts cannot hold all workers."""
     try:
         check_capacity(planned.demands())

@@ -35,10 +35,12 @@ class Clock:
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         started = time.perf_counter()
-        yield
-        ended = time.perf_counter()
-        self.phases[name] = self.phases.get(name, 0.0) + ended - started
-        self.spans.append((name, started, ended))
+        try:
+            yield
+        finally:  # an out-of-memory error takes time too
+            ended = time.perf_counter()
+            self.phases[name] = self.phases.get(name, 0.0) + ended - started
+            self.spans.append((name, started, ended))
 
 
 @dataclass(frozen=True, slots=True)

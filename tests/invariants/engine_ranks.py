@@ -25,7 +25,7 @@ import pytest
 import torch
 
 from orchestrator.core.batches import Branch, Cut, SequenceGroup
-from orchestrator.core.errors import OutOfMemory
+from orchestrator.core.errors import InternalError, OutOfMemory
 from orchestrator.core.faults import VARIABLE
 from orchestrator.core.reports import LearnReport, StepApplied
 from orchestrator.data.micro_batches import cut_step
@@ -429,6 +429,6 @@ def low_master() -> str:
     module = ScoringModel(load(cfg.model, seed=0, head="lm").model, head="lm").bfloat16()
     try:
         Engine(module, learners=cfg.learners, optimizer=cfg.optimizer, stage=0, sync="no_sync", world=WORLD)
-    except AssertionError as error:
-        return str(error)
+    except InternalError as error:
+        return error.what
     return ""

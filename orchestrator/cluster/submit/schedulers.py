@@ -20,7 +20,13 @@ from pathlib import Path, PurePosixPath
 
 import yaml
 
-from orchestrator.core.errors import ConfigError, MissingInput, NotEnoughResources, OrchestratorError
+from orchestrator.core.errors import (
+    ConfigError,
+    InternalError,
+    MissingInput,
+    NotEnoughResources,
+    OrchestratorError,
+)
 
 TARGETS = ("slurm", "k8s", "sky")
 FILES = {"slurm": "slurm.sbatch", "k8s": "kuberay.yaml", "sky": "skypilot.yaml"}
@@ -191,7 +197,7 @@ def _fill(template: str, values: Mapping[str, Value]) -> str:
     value."""
     marked = {match["field"] for match in _MARKED.finditer(template)}
     if marked != values.keys():
-        raise AssertionError(f"fields {sorted(values)} do not fit the marked lines {sorted(marked)}")
+        raise InternalError(f"fields {sorted(values)} do not fit the marked lines {sorted(marked)}")
 
     def line(match: re.Match[str]) -> str:
         value = values[match["field"]]

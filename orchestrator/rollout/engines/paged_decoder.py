@@ -5,8 +5,7 @@
         |                                                                      v  TokenSampler draws
         +-- samples end, their pages are free for other requests <-- one token per row
 
-On a CPU the padded decoder is mostly faster (benchmarks/decoding.py); `rollouts.batching: measured` times
-both.
+On a CPU the padded decoder is mostly faster (benchmarks/decoding.py).
 
 The manager draws from one global generator, so a row's tokens would depend on the rows beside it. Therefore
 it decodes greedily here, and the scores that it sees are 1 at the token that TokenSampler drew with the
@@ -16,15 +15,12 @@ report that of its own scores.
 
 import gc
 import queue
-import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from itertools import chain
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 import transformers
 from torch import Tensor
@@ -38,15 +34,12 @@ from orchestrator.core.errors import Exit, OrchestratorError
 from orchestrator.core.rollouts import Completion, Sampling
 from orchestrator.models.noise import words
 from orchestrator.rollout.engines.engine import Request
-from orchestrator.rollout.engines.padded_decoder import StaticDecoder, StopCriteria, as_completion, on_host
+from orchestrator.rollout.engines.padded_decoder import StopCriteria, as_completion, on_host
 from orchestrator.rollout.engines.sampling import draw
 
 PAGE_TOKENS = 32
 PREFILL_TOKENS = 256
 """Fewest tokens of a step, so that few steps prefill a prompt; SDPA's mask grows with its square."""
-GAP, GAP_HALF = 1e-3, 0.05
-"""Nat per token by which log-probs of the two decoders may differ, in fp32 and in half precision; more means
-that they compute different models."""
 POLL_S = 1.0
 """Seconds between checks of the manager's thread while no sample ends."""
 
@@ -259,72 +252,3 @@ def _settings(rows: int, longest: int) -> ContinuousBatchingConfig:
             why=str(error),
             fix='pip install "transformers>=5.19", or set rollouts.batching=static',
         ) from error
-
-
-class MeasuredDecoder:
-    """Decodes with the faster of two decoders.
-
-    Both decode the first requests, which have twice as many samples as are decoded together; the static
-    decoder's completions are returned for these.
-    """
-
-    def __init__(
-        self, static: StaticDecoder, continuous: ContinuousDecoder, note: Callable[[str], None]
-    ) -> None:
-        """`note` prints one line with the times and the choice."""
-        self.static, self.continuous, self.note = static, continuous, note
-        self.chosen: StaticDecoder | ContinuousDecoder | None = None
-
-    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[tuple[Completion, ...]]:
-        """The completions of each request, in order."""
-        if self.chosen is not None or not requests:
-            return (self.chosen or self.static).generate(requests, sampling)
-        total = np.cumsum([len(r.seeds) for r in requests])
-        count = int(np.searchsorted(total, 2 * self.static.rows)) + 1
-        measured = self._measure(requests[:count], sampling)
-        return measured + self.generate(requests[count:], sampling)
-
-    def _measure(self, requests: Sequence[Request], sampling: Sampling) -> list[tuple[Completion, ...]]:
-        """The completions of `requests`; sets `chosen`."""
-        expected, static_s = _timed(self.static, requests, sampling)
-        try:
-            completions, continuous_s = _timed(self.continuous, requests, sampling)
-        except ContinuousBatchingFailed as error:
-            self.chosen = self.static
-            self.note(f"rollouts.batching=measured: static, as continuous batching failed\n{error}")
-            return expected
-        gap, half = logprob_gap(expected, completions), self.continuous.model.dtype != torch.float32
-        faster = self.continuous if continuous_s < static_s else self.static
-        self.chosen = faster if gap <= (GAP_HALF if half else GAP) else self.static
-        name = "continuous" if self.chosen is self.continuous else "static"
-        rows = sum(len(r.seeds) for r in requests)
-        times = f"static {static_s:.2f} s, continuous {continuous_s:.2f} s"
-        self.note(
-            f"rollouts.batching=measured: {name} ({rows} samples: {times}, log-probs differ by {gap:.1e})"
-        )
-        return expected
-
-
-def logprob_gap(first: Sequence[tuple[Completion, ...]], second: Sequence[tuple[Completion, ...]]) -> float:
-    """Mean |difference| of two decoders' log-probs, in nat, over the tokens on which they agree.
-
-    Only tokens before the first difference of a completion count. Infinite if no token agrees.
-    """
-    gaps: list[float] = []
-    for a, b in zip(chain.from_iterable(first), chain.from_iterable(second), strict=True):
-        length = min(len(a.ids), len(b.ids))
-        equal = int((a.ids[:length] == b.ids[:length]).cumprod().sum())
-        gaps.extend(np.abs(a.logprobs[:equal] - b.logprobs[:equal]).tolist())
-    return float(np.mean(gaps)) if gaps else float("inf")
-
-
-def _timed(
-    decoder: StaticDecoder | ContinuousDecoder, requests: Sequence[Request], sampling: Sampling
-) -> tuple[list[tuple[Completion, ...]], float]:
-    """The completions of the requests, and the seconds they took.
-
-    The first tokens that a process decodes are slow, so two tokens are decoded before.
-    """
-    decoder.generate([replace(requests[0], tokens_left=min(2, requests[0].tokens_left))], sampling)
-    start = time.perf_counter()
-    return decoder.generate(requests, sampling), time.perf_counter() - start

@@ -15,7 +15,6 @@ from orchestrator.rollout.engines.padded_decoder import StaticDecoder
 from orchestrator.rollout.engines.paged_decoder import (
     ContinuousBatchingFailed,
     ContinuousDecoder,
-    MeasuredDecoder,
 )
 
 
@@ -73,7 +72,7 @@ def make_decoder(cfg: Rollouts, model: Any, tokenizer: Any, device: torch.device
             raise
         _note(f"rollouts.batching={cfg.batching}: static\n{error}")
         return static
-    return MeasuredDecoder(static, continuous, note=_note) if cfg.batching == "measured" else continuous
+    return continuous
 
 
 def _note(line: str) -> None:

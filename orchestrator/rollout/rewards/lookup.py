@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from orchestrator.core import hub
 from orchestrator.core.errors import ConfigError, MissingInput
 from orchestrator.core.user_code import load_module
 from orchestrator.data.answers import CHECKERS, matches
@@ -373,8 +374,7 @@ def _check_url(url: str, key: str) -> None:
 
 def _check_model(function: RewardFunction) -> None:
     path = str(function.model)
-    looks_local = Path(path).is_absolute() or path.startswith(".") or path.count("/") != 1
-    if looks_local and not (Path(path) / "config.json").is_file():
+    if not hub.is_model_name(path) and not (Path(path) / "config.json").is_file():
         raise MissingInput(
             f"rewards.functions, {function.name}: {path} holds no config.json",
             fix="point to the export folder of a reward run",

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -79,3 +80,27 @@ def test_a_plan_without_a_network_names_what_it_lacks_within_seconds(recipe, cha
     assert "--lengths MEAN,MAX" in ended.stderr + ended.stdout
     assert "Retrying" not in ended.stderr + ended.stdout
     assert os.times().children_user - started < 60
+
+
+@pytest.mark.parametrize(
+    ("path", "model", "data_set"),
+    [
+        ("Qwen/Qwen2.5-0.5B", True, True),
+        ("gsm8k", False, True),
+        ("here/folder", False, False),
+        ("./org/name", False, False),
+        ("/models/name", False, False),
+        ("~/name", False, False),
+        ("a/b/c", False, False),
+        ("stage:sft", False, False),
+        ("toy:sft", False, False),
+        ("s3://bucket/rows", False, False),
+        ("rows.jsonl", False, False),
+    ],
+)
+def test_one_rule_says_what_is_on_the_hub(
+    path: str, model: bool, data_set: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here" / "folder").mkdir(parents=True)
+    assert (hub.is_model_name(path), hub.is_data_set_name(path)) == (model, data_set)

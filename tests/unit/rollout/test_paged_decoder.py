@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
-from orchestrator.core.rollouts import Completion, Sampling
+from orchestrator.core.rollouts import Sampling
 from orchestrator.models.load import load
 from orchestrator.recipe.schema import Model, Rollouts, TinyModel
 from orchestrator.rollout.engines import paged_decoder as continuous
@@ -20,8 +20,6 @@ from orchestrator.rollout.engines.padded_decoder import StaticDecoder
 from orchestrator.rollout.engines.paged_decoder import (
     ContinuousBatchingFailed,
     ContinuousDecoder,
-    MeasuredDecoder,
-    logprob_gap,
 )
 from orchestrator.rollout.engines.transformers_engine import make_decoder
 from tests.unit.rollout.decoding_cases import (
@@ -185,87 +183,11 @@ def test_an_error_in_the_managers_thread_is_raised():
     assert threading.active_count() == threads
 
 
-class Clock:
-    """A clock that only the decoders below advance."""
-
-    now = 0.0
-
-    def perf_counter(self) -> float:
-        return self.now
-
-
-class AnotherModel(ContinuousDecoder):
-    """Quick, and wrong."""
-
-    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[tuple[Completion, ...]]:
-        return StaticDecoder(CASES[0].model(seed=1), EOS, 64, letters).generate(requests, sampling)
-
-
-def taking(kind: Any, seconds: float, clock: Clock) -> Any:
-    """A decoder of that kind that takes `seconds`."""
-
-    class Taking(kind):
-        def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[tuple[Completion, ...]]:
-            clock.now += seconds
-            return super().generate(requests, sampling)
-
-    return Taking(LLAMA, EOS, 6, letters)
-
-
-@pytest.mark.parametrize(
-    ("kind", "static_s", "continuous_s", "chosen"),
-    [
-        (ContinuousDecoder, 2.0, 1.0, "continuous"),
-        (ContinuousDecoder, 1.0, 2.0, "static"),
-        (AnotherModel, 2.0, 1.0, "static"),
-    ],
-)
-def test_the_quicker_decoder_is_chosen_once_unless_it_is_wrong(
-    kind, static_s, continuous_s, chosen, monkeypatch
-):
-    notes: list[str] = []
-    clock = Clock()
-    monkeypatch.setattr("orchestrator.rollout.engines.paged_decoder.time", clock)
-    decoder = MeasuredDecoder(
-        taking(StaticDecoder, static_s, clock), taking(kind, continuous_s, clock), notes.append
-    )
-    assert decoder.generate([], SAMPLING) == [] and decoder.chosen is None
-    found = decoder.generate(REQUESTS, SAMPLING)
-    assert same(found, EXPECTED) and same(decoder.generate(REQUESTS[:2], SAMPLING), EXPECTED[:2])
-    assert decoder.chosen is (decoder.continuous if chosen == "continuous" else decoder.static)
-    assert len(notes) == 1
-    times = f"static {static_s:.2f} s, continuous {continuous_s:.2f} s"
-    assert notes[0].startswith(f"rollouts.batching=measured: {chosen} (12 samples: {times}, log-probs")
-
-
-def test_a_failure_while_measuring_chooses_static_with_a_note():
-    class Failing(ContinuousDecoder):
-        def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[tuple[Completion, ...]]:
-            return super().generate([replace(r, prompt=np.array([5, 10_000])) for r in requests], sampling)
-
-    notes: list[str] = []
-    options = (LLAMA, EOS, 6, letters)
-    decoder = MeasuredDecoder(StaticDecoder(*options), Failing(*options), notes.append)
-    assert same(decoder.generate(REQUESTS, SAMPLING), EXPECTED)
-    assert decoder.chosen is decoder.static and "IndexError" in notes[0]
-
-
-def test_gap_of_log_probs_ends_where_the_tokens_part():
-    def completion(ids: list[int], logprobs: list[float]) -> tuple[Completion, ...]:
-        return (Completion(np.array(ids), np.array(logprobs, np.float32), "length"),)
-
-    first = [completion([1, 2, 3], [-1.0, -1.0, -1.0])]
-    assert logprob_gap(first, [completion([1, 2, 4], [-1.0, -1.5, -9.0])]) == pytest.approx(0.25)
-    assert logprob_gap(first, [completion([1], [-1.0])]) == 0.0
-    assert logprob_gap(first, [completion([4, 2, 3], [-1.0, -1.0, -1.0])]) == float("inf")
-
-
 @pytest.mark.parametrize(
     ("batching", "device", "kind"),
     [
         ("static", "cuda", StaticDecoder),
         ("continuous", "cpu", ContinuousDecoder),
-        ("measured", "cpu", MeasuredDecoder),
         ("auto", "cpu", StaticDecoder),
         ("auto", "cuda", ContinuousDecoder),
     ],
@@ -276,10 +198,10 @@ def test_the_recipe_and_the_device_name_the_decoder(batching, device, kind):
     assert type(make_decoder(rollouts, loaded.model, loaded.tokenizer, torch.device(device))) is kind
 
 
-def test_measured_is_static_if_the_model_reads_no_pages(capsys):
+def test_auto_is_static_if_the_model_reads_no_pages(capsys):
     tokenizer = load(Model(tiny=TinyModel()), seed=0, head="lm").tokenizer  # pyright: ignore[reportCallIssue]
-    rollouts = Rollouts(batching="measured")  # pyright: ignore[reportCallIssue]
-    decoder = make_decoder(rollouts, Case("bloom").model(), tokenizer, torch.device("cpu"))
+    rollouts = Rollouts(batching="auto")  # pyright: ignore[reportCallIssue]
+    decoder = make_decoder(rollouts, Case("bloom").model(), tokenizer, torch.device("cuda"))
     assert type(decoder) is StaticDecoder
     assert "BloomForCausalLM cannot decode" in capsys.readouterr().out
 
@@ -301,6 +223,6 @@ def test_another_release_of_transformers_is_static_or_an_error_with_the_version_
     with pytest.raises(ContinuousBatchingFailed, match="transformers") as refused:
         make_decoder(rollouts, LLAMA, tokenizer, torch.device("cpu"))
     assert "page_size" in refused.value.why and "transformers>=5.19" in refused.value.fix
-    rollouts = Rollouts(batching="measured")  # pyright: ignore[reportCallIssue]
-    assert type(make_decoder(rollouts, LLAMA, tokenizer, torch.device("cpu"))) is StaticDecoder
-    assert "rollouts.batching=measured: static" in capsys.readouterr().out
+    rollouts = Rollouts(batching="auto")  # pyright: ignore[reportCallIssue]
+    assert type(make_decoder(rollouts, LLAMA, tokenizer, torch.device("cuda"))) is StaticDecoder
+    assert "rollouts.batching=auto: static" in capsys.readouterr().out

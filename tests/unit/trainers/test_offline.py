@@ -24,7 +24,7 @@ from orchestrator.recipe.schema import Evaluation, Model, Source, TinyModel
 from orchestrator.trainers.cadence import AfterSteps
 from orchestrator.trainers.evaluation import Evaluator, HeldOut
 from orchestrator.trainers.offline import OfflinePlan, OfflineTrainer
-from orchestrator.trainers.optimizer_step import Guards
+from orchestrator.trainers.optimizer_step import Clock, Guards
 from orchestrator.trainers.ranking import Ranking
 from tests.unit.trainers.conftest import WHOLE, MemoryCheckpoints, RecordingReporter, batches, pairs, recipe
 
@@ -555,3 +555,14 @@ def test_the_accuracy_is_nan_at_the_first_step_and_in_the_evaluation_before_it(o
     for name in ("eval/rewards/accuracies", "eval/preference_accuracy"):
         assert np.isnan(before.metrics[name]) and 0.0 <= after.metrics[name] <= 1.0
     assert before.samples == () and after.samples
+
+
+def test_a_phase_that_fails_counts_too() -> None:
+    clock = Clock()
+    with pytest.raises(OutOfMemory), clock.phase("forward_backward"):
+        raise OutOfMemory("no room")
+    with clock.phase("forward_backward"):
+        pass
+    assert [name for name, _, _ in clock.spans] == ["forward_backward"] * 2
+    seconds = sum(end - start for _, start, end in clock.spans)
+    assert clock.phases["forward_backward"] == pytest.approx(seconds)
