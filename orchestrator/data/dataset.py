@@ -21,10 +21,12 @@ from orchestrator.recipe.schema import Model, Recipe, Source
 
 
 @dataclass(frozen=True, slots=True)
-class DataSet:
-    """Everything that the offline loop reads."""
+class PlanInput:
+    """What the planner has to know of the data: rows of a data set, the longest rollouts that prompts can lead
+    to, or rows of given lengths."""
 
     tokenizer: Any
+    """None for rows that were made up."""
     loaded: LoadedRows
     """Rows of data.train."""
     report: EncodingReport
@@ -32,19 +34,25 @@ class DataSet:
     """Training examples in row order."""
     batches: Batches[SequenceGroup]
     """Training examples of an optimizer step by the cursor of consumed examples."""
-    held_out: tuple[SequenceGroup, ...]
+    held_out: tuple[SequenceGroup, ...] = ()
     """Examples for evaluation."""
-    held_out_report: EncodingReport | None
-    held_out_names: tuple[str, ...]
-    """Names of the sources of data.eval."""
-    prompts: tuple[tuple[int, ...], ...]
+    prompts: tuple[tuple[int, ...], ...] = ()
     """Token ids of held-out prompts with an expected answer, for generation."""
-    answers: tuple[str, ...]
-    """Expected answer of each of these prompts."""
     unused: tuple[str, ...] = ()
     """Columns that nothing reads."""
     notes: tuple[str, ...] = ()
     """What else the user should know of the data."""
+
+
+@dataclass(frozen=True, slots=True)
+class DataSet(PlanInput):
+    """Everything that the offline loop reads."""
+
+    held_out_report: EncodingReport | None = None
+    held_out_names: tuple[str, ...] = ()
+    """Names of the sources of data.eval."""
+    answers: tuple[str, ...] = ()
+    """Expected answer of each of `prompts`."""
 
     @property
     def decode(self) -> Callable[[Sequence[int]], str]:

@@ -17,7 +17,7 @@ from orchestrator.core.batches import Branch, Experience, Row, SequenceGroup
 from orchestrator.core.errors import ConfigError, DataError
 from orchestrator.core.rollouts import Prompt
 from orchestrator.data.bad_rows import check_bad
-from orchestrator.data.dataset import DataSet, held_out_source, seen_in
+from orchestrator.data.dataset import PlanInput, held_out_source, seen_in
 from orchestrator.data.formats import Reads
 from orchestrator.data.order import Batches, Order
 from orchestrator.data.sources import LoadedRows, load_rows
@@ -36,7 +36,7 @@ class PromptSet:
     """Prompts of a rollout batch by the cursor of consumed prompts."""
     held_out: tuple[Prompt, ...]
     """Prompts for evaluation."""
-    longest: DataSet
+    longest: PlanInput
     """Data set of the longest possible rollouts, for the plan, the memory probe and the start-up checks."""
 
 
@@ -64,17 +64,12 @@ def load_prompts(
     unused, notes = seen_in(loaded, rows)
     groups = tuple(longest_rollouts(p, recipe, algorithm) for p in prompts)
     effective = recipe.batch.effective // algorithm.group_examples
-    longest = DataSet(
+    longest = PlanInput(
         tokenizer=tokenizer,
         loaded=loaded,
         report=report,
         groups=groups,
         batches=Batches(groups, order, effective, recipe.data.remainder),
-        held_out=(),
-        held_out_report=None,
-        held_out_names=(),
-        prompts=(),
-        answers=(),
         unused=unused,
         notes=(*notes, *report.notes),
     )

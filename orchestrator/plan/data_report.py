@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from orchestrator.data.bad_rows import grouped
-from orchestrator.data.dataset import DataSet
+from orchestrator.data.dataset import PlanInput
 
 MAX_REASONS = 3
 """Reasons of bad rows that a plan prints."""
@@ -49,7 +49,7 @@ class DataReport:
     """Reasons of the bad rows, equal ones grouped."""
 
 
-def data_report(data: DataSet, notes: tuple[str, ...] = ()) -> DataReport:
+def data_report(data: PlanInput, notes: tuple[str, ...] = ()) -> DataReport:
     """Report of a data set. notes: remarks of the algorithm, after those of the data."""
     report = data.report
     top = max(report.lengths)

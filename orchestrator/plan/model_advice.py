@@ -15,7 +15,7 @@ from transformers import GenerationConfig
 
 from orchestrator.algorithms.table import AlgorithmSpec
 from orchestrator.core.errors import ConfigError, OutputError
-from orchestrator.data.dataset import DataSet
+from orchestrator.data.dataset import PlanInput
 from orchestrator.models.classes import auto_class
 from orchestrator.models.forward import ScoringModel
 from orchestrator.models.generation import savable
@@ -30,7 +30,7 @@ POSITIONS = re.compile(
 """Names of position tables in transformers' models."""
 
 
-def advise(recipe: Recipe, algorithm: AlgorithmSpec, model: MemoryModel, data: DataSet) -> list[Choice]:
+def advise(recipe: Recipe, algorithm: AlgorithmSpec, model: MemoryModel, data: PlanInput) -> list[Choice]:
     """Notes on the model. Raises ConfigError or MissingInput for a model that cannot be trained on these
     rows."""
     check_files(recipe.model)
@@ -63,7 +63,7 @@ def advise(recipe: Recipe, algorithm: AlgorithmSpec, model: MemoryModel, data: D
     return notes
 
 
-def longest(recipe: Recipe, algorithm: AlgorithmSpec, data: DataSet) -> int:
+def longest(recipe: Recipe, algorithm: AlgorithmSpec, data: PlanInput) -> int:
     """Tokens of the longest possible sequence of the run: an encoded row, a rollout of full length, or
     generation in an evaluation."""
     lengths = [g.longest for g in (*data.groups, *data.held_out)]
@@ -74,7 +74,7 @@ def longest(recipe: Recipe, algorithm: AlgorithmSpec, data: DataSet) -> int:
     return max(lengths)
 
 
-def _check_ids(recipe: Recipe, scoring: ScoringModel, data: DataSet) -> None:
+def _check_ids(recipe: Recipe, scoring: ScoringModel, data: PlanInput) -> None:
     """Raises ConfigError for a token that has no row in the embedding."""
     embedding: Any = scoring.hugging_face.get_input_embeddings()
     rows = int(embedding.weight.shape[0])

@@ -14,7 +14,7 @@ from orchestrator.algorithms.table import AlgorithmSpec, build, kl_notes
 from orchestrator.core.batches import Cut, Layout, PackedBatch, Sync
 from orchestrator.core.errors import ConfigError, NotEnoughResources
 from orchestrator.core.format import size
-from orchestrator.data.dataset import DataSet
+from orchestrator.data.dataset import PlanInput
 from orchestrator.data.micro_batches import cut_step
 from orchestrator.models.attention import capabilities
 from orchestrator.models.forward import Checkpointing
@@ -130,7 +130,7 @@ class Plan:
 
 
 def make_plan(
-    recipe: Recipe, algorithm: AlgorithmSpec, data: DataSet, hardware: Hardware | None = None
+    recipe: Recipe, algorithm: AlgorithmSpec, data: PlanInput, hardware: Hardware | None = None
 ) -> Plan:
     """The plan of a run on `hardware`, or on this machine. Raises ConfigError or NotEnoughResources if the
     run could not work."""
@@ -281,7 +281,7 @@ def _too_large(memory: MemoryEstimate, limits: Limits) -> NotEnoughResources:
     )
 
 
-def finer_cut(plan: Plan, data: DataSet, cut: Cut) -> Cut:
+def finer_cut(plan: Plan, data: PlanInput, cut: Cut) -> Cut:
     """The cut to try after `cut` took more memory than predicted. It does not change a result.
 
     Micro-batches get smaller. If they cannot, the next way to partition that fits by prediction is taken.

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from orchestrator.algorithms.schedule import warmup
-from orchestrator.data.dataset import DataSet
+from orchestrator.data.dataset import PlanInput
 from orchestrator.plan.data_report import DataReport
 from orchestrator.recipe.schema import ONLINE, Recipe
 
@@ -52,7 +52,7 @@ class SanityInputs:
 
     recipe: Recipe
     """The recipe."""
-    data: DataSet
+    data: PlanInput
     """The encoded data."""
     report: DataReport
     """The report on the data."""

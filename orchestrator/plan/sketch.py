@@ -8,7 +8,7 @@ from orchestrator.algorithms.table import AlgorithmSpec
 from orchestrator.core.batches import Branch, Ints, SequenceGroup
 from orchestrator.core.errors import ConfigError
 from orchestrator.core.rollouts import Prompt
-from orchestrator.data.dataset import DataSet
+from orchestrator.data.dataset import PlanInput
 from orchestrator.data.order import Batches, Order
 from orchestrator.data.prompts import longest_rollouts
 from orchestrator.data.sources import LoadedRows
@@ -57,7 +57,7 @@ class Lengths:
         return lengths
 
 
-def synthetic_data(recipe: Recipe, algorithm: AlgorithmSpec, lengths: Lengths) -> DataSet:
+def synthetic_data(recipe: Recipe, algorithm: AlgorithmSpec, lengths: Lengths) -> PlanInput:
     """A data set of rows with such lengths. Half of a row is its prompt. Online the prompt has the tokens
     that rollouts.max_new_tokens leaves."""
     effective = recipe.batch.effective // algorithm.group_examples
@@ -73,17 +73,12 @@ def synthetic_data(recipe: Recipe, algorithm: AlgorithmSpec, lengths: Lengths) -
     else:
         groups = tuple(_group(i, n, algorithm) for i, n in enumerate(drawn.tolist()))
     count = len(groups)
-    return DataSet(
+    return PlanInput(
         tokenizer=None,
         loaded=LoadedRows((), (), (count,), (1.0,), ("synthetic lengths",), (str(lengths),), ""),
         report=EncodingReport(count, count, 0, 0, (), 0, tuple(drawn.tolist())),
         groups=groups,
         batches=Batches(groups, Order([count], [1.0], recipe.run.seed), effective, recipe.data.remainder),
-        held_out=(),
-        held_out_report=None,
-        held_out_names=(),
-        prompts=(),
-        answers=(),
     )
 
 

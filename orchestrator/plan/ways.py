@@ -12,7 +12,7 @@ from orchestrator.algorithms.table import AlgorithmSpec
 from orchestrator.core.batches import Cut, MicroBatch, SequenceGroup, Sync
 from orchestrator.core.errors import ConfigError
 from orchestrator.core.resources import WorkerGroup
-from orchestrator.data.dataset import DataSet
+from orchestrator.data.dataset import PlanInput
 from orchestrator.data.micro_batches import positions_of, shares
 from orchestrator.data.packing import pack
 from orchestrator.models.forward import Checkpointing
@@ -96,7 +96,7 @@ def largest_micro_batch(steps: Sequence[Sequence[SequenceGroup]], cut: Cut) -> M
     return pack(max(chunks, key=lambda chunk: positions_of(chunk, cut)), cut.layout, one_row=cut.one_row)
 
 
-def first_steps(data: DataSet) -> list[Sequence[SequenceGroup]]:
+def first_steps(data: PlanInput) -> list[Sequence[SequenceGroup]]:
     """Examples of the first LOOK_AHEAD optimizer steps."""
     steps, cursor = [], 0
     for _ in range(min(LOOK_AHEAD, data.batches.steps_in(1.0))):

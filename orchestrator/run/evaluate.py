@@ -52,6 +52,6 @@ def evaluate(recipe: Recipe, model: Path | None, console: Console) -> dict[str, 
         )
         group.build(LearnerSpec(planned.recipe, planned.plan.cut, 1))
         evaluator = run_offline.evaluator(
-            planned.data, policy, planned.algorithm, group, attach, itself=model is None
+            planned.data_set, policy, planned.algorithm, group, attach, itself=model is None
         )
         return dict(evaluator.evaluate(planned.plan.cut, 0).metrics)

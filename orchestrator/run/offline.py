@@ -61,7 +61,7 @@ def run_once(planned: PlannedRun, folder: RunFolder, cut: Cut, stop: Stop) -> Pr
             policy=group,
             attach_reference=attach,
             batches=planned.data.batches,
-            evaluator=evaluator(planned.data, recipe, planned.algorithm, group, attach),
+            evaluator=evaluator(planned.data_set, recipe, planned.algorithm, group, attach),
             report=reporter,
             checkpoints=checkpoints,
             throughput=measured_throughput(planned.plan, planned.algorithm, group, reporter.note),

@@ -16,7 +16,7 @@ from orchestrator.cluster.placement import demands
 from orchestrator.core.errors import ConfigError, NotEnoughResources
 from orchestrator.core.format import size
 from orchestrator.core.resources import WorkerGroup
-from orchestrator.data.dataset import DataSet
+from orchestrator.data.dataset import DataSet, PlanInput
 from orchestrator.data.prompts import PromptSet, check_batches
 from orchestrator.models.load import load_config
 from orchestrator.models.precision import precision_of
@@ -55,7 +55,7 @@ class PlannedRun:
     recipe: Recipe
     """The plan's recipe: `learners.workers` is a number."""
     algorithm: AlgorithmSpec
-    data: DataSet
+    data: PlanInput
     """Examples that steps are planned and checked with: of an online run its longest possible rollouts."""
     prompts: PromptSet | None
     """None for an offline run."""
@@ -73,6 +73,12 @@ class PlannedRun:
     def schedule_steps(self) -> int:
         """Optimizer steps of the whole run, which the learning rate's schedule counts."""
         return self.plan.total_steps * self.optimizer_steps
+
+    @property
+    def data_set(self) -> DataSet:
+        """The data of an offline run, held-out rows included."""
+        assert isinstance(self.data, DataSet), "an online run has prompts, not rows"
+        return self.data
 
     def demands(self) -> tuple[WorkerGroup, ...]:
         """Worker groups that the run needs."""
@@ -299,7 +305,7 @@ def require_reward(recipe: Recipe) -> None:
 
 
 def _plan_that_fits(
-    recipe: Recipe, algorithm: AlgorithmSpec, data: DataSet, hardware: Hardware, may_shrink: bool
+    recipe: Recipe, algorithm: AlgorithmSpec, data: PlanInput, hardware: Hardware, may_shrink: bool
 ) -> Plan:
     """The plan. With `may_shrink` the workers are halved until the machine's RAM holds them."""
     while True:

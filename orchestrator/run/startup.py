@@ -12,7 +12,7 @@ from orchestrator.algorithms.table import AlgorithmSpec
 from orchestrator.cluster.ranks import Ranks
 from orchestrator.core.batches import Cut, LossUnits, MicroBatch, PackedBatch, SequenceGroup
 from orchestrator.core.errors import ConfigError
-from orchestrator.data.dataset import DataSet
+from orchestrator.data.dataset import PlanInput
 from orchestrator.data.micro_batches import cut_step, loss_units
 from orchestrator.data.packing import pack
 from orchestrator.learner.probes import (
@@ -63,7 +63,7 @@ def learners_are_reference(recipe: Recipe) -> bool:
 def attach_reference(
     recipe: Recipe,
     algorithm: AlgorithmSpec,
-    data: DataSet,
+    data: PlanInput,
     cut: Cut,
     group: Ranks,
     note: Note,
@@ -108,7 +108,7 @@ def attach_reference(
     return cache.attach
 
 
-def probed_cut(plan: Plan, data: DataSet, cut: Cut, group: Ranks, note: Note) -> Cut:
+def probed_cut(plan: Plan, data: PlanInput, cut: Cut, group: Ranks, note: Note) -> Cut:
     """With `micro_batch: auto`: measures the peak memory of the largest micro-batch, and cuts finer until it
     fits (plan.finer_cut).
 
@@ -172,7 +172,7 @@ def _computing(recipe: Recipe, group: Ranks) -> dict[str, Any]:
 
 
 def check_layout(
-    recipe: Recipe, algorithm: AlgorithmSpec, data: DataSet, cut: Cut, group: Ranks, note: Note
+    recipe: Recipe, algorithm: AlgorithmSpec, data: PlanInput, cut: Cut, group: Ranks, note: Note
 ) -> None:
     """Compares the chosen row layout with padded rows, and our chunked head with the model's own logits, on a
     short and a long example.
