@@ -12,7 +12,7 @@ from typing import Any
 
 from orchestrator.core.batches import PackedBatch
 from orchestrator.core.files import FileEntry
-from orchestrator.core.reports import LearnReport, StepApplied, joined_metrics
+from orchestrator.core.reports import LearnReport, StepApplied, merge_reports
 from orchestrator.core.roles import PerMicroBatch, TokenLists
 from orchestrator.learner.rank_learner import LearnerSpec
 from orchestrator.recipe.schema import Recipe
@@ -90,7 +90,7 @@ class Ranks:
     def forward_backward(self, batch: PackedBatch, step: int) -> LearnReport:
         units = self._share(batch.units)
         reports = self._each("forward_backward", [(share, units, step) for share in batch.micro_batches])
-        return merge_reports(reports)
+        return merge_reports(reports, of="ranks")
 
     def optim_step(self, step: int) -> StepApplied:
         return self._all("optim_step", step)[0]
@@ -110,7 +110,7 @@ class Ranks:
 
     def evaluate(self, batch: PackedBatch) -> tuple[LearnReport, PerMicroBatch]:
         results = self._each("evaluate", [(share, batch.units) for share in batch.micro_batches])
-        return merge_reports([r[0] for r in results]), tuple(r[1] for r in results)
+        return merge_reports([r[0] for r in results], of="ranks"), tuple(r[1] for r in results)
 
     def generate(self, prompts: TokenLists, max_new_tokens: int) -> TokenLists:
         shares = [list(prompts[rank :: self.world]) or [prompts[0]] for rank in range(self.world)]
@@ -154,21 +154,3 @@ class Ranks:
             return True
         cut = self.spec.cut
         return cut.sync == "no_sync" or (cut.sync == "coalesced" and cut.zero_stage < 3)
-
-
-def merge_reports(reports: Sequence[LearnReport]) -> LearnReport:
-    """One report of all ranks: sums are added, the slowest rank gives the time and the largest the memory."""
-    means, maxima = joined_metrics(reports)
-    return LearnReport(
-        loss=sum(r.loss for r in reports),
-        means=means,
-        micro_batches=max(r.micro_batches for r in reports),
-        tokens=sum(r.tokens for r in reports),
-        computed=sum(r.computed for r in reports),
-        scored_tokens=sum(r.scored_tokens for r in reports),
-        positions=sum(r.positions for r in reports),
-        seconds=max(r.seconds for r in reports),
-        peak_bytes=max(r.peak_bytes for r in reports),
-        maxima=maxima,
-        attended=sum(r.attended for r in reports),
-    )

@@ -62,16 +62,33 @@ SOURCE = "/source "
 name."""
 
 
-def joined_metrics(reports: Sequence[LearnReport]) -> tuple[dict[str, Mean], dict[str, float]]:
-    """(means, maxima) of several reports, of ranks or of steps: means are added, maxima are compared."""
-    means: dict[str, Mean] = {}
+def merge_reports(reports: Sequence[LearnReport], *, of: Literal["ranks", "steps"]) -> LearnReport:
+    """One report of several: of ranks that work on one step together, or of steps one after the other.
+
+    Counts and means are added and maxima compared. The loss is the sum of the ranks' shares, or the mean of
+    the steps. The slowest rank gives the time, and steps add up.
+    """
+    longest = max if of == "ranks" else sum
     maxima: dict[str, float] = {}
+    means: dict[str, Mean] = {}
     for report in reports:
         for name, mean in report.means.items():
             means[name] = means[name] + mean if name in means else mean
         for name, value in report.maxima.items():
             maxima[name] = max(maxima.get(name, value), value)
-    return means, maxima
+    return LearnReport(
+        loss=sum(r.loss for r in reports) / (1 if of == "ranks" else len(reports)),
+        means=means,
+        micro_batches=longest(r.micro_batches for r in reports),
+        tokens=sum(r.tokens for r in reports),
+        computed=sum(r.computed for r in reports),
+        scored_tokens=sum(r.scored_tokens for r in reports),
+        positions=sum(r.positions for r in reports),
+        seconds=longest(r.seconds for r in reports),
+        peak_bytes=max(r.peak_bytes for r in reports),
+        maxima=maxima,
+        attended=sum(r.attended for r in reports),
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,8 +22,10 @@ from orchestrator.recipe.schema import Model, Recipe, Source
 
 @dataclass(frozen=True, slots=True)
 class PlanInput:
-    """What the planner has to know of the data: rows of a data set, the longest rollouts that prompts can lead
-    to, or rows of given lengths."""
+    """What the planner has to know of the data.
+
+    Rows of a data set, the longest rollouts that prompts can lead to, or rows of given lengths.
+    """
 
     tokenizer: Any
     """None for rows that were made up."""

@@ -8,7 +8,7 @@ import numpy as np
 
 from orchestrator.algorithms.losses.value import explained_variance
 from orchestrator.core.batches import Floats
-from orchestrator.core.reports import LearnReport, Progress, Sample, StepApplied, joined_metrics
+from orchestrator.core.reports import LearnReport, Progress, Sample, StepApplied, merge_reports
 from orchestrator.core.rollouts import RewardedGroup, Rollout, RolloutBatch, Span, WeightsDelivered
 from orchestrator.observe.metric_names import named
 from orchestrator.observe.metrics import values
@@ -33,21 +33,7 @@ def summarise_steps(outcomes: Sequence[StepOutcome]) -> LearnSummary | None:
     """Sums counts, seconds and means, and averages the losses; None without steps."""
     if not outcomes:
         return None
-    reports = [outcome.learned for outcome in outcomes]
-    means, maxima = joined_metrics(reports)
-    report = replace(
-        reports[-1],
-        loss=float(np.mean([r.loss for r in reports])),
-        means=means,
-        maxima=maxima,
-        micro_batches=sum(r.micro_batches for r in reports),
-        tokens=sum(r.tokens for r in reports),
-        computed=sum(r.computed for r in reports),
-        scored_tokens=sum(r.scored_tokens for r in reports),
-        positions=sum(r.positions for r in reports),
-        seconds=sum(r.seconds for r in reports),
-        peak_bytes=max(r.peak_bytes for r in reports),
-    )
+    report = merge_reports([outcome.learned for outcome in outcomes], of="steps")
     applied = next((o.applied for o in reversed(outcomes) if o.applied is not None), None)
     return LearnSummary(report, applied, len(outcomes))
 
