@@ -39,7 +39,7 @@ CASES = (
         "little memory",
         ("batch.memory_limit_gb=0.001",),
         69,
-        ("it may use 0.8 MB", "weights", "learners.zero_stage"),
+        ("may use 0.8 MB", "weights", "learners.zero_stage"),
     ),
 )
 MORE_CASES = (
