@@ -23,9 +23,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 WHEELS = """
 accelerate annotated-doc annotated-types certifi charset-normalizer datasets dill einops hjson httpcore
-httpcore2 httpx httpx2 huggingface-hub jsonschema jsonschema-specifications latex2sympy2-extended math-verify
-msgpack multiprocess ninja pathspec peft platformdirs protobuf psutil py-cpuinfo pydantic pydantic-core ray
-referencing requests rpds-py tokenizers transformers trl truststore typer typing-inspection urllib3 xxhash
+httpcore2 httpx httpx2 huggingface-hub jaxtyping jsonschema jsonschema-specifications latex2sympy2-extended
+math-verify msgpack multiprocess ninja pathspec peft platformdirs protobuf psutil py-cpuinfo pydantic
+pydantic-core ray referencing requests rpds-py tokenizers transformers trl truststore typer typing-inspection
+urllib3 wadler-lindig xxhash
 """
 ON_THE_HOST = """
 aiohttp anyio click filelock fsspec h11 hf-xet idna numpy packaging pandas pyarrow pyyaml regex rich

@@ -17,6 +17,12 @@ os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="cache-")
 
 import pytest
 from hypothesis import settings
+from jaxtyping import install_import_hook
+
+SHAPED = ("orchestrator.algorithms.losses", "orchestrator.models.attention", "orchestrator.models.rows")
+"""Modules whose annotated shapes are checked at each call, in pytest's own process. Not those whose functions
+run under torch.compile or are computed again in the backward."""
+install_import_hook(SHAPED, "beartype.beartype")  # before any of them is imported
 
 settings.register_profile("orchestrator", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("orchestrator")

@@ -6,6 +6,7 @@ The masks here are dense and made for short rows. One long row has masks of bloc
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PretrainedConfig
 
@@ -36,7 +37,7 @@ _NO_BLOCKS = frozenset({"gpt2", "falcon"})
 """Architectures whose code needs a tensor as the mask, so that a long row cannot have a mask of blocks."""
 
 _ALL: frozenset[Layout] = frozenset({"prefix_shared", "packed", "padded"})
-Mask = Tensor | dict[str, Tensor] | None
+Mask = Float[Tensor, "R 1 T T"] | dict[str, Float[Tensor, "R 1 T T"]] | None
 
 
 def plain_attention(config: PretrainedConfig) -> str | None:
@@ -101,9 +102,14 @@ def attention_windows(config: PretrainedConfig) -> tuple[int | None, ...]:
 
 
 def attention_mask(
-    segment: Tensor, branch: Tensor, positions: Tensor, layout: Layout, can: Capabilities, dtype: torch.dtype
+    segment: Int[Tensor, "R T"],
+    branch: Int[Tensor, "R T"],
+    positions: Int[Tensor, "R T"],
+    layout: Layout,
+    can: Capabilities,
+    dtype: torch.dtype,
 ) -> Mask:
-    """The additive mask of a micro-batch, Float[R, 1, T, T]. One per kind of layer if the model mixes kinds.
+    """The additive mask of a micro-batch. One per kind of layer if the model mixes kinds.
 
     Token i sees token j iff j <= i, same segment, branch[j] in {0, branch[i]} and, in sliding layers, the
     POSITION distance is below the window (rows hold several sequences, so the distance in the row would be
@@ -125,6 +131,6 @@ def attention_mask(
     return {kind: _additive(masks[kind], dtype) for kind in can.kinds}
 
 
-def _additive(allowed: Tensor, dtype: torch.dtype) -> Tensor:
+def _additive(allowed: Bool[Tensor, "R T T"], dtype: torch.dtype) -> Float[Tensor, "R 1 T T"]:
     mask = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device)
     return mask.masked_fill_(~allowed, torch.finfo(dtype).min)[:, None]

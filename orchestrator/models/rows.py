@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -58,22 +59,22 @@ class MicroBatchTensors:
     layout: Layout
     one_row: bool
     branches: int
-    input_ids: Tensor
-    position_ids: Tensor
-    segment: Tensor
-    branch: Tensor
-    score_at: Tensor
-    targets: Tensor
-    sequence: Tensor
-    last_at: Tensor
-    identity: Tensor
+    input_ids: Int[Tensor, "R T"]
+    position_ids: Int[Tensor, "R T"]
+    segment: Int[Tensor, "R T"]
+    branch: Int[Tensor, "R T"]
+    score_at: Int[Tensor, " N"]
+    targets: Int[Tensor, " N"]
+    sequence: Int[Tensor, " N"]
+    last_at: Int[Tensor, " sequences"]
+    identity: Int[Tensor, "R T"]
     ragged: Ragged | None = None
     """Places of the tokens that are not padding. None: the rows are computed with their padding."""
-    source: Tensor | None = None
-    ref_logprobs: Tensor | None = None
-    coefficients: Tensor | None = None
-    label: Tensor | None = None
-    margin: Tensor | None = None
+    source: Int[Tensor, " n"] | None = None
+    ref_logprobs: Float[Tensor, " N"] | None = None
+    coefficients: Float[Tensor, " N"] | None = None
+    label: Float[Tensor, " n"] | None = None
+    margin: Float[Tensor, " n"] | None = None
     experience: ExperienceTensors | None = None
 
     @classmethod

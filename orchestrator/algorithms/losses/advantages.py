@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -30,17 +31,17 @@ NEGLIGIBLE = 1e-8
 class Episodes:
     """The episodes of a rollout batch, group after group."""
 
-    rewards: Tensor
-    """Float[G, n]: reward of each completion."""
-    penalties: Tensor
-    """Float[N]: KL coefficient times the KL of each scored token; zeros without a penalty."""
+    rewards: Float[Tensor, "G n"]
+    """Reward of each completion."""
+    penalties: Float[Tensor, " N"]
+    """KL coefficient times the KL of each scored token; zeros without a penalty."""
     lengths: tuple[int, ...]
     """Scored tokens of each of the G*n episodes. Example: (12, 0, 7, 9) for two groups of two."""
-    values: Tensor | None = None
-    """Float[N]: value of each scored token, if there is a critic."""
+    values: Float[Tensor, " N"] | None = None
+    """Value of each scored token, if there is a critic."""
 
-    def penalised(self) -> Tensor:
-        """Float[G, n]: the reward of each episode less its tokens' penalties."""
+    def penalised(self) -> Float[Tensor, "G n"]:
+        """The reward of each episode less its tokens' penalties."""
         owner = torch.repeat_interleave(torch.arange(len(self.lengths)), torch.tensor(self.lengths))
         costs = torch.zeros(len(self.lengths), dtype=self.rewards.dtype).index_add(
             0, owner, self.penalties.to(self.rewards.dtype)
@@ -48,32 +49,32 @@ class Episodes:
         return self.rewards - costs.view_as(self.rewards)
 
 
-AdvantageEstimator = Callable[[Episodes], tuple[Tensor, Tensor | None]]
-"""(advantages Float[N], returns Float[N] for a critic or None)."""
+AdvantageEstimator = Callable[[Episodes], tuple[Float[Tensor, " N"], Float[Tensor, " N"] | None]]
+"""(advantages, returns for a critic or None)."""
 
 
 # ---- estimators: from episodes to tokens, for the table of algorithms
 
 
-def by_group(estimate: Callable[[Tensor], Tensor]) -> AdvantageEstimator:
+def by_group(estimate: Callable[[Float[Tensor, "G n"]], Float[Tensor, "G n"]]) -> AdvantageEstimator:
     """Gives every token of a completion the advantage of its completion.
 
-    The KL penalty is part of the completion's reward. estimate: Float[G, n] -> Float[G, n].
+    The KL penalty is part of the completion's reward.
     """
 
-    def estimator(episodes: Episodes) -> tuple[Tensor, None]:
+    def estimator(episodes: Episodes) -> tuple[Float[Tensor, " N"], None]:
         per_completion = estimate(episodes.penalised()).flatten()
         return per_completion.repeat_interleave(torch.tensor(episodes.lengths)), None
 
     return estimator
 
 
-def by_reinforce_pp(episodes: Episodes) -> tuple[Tensor, None]:
+def by_reinforce_pp(episodes: Episodes) -> tuple[Float[Tensor, " N"], None]:
     """REINFORCE++: see `reinforce_pp`."""
     return reinforce_pp(episodes.rewards.flatten(), episodes.penalties, episodes.lengths), None
 
 
-def by_reinforce_pp_baseline(episodes: Episodes) -> tuple[Tensor, None]:
+def by_reinforce_pp_baseline(episodes: Episodes) -> tuple[Float[Tensor, " N"], None]:
     """REINFORCE++ with a baseline: see `reinforce_pp_baseline`."""
     return reinforce_pp_baseline(episodes.penalised(), episodes.lengths), None
 
@@ -81,7 +82,7 @@ def by_reinforce_pp_baseline(episodes: Episodes) -> tuple[Tensor, None]:
 def by_gae(gamma: float, lam: float, *, whitened: bool) -> AdvantageEstimator:
     """PPO: GAE over tokens. whitened: advantages are whitened over the rollout batch; returns never are."""
 
-    def estimator(episodes: Episodes) -> tuple[Tensor, Tensor]:
+    def estimator(episodes: Episodes) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
         values = required(episodes.values, "GAE", "a critic's values")
         rewards = token_rewards(episodes.rewards.flatten(), episodes.penalties, episodes.lengths)
         advantages, returns = episodes_gae(rewards, values.to(rewards.dtype), episodes.lengths, gamma, lam)
@@ -93,13 +94,15 @@ def by_gae(gamma: float, lam: float, *, whitened: bool) -> AdvantageEstimator:
 # ---- equations
 
 
-def group_centred(rewards: Tensor) -> Tensor:
-    """A_i = r_i - mean(r), Float[G, n] (Dr. GRPO, arXiv 2503.20783)."""
+def group_centred(rewards: Float[Tensor, "G n"]) -> Float[Tensor, "G n"]:
+    """A_i = r_i - mean(r) (Dr. GRPO, arXiv 2503.20783)."""
     return rewards - rewards.mean(1, keepdim=True)
 
 
-def group_normalised(rewards: Tensor, scale_by_std: bool = True, eps: float = 1e-4) -> Tensor:
-    """A_i = (r_i - mean(r)) / (std(r) + eps), Float[G, n] (GRPO, arXiv 2402.03300, sec. 4.1.2).
+def group_normalised(
+    rewards: Float[Tensor, "G n"], scale_by_std: bool = True, eps: float = 1e-4
+) -> Float[Tensor, "G n"]:
+    """A_i = (r_i - mean(r)) / (std(r) + eps) (GRPO, arXiv 2402.03300, sec. 4.1.2).
 
     std is the unbiased deviation, eps has TRL's value. A group of one sample has deviation 0. Without scaling
     this is Dr. GRPO's advantage.
@@ -110,8 +113,8 @@ def group_normalised(rewards: Tensor, scale_by_std: bool = True, eps: float = 1e
     return centred / (rewards.std(1, keepdim=True) + eps)
 
 
-def leave_one_out(rewards: Tensor) -> Tensor:
-    """A_i = r_i - mean of the other n - 1 rewards of the group, Float[G, n] (RLOO, arXiv 2402.14740)."""
+def leave_one_out(rewards: Float[Tensor, "G n"]) -> Float[Tensor, "G n"]:
+    """A_i = r_i - mean of the other n - 1 rewards of the group (RLOO, arXiv 2402.14740)."""
     n = rewards.shape[1]
     if n < 2:
         raise ValueError(
@@ -121,21 +124,25 @@ def leave_one_out(rewards: Tensor) -> Tensor:
     return (n / (n - 1)) * group_centred(rewards)  # r_i - (sum - r_i)/(n - 1)
 
 
-def token_rewards(rewards: Tensor, penalties: Tensor, lengths: Sequence[int]) -> Tensor:
-    """r_t = [t = T] R - penalty_t, Float[N] (Ziegler et al., arXiv 1909.08593, eq. 2, written per token).
+def token_rewards(
+    rewards: Float[Tensor, " B"], penalties: Float[Tensor, " N"], lengths: Sequence[int]
+) -> Float[Tensor, " N"]:
+    """r_t = [t = T] R - penalty_t (Ziegler et al., arXiv 1909.08593, eq. 2, written per token).
 
-    The last token of an episode gets the episode's reward, Float[B]. An episode without tokens loses its
-    reward. penalties: Float[N], the KL coefficient times k1 of each token.
+    The last token of an episode gets the episode's reward. An episode without tokens loses its reward.
+    penalties: the KL coefficient times k1 of each token.
     """
     sizes = torch.tensor(lengths, device=penalties.device)
     last, has_tokens = sizes.cumsum(0) - 1, sizes > 0
     return (-penalties).index_add(0, last[has_tokens], rewards[has_tokens].to(penalties.dtype))
 
 
-def gae(rewards: Tensor, values: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
+def gae(
+    rewards: Float[Tensor, "*rows T"], values: Float[Tensor, "*rows T"], gamma: float, lam: float
+) -> tuple[Float[Tensor, "*rows T"], Float[Tensor, "*rows T"]]:
     """Generalised advantage estimation (arXiv 1506.02438, eq. 16) of finished episodes.
 
-    Returns (advantages, returns), Float[..., T] each:
+    Returns (advantages, returns):
 
         delta_t = r_t + gamma V_{t+1} - V_t with V_T = 0
         A_t = delta_t + gamma lam A_{t+1}
@@ -153,9 +160,13 @@ def gae(rewards: Tensor, values: Tensor, gamma: float, lam: float) -> tuple[Tens
 
 
 def episodes_gae(
-    rewards: Tensor, values: Tensor, lengths: Sequence[int], gamma: float, lam: float
-) -> tuple[Tensor, Tensor]:
-    """`gae` of each episode of flat Float[N] columns: (advantages, returns), Float[N] each."""
+    rewards: Float[Tensor, " N"],
+    values: Float[Tensor, " N"],
+    lengths: Sequence[int],
+    gamma: float,
+    lam: float,
+) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
+    """`gae` of each episode of flat columns: (advantages, returns)."""
     if not len(rewards):
         return rewards.clone(), values.clone()
     inside = (
@@ -169,13 +180,13 @@ def episodes_gae(
     return advantages[inside], returns[inside]
 
 
-def discounted_returns(rewards: Tensor, gamma: float) -> Tensor:
-    """G_t = r_t + gamma G_{t+1}, Float[..., T]: `gae` with lambda 1 and without values."""
+def discounted_returns(rewards: Float[Tensor, "*rows T"], gamma: float) -> Float[Tensor, "*rows T"]:
+    """G_t = r_t + gamma G_{t+1}: `gae` with lambda 1 and without values."""
     return gae(rewards, torch.zeros_like(rewards), gamma, 1.0)[0]
 
 
-def whiten(values: Tensor) -> Tensor:
-    """(x - mean(x)) / std(x), Float[N], with the unbiased deviation; zeros if N < 2 or all are equal."""
+def whiten(values: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
+    """(x - mean(x)) / std(x) with the unbiased deviation; zeros if N < 2 or all are equal."""
     if len(values) < 2:
         return torch.zeros_like(values)
     exact = values.double()
@@ -185,22 +196,24 @@ def whiten(values: Tensor) -> Tensor:
     return (centred / deviation).to(values.dtype)
 
 
-def reinforce_pp(rewards: Tensor, penalties: Tensor, lengths: Sequence[int]) -> Tensor:
-    """A_t = R - sum_{i >= t} penalty_i, whitened over the GLOBAL batch of tokens, Float[N].
+def reinforce_pp(
+    rewards: Float[Tensor, " B"], penalties: Float[Tensor, " N"], lengths: Sequence[int]
+) -> Float[Tensor, " N"]:
+    """A_t = R - sum_{i >= t} penalty_i, whitened over the GLOBAL batch of tokens.
 
-    REINFORCE++ (arXiv 2501.03262, eq. 8-10). rewards: Float[B], of all episodes of the rollout batch.
-    penalties: Float[N], beta * k1 of each token (eq. 9).
+    REINFORCE++ (arXiv 2501.03262, eq. 8-10). rewards: those of all episodes of the rollout batch. penalties:
+    beta * k1 of each token (eq. 9).
     """
     rewarded = token_rewards(rewards, penalties, lengths)
     returns, _ = episodes_gae(rewarded, torch.zeros_like(rewarded), lengths, 1.0, 1.0)  # eq. 8
     return whiten(returns)  # eq. 10
 
 
-def reinforce_pp_baseline(rewards: Tensor, lengths: Sequence[int]) -> Tensor:
-    """r - mean of its group, on each token, whitened over the GLOBAL batch of tokens, Float[N].
+def reinforce_pp_baseline(rewards: Float[Tensor, "G n"], lengths: Sequence[int]) -> Float[Tensor, " N"]:
+    """r - mean of its group, on each token, whitened over the GLOBAL batch of tokens.
 
-    REINFORCE++ with a baseline (arXiv 2501.03262); its KL term is k2 in the loss. rewards: Float[G, n].
-    lengths: tokens of the G*n episodes, group after group.
+    REINFORCE++ with a baseline (arXiv 2501.03262); its KL term is k2 in the loss. lengths: tokens of the G*n
+    episodes, group after group.
     """
     sizes = torch.tensor(lengths, device=rewards.device)
     return whiten(group_centred(rewards).flatten().repeat_interleave(sizes))

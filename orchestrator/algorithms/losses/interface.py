@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
+from jaxtyping import Float, Int, Num
 from torch import Tensor
 
 from orchestrator.core.batches import LossUnits
@@ -15,15 +16,15 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class ExperienceTensors:
-    """core.batches.Experience on the device: Float[N] each."""
+    """core.batches.Experience on the device."""
 
-    advantages: Tensor
-    sampled_logps: Tensor
-    old_logps: Tensor | None = None
+    advantages: Float[Tensor, " N"]
+    sampled_logps: Float[Tensor, " N"]
+    old_logps: Float[Tensor, " N"] | None = None
     """None: the policy's own log-probs of this step, detached."""
-    ref_logps: Tensor | None = None
-    values: Tensor | None = None
-    returns: Tensor | None = None
+    ref_logps: Float[Tensor, " N"] | None = None
+    values: Float[Tensor, " N"] | None = None
+    returns: Float[Tensor, " N"] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,47 +34,48 @@ class TokenScores:
     N: scored tokens; n: examples.
     """
 
-    logps: Tensor
-    """Float[N]: the policy's log-probs of the scored tokens; carries the gradient."""
-    sequence: Tensor
-    """Int[N]: sequence of each token, example * branches + branch. Example: 5 is branch 1 of example 2."""
+    logps: Float[Tensor, " L"]
+    """The policy's log-probs of the scored tokens (L = N); carries the gradient. Empty (L = 0) under a scalar
+    head or a critic."""
+    sequence: Int[Tensor, " N"]
+    """Sequence of each token, example * branches + branch. Example: 5 is branch 1 of example 2."""
     examples: int
     branches: int
-    ref_logps: Tensor | None = None
-    """Float[N]: the reference's log-probs."""
-    label: Tensor | None = None
-    """Float[n]: 1 for a desirable completion, 0 for an undesirable one."""
-    margin: Tensor | None = None
-    """Float[n]: margin by which the chosen answer is better."""
-    wpo: Tensor | None = None
-    """Float[N]: log p(token) - log sum p^2, without gradient."""
-    rewards: Tensor | None = None
-    """Float[n, branches]: output of a scalar head."""
-    entropy: Tensor | None = None
-    """Float[N]: entropy of the distribution at each scored token."""
-    values: Tensor | None = None
-    """Float[N]: a critic's values; carries its gradient."""
+    ref_logps: Float[Tensor, " N"] | None = None
+    """The reference's log-probs."""
+    label: Float[Tensor, " n"] | None = None
+    """1 for a desirable completion, 0 for an undesirable one."""
+    margin: Float[Tensor, " n"] | None = None
+    """Margin by which the chosen answer is better."""
+    wpo: Float[Tensor, " N"] | None = None
+    """log p(token) - log sum p^2, without gradient."""
+    rewards: Float[Tensor, "n branches"] | None = None
+    """Output of a scalar head."""
+    entropy: Float[Tensor, " N"] | None = None
+    """Entropy of the distribution at each scored token."""
+    values: Float[Tensor, " N"] | None = None
+    """A critic's values; carries its gradient."""
     experience: ExperienceTensors | None = None
     """Columns of the rollouts that the tokens come from."""
     precision: str = "fp32"
     """learners.precision that these scores were computed in."""
 
-    def per_sequence(self, values: Tensor) -> Tensor:
-        """Sums Float[N] token values into Float[n, branches]."""
+    def per_sequence(self, values: Float[Tensor, " N"]) -> Float[Tensor, "n branches"]:
+        """Sums of the token values of each sequence."""
         total = torch.zeros(self.examples * self.branches, dtype=values.dtype, device=values.device)
         return total.index_add(0, self.sequence, values).view(self.examples, self.branches)
 
-    def sums(self) -> Tensor:
-        """Float[n, branches]: the policy's log-prob of each branch."""
+    def sums(self) -> Float[Tensor, "n branches"]:
+        """The policy's log-prob of each branch."""
         return self.per_sequence(self.logps)
 
-    def ref_sums(self) -> Tensor:
-        """Float[n, branches]: the reference's log-prob of each branch."""
+    def ref_sums(self) -> Float[Tensor, "n branches"]:
+        """The reference's log-prob of each branch."""
         ref_logps = required(self.ref_logps, "this loss", "reference log-probs")
         return self.per_sequence(ref_logps.to(self.logps.dtype))
 
-    def lengths(self) -> Tensor:
-        """Float[n, branches]: scored tokens of each branch."""
+    def lengths(self) -> Float[Tensor, "n branches"]:
+        """Scored tokens of each branch."""
         return self.per_sequence(torch.ones_like(self.logps))
 
 
@@ -81,18 +83,18 @@ class TokenScores:
 class LossSum:
     """What an objective returns. Nothing in an objective may wait for the device."""
 
-    total: Tensor
-    """Scalar: a sum of losses, already divided by the GLOBAL count of its unit."""
+    total: Float[Tensor, ""]
+    """A sum of losses, already divided by the GLOBAL count of its unit."""
     means: "Means"
     """Name -> (sum, count). A count that only the device knows is a tensor."""
-    maxima: dict[str, Tensor] = field(default_factory=dict)
-    """Name -> scalar: metrics whose reduction over micro-batches and ranks is the maximum."""
+    maxima: dict[str, Float[Tensor, ""]] = field(default_factory=dict)
+    """Metrics whose reduction over micro-batches and ranks is the maximum."""
     per_example: "PerExample" = field(default_factory=dict)
-    """Name -> (Float[n] sums, Float[n] counts or None for 1): the means that are also reported per source."""
+    """Name -> (sums, counts or None for 1) of the examples: the means that are also reported per source."""
 
 
-Means = dict[str, tuple[Tensor, float | Tensor]]
-PerExample = dict[str, tuple[Tensor, Tensor | None]]
+Means = dict[str, tuple[Float[Tensor, ""], float | Num[Tensor, ""]]]
+PerExample = dict[str, tuple[Float[Tensor, " n"], Float[Tensor, " n"] | None]]
 Objective = Callable[[TokenScores, LossUnits], LossSum]
 
 

@@ -7,16 +7,17 @@ KL(pi || pi_ref) per token.
 from collections.abc import Callable, Mapping
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
-KlEstimator = Callable[[Tensor, Tensor], Tensor]
+KlEstimator = Callable[[Float[Tensor, " N"], Float[Tensor, " N"]], Float[Tensor, " N"]]
 
 ERROR_BOUND = 0.2
 """Bound of the controller's relative error (Ziegler et al., sec. 2.2)."""
 
 
-def k1(logps: Tensor, ref_logps: Tensor) -> Tensor:
-    """-log r, Float[N] from Float[N] each (Schulman, joschu.net/blog/kl-approx.html).
+def k1(logps: Float[Tensor, " N"], ref_logps: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
+    """-log r (Schulman, joschu.net/blog/kl-approx.html).
 
     Unbiased; may be negative. As a term of the LOSS its expected gradient on policy is zero: it belongs into
     the reward.
@@ -24,13 +25,13 @@ def k1(logps: Tensor, ref_logps: Tensor) -> Tensor:
     return logps - ref_logps
 
 
-def k2(logps: Tensor, ref_logps: Tensor) -> Tensor:
-    """(log r)^2 / 2, Float[N] (Schulman): biased; on policy its gradient is that of the KL divergence."""
+def k2(logps: Float[Tensor, " N"], ref_logps: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
+    """(log r)^2 / 2 (Schulman): biased; on policy its gradient is that of the KL divergence."""
     return 0.5 * (ref_logps - logps).square()
 
 
-def k3(logps: Tensor, ref_logps: Tensor) -> Tensor:
-    """(r - 1) - log r, Float[N] (Schulman; GRPO, arXiv 2402.03300, eq. 4; TRL's per_token_kl).
+def k3(logps: Float[Tensor, " N"], ref_logps: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
+    """(r - 1) - log r (Schulman; GRPO, arXiv 2402.03300, eq. 4; TRL's per_token_kl).
 
     Unbiased and never negative.
     """

@@ -7,6 +7,7 @@ branch 1, a mismatched    mean log-ratio, at least 0 --> z ---+--> kto_losses --
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from orchestrator.algorithms.losses.interface import LossSum, Means, TokenScores, required
@@ -37,7 +38,13 @@ class Kto:
         means = self._metrics(policy[:, 0].detach(), ratio.detach(), label, kl)
         return LossSum(losses.sum() / units.examples, means, per_example={"loss": (losses.detach(), None)})
 
-    def _metrics(self, logps: Tensor, ratio: Tensor, label: Tensor, kl: Tensor) -> Means:
+    def _metrics(
+        self,
+        logps: Float[Tensor, " n"],
+        ratio: Float[Tensor, " n"],
+        label: Float[Tensor, " n"],
+        kl: Float[Tensor, ""],
+    ) -> Means:
         metrics: Means = {"kl": (kl, 1.0)}
         rewards = self.beta * ratio
         for name, mask in (("chosen", label > 0.5), ("rejected", label <= 0.5)):

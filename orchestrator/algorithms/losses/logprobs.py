@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 
@@ -26,24 +27,27 @@ class HeadSpec:
 
 @dataclass(frozen=True, slots=True)
 class HeadOutput:
-    """Scores of N target tokens, Float[N] each."""
+    """Scores of N target tokens."""
 
-    logps: Tensor
+    logps: Float[Tensor, " N"]
     """log softmax(z)[target]."""
-    wpo: Tensor | None = None
+    wpo: Float[Tensor, " N"] | None = None
     """log p(target) - log sum_v p(v)^2 (WPO, arXiv 2406.11827, eq. 2), without gradient."""
-    entropy: Tensor | None = None
+    entropy: Float[Tensor, " N"] | None = None
     """-sum_v p(v) log p(v)."""
 
 
 def chunked_logprobs(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, spec: HeadSpec
+    hidden: Float[Tensor, "N H"],
+    weight: Float[Tensor, "V H"],
+    bias: Float[Tensor, " V"] | None,
+    targets: Int[Tensor, " N"],
+    spec: HeadSpec,
 ) -> HeadOutput:
     """Log-probs of `targets` (and what else `spec` wants), spec.chunk positions at a time.
 
-    hidden: [N, H], weight: [V, H], bias: [V], targets: Int[N]. Results are fp32 (fp64 for fp64 input). The
-    backward computes each chunk again, so at most two chunks of logits are alive. The weight's gradient is
-    summed over chunks in fp32 and rounded once.
+    Results are fp32 (fp64 for fp64 input). The backward computes each chunk again, so at most two chunks of
+    logits are alive. The weight's gradient is summed over chunks in fp32 and rounded once.
     """
     logps, wpo, entropy = _ChunkedLogProbs.apply(hidden, weight, bias, targets, spec)
     return HeadOutput(logps, wpo if spec.want_wpo else None, entropy if spec.want_entropy else None)
@@ -60,8 +64,12 @@ def _widens(tensor: Tensor, accurate: torch.dtype) -> bool:
 
 
 def _logits(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, spec: HeadSpec, accurate: torch.dtype
-) -> Tensor:
+    hidden: Float[Tensor, "n H"],
+    weight: Float[Tensor, "V H"],
+    bias: Float[Tensor, " V"] | None,
+    spec: HeadSpec,
+    accurate: torch.dtype,
+) -> Float[Tensor, "n V"]:
     if _widens(hidden, accurate):
         z = torch.mm(hidden, weight.t(), out_dtype=accurate)  # never rounded to bf16
         z = z if bias is None else z.add_(bias)
@@ -74,8 +82,8 @@ def _logits(
     return z if spec.temperature == 1.0 else z / spec.temperature
 
 
-def _below_top(z: Tensor) -> Tensor:
-    """The largest logit of each row, Float[n], subtracted from z in place.
+def _below_top(z: Float[Tensor, "n V"]) -> Float[Tensor, " n"]:
+    """The largest logit of each row, subtracted from z in place.
 
     A log-prob is then a difference of small numbers, as in torch.log_softmax. Taken from the logits
     themselves it would lose what fp32 cannot hold beside a logit of 40 (4e-6 nat).
@@ -85,16 +93,18 @@ def _below_top(z: Tensor) -> Tensor:
     return top[:, 0]
 
 
-def _logsumexp_in_place(z: Tensor) -> Tensor:
-    """log sum_v exp z_v, Float[n], of z below its top; overwrites z.
+def _logsumexp_in_place(z: Float[Tensor, "n V"]) -> Float[Tensor, " n"]:
+    """log sum_v exp z_v of z below its top; overwrites z.
 
     torch.logsumexp would allocate a second [n, V] tensor.
     """
     return z.exp_().sum(1).log_()
 
 
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left^T right in place: [V, H] += [n, V]^T [n, H], summed in total's precision.
+def _add_product(
+    total: Float[Tensor, "V H"], left: Float[Tensor, "n V"], right: Float[Tensor, "n H"]
+) -> None:
+    """total += left^T right in place, summed in total's precision.
 
     If the device cannot sum low-precision products in fp32 (a CPU), both sides are converted to fp32.
     """
@@ -170,7 +180,7 @@ class _ChunkedLogProbs(torch.autograd.Function):
                 norm[part, None],
                 _at(grad, part),
                 _at(grad_entropy, part),
-                _at(entropy, part),
+                None if grad_entropy is None else _at(entropy, part),
             )
             if slope is not None:
                 d *= slope
@@ -189,22 +199,19 @@ class _ChunkedLogProbs(torch.autograd.Function):
         )
 
 
-def _at(values: Tensor | None, part: slice) -> Tensor | None:
+def _at(values: Float[Tensor, " N"] | None, part: slice) -> Float[Tensor, "n 1"] | None:
     return None if values is None else values[part, None]
 
 
 def _logits_gradient(
-    z: Tensor,
-    targets: Tensor,
-    norm: Tensor,
-    grad: Tensor | None,
-    grad_entropy: Tensor | None,
-    entropy: Tensor | None,
-) -> Tensor:
-    """d/dz of grad . log p(target) + grad_entropy . H, [n, V]; overwrites z.
-
-    norm = log sum exp z, grad, grad_entropy and entropy: [n, 1].
-    """
+    z: Float[Tensor, "n V"],
+    targets: Int[Tensor, " n"],
+    norm: Float[Tensor, "n 1"],
+    grad: Float[Tensor, "n 1"] | None,
+    grad_entropy: Float[Tensor, "n 1"] | None,
+    entropy: Float[Tensor, "n 1"] | None,
+) -> Float[Tensor, "n V"]:
+    """d/dz of grad . log p(target) + grad_entropy . H; overwrites z. norm = log sum exp z."""
     if grad_entropy is not None:
         assert entropy is not None
         logp = z.sub_(norm)
@@ -217,11 +224,13 @@ def _logits_gradient(
     return d
 
 
-def ld_weights(sequence: Tensor, examples: int, branches: int, alpha: float) -> Tensor:
-    """LD-DPO's token weights, Float[N] (arXiv 2409.06411, eq. 10).
+def ld_weights(
+    sequence: Int[Tensor, " N"], examples: int, branches: int, alpha: float
+) -> Float[Tensor, " N"]:
+    """LD-DPO's token weights (arXiv 2409.06411, eq. 10).
 
-    1 up to the length of the shorter branch, alpha beyond it. sequence: Int[N]; the tokens of a sequence
-    stand in order of their positions.
+    1 up to the length of the shorter branch, alpha beyond it. The tokens of a sequence stand in order of
+    their positions.
     """
     ones = torch.ones_like(sequence)
     lengths = torch.zeros(examples * branches, dtype=sequence.dtype, device=sequence.device).index_add(

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from orchestrator.algorithms.losses.interface import ExperienceTensors, LossSum, Means, TokenScores, required
@@ -34,8 +35,8 @@ LOG_RATIO_MAX = 80.0
 """exp of more overflows fp32. An infinite ratio has a NaN gradient even if it is clipped away."""
 
 
-def log_ratio(scores: TokenScores, old_logps: Tensor, level: Level) -> Tensor:
-    """log(pi/pi_old) of each token at a level, Float[N].
+def log_ratio(scores: TokenScores, old_logps: Float[Tensor, " N"], level: Level) -> Float[Tensor, " N"]:
+    """log(pi/pi_old) of each token at a level.
 
     token       its own (PPO, arXiv 1707.06347)
     sequence    the mean over its sequence (GSPO, arXiv 2507.18071, eq. 7)
@@ -49,8 +50,10 @@ def log_ratio(scores: TokenScores, old_logps: Tensor, level: Level) -> Tensor:
     return _of_sequence(scores, total if level == "trajectory" else total / scores.lengths().clamp(min=1))
 
 
-def clipped(ratio: Tensor, advantages: Tensor, low: float, high: float, dual: float | None) -> Tensor:
-    """-min(min(r, dual) A, clip(r, 1 - low, 1 + high) A), Float[N].
+def clipped(
+    ratio: Float[Tensor, " N"], advantages: Float[Tensor, " N"], low: float, high: float, dual: float | None
+) -> Float[Tensor, " N"]:
+    """-min(min(r, dual) A, clip(r, 1 - low, 1 + high) A).
 
     PPO (arXiv 1707.06347, eq. 7). low != high is DAPO's clip-higher (arXiv 2503.14476). With `dual` the loss
     of A < 0 grows only up to r = dual (dual-clip PPO, arXiv 1912.09729; TRL's delta).
@@ -59,13 +62,15 @@ def clipped(ratio: Tensor, advantages: Tensor, low: float, high: float, dual: fl
     return -torch.min(bounded * advantages, ratio.clamp(1.0 - low, 1.0 + high) * advantages)
 
 
-def clipped_weight(ratio: Tensor, advantages: Tensor, logps: Tensor, high: float) -> Tensor:
-    """-sg(min(r, high)) A log pi, Float[N] (CISPO, arXiv 2506.13585, eq. 4-5; no lower bound, as in TRL)."""
+def clipped_weight(
+    ratio: Float[Tensor, " N"], advantages: Float[Tensor, " N"], logps: Float[Tensor, " N"], high: float
+) -> Float[Tensor, " N"]:
+    """-sg(min(r, high)) A log pi (CISPO, arXiv 2506.13585, eq. 4-5; no lower bound, as in TRL)."""
     return -ratio.clamp(max=high).detach() * advantages * logps
 
 
-def reinforce(advantages: Tensor, logps: Tensor) -> Tensor:
-    """-A log pi, Float[N] (Williams 1992).
+def reinforce(advantages: Float[Tensor, " N"], logps: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
+    """-A log pi (Williams 1992).
 
     Its gradient is the policy gradient if the policy drew the tokens itself.
     """
@@ -73,9 +78,13 @@ def reinforce(advantages: Tensor, logps: Tensor) -> Tensor:
 
 
 def correction_weights(
-    scores: TokenScores, old_logps: Tensor, sampled_logps: Tensor, kind: CorrectionKind, cap: float
-) -> Tensor:
-    """Weights Float[N] of tokens that were not drawn from pi_old, by w = pi_old/pi_sampled.
+    scores: TokenScores,
+    old_logps: Float[Tensor, " N"],
+    sampled_logps: Float[Tensor, " N"],
+    kind: CorrectionKind,
+    cap: float,
+) -> Float[Tensor, " N"]:
+    """Weights of tokens that were not drawn from pi_old, by w = pi_old/pi_sampled.
 
     token      min(w, cap): truncated importance sampling (TRL's token_truncate)
     sequence   the product of w over the sequence; 0 if it is beyond cap or NaN (TRL's sequence_mask)
@@ -90,8 +99,10 @@ def correction_weights(
     return torch.where(weights <= cap, weights, 0.0)
 
 
-def shares(scores: TokenScores, units: LossUnits, normaliser: Normaliser, constant: float) -> Tensor:
-    """Share of each token's loss in the effective batch, Float[N].
+def shares(
+    scores: TokenScores, units: LossUnits, normaliser: Normaliser, constant: float
+) -> Float[Tensor, " N"]:
+    """Share of each token's loss in the effective batch.
 
     token     1/tokens (DAPO, arXiv 2503.14476, eq. 8)
     sequence  1/(|o| sequences): the mean of means (GRPO, arXiv 2402.03300, eq. 3)
@@ -106,8 +117,8 @@ def shares(scores: TokenScores, units: LossUnits, normaliser: Normaliser, consta
     return 1.0 / (_of_sequence(scores, scores.lengths()) * units.sequences)
 
 
-def _of_sequence(scores: TokenScores, values: Tensor) -> Tensor:
-    """Float[N]: for each token the value, of Float[n, branches], of its sequence."""
+def _of_sequence(scores: TokenScores, values: Float[Tensor, "n branches"]) -> Float[Tensor, " N"]:
+    """For each token the value of its sequence."""
     return values.flatten()[scores.sequence]
 
 
@@ -160,7 +171,9 @@ class PolicyGradient:
             total = total - self.entropy_bonus * entropy.sum() / max(units.tokens, 1)
         return LossSum(total, *self._metrics(scores, experience, old, ratio.detach(), weights))
 
-    def _losses(self, ratio: Tensor, advantages: Tensor, logps: Tensor) -> Tensor:
+    def _losses(
+        self, ratio: Float[Tensor, " N"], advantages: Float[Tensor, " N"], logps: Float[Tensor, " N"]
+    ) -> Float[Tensor, " N"]:
         if self.form == "clip":
             return clipped(ratio, advantages, self.clip_low, self.clip_high, self.dual)
         if self.form == "cispo":
@@ -171,10 +184,10 @@ class PolicyGradient:
         self,
         scores: TokenScores,
         experience: ExperienceTensors,
-        old: Tensor,
-        ratio: Tensor,
-        weights: Tensor,
-    ) -> tuple[Means, dict[str, Tensor]]:
+        old: Float[Tensor, " N"],
+        ratio: Float[Tensor, " N"],
+        weights: Float[Tensor, " N"],
+    ) -> tuple[Means, dict[str, Float[Tensor, ""]]]:
         """Means over tokens (a clipped sequence counts with its tokens) and maxima."""
         logps = scores.logps.detach()
         gap = (old - experience.sampled_logps).abs()
@@ -205,6 +218,6 @@ class PolicyGradient:
         return means, {"policy/ratio_max": _largest(ratio), "policy/train_rollout_gap_max": _largest(gap)}
 
 
-def _largest(column: Tensor) -> Tensor:
+def _largest(column: Float[Tensor, " N"]) -> Float[Tensor, ""]:
     """The maximum of a column of non-negative values, 0 without tokens."""
     return torch.cat([column, column.new_zeros(1)]).max()

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from orchestrator.algorithms.losses import preference
@@ -16,7 +17,7 @@ from orchestrator.algorithms.losses.preference import Pairs, PreferenceParams, f
 from orchestrator.algorithms.losses.ties import margin_noise, preferred, tied
 from orchestrator.core.batches import LossUnits
 
-PairLoss = Callable[[Pairs, PreferenceParams], Tensor]
+PairLoss = Callable[[Pairs, PreferenceParams], Float[Tensor, " n"]]
 
 WITH_REFERENCE: Mapping[str, PairLoss] = {
     "sigmoid": preference.sigmoid,
@@ -105,8 +106,8 @@ class PreferenceMix:
             "rewards/ties": (tied(chosen - rejected, noise), None),
         }
 
-    def _rewards(self, pairs: Pairs) -> tuple[Tensor, Tensor]:
-        """Rewards of chosen and rejected, Float[n] each: beta times the log-ratio.
+    def _rewards(self, pairs: Pairs) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
+        """Rewards of chosen and rejected: beta times the log-ratio.
 
         SimPO and ORPO: beta times the mean log-prob.
         """
@@ -133,8 +134,8 @@ class PreferenceMix:
         return metrics
 
 
-def _wpo_weights(scores: TokenScores) -> Tensor:
-    """Float[n]: product over both branches of exp(mean of wpo), without gradient."""
+def _wpo_weights(scores: TokenScores) -> Float[Tensor, " n"]:
+    """Product over both branches of exp(mean of wpo), without gradient."""
     wpo = required(scores.wpo, "WPO", "the head's log sum p^2")
     mean = scores.per_sequence(wpo.to(scores.logps.dtype)) / scores.lengths().clamp(min=1)
     return mean.exp().prod(1).detach()

@@ -1,5 +1,6 @@
 """Reward models from preference pairs."""
 
+from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -8,8 +9,13 @@ from orchestrator.algorithms.losses.ties import preferred, reward_noise, tied
 from orchestrator.core.batches import LossUnits
 
 
-def bradley_terry_losses(chosen: Tensor, rejected: Tensor, margin: Tensor | None, centring: float) -> Tensor:
-    """-log sigmoid(r_c - r_r - m) + c (r_c + r_r)^2, Float[n].
+def bradley_terry_losses(
+    chosen: Float[Tensor, " n"],
+    rejected: Float[Tensor, " n"],
+    margin: Float[Tensor, " n"] | None,
+    centring: float,
+) -> Float[Tensor, " n"]:
+    """-log sigmoid(r_c - r_r - m) + c (r_c + r_r)^2.
 
     Bradley-Terry as in InstructGPT (arXiv 2203.02155, eq. 1), with the margin m of Llama 2 (arXiv 2307.09288,
     eq. 2) and the centring c of Eisenstein et al. (arXiv 2312.09244), which keeps the mean reward near 0.

@@ -3,16 +3,17 @@
 from collections.abc import Sequence
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from orchestrator.algorithms.losses.interface import Means, PerExample
 from orchestrator.core.reports import SOURCE
 
 
-def by_source(per_example: PerExample, source: Tensor, present: Sequence[int]) -> Means:
+def by_source(per_example: PerExample, source: Int[Tensor, " n"], present: Sequence[int]) -> Means:
     """`NAME/source K` for every metric and every source K in `present`.
 
-    source: Int[n], source of each example, on the metrics' device.
+    source: source of each example, on the metrics' device.
     """
     means: Means = {}
     for number in present:

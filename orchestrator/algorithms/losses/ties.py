@@ -21,6 +21,7 @@ from typing import TypeVar
 
 import numpy as np
 import torch
+from jaxtyping import Float, Float64
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -41,17 +42,19 @@ def margin_noise(tokens: Length, precision: str) -> Length:
     return TOKEN_NOISE[precision] * tokens**0.5  # pyright: ignore[reportReturnType]
 
 
-def preferred(margin: Tensor, noise: Tensor) -> Tensor:
-    """Float64[n]: 1 for a margin above the noise, 0 for one below -noise, one half for a tie."""
+def preferred(margin: Float[Tensor, " n"], noise: Float[Tensor, " n"]) -> Float64[Tensor, " n"]:
+    """1 for a margin above the noise, 0 for one below -noise, one half for a tie."""
     return 0.5 * ((margin > noise).double() + (margin >= -noise).double())
 
 
-def tied(margin: Tensor, noise: Tensor) -> Tensor:
-    """Float64[n]: 1 for a tie."""
+def tied(margin: Float[Tensor, " n"], noise: Float[Tensor, " n"]) -> Float64[Tensor, " n"]:
+    """1 for a tie."""
     return (margin.abs() <= noise).double()
 
 
-def reward_noise(chosen: Tensor, rejected: Tensor, precision: str) -> Tensor:
+def reward_noise(
+    chosen: Float[Tensor, " n"], rejected: Float[Tensor, " n"], precision: str
+) -> Float[Tensor, " n"]:
     """Rounding noise of the difference of two rewards: one spacing of the larger one."""
     return EPSILON[precision] * torch.maximum(chosen.abs(), rejected.abs())
 

@@ -3,14 +3,20 @@
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from orchestrator.algorithms.losses.interface import LossSum, Means, TokenScores, required
 from orchestrator.core.batches import LossUnits
 
 
-def value_losses(values: Tensor, old_values: Tensor, returns: Tensor, clip: float | None) -> Tensor:
-    """0.5 max((V - R)^2, (V_old + clip(V - V_old, -c, c) - R)^2), Float[N]; 0.5 (V - R)^2 if c is None.
+def value_losses(
+    values: Float[Tensor, " N"],
+    old_values: Float[Tensor, " N"],
+    returns: Float[Tensor, " N"],
+    clip: float | None,
+) -> Float[Tensor, " N"]:
+    """0.5 max((V - R)^2, (V_old + clip(V - V_old, -c, c) - R)^2); 0.5 (V - R)^2 if c is None.
 
     The clipped form is that of OpenAI's baselines (ppo2) and of arXiv 2005.12729, sec. 2. It is a pessimistic
     bound: one rollout batch moves a value by at most c.

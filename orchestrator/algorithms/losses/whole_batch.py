@@ -9,14 +9,17 @@ of the one large batch, however that batch is cut.
 from dataclasses import replace
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from orchestrator.algorithms.losses.interface import LossSum, Objective, TokenScores
 from orchestrator.core.batches import LossUnits
 
 
-def coefficients(objective: Objective, scores: TokenScores, units: LossUnits) -> tuple[LossSum, Tensor]:
-    """(loss of the whole effective batch, dL/dlogp Float[N] in the order of scores.logps)."""
+def coefficients(
+    objective: Objective, scores: TokenScores, units: LossUnits
+) -> tuple[LossSum, Float[Tensor, " N"]]:
+    """(loss of the whole effective batch, dL/dlogp in the order of scores.logps)."""
     logps = scores.logps.detach().requires_grad_()
     with torch.enable_grad():
         loss = objective(replace(scores, logps=logps), units)
@@ -24,6 +27,6 @@ def coefficients(objective: Objective, scores: TokenScores, units: LossUnits) ->
     return replace(loss, total=loss.total.detach()), gradient
 
 
-def linear(logps: Tensor, weights: Tensor) -> Tensor:
+def linear(logps: Float[Tensor, " N"], weights: Float[Tensor, " N"]) -> Float[Tensor, ""]:
     """sum_t weight_t * logp_t: has the gradient of the coupled loss, not its value."""
     return (weights * logps).sum()
