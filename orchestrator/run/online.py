@@ -121,7 +121,7 @@ def _on_ray(planned: PlannedRun, folder: RunFolder, stack: ExitStack) -> Parts:
         placed = stack.enter_context(
             reserved((*planned.demands(), *planned.reward_models()), recipe.learners.start_timeout_s)
         )
-        learners, colocated = recipe.learners, _colocated_rollouts(recipe)
+        learners, colocated = recipe.learners, colocated_rollouts(recipe)
         policy = stack.enter_context(
             LearnerGroup(
                 learners,
@@ -170,7 +170,7 @@ def _replay(recipe: Recipe) -> Callable[[], RolloutParts] | None:
     return lambda: (replay, replay, NoSync())
 
 
-def _colocated_rollouts(recipe: Recipe) -> Rollouts | None:
+def colocated_rollouts(recipe: Recipe) -> Rollouts | None:
     """The rollouts section if rollout actors share the learners' GPUs, else None."""
     rollouts = recipe.rollouts
     return rollouts if rollouts.placement == "colocated" and rollouts.replay is None else None
@@ -295,7 +295,7 @@ def evaluate(planned: PlannedRun) -> dict[str, float]:
         groups = [g for g in (*planned.demands(), *planned.reward_models()) if g.what != "critic"]
         placed = stack.enter_context(reserved(groups, recipe.learners.start_timeout_s))
         parameters = planned.sizes().all
-        learners, colocated = recipe.learners, _colocated_rollouts(recipe)
+        learners, colocated = recipe.learners, colocated_rollouts(recipe)
         group = stack.enter_context(
             LearnerGroup(learners, parameters=parameters, colocated=colocated, reservation=placed["learners"])
         )

@@ -27,16 +27,14 @@ from orchestrator.core.reports import LearnReport, StepApplied
 from orchestrator.core.roles import Generator, WeightSync
 from orchestrator.core.rollouts import RewardedGroup, RolloutGroup
 from orchestrator.data.micro_batches import cut_step
+from orchestrator.data.order import Batches
 from orchestrator.learner.rank_learner import LearnerSpec
 from orchestrator.recipe.schema import Recipe
 from orchestrator.run import online
 from orchestrator.run.planned_run import plan_run
-from orchestrator.run.startup import attach_reference
+from orchestrator.run.startup import Attach, attach_reference, learners_are_reference
 from orchestrator.trainers.experience import make_experience, pairs
 from orchestrator.trainers.two_pass import with_coefficients
-
-Rows = str | Path | Sequence[Mapping[str, Any]]
-"""Rows of a data set: a file, folder or hub name, or records in memory."""
 
 
 class Session:
@@ -61,6 +59,7 @@ class Session:
         self.cut = self.planned.plan.cut
         self.in_process = in_process
         self._stack = ExitStack()
+        self._cursors = [0]
 
     def __enter__(self) -> "Session":
         """Starts the workers and loads the model."""
@@ -89,17 +88,34 @@ class Session:
                 reserved(self.planned.demands(), self.recipe.learners.start_timeout_s)
             )
             sizes, reservation = self.planned.sizes().all, placed["learners"]
+            colocated = online.colocated_rollouts(self.recipe)
             self.learner = self._stack.enter_context(
-                LearnerGroup(self.recipe.learners, parameters=sizes, reservation=reservation)
+                LearnerGroup(
+                    self.recipe.learners, parameters=sizes, colocated=colocated, reservation=reservation
+                )
             )
-        self.learner.build(LearnerSpec(self.recipe, self.cut, self.planned.schedule_steps))
         if self.algorithm.online is None:
-            self._attach = attach_reference(
-                self.recipe, self.algorithm, self.planned.data, self.cut, self.learner, _quiet, built=True
-            )
+            self._attach = self._build_with_reference()
             return
+        self._build()
         self._attach = online.live_reference(self.planned, self.learner)
         self._generator, self._weights = self._rollouts(placed)
+
+    def _build(self) -> None:
+        self.learner.build(LearnerSpec(self.recipe, self.cut, self.planned.schedule_steps))
+
+    def _build_with_reference(self) -> Attach:
+        """Builds the learners. Reference log-probs come from their start weights, or from `model.reference`,
+        which is loaded before them."""
+        built = learners_are_reference(self.recipe)
+        if built:
+            self._build()
+        attach = attach_reference(
+            self.recipe, self.algorithm, self.planned.data, self.cut, self.learner, _quiet, built=built
+        )
+        if not built:
+            self._build()
+        return attach
 
     def _rollouts(self, placed: Mapping[str, Any]) -> tuple[Generator, WeightSync]:
         if isinstance(self.learner, LocalRank):
@@ -117,8 +133,7 @@ class Session:
 
     def examples(self, step: int) -> tuple[SequenceGroup, ...]:
         """The recipe's training examples of 0-based optimizer step `step`: one effective batch."""
-        batches, cursor = self.planned.data.batches, 0
-        return tuple(batches.at(cursor + step * self.recipe.batch.effective))
+        return tuple(self._batch(self.planned.data.batches, step)[1])
 
     def forward_backward(self, examples: Sequence[SequenceGroup], step: int) -> LearnReport:
         """Adds the gradient of the recipe's loss over `examples`, however many: every sum is divided once by
@@ -139,9 +154,8 @@ class Session:
         generator, weights = self._online()
         weights.publish(step)
         assert self.planned.prompts is not None
-        count = self.recipe.rollouts.prompts
-        prompts = self.planned.prompts.batches.at(step * count)
-        drawn = [(step * count + i, prompt) for i, prompt in enumerate(prompts)]
+        cursor, prompts = self._batch(self.planned.prompts.batches, step)
+        drawn = [(cursor + i, prompt) for i, prompt in enumerate(prompts)]
         return generator.start(drawn, online.sampling_of(self.recipe), step).result()
 
     def with_advantages(
@@ -161,6 +175,12 @@ class Session:
     def save(self, folder: str | Path) -> Path:
         """The model as a Hugging Face folder."""
         return self.learner.export(Path(folder), "")
+
+    def _batch(self, batches: Batches[Any], step: int) -> tuple[int, Sequence[Any]]:
+        """(cursor, batch) of a step. The last batch of an epoch may be smaller, so cursors are added up."""
+        while len(self._cursors) <= step:
+            self._cursors.append(self._cursors[-1] + len(batches.at(self._cursors[-1])))
+        return self._cursors[step], batches.at(self._cursors[step])
 
     def _online(self) -> tuple[Generator, WeightSync]:
         if self._generator is None or self._weights is None:

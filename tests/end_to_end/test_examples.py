@@ -102,6 +102,25 @@ def test_rows_in_memory_and_a_callback(tmp_path: Path) -> None:
     assert outcome.steps == 4 and (outcome.export / "config.json").is_file()
 
 
+def test_a_session_takes_the_steps_of_a_run(tmp_path: Path) -> None:
+    """Over the end of an epoch, whose last batch is smaller, and with a reference of its own."""
+    other = tmp_path / "other"
+    tiny = orchestrator.load_recipe("tiny/dpo", "run.seed=7", *SMALL[:1])
+    with orchestrator.Session(tiny, in_process=True) as session:
+        session.save(other)
+    changes = (*SMALL, f"model.reference={other}", "batch.effective=24", "data.remainder=use")
+    recipe = orchestrator.load_recipe("tiny/dpo", *changes)
+    orchestrator.train(recipe, output=tmp_path / "run", in_process=True)
+    wanted = [(line["loss"], line["grad_norm"]) for line in metrics(tmp_path / "run")]
+    taken = []
+    with orchestrator.Session(recipe, in_process=True) as session:
+        for step in range(session.steps):
+            loss = session.forward_backward(session.examples(step), step).loss
+            taken.append((loss, session.optim_step(step).grad_norm))
+    assert taken == wanted and len(taken) == 4
+    assert abs(taken[0][0] - math.log(2.0)) > 1e-3, "the policy does not start as this reference"
+
+
 def test_recipes_come_from_mappings_too() -> None:
     recipe = orchestrator.load_recipe(
         {
