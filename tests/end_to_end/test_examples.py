@@ -121,6 +121,38 @@ def test_a_session_takes_the_steps_of_a_run(tmp_path: Path) -> None:
     assert abs(taken[0][0] - math.log(2.0)) > 1e-3, "the policy does not start as this reference"
 
 
+def test_an_online_session_takes_the_steps_of_a_run(tmp_path: Path) -> None:
+    """KL in the reward too, which needs log-probs of the learner and of the reference."""
+    (tmp_path / "short.py").write_text(
+        "def short(completions, **_):\n    return [-len(c) for c in completions]\n"
+    )
+    recipe = orchestrator.load_recipe(
+        {
+            "run": {"max_steps": 3},
+            "model": {"tiny": {"hidden_size": 32, "heads": 2, "layers": 1}},
+            "data": {"train": "toy:prompts"},
+            "algorithm": {"name": "rloo", "kl": {"coefficient": 0.05, "place": "reward"}},
+            "batch": {"effective": 16},
+            "optimizer": {"learning_rate": 1e-3},
+            "learners": {"workers": 1},
+            "rollouts": {"workers": 1, "prompts": 4, "samples": 4, "max_new_tokens": 6},
+            "rewards": {"functions": [{"name": "short", "function": f"{tmp_path}/short.py:short"}]},
+            "tracking": {"wandb": "off"},
+        }
+    )
+    orchestrator.train(recipe, output=tmp_path / "run", in_process=True)
+    wanted = [(line["loss"], line["grad_norm"], line["reward/mean"]) for line in metrics(tmp_path / "run")]
+    taken = []
+    with orchestrator.Session(recipe, in_process=True) as session:
+        for step in range(session.steps):
+            groups = session.generate(step)
+            rewards = [[-float(len(r.completion)) for r in group.rollouts] for group in groups]
+            loss = session.forward_backward(session.with_advantages(groups, rewards), step).loss
+            mean = sum(map(sum, rewards)) / sum(map(len, rewards))
+            taken.append((loss, session.optim_step(step).grad_norm, mean))
+    assert taken == wanted and len({norm for _, norm, _ in taken}) == 3
+
+
 def test_recipes_come_from_mappings_too() -> None:
     recipe = orchestrator.load_recipe(
         {
