@@ -316,7 +316,7 @@ def test_a_stop_text_of_two_tokens_ends_a_completion_and_stays(held: tuple[Any, 
 @needs_vllm
 def test_requests_that_vllm_would_truncate_are_refused(held: tuple[Any, Any]) -> None:
     engine, _ = held
-    with pytest.raises(DataError, match=r"data\.max_length is 256"):
+    with pytest.raises(DataError, match=r"data\.max_length=256"):
         engine.generate(requests(room=200), FREE)
     assert engine.generate([], FREE) == []
 
