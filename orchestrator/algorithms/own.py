@@ -3,7 +3,9 @@
 scores, units --the user's function--> a sum of losses, divided once by a global count --> LossSum
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,11 +30,18 @@ class OwnLoss:
 
     place: str
     """`file.py:function` or `module:function`."""
+    function: Callable[[TokenScores, LossUnits], Any]
+    """What stands there."""
     usual: Objective
     """The algorithm's own objective: it gives the usual metrics, without a gradient."""
 
+    @classmethod
+    def load(cls, place: str, usual: Objective) -> "OwnLoss":
+        """MissingInput or ConfigError if `place` holds no function."""
+        return cls(place, load_function(LOSS, place), usual)
+
     def __call__(self, scores: TokenScores, units: LossUnits) -> LossSum:
-        value = load_function(LOSS, self.place)(scores, units)
+        value = self.function(scores, units)
         if isinstance(value, LossSum):
             return value
         if not isinstance(value, Tensor) or value.ndim != 0:
@@ -56,11 +65,12 @@ def own_advantage(place: str) -> AdvantageEstimator:
     """Advantages by the user's function(episodes: Episodes).
 
     It returns Float[N], one advantage per token, or Float[G, n], one per completion; with a critic
-    (advantages Float[N], returns Float[N]).
+    (advantages Float[N], returns Float[N]). MissingInput or ConfigError if `place` holds no function.
     """
+    function = load_function(ADVANTAGE, place)
 
     def estimate(episodes: Episodes) -> tuple[Tensor, Tensor | None]:
-        value = load_function(ADVANTAGE, place)(episodes)
+        value = function(episodes)
         advantages, returns = value if isinstance(value, tuple) else (value, None)
         tokens = sum(episodes.lengths)
         if isinstance(advantages, Tensor) and advantages.shape == episodes.rewards.shape:

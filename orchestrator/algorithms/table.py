@@ -24,10 +24,10 @@ from orchestrator.algorithms.losses.preference_mix import (
 from orchestrator.algorithms.losses.reward import bradley_terry
 from orchestrator.algorithms.losses.supervised import cross_entropy
 from orchestrator.algorithms.losses.value import ValueLoss
-from orchestrator.algorithms.own import ADVANTAGE, LOSS, OwnLoss, own_advantage
+from orchestrator.algorithms.own import OwnLoss, own_advantage
 from orchestrator.core.batches import DataKind
 from orchestrator.core.errors import ConfigError
-from orchestrator.core.user_code import load_function, names_code
+from orchestrator.core.user_code import names_code
 from orchestrator.recipe.schema import ONLINE, AlgorithmConfig, Recipe, Rollouts
 
 
@@ -126,9 +126,8 @@ def build(cfg: AlgorithmConfig, rollouts: Rollouts | None = None) -> AlgorithmSp
     rollouts: section of an online recipe. Its samples per prompt and its temperature are part of the row.
     """
     if names_code(cfg.loss):
-        load_function(LOSS, str(cfg.loss))
         usual = build(cfg.model_copy(update={"loss": None}), rollouts)
-        return replace(usual, objective=OwnLoss(str(cfg.loss), usual.objective), loss_at_reference=None)
+        return replace(usual, objective=OwnLoss.load(str(cfg.loss), usual.objective), loss_at_reference=None)
     if cfg.name in ONLINE:
         return _online(cfg, rollouts or Rollouts())  # pyright: ignore[reportCallIssue]
     if cfg.name in DEFAULTS:
@@ -227,7 +226,6 @@ def _online_spec(online: OnlineSpec, cfg: AlgorithmConfig) -> OnlineSpec:
     """The advantages of a table's row with the recipe's keys."""
     advantage = online.advantage
     if cfg.advantage is not None:
-        load_function(ADVANTAGE, cfg.advantage)
         advantage = own_advantage(cfg.advantage)
     elif online.critic:
         advantage = advantages.by_gae(cfg.gamma, cfg.gae_lambda, whitened=cfg.whiten)

@@ -6,6 +6,7 @@ learner_group.py: each rank in an actor; in_process.py: one rank in this process
 """
 
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,7 @@ class Rank:
         return function(self.learner, *args)
 
 
-class Ranks:
+class Ranks(ABC):
     """roles.Learner over all ranks. Every verb is one `_each`, which calls all ranks."""
 
     world: int
@@ -140,12 +141,12 @@ class Ranks:
     def _all(self, verb: str, *args: Any) -> list[Any]:
         return self._each(verb, [args] * self.world)
 
+    @abstractmethod
     def _each(self, verb: str, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
         """Calls a verb on every rank, with the arguments of each; results by rank.
 
         An OutOfMemory has `in_place` set if the step can be replayed in these workers.
         """
-        raise NotImplementedError
 
     def _can_replay(self) -> bool:
         """Whether a rank that stops early leaves no other rank waiting in a collective, and its gradients can

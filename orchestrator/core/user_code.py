@@ -52,7 +52,7 @@ def load_function(key: str, place: str) -> Callable[..., Any]:
         )
     try:
         module = load_module(where)
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a script may end the process at its top level
         why = f"{type(error).__name__}: {error}"
         raise ConfigError(
             f"{key}: {where} cannot be imported", why=why, fix="import it alone to see why"

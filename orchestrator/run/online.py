@@ -138,7 +138,7 @@ def _on_ray(planned: PlannedRun, folder: RunFolder, stack: ExitStack) -> Parts:
             RewardPool(recipe.rewards, model_for_tokenizer=recipe.model, logs=logs, reservations=placed)
         )
         pool = stack.enter_context(
-            RolloutPool(recipe, parameters=parameters, logs=logs, reservation=_rollout_reservation(placed))
+            RolloutPool(recipe, parameters=parameters, logs=logs, reservation=rollout_reservation(placed))
         )
         return pool, scorer, make_weight_sync(recipe, policy, pool)
 
@@ -176,7 +176,7 @@ def colocated_rollouts(recipe: Recipe) -> Rollouts | None:
     return rollouts if rollouts.placement == "colocated" and rollouts.replay is None else None
 
 
-def _rollout_reservation(placed: Mapping[str, Reservation]) -> Reservation:
+def rollout_reservation(placed: Mapping[str, Reservation]) -> Reservation:
     """Reservation of the rollout actors: the learners' bundles if they are colocated."""
     return placed.get("rollouts", placed["learners"])
 
@@ -304,7 +304,7 @@ def evaluate(planned: PlannedRun) -> dict[str, float]:
             RewardPool(recipe.rewards, model_for_tokenizer=recipe.model, logs=None, reservations=placed)
         )
         pool = stack.enter_context(
-            RolloutPool(recipe, parameters=parameters, reservation=_rollout_reservation(placed))
+            RolloutPool(recipe, parameters=parameters, reservation=rollout_reservation(placed))
         )
         make_weight_sync(recipe, group, pool).publish(0)
         return dict(

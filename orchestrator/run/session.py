@@ -122,7 +122,7 @@ class Session:
             local = LocalRollouts(self.recipe, self.learner)
             return local, local
         assert isinstance(self.learner, LearnerGroup)
-        reservation = placed.get("rollouts", placed["learners"])
+        reservation = online.rollout_reservation(placed)
         parameters = self.planned.sizes().all
         pool = self._stack.enter_context(
             RolloutPool(self.recipe, parameters=parameters, reservation=reservation)
@@ -133,6 +133,11 @@ class Session:
 
     def examples(self, step: int) -> tuple[SequenceGroup, ...]:
         """The recipe's training examples of 0-based optimizer step `step`: one effective batch."""
+        if self.algorithm.online is not None:
+            raise ConfigError(
+                f"{self.algorithm.name} learns from rollouts, not from rows",
+                fix="call generate(step), and with_advantages(groups, rewards)",
+            )
         return tuple(self._batch(self.planned.data.batches, step)[1])
 
     def forward_backward(self, examples: Sequence[SequenceGroup], step: int) -> LearnReport:
@@ -164,6 +169,11 @@ class Session:
         """Training examples from completions and their rewards: rewards[g][k] of sample k of group g."""
         self._online()
         assert self.algorithm.online is not None
+        if (given := [len(row) for row in rewards]) != (wanted := [len(g.rollouts) for g in groups]):
+            raise ConfigError(
+                f"{given} rewards for groups of {wanted} completions",
+                fix="give rewards[g][k], a number for sample k of group g",
+            )
         values = [np.asarray(row, np.float32) for row in rewards]
         rewarded = [RewardedGroup(group, row, {}) for group, row in zip(groups, values, strict=True)]
         if self.algorithm.online.advantage is None:

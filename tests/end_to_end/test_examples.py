@@ -144,6 +144,10 @@ def test_an_online_session_takes_the_steps_of_a_run(tmp_path: Path) -> None:
     wanted = [(line["loss"], line["grad_norm"], line["reward/mean"]) for line in metrics(tmp_path / "run")]
     taken = []
     with orchestrator.Session(recipe, in_process=True) as session:
+        with pytest.raises(ConfigError, match=r"generate\(step\)"):
+            session.examples(0)
+        with pytest.raises(ConfigError, match=r"\[4, 4, 4, 4\]"):
+            session.with_advantages(session.generate(0), [[1.0] * 3] * 4)
         for step in range(session.steps):
             groups = session.generate(step)
             rewards = [[-float(len(r.completion)) for r in group.rollouts] for group in groups]

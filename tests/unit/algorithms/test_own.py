@@ -97,13 +97,16 @@ def test_every_algorithm_takes_one(name: str, file: Path) -> None:
         ("{}:totl", ConfigError, "did you mean total"),
         ("{}:NUMBER", ConfigError, "no function NUMBER"),
         ("nowhere_at_all:f", ConfigError, "cannot be imported"),
+        ("{}/ends.py:f", ConfigError, "SystemExit: 3"),
     ],
 )
 def test_a_function_that_is_not_there_is_an_error_of_the_recipe(
     place: str, error: type[Exception], words: str, file: Path
 ) -> None:
+    (file.parent / "ends.py").write_text("import sys\nsys.exit(3)\n")
+    place = place.format(file.parent if "ends.py" in place else file)
     with pytest.raises(error) as raised:
-        build(config(loss=place.format(file)))
+        build(config(loss=place))
     assert words in str(raised.value)
 
 
